@@ -1,0 +1,74 @@
+"""What every benchmark suite is: tasks, an environment that can play any of them, and a protocol.
+
+`eval_libero`, the recorder and training know suites only through this file, so LIBERO and the tabletop are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gymnasium as gym
+
+EVALUATION_STATES = 50
+"""Initial states 0..49 of every task are for evaluation; recorders start at `FIRST_TRAINING_STATE`."""
+FIRST_TRAINING_STATE = 1000
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite: a short name for tables and files, and the instruction given to the policy."""
+
+    name: str
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named list of tasks.
+
+    The environment that `make` builds plays any task of the suite:
+
+    - `make(image_size: int = 128, render: bool = True) -> gym.Env` (one per process; `render=False` leaves images black)
+    - `env.reset(seed=None, options={"task": int, "initial_state": int})` is deterministic in (task, initial_state)
+    - observation: `agentview`, `wrist` uint8 [H,W,3]; `state` float32 [8]
+    - action: float32 [7] in [-1,1], gripper -1 open, +1 close
+    - `info`: `success` bool, `instruction` str; after `reset` also `alternatives`: the instructions of the suite's
+      other tasks that can be carried out in the same scene
+    - `step` returns terminated=True on success and truncated=True at `max_steps`
+
+    Attributes:
+        name: registry key, e.g. `tabletop_object`.
+        tasks: in a fixed order; their index is the task's id.
+        max_steps: control steps before an episode is a failure.
+        make: builds the environment.
+        initial_states: how many fixed initial states the protocol has per task.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    max_steps: int
+    make: Callable[..., gym.Env]
+    initial_states: int = EVALUATION_STATES
+
+
+_SUITES: dict[str, Callable[[], Suite]] = {}
+
+
+def register_suite(name: str, factory: Callable[[], Suite]) -> None:
+    """Add a suite; `factory` runs at first use, so that registering imports no simulator."""
+    if name in _SUITES:
+        raise ValueError(f"suite {name!r} is registered twice")
+    _SUITES[name] = factory
+
+
+def suite_names() -> list[str]:
+    """All registered suites."""
+    return sorted(_SUITES)
+
+
+def get_suite(name: str) -> Suite:
+    """The suite of that name; ValueError lists what exists."""
+    if name not in _SUITES:
+        raise ValueError(f"unknown suite {name!r}; one of {', '.join(suite_names())}")
+    return _SUITES[name]()

@@ -1,0 +1,180 @@
+"""The contract between a policy and everything that uses it: environments, evaluation, robots and servers.
+
+Shape legend: B batch, K action-chunk length, A action dimension, S state dimension, H image height, W image width.
+
+This file imports numpy only, so that a robot process can speak the contract without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+NORMALISATIONS = ("q99", "min_max", "mean_std", "identity")
+
+
+@dataclass(frozen=True)
+class Camera:
+    """One RGB camera: the key it has in an `Observation`, and the size in pixels that the policy was trained on."""
+
+    name: str
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not self.name or self.height < 1 or self.width < 1:
+            raise ValueError(f"camera needs a name and a positive size in pixels, got {self!r}")
+
+
+@dataclass(frozen=True)
+class Embodiment:
+    """The robot as the policy sees it. Each of these numbers exists once, here; everything else reads it.
+
+    Attributes:
+        name: what the robot is called in reports.
+        cameras: the views, in the order in which the policy receives them.
+        state_dim: S, size of the proprioceptive state.
+        action_dim: A, size of one action.
+        chunk: K, actions predicted by one forward pass.
+        control_hz: rate at which actions are executed.
+        state_normalisation, action_normalisation: one of `NORMALISATIONS`.
+        action_normalise_mask: per action dimension, False where the value passes unnormalised (the gripper).
+        gripper_index: which action dimension is the gripper, or None.
+        gripper_open, gripper_close: the environment's values for that dimension.
+    """
+
+    name: str
+    cameras: tuple[Camera, ...]
+    state_dim: int
+    action_dim: int
+    chunk: int
+    control_hz: float
+    state_normalisation: str = "q99"
+    action_normalisation: str = "q99"
+    action_normalise_mask: tuple[bool, ...] = ()
+    gripper_index: int | None = None
+    gripper_open: float = -1.0
+    gripper_close: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cameras", tuple(c if isinstance(c, Camera) else Camera(**c) for c in self.cameras))
+        object.__setattr__(
+            self, "action_normalise_mask", tuple(self.action_normalise_mask) or (True,) * self.action_dim
+        )
+        names = [camera.name for camera in self.cameras]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"embodiment {self.name!r} needs at least one camera, each with its own name; got {names}")
+        if min(self.state_dim, self.action_dim, self.chunk) < 1 or self.control_hz <= 0:
+            raise ValueError(f"embodiment {self.name!r}: state_dim, action_dim, chunk and control_hz must be positive")
+        if len(self.action_normalise_mask) != self.action_dim:
+            raise ValueError(
+                f"embodiment {self.name!r}: action_normalise_mask has {len(self.action_normalise_mask)} entries, "
+                f"action_dim is {self.action_dim}"
+            )
+        for kind in (self.state_normalisation, self.action_normalisation):
+            if kind not in NORMALISATIONS:
+                raise ValueError(f"unknown normalisation {kind!r}; one of {', '.join(NORMALISATIONS)}")
+        if self.gripper_index is not None and not 0 <= self.gripper_index < self.action_dim:
+            raise ValueError(f"gripper_index {self.gripper_index} is outside the {self.action_dim} action dimensions")
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        return tuple(camera.name for camera in self.cameras)
+
+    def fake_observation(self, batch: int = 1, seed: int = 0) -> Observation:
+        """A random observation of the right shapes, for tests, warm-up and benchmarks."""
+        rng = np.random.default_rng(seed)
+        return Observation(
+            images={
+                c.name: rng.integers(0, 256, (batch, c.height, c.width, 3), dtype=np.uint8) for c in self.cameras
+            },
+            state=rng.standard_normal((batch, self.state_dim)).astype(np.float32),
+            instruction=["pick up the red cube"] * batch,
+        )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy is given. Images are the right way up, as a person would look at them.
+
+    Attributes:
+        images: camera name -> uint8 [B,H,W,3] RGB.
+        state: float32 [B,S] in physical units.
+        instruction: B strings.
+    """
+
+    images: Mapping[str, np.ndarray]
+    state: np.ndarray
+    instruction: Sequence[str]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.instruction)
+
+    def validate(self, embodiment: Embodiment) -> None:
+        """Raise ValueError, saying what to do, unless this observation fits the embodiment (images of any size)."""
+        if isinstance(self.instruction, str):
+            raise ValueError("instruction must be a list with one string per sample, not a single string")
+        batch = self.batch_size
+        missing = [name for name in embodiment.camera_names if name not in self.images]
+        if missing:
+            raise ValueError(
+                f"observation has no camera {missing}; it has {sorted(self.images)}. "
+                f"Map the robot's cameras to {list(embodiment.camera_names)}."
+            )
+        for name in embodiment.camera_names:
+            image = self.images[name]
+            if image.dtype != np.uint8 or image.ndim != 4 or image.shape[0] != batch or image.shape[-1] != 3:
+                raise ValueError(
+                    f"camera {name!r} must be uint8 [B={batch},H,W,3] RGB, got {image.dtype} {tuple(image.shape)}"
+                )
+        if self.state.shape != (batch, embodiment.state_dim):
+            raise ValueError(
+                f"state must have shape [B={batch},S={embodiment.state_dim}], got {tuple(self.state.shape)}"
+            )
+        if not np.isfinite(self.state).all():
+            raise ValueError("state holds NaN or infinite values; check the robot's joint states")
+
+    @staticmethod
+    def stack(observations: Sequence[Observation]) -> Observation:
+        """Concatenate along the batch; all must have the same cameras and image sizes."""
+        first = observations[0]
+        return Observation(
+            images={name: np.concatenate([o.images[name] for o in observations]) for name in first.images},
+            state=np.concatenate([o.state for o in observations]),
+            instruction=[text for o in observations for text in o.instruction],
+        )
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """What the policy answers: actions float32 [B,K,A] in the environment's units, and how long it took.
+
+    `timing` holds milliseconds by stage (`preprocess_ms`, `inference_ms`, `postprocess_ms`).
+    """
+
+    actions: np.ndarray
+    timing: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything that turns observations into action chunks. Stateless between calls, except for caches."""
+
+    @property
+    def embodiment(self) -> Embodiment: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a report needs to name this policy (preset, parameters, checkpoint, training step, data set)."""
+        ...
+
+    def reset(self) -> None:
+        """Forget caches that belong to an episode."""
+        ...
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """One batched forward pass: [B] observations to [B,K,A] actions."""
+        ...
