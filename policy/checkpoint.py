@@ -1,0 +1,152 @@
+"""One checkpoint format: a folder with everything that a policy needs.
+
+    config.json          model, embodiment, tokenizer, and where it came from
+    model.safetensors    weights
+    statistics.json      normalisation statistics of state and action
+    training.pt          optimiser, step and EMA, only in checkpoints to resume from
+
+A folder appears whole or not at all: it is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.interface import Embodiment
+from cogvla.policy.model import CogVLA
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.preprocess import Preprocessor
+from cogvla.policy.tokenizer import PretrainedTokenizer, tokenizer_from_dict
+
+FORMAT = 1
+CONFIG, WEIGHTS, STATISTICS, TRAINING = "config.json", "model.safetensors", "statistics.json", "training.pt"
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when the block ends without an error.
+
+    Raises OSError with the free space when the disk is full; `folder` is then as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for file in draft.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():
+            folder.rename(previous)
+        draft.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(folder.parent).free / 1e6
+            raise OSError(
+                errno.ENOSPC, f"no space left to write {folder} ({free:.0f} MB free); earlier checkpoints are untouched"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def save_checkpoint(
+    folder: Path | str,
+    weights: dict[str, Tensor],
+    config: CogVLAConfig,
+    preprocessor: Preprocessor,
+    statistics: dict[str, Any],
+    description: dict[str, Any],
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder atomically.
+
+    Args:
+        folder: where; an existing checkpoint there is replaced.
+        weights: the model's state dict, as it shall be used for inference (EMA).
+        config, preprocessor, statistics: what rebuilds the policy.
+        description: provenance for reports (step, data set, seed, versions).
+        training: state to resume from (tensors, numbers and containers of them).
+    """
+    with atomic_folder(Path(folder)) as draft:
+        body = {
+            "format": FORMAT,
+            "model": config.to_dict(),
+            "embodiment": asdict(preprocessor.embodiment),
+            "tokenizer": preprocessor.tokenizer.to_dict(),
+            "description": description,
+        }
+        (draft / CONFIG).write_text(json.dumps(body, indent=2) + "\n")
+        (draft / STATISTICS).write_text(json.dumps({k: v.to_dict() for k, v in statistics.items()}, indent=2) + "\n")
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, draft / WEIGHTS)
+        if isinstance(preprocessor.tokenizer, PretrainedTokenizer):
+            preprocessor.tokenizer.save(draft)
+        if training is not None:
+            torch.save(training, draft / TRAINING)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint, or a ValueError that says what is wrong with the folder."""
+    if not folder.is_dir():
+        raise ValueError(f"no checkpoint folder at {folder}; train one with `train_policy` or give checkpoint=FOLDER")
+    missing = [name for name in (CONFIG, WEIGHTS, STATISTICS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is not a whole checkpoint: {', '.join(missing)} missing")
+    try:
+        body = json.loads((folder / CONFIG).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged ({error}); use another checkpoint") from error
+    if body.get("format") != FORMAT:
+        raise ValueError(f"{folder} has checkpoint format {body.get('format')!r}; this version reads {FORMAT}")
+    return body
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint; a truncated file is a ValueError."""
+    try:
+        return load_file(folder / WEIGHTS)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or truncated ({error}); use another checkpoint") from error
+
+
+def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
+    """The policy in a checkpoint folder, ready to act on `device`.
+
+    Raises:
+        ValueError: the folder is missing, incomplete, damaged, or its weights do not fit its configuration.
+    """
+    folder = Path(folder)
+    body = read_config(folder)
+    embodiment = Embodiment(**body["embodiment"])
+    tokenizer = tokenizer_from_dict(body["tokenizer"], folder)
+    preprocessor = Preprocessor(embodiment, tokenizer, json.loads((folder / STATISTICS).read_text()))
+    model = CogVLA(CogVLAConfig.from_dict(body["model"]), embodiment)
+    try:
+        model.load_state_dict(load_weights(folder))
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
+    return CogVLAPolicy(model.to(device), preprocessor, {"checkpoint": folder.name, **body["description"]})
+
+
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `training`; ValueError when this checkpoint is for inference only."""
+    if not (folder / TRAINING).is_file():
+        raise ValueError(f"{folder} has no {TRAINING}: it can be evaluated, but training cannot go on from it")
+    return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)

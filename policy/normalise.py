@@ -1,0 +1,117 @@
+"""Normalisation of states and actions, kept with the weights.
+
+The LIBERO convention of OpenVLA and CogVLA is `q99`: `2*(x-q01)/(q99-q01) - 1`, clipped to [-1,1]; ALOHA uses the same
+with minimum and maximum. Dimensions whose mask is False (the gripper) pass unchanged.
+
+Shape legend: D state or action dimension; inputs are [...,D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cogvla.policy.interface import NORMALISATIONS, Embodiment
+
+CONSTANT = 1e-6
+"""A dimension with a smaller range than this carries no information: it is normalised to 0."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per-dimension statistics of a data set, each a tuple of D numbers in physical units."""
+
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            values = tuple(float(v) for v in getattr(self, f.name))
+            object.__setattr__(self, f.name, values)
+            if len(values) != len(self.q01):
+                raise ValueError(f"statistic {f.name!r} has {len(values)} dimensions, q01 has {len(self.q01)}")
+            if not np.isfinite(values).all():
+                raise ValueError(f"statistic {f.name!r} holds NaN or infinite values")
+
+    @classmethod
+    def of(cls, values_ND: np.ndarray) -> Statistics:
+        """Statistics of samples [N,D]."""
+        x = np.asarray(values_ND, dtype=np.float64)
+        q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
+        return cls(*(tuple(v) for v in (q01, q99, x.min(0), x.max(0), x.mean(0), x.std(0))))
+
+    @property
+    def dim(self) -> int:
+        return len(self.q01)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return {name: list(values) for name, values in asdict(self).items()}
+
+
+class Normaliser(nn.Module):
+    """An affine map per dimension and its inverse, as buffers so that it moves with the policy's device."""
+
+    shift_D: Tensor
+    scale_D: Tensor
+
+    def __init__(self, kind: str, statistics: Statistics, mask: Sequence[bool] | None = None) -> None:
+        super().__init__()
+        if kind not in NORMALISATIONS:
+            raise ValueError(f"unknown normalisation {kind!r}; one of {', '.join(NORMALISATIONS)}")
+        keep = np.ones(statistics.dim, bool) if mask is None else np.asarray(mask, bool)
+        if keep.shape != (statistics.dim,):
+            raise ValueError(f"the mask has {keep.size} entries, the statistics {statistics.dim} dimensions")
+        low, high = {
+            "q99": (statistics.q01, statistics.q99),
+            "min_max": (statistics.min, statistics.max),
+            "mean_std": (np.subtract(statistics.mean, statistics.std), np.add(statistics.mean, statistics.std)),
+            "identity": (-np.ones(statistics.dim), np.ones(statistics.dim)),
+        }[kind]
+        low, high = np.where(keep, low, -1.0), np.where(keep, high, 1.0)
+        half_range = (high - low) / 2
+        self.constant_D: Tensor
+        self.register_buffer("shift_D", torch.tensor((high + low) / 2, dtype=torch.float32), persistent=False)
+        self.register_buffer("scale_D", torch.tensor(half_range, dtype=torch.float32), persistent=False)
+        self.register_buffer("constant_D", torch.tensor(half_range < CONSTANT / 2), persistent=False)
+        bounded = keep if kind in ("q99", "min_max") else np.zeros_like(keep)
+        limit = np.where(bounded, 1.0, np.inf)
+        self.register_buffer("limit_D", torch.tensor(limit, dtype=torch.float32), persistent=False)
+        self.limit_D: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Physical units [...,D] to normalised; quantile and range kinds are clipped to [-1,1]."""
+        self._check(x)
+        scale_D = torch.where(self.constant_D, torch.ones_like(self.scale_D), self.scale_D)
+        y = torch.where(self.constant_D, torch.zeros_like(x), (x - self.shift_D) / scale_D)
+        return torch.clamp(y, -self.limit_D, self.limit_D)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Normalised [...,D] to physical units (not clipped: what the policy says is what it means)."""
+        self._check(y)
+        return y * self.scale_D + self.shift_D
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.shift_D.shape[0]:
+            raise ValueError(f"expected {self.shift_D.shape[0]} dimensions, got {x.shape[-1]}")
+
+
+def normalisers(embodiment: Embodiment, statistics: dict[str, Any]) -> tuple[Normaliser, Normaliser]:
+    """The state's and the action's normaliser from `{"state": Statistics|dict, "action": Statistics|dict}`."""
+    parsed = {k: v if isinstance(v, Statistics) else Statistics(**v) for k, v in statistics.items()}
+    for key, dim in (("state", embodiment.state_dim), ("action", embodiment.action_dim)):
+        if key not in parsed or parsed[key].dim != dim:
+            found = parsed[key].dim if key in parsed else "none"
+            raise ValueError(f"statistics for {key!r} must have {dim} dimensions as the embodiment has; found {found}")
+    return (
+        Normaliser(embodiment.state_normalisation, parsed["state"]),
+        Normaliser(embodiment.action_normalisation, parsed["action"], embodiment.action_normalise_mask),
+    )

@@ -1,0 +1,54 @@
+"""Optimiser, learning-rate schedule and the exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: not norms, biases, embeddings' or learned tokens' single rows."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def warmup_cosine(
+    optimiser: torch.optim.Optimizer, warmup_steps: int, steps: int, floor: float = 0.02
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a cosine down to `floor` times the peak at `steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
+class ExponentialAverage:
+    """Averaged copy of a module's parameters; the decay grows to its value over the first steps.
+
+    Args:
+        parameters: name -> parameter, as they are now.
+        decay: weight of the past per step, in [0,1); 0 keeps the current weights.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA decay must be in [0,1), got {decay}")
+        self.decay = decay
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: dict[str, Tensor], step: int) -> None:
+        """Move the average towards the parameters after optimiser step number `step` (from 1)."""
+        decay = min(self.decay, step / (step + 10))
+        current = [parameters[name].detach() for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)

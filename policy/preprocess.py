@@ -1,0 +1,84 @@
+"""One preprocessor for training and inference: the policy sees the same numbers in both.
+
+Shape legend: B batch, V views, H, W image, S state, K chunk, A action, T text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cogvla.policy.interface import Embodiment, Observation
+from cogvla.policy.model import ModelInput
+from cogvla.policy.normalise import normalisers
+from cogvla.policy.tokenizer import Tokenizer
+
+INSTRUCTION_CACHE = 4096
+
+
+class Preprocessor(nn.Module):
+    """Observation to `ModelInput`, and normalised actions back to physical units.
+
+    Args:
+        embodiment: cameras, sizes and normalisation kinds.
+        tokenizer: turns instructions into ids.
+        statistics: `{"state": Statistics, "action": Statistics}` of the training data.
+    """
+
+    def __init__(self, embodiment: Embodiment, tokenizer: Tokenizer, statistics: dict[str, Any]) -> None:
+        super().__init__()
+        sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
+        if len(sizes) != 1:
+            raise ValueError(f"the policy takes all views at one size; embodiment {embodiment.name!r} has {sizes}")
+        self.embodiment, self.tokenizer = embodiment, tokenizer
+        self.image_size = sizes.pop()
+        self.state_normaliser, self.action_normaliser = normalisers(embodiment, statistics)
+        self._text: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.state_normaliser.shift_D.device
+
+    def text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids [B,T] and mask [B,T] of B instructions, padded to the longest; each instruction is encoded once."""
+        for text in set(instructions) - self._text.keys():
+            if len(self._text) >= INSTRUCTION_CACHE:
+                self._text.clear()
+            ids_BT, mask_BT = self.tokenizer.encode([text])
+            self._text[text] = (ids_BT[0].to(self.device), mask_BT[0].to(self.device))
+        rows = [self._text[text] for text in instructions]
+        ids_BT = nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
+        mask_BT = nn.utils.rnn.pad_sequence([mask for _, mask in rows], batch_first=True)
+        return ids_BT, mask_BT
+
+    def pixels(self, images_BHWC: Sequence[Tensor]) -> Tensor:
+        """V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size (antialiased bilinear)."""
+        views = []
+        for image_BHWC in images_BHWC:
+            view_BCHW = rearrange(image_BHWC, "b h w c -> b c h w")
+            if view_BCHW.shape[-2:] != self.image_size:
+                resized = F.interpolate(view_BCHW.float(), self.image_size, mode="bilinear", antialias=True)
+                view_BCHW = resized.round_().clamp_(0, 255).to(torch.uint8)
+            views.append(view_BCHW)
+        return torch.stack(views, dim=1)
+
+    def observation(self, observation: Observation) -> ModelInput:
+        """A validated observation to model input on the policy's device."""
+        observation.validate(self.embodiment)
+        images = [torch.from_numpy(observation.images[name]).to(self.device) for name in self.embodiment.camera_names]
+        state_BS = torch.from_numpy(observation.state).to(self.device, torch.float32)
+        return self.model_input(self.pixels(images), state_BS, observation.instruction)
+
+    def model_input(self, pixels_BVCHW: Tensor, state_BS: Tensor, instructions: Sequence[str]) -> ModelInput:
+        """Pixels uint8 [B,V,3,H,W], state [B,S] in physical units and B instructions to model input."""
+        text_ids_BT, text_mask_BT = self.text(instructions)
+        return ModelInput(pixels_BVCHW, text_ids_BT, text_mask_BT, self.state_normaliser(state_BS))
+
+    def actions(self, normalised_BKA: Tensor) -> Tensor:
+        """Normalised actions [B,K,A] to physical units."""
+        return self.action_normaliser.inverse(normalised_BKA)

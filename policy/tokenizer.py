@@ -1,0 +1,122 @@
+"""Instructions to token ids.
+
+Two tokenizers behind one method: a word tokenizer for policies trained from scratch, whose vocabulary is the words of
+the training data, and a wrapper for the tokenizer of a pretrained language model, with the paper's prompt.
+
+Shape legend: B batch, T text length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PAD, UNKNOWN = "<pad>", "<unk>"
+PAPER_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+
+
+class WordTokenizer:
+    """Lower-case words and nothing else: enough for a closed set of instructions, and readable in a checkpoint.
+
+    Words that training never saw become `<unk>`.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        if list(words[:2]) != [PAD, UNKNOWN] or len(set(words)) != len(words):
+            raise ValueError(f"a vocabulary starts with {PAD}, {UNKNOWN} and has no word twice; got {list(words)[:4]}…")
+        self.words = tuple(words)
+        self._ids = {word: i for i, word in enumerate(self.words)}
+
+    @classmethod
+    def from_instructions(cls, instructions: Iterable[str]) -> WordTokenizer:
+        """The vocabulary of these instructions, in alphabetical order so that it does not depend on theirs."""
+        return cls([PAD, UNKNOWN, *sorted({word for text in instructions for word in _split(text)})])
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B instructions to ids int64 [B,T] and mask bool [B,T] (True = a word), padded to the longest."""
+        rows = [[self._ids.get(word, 1) for word in _split(text)] for text in instructions]
+        empty = [text for text, row in zip(instructions, rows, strict=True) if not row]
+        if empty:
+            raise ValueError(f"instruction {empty[0]!r} holds no word; give the robot something to do")
+        return _pad(rows, pad_id=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "words", "words": list(self.words)}
+
+
+class PretrainedTokenizer:
+    """The tokenizer of a pretrained language model, with the prompt of OpenVLA and CogVLA.
+
+    BOS is left out: the token layout places it. `empty_token` is the id that OpenVLA appends after the prompt when it
+    is not there already (29871 for Llama-2).
+    """
+
+    def __init__(self, source: str, prompt: str = PAPER_PROMPT, empty_token: int | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        if "{instruction}" not in prompt:
+            raise ValueError("the prompt must contain {instruction}")
+        self.source, self.prompt, self.empty_token = source, prompt, empty_token
+        self._tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B instructions to ids int64 [B,T] and mask bool [B,T] (True = a token), padded on the right."""
+        rows = []
+        for text in instructions:
+            prompt = self.prompt.format(instruction=text.strip().lower())
+            row = list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
+            if self.empty_token is not None and row[-1:] != [self.empty_token]:
+                row.append(self.empty_token)
+            rows.append(row)
+        return _pad(rows, pad_id=self._tokenizer.pad_token_id or 0)
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files, so that the checkpoint needs no hub."""
+        self._tokenizer.save_pretrained(folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "pretrained",
+            "source": self.source,
+            "prompt": self.prompt,
+            "empty_token": self.empty_token,
+        }
+
+
+Tokenizer = WordTokenizer | PretrainedTokenizer
+
+
+def tokenizer_from_dict(description: dict[str, Any], folder: Path | None = None) -> Tokenizer:
+    """Rebuild a tokenizer from a checkpoint's `config.json`; `folder` holds a pretrained one's files."""
+    match description.get("kind"):
+        case "words":
+            return WordTokenizer(description["words"])
+        case "pretrained":
+            local = folder is not None and (folder / "tokenizer_config.json").exists()
+            return PretrainedTokenizer(
+                str(folder) if local else description["source"], description["prompt"], description["empty_token"]
+            )
+        case other:
+            raise ValueError(f"unknown tokenizer kind {other!r}; one of words, pretrained")
+
+
+def _split(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    length = max(len(row) for row in rows)
+    ids_BT = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.long)
+    mask_BT = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
+    return ids_BT, mask_BT

@@ -1,0 +1,58 @@
+"""What a loss alone does not tell: held-out error by phase, under a wrong instruction, and where the policy looks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogvla.policy.batches import BatchBuilder
+from cogvla.policy.data import DemonstrationData, TrainingBatches
+from cogvla.policy.objective import masked_l1
+from cogvla.policy.policy import CogVLAPolicy
+
+SAMPLES, BATCH = 512, 64
+
+
+@torch.inference_mode()
+def validate(
+    policy: CogVLAPolicy, held_out: DemonstrationData, builder: BatchBuilder, grounding: nn.Module | None
+) -> dict[str, float]:
+    """Metrics over at most 512 held-out samples, the same at every call.
+
+    Returns `validation/`: `action_l1` (normalised units), `wrong_instruction_l1` (the same samples with another
+    instruction that is possible in the scene: the gap is what the instruction decides), `target_cm` and `goal_cm`
+    (position error of the grounding head), and `phase{i}_l1`.
+    """
+    batches = TrainingBatches(held_out, min(BATCH, len(held_out)), seed=0)
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+
+    def add(name: str, value: float, weight: float) -> None:
+        sums[name] = sums.get(name, 0.0) + value * weight
+        counts[name] = counts.get(name, 0.0) + weight
+
+    generator = torch.Generator().manual_seed(0)
+    for step in range(max(1, min(SAMPLES, len(held_out)) // batches.batch_size)):
+        samples: dict[str, Any] = batches.gather(batches.rows(step))
+        batch = builder.evaluation(samples)
+        output = policy.model(batch.inputs)
+        add("action_l1", masked_l1(output.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
+        if "phase" in samples["labels"]:
+            phase_B = samples["labels"]["phase"].flatten()
+            for phase in phase_B.unique().tolist():
+                chosen = phase_B == phase
+                error = masked_l1(output.actions[chosen], batch.actions_BKA[chosen], batch.weight_BK[chosen])
+                add(f"phase{phase}_l1", error.item(), int(chosen.sum()))
+        if grounding is not None and batch.positions_BG is not None:
+            scale = builder.position_std.to(batch.positions_BG)
+            error_BG = (grounding(output.vision) - batch.positions_BG) * scale
+            add("target_cm", 100 * error_BG[:, :3].norm(dim=-1).mean().item(), 1)
+            add("goal_cm", 100 * error_BG[:, 3:].norm(dim=-1).mean().item(), 1)
+        if builder.has_alternatives:
+            task_B, allowed_B = builder.alternatives(samples, generator)
+            wrong_B = torch.where(allowed_B, builder.instruction_of_task[task_B], samples["instruction_id"])
+            wrong = policy.model(builder.evaluation(samples, wrong_B).inputs)
+            add("wrong_instruction_l1", masked_l1(wrong.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
+    return {f"validation/{name}": sums[name] / counts[name] for name in sorted(sums)}
