@@ -92,7 +92,12 @@ class BatchBuilder:
         return (positions_BG.float() - self.position_mean) / self.position_std
 
     def _batch(
-        self, samples: dict[str, Any], state_BS: Tensor, instruction_B: Tensor, weight_BK: Tensor, positions: Tensor | None
+        self,
+        samples: dict[str, Any],
+        state_BS: Tensor,
+        instruction_B: Tensor,
+        weight_BK: Tensor,
+        positions: Tensor | None,
     ) -> Batch:
         device = self.preprocessor.device
         instructions = [self.instructions[i] for i in instruction_B.tolist()]
@@ -100,6 +105,4 @@ class BatchBuilder:
             samples["pixels"].to(device, non_blocking=True), state_BS.to(device, non_blocking=True), instructions
         )
         actions_BKA = self.preprocessor.action_normaliser(samples["actions"].to(device, non_blocking=True))
-        return Batch(
-            inputs, actions_BKA, weight_BK.to(device), None if positions is None else positions.to(device)
-        )
+        return Batch(inputs, actions_BKA, weight_BK.to(device), None if positions is None else positions.to(device))

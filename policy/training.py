@@ -10,6 +10,7 @@ Unusual here:
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -31,7 +32,6 @@ from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_training_state, save_checkpoint
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.data import DemonstrationData, TrainingBatches
-from cogvla.policy.model import CogVLA
 from cogvla.policy.objective import Objective
 from cogvla.policy.optimisation import ExponentialAverage, adamw, warmup_cosine
 from cogvla.policy.policy import CogVLAPolicy
@@ -65,7 +65,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.accumulation, self.checkpoint_every, self.keep_checkpoints) < 1:
-            raise ValueError("steps, batch_size, accumulation, checkpoint_every and keep_checkpoints must be at least 1")
+            raise ValueError(
+                "steps, batch_size, accumulation, checkpoint_every and keep_checkpoints must be at least 1"
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
         if self.precision not in PRECISIONS:
@@ -103,7 +105,9 @@ class Trainer:
         self.log, self.evaluate = log, evaluate
         bf16 = config.precision == "bfloat16" or (config.precision == "auto" and torch.cuda.is_available())
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False
+            mixed_precision="bf16" if bf16 else "no",
+            cpu=not torch.cuda.is_available(),
+            step_scheduler_with_optimizer=False,
         )
         if config.batch_size % (self.accelerator.num_processes * config.accumulation):
             raise ValueError(
@@ -117,7 +121,7 @@ class Trainer:
         self.optimiser: Any = self.accelerator.prepare(optimiser)
         self.raw: Objective = self.accelerator.unwrap_model(self.objective)
         self.forward = torch.compile(self.objective) if config.compile else self.objective
-        self.average = ExponentialAverage(dict(self.raw.model.named_parameters()), config.ema_decay)
+        self.average = ExponentialAverage(dict(self.raw.named_parameters()), config.ema_decay)
         training, held_out = data.split(config.validation_fraction, config.seed)
         self.batches = TrainingBatches(training, config.batch_size, config.seed)
         self.held_out = held_out
@@ -152,7 +156,7 @@ class Trainer:
                     bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", samples_per_s=f"{rate:.0f}")
                     self._record(metrics, {"train/samples_per_s": rate})
                 if self._due(self.config.validate_every) and len(self.held_out):
-                    self._record(validate(self.policy(), self.held_out, self.builder, self.average_grounding()), {})
+                    self._record(validate(self.averaged(), self.held_out, self.builder), {})
                 if self.evaluate is not None and self._due(self.config.rollout_every):
                     self._record(self.evaluate(self.policy(), self.step), {})
                 if self._due(self.config.checkpoint_every):
@@ -167,15 +171,15 @@ class Trainer:
         self._export(self.output / "policy")
         return policy
 
-    def policy(self) -> CogVLAPolicy:
-        """The policy with the averaged weights, as a separate model."""
-        model = CogVLA(self.model_config, self.data.embodiment).to(self.accelerator.device)
-        model.load_state_dict(self._inference_weights())
-        return CogVLAPolicy(model, self.preprocessor, self.describe())
+    def averaged(self) -> Objective:
+        """A copy of the model and its heads with the averaged weights."""
+        objective = copy.deepcopy(self.raw)
+        objective.load_state_dict({**self.raw.state_dict(), **self.average.average})
+        return objective.eval()
 
-    def average_grounding(self) -> Any:
-        """The grounding head, for validation."""
-        return self.raw.grounding
+    def policy(self) -> CogVLAPolicy:
+        """The policy with the averaged weights."""
+        return CogVLAPolicy(self.averaged().model, self.preprocessor, self.describe())
 
     def describe(self) -> dict[str, Any]:
         """Provenance of the policy at this step."""
@@ -207,7 +211,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             save_checkpoint(
                 folder,
-                self._inference_weights(),
+                self.averaged().model.state_dict(),
                 self.model_config,
                 self.preprocessor,
                 self.data.statistics(),
@@ -234,11 +238,8 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.schedule.step()
-        self.average.update(dict(self.raw.model.named_parameters()), self.step + 1)
+        self.average.update(dict(self.raw.named_parameters()), self.step + 1)
         return {**losses, "gradient_norm": norm.detach()}
-
-    def _inference_weights(self) -> dict[str, Tensor]:
-        return {**self.raw.model.state_dict(), **self.average.average}
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)

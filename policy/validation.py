@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.data import DemonstrationData, TrainingBatches
-from cogvla.policy.objective import masked_l1
-from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.objective import Objective, masked_l1
 
 SAMPLES, BATCH = 512, 64
 
 
 @torch.inference_mode()
-def validate(
-    policy: CogVLAPolicy, held_out: DemonstrationData, builder: BatchBuilder, grounding: nn.Module | None
-) -> dict[str, float]:
+def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBuilder) -> dict[str, float]:
     """Metrics over at most 512 held-out samples, the same at every call.
 
     Returns `validation/`: `action_l1` (normalised units), `wrong_instruction_l1` (the same samples with another
@@ -37,7 +33,7 @@ def validate(
     for step in range(max(1, min(SAMPLES, len(held_out)) // batches.batch_size)):
         samples: dict[str, Any] = batches.gather(batches.rows(step))
         batch = builder.evaluation(samples)
-        output = policy.model(batch.inputs)
+        output = objective.model(batch.inputs)
         add("action_l1", masked_l1(output.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
         if "phase" in samples["labels"]:
             phase_B = samples["labels"]["phase"].flatten()
@@ -45,14 +41,14 @@ def validate(
                 chosen = phase_B == phase
                 error = masked_l1(output.actions[chosen], batch.actions_BKA[chosen], batch.weight_BK[chosen])
                 add(f"phase{phase}_l1", error.item(), int(chosen.sum()))
-        if grounding is not None and batch.positions_BG is not None:
+        if objective.grounding is not None and batch.positions_BG is not None:
             scale = builder.position_std.to(batch.positions_BG)
-            error_BG = (grounding(output.vision) - batch.positions_BG) * scale
+            error_BG = (objective.grounding(output.vision) - batch.positions_BG) * scale
             add("target_cm", 100 * error_BG[:, :3].norm(dim=-1).mean().item(), 1)
             add("goal_cm", 100 * error_BG[:, 3:].norm(dim=-1).mean().item(), 1)
         if builder.has_alternatives:
             task_B, allowed_B = builder.alternatives(samples, generator)
             wrong_B = torch.where(allowed_B, builder.instruction_of_task[task_B], samples["instruction_id"])
-            wrong = policy.model(builder.evaluation(samples, wrong_B).inputs)
+            wrong = objective.model(builder.evaluation(samples, wrong_B).inputs)
             add("wrong_instruction_l1", masked_l1(wrong.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
     return {f"validation/{name}": sums[name] / counts[name] for name in sorted(sums)}
