@@ -1,0 +1,232 @@
+"""The model's configuration: plain data, validated where it is built.
+
+What belongs to the robot (views, image size, chunk, action and state dimension) is not here but in the `Embodiment`.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from cogvla.routing.aggregation import FUSIONS
+from cogvla.routing.attention import ATTENTION
+from cogvla.routing.pruning import MODES, POSITION_POLICIES, SCALES
+from cogvla.routing.schedule import keep_ratios
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """One vision transformer.
+
+    Attributes:
+        patch_size: pixels per side of a patch; must divide the image.
+        timm: name of a timm model that gives the architecture (and, on request, pretrained weights); the sizes below
+            are then left out.
+        width, depth, heads, mlp_ratio: sizes of a transformer of our own. The last block's output is not used (the
+            features are those of the last block but one), so `depth` counts one block more than is computed.
+        class_token, registers: extra tokens in front, as DINOv2 has them.
+        layer_scale: initial value of LayerScale on both branches, or None for none.
+        mean, std: normalisation of RGB values in [0,1].
+    """
+
+    patch_size: int
+    timm: str | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float = 4.0
+    class_token: bool = False
+    registers: int = 0
+    layer_scale: float | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        sizes = (self.width, self.depth, self.heads)
+        if self.timm is not None:
+            if any(size is not None for size in sizes):
+                raise ValueError(f"tower {self.timm!r} takes its sizes from timm; leave out width, depth and heads")
+        elif any(size is None or size < 1 for size in sizes):
+            raise ValueError("a tower needs either a timm name or width, depth and heads")
+        elif self.width % self.heads or self.depth < 2:  # type: ignore[operator]
+            raise ValueError(f"tower: width must be divisible by heads and depth at least 2, got {sizes}")
+        if self.patch_size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError("a tower needs a positive patch_size and three means and three positive stds")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Two towers, and how many aggregation tokens each of them has per view.
+
+    Attributes:
+        dinov2, siglip: the towers; the names say which published weights they can hold.
+        aggregation_tokens: M.
+        drop_last_block: leave the block whose output is not used out of the model.
+    """
+
+    dinov2: TowerConfig
+    siglip: TowerConfig
+    aggregation_tokens: int
+    drop_last_block: bool = True
+
+    def __post_init__(self) -> None:
+        if self.aggregation_tokens < 1:
+            raise ValueError("aggregation_tokens must be positive")
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A Llama-style decoder.
+
+    Attributes:
+        architecture: `llama` or `qwen2` (biases on q, k and v).
+        vocab_size, width, intermediate, layers, heads, kv_heads: sizes; kv_heads None means as many as heads.
+        bos_token, stop_token: ids whose embeddings open and close the sequence.
+        rms_norm_eps, rope_theta: as in transformers.
+        init_std: standard deviation of the linear layers at the start.
+        embedding_std: that of the token embeddings; None is `init_std`. From scratch it should be near 1, or FiLM, which
+            reads the mean embedding, hardly sees the instruction for thousands of steps.
+        hub: repository of pretrained weights that fit these sizes, or None.
+    """
+
+    vocab_size: int
+    width: int
+    intermediate: int
+    layers: int
+    heads: int
+    bos_token: int
+    stop_token: int
+    architecture: Literal["llama", "qwen2"] = "llama"
+    kv_heads: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    init_std: float = 0.02
+    embedding_std: float | None = None
+    hub: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("language.architecture", self.architecture, ("llama", "qwen2"))
+        if min(self.vocab_size, self.width, self.intermediate, self.layers, self.heads) < 1:
+            raise ValueError("language: all sizes must be positive")
+        if self.width % self.heads or self.heads % (self.kv_heads or self.heads):
+            raise ValueError("language: width must be divisible by heads, and heads by kv_heads")
+        if not (0 <= self.bos_token < self.vocab_size and 0 <= self.stop_token < self.vocab_size):
+            raise ValueError(f"language: bos_token and stop_token must be below vocab_size {self.vocab_size}")
+
+
+@dataclass(frozen=True)
+class ActionHeadConfig:
+    """Action placeholders and the head that reads them.
+
+    Attributes:
+        tokens_per_step: `one` placeholder per step of the chunk, or one per `action_dim`ension (the paper, K*A).
+        placeholder: `learned` embeddings, or `zero` vectors (the paper).
+        blocks: residual blocks of the head.
+    """
+
+    tokens_per_step: Literal["one", "action_dim"] = "one"
+    placeholder: Literal["learned", "zero"] = "learned"
+    blocks: int = 2
+
+    def __post_init__(self) -> None:
+        _one_of("head.tokens_per_step", self.tokens_per_step, ("one", "action_dim"))
+        _one_of("head.placeholder", self.placeholder, ("learned", "zero"))
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """The three stages of the paper, each with a switch.
+
+    Attributes:
+        efa: stage 1. Off: plain patch tokens, channels of both towers joined, one projector.
+        fusion: how stage 1 brings the streams together, `mix`, `sum` or `concat`.
+        summary: what the instruction's summary is the mean of: `words`, or `faithful` (bos and stop included).
+        film_init: see `routing.film.FiLM`.
+        lfp: stage 2. Off: every layer sees all vision tokens.
+        schedule, mean_keep, period: see `routing.schedule.keep_ratios`.
+        mode: `bypass` (tokens not kept skip the layer and come back) or `drop` (they are gone).
+        position_policy: `keep` the positions of kept tokens, or `renumber` them in routed layers (faithful).
+        scale: what the router's probability multiplies, which is how the router learns: the MLP output of `all` tokens
+            (faithful) or of `visual_only` vision tokens, or for vision tokens also the attention `values`. Only the last
+            one reaches the router of the last layer, where nothing reads a vision token's MLP output any more.
+        attention: stage 3, `coupled`; `causal` and `bidirectional` are ablations.
+    """
+
+    efa: bool = True
+    fusion: Literal["mix", "sum", "concat"] = "mix"
+    summary: Literal["words", "faithful"] = "words"
+    film_init: float | None = None
+    lfp: bool = True
+    schedule: str = "shiftedcos_decay_0.85_0.15"
+    mean_keep: float = 0.5
+    period: int | None = None
+    mode: Literal["bypass", "drop"] = "bypass"
+    position_policy: Literal["keep", "renumber"] = "keep"
+    scale: Literal["all", "visual_only", "values"] = "visual_only"
+    attention: Literal["coupled", "causal", "bidirectional"] = "coupled"
+
+    def __post_init__(self) -> None:
+        _one_of("routing.fusion", self.fusion, FUSIONS)
+        _one_of("routing.summary", self.summary, ("words", "faithful"))
+        _one_of("routing.mode", self.mode, MODES)
+        _one_of("routing.position_policy", self.position_policy, POSITION_POLICIES)
+        _one_of("routing.scale", self.scale, SCALES)
+        _one_of("routing.attention", self.attention, ATTENTION)
+        keep_ratios(self.schedule, 2, self.mean_keep, self.period)
+
+    def keep_ratios(self, layers: int) -> tuple[float | None, ...]:
+        """Keep ratio per layer, None where the layer is not routed."""
+        return keep_ratios(self.schedule if self.lfp else "none", layers, self.mean_keep, self.period)
+
+
+@dataclass(frozen=True)
+class CogVLAConfig:
+    """Everything about the network that does not belong to the robot."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CogVLAConfig:
+        """From nested plain data, as YAML or JSON give it.
+
+        Raises:
+            ValueError: unknown or missing keys (the message lists the valid ones), or values that make no sense.
+        """
+        return _build(cls, data, "model")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain data that `from_dict` takes back."""
+        return asdict(self)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _build(cls: type, data: Mapping[str, Any], path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path} must be a mapping of {', '.join(f.name for f in fields(cls))}; got {data!r}")
+    hints = typing.get_type_hints(cls)
+    valid = [f.name for f in fields(cls)]
+    if unknown := sorted(str(key) for key in data if key not in valid):
+        raise ValueError(f"unknown key {', '.join(unknown)} in {path}; valid keys are {', '.join(valid)}")
+    values = {
+        key: _build(hints[key], value, f"{path}.{key}")
+        if is_dataclass(hints[key])
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+        for key, value in data.items()
+    }
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}; valid keys are {', '.join(valid)}") from error

@@ -1,0 +1,221 @@
+"""A decoder of ours that drives the layers of an unmodified transformers Llama (LFP and CAtten, stages 2 and 3).
+
+What is unusual:
+- vision tokens are routed per layer; the mask is built once per keep-count and handed to SDPA, nothing is patched
+- no KV cache and no output vocabulary: a chunk of actions is read from one forward pass
+- the last layer computes queries and MLP only for the action block, the only rows that are read
+
+Shape legend: B batch, S sequence, Q query rows, N vision tokens, K kept vision tokens, D width, H heads, G key/value heads,
+E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
+
+from cogvla.policy.config import LanguageConfig, RoutingConfig
+from cogvla.routing.attention import additive, attention_mask
+from cogvla.routing.layout import TokenLayout
+from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
+from cogvla.routing.schedule import keep_count
+
+
+def build_language_model(config: LanguageConfig) -> LlamaModel | Qwen2Model:
+    """The transformers model whose layers the decoder drives, randomly initialised."""
+    config_class, model_class = {"llama": (LlamaConfig, LlamaModel), "qwen2": (Qwen2Config, Qwen2Model)}[
+        config.architecture
+    ]
+    model = model_class(
+        config_class(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.intermediate,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads or config.heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            initializer_range=config.init_std,
+            pad_token_id=None,
+        )
+    )
+    if config.embedding_std is not None:
+        nn.init.normal_(model.embed_tokens.weight, std=config.embedding_std)
+    return model
+
+
+@dataclass
+class Trace:
+    """What a debug forward pass remembers, by layer.
+
+    Attributes:
+        hidden: [B,S',D] after the layer.
+        kept: vision tokens of routed layers, int64 [B,K], counted from the first vision token of the whole sequence.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+
+class RoutedDecoder(nn.Module):
+    """Sequence [B,S,D] in, states of the action placeholders [B,J,D] out."""
+
+    def __init__(self, config: LanguageConfig, routing: RoutingConfig) -> None:
+        super().__init__()
+        self.llm = build_language_model(config)
+        self.routing = routing
+        self.ratios = routing.keep_ratios(config.layers)
+        self.routers = nn.ModuleDict(
+            {
+                str(index): FiLMRouter(config.width, score_all=routing.scale == "all")
+                for index, ratio in enumerate(self.ratios)
+                if ratio is not None
+            }
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids to embeddings."""
+        return self.llm.embed_tokens(ids)
+
+    def forward(self, x_BSD: Tensor, layout: TokenLayout, text_mask_BT: Tensor, trace: Trace | None = None) -> Tensor:
+        """Run all layers; with a `trace`, every row of every layer is computed and remembered.
+
+        Args:
+            x_BSD: embeddings in the order of `layout`.
+            layout: of the whole sequence.
+            text_mask_BT: False on padding.
+            trace: filled in place.
+        """
+        context = _Context(self, x_BSD, layout, text_mask_BT)
+        now = context.frame(layout.vision)
+        current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
+        last = len(self.llm.layers) - 1
+        for index, (layer, ratio) in enumerate(zip(self.llm.layers, self.ratios, strict=True)):
+            answer_only = index == last and trace is None
+            count = now.layout.vision if ratio is None else min(keep_count(layout.vision, ratio), now.layout.vision)
+            h_BSD = layer.input_layernorm(x_BSD)
+            if ratio is None:
+                x_BSD = _layer(layer, x_BSD, h_BSD, now, answer_only=answer_only)
+            else:
+                router = self.routers[str(index)]
+                chosen = router(h_BSD, now.layout, now.valid_BS, count)
+                frame = context.frame(count, kept_BK=chosen.kept_BK, before=now)
+                out_BSD = _layer(
+                    layer,
+                    take_rows(x_BSD, chosen.rows),
+                    take_rows(h_BSD, chosen.rows),
+                    frame,
+                    factor_BS1=chosen.factor_BS1,
+                    scale_values=self.routing.scale == "values",
+                    answer_only=answer_only,
+                )
+                if trace is not None:
+                    kept_BK = chosen.kept_BK if current_BN is None else current_BN.gather(1, chosen.kept_BK)
+                    trace.kept[index] = kept_BK
+                    current_BN = kept_BK if self.routing.mode == "drop" else None
+                if self.routing.mode == "drop" or answer_only:
+                    x_BSD, now = out_BSD, frame
+                else:
+                    x_BSD = put_rows(x_BSD, chosen.rows, out_BSD)
+            if trace is not None:
+                trace.hidden[index] = x_BSD
+        answer_BJD = x_BSD if trace is None else x_BSD[:, now.layout.answer]
+        return self.llm.norm(answer_BJD[:, : layout.action])
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What attention needs for one set of tokens."""
+
+    layout: TokenLayout
+    valid_BS: Tensor
+    mask_B1SS: Tensor
+    cos_B1SE: Tensor
+    sin_B1SE: Tensor
+    position_BS: Tensor
+
+
+class _Context:
+    """Masks and rotations of one forward pass, each built once per keep-count."""
+
+    def __init__(self, decoder: RoutedDecoder, x_BSD: Tensor, layout: TokenLayout, text_mask_BT: Tensor) -> None:
+        self.routing = decoder.routing
+        self.layout, self.text_mask_BT, self.dtype = layout, text_mask_BT, x_BSD.dtype
+        every_1S = torch.arange(layout.length, device=x_BSD.device)[None]
+        # Rotations of positions 0..S-1, looked up by every layer: positions are never larger.
+        cos_1SE, sin_1SE = decoder.llm.rotary_emb(x_BSD, every_1S)
+        self.cos_SE, self.sin_SE = cos_1SE[0], sin_1SE[0]
+        self._static: dict[int, tuple[TokenLayout, Tensor, Tensor, Tensor]] = {}
+        self._frames: dict[int, _Frame] = {}
+
+    def frame(self, count: int, kept_BK: Tensor | None = None, before: _Frame | None = None) -> _Frame:
+        """The frame with `count` vision tokens: all of them, or those `kept` of the frame `before`."""
+        renumber = kept_BK is None or self.routing.position_policy == "renumber"
+        if renumber and count in self._frames:
+            return self._frames[count]
+        layout, valid_BS, mask_B1SS, position_BS = self._shared(count)
+        if not renumber:
+            assert kept_BK is not None and before is not None, "kept tokens are a selection of a frame"
+            position = before.position_BS
+            position_BS = torch.cat(
+                (
+                    position[:, before.layout.bos],
+                    position[:, before.layout.visual].gather(1, kept_BK),
+                    position[:, before.layout.rest],
+                ),
+                dim=1,
+            )
+        cos_B1SE, sin_B1SE = self.cos_SE[position_BS][:, None], self.sin_SE[position_BS][:, None]
+        frame = _Frame(layout, valid_BS, mask_B1SS, cos_B1SE, sin_B1SE, position_BS)
+        if renumber:
+            self._frames[count] = frame
+        return frame
+
+    def _shared(self, count: int) -> tuple[TokenLayout, Tensor, Tensor, Tensor]:
+        if count not in self._static:
+            layout = self.layout.with_vision(count)
+            valid_BS = layout.valid(self.text_mask_BT)
+            mask_B1SS = additive(attention_mask(layout, valid_BS, self.routing.attention), self.dtype)
+            self._static[count] = (layout, valid_BS, mask_B1SS, layout.positions(valid_BS))
+        return self._static[count]
+
+
+def _layer(
+    layer: nn.Module,
+    x_BSD: Tensor,
+    h_BSD: Tensor,
+    frame: _Frame,
+    *,
+    factor_BS1: Tensor | None = None,
+    scale_values: bool = False,
+    answer_only: bool = False,
+) -> Tensor:
+    """One transformer layer on residual `x` and its normalised form `h`; `answer_only` leaves out the other rows."""
+    rows = frame.layout.answer if answer_only else slice(None)
+    attention = layer.self_attn
+    head_width = frame.cos_B1SE.shape[-1]
+    split = "b s (h e) -> b h s e"
+    q_BHQE = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
+    k_BGSE = rearrange(attention.k_proj(h_BSD), split, e=head_width)
+    v_BSD = attention.v_proj(h_BSD)
+    v_BGSE = rearrange(v_BSD * factor_BS1 if scale_values and factor_BS1 is not None else v_BSD, split, e=head_width)
+    q_BHQE = _rotate(q_BHQE, frame.cos_B1SE[:, :, rows], frame.sin_B1SE[:, :, rows])
+    k_BGSE = _rotate(k_BGSE, frame.cos_B1SE, frame.sin_B1SE)
+    if groups := q_BHQE.shape[1] // k_BGSE.shape[1] - 1:
+        k_BGSE, v_BGSE = (t.repeat_interleave(groups + 1, dim=1) for t in (k_BGSE, v_BGSE))
+    o_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BGSE, v_BGSE, attn_mask=frame.mask_B1SS[:, :, rows])
+    x_BQD = x_BSD[:, rows] + attention.o_proj(rearrange(o_BHQE, "b h q e -> b q (h e)"))
+    out_BQD = layer.mlp(layer.post_attention_layernorm(x_BQD))
+    return x_BQD + out_BQD if factor_BS1 is None else torch.addcmul(x_BQD, out_BQD, factor_BS1[:, rows])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in Llama's half-split form."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)

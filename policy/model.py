@@ -1,0 +1,163 @@
+"""CogVLA: instruction-driven routing and sparsification, from pixels to a chunk of actions in one pass.
+
+Shape legend: B batch, V views, M aggregation tokens per view, N = V*M, T text tokens, S state dimension, K chunk,
+A action dimension, J action tokens, D language width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogvla.policy.action_head import ActionHead
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.interface import Embodiment
+from cogvla.policy.language import RoutedDecoder, Trace
+from cogvla.policy.vision import DualVision, VisionCondition
+from cogvla.routing.aggregation import two_layer
+from cogvla.routing.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What the network eats.
+
+    Attributes:
+        pixels: [B,V,3,H,W], uint8, or float in [0,1].
+        text_ids: int64 [B,T], without bos and stop.
+        text_mask: bool [B,T], False on padding.
+        state: float [B,S], normalised.
+    """
+
+    pixels: Tensor
+    text_ids: Tensor
+    text_mask: Tensor
+    state: Tensor
+
+    def to(self, device: torch.device | str) -> ModelInput:
+        return ModelInput(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What it answers: normalised actions [B,K,A] and the vision tokens [B,N,D] that the language model was given.
+
+    `debug` holds, if asked for: `kept` and `hidden` by layer, `streams` (tower outputs), `action_hidden` [B,J,D],
+    `stream_weights` [B,2].
+    """
+
+    actions: Tensor
+    vision: Tensor
+    debug: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Everything that depends on the instruction only; can be kept while it does not change."""
+
+    embedded_BTD: Tensor
+    mask_BT: Tensor
+    vision: VisionCondition
+
+
+class CogVLA(nn.Module):
+    """
+    ::
+
+        pixels [B,V,3,H,W]          text_ids [B,T]                 state [B,S]
+              |                          |                              |
+              |               mean embedding e [B,D]                    |
+              v                          |                              |
+        dinov2 | siglip  <- FiLM --------+   M aggregation tokens       |
+              |    |                     |   per view and tower         |
+              v    v                     |                              v
+        w0*P(x) + w1*P(x) <- softmax ----+                          Linear, GELU, Linear
+              |                          |                              |
+              v                          v                              v
+        [ bos | vision N | state | text T | action J | stop ]   <-------+
+              |
+              v
+        Llama layers: a FiLM router keeps the best vision tokens of each layer;
+        causal, but actions and stop attend in both directions
+              |
+              v
+        states of the J action tokens -> MLP -> actions [B,K,A]
+
+    Args:
+        config: the network.
+        embodiment: the robot; gives views, image size, S, A and K.
+    """
+
+    def __init__(self, config: CogVLAConfig, embodiment: Embodiment) -> None:
+        super().__init__()
+        self.config, self.embodiment = config, embodiment
+        self.width = width = config.language.width
+        per_step = embodiment.action_dim if config.head.tokens_per_step == "action_dim" else 1
+        self.action_tokens = per_step * embodiment.chunk
+        self.vision = DualVision(config.vision, config.routing, embodiment, width)
+        self.state = two_layer(embodiment.state_dim, width, width)
+        self.decoder = RoutedDecoder(config.language, config.routing)
+        self.head = ActionHead(width, embodiment.chunk, embodiment.action_dim, per_step, config.head.blocks)
+        self.placeholder: nn.Parameter | None = None
+        if config.head.placeholder == "learned":
+            self.placeholder = nn.Parameter(torch.randn(self.action_tokens, width))
+        ids = torch.tensor([config.language.bos_token, config.language.stop_token])
+        self.register_buffer("special_ids", ids, persistent=False)
+
+    @property
+    def vision_tokens(self) -> int:
+        """N, vision tokens of all views in the language model's sequence."""
+        return self.vision.tokens
+
+    def encode_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> TextFeatures:
+        """Embeddings, FiLM parameters and stream weights of an instruction."""
+        embedded_BTD = self.decoder.embed(text_ids_BT)
+        weight_BT1 = text_mask_BT[..., None].to(embedded_BTD.dtype)
+        total_BD, count_B1 = (embedded_BTD * weight_BT1).sum(1), weight_BT1.sum(1)
+        if self.config.routing.summary == "faithful":
+            total_BD, count_B1 = total_BD + self.decoder.embed(self.special_ids).sum(0), count_B1 + 2
+        return TextFeatures(embedded_BTD, text_mask_BT, self.vision.condition(total_BD / count_B1))
+
+    def forward(self, inputs: ModelInput, text: TextFeatures | None = None, debug: bool = False) -> ModelOutput:
+        """One parallel pass.
+
+        Args:
+            inputs: see `ModelInput`.
+            text: of an earlier `encode_text` for the same instructions, to save the work.
+            debug: also return what is inside (slower: every row of every layer is computed).
+        """
+        text = text or self.encode_text(inputs.text_ids, inputs.text_mask)
+        batch = len(inputs.state)
+        streams = self.vision.streams(inputs.pixels, text.vision)
+        vision_BND = self.vision.fusion(streams, text.vision.weights_B2)
+        state_B1D = self.state(inputs.state.to(vision_BND.dtype))[:, None]
+        layout = TokenLayout(vision=vision_BND.shape[1], text=text.mask_BT.shape[1], action=self.action_tokens)
+        bos_1D, stop_1D = self.decoder.embed(self.special_ids).to(vision_BND.dtype).split(1)
+        action_JD = vision_BND.new_zeros(layout.action, self.width) if self.placeholder is None else self.placeholder
+        sequence_BSD = torch.cat(
+            (
+                bos_1D.expand(batch, -1, -1),
+                vision_BND,
+                state_B1D,
+                text.embedded_BTD.to(vision_BND.dtype),
+                torch.cat((action_JD, stop_1D)).expand(batch, -1, -1),
+            ),
+            dim=1,
+        )
+        trace = Trace() if debug else None
+        action_BJD = self.decoder(sequence_BSD, layout, text.mask_BT, trace)
+        actions_BKA = self.head(action_BJD)
+        if trace is None:
+            return ModelOutput(actions_BKA, vision_BND)
+        inside = {
+            "kept": trace.kept,
+            "hidden": trace.hidden,
+            "streams": streams,
+            "action_hidden": action_BJD,
+            "stream_weights": text.vision.weights_B2,
+            "layout": layout,
+        }
+        return ModelOutput(actions_BKA, vision_BND, inside)

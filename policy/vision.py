@@ -1,0 +1,169 @@
+"""Two vision transformers that look for what the instruction asks (EFA, stage 1).
+
+What is unusual:
+- the blocks are timm's, unmodified; FiLM goes between their attention and their MLP, so they are driven from here
+- the features are the output of the last block but one; the last block is not computed
+- pixel normalisation is folded into the patch projection, and both towers share the cut into patches
+
+Shape legend: B batch, V views, P patches per view, M aggregation tokens per view, N tokens per view, C channels*patch^2,
+W tower width, D language width, L blocks, X = B*V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cogvla.policy.config import RoutingConfig, TowerConfig, VisionConfig
+from cogvla.policy.interface import Embodiment
+from cogvla.routing.aggregation import AggregationTokens, StreamFusion
+from cogvla.routing.film import FiLM
+
+
+def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> VisionTransformer:
+    """A timm vision transformer without the parts whose output is never used (pooling, head, final norm)."""
+    sizes = dict(img_size=image_size, patch_size=config.patch_size, num_classes=0)
+    if config.timm is not None:
+        vit = timm.create_model(config.timm, **sizes)
+    else:
+        vit = VisionTransformer(
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            class_token=config.class_token,
+            reg_tokens=config.registers,
+            no_embed_class=True,
+            init_values=config.layer_scale,
+            global_pool="",
+            **sizes,
+        )
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"timm model {config.timm!r} is a {type(vit).__name__}; only VisionTransformer is supported")
+    if drop_last_block:
+        vit.blocks = vit.blocks[:-1]
+    vit.attn_pool, vit.norm, vit.fc_norm, vit.head = None, nn.Identity(), nn.Identity(), nn.Identity()
+    return vit
+
+
+class VisionTower(nn.Module):
+    """One stream. With EFA aggregation tokens [X,M,W] come out, without it the patch tokens [X,P,W]."""
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        tower: TowerConfig,
+        routing: RoutingConfig,
+        image_size: tuple[int, int],
+        summary_width: int,
+    ) -> None:
+        super().__init__()
+        if any(side % tower.patch_size for side in image_size):
+            raise ValueError(f"images of {image_size} pixels cannot be cut into patches of {tower.patch_size}")
+        self.vit = build_vit(tower, image_size, config.drop_last_block)
+        self.patch_size = tower.patch_size
+        self.width = self.vit.embed_dim
+        self.computed = len(self.vit.blocks) - (not config.drop_last_block)
+        self.register_buffer("mean", torch.tensor(tower.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(tower.std), persistent=False)
+        self.film: FiLM | None = None
+        self.aggregation: AggregationTokens | None = None
+        if routing.efa:
+            self.film = FiLM(summary_width, self.width, self.computed, routing.film_init)
+            self.aggregation = AggregationTokens(config.aggregation_tokens, self.width)
+
+    def embed(self, patches_XPC: Tensor) -> Tensor:
+        """Patches of pixels in [0,1] to tokens [X,P,W]; equals the patch convolution of the normalised image."""
+        projection = self.vit.patch_embed.proj
+        weight_WcK = projection.weight.flatten(2) / self.std[:, None]
+        bias_W = projection.bias - torch.einsum("wck,c->w", weight_WcK, self.mean)
+        return F.linear(patches_XPC, weight_WcK.flatten(1), bias_W)
+
+    def forward(self, patches_XPC: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Patches [X,P,C] and `1 + scale`, shift [L,X,1,W] (None without EFA) to tokens [X,N,W]."""
+        vit = self.vit
+        x = self.embed(patches_XPC)
+        prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if vit.no_embed_class or not prefix:
+            x = torch.cat((*prefix, x + vit.pos_embed), dim=1) if prefix else x + vit.pos_embed
+        else:
+            x = torch.cat((*prefix, x), dim=1) + vit.pos_embed
+        x = vit.norm_pre(x)
+        if self.aggregation is not None:
+            x = self.aggregation.append_to(x)
+        for index, block in enumerate(vit.blocks[: self.computed]):
+            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+            if film is not None:
+                scale_LX1W, shift_LX1W = film
+                x = torch.addcmul(shift_LX1W[index], x, scale_LX1W[index])
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return self.aggregation.take_from(x) if self.aggregation is not None else x[:, vit.num_prefix_tokens :]
+
+
+@dataclass(frozen=True)
+class VisionCondition:
+    """What the instruction says to vision: per tower `1 + scale` and shift [L,B,1,W], and stream weights [B,2]."""
+
+    films: tuple[tuple[Tensor, Tensor] | None, ...]
+    weights_B2: Tensor | None
+
+
+class DualVision(nn.Module):
+    """Both towers and the fusion of their streams: pixels [B,V,3,H,W] to vision tokens [B,V*N,D]."""
+
+    def __init__(self, config: VisionConfig, routing: RoutingConfig, embodiment: Embodiment, width: int) -> None:
+        super().__init__()
+        sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"all cameras of {embodiment.name!r} must have one size for the model, got {sorted(sizes)}"
+            )
+        image_size = sizes.pop()
+        towers = {"dinov2": config.dinov2, "siglip": config.siglip}
+        self.towers = nn.ModuleDict(
+            {name: VisionTower(config, tower, routing, image_size, width) for name, tower in towers.items()}
+        )
+        fusion = routing.fusion if routing.efa else "concat"
+        self.fusion = StreamFusion([tower.width for tower in self.towers.values()], width, fusion)
+        first = self.towers["dinov2"]
+        patches = (image_size[0] // first.patch_size) * (image_size[1] // first.patch_size)
+        self.tokens = len(embodiment.cameras) * (config.aggregation_tokens if routing.efa else patches)
+
+    def condition(self, summary_BD: Tensor) -> VisionCondition:
+        """All that vision needs of the instruction; may be kept as long as the instruction stays."""
+        films = tuple(tower.film(summary_BD) if tower.film is not None else None for tower in self.towers.values())
+        return VisionCondition(films, self.fusion.weights(summary_BD))
+
+    def streams(self, pixels_BVCHW: Tensor, condition: VisionCondition) -> list[Tensor]:
+        """Pixels, uint8 or float in [0,1], to the tokens of each tower before projection, [B,V*N,W]."""
+        views = pixels_BVCHW.shape[1]
+        patches = {size: _patches(pixels_BVCHW, size, self._dtype) for size in {t.patch_size for t in self._towers()}}
+        streams = []
+        for tower, film in zip(self._towers(), condition.films, strict=True):
+            per_view = film and tuple(parameter.repeat_interleave(views, 1) for parameter in film)
+            x_XNW = tower(patches[tower.patch_size], per_view)
+            streams.append(rearrange(x_XNW, "(b v) n w -> b (v n) w", v=views))
+        return streams
+
+    def forward(self, pixels_BVCHW: Tensor, condition: VisionCondition) -> Tensor:
+        """Pixels, uint8 or float in [0,1], to mixed vision tokens [B,V*N,D]."""
+        return self.fusion(self.streams(pixels_BVCHW, condition), condition.weights_B2)
+
+    def _towers(self) -> list[VisionTower]:
+        return list(self.towers.values())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._towers()[0].vit.patch_embed.proj.weight.dtype
+
+
+def _patches(pixels_BVCHW: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    # Cut while the pixels are still bytes: a quarter of the memory traffic.
+    patches_XPC = rearrange(pixels_BVCHW, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=size, q=size)
+    return patches_XPC.to(dtype) / 255 if pixels_BVCHW.dtype == torch.uint8 else patches_XPC.to(dtype)

@@ -1,0 +1,79 @@
+"""Encoder-FiLM aggregation (EFA): few learned tokens collect what the instruction asks for, and the instruction weighs
+the two vision streams.
+
+Shape legend: B batch, V views, M aggregation tokens per view, N tokens per view, W tower width, D language width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+FUSIONS = ("mix", "sum", "concat")
+
+
+class AggregationTokens(nn.Module):
+    """M learned tokens appended after the patches of every view; they have no positional embedding."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(count, width))
+
+    def append_to(self, x_BNW: Tensor) -> Tensor:
+        """[B,N,W] to [B,N+M,W]."""
+        return torch.cat((x_BNW, self.tokens.expand(len(x_BNW), -1, -1)), dim=1)
+
+    def take_from(self, x_BNW: Tensor) -> Tensor:
+        """The M tokens back from [B,N+M,W]."""
+        return x_BNW[:, -len(self.tokens) :]
+
+
+def two_layer(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Linear, GELU, Linear."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+class StreamFusion(nn.Module):
+    """Project both streams to the language width and bring them together.
+
+    Args:
+        widths: tower widths, first then second stream.
+        width: D.
+        kind: `mix`, weights from the instruction (the paper); `sum`; `concat`, channels joined before one three-layer
+            projector (OpenVLA, and the ablation).
+    """
+
+    def __init__(self, widths: Sequence[int], width: int, kind: str = "mix") -> None:
+        super().__init__()
+        if kind not in FUSIONS:
+            raise ValueError(f"unknown stream fusion {kind!r}; one of {', '.join(FUSIONS)}")
+        self.kind = kind
+        if kind == "concat":
+            total = sum(widths)
+            self.project = nn.Sequential(
+                nn.Linear(total, 4 * total), nn.GELU(), nn.Linear(4 * total, width), nn.GELU(), nn.Linear(width, width)
+            )
+            return
+        self.projectors = nn.ModuleList(two_layer(stream, width, width) for stream in widths)
+        if kind == "mix":
+            self.weigher = two_layer(width, width, len(widths))
+
+    def weights(self, summary_BD: Tensor) -> Tensor | None:
+        """Stream weights [B,2] of an instruction; None unless `kind` is mix."""
+        return self.weigher(summary_BD).softmax(-1) if self.kind == "mix" else None
+
+    def forward(self, streams: Sequence[Tensor], weights_B2: Tensor | None) -> Tensor:
+        """Streams [B,N,W] each to [B,N,D]."""
+        if self.kind == "concat":
+            if streams[0].shape[:-1] != streams[1].shape[:-1]:
+                raise ValueError(
+                    f"joining channels needs towers with the same number of tokens, got {streams[0].shape[1]} and "
+                    f"{streams[1].shape[1]}; choose patch sizes that divide the image alike"
+                )
+            return self.project(torch.cat(list(streams), dim=-1))
+        first, second = (project(stream) for project, stream in zip(self.projectors, streams, strict=True))
+        if weights_B2 is None:
+            return first + second
+        return torch.addcmul(first * weights_B2[:, None, :1], second, weights_B2[:, None, 1:])

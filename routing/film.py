@@ -1,0 +1,36 @@
+"""Feature-wise linear modulation: the instruction scales and shifts features (EFA step 1).
+
+Shape legend: B batch, E summary width, W feature width, L blocks.
+"""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class FiLM(nn.Module):
+    """`x * (1 + W_s e) + W_b e` for a stack of blocks, all blocks' parameters from one matrix product.
+
+    Args:
+        summary_width: E.
+        width: W.
+        blocks: L.
+        init: standard deviation of scale and shift at the start for a summary of unit variance; 0 is the identity,
+            None is PyTorch's default for linear layers.
+    """
+
+    def __init__(self, summary_width: int, width: int, blocks: int, init: float | None = None) -> None:
+        super().__init__()
+        self.width, self.blocks = width, blocks
+        self.project = nn.Linear(summary_width, blocks * 2 * width)
+        if init is not None:
+            nn.init.normal_(self.project.weight, std=init * summary_width**-0.5)
+            nn.init.zeros_(self.project.bias)
+
+    def forward(self, summary_BE: Tensor) -> tuple[Tensor, Tensor]:
+        """Summary [B,E] to `1 + scale` and shift, both [L,B,1,W]."""
+        film_2LB1W = rearrange(
+            self.project(summary_BE), "b (l two w) -> two l b 1 w", two=2, l=self.blocks, w=self.width
+        )
+        return film_2LB1W[0] + 1, film_2LB1W[1]
