@@ -103,6 +103,4 @@ def _check(slots: Sequence[Hashable], chunks_NKA: np.ndarray, steps: int) -> Non
     if chunks_NKA.ndim != 3 or len(chunks_NKA) != len(slots):
         raise ValueError(f"expected one chunk [K,A] for each of {len(slots)} robots, got shape {chunks_NKA.shape}")
     if chunks_NKA.shape[1] < steps:
-        raise ValueError(
-            f"cannot execute {steps} actions of a chunk of {chunks_NKA.shape[1]}; lower execute_steps to the chunk length"
-        )
+        raise ValueError(f"cannot execute {steps} actions of a chunk of {chunks_NKA.shape[1]}; lower execute_steps")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cogvla.policy.chunking import OpenLoop, TemporalEnsemble
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cogvla.policy.chunking import OpenLoop, TemporalEnsemble
 
 
 def naive_ensemble(chunks: list[np.ndarray], m: float, steps: int) -> np.ndarray:

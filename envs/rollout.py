@@ -1,0 +1,335 @@
+"""The one rollout loop: many environments, one policy, batched inference without lock-step.
+
+        worker 1: | reset | chunk of steps | wait | chunk of steps | ...
+        worker 2:   | reset | chunk of steps | wait | chunk ...             each plays its episodes one after the other
+        policy:              [1]          [2]      [1,2] ...                a batch is whoever waits at that moment
+
+Evaluation, rollouts during training and benchmarks all go through `rollout`. Which environments share a batch depends
+on timing; the numbers of an episode do not, but for the rounding of batched arithmetic.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+
+from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.suite import Suite
+from cogvla.envs.workers import (
+    Advance,
+    Failed,
+    Finished,
+    LocalWorker,
+    Observed,
+    Play,
+    PlayerSettings,
+    ProcessWorker,
+    Ready,
+    Record,
+    Recorded,
+    Reply,
+    Request,
+)
+from cogvla.policy.chunking import Chunker, OpenLoop, TemporalEnsemble
+from cogvla.policy.interface import Embodiment, Observation, Policy
+
+__all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "rollout"]
+
+_log = logging.getLogger(__name__)
+ATTEMPTS = 2
+"""An episode that ends in an error is started once more; then it counts as an error."""
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How episodes are played; the defaults are the suite's and the policy's own.
+
+    Attributes:
+        execute_steps: actions executed per chunk; None: the whole chunk, or 1 with `temporal_ensemble`.
+        temporal_ensemble: decay m of `TemporalEnsemble`; None: open loop.
+        max_steps: control steps before an episode is a failure; None: the suite's limit.
+        waiting_steps: steps without motion and with an open gripper after each reset; not counted in `max_steps`.
+        video_size: height and width of recorded frames in pixels.
+        timeout_s: a worker that does not answer for so long is ended, and its episode is an error.
+    """
+
+    execute_steps: int | None = None
+    temporal_ensemble: float | None = None
+    max_steps: int | None = None
+    waiting_steps: int = 0
+    video_size: int = 256
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("execute_steps", "max_steps", "video_size", "timeout_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.waiting_steps < 0:
+            raise ValueError(f"waiting_steps must not be negative, got {self.waiting_steps}")
+
+    def chunker(self, chunk: int) -> Chunker:
+        """What executes chunks of this length; ValueError when fewer actions are predicted than executed."""
+        if self.execute_steps is not None and self.execute_steps > chunk:
+            raise ValueError(f"execute_steps is {self.execute_steps}, but the policy predicts {chunk} actions at once")
+        if self.temporal_ensemble is not None:
+            return TemporalEnsemble(self.temporal_ensemble, self.execute_steps or 1)
+        return OpenLoop(self.execute_steps or chunk)
+
+
+def rollout(
+    policy: Policy,
+    suite: Suite,
+    episodes: Sequence[EpisodeSpec],
+    *,
+    workers: int = 0,
+    settings: RolloutSettings | None = None,
+    choose_video: Callable[[EpisodeResult], Path | None] | None = None,
+    on_result: Callable[[EpisodeResult], None] | None = None,
+) -> Iterator[EpisodeResult]:
+    """Play the episodes and yield each result as it is known, in no fixed order.
+
+    Args:
+        policy: asked for chunks in batches of 1 to `workers`.
+        suite: whose environment is played.
+        episodes: what to play.
+        workers: environment processes; 0 plays in this process, one episode at a time.
+        settings: see `RolloutSettings`.
+        choose_video: told each result that is no error; answers where to film it, or None. Filming plays the episode's
+            actions again, so it costs time for filmed episodes only and changes no measurement.
+        on_result: called with each result before it is yielded.
+
+    Raises:
+        ValueError: policy, suite and settings do not fit together.
+        RuntimeError: the environment cannot be built.
+
+    Closing the iterator, or an exception in it (Ctrl-C), ends the workers.
+    """
+    settings = settings or RolloutSettings()
+    if workers < 0:
+        raise ValueError(f"workers must be 0 (play in this process) or more, got {workers}")
+    for spec in episodes:
+        if max(spec.task, spec.asked if isinstance(spec.asked, int) else 0) >= len(suite.tasks):
+            raise ValueError(f"suite {suite.name!r} has tasks 0 to {len(suite.tasks) - 1}; {spec} asks for another one")
+    return _run(_Loop(policy, suite, episodes, workers, settings), choose_video, on_result)
+
+
+def _run(
+    loop: _Loop,
+    choose_video: Callable[[EpisodeResult], Path | None] | None,
+    on_result: Callable[[EpisodeResult], None] | None,
+) -> Iterator[EpisodeResult]:
+    try:
+        loop.start()
+        for result in loop.run(choose_video):
+            if on_result is not None:
+                on_result(result)
+            yield result
+    finally:
+        loop.close()
+
+
+@dataclass
+class _Slot:
+    """One worker, and what the episode that it plays has measured so far."""
+
+    worker: LocalWorker | ProcessWorker
+    spec: EpisodeSpec | None = None
+    attempt: int = 1
+    started: float = 0.0
+    asked_at: float = field(default_factory=time.perf_counter)
+    inference_ms: list[float] = field(default_factory=list)
+    batch: list[int] = field(default_factory=list)
+    result: EpisodeResult | None = None  # the episode is over and is being filmed
+    idle: bool = False
+
+    def send(self, request: Request) -> None:
+        self.asked_at = time.perf_counter()
+        self.worker.send(request)
+
+
+class _Loop:
+    """The state of one rollout."""
+
+    def __init__(
+        self, policy: Policy, suite: Suite, episodes: Sequence[EpisodeSpec], workers: int, settings: RolloutSettings
+    ) -> None:
+        embodiment = policy.embodiment
+        waiting_action_A = np.zeros(embodiment.action_dim, np.float32)
+        if embodiment.gripper_index is not None:
+            waiting_action_A[embodiment.gripper_index] = embodiment.gripper_open
+        self._policy = policy
+        self._suite = suite
+        self._settings = settings
+        self._chunker = settings.chunker(embodiment.chunk)
+        self._queue = deque((spec, 1) for spec in episodes)
+        self._player_settings = PlayerSettings(
+            make=suite.make,
+            image_size=max(max(camera.height, camera.width) for camera in embodiment.cameras),
+            cameras=embodiment.camera_names,
+            max_steps=settings.max_steps or suite.max_steps,
+            waiting_steps=settings.waiting_steps,
+            waiting_action=waiting_action_A,
+            video_size=settings.video_size,
+            fps=embodiment.control_hz,
+        )
+        self._in_process = workers == 0
+        self._workers = min(max(1, workers), len(episodes))
+        self._slots: list[_Slot] = []
+
+    def _new_worker(self) -> LocalWorker | ProcessWorker:
+        return LocalWorker(self._player_settings) if self._in_process else ProcessWorker(self._player_settings)
+
+    def start(self) -> None:
+        for _ in range(self._workers):
+            self._slots.append(_Slot(self._new_worker()))
+
+    def close(self) -> None:
+        for slot in self._slots:
+            slot.worker.close()
+
+    def run(self, choose_video: Callable[[EpisodeResult], Path | None] | None) -> Iterator[EpisodeResult]:
+        self._policy.reset()
+        while not all(slot.idle for slot in self._slots):
+            waiting: list[tuple[_Slot, Observed]] = []
+            for slot, reply in self._replies():
+                match reply:
+                    case Ready():
+                        self._check(reply)
+                        self._next_episode(slot)
+                    case Observed():
+                        waiting.append((slot, reply))
+                    case Finished():
+                        result = self._result(slot, reply)
+                        path = choose_video(result) if choose_video else None
+                        if path is None:
+                            yield result
+                            self._next_episode(slot)
+                        else:
+                            slot.result = result
+                            slot.send(Record(path, result.success))
+                    case Recorded(path):
+                        assert slot.result is not None, "only a finished episode is filmed"
+                        yield replace(slot.result, video=str(path))
+                        self._next_episode(slot)
+                    case Failed():
+                        yield from self._failed(slot, reply)
+            if waiting:
+                yield from self._act(waiting)
+
+    def _replies(self) -> list[tuple[_Slot, Reply]]:
+        """At least one reply, and every other one that has arrived by now."""
+        busy = [slot for slot in self._slots if not slot.idle]
+        if self._in_process:
+            return [(slot, slot.worker.receive()) for slot in busy]
+        by_connection = {slot.worker.connection: slot for slot in busy}
+        while True:
+            ready = wait(by_connection, timeout=1.0)
+            if ready:
+                chosen = set(map(id, ready))
+                return [(slot, slot.worker.receive()) for c, slot in by_connection.items() if id(c) in chosen]
+            for slot in busy:
+                if time.perf_counter() - slot.asked_at > self._settings.timeout_s:
+                    assert isinstance(slot.worker, ProcessWorker), "only processes are waited for"
+                    _log.warning("a worker has not answered for %.0f s and is ended", self._settings.timeout_s)
+                    slot.worker.kill()
+
+    def _check(self, ready: Ready) -> None:
+        embodiment: Embodiment = self._policy.embodiment
+        missing = [name for name in embodiment.camera_names if name not in ready.observation]
+        if missing:
+            raise ValueError(
+                f"the policy needs the cameras {missing}, suite {self._suite.name!r} has {sorted(ready.observation)}: "
+                "evaluate on another suite, or train with its cameras"
+            )
+        if ready.observation.get("state") != (embodiment.state_dim,) or ready.action != (embodiment.action_dim,):
+            raise ValueError(
+                f"the policy has state [{embodiment.state_dim}] and action [{embodiment.action_dim}], "
+                f"suite {self._suite.name!r} has {ready.observation.get('state')} and {ready.action}"
+            )
+
+    def _next_episode(self, slot: _Slot) -> None:
+        slot.spec = slot.result = None
+        if not self._queue:
+            slot.idle = True
+            return
+        slot.spec, slot.attempt = self._queue.popleft()
+        slot.started = time.perf_counter()
+        slot.inference_ms, slot.batch = [], []
+        self._chunker.reset(id(slot))
+        slot.send(Play(slot.spec))
+
+    def _act(self, waiting: list[tuple[_Slot, Observed]]) -> Iterator[EpisodeResult]:
+        observation = Observation(
+            images={name: np.stack([o.images[name] for _, o in waiting]) for name in waiting[0][1].images},
+            state=np.stack([o.state for _, o in waiting]),
+            instruction=[o.instruction for _, o in waiting],
+        )
+        started = time.perf_counter()
+        chunks_NKA = np.asarray(self._policy.act(observation).actions)
+        inference_ms = (time.perf_counter() - started) * 1e3
+        planned_NTA = self._chunker.plan([id(slot) for slot, _ in waiting], chunks_NKA)
+        finite_N = np.isfinite(planned_NTA).all(axis=(1, 2))
+        for row in np.flatnonzero(finite_N):  # first send everything, so that no robot waits for the bookkeeping
+            waiting[row][0].send(Advance(planned_NTA[row]))
+        for row, (slot, _) in enumerate(waiting):
+            slot.inference_ms.append(inference_ms)
+            slot.batch.append(len(waiting))
+            if not finite_N[row]:
+                yield self._error(slot, "the policy answered with NaN or infinite actions")
+                self._next_episode(slot)
+
+    def _failed(self, slot: _Slot, reply: Failed) -> Iterator[EpisodeResult]:
+        if slot.spec is None:  # not even an environment: every episode would end like this
+            raise RuntimeError(f"the environment of suite {self._suite.name!r} cannot be built:\n{reply.text}")
+        if slot.result is not None:
+            _log.warning("no video of %s: %s", slot.spec, reply.text)
+            yield slot.result
+        elif slot.attempt < ATTEMPTS:
+            _log.warning("%s is started again after an error: %s", slot.spec, reply.text)
+            self._queue.append((slot.spec, slot.attempt + 1))
+        else:
+            yield self._error(slot, reply.text)
+        if reply.died:
+            slot.worker.close()
+            slot.worker, slot.spec, slot.result = self._new_worker(), None, None
+            slot.asked_at = time.perf_counter()
+        else:
+            self._next_episode(slot)
+        if self._queue:  # an episode to repeat has come back after other workers ran out of work
+            for other in self._slots:
+                if other.idle:
+                    other.idle = False
+                    self._next_episode(other)
+
+    def _result(self, slot: _Slot, finished: Finished) -> EpisodeResult:
+        assert slot.spec is not None, "only a started episode finishes"
+        return EpisodeResult(
+            task=slot.spec.task,
+            initial_state=slot.spec.initial_state,
+            seed=slot.spec.seed,
+            attempts=slot.attempt,
+            wall_s=time.perf_counter() - slot.started,
+            inference_ms=tuple(slot.inference_ms),
+            batch=tuple(slot.batch),
+            **asdict(finished),
+        )
+
+    def _error(self, slot: _Slot, text: str) -> EpisodeResult:
+        assert slot.spec is not None, "an error belongs to an episode"
+        return EpisodeResult(
+            task=slot.spec.task,
+            initial_state=slot.spec.initial_state,
+            seed=slot.spec.seed,
+            asked=slot.spec.asked if isinstance(slot.spec.asked, int) else None,
+            error=text,
+            attempts=slot.attempt,
+            wall_s=time.perf_counter() - slot.started,
+        )

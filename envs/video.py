@@ -1,0 +1,152 @@
+"""Episodes as mp4 files with the instruction, the step and the outcome written above the picture."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import textwrap
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    import av.container
+    import av.stream
+
+STATUS_COLOURS = {"success": (64, 200, 120), "failure": (240, 96, 88), "error": (240, 176, 64)}
+_BACKGROUND = (24, 26, 32)
+_TEXT = (236, 238, 242)
+
+
+def annotate(frame_HWC: np.ndarray, instruction: str, progress: str, status: str = "") -> np.ndarray:
+    """The frame with a caption band above it: the instruction in at most two lines, below it progress and status.
+
+    Args:
+        frame_HWC: uint8 [H,W,3].
+        instruction: the sentence given to the policy; what does not fit in two lines is cut.
+        progress: for instance "step 12 / 200".
+        status: "", or a word that begins with a key of `STATUS_COLOURS`.
+
+    Returns:
+        uint8 [H',W',3] with even sides, as h264 needs them; the picture itself is not covered.
+    """
+    height, width = frame_HWC.shape[:2]
+    size = max(10, round(width / 20))
+    font = ImageFont.load_default(size=size)
+    line = round(size * 1.35)
+    margin = size // 2
+    letters = max(8, int((width - 2 * margin) / font.getlength("abcdefghij klmnopqrs") * 20))
+    wrapped = textwrap.wrap(instruction, letters, max_lines=2, placeholder=" …") or [""]
+    band = 3 * line + margin  # always three lines, so that all frames of a video have one size
+    canvas = Image.new("RGB", (width + width % 2, height + band + (height + band) % 2), _BACKGROUND)
+    canvas.paste(Image.fromarray(frame_HWC), (0, band))
+    draw = ImageDraw.Draw(canvas)
+    for row, text in enumerate(wrapped):
+        draw.text((margin, margin // 2 + row * line), text, _TEXT, font)
+    draw.text((margin, margin // 2 + 2 * line), progress, (150, 156, 168), font)
+    if status:
+        colour = STATUS_COLOURS.get(status.split()[0], _TEXT)
+        draw.text((width - margin - font.getlength(status), margin // 2 + 2 * line), status, colour, font)
+    return np.asarray(canvas)
+
+
+class VideoWriter:
+    """Writes frames to an mp4 (h264, else mpeg4) that appears under its name only when it is complete.
+
+    Use it as a context manager; when the block raises, nothing is left behind.
+    """
+
+    def __init__(self, path: Path | str, fps: float = 20.0) -> None:
+        if fps <= 0:
+            raise ValueError(f"a video needs a positive number of frames per second, got {fps}")
+        self.path = Path(path)
+        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
+        self._fps = Fraction(fps).limit_denominator(1000)
+        self._container: av.container.OutputContainer | None = None
+        self._stream: av.stream.Stream | None = None
+
+    def __enter__(self) -> VideoWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def add(self, frame_HWC: np.ndarray, repeat: int = 1) -> None:
+        """Append a uint8 [H,W,3] frame with even sides, `repeat` times."""
+        import av
+
+        if self._container is None:
+            self._open(frame_HWC.shape[0], frame_HWC.shape[1])
+        for _ in range(repeat):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            self._container.mux(self._stream.encode(frame))
+
+    def _open(self, height: int, width: int) -> None:
+        import av
+
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
+        self._stream = self._container.add_stream(codec, rate=self._fps)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        self._stream.codec_context.thread_count = 1  # the other cores play episodes
+        if codec == "libx264":
+            self._stream.options = {"preset": "veryfast", "crf": "24"}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._container is not None:
+                with contextlib.closing(self._container):
+                    if kind is None:
+                        self._container.mux(self._stream.encode())
+            if kind is None and self._container is None:
+                raise ValueError(f"no frame was written to {self.path}")
+            if kind is None:
+                os.replace(self._partial, self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+
+def contact_sheet(path: Path | str, frames: int = 6, height: int = 150) -> bytes:
+    """A PNG with `frames` pictures of the video side by side, the first and the last one included.
+
+    Raises:
+        ValueError: the file holds no readable video.
+    """
+    pictures = _pick(path, lambda total: set(np.linspace(0, total - 1, frames).round().astype(int).tolist()))
+    thumbnails = []
+    for picture in pictures:
+        picture.thumbnail((10_000, height))
+        thumbnails.append(picture)
+    gap = 4
+    sheet = Image.new(
+        "RGB", (sum(t.width for t in thumbnails) + gap * (len(thumbnails) - 1), thumbnails[0].height), "white"
+    )
+    left = 0
+    for thumbnail in thumbnails:
+        sheet.paste(thumbnail, (left, 0))
+        left += thumbnail.width + gap
+    buffer = io.BytesIO()
+    sheet.quantize(128).save(buffer, "PNG", optimize=True)  # a palette makes the report three times smaller
+    return buffer.getvalue()
+
+
+def _pick(path: Path | str, choose: Callable[[int], set[int]]) -> list[Image.Image]:
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            total = sum(packet.size > 0 for packet in container.demux(video=0))
+            chosen = choose(total) if total else set()
+        with av.open(str(path)) as container:
+            pictures = [f.to_image() for index, f in enumerate(container.decode(video=0)) if index in chosen]
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise ValueError(f"{path} is no readable video: {error}") from error
+    if not pictures:
+        raise ValueError(f"{path} is no readable video: it has no frames")
+    return pictures
