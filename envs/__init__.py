@@ -1,0 +1,22 @@
+"""Tabletop benchmark on MuJoCo: registers its suites and their gymnasium ids without importing the simulator."""
+
+from __future__ import annotations
+
+import importlib
+
+import gymnasium as gym
+
+from cogvla.envs.suite import Suite, register_suite
+
+TABLETOP_SUITES = ("tabletop_object",)
+
+
+def _load(name: str) -> Suite:
+    module = importlib.import_module(f"cogvla.envs.tasks_{name.removeprefix('tabletop_')}")
+    suite: Suite = module.family().suite()
+    return suite
+
+
+for _name in TABLETOP_SUITES:
+    register_suite(_name, lambda name=_name: _load(name))
+    gym.register(f"cogvla/{_name}-v0", entry_point="cogvla.envs.tabletop:make_env", kwargs={"suite": _name})

@@ -1,0 +1,148 @@
+"""From actions to joints: the commanded gripper pose, differential inverse kinematics, servo targets.
+
+Convention. An action moves the *commanded* pose, not the measured one: the commanded pose is the running sum of all
+deltas, so a chunk that is executed open loop ends where its deltas add up to, whatever the arm's small tracking error
+along the way. The commanded pose never runs further than `LEASH` ahead of the measured one (a blocked arm must not wind
+up) and stays inside `WORKSPACE`. Position and rotation deltas are in the world frame.
+
+Within a control step the joint velocity changes linearly from the last delta's to the new one's, so the arm runs half a
+step (25 ms) behind the commanded pose and reaches it half a step after the last delta. The servos' velocity term is fed
+forward, which keeps the arm within millimetres of that reference.
+"""
+
+from __future__ import annotations
+
+import mujoco
+import numpy as np
+
+from cogvla.envs.arm import (
+    ARM_JOINTS,
+    FINGER_OPEN,
+    HOME,
+    NOMINAL_ROTATION,
+    SERVO_KP,
+    SERVO_KV,
+    arm_only_xml,
+)
+
+CONTROL_HZ = 20.0
+POSITION_SCALE = 0.05
+"""Metres per control step at action 1.0 (1 m/s)."""
+ROTATION_SCALE = 0.2
+"""Radians per control step at action 1.0 (4 rad/s, axis-angle in the world frame)."""
+FINGER_SPEED = 0.2
+"""Metres per second of one finger."""
+WORKSPACE = np.array([[0.28, -0.30, 0.012], [0.74, 0.30, 0.40]])
+"""Lowest and highest gripper-centre position. At the lowest z the fingertips are 3 mm above the table."""
+MAX_TILT = 0.8
+"""Largest rotation away from the nominal grasp pose, in radians."""
+LEASH = 0.04
+LEASH_ROTATION = 0.2
+_DAMPING = 0.02
+_POSTURE_GAIN = 0.1
+
+
+def rotation_vector(rotation: np.ndarray) -> np.ndarray:
+    """Axis-angle [3] of a rotation matrix [3,3]; angle in [0, pi]."""
+    quat = np.empty(4)
+    vector = np.empty(3)
+    mujoco.mju_mat2Quat(quat, rotation.reshape(9))
+    mujoco.mju_quat2Vel(vector, quat, 1.0)
+    return vector
+
+
+def rotation_matrix(vector: np.ndarray) -> np.ndarray:
+    """Rotation matrix [3,3] of an axis-angle vector [3]."""
+    angle = float(np.sqrt(vector @ vector))
+    quat = np.array([1.0, 0.0, 0.0, 0.0])
+    if angle > 1e-12:
+        mujoco.mju_axisAngle2Quat(quat, vector / angle, angle)
+    matrix = np.empty(9)
+    mujoco.mju_quat2Mat(matrix, quat)
+    return matrix.reshape(3, 3)
+
+
+def _clip_norm(vector: np.ndarray, limit: float) -> np.ndarray:
+    length = float(np.sqrt(vector @ vector))
+    return vector if length <= limit else vector * (limit / length)
+
+
+class ArmController:
+    """Keeps the commanded pose and turns it into servo targets for a model whose first actuators are the arm's.
+
+    `position` [3] and `rotation` [3,3] are the commanded pose of the site `tcp`; `joints` [7] its solution.
+    """
+
+    def __init__(self, timestep: float) -> None:
+        self._model = mujoco.MjModel.from_xml_string(arm_only_xml())
+        self._data = mujoco.MjData(self._model)
+        self._site = self._model.site("tcp").id
+        self._limits = self._model.jnt_range[:7].T.copy()
+        self._jacobian = np.zeros((6, self._model.nv))
+        self.substeps = round(1.0 / (CONTROL_HZ * timestep))
+        self.timestep = timestep
+        self.joints = HOME.copy()
+        self.position = np.zeros(3)
+        self.rotation = NOMINAL_ROTATION.copy()
+        self.finger = FINGER_OPEN
+        self._previous_joints = HOME.copy()
+        self._previous_finger = FINGER_OPEN
+        self._reference = HOME.copy()
+        self._velocity = np.zeros(7)
+
+    def _solve(self, iterations: int) -> None:
+        """Damped least squares towards the commanded pose, with the spare degree of freedom pulled to `HOME`."""
+        data, identity = self._data, np.eye(7)
+        for _ in range(iterations):
+            data.qpos[:7] = self.joints
+            mujoco.mj_kinematics(self._model, data)
+            mujoco.mj_comPos(self._model, data)
+            mujoco.mj_jacSite(self._model, data, self._jacobian[:3], self._jacobian[3:], self._site)
+            jacobian = self._jacobian[:, :7]
+            error = np.empty(6)
+            error[:3] = self.position - data.site_xpos[self._site]
+            error[3:] = rotation_vector(self.rotation @ data.site_xmat[self._site].reshape(3, 3).T)
+            inverse = jacobian.T @ np.linalg.inv(jacobian @ jacobian.T + _DAMPING**2 * np.eye(6))
+            posture = (identity - inverse @ jacobian) @ (HOME - self.joints)
+            change = inverse @ error + _POSTURE_GAIN * posture
+            self.joints = np.clip(self.joints + np.clip(change, -0.4, 0.4), *self._limits)
+
+    def reset(self, position: np.ndarray, rotation_offset: np.ndarray) -> np.ndarray:
+        """Command a pose from scratch (axis-angle offset from the nominal grasp pose); returns its joints [7]."""
+        self.position = np.clip(position, *WORKSPACE)
+        self.rotation = rotation_matrix(rotation_offset) @ NOMINAL_ROTATION
+        self.joints = HOME.copy()
+        self._solve(12)
+        self._previous_joints = self.joints.copy()
+        self._reference, self._velocity = self.joints.copy(), np.zeros(7)
+        self.finger = self._previous_finger = FINGER_OPEN
+        return self.joints
+
+    def command(self, action: np.ndarray, measured_position: np.ndarray, measured_rotation: np.ndarray) -> None:
+        """Take one action [7] in [-1,1]: move the commanded pose and solve for the joints."""
+        lead = _clip_norm(self.position - measured_position, LEASH)
+        self.position = np.clip(measured_position + lead + POSITION_SCALE * action[:3], *WORKSPACE)
+        lead = _clip_norm(rotation_vector(self.rotation @ measured_rotation.T), LEASH_ROTATION)
+        rotation = rotation_matrix(ROTATION_SCALE * action[3:6]) @ rotation_matrix(lead) @ measured_rotation
+        offset = _clip_norm(rotation_vector(rotation @ NOMINAL_ROTATION.T), MAX_TILT)
+        self.rotation = rotation_matrix(offset) @ NOMINAL_ROTATION
+        self._previous_joints = self.joints
+        self._solve(2)
+        self._previous_finger = self.finger
+        travel = FINGER_SPEED / CONTROL_HZ
+        goal = 0.0 if action[6] > 0 else FINGER_OPEN
+        self.finger = float(np.clip(goal, self.finger - travel, self.finger + travel))
+
+    def run(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
+        """Simulate one control step."""
+        n = self.substeps
+        velocity, last = (self.joints - self._previous_joints) / n, self._velocity
+        lead = SERVO_KV / SERVO_KP / self.timestep
+        reference = self._reference
+        for k in range(1, n + 1):
+            speed = last + (velocity - last) * (k / n)  # radians per substep, without jumps: jerks shake objects loose
+            reference = reference + speed
+            data.ctrl[:7] = reference + lead * speed
+            data.ctrl[7:9] = self._previous_finger + k / n * (self.finger - self._previous_finger)
+            mujoco.mj_step(model, data)
+        self._reference, self._velocity = reference, velocity

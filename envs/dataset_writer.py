@@ -1,0 +1,144 @@
+"""Demonstrations to a LeRobotDataset v3, through lerobot's own metadata, schema and statistics.
+
+With image features, what is unusual is that no image passes through the disk on its way: lerobot's `add_frame` writes a
+PNG file per image, `save_episode` reads all of them again for statistics and a third time to embed them, 1.0 s of one
+core per episode of 60 frames and two views. Here the PNG files come from the workers and go into the table as they are,
+0.1 s. A test holds the two ways equal. Videos go lerobot's way.
+
+Shape legend: T steps.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from lerobot.datasets.compute_stats import compute_episode_stats
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.utils import update_chunk_file_indices
+from PIL import Image
+
+from cogvla.envs.demonstration import Demonstration
+
+VIDEO_CODEC = "h264"  # decodes everywhere; libsvtav1, lerobot's default, takes three times as long to encode
+BYTES_PER_MB = 1024**2
+
+
+def features(episode: Demonstration, video: bool) -> dict[str, dict[str, Any]]:
+    """The description, as lerobot wants it, of what an episode holds."""
+    kind = "video" if video else "image"
+    return {
+        camera: {"dtype": kind, "shape": episode.image_shape(camera), "names": ["height", "width", "channels"]}
+        for camera in episode.images
+    } | {
+        name: {"dtype": str(array.dtype), "shape": array.shape[1:], "names": None}
+        for name, array in episode.arrays.items()
+    }
+
+
+class DatasetWriter:
+    """Appends episodes to a new data set in `root`.
+
+    Args:
+        root: folder that does not exist yet.
+        repo_id: the data set's name.
+        example: an episode like those to come; says what the features and the control rate are.
+        robot_type: the robot's name.
+        video: store views as videos instead of images.
+    """
+
+    def __init__(self, root: Path, repo_id: str, example: Demonstration, robot_type: str, video: bool = False) -> None:
+        self.video = video
+        self._bars_were_enabled = is_progress_bar_enabled()
+        disable_progress_bar()  # one bar per episode would fight with ours
+        self._dataset = LeRobotDataset.create(
+            repo_id,
+            example.fps,
+            features(example, video),
+            root=root,
+            robot_type=robot_type,
+            use_videos=video,
+            vcodec=VIDEO_CODEC,
+            streaming_encoding=video,
+            encoder_queue_maxsize=0,  # unbounded: lerobot drops frames when the queue is full
+            video_backend="pyav",
+        )
+        self._writer: pq.ParquetWriter | None = None
+        self._chunk = self._file = self._bytes = 0
+
+    def add(self, episode: Demonstration) -> None:
+        """Append one episode."""
+        if self.video:
+            self._add_video(episode)
+        else:
+            self._add_images(episode)
+
+    def close(self) -> None:
+        """Write what is buffered; without this the data set cannot be read."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._dataset.finalize()
+        if self._bars_were_enabled:
+            enable_progress_bar()
+
+    def _add_images(self, episode: Demonstration) -> None:
+        meta = self._dataset.meta
+        meta.save_episode_tasks([episode.instruction])
+        task = meta.get_task_index(episode.instruction)
+        length, index, first = len(episode), meta.total_episodes, meta.total_frames
+        numeric: dict[str, Any] = {
+            name: array[:, 0] if array.shape[1:] == (1,) else array for name, array in episode.arrays.items()
+        } | {
+            "timestamp": (np.arange(length) / meta.fps).astype(np.float32),
+            "frame_index": np.arange(length),
+            "episode_index": np.full(length, index),
+            "index": np.arange(first, first + length),
+            "task_index": np.full(length, task),
+        }
+        images = {
+            camera: [{"bytes": file, "path": f"frame-{i:06d}.png"} for i, file in enumerate(files)]
+            for camera, files in episode.images.items()
+        }
+        columns = {name: (images | numeric)[name] for name in self._dataset.hf_features}
+        table = Dataset.from_dict(columns, features=self._dataset.hf_features).with_format("arrow")[:]
+        size = sum(len(file) for files in episode.images.values() for file in files)
+        if self._bytes and self._bytes + size > meta.data_files_size_in_mb * BYTES_PER_MB:
+            assert self._writer is not None
+            self._writer.close()
+            self._writer, self._bytes = None, 0
+            self._chunk, self._file = update_chunk_file_indices(self._chunk, self._file, meta.chunks_size)
+        if self._writer is None:
+            path = meta.root / meta.data_path.format(chunk_index=self._chunk, file_index=self._file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(path, table.schema, compression="snappy", use_dictionary=True)
+        self._writer.write_table(table)
+        self._bytes += size
+        statistics = compute_episode_stats(numeric, meta.features)
+        for camera, values in episode.image_statistics.items():
+            statistics[camera] = {k: v if k == "count" else (v / 255.0)[:, None, None] for k, v in values.items()}
+        where = {
+            "data/chunk_index": self._chunk,
+            "data/file_index": self._file,
+            "dataset_from_index": first,
+            "dataset_to_index": first + length,
+        }
+        meta.save_episode(index, length, [episode.instruction], statistics, where)
+
+    def _add_video(self, episode: Demonstration) -> None:
+        for step in range(len(episode)):
+            frame: dict[str, Any] = {name: array[step] for name, array in episode.arrays.items()}
+            for camera, files in episode.images.items():
+                with Image.open(io.BytesIO(files[step])) as image:
+                    frame[camera] = np.asarray(image.convert("RGB"))
+            self._dataset.add_frame(frame | {"task": episode.instruction})
+        buffer = self._dataset.episode_buffer
+        for name, array in episode.arrays.items():
+            if array.shape[1:] == (1,):  # lerobot 0.4.4 cannot turn one-element arrays into numbers with numpy 2.4
+                buffer[name] = [value.item() for value in buffer[name]]
+        self._dataset.save_episode()

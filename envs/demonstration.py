@@ -1,0 +1,251 @@
+"""One recorded episode: how an expert plays it, and the file it is kept in until the data set is put together.
+
+Shape legend: T steps, A action dimension, S state dimension, N tasks of the suite, H and W image size.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from PIL import Image
+
+from cogvla.envs.suite import FIRST_TRAINING_STATE
+
+IMAGE_PREFIX = "observation.images."
+MAX_ATTEMPTS = 10
+"""Initial states an expert may fail on before recording gives up on an episode."""
+SEED_STRIDE = 1_000_000
+"""Distance between the initial states of two seeds."""
+DEFAULT_FPS = 20
+PNG_LEVEL = 1  # level 6, which lerobot uses, takes three times as long for files 10 % smaller
+STATISTICS_FRAMES, STATISTICS_STRIDE = 16, 4
+QUANTILES = (0.01, 0.10, 0.50, 0.90, 0.99)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A successful episode.
+
+    Attributes:
+        instruction: what was asked.
+        fps: control rate.
+        arrays: feature name -> [T,...]; one-element features are [T,1].
+        images: camera -> T PNG files.
+        image_statistics: camera -> statistic -> [3], of values in [0,255].
+    """
+
+    instruction: str
+    fps: int
+    arrays: dict[str, np.ndarray]
+    images: dict[str, list[bytes]] = field(repr=False)
+    image_statistics: dict[str, dict[str, np.ndarray]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def image_shape(self, camera: str) -> tuple[int, int, int]:
+        """(H, W, 3)."""
+        with Image.open(io.BytesIO(self.images[camera][0])) as image:
+            return image.height, image.width, 3
+
+    def save(self, path: Path) -> None:
+        """Write atomically: the file is there in full or not at all."""
+        content: dict[str, Any] = {"instruction": np.array(self.instruction), "fps": np.array(self.fps)}
+        content |= {f"array/{name}": array for name, array in self.arrays.items()}
+        for camera, files in self.images.items():
+            content[f"png/{camera}"] = np.frombuffer(b"".join(files), np.uint8)
+            content[f"length/{camera}"] = np.array([len(file) for file in files])
+            content |= {f"statistic/{camera}/{k}": v for k, v in self.image_statistics[camera].items()}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **content)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> Demonstration:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as content:
+            keyed: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+            for key in content.files:
+                kind, _, name = key.partition("/")
+                keyed[kind][name] = content[key]
+        statistics: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        for key, value in keyed["statistic"].items():
+            camera, _, name = key.rpartition("/")
+            statistics[camera][name] = value
+        images = {}
+        for camera, blob in keyed["png"].items():
+            ends = np.cumsum(keyed["length"][camera])
+            starts = ends - keyed["length"][camera]
+            images[camera] = [blob[a:b].tobytes() for a, b in zip(starts, ends, strict=True)]
+        instruction, fps = str(keyed["instruction"][""]), int(keyed["fps"][""])
+        return cls(instruction, fps, keyed["array"], images, dict(statistics))
+
+    @staticmethod
+    def is_complete(path: Path) -> bool:
+        """Whether there is a file whose end is not cut off."""
+        return path.is_file() and zipfile.is_zipfile(path)
+
+
+@dataclass(frozen=True)
+class DemonstratorSettings:
+    """How every episode is played.
+
+    Attributes:
+        make: builds the environment (`Suite.make`); importable, so that a process can be given it.
+        expert: builds the expert, `expert(env, rng, noise=...)`; importable.
+        instructions: of the suite's tasks, in order.
+        max_steps: control steps before an attempt has failed.
+        image_size: height and width of the images, in pixels.
+        noise: strength of the expert's noise.
+        seed: decides initial states and noise.
+    """
+
+    make: Callable[..., gym.Env]
+    expert: Callable[..., Any]
+    instructions: tuple[str, ...]
+    max_steps: int
+    image_size: int
+    noise: float
+    seed: int
+
+    def task(self, slot: int) -> int:
+        """The task of the slot-th episode of the data set: tasks take turns."""
+        return slot % len(self.instructions)
+
+    def initial_state(self, slot: int, attempt: int) -> int:
+        """A pure function of its arguments, so that any number of workers records the same data."""
+        episode_of_task = slot // len(self.instructions)
+        return FIRST_TRAINING_STATE + self.seed * SEED_STRIDE + episode_of_task * MAX_ATTEMPTS + attempt
+
+
+class ExpertFailedError(RuntimeError):
+    """The expert failed on `MAX_ATTEMPTS` initial states in a row."""
+
+
+class Demonstrator:
+    """Plays experts in one environment."""
+
+    def __init__(self, settings: DemonstratorSettings) -> None:
+        self.settings = settings
+        self.env = settings.make(image_size=settings.image_size)
+        self.fps = round(self.env.metadata.get("render_fps", DEFAULT_FPS))
+
+    def record(self, slot: int) -> tuple[Demonstration, int]:
+        """The slot-th episode of the data set, and how many attempts it took.
+
+        Raises:
+            ExpertFailedError: the expert cannot do the task.
+        """
+        for attempt in range(MAX_ATTEMPTS):
+            episode = self._play(self.settings.task(slot), self.settings.initial_state(slot, attempt))
+            if episode is not None:
+                return episode, attempt + 1
+        task = self.settings.task(slot)
+        first = self.settings.initial_state(slot, 0)
+        raise ExpertFailedError(
+            f"the expert failed on all of the initial states {first} to {first + MAX_ATTEMPTS - 1} of task {task} "
+            f"({self.settings.instructions[task]!r}); lower `noise`, or see `expert_table` for which tasks it solves"
+        )
+
+    def close(self) -> None:
+        """Free the environment."""
+        self.env.close()
+
+    def _play(self, task: int, initial_state: int) -> Demonstration | None:
+        env, scene = self.env, self.env.unwrapped
+        seed = [self.settings.seed, task, initial_state]
+        observation, info = env.reset(
+            seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
+            options={"task": task, "initial_state": initial_state},
+        )
+        instruction = str(info["instruction"])
+        others = [int(other) for other in info.get("alternative_tasks", ())]
+        possible_N = np.zeros(len(self.settings.instructions), bool)
+        possible_N[[task, *others]] = True
+        expert = self.settings.expert(env, np.random.default_rng(seed), noise=self.settings.noise)
+        steps: dict[str, list[np.ndarray]] = defaultdict(list)
+        success = False
+        for _ in range(self.settings.max_steps):
+            action_A = np.asarray(expert.act(), np.float32)
+            executed_A = np.asarray(expert.noisy(action_A), np.float32)
+            labels = scene.labels()
+            alternatives_N6 = np.zeros((len(possible_N), 6), np.float32)
+            for other in (task, *others):
+                alternatives_N6[other] = _positions(labels if other == task else scene.labels_for(other))
+            row = {
+                "observation.state": np.asarray(observation["state"], np.float32),
+                "action": action_A,
+                "label.executed_action": executed_A,
+                "label.target": alternatives_N6[task, :3].copy(),
+                "label.goal": alternatives_N6[task, 3:].copy(),
+                "label.phase": np.array([expert.phase], np.int64),
+                "label.initial_state": np.array([initial_state], np.int64),
+                "label.task": np.array([task], np.int64),
+                "label.alternatives": alternatives_N6,
+                "label.possible": possible_N,
+            }
+            row |= {IMAGE_PREFIX + name: observation[name] for name in _cameras(observation)}
+            for name, value in row.items():
+                steps[name].append(value)
+            observation, _, terminated, truncated, info = env.step(executed_A)
+            success = bool(info["success"])
+            if terminated or truncated or success:
+                break
+        return _pack(instruction, self.fps, steps) if success else None
+
+
+def _positions(labels: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([labels["target"], labels["goal"]]).astype(np.float32)
+
+
+def _cameras(observation: dict[str, np.ndarray]) -> list[str]:
+    return [name for name, value in observation.items() if value.ndim == 3]
+
+
+def _pack(instruction: str, fps: int, steps: dict[str, list[np.ndarray]]) -> Demonstration:
+    cameras = [name for name in steps if name.startswith(IMAGE_PREFIX)]
+    return Demonstration(
+        instruction,
+        fps,
+        {name: np.stack(values) for name, values in steps.items() if name not in cameras},
+        {name: [_png(image_HWC) for image_HWC in steps[name]] for name in cameras},
+        {name: _image_statistics(steps[name]) for name in cameras},
+    )
+
+
+def _png(image_HWC: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, "PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()
+
+
+def _image_statistics(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Per channel, over a few frames and every fourth pixel: all of them would take longer than the episode itself."""
+    chosen = np.linspace(0, len(images) - 1, min(len(images), STATISTICS_FRAMES)).round().astype(int)
+    pixels_P3 = np.concatenate(
+        [images[i][::STATISTICS_STRIDE, ::STATISTICS_STRIDE].reshape(-1, 3) for i in chosen]
+    ).astype(np.float64)
+    statistics = {
+        "min": pixels_P3.min(0),
+        "max": pixels_P3.max(0),
+        "mean": pixels_P3.mean(0),
+        "std": pixels_P3.std(0),
+        "count": np.array([len(chosen)]),
+    }
+    for quantile, values in zip(QUANTILES, np.quantile(pixels_P3, QUANTILES, axis=0), strict=True):
+        statistics[f"q{round(100 * quantile):02d}"] = values
+    return statistics

@@ -1,0 +1,172 @@
+"""Scripted experts: waypoint controllers on privileged state, one skill per verb, shared by all suites.
+
+`act` is a function of the current state alone (no timers, no memory), so it recovers from whatever happened: a lost object
+is picked up again, a missed grasp is repeated. Motion is proportional to the error and clipped at full speed. Heights follow
+a funnel: the closer the gripper is to the line above its aim, the lower it may go; while it is too low it rises before
+it moves sideways.
+
+`noisy` turns a clean action into the one to execute (DART, Laskey et al. 2017): small Gaussian noise all the time and,
+now and then, a burst of a constant offset or an opened gripper. The clean action stays the label.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cogvla.envs.arm import FINGER_OPEN
+from cogvla.envs.control import POSITION_SCALE, ROTATION_SCALE
+from cogvla.envs.goals import Goal, destination_point, in_place
+from cogvla.envs.tabletop import TabletopEnv
+
+PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "press")
+GAIN = 0.4
+HOVER = 0.12
+"""Height of the gripper centre on the way to an item, and with one in hand."""
+OPEN, CLOSE = -1.0, 1.0
+_SLOPE = 8.0
+_GRASP_ZONE = 0.010
+_WIDE_ZONE = 0.018
+_CLOSING = 0.036
+"""A finger further in than this is closing, or has not opened yet."""
+_STALLED = 0.01
+"""Metres per second below which a closing finger has met something."""
+_LOWEST = 0.018
+_RELEASE_TOLERANCE = {"tray": 0.025, "plate": 0.02, "cube": 0.007}
+
+
+class Expert:
+    """Solves the task that `env` has been reset to.
+
+    Args:
+        env: a tabletop environment, possibly wrapped.
+        rng: draws the execution noise.
+        noise: scale of that noise; 0 is none, 1 is what demonstrations are recorded with.
+    """
+
+    def __init__(self, env: object, rng: np.random.Generator, noise: float = 0.0) -> None:
+        unwrapped = getattr(env, "unwrapped", env)
+        if not isinstance(unwrapped, TabletopEnv):
+            raise ValueError(f"the scripted expert plays tabletop suites, got {type(unwrapped).__name__}")
+        if noise < 0:
+            raise ValueError(f"noise must be at least 0, got {noise}")
+        self._env = unwrapped
+        self._scene = unwrapped.scene
+        self._rng = rng
+        self._noise = noise
+        self._burst = 0
+        self._offset = np.zeros(7)
+        self.phase = 0
+        """Index into `PHASES` of the last action."""
+
+    def act(self) -> np.ndarray:
+        """The clean action float32 [7] for the current state."""
+        goal = self._env.current_goal()
+        skills = {"put": self._put, "push": self._push, "open": self._open, "press": self._press}
+        aim, gripper = skills[goal.verb](goal)
+        action = np.empty(7)
+        action[:3] = _clip_norm(GAIN * (aim - self._env.gripper_position) / POSITION_SCALE)
+        action[3:6] = _clip_norm(-GAIN * self._env.gripper_rotation / ROTATION_SCALE)
+        action[6] = gripper
+        return action.astype(np.float32)
+
+    def noisy(self, action: np.ndarray) -> np.ndarray:
+        """What to execute instead of a clean action, float32 [7]."""
+        if self._noise == 0.0:
+            return action
+        rng, noise = self._rng, self._noise
+        if self._burst > 0:
+            self._burst -= 1
+        else:
+            self._offset = np.zeros(7)
+            if rng.random() < 0.06 * noise:
+                self._burst = int(rng.integers(2, 6))
+                self._offset[:3] = rng.uniform(-0.5, 0.5, 3) * noise
+                self._offset[3:6] = rng.uniform(-0.2, 0.2, 3) * noise
+                if rng.random() < 0.05:
+                    self._offset[6] = -2.0  # lets go, whatever it holds
+        executed = action + self._offset
+        executed[:6] += rng.normal(0.0, 0.05 * noise, 6)
+        return np.clip(executed, -1.0, 1.0).astype(np.float32)
+
+    # --- pieces ------------------------------------------------------------------------------------------------------
+
+    def _set_phase(self, name: str) -> None:
+        self.phase = PHASES.index(name)
+
+    def _funnel(self, point: np.ndarray, tolerance: float, hover: float, reference: np.ndarray | None = None) -> np.ndarray:
+        """Where to move the gripper [3] so that `reference` (default: the gripper itself) comes down onto `point`."""
+        gripper = self._env.gripper_position
+        error = point - (gripper if reference is None else reference)
+        distance = float(np.hypot(error[0], error[1]))
+        lowest = max(gripper[2] + error[2], _LOWEST)
+        height = lowest + np.clip(_SLOPE * (distance - tolerance), 0.0, max(hover - lowest, 0.0))
+        sideways = float(np.clip(1.0 - (height - gripper[2]) / 0.05, 0.0, 1.0))
+        return np.array([gripper[0] + sideways * error[0], gripper[1] + sideways * error[1], height])
+
+    def _gripped(self, item: str) -> bool:
+        """Whether both pads hold the item: they touch it, and have come to rest or it is off the table already."""
+        lifted = self._scene.position(item)[2] > self._scene.items[item].rest_height + 0.005
+        if self._env.finger_speed > _STALLED and not lifted:
+            return False
+        data, model = self._scene.data, self._scene.model
+        pairs = data.contact.geom
+        thing = model.geom(item).id
+        touching = {int(x) for pair in pairs[(pairs == thing).any(axis=1)] for x in pair}
+        return all(model.geom(f"{side}_pad").id in touching for side in ("finger_left", "finger_right"))
+
+    def _take(self, item: str) -> tuple[np.ndarray, float]:
+        """Go to an item and close on it."""
+        point = self._scene.contact_point(item)
+        gripper, finger = self._env.gripper_position, float(self._env.fingers.min())
+        offset = point - gripper
+        distance = float(np.hypot(offset[0], offset[1]))
+        zone = _WIDE_ZONE if finger < _CLOSING else _GRASP_ZONE
+        depth = max(point[2], _LOWEST) - gripper[2]
+        if distance < zone and abs(depth) < zone:
+            self._set_phase("grasp")
+            return gripper + (offset[0], offset[1], depth), CLOSE
+        aim = self._funnel(point, 0.006, HOVER)
+        if finger < _CLOSING:  # open before going down
+            wait = float(np.clip((_CLOSING - finger) / 0.02, 0.0, 1.0))
+            aim[2] = max(aim[2], point[2] + 0.06 * wait)
+        self._set_phase("approach" if distance > 0.03 else "descend")
+        return aim, OPEN
+
+    # --- skills ------------------------------------------------------------------------------------------------------
+
+    def _put(self, goal: Goal) -> tuple[np.ndarray, float]:
+        gripper = self._env.gripper_position
+        gripped = self._gripped(goal.item)
+        if not gripped and in_place(self._scene, goal):
+            self._set_phase("release")
+            return gripper, OPEN
+        if not gripped:
+            return self._take(goal.item)
+        item, goes_to = self._scene.position(goal.item), destination_point(self._scene, goal)
+        offset = goes_to - item
+        distance = float(np.hypot(offset[0], offset[1]))
+        tolerance = _RELEASE_TOLERANCE[self._scene.items[goal.destination].kind]
+        if distance < tolerance and abs(offset[2]) < 0.007:
+            self._set_phase("release")
+            return gripper + (offset[0], offset[1], 0.0), OPEN
+        self._set_phase("transport" if distance > 0.04 else "lower")
+        above = 0.0 if tolerance < 0.01 else 0.003
+        return self._funnel(goes_to + (0.0, 0.0, above), 0.6 * tolerance, HOVER, item), CLOSE
+
+    def _push(self, goal: Goal) -> tuple[np.ndarray, float]:
+        raise NotImplementedError
+
+    def _open(self, goal: Goal) -> tuple[np.ndarray, float]:
+        raise NotImplementedError
+
+    def _press(self, goal: Goal) -> tuple[np.ndarray, float]:
+        raise NotImplementedError
+
+
+def _clip_norm(vector: np.ndarray) -> np.ndarray:
+    """Shorten to length 1 where longer, so that straight lines stay straight."""
+    length = float(np.linalg.norm(vector))
+    return vector if length <= 1.0 else vector / length
+
+
+__all__ = ["FINGER_OPEN", "PHASES", "Expert"]

@@ -1,0 +1,32 @@
+"""`record_demonstrations`: record a suite's scripted expert as a LeRobotDataset."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from cogvla.envs.recorder import record
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="record_demonstrations")
+def main(config: DictConfig) -> None:
+    """Record `config.episodes` demonstrations; see configs/record_demonstrations.yaml."""
+    try:
+        folder = record(
+            config.suite,
+            config.episodes,
+            config.output,
+            image_size=config.image_size,
+            workers=config.workers,
+            noise=config.noise,
+            seed=config.seed,
+            resume=config.resume,
+            video=config.video,
+        )
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"record_demonstrations: {error}") from error
+    print(f"{config.episodes} episodes of {config.suite} in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Records demonstrations: worker processes play the scripted expert, this process writes a LeRobotDataset v3.
+
+Nothing is lost when recording is interrupted, `kill -9` included, and a reader never sees half a data set:
+
+    OUTPUT.recording/settings.json    what is being recorded; a different request is refused
+    OUTPUT.recording/episodes/N.npz   finished episodes, each put in place by one rename
+    OUTPUT.recording/dataset/         the data set being put together, from episode 0 at every start
+    OUTPUT/                           the data set, put in place by one rename at the end
+
+Which episode is which depends on its number only, so any number of workers gives the same data set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cogvla.envs.demonstration import Demonstration, Demonstrator, DemonstratorSettings, ExpertFailedError
+from cogvla.envs.suite import get_suite
+
+ROBOT_TYPE = "panda"
+RECORDING_FILE = "meta/recording.json"
+"""In a finished data set: what it was recorded with."""
+
+
+def record(
+    suite_name: str,
+    episodes: int,
+    output: str | Path,
+    *,
+    image_size: int = 128,
+    workers: int = 2,
+    noise: float = 1.0,
+    seed: int = 0,
+    resume: bool = True,
+    video: bool = False,
+    expert: Callable[..., Any] | None = None,
+) -> Path:
+    """Record successful episodes of the suite's expert, spread evenly over its tasks, and return the data set's folder.
+
+    Does nothing when the folder already holds this data set.
+
+    Args:
+        suite_name: a registered suite.
+        episodes: how many, in total.
+        output: folder of the data set.
+        image_size: height and width of the images, in pixels.
+        workers: processes that play episodes.
+        noise: strength of the expert's noise; the clean action is what is learned.
+        seed: decides initial states and noise.
+        resume: go on with what an interrupted recording left; False starts anew.
+        video: store views as videos: smaller on disk, slower to write and read, not lossless.
+        expert: `expert(env, rng, noise=...)`; None is the scripted expert of the tabletop suites.
+
+    Raises:
+        ValueError: what was asked makes no sense, or the folder holds something else.
+        OSError: the folder cannot be written, or the disk is full; what was recorded is kept.
+        ExpertFailedError: the expert cannot do a task.
+    """
+    if episodes < 1 or workers < 1 or image_size < 1 or seed < 0 or noise < 0:
+        raise ValueError(
+            f"episodes, workers and image_size must be positive, seed and noise not negative; got {episodes=}, "
+            f"{workers=}, {image_size=}, {seed=}, {noise=}"
+        )
+    output = Path(output)
+    suite = get_suite(suite_name)
+    request = {
+        "suite": suite_name,
+        "image_size": image_size,
+        "noise": noise,
+        "seed": seed,
+        "video": video,
+        "tasks": [task.instruction for task in suite.tasks],
+    }
+    if _finished(output, request, episodes):
+        return output
+    if expert is None:
+        from cogvla.envs.expert import Expert
+
+        expert = Expert
+    settings = DemonstratorSettings(
+        suite.make, expert, tuple(request["tasks"]), suite.max_steps, image_size, noise, seed
+    )
+    work = output.with_name(output.name + ".recording")
+    with _explained(work):
+        _prepare(work, request, resume)
+        _assemble(work, settings, episodes, workers, video, suite_name)
+        (work / "dataset" / RECORDING_FILE).write_text(json.dumps(request | {"episodes": episodes}, indent=1))
+        if output.is_dir():
+            output.rmdir()  # empty, or `_finished` would have refused it
+        os.replace(work / "dataset", output)
+        shutil.rmtree(work)
+    return output
+
+
+def _finished(output: Path, request: dict[str, Any], episodes: int) -> bool:
+    """Whether the folder holds the data set that is asked for; ValueError when it holds another."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    found = output / RECORDING_FILE
+    if not found.is_file():
+        raise ValueError(f"{output} exists and is no data set of this recorder; choose another output")
+    existing = json.loads(found.read_text())
+    changed = [key for key, value in (request | {"episodes": episodes}).items() if existing[key] != value]
+    if changed:
+        was = ", ".join(f"{key}={existing[key]!r}" for key in changed)
+        raise ValueError(f"{output} was recorded with {was}; choose another output, or delete it to record anew")
+    return True
+
+
+def _prepare(work: Path, request: dict[str, Any], resume: bool) -> None:
+    if not resume and work.exists():
+        shutil.rmtree(work)
+    (work / "episodes").mkdir(parents=True, exist_ok=True)
+    for leftover in (work / "episodes").glob(".*"):
+        leftover.unlink()
+    shutil.rmtree(work / "dataset", ignore_errors=True)
+    path = work / "settings.json"
+    if path.exists():
+        existing = json.loads(path.read_text())
+        if existing != request:
+            changed = ", ".join(key for key in request if existing.get(key) != request[key])
+            raise ValueError(
+                f"{work} holds an unfinished recording with another {changed}; finish that one, choose another "
+                "output, or start anew with resume=false"
+            )
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(request, indent=1))
+    os.replace(temporary, path)
+
+
+@contextmanager
+def _explained(work: Path) -> Iterator[None]:
+    """Say what an interruption means for the data."""
+
+    def kept() -> str:
+        count = len(list((work / "episodes").glob("[0-9]*"))) if work.is_dir() else 0
+        return f"{count} finished episodes are kept in {work}; the same command goes on from there"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nrecording stopped: {kept()}", file=sys.stderr)
+        raise
+    except OSError as error:
+        where = error.filename or work
+        raise OSError(
+            error.errno,
+            f"recording cannot write to {where}: {error.strerror or error}. Free or choose another place (output=...). "
+            f"{kept()}",
+        ) from error
+
+
+def _assemble(work: Path, settings: DemonstratorSettings, episodes: int, workers: int, video: bool, name: str) -> None:
+    """Have the missing episodes played, and write all of them in order."""
+    paths = [work / "episodes" / f"{slot:06d}.npz" for slot in range(episodes)]
+    missing = [slot for slot, path in enumerate(paths) if not Demonstration.is_complete(path)]
+    with ExitStack() as stack:
+        pool = stack.enter_context(_Pool(settings, paths, missing, min(workers, len(missing))))
+        bar = stack.enter_context(tqdm(total=episodes, initial=episodes - len(missing), unit="episode", desc=name))
+
+        from cogvla.envs.dataset_writer import DatasetWriter  # takes seconds, in which the workers already play
+
+        writer: DatasetWriter | None = None
+        for slot, path in enumerate(paths):
+            while slot in pool.pending:
+                pool.next()
+                bar.update()
+                bar.set_postfix(success=f"{pool.successes / pool.attempts:.1%}")
+            episode = Demonstration.load(path)
+            if writer is None:
+                writer = DatasetWriter(work / "dataset", f"cogvla/{name}", episode, ROBOT_TYPE, video)
+                stack.callback(writer.close)
+            writer.add(episode)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """The worker has built its environment."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """An episode is in its file."""
+
+    slot: int
+    attempts: int
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """The worker ends; `error` is None when only its text could be sent."""
+
+    error: Exception | None
+    text: str
+
+
+class _Pool:
+    """Processes that play the missing episodes in turn."""
+
+    def __init__(self, settings: DemonstratorSettings, paths: list[Path], missing: list[int], workers: int) -> None:
+        self.pending = set(missing)
+        self.attempts = self.successes = 0
+        self._queue = list(reversed(missing))
+        self._arguments = (settings, [str(path) for path in paths])
+        self._count = workers
+        self._processes: dict[Connection, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> _Pool:
+        try:
+            payload = pickle.dumps(self._arguments)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"the suite's `make` or the expert cannot be sent to another process ({error}): "
+                "make it a function or class of a module"
+            ) from error
+        for _ in range(self._count):
+            ours, theirs = Pipe()
+            single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+            command = f"from cogvla.envs.recorder import serve; serve({theirs.fileno()})"
+            self._processes[ours] = subprocess.Popen(
+                [sys.executable, "-P", "-c", command],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **single, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # Ctrl-C is for the parent, which then closes its workers
+            )
+            theirs.close()
+            ours.send_bytes(payload)
+        return self
+
+    def next(self) -> int:
+        """Wait for an episode and return its number."""
+        while True:
+            for connection in wait(list(self._processes)):
+                assert isinstance(connection, Connection)
+                try:
+                    message = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    code = self._processes[connection].wait()
+                    raise RuntimeError(
+                        f"a worker died (exit code {code}; -9 means not enough memory: use fewer workers); "
+                        "the same command goes on where it stopped"
+                    ) from None
+                match message:
+                    case _Failed(error, text):
+                        if isinstance(error, OSError | ExpertFailedError):
+                            raise error
+                        raise RuntimeError(f"a worker failed:\n{text}") from error
+                    case _Ready():
+                        self._hand_out(connection)
+                    case _Recorded(slot, attempts):
+                        self.attempts += attempts
+                        self.successes += 1
+                        self.pending.remove(slot)
+                        self._hand_out(connection)
+                        return slot
+
+    def _hand_out(self, connection: Connection) -> None:
+        if self._queue:
+            connection.send(self._queue.pop())
+        else:
+            self._close(connection)
+
+    def _close(self, connection: Connection) -> None:
+        process = self._processes.pop(connection)
+        connection.close()
+        try:
+            process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.kill()  # an episode that is not finished is worth nothing
+        for connection in list(self._processes):
+            self._close(connection)
+
+
+def serve(descriptor: int) -> None:
+    """Main loop of a worker, until the other end of the pipe closes."""
+    connection = Connection(descriptor)
+    try:
+        settings, paths = pickle.loads(connection.recv_bytes())
+        demonstrator = Demonstrator(settings)
+        connection.send(_Ready())
+        while True:
+            slot = connection.recv()
+            episode, attempts = demonstrator.record(slot)
+            episode.save(Path(paths[slot]))
+            connection.send(_Recorded(slot, attempts))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the recorder is gone, or has no more work
+    except Exception as error:  # whatever goes wrong here is raised again in the recorder
+        connection.send(
+            _Failed(error if isinstance(error, OSError | ExpertFailedError) else None, traceback.format_exc())
+        )

@@ -1,0 +1,115 @@
+"""Off-screen images of a scene: one OpenGL context per process, nothing drawn that the policy does not need.
+
+The backend is `MUJOCO_GL` where that is set (egl, osmesa or glfw); otherwise EGL, then OSMesa, whichever can be loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from typing import Any
+
+import mujoco
+import numpy as np
+
+_HELP = (
+    "Off-screen rendering needs EGL or OSMesa. On Debian or Ubuntu: `apt-get install libegl1 libgl1-mesa-dri` (EGL), or "
+    "`apt-get install libosmesa6` and MUJOCO_GL=osmesa. Or build the environment with render=False."
+)
+
+
+def _egl_works() -> bool:
+    """Whether libEGL loads and offers at least one device (the software one counts)."""
+    try:
+        egl = ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        return False
+    egl.eglGetProcAddress.restype = ctypes.c_void_p
+    address = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
+    if not address:
+        return False
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))(address)
+    count = ctypes.c_int(0)
+    return bool(query(0, None, ctypes.byref(count))) and count.value > 0
+
+
+def _osmesa_works() -> bool:
+    for name in ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def choose_backend(requested: str = "") -> str:
+    """`egl`, `osmesa` or `glfw`; RuntimeError, naming the packages to install, where none can work."""
+    requested = requested.lower().strip()
+    if requested in ("egl", "osmesa", "glfw"):
+        return requested
+    if requested in ("disable", "disabled", "off", "false", "0"):
+        raise RuntimeError(f"MUJOCO_GL={requested} switches rendering off. {_HELP}")
+    if _egl_works():
+        return "egl"
+    if _osmesa_works():
+        return "osmesa"
+    raise RuntimeError(_HELP)
+
+
+@functools.cache
+def _context(process: int) -> Any:
+    """The OpenGL context of this process (a fork must not share its parent's)."""
+    del process
+    backend = choose_backend(os.environ.get("MUJOCO_GL", ""))
+    try:
+        if backend == "egl":
+            from mujoco.egl import GLContext
+        elif backend == "osmesa":
+            from mujoco.osmesa import GLContext
+        else:
+            from mujoco.glfw import GLContext
+        return GLContext(256, 256)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise RuntimeError(f"rendering with {backend} failed ({error}). {_HELP}") from error
+
+
+class SceneRenderer:
+    """Renders cameras of one model. Images are uint8 [H,W,3], the right way up."""
+
+    def __init__(self, model: mujoco.MjModel) -> None:
+        self._model = model
+        self._process = os.getpid()
+        self._gl = _context(self._process)
+        self._gl.make_current()
+        self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + 50)
+        self._scene.flags[:] = 0
+        self._options = mujoco.MjvOption()
+        self._options.sitegroup[:] = 0
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._mujoco_context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mujoco_context)
+
+    def render(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
+        """One image uint8 [H,W,3]."""
+        assert os.getpid() == self._process, "an environment was used in a forked process; build it there instead"
+        self._gl.make_current()
+        context = self._mujoco_context
+        if height > context.offHeight or width > context.offWidth:
+            mujoco.mjr_resizeOffscreen(max(width, context.offWidth), max(height, context.offHeight), context)
+        self._camera.fixedcamid = self._model.camera(camera).id
+        mujoco.mjv_updateScene(
+            self._model, data, self._options, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene
+        )
+        viewport = mujoco.MjrRect(0, 0, width, height)
+        mujoco.mjr_render(viewport, self._scene, context)
+        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        mujoco.mjr_readPixels(pixels, None, viewport, context)
+        return np.ascontiguousarray(pixels[::-1])
+
+    def close(self) -> None:
+        """Free what this model holds on the GPU; the process keeps its context."""
+        self._gl.make_current()
+        self._mujoco_context.free()

@@ -1,0 +1,262 @@
+"""The tabletop environment: one gymnasium class that plays any task of any tabletop suite.
+
+Observation: `agentview` and `wrist` uint8 [H,W,3]; `state` float32 [8] = gripper-centre position in the world frame (3, m),
+axis-angle of the gripper *relative to the nominal top-down grasp pose* in the world frame (3, rad; pointing straight down
+with the fingers opening along y is zero, so the discontinuity at pi is never near), the two finger positions (2, 0 closed to
+0.04 m open).
+
+Action: float32 [7] in [-1,1] = position delta (1.0 is 0.05 m), axis-angle delta in the world frame (1.0 is 0.2 rad), gripper
+(> 0 closes, otherwise opens). Values outside are clipped; NaN, infinity or another shape is a ValueError. How deltas add up:
+`cogvla.envs.control`.
+
+`agentview` looks at the table from the front, towards the robot: the robot is at the top, image right is world +y.
+`wrist` looks down past the fingers: image up is world +x (away from the robot), image right is world -y.
+
+Initial states are drawn from `np.random.default_rng([suite_seed, task, initial_state])`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+
+from cogvla.envs.arm import FINGER_JOINTS, FINGER_OPEN, NOMINAL_ROTATION
+from cogvla.envs.control import CONTROL_HZ, ArmController, rotation_vector
+from cogvla.envs.goals import Goal, Layout, holds, labels
+from cogvla.envs.rendering import SceneRenderer
+from cogvla.envs.scene import TIMESTEP, Item, Scene
+from cogvla.envs.suite import FIRST_TRAINING_STATE, Suite, Task
+
+CAMERAS = ("agentview", "wrist")
+START_REGION = np.array([[0.40, -0.20, 0.15], [0.60, 0.20, 0.30]])
+"""Box of the gripper centre in initial states."""
+START_YAW = 0.3
+START_TILT = 0.08
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that tells one suite from another.
+
+    Attributes:
+        name, tasks, max_steps: as in `Suite`.
+        seed: first entry of every initial state's seed.
+        items: everything that may stand on the table.
+        draw: (rng, task) -> the layout of one scene; `layout.goals` holds the task and all its alternatives.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    max_steps: int
+    seed: int
+    items: Sequence[Item]
+    draw: Callable[[np.random.Generator, int], Layout]
+
+    def suite(self) -> Suite:
+        """The suite that the registry hands out."""
+
+        # a partial and no closure: rollouts send it to their environment processes
+        return Suite(name=self.name, tasks=self.tasks, max_steps=self.max_steps, make=partial(TabletopEnv, self))
+
+
+class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
+    """One scene at a time of one family.
+
+    Attributes:
+        skip_images: when True, observations repeat the last images instead of rendering (nobody looks at them).
+        scene: the model, its data and the items.
+        goals: the goals of the instruction in force.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": int(CONTROL_HZ)}
+
+    def __init__(self, family: Family, image_size: int = 128, render: bool = True) -> None:
+        if image_size < 16:
+            raise ValueError(f"image_size must be at least 16 pixels, got {image_size}")
+        self.family = family
+        self.scene = Scene(family.items)
+        self.skip_images = False
+        self.render_mode = "rgb_array"
+        self._image_size = image_size
+        self._rendering = render
+        self._renderer: SceneRenderer | None = None
+        self._images = {name: np.zeros((image_size, image_size, 3), dtype=np.uint8) for name in CAMERAS}
+        self._arm = ArmController(TIMESTEP)
+        self._site = self.scene.model.site("tcp").id
+        self._fingers = [int(self.scene.model.joint(name).qposadr[0]) for name in FINGER_JOINTS]
+        self._finger_velocities = [int(self.scene.model.joint(name).dofadr[0]) for name in FINGER_JOINTS]
+        self._layout: Layout | None = None
+        self._task = self._asked = 0
+        self._steps = 0
+        image = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = gym.spaces.Dict(
+            {**dict.fromkeys(CAMERAS, image), "state": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)}
+        )
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
+
+    # --- what the gripper is doing -----------------------------------------------------------------------------------
+
+    @property
+    def gripper_position(self) -> np.ndarray:
+        """Gripper centre [3], world frame."""
+        return self.scene.data.site_xpos[self._site].copy()
+
+    @property
+    def gripper_rotation(self) -> np.ndarray:
+        """Axis-angle [3] relative to the nominal grasp pose, world frame."""
+        return rotation_vector(self._gripper_matrix() @ NOMINAL_ROTATION.T)
+
+    @property
+    def fingers(self) -> np.ndarray:
+        """Positions of the two fingers [2]."""
+        return self.scene.data.qpos[self._fingers]
+
+    @property
+    def finger_speed(self) -> float:
+        """The faster finger's speed in m/s."""
+        return float(np.abs(self.scene.data.qvel[self._finger_velocities]).max())
+
+    def _gripper_matrix(self) -> np.ndarray:
+        return self.scene.data.site_xmat[self._site].reshape(3, 3)
+
+    # --- tasks -------------------------------------------------------------------------------------------------------
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        return self.goals_for(self._asked)
+
+    def goals_for(self, task_index: int) -> tuple[Goal, ...]:
+        """Goals of any task that can be carried out in this scene; ValueError lists them."""
+        goals = self._current_layout().goals
+        if task_index not in goals:
+            raise ValueError(f"task {task_index} cannot be carried out in this scene; possible: {sorted(goals)}")
+        return goals[task_index]
+
+    def _current_layout(self) -> Layout:
+        if self._layout is None:
+            raise ValueError("call reset() first")
+        return self._layout
+
+    def current_goal(self, task_index: int | None = None) -> Goal:
+        """The first goal of a task that does not hold yet (the last one once all do); default: the task asked for."""
+        goals = self.goals if task_index is None else self.goals_for(task_index)
+        for goal in goals[:-1]:
+            if not self._holds(goal):
+                return goal
+        return goals[-1]
+
+    def _holds(self, goal: Goal) -> bool:
+        return holds(self.scene, goal, self.fingers, self.gripper_position)
+
+    def task_success(self, task_index: int) -> bool:
+        """Whether that task of the current scene is done now."""
+        return all(self._holds(goal) for goal in self.goals_for(task_index))
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """`target` and `goal`, float32 [3] each, of the current goal of the task asked for."""
+        return self.labels_for(self._asked)
+
+    def labels_for(self, task_index: int) -> dict[str, np.ndarray]:
+        """The same for any task that can be carried out in this scene."""
+        return labels(self.scene, self.current_goal(task_index))
+
+    # --- gymnasium ---------------------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Draw the initial state (`options` "task", "initial_state"; random ones where missing).
+
+        `options["asked"]` swaps the instruction: the scene is the task's, but instruction and success are those of the
+        task `asked`, which must be possible in the scene.
+        """
+        super().reset(seed=seed)
+        options = options or {}
+        unknown = set(options) - {"task", "initial_state", "asked"}
+        if unknown:
+            raise ValueError(f"unknown reset options {sorted(unknown)}; use task, initial_state, asked")
+        task, state = options.get("task"), options.get("initial_state")
+        task = int(self.np_random.integers(len(self.family.tasks)) if task is None else task)
+        state = int(self.np_random.integers(FIRST_TRAINING_STATE, 2**31) if state is None else state)
+        if not 0 <= task < len(self.family.tasks) or state < 0:
+            raise ValueError(
+                f"task must be in 0..{len(self.family.tasks) - 1} and initial_state at least 0, got {task} and {state}"
+            )
+        rng = np.random.default_rng([self.family.seed, task, state])
+        layout = self.family.draw(rng, task)
+        asked = options.get("asked")
+        self._layout, self._task, self._asked, self._steps = layout, task, task, 0
+        if asked is not None:
+            self.goals_for(int(asked))
+            self._asked = int(asked)
+        self.scene.place(layout.poses)
+        turn = np.append(rng.uniform(-START_TILT, START_TILT, 2), rng.uniform(-START_YAW, START_YAW))
+        data = self.scene.data
+        data.qpos[:7] = data.ctrl[:7] = self._arm.reset(rng.uniform(*START_REGION), turn)
+        data.qpos[self._fingers] = data.ctrl[7:9] = FINGER_OPEN
+        mujoco.mj_forward(self.scene.model, data)
+        others = [i for i in sorted(layout.goals) if i != self._asked]
+        info = self._info()
+        info["alternative_tasks"] = others
+        info["alternatives"] = [self.family.tasks[i].instruction for i in others]
+        return self._observe(), info
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """One control step of 50 ms. Reward is 1 on success, else 0."""
+        self._current_layout()
+        values = np.asarray(action, dtype=np.float64)
+        if values.shape != (7,):
+            raise ValueError(f"an action is 7 numbers (position, rotation, gripper), got shape {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"action holds NaN or infinite values: {values}")
+        self._arm.command(np.clip(values, -1.0, 1.0), self.gripper_position, self._gripper_matrix())
+        self._arm.run(self.scene.model, self.scene.data)
+        self.scene.latch_buttons()
+        self._steps += 1
+        info = self._info()
+        success = info["success"]
+        return self._observe(), float(success), success, self._steps >= self.family.max_steps, info
+
+    def _info(self) -> dict[str, Any]:
+        success = self.task_success(self._asked)
+        return {
+            "success": success,
+            "scene_task_success": success if self._task == self._asked else self.task_success(self._task),
+            "instruction": self.family.tasks[self._asked].instruction,
+            "task": self._asked,
+        }
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        if self._rendering and not self.skip_images:
+            size = self._image_size
+            self._images = {name: self.render_camera(name, size, size) for name in CAMERAS}
+        state = np.concatenate([self.gripper_position, self.gripper_rotation, self.fingers]).astype(np.float32)
+        return {**{name: image.copy() for name, image in self._images.items()}, "state": state}
+
+    def render_camera(self, name: str, height: int, width: int) -> np.ndarray:
+        """An image uint8 [H,W,3] of the current state at any size, e.g. for videos."""
+        if self._renderer is None:
+            self._renderer = SceneRenderer(self.scene.model)
+        return self._renderer.render(self.scene.data, name, height, width)
+
+    def render(self) -> np.ndarray:
+        """The agentview image at 256x256."""
+        return self.render_camera("agentview", 256, 256)
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+
+def make_env(suite: str, image_size: int = 128, render: bool = True) -> gym.Env:
+    """Entry point of the gymnasium ids `cogvla/<suite>-v0`."""
+    from cogvla.envs.suite import get_suite
+
+    return get_suite(suite).make(image_size=image_size, render=render)
