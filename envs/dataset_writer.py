@@ -119,7 +119,8 @@ class DatasetWriter:
             self._writer = pq.ParquetWriter(path, table.schema, compression="snappy", use_dictionary=True)
         self._writer.write_table(table)
         self._bytes += size
-        statistics = compute_episode_stats(numeric, meta.features)
+        counted = {name: array.astype(np.uint8) if array.dtype == bool else array for name, array in numeric.items()}
+        statistics = compute_episode_stats(counted, meta.features)
         for camera, values in episode.image_statistics.items():
             statistics[camera] = {k: v if k == "count" else (v / 255.0)[:, None, None] for k, v in values.items()}
         where = {
