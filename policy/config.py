@@ -88,8 +88,8 @@ class LanguageConfig:
         bos_token, stop_token: ids whose embeddings open and close the sequence.
         rms_norm_eps, rope_theta: as in transformers.
         init_std: standard deviation of the linear layers at the start.
-        embedding_std: that of the token embeddings; None is `init_std`. From scratch it should be near 1, or FiLM, which
-            reads the mean embedding, hardly sees the instruction for thousands of steps.
+        embedding_std: that of the token embeddings; None is `init_std`. From scratch it should be near 1, or FiLM,
+            which reads the mean embedding, hardly sees the instruction for thousands of steps.
         hub: repository of pretrained weights that fit these sizes, or None.
     """
 
@@ -126,11 +126,14 @@ class ActionHeadConfig:
         tokens_per_step: `one` placeholder per step of the chunk, or one per `action_dim`ension (the paper, K*A).
         placeholder: `learned` embeddings, or `zero` vectors (the paper).
         blocks: residual blocks of the head.
+        shifted: read action i from the state one token earlier, the first one from the last word, as in next-token
+            prediction (the published code); otherwise from its own placeholder.
     """
 
     tokens_per_step: Literal["one", "action_dim"] = "one"
     placeholder: Literal["learned", "zero"] = "learned"
     blocks: int = 2
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         _one_of("head.tokens_per_step", self.tokens_per_step, ("one", "action_dim"))
@@ -150,9 +153,9 @@ class RoutingConfig:
         schedule, mean_keep, period: see `routing.schedule.keep_ratios`.
         mode: `bypass` (tokens not kept skip the layer and come back) or `drop` (they are gone).
         position_policy: `keep` the positions of kept tokens, or `renumber` them in routed layers (faithful).
-        scale: what the router's probability multiplies, which is how the router learns: the MLP output of `all` tokens
-            (faithful) or of `visual_only` vision tokens, or for vision tokens also the attention `values`. Only the last
-            one reaches the router of the last layer, where nothing reads a vision token's MLP output any more.
+        scale: what the router's probability multiplies, which is how the router learns: the MLP output of `all`
+            tokens (faithful) or of `visual_only` vision tokens, or for vision tokens also the attention `values`. Only
+            the last one teaches the router of the last layer, where nothing reads a vision token's MLP output.
         attention: stage 3, `coupled`; `causal` and `bidirectional` are ablations.
     """
 

@@ -3,10 +3,10 @@
 What is unusual:
 - vision tokens are routed per layer; the mask is built once per keep-count and handed to SDPA, nothing is patched
 - no KV cache and no output vocabulary: a chunk of actions is read from one forward pass
-- the last layer computes queries and MLP only for the action block, the only rows that are read
+- the last layer computes queries and MLP only for the rows that are read, those of the actions
 
-Shape legend: B batch, S sequence, Q query rows, N vision tokens, K kept vision tokens, D width, H heads, G key/value heads,
-E head width.
+Shape legend: B batch, S sequence, T text, J action tokens, Q query rows, N vision tokens, K kept vision tokens,
+D width, H heads, G key/value heads, E head width.
 """
 
 from __future__ import annotations
@@ -64,10 +64,16 @@ class Trace:
 
 
 class RoutedDecoder(nn.Module):
-    """Sequence [B,S,D] in, states of the action placeholders [B,J,D] out."""
+    """Sequence [B,S,D] in, one state per action token [B,J,D] out.
 
-    def __init__(self, config: LanguageConfig, routing: RoutingConfig) -> None:
+    Args:
+        config, routing: see there.
+        shifted: see `ActionHeadConfig`.
+    """
+
+    def __init__(self, config: LanguageConfig, routing: RoutingConfig, shifted: bool = False) -> None:
         super().__init__()
+        self.shifted = shifted
         self.llm = build_language_model(config)
         self.routing = routing
         self.ratios = routing.keep_ratios(config.layers)
@@ -97,11 +103,12 @@ class RoutedDecoder(nn.Module):
         current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
         last = len(self.llm.layers) - 1
         for index, (layer, ratio) in enumerate(zip(self.llm.layers, self.ratios, strict=True)):
-            answer_only = index == last and trace is None
+            # A traced pass wants every row of every layer.
+            read = self._read_rows if index == last and trace is None else None
             count = now.layout.vision if ratio is None else min(keep_count(layout.vision, ratio), now.layout.vision)
             h_BSD = layer.input_layernorm(x_BSD)
             if ratio is None:
-                x_BSD = _layer(layer, x_BSD, h_BSD, now, answer_only=answer_only)
+                x_BSD = _layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout))
             else:
                 router = self.routers[str(index)]
                 chosen = router(h_BSD, now.layout, now.valid_BS, count)
@@ -113,20 +120,34 @@ class RoutedDecoder(nn.Module):
                     frame,
                     factor_BS1=chosen.factor_BS1,
                     scale_values=self.routing.scale == "values",
-                    answer_only=answer_only,
+                    rows=read and read(frame.layout),
                 )
                 if trace is not None:
                     kept_BK = chosen.kept_BK if current_BN is None else current_BN.gather(1, chosen.kept_BK)
                     trace.kept[index] = kept_BK
                     current_BN = kept_BK if self.routing.mode == "drop" else None
-                if self.routing.mode == "drop" or answer_only:
+                if self.routing.mode == "drop" or read:
                     x_BSD, now = out_BSD, frame
                 else:
                     x_BSD = put_rows(x_BSD, chosen.rows, out_BSD)
             if trace is not None:
                 trace.hidden[index] = x_BSD
-        answer_BJD = x_BSD if trace is None else x_BSD[:, now.layout.answer]
-        return self.llm.norm(answer_BJD[:, : layout.action])
+        read_BQD = x_BSD if trace is None else x_BSD[:, self._read_rows(now.layout)]
+        return self.llm.norm(self._action_states(read_BQD, text_mask_BT, layout))
+
+    def _read_rows(self, layout: TokenLayout) -> slice:
+        """Rows that the last layer has to compute."""
+        return slice(layout.state.start, layout.length) if self.shifted else layout.answer
+
+    def _action_states(self, read_BQD: Tensor, text_mask_BT: Tensor, layout: TokenLayout) -> Tensor:
+        if not self.shifted:
+            return read_BQD[:, : layout.action]
+        # Row 0 is the state token, then come the words: the last real one is before the first action, padding or not.
+        word_T = torch.arange(1, layout.text + 1, device=read_BQD.device)
+        last_B11 = (text_mask_BT * word_T).amax(1)[:, None, None]
+        before_B1D = read_BQD.gather(1, last_B11.expand(-1, -1, read_BQD.shape[-1]))
+        first = layout.actions.start - layout.state.start
+        return torch.cat((before_B1D, read_BQD[:, first : first + layout.action - 1]), dim=1)
 
 
 @dataclass(frozen=True)
@@ -161,7 +182,8 @@ class _Context:
             return self._frames[count]
         layout, valid_BS, mask_B1SS, position_BS = self._shared(count)
         if not renumber:
-            assert kept_BK is not None and before is not None, "kept tokens are a selection of a frame"
+            assert kept_BK is not None
+            assert before is not None, "kept tokens are a selection of a frame"
             position = before.position_BS
             position_BS = torch.cat(
                 (
@@ -194,10 +216,10 @@ def _layer(
     *,
     factor_BS1: Tensor | None = None,
     scale_values: bool = False,
-    answer_only: bool = False,
+    rows: slice | None = None,
 ) -> Tensor:
-    """One transformer layer on residual `x` and its normalised form `h`; `answer_only` leaves out the other rows."""
-    rows = frame.layout.answer if answer_only else slice(None)
+    """One transformer layer on residual `x` and its normalised form `h`; of the output, only `rows` are computed."""
+    rows = rows or slice(None)
     attention = layer.self_attn
     head_width = frame.cos_B1SE.shape[-1]
     split = "b s (h e) -> b h s e"

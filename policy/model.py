@@ -99,7 +99,7 @@ class CogVLA(nn.Module):
         self.action_tokens = per_step * embodiment.chunk
         self.vision = DualVision(config.vision, config.routing, embodiment, width)
         self.state = two_layer(embodiment.state_dim, width, width)
-        self.decoder = RoutedDecoder(config.language, config.routing)
+        self.decoder = RoutedDecoder(config.language, config.routing, config.head.shifted)
         self.head = ActionHead(width, embodiment.chunk, embodiment.action_dim, per_step, config.head.blocks)
         self.placeholder: nn.Parameter | None = None
         if config.head.placeholder == "learned":
@@ -130,20 +130,25 @@ class CogVLA(nn.Module):
             debug: also return what is inside (slower: every row of every layer is computed).
         """
         text = text or self.encode_text(inputs.text_ids, inputs.text_mask)
-        batch = len(inputs.state)
         streams = self.vision.streams(inputs.pixels, text.vision)
-        vision_BND = self.vision.fusion(streams, text.vision.weights_B2)
-        state_B1D = self.state(inputs.state.to(vision_BND.dtype))[:, None]
+        output = self.decide(self.vision.fusion(streams, text.vision.weights_B2), inputs.state, text, debug)
+        if output.debug is not None:
+            output.debug.update(streams=streams, stream_weights=text.vision.weights_B2)
+        return output
+
+    def decide(self, vision_BND: Tensor, state_BS: Tensor, text: TextFeatures, debug: bool = False) -> ModelOutput:
+        """From mixed vision tokens, normalised state and instruction to actions: stages 2 and 3 and the head."""
+        batch, dtype = len(state_BS), vision_BND.dtype
         layout = TokenLayout(vision=vision_BND.shape[1], text=text.mask_BT.shape[1], action=self.action_tokens)
-        bos_1D, stop_1D = self.decoder.embed(self.special_ids).to(vision_BND.dtype).split(1)
+        bos_1D, stop_1D = self.decoder.embed(self.special_ids).to(dtype).split(1)
         action_JD = vision_BND.new_zeros(layout.action, self.width) if self.placeholder is None else self.placeholder
         sequence_BSD = torch.cat(
             (
                 bos_1D.expand(batch, -1, -1),
                 vision_BND,
-                state_B1D,
-                text.embedded_BTD.to(vision_BND.dtype),
-                torch.cat((action_JD, stop_1D)).expand(batch, -1, -1),
+                self.state(state_BS.to(dtype))[:, None],
+                text.embedded_BTD.to(dtype),
+                torch.cat((action_JD.to(dtype), stop_1D)).expand(batch, -1, -1),
             ),
             dim=1,
         )
@@ -152,12 +157,5 @@ class CogVLA(nn.Module):
         actions_BKA = self.head(action_BJD)
         if trace is None:
             return ModelOutput(actions_BKA, vision_BND)
-        inside = {
-            "kept": trace.kept,
-            "hidden": trace.hidden,
-            "streams": streams,
-            "action_hidden": action_BJD,
-            "stream_weights": text.vision.weights_B2,
-            "layout": layout,
-        }
+        inside = {"kept": trace.kept, "hidden": trace.hidden, "action_hidden": action_BJD, "layout": layout}
         return ModelOutput(actions_BKA, vision_BND, inside)

@@ -5,8 +5,8 @@ What is unusual:
 - the features are the output of the last block but one; the last block is not computed
 - pixel normalisation is folded into the patch projection, and both towers share the cut into patches
 
-Shape legend: B batch, V views, P patches per view, M aggregation tokens per view, N tokens per view, C channels*patch^2,
-W tower width, D language width, L blocks, X = B*V.
+Shape legend: B batch, V views, X = B*V, P patches per view, M aggregation tokens per view, N tokens per view,
+C channels*patch^2, W tower width, D language width, L blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cogvla.routing.film import FiLM
 
 def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> VisionTransformer:
     """A timm vision transformer without the parts whose output is never used (pooling, head, final norm)."""
-    sizes = dict(img_size=image_size, patch_size=config.patch_size, num_classes=0)
+    sizes = {"img_size": image_size, "patch_size": config.patch_size, "num_classes": 0}
     if config.timm is not None:
         vit = timm.create_model(config.timm, **sizes)
     else:
@@ -70,8 +70,8 @@ class VisionTower(nn.Module):
         self.patch_size = tower.patch_size
         self.width = self.vit.embed_dim
         self.computed = len(self.vit.blocks) - (not config.drop_last_block)
-        self.register_buffer("mean", torch.tensor(tower.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(tower.std), persistent=False)
+        self.register_buffer("mean", torch.tensor(tower.mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(tower.std, dtype=torch.float32), persistent=False)
         self.film: FiLM | None = None
         self.aggregation: AggregationTokens | None = None
         if routing.efa:
