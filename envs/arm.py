@@ -44,11 +44,6 @@ _LINKS = (
     ("0 0 0", "1 1 0 0", 1.666555, "0.0601 -0.0141 -0.0105", (("0 0 -0.03 0.04 0 0.0", 0.045),)),
     ("0.088 0 0", "1 1 0 0", 0.735522, "0.0105 -0.0043 0.0616", (("0 0 0.03 0 0 0.08", 0.035),)),
 )
-# Stiff servos: the arm must follow the commanded pose closely enough to be treated as kinematic.
-SERVO_KP = np.array([20000.0, 20000.0, 15000.0, 15000.0, 4000.0, 4000.0, 2500.0])
-SERVO_KV = np.array([500.0, 500.0, 350.0, 350.0, 60.0, 60.0, 30.0])
-_FORCE = (500, 500, 400, 400, 100, 100, 60)
-
 _WHITE, _GREY, _DARK = "0.86 0.87 0.9 1", "0.62 0.64 0.68 1", "0.3 0.33 0.38 1"
 
 
@@ -57,7 +52,7 @@ def _finger(side: str, y_sign: int) -> str:
     return f"""
 <body name="{side}" pos="0 0 0.0584" gravcomp="1">
   <inertial pos="0 {0.006 * y_sign} 0.03" mass="0.05" diaginertia="2e-5 2e-5 1e-5"/>
-  <joint name="{side}" type="slide" axis="0 {y_sign} 0" range="0 {FINGER_OPEN}" armature="0.05" damping="2"/>
+  <joint name="{side}" type="slide" axis="0 {y_sign} 0" range="0 {FINGER_OPEN}" armature="0.15" damping="1"/>
   <geom name="{side}_pad" type="box" size="0.011 0.006 0.0225" pos="0 {0.006 * y_sign} 0.0315" rgba="{_DARK}"
     friction="1.6 0.02 0.001" condim="4" priority="1" solref="0.01 1" solimp="0.95 0.99 0.001"
     contype="{COLLIDE_ROBOT}" conaffinity="{COLLIDE_STATIC | COLLIDE_OBJECT}"/>
@@ -94,19 +89,15 @@ def arm_body() -> str:
 
 
 def arm_actuators() -> str:
-    """Position servos for the joints and for the fingers, and the coupling that keeps the fingers symmetric."""
-    servos = "".join(
-        f'<position name="servo{i + 1}" joint="{joint}" kp="{SERVO_KP[i]}" kv="{SERVO_KV[i]}" '
-        f'forcerange="-{_FORCE[i]} {_FORCE[i]}"/>'
-        for i, joint in enumerate(ARM_JOINTS)
-    )
+    """Motors for the joints, position servos for the fingers, and the coupling that keeps the fingers symmetric."""
+    motors = "".join(f'<motor name="motor{i + 1}" joint="{joint}"/>' for i, joint in enumerate(ARM_JOINTS))
     fingers = "".join(
-        f'<position name="servo_{joint}" joint="{joint}" kp="800" kv="30"/>'
+        f'<position name="servo_{joint}" joint="{joint}" kp="800" kv="20"/>'
         for joint in FINGER_JOINTS
     )
     left, right = FINGER_JOINTS
     coupling = f'<joint joint1="{left}" joint2="{right}" polycoef="0 1 0 0 0" solimp="0.95 0.99 0.001" solref="0.005 1"/>'
-    return f"<actuator>{servos}{fingers}</actuator><equality>{coupling}</equality>"
+    return f"<actuator>{motors}{fingers}</actuator><equality>{coupling}</equality>"
 
 
 def arm_only_xml() -> str:

@@ -1,4 +1,4 @@
-"""From actions to joints: the commanded gripper pose, differential inverse kinematics, servo targets.
+"""From actions to joints: the commanded gripper pose, differential inverse kinematics, torques.
 
 Convention. An action moves the *commanded* pose, not the measured one: the commanded pose is the running sum of all
 deltas, so a chunk that is executed open loop ends where its deltas add up to, whatever the arm's small tracking error
@@ -6,8 +6,10 @@ along the way. The commanded pose never runs further than `LEASH` ahead of the m
 up) and stays inside `WORKSPACE`. Position and rotation deltas are in the world frame.
 
 Within a control step the joint velocity changes linearly from the last delta's to the new one's, so the arm runs half a
-step (25 ms) behind the commanded pose and reaches it half a step after the last delta. The servos' velocity term is fed
-forward, which keeps the arm within millimetres of that reference.
+step (25 ms) behind the commanded pose and reaches it half a step after the last delta. Computed torque (inertia matrix
+times reference acceleration plus a spring and a damper on the error) keeps it within millimetres of that reference. It is
+explicit on purpose: with stiff servos under implicit integration the contact solver sees other accelerations than
+the arm makes, and held objects creep out of the grip.
 """
 
 from __future__ import annotations
@@ -15,15 +17,7 @@ from __future__ import annotations
 import mujoco
 import numpy as np
 
-from cogvla.envs.arm import (
-    ARM_JOINTS,
-    FINGER_OPEN,
-    HOME,
-    NOMINAL_ROTATION,
-    SERVO_KP,
-    SERVO_KV,
-    arm_only_xml,
-)
+from cogvla.envs.arm import FINGER_OPEN, HOME, NOMINAL_ROTATION, arm_only_xml
 
 CONTROL_HZ = 20.0
 POSITION_SCALE = 0.05
@@ -39,6 +33,8 @@ MAX_TILT = 0.8
 LEASH = 0.04
 LEASH_ROTATION = 0.2
 _DAMPING = 0.02
+_STIFFNESS = 1600.0
+_VISCOSITY = 80.0
 _POSTURE_GAIN = 0.1
 
 
@@ -68,7 +64,7 @@ def _clip_norm(vector: np.ndarray, limit: float) -> np.ndarray:
 
 
 class ArmController:
-    """Keeps the commanded pose and turns it into servo targets for a model whose first actuators are the arm's.
+    """Keeps the commanded pose and drives a model whose first seven actuators are the arm's motors, then the fingers'.
 
     `position` [3] and `rotation` [3,3] are the commanded pose of the site `tcp`; `joints` [7] its solution.
     """
@@ -79,6 +75,7 @@ class ArmController:
         self._site = self._model.site("tcp").id
         self._limits = self._model.jnt_range[:7].T.copy()
         self._jacobian = np.zeros((6, self._model.nv))
+        self._regulariser = _DAMPING**2 * np.eye(6)
         self.substeps = round(1.0 / (CONTROL_HZ * timestep))
         self.timestep = timestep
         self.joints = HOME.copy()
@@ -89,23 +86,23 @@ class ArmController:
         self._previous_finger = FINGER_OPEN
         self._reference = HOME.copy()
         self._velocity = np.zeros(7)
+        self._inertia = np.zeros((self._model.nv, self._model.nv))
 
     def _solve(self, iterations: int) -> None:
         """Damped least squares towards the commanded pose, with the spare degree of freedom pulled to `HOME`."""
-        data, identity = self._data, np.eye(7)
+        data, jacobian, error = self._data, self._jacobian[:, :7], np.empty(6)
+        low, high = self._limits
         for _ in range(iterations):
             data.qpos[:7] = self.joints
             mujoco.mj_kinematics(self._model, data)
             mujoco.mj_comPos(self._model, data)
             mujoco.mj_jacSite(self._model, data, self._jacobian[:3], self._jacobian[3:], self._site)
-            jacobian = self._jacobian[:, :7]
-            error = np.empty(6)
             error[:3] = self.position - data.site_xpos[self._site]
             error[3:] = rotation_vector(self.rotation @ data.site_xmat[self._site].reshape(3, 3).T)
-            inverse = jacobian.T @ np.linalg.inv(jacobian @ jacobian.T + _DAMPING**2 * np.eye(6))
-            posture = (identity - inverse @ jacobian) @ (HOME - self.joints)
-            change = inverse @ error + _POSTURE_GAIN * posture
-            self.joints = np.clip(self.joints + np.clip(change, -0.4, 0.4), *self._limits)
+            posture = _POSTURE_GAIN * (HOME - self.joints)
+            damped = jacobian @ jacobian.T + self._regulariser
+            change = posture + jacobian.T @ np.linalg.solve(damped, error - jacobian @ posture)
+            self.joints = np.minimum(np.maximum(self.joints + change, low), high)
 
     def reset(self, position: np.ndarray, rotation_offset: np.ndarray) -> np.ndarray:
         """Command a pose from scratch (axis-angle offset from the nominal grasp pose); returns its joints [7]."""
@@ -135,14 +132,22 @@ class ArmController:
 
     def run(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
         """Simulate one control step."""
-        n = self.substeps
-        velocity, last = (self.joints - self._previous_joints) / n, self._velocity
-        lead = SERVO_KV / SERVO_KP / self.timestep
-        reference = self._reference
-        for k in range(1, n + 1):
-            speed = last + (velocity - last) * (k / n)  # radians per substep, without jumps: jerks shake objects loose
-            reference = reference + speed
-            data.ctrl[:7] = reference + lead * speed
-            data.ctrl[7:9] = self._previous_finger + k / n * (self.finger - self._previous_finger)
+        n, h = self.substeps, self.timestep
+        velocity = (self.joints - self._previous_joints) / (n * h)
+        acceleration = (velocity - self._velocity) / (n * h)  # constant within the step: jerks shake objects loose
+        inertia = self._inertia_matrix()
+        position, speed = self._reference, self._velocity
+        for k in range(n):
+            correction = _STIFFNESS * (position - data.qpos[:7]) + _VISCOSITY * (speed - data.qvel[:7])
+            data.ctrl[:7] = inertia @ (acceleration + correction)
+            data.ctrl[7:9] = self._previous_finger + (k + 1) / n * (self.finger - self._previous_finger)
             mujoco.mj_step(model, data)
-        self._reference, self._velocity = reference, velocity
+            speed = speed + acceleration * h
+            position = position + speed * h
+        self._reference, self._velocity = position, velocity
+
+    def _inertia_matrix(self) -> np.ndarray:
+        """The arm's joint-space inertia [7,7] (gravity is compensated in the model)."""
+        mujoco.mj_crb(self._model, self._data)
+        mujoco.mj_fullM(self._model, self._inertia, self._data.qM)
+        return self._inertia[:7, :7]

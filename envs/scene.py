@@ -148,7 +148,7 @@ def build_model(items: Sequence[Item]) -> mujoco.MjModel:
     return mujoco.MjModel.from_xml_string(f"""
 <mujoco model="tabletop">
   <compiler angle="radian"/>
-  <option timestep="{TIMESTEP}" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20" tolerance="1e-6"/>
+  <option timestep="{TIMESTEP}" integrator="Euler" cone="elliptic" impratio="10" iterations="20" tolerance="1e-8"/>
   <visual>
     <quality shadowsize="0" offsamples="0" numslices="14" numstacks="7" numquads="1"/>
     <global offwidth="256" offheight="256"/>

@@ -198,7 +198,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.scene.place(layout.poses)
         turn = np.append(rng.uniform(-START_TILT, START_TILT, 2), rng.uniform(-START_YAW, START_YAW))
         data = self.scene.data
-        data.qpos[:7] = data.ctrl[:7] = self._arm.reset(rng.uniform(*START_REGION), turn)
+        data.qpos[:7] = self._arm.reset(rng.uniform(*START_REGION), turn)
         data.qpos[self._fingers] = data.ctrl[7:9] = FINGER_OPEN
         mujoco.mj_forward(self.scene.model, data)
         others = [i for i in sorted(layout.goals) if i != self._asked]
