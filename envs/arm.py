@@ -84,19 +84,20 @@ def arm_body() -> str:
   <camera name="wrist" pos="0.065 0 0.015" xyaxes="0 1 0 0.9396926 0 0.3420201" fovy="66"/>
   {_finger("finger_left", 1)}{_finger("finger_right", -1)}
 </body>"""
-    base = f'<geom type="capsule" fromto="-0.03 0 0.06 0 0 0.14" size="0.06" rgba="{_WHITE}" contype="0" conaffinity="0"/>'
+    base = (
+        f'<geom type="capsule" fromto="-0.03 0 0.06 0 0 0.14" size="0.06" rgba="{_WHITE}" contype="0" conaffinity="0"/>'
+    )
     return f'<body name="link0" gravcomp="1">{base}{"".join(opening)}{hand}{"".join(closing)}</body>'
 
 
 def arm_actuators() -> str:
     """Motors for the joints, position servos for the fingers, and the coupling that keeps the fingers symmetric."""
     motors = "".join(f'<motor name="motor{i + 1}" joint="{joint}"/>' for i, joint in enumerate(ARM_JOINTS))
-    fingers = "".join(
-        f'<position name="servo_{joint}" joint="{joint}" kp="800" kv="20"/>'
-        for joint in FINGER_JOINTS
-    )
+    fingers = "".join(f'<position name="servo_{joint}" joint="{joint}" kp="800" kv="20"/>' for joint in FINGER_JOINTS)
     left, right = FINGER_JOINTS
-    coupling = f'<joint joint1="{left}" joint2="{right}" polycoef="0 1 0 0 0" solimp="0.95 0.99 0.001" solref="0.005 1"/>'
+    coupling = (
+        f'<joint joint1="{left}" joint2="{right}" polycoef="0 1 0 0 0" solimp="0.95 0.99 0.001" solref="0.005 1"/>'
+    )
     return f"<actuator>{motors}{fingers}</actuator><equality>{coupling}</equality>"
 
 

@@ -31,7 +31,8 @@ _CLOSING = 0.036
 _STALLED = 0.01
 """Metres per second below which a closing finger has met something."""
 _LOWEST = 0.018
-_RELEASE_TOLERANCE = {"tray": 0.025, "plate": 0.02, "cube": 0.007}
+_RELEASE = {"tray": (0.030, 3.0), "plate": (0.025, 3.0), "cube": (0.007, 8.0)}
+"""Per kind of destination: how far off centre the gripper may let go, and the slope of the funnel."""
 
 
 class Expert:
@@ -78,7 +79,7 @@ class Expert:
             self._burst -= 1
         else:
             self._offset = np.zeros(7)
-            if rng.random() < 0.06 * noise:
+            if rng.random() < 0.03 * noise:
                 self._burst = int(rng.integers(2, 6))
                 self._offset[:3] = rng.uniform(-0.5, 0.5, 3) * noise
                 self._offset[3:6] = rng.uniform(-0.2, 0.2, 3) * noise
@@ -93,13 +94,20 @@ class Expert:
     def _set_phase(self, name: str) -> None:
         self.phase = PHASES.index(name)
 
-    def _funnel(self, point: np.ndarray, tolerance: float, hover: float, reference: np.ndarray | None = None) -> np.ndarray:
+    def _funnel(
+        self,
+        point: np.ndarray,
+        tolerance: float,
+        hover: float,
+        reference: np.ndarray | None = None,
+        slope: float = _SLOPE,
+    ) -> np.ndarray:
         """Where to move the gripper [3] so that `reference` (default: the gripper itself) comes down onto `point`."""
         gripper = self._env.gripper_position
         error = point - (gripper if reference is None else reference)
         distance = float(np.hypot(error[0], error[1]))
         lowest = max(gripper[2] + error[2], _LOWEST)
-        height = lowest + np.clip(_SLOPE * (distance - tolerance), 0.0, max(hover - lowest, 0.0))
+        height = lowest + np.clip(slope * (distance - tolerance), 0.0, max(hover - lowest, 0.0))
         sideways = float(np.clip(1.0 - (height - gripper[2]) / 0.05, 0.0, 1.0))
         return np.array([gripper[0] + sideways * error[0], gripper[1] + sideways * error[1], height])
 
@@ -145,13 +153,13 @@ class Expert:
         item, goes_to = self._scene.position(goal.item), destination_point(self._scene, goal)
         offset = goes_to - item
         distance = float(np.hypot(offset[0], offset[1]))
-        tolerance = _RELEASE_TOLERANCE[self._scene.items[goal.destination].kind]
+        tolerance, slope = _RELEASE[self._scene.items[goal.destination].kind]
         if distance < tolerance and abs(offset[2]) < 0.007:
             self._set_phase("release")
             return gripper + (offset[0], offset[1], 0.0), OPEN
         self._set_phase("transport" if distance > 0.04 else "lower")
         above = 0.0 if tolerance < 0.01 else 0.003
-        return self._funnel(goes_to + (0.0, 0.0, above), 0.6 * tolerance, HOVER, item), CLOSE
+        return self._funnel(goes_to + (0.0, 0.0, above), 0.6 * tolerance, HOVER, item, slope), CLOSE
 
     def _push(self, goal: Goal) -> tuple[np.ndarray, float]:
         raise NotImplementedError

@@ -106,8 +106,12 @@ def _fixed_geoms(item: Item) -> str:
     if item.kind == "tray":
         floor, wall = TRAY_FLOOR / 2, TRAY_WALL / 2
         walls = [(x - wall, 0, wall, y), (wall - x, 0, wall, y), (0, y - wall, x, wall), (0, wall - y, x, wall)]
-        return f'<geom name="{item.name}" type="box" size="{x} {y} {floor}" pos="0 0 {floor}" {look} {_STATIC}/>' + "".join(
-            f'<geom type="box" size="{sx} {sy} {z}" pos="{px} {py} {z}" {look} {_STATIC}/>' for px, py, sx, sy in walls
+        return (
+            f'<geom name="{item.name}" type="box" size="{x} {y} {floor}" pos="0 0 {floor}" {look} {_STATIC}/>'
+            + "".join(
+                f'<geom type="box" size="{sx} {sy} {z}" pos="{px} {py} {z}" {look} {_STATIC}/>'
+                for px, py, sx, sy in walls
+            )
         )
     if item.kind == "button":
         cap = f"""
