@@ -3,6 +3,7 @@
 What is unusual:
 - the blocks are timm's, unmodified; FiLM goes between their attention and their MLP, so they are driven from here
 - the features are the output of the last block but one; the last block is not computed
+- the last computed block updates only the aggregation tokens, which are all that is read of it
 - pixel normalisation is folded into the patch projection, and both towers share the cut into patches
 
 Shape legend: B batch, V views, X = B*V, P patches per view, M aggregation tokens per view, N tokens per view,
@@ -17,13 +18,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cogvla.policy.config import RoutingConfig, TowerConfig, VisionConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.routing.aggregation import AggregationTokens, StreamFusion
-from cogvla.routing.film import FiLM
+from cogvla.routing.film import FiLM, modulate
 
 
 def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> VisionTransformer:
@@ -78,32 +80,52 @@ class VisionTower(nn.Module):
             self.film = FiLM(summary_width, self.width, self.computed, routing.film_init)
             self.aggregation = AggregationTokens(config.aggregation_tokens, self.width)
 
-    def embed(self, patches_XPC: Tensor) -> Tensor:
-        """Patches of pixels in [0,1] to tokens [X,P,W]; equals the patch convolution of the normalised image."""
+    def embed(self, patches_XPC: Tensor, white: float = 1.0) -> Tensor:
+        """Patches of pixels in [0,white] to tokens [X,P,W]; equals the patch convolution of the normalised image."""
         projection = self.vit.patch_embed.proj
         weight_WcK = projection.weight.flatten(2) / self.std[:, None]
-        bias_W = projection.bias - torch.einsum("wck,c->w", weight_WcK, self.mean)
-        return F.linear(patches_XPC, weight_WcK.flatten(1), bias_W)
+        bias_W = projection.bias - weight_WcK.sum(2) @ self.mean
+        return F.linear(patches_XPC, weight_WcK.flatten(1) / white, bias_W)
 
-    def forward(self, patches_XPC: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Patches [X,P,C] and `1 + scale`, shift [L,X,1,W] (None without EFA) to tokens [X,N,W]."""
+    def forward(self, x_XPW: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W]."""
         vit = self.vit
-        x = self.embed(patches_XPC)
+        x = x_XPW
         prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
         if vit.no_embed_class or not prefix:
             x = torch.cat((*prefix, x + vit.pos_embed), dim=1) if prefix else x + vit.pos_embed
         else:
             x = torch.cat((*prefix, x), dim=1) + vit.pos_embed
         x = vit.norm_pre(x)
-        if self.aggregation is not None:
-            x = self.aggregation.append_to(x)
+        if self.aggregation is None or film is None:
+            for block in vit.blocks[: self.computed]:
+                x = block(x)
+            return x[:, vit.num_prefix_tokens :]
+        x = self.aggregation.append_to(x)
         for index, block in enumerate(vit.blocks[: self.computed]):
-            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-            if film is not None:
-                scale_LX1W, shift_LX1W = film
-                x = torch.addcmul(shift_LX1W[index], x, scale_LX1W[index])
+            attended = block.norm1(x)
+            if index == self.computed - 1:
+                x = self.aggregation.take_from(x)
+                attended = _attend_last(block.attn, attended, rows=x.shape[1])
+            else:
+                attended = block.attn(attended)
+            x = x + block.drop_path1(block.ls1(attended))
+            x = modulate(x, film[0][index], film[1][index])
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return self.aggregation.take_from(x) if self.aggregation is not None else x[:, vit.num_prefix_tokens :]
+        return x
+
+
+def _attend_last(attention: nn.Module, h_XNW: Tensor, rows: int) -> Tensor:
+    """Attention [X,rows,W] of the last `rows` tokens to all tokens, with the weights of a timm module."""
+    if type(attention) is not Attention:
+        return attention(h_XNW)[:, -rows:]
+    weight, bias, split = attention.qkv.weight, attention.qkv.bias, attention.qkv.out_features // 3
+    q = F.linear(h_XNW[:, -rows:], weight[:split], None if bias is None else bias[:split])
+    kv = F.linear(h_XNW, weight[split:], None if bias is None else bias[split:])
+    q = attention.q_norm(rearrange(q, "x n (h e) -> x h n e", h=attention.num_heads))
+    k, v = rearrange(kv, "x n (two h e) -> two x h n e", two=2, h=attention.num_heads).unbind(0)
+    out = F.scaled_dot_product_attention(q, attention.k_norm(k), v, scale=attention.scale)
+    return attention.proj_drop(attention.proj(attention.norm(rearrange(out, "x h n e -> x n (h e)"))))
 
 
 @dataclass(frozen=True)
@@ -143,11 +165,16 @@ class DualVision(nn.Module):
     def streams(self, pixels_BVCHW: Tensor, condition: VisionCondition) -> list[Tensor]:
         """Pixels, uint8 or float in [0,1], to the tokens of each tower before projection, [B,V*N,W]."""
         views = pixels_BVCHW.shape[1]
-        patches = {size: _patches(pixels_BVCHW, size, self._dtype) for size in {t.patch_size for t in self._towers()}}
+        white = 255.0 if pixels_BVCHW.dtype == torch.uint8 else 1.0
+        patches: dict[int, Tensor] = {}
         streams = []
         for tower, film in zip(self._towers(), condition.films, strict=True):
-            per_view = film and tuple(parameter.repeat_interleave(views, 1) for parameter in film)
-            x_XNW = tower(patches[tower.patch_size], per_view)
+            size = tower.patch_size
+            if size not in patches:
+                # Cut while the pixels are still bytes: a quarter of the memory traffic.
+                cut = rearrange(pixels_BVCHW, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=size, q=size)
+                patches[size] = cut.to(tower.vit.patch_embed.proj.weight.dtype)
+            x_XNW = tower(tower.embed(patches[size], white), film)
             streams.append(rearrange(x_XNW, "(b v) n w -> b (v n) w", v=views))
         return streams
 
@@ -157,13 +184,3 @@ class DualVision(nn.Module):
 
     def _towers(self) -> list[VisionTower]:
         return list(self.towers.values())
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self._towers()[0].vit.patch_embed.proj.weight.dtype
-
-
-def _patches(pixels_BVCHW: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    # Cut while the pixels are still bytes: a quarter of the memory traffic.
-    patches_XPC = rearrange(pixels_BVCHW, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=size, q=size)
-    return patches_XPC.to(dtype) / 255 if pixels_BVCHW.dtype == torch.uint8 else patches_XPC.to(dtype)

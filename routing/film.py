@@ -1,10 +1,11 @@
 """Feature-wise linear modulation: the instruction scales and shifts features (EFA step 1).
 
-Shape legend: B batch, E summary width, W feature width, L blocks.
+Shape legend: B batch, V views, X = B*V, N tokens, E summary width, W feature width, L blocks.
 """
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -34,3 +35,9 @@ class FiLM(nn.Module):
             self.project(summary_BE), "b (l two w) -> two l b 1 w", two=2, l=self.blocks, w=self.width
         )
         return film_2LB1W[0] + 1, film_2LB1W[1]
+
+
+def modulate(x_XNW: Tensor, scale_B1W: Tensor, shift_B1W: Tensor) -> Tensor:
+    """`x * scale + shift` for tokens [B*V,N,W] of all views; `scale` already holds the one."""
+    x_BVNW = x_XNW.unflatten(0, (len(scale_B1W), -1))
+    return torch.addcmul(shift_B1W[:, None], x_BVNW, scale_B1W[:, None]).flatten(0, 1)
