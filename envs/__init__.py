@@ -8,7 +8,7 @@ import gymnasium as gym
 
 from cogvla.envs.suite import Suite, register_suite
 
-TABLETOP_SUITES = ("tabletop_object",)
+TABLETOP_SUITES = ("tabletop_object", "tabletop_spatial", "tabletop_goal", "tabletop_long")
 
 
 def _load(name: str) -> Suite:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.arm import FINGER_OPEN
 from cogvla.envs.control import POSITION_SCALE, ROTATION_SCALE
 from cogvla.envs.goals import Goal, destination_point, in_place
 from cogvla.envs.tabletop import TabletopEnv
@@ -31,6 +30,8 @@ _CLOSING = 0.036
 _STALLED = 0.01
 """Metres per second below which a closing finger has met something."""
 _LOWEST = 0.018
+_PUSHER = 0.012
+"""Half the width of the closed fingers."""
 _RELEASE = {"tray": (0.030, 3.0), "plate": (0.025, 3.0), "cube": (0.007, 8.0)}
 """Per kind of destination: how far off centre the gripper may let go, and the slope of the funnel."""
 
@@ -113,13 +114,14 @@ class Expert:
 
     def _gripped(self, item: str) -> bool:
         """Whether both pads hold the item: they touch it, and have come to rest or it is off the table already."""
-        lifted = self._scene.position(item)[2] > self._scene.items[item].rest_height + 0.005
+        thing = self._scene.items[item]
+        lifted = thing.free and self._scene.position(item)[2] > thing.rest_height + 0.005
         if self._env.finger_speed > _STALLED and not lifted:
             return False
         data, model = self._scene.data, self._scene.model
         pairs = data.contact.geom
-        thing = model.geom(item).id
-        touching = {int(x) for pair in pairs[(pairs == thing).any(axis=1)] for x in pair}
+        touched = pairs[(pairs == model.geom(item).id).any(axis=1)]
+        touching = {int(geom) for pair in touched for geom in pair}
         return all(model.geom(f"{side}_pad").id in touching for side in ("finger_left", "finger_right"))
 
     def _take(self, item: str) -> tuple[np.ndarray, float]:
@@ -162,19 +164,37 @@ class Expert:
         return self._funnel(goes_to + (0.0, 0.0, above), 0.6 * tolerance, HOVER, item, slope), CLOSE
 
     def _push(self, goal: Goal) -> tuple[np.ndarray, float]:
-        raise NotImplementedError
+        """From behind, with closed fingers, steering sideways to stay on the line through item and destination."""
+        gripper, item = self._env.gripper_position, self._scene.position(goal.item)
+        way = (self._scene.position(goal.destination) - item)[:2]
+        left = float(np.hypot(*way))
+        ahead = way / max(left, 1e-6)
+        aside = np.array([-ahead[1], ahead[0]])
+        relative = (gripper - item)[:2]
+        behind, off = -float(relative @ ahead), float(relative @ aside)
+        contact = self._scene.items[goal.item].half[0] + _PUSHER
+        if gripper[2] < _LOWEST + 0.02 and abs(off) < 0.02 and 0.6 * contact < behind < contact + 0.04:
+            self._set_phase("push")
+            step = min(left + 0.02, 0.045) * ahead - 1.5 * off * aside
+            return np.array([*(gripper[:2] + step), _LOWEST]), CLOSE
+        start = item[:2] - (contact + 0.018) * ahead
+        aim = self._funnel(np.array([*start, _LOWEST]), 0.008, HOVER - 0.03)
+        self._set_phase("approach" if np.hypot(*(start - gripper[:2])) > 0.03 else "descend")
+        return aim, CLOSE
 
     def _open(self, goal: Goal) -> tuple[np.ndarray, float]:
-        raise NotImplementedError
+        if not self._gripped(goal.item):
+            return self._take(goal.item)
+        self._set_phase("pull")
+        return destination_point(self._scene, goal) + (0.02, 0.0, 0.0), CLOSE
 
     def _press(self, goal: Goal) -> tuple[np.ndarray, float]:
-        raise NotImplementedError
+        gripper, point = self._env.gripper_position, self._scene.contact_point(goal.item)
+        self._set_phase("press" if np.hypot(*(point - gripper)[:2]) < 0.02 else "approach")
+        return self._funnel(point - (0.0, 0.0, 0.012), 0.008, HOVER - 0.03), CLOSE
 
 
 def _clip_norm(vector: np.ndarray) -> np.ndarray:
     """Shorten to length 1 where longer, so that straight lines stay straight."""
     length = float(np.linalg.norm(vector))
     return vector if length <= 1.0 else vector / length
-
-
-__all__ = ["FINGER_OPEN", "PHASES", "Expert"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cogvla.envs.arm import FINGER_OPEN
-from cogvla.envs.scene import DRAWER_TRAVEL, PLATE_HEIGHT, TRAY_FLOOR, TRAY_WALL, Pose, Scene
+from cogvla.envs.scene import PLATE_HEIGHT, TRAY_FLOOR, TRAY_WALL, Pose, Scene
 
 VERBS = ("put", "push", "open", "press")
 RELEASED_OPENING = 0.8 * FINGER_OPEN
@@ -98,6 +98,3 @@ def labels(scene: Scene, goal: Goal) -> dict[str, np.ndarray]:
         "target": scene.contact_point(goal.item).astype(np.float32),
         "goal": destination_point(scene, goal).astype(np.float32),
     }
-
-
-__all__ = ["DRAWER_TRAVEL", "Goal", "Layout", "destination_point", "holds", "in_place", "labels"]

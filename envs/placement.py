@@ -20,7 +20,7 @@ REGION = np.array([[0.36, -0.21], [0.66, 0.21]])
 CLEARANCE = (0.012, 0.040)
 """Free space between two items along x and y that an open gripper needs around the one that it takes."""
 _BATCH = 64
-_TRIES = 40
+_TRIES = 300
 
 
 class NoRoom(Exception):

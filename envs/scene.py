@@ -35,6 +35,8 @@ HANDLE_HEIGHT = 0.035
 BUTTON_HEIGHT = 0.034
 BUTTON_TRAVEL = 0.010
 
+# The damping stops a cylinder that was knocked over from rolling for ever; it is too small to matter otherwise.
+_FREE_JOINT = '<joint type="free" damping="0.0003"/>'
 _OBJECT = f'contype="{COLLIDE_OBJECT}" conaffinity="{COLLIDE_STATIC | COLLIDE_OBJECT | COLLIDE_ROBOT}"'
 _STATIC = f'contype="{COLLIDE_STATIC}" conaffinity="0"'
 _NONE = 'contype="0" conaffinity="0"'
@@ -146,7 +148,7 @@ def build_model(items: Sequence[Item]) -> mujoco.MjModel:
     for i, item in enumerate(items):
         parked = f'pos="{0.2 * (i % 8) - 0.7} {0.2 * (i // 8)} -1"'
         if item.free:
-            bodies.append(f'<body name="{item.name}" {parked} gravcomp="1"><freejoint/>{_free_geoms(item)}</body>')
+            bodies.append(f'<body name="{item.name}" {parked} gravcomp="1">{_FREE_JOINT}{_free_geoms(item)}</body>')
         else:
             bodies.append(f'<body name="{item.name}" {parked} mocap="true">{_fixed_geoms(item)}</body>')
     return mujoco.MjModel.from_xml_string(f"""

@@ -1,0 +1,40 @@
+"""`tabletop_long`: two goals of `tabletop_goal` in a row, in its scenes. Success is when both hold at the same time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cogvla.envs.goals import Layout
+from cogvla.envs.suite import Task
+from cogvla.envs.tabletop import Family
+from cogvla.envs.tasks_goal import ITEMS, TASKS, draw_poses
+
+PAIRS = (
+    ("red_on_plate", "blue_in_tray"),
+    ("blue_on_plate", "red_in_tray"),
+    ("red_in_tray", "open_drawer"),
+    ("blue_on_plate", "press_white"),
+    ("red_on_blue", "press_black"),
+    ("blue_on_red", "press_white"),
+    ("push_puck", "red_on_plate"),
+    ("open_drawer", "press_black"),
+    ("open_drawer", "blue_in_tray"),
+    ("press_white", "press_black"),
+)
+_BY_NAME = {task.name: (task, goal) for task, goal in TASKS}
+
+
+def draw(rng: np.random.Generator, task: int) -> Layout:
+    """One scene; the task does not matter, all are possible."""
+    del task
+    goals = {i: tuple(_BY_NAME[name][1] for name in pair) for i, pair in enumerate(PAIRS)}
+    return Layout(draw_poses(rng), goals)
+
+
+def family() -> Family:
+    """The suite's definition; the slowest expert episode takes about 150 steps."""
+    tasks = tuple(
+        Task(f"{first}_then_{second}", f"{_BY_NAME[first][0].instruction}, then {_BY_NAME[second][0].instruction}")
+        for first, second in PAIRS
+    )
+    return Family("tabletop_long", tasks, 260, 4, ITEMS, draw)
