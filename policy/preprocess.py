@@ -21,6 +21,14 @@ from cogvla.policy.tokenizer import Tokenizer
 INSTRUCTION_CACHE = 4096
 
 
+def resize(view_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Uint8 images to this height and width (antialiased bilinear), as the policy sees them."""
+    if view_BCHW.shape[-2:] == size:
+        return view_BCHW
+    resized = F.interpolate(view_BCHW.float(), size, mode="bilinear", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
 class Preprocessor(nn.Module):
     """Observation to `ModelInput`, and normalised actions back to physical units.
 
@@ -58,13 +66,7 @@ class Preprocessor(nn.Module):
 
     def pixels(self, images_BHWC: Sequence[Tensor]) -> Tensor:
         """V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size (antialiased bilinear)."""
-        views = []
-        for image_BHWC in images_BHWC:
-            view_BCHW = rearrange(image_BHWC, "b h w c -> b c h w")
-            if view_BCHW.shape[-2:] != self.image_size:
-                resized = F.interpolate(view_BCHW.float(), self.image_size, mode="bilinear", antialias=True)
-                view_BCHW = resized.round_().clamp_(0, 255).to(torch.uint8)
-            views.append(view_BCHW)
+        views = [resize(rearrange(image_BHWC, "b h w c -> b c h w"), self.image_size) for image_BHWC in images_BHWC]
         return torch.stack(views, dim=1)
 
     def observation(self, observation: Observation) -> ModelInput:

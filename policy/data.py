@@ -1,0 +1,297 @@
+"""Training data: any LeRobotDataset v3, mapped to an `Embodiment` by a few keys, and the batches drawn from it.
+
+Frames are decoded once, into a memory-mapped file (`frame_cache`); the rest fits in memory. A batch is then a handful
+of gathers, without a Python loop over samples and without loader processes.
+
+Shape legend: N frames of the data set, B batch, V views, H, W image, S state, A action, K chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvla.policy.frame_cache import open_cache
+from cogvla.policy.interface import Embodiment
+from cogvla.policy.lerobot_reader import Mapping as ReaderMapping
+from cogvla.policy.lerobot_reader import local_root
+from cogvla.policy.normalise import Statistics
+
+
+@dataclass(frozen=True)
+class GripperConvention:
+    """The data set's values for the gripper; they are mapped to the embodiment's."""
+
+    index: int
+    open: float
+    close: float
+
+    def __post_init__(self) -> None:
+        if self.open == self.close:
+            raise ValueError(f"the gripper's open and close values must differ, both are {self.open}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where a data set is and what its keys mean.
+
+    Attributes:
+        cameras: the embodiment's camera name -> the data set's key.
+        state, action: keys.
+        repo_id: name on the hub; not needed for a folder.
+        root: the data set's folder; with a `repo_id` and no folder there, it is downloaded into it.
+        revision: of the hub's repository.
+        labels: name in a batch -> key; what is supervised besides the action.
+        gripper: the data set's gripper convention; None means that it is the embodiment's.
+        instruction_key: `task` for lerobot's task strings, or a string feature.
+        cache: folder for decoded frames; they are used again by every run with the same data and image size.
+    """
+
+    cameras: Mapping[str, str]
+    state: str = "observation.state"
+    action: str = "action"
+    repo_id: str | None = None
+    root: str | None = None
+    revision: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    gripper: GripperConvention | None = None
+    instruction_key: str = "task"
+    cache: str = "outputs/cache"
+
+    def __post_init__(self) -> None:
+        if self.repo_id is None and self.root is None:
+            raise ValueError("data needs a root (a folder) or a repo_id (a data set on the hub)")
+        if isinstance(self.gripper, Mapping):
+            object.__setattr__(self, "gripper", GripperConvention(**self.gripper))
+
+
+@dataclass(frozen=True)
+class DemonstrationData:
+    """Demonstrations in memory (frames memory-mapped), or a part of their episodes.
+
+    Attributes:
+        pixels_NVCHW: uint8, at the policy's image size.
+        state_NS, action_NA: float32, in physical units.
+        episode_N: long, never decreasing.
+        instruction_N: long, index into `instructions`.
+        instructions: the distinct ones.
+        frame_labels: name -> [N,...].
+        chunk: K, the actions of one sample.
+        provenance: what reports say about the data.
+        rows: long, the frames that belong to this part; None is all of them.
+    """
+
+    pixels_NVCHW: Tensor = field(repr=False)
+    state_NS: Tensor = field(repr=False)
+    action_NA: Tensor = field(repr=False)
+    episode_N: Tensor = field(repr=False)
+    instruction_N: Tensor = field(repr=False)
+    instructions: list[str]
+    frame_labels: dict[str, Tensor] = field(repr=False)
+    chunk: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+    rows: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        lengths = {len(x) for x in (self.pixels_NVCHW, self.state_NS, self.action_NA, self.episode_N)}
+        assert lengths == {len(self.instruction_N)}, "all arrays have one entry per frame"
+
+    @classmethod
+    def open(cls, config: DataConfig, embodiment: Embodiment, progress: bool = True) -> DemonstrationData:
+        """Read a data set, decoding its frames if that has not been done before.
+
+        Raises:
+            ValueError: the data set does not exist, does not fit the embodiment, holds NaN, or is damaged.
+            OSError: no space for the decoded frames.
+        """
+        missing = [name for name in embodiment.camera_names if name not in config.cameras]
+        if missing:
+            raise ValueError(
+                f"data.cameras says nothing about {', '.join(missing)}; it must name the data set's key for each of "
+                f"the embodiment's cameras: {', '.join(embodiment.camera_names)}"
+            )
+        sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
+        if len(sizes) != 1:
+            raise ValueError(f"the policy takes all views at one size; embodiment {embodiment.name!r} has {sizes}")
+        mapping = ReaderMapping(
+            cameras=tuple(config.cameras[name] for name in embodiment.camera_names),
+            state=config.state,
+            action=config.action,
+            labels=tuple(sorted(config.labels.items())),
+            instruction=config.instruction_key,
+            state_dim=embodiment.state_dim,
+            action_dim=embodiment.action_dim,
+        )
+        root = local_root(config.root, config.repo_id, config.revision)
+        cache = open_cache(root, mapping, sizes.pop(), Path(config.cache), progress)
+        columns = {name: torch.from_numpy(array) for name, array in cache.columns.items()}
+        action_NA = columns.pop("action")
+        if config.gripper is not None:
+            action_NA = _convert_gripper(action_NA, config.gripper, embodiment)
+        data = cls(
+            pixels_NVCHW=torch.from_numpy(cache.frames_NVCHW),
+            state_NS=columns.pop("state"),
+            action_NA=action_NA,
+            episode_N=columns.pop("episode"),
+            instruction_N=columns.pop("instruction"),
+            instructions=cache.instructions,
+            frame_labels={name: columns[f"label/{name}"] for name in config.labels},
+            chunk=embodiment.chunk,
+        )
+        provenance = {
+            "name": config.repo_id or root.name,
+            "revision": config.revision,
+            "fingerprint": cache.fingerprint,
+            "episodes": int(data.episode_N.unique().numel()),
+            "frames": len(data),
+        }
+        return replace(data, provenance=provenance)
+
+    def __len__(self) -> int:
+        return len(self.episode_N) if self.rows is None else len(self.rows)
+
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        """Labels of this part's frames."""
+        return {name: self._part(values) for name, values in self.frame_labels.items()}
+
+    @property
+    def instruction_ids(self) -> Tensor:
+        """For each of this part's frames, the index into `instructions`."""
+        return self._part(self.instruction_N)
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance, for reports and checkpoints."""
+        return dict(self.provenance)
+
+    def statistics(self) -> dict[str, Statistics]:
+        """Of states and actions over this part's frames."""
+        return {
+            "state": Statistics.of(self._part(self.state_NS).numpy()),
+            "action": Statistics.of(self._part(self.action_NA).numpy()),
+        }
+
+    def split(self, validation_fraction: float, seed: int) -> tuple[DemonstrationData, DemonstrationData]:
+        """Training and held-out parts by whole episodes; with a positive fraction at least one is held out.
+
+        Raises:
+            ValueError: no episode would be left for training.
+        """
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}")
+        rows = torch.arange(len(self.episode_N)) if self.rows is None else self.rows
+        episodes = self.episode_N[rows].unique()
+        count = max(1, round(len(episodes) * validation_fraction)) if validation_fraction else 0
+        if count >= len(episodes):
+            raise ValueError(
+                f"{len(episodes)} episode(s) cannot be split with validation_fraction {validation_fraction}; "
+                "record more, or set it to 0"
+            )
+        order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed))
+        held_out = torch.isin(self.episode_N[rows], episodes[order[:count]])
+        return replace(self, rows=rows[~held_out]), replace(self, rows=rows[held_out])
+
+    def _part(self, values: Tensor) -> Tensor:
+        return values if self.rows is None else values[self.rows]
+
+
+class TrainingBatches:
+    """Batches in an order that is a pure function of (seed, step), so that training resumes exactly at any step.
+
+    An epoch is a permutation of the data's frames; a batch at its end goes on with the next epoch's first frames.
+    Iterating counts `step` up; `rows(step)` and `gather(rows)` do the two parts without it.
+    """
+
+    def __init__(self, data: DemonstrationData, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        if not len(data):
+            raise ValueError("there are no demonstrations to draw batches from")
+        self.data, self.batch_size, self.seed, self.step = data, batch_size, seed, 0
+        self._rows = torch.arange(len(data)) if data.rows is None else data.rows
+        changes = data.episode_N.diff().nonzero().flatten() + 1
+        ends = torch.cat([changes, torch.tensor([len(data.episode_N)])])
+        self._end_N = ends[torch.searchsorted(ends, torch.arange(len(data.episode_N)), right=True)]
+        self._epochs: dict[int, Tensor] = {}
+
+    def rows(self, step: int) -> Tensor:
+        """The frames of the step-th batch, long [B]."""
+        size = len(self._rows)
+        position_B = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epoch_B = position_B // size
+        epochs = range(int(epoch_B[0]), int(epoch_B[-1]) + 1)
+        self._epochs = {epoch: self._epochs.get(epoch, None) for epoch in epochs}  # type: ignore[misc]
+        parts = [self._permutation(epoch)[position_B[epoch_B == epoch] % size] for epoch in epochs]
+        return self._rows[torch.cat(parts)]
+
+    def gather(self, rows_B: Tensor) -> dict[str, Any]:
+        """The samples that start at these frames.
+
+        Returns:
+            `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the last action of the episode
+            is repeated), `action_is_pad` bool [B,K] (True after the end), `instruction_id` long [B], `labels` name ->
+            [B,...].
+        """
+        data = self.data
+        index_BK = rows_B[:, None] + torch.arange(data.chunk)
+        end_B1 = self._end_N[rows_B][:, None]
+        return {
+            "pixels": torch.index_select(data.pixels_NVCHW, 0, rows_B),
+            "state": data.state_NS[rows_B],
+            "actions": data.action_NA[torch.minimum(index_BK, end_B1 - 1)],
+            "action_is_pad": index_BK >= end_B1,
+            "instruction_id": data.instruction_N[rows_B],
+            "labels": {name: values[rows_B] for name, values in data.frame_labels.items()},
+        }
+
+    def __iter__(self) -> TrainingBatches:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        batch = self.gather(self.rows(self.step))
+        self.step += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """What is needed to go on."""
+        return {"step": self.step, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: it was taken with other data, another batch size or another seed.
+        """
+        changed = [f"{k} was {state[k]}, is {v}" for k, v in self._identity().items() if state[k] != v]
+        if changed:
+            raise ValueError(f"cannot resume the order of the data: {'; '.join(changed)}")
+        self.step = state["step"]
+
+    def _identity(self) -> dict[str, int]:
+        return {"seed": self.seed, "batch_size": self.batch_size, "frames": len(self._rows)}
+
+    def _permutation(self, epoch: int) -> Tensor:
+        order = self._epochs.get(epoch)
+        if order is None:
+            seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
+            self._epochs[epoch] = order
+        return order
+
+
+def _convert_gripper(action_NA: Tensor, convention: GripperConvention, embodiment: Embodiment) -> Tensor:
+    """Map the data set's open and close values to the embodiment's, linearly in between."""
+    if not 0 <= convention.index < action_NA.shape[1]:
+        raise ValueError(f"data.gripper.index {convention.index} is outside the {action_NA.shape[1]} action dimensions")
+    closed_N = (action_NA[:, convention.index] - convention.open) / (convention.close - convention.open)
+    converted_NA = action_NA.clone()
+    converted_NA[:, convention.index] = torch.lerp(
+        torch.tensor(embodiment.gripper_open), torch.tensor(embodiment.gripper_close), closed_N
+    )
+    return converted_NA

@@ -1,0 +1,294 @@
+"""What is in a LeRobotDataset v3: its columns as arrays, and its frames one part at a time.
+
+The files are read directly (parquet by pyarrow): opening a folder needs neither lerobot, which takes seconds to import,
+nor the copy that `datasets` makes of all images. lerobot itself is used for what it alone knows: downloading, and
+finding frames in videos (with pyav, which needs no FFmpeg of the system).
+
+Shape legend: N frames of the data set, F frames of a part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+VERSION = "v3"
+VIDEO_CHUNK = 64
+"""Frames decoded at once: lerobot returns float32, 3.7 MB per frame of 640x480."""
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Which keys are read, and what the embodiment expects of them.
+
+    Attributes:
+        cameras: keys, in the order of the embodiment's cameras.
+        state, action: keys.
+        labels: (name, key) pairs.
+        instruction: `task`, or the key of a string feature.
+        state_dim, action_dim: S and A.
+    """
+
+    cameras: tuple[str, ...]
+    state: str
+    action: str
+    labels: tuple[tuple[str, str], ...]
+    instruction: str
+    state_dim: int
+    action_dim: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Frames that are decoded together: a row group of images, or an episode's piece of one video.
+
+    Attributes:
+        view: index of the camera.
+        rows: their places in the data set, [F].
+        source: the file.
+        row_group: of the parquet file; None for a video.
+        timestamps: of the frames in the video, in seconds; None for images.
+        episode: index of the (first) episode, for messages.
+    """
+
+    view: int
+    rows: np.ndarray
+    source: Path
+    row_group: int | None
+    timestamps: tuple[float, ...] | None
+    episode: int
+
+
+def local_root(root: str | None, repo_id: str | None, revision: str | None) -> Path:
+    """The data set's folder, downloaded if there is a `repo_id` and nothing in the folder.
+
+    Raises:
+        ValueError: there is none, and nowhere to get it from.
+    """
+    if root is not None and (Path(root) / "meta" / "info.json").is_file():
+        return Path(root)
+    if repo_id is None:
+        raise ValueError(
+            f"there is no LeRobotDataset in {root}: record one with `record_demonstrations suite=... output={root}`, "
+            "or set data.root to another folder or data.repo_id to a data set of the hub"
+        )
+    from huggingface_hub.errors import HfHubHTTPError
+    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+
+    try:
+        meta = LeRobotDatasetMetadata(repo_id, root=root, revision=revision)
+        meta.pull_from_repo()
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(f"cannot get the data set {repo_id!r} from the hub: {error}") from error
+    return meta.root
+
+
+class LeRobotReader:
+    """Reads one data set by a mapping of its keys.
+
+    Raises:
+        ValueError: at construction, if keys or sizes do not fit; later, if files are missing or damaged.
+    """
+
+    def __init__(self, root: Path, mapping: Mapping) -> None:
+        self.root, self.mapping = root, mapping
+        self.info: dict[str, Any] = json.loads((root / "meta" / "info.json").read_text())
+        version = str(self.info.get("codebase_version"))
+        if not version.startswith(VERSION):
+            raise ValueError(
+                f"{root} is a LeRobotDataset {version}; convert it with "
+                "`python -m lerobot.datasets.v30.convert_dataset_v21_to_v30`"
+            )
+        self.features: dict[str, dict[str, Any]] = self.info["features"]
+        self._check_keys()
+
+    def fingerprint(self, extra: str) -> str:
+        """Changes with any file of the data set, with the mapping, and with `extra`."""
+        files = [self.root / "meta" / "info.json", *self._data_files(), *sorted((self.root / "videos").rglob("*.mp4"))]
+        digest = hashlib.sha256(json.dumps([asdict(self.mapping), extra]).encode())
+        for path in files:
+            stat = path.stat()
+            digest.update(f"{path.relative_to(self.root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def index(self) -> dict[str, np.ndarray]:
+        """`episode`, `frame`, `timestamp` and `row` of the frames, in the order of the files: `row` is the place."""
+        keys = {"episode": "episode_index", "frame": "frame_index", "timestamp": "timestamp", "row": "index"}
+        columns = self._read(list(keys.values()))
+        index = {name: columns[key] for name, key in keys.items()}
+        total = int(self.info["total_frames"])
+        if not len(index["row"]) or not total:
+            raise ValueError(f"the data set in {self.root} is empty; record or download it again")
+        index["row"] = np.argsort(np.argsort(index["row"], kind="stable"), kind="stable")
+        if len(index["row"]) != total:
+            raise ValueError(
+                f"{self.root} should have {total} frames, its files hold {len(index['row'])}: "
+                "some are missing; record or download it again"
+            )
+        return index
+
+    def columns(self) -> tuple[dict[str, np.ndarray], list[str]]:
+        """State, action, episode, instruction and labels as arrays [N,...], and the distinct instructions."""
+        mapping = self.mapping
+        text_key = "task_index" if mapping.instruction == "task" else mapping.instruction
+        keys = {"state": mapping.state, "action": mapping.action, "instruction": text_key}
+        keys |= {f"label/{name}": key for name, key in mapping.labels}
+        values = self._read(list(dict.fromkeys(keys.values())))
+        order = np.argsort(self.index["row"])
+        columns = {name: np.ascontiguousarray(values[key][order]) for name, key in keys.items()}
+        columns["episode"] = self.index["episode"][order].astype(np.int64)
+        for name, dim in (("state", mapping.state_dim), ("action", mapping.action_dim)):
+            columns[name] = columns[name].reshape(-1, dim).astype(np.float32)
+            self._check_finite(name, columns[name], order)
+        distinct, ids = np.unique(columns["instruction"], return_inverse=True)
+        columns["instruction"] = ids.astype(np.int64).reshape(-1)
+        instructions = (
+            [self._tasks[int(i)] for i in distinct] if text_key == "task_index" else [str(t) for t in distinct]
+        )
+        return columns, instructions
+
+    def parts(self) -> Iterator[Part]:
+        """All frames of all cameras, in parts."""
+        for view, key in enumerate(self.mapping.cameras):
+            yield from self._video_parts(view, key) if self._kind(key) == "video" else self._image_parts(view)
+
+    def decode(self, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of places [f] in the data set and frames uint8 [f,3,H,W] as they were recorded.
+
+        Raises:
+            ValueError: a frame cannot be decoded.
+        """
+        if part.timestamps is not None:
+            yield from self._decode_video(part)
+            return
+        key = self.mapping.cameras[part.view]
+        table = _parquet(part.source, [key], part.row_group)
+        for row, image in zip(part.rows, table.column(key).to_pylist(), strict=True):
+            try:
+                source = io.BytesIO(image["bytes"]) if image["bytes"] else self.root / image["path"]
+                with Image.open(source) as opened:
+                    frame_HWC = np.asarray(opened.convert("RGB"))
+            except (OSError, TypeError, SyntaxError) as error:  # PIL raises all of these on damaged files
+                raise ValueError(
+                    f"{part.source}: an image of {key!r} at frame {row} of the data set is damaged ({error}); "
+                    "record or download it again"
+                ) from error
+            yield np.array([row]), frame_HWC.transpose(2, 0, 1)[None]
+
+    def _decode_video(self, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        from lerobot.datasets.video_utils import decode_video_frames
+
+        assert part.timestamps is not None
+        tolerance = 0.5 / self.info["fps"]
+        for start in range(0, len(part.rows), VIDEO_CHUNK):
+            chosen = slice(start, start + VIDEO_CHUNK)
+            try:
+                frames = decode_video_frames(part.source, list(part.timestamps[chosen]), tolerance, backend="pyav")
+            except Exception as error:  # pyav, torchvision and lerobot each have their own
+                raise ValueError(
+                    f"{part.source}: cannot decode episode {part.episode} ({type(error).__name__}: {error}); "
+                    "record or download it again"
+                ) from error
+            yield part.rows[chosen], (frames * 255).round().byte().numpy()
+
+    def _image_parts(self, view: int) -> Iterator[Part]:
+        start = 0
+        for path in self._data_files():
+            metadata = pq.read_metadata(path)
+            for group in range(metadata.num_row_groups):
+                rows = self.index["row"][start : start + metadata.row_group(group).num_rows]
+                yield Part(view, rows, path, group, None, int(self.index["episode"][start]) if len(rows) else 0)
+                start += len(rows)
+
+    def _video_parts(self, view: int, key: str) -> Iterator[Part]:
+        names = ["episode_index", *(f"videos/{key}/{c}" for c in ("chunk_index", "file_index", "from_timestamp"))]
+        for path in sorted((self.root / "meta" / "episodes").glob("*/*.parquet")):
+            for episode, chunk, file, first in zip(*_parquet(path, names).to_pydict().values(), strict=True):
+                source = self.root / self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+                if not source.is_file():
+                    raise ValueError(f"{source} is missing; record or download the data set again")
+                here = np.flatnonzero(self.index["episode"] == episode)
+                timestamps = tuple(float(first + t) for t in self.index["timestamp"][here])
+                yield Part(view, self.index["row"][here], source, None, timestamps, int(episode))
+
+    def _kind(self, key: str) -> str:
+        return str(self.features[key]["dtype"])
+
+    @cached_property
+    def _tasks(self) -> dict[int, str]:
+        table = _parquet(self.root / "meta" / "tasks.parquet").to_pydict()
+        text = next(name for name in table if name != "task_index")
+        return dict(zip(table["task_index"], table[text], strict=True))
+
+    def _data_files(self) -> list[Path]:
+        return sorted((self.root / "data").glob("*/*.parquet"))
+
+    def _read(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        tables = [_parquet(path, list(keys)) for path in self._data_files()]
+        if not tables:
+            raise ValueError(f"the data set in {self.root} is empty: it has no data files; record or download it again")
+        table = pa.concat_tables(tables)
+        return {key: self._array(table.column(key), key) for key in keys}
+
+    def _array(self, column: pa.ChunkedArray, key: str) -> np.ndarray:
+        shape = tuple(self.features[key]["shape"])
+        values = column.combine_chunks()
+        if self._kind(key) == "string":
+            return np.asarray(values.to_pylist(), dtype=str)
+        while not pa.types.is_primitive(values.type):
+            values = values.storage if isinstance(values, pa.ExtensionArray) else values.flatten()
+        array = values.to_numpy(zero_copy_only=False)
+        if array.size != len(column) * int(np.prod(shape)):
+            raise ValueError(f"{self.root}: {key!r} should have shape {shape} in every frame and has not")
+        return array.reshape(len(column), *shape) if shape != (1,) else array
+
+    def _check_keys(self) -> None:
+        mapping, cameras = self.mapping, [k for k in self.features if self._kind(k) in ("image", "video")]
+        for key in mapping.cameras:
+            if key not in cameras:
+                raise ValueError(f"the data set in {self.root} has no camera {key!r}; it has {', '.join(cameras)}")
+        others = [key for key in self.features if key not in cameras]
+        text = [] if mapping.instruction == "task" else [mapping.instruction]
+        for key in (mapping.state, mapping.action, *(key for _, key in mapping.labels), *text):
+            if key not in others:
+                raise ValueError(f"the data set in {self.root} has no {key!r}; it has {', '.join(others)}")
+        for name, key, dim in (
+            ("state", mapping.state, mapping.state_dim),
+            ("action", mapping.action, mapping.action_dim),
+        ):
+            shape = tuple(self.features[key]["shape"])
+            if int(np.prod(shape)) != dim:
+                raise ValueError(
+                    f"{key!r} has shape {shape} in the data set in {self.root}, the embodiment's {name}_dim is {dim}; "
+                    "choose the embodiment that was recorded, or another key"
+                )
+
+    def _check_finite(self, name: str, values_ND: np.ndarray, order: np.ndarray) -> None:
+        bad = np.flatnonzero(~np.isfinite(values_ND).all(axis=1))
+        if len(bad):
+            episode, frame = self.index["episode"][order][bad[0]], self.index["frame"][order][bad[0]]
+            raise ValueError(
+                f"{name} holds NaN or infinite values in {len(bad)} frames of {self.root}, first in episode {episode}, "
+                f"frame {frame}; leave such episodes out, or record them again"
+            )
+
+
+def _parquet(path: Path, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
+    """A parquet file's columns, or those of one row group."""
+    try:
+        file = pq.ParquetFile(path)
+        return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); record or download the data set again") from error
