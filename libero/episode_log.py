@@ -1,0 +1,185 @@
+"""The folder of an evaluation: results that survive a crash, what they were made with, and the videos worth keeping.
+
+run.json          what decides the numbers (suite, protocol, policy), and every session that worked on it
+episodes.jsonl    one line per finished episode, on disk before the next one counts
+videos/           per task a few, failures first
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from cogvla.envs.episodes import EpisodeResult
+
+RUN, EPISODES, VIDEOS = "run.json", "episodes.jsonl", "videos"
+Key = tuple[int, int]
+
+
+class EpisodeLog:
+    """Reads what is there and appends to it. Use it as a context manager: it locks the folder.
+
+    Args:
+        folder: made when missing.
+        fingerprint: everything that decides an episode's numbers, as plain values.
+        session: who works on it now (time, command line, versions); for the report.
+        resume: go on with what is there; otherwise delete earlier results of this folder.
+
+    Raises:
+        ValueError: the folder holds results of another fingerprint, or something else than an evaluation, or another
+            process is writing to it.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, Any], session: Mapping[str, Any], resume: bool = True
+    ) -> None:
+        self.folder = folder
+        self._fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+        self._session = json.loads(json.dumps(session, default=str))
+        self._resume = resume
+        self._file: IO[str] | None = None
+        self.results: dict[Key, EpisodeResult] = {}
+        self.sessions: list[dict[str, Any]] = []
+
+    def __enter__(self) -> EpisodeLog:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = self.folder / EPISODES
+        self._file = lines.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ValueError(f"another process is evaluating into {self.folder}; choose another output") from error
+        try:
+            self._open()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None, "the log is open inside its context"
+        self._file.close()
+
+    def _open(self) -> None:
+        assert self._file is not None, "the log is open inside its context"
+        run = self.folder / RUN
+        if not self._resume:
+            self._file.truncate(0)
+            run.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / VIDEOS, ignore_errors=True)
+        if run.exists():
+            try:
+                known = json.loads(run.read_text())
+                fingerprint, self.sessions = known["fingerprint"], known["sessions"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{run} is damaged ({error}); choose another output, or resume=false") from error
+            changed = _differences(fingerprint, self._fingerprint)
+            if changed:
+                raise ValueError(
+                    f"{self.folder} holds results of another configuration ({'; '.join(changed)}): choose another "
+                    "output, or resume=false to delete those results"
+                )
+            self.results = self._read()
+        elif self._file.tell():
+            raise ValueError(f"{self.folder} holds episodes but no {RUN}; choose another output, or resume=false")
+        self.sessions.append(self._session)
+        write_atomic(run, json.dumps({"fingerprint": self._fingerprint, "sessions": self.sessions}, indent=2) + "\n")
+
+    def _read(self) -> dict[Key, EpisodeResult]:
+        """The finished episodes. Errors are left out, and so tried again. A torn last line (a crash) is cut off."""
+        assert self._file is not None, "the log is open inside its context"
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text.rfind("\n") + 1
+        if whole < len(text):
+            self._file.truncate(len(text[:whole].encode()))
+        results = {}
+        for number, line in enumerate(text[:whole].splitlines(), start=1):
+            try:
+                result = EpisodeResult.from_dict(json.loads(line))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {self.folder / EPISODES} is damaged ({error}): delete that line, or resume=false"
+                ) from error
+            if result.error is None:
+                results[result.task, result.initial_state] = result
+        return results
+
+    def append(self, result: EpisodeResult) -> None:
+        """Write one result to disk before returning; its video's path becomes relative to the folder."""
+        assert self._file is not None, "the log is open inside its context"
+        if result.video is not None:
+            result = replace(result, video=str(Path(result.video).relative_to(self.folder)))
+        self.results[result.task, result.initial_state] = result
+        self._file.write(json.dumps(result.to_dict()) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+class VideoChoice:
+    """Which episodes to film: up to `per_task` failures, and successes as long as there are fewer."""
+
+    def __init__(self, log: EpisodeLog, per_task: int) -> None:
+        if per_task < 0:
+            raise ValueError(f"videos per task must not be negative, got {per_task}")
+        self._log = log
+        self._per_task = per_task
+        self._chosen: dict[int, list[bool]] = {}  # task -> success of each filmed episode
+        for result in log.results.values():
+            if self.path(result) is not None:
+                self._chosen.setdefault(result.task, []).append(result.success)
+
+    def __call__(self, result: EpisodeResult) -> Path | None:
+        """Where to film this episode, or None (see `cogvla.envs.rollout.rollout`)."""
+        chosen = self._chosen.setdefault(result.task, [])
+        rivals = chosen if result.success else [success for success in chosen if not success]
+        if len(rivals) >= self._per_task:
+            return None
+        chosen.append(result.success)
+        outcome = "success" if result.success else "failure"
+        name = f"task{result.task:02d}_state{result.initial_state:02d}_{outcome}.mp4"
+        return self._log.folder / VIDEOS / name
+
+    def path(self, result: EpisodeResult) -> Path | None:
+        """The video of an episode, if it has one that still exists."""
+        path = None if result.video is None else self._log.folder / result.video
+        return path if path is not None and path.exists() else None
+
+    def prune(self) -> None:
+        """Delete the successes for which failures have come since."""
+        for task in {result.task for result in self._log.results.values()}:
+            filmed = [r for r in self._log.results.values() if r.task == task and self.path(r) is not None]
+            for result in sorted(filmed, key=lambda r: (r.success, r.initial_state))[self._per_task :]:
+                path = self.path(result)
+                if path is not None and result.success:
+                    path.unlink()
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """The file has either its old or its new content, whatever happens meanwhile."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
+    return [] if old == new else [f"{name}: {old} there, {new} now"]

@@ -1,0 +1,148 @@
+"""`eval_libero`: success rate, latency, videos and a report of any checkpoint on any suite.
+
+    eval_libero checkpoint=FOLDER suite=tabletop_object workers=4
+    eval_libero checkpoint=random suite=all_tabletop episodes_per_task=2
+    eval_libero checkpoint=FOLDER asked=swap output=outputs/swapped
+
+The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from cogvla.envs.suite import get_suite, suite_names
+from cogvla.libero.evaluate import evaluate
+from cogvla.libero.protocol import Protocol
+from cogvla.libero.report import Report
+from cogvla.policy.interface import Embodiment, Policy
+
+ALL_TABLETOP = "all_tabletop"
+RANDOM = "random"
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="eval_libero")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    command = shlex.join(["eval_libero", *HydraConfig.get().overrides.task])
+    try:
+        run(config, command)
+    except (ValueError, FileNotFoundError, MissingMandatoryValue) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as error:
+        print("\nstopped; every finished episode is saved: the same command plays the others")
+        raise SystemExit(130) from error
+
+
+def run(config: DictConfig, command: str) -> list[Report]:
+    """Evaluate on each suite of the configuration and print where the reports are."""
+    for module in config.imports:
+        importlib.import_module(module)
+    names = suites(config.suite)
+    protocol = _protocol(config)
+    policy, identity = _policy(config)
+    output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}")
+    if config.asked not in (None, "swap"):
+        raise ValueError(f"asked must be null or swap, got {config.asked!r}")
+    reports = []
+    for name in names:
+        report = evaluate(
+            policy,
+            name,
+            protocol,
+            output / (name if config.asked is None else f"{name}_{config.asked}"),
+            workers=config.workers,
+            tasks=None if config.tasks is None else [int(task) for task in config.tasks],
+            asked=config.asked,
+            videos=config.videos,
+            resume=config.resume,
+            command=command,
+            identity=identity,
+        )
+        print(summary(report))
+        reports.append(report)
+    print(f"reports in {output}")
+    return reports
+
+
+def suites(wanted: str | Sequence[str]) -> list[str]:
+    """The suites of a name, a list of names or `all_tabletop`; ValueError lists what exists."""
+    listed = [wanted] if isinstance(wanted, str) else list(wanted)
+    names = [
+        name
+        for item in listed
+        for name in ([n for n in suite_names() if n.startswith("tabletop_")] if item == ALL_TABLETOP else [item])
+    ]
+    if not names:
+        raise ValueError("suite is empty; give a name, a list of names, or all_tabletop")
+    for name in names:
+        get_suite(name)
+    return list(dict.fromkeys(names))
+
+
+def summary(report: Report) -> str:
+    """One line for a terminal."""
+    total, probe = report.total, report.inference_batch_1
+    rate = total.success
+    if rate.value is None or rate.low is None or rate.high is None:
+        line = f"{report.suite}: no episode could be played"
+    else:
+        line = (
+            f"{report.suite}: success {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] "
+            f"of {rate.trials} episodes, {total.errors} errors"
+        )
+    if total.scene_task.value is not None:
+        line += f"; own task of the scene {total.scene_task.value:.1%}"
+    if probe is not None:
+        line += f"; inference p50 {probe.p50:.1f} ms, p95 {probe.p95:.1f} ms at batch 1"
+    if total.loop is not None:
+        line += f"; control loop p50 {total.loop.p50:.1f} ms, p95 {total.loop.p95:.1f} ms"
+    return line
+
+
+def _protocol(config: DictConfig) -> Protocol:
+    protocol = Protocol(**_plain(config.protocol))
+    changes = {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
+    return replace(protocol, **changes)
+
+
+def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
+    """The policy, and what tells its weights from others."""
+    if config.checkpoint == RANDOM:
+        from cogvla.policy.baselines import RandomPolicy
+
+        return RandomPolicy(Embodiment(**_plain(config.embodiment)), config.seed or 0), {}
+
+    import torch
+
+    from cogvla.policy.checkpoint import WEIGHTS, load_policy
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(config.checkpoint, device=device)
+    with (Path(config.checkpoint) / WEIGHTS).open("rb") as weights:
+        return policy, {"weights_sha256": hashlib.file_digest(weights, "sha256").hexdigest()}
+
+
+def _plain(config: DictConfig | ListConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict), "a group of the configuration is a mapping"
+    return {str(key): value for key, value in values.items()}
+
+
+if __name__ == "__main__":
+    main()

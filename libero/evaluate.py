@@ -1,0 +1,215 @@
+"""Evaluates a policy on a suite under a protocol, into a folder with all that there is to know about the result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.rollout import rollout
+from cogvla.envs.suite import Suite, get_suite
+from cogvla.libero.episode_log import EpisodeLog, VideoChoice, write_atomic
+from cogvla.libero.protocol import Protocol
+from cogvla.libero.provenance import provenance
+from cogvla.libero.report import Report, build_report, render_html, report_json
+from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy
+
+PROBE_CALLS = 100
+"""Calls of `Policy.act` that measure the latency at batch 1."""
+
+
+def evaluate(
+    policy: Policy,
+    suite: Suite | str,
+    protocol: Protocol,
+    output: Path | str,
+    *,
+    workers: int = 2,
+    tasks: Sequence[int] | None = None,
+    asked: Literal["swap"] | None = None,
+    videos: int = 2,
+    resume: bool = True,
+    command: str = "",
+    identity: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> Report:
+    """Play the protocol's episodes and write `report.html`, `report.json`, `episodes.parquet` and videos.
+
+    Every finished episode is on disk at once (`episodes.jsonl`). Called again with the same policy, suite and protocol
+    it plays what is missing: after a crash, or with more tasks or episodes per task.
+
+    Args:
+        policy: what is evaluated.
+        suite: a suite, or its name.
+        protocol: how.
+        output: folder of this evaluation.
+        workers: environment processes; 0 plays in this process.
+        tasks: indices of some tasks; None: all.
+        asked: "swap" gives another instruction that is possible in the same scene, and measures success on both tasks.
+        videos: per task, failures first.
+        resume: False deletes what an earlier run left in `output`.
+        command: command line that repeats this evaluation, for the report.
+        identity: added to the policy's description: what tells these weights from others of the same description.
+        progress: show a bar with the running success rate.
+
+    Raises:
+        ValueError: an unknown suite, a protocol that the suite or policy cannot follow, or an `output` that holds
+            results of another configuration.
+    """
+    suite = get_suite(suite) if isinstance(suite, str) else suite
+    output = Path(output)
+    specs = protocol.episodes(suite, tasks, asked)
+    embodiment: Embodiment = policy.embodiment
+    settings = replace(protocol, max_steps=protocol.max_steps or suite.max_steps)
+    settings = replace(settings, execute_steps=protocol.rollout_settings().chunker(embodiment.chunk).steps)
+    described = {**policy.describe(), **(identity or {})}
+    fingerprint = {
+        "suite": suite.name,
+        "asked": asked or "own task",
+        "protocol": {k: v for k, v in asdict(settings).items() if k not in ("name", "episodes_per_task")},
+        "policy": described,
+    }
+    session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **provenance()}
+
+    with EpisodeLog(output, fingerprint, session, resume) as log:
+        missing = [spec for spec in specs if (spec.task, spec.initial_state) not in log.results]
+        choice = VideoChoice(log, videos)
+        _warm_up(policy)
+        started = time.perf_counter()
+        results = rollout(
+            policy, suite, missing, workers=workers, settings=settings.rollout_settings(), choose_video=choice
+        )
+        with closing(results), _Progress(log, specs, progress) as bar:  # type: ignore[type-var]
+            for result in results:
+                log.append(result)
+                bar.show(result)
+        wall_s = time.perf_counter() - started
+        choice.prune()
+
+        report = build_report(
+            suite=suite,
+            results=[log.results[spec.task, spec.initial_state] for spec in specs],
+            batch_1_ms=_probe(policy, suite, specs[0], settings, min(workers, 1)),
+            control_hz=embodiment.control_hz,
+            reproduce={
+                "protocol": asdict(replace(settings, name=protocol.name)),
+                "asked": fingerprint["asked"],
+                "policy": described,
+                "command": command,
+                "workers": workers,
+                "run": {"episodes": len(missing), "seconds": wall_s},
+                **{key: session[key] for key in ("started", "versions", "commit", "machine")},
+                "sessions": len(log.sessions),
+                "commits": sorted({str((s.get("commit") or {}).get("hash")) for s in log.sessions}),
+            },
+        )
+        write_parquet(output / "episodes.parquet", report.episodes, suite)
+        write_atomic(output / "report.json", report_json(report))
+        write_atomic(output / "report.html", render_html(report, output))
+    return report
+
+
+class _Progress:
+    """A bar over all episodes, with the success rate so far."""
+
+    def __init__(self, log: EpisodeLog, specs: Sequence[EpisodeSpec], show: bool) -> None:
+        done = [log.results[key] for s in specs if (key := (s.task, s.initial_state)) in log.results]
+        self._successes = sum(r.success for r in done)
+        self._played, self._errors = len(done), 0
+        self._bar = tqdm(
+            total=len(specs), initial=len(done), unit="episode", disable=not show, dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+        )  # fmt: skip
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, result: EpisodeResult) -> None:
+        self._errors += result.error is not None
+        self._played += result.error is None
+        self._successes += result.success
+        text = f"success {self._successes / self._played:.1%}" if self._played else "no result yet"
+        self._bar.set_postfix_str(text + (f", {self._errors} errors" if self._errors else ""), refresh=False)
+        self._bar.update()
+
+
+class _Sampler:
+    """Passes everything on to a policy and keeps the observations one by one."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.observations: list[Observation] = []
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self._policy.embodiment
+
+    def describe(self) -> dict[str, Any]:
+        return self._policy.describe()
+
+    def reset(self) -> None:
+        self._policy.reset()
+
+    def act(self, observation: Observation) -> ActionChunk:
+        self.observations.append(observation)
+        return self._policy.act(observation)
+
+
+def _warm_up(policy: Policy) -> None:
+    """The first calls compile and allocate; that is no latency of the control loop."""
+    for _ in range(2):
+        policy.act(policy.embodiment.fake_observation())
+
+
+def _probe(policy: Policy, suite: Suite, spec: EpisodeSpec, protocol: Protocol, workers: int) -> list[float]:
+    """Milliseconds of `PROBE_CALLS` calls with one observation each, while nothing else runs.
+
+    The observations come from an episode of its own, so that a resumed evaluation measures the same.
+    """
+    sampler = _Sampler(policy)
+    settings = protocol.rollout_settings()
+    settings = replace(settings, max_steps=min(settings.max_steps or 40, 40))
+    for result in rollout(sampler, suite, [spec], workers=workers, settings=settings):
+        if result.error is not None or not sampler.observations:
+            return []
+    return list(_timed_calls(policy, sampler.observations))
+
+
+def _timed_calls(policy: Policy, observations: Sequence[Observation]) -> Iterator[float]:
+    for call in range(PROBE_CALLS):
+        started = time.perf_counter()
+        policy.act(observations[call % len(observations)])
+        yield (time.perf_counter() - started) * 1e3
+
+
+def write_parquet(path: Path, episodes: Sequence[EpisodeResult], suite: Suite) -> None:
+    """One row per episode; lists hold one value per chunk."""
+    rows: list[Mapping[str, Any]] = [
+        {"suite": suite.name, "task_name": suite.tasks[r.task].name, **r.to_dict()} for r in episodes
+    ]
+    schema = pa.schema(
+        [
+            ("suite", pa.string()), ("task_name", pa.string()), ("task", pa.int32()), ("initial_state", pa.int32()),
+            ("seed", pa.int64()), ("asked", pa.int32()), ("instruction", pa.string()), ("success", pa.bool_()),
+            ("scene_task_success", pa.bool_()), ("steps", pa.int32()), ("reward", pa.float64()), ("error", pa.string()),
+            ("attempts", pa.int32()), ("reset_s", pa.float64()), ("environment_s", pa.float64()),
+            ("wall_s", pa.float64()), ("inference_ms", pa.list_(pa.float64())), ("loop_ms", pa.list_(pa.float64())),
+            ("batch", pa.list_(pa.int32())), ("video", pa.string()),
+        ]
+    )  # fmt: skip
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), buffer)
+    write_atomic(path, buffer.getvalue().to_pybytes())

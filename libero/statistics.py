@@ -1,0 +1,74 @@
+"""Success rates with intervals, latency percentiles and rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`successes` of `trials`, with the Wilson score interval; `value`, `low`, `high` are None without trials."""
+
+    successes: int
+    trials: int
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a binomial proportion (E. B. Wilson, JASA 22, 1927), which stays inside [0, 1].
+
+    Raises:
+        ValueError: no trials, more successes than trials, or a confidence outside (0, 1).
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"need 0 <= successes <= trials and at least one trial, got {successes} of {trials}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    p = successes / trials
+    centre = p + z * z / (2 * trials)
+    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    low = 0.0 if successes == 0 else (centre - half) / scale  # exactly, not but for rounding
+    high = 1.0 if successes == trials else (centre + half) / scale
+    return low, high
+
+
+def success_rate(outcomes: Iterable[bool]) -> Rate:
+    """The share of True, with its 95 % interval."""
+    outcomes = list(outcomes)
+    successes, trials = sum(outcomes), len(outcomes)
+    if not trials:
+        return Rate(0, 0, None, None, None)
+    return Rate(successes, trials, successes / trials, *wilson_interval(successes, trials))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds: percentiles and mean of `count` samples; `rate_hz` is how many per second (1000 / mean)."""
+
+    count: int
+    p50: float
+    p95: float
+    p99: float
+    mean: float
+    rate_hz: float
+
+
+def latency(samples_ms: Iterable[float]) -> Latency | None:
+    """Percentiles by linear interpolation; None without samples."""
+    samples = np.asarray(list(samples_ms), dtype=float)
+    if not samples.size:
+        return None
+    if not np.isfinite(samples).all() or (samples < 0).any():
+        raise ValueError("latencies must be finite and not negative")
+    p50, p95, p99 = (float(value) for value in np.percentile(samples, (50, 95, 99)))
+    mean = float(samples.mean())
+    return Latency(samples.size, p50, p95, p99, mean, 1000 / mean if mean > 0 else math.inf)
