@@ -30,6 +30,7 @@ _CLOSING = 0.036
 _STALLED = 0.01
 """Metres per second below which a closing finger has met something."""
 _LOWEST = 0.018
+_PUSH_HEIGHT = 0.016
 _PUSHER = 0.012
 """Half the width of the closed fingers."""
 _RELEASE = {"tray": (0.030, 3.0), "plate": (0.025, 3.0), "cube": (0.007, 8.0)}
@@ -107,10 +108,11 @@ class Expert:
         gripper = self._env.gripper_position
         error = point - (gripper if reference is None else reference)
         distance = float(np.hypot(error[0], error[1]))
-        lowest = max(gripper[2] + error[2], _LOWEST)
+        lowest = max(gripper[2] + error[2], _PUSH_HEIGHT)
         height = lowest + np.clip(slope * (distance - tolerance), 0.0, max(hover - lowest, 0.0))
-        sideways = float(np.clip(1.0 - (height - gripper[2]) / 0.05, 0.0, 1.0))
-        return np.array([gripper[0] + sideways * error[0], gripper[1] + sideways * error[1], height])
+        sideways = float(np.clip(1.0 - (height - gripper[2]) / 0.035, 0.0, 1.0))
+        across = sideways * _clip_norm(error[:2], POSITION_SCALE / GAIN)
+        return np.array([*(gripper[:2] + across), height])
 
     def _gripped(self, item: str) -> bool:
         """Whether both pads hold the item: they touch it, and have come to rest or it is off the table already."""
@@ -173,14 +175,14 @@ class Expert:
         relative = (gripper - item)[:2]
         behind, off = -float(relative @ ahead), float(relative @ aside)
         contact = self._scene.items[goal.item].half[0] + _PUSHER
-        if gripper[2] < _LOWEST + 0.02 and abs(off) < 0.02 and 0.6 * contact < behind < contact + 0.04:
+        if gripper[2] < _PUSH_HEIGHT + 0.01 and abs(off) < 0.025 and 0.6 * contact < behind < contact + 0.04:
             self._set_phase("push")
-            step = min(left + 0.02, 0.045) * ahead - 1.5 * off * aside
-            return np.array([*(gripper[:2] + step), _LOWEST]), CLOSE
+            step = min(left + 0.02, 0.035) * ahead - 1.5 * off * aside
+            return np.array([*(gripper[:2] + step), _PUSH_HEIGHT]), CLOSE
         start = item[:2] - (contact + 0.018) * ahead
-        aim = self._funnel(np.array([*start, _LOWEST]), 0.008, HOVER - 0.03)
-        self._set_phase("approach" if np.hypot(*(start - gripper[:2])) > 0.03 else "descend")
-        return aim, CLOSE
+        distance = float(np.hypot(*(start - gripper[:2])))
+        self._set_phase("approach" if distance > 0.03 else "descend")
+        return self._funnel(np.array([*start, _PUSH_HEIGHT]), 0.008, HOVER), self._make_fist(distance)
 
     def _open(self, goal: Goal) -> tuple[np.ndarray, float]:
         if not self._gripped(goal.item):
@@ -190,11 +192,16 @@ class Expert:
 
     def _press(self, goal: Goal) -> tuple[np.ndarray, float]:
         gripper, point = self._env.gripper_position, self._scene.contact_point(goal.item)
-        self._set_phase("press" if np.hypot(*(point - gripper)[:2]) < 0.02 else "approach")
-        return self._funnel(point - (0.0, 0.0, 0.012), 0.008, HOVER - 0.03), CLOSE
+        distance = float(np.hypot(*(point - gripper)[:2]))
+        self._set_phase("press" if distance < 0.02 else "approach")
+        return self._funnel(point - (0.0, 0.0, 0.012), 0.008, HOVER), self._make_fist(distance)
+
+    def _make_fist(self, distance: float) -> float:
+        """Close for pushing and pressing, but not while still low over something that was just let go."""
+        return CLOSE if distance < 0.06 or self._env.gripper_position[2] > HOVER - 0.02 else OPEN
 
 
-def _clip_norm(vector: np.ndarray) -> np.ndarray:
-    """Shorten to length 1 where longer, so that straight lines stay straight."""
+def _clip_norm(vector: np.ndarray, limit: float = 1.0) -> np.ndarray:
+    """Shorten to length `limit` where longer, so that straight lines stay straight."""
     length = float(np.linalg.norm(vector))
-    return vector if length <= 1.0 else vector / length
+    return vector if length <= limit else vector * (limit / length)

@@ -79,7 +79,7 @@ def in_place(scene: Scene, goal: Goal) -> bool:
     distance = float(np.hypot(*across))
     if destination.kind == "cube":
         return distance < 0.8 * destination.half[0]
-    return distance < destination.half[0] - 0.5 * item.half[0]
+    return distance < destination.half[0] - 0.4 * item.half[0]
 
 
 def holds(scene: Scene, goal: Goal, fingers: np.ndarray, gripper: np.ndarray) -> bool:

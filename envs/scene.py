@@ -88,8 +88,11 @@ def _free_geoms(item: Item) -> str:
     look = f'rgba="{item.rgba}"'
     if item.kind == "cube":
         return f'<geom name="{item.name}" type="box" size="{x} {y} {z}" {look} mass="0.08" friction="0.7" {_OBJECT}/>'
-    mass, friction = (0.06, 0.4) if item.kind == "puck" else (0.08, 0.7)
-    body = f'name="{item.name}" type="cylinder" size="{x} {z}" mass="{mass}" friction="{friction}" {_OBJECT}'
+    if item.kind == "puck":  # slippery, also on the fingers' pads, so that it slides along what pushes it
+        feel = 'mass="0.1" friction="0.3" priority="2"'
+    else:
+        feel = 'mass="0.08" friction="0.7"'
+    body = f'name="{item.name}" type="cylinder" size="{x} {z}" {feel} {_OBJECT}'
     if item.kind == "ball":  # looks like a ball, stands like a cylinder: a ball would roll away
         return f'<geom {body} rgba="0 0 0 0"/><geom type="sphere" size="{x}" {look} mass="0" {_NONE}/>'
     return f"<geom {body} {look}/>"

@@ -18,7 +18,7 @@ from cogvla.envs.tabletop import Family
 CUBE = (0.023, 0.023, 0.023)
 RED = Item("red_cube", "red cube", "cube", "0.9 0.08 0.08 1", CUBE)
 BLUE = Item("blue_cube", "blue cube", "cube", "0.1 0.2 0.9 1", CUBE)
-PUCK = Item("puck", "yellow puck", "puck", "0.98 0.88 0.08 1", (0.030, 0.030, 0.013))
+PUCK = Item("puck", "yellow puck", "puck", "0.98 0.88 0.08 1", (0.030, 0.030, 0.015))
 PLATE = Item("plate", "plate", "plate", "0.35 0.85 0.95 1", (0.055, 0.055, 0.004))
 TRAY = Item("tray", "tray", "tray", "0.42 0.25 0.1 1", (0.065, 0.065, 0.012))
 ZONE = Item("green_zone", "green zone", "zone", "0.1 0.65 0.15 1", (0.050, 0.050, 0.001))
