@@ -198,7 +198,9 @@ class Demonstrator:
                 "label.alternatives": alternatives_N6,
                 "label.possible": possible_N,
             }
-            row |= {IMAGE_PREFIX + name: observation[name] for name in _cameras(observation)}
+            for name in _cameras(observation):
+                row[IMAGE_PREFIX + name] = observation[name]
+                row[f"label.projection.{name}"] = np.asarray(scene.camera_projection(name), np.float32)
             for name, value in row.items():
                 steps[name].append(value)
             observation, _, terminated, truncated, info = env.step(executed_A)

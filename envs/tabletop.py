@@ -245,6 +245,18 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             self._renderer = SceneRenderer(self.scene.model)
         return self._renderer.render(self.scene.data, name, height, width)
 
+    def camera_projection(self, name: str) -> np.ndarray:
+        """Float32 [3,4]: homogenous world points to `(u*d, v*d, d)`.
+
+        u right and v down are in [0,1] over a square image, d is the depth in metres (negative behind the camera).
+        """
+        camera = self.scene.model.camera(name).id
+        rotation = self.scene.data.cam_xmat[camera].reshape(3, 3).T  # rows: right, up, backward
+        extrinsic = np.column_stack([rotation, -rotation @ self.scene.data.cam_xpos[camera]])
+        scale = 0.5 / np.tan(np.deg2rad(self.scene.model.cam_fovy[camera]) / 2)
+        intrinsic = np.array([[scale, 0.0, -0.5], [0.0, -scale, -0.5], [0.0, 0.0, -1.0]])
+        return (intrinsic @ extrinsic).astype(np.float32)
+
     def render(self) -> np.ndarray:
         """The agentview image at 256x256."""
         return self.render_camera("agentview", 256, 256)
