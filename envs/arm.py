@@ -54,7 +54,7 @@ def _finger(side: str, y_sign: int) -> str:
   <inertial pos="0 {0.006 * y_sign} 0.03" mass="0.05" diaginertia="2e-5 2e-5 1e-5"/>
   <joint name="{side}" type="slide" axis="0 {y_sign} 0" range="0 {FINGER_OPEN}" armature="0.15" damping="1"/>
   <geom name="{side}_pad" type="box" size="0.011 0.006 0.0225" pos="0 {0.006 * y_sign} 0.0315" rgba="{_DARK}"
-    friction="1.6 0.02 0.001" condim="4" priority="1" solref="0.01 1" solimp="0.95 0.99 0.001"
+    friction="1.6 0.02 0.001" condim="4" priority="1" solref="0.015 1" solimp="0.95 0.99 0.001"
     contype="{COLLIDE_ROBOT}" conaffinity="{COLLIDE_STATIC | COLLIDE_OBJECT}"/>
   <geom type="box" size="0.009 0.009 0.006" pos="0 {0.009 * y_sign} 0.004" rgba="{_GREY}" contype="0" conaffinity="0"/>
 </body>"""
@@ -96,7 +96,7 @@ def arm_actuators() -> str:
     fingers = "".join(f'<position name="servo_{joint}" joint="{joint}" kp="800" kv="20"/>' for joint in FINGER_JOINTS)
     left, right = FINGER_JOINTS
     coupling = (
-        f'<joint joint1="{left}" joint2="{right}" polycoef="0 1 0 0 0" solimp="0.95 0.99 0.001" solref="0.005 1"/>'
+        f'<joint joint1="{left}" joint2="{right}" polycoef="0 1 0 0 0" solref="0.02 1"/>'
     )
     return f"<actuator>{motors}{fingers}</actuator><equality>{coupling}</equality>"
 

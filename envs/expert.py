@@ -30,6 +30,8 @@ _CLOSING = 0.036
 _STALLED = 0.01
 """Metres per second below which a closing finger has met something."""
 _LOWEST = 0.018
+_HANDLE_GRIPPED = 0.018
+"""Fingers closer than this, around the handle, hold it (it is 12 mm to each side)."""
 _PUSH_HEIGHT = 0.016
 _PUSHER = 0.012
 """Half the width of the closed fingers."""
@@ -185,7 +187,9 @@ class Expert:
         return self._funnel(np.array([*start, _PUSH_HEIGHT]), 0.008, HOVER), self._make_fist(distance)
 
     def _open(self, goal: Goal) -> tuple[np.ndarray, float]:
-        if not self._gripped(goal.item):
+        offset = self._scene.contact_point(goal.item) - self._env.gripper_position
+        around = float(np.abs(offset[:2]).max()) < _GRASP_ZONE and abs(offset[2]) < _WIDE_ZONE
+        if not around or self._env.fingers.max() > _HANDLE_GRIPPED:
             return self._take(goal.item)
         self._set_phase("pull")
         return destination_point(self._scene, goal) + (0.02, 0.0, 0.0), CLOSE
