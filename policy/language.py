@@ -152,60 +152,43 @@ class RoutedDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class _Frame:
-    """What attention needs for one set of tokens."""
+    """What attention needs for one set of tokens; `sin` carries the sign of the rotation."""
 
     layout: TokenLayout
     valid_BS: Tensor
     mask_B1SS: Tensor
+    position_BS: Tensor
     cos_B1SE: Tensor
     sin_B1SE: Tensor
-    position_BS: Tensor
 
 
 class _Context:
-    """Masks and rotations of one forward pass, each built once per keep-count."""
+    """Mask and rotations of one forward pass, from which those of every keep-count are taken."""
 
     def __init__(self, decoder: RoutedDecoder, x_BSD: Tensor, layout: TokenLayout, text_mask_BT: Tensor) -> None:
-        self.routing = decoder.routing
-        self.layout, self.text_mask_BT, self.dtype = layout, text_mask_BT, x_BSD.dtype
-        every_1S = torch.arange(layout.length, device=x_BSD.device)[None]
-        # Rotations of positions 0..S-1, looked up by every layer: positions are never larger.
-        cos_1SE, sin_1SE = decoder.llm.rotary_emb(x_BSD, every_1S)
-        self.cos_SE, self.sin_SE = cos_1SE[0], sin_1SE[0]
-        self._static: dict[int, tuple[TokenLayout, Tensor, Tensor, Tensor]] = {}
-        self._frames: dict[int, _Frame] = {}
+        self.layout, self.renumber = layout, decoder.routing.position_policy == "renumber"
+        self.valid_BS = layout.valid(text_mask_BT)
+        self.mask_B1SS = additive(attention_mask(layout, self.valid_BS, decoder.routing.attention), x_BSD.dtype)
+        self.position_BS = layout.positions(self.valid_BS)
+        # Rotations of positions 0..S-1, looked up by every layer: no position is larger.
+        cos_1SE, sin_1SE = decoder.llm.rotary_emb(x_BSD, torch.arange(layout.length, device=x_BSD.device)[None])
+        first_SF, second_SF = sin_1SE[0].chunk(2, dim=-1)
+        self.cos_SE, self.sin_SE = cos_1SE[0], torch.cat((-first_SF, second_SF), dim=-1)
 
     def frame(self, count: int, kept_BK: Tensor | None = None, before: _Frame | None = None) -> _Frame:
         """The frame with `count` vision tokens: all of them, or those `kept` of the frame `before`."""
-        renumber = kept_BK is None or self.routing.position_policy == "renumber"
-        if renumber and count in self._frames:
-            return self._frames[count]
-        layout, valid_BS, mask_B1SS, position_BS = self._shared(count)
-        if not renumber:
-            assert kept_BK is not None
+        # Vision tokens are alike to the mask and follow bos, so leaving any of them out is leaving out the first rows.
+        fewer = self.layout.vision - count
+        layout, valid_BS = self.layout.with_vision(count), self.valid_BS[:, fewer:]
+        mask_B1SS = self.mask_B1SS[:, :, fewer:, fewer:].contiguous()
+        position_BS = self.position_BS[:, fewer:] - fewer
+        if kept_BK is not None and not self.renumber:
             assert before is not None, "kept tokens are a selection of a frame"
-            position = before.position_BS
-            position_BS = torch.cat(
-                (
-                    position[:, before.layout.bos],
-                    position[:, before.layout.visual].gather(1, kept_BK),
-                    position[:, before.layout.rest],
-                ),
-                dim=1,
-            )
+            visual_BK = before.position_BS[:, before.layout.visual].gather(1, kept_BK)
+            rest_BR = before.position_BS[:, before.layout.rest]
+            position_BS = torch.cat((before.position_BS[:, before.layout.bos], visual_BK, rest_BR), dim=1)
         cos_B1SE, sin_B1SE = self.cos_SE[position_BS][:, None], self.sin_SE[position_BS][:, None]
-        frame = _Frame(layout, valid_BS, mask_B1SS, cos_B1SE, sin_B1SE, position_BS)
-        if renumber:
-            self._frames[count] = frame
-        return frame
-
-    def _shared(self, count: int) -> tuple[TokenLayout, Tensor, Tensor, Tensor]:
-        if count not in self._static:
-            layout = self.layout.with_vision(count)
-            valid_BS = layout.valid(self.text_mask_BT)
-            mask_B1SS = additive(attention_mask(layout, valid_BS, self.routing.attention), self.dtype)
-            self._static[count] = (layout, valid_BS, mask_B1SS, layout.positions(valid_BS))
-        return self._static[count]
+        return _Frame(layout, valid_BS, mask_B1SS, position_BS, cos_B1SE, sin_B1SE)
 
 
 def _layer(
@@ -238,6 +221,5 @@ def _layer(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in Llama's half-split form."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
+    """Rotary embedding in Llama's half-split form; `sin` has its first half negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

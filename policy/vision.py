@@ -72,8 +72,9 @@ class VisionTower(nn.Module):
         self.patch_size = tower.patch_size
         self.width = self.vit.embed_dim
         self.computed = len(self.vit.blocks) - (not config.drop_last_block)
-        self.register_buffer("mean", torch.tensor(tower.mean, dtype=torch.float32), persistent=False)
-        self.register_buffer("std", torch.tensor(tower.std, dtype=torch.float32), persistent=False)
+        mean, std = torch.tensor(tower.mean, dtype=torch.float32), torch.tensor(tower.std, dtype=torch.float32)
+        self.register_buffer("gain", 1 / std, persistent=False)
+        self.register_buffer("offset", mean / std, persistent=False)
         self.film: FiLM | None = None
         self.aggregation: AggregationTokens | None = None
         if routing.efa:
@@ -83,9 +84,9 @@ class VisionTower(nn.Module):
     def embed(self, patches_XPC: Tensor, white: float = 1.0) -> Tensor:
         """Patches of pixels in [0,white] to tokens [X,P,W]; equals the patch convolution of the normalised image."""
         projection = self.vit.patch_embed.proj
-        weight_WcK = projection.weight.flatten(2) / self.std[:, None]
-        bias_W = projection.bias - weight_WcK.sum(2) @ self.mean
-        return F.linear(patches_XPC, weight_WcK.flatten(1) / white, bias_W)
+        weight_WcK = projection.weight.flatten(2)
+        bias_W = projection.bias - weight_WcK.sum(2) @ self.offset
+        return F.linear(patches_XPC, (weight_WcK * (self.gain[:, None] / white)).flatten(1), bias_W)
 
     def forward(self, x_XPW: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
         """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W]."""

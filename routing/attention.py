@@ -22,7 +22,7 @@ def attention_mask(layout: TokenLayout, valid_BS: Tensor, kind: str = "coupled")
     """Mask bool [B,1,S,S]: True where the row (query) may attend to the column (key). Padding is never attended.
 
     Vision tokens that pruning leaves keep their order and are never padding, so the mask of a pruned sequence is that
-    of `layout.with_vision(count)`: build it once per keep-count, nothing has to be gathered.
+    of `layout.with_vision(count)`, which is the full mask without its first rows and columns: nothing is gathered.
     """
     if kind not in ATTENTION:
         raise ValueError(f"unknown attention {kind!r}; one of {', '.join(ATTENTION)}")
