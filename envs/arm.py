@@ -81,7 +81,7 @@ def arm_body() -> str:
   <geom type="box" size="0.024 0.085 0.026" pos="0 0 0.03" rgba="{_GREY}"
     contype="{COLLIDE_ROBOT}" conaffinity="{COLLIDE_STATIC | COLLIDE_OBJECT}"/>
   <site name="tcp" pos="0 0 0.1034" size="0.005" rgba="0 0 0 0"/>
-  <camera name="wrist" pos="0.065 0 0.015" xyaxes="0 1 0 0.9396926 0 0.3420201" fovy="66"/>
+  <camera name="wrist" pos="0.065 0 0.035" xyaxes="0 1 0 0.9396926 0 0.3420201" fovy="66"/>
   {_finger("finger_left", 1)}{_finger("finger_right", -1)}
 </body>"""
     base = (

@@ -5,6 +5,7 @@ The backend is `MUJOCO_GL` where that is set (egl, osmesa or glfw); otherwise EG
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
@@ -70,9 +71,11 @@ def _context(process: int) -> Any:
             from mujoco.osmesa import GLContext
         else:
             from mujoco.glfw import GLContext
-        return GLContext(256, 256)
+        context = GLContext(256, 256)
     except (ImportError, AttributeError, RuntimeError) as error:
         raise RuntimeError(f"rendering with {backend} failed ({error}). {_HELP}") from error
+    atexit.register(context.free)  # while the interpreter still has what freeing needs
+    return context
 
 
 class SceneRenderer:

@@ -1,0 +1,94 @@
+"""`expert_table`: how often the scripted experts solve each task of a suite.
+
+expert_table suite=tabletop_object
+expert_table suite=all states=10 noise=1.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import hydra
+import numpy as np
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from cogvla.envs.expert import Expert
+from cogvla.envs.suite import Suite, get_suite, suite_names
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the expert did on one task: which initial states it did not solve, and its steps where it did."""
+
+    instruction: str
+    states: int
+    failed: tuple[int, ...]
+    steps: tuple[int, ...]
+
+    @property
+    def rate(self) -> float:
+        return 1.0 - len(self.failed) / self.states
+
+    def __str__(self) -> str:
+        mean, longest = (np.mean(self.steps), max(self.steps)) if self.steps else (float("nan"), 0)
+        solved = f"{self.states - len(self.failed)}/{self.states}"
+        failed = f"  failed: {list(self.failed)}" if self.failed else ""
+        return f"{self.instruction:78s} {solved:>7s} {100 * self.rate:6.1f} %  {mean:6.1f} {longest:5d}{failed}"
+
+
+def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> Row:
+    """Let the expert play one task from these initial states, without rendering."""
+    env = suite.make(render=False)
+    failed, steps = [], []
+    for state in states:
+        env.reset(options={"task": task, "initial_state": state})
+        expert = Expert(env, np.random.default_rng([task, state]), noise)
+        done, count, success = False, 0, False
+        while not done:
+            _, _, success, truncated, _ = env.step(expert.noisy(expert.act()))
+            done, count = success or truncated, count + 1
+        if success:
+            steps.append(count)
+        else:
+            failed.append(state)
+    env.close()
+    return Row(suite.tasks[task].instruction, len(states), tuple(failed), tuple(steps))
+
+
+def run(config: DictConfig) -> list[Row]:
+    """Print the table of each suite asked for; returns all rows."""
+    names = [n for n in suite_names() if n.startswith("tabletop_")] if config.suite == ALL else [config.suite]
+    if config.states < 1 or config.first_state < 0:
+        raise ValueError(
+            f"states must be at least 1 and first_state at least 0, got {config.states}, {config.first_state}"
+        )
+    states = range(config.first_state, config.first_state + config.states)
+    table: list[Row] = []
+    for name in names:
+        suite = get_suite(name)
+        tasks = range(len(suite.tasks)) if config.tasks is None else list(config.tasks)
+        if any(not 0 <= task < len(suite.tasks) for task in tasks):
+            raise ValueError(f"{name} has tasks 0..{len(suite.tasks) - 1}, got {list(tasks)}")
+        print(f"\n{name} (at most {suite.max_steps} steps, noise {config.noise})")
+        print(f"{'instruction':78s} {'solved':>7s} {'rate':>8s}  {'steps':>6s} {'max':>5s}")
+        for task in tqdm(tasks, desc=name, leave=False):
+            row = play(suite, task, states, config.noise)
+            tqdm.write(str(row))
+            table.append(row)
+    return table
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="expert_table")
+def main(config: DictConfig) -> None:
+    """Console entry point."""
+    try:
+        table = run(config)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    poor = [row.instruction for row in table if row.rate < config.required]
+    if poor:
+        raise SystemExit(f"under {config.required:.0%}: {'; '.join(poor)}")

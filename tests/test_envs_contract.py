@@ -1,0 +1,157 @@
+"""Every tabletop suite goes through the same contract: gymnasium's checker, determinism, seeding, bad input."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from cogvla.envs import TABLETOP_SUITES
+from cogvla.envs.expert import Expert
+from cogvla.envs.suite import get_suite, suite_names
+from cogvla.envs.tabletop import TabletopEnv
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module", params=TABLETOP_SUITES)
+def env(request: pytest.FixtureRequest):
+    built = get_suite(request.param).make(image_size=SIZE)
+    yield built
+    built.close()
+
+
+def rollout(env: gym.Env, task: int, state: int, steps: int) -> list[bytes]:
+    observation, _ = env.reset(options={"task": task, "initial_state": state})
+    rng = np.random.default_rng(3)
+    seen = []
+    for _ in range(steps):
+        seen.append(b"".join(observation[key].tobytes() for key in sorted(observation)))
+        observation, *_ = env.step(rng.uniform(-1, 1, 7).astype(np.float32))
+    return seen
+
+
+def test_suites_are_registered_with_gymnasium():
+    assert set(TABLETOP_SUITES) <= set(suite_names())
+    env = gym.make("cogvla/tabletop_object-v0", image_size=SIZE, render=False)
+    observation, info = env.reset(seed=1)
+    assert env.observation_space.contains(observation)
+    assert info["instruction"].startswith("put the ")
+    env.close()
+
+
+def test_gymnasium_checker(env):
+    check_env(env.unwrapped, skip_render_check=True)
+
+
+def test_ten_tasks_with_distinct_instructions(env):
+    tasks = env.unwrapped.family.tasks
+    assert len(tasks) == 10
+    assert len({task.instruction for task in tasks}) == len({task.name for task in tasks}) == 10
+
+
+def test_same_state_same_bytes_and_other_state_differs(env):
+    first = rollout(env, 2, 5, 6)
+    assert rollout(env, 4, 6, 6) != first
+    assert rollout(env, 2, 5, 6) == first
+    rebuilt = get_suite(env.unwrapped.family.name).make(image_size=SIZE)
+    assert rollout(rebuilt, 2, 5, 6) == first
+    rebuilt.close()
+
+
+def test_seed_decides_what_options_leave_open(env):
+    states = [env.reset(seed=seed)[0]["state"] for seed in (11, 11, 12)]
+    assert np.array_equal(states[0], states[1])
+    assert not np.array_equal(states[0], states[2])
+
+
+def test_bad_actions_and_options_are_refused(env):
+    env.reset(options={"task": 0, "initial_state": 0})
+    for action in (np.zeros(6), np.zeros((1, 7)), np.array([np.nan, 0, 0, 0, 0, 0, 0]), np.full(7, np.inf)):
+        with pytest.raises(ValueError, match=r"action"):
+            env.step(action)
+    for options in ({"task": 10}, {"initial_state": -1}, {"tasks": 1}):
+        with pytest.raises(ValueError, match=r"task|initial_state|options"):
+            env.reset(options=options)
+
+
+def test_step_before_reset_is_refused():
+    with pytest.raises(ValueError, match="reset"):
+        get_suite("tabletop_object").make(render=False).step(np.zeros(7))
+
+
+def test_scene_is_at_rest(env):
+    scene = env.unwrapped.scene
+    for state in range(3):
+        env.reset(options={"task": state, "initial_state": state})
+        free = [name for name in scene.placed if scene.items[name].free]
+        before = {name: scene.position(name) for name in free}
+        for _ in range(20):
+            env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+        for name in free:
+            assert np.linalg.norm(scene.position(name) - before[name]) < 1e-3, name
+
+
+def test_every_scene_leaves_the_instruction_to_decide(env):
+    for task in range(10):
+        _, info = env.reset(options={"task": task, "initial_state": task})
+        assert not info["success"]
+        assert len(info["alternatives"]) >= 5
+        assert info["instruction"] not in info["alternatives"]
+        assert not any(env.unwrapped.task_success(i) for i in info["alternative_tasks"])
+
+
+def test_asked_swaps_the_instruction_but_not_the_scene(env):
+    plain, info = env.reset(options={"task": 1, "initial_state": 7})
+    other = info["alternative_tasks"][0]
+    swapped, swapped_info = env.reset(options={"task": 1, "initial_state": 7, "asked": other})
+    assert np.array_equal(plain["agentview"], swapped["agentview"])
+    assert swapped_info["instruction"] == env.unwrapped.family.tasks[other].instruction == info["alternatives"][0]
+    expert = Expert(env, np.random.default_rng(0))
+    done = False
+    while not done:
+        _, _, done, truncated, step_info = env.step(expert.act())
+        assert not truncated
+    assert step_info["success"] and not step_info["scene_task_success"]
+
+
+def test_impossible_task_is_refused():
+    env = get_suite("tabletop_object").make(render=False)
+    _, info = env.reset(options={"task": 0, "initial_state": 0})
+    absent = next(i for i in range(10) if i not in (0, *info["alternative_tasks"]))
+    with pytest.raises(ValueError, match="cannot be carried out"):
+        env.reset(options={"task": 0, "initial_state": 0, "asked": absent})
+
+
+def test_labels_follow_the_goal(env):
+    inner = env.unwrapped
+    _, info = env.reset(options={"task": 3, "initial_state": 2})
+    for task in (3, *info["alternative_tasks"]):
+        label = inner.labels_for(task)
+        goal = inner.goals_for(task)[0]
+        assert label["target"].dtype == label["goal"].dtype == np.float32
+        assert np.allclose(label["target"], inner.scene.contact_point(goal.item), atol=1e-6)
+        if goal.destination:
+            assert np.allclose(label["goal"][:2], inner.scene.position(goal.destination)[:2], atol=1e-6)
+    assert np.array_equal(inner.labels()["target"], inner.labels_for(3)["target"])
+
+
+def test_truncated_at_the_limit():
+    env = get_suite("tabletop_object").make(render=False)
+    env.reset(options={"task": 0, "initial_state": 0})
+    results = [env.step(np.zeros(7)) for _ in range(env.unwrapped.family.max_steps)]
+    assert results[-1][3] and not any(result[3] for result in results[:-1])
+
+
+def test_skip_images_repeats_the_last_ones():
+    env = get_suite("tabletop_object").make(image_size=SIZE)
+    first, _ = env.reset(options={"task": 0, "initial_state": 0})
+    assert isinstance(env.unwrapped, TabletopEnv)
+    env.unwrapped.skip_images = True
+    second, *_ = env.step(np.ones(7))
+    assert np.array_equal(first["wrist"], second["wrist"]) and not np.array_equal(first["state"], second["state"])
+    env.unwrapped.skip_images = False
+    third, *_ = env.step(np.ones(7))
+    assert not np.array_equal(third["wrist"], second["wrist"])
+    env.close()

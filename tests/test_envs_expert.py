@@ -1,0 +1,106 @@
+"""The scripted experts and the controller under them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_module
+
+from cogvla.envs import TABLETOP_SUITES
+from cogvla.envs.control import POSITION_SCALE, rotation_matrix, rotation_vector
+from cogvla.envs.expert import PHASES, Expert
+from cogvla.envs.expert_table import play, run
+from cogvla.envs.suite import get_suite
+
+
+@pytest.mark.parametrize("name", TABLETOP_SUITES)
+def test_expert_solves_every_task(name):
+    suite = get_suite(name)
+    for task in range(len(suite.tasks)):
+        row = play(suite, task, (0, 1000 + task), noise=0.0)
+        assert not row.failed, f"{name}: {row}"
+        assert max(row.steps) < 0.75 * suite.max_steps
+
+
+@pytest.mark.parametrize("name", TABLETOP_SUITES)
+def test_expert_recovers_from_its_noise(name):
+    suite = get_suite(name)
+    rows = [play(suite, task, (2000 + task,), noise=1.0) for task in range(len(suite.tasks))]
+    assert sum(len(row.failed) for row in rows) <= 1
+
+
+def test_expert_picks_up_what_was_taken_from_it():
+    env = get_suite("tabletop_object").make(render=False)
+    env.reset(options={"task": 0, "initial_state": 0})
+    expert, inner = Expert(env, np.random.default_rng(0)), env.unwrapped
+    phases, taken, done = [], False, False
+    start = inner.scene.position("red_cube")
+    while not done:
+        action = expert.act()
+        phases.append(PHASES[expert.phase])
+        if not taken and phases[-1] == "transport" and inner.gripper_position[2] > 0.1:
+            inner.scene.move("red_cube", start)
+            taken = True
+        *_, done, truncated, _ = env.step(action)
+        assert not truncated
+    assert taken and phases.count("grasp") >= 2 and phases[0] == "approach" and phases[-1] == "release"
+
+
+def test_action_depends_on_the_state_alone():
+    env = get_suite("tabletop_object").make(render=False)
+    env.reset(options={"task": 2, "initial_state": 0})
+    old = Expert(env, np.random.default_rng(0))
+    for _ in range(25):
+        env.step(old.act())
+    assert np.array_equal(old.act(), Expert(env, np.random.default_rng(1)).act())
+
+
+def test_noise_changes_what_is_executed_not_the_label():
+    env = get_suite("tabletop_object").make(render=False)
+    env.reset(options={"task": 0, "initial_state": 0})
+    expert = Expert(env, np.random.default_rng(0), noise=1.0)
+    clean = expert.act()
+    executed = expert.noisy(clean)
+    assert not np.array_equal(clean, executed) and np.abs(executed).max() <= 1.0
+    assert np.array_equal(clean, expert.act())
+    assert np.array_equal(Expert(env, np.random.default_rng(0)).noisy(clean), clean)
+    with pytest.raises(ValueError, match="noise"):
+        Expert(env, np.random.default_rng(0), noise=-1.0)
+
+
+def test_open_loop_chunk_ends_where_its_deltas_add_up():
+    env = get_suite("tabletop_object").make(render=False)
+    env.reset(options={"task": 0, "initial_state": 3})
+    start = env.unwrapped.gripper_position
+    deltas = np.random.default_rng(0).uniform(-0.6, 0.6, (8, 3)) * (0.3, 0.3, 0.3)
+    for delta in deltas:
+        env.step(np.array([*delta, 0, 0, 0, -1.0]))
+        lag = env.unwrapped._arm.position - env.unwrapped.gripper_position
+        assert np.linalg.norm(lag) < 0.6 * POSITION_SCALE * np.linalg.norm(delta) + 0.002
+    env.step(np.zeros(7))
+    moved = env.unwrapped.gripper_position - start
+    assert np.allclose(moved, POSITION_SCALE * deltas.sum(axis=0), atol=0.002)
+
+
+def test_rotation_vectors():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        vector = rng.uniform(-1.5, 1.5, 3)
+        assert np.allclose(rotation_vector(rotation_matrix(vector)), vector, atol=1e-9)
+    assert np.allclose(rotation_matrix(np.zeros(3)), np.eye(3))
+
+
+def test_expert_refuses_other_environments():
+    with pytest.raises(ValueError, match="tabletop"):
+        Expert(object(), np.random.default_rng(0))
+
+
+def test_expert_table_prints_and_checks_its_input(capsys):
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        config = compose("expert_table", ["states=1", "tasks=[8]", "suite=tabletop_goal"])
+        (row,) = run(config)
+        assert row.rate == 1.0 and "press the white button" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="tasks 0..9"):
+            run(compose("expert_table", ["tasks=[10]"]))
+        with pytest.raises(ValueError, match="unknown suite"):
+            run(compose("expert_table", ["suite=tabletop_nothing"]))
