@@ -104,7 +104,7 @@ class RoutedDecoder(nn.Module):
         last = len(self.llm.layers) - 1
         for index, (layer, ratio) in enumerate(zip(self.llm.layers, self.ratios, strict=True)):
             # A traced pass wants every row of every layer.
-            read = self._read_rows if index == last and trace is None else None
+            read = self.read_rows if index == last and trace is None else None
             count = now.layout.vision if ratio is None else min(keep_count(layout.vision, ratio), now.layout.vision)
             h_BSD = layer.input_layernorm(x_BSD)
             if ratio is None:
@@ -132,10 +132,10 @@ class RoutedDecoder(nn.Module):
                     x_BSD = put_rows(x_BSD, chosen.rows, out_BSD)
             if trace is not None:
                 trace.hidden[index] = x_BSD
-        read_BQD = x_BSD if trace is None else x_BSD[:, self._read_rows(now.layout)]
+        read_BQD = x_BSD if trace is None else x_BSD[:, self.read_rows(now.layout)]
         return self.llm.norm(self._action_states(read_BQD, text_mask_BT, layout))
 
-    def _read_rows(self, layout: TokenLayout) -> slice:
+    def read_rows(self, layout: TokenLayout) -> slice:
         """Rows that the last layer has to compute."""
         return slice(layout.state.start, layout.length) if self.shifted else layout.answer
 
