@@ -95,7 +95,7 @@ class DatasetWriter:
         numeric: dict[str, Any] = {
             name: array[:, 0] if array.shape[1:] == (1,) else array for name, array in episode.arrays.items()
         } | {
-            "timestamp": (np.arange(length) / meta.fps).astype(np.float32),
+            "timestamp": np.arange(length) / meta.fps,
             "frame_index": np.arange(length),
             "episode_index": np.full(length, index),
             "index": np.arange(first, first + length),

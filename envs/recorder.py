@@ -14,22 +14,17 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cogvla.envs.demonstration import Demonstration, Demonstrator, DemonstratorSettings, ExpertFailedError
+from cogvla.envs.demonstration import Demonstration, DemonstratorSettings
+from cogvla.envs.demonstration_pool import DemonstrationPool
 from cogvla.envs.suite import get_suite
 
 ROBOT_TYPE = "panda"
@@ -59,7 +54,7 @@ def record(
         episodes: how many, in total.
         output: folder of the data set.
         image_size: height and width of the images, in pixels.
-        workers: processes that play episodes.
+        workers: processes that play episodes; 0 plays them in this one.
         noise: strength of the expert's noise; the clean action is what is learned.
         seed: decides initial states and noise.
         resume: go on with what an interrupted recording left; False starts anew.
@@ -71,10 +66,10 @@ def record(
         OSError: the folder cannot be written, or the disk is full; what was recorded is kept.
         ExpertFailedError: the expert cannot do a task.
     """
-    if episodes < 1 or workers < 1 or image_size < 1 or seed < 0 or noise < 0:
+    if episodes < 1 or image_size < 1 or workers < 0 or seed < 0 or noise < 0:
         raise ValueError(
-            f"episodes, workers and image_size must be positive, seed and noise not negative; got {episodes=}, "
-            f"{workers=}, {image_size=}, {seed=}, {noise=}"
+            "episodes and image_size must be positive, workers, seed and noise not negative; "
+            f"got {episodes=}, {image_size=}, {workers=}, {seed=}, {noise=}"
         )
     output = Path(output)
     suite = get_suite(suite_name)
@@ -171,7 +166,7 @@ def _assemble(work: Path, settings: DemonstratorSettings, episodes: int, workers
     paths = [work / "episodes" / f"{slot:06d}.npz" for slot in range(episodes)]
     missing = [slot for slot, path in enumerate(paths) if not Demonstration.is_complete(path)]
     with ExitStack() as stack:
-        pool = stack.enter_context(_Pool(settings, paths, missing, min(workers, len(missing))))
+        pool = stack.enter_context(DemonstrationPool(settings, paths, missing, min(workers, len(missing))))
         bar = stack.enter_context(tqdm(total=episodes, initial=episodes - len(missing), unit="episode", desc=name))
 
         from cogvla.envs.dataset_writer import DatasetWriter  # takes seconds, in which the workers already play
@@ -187,126 +182,3 @@ def _assemble(work: Path, settings: DemonstratorSettings, episodes: int, workers
                 writer = DatasetWriter(work / "dataset", f"cogvla/{name}", episode, ROBOT_TYPE, video)
                 stack.callback(writer.close)
             writer.add(episode)
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """The worker has built its environment."""
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """An episode is in its file."""
-
-    slot: int
-    attempts: int
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """The worker ends; `error` is None when only its text could be sent."""
-
-    error: Exception | None
-    text: str
-
-
-class _Pool:
-    """Processes that play the missing episodes in turn."""
-
-    def __init__(self, settings: DemonstratorSettings, paths: list[Path], missing: list[int], workers: int) -> None:
-        self.pending = set(missing)
-        self.attempts = self.successes = 0
-        self._queue = list(reversed(missing))
-        self._arguments = (settings, [str(path) for path in paths])
-        self._count = workers
-        self._processes: dict[Connection, subprocess.Popen[bytes]] = {}
-
-    def __enter__(self) -> _Pool:
-        try:
-            payload = pickle.dumps(self._arguments)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"the suite's `make` or the expert cannot be sent to another process ({error}): "
-                "make it a function or class of a module"
-            ) from error
-        for _ in range(self._count):
-            ours, theirs = Pipe()
-            single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-            command = f"from cogvla.envs.recorder import serve; serve({theirs.fileno()})"
-            self._processes[ours] = subprocess.Popen(
-                [sys.executable, "-P", "-c", command],
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, **single, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # Ctrl-C is for the parent, which then closes its workers
-            )
-            theirs.close()
-            ours.send_bytes(payload)
-        return self
-
-    def next(self) -> int:
-        """Wait for an episode and return its number."""
-        while True:
-            for connection in wait(list(self._processes)):
-                assert isinstance(connection, Connection)
-                try:
-                    message = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    code = self._processes[connection].wait()
-                    raise RuntimeError(
-                        f"a worker died (exit code {code}; -9 means not enough memory: use fewer workers); "
-                        "the same command goes on where it stopped"
-                    ) from None
-                match message:
-                    case _Failed(error, text):
-                        if isinstance(error, OSError | ExpertFailedError):
-                            raise error
-                        raise RuntimeError(f"a worker failed:\n{text}") from error
-                    case _Ready():
-                        self._hand_out(connection)
-                    case _Recorded(slot, attempts):
-                        self.attempts += attempts
-                        self.successes += 1
-                        self.pending.remove(slot)
-                        self._hand_out(connection)
-                        return slot
-
-    def _hand_out(self, connection: Connection) -> None:
-        if self._queue:
-            connection.send(self._queue.pop())
-        else:
-            self._close(connection)
-
-    def _close(self, connection: Connection) -> None:
-        process = self._processes.pop(connection)
-        connection.close()
-        try:
-            process.wait(timeout=3)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-    def __exit__(self, *_: object) -> None:
-        for process in self._processes.values():
-            process.kill()  # an episode that is not finished is worth nothing
-        for connection in list(self._processes):
-            self._close(connection)
-
-
-def serve(descriptor: int) -> None:
-    """Main loop of a worker, until the other end of the pipe closes."""
-    connection = Connection(descriptor)
-    try:
-        settings, paths = pickle.loads(connection.recv_bytes())
-        demonstrator = Demonstrator(settings)
-        connection.send(_Ready())
-        while True:
-            slot = connection.recv()
-            episode, attempts = demonstrator.record(slot)
-            episode.save(Path(paths[slot]))
-            connection.send(_Recorded(slot, attempts))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the recorder is gone, or has no more work
-    except Exception as error:  # whatever goes wrong here is raised again in the recorder
-        connection.send(
-            _Failed(error if isinstance(error, OSError | ExpertFailedError) else None, traceback.format_exc())
-        )

@@ -1,157 +1,137 @@
-"""A suite without a simulator whose outcomes are known: initial states that divide by `STUCK_EVERY` cannot succeed.
-
-A point moves in the plane by a tenth of the first two actions; each task has a target. Faults can be built in.
-"""
+"""A suite without a simulator: a point moves to one of three places, and two small pictures show it."""
 
 from __future__ import annotations
 
-import os
+import resource
 import signal
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 
-from cogvla.envs.suite import Suite, Task, register_suite
-from cogvla.policy.interface import ActionChunk, Camera, Embodiment, Observation
+from cogvla.envs.recorder import record
+from cogvla.envs.suite import Suite, Task, register_suite, suite_names
 
-TARGETS = np.array([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.5]], np.float32)
-TASKS = (Task("right", "go to the right"), Task("left", "go to the left"), Task("up", "go up"))
-STUCK_EVERY = 4
-MAX_STEPS = 20
-EMBODIMENT = Embodiment(
-    name="toy",
-    cameras=(Camera("agentview", 32, 32), Camera("wrist", 32, 32)),
-    state_dim=8,
-    action_dim=7,
-    chunk=4,
-    control_hz=20,
-    gripper_index=6,
-)
+PLACES = np.array([[0.5, 0.0, 0.1], [0.0, 0.5, 0.2], [-0.5, 0.0, 0.3]], np.float32)
+INSTRUCTIONS = ("go right", "go up", "go left")
+NAME = "toy"
 
 
-class ToyEnv(gym.Env):
-    """See the module docstring. `fault` is "raise", "kill" or "hang"; it strikes at step 3 of (`task`, `state`)."""
+class ToyEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 10}
 
-    observation_space = gym.spaces.Dict(
-        {
-            "agentview": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8),
-            "wrist": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8),
-            "state": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32),
-        }
-    )
-    action_space = gym.spaces.Box(-1, 1, (7,), np.float32)
+    def __init__(self, image_size: int = 16, render: bool = True) -> None:
+        self.size = image_size
+        box = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        state = gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)
+        self.observation_space = gym.spaces.Dict({"agentview": box, "wrist": box, "state": state})
+        self.action_space = gym.spaces.Box(-1, 1, (7,), np.float32)
 
-    def __init__(
-        self,
-        image_size: int = 32,
-        render: bool = True,
-        fault: str = "",
-        at: tuple[int, int] = (1, 0),
-        once: Path | None = None,
-        sleep_s: float = 0.0,
-    ) -> None:
-        self.skip_images = False
-        self.rendered = 0
-        self._fault, self._at, self._once, self._sleep_s = fault, at, once, sleep_s
+    def labels_for(self, task: int) -> dict[str, np.ndarray]:
+        return {"target": PLACES[task], "goal": PLACES[task] + 1}
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+    def labels(self) -> dict[str, np.ndarray]:
+        return self.labels_for(self.task)
+
+    def camera_projection(self, name: str) -> np.ndarray:
+        return np.full((3, 4), float(name == "wrist"), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        options = options or {}
-        self._key = (options.get("task", 0), options.get("initial_state", 0))
-        self._asked = options.get("asked", self._key[0])
-        self._position = np.random.default_rng(self._key).uniform(-0.1, 0.1, 2).astype(np.float32)
-        self._steps = 0
-        return self._observation(), self._info()
+        assert options is not None
+        self.task, self.initial_state = options["task"], options["initial_state"]
+        self.rng = np.random.default_rng([self.task, self.initial_state])
+        self.position, self.steps = self.rng.uniform(-0.2, 0.2, 3), 0
+        others = [i for i in range(3) if i != self.task][: 1 + self.initial_state % 2]
+        return self._observe(), {**self._info(), "alternative_tasks": others}
 
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        self._steps += 1
-        if self._key == self._at and self._steps == 3:
-            self._strike()
-        time.sleep(self._sleep_s)
-        if self._key[1] % STUCK_EVERY:
-            self._position = self._position + 0.1 * np.asarray(action[:2], np.float32)
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.position += 0.1 * action[:3]
+        self.steps += 1
         info = self._info()
-        return self._observation(), float(info["success"]), info["success"], self._steps >= MAX_STEPS, info
-
-    def render_camera(self, name: str, height: int, width: int) -> np.ndarray:
-        frame = np.full((height, width, 3), 40, np.uint8)
-        column, row = ((np.clip(self._position, -0.9, 0.9) + 1) / 2 * (width, height)).astype(int)
-        frame[max(0, row - 4) : row + 4, max(0, column - 4) : column + 4] = (255, 80, 0)
-        return frame
-
-    def _strike(self) -> None:
-        if self._once is not None:
-            if self._once.exists():
-                return
-            self._once.touch()
-        if self._fault == "raise":
-            raise RuntimeError("the toy is broken")
-        if self._fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self._fault == "hang":
-            time.sleep(60)
-
-    def _observation(self) -> dict[str, np.ndarray]:
-        image = np.zeros((32, 32, 3), np.uint8)
-        if not self.skip_images:
-            self.rendered += 1
-            image = self.render_camera("agentview", 32, 32)
-        state = np.concatenate([self._position, TARGETS[self._asked], [self.rendered, 0, 0, 0]])
-        return {"agentview": image, "wrist": image, "state": state.astype(np.float32)}
+        return self._observe(), 0.0, info["success"], self.steps >= 40, info
 
     def _info(self) -> dict[str, Any]:
-        distance = np.linalg.norm(TARGETS - self._position, axis=1)
-        return {
-            "success": bool(distance[self._asked] < 0.08),
-            "scene_task_success": bool(distance[self._key[0]] < 0.08),
-            "instruction": TASKS[self._asked].instruction,
-            "alternative_tasks": [t for t in range(len(TASKS)) if t != self._key[0]],
-        }
+        success = bool(np.linalg.norm(self.position - PLACES[self.task]) < 0.1)
+        return {"success": success, "instruction": INSTRUCTIONS[self.task]}
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        picture = np.full((self.size, self.size, 3), 40 * self.task, np.uint8)
+        x, y = (np.clip(self.position[:2] + 0.5, 0, 0.99) * self.size).astype(int)
+        picture[x, y] = 255
+        state = np.zeros(8, np.float32)
+        state[:3] = self.position
+        return {"agentview": picture, "wrist": picture[::-1].copy(), "state": state}
 
 
-def toy_suite(**faults: Any) -> Suite:
-    """The suite, with the arguments of `ToyEnv` that break it."""
-    return Suite("toy", TASKS, MAX_STEPS, partial(ToyEnv, **faults))
+class ToyExpert:
+    def __init__(self, env: gym.Env, rng: np.random.Generator, noise: float = 0.0) -> None:
+        self.env, self.rng, self.noise, self.phase = env.unwrapped, rng, noise, 0
+
+    def act(self) -> np.ndarray:
+        toward = PLACES[self.env.task] - self.env.position
+        self.phase = int(np.linalg.norm(toward) < 0.3)
+        return np.append(np.clip(3 * toward, -0.5, 0.5), [0, 0, 0, 1]).astype(np.float32)
+
+    def noisy(self, action: np.ndarray) -> np.ndarray:
+        return np.clip(action + self.noise * self.rng.normal(0, 0.1, 7), -1, 1).astype(np.float32)
 
 
-def broken_factory(image_size: int = 32, render: bool = True) -> ToyEnv:
-    """A `Suite.make` that cannot build its environment."""
-    raise OSError("no EGL here")
+class SometimesLostExpert(ToyExpert):
+    """Fails on every third initial state."""
+
+    def act(self) -> np.ndarray:
+        return np.zeros(7, np.float32) if self.env.initial_state % 3 == 1 else super().act()
 
 
-class ToyPolicy:
-    """Goes straight to the target in the state, and so solves whatever can be solved. Counts its batches."""
+class NeverExpert(ToyExpert):
+    """Fails."""
 
-    embodiment = EMBODIMENT
-
-    def __init__(self, sleep_s: float = 0.0, name: str = "toy") -> None:
-        self.batches: list[int] = []
-        self._sleep_s = sleep_s
-        self._name = name
-
-    def describe(self) -> dict[str, Any]:
-        return {"preset": self._name, "parameters": 0}
-
-    def reset(self) -> None:
-        self.batches.clear()
-
-    def act(self, observation: Observation) -> ActionChunk:
-        observation.validate(self.embodiment)
-        self.batches.append(observation.batch_size)
-        time.sleep(self._sleep_s)
-        position_B2, target_B2 = observation.state[:, :2], observation.state[:, 2:4]
-        actions_BKA = np.zeros((observation.batch_size, 4, 7), np.float32)
-        actions_BKA[:, :, :2] = np.clip((target_B2 - position_B2) / 0.4, -1, 1)[:, None]
-        return ActionChunk(actions_BKA)
+    def act(self) -> np.ndarray:
+        return np.zeros(7, np.float32)
 
 
-def solvable(initial_state: int) -> bool:
-    """Whether `ToyPolicy` succeeds from there."""
-    return initial_state % STUCK_EVERY != 0
+class BrokenExpert(ToyExpert):
+    """Has a bug."""
+
+    def act(self) -> np.ndarray:
+        raise ZeroDivisionError("the expert's bug")
 
 
-register_suite("toy", toy_suite)
+class SlowExpert(ToyExpert):
+    """Leaves time to interrupt it."""
+
+    def act(self) -> np.ndarray:
+        time.sleep(0.02)
+        return super().act()
+
+
+class FullDiskExpert(ToyExpert):
+    """From the second episode of a task on, the process may write no file beyond a few bytes."""
+
+    def act(self) -> np.ndarray:
+        if self.env.initial_state >= 1010:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with an error, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        return super().act()
+
+
+def make(image_size: int = 16, render: bool = True) -> gym.Env:
+    return ToyEnv(image_size, render)
+
+
+def suite() -> Suite:
+    return Suite(NAME, tuple(Task(text, text) for text in INSTRUCTIONS), 40, make)
+
+
+def register() -> None:
+    if NAME not in suite_names():
+        register_suite(NAME, suite)
+
+
+def record_slowly(output: str, episodes: int) -> None:
+    """For tests that need a recorder to kill."""
+    register()
+    record(NAME, episodes, Path(output), image_size=16, expert=SlowExpert)
