@@ -75,6 +75,7 @@ class EpisodeLog:
         run = self.folder / RUN
         if not self._resume:
             self._file.truncate(0)
+            self._file.seek(0)
             run.unlink(missing_ok=True)
             shutil.rmtree(self.folder / VIDEOS, ignore_errors=True)
         if run.exists():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import logging
 import shlex
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from cogvla.policy.interface import Embodiment, Policy
 
 ALL_TABLETOP = "all_tabletop"
 RANDOM = "random"
+USER_ERRORS = (ValueError, MissingMandatoryValue)
+"""What `run` raises for mistakes that its user can mend."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="eval_libero")
@@ -40,7 +43,7 @@ def main(config: DictConfig) -> None:
     command = shlex.join(["eval_libero", *HydraConfig.get().overrides.task])
     try:
         run(config, command)
-    except (ValueError, FileNotFoundError, MissingMandatoryValue) as error:
+    except USER_ERRORS as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt as error:
         print("\nstopped; every finished episode is saved: the same command plays the others")
@@ -50,13 +53,15 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig, command: str) -> list[Report]:
     """Evaluate on each suite of the configuration and print where the reports are."""
     for module in config.imports:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"imports: no module named {module!r}")
         importlib.import_module(module)
     names = suites(config.suite)
     protocol = _protocol(config)
-    policy, identity = _policy(config)
-    output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}")
     if config.asked not in (None, "swap"):
         raise ValueError(f"asked must be null or swap, got {config.asked!r}")
+    policy, identity = _policy(config)
+    output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}")
     reports = []
     for name in names:
         report = evaluate(
@@ -125,6 +130,9 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
         from cogvla.policy.baselines import RandomPolicy
 
         return RandomPolicy(Embodiment(**_plain(config.embodiment)), config.seed or 0), {}
+
+    if not Path(config.checkpoint).is_dir():  # said before torch is imported
+        raise ValueError(f"no checkpoint folder at {config.checkpoint}; train one with `train_policy`, or give random")
 
     import torch
 

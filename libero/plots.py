@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from cogvla.libero.statistics import Rate
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GOOD, BAD, ACCENT, SECOND, GRID, TEXT = "#1a9d6b", "#d9534a", "#3461c9", "#b4782a", "#e3e7ee", "#3b4252"
-
-
-def success_bars(names: Sequence[str], rates: Sequence[Rate]) -> str:
-    """One bar per task with its 95 % interval."""
-    figure, axes = _figure(7.2, 0.9 + 0.34 * len(names))
-    for row, rate in enumerate(rates):
-        if rate.value is None or rate.low is None or rate.high is None:
-            axes.text(1, row, "no episode", va="center", color=TEXT, fontsize=9)
-            continue
-        axes.barh(row, 100 * rate.value, height=0.58, color=ACCENT, alpha=0.85)
-        axes.plot([100 * rate.low, 100 * rate.high], [row, row], color="#16223f", linewidth=1.6)
-        axes.plot([100 * rate.low, 100 * rate.high], [row, row], "|", color="#16223f", markersize=8)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 103)
-    axes.set_xlabel("success, %")
-    axes.grid(axis="x", color=GRID)
-    axes.tick_params(axis="y", length=0)
-    return _svg(figure)
 
 
 def latency_curves(curves: Sequence[tuple[str, Sequence[float]]], budget_ms: float) -> str:
@@ -40,7 +22,7 @@ def latency_curves(curves: Sequence[tuple[str, Sequence[float]]], budget_ms: flo
         curves: name and samples in ms.
         budget_ms: how long a chunk's actions last on the robot.
     """
-    figure, axes = _figure(7.2, 3.3)
+    figure, axes = _figure(7.2, 3.4)
     for (name, samples), colour in zip(curves, (ACCENT, SECOND, GOOD), strict=False):
         if len(samples):
             axes.step(
@@ -60,7 +42,7 @@ def latency_curves(curves: Sequence[tuple[str, Sequence[float]]], budget_ms: flo
 
 def length_histogram(successes: Sequence[int], failures: Sequence[int], max_steps: int) -> str:
     """Control steps of successes and failures."""
-    figure, axes = _figure(7.2, 2.7)
+    figure, axes = _figure(7.2, 3.4)
     edges = np.linspace(0, max_steps, 25)
     axes.hist(
         [list(successes), list(failures)], bins=edges.tolist(), stacked=True, color=[GOOD, BAD],
@@ -75,6 +57,8 @@ def length_histogram(successes: Sequence[int], failures: Sequence[int], max_step
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure  # takes longer to import than anything else here, and is needed at the end
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.set_axisbelow(True)

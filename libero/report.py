@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.suite import Suite
 from cogvla.envs.video import contact_sheet
-from cogvla.libero.plots import latency_curves, length_histogram, success_bars
+from cogvla.libero.plots import latency_curves, length_histogram
 from cogvla.libero.statistics import Latency, Rate, latency, success_rate
 
 EMBED_BYTES = 6_000_000
@@ -149,7 +149,6 @@ def render_html(report: Report, folder: Path) -> str:
     """The report as one HTML file; `folder` holds the videos and is where the links lead from."""
     played = [r for r in report.episodes if r.error is None]
     figures = {
-        "success": success_bars([row.name for row in report.tasks], [row.success for row in report.tasks]),
         "latency": latency_curves(
             [
                 ("control loop, as run", [ms for r in played for ms in r.loop_ms]),
@@ -209,7 +208,7 @@ def _videos(report: Report, folder: Path) -> list[_Video]:
         path = folder / result.video
         content = path.read_bytes() if path.stat().st_size <= budget else None
         budget -= len(content or b"")
-        videos.append(_Video(result, names[result.task], contact_sheet(path), content))
+        videos.append(_Video(result, names[result.task], contact_sheet(path, frames=5), content))
     return videos
 
 

@@ -16,7 +16,16 @@ import pytest
 from cogvla.envs.rollout import EpisodeResult, EpisodeSpec, RolloutSettings, rollout
 from cogvla.envs.suite import Suite
 from cogvla.policy.interface import ActionChunk, Camera, Observation, Policy
-from cogvla.tests.toy_suite import EMBODIMENT, MAX_STEPS, TASKS, ToyEnv, ToyPolicy, broken_factory, solvable, toy_suite
+from cogvla.tests.point_suite import (
+    EMBODIMENT,
+    MAX_STEPS,
+    TASKS,
+    ToyEnv,
+    ToyPolicy,
+    broken_factory,
+    solvable,
+    toy_suite,
+)
 
 SPECS = [EpisodeSpec(task, state) for task in range(3) for state in range(5)]
 
@@ -181,7 +190,7 @@ def test_a_video_that_cannot_be_written_loses_no_result(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_environment_that_cannot_be_built_stops_the_rollout(workers: int) -> None:
-    with pytest.raises(RuntimeError, match=r"toy.*cannot be built(.|\n)*no EGL here"):
+    with pytest.raises(RuntimeError, match=r"point.*cannot be built(.|\n)*no EGL here"):
         play(suite=replace(toy_suite(), make=broken_factory), workers=workers)
 
 
@@ -228,7 +237,7 @@ def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
     """The whole process group gets SIGINT, as from a terminal; results until then are out, no worker prints a trace."""
     script = (
         "from cogvla.envs.rollout import EpisodeSpec, rollout\n"
-        "from cogvla.tests.toy_suite import ToyPolicy, toy_suite\n"
+        "from cogvla.tests.point_suite import ToyPolicy, toy_suite\n"
         "specs = [EpisodeSpec(0, 4) for _ in range(500)]\n"
         "try:\n"
         "    for result in rollout(ToyPolicy(), toy_suite(sleep_s=0.01), specs, workers=2):\n"
