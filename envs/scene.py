@@ -1,7 +1,7 @@
 """The table and everything on it, as MJCF text, and the handle by which tasks move and read it.
 
 One model is compiled per suite and holds every item of the suite; a scene is made by placing some items and parking the
-others below the table (weightless, out of sight). Free items are bodies with six degrees of freedom; fixed ones (tray, plate,
+others below the table (weightless, without contacts, out of sight). Free items are bodies with six degrees of freedom; fixed ones (tray, plate,
 mat, zone, drawer, button) are mocap bodies, which can be placed anywhere but do not move.
 """
 
@@ -195,6 +195,7 @@ class Scene:
             if item.kind in ("drawer", "button"):
                 self._joint[name] = int(self.model.joint(name).qposadr[0])
         self._colours = self.model.geom_rgba.copy()
+        self._contype, self._conaffinity = self.model.geom_contype.copy(), self.model.geom_conaffinity.copy()
         self.placed: frozenset[str] = frozenset()
         self.latched: set[str] = set()
         """Buttons pressed in this episode; a pressed button stays lit."""
@@ -210,6 +211,9 @@ class Scene:
             if not self.items[name].free:
                 continue
             model.body_gravcomp[body] = 0.0 if name in poses else 1.0
+            geoms = model.geom_bodyid == body  # the table is a half-space: below it, what is parked must not collide
+            model.geom_contype[geoms] = self._contype[geoms] * (name in poses)
+            model.geom_conaffinity[geoms] = self._conaffinity[geoms] * (name in poses)
         for name, pose in poses.items():
             self.move(name, (pose.x, pose.y, self.items[name].rest_height), pose.yaw)
 
