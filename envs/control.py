@@ -35,6 +35,8 @@ LEASH_ROTATION = 0.2
 _DAMPING = 0.02
 _STIFFNESS = 1600.0
 _VISCOSITY = 80.0
+_STEPS_PER_TICK = 2
+"""Simulation steps between two evaluations of the torque (100 Hz)."""
 _POSTURE_GAIN = 0.1
 
 
@@ -124,7 +126,7 @@ class ArmController:
         offset = _clip_norm(rotation_vector(rotation @ NOMINAL_ROTATION.T), MAX_TILT)
         self.rotation = rotation_matrix(offset) @ NOMINAL_ROTATION
         self._previous_joints = self.joints
-        self._solve(2)
+        self._solve(1)
         self._previous_finger = self.finger
         travel = FINGER_SPEED / CONTROL_HZ
         goal = 0.0 if action[6] > 0 else FINGER_OPEN
@@ -132,18 +134,19 @@ class ArmController:
 
     def run(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
         """Simulate one control step."""
-        n, h = self.substeps, self.timestep
-        velocity = (self.joints - self._previous_joints) / (n * h)
-        acceleration = (velocity - self._velocity) / (n * h)  # constant within the step: jerks shake objects loose
+        ticks, tick = self.substeps // _STEPS_PER_TICK, _STEPS_PER_TICK * self.timestep
+        velocity = (self.joints - self._previous_joints) * CONTROL_HZ
+        acceleration = (velocity - self._velocity) * CONTROL_HZ  # constant in the step: jerks shake objects loose
         inertia = self._inertia_matrix()
         position, speed = self._reference, self._velocity
-        for k in range(n):
-            correction = _STIFFNESS * (position - data.qpos[:7]) + _VISCOSITY * (speed - data.qvel[:7])
-            data.ctrl[:7] = inertia @ (acceleration + correction)
-            data.ctrl[7:9] = self._previous_finger + (k + 1) / n * (self.finger - self._previous_finger)
-            mujoco.mj_step(model, data)
-            speed = speed + acceleration * h
-            position = position + speed * h
+        joints, speeds, control = data.qpos[:7], data.qvel[:7], data.ctrl  # views into the simulator's memory
+        for k in range(1, ticks + 1):
+            correction = _STIFFNESS * (position - joints) + _VISCOSITY * (speed - speeds)
+            control[:7] = inertia @ (acceleration + correction)
+            control[7:9] = self._previous_finger + k / ticks * (self.finger - self._previous_finger)
+            mujoco.mj_step(model, data, _STEPS_PER_TICK)
+            position = position + (speed + 0.5 * tick * acceleration) * tick
+            speed = speed + acceleration * tick
         self._reference, self._velocity = position, velocity
 
     def _inertia_matrix(self) -> np.ndarray:
