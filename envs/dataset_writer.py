@@ -20,7 +20,7 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from lerobot.datasets.compute_stats import compute_episode_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.utils import update_chunk_file_indices
+from lerobot.datasets.utils import DEFAULT_FEATURES, update_chunk_file_indices
 from PIL import Image
 
 from cogvla.envs.demonstration import Demonstration
@@ -116,7 +116,14 @@ class DatasetWriter:
         if self._writer is None:
             path = meta.root / meta.data_path.format(chunk_index=self._chunk, file_index=self._file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(path, table.schema, compression="snappy", use_dictionary=True)
+            # As lerobot does, but without statistics of images: they would put two into the footer per episode.
+            self._writer = pq.ParquetWriter(
+                path,
+                table.schema,
+                compression="snappy",
+                use_dictionary=list(DEFAULT_FEATURES),
+                write_statistics=list(DEFAULT_FEATURES),
+            )
         self._writer.write_table(table)
         self._bytes += size
         counted = {name: array.astype(np.uint8) if array.dtype == bool else array for name, array in numeric.items()}

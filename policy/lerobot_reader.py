@@ -14,7 +14,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,11 @@ class LeRobotReader:
 
     def __init__(self, root: Path, mapping: Mapping) -> None:
         self.root, self.mapping = root, mapping
-        self.info: dict[str, Any] = json.loads((root / "meta" / "info.json").read_text())
+        path = root / "meta" / "info.json"
+        try:
+            self.info: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); record or download the data set again") from error
         version = str(self.info.get("codebase_version"))
         if not version.startswith(VERSION):
             raise ValueError(
@@ -174,7 +178,7 @@ class LeRobotReader:
             yield from self._decode_video(part)
             return
         key = self.mapping.cameras[part.view]
-        table = _parquet(part.source, [key], part.row_group)
+        table = _parquet(part.source, [key], part.row_group, self._footer(part.source))
         for row, image in zip(part.rows, table.column(key).to_pylist(), strict=True):
             try:
                 source = io.BytesIO(image["bytes"]) if image["bytes"] else self.root / image["path"]
@@ -206,7 +210,7 @@ class LeRobotReader:
     def _image_parts(self, view: int) -> Iterator[Part]:
         start = 0
         for path in self._data_files():
-            metadata = pq.read_metadata(path)
+            metadata = self._footer(path)
             for group in range(metadata.num_row_groups):
                 rows = self.index["row"][start : start + metadata.row_group(group).num_rows]
                 yield Part(view, rows, path, group, None, int(self.index["episode"][start]) if len(rows) else 0)
@@ -231,6 +235,11 @@ class LeRobotReader:
         table = _parquet(self.root / "meta" / "tasks.parquet").to_pydict()
         text = next(name for name in table if name != "task_index")
         return dict(zip(table["task_index"], table[text], strict=True))
+
+    @lru_cache(maxsize=64)  # noqa: B019  the reader lives no longer than its cache is needed
+    def _footer(self, path: Path) -> pq.FileMetaData:
+        """Parsed once: there is a row group per episode, and each is read on its own."""
+        return pq.read_metadata(path)
 
     def _data_files(self) -> list[Path]:
         return sorted((self.root / "data").glob("*/*.parquet"))
@@ -285,10 +294,15 @@ class LeRobotReader:
             )
 
 
-def _parquet(path: Path, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
+def _parquet(
+    path: Path,
+    columns: list[str] | None = None,
+    row_group: int | None = None,
+    footer: pq.FileMetaData | None = None,
+) -> pa.Table:
     """A parquet file's columns, or those of one row group."""
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, metadata=footer)
         return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}); record or download the data set again") from error
