@@ -169,7 +169,7 @@ class RoutingConfig:
     period: int | None = None
     mode: Literal["bypass", "drop"] = "bypass"
     position_policy: Literal["keep", "renumber"] = "keep"
-    scale: Literal["all", "visual_only", "values"] = "visual_only"
+    scale: Literal["all", "visual_only", "values"] = "values"
     attention: Literal["coupled", "causal", "bidirectional"] = "coupled"
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ work is left out, as it is by `torch.utils.flop_counter`, which a test holds thi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from timm.layers import Attention
@@ -17,6 +18,7 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model import CogVLA
 from cogvla.policy.vision import VisionTower
 from cogvla.routing.layout import TokenLayout
+from cogvla.routing.pruning import FiLMRouter
 from cogvla.routing.schedule import keep_count
 
 
@@ -46,7 +48,7 @@ def count_flops(config: CogVLAConfig, embodiment: Embodiment, text_length: int) 
     views = len(embodiment.cameras)
     rows = [
         StageCost(f"tower {name}", _parameters(tower), 2 * _tower(tower, views))
-        for name, tower in model.vision.towers.items()
+        for name, tower in model.vision.named_towers()
     ]
     fusion = model.vision.fusion
     weigher = _linears(fusion.weigher) if fusion.kind == "mix" else 0
@@ -113,7 +115,7 @@ def _decoder(
         seen = present
         if ratio is not None:
             seen = min(keep_count(layout.vision, ratio), present)
-            router = decoder.routers[str(index)]
+            router = cast(FiLMRouter, decoder.routers[str(index)])
             scored = layout.with_vision(present).length if router.score_all else present
             routers += _linears(router.scale) + _linears(router.shift) + scored * _linears(router.logits)
             present = seen if decoder.routing.mode == "drop" else present

@@ -51,7 +51,7 @@ def _tower(source: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Te
     prefix = f"vision_backbone.vision_backbone.{theirs}."
     vit = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
     depth = 1 + max(int(match[1]) for name in vit if (match := _BLOCK.fullmatch(name)))
-    state = {}
+    state: dict[str, Tensor] = {}
     for name in ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
         if name in vit:
             state[f"vision.towers.{ours}.vit.{name}"] = vit[name]
@@ -68,7 +68,7 @@ def _tower(source: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Te
 
 
 def _fusion(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = {}
+    state: dict[str, Tensor] = {}
     for stream, theirs in enumerate(_TOWERS.values()):
         for index, name in ((0, "fc1"), (2, "fc2")):
             state |= _linear(source, f"{theirs}_proj.{name}", f"vision.fusion.projectors.{stream}.{index}")
@@ -78,7 +78,7 @@ def _fusion(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _language(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in source.items():
         if not name.startswith("language_model.model."):
             continue

@@ -12,6 +12,7 @@ D width, H heads, G key/value heads, E head width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
 from cogvla.routing.schedule import keep_count
 
 
-def build_language_model(config: LanguageConfig) -> LlamaModel | Qwen2Model:
+def build_language_model(config: LanguageConfig) -> Any:
     """The transformers model whose layers the decoder drives, randomly initialised."""
     config_class, model_class = {"llama": (LlamaConfig, LlamaModel), "qwen2": (Qwen2Config, Qwen2Model)}[
         config.architecture
@@ -74,7 +75,7 @@ class RoutedDecoder(nn.Module):
     def __init__(self, config: LanguageConfig, routing: RoutingConfig, shifted: bool = False) -> None:
         super().__init__()
         self.shifted = shifted
-        self.llm = build_language_model(config)
+        self.llm: Any = build_language_model(config)
         self.routing = routing
         self.ratios = routing.keep_ratios(config.layers)
         self.routers = nn.ModuleDict(
@@ -192,7 +193,7 @@ class _Context:
 
 
 def _layer(
-    layer: nn.Module,
+    layer: Any,
     x_BSD: Tensor,
     h_BSD: Tensor,
     frame: _Frame,

@@ -6,7 +6,7 @@ A action dimension, J action tokens, D language width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class ModelInput:
 class ModelOutput:
     """What it answers: normalised actions [B,K,A] and the vision tokens [B,N,D] that the language model was given.
 
+    `gaze`, if asked for: per tower the logarithm of the aggregation tokens' attention to the patches, [B*V,h,M,P].
     `debug` holds, if asked for: `kept` and `hidden` by layer, `streams` (tower outputs), `action_hidden` [B,J,D],
     `stream_weights` [B,2].
     """
@@ -52,6 +53,7 @@ class ModelOutput:
     actions: Tensor
     vision: Tensor
     debug: dict[str, Any] | None = None
+    gaze: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class CogVLA(nn.Module):
         embodiment: the robot; gives views, image size, S, A and K.
     """
 
+    special_ids: Tensor
+
     def __init__(self, config: CogVLAConfig, embodiment: Embodiment) -> None:
         super().__init__()
         self.config, self.embodiment = config, embodiment
@@ -121,20 +125,24 @@ class CogVLA(nn.Module):
             total_BD, count_B1 = total_BD + self.decoder.embed(self.special_ids).sum(0), count_B1 + 2
         return TextFeatures(embedded_BTD, text_mask_BT, self.vision.condition(total_BD / count_B1))
 
-    def forward(self, inputs: ModelInput, text: TextFeatures | None = None, debug: bool = False) -> ModelOutput:
+    def forward(
+        self, inputs: ModelInput, text: TextFeatures | None = None, debug: bool = False, watch: bool = False
+    ) -> ModelOutput:
         """One parallel pass.
 
         Args:
             inputs: see `ModelInput`.
             text: of an earlier `encode_text` for the same instructions, to save the work.
             debug: also return what is inside (slower: every row of every layer is computed).
+            watch: also return where the aggregation tokens look.
         """
+        gaze: list[Tensor] | None = [] if watch else None
         text = text or self.encode_text(inputs.text_ids, inputs.text_mask)
-        streams = self.vision.streams(inputs.pixels, text.vision)
+        streams = self.vision.streams(inputs.pixels, text.vision, gaze)
         output = self.decide(self.vision.fusion(streams, text.vision.weights_B2), inputs.state, text, debug)
         if output.debug is not None:
             output.debug.update(streams=streams, stream_weights=text.vision.weights_B2)
-        return output
+        return output if gaze is None else replace(output, gaze=gaze)
 
     def decide(self, vision_BND: Tensor, state_BS: Tensor, text: TextFeatures, debug: bool = False) -> ModelOutput:
         """From mixed vision tokens, normalised state and instruction to actions: stages 2 and 3 and the head."""

@@ -13,6 +13,7 @@ C channels*patch^2, W tower width, D language width, L blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import timm
 import torch
@@ -28,7 +29,7 @@ from cogvla.routing.aggregation import AggregationTokens, StreamFusion
 from cogvla.routing.film import FiLM, modulate
 
 
-def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> VisionTransformer:
+def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> Any:
     """A timm vision transformer without the parts whose output is never used (pooling, head, final norm)."""
     sizes = {"img_size": image_size, "patch_size": config.patch_size, "num_classes": 0}
     if config.timm is not None:
@@ -46,6 +47,7 @@ def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block:
             global_pool="",
             **sizes,
         )
+        _initialise(vit)
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"timm model {config.timm!r} is a {type(vit).__name__}; only VisionTransformer is supported")
     if drop_last_block:
@@ -54,8 +56,36 @@ def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block:
     return vit
 
 
+def _initialise(vit: Any) -> None:
+    """For towers of our own: signals keep their size from layer to layer, and positions are readable from the start.
+
+    timm's initialisation (standard deviation 0.02) suits wide towers and long training; narrow ones need thousands of
+    steps before anything moves.
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    rows, columns = vit.patch_embed.grid_size
+    with torch.no_grad():
+        vit.pos_embed.copy_(_position_code(rows, columns, vit.embed_dim))
+
+
+def _position_code(rows: int, columns: int, width: int) -> Tensor:
+    """Sines and cosines of row and column, [1,rows*columns,width]."""
+    frequency_F = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    y_P, x_P = (t.flatten().float() for t in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    angles = [position_P[:, None] * frequency_F for position_P in (y_P, x_P)]
+    code_PW = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return F.pad(code_PW, (0, width - code_PW.shape[1]))[None]
+
+
 class VisionTower(nn.Module):
     """One stream. With EFA aggregation tokens [X,M,W] come out, without it the patch tokens [X,P,W]."""
+
+    gain: Tensor
+    offset: Tensor
 
     def __init__(
         self,
@@ -68,9 +98,9 @@ class VisionTower(nn.Module):
         super().__init__()
         if any(side % tower.patch_size for side in image_size):
             raise ValueError(f"images of {image_size} pixels cannot be cut into patches of {tower.patch_size}")
-        self.vit = build_vit(tower, image_size, config.drop_last_block)
+        self.vit: Any = build_vit(tower, image_size, config.drop_last_block)
         self.patch_size = tower.patch_size
-        self.width = self.vit.embed_dim
+        self.width: int = self.vit.embed_dim
         self.computed = len(self.vit.blocks) - (not config.drop_last_block)
         mean, std = torch.tensor(tower.mean, dtype=torch.float32), torch.tensor(tower.std, dtype=torch.float32)
         self.register_buffer("gain", 1 / std, persistent=False)
@@ -88,8 +118,14 @@ class VisionTower(nn.Module):
         bias_W = projection.bias - weight_WcK.sum(2) @ self.offset
         return F.linear(patches_XPC, (weight_WcK * (self.gain[:, None] / white)).flatten(1), bias_W)
 
-    def forward(self, x_XPW: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W]."""
+    def forward(
+        self, x_XPW: Tensor, film: tuple[Tensor, Tensor] | None, gaze: list[Tensor] | None = None
+    ) -> Tensor:
+        """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W].
+
+        A list given as `gaze` receives where the aggregation tokens look in the last block: the logarithm of their
+        attention to the patches, [X,h,M,P].
+        """
         vit = self.vit
         x = x_XPW
         prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
@@ -107,6 +143,9 @@ class VisionTower(nn.Module):
             attended = block.norm1(x)
             if index == self.computed - 1:
                 x = self.aggregation.take_from(x)
+                if gaze is not None:
+                    log_attention_XhMN = _log_attention(block.attn, attended, rows=x.shape[1])
+                    gaze.append(log_attention_XhMN[..., vit.num_prefix_tokens : -x.shape[1]])
                 attended = _attend_last(block.attn, attended, rows=x.shape[1])
             else:
                 attended = block.attn(attended)
@@ -116,7 +155,7 @@ class VisionTower(nn.Module):
         return x
 
 
-def _attend_last(attention: nn.Module, h_XNW: Tensor, rows: int) -> Tensor:
+def _attend_last(attention: Any, h_XNW: Tensor, rows: int) -> Tensor:
     """Attention [X,rows,W] of the last `rows` tokens to all tokens, with the weights of a timm module."""
     if type(attention) is not Attention:
         return attention(h_XNW)[:, -rows:]
@@ -127,6 +166,15 @@ def _attend_last(attention: nn.Module, h_XNW: Tensor, rows: int) -> Tensor:
     k, v = rearrange(kv, "x n (two h e) -> two x h n e", two=2, h=attention.num_heads).unbind(0)
     out = F.scaled_dot_product_attention(q, attention.k_norm(k), v, scale=attention.scale)
     return attention.proj_drop(attention.proj(attention.norm(rearrange(out, "x h n e -> x n (h e)"))))
+
+
+def _log_attention(attention: Any, h_XNW: Tensor, rows: int) -> Tensor:
+    """Logarithm of the attention [X,h,rows,N] of the last `rows` tokens, with the weights of a timm module."""
+    weight, bias, split = attention.qkv.weight, attention.qkv.bias, attention.qkv.out_features // 3
+    q = F.linear(h_XNW[:, -rows:], weight[:split], None if bias is None else bias[:split])
+    k = F.linear(h_XNW, weight[split : 2 * split], None if bias is None else bias[split : 2 * split])
+    q, k = (rearrange(x, "x n (h e) -> x h n e", h=attention.num_heads) for x in (q, k))
+    return ((attention.q_norm(q) * attention.scale) @ attention.k_norm(k).mT).log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -144,27 +192,30 @@ class DualVision(nn.Module):
         super().__init__()
         sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
         if len(sizes) != 1:
-            raise ValueError(
-                f"all cameras of {embodiment.name!r} must have one size for the model, got {sorted(sizes)}"
-            )
+            raise ValueError(f"the cameras of {embodiment.name!r} must all have one size, got {sorted(sizes)}")
         image_size = sizes.pop()
         towers = {"dinov2": config.dinov2, "siglip": config.siglip}
         self.towers = nn.ModuleDict(
             {name: VisionTower(config, tower, routing, image_size, width) for name, tower in towers.items()}
         )
         fusion = routing.fusion if routing.efa else "concat"
-        self.fusion = StreamFusion([tower.width for tower in self.towers.values()], width, fusion)
-        first = self.towers["dinov2"]
+        self.fusion = StreamFusion([tower.width for tower in self._towers()], width, fusion)
+        first = self._towers()[0]
         patches = (image_size[0] // first.patch_size) * (image_size[1] // first.patch_size)
         self.tokens = len(embodiment.cameras) * (config.aggregation_tokens if routing.efa else patches)
 
     def condition(self, summary_BD: Tensor) -> VisionCondition:
         """All that vision needs of the instruction; may be kept as long as the instruction stays."""
-        films = tuple(tower.film(summary_BD) if tower.film is not None else None for tower in self.towers.values())
+        films = tuple(tower.film(summary_BD) if tower.film is not None else None for tower in self._towers())
         return VisionCondition(films, self.fusion.weights(summary_BD))
 
-    def streams(self, pixels_BVCHW: Tensor, condition: VisionCondition) -> list[Tensor]:
-        """Pixels, uint8 or float in [0,1], to the tokens of each tower before projection, [B,V*N,W]."""
+    def streams(
+        self, pixels_BVCHW: Tensor, condition: VisionCondition, gaze: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Pixels, uint8 or float in [0,1], to the tokens of each tower before projection, [B,V*N,W].
+
+        `gaze` receives one entry per tower, see `VisionTower.forward`.
+        """
         views = pixels_BVCHW.shape[1]
         white = 255.0 if pixels_BVCHW.dtype == torch.uint8 else 1.0
         patches: dict[int, Tensor] = {}
@@ -175,7 +226,7 @@ class DualVision(nn.Module):
                 # Cut while the pixels are still bytes: a quarter of the memory traffic.
                 cut = rearrange(pixels_BVCHW, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=size, q=size)
                 patches[size] = cut.to(tower.vit.patch_embed.proj.weight.dtype)
-            x_XNW = tower(tower.embed(patches[size], white), film)
+            x_XNW = tower(tower.embed(patches[size], white), film, gaze)
             streams.append(rearrange(x_XNW, "(b v) n w -> b (v n) w", v=views))
         return streams
 
@@ -183,5 +234,9 @@ class DualVision(nn.Module):
         """Pixels, uint8 or float in [0,1], to mixed vision tokens [B,V*N,D]."""
         return self.fusion(self.streams(pixels_BVCHW, condition), condition.weights_B2)
 
+    def named_towers(self) -> list[tuple[str, VisionTower]]:
+        """The towers with their names, in the order of the streams."""
+        return [(name, cast(VisionTower, tower)) for name, tower in self.towers.items()]
+
     def _towers(self) -> list[VisionTower]:
-        return list(self.towers.values())
+        return [tower for _, tower in self.named_towers()]
