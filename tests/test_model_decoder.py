@@ -115,7 +115,9 @@ def test_keeping_all_tokens_is_the_plain_layer_up_to_the_probability(mode: str) 
 @torch.inference_mode()
 def test_one_layer_by_hand() -> None:
     """A routed layer written out: gather, attend among the kept, scale the MLP of vision tokens, put back."""
-    routing = RoutingConfig(schedule="interleave", mean_keep=0.4, position_policy="renumber", attention="bidirectional")
+    routing = RoutingConfig(
+        schedule="interleave", mean_keep=0.4, position_policy="renumber", scale="visual_only", attention="bidirectional"
+    )
     ours = decoder(routing, language(layers=2))
     x, _ = sequence(batch=1)
     trace = Trace()
