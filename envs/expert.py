@@ -33,7 +33,7 @@ _LOWEST = 0.018
 _HANDLE_GRIPPED = 0.018
 """Fingers closer than this, around the handle, hold it (it is 12 mm to each side)."""
 _PUSH_HEIGHT = 0.016
-_PUSHER = 0.012
+_PUSHER = 0.0115
 """Half the width of the closed fingers."""
 _RELEASE = {"tray": (0.030, 3.0), "plate": (0.025, 3.0), "cube": (0.007, 8.0)}
 """Per kind of destination: how far off centre the gripper may let go, and the slope of the funnel."""
@@ -168,20 +168,22 @@ class Expert:
         return self._funnel(goes_to + (0.0, 0.0, above), 0.6 * tolerance, HOVER, item, slope), CLOSE
 
     def _push(self, goal: Goal) -> tuple[np.ndarray, float]:
-        """From behind, with closed fingers, steering sideways to stay on the line through item and destination."""
+        """From behind, with closed fingers, steering sideways so that the contact normal points to the destination."""
         gripper, item = self._env.gripper_position, self._scene.position(goal.item)
         way = (self._scene.position(goal.destination) - item)[:2]
         left = float(np.hypot(*way))
         ahead = way / max(left, 1e-6)
         aside = np.array([-ahead[1], ahead[0]])
-        relative = (gripper - item)[:2]
-        behind, off = -float(relative @ ahead), float(relative @ aside)
-        contact = self._scene.items[goal.item].half[0] + _PUSHER
-        if gripper[2] < _PUSH_HEIGHT + 0.01 and abs(off) < 0.025 and 0.6 * contact < behind < contact + 0.04:
+        # Where the closed fingers, a small square block, touch the round item opposite to the way ahead: at a face for ways
+        # along an axis, at a corner for oblique ones.
+        reach = self._scene.items[goal.item].half[0] * ahead + _PUSHER * np.clip(ahead / 0.15, -1.0, 1.0)
+        offset = gripper[:2] - (item[:2] - reach)
+        behind, off = -float(offset @ ahead), float(offset @ aside)
+        if gripper[2] < _PUSH_HEIGHT + 0.01 and abs(off) < 0.02 and -0.015 < behind < 0.04:
             self._set_phase("push")
             step = min(left + 0.02, 0.035) * ahead - 1.5 * off * aside
             return np.array([*(gripper[:2] + step), _PUSH_HEIGHT]), CLOSE
-        start = item[:2] - (contact + 0.018) * ahead
+        start = item[:2] - reach - 0.018 * ahead
         distance = float(np.hypot(*(start - gripper[:2])))
         self._set_phase("approach" if distance > 0.03 else "descend")
         return self._funnel(np.array([*start, _PUSH_HEIGHT]), 0.008, HOVER), self._make_fist(distance)

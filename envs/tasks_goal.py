@@ -59,7 +59,7 @@ def draw_poses(rng: np.random.Generator) -> dict[str, Pose]:
         handle = fixtures[DRAWER.name]
         for reach in (0.11, 0.17):  # the drawer opens into this room
             placer.add(handle.x + reach, handle.y, 0.045)
-        poses[ZONE.name] = placer.draw(0.050, margin=0.01, turn=0.0)
+        poses[ZONE.name] = placer.draw(0.060, margin=0.01, turn=0.0)
         poses[PUCK.name] = _puck(placer, poses[ZONE.name])
         poses[TRAY.name] = placer.draw(0.078, margin=0.02, turn=0.0)
         poses[PLATE.name] = placer.draw(0.057, margin=0.01, turn=0.0)
