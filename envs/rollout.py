@@ -229,12 +229,11 @@ class _Loop:
         busy = [slot for slot in self._slots if not slot.idle]
         if self._in_process:
             return [(slot, slot.worker.receive()) for slot in busy]
-        by_connection = {slot.worker.connection: slot for slot in busy}
+        connections = [slot.worker.connection for slot in busy if slot.worker.connection is not None]
         while True:
-            ready = wait(by_connection, timeout=1.0)
+            ready = set(map(id, wait(connections, timeout=1.0)))
             if ready:
-                chosen = set(map(id, ready))
-                return [(slot, slot.worker.receive()) for c, slot in by_connection.items() if id(c) in chosen]
+                return [(slot, slot.worker.receive()) for slot in busy if id(slot.worker.connection) in ready]
             for slot in busy:
                 if time.perf_counter() - slot.asked_at > self._settings.timeout_s:
                     assert isinstance(slot.worker, ProcessWorker), "only processes are waited for"
@@ -277,7 +276,9 @@ class _Loop:
         inference_ms = (time.perf_counter() - started) * 1e3
         planned_NTA = self._chunker.plan([id(slot) for slot, _ in waiting], chunks_NKA)
         finite_N = np.isfinite(planned_NTA).all(axis=(1, 2))
-        for row in np.flatnonzero(finite_N):  # first send everything, so that no robot waits for the bookkeeping
+        for row in np.flatnonzero(
+            finite_N
+        ).tolist():  # first send everything, so that no robot waits for the bookkeeping
             waiting[row][0].send(Advance(planned_NTA[row]))
         for row, (slot, _) in enumerate(waiting):
             slot.inference_ms.append(inference_ms)
@@ -290,10 +291,10 @@ class _Loop:
         if slot.spec is None:  # not even an environment: every episode would end like this
             raise RuntimeError(f"the environment of suite {self._suite.name!r} cannot be built:\n{reply.text}")
         if slot.result is not None:
-            _log.warning("no video of %s: %s", slot.spec, reply.text)
+            _log.warning("no video of %s: %s", slot.spec, _last_line(reply.text))
             yield slot.result
         elif slot.attempt < ATTEMPTS:
-            _log.warning("%s is started again after an error: %s", slot.spec, reply.text)
+            _log.warning("%s is started again after an error: %s", slot.spec, _last_line(reply.text))
             self._queue.append((slot.spec, slot.attempt + 1))
         else:
             yield self._error(slot, reply.text)
@@ -333,3 +334,7 @@ class _Loop:
             attempts=slot.attempt,
             wall_s=time.perf_counter() - slot.started,
         )
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]

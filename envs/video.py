@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    import av.container
-    import av.stream
+    from av.container import OutputContainer
+    from av.video.stream import VideoStream
 
 STATUS_COLOURS = {"success": (64, 200, 120), "failure": (240, 96, 88), "error": (240, 176, 64)}
 _BACKGROUND = (24, 26, 32)
@@ -68,8 +68,7 @@ class VideoWriter:
         self.path = Path(path)
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
         self._fps = Fraction(fps).limit_denominator(1000)
-        self._container: av.container.OutputContainer | None = None
-        self._stream: av.stream.Stream | None = None
+        self._output: tuple[OutputContainer, VideoStream] | None = None  # opened by the first frame, which has the size
 
     def __enter__(self) -> VideoWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,32 +78,37 @@ class VideoWriter:
         """Append a uint8 [H,W,3] frame with even sides, `repeat` times."""
         import av
 
-        if self._container is None:
-            self._open(frame_HWC.shape[0], frame_HWC.shape[1])
+        if self._output is None:
+            self._output = self._open(frame_HWC.shape[0], frame_HWC.shape[1])
+        container, stream = self._output
         for _ in range(repeat):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-            self._container.mux(self._stream.encode(frame))
+            container.mux(stream.encode(frame))
 
-    def _open(self, height: int, width: int) -> None:
+    def _open(self, height: int, width: int) -> tuple[OutputContainer, VideoStream]:
         import av
+        from av.video.stream import VideoStream
 
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
-        self._stream = self._container.add_stream(codec, rate=self._fps)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        self._stream.codec_context.thread_count = 1  # the other cores play episodes
+        container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
+        stream = container.add_stream(codec, rate=self._fps)
+        assert isinstance(stream, VideoStream), f"{codec} encodes video"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1  # the other cores play episodes
         if codec == "libx264":
-            self._stream.options = {"preset": "veryfast", "crf": "24"}
+            stream.options = {"preset": "veryfast", "crf": "24"}
+        return container, stream
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._container is not None:
-                with contextlib.closing(self._container):
+            if self._output is not None:
+                container, stream = self._output
+                with contextlib.closing(container):
                     if kind is None:
-                        self._container.mux(self._stream.encode())
-            if kind is None and self._container is None:
+                        container.mux(stream.encode())
+            elif kind is None:
                 raise ValueError(f"no frame was written to {self.path}")
             if kind is None:
                 os.replace(self._partial, self.path)

@@ -329,11 +329,12 @@ class ProcessWorker:
             ) from error
         self.connection, theirs = Pipe()
         single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        renderer = {"LP_NUM_THREADS": "1"}  # Mesa's software renderer would take every core in every process
         command = f"from cogvla.envs.workers import serve; serve({theirs.fileno()})"
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", command],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, **single, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**renderer, **os.environ, **single, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # Ctrl-C is for the parent, which then closes its workers in order
         )
         theirs.close()

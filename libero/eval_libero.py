@@ -2,7 +2,7 @@
 
     eval_libero checkpoint=FOLDER suite=tabletop_object workers=4
     eval_libero checkpoint=random suite=all_tabletop episodes_per_task=2
-    eval_libero checkpoint=FOLDER asked=swap output=outputs/swapped
+    eval_libero checkpoint=FOLDER asked=both
 
 The same command again goes on where it was stopped.
 """
@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,13 +25,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from cogvla.envs.suite import get_suite, suite_names
+from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol
-from cogvla.libero.report import Report
+from cogvla.libero.report import Report, render_index
 from cogvla.policy.interface import Embodiment, Policy
 
 ALL_TABLETOP = "all_tabletop"
 RANDOM = "random"
+ASKED: dict[str | None, tuple[Literal["swap"] | None, ...]] = {None: (None,), "swap": ("swap",), "both": (None, "swap")}
 USER_ERRORS = (ValueError, MissingMandatoryValue)
 """What `run` raises for mistakes that its user can mend."""
 
@@ -58,29 +60,34 @@ def run(config: DictConfig, command: str) -> list[Report]:
         importlib.import_module(module)
     names = suites(config.suite)
     protocol = _protocol(config)
-    if config.asked not in (None, "swap"):
-        raise ValueError(f"asked must be null or swap, got {config.asked!r}")
+    if config.asked not in ASKED:
+        raise ValueError(f"asked must be null, swap or both, got {config.asked!r}")
     policy, identity = _policy(config)
     output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}")
-    reports = []
+    reports: dict[str, Report] = {}
     for name in names:
-        report = evaluate(
-            policy,
-            name,
-            protocol,
-            output / (name if config.asked is None else f"{name}_{config.asked}"),
-            workers=config.workers,
-            tasks=None if config.tasks is None else [int(task) for task in config.tasks],
-            asked=config.asked,
-            videos=config.videos,
-            resume=config.resume,
-            command=command,
-            identity=identity,
-        )
-        print(summary(report))
-        reports.append(report)
-    print(f"reports in {output}")
-    return reports
+        for asked in ASKED[config.asked]:
+            folder = name if asked is None else f"{name}_{asked}"
+            reports[folder] = evaluate(
+                policy,
+                name,
+                protocol,
+                output / folder,
+                workers=config.workers,
+                tasks=None if config.tasks is None else [int(task) for task in config.tasks],
+                asked=asked,
+                videos=config.videos,
+                resume=config.resume,
+                command=command,
+                identity=identity,
+            )
+            print(summary(reports[folder]))
+    if len(reports) > 1:
+        write_atomic(output / "index.html", render_index(reports))
+        print(f"all reports: {output / 'index.html'}")
+    else:
+        print(f"report: {output / folder / 'report.html'}")
+    return list(reports.values())
 
 
 def suites(wanted: str | Sequence[str]) -> list[str]:
@@ -105,8 +112,9 @@ def summary(report: Report) -> str:
     if rate.value is None or rate.low is None or rate.high is None:
         line = f"{report.suite}: no episode could be played"
     else:
+        mode = ", another task asked for" if report.swapped else ""
         line = (
-            f"{report.suite}: success {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] "
+            f"{report.suite}{mode}: success {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] "
             f"of {rate.trials} episodes, {total.errors} errors"
         )
     if total.scene_task.value is not None:

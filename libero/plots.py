@@ -42,6 +42,8 @@ def latency_curves(curves: Sequence[tuple[str, Sequence[float]]], budget_ms: flo
 
 def length_histogram(successes: Sequence[int], failures: Sequence[int], max_steps: int) -> str:
     """Control steps of successes and failures."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(7.2, 3.4)
     edges = np.linspace(0, max_steps, 25)
     axes.hist(
@@ -50,7 +52,7 @@ def length_histogram(successes: Sequence[int], failures: Sequence[int], max_step
     )  # fmt: skip
     axes.set_xlabel("control steps")
     axes.set_ylabel("episodes")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(axis="y", color=GRID)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
     return _svg(figure)

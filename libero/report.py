@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.suite import Suite
@@ -21,7 +21,6 @@ from cogvla.libero.statistics import Latency, Rate, latency, success_rate
 
 EMBED_BYTES = 6_000_000
 """Videos are put into the report itself up to this total; the others are linked."""
-TEMPLATE = "report.html.j2"
 
 
 @dataclass(frozen=True)
@@ -161,18 +160,27 @@ def render_html(report: Report, folder: Path) -> str:
             [r.steps for r in played if r.success], [r.steps for r in played if not r.success], report.max_steps
         ),
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"percent": _percent, "number": _number, "data": _data, "flat": _flat}
-    return environment.get_template(TEMPLATE).render(
+    return _template("report.html.j2").render(
         report=report,
         figures=figures,
         sections=_sections(report),
         videos=_videos(report, folder),
         errors=[r for r in report.episodes if r.error is not None],
     )
+
+
+def render_index(reports: Mapping[str, Report]) -> str:
+    """One page over several reports, by the folder that each is in, relative to the page."""
+    return _template("index.html.j2").render(reports=reports)
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"percent": _percent, "number": _number, "data": _data, "flat": _flat}
+    return environment.get_template(name)
 
 
 def _sections(report: Report) -> list[tuple[str, Mapping[str, Any]]]:

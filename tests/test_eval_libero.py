@@ -240,15 +240,24 @@ def test_a_stopped_run_loses_nothing(tmp_path: Path, stop: signal.Signals) -> No
 
 
 def test_the_command_end_to_end(tmp_path: Path) -> None:
+    """On a real suite: the random policy, with the scene's instruction and with another one."""
     done = command(
-        "checkpoint=random", "suite=point", "imports=[cogvla.tests.point_suite]", "episodes_per_task=2", "workers=1",
-        f"output={tmp_path / 'out'}", "embodiment.chunk=4", cwd=tmp_path,
+        "checkpoint=random", "suite=tabletop_object", "episodes_per_task=1", "tasks=[0,3]", "workers=1", "asked=both",
+        "videos=1", "protocol.max_steps=24", f"output={tmp_path / 'out'}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "point: success" in done.stdout
-    report = json.loads((tmp_path / "out" / "point" / "report.json").read_text())
-    assert report["reproduce"]["command"].startswith("eval_libero checkpoint=random suite=point")
+    assert "tabletop_object: success 0.0%" in done.stdout
+    report = json.loads((tmp_path / "out" / "tabletop_object" / "report.json").read_text())
+    assert report["total"]["errors"] == 0, report["episodes"]
+    assert [episode["steps"] for episode in report["episodes"]] == [24, 24]
+    assert report["reproduce"]["command"].startswith("eval_libero checkpoint=random suite=tabletop_object")
     assert report["reproduce"]["policy"]["preset"] == "random"
+    assert report["reproduce"]["protocol"]["execute_steps"] == 8
+    swapped = json.loads((tmp_path / "out" / "tabletop_object_swap" / "report.json").read_text())
+    assert swapped["total"]["scene_task"]["trials"] == 2
+    assert all(episode["asked"] != episode["task"] for episode in swapped["episodes"])
+    assert len(list((tmp_path / "out").glob("*/videos/*.mp4"))) == 4
+    assert "tabletop_object_swap/report.html" in (tmp_path / "out" / "index.html").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "hydra leaves no folders"
 
 
@@ -275,7 +284,7 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
         (["checkpoint=random", "suite=[]"], "suite is empty"),
         (["checkpoint=nowhere"], "no checkpoint folder at nowhere"),
         ([], "checkpoint"),
-        (["checkpoint=random", "asked=nonsense"], "asked must be null or swap"),
+        (["checkpoint=random", "asked=nonsense"], "asked must be null, swap or both"),
         (["checkpoint=random", "workers=-1"], "workers must be 0"),
         (["checkpoint=random", "videos=-1"], "videos per task"),
         (["checkpoint=random", "episodes_per_task=0"], "at least one episode"),

@@ -15,7 +15,7 @@ from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.video import VideoWriter
 from cogvla.libero import report as report_module
 from cogvla.libero.provenance import provenance
-from cogvla.libero.report import Report, build_report, render_html, report_json
+from cogvla.libero.report import Report, build_report, render_html, render_index, report_json
 from cogvla.libero.statistics import wilson_interval
 from cogvla.tests.point_suite import TASKS, toy_suite
 
@@ -148,3 +148,11 @@ def test_a_report_without_any_played_episode(tmp_path: Path) -> None:
     assert report.environment_ms is None
     assert "the arm fell off" in render_html(report, tmp_path)
     assert json.loads(report_json(report))["total"]["loop"] is None
+
+
+def test_an_index_links_every_report() -> None:
+    swapped = [replace(r, asked=1, scene_task_success=False) for r in RESULTS if r.error is None]
+    html = render_index({"point": build(), "point_swap": build(swapped, asked="swap")})
+    assert re.findall(r'href="([^"]+)"', html) == ["point/report.html", "point_swap/report.html"]
+    assert html.count(f"{900 / 13:.1f} %") == 2
+    assert html.count("another task of the scene was asked for") == 1
