@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import gymnasium as gym
 
@@ -18,5 +19,5 @@ def _load(name: str) -> Suite:
 
 
 for _name in TABLETOP_SUITES:
-    register_suite(_name, lambda name=_name: _load(name))
+    register_suite(_name, partial(_load, _name))
     gym.register(f"cogvla/{_name}-v0", entry_point="cogvla.envs.tabletop:make_env", kwargs={"suite": _name})

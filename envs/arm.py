@@ -4,9 +4,9 @@ Joint frames, joint limits and link masses are those of the real arm (Franka's p
 identified masses); the geometry is capsules and boxes, which render in a tenth of the time of the original meshes.
 Only the fingers and the hand collide: the links above never come near the table inside the workspace.
 
-Frames: the base stands at the world's origin, the table top is z = 0, x points away from the robot. The site `tcp` is the
-gripper centre, between the finger pads. At the nominal top-down grasp pose the hand's axes are x = world x,
-y = -world y (the direction in which the fingers open), z = down.
+Frames: the base stands at the world's origin, the table top is z = 0, x points away from the robot. The site `tcp` is
+the gripper centre, between the finger pads. At the nominal top-down grasp pose the hand's axes are x = world x, y =
+-world y (the direction in which the fingers open), z = down.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def arm_actuators() -> str:
     motors = "".join(f'<motor name="motor{i + 1}" joint="{joint}"/>' for i, joint in enumerate(ARM_JOINTS))
     fingers = "".join(f'<position name="servo_{joint}" joint="{joint}" kp="800" kv="20"/>' for joint in FINGER_JOINTS)
     left, right = FINGER_JOINTS
-    coupling = (
-        f'<joint joint1="{left}" joint2="{right}" polycoef="0 1 0 0 0" solref="0.02 1"/>'
-    )
+    coupling = f'<joint joint1="{left}" joint2="{right}" polycoef="0 1 0 0 0" solref="0.02 1"/>'
     return f"<actuator>{motors}{fingers}</actuator><equality>{coupling}</equality>"
 
 

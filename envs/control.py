@@ -2,14 +2,14 @@
 
 Convention. An action moves the *commanded* pose, not the measured one: the commanded pose is the running sum of all
 deltas, so a chunk that is executed open loop ends where its deltas add up to, whatever the arm's small tracking error
-along the way. The commanded pose never runs further than `LEASH` ahead of the measured one (a blocked arm must not wind
-up) and stays inside `WORKSPACE`. Position and rotation deltas are in the world frame.
+along the way. The commanded pose never runs further than `LEASH` ahead of the measured one (a blocked arm must not
+wind up) and stays inside `WORKSPACE`. Position and rotation deltas are in the world frame.
 
-Within a control step the joint velocity changes linearly from the last delta's to the new one's, so the arm runs half a
-step (25 ms) behind the commanded pose and reaches it half a step after the last delta. Computed torque (inertia matrix
-times reference acceleration plus a spring and a damper on the error) keeps it within millimetres of that reference. It is
-explicit on purpose: with stiff servos under implicit integration the contact solver sees other accelerations than
-the arm makes, and held objects creep out of the grip.
+Within a control step the joint velocity changes linearly from the last delta's to the new one's, so the arm runs half
+a step (25 ms) behind the commanded pose and reaches it half a step after the last delta. Computed torque (inertia
+matrix times reference acceleration plus a spring and a damper on the error) keeps it within millimetres of that
+reference. It is explicit on purpose: with stiff servos under implicit integration the contact solver sees other
+accelerations than the arm makes, and held objects creep out of the grip.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Scripted experts: waypoint controllers on privileged state, one skill per verb, shared by all suites.
 
-`act` is a function of the current state alone (no timers, no memory), so it recovers from whatever happened: a lost object
-is picked up again, a missed grasp is repeated. Motion is proportional to the error and clipped at full speed. Heights follow
-a funnel: the closer the gripper is to the line above its aim, the lower it may go; while it is too low it rises before
-it moves sideways.
+`act` is a function of the current state alone (no timers, no memory), so it recovers from whatever happened: a lost
+object is picked up again, a missed grasp is repeated. Motion is proportional to the error and clipped at full speed.
+Heights follow a funnel: the closer the gripper is to the line above its aim, the lower it may go; while it is too low
+it rises before it moves sideways.
 
-`noisy` turns a clean action into the one to execute (DART, Laskey et al. 2017): small Gaussian noise all the time and,
-now and then, a burst of a constant offset or an opened gripper. The clean action stays the label.
+`noisy` turns a clean action into the one to execute (DART, Laskey et al. 2017): small Gaussian noise all the time
+and, now and then, a burst of a constant offset or an opened gripper. The clean action stays the label.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Expert:
         depth = max(point[2], _LOWEST) - gripper[2]
         if distance < zone and abs(depth) < zone:
             self._set_phase("grasp")
-            return gripper + (offset[0], offset[1], depth), CLOSE
+            return gripper + np.array([offset[0], offset[1], depth]), CLOSE
         aim = self._funnel(point, 0.006, HOVER)
         if finger < _CLOSING:  # open before going down
             wait = float(np.clip((_CLOSING - finger) / 0.02, 0.0, 1.0))
@@ -162,10 +162,10 @@ class Expert:
         tolerance, slope = _RELEASE[self._scene.items[goal.destination].kind]
         if distance < tolerance and abs(offset[2]) < 0.007:
             self._set_phase("release")
-            return gripper + (offset[0], offset[1], 0.0), OPEN
+            return gripper + np.array([offset[0], offset[1], 0.0]), OPEN
         self._set_phase("transport" if distance > 0.04 else "lower")
         above = 0.0 if tolerance < 0.01 else 0.003
-        return self._funnel(goes_to + (0.0, 0.0, above), 0.6 * tolerance, HOVER, item, slope), CLOSE
+        return self._funnel(goes_to + np.array([0.0, 0.0, above]), 0.6 * tolerance, HOVER, item, slope), CLOSE
 
     def _push(self, goal: Goal) -> tuple[np.ndarray, float]:
         """From behind, with closed fingers, steering sideways so that the contact normal points to the destination."""
@@ -174,8 +174,8 @@ class Expert:
         left = float(np.hypot(*way))
         ahead = way / max(left, 1e-6)
         aside = np.array([-ahead[1], ahead[0]])
-        # Where the closed fingers, a small square block, touch the round item opposite to the way ahead: at a face for ways
-        # along an axis, at a corner for oblique ones.
+        # Where the closed fingers, a small square block, touch the round item opposite to the way ahead: at a face for
+        # ways along an axis, at a corner for oblique ones.
         reach = self._scene.items[goal.item].half[0] * ahead + _PUSHER * np.clip(ahead / 0.15, -1.0, 1.0)
         offset = gripper[:2] - (item[:2] - reach)
         behind, off = -float(offset @ ahead), float(offset @ aside)
@@ -194,7 +194,7 @@ class Expert:
         if not around or self._env.fingers.max() > _HANDLE_GRIPPED:
             return self._take(goal.item)
         self._set_phase("pull")
-        return destination_point(self._scene, goal) + (0.02, 0.0, 0.0), CLOSE
+        return destination_point(self._scene, goal) + np.array([0.02, 0.0, 0.0]), CLOSE
 
     def _press(self, goal: Goal) -> tuple[np.ndarray, float]:
         gripper, point = self._env.gripper_position, self._scene.contact_point(goal.item)

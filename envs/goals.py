@@ -5,6 +5,7 @@ A task is one goal, or two in a row. Success, labels and experts are defined onc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,13 +43,13 @@ class Layout:
     """One drawn scene: where the items stand, and the goals of every task that can be carried out in it."""
 
     poses: dict[str, Pose]
-    goals: dict[int, tuple[Goal, ...]]
+    goals: Mapping[int, tuple[Goal, ...]]
 
 
 def destination_point(scene: Scene, goal: Goal) -> np.ndarray:
     """Where the item's centre should come to rest [3]; for open and press, where the handle or button ends."""
     if goal.verb == "open":
-        return scene.contact_point(goal.item) + (PULL_TO - scene.travel(goal.item), 0.0, 0.0)
+        return scene.contact_point(goal.item) + np.array([PULL_TO - scene.travel(goal.item), 0.0, 0.0])
     if goal.verb == "press":
         return scene.contact_point(goal.item)
     item, destination = scene.items[goal.item], scene.items[goal.destination]
@@ -60,7 +61,7 @@ def destination_point(scene: Scene, goal: Goal) -> np.ndarray:
     base = scene.position(goal.destination)
     if destination.free:
         base[2] -= destination.half[2]
-    return base + (0.0, 0.0, support + item.half[2])
+    return base + np.array([0.0, 0.0, support + item.half[2]])
 
 
 def in_place(scene: Scene, goal: Goal) -> bool:

@@ -1,7 +1,7 @@
 """Drawing collision-free places on the table.
 
-`Placer` holds what is already there as ellipses (wider along y, the direction in which the fingers open) and draws further
-places by vectorised rejection: one batch of candidates per item.
+`Placer` holds what is already there as ellipses (wider along y, the direction in which the fingers open) and draws
+further places by vectorised rejection: one batch of candidates per item.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH = 64
 _TRIES = 300
 
 
-class NoRoom(Exception):
+class NoRoomError(Exception):
     """A batch of candidates held no valid place; the caller draws the scene again."""
 
 
@@ -55,11 +55,11 @@ class Placer:
         return self._rng.uniform(low, high, (_BATCH, 2))
 
     def draw(self, radius: float, *, margin: float = 0.0, turn: float = np.pi, also: np.ndarray | None = None) -> Pose:
-        """A free place with a yaw in [-turn, turn]; `also` [N,2] replaces the candidates. Raises `NoRoom`."""
+        """A free place with a yaw in [-turn, turn]; `also` [N,2] replaces the candidates. Raises `NoRoomError`."""
         points = self.candidates(margin) if also is None else also
         valid = np.flatnonzero(self.free(points, radius))
         if not len(valid):
-            raise NoRoom
+            raise NoRoomError
         x, y = points[valid[0]]
         self.add(float(x), float(y), radius)
         return Pose(float(x), float(y), float(self._rng.uniform(-turn, turn)) if turn else 0.0)
@@ -70,6 +70,6 @@ def until_drawn(draw: Callable[[], Drawn]) -> Drawn:
     for _ in range(_TRIES):
         try:
             return draw()
-        except NoRoom:
+        except NoRoomError:
             continue
     raise RuntimeError(f"no valid layout in {_TRIES} draws; the items do not fit the region")

@@ -1,6 +1,7 @@
 """Off-screen images of a scene: one OpenGL context per process, nothing drawn that the policy does not need.
 
-The backend is `MUJOCO_GL` where that is set (egl, osmesa or glfw); otherwise EGL, then OSMesa, whichever can be loaded.
+The backend is `MUJOCO_GL` where that is set (egl, osmesa or glfw); otherwise EGL, then OSMesa, whichever can be
+loaded.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import mujoco
 import numpy as np
 
 _HELP = (
-    "Off-screen rendering needs EGL or OSMesa. On Debian or Ubuntu: `apt-get install libegl1 libgl1-mesa-dri` (EGL), or "
-    "`apt-get install libosmesa6` and MUJOCO_GL=osmesa. Or build the environment with render=False."
+    "Off-screen rendering needs EGL or OSMesa. On Debian or Ubuntu: `apt-get install libegl1 libgl1-mesa-dri` (EGL), "
+    "or `apt-get install libosmesa6` and MUJOCO_GL=osmesa. Or build the environment with render=False."
 )
 
 

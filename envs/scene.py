@@ -1,8 +1,9 @@
 """The table and everything on it, as MJCF text, and the handle by which tasks move and read it.
 
-One model is compiled per suite and holds every item of the suite; a scene is made by placing some items and parking the
-others below the table (weightless, without contacts, out of sight). Free items are bodies with six degrees of freedom; fixed ones (tray, plate,
-mat, zone, drawer, button) are mocap bodies, which can be placed anywhere but do not move.
+One model is compiled per suite and holds every item of the suite; a scene is made by placing some items and parking
+the others below the table (weightless, without contacts, out of sight). Free items are bodies with six degrees of
+freedom; fixed ones (tray, plate, mat, zone, drawer, button) are mocap bodies, which can be placed anywhere but do not
+move.
 """
 
 from __future__ import annotations
@@ -88,10 +89,8 @@ def _free_geoms(item: Item) -> str:
     look = f'rgba="{item.rgba}"'
     if item.kind == "cube":
         return f'<geom name="{item.name}" type="box" size="{x} {y} {z}" {look} mass="0.08" friction="0.7" {_OBJECT}/>'
-    if item.kind == "puck":  # slippery, also on the fingers' pads, so that it slides along what pushes it
-        feel = 'mass="0.1" friction="0.3" priority="2"'
-    else:
-        feel = 'mass="0.08" friction="0.7"'
+    # The puck is slippery, also on the fingers' pads, so that it slides along what pushes it.
+    feel = 'mass="0.1" friction="0.3" priority="2"' if item.kind == "puck" else 'mass="0.08" friction="0.7"'
     body = f'name="{item.name}" type="cylinder" size="{x} {z}" {feel} {_OBJECT}'
     if item.kind == "ball":  # looks like a ball, stands like a cylinder: a ball would roll away
         return f'<geom {body} rgba="0 0 0 0"/><geom type="sphere" size="{x}" {look} mass="0" {_NONE}/>'
@@ -121,7 +120,8 @@ def _fixed_geoms(item: Item) -> str:
     if item.kind == "button":
         cap = f"""
 <body name="{item.name}_cap" pos="0 0 {BUTTON_HEIGHT - 0.008}" gravcomp="1">
-  <joint name="{item.name}" type="slide" axis="0 0 -1" range="0 {BUTTON_TRAVEL}" stiffness="120" damping="4" armature="0.02"/>
+  <joint name="{item.name}" type="slide" axis="0 0 -1" range="0 {BUTTON_TRAVEL}"
+    stiffness="120" damping="4" armature="0.02"/>
   <geom name="{item.name}" type="cylinder" size="{x} 0.008" mass="0.02" {look} {_OBJECT}/>
 </body>"""
         ring = f'type="cylinder" size="{x + 0.008} 0.008" pos="0 0 0.008"'
@@ -135,7 +135,8 @@ def _fixed_geoms(item: Item) -> str:
 <geom type="box" size="{x} {side} {z}" pos="0 {side - y} {z}" {wood}/>
 <geom type="box" size="{side} {y} {z}" pos="{side - x} 0 {z}" {wood}/>
 <body name="{item.name}_box" pos="0 0 0" gravcomp="1">
-  <joint name="{item.name}" type="slide" axis="1 0 0" range="0 {DRAWER_TRAVEL}" damping="4" frictionloss="1.5" armature="0.05"/>
+  <joint name="{item.name}" type="slide" axis="1 0 0" range="0 {DRAWER_TRAVEL}"
+    damping="4" frictionloss="1.5" armature="0.05"/>
   <geom type="box" size="{x - 0.008} {y - 0.012} 0.002" pos="0 0 0.006" rgba="0.95 0.85 0.6 1" mass="0.2" {_NONE}/>
   <geom type="box" size="0.004 {y} {z - 0.003}" pos="{x + 0.005} 0 {z}" rgba="0.95 0.85 0.6 1" mass="0.1" {_NONE}/>
   <geom type="box" size="{(HANDLE_OFFSET - x) / 2} 0.007 0.006" pos="{(x + HANDLE_OFFSET) / 2} 0 {HANDLE_HEIGHT}"
@@ -166,7 +167,8 @@ def build_model(items: Sequence[Item]) -> mujoco.MjModel:
   </visual>
   <default><geom solref="0.01 1" condim="3"/></default>
   <worldbody>
-    <light directional="true" pos="0.5 0 2" dir="0.35 0.25 -0.9" diffuse="0.5 0.5 0.5" specular="0 0 0" castshadow="false"/>
+    <light directional="true" pos="0.5 0 2" dir="0.35 0.25 -0.9" diffuse="0.5 0.5 0.5" specular="0 0 0"
+      castshadow="false"/>
     <camera name="agentview" pos="1.4 0 1.579" xyaxes="0 1 0 -0.8660254 0 0.5" fovy="17.1"/>
     <geom name="table" type="plane" size="2 2 1" rgba="0.5 0.48 0.45 1" friction="0.7" {_STATIC}/>
     {arm_body()}
@@ -240,9 +242,9 @@ class Scene:
         if item.free:
             return self.position(name)
         if item.kind == "drawer":
-            return self.position(name) + (HANDLE_OFFSET + self.travel(name), 0.0, HANDLE_HEIGHT)
+            return self.position(name) + np.array([HANDLE_OFFSET + self.travel(name), 0.0, HANDLE_HEIGHT])
         if item.kind == "button":
-            return self.position(name) + (0.0, 0.0, BUTTON_HEIGHT - self.travel(name))
+            return self.position(name) + np.array([0.0, 0.0, BUTTON_HEIGHT - self.travel(name)])
         return self.position(name)
 
     def travel(self, name: str) -> float:

@@ -1,13 +1,13 @@
 """The tabletop environment: one gymnasium class that plays any task of any tabletop suite.
 
-Observation: `agentview` and `wrist` uint8 [H,W,3]; `state` float32 [8] = gripper-centre position in the world frame (3, m),
-axis-angle of the gripper *relative to the nominal top-down grasp pose* in the world frame (3, rad; pointing straight down
-with the fingers opening along y is zero, so the discontinuity at pi is never near), the two finger positions (2, 0 closed to
-0.04 m open).
+Observation: `agentview` and `wrist` uint8 [H,W,3]; `state` float32 [8] = gripper-centre position in the world frame
+(3, m), axis-angle of the gripper *relative to the nominal top-down grasp pose* in the world frame (3, rad; pointing
+straight down with the fingers opening along y is zero, so the discontinuity at pi is never near), the two finger
+positions (2, 0 closed to 0.04 m open).
 
-Action: float32 [7] in [-1,1] = position delta (1.0 is 0.05 m), axis-angle delta in the world frame (1.0 is 0.2 rad), gripper
-(> 0 closes, otherwise opens). Values outside are clipped; NaN, infinity or another shape is a ValueError. How deltas add up:
-`cogvla.envs.control`.
+Action: float32 [7] in [-1,1] = position delta (1.0 is 0.05 m), axis-angle delta in the world frame (1.0 is 0.2 rad),
+gripper (> 0 closes, otherwise opens). Values outside are clipped; NaN, infinity or another shape is a ValueError. How
+deltas add up: `cogvla.envs.control`.
 
 `agentview` looks at the table from the front, towards the robot: the robot is at the top, image right is world +y.
 `wrist` looks down past the fingers: image up is world +x (away from the robot), image right is world -y.
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import mujoco
@@ -60,7 +60,6 @@ class Family:
 
     def suite(self) -> Suite:
         """The suite that the registry hands out."""
-
         # a partial and no closure: rollouts send it to their environment processes
         return Suite(name=self.name, tasks=self.tasks, max_steps=self.max_steps, make=partial(TabletopEnv, self))
 
@@ -74,7 +73,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         goals: the goals of the instruction in force.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": int(CONTROL_HZ)}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": int(CONTROL_HZ)}
 
     def __init__(self, family: Family, image_size: int = 128, render: bool = True) -> None:
         if image_size < 16:

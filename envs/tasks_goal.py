@@ -1,8 +1,8 @@
 """`tabletop_goal`: always the same things on the table, the instruction says what to do.
 
-Two cubes, a puck, a plate, a tray, a green zone, a drawer and two buttons. The drawer and the buttons stand at the robot's side
-of the table with small random offsets (the buttons swap places at random); everything else is anywhere in front of them.
-All ten tasks can be carried out in every scene.
+Two cubes, a puck, a plate, a tray, a green zone, a drawer and two buttons. The drawer and the buttons stand at the
+robot's side of the table with small random offsets (the buttons swap places at random); everything else is anywhere
+in front of them. All ten tasks can be carried out in every scene.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from cogvla.envs.goals import Goal, Layout
-from cogvla.envs.placement import NoRoom, Placer, until_drawn
+from cogvla.envs.placement import NoRoomError, Placer, until_drawn
 from cogvla.envs.scene import Item, Pose
 from cogvla.envs.suite import Task
 from cogvla.envs.tabletop import Family
@@ -80,11 +80,11 @@ def _puck(placer: Placer, zone: Pose) -> Pose:
     fits = (length > PUSH_LENGTH[0]) & (length < PUSH_LENGTH[1])
     fits &= ((run_up > REGION[0] - 0.03) & (run_up < REGION[1] + 0.03)).all(axis=1)
     if not fits.any():
-        raise NoRoom
+        raise NoRoomError
     start = points[fits][0]
-    placer.add(*start, 0.035)
-    placer.add(*run_up[fits][0], 0.015)
-    placer.add(*((start + centre) / 2), 0.030)
+    placer.add(float(start[0]), float(start[1]), 0.035)
+    for point, radius in ((run_up[fits][0], 0.015), ((start + centre) / 2, 0.030)):
+        placer.add(float(point[0]), float(point[1]), radius)
     return Pose(float(start[0]), float(start[1]))
 
 

@@ -1,8 +1,9 @@
 """`tabletop_spatial`: identical grey cubes, the instruction says which one by where it is.
 
-Every scene holds four cubes, three of them on coloured mats, and a plate. A cube is named by its mat or by a relation:
-leftmost and rightmost as seen in `agentview` (left is smaller y), nearest to and farthest from the robot. Scenes in which a
-relation is not clear by `MARGIN` are not drawn, so all four relations and the three mats are possible in each.
+Every scene holds four cubes, three of them on coloured mats, and a plate. A cube is named by its mat or by a
+relation: leftmost and rightmost as seen in `agentview` (left is smaller y), nearest to and farthest from the robot.
+Scenes in which a relation is not clear by `MARGIN` are not drawn, so all four relations and the three mats are
+possible in each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from cogvla.envs.goals import Goal, Layout
-from cogvla.envs.placement import NoRoom, Placer, until_drawn
+from cogvla.envs.placement import NoRoomError, Placer, until_drawn
 from cogvla.envs.scene import Item, Pose
 from cogvla.envs.suite import Task
 from cogvla.envs.tabletop import Family
@@ -35,7 +36,7 @@ CUBE_RADIUS, MAT_RADIUS, PLATE_RADIUS = 0.030, 0.052, 0.068
 
 
 def extremes(points: np.ndarray) -> list[int]:
-    """Indices of the cubes [N,2] that `RELATIONS` name; raises `NoRoom` where one is not clear.
+    """Indices of the cubes [N,2] that `RELATIONS` name; raises `NoRoomError` where one is not clear.
 
     Near and far must agree whether measured along the table (x) or from the robot's base.
     """
@@ -46,10 +47,10 @@ def extremes(points: np.ndarray) -> list[int]:
         for values in measures:
             order = np.argsort(values)
             if values[order[1]] - values[order[0]] < MARGIN:
-                raise NoRoom
+                raise NoRoomError
             firsts.add(int(order[0]))
         if len(firsts) > 1:
-            raise NoRoom
+            raise NoRoomError
         named.append(firsts.pop())
     return named
 

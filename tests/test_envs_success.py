@@ -28,11 +28,11 @@ def test_object_counts_only_inside_the_tray():
     env = get_suite("tabletop_object").make(render=False).unwrapped
     env.reset(options={"task": 0, "initial_state": 0})
     tray = env.scene.position("tray")
-    env.scene.move("red_cube", tray + (0.10, 0.0, 0.023))
+    env.scene.move("red_cube", tray + np.array((0.10, 0.0, 0.023)))
     assert not settle(env)["success"]
-    env.scene.move("red_cube", tray + (0.02, -0.02, 0.030))
+    env.scene.move("red_cube", tray + np.array((0.02, -0.02, 0.030)))
     assert settle(env)["success"]
-    env.scene.move("red_cube", tray + (0.0, 0.0, 0.20))
+    env.scene.move("red_cube", tray + np.array((0.0, 0.0, 0.20)))
     assert not settle(env, steps=1)["success"]
 
 
@@ -58,7 +58,7 @@ def test_other_object_in_the_tray_is_the_other_task():
     env = get_suite("tabletop_object").make(render=False).unwrapped
     _, info = env.reset(options={"task": 0, "initial_state": 1})
     other = info["alternative_tasks"][0]
-    env.scene.move(env.goals_for(other)[0].item, env.scene.position("tray") + (0, 0, 0.03))
+    env.scene.move(env.goals_for(other)[0].item, env.scene.position("tray") + np.array((0, 0, 0.03)))
     assert not settle(env)["success"]
     assert env.task_success(other)
 
@@ -69,16 +69,16 @@ def test_other_object_in_the_tray_is_the_other_task():
 def test_plate_and_stack(goal_env, task, item, destination, height):
     goal_env.reset(options={"task": task, "initial_state": 3})
     base = goal_env.scene.position(destination)
-    goal_env.scene.move(item, base + (0.0, 0.09, height))
+    goal_env.scene.move(item, base + np.array((0.0, 0.09, height)))
     assert not settle(goal_env)["success"]
-    goal_env.scene.move(item, base + (0.004, 0.0, height))
+    goal_env.scene.move(item, base + np.array((0.004, 0.0, height)))
     assert settle(goal_env)["success"]
 
 
 def test_puck_drawer_and_buttons(goal_env):
     scene = goal_env.scene
     goal_env.reset(options={"task": 6, "initial_state": 4})
-    scene.move("puck", scene.position("green_zone") + (0.01, 0.0, 0.015))
+    scene.move("puck", scene.position("green_zone") + np.array((0.01, 0.0, 0.015)))
     assert settle(goal_env)["success"]
     goal_env.reset(options={"task": 7, "initial_state": 4})
     scene.set_travel("drawer", 0.05)
@@ -89,7 +89,8 @@ def test_puck_drawer_and_buttons(goal_env):
     scene.set_travel("white_button", BUTTON_TRAVEL)
     scene.latch_buttons()
     info = settle(goal_env, steps=10)
-    assert info["success"] and scene.travel("white_button") < 0.002  # springs back, stays pressed
+    assert info["success"]
+    assert scene.travel("white_button") < 0.002  # springs back, stays pressed
     assert not goal_env.task_success(9)
     goal_env.reset(options={"task": 8, "initial_state": 4})
     assert not goal_env.task_success(8)  # a new episode forgets
@@ -100,10 +101,10 @@ def test_long_needs_both_and_labels_move_on():
     env.reset(options={"task": 0, "initial_state": 0})
     red, blue = env.goals
     assert np.allclose(env.labels()["target"], env.scene.position(red.item), atol=1e-5)
-    env.scene.move(red.item, env.scene.position("plate") + (0, 0, 0.033))
+    env.scene.move(red.item, env.scene.position("plate") + np.array((0, 0, 0.033)))
     assert not settle(env)["success"]
     assert np.allclose(env.labels()["target"], env.scene.position(blue.item), atol=1e-5)
-    env.scene.move(blue.item, env.scene.position("tray") + (0, 0, 0.030))
+    env.scene.move(blue.item, env.scene.position("tray") + np.array((0, 0, 0.030)))
     assert settle(env)["success"]
 
 
