@@ -45,7 +45,7 @@ class DataConfig:
         cameras: the embodiment's camera name -> the data set's key.
         state, action: keys.
         repo_id: name on the hub; not needed for a folder.
-        root: the data set's folder; with a `repo_id` and no folder there, it is downloaded into it.
+        root: the data set's folder; with a `repo_id`, where it is downloaded to (None is lerobot's own cache).
         revision: of the hub's repository.
         labels: name in a batch -> key; what is supervised besides the action.
         gripper: the data set's gripper convention; None means that it is the embodiment's.

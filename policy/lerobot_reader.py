@@ -76,22 +76,32 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> P
     Raises:
         ValueError: there is none, and nowhere to get it from.
     """
+    if repo_id is not None:
+        return _from_hub(root, repo_id, revision)
     if root is not None and (Path(root) / "meta" / "info.json").is_file():
         return Path(root)
-    if repo_id is None:
-        raise ValueError(
-            f"there is no LeRobotDataset in {root}: record one with `record_demonstrations suite=... output={root}`, "
-            "or set data.root to another folder or data.repo_id to a data set of the hub"
-        )
+    raise ValueError(
+        f"there is no LeRobotDataset in {root}: record one with `record_demonstrations suite=... output={root}`, "
+        "or set data.root to another folder or data.repo_id to a data set of the hub"
+    )
+
+
+def _from_hub(root: str | None, repo_id: str, revision: str | None) -> Path:
+    """The folder of a data set of the hub; the network is used only for what is not there yet."""
     from huggingface_hub.errors import HfHubHTTPError
+    from lerobot.datasets.backward_compatibility import CompatibilityError
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 
     try:
         meta = LeRobotDatasetMetadata(repo_id, root=root, revision=revision)
-        meta.pull_from_repo()
-    except (HfHubHTTPError, OSError) as error:
+        episodes = range(meta.total_episodes)
+        files = {meta.get_data_file_path(episode) for episode in episodes}
+        files |= {meta.get_video_file_path(episode, key) for episode in episodes for key in meta.video_keys}
+        if not all((meta.root / file).is_file() for file in files):
+            meta.pull_from_repo()
+    except (HfHubHTTPError, CompatibilityError, OSError) as error:
         raise ValueError(f"cannot get the data set {repo_id!r} from the hub: {error}") from error
-    return meta.root
+    return Path(meta.root)
 
 
 class LeRobotReader:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 
 from cogvla.policy import frame_cache
 from cogvla.policy.data import DataConfig, DemonstrationData, TrainingBatches
@@ -294,6 +294,22 @@ def test_no_data_set(tmp_path: Path) -> None:
         open_data(tmp_path / "nothing", tmp_path)
     with pytest.raises(ValueError, match=r"root .* or a repo_id"):
         DataConfig(cameras=CAMERAS)
+
+
+def test_a_data_set_of_the_hub(root: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network: a complete folder is read, an incomplete one filled, and the answer of the hub passed on."""
+    assert len(open_data(copy, tmp_path / "cache", repo_id="someone/toy")) == sum(LENGTHS)
+    missing = next((copy / "data").glob("*/*.parquet"))
+    missing.unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot get the data set 'someone/toy' from the hub: .*[Oo]ffline"):
+        open_data(tmp_path / "nothing", tmp_path / "cache", repo_id="someone/toy")
+
+    def pull(self: LeRobotDatasetMetadata, **_: object) -> None:
+        shutil.copy(root / missing.relative_to(copy), missing)
+
+    monkeypatch.setattr(LeRobotDatasetMetadata, "pull_from_repo", pull)
+    assert len(open_data(copy, tmp_path / "cache", repo_id="someone/toy")) == sum(LENGTHS)
 
 
 def test_an_empty_data_set(tmp_path: Path) -> None:
