@@ -117,7 +117,9 @@ class ArmController:
         self.finger = self._previous_finger = FINGER_OPEN
         return self.joints
 
-    def command(self, action: np.ndarray, measured_position: np.ndarray, measured_rotation: np.ndarray) -> None:
+    def command(
+        self, action: np.ndarray, measured_position: np.ndarray, measured_rotation: np.ndarray, measured_finger: float
+    ) -> None:
         """Take one action [7] in [-1,1]: move the commanded pose and solve for the joints."""
         lead = _clip_norm(self.position - measured_position, LEASH)
         self.position = np.clip(measured_position + lead + POSITION_SCALE * action[:3], *WORKSPACE)
@@ -127,10 +129,13 @@ class ArmController:
         self.rotation = rotation_matrix(offset) @ NOMINAL_ROTATION
         self._previous_joints = self.joints
         self._solve(1)
-        self._previous_finger = self.finger
         travel = FINGER_SPEED / CONTROL_HZ
-        goal = 0.0 if action[6] > 0 else FINGER_OPEN
-        self.finger = float(np.clip(goal, self.finger - travel, self.finger + travel))
+        if action[6] > 0:
+            self._previous_finger = self.finger
+            self.finger = max(self.finger - travel, 0.0)
+        else:  # from where the fingers are: a firm grip is a target far inside, and letting go must not wait for it
+            self._previous_finger = max(self.finger, measured_finger)
+            self.finger = min(self._previous_finger + travel, FINGER_OPEN)
 
     def run(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
         """Simulate one control step."""

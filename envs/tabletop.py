@@ -214,7 +214,9 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             raise ValueError(f"an action is 7 numbers (position, rotation, gripper), got shape {values.shape}")
         if not np.isfinite(values).all():
             raise ValueError(f"action holds NaN or infinite values: {values}")
-        self._arm.command(np.clip(values, -1.0, 1.0), self.gripper_position, self._gripper_matrix())
+        self._arm.command(
+            np.clip(values, -1.0, 1.0), self.gripper_position, self._gripper_matrix(), float(self.fingers.max())
+        )
         self._arm.run(self.scene.model, self.scene.data)
         self.scene.latch_buttons()
         self._steps += 1
