@@ -5,6 +5,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from cogvla.envs.demonstration import ExpertFailedError
 from cogvla.envs.recorder import record
 
 
@@ -23,8 +24,10 @@ def main(config: DictConfig) -> None:
             resume=config.resume,
             video=config.video,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ExpertFailedError) as error:
         raise SystemExit(f"record_demonstrations: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # what was kept has been said
     print(f"{config.episodes} episodes of {config.suite} in {folder}")
 
 

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -195,16 +196,20 @@ def test_a_demonstration_survives_its_file(tmp_path: Path) -> None:
     assert not Demonstration.is_complete(tmp_path / "5.npz")
 
 
-def test_after_kill_9_the_same_command_goes_on(recorded: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_after_kill_9_or_ctrl_c_the_same_command_goes_on(kill: signal.Signals, recorded: Path, tmp_path: Path) -> None:
     output = tmp_path / "toy"
     code = f"from cogvla.tests.toy_suite import record_slowly; record_slowly({str(output)!r}, {EPISODES})"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     finished = output.with_name("toy.recording") / "episodes"
     deadline = time.monotonic() + 60
     while len(list(finished.glob("[0-9]*"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(kill)
+    _, message = process.communicate()
+    assert process.returncode == -kill
+    if kill == signal.SIGINT:
+        assert re.search(r"recording stopped: \d finished episodes are kept in .*toy\.recording", message)
     assert 3 <= len(list(finished.glob("[0-9]*"))) < EPISODES
     assert not output.exists()
     for torn in (finished / ".000009.npz.1", finished / "000006.npz"):
