@@ -21,22 +21,21 @@ from pathlib import Path
 import numpy as np
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.suite import Suite
-from cogvla.envs.workers import (
+from cogvla.envs.player import (
     Advance,
     Failed,
     Finished,
-    LocalWorker,
     Observed,
     Play,
     PlayerSettings,
-    ProcessWorker,
     Ready,
     Record,
     Recorded,
     Reply,
     Request,
 )
+from cogvla.envs.suite import Suite
+from cogvla.envs.workers import LocalWorker, ProcessWorker
 from cogvla.policy.chunking import Chunker, OpenLoop, TemporalEnsemble
 from cogvla.policy.interface import Embodiment, Observation, Policy
 

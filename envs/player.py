@@ -1,0 +1,282 @@
+"""Plays one episode at a time in one environment, and speaks the messages between a rollout and its environments.
+
+One request gets one reply, in turns:
+
+    Play(spec)         -> Observed | Failed              reset, waiting steps
+    Advance(actions)   -> Observed | Finished | Failed   one chunk; only its last observation is rendered
+    Record(path, ...)  -> Recorded | Failed              plays the last episode's actions again and films them
+
+Shape legend: T actions per message, A action dimension, H and W image size, S state dimension.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from cogvla.envs.episodes import EpisodeSpec
+from cogvla.envs.video import VideoWriter, annotate
+
+
+@dataclass(frozen=True)
+class PlayerSettings:
+    """How every episode of a rollout is played.
+
+    Attributes:
+        make: builds the environment (`Suite.make`); must be importable, so that a process can be given it.
+        image_size: height and width of the observations' images, in pixels.
+        cameras: which images the policy needs.
+        max_steps: control steps before the episode ends, without the waiting steps. Takes the place of the
+            environment's own limit (`truncated`), because the limit belongs to the protocol.
+        waiting_steps: steps with `waiting_action` after the reset, for objects to settle.
+        waiting_action: float32 [A].
+        video_size: height and width of recorded frames, where the environment can render them.
+        fps: frames per second of a video: the control rate.
+    """
+
+    make: Callable[..., gym.Env]
+    image_size: int
+    cameras: tuple[str, ...]
+    max_steps: int
+    waiting_steps: int
+    waiting_action: np.ndarray
+    video_size: int = 256
+    fps: float = 20.0
+
+
+@dataclass(frozen=True)
+class Play:
+    """Start this episode."""
+
+    spec: EpisodeSpec
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Execute actions_TA, float32 [T,A], one per control step."""
+
+    actions_TA: np.ndarray
+
+
+@dataclass(frozen=True)
+class Record:
+    """Film the episode that just ended, with its outcome written on it."""
+
+    path: Path
+    success: bool
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The environment is built: the shapes of its observations by key, and of its actions."""
+
+    observation: dict[str, tuple[int, ...]]
+    action: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The episode goes on and waits for a chunk: camera -> uint8 [H,W,3], float32 [S], and the instruction."""
+
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The episode has ended; the fields are those of `EpisodeResult`."""
+
+    asked: int | None
+    instruction: str
+    success: bool
+    scene_task_success: bool | None
+    steps: int
+    reward: float
+    reset_s: float
+    environment_s: float
+    loop_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The video is complete."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An exception, or the death of the process (`died`)."""
+
+    text: str
+    died: bool = False
+
+
+Request = Play | Advance | Record
+Reply = Ready | Observed | Finished | Recorded | Failed
+
+
+class Player:
+    """One environment, one episode at a time."""
+
+    def __init__(self, settings: PlayerSettings) -> None:
+        self._settings = settings
+        self._env: gym.Env | None = None
+
+    def ready(self) -> Reply:
+        """Build the environment."""
+        return self._guarded(self._ready)
+
+    def handle(self, request: Request) -> Reply:
+        """Do what is asked. Any exception becomes a `Failed` with its traceback, and a fresh environment follows."""
+        match request:
+            case Play(spec):
+                return self._guarded(lambda: self._play(spec))
+            case Advance(actions_TA):
+                return self._guarded(lambda: self._advance(actions_TA))
+            case Record(path, success):
+                return self._guarded(lambda: self._record(path, success))
+
+    def close(self) -> None:
+        """Free the environment, and its rendering context with it."""
+        if self._env is not None:
+            env, self._env = self._env, None
+            env.close()
+
+    def _guarded(self, do: Callable[[], Reply]) -> Reply:
+        try:
+            return do()
+        except Exception:  # whatever an environment raises is an error in the report, with its traceback
+            text = traceback.format_exc()
+        try:
+            self.close()
+        except Exception:
+            text += "\nand closing the environment failed:\n" + traceback.format_exc()
+        return Failed(text)
+
+    def _environment(self) -> gym.Env:
+        if self._env is None:
+            self._env = self._settings.make(image_size=self._settings.image_size)
+        return self._env
+
+    def _ready(self) -> Ready:
+        env = self._environment()
+        spaces = getattr(env.observation_space, "spaces", {})
+        return Ready({name: tuple(space.shape or ()) for name, space in spaces.items()}, tuple(env.action_space.shape))
+
+    def _reset(self, spec: EpisodeSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+        options: dict[str, Any] = {"task": spec.task, "initial_state": spec.initial_state}
+        if spec.asked is not None:
+            options["asked"] = spec.asked
+        env = self._environment()
+        self._skip_images(False)
+        observation, info = env.reset(seed=spec.seed, options=options)
+        for _ in range(self._settings.waiting_steps):
+            observation, _, _, _, info = env.step(self._settings.waiting_action)
+        return observation, info
+
+    def _play(self, spec: EpisodeSpec) -> Reply:
+        started = time.perf_counter()
+        if spec.asked == "swap":
+            spec = replace(spec, asked=self._draw_alternative(spec))
+        observation, info = self._reset(spec)
+        self._spec, self._instruction = spec, str(info["instruction"])
+        self._actions: list[np.ndarray] = []
+        self._reward = self._environment_s = 0.0
+        self._loop_ms: list[float] = []
+        self._scene_task_success = None if spec.asked is None else False
+        self._reset_s = time.perf_counter() - started
+        return self._observed(observation)
+
+    def _draw_alternative(self, spec: EpisodeSpec) -> int:
+        self._skip_images(True)
+        _, info = self._environment().reset(
+            seed=spec.seed, options={"task": spec.task, "initial_state": spec.initial_state}
+        )
+        alternatives = list(info.get("alternative_tasks", ()))
+        if not alternatives:
+            raise ValueError(f"no other task is possible in the scene of task {spec.task}: it cannot be swapped")
+        return int(np.random.default_rng([spec.seed, spec.task, spec.initial_state]).choice(sorted(alternatives)))
+
+    def _advance(self, actions_TA: np.ndarray) -> Reply:
+        started = time.perf_counter()
+        self._loop_ms.append((started - self._observed_at) * 1e3)
+        env, limit = self._environment(), self._settings.max_steps
+        observation: dict[str, Any] = {}
+        for index, action_A in enumerate(self._clip(actions_TA)):
+            self._actions.append(action_A)
+            over = len(self._actions) >= limit
+            self._skip_images(over or index < len(actions_TA) - 1)
+            observation, reward, terminated, _, info = env.step(action_A)
+            self._reward += float(reward)
+            if self._spec.asked is not None:
+                self._scene_task_success = bool(self._scene_task_success or info["scene_task_success"])
+            if terminated or over:
+                self._environment_s += time.perf_counter() - started
+                return self._finished(bool(info["success"]))
+        self._environment_s += time.perf_counter() - started
+        return self._observed(observation)
+
+    def _observed(self, observation: Mapping[str, Any]) -> Observed:
+        reply = Observed(
+            {name: np.asarray(observation[name], np.uint8) for name in self._settings.cameras},
+            np.asarray(observation["state"], np.float32),
+            self._instruction,
+        )
+        self._observed_at = time.perf_counter()
+        return reply
+
+    def _finished(self, success: bool) -> Finished:
+        assert self._spec.asked != "swap", "the alternative is drawn when the episode starts"
+        return Finished(
+            asked=self._spec.asked,
+            instruction=self._instruction,
+            success=success,
+            scene_task_success=self._scene_task_success,
+            steps=len(self._actions),
+            reward=self._reward,
+            reset_s=self._reset_s,
+            environment_s=self._environment_s,
+            loop_ms=tuple(self._loop_ms),
+        )
+
+    def _record(self, path: Path, success: bool) -> Recorded:
+        """Environments are deterministic, so that only episodes worth keeping cost the time to film them."""
+        observation, info = self._reset(self._spec)
+        self._skip_images(hasattr(self._environment().unwrapped, "render_camera"))
+        total = len(self._actions)
+        with VideoWriter(path, self._settings.fps) as video:
+            for step in range(total + 1):
+                frame_HWC = self._frame(observation)
+                progress = f"step {step} / {self._settings.max_steps}"
+                if step < total:
+                    video.add(annotate(frame_HWC, self._instruction, progress))
+                    observation, _, _, _, info = self._environment().step(self._actions[step])
+            status = "success" if success else "failure"
+            if bool(info["success"]) != success:
+                status += " (replay differs)"
+            video.add(annotate(frame_HWC, self._instruction, progress, status), repeat=round(self._settings.fps))
+        return Recorded(path)
+
+    def _frame(self, observation: Mapping[str, Any]) -> np.ndarray:
+        camera, size = self._settings.cameras[0], self._settings.video_size
+        render_camera = getattr(self._environment().unwrapped, "render_camera", None)
+        return np.asarray(observation[camera] if render_camera is None else render_camera(camera, size, size))
+
+    def _clip(self, actions_TA: np.ndarray) -> np.ndarray:
+        space = self._environment().action_space
+        assert isinstance(space, gym.spaces.Box), f"actions must be a Box, got {space}"
+        return np.clip(actions_TA, space.low, space.high).astype(space.dtype)
+
+    def _skip_images(self, skip: bool) -> None:
+        env = self._environment().unwrapped
+        if hasattr(env, "skip_images"):
+            env.skip_images = skip
