@@ -32,9 +32,9 @@ def draw(rng: np.random.Generator, task: int) -> Layout:
 
 
 def family() -> Family:
-    """The suite's definition; the slowest expert episode takes about 150 steps."""
+    """The suite's definition; the expert takes 45 steps on average, at most 71 (about 160 with noise)."""
     tasks = tuple(
         Task(f"{first}_then_{second}", f"{_BY_NAME[first][0].instruction}, then {_BY_NAME[second][0].instruction}")
         for first, second in PAIRS
     )
-    return Family("tabletop_long", tasks, 260, 4, ITEMS, draw)
+    return Family("tabletop_long", tasks, 200, 4, ITEMS, draw)

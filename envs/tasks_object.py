@@ -51,6 +51,6 @@ def draw(rng: np.random.Generator, task: int) -> Layout:
 
 
 def family() -> Family:
-    """The suite's definition; the slowest expert episode takes about 70 steps."""
+    """The suite's definition; the expert takes 28 steps on average, at most 35 (about 75 with noise)."""
     tasks = tuple(Task(f"{item.name}_in_tray", f"put the {item.phrase} in the tray") for item in OBJECTS)
-    return Family("tabletop_object", tasks, 120, 1, (*OBJECTS, TRAY), draw)
+    return Family("tabletop_object", tasks, 100, 1, (*OBJECTS, TRAY), draw)

@@ -80,10 +80,10 @@ def draw(rng: np.random.Generator, task: int) -> Layout:
 
 
 def family() -> Family:
-    """The suite's definition; the slowest expert episode takes about 70 steps."""
+    """The suite's definition; the expert takes 28 steps on average, at most 35 (about 90 with noise)."""
     tasks = [Task(f"cube_on_{mat.name}", f"put the cube on the {mat.phrase} on the plate") for mat in MATS]
     tasks += [Task(f"{r.split()[0]}_cube", f"put the {_relative(r)} on the plate") for r in RELATIONS]
-    return Family("tabletop_spatial", tuple(tasks), 120, 2, (*CUBES, *MATS, PLATE), draw)
+    return Family("tabletop_spatial", tuple(tasks), 100, 2, (*CUBES, *MATS, PLATE), draw)
 
 
 def _relative(relation: str) -> str:
