@@ -88,9 +88,7 @@ class Embodiment:
         """A random observation of the right shapes, for tests, warm-up and benchmarks."""
         rng = np.random.default_rng(seed)
         return Observation(
-            images={
-                c.name: rng.integers(0, 256, (batch, c.height, c.width, 3), dtype=np.uint8) for c in self.cameras
-            },
+            images={c.name: rng.integers(0, 256, (batch, c.height, c.width, 3), dtype=np.uint8) for c in self.cameras},
             state=rng.standard_normal((batch, self.state_dim)).astype(np.float32),
             instruction=["pick up the red cube"] * batch,
         )

@@ -3,13 +3,17 @@
 Behaviour cloning alone learns the arm's habits long before it looks at the instruction. Three things mend that:
 
 - grounding: a head that sees the vision tokens only predicts where the object to manipulate and its goal are;
+- pointing: half of the aggregation tokens are taught to attend to the patches where the object is, the others to those
+  of the goal (cross-entropy on half of their heads, after MolmoPoint's pointing by attention). Without it, attention
+  stays spread over the whole image for thousands of steps and nothing downstream has a position to work with;
 - counterfactual instructions: a share of the samples is given another instruction that is possible in the same
   scene. There is no action to imitate for it, but the simulator knows where its target is, so that the same picture
   has to answer several instructions;
 - state dropout: the proprioceptive state is hidden from a share of the samples, so that "the target is where the arm
   is heading" is no way out.
 
-Shape legend: B batch, K chunk, A action, N vision tokens, D width, T tasks of the suite, G = 6 (target xyz, goal xyz).
+Shape legend: B batch, V views, X = B*V, K chunk, A action, N vision tokens, M aggregation tokens per view, h heads,
+P patches per view, D width, T tasks of the suite, G = 6 (target xyz, goal xyz).
 """
 
 from __future__ import annotations
@@ -31,19 +35,25 @@ class ObjectiveConfig:
 
     Attributes:
         grounding: weight of the position loss; 0 switches the head off.
+        pointing: weight of the attention loss; 0 switches it off. It needs camera projections among the labels.
         counterfactual: share of samples in [0,1) with another possible instruction (needs labels).
         state_dropout: share of samples in [0,1] whose state is hidden.
         phase_weights: weight of the action loss by the expert's phase; empty = 1 everywhere.
     """
 
     grounding: float = 1.0
+    pointing: float = 0.1
     counterfactual: float = 0.25
     state_dropout: float = 0.5
     phase_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phase_weights", tuple(self.phase_weights))
-        if self.grounding < 0 or not 0 <= self.counterfactual < 1 or not 0 <= self.state_dropout <= 1:
+        if (
+            min(self.grounding, self.pointing) < 0
+            or not 0 <= self.counterfactual < 1
+            or not 0 <= self.state_dropout <= 1
+        ):
             raise ValueError(f"weights must be positive and shares between 0 and 1, got {self}")
 
 
@@ -56,12 +66,15 @@ class Batch:
         actions_BKA: normalised expert actions.
         weight_BK: weight of each action; 0 where there is none to imitate.
         positions_BG: target and goal position, normalised, or None without labels.
+        image_points_BV22: where target and goal are in each view, as (right, down) in [0,1]; outside of it they are not
+            in the picture. None without projections.
     """
 
     inputs: ModelInput
     actions_BKA: Tensor
     weight_BK: Tensor
     positions_BG: Tensor | None
+    image_points_BV22: Tensor | None = None
 
 
 class GroundingHead(nn.Module):
@@ -93,14 +106,46 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses as scalars: `loss` (to minimise), `action_l1`, and `grounding_l1` when there are labels."""
-        output: ModelOutput = self.model(batch.inputs)
+        points = self.config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
+        output: ModelOutput = self.model(batch.inputs, watch=bool(points))
         action_l1 = masked_l1(output.actions, batch.actions_BKA, batch.weight_BK)
         losses = {"loss": action_l1, "action_l1": action_l1.detach()}
         if self.grounding is not None and batch.positions_BG is not None:
             grounding = (self.grounding(output.vision) - batch.positions_BG).abs().mean()
             losses["loss"] = action_l1 + self.config.grounding * grounding
             losses["grounding_l1"] = grounding.detach()
+        if output.gaze is not None:
+            pointing = sum(pointing_loss(gaze, batch.image_points_BV22) for gaze in output.gaze) / len(output.gaze)
+            losses["loss"] = losses["loss"] + self.config.pointing * pointing
+            losses["pointing_ce"] = pointing.detach()
         return losses
+
+
+def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor) -> Tensor:
+    """Cross-entropy between attention and the four patches around a point, by their bilinear weights.
+
+    The first half of the tokens points at the target, the second at the goal, each with the first half of the heads.
+    Points outside the image do not count.
+
+    Args:
+        log_attention_XhMP: see `VisionTower.forward`; M must be even.
+        points_BV22: see `Batch`.
+    """
+    heads, tokens, patches = log_attention_XhMP.shape[1:]
+    side = round(patches**0.5)
+    guided_X2P = rearrange(
+        log_attention_XhMP[:, : max(1, heads // 2)], "x h (two m) p -> x two (h m) p", two=2, m=tokens // 2
+    ).mean(2)
+    points_X22 = rearrange(points_BV22, "b v two xy -> (b v) two xy")
+    inside_X2 = ((points_X22 >= 0) & (points_X22 < 1)).all(-1)
+    grid_X22 = (points_X22 * side - 0.5).clamp(0, side - 1)
+    centres_s = torch.arange(side, device=grid_X22.device)
+    weight_X2s2 = (1 - (grid_X22[:, :, None] - centres_s[:, None]).abs()).clamp(min=0)
+    target_X2P = rearrange(
+        weight_X2s2[..., 1][..., :, None] * weight_X2s2[..., 0][..., None, :], "x two row column -> x two (row column)"
+    )
+    cross_entropy_X2 = -(target_X2P * guided_X2P).sum(-1)
+    return (cross_entropy_X2 * inside_X2).sum() / inside_X2.sum().clamp(min=1)
 
 
 def masked_l1(predicted_BKA: Tensor, expert_BKA: Tensor, weight_BK: Tensor) -> Tensor:
