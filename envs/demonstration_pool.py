@@ -75,6 +75,10 @@ class DemonstrationPool:
             ours.send_bytes(payload)
         return self
 
+    def ready(self) -> bool:
+        """Whether `next` would not wait."""
+        return bool(wait(list(self._processes), timeout=0))
+
     def next(self) -> None:
         """Wait until one more episode is in its file."""
         if self._count:

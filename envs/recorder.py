@@ -17,15 +17,19 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from cogvla.envs.demonstration import Demonstration, DemonstratorSettings
 from cogvla.envs.demonstration_pool import DemonstrationPool
 from cogvla.envs.suite import get_suite
+
+if TYPE_CHECKING:
+    from cogvla.envs.dataset_writer import DatasetWriter
 
 ROBOT_TYPE = "panda"
 RECORDING_FILE = "meta/recording.json"
@@ -166,19 +170,28 @@ def _assemble(work: Path, settings: DemonstratorSettings, episodes: int, workers
     paths = [work / "episodes" / f"{slot:06d}.npz" for slot in range(episodes)]
     missing = [slot for slot, path in enumerate(paths) if not Demonstration.is_complete(path)]
     with ExitStack() as stack:
+        loading = stack.enter_context(ThreadPoolExecutor(1)).submit(_load_writer)
         pool = stack.enter_context(DemonstrationPool(settings, paths, missing, min(workers, len(missing))))
         bar = stack.enter_context(tqdm(total=episodes, initial=episodes - len(missing), unit="episode", desc=name))
-
-        from cogvla.envs.dataset_writer import DatasetWriter  # takes seconds, in which the workers already play
-
         writer: DatasetWriter | None = None
-        for slot, path in enumerate(paths):
-            while slot in pool.pending:
+        written = 0
+        while written < episodes:
+            # Receiving goes first: a process gets its next episode when its last one is received.
+            if written in pool.pending or (pool.pending and (not loading.done() or pool.ready())):
                 pool.next()
                 bar.update()
                 bar.set_postfix(success=f"{pool.successes / pool.attempts:.1%}")
-            episode = Demonstration.load(path)
+                continue
+            episode = Demonstration.load(paths[written])
             if writer is None:
-                writer = DatasetWriter(work / "dataset", f"cogvla/{name}", episode, ROBOT_TYPE, video)
+                writer = loading.result()(work / "dataset", f"cogvla/{name}", episode, ROBOT_TYPE, video)
                 stack.callback(writer.close)
             writer.add(episode)
+            written += 1
+
+
+def _load_writer() -> type[DatasetWriter]:
+    """In a thread: importing lerobot takes seconds, in which the first episodes are already played."""
+    from cogvla.envs.dataset_writer import DatasetWriter
+
+    return DatasetWriter
