@@ -29,19 +29,23 @@ class Suite:
 
     The environment that `make` builds plays any task of the suite:
 
-    - `make(image_size: int = 128, render: bool = True) -> gym.Env` (one per process; `render=False` leaves images black)
+    - `make(image_size: int = 128, render: bool = True) -> gym.Env` (one per process; `render=False`: black images)
     - `env.reset(seed=None, options={"task": int, "initial_state": int})` is deterministic in (task, initial_state)
     - observation: `agentview`, `wrist` uint8 [H,W,3]; `state` float32 [8]
     - action: float32 [7] in [-1,1], gripper -1 open, +1 close
-    - `info`: `success` bool, `instruction` str; after `reset` also `alternatives`: the instructions of the suite's
-      other tasks that can be carried out in the same scene
+    - `info`: `success` bool, `instruction` str; after `reset` also `alternatives` and `alternative_tasks`: the
+      instructions and indices of the suite's other tasks that can be carried out in the same scene
+    - `options["asked"]`, one of those indices, swaps the instruction: `success` is then that task's, and
+      `info["scene_task_success"]` that of `task`
     - `step` returns terminated=True on success and truncated=True at `max_steps`
+    - optional, to save time: the attribute `skip_images` (True: observations may hold old images), and
+      `render_camera(name, height, width)` for videos
 
     Attributes:
         name: registry key, e.g. `tabletop_object`.
         tasks: in a fixed order; their index is the task's id.
         max_steps: control steps before an episode is a failure.
-        make: builds the environment.
+        make: builds the environment; a function of a module or a partial of one, so that processes can be sent it.
         initial_states: how many fixed initial states the protocol has per task.
     """
 
