@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from einops import rearrange
 from timm.models.vision_transformer import VisionTransformer
 
 from cogvla.policy.config import IMAGENET_MEAN, IMAGENET_STD, TowerConfig, VisionConfig
 from cogvla.policy.interface import Camera
 from cogvla.policy.model import CogVLA
-from cogvla.policy.vision import DualVision
+from cogvla.policy.vision import DualVision, VisionTower
 from cogvla.tests.tiny_model import ROBOT, tiny_config, tiny_input, tiny_model
 
 STYLES = {
@@ -70,6 +71,41 @@ def test_the_short_last_block_equals_the_whole_one() -> None:
             x = x * scale + shift
             x = x + block.ls2(block.mlp(block.norm2(x)))
         torch.testing.assert_close(stream, x[:, -6:].unflatten(0, (3, 2)).flatten(1, 2), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_gaze_is_the_attention_that_the_last_block_pays() -> None:
+    model, inputs = tiny_model().eval(), tiny_input()
+    output = model(inputs, watch=True)
+    assert output.gaze is not None
+    text = model.encode_text(inputs.text_ids, inputs.text_mask)
+    for name, film, gaze in zip(model.vision.towers, text.vision.films, output.gaze, strict=True):
+        tower = model.vision.towers[name]
+        seen = []
+        last = tower.vit.blocks[1].attn
+        last.fused_attn = False  # timm then passes the attention through a module that can be watched
+        last.attn_drop.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        x = tower.embed(_cut(inputs.pixels), white=255.0)
+        whole = _all_rows(tower, x, film)
+        last(whole)
+        prefix = tower.vit.num_prefix_tokens
+        torch.testing.assert_close(gaze.exp(), seen[0][:, :, -6:, prefix : prefix + 16], rtol=1e-4, atol=1e-5)
+
+
+def _cut(pixels: torch.Tensor) -> torch.Tensor:
+    return rearrange(pixels, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=8, q=8).float()
+
+
+def _all_rows(tower: VisionTower, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """What the last computed block's attention is given."""
+    vit = tower.vit
+    prefix = [t.expand(len(x), -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
+    x = torch.cat((*prefix, x + vit.pos_embed, tower.aggregation.tokens.expand(len(x), -1, -1)), 1)
+    first = vit.blocks[0]
+    x = x + first.ls1(first.attn(first.norm1(x)))
+    x = x * film[0][0].repeat_interleave(2, 0) + film[1][0].repeat_interleave(2, 0)
+    x = x + first.ls2(first.mlp(first.norm2(x)))
+    return vit.blocks[1].norm1(x)
 
 
 def test_bytes_and_floats_are_the_same_pixels() -> None:
