@@ -1,0 +1,157 @@
+"""`train_policy`: demonstrations (recorded when missing), training and evaluation in one command.
+
+    train_policy                                        the default: tabletop_object from nothing, on a CPU
+    train_policy suite=tabletop_goal seed=1
+    train_policy routing=no_efa                         an ablation
+    train_policy data=my_robot objective=imitation suite=null
+
+The same command again goes on where it was stopped; parts that are done are not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from cogvla.envs.demonstration import ExpertFailedError
+from cogvla.envs.recorder import record
+from cogvla.envs.suite import get_suite
+from cogvla.libero.eval_libero import summary
+from cogvla.libero.evaluate import evaluate
+from cogvla.libero.protocol import load_protocol
+from cogvla.libero.provenance import provenance
+from cogvla.libero.run_log import RunLog
+from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.data import DataConfig, DemonstrationData
+from cogvla.policy.interface import Embodiment
+from cogvla.policy.model import CogVLA
+from cogvla.policy.objective import Objective, ObjectiveConfig
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.preprocess import Preprocessor
+from cogvla.policy.tokenizer import WordTokenizer
+from cogvla.policy.training import Trainer, TrainingConfig
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="train_policy")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    command = shlex.join(["train_policy", *HydraConfig.get().overrides.task])
+    try:
+        run(config, command)
+    except (ValueError, OSError, FloatingPointError, ExpertFailedError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(130) from error
+
+
+def run(config: DictConfig, command: str) -> dict[str, Any]:
+    """Record, train, evaluate; returns what it writes to `output/summary.json`."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict), "the configuration is a mapping"
+    if values["threads"] is not None:
+        torch.set_num_threads(values["threads"])
+    output = Path(values["output"])
+    # Everything that can be wrong with the configuration is said before anything takes time.
+    embodiment = Embodiment(**values["embodiment"])
+    model_config = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
+    data_config = DataConfig(**values["data"])
+    objective_config, training_config = ObjectiveConfig(**values["objective"]), TrainingConfig(**values["training"])
+    suite = None if values["suite"] is None else get_suite(values["suite"])
+
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "demonstrations"):
+        if suite is not None and values["demonstrations"] is not None and data_config.root is not None:
+            size = embodiment.cameras[0].height
+            record(suite.name, output=data_config.root, image_size=size, **values["demonstrations"])
+        data = DemonstrationData.open(data_config, embodiment)
+    with _timed(seconds, "training"), RunLog(values["wandb"], values, output) as log:
+        trainer = build_trainer(training_config, model_config, objective_config, embodiment, data, output, log.write)
+        if suite is not None and training_config.rollout_every:
+            trainer.evaluate = _rollouts(suite.name, values["evaluation"], output, log)
+        trainer.run()
+    result: dict[str, Any] = {"command": command, "seconds": seconds, **provenance()}
+    if suite is not None and values["evaluation"] is not None and trainer.accelerator.is_main_process:
+        with _timed(seconds, "evaluation"):
+            report = _evaluate(load_policy(output / "policy"), suite.name, values["evaluation"], output, command)
+        result["success"] = report.total.success.value
+        print(summary(report))
+        print(f"report: {output / 'evaluation' / 'report.html'}")
+    (output / "summary.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+    print("minutes: " + ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items()))
+    return result
+
+
+def build_trainer(
+    config: TrainingConfig,
+    model_config: CogVLAConfig,
+    objective_config: ObjectiveConfig,
+    embodiment: Embodiment,
+    data: DemonstrationData,
+    output: Path,
+    log: Callable[[dict[str, float], int], None],
+) -> Trainer:
+    """A new model for this data, and what trains it."""
+    tokenizer = WordTokenizer.from_instructions(data.instructions)
+    words = model_config.language.vocab_size - 2
+    if len(tokenizer) > words:
+        raise ValueError(f"the data has {len(tokenizer)} words; raise policy.language.vocab_size (now room for {words})")
+    torch.manual_seed(config.seed)
+    model = CogVLA(model_config, embodiment)
+    objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width)
+    preprocessor = Preprocessor(embodiment, tokenizer, data.statistics())
+    return Trainer(config, objective, model_config, preprocessor, data, output, log)
+
+
+def _rollouts(
+    suite: str, settings: dict[str, Any], output: Path, log: RunLog
+) -> Callable[[CogVLAPolicy, int], dict[str, float]]:
+    def play(policy: CogVLAPolicy, step: int) -> dict[str, float]:
+        folder = output / "rollouts" / f"step_{step:07d}"
+        few = {**settings, "episodes_per_task": max(1, settings["episodes_per_task"] // 5)}
+        report = _evaluate(policy, suite, few, folder, command="")
+        log.videos(sorted((folder / "evaluation").rglob("*.mp4"))[:4], step)
+        value = report.total.success.value
+        return {} if value is None else {"rollout/success": value}
+
+    return play
+
+
+def _evaluate(policy: CogVLAPolicy, suite: str, settings: dict[str, Any], output: Path, command: str) -> Any:
+    protocol = load_protocol(settings["protocol"])
+    return evaluate(
+        policy,
+        suite,
+        replace(protocol, episodes_per_task=settings["episodes_per_task"]),
+        output / "evaluation",
+        workers=settings["workers"],
+        videos=settings["videos"],
+        command=command,
+    )
+
+
+class _timed:  # noqa: N801 - reads as a statement
+    """Adds the time of a block, in seconds, to a mapping."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self.name] = time.perf_counter() - self.started
+
+
+if __name__ == "__main__":
+    main()
