@@ -12,6 +12,8 @@ import pickle
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -86,7 +88,8 @@ class DemonstrationPool:
             return
         settings, paths = self._arguments
         if self._demonstrator is None:
-            self._demonstrator = Demonstrator(settings)
+            with _not_of_the_output():
+                self._demonstrator = Demonstrator(settings)
         slot = self._queue.pop()
         self._count_in(slot, _play(self._demonstrator, slot, paths[slot]))
 
@@ -120,10 +123,13 @@ class DemonstrationPool:
                         return
 
     def _hand_out(self, connection: Connection) -> None:
-        if self._queue:
-            connection.send(self._queue.pop())
-        else:
+        if not self._queue:
             self._close(connection)
+            return
+        try:
+            connection.send(self._queue.pop())
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the process died, which receiving from it will report
 
     def _close(self, connection: Connection) -> None:
         process = self._processes.pop(connection)
@@ -145,9 +151,19 @@ class DemonstrationPool:
 
 def _play(demonstrator: Demonstrator, slot: int, path: str) -> int:
     """Play an episode, put it into its file, and return the number of attempts."""
-    episode, attempts = demonstrator.record(slot)
+    with _not_of_the_output():
+        episode, attempts = demonstrator.record(slot)
     episode.save(Path(path))
     return attempts
+
+
+@contextmanager
+def _not_of_the_output() -> Iterator[None]:
+    """An environment that misses a file is another matter than an output that cannot be written, an OSError too."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"the environment failed: {error}") from error
 
 
 def serve(descriptor: int) -> None:
@@ -155,7 +171,8 @@ def serve(descriptor: int) -> None:
     connection = Connection(descriptor)
     try:
         settings, paths = pickle.loads(connection.recv_bytes())
-        demonstrator = Demonstrator(settings)
+        with _not_of_the_output():
+            demonstrator = Demonstrator(settings)
         connection.send(_Ready())
         while True:
             slot = connection.recv()

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ def _decode(reader: LeRobotReader, parts: list[Part], frames_NVCHW: np.ndarray, 
     ):
         futures = [pool.submit(work, part) for part in parts]
         try:
-            for future in as_completed(futures):
+            for future in futures:  # in order, so that of several damaged files the first is reported
                 bar.update(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)

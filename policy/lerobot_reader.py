@@ -193,7 +193,7 @@ class LeRobotReader:
             try:
                 source = io.BytesIO(image["bytes"]) if image["bytes"] else self.root / image["path"]
                 with Image.open(source) as opened:
-                    frame_HWC = np.asarray(opened.convert("RGB"))
+                    frame_HWC = np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
             except (OSError, TypeError, SyntaxError) as error:  # PIL raises all of these on damaged files
                 raise ValueError(
                     f"{part.source}: an image of {key!r} at frame {row} of the data set is damaged ({error}); "

@@ -202,7 +202,7 @@ def test_after_kill_9_or_ctrl_c_the_same_command_goes_on(kill: signal.Signals, r
     code = f"from cogvla.tests.toy_suite import record_slowly; record_slowly({str(output)!r}, {EPISODES})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     finished = output.with_name("toy.recording") / "episodes"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(list(finished.glob("[0-9]*"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(kill)
@@ -227,6 +227,12 @@ def test_finished_episodes_are_not_played_again(tmp_path: Path) -> None:
     episode.save(work / "episodes" / "000000.npz")
     root = record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, expert=toy_suite.BrokenExpert)
     assert len(rows(root)) == len(episode)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_the_environment_misses_is_not_taken_for_the_output(workers: int, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"the environment failed: .*the-experts-file\.npy"):
+        record(NAME, 1, tmp_path / "t", image_size=16, workers=workers, expert=toy_suite.MissingFileExpert)
 
 
 def test_a_full_disk_while_playing_loses_nothing(tmp_path: Path, recorded: Path) -> None:

@@ -100,6 +100,13 @@ class BrokenExpert(ToyExpert):
         raise ZeroDivisionError("the expert's bug")
 
 
+class MissingFileExpert(ToyExpert):
+    """Needs a file that is not there."""
+
+    def act(self) -> np.ndarray:
+        return np.load("the-experts-file.npy")
+
+
 class SlowExpert(ToyExpert):
     """Leaves time to interrupt it."""
 
