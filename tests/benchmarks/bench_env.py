@@ -1,0 +1,92 @@
+"""How long a tabletop suite takes to reset, to step and to render, in one process.
+
+python tests/benchmarks/bench_env.py
+python tests/benchmarks/bench_env.py suite=tabletop_goal image_size=224 episodes=20
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import hydra
+import numpy as np
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from cogvla.envs.expert import Expert
+from cogvla.envs.suite import Suite, get_suite
+from cogvla.envs.tabletop import CAMERAS
+from cogvla.libero.provenance import machine
+from cogvla.libero.statistics import latency
+
+DEFAULTS = {
+    "defaults": ["_self_", {"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}],
+    "suite": "tabletop_object",
+    "image_size": 128,
+    "episodes": 10,
+    "hydra": {"run": {"dir": "."}, "output_subdir": None, "job": {"chdir": False}},
+}
+ConfigStore.instance().store("bench_env", DEFAULTS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds of one kind of call."""
+
+    name: str
+    samples: tuple[float, ...]
+
+    def __str__(self) -> str:
+        found = latency(self.samples)
+        assert found is not None, "every row has samples"
+        return f"{self.name:<34}{found.count:>7}{found.mean:>9.2f}{found.p50:>9.2f}{found.p95:>9.2f}{found.p99:>9.2f}"
+
+
+def measure(suite: Suite, image_size: int, episodes: int) -> list[Row]:
+    """Play the expert without noise, one task after the other, and time each kind of call."""
+    env = suite.make(image_size=image_size)
+    played = env.unwrapped
+    samples: dict[str, list[float]] = defaultdict(list)
+
+    def timed(name: str, call: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        call()
+        samples[name].append((time.perf_counter() - started) * 1e3)
+
+    env.reset(seed=0)  # the first image makes the OpenGL context, which is no cost of an episode
+    for episode in range(episodes):
+        where = {"task": episode % len(suite.tasks), "initial_state": episode // len(suite.tasks)}
+        played.skip_images = True
+        timed("reset, no images", lambda where=where: env.reset(options=where))
+        expert = Expert(env, np.random.default_rng(episode))
+        for _ in range(suite.max_steps):
+            started = time.perf_counter()
+            action = expert.act()
+            acted = time.perf_counter()
+            *_, terminated, truncated, _ = env.step(action)
+            samples["expert's action"].append((acted - started) * 1e3)
+            samples["control step, no images"].append((time.perf_counter() - acted) * 1e3)
+            for camera in CAMERAS:
+                name = f"{camera} image, {image_size}x{image_size}"
+                timed(name, lambda camera=camera: played.render_camera(camera, image_size, image_size))
+            if terminated or truncated:
+                break
+    env.close()
+    return [Row(name, tuple(values)) for name, values in samples.items()]
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="bench_env")
+def main(config: DictConfig) -> None:
+    """Print the table."""
+    found = machine()
+    print(f"{config.suite} on {found['cpu']}, {found['cores']} core(s) for this process, {found['environment']}")
+    print(f"{'milliseconds':<34}{'calls':>7}{'mean':>9}{'p50':>9}{'p95':>9}{'p99':>9}")
+    for row in measure(get_suite(config.suite), config.image_size, config.episodes):
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
