@@ -30,6 +30,9 @@ _CLOSING = 0.036
 _STALLED = 0.01
 """Metres per second below which a closing finger has met something."""
 _LOWEST = 0.018
+_DROP, _STACK_DROP = 0.015, 0.007
+"""Height from which an item is let go, onto something wide and onto a cube."""
+_RETREAT = 0.04
 _HANDLE_GRIPPED = 0.018
 """Fingers closer than this, around the handle, hold it (it is 12 mm to each side)."""
 _PUSH_HEIGHT = 0.016
@@ -153,14 +156,15 @@ class Expert:
         gripped = self._gripped(goal.item)
         if not gripped and in_place(self._scene, goal):
             self._set_phase("release")
-            return gripper, OPEN
+            return gripper + np.array([0.0, 0.0, _RETREAT]), OPEN
         if not gripped:
             return self._take(goal.item)
         item, goes_to = self._scene.position(goal.item), destination_point(self._scene, goal)
         offset = goes_to - item
         distance = float(np.hypot(offset[0], offset[1]))
         tolerance, slope = _RELEASE[self._scene.items[goal.destination].kind]
-        if distance < tolerance and abs(offset[2]) < 0.007:
+        drop = _STACK_DROP if tolerance < 0.01 else _DROP
+        if distance < tolerance and abs(offset[2]) < drop:
             self._set_phase("release")
             return gripper + np.array([offset[0], offset[1], 0.0]), OPEN
         self._set_phase("transport" if distance > 0.04 else "lower")
