@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 from cogvla.policy.config import LanguageConfig, RoutingConfig
 from cogvla.routing.attention import additive, attention_mask
 from cogvla.routing.layout import TokenLayout
-from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
+from cogvla.routing.pruning import FiLMRouter, Selection, context_weights, put_rows, take_rows
 from cogvla.routing.schedule import keep_count
 
 
@@ -100,7 +100,7 @@ class RoutedDecoder(nn.Module):
             trace: filled in place.
         """
         context = _Context(self, x_BSD, layout, text_mask_BT)
-        now = context.frame(layout.vision)
+        now = context.whole
         current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
         last = len(self.llm.layers) - 1
         for index, (layer, ratio) in enumerate(zip(self.llm.layers, self.ratios, strict=True)):
@@ -112,8 +112,8 @@ class RoutedDecoder(nn.Module):
                 x_BSD = _layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout))
             else:
                 router = self.routers[str(index)]
-                chosen = router(h_BSD, now.layout, now.valid_BS, count)
-                frame = context.frame(count, kept_BK=chosen.kept_BK, before=now)
+                chosen = router(h_BSD, now.layout, context.summary_B1T, count)
+                frame = context.pruned(chosen, before=now)
                 out_BSD = _layer(
                     layer,
                     take_rows(x_BSD, chosen.rows),
@@ -156,11 +156,9 @@ class _Frame:
     """What attention needs for one set of tokens; `sin` carries the sign of the rotation."""
 
     layout: TokenLayout
-    valid_BS: Tensor
     mask_B1SS: Tensor
-    position_BS: Tensor
-    cos_B1SE: Tensor
-    sin_B1SE: Tensor
+    cos_BSE: Tensor
+    sin_BSE: Tensor
 
 
 class _Context:
@@ -168,28 +166,29 @@ class _Context:
 
     def __init__(self, decoder: RoutedDecoder, x_BSD: Tensor, layout: TokenLayout, text_mask_BT: Tensor) -> None:
         self.layout, self.renumber = layout, decoder.routing.position_policy == "renumber"
-        self.valid_BS = layout.valid(text_mask_BT)
-        self.mask_B1SS = additive(attention_mask(layout, self.valid_BS, decoder.routing.attention), x_BSD.dtype)
-        self.position_BS = layout.positions(self.valid_BS)
+        valid_BS = layout.valid(text_mask_BT)
+        self.summary_B1T = context_weights(layout, valid_BS, x_BSD.dtype)
+        self.mask_B1SS = additive(attention_mask(layout, valid_BS, decoder.routing.attention), x_BSD.dtype)
+        self.position_BS = layout.positions(valid_BS)
         # Rotations of positions 0..S-1, looked up by every layer: no position is larger.
         cos_1SE, sin_1SE = decoder.llm.rotary_emb(x_BSD, torch.arange(layout.length, device=x_BSD.device)[None])
         first_SF, second_SF = sin_1SE[0].chunk(2, dim=-1)
         self.cos_SE, self.sin_SE = cos_1SE[0], torch.cat((-first_SF, second_SF), dim=-1)
+        self.whole = self._numbered(layout, 0, self.mask_B1SS)
 
-    def frame(self, count: int, kept_BK: Tensor | None = None, before: _Frame | None = None) -> _Frame:
-        """The frame with `count` vision tokens: all of them, or those `kept` of the frame `before`."""
+    def pruned(self, chosen: Selection, before: _Frame) -> _Frame:
+        """The frame of the tokens chosen from `before`."""
         # Vision tokens are alike to the mask and follow bos, so leaving any of them out is leaving out the first rows.
-        fewer = self.layout.vision - count
-        layout, valid_BS = self.layout.with_vision(count), self.valid_BS[:, fewer:]
+        fewer = self.layout.vision - chosen.layout.vision
         mask_B1SS = self.mask_B1SS[:, :, fewer:, fewer:].contiguous()
+        if self.renumber:
+            return self._numbered(chosen.layout, fewer, mask_B1SS)
+        cos_BSE, sin_BSE = take_rows(before.cos_BSE, chosen.rows), take_rows(before.sin_BSE, chosen.rows)
+        return _Frame(chosen.layout, mask_B1SS, cos_BSE, sin_BSE)
+
+    def _numbered(self, layout: TokenLayout, fewer: int, mask_B1SS: Tensor) -> _Frame:
         position_BS = self.position_BS[:, fewer:] - fewer
-        if kept_BK is not None and not self.renumber:
-            assert before is not None, "kept tokens are a selection of a frame"
-            visual_BK = before.position_BS[:, before.layout.visual].gather(1, kept_BK)
-            rest_BR = before.position_BS[:, before.layout.rest]
-            position_BS = torch.cat((before.position_BS[:, before.layout.bos], visual_BK, rest_BR), dim=1)
-        cos_B1SE, sin_B1SE = self.cos_SE[position_BS][:, None], self.sin_SE[position_BS][:, None]
-        return _Frame(layout, valid_BS, mask_B1SS, position_BS, cos_B1SE, sin_B1SE)
+        return _Frame(layout, mask_B1SS, self.cos_SE[position_BS], self.sin_SE[position_BS])
 
 
 def _layer(
@@ -205,14 +204,15 @@ def _layer(
     """One transformer layer on residual `x` and its normalised form `h`; of the output, only `rows` are computed."""
     rows = rows or slice(None)
     attention = layer.self_attn
-    head_width = frame.cos_B1SE.shape[-1]
+    head_width = frame.cos_BSE.shape[-1]
+    cos_B1SE, sin_B1SE = frame.cos_BSE[:, None], frame.sin_BSE[:, None]
     split = "b s (h e) -> b h s e"
     q_BHQE = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
     k_BGSE = rearrange(attention.k_proj(h_BSD), split, e=head_width)
     v_BSD = attention.v_proj(h_BSD)
     v_BGSE = rearrange(v_BSD * factor_BS1 if scale_values and factor_BS1 is not None else v_BSD, split, e=head_width)
-    q_BHQE = _rotate(q_BHQE, frame.cos_B1SE[:, :, rows], frame.sin_B1SE[:, :, rows])
-    k_BGSE = _rotate(k_BGSE, frame.cos_B1SE, frame.sin_B1SE)
+    q_BHQE = _rotate(q_BHQE, cos_B1SE[:, :, rows], sin_B1SE[:, :, rows])
+    k_BGSE = _rotate(k_BGSE, cos_B1SE, sin_B1SE)
     if groups := q_BHQE.shape[1] // k_BGSE.shape[1] - 1:
         k_BGSE, v_BGSE = (t.repeat_interleave(groups + 1, dim=1) for t in (k_BGSE, v_BGSE))
     o_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BGSE, v_BGSE, attn_mask=frame.mask_B1SS[:, :, rows])

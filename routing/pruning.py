@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvla.routing.aggregation import two_layer
@@ -51,7 +52,7 @@ class FiLMRouter(nn.Module):
         self.shift = two_layer(width, width // 2, width)
         self.logits = nn.Linear(width, 2)
 
-    def forward(self, h_BSD: Tensor, layout: TokenLayout, valid_BS: Tensor, count: int) -> Selection:
+    def forward(self, h_BSD: Tensor, layout: TokenLayout, context_B1T: Tensor, count: int) -> Selection:
         """Choose `count` vision tokens; bos and everything after the vision tokens always stay.
 
         No host synchronisation and no loop over samples: the count is fixed, so all shapes are.
@@ -59,32 +60,33 @@ class FiLMRouter(nn.Module):
         Args:
             h_BSD: normalised input of the layer.
             layout: its layout.
-            valid_BS: False on padding.
+            context_B1T: weights of state and text in their mean, see `context_weights`.
             count: K.
         """
-        context_BT1 = valid_BS[:, layout.context, None].to(h_BSD.dtype)
-        summary_BD = (h_BSD[:, layout.context] * context_BT1).sum(1) / context_BT1.sum(1)
-        scale_B1D, shift_B1D = self.scale(summary_BD)[:, None], self.shift(summary_BD)[:, None]
+        summary_B1D = context_B1T @ h_BSD[:, layout.context]
+        scale_B1D, shift_B1D = self.scale(summary_B1D), self.shift(summary_B1D)
         logits_BN2 = self.logits(torch.addcmul(shift_B1D, h_BSD[:, layout.visual], 1 + scale_B1D))
+        # The difference of two logits orders like their softmax, but it does not saturate into ties.
+        score_BN = logits_BN2[..., 1] - logits_BN2[..., 0]
+        kept_BK = score_BN.detach().topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+        probability_BK1 = score_BN.gather(1, kept_BK).sigmoid()[..., None]
 
-        # Ranked by the difference of the logits: same order as the probability, but it does not saturate into ties.
-        score_BN = (logits_BN2[..., 1] - logits_BN2[..., 0]).detach().float()
-        kept_BK = score_BN.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
-        probability_BK1 = logits_BN2.gather(1, kept_BK[..., None].expand(-1, -1, 2)).softmax(-1)[..., 1:]
-
-        bos_B1, rest_BR = _indices(layout.bos, kept_BK), _indices(layout.rest, kept_BK)
-        index_BS = torch.cat((bos_B1, kept_BK + layout.visual.start, rest_BR), dim=1)
-        rows = (index_BS + layout.length * torch.arange(len(h_BSD), device=h_BSD.device)[:, None]).flatten()
+        row_BS = torch.arange(h_BSD.shape[0] * layout.length, device=h_BSD.device).view(-1, layout.length)
+        kept_row_BK = row_BS[:, layout.visual].gather(1, kept_BK)
+        rows = torch.cat((row_BS[:, layout.bos], kept_row_BK, row_BS[:, layout.rest]), dim=1).flatten()
         if self.score_all:
             bos_B11, rest_BR1 = (self.logits(h_BSD[:, s]).softmax(-1)[..., 1:] for s in (layout.bos, layout.rest))
+            factor_BS1 = torch.cat((bos_B11, probability_BK1, rest_BR1), dim=1)
         else:
-            bos_B11, rest_BR1 = (torch.ones_like(i, dtype=h_BSD.dtype)[..., None] for i in (bos_B1, rest_BR))
-        factor_BS1 = torch.cat((bos_B11, probability_BK1, rest_BR1), dim=1)
+            after = layout.length - layout.rest.start
+            factor_BS1 = F.pad(probability_BK1, (0, 0, 1, after), value=1.0)
         return Selection(kept_BK, rows, layout.with_vision(count), factor_BS1)
 
 
-def _indices(segment: slice, like: Tensor) -> Tensor:
-    return torch.arange(segment.start, segment.stop, device=like.device).expand(len(like), -1)
+def context_weights(layout: TokenLayout, valid_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights [B,1,T] that make the mean over state and text, leaving padding out."""
+    context_BT = valid_BS[:, layout.context].to(dtype)
+    return (context_BT / context_BT.sum(1, keepdim=True))[:, None]
 
 
 def take_rows(x_BSD: Tensor, rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogvla.routing.layout import TokenLayout
-from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
+from cogvla.routing.pruning import FiLMRouter, context_weights, put_rows, take_rows
 
 WIDTH = 8
 
@@ -19,8 +19,9 @@ def choose(
     return torch.randn(batch, layout.length, WIDTH), layout, FiLMRouter(WIDTH, score_all)
 
 
-def everything_valid(layout: TokenLayout, batch: int) -> torch.Tensor:
-    return layout.valid(torch.ones(batch, layout.text, dtype=torch.bool))
+def whole_context(layout: TokenLayout, batch: int) -> torch.Tensor:
+    valid = layout.valid(torch.ones(batch, layout.text, dtype=torch.bool))
+    return context_weights(layout, valid, torch.float32)
 
 
 @settings(max_examples=40, deadline=None)
@@ -28,7 +29,7 @@ def everything_valid(layout: TokenLayout, batch: int) -> torch.Tensor:
 def test_kept_tokens_are_exactly_the_best_in_their_order(vision: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, vision))
     h, layout, router = choose(vision, count, seed=data.draw(st.integers(0, 99)))
-    chosen = router(h, layout, everything_valid(layout, 3), count)
+    chosen = router(h, layout, whole_context(layout, 3), count)
     assert chosen.layout == layout.with_vision(count)
     assert chosen.kept_BK.shape == (3, count)
     text = h[:, layout.context].mean(1, keepdim=True)
@@ -44,7 +45,7 @@ def test_kept_tokens_are_exactly_the_best_in_their_order(vision: int, data: st.D
 
 def test_everything_that_is_not_vision_stays() -> None:
     h, layout, router = choose(vision=6, count=2)
-    chosen = router(h, layout, everything_valid(layout, 3), 2)
+    chosen = router(h, layout, whole_context(layout, 3), 2)
     kept = take_rows(h, chosen.rows)
     assert torch.equal(kept[:, 0], h[:, 0])
     assert torch.equal(kept[:, chosen.layout.rest], h[:, layout.rest])
@@ -54,7 +55,7 @@ def test_everything_that_is_not_vision_stays() -> None:
 
 def test_put_rows_changes_only_those_rows() -> None:
     h, layout, router = choose(vision=6, count=2)
-    chosen = router(h, layout, everything_valid(layout, 3), 2)
+    chosen = router(h, layout, whole_context(layout, 3), 2)
     back = put_rows(h, chosen.rows, take_rows(h, chosen.rows) + 1)
     touched = torch.zeros(h.shape[:2], dtype=torch.bool).flatten()
     touched[chosen.rows] = True
@@ -67,16 +68,16 @@ def test_put_rows_changes_only_those_rows() -> None:
 def test_padding_does_not_reach_the_summary() -> None:
     h, layout, router = choose(vision=6, count=3, batch=1)
     mask = torch.tensor([[True, True, False, False]])
-    before = router(h, layout, layout.valid(mask), 3)
+    before = router(h, layout, context_weights(layout, layout.valid(mask), torch.float32), 3)
     h[:, layout.words.start + 2 : layout.words.stop] = 100.0
-    after = router(h, layout, layout.valid(mask), 3)
+    after = router(h, layout, context_weights(layout, layout.valid(mask), torch.float32), 3)
     assert torch.equal(before.kept_BK, after.kept_BK)
     assert torch.equal(before.factor_BS1, after.factor_BS1)
 
 
 def test_all_tokens_can_have_a_probability() -> None:
     h, layout, router = choose(vision=6, count=3, score_all=True)
-    factor = router(h, layout, everything_valid(layout, 3), 3).factor_BS1
+    factor = router(h, layout, whole_context(layout, 3), 3).factor_BS1
     expected = router.logits(h).softmax(-1)[..., 1:]
     torch.testing.assert_close(factor[:, -3:], expected[:, -3:])
     torch.testing.assert_close(factor[:, :1], expected[:, :1])
@@ -85,5 +86,5 @@ def test_all_tokens_can_have_a_probability() -> None:
 @pytest.mark.parametrize("count", [1, 6])
 def test_gradient_reaches_every_parameter(count: int) -> None:
     h, layout, router = choose(vision=6, count=count)
-    router(h, layout, everything_valid(layout, 3), count).factor_BS1[:, 1 : 1 + count].sum().backward()
+    router(h, layout, whole_context(layout, 3), count).factor_BS1[:, 1 : 1 + count].sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in router.parameters())
