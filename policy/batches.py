@@ -1,10 +1,14 @@
 """Recorded samples to training batches in the policy's terms, with counterfactual instructions and state dropout.
 
-Shape legend: B batch, K chunk, T tasks of the suite, G = 6 (target xyz, goal xyz).
+What is random is chosen for the whole step at once, and weights average 1 over it. So the parts of a step, be they on
+several processes or one after the other (accumulation), have together the gradient of the whole.
+
+Shape legend: B batch, V views, K chunk, T tasks of the suite, G = 6 (target xyz, goal xyz).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +19,31 @@ from cogvla.policy.data import DemonstrationData
 from cogvla.policy.objective import Batch, ObjectiveConfig, choose_alternative
 from cogvla.policy.preprocess import Preprocessor
 
+POSITION_LABELS = ("target", "goal")
 ALTERNATIVE_LABELS = ("alternatives", "possible", "task")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What each sample of a step is asked, and how much it counts.
+
+    Attributes:
+        instruction_B: index of its instruction.
+        keep_state_B: False where the state is hidden.
+        weight_BK, points_BG, image_points_BV22, point_weight_BV2: see `Batch`; points in metres.
+    """
+
+    instruction_B: Tensor
+    keep_state_B: Tensor
+    weight_BK: Tensor
+    points_BG: Tensor | None = None
+    image_points_BV22: Tensor | None = None
+    point_weight_BV2: Tensor | None = None
+
+    def part(self, index_b: Tensor) -> Choices:
+        """Those of some samples."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Choices(**{name: value if value is None else value[index_b] for name, value in values.items()})
 
 
 class BatchBuilder:
@@ -31,25 +59,48 @@ class BatchBuilder:
         self.preprocessor, self.config = preprocessor, config
         self.instructions = data.instructions
         labels = data.labels
-        self.has_positions = {"target", "goal"} <= labels.keys() and config.grounding > 0
-        self.has_alternatives = self.has_positions and all(name in labels for name in ALTERNATIVE_LABELS)
-        if config.phase_weights and "phase" not in labels:
-            raise ValueError("objective.phase_weights needs a data set with `phase` labels; this one has none")
         self.projections = [f"projection_{name}" for name in preprocessor.embodiment.camera_names]
+        needs = {
+            "grounding": POSITION_LABELS,
+            "pointing": (*POSITION_LABELS, *self.projections),
+            "counterfactual": (*POSITION_LABELS, *ALTERNATIVE_LABELS),
+            "phase_weights": ("phase",),
+        }
+        wanted = [name for name in needs if getattr(config, name)]
+        for name in wanted:
+            if missing := [label for label in needs[name] if label not in labels]:
+                raise ValueError(
+                    f"objective.{name} needs the labels {', '.join(missing)}, which the data does not have: "
+                    "map them in data.labels, or switch it off (objective=imitation needs no labels)"
+                )
+        self.has_positions = any(needs[name] != ("phase",) for name in wanted)
+        self.has_alternatives = all(name in labels for name in ALTERNATIVE_LABELS)
         self.has_projections = self.has_positions and all(name in labels for name in self.projections)
+        if config.phase_weights and int(labels["phase"].max()) >= len(config.phase_weights):
+            raise ValueError(
+                f"objective.phase_weights has {len(config.phase_weights)} entries, "
+                f"the data has phases 0 to {int(labels['phase'].max())}; give a weight for each"
+            )
         self.phase_weights = torch.tensor(config.phase_weights or (1.0,))
         if self.has_positions:
             positions = torch.cat([labels["target"], labels["goal"]], dim=-1).float()
+            if not positions.isfinite().all():
+                raise ValueError(
+                    "label `target` or `goal` holds NaN or infinite values; leave these labels out of the data"
+                )
             self.position_mean, self.position_std = positions.mean(0), positions.std(0).clamp(min=1e-3)
         if self.has_alternatives:
             self.instruction_of_task = torch.full((labels["possible"].shape[-1],), -1)
             self.instruction_of_task[labels["task"].flatten()] = data.instruction_ids
 
     def training(self, samples: dict[str, Any], generator: torch.Generator) -> Batch:
-        """A batch to learn from."""
-        instruction_B = samples["instruction_id"]
+        """A whole step's samples as one batch to learn from."""
+        return self.build(samples, self.choose(samples, generator))
+
+    def choose(self, samples: dict[str, Any], generator: torch.Generator) -> Choices:
+        """For a whole step's samples (pixels are not looked at)."""
+        instruction_B, points_BG = samples["instruction_id"], self.points(samples)
         weight_BK = (~samples["action_is_pad"]).float()
-        points_BG = self.points(samples)
         if self.config.phase_weights:
             weight_BK = weight_BK * self.phase_weights[samples["labels"]["phase"].flatten()][:, None]
         if self.has_alternatives and self.config.counterfactual:
@@ -60,18 +111,44 @@ class BatchBuilder:
             other_BG = samples["labels"]["alternatives"][torch.arange(len(task_B)), task_B]
             points_BG = torch.where(swap_B[:, None], other_BG, points_BG)
             weight_BK = weight_BK * ~swap_B[:, None]
-        state_BS = samples["state"]
-        batch = self._batch(samples, state_BS, instruction_B, weight_BK, points_BG)
+        keep_B = torch.ones(len(instruction_B), dtype=torch.bool)
         if self.config.state_dropout:
-            keep_B = torch.rand(len(state_BS), generator=generator) >= self.config.state_dropout
-            batch.inputs.state.mul_(keep_B[:, None].to(batch.inputs.state))
-        return batch
+            keep_B = torch.rand(len(instruction_B), generator=generator) >= self.config.state_dropout
+        return self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG)
 
     def evaluation(self, samples: dict[str, Any], instruction_B: Tensor | None = None) -> Batch:
         """The samples as they are, or with these instructions instead of their own."""
         chosen_B = samples["instruction_id"] if instruction_B is None else instruction_B
         weight_BK = (~samples["action_is_pad"]).float()
-        return self._batch(samples, samples["state"], chosen_B, weight_BK, self.points(samples))
+        keep_B = torch.ones(len(chosen_B), dtype=torch.bool)
+        return self.build(samples, self._weighted(samples, chosen_B, keep_B, weight_BK, self.points(samples)))
+
+    def build(self, samples: dict[str, Any], choices: Choices) -> Batch:
+        """The batch of these samples, on the policy's device."""
+        device = self.preprocessor.device
+
+        def there(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        instructions = [self.instructions[i] for i in choices.instruction_B.tolist()]
+        inputs = self.preprocessor.model_input(
+            samples["pixels"].to(device, non_blocking=True),
+            samples["state"].to(device, non_blocking=True),
+            instructions,
+        )
+        keep_B1 = choices.keep_state_B[:, None].to(inputs.state)
+        actions_BKA = self.preprocessor.action_normaliser(samples["actions"].to(device, non_blocking=True))
+        positions_BG = None
+        if choices.points_BG is not None:
+            positions_BG = (choices.points_BG - self.position_mean) / self.position_std
+        return Batch(
+            replace(inputs, state=inputs.state * keep_B1),
+            actions_BKA,
+            choices.weight_BK.to(device),
+            there(positions_BG),
+            there(choices.image_points_BV22),
+            there(choices.point_weight_BV2),
+        )
 
     def alternatives(self, samples: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """For each sample another task [B] that its scene allows and the data name, and whether there is one [B]."""
@@ -98,28 +175,18 @@ class BatchBuilder:
         visible_BV21 = uvd_BV23[..., 2:] > 1e-3
         return torch.where(visible_BV21, uvd_BV23[..., :2] / uvd_BV23[..., 2:].clamp(min=1e-3), -1.0)
 
-    def _batch(
+    def _weighted(
         self,
         samples: dict[str, Any],
-        state_BS: Tensor,
         instruction_B: Tensor,
+        keep_B: Tensor,
         weight_BK: Tensor,
         points_BG: Tensor | None,
-    ) -> Batch:
-        device = self.preprocessor.device
-        instructions = [self.instructions[i] for i in instruction_B.tolist()]
-        inputs = self.preprocessor.model_input(
-            samples["pixels"].to(device, non_blocking=True), state_BS.to(device, non_blocking=True), instructions
-        )
-        actions_BKA = self.preprocessor.action_normaliser(samples["actions"].to(device, non_blocking=True))
-        if points_BG is None:
-            return Batch(inputs, actions_BKA, weight_BK.to(device), None)
-        positions_BG = (points_BG - self.position_mean) / self.position_std
-        image_points = self.project(samples, points_BG)
-        return Batch(
-            inputs,
-            actions_BKA,
-            weight_BK.to(device),
-            positions_BG.to(device),
-            None if image_points is None else image_points.to(device),
-        )
+    ) -> Choices:
+        weight_BK = weight_BK / weight_BK.mean().clamp(min=1e-6)
+        image_points_BV22 = None if points_BG is None else self.project(samples, points_BG)
+        if image_points_BV22 is None:
+            return Choices(instruction_B, keep_B, weight_BK, points_BG)
+        inside_BV2 = ((image_points_BV22 >= 0) & (image_points_BV22 < 1)).all(-1).float()
+        point_weight_BV2 = inside_BV2 / inside_BV2.mean().clamp(min=1e-6)
+        return Choices(instruction_B, keep_B, weight_BK, points_BG, image_points_BV22, point_weight_BV2)

@@ -40,29 +40,30 @@ CONFIG, WEIGHTS, STATISTICS, TRAINING = "config.json", "model.safetensors", "sta
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` when the block ends without an error.
 
-    Raises OSError with the free space when the disk is full; `folder` is then as it was.
+    Raises OSError with the free space when writing fails, as on a full disk; `folder` is then as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    draft, previous = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+        draft.mkdir()
         yield draft
         for file in draft.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
         draft.rename(folder)
         shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(folder.parent).free / 1e6
-            raise OSError(
-                errno.ENOSPC, f"no space left to write {folder} ({free:.0f} MB free); earlier checkpoints are untouched"
-            ) from error
-        raise
+        there = next(parent for parent in folder.absolute().parents if parent.exists())
+        free = shutil.disk_usage(there).free / 1e6
+        raise OSError(
+            error.errno,
+            f"cannot write {folder}: {error.strerror or error} ({free:.0f} MB free). What was saved before is "
+            "untouched; make space, or choose another output, and run the same command again",
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -95,11 +96,24 @@ def save_checkpoint(
         }
         (draft / CONFIG).write_text(json.dumps(body, indent=2) + "\n")
         (draft / STATISTICS).write_text(json.dumps({k: v.to_dict() for k, v in statistics.items()}, indent=2) + "\n")
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, draft / WEIGHTS)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        with _write_errors():
+            save_file(tensors, draft / WEIGHTS)
+        (draft / WEIGHTS).chmod((draft / CONFIG).stat().st_mode)  # safetensors hides it from other users
         if isinstance(preprocessor.tokenizer, PretrainedTokenizer):
             preprocessor.tokenizer.save(draft)
         if training is not None:
-            torch.save(training, draft / TRAINING)
+            with _write_errors():
+                torch.save(training, draft / TRAINING)
+
+
+@contextmanager
+def _write_errors() -> Iterator[None]:
+    """Neither library raises OSError when the disk is full."""
+    try:
+        yield
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise OSError(errno.EIO, str(error)) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -109,12 +123,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = [name for name in (CONFIG, WEIGHTS, STATISTICS) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is not a whole checkpoint: {', '.join(missing)} missing")
-    try:
-        body = json.loads((folder / CONFIG).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged ({error}); use another checkpoint") from error
+    body = _read_json(folder / CONFIG)
     if body.get("format") != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {body.get('format')!r}; this version reads {FORMAT}")
+    return body
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
+    if not isinstance(body, dict):
+        raise ValueError(f"{path} is damaged (it holds no mapping); use another checkpoint")
     return body
 
 
@@ -134,19 +155,33 @@ def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
     """
     folder = Path(folder)
     body = read_config(folder)
-    embodiment = Embodiment(**body["embodiment"])
-    tokenizer = tokenizer_from_dict(body["tokenizer"], folder)
-    preprocessor = Preprocessor(embodiment, tokenizer, json.loads((folder / STATISTICS).read_text()))
-    model = CogVLA(CogVLAConfig.from_dict(body["model"]), embodiment)
+    statistics = _read_json(folder / STATISTICS)
+    try:
+        embodiment = Embodiment(**body["embodiment"])
+        tokenizer = tokenizer_from_dict(body["tokenizer"], folder)
+        preprocessor = Preprocessor(embodiment, tokenizer, statistics)
+        config, description = CogVLAConfig.from_dict(body["model"]), dict(body["description"])
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{CONFIG} or {STATISTICS} in {folder} is damaged ({problem}); use another checkpoint"
+        ) from error
+    model = CogVLA(config, embodiment)
     try:
         model.load_state_dict(load_weights(folder))
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
-    return CogVLAPolicy(model.to(device), preprocessor, {"checkpoint": folder.name, **body["description"]})
+    return CogVLAPolicy(model.to(device), preprocessor, {"checkpoint": folder.name, **description})
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as `training`; ValueError when this checkpoint is for inference only."""
     if not (folder / TRAINING).is_file():
         raise ValueError(f"{folder} has no {TRAINING}: it can be evaluated, but training cannot go on from it")
-    return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make torch raise almost anything
+        raise ValueError(
+            f"{folder / TRAINING} is damaged or truncated ({type(error).__name__}: {error}); delete {folder} to go on "
+            "from the checkpoint before it, or from the start"
+        ) from error

@@ -234,17 +234,19 @@ class TrainingBatches:
         """The samples that start at these frames.
 
         Returns:
-            `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the last action of the episode
-            is repeated), `action_is_pad` bool [B,K] (True after the end), `instruction_id` long [B], `labels` name ->
-            [B,...].
+            `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the last is repeated),
+            `action_is_pad` bool [B,K] (True after the end), `instruction_id` long [B], `labels` name -> [B,...].
         """
+        # numpy's take copies a sample as one piece; torch's index_select takes five times as long here
+        pixels_BVCHW = np.take(self.data.pixels_NVCHW.numpy(), rows_B.numpy(), axis=0)
+        return {"pixels": torch.from_numpy(pixels_BVCHW), **self.columns(rows_B)}
+
+    def columns(self, rows_B: Tensor) -> dict[str, Any]:
+        """What `gather` returns, without the pixels."""
         data = self.data
         index_BK = rows_B[:, None] + torch.arange(data.chunk)
         end_B1 = self._end_N[rows_B][:, None]
-        # numpy's take copies a sample as one piece; torch's index_select takes five times as long here
-        pixels_BVCHW = np.take(data.pixels_NVCHW.numpy(), rows_B.numpy(), axis=0)
         return {
-            "pixels": torch.from_numpy(pixels_BVCHW),
             "state": data.state_NS[rows_B],
             "actions": data.action_NA[torch.minimum(index_BK, end_B1 - 1)],
             "action_is_pad": index_BK >= end_B1,

@@ -64,10 +64,11 @@ class Batch:
     Attributes:
         inputs: what the policy sees.
         actions_BKA: normalised expert actions.
-        weight_BK: weight of each action; 0 where there is none to imitate.
+        weight_BK: weight of each action, 1 on average over the step; 0 where there is none to imitate.
         positions_BG: target and goal position, normalised, or None without labels.
         image_points_BV22: where target and goal are in each view, as (right, down) in [0,1]; outside of it they are not
             in the picture. None without projections.
+        point_weight_BV2: weight of each of these points, 1 on average over the step; 0 where it is not in the picture.
     """
 
     inputs: ModelInput
@@ -75,6 +76,7 @@ class Batch:
     weight_BK: Tensor
     positions_BG: Tensor | None
     image_points_BV22: Tensor | None = None
+    point_weight_BV2: Tensor | None = None
 
 
 class GroundingHead(nn.Module):
@@ -108,28 +110,30 @@ class Objective(nn.Module):
         """Losses as scalars: `loss` (to minimise), `action_l1`, and `grounding_l1` when there are labels."""
         points = self.config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
         output: ModelOutput = self.model(batch.inputs, watch=bool(points))
-        action_l1 = masked_l1(output.actions, batch.actions_BKA, batch.weight_BK)
+        action_l1 = (_l1(output.actions, batch.actions_BKA) * batch.weight_BK).mean()
         losses = {"loss": action_l1, "action_l1": action_l1.detach()}
         if self.grounding is not None and batch.positions_BG is not None:
             grounding = (self.grounding(output.vision) - batch.positions_BG).abs().mean()
             losses["loss"] = action_l1 + self.config.grounding * grounding
             losses["grounding_l1"] = grounding.detach()
         if output.gaze is not None:
-            pointing = sum(pointing_loss(gaze, batch.image_points_BV22) for gaze in output.gaze) / len(output.gaze)
+            assert batch.image_points_BV22 is not None
+            assert batch.point_weight_BV2 is not None
+            points_BV22, weight_BV2 = batch.image_points_BV22, batch.point_weight_BV2
+            pointing = torch.stack([pointing_loss(gaze, points_BV22, weight_BV2) for gaze in output.gaze]).mean()
             losses["loss"] = losses["loss"] + self.config.pointing * pointing
             losses["pointing_ce"] = pointing.detach()
         return losses
 
 
-def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor) -> Tensor:
+def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor, weight_BV2: Tensor) -> Tensor:
     """Cross-entropy between attention and the four patches around a point, by their bilinear weights.
 
     The first half of the tokens points at the target, the second at the goal, each with the first half of the heads.
-    Points outside the image do not count.
 
     Args:
         log_attention_XhMP: see `VisionTower.forward`; M must be even.
-        points_BV22: see `Batch`.
+        points_BV22, weight_BV2: see `Batch`.
     """
     heads, tokens, patches = log_attention_XhMP.shape[1:]
     side = round(patches**0.5)
@@ -137,7 +141,6 @@ def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor) -> Tensor:
         log_attention_XhMP[:, : max(1, heads // 2)], "x h (two m) p -> x two (h m) p", two=2, m=tokens // 2
     ).mean(2)
     points_X22 = rearrange(points_BV22, "b v two xy -> (b v) two xy")
-    inside_X2 = ((points_X22 >= 0) & (points_X22 < 1)).all(-1)
     grid_X22 = (points_X22 * side - 0.5).clamp(0, side - 1)
     centres_s = torch.arange(side, device=grid_X22.device)
     weight_X2s2 = (1 - (grid_X22[:, :, None] - centres_s[:, None]).abs()).clamp(min=0)
@@ -145,13 +148,16 @@ def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor) -> Tensor:
         weight_X2s2[..., 1][..., :, None] * weight_X2s2[..., 0][..., None, :], "x two row column -> x two (row column)"
     )
     cross_entropy_X2 = -(target_X2P * guided_X2P).sum(-1)
-    return (cross_entropy_X2 * inside_X2).sum() / inside_X2.sum().clamp(min=1)
+    return (cross_entropy_X2 * rearrange(weight_BV2, "b v two -> (b v) two")).mean()
 
 
 def masked_l1(predicted_BKA: Tensor, expert_BKA: Tensor, weight_BK: Tensor) -> Tensor:
     """Mean absolute error over the actions with weight; 0 when there is none."""
-    error_BK = (predicted_BKA.float() - expert_BKA).abs().mean(dim=-1)
-    return (error_BK * weight_BK).sum() / weight_BK.sum().clamp(min=1e-6)
+    return (_l1(predicted_BKA, expert_BKA) * weight_BK).sum() / weight_BK.sum().clamp(min=1e-6)
+
+
+def _l1(predicted_BKA: Tensor, expert_BKA: Tensor) -> Tensor:
+    return (predicted_BKA.float() - expert_BKA).abs().mean(dim=-1)
 
 
 def choose_alternative(possible_BT: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,18 +18,12 @@ def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def warmup_cosine(
-    optimiser: torch.optim.Optimizer, warmup_steps: int, steps: int, floor: float = 0.02
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine down to `floor` times the peak at `steps`."""
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.02) -> float:
+    """The share of the peak learning rate at a step: a linear warm-up, then a cosine down to `floor` at `steps`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class ExponentialAverage:

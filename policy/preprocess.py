@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -54,15 +55,17 @@ class Preprocessor(nn.Module):
 
     def text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids [B,T] and mask [B,T] of B instructions, padded to the longest; each instruction is encoded once."""
-        for text in set(instructions) - self._text.keys():
-            if len(self._text) >= INSTRUCTION_CACHE:
-                self._text.clear()
+        new = set(instructions) - self._text.keys()
+        if len(self._text) + len(new) > INSTRUCTION_CACHE:
+            self._text.clear()
+            new = set(instructions)
+        for text in new:
             ids_BT, mask_BT = self.tokenizer.encode([text])
-            self._text[text] = (ids_BT[0].to(self.device), mask_BT[0].to(self.device))
+            self._text[text] = (ids_BT[0], mask_BT[0])
         rows = [self._text[text] for text in instructions]
         ids_BT = nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
         mask_BT = nn.utils.rnn.pad_sequence([mask for _, mask in rows], batch_first=True)
-        return ids_BT, mask_BT
+        return ids_BT.to(self.device), mask_BT.to(self.device)
 
     def pixels(self, images_BHWC: Sequence[Tensor]) -> Tensor:
         """V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size (antialiased bilinear)."""
@@ -72,8 +75,8 @@ class Preprocessor(nn.Module):
     def observation(self, observation: Observation) -> ModelInput:
         """A validated observation to model input on the policy's device."""
         observation.validate(self.embodiment)
-        images = [torch.from_numpy(observation.images[name]).to(self.device) for name in self.embodiment.camera_names]
-        state_BS = torch.from_numpy(observation.state).to(self.device, torch.float32)
+        images = [_tensor(observation.images[name]).to(self.device) for name in self.embodiment.camera_names]
+        state_BS = _tensor(observation.state).to(self.device, torch.float32)
         return self.model_input(self.pixels(images), state_BS, observation.instruction)
 
     def model_input(self, pixels_BVCHW: Tensor, state_BS: Tensor, instructions: Sequence[str]) -> ModelInput:
@@ -84,3 +87,8 @@ class Preprocessor(nn.Module):
     def actions(self, normalised_BKA: Tensor) -> Tensor:
         """Normalised actions [B,K,A] to physical units."""
         return self.action_normaliser.inverse(normalised_BKA)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Torch takes neither arrays that run backwards (a flipped image) nor, without a warning, read-only ones."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

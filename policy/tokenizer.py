@@ -43,9 +43,8 @@ class WordTokenizer:
     def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B instructions to ids int64 [B,T] and mask bool [B,T] (True = a word), padded to the longest."""
         rows = [[self._ids.get(word, 1) for word in _split(text)] for text in instructions]
-        empty = [text for text, row in zip(instructions, rows, strict=True) if not row]
-        if empty:
-            raise ValueError(f"instruction {empty[0]!r} holds no word; give the robot something to do")
+        for text, row in zip(instructions, rows, strict=True):
+            _check_not_empty(text, row)
         return _pad(rows, pad_id=0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +73,7 @@ class PretrainedTokenizer:
         """B instructions to ids int64 [B,T] and mask bool [B,T] (True = a token), padded on the right."""
         rows = []
         for text in instructions:
+            _check_not_empty(text, text.split())
             prompt = self.prompt.format(instruction=text.strip().lower())
             row = list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
             if self.empty_token is not None and row[-1:] != [self.empty_token]:
@@ -109,6 +109,11 @@ def tokenizer_from_dict(description: dict[str, Any], folder: Path | None = None)
             )
         case other:
             raise ValueError(f"unknown tokenizer kind {other!r}; one of words, pretrained")
+
+
+def _check_not_empty(text: str, words: Sequence[Any]) -> None:
+    if not words:
+        raise ValueError(f"instruction {text!r} holds no word; give the robot something to do")
 
 
 def _split(text: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 Unusual here:
 
-- every random draw is a function of (seed, step, rank), so that nothing random has to be saved and a resumed run
-  equals the uninterrupted one bit for bit on a CPU;
+- every random draw is a function of (seed, step), made for the whole batch before it is divided: nothing random has to
+  be saved, a resumed run equals the uninterrupted one bit for bit on a CPU, and neither the number of processes nor
+  accumulation changes what is learned;
 - the inference weights of a checkpoint are the moving average; `training.pt` beside them holds the raw ones;
 - validation also measures the error under a wrong instruction: the gap says whether the policy listens.
 """
@@ -11,73 +12,43 @@ Unusual here:
 from __future__ import annotations
 
 import copy
-import json
-import math
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from cogvla.policy.batches import BatchBuilder
-from cogvla.policy.checkpoint import load_training_state, save_checkpoint
+from cogvla.policy.batches import BatchBuilder, Choices
+from cogvla.policy.checkpoint import load_training_state, read_config, save_checkpoint
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.data import DemonstrationData, TrainingBatches
-from cogvla.policy.objective import Objective
+from cogvla.policy.interrupt import Interruption
+from cogvla.policy.metrics import LossWindow, MetricsFile
+from cogvla.policy.objective import Batch, Objective
 from cogvla.policy.optimisation import ExponentialAverage, adamw, warmup_cosine
+from cogvla.policy.parallel import ParallelGradients
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
+from cogvla.policy.training_config import TrainingConfig
 from cogvla.policy.validation import validate
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+AVERAGED_STEPS = 20
+"""Training metrics are means over so many steps."""
+PATIENCE = timedelta(hours=4)
+"""How long processes wait for the first one, which plays the rollouts."""
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train. Steps are optimiser steps; `batch_size` is per step, over all processes and accumulation."""
-
-    steps: int = 3000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    accumulation: int = 1
-    ema_decay: float = 0.998
-    precision: str = "auto"
-    compile: bool = False
-    seed: int = 0
-    validation_fraction: float = 0.03
-    validate_every: int = 500
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    rollout_every: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.accumulation, self.checkpoint_every, self.keep_checkpoints) < 1:
-            raise ValueError(
-                "steps, batch_size, accumulation, checkpoint_every and keep_checkpoints must be at least 1"
-            )
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {self.precision!r}; one of {', '.join(PRECISIONS)}")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError("learning_rate and clip_norm must be positive")
-
-
 class Trainer:
-    """Trains one policy on one data set and leaves checkpoints in `output/checkpoints`, the last also in `output/policy`.
+    """Trains one policy on one data set, with checkpoints in `output/checkpoints` and the result in `output/policy`.
 
     Args:
         config: how to train.
@@ -108,6 +79,7 @@ class Trainer:
             mixed_precision="bf16" if bf16 else "no",
             cpu=not torch.cuda.is_available(),
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         if config.batch_size % (self.accelerator.num_processes * config.accumulation):
             raise ValueError(
@@ -117,21 +89,33 @@ class Trainer:
         self.preprocessor = preprocessor.to(self.accelerator.device)
         self.objective: Any = self.accelerator.prepare(objective)
         optimiser = adamw(self.objective, config.learning_rate, config.weight_decay)
-        self.schedule = warmup_cosine(optimiser, config.warmup_steps, config.steps)
         self.optimiser: Any = self.accelerator.prepare(optimiser)
         self.raw: Objective = self.accelerator.unwrap_model(self.objective)
         self.forward = torch.compile(self.objective) if config.compile else self.objective
+        self.parallel: ParallelGradients | None = None
+        if config.cpu_parts > 1 and self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1:
+            self.parallel = ParallelGradients(self.forward, list(self.raw.parameters()), config.cpu_parts)
         self.average = ExponentialAverage(dict(self.raw.named_parameters()), config.ema_decay)
         training, held_out = data.split(config.validation_fraction, config.seed)
         self.batches = TrainingBatches(training, config.batch_size, config.seed)
         self.held_out = held_out
         self.builder = BatchBuilder(data, self.preprocessor, self.raw.config)
+        self.metrics = MetricsFile(output / "metrics.jsonl")
+        self.window = LossWindow(self.accelerator)
+        self.interruption = Interruption()
         self.step = 0
 
     def run(self) -> CogVLAPolicy:
-        """Train to the last step (from the newest checkpoint, if there is one) and return the policy."""
+        """Train to the last step (from the newest checkpoint, if there is one) and return the policy.
+
+        Raises:
+            ValueError: the checkpoints in `output` are damaged, or of another model, data set or seed.
+            FloatingPointError: the loss is not finite any more.
+            OSError: a checkpoint cannot be written.
+            KeyboardInterrupt: on Ctrl-C, after saving (on several processes at the next multiple of 20 steps).
+        """
         self._resume()
-        bar = tqdm(
+        progress = tqdm(
             total=self.config.steps,
             initial=self.step,
             desc="training",
@@ -140,33 +124,23 @@ class Trainer:
             smoothing=0.05,
         )
         started, first = time.perf_counter(), self.step
-        window: list[dict[str, Tensor]] = []
-        try:
+        with progress as bar, self.interruption:
             while self.step < self.config.steps:
-                window.append(self._train_step())
+                self.window.add(self._train_step())
                 self.step += 1
                 bar.update()
-                if self.step % 20 == 0 or self.step == self.config.steps:
-                    metrics = {f"train/{k}": torch.stack([w[k] for w in window]).mean().item() for k in window[0]}
-                    window.clear()
-                    self._check_finite(metrics)
-                    seconds = time.perf_counter() - started
-                    rate = (self.step - first) * self.config.batch_size / seconds
-                    metrics |= {"train/learning_rate": self.schedule.get_last_lr()[0]}
+                if self.step % AVERAGED_STEPS == 0 or self.step == self.config.steps:
+                    self.window.settle(self.step)
+                    metrics = {f"train/{name}": value for name, value in self.window.take().items()}
+                    rate = (self.step - first) * self.config.batch_size / (time.perf_counter() - started)
+                    metrics["train/learning_rate"] = self._learning_rate()
                     bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", samples_per_s=f"{rate:.0f}")
                     self._record(metrics, {"train/samples_per_s": rate})
-                if self._due(self.config.validate_every) and len(self.held_out):
-                    self._record(validate(self.averaged(), self.held_out, self.builder), {})
-                if self.evaluate is not None and self._due(self.config.rollout_every):
-                    self._record(self.evaluate(self.policy(), self.step), {})
+                self._evaluate()
                 if self._due(self.config.checkpoint_every):
                     self.save()
-        except KeyboardInterrupt:
-            bar.close()
-            self.save()
-            self.accelerator.print(f"stopped at step {self.step}; the same command goes on from there")
-            raise
-        bar.close()
+                if self._stop_requested():
+                    self._stop()
         policy = self.policy()
         self._export(self.output / "policy")
         return policy
@@ -192,15 +166,16 @@ class Trainer:
 
     def save(self) -> None:
         """Write `checkpoints/step_N` and delete all but the newest ones."""
+        self.window.settle(self.step)
         model_state, optimiser_state = get_state_dict(self.objective, self.optimiser.optimizer, options=FULL_STATE)
         if self.accelerator.is_main_process:
             training = {
                 "step": self.step,
                 "objective": model_state,
                 "optimiser": optimiser_state,
-                "schedule": self.schedule.state_dict(),
                 "average": self.average.average,
                 "batches": self.batches.state_dict(),
+                "window": self.window.state_dict(),
             }
             self._export(self.output / "checkpoints" / f"step_{self.step:07d}", training)
             for old in self._checkpoints()[: -self.config.keep_checkpoints]:
@@ -220,43 +195,80 @@ class Trainer:
             )
 
     def _train_step(self) -> dict[str, Tensor]:
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        seed = (self.config.seed * 1_000_003 + self.step) * world + rank
+        seed = self.config.seed * 1_000_003 + self.step
         torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
-        rows = self.batches.rows(self.step)[rank::world]
+        rows = self.batches.rows(self.step)
+        choices = self.builder.choose(self.batches.columns(rows), torch.Generator().manual_seed(seed))
+        mine = torch.arange(len(rows))[self.accelerator.process_index :: self.accelerator.num_processes]
         self.objective.train()
         losses: dict[str, Tensor] = {}
-        for part in rows.chunk(self.config.accumulation):
-            batch = self.builder.training(self.batches.gather(part), generator)
-            with self.accelerator.autocast():
-                parts = self.forward(batch)
-            self.accelerator.backward(parts["loss"] / self.config.accumulation)
-            for name, value in parts.items():
-                losses[name] = losses.get(name, 0) + value.detach() / self.config.accumulation
+        for part in mine.chunk(self.config.accumulation):
+            for name, value in self._gradients(rows[part], choices.part(part)).items():
+                losses[name] = losses.get(name, 0) + value / self.config.accumulation
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._learning_rate()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.schedule.step()
         self.average.update(dict(self.raw.named_parameters()), self.step + 1)
         return {**losses, "gradient_norm": norm.detach()}
+
+    def _evaluate(self) -> None:
+        """Validation and rollouts, if they are due; the other processes wait at the next step."""
+        if not self.accelerator.is_main_process:
+            return
+        if self._due(self.config.validate_every) and len(self.held_out):
+            self._record(validate(self.averaged(), self.held_out, self.builder), {})
+        if self.evaluate is not None and self._due(self.config.rollout_every):
+            try:
+                with self.interruption.at_once():
+                    metrics = self.evaluate(self.policy(), self.step)
+            except KeyboardInterrupt:
+                self.interruption.requested = True
+            else:
+                self._record(metrics, {})
+
+    def _gradients(self, rows: Tensor, choices: Choices) -> dict[str, Tensor]:
+        """Add the gradients of the mean loss over these samples, divided by `accumulation`; returns the losses."""
+        share = 1 / self.config.accumulation
+        if self.parallel is not None:
+            pieces = torch.arange(len(rows)).chunk(self.config.cpu_parts)
+            return self.parallel([self._batch(rows, choices, piece) for piece in pieces], share)
+        batch = self.builder.build(self.batches.gather(rows), choices)
+        with self.accelerator.autocast():
+            losses = self.forward(batch)
+        self.accelerator.backward(losses["loss"] * share)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _batch(self, rows: Tensor, choices: Choices, piece: Tensor) -> Batch:
+        return self.builder.build(self.batches.gather(rows[piece]), choices.part(piece))
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
-    def _check_finite(self, metrics: dict[str, float]) -> None:
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            raise FloatingPointError(
-                f"{', '.join(bad)} is not finite at step {self.step}. The checkpoint before it is intact; "
-                "go on from there with a smaller training.learning_rate or training.clip_norm"
-            )
+    def _stop_requested(self) -> bool:
+        """Whether any process was asked to stop; with several, they agree only now and then, which is cheap."""
+        requested = self.interruption.requested
+        if self.accelerator.num_processes == 1:
+            return requested
+        if self.step % AVERAGED_STEPS:
+            return False
+        flag = torch.tensor(float(requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _stop(self) -> None:
+        self.save()
+        self.accelerator.print(f"stopped at step {self.step}; the same command goes on from there")
+        raise KeyboardInterrupt
+
+    def _learning_rate(self) -> float:
+        """Of the step that comes next."""
+        return self.config.learning_rate * warmup_cosine(self.step, self.config.warmup_steps, self.config.steps)
 
     def _record(self, metrics: dict[str, float], volatile: dict[str, float]) -> None:
         """`metrics` go to metrics.jsonl, which a resumed run reproduces exactly; `volatile` to the logger only."""
         if self.accelerator.is_main_process:
-            with (self.output / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+            self.metrics.append(self.step, metrics)
             self.log({**metrics, **volatile}, self.step)
 
     def _checkpoints(self) -> list[Path]:
@@ -265,26 +277,35 @@ class Trainer:
 
     def _resume(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        metrics = self.output / "metrics.jsonl"
         checkpoints = self._checkpoints()
         if checkpoints:
-            state = load_training_state(checkpoints[-1])
-            set_state_dict(
-                self.objective,
-                self.optimiser.optimizer,
-                model_state_dict=state["objective"],
-                optim_state_dict=state["optimiser"],
-                options=FULL_STATE,
-            )
-            self.schedule.load_state_dict(state["schedule"])
-            self.batches.load_state_dict(state["batches"])
-            for name, value in state["average"].items():
-                self.average.average[name].copy_(value)
-            self.step = state["step"]
+            self._load(checkpoints[-1])
             self.accelerator.print(f"resuming {checkpoints[-1]}")
         if self.accelerator.is_main_process:
-            rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-            kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= self.step]
-            draft = metrics.with_suffix(f".{os.getpid()}.partial")
-            draft.write_text("".join(kept))
-            draft.replace(metrics)
+            self.metrics.cut(self.step)
+
+    def _load(self, folder: Path) -> None:
+        state = load_training_state(folder)
+        again = f"choose another output, or delete {self.output} to start anew"
+        if CogVLAConfig.from_dict(read_config(folder)["model"]) != self.model_config:
+            raise ValueError(f"{folder} was trained with another policy or routing; {again}")
+        if state["objective"].keys() != self.raw.state_dict().keys():
+            raise ValueError(f"{folder} was trained with another objective; {again}")
+        try:
+            self.batches.load_state_dict(state["batches"])
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}; {again}") from error
+        decay = [group["weight_decay"] for group in self.optimiser.param_groups]
+        set_state_dict(
+            self.objective,
+            self.optimiser.optimizer,
+            model_state_dict=state["objective"],
+            optim_state_dict=state["optimiser"],
+            options=FULL_STATE,
+        )
+        for group, value in zip(self.optimiser.param_groups, decay, strict=True):
+            group["weight_decay"] = value  # as the configuration says now, like the learning rate
+        for name, average in state["average"].items():
+            self.average.average[name].copy_(average)
+        self.window.load_state_dict(state["window"])
+        self.step = state["step"]

@@ -1,0 +1,62 @@
+"""How to train: plain data, validated where it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        steps: of the optimiser, in all.
+        batch_size: samples per step, over all processes and accumulation.
+        learning_rate: at its peak, after a linear warm-up of `warmup_steps`; then it falls as a cosine.
+        weight_decay: of matrices; other parameters are not decayed.
+        clip_norm: gradients are scaled down to this norm.
+        accumulation: parts that a step's batch is computed in, one after the other, to save memory.
+        cpu_parts: parts that one CPU process computes side by side, each on one core (`policy.parallel`).
+        ema_decay: of the moving average of the weights, which is what is evaluated; 0 keeps the current weights.
+        precision: `float32`, `bfloat16` (autocast), or `auto`: bfloat16 where there is a GPU.
+        compile: use torch.compile.
+        seed: of the weights at the start, the order of the data and everything random.
+        validation_fraction: share of the episodes that is held out; 0 for none.
+        validate_every, checkpoint_every, rollout_every: in steps; 0 is never (checkpoints are always written).
+        keep_checkpoints: how many of the newest to keep.
+    """
+
+    steps: int = 3000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    accumulation: int = 1
+    cpu_parts: int = 1
+    ema_decay: float = 0.998
+    precision: str = "auto"
+    compile: bool = False
+    seed: int = 0
+    validation_fraction: float = 0.03
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    rollout_every: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.accumulation, self.checkpoint_every, self.keep_checkpoints) < 1:
+            raise ValueError(
+                "steps, batch_size, accumulation, checkpoint_every and keep_checkpoints must be at least 1"
+            )
+        if self.cpu_parts < 1 or self.batch_size % (self.accumulation * self.cpu_parts):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation} "
+                f"x cpu_parts {self.cpu_parts}"
+            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; one of {', '.join(PRECISIONS)}")
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise ValueError("learning_rate and clip_norm must be positive")
