@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 import torch
+from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,7 +41,10 @@ from cogvla.policy.objective import Objective, ObjectiveConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.tokenizer import WordTokenizer
-from cogvla.policy.training import Trainer, TrainingConfig
+from cogvla.policy.training import PATIENCE, Trainer
+from cogvla.policy.training_config import TrainingConfig
+
+T = TypeVar("T")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="train_policy")
@@ -63,25 +67,33 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         torch.set_num_threads(values["threads"])
     output = Path(values["output"])
     # Everything that can be wrong with the configuration is said before anything takes time.
-    embodiment = Embodiment(**values["embodiment"])
+    embodiment = _built(Embodiment, values, "embodiment")
     model_config = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
-    data_config = DataConfig(**values["data"])
-    objective_config, training_config = ObjectiveConfig(**values["objective"]), TrainingConfig(**values["training"])
+    data_config = _built(DataConfig, values, "data")
+    objective_config = _built(ObjectiveConfig, values, "objective")
+    training_config = _built(TrainingConfig, values, "training")
+    if values["evaluation"] is not None:
+        load_protocol(values["evaluation"]["protocol"])
     suite = None if values["suite"] is None else get_suite(values["suite"])
 
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "demonstrations"):
-        if suite is not None and values["demonstrations"] is not None and data_config.root is not None:
+    with _timed(seconds, "demonstrations"), processes.main_process_first():
+        from_hub = data_config.repo_id is not None or data_config.root is None
+        if processes.is_main_process and suite is not None and values["demonstrations"] is not None and not from_hub:
             size = embodiment.cameras[0].height
             record(suite.name, output=data_config.root, image_size=size, **values["demonstrations"])
         data = DemonstrationData.open(data_config, embodiment)
-    with _timed(seconds, "training"), RunLog(values["wandb"], values, output) as log:
+    logging = values["wandb"] if processes.is_main_process else {**values["wandb"], "mode": "disabled"}
+    with _timed(seconds, "training"), RunLog(logging, values, output) as log:
         trainer = build_trainer(training_config, model_config, objective_config, embodiment, data, output, log.write)
-        if suite is not None and training_config.rollout_every:
+        if suite is not None and training_config.rollout_every and values["evaluation"] is not None:
             trainer.evaluate = _rollouts(suite.name, values["evaluation"], output, log)
         trainer.run()
     result: dict[str, Any] = {"command": command, "seconds": seconds, **provenance()}
-    if suite is not None and values["evaluation"] is not None and trainer.accelerator.is_main_process:
+    if not processes.is_main_process:
+        return result
+    if suite is not None and values["evaluation"] is not None:
         with _timed(seconds, "evaluation"):
             report = _evaluate(load_policy(output / "policy"), suite.name, values["evaluation"], output, command)
         result["success"] = report.total.success.value
@@ -105,7 +117,7 @@ def build_trainer(
     tokenizer = WordTokenizer.from_instructions(data.instructions)
     words = model_config.language.vocab_size - 2
     if len(tokenizer) > words:
-        raise ValueError(f"the data has {len(tokenizer)} words; raise policy.language.vocab_size (now room for {words})")
+        raise ValueError(f"the data has {len(tokenizer)} words, policy.language.vocab_size room for {words}: raise it")
     torch.manual_seed(config.seed)
     model = CogVLA(model_config, embodiment)
     objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width)
@@ -138,6 +150,14 @@ def _evaluate(policy: CogVLAPolicy, suite: str, settings: dict[str, Any], output
         videos=settings["videos"],
         command=command,
     )
+
+
+def _built(kind: Callable[..., T], values: dict[Any, Any], group: str) -> T:
+    """The dataclass of a group of the configuration."""
+    try:
+        return kind(**values[group])
+    except TypeError as error:  # an unknown key, a missing one, or a text where a number should be
+        raise ValueError(f"configuration {group}: {error}") from error
 
 
 class _timed:  # noqa: N801 - reads as a statement
