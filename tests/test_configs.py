@@ -22,7 +22,7 @@ from cogvla.policy.data import DataConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.tokenizer import WordTokenizer
-from cogvla.policy.training import TrainingConfig
+from cogvla.policy.training_config import TrainingConfig
 
 FOLDER = Path(configs.__path__[0])
 
