@@ -89,6 +89,8 @@ class BatchBuilder:
                     "label `target` or `goal` holds NaN or infinite values; leave these labels out of the data"
                 )
             self.position_mean, self.position_std = positions.mean(0), positions.std(0).clamp(min=1e-3)
+            relative = self._relative(positions, data.state_NS if data.rows is None else data.state_NS[data.rows])
+            self.relative_mean, self.relative_std = relative.mean(0), relative.std(0).clamp(min=1e-3)
         if self.has_alternatives:
             self.instruction_of_task = torch.full((labels["possible"].shape[-1],), -1)
             self.instruction_of_task[labels["task"].flatten()] = data.instruction_ids
@@ -141,6 +143,10 @@ class BatchBuilder:
         positions_BG = None
         if choices.points_BG is not None:
             positions_BG = (choices.points_BG - self.position_mean) / self.position_std
+            if self.config.gripper_state:
+                relative_BG = self._relative(choices.points_BG, samples["state"])
+                relative_BG = (relative_BG - self.relative_mean) / self.relative_std
+                positions_BG = torch.cat([positions_BG, relative_BG], dim=-1)
         return Batch(
             replace(inputs, state=inputs.state * keep_B1),
             actions_BKA,
@@ -174,6 +180,10 @@ class BatchBuilder:
         uvd_BV23 = torch.einsum("bvij,bpj->bvpi", projection_BV34, homogenous_B24)
         visible_BV21 = uvd_BV23[..., 2:] > 1e-3
         return torch.where(visible_BV21, uvd_BV23[..., :2] / uvd_BV23[..., 2:].clamp(min=1e-3), -1.0)
+
+    def _relative(self, points_BG: Tensor, state_BS: Tensor) -> Tensor:
+        gripper_B3 = state_BS[:, list(self.config.gripper_state) or [0, 0, 0]]
+        return points_BG - gripper_B3.repeat(1, 2)
 
     def _weighted(
         self,

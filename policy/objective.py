@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from cogvla.policy.model import CogVLA, ModelInput, ModelOutput
 
 GROUNDING_DIM = 6
+"""Target xyz, goal xyz; twice that with the positions relative to the gripper."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ObjectiveConfig:
         grounding: weight of the position loss; 0 switches the head off.
         pointing: weight of the attention loss; 0 switches it off. It needs camera projections among the labels.
         counterfactual: share of samples in [0,1) with another possible instruction (needs labels).
+        gripper_state: which entries of the state are the gripper's position, in the frame of the labels. The head then
+            also predicts where target and goal are from the gripper, which is what the next motion depends on; () is off.
         state_dropout: share of samples in [0,1] whose state is hidden.
         phase_weights: weight of the action loss by the expert's phase; empty = 1 everywhere.
     """
@@ -44,11 +47,15 @@ class ObjectiveConfig:
     grounding: float = 1.0
     pointing: float = 0.1
     counterfactual: float = 0.25
+    gripper_state: tuple[int, ...] = ()
     state_dropout: float = 0.5
     phase_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phase_weights", tuple(self.phase_weights))
+        object.__setattr__(self, "gripper_state", tuple(self.gripper_state))
+        if len(self.gripper_state) not in (0, 3):
+            raise ValueError(f"objective.gripper_state must name x, y and z or nothing, got {self.gripper_state}")
         if (
             min(self.grounding, self.pointing) < 0
             or not 0 <= self.counterfactual < 1
@@ -65,7 +72,8 @@ class Batch:
         inputs: what the policy sees.
         actions_BKA: normalised expert actions.
         weight_BK: weight of each action, 1 on average over the step; 0 where there is none to imitate.
-        positions_BG: target and goal position, normalised, or None without labels.
+        positions_BG: target and goal position (with `gripper_state` also relative to the gripper, G = 12), normalised, or
+            None without labels.
         image_points_BV22: where target and goal are in each view, as (right, down) in [0,1]; outside of it they are not
             in the picture. None without projections.
         point_weight_BV2: weight of each of these points, 1 on average over the step; 0 where it is not in the picture.
@@ -80,9 +88,9 @@ class Batch:
 
 
 class GroundingHead(nn.Module):
-    """Vision tokens [B,N,D] to the normalised positions [B,6] of target and goal. Thrown away after training."""
+    """Vision tokens [B,N,D] to the normalised positions [B,G] of target and goal. Thrown away after training."""
 
-    def __init__(self, tokens: int, width: int, hidden: int = 128) -> None:
+    def __init__(self, tokens: int, width: int, outputs: int, hidden: int = 128) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.LayerNorm(width),
@@ -91,7 +99,7 @@ class GroundingHead(nn.Module):
             nn.GELU(),
             nn.Linear(32 * tokens, hidden),
             nn.GELU(),
-            nn.Linear(hidden, GROUNDING_DIM),
+            nn.Linear(hidden, outputs),
         )
 
     def forward(self, vision_BND: Tensor) -> Tensor:
@@ -103,8 +111,15 @@ class Objective(nn.Module):
 
     def __init__(self, model: CogVLA, config: ObjectiveConfig, vision_tokens: int, width: int) -> None:
         super().__init__()
+        tokens, camera = model.config.vision.aggregation_tokens, model.embodiment.cameras[0]
+        if config.pointing and model.config.routing.efa and (tokens % 2 or camera.height != camera.width):
+            raise ValueError(
+                "objective.pointing needs square images and an even policy.vision.aggregation_tokens, "
+                f"got {camera.height}x{camera.width} and {tokens}; or set it to 0"
+            )
         self.model, self.config = model, config
-        self.grounding = GroundingHead(vision_tokens, width) if config.grounding else None
+        outputs = 2 * GROUNDING_DIM if config.gripper_state else GROUNDING_DIM
+        self.grounding = GroundingHead(vision_tokens, width, outputs) if config.grounding else None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses as scalars: `loss` (to minimise), `action_l1`, and `grounding_l1` when there are labels."""

@@ -43,7 +43,7 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
                 add(f"phase{phase}_l1", error.item(), int(chosen.sum()))
         if objective.grounding is not None and batch.positions_BG is not None:
             scale = builder.position_std.to(batch.positions_BG)
-            error_BG = (objective.grounding(output.vision) - batch.positions_BG) * scale
+            error_BG = (objective.grounding(output.vision) - batch.positions_BG)[:, : len(scale)] * scale
             add("target_cm", 100 * error_BG[:, :3].norm(dim=-1).mean().item(), 1)
             add("goal_cm", 100 * error_BG[:, 3:].norm(dim=-1).mean().item(), 1)
         if builder.has_alternatives:
