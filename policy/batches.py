@@ -62,6 +62,7 @@ class BatchBuilder:
         self.projections = [f"projection_{name}" for name in preprocessor.embodiment.camera_names]
         needs = {
             "grounding": POSITION_LABELS,
+            "reading": POSITION_LABELS,
             "pointing": (*POSITION_LABELS, *self.projections),
             "counterfactual": (*POSITION_LABELS, *ALTERNATIVE_LABELS),
             "phase_weights": ("phase",),
@@ -89,8 +90,9 @@ class BatchBuilder:
                     "label `target` or `goal` holds NaN or infinite values; leave these labels out of the data"
                 )
             self.position_mean, self.position_std = positions.mean(0), positions.std(0).clamp(min=1e-3)
-            relative = self._relative(positions, data.state_NS if data.rows is None else data.state_NS[data.rows])
-            self.relative_mean, self.relative_std = relative.mean(0), relative.std(0).clamp(min=1e-3)
+            if config.gripper_state:
+                relative = self._relative(positions, data.state_NS if data.rows is None else data.state_NS[data.rows])
+                self.relative_mean, self.relative_std = relative.mean(0), relative.std(0).clamp(min=1e-3)
         if self.has_alternatives:
             self.instruction_of_task = torch.full((labels["possible"].shape[-1],), -1)
             self.instruction_of_task[labels["task"].flatten()] = data.instruction_ids
@@ -182,8 +184,7 @@ class BatchBuilder:
         return torch.where(visible_BV21, uvd_BV23[..., :2] / uvd_BV23[..., 2:].clamp(min=1e-3), -1.0)
 
     def _relative(self, points_BG: Tensor, state_BS: Tensor) -> Tensor:
-        gripper_B3 = state_BS[:, list(self.config.gripper_state) or [0, 0, 0]]
-        return points_BG - gripper_B3.repeat(1, 2)
+        return points_BG - state_BS[:, list(self.config.gripper_state)].repeat(1, 2)
 
     def _weighted(
         self,

@@ -43,15 +43,16 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What it answers: normalised actions [B,K,A] and the vision tokens [B,N,D] that the language model was given.
+    """What it answers: normalised actions [B,K,A], the vision tokens [B,N,D] that the language model was given, and the
+    states [B,J,D] of the action tokens that the head reads.
 
     `gaze`, if asked for: per tower the logarithm of the aggregation tokens' attention to the patches, [B*V,h,M,P].
-    `debug` holds, if asked for: `kept` and `hidden` by layer, `streams` (tower outputs), `action_hidden` [B,J,D],
-    `stream_weights` [B,2].
+    `debug` holds, if asked for: `kept` and `hidden` by layer, `streams` (tower outputs), `stream_weights` [B,2].
     """
 
     actions: Tensor
     vision: Tensor
+    states: Tensor
     debug: dict[str, Any] | None = None
     gaze: list[Tensor] | None = None
 
@@ -164,6 +165,6 @@ class CogVLA(nn.Module):
         action_BJD = self.decoder(sequence_BSD, layout, text.mask_BT, trace)
         actions_BKA = self.head(action_BJD)
         if trace is None:
-            return ModelOutput(actions_BKA, vision_BND)
-        inside = {"kept": trace.kept, "hidden": trace.hidden, "action_hidden": action_BJD, "layout": layout}
-        return ModelOutput(actions_BKA, vision_BND, inside)
+            return ModelOutput(actions_BKA, vision_BND, action_BJD)
+        inside = {"kept": trace.kept, "hidden": trace.hidden, "layout": layout}
+        return ModelOutput(actions_BKA, vision_BND, action_BJD, inside)

@@ -3,6 +3,9 @@
 Behaviour cloning alone learns the arm's habits long before it looks at the instruction. Three things mend that:
 
 - grounding: a head that sees the vision tokens only predicts where the object to manipulate and its goal are;
+- reading: a linear layer has to find the same positions in the states of the action tokens. The vision tokens know
+  them after some hundred steps, but the decoder's attention finds them there thousands of steps later, as long as only
+  the few actions of the approach ask for it;
 - pointing: half of the aggregation tokens are taught to attend to the patches where the object is, the others to those
   of the goal (cross-entropy on half of their heads, after MolmoPoint's pointing by attention). Without it, attention
   stays spread over the whole image for thousands of steps and nothing downstream has a position to work with;
@@ -36,15 +39,17 @@ class ObjectiveConfig:
 
     Attributes:
         grounding: weight of the position loss; 0 switches the head off.
+        reading: weight of the same loss on the states of the action tokens; 0 switches it off.
         pointing: weight of the attention loss; 0 switches it off. It needs camera projections among the labels.
         counterfactual: share of samples in [0,1) with another possible instruction (needs labels).
         gripper_state: which entries of the state are the gripper's position, in the frame of the labels. The head then
-            also predicts where target and goal are from the gripper, which is what the next motion depends on; () is off.
+            also predicts where they are from the gripper, which is what the next motion depends on; () is off.
         state_dropout: share of samples in [0,1] whose state is hidden.
         phase_weights: weight of the action loss by the expert's phase; empty = 1 everywhere.
     """
 
     grounding: float = 1.0
+    reading: float = 0.5
     pointing: float = 0.1
     counterfactual: float = 0.25
     gripper_state: tuple[int, ...] = ()
@@ -72,8 +77,8 @@ class Batch:
         inputs: what the policy sees.
         actions_BKA: normalised expert actions.
         weight_BK: weight of each action, 1 on average over the step; 0 where there is none to imitate.
-        positions_BG: target and goal position (with `gripper_state` also relative to the gripper, G = 12), normalised, or
-            None without labels.
+        positions_BG: target and goal position, normalised (with `gripper_state` also from the gripper, G = 12), or None
+            without labels.
         image_points_BV22: where target and goal are in each view, as (right, down) in [0,1]; outside of it they are not
             in the picture. None without projections.
         point_weight_BV2: weight of each of these points, 1 on average over the step; 0 where it is not in the picture.
@@ -120,6 +125,7 @@ class Objective(nn.Module):
         self.model, self.config = model, config
         outputs = 2 * GROUNDING_DIM if config.gripper_state else GROUNDING_DIM
         self.grounding = GroundingHead(vision_tokens, width, outputs) if config.grounding else None
+        self.reading = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs)) if config.reading else None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses as scalars: `loss` (to minimise), `action_l1`, and `grounding_l1` when there are labels."""
@@ -129,8 +135,12 @@ class Objective(nn.Module):
         losses = {"loss": action_l1, "action_l1": action_l1.detach()}
         if self.grounding is not None and batch.positions_BG is not None:
             grounding = (self.grounding(output.vision) - batch.positions_BG).abs().mean()
-            losses["loss"] = action_l1 + self.config.grounding * grounding
+            losses["loss"] = losses["loss"] + self.config.grounding * grounding
             losses["grounding_l1"] = grounding.detach()
+        if self.reading is not None and batch.positions_BG is not None:
+            reading = (self.reading(output.states) - batch.positions_BG[:, None]).abs().mean()
+            losses["loss"] = losses["loss"] + self.config.reading * reading
+            losses["reading_l1"] = reading.detach()
         if output.gaze is not None:
             assert batch.image_points_BV22 is not None
             assert batch.point_weight_BV2 is not None

@@ -19,7 +19,8 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
 
     Returns `validation/`: `action_l1` (normalised units), `wrong_instruction_l1` (the same samples with another
     instruction that is possible in the scene: the gap is what the instruction decides), `target_cm` and `goal_cm`
-    (position error of the grounding head), and `phase{i}_l1`.
+    (position error of the grounding head), `read_target_cm` (the same
+    from the first action token's state), and `phase{i}_l1`.
     """
     batches = TrainingBatches(held_out, min(BATCH, len(held_out)), seed=0)
     sums: dict[str, float] = {}
@@ -46,6 +47,10 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
             error_BG = (objective.grounding(output.vision) - batch.positions_BG)[:, : len(scale)] * scale
             add("target_cm", 100 * error_BG[:, :3].norm(dim=-1).mean().item(), 1)
             add("goal_cm", 100 * error_BG[:, 3:].norm(dim=-1).mean().item(), 1)
+        if objective.reading is not None and batch.positions_BG is not None:
+            found_BG = objective.reading(output.states[:, 0])
+            error_B3 = (found_BG - batch.positions_BG)[:, :3] * builder.position_std[:3].to(found_BG)
+            add("read_target_cm", 100 * error_B3.norm(dim=-1).mean().item(), 1)
         if builder.has_alternatives:
             task_B, allowed_B = builder.alternatives(samples, generator)
             wrong_B = torch.where(allowed_B, builder.instruction_of_task[task_B], samples["instruction_id"])

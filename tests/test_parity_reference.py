@@ -106,7 +106,7 @@ def test_every_stage(model: CogVLA, cases: dict[str, torch.Tensor], sizes: dict,
         expected = cases[f"{case}.kept.layer{layer}"]
         visual = expected[(expected >= layout.visual.start) & (expected < layout.visual.stop)] - layout.visual.start
         assert output.debug["kept"][layer][0].tolist() == visual.tolist(), layer
-    assert relative(output.debug["action_hidden"], cases[f"{case}.action_hidden"]) < TOLERANCE
+    assert relative(output.states, cases[f"{case}.action_hidden"]) < TOLERANCE
     assert relative(output.actions, cases[f"{case}.normalized_actions"]) < TOLERANCE
 
     fast = model.decide(vision_BND, cases[f"{case}.proprio"][None], text)
