@@ -118,9 +118,7 @@ class VisionTower(nn.Module):
         bias_W = projection.bias - weight_WcK.sum(2) @ self.offset
         return F.linear(patches_XPC, (weight_WcK * (self.gain[:, None] / white)).flatten(1), bias_W)
 
-    def forward(
-        self, x_XPW: Tensor, film: tuple[Tensor, Tensor] | None, gaze: list[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x_XPW: Tensor, film: tuple[Tensor, Tensor] | None, gaze: list[Tensor] | None = None) -> Tensor:
         """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W].
 
         A list given as `gaze` receives where the aggregation tokens look in the last block: the logarithm of their
