@@ -42,7 +42,7 @@ class Choices:
 
     def part(self, index_b: Tensor) -> Choices:
         """Those of some samples."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return Choices(**{name: value if value is None else value[index_b] for name, value in values.items()})
 
 

@@ -37,13 +37,20 @@ class ParallelGradients:
         results = list(self.pool.map(self._part, parts))
         share = scale / len(parts)
         for index, parameter in enumerate(self.parameters):
-            found = [gradients[index] for _, gradients in results if gradients[index] is not None]
-            if found:
-                total = sum(found[1:], found[0])
+            total = _sum([gradient for _, gradients in results if (gradient := gradients[index]) is not None])
+            if total is not None:
                 parameter.grad = total * share if parameter.grad is None else parameter.grad + total * share
-        return {name: sum(losses[name] for losses, _ in results) / len(parts) for name in results[0][0]}
+        names = results[0][0]
+        return {name: torch.stack([losses[name] for losses, _ in results]).mean() for name in names}
 
     def _part(self, batch: Any) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
         losses = self.forward(batch)
         gradients = torch.autograd.grad(losses["loss"], self.parameters, allow_unused=True)
         return {name: value.detach() for name, value in losses.items()}, gradients
+
+
+def _sum(tensors: list[Tensor]) -> Tensor | None:
+    total: Tensor | None = None
+    for tensor in tensors:
+        total = tensor if total is None else total + tensor
+    return total
