@@ -43,7 +43,8 @@ class Choices:
     def part(self, index_b: Tensor) -> Choices:
         """Those of some samples."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Choices(**{name: value if value is None else value[index_b] for name, value in values.items()})
+        parts: dict[str, Any] = {name: None if value is None else value[index_b] for name, value in values.items()}
+        return Choices(**parts)
 
 
 class BatchBuilder:
