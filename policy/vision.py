@@ -153,6 +153,19 @@ class VisionTower(nn.Module):
         return x
 
 
+def _cut(pixels_BVCHW: Tensor, size: int) -> Tensor:
+    """Pixels to patches [X,P,C], of the same type.
+
+    Bytes are cut as bytes, a quarter of the memory traffic of floats, and where patches allow it eight at a time.
+    """
+    pixels = pixels_BVCHW
+    word = 8 if pixels.dtype == torch.uint8 and size % 8 == 0 and pixels.is_contiguous() else 1
+    if word > 1:
+        pixels = pixels.view(torch.int64)
+    cut = rearrange(pixels, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=size, q=size // word)
+    return cut.view(torch.uint8) if word > 1 else cut
+
+
 def _attend_last(attention: Any, h_XNW: Tensor, rows: int) -> Tensor:
     """Attention [X,rows,W] of the last `rows` tokens to all tokens, with the weights of a timm module."""
     if type(attention) is not Attention:
@@ -221,9 +234,7 @@ class DualVision(nn.Module):
         for tower, film in zip(self._towers(), condition.films, strict=True):
             size = tower.patch_size
             if size not in patches:
-                # Cut while the pixels are still bytes: a quarter of the memory traffic.
-                cut = rearrange(pixels_BVCHW, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=size, q=size)
-                patches[size] = cut.to(tower.vit.patch_embed.proj.weight.dtype)
+                patches[size] = _cut(pixels_BVCHW, size).to(tower.vit.patch_embed.proj.weight.dtype)
             x_XNW = tower(tower.embed(patches[size], white), film, gaze)
             streams.append(rearrange(x_XNW, "(b v) n w -> b (v n) w", v=views))
         return streams
