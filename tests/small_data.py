@@ -52,7 +52,7 @@ MODEL: dict[str, Any] = {
     },
 }
 LABELLED = ObjectiveConfig(grounding=1.0, pointing=0.1, counterfactual=0.25, state_dropout=0.25)
-IMITATION = ObjectiveConfig(grounding=0.0, pointing=0.0, counterfactual=0.0, state_dropout=0.0)
+IMITATION = ObjectiveConfig(grounding=0.0, reading=0.0, pointing=0.0, counterfactual=0.0, state_dropout=0.0)
 
 
 def small_data(episodes: int = 8, labels: bool = True, seed: int = 0) -> DemonstrationData:

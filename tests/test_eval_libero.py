@@ -252,7 +252,7 @@ def test_the_command_end_to_end(tmp_path: Path) -> None:
     assert [episode["steps"] for episode in report["episodes"]] == [24, 24]
     assert report["reproduce"]["command"].startswith("eval_libero checkpoint=random suite=tabletop_object")
     assert report["reproduce"]["policy"]["preset"] == "random"
-    assert report["reproduce"]["protocol"]["execute_steps"] == 8
+    assert report["reproduce"]["protocol"]["execute_steps"] == 4
     swapped = json.loads((tmp_path / "out" / "tabletop_object_swap" / "report.json").read_text())
     assert swapped["total"]["scene_task"]["trials"] == 2
     assert all(episode["asked"] != episode["task"] for episode in swapped["episodes"])

@@ -246,11 +246,12 @@ def test_pointing_needs_square_images_and_two_halves(tmp_path: Any) -> None:
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path: Any) -> None:
-    config = replace(LABELLED, grounding=0.5, pointing=0.25)
+    config = replace(LABELLED, grounding=0.5, reading=0.75, pointing=0.25)
     trainer = small_trainer(tmp_path, objective=config)
     batch = trainer.builder.evaluation(samples(6))
     losses = trainer.raw(batch)
-    expected = losses["action_l1"] + 0.5 * losses["grounding_l1"] + 0.25 * losses["pointing_ce"]
+    expected = losses["action_l1"] + 0.5 * losses["grounding_l1"] + 0.75 * losses["reading_l1"]
+    expected = expected + 0.25 * losses["pointing_ce"]
     torch.testing.assert_close(losses["loss"].detach(), expected)
     actions = trainer.raw.model(batch.inputs).actions.detach()
     torch.testing.assert_close(losses["action_l1"], masked_l1(actions, batch.actions_BKA, batch.weight_BK))
