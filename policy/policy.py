@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model import CogVLA, ModelInput, TextFeatures
 from cogvla.policy.preprocess import Preprocessor
 
 
@@ -26,6 +26,7 @@ class CogVLAPolicy:
         device = next(model.parameters()).device
         self.preprocessor = preprocessor.to(device)
         self._description = description or {}
+        self._text: tuple[tuple[str, ...], TextFeatures] | None = None
 
     @property
     def embodiment(self) -> Embodiment:
@@ -43,7 +44,8 @@ class CogVLAPolicy:
         }
 
     def reset(self) -> None:
-        """Nothing belongs to an episode."""
+        """Forget the instruction of the episode."""
+        self._text = None
 
     @torch.inference_mode()
     def act(self, observation: Observation) -> ActionChunk:
@@ -51,8 +53,15 @@ class CogVLAPolicy:
         start = time.perf_counter()
         inputs = self.preprocessor.observation(observation)
         ready = time.perf_counter()
-        normalised_BKA = self.model(inputs).actions
+        normalised_BKA = self.model(inputs, self._text_features(observation, inputs)).actions
         actions = self.preprocessor.actions(normalised_BKA.float()).cpu().numpy()
         end = time.perf_counter()
         timing = {"preprocess_ms": 1e3 * (ready - start), "inference_ms": 1e3 * (end - ready)}
         return ActionChunk(actions, timing)
+
+    def _text_features(self, observation: Observation, inputs: ModelInput) -> TextFeatures:
+        """What depends on the instructions only; kept as long as they stay, which is mostly a whole episode."""
+        instructions = tuple(observation.instruction)
+        if self._text is None or self._text[0] != instructions:
+            self._text = (instructions, self.model.encode_text(inputs.text_ids, inputs.text_mask))
+        return self._text[1]
