@@ -23,9 +23,8 @@ def test_keeps_the_contract() -> None:
 def test_another_instruction_is_heard_at_once() -> None:
     policy = small_policy()
     observation = policy.embodiment.fake_observation(1)
-    answers = []
-    for instruction in (INSTRUCTIONS[0], INSTRUCTIONS[1], INSTRUCTIONS[0]):
-        answers.append(policy.act(replace(observation, instruction=[instruction])).actions)
+    asked = (INSTRUCTIONS[0], INSTRUCTIONS[1], INSTRUCTIONS[0])
+    answers = [policy.act(replace(observation, instruction=[text])).actions for text in asked]
     assert np.array_equal(answers[0], answers[2])
     assert not np.allclose(answers[0], answers[1])
     policy.reset()
