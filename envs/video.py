@@ -136,7 +136,9 @@ def contact_sheet(path: Path | str, frames: int = 6, height: int = 150) -> bytes
         sheet.paste(thumbnail, (left, 0))
         left += thumbnail.width + gap
     buffer = io.BytesIO()
-    sheet.quantize(128).save(buffer, "PNG", optimize=True)  # a palette makes the report three times smaller
+    # A palette makes the report four times smaller. Maximum coverage keeps the colours of small things, which is what
+    # instructions are about; the median cut, Pillow's default, shows a yellow cube as orange.
+    sheet.quantize(128, Image.Quantize.MAXCOVERAGE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -81,6 +81,22 @@ def test_contact_sheet_spans_the_video(tmp_path: Path) -> None:
     assert [round(float(image[:, x : x + 32].mean())) for x in (0, 36, 72)] == pytest.approx([0, 120, 240], abs=6)
 
 
+def test_a_contact_sheet_keeps_the_colours_of_small_things(tmp_path: Path) -> None:
+    down, right = np.mgrid[:128, :128]
+    frame = np.stack([90 + down // 2, 88 + right // 2, 80 + (down + right) // 4], axis=-1).astype(np.uint8)
+    colours = {(8, 8): (250, 220, 20), (8, 64): (250, 115, 5), (64, 8): (30, 50, 230), (64, 64): (130, 25, 165)}
+    for (row, column), colour in colours.items():
+        frame[row : row + 8, column : column + 8] = colour
+    with VideoWriter(tmp_path / "video.mp4") as video:
+        video.add(frame, repeat=3)
+    (played, *_) = frames(tmp_path / "video.mp4")
+    sheet = Image.open(io.BytesIO(contact_sheet(tmp_path / "video.mp4", frames=2, height=128))).convert("RGB")
+    for row, column in colours:
+        middle = slice(row + 2, row + 6), slice(column + 2, column + 6)
+        shown, real = (pixels[middle].mean((0, 1)) for pixels in (np.asarray(sheet), played))
+        assert np.abs(shown - real).max() < 25
+
+
 def test_a_short_video_still_has_a_sheet(tmp_path: Path) -> None:
     write(tmp_path / "video.mp4", [50])
     assert Image.open(io.BytesIO(contact_sheet(tmp_path / "video.mp4"))).height == 64
