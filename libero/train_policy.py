@@ -31,6 +31,7 @@ from cogvla.libero.eval_libero import summary
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import load_protocol
 from cogvla.libero.provenance import provenance
+from cogvla.libero.report import Report
 from cogvla.libero.run_log import RunLog
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig
@@ -95,7 +96,14 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         return result
     if suite is not None and values["evaluation"] is not None:
         with _timed(seconds, "evaluation"):
-            report = _evaluate(load_policy(output / "policy"), suite.name, values["evaluation"], output, command)
+            report = _evaluate(
+                load_policy(output / "policy"),
+                suite.name,
+                values["evaluation"],
+                output,
+                command,
+                resume=trainer.first_step == trainer.step,  # what is there is of the policy before this training
+            )
         result["success"] = report.total.success.value
         print(summary(report))
         print(f"report: {output / 'evaluation' / 'report.html'}")
@@ -139,7 +147,9 @@ def _rollouts(
     return play
 
 
-def _evaluate(policy: CogVLAPolicy, suite: str, settings: dict[str, Any], output: Path, command: str) -> Any:
+def _evaluate(
+    policy: CogVLAPolicy, suite: str, settings: dict[str, Any], output: Path, command: str, resume: bool = True
+) -> Report:
     protocol = load_protocol(settings["protocol"])
     return evaluate(
         policy,
@@ -148,6 +158,7 @@ def _evaluate(policy: CogVLAPolicy, suite: str, settings: dict[str, Any], output
         output / "evaluation",
         workers=settings["workers"],
         videos=settings["videos"],
+        resume=resume,
         command=command,
     )
 

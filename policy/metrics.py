@@ -32,11 +32,11 @@ class LossWindow:
         """
         if self._accelerator.num_processes > 1:
             self._steps = [self._accelerator.reduce(losses, "mean") for losses in self._steps]
-        for back, losses in enumerate(reversed(self._steps)):
+        for number, losses in enumerate(self._steps, step - len(self._steps) + 1):
             bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
             if bad:
                 raise FloatingPointError(
-                    f"{', '.join(bad)} is not finite at step {step - back}. Earlier checkpoints are sound: the same "
+                    f"{', '.join(bad)} is not finite at step {number}. Earlier checkpoints are sound: the same "
                     "command with a smaller training.learning_rate or training.clip_norm goes on from the last one"
                 )
 

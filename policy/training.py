@@ -103,7 +103,7 @@ class Trainer:
         self.metrics = MetricsFile(output / "metrics.jsonl")
         self.window = LossWindow(self.accelerator)
         self.interruption = Interruption()
-        self.step = 0
+        self.step = self.first_step = 0
 
     def run(self) -> CogVLAPolicy:
         """Train to the last step (from the newest checkpoint, if there is one) and return the policy.
@@ -123,7 +123,7 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
             smoothing=0.05,
         )
-        started, first = time.perf_counter(), self.step
+        started, self.first_step = time.perf_counter(), self.step
         with progress as bar, self.interruption:
             while self.step < self.config.steps:
                 self.window.add(self._train_step())
@@ -132,7 +132,7 @@ class Trainer:
                 if self.step % AVERAGED_STEPS == 0 or self.step == self.config.steps:
                     self.window.settle(self.step)
                     metrics = {f"train/{name}": value for name, value in self.window.take().items()}
-                    rate = (self.step - first) * self.config.batch_size / (time.perf_counter() - started)
+                    rate = (self.step - self.first_step) * self.config.batch_size / (time.perf_counter() - started)
                     metrics["train/learning_rate"] = self._learning_rate()
                     bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", samples_per_s=f"{rate:.0f}")
                     self._record(metrics, {"train/samples_per_s": rate})

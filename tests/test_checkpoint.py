@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from cogvla.policy.checkpoint import (
     save_checkpoint,
 )
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.tests.full_disk import files_limited_to
 from cogvla.tests.small_data import ROBOT, small_data, small_policy
 
 
@@ -42,17 +41,6 @@ def save(folder: Path, policy: CogVLAPolicy, training: dict[str, Any] | None = N
 def saved(tmp_path: Path) -> Path:
     save(tmp_path / "runs" / "best", small_policy(), {"step": 7, "weights": {"a": torch.arange(3)}})
     return tmp_path / "runs" / "best"
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """Stands in for a full disk: whatever writes more than `size` bytes into a file fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("routing", [{}, {"mode": "drop"}, {"efa": False, "lfp": False, "attention": "causal"}])
