@@ -44,7 +44,7 @@ def main() -> None:
     for name in TABLETOP_SUITES:
         path = Path(__file__).parent / "images" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
-        picture(get_suite(name), SCENES[name]).quantize(128).save(path, optimize=True)
+        picture(get_suite(name), SCENES[name]).quantize(128, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
         print(f"{path} {path.stat().st_size / 1000:.0f} kB")
 
 
