@@ -15,6 +15,7 @@ from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.rollout import rollout
 from cogvla.envs.suite import get_suite
 from cogvla.envs.video import contact_sheet
+from cogvla.libero.protocol import load_protocol
 from cogvla.policy.checkpoint import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,12 +28,12 @@ FRAMES, HEIGHT, GAP = 6, 170, 6
 def main() -> None:
     """Play, film and write the picture."""
     policy, suite = load_policy(ROOT / "checkpoints" / SUITE), get_suite(SUITE)
-    sheets = []
+    settings, sheets = load_protocol("tabletop").rollout_settings(), []
     with tempfile.TemporaryDirectory() as folder:
         film = Path(folder) / "episode.mp4"
         for task, state, asked in EPISODES:
             spec = EpisodeSpec(task, state, asked)
-            (result,) = rollout(policy, suite, [spec], choose_video=lambda _: film)
+            (result,) = rollout(policy, suite, [spec], settings=settings, choose_video=lambda _: film)
             print(result.instruction, "success" if result.success else "failure", result.steps, "steps", result.error)
             sheets.append(Image.open(io.BytesIO(contact_sheet(film, FRAMES, HEIGHT))).convert("RGB"))
     picture = Image.new("RGB", (sheets[0].width, len(sheets) * (sheets[0].height + GAP) - GAP), "white")
