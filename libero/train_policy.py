@@ -14,7 +14,6 @@ import json
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +28,7 @@ from cogvla.envs.recorder import record
 from cogvla.envs.suite import get_suite
 from cogvla.libero.eval_libero import summary
 from cogvla.libero.evaluate import evaluate
-from cogvla.libero.protocol import load_protocol
+from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.provenance import provenance
 from cogvla.libero.report import Report
 from cogvla.libero.run_log import RunLog
@@ -74,7 +73,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     objective_config = _built(ObjectiveConfig, values, "objective")
     training_config = _built(TrainingConfig, values, "training")
     if values["evaluation"] is not None:
-        load_protocol(values["evaluation"]["protocol"])
+        _protocol(values["evaluation"])
     suite = None if values["suite"] is None else get_suite(values["suite"])
 
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -150,17 +149,25 @@ def _rollouts(
 def _evaluate(
     policy: CogVLAPolicy, suite: str, settings: dict[str, Any], output: Path, command: str, resume: bool = True
 ) -> Report:
-    protocol = load_protocol(settings["protocol"])
     return evaluate(
         policy,
         suite,
-        replace(protocol, episodes_per_task=settings["episodes_per_task"]),
+        _protocol(settings),
         output / "evaluation",
         workers=settings["workers"],
         videos=settings["videos"],
         resume=resume,
         command=command,
     )
+
+
+def _protocol(settings: dict[str, Any]) -> Protocol:
+    """The named protocol, with what the evaluation's settings change in it."""
+    changes = {key: value for key, value in settings.items() if key not in ("protocol", "workers", "videos")}
+    try:
+        return load_protocol(settings["protocol"], **changes)
+    except TypeError as error:
+        raise ValueError(f"configuration evaluation: {error}") from error
 
 
 def _built(kind: Callable[..., T], values: dict[Any, Any], group: str) -> T:

@@ -66,11 +66,15 @@ class MetricsFile:
 
     def cut(self, step: int) -> None:
         """Forget what comes after `step`, and a row that was not finished: training goes on from there."""
-        kept = []
-        for row in self.path.read_text(errors="replace").splitlines(keepends=True) if self.path.exists() else []:
+        if not self.path.exists():
+            return
+        kept, rows = [], self.path.read_text(errors="replace").splitlines(keepends=True)
+        for row in rows:
             if not row.endswith("\n") or not _is_until(row, step):
                 break
             kept.append(row)
+        if kept == rows:
+            return
         draft = self.path.with_suffix(f".{os.getpid()}.partial")
         draft.write_text("".join(kept))
         draft.replace(self.path)

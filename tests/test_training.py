@@ -372,7 +372,6 @@ def test_too_few_episodes_to_hold_some_out(tmp_path: Path) -> None:
 def test_rows_after_a_step_and_torn_rows_are_forgotten(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.cut(5)
-    assert file.path.read_text() == ""
     for step in (2, 4, 4, 6):
         file.append(step, {"loss": step / 2})
     whole = file.path.read_text()
