@@ -33,14 +33,15 @@ from cogvla.libero.provenance import provenance
 from cogvla.libero.report import Report
 from cogvla.libero.run_log import RunLog
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.data import DataConfig, DemonstrationData
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model import CogVLA
 from cogvla.policy.objective import Objective, ObjectiveConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
-from cogvla.policy.tokenizer import WordTokenizer
+from cogvla.policy.pretrained import load_backbones
+from cogvla.policy.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from cogvla.policy.training import PATIENCE, Trainer
 from cogvla.policy.training_config import TrainingConfig
 
@@ -120,16 +121,29 @@ def build_trainer(
     output: Path,
     log: Callable[[dict[str, float], int], None],
 ) -> Trainer:
-    """A new model for this data, and what trains it."""
-    tokenizer = WordTokenizer.from_instructions(data.instructions)
-    words = model_config.language.vocab_size - 2
-    if len(tokenizer) > words:
-        raise ValueError(f"the data has {len(tokenizer)} words, policy.language.vocab_size room for {words}: raise it")
+    """A new model for this data, with published backbones where its configuration names them, and what trains it."""
+    tokenizer = _tokenizer(model_config.language, data.instructions)
     torch.manual_seed(config.seed)
     model = CogVLA(model_config, embodiment)
+    for loaded in load_backbones(model):
+        print(f"loaded {loaded}")
     objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width)
     preprocessor = Preprocessor(embodiment, tokenizer, data.statistics())
     return Trainer(config, objective, model_config, preprocessor, data, output, log)
+
+
+def _tokenizer(language: LanguageConfig, instructions: list[str]) -> Tokenizer:
+    """The one of the pretrained language model; from scratch, the words of the data."""
+    if language.hub is not None:
+        return PretrainedTokenizer(language.hub)
+    words = WordTokenizer.from_instructions(instructions)
+    room = min(language.vocab_size, language.bos_token, language.stop_token)
+    if len(words) > room:
+        raise ValueError(
+            f"the data has {len(words)} words, there is room for {room} before policy.language.bos_token and "
+            "stop_token: raise both, and vocab_size"
+        )
+    return words
 
 
 def _rollouts(

@@ -61,8 +61,13 @@ class MetricsFile:
         self.path = path
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Raises OSError, with what to do, when the disk is full."""
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            advice = "Make space; the same command goes on from the last checkpoint"
+            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}. {advice}") from error
 
     def cut(self, step: int) -> None:
         """Forget what comes after `step`, and a row that was not finished: training goes on from there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,17 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from cogvla.libero import train_policy
 from cogvla.libero.run_log import RunLog
 from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.tokenizer import PretrainedTokenizer
+from cogvla.tests.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 
 CAMERAS = "[{name:agentview,height:32,width:32},{name:wrist,height:32,width:32}]"
 
@@ -115,6 +123,28 @@ def test_more_steps_go_on_and_are_evaluated_anew(root: Path, tmp_path: Path) -> 
     assert result["success"] is not None
 
 
+def test_a_pretrained_language_model_brings_its_weights_and_its_tokenizer(tmp_path: Path) -> None:
+    words = ["<unk>", "<s>", "touch", "the", "red", "green", "blue", "square", "one"]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>").save_pretrained(
+        tmp_path / "hub"
+    )
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    published = LlamaModel(LlamaConfig(**sizes, num_attention_heads=2))
+    published.save_pretrained(tmp_path / "hub")
+    config = CogVLAConfig.from_dict({**MODEL, "language": {**MODEL["language"], "hub": str(tmp_path / "hub")}})
+    parts = (settings(steps=1), config, LABELLED, ROBOT, small_data(), tmp_path / "run")
+    trainer = train_policy.build_trainer(*parts, lambda metrics, step: None)
+    weights = trainer.raw.model.decoder.llm.state_dict()
+    assert all(weights[name].equal(value) for name, value in published.state_dict().items())
+    trainer.run()
+    assert isinstance(load_policy(tmp_path / "run" / "policy").preprocessor.tokenizer, PretrainedTokenizer)
+    shutil.rmtree(tmp_path / "hub")
+    policy = load_policy(tmp_path / "run" / "policy")  # needs nothing but its folder
+    assert policy.preprocessor.text(["touch"])[0].tolist()[0].count(2) == 1
+
+
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
     """What the console script ends with."""
     monkeypatch.setattr(sys, "argv", ["train_policy", *arguments])
@@ -142,7 +172,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         (["data.state=state"], r"error: .* has no 'state'; it has observation\.state, "),
         (["suite=null", "data.root=/nowhere"], "error: there is no LeRobotDataset in /nowhere: record one with"),
         (["demonstrations.episodes=11"], "error: .* was recorded with episodes=10; choose another output, or delete"),
-        (["policy.language.vocab_size=12", "policy.language.bos_token=1", "policy.language.stop_token=2"], "raise it"),
+        (["policy.language.bos_token=9"], r"error: the data has \d+ words, there is room for 9 before .*raise both"),
         (["+evaluation.speed=2"], "error: configuration evaluation: .*unexpected keyword argument 'speed'"),
         (["wandb.mode=loud"], "error: wandb.mode is 'loud'; it must be one of auto, online"),
         (["routing=no_efa"], "error: .* was trained with another policy or routing; choose another output, or delete"),

@@ -117,6 +117,12 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(uninterrupted
     assert rows(tmp_path / "other")[-1] != rows(uninterrupted)[-1]
 
 
+def test_threads_do_not_make_it_a_matter_of_luck(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        small_trainer(tmp_path / name, settings(cpu_parts=2)).run()
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on_exactly(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +242,18 @@ def test_a_full_disk_loses_nothing_but_the_last_steps(
     assert checkpoints(tmp_path) == ["step_0000004"]
     small_trainer(tmp_path).run()
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_full_disk_at_a_row_of_metrics_is_explained(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.append(4, {"loss": 1.0})
+    with (
+        files_limited_to(30),
+        pytest.raises(OSError, match=r"cannot write .*metrics\.jsonl: .*from the last checkpoint"),
+    ):
+        file.append(8, {"loss": 0.5})
+    file.cut(4)
+    assert file.path.read_text() == '{"step": 4, "loss": 1.0}\n'
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
