@@ -90,17 +90,19 @@ class RoutedDecoder(nn.Module):
         """Token ids to embeddings."""
         return self.llm.embed_tokens(ids)
 
-    def forward(self, x_BSD: Tensor, layout: TokenLayout, text_mask_BT: Tensor, trace: Trace | None = None) -> Tensor:
+    def context(self, layout: TokenLayout, text_mask_BT: Tensor) -> DecoderContext:
+        """What the layers need to know about a sequence besides its embeddings; `text_mask_BT` is False on padding."""
+        return DecoderContext(self, layout, text_mask_BT)
+
+    def forward(self, x_BSD: Tensor, context: DecoderContext, trace: Trace | None = None) -> Tensor:
         """Run all layers; with a `trace`, every row of every layer is computed and remembered.
 
         Args:
-            x_BSD: embeddings in the order of `layout`.
-            layout: of the whole sequence.
-            text_mask_BT: False on padding.
+            x_BSD: embeddings in the order of the context's layout.
+            context: of these instructions.
             trace: filled in place.
         """
-        context = _Context(self, x_BSD, layout, text_mask_BT)
-        now = context.whole
+        layout, now = context.layout, context.whole
         current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
         last = len(self.llm.layers) - 1
         for index, (layer, ratio) in enumerate(zip(self.llm.layers, self.ratios, strict=True)):
@@ -134,19 +136,18 @@ class RoutedDecoder(nn.Module):
             if trace is not None:
                 trace.hidden[index] = x_BSD
         read_BQD = x_BSD if trace is None else x_BSD[:, self.read_rows(now.layout)]
-        return self.llm.norm(self._action_states(read_BQD, text_mask_BT, layout))
+        return self.llm.norm(self._action_states(read_BQD, context))
 
     def read_rows(self, layout: TokenLayout) -> slice:
         """Rows that the last layer has to compute."""
         return slice(layout.state.start, layout.length) if self.shifted else layout.answer
 
-    def _action_states(self, read_BQD: Tensor, text_mask_BT: Tensor, layout: TokenLayout) -> Tensor:
+    def _action_states(self, read_BQD: Tensor, context: DecoderContext) -> Tensor:
+        layout = context.layout
         if not self.shifted:
             return read_BQD[:, : layout.action]
         # Row 0 is the state token, then come the words: the last real one is before the first action, padding or not.
-        word_T = torch.arange(1, layout.text + 1, device=read_BQD.device)
-        last_B11 = (text_mask_BT * word_T).amax(1)[:, None, None]
-        before_B1D = read_BQD.gather(1, last_B11.expand(-1, -1, read_BQD.shape[-1]))
+        before_B1D = read_BQD.gather(1, context.last_word_B11.expand(-1, -1, read_BQD.shape[-1]))
         first = layout.actions.start - layout.state.start
         return torch.cat((before_B1D, read_BQD[:, first : first + layout.action - 1]), dim=1)
 
@@ -161,17 +162,28 @@ class _Frame:
     sin_BSE: Tensor
 
 
-class _Context:
-    """Mask and rotations of one forward pass, from which those of every keep-count are taken."""
+class DecoderContext:
+    """Mask and rotations of a sequence, from which those of every keep-count are taken.
 
-    def __init__(self, decoder: RoutedDecoder, x_BSD: Tensor, layout: TokenLayout, text_mask_BT: Tensor) -> None:
+    They depend on the instructions alone, so that a control loop makes them once per instruction.
+
+    Args:
+        decoder: whose sequences they are.
+        layout: of the whole sequence.
+        text_mask_BT: False on padding.
+    """
+
+    def __init__(self, decoder: RoutedDecoder, layout: TokenLayout, text_mask_BT: Tensor) -> None:
+        like = decoder.llm.embed_tokens.weight
         self.layout, self.renumber = layout, decoder.routing.position_policy == "renumber"
         valid_BS = layout.valid(text_mask_BT)
-        self.summary_B1T = context_weights(layout, valid_BS, x_BSD.dtype)
-        self.mask_B1SS = additive(attention_mask(layout, valid_BS, decoder.routing.attention), x_BSD.dtype)
+        self.summary_B1T = context_weights(layout, valid_BS, like.dtype)
+        self.mask_B1SS = additive(attention_mask(layout, valid_BS, decoder.routing.attention), like.dtype)
         self.position_BS = layout.positions(valid_BS)
+        word_T = torch.arange(1, layout.text + 1, device=like.device)
+        self.last_word_B11 = (text_mask_BT * word_T).amax(1)[:, None, None]
         # Rotations of positions 0..S-1, looked up by every layer: no position is larger.
-        cos_1SE, sin_1SE = decoder.llm.rotary_emb(x_BSD, torch.arange(layout.length, device=x_BSD.device)[None])
+        cos_1SE, sin_1SE = decoder.llm.rotary_emb(like, torch.arange(layout.length, device=like.device)[None])
         first_SF, second_SF = sin_1SE[0].chunk(2, dim=-1)
         self.cos_SE, self.sin_SE = cos_1SE[0], torch.cat((-first_SF, second_SF), dim=-1)
         self.whole = self._numbered(layout, 0, self.mask_B1SS)

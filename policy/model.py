@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cogvla.policy.action_head import ActionHead
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.language import RoutedDecoder, Trace
+from cogvla.policy.language import DecoderContext, RoutedDecoder, Trace
 from cogvla.policy.vision import DualVision, VisionCondition
 from cogvla.routing.aggregation import two_layer
 from cogvla.routing.layout import TokenLayout
@@ -62,7 +62,7 @@ class TextFeatures:
     """Everything that depends on the instruction only; can be kept while it does not change."""
 
     embedded_BTD: Tensor
-    mask_BT: Tensor
+    context: DecoderContext
     vision: VisionCondition
 
 
@@ -118,13 +118,15 @@ class CogVLA(nn.Module):
         return self.vision.tokens
 
     def encode_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> TextFeatures:
-        """Embeddings, FiLM parameters and stream weights of an instruction."""
+        """Embeddings, FiLM parameters, stream weights, mask and positions of an instruction."""
         embedded_BTD = self.decoder.embed(text_ids_BT)
         weight_BT1 = text_mask_BT[..., None].to(embedded_BTD.dtype)
         total_BD, count_B1 = (embedded_BTD * weight_BT1).sum(1), weight_BT1.sum(1)
         if self.config.routing.summary == "faithful":
             total_BD, count_B1 = total_BD + self.decoder.embed(self.special_ids).sum(0), count_B1 + 2
-        return TextFeatures(embedded_BTD, text_mask_BT, self.vision.condition(total_BD / count_B1))
+        layout = TokenLayout(vision=self.vision_tokens, text=text_mask_BT.shape[1], action=self.action_tokens)
+        context = self.decoder.context(layout, text_mask_BT)
+        return TextFeatures(embedded_BTD, context, self.vision.condition(total_BD / count_B1))
 
     def forward(
         self, inputs: ModelInput, text: TextFeatures | None = None, debug: bool = False, watch: bool = False
@@ -148,7 +150,7 @@ class CogVLA(nn.Module):
     def decide(self, vision_BND: Tensor, state_BS: Tensor, text: TextFeatures, debug: bool = False) -> ModelOutput:
         """From mixed vision tokens, normalised state and instruction to actions: stages 2 and 3 and the head."""
         batch, dtype = len(state_BS), vision_BND.dtype
-        layout = TokenLayout(vision=vision_BND.shape[1], text=text.mask_BT.shape[1], action=self.action_tokens)
+        layout = text.context.layout
         bos_1D, stop_1D = self.decoder.embed(self.special_ids).to(dtype).split(1)
         action_JD = vision_BND.new_zeros(layout.action, self.width) if self.placeholder is None else self.placeholder
         sequence_BSD = torch.cat(
@@ -162,7 +164,7 @@ class CogVLA(nn.Module):
             dim=1,
         )
         trace = Trace() if debug else None
-        action_BJD = self.decoder(sequence_BSD, layout, text.mask_BT, trace)
+        action_BJD = self.decoder(sequence_BSD, text.context, trace)
         actions_BKA = self.head(action_BJD)
         if trace is None:
             return ModelOutput(actions_BKA, vision_BND, action_BJD)

@@ -28,6 +28,8 @@ from cogvla.policy.interface import Embodiment
 from cogvla.routing.aggregation import AggregationTokens, StreamFusion
 from cogvla.routing.film import FiLM, modulate
 
+WHITE = 255.0  # of a byte
+
 
 def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> Any:
     """A timm vision transformer without the parts whose output is never used (pooling, head, final norm)."""
@@ -111,12 +113,12 @@ class VisionTower(nn.Module):
             self.film = FiLM(summary_width, self.width, self.computed, routing.film_init)
             self.aggregation = AggregationTokens(config.aggregation_tokens, self.width)
 
-    def embed(self, patches_XPC: Tensor, white: float = 1.0) -> Tensor:
-        """Patches of pixels in [0,white] to tokens [X,P,W]; equals the patch convolution of the normalised image."""
+    def embedding(self) -> tuple[Tensor, Tensor]:
+        """Weight [W,C] and bias [W] from bytes of patches to tokens: normalisation and patch convolution in one."""
         projection = self.vit.patch_embed.proj
         weight_WcK = projection.weight.flatten(2)
         bias_W = projection.bias - weight_WcK.sum(2) @ self.offset
-        return F.linear(patches_XPC, (weight_WcK * (self.gain[:, None] / white)).flatten(1), bias_W)
+        return (weight_WcK * (self.gain[:, None] / WHITE)).flatten(1), bias_W
 
     def forward(self, x_XPW: Tensor, film: tuple[Tensor, Tensor] | None, gaze: list[Tensor] | None = None) -> Tensor:
         """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W].
@@ -190,8 +192,15 @@ def _log_attention(attention: Any, h_XNW: Tensor, rows: int) -> Tensor:
 
 @dataclass(frozen=True)
 class VisionCondition:
-    """What the instruction says to vision: per tower `1 + scale` and shift [L,B,1,W], and stream weights [B,2]."""
+    """What the towers need besides pixels, and what the instruction says to them.
 
+    Attributes:
+        embeddings: per tower, see `VisionTower.embedding`.
+        films: per tower `1 + scale` and shift [L,B,1,W]; None without EFA.
+        weights_B2: stream weights; None unless streams are mixed.
+    """
+
+    embeddings: tuple[tuple[Tensor, Tensor], ...]
     films: tuple[tuple[Tensor, Tensor] | None, ...]
     weights_B2: Tensor | None
 
@@ -217,8 +226,9 @@ class DualVision(nn.Module):
 
     def condition(self, summary_BD: Tensor) -> VisionCondition:
         """All that vision needs of the instruction; may be kept as long as the instruction stays."""
+        embeddings = tuple(tower.embedding() for tower in self._towers())
         films = tuple(tower.film(summary_BD) if tower.film is not None else None for tower in self._towers())
-        return VisionCondition(films, self.fusion.weights(summary_BD))
+        return VisionCondition(embeddings, films, self.fusion.weights(summary_BD))
 
     def streams(
         self, pixels_BVCHW: Tensor, condition: VisionCondition, gaze: list[Tensor] | None = None
@@ -228,14 +238,15 @@ class DualVision(nn.Module):
         `gaze` receives one entry per tower, see `VisionTower.forward`.
         """
         views = pixels_BVCHW.shape[1]
-        white = 255.0 if pixels_BVCHW.dtype == torch.uint8 else 1.0
         patches: dict[int, Tensor] = {}
         streams = []
-        for tower, film in zip(self._towers(), condition.films, strict=True):
+        for tower, embedding, film in zip(self._towers(), condition.embeddings, condition.films, strict=True):
             size = tower.patch_size
             if size not in patches:
-                patches[size] = _cut(pixels_BVCHW, size).to(tower.vit.patch_embed.proj.weight.dtype)
-            x_XNW = tower(tower.embed(patches[size], white), film, gaze)
+                patches_XPC = _cut(pixels_BVCHW, size)
+                bytes_XPC = patches_XPC if pixels_BVCHW.dtype == torch.uint8 else patches_XPC * WHITE
+                patches[size] = bytes_XPC.to(tower.vit.patch_embed.proj.weight.dtype)
+            x_XNW = tower(F.linear(patches[size], *embedding), film, gaze)
             streams.append(rearrange(x_XNW, "(b v) n w -> b (v n) w", v=views))
         return streams
 

@@ -36,6 +36,10 @@ def sequence(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, LAYOUT.length, 32), torch.arange(5) < torch.tensor([[5], [2], [3]])[:batch]
 
 
+def run(ours: RoutedDecoder, x: torch.Tensor, mask: torch.Tensor, trace: Trace | None = None) -> torch.Tensor:
+    return ours(x, ours.context(LAYOUT, mask), trace)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @torch.inference_mode()
 def test_with_everything_off_it_is_the_transformers_model(architecture: str) -> None:
@@ -43,12 +47,12 @@ def test_with_everything_off_it_is_the_transformers_model(architecture: str) -> 
     x, _ = sequence()
     mask = torch.ones(3, 5, dtype=torch.bool)
     expected = ours.llm(inputs_embeds=x, use_cache=False).last_hidden_state[:, LAYOUT.actions]
-    torch.testing.assert_close(ours(x, LAYOUT, mask), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run(ours, x, mask), expected, rtol=1e-4, atol=1e-5)
     shifted = decoder(PLAIN, language(architecture), shifted=True)
     before = ours.llm(inputs_embeds=x, use_cache=False).last_hidden_state[
         :, LAYOUT.actions.start - 1 : LAYOUT.actions.stop - 1
     ]
-    torch.testing.assert_close(shifted(x, LAYOUT, mask), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run(shifted, x, mask), before, rtol=1e-4, atol=1e-5)
 
 
 ROUTED = [
@@ -65,7 +69,7 @@ ROUTED = [
 def test_the_short_last_layer_equals_the_whole_one(routing: RoutingConfig, shifted: bool) -> None:
     ours = decoder(routing, shifted=shifted)
     x, mask = sequence()
-    torch.testing.assert_close(ours(x, LAYOUT, mask), ours(x, LAYOUT, mask, Trace()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(ours, x, mask), run(ours, x, mask, Trace()), rtol=1e-5, atol=1e-6)
 
 
 @torch.inference_mode()
@@ -73,7 +77,7 @@ def test_bypassed_tokens_pass_bit_for_bit() -> None:
     ours = decoder(RoutingConfig())
     x, mask = sequence()
     trace = Trace()
-    ours(x, LAYOUT, mask, trace)
+    run(ours, x, mask, trace)
     assert list(trace.kept) == [1, 2, 3]
     for layer, kept in trace.kept.items():
         before, after = (trace.hidden[i][:, LAYOUT.visual] for i in (layer - 1, layer))
@@ -87,7 +91,7 @@ def test_dropped_tokens_are_gone() -> None:
     ours = decoder(RoutingConfig(mode="drop"))
     x, mask = sequence()
     trace = Trace()
-    ours(x, LAYOUT, mask, trace)
+    run(ours, x, mask, trace)
     counts = {layer: kept.shape[1] for layer, kept in trace.kept.items()}
     assert counts == {1: 7, 2: 2, 3: 1}
     for layer, count in counts.items():
@@ -105,11 +109,11 @@ def test_keeping_all_tokens_is_the_plain_layer_up_to_the_probability(mode: str) 
     plain = decoder(RoutingConfig(lfp=False))
     plain.load_state_dict(routed.state_dict(), strict=False)
     x, mask = sequence()
-    assert not torch.allclose(routed(x, LAYOUT, mask), plain(x, LAYOUT, mask), atol=1e-4)
+    assert not torch.allclose(run(routed, x, mask), run(plain, x, mask), atol=1e-4)
     for router in routed.routers.values():
         router.logits.weight.zero_()
         router.logits.bias.copy_(torch.tensor([0.0, 200.0]))
-    torch.testing.assert_close(routed(x, LAYOUT, mask), plain(x, LAYOUT, mask), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(routed, x, mask), run(plain, x, mask), rtol=1e-5, atol=1e-6)
 
 
 @torch.inference_mode()
@@ -121,7 +125,7 @@ def test_one_layer_by_hand() -> None:
     ours = decoder(routing, language(layers=2))
     x, _ = sequence(batch=1)
     trace = Trace()
-    ours(x, LAYOUT, torch.ones(1, 5, dtype=torch.bool), trace)
+    run(ours, x, torch.ones(1, 5, dtype=torch.bool), trace)
     x, layer, router = trace.hidden[0], ours.llm.layers[1], ours.routers["1"]
     h = layer.input_layernorm(x)
     text = h[:, LAYOUT.context].mean(1, keepdim=True)
@@ -147,7 +151,7 @@ def test_position_policies_differ_only_where_tokens_were_left_out() -> None:
     traces = []
     for policy in ("keep", "renumber"):
         trace = Trace()
-        decoder(RoutingConfig(position_policy=policy))(x, LAYOUT, mask, trace)  # type: ignore[arg-type]
+        run(decoder(RoutingConfig(position_policy=policy)), x, mask, trace)  # type: ignore[arg-type]
         traces.append(trace)
     assert torch.equal(traces[0].hidden[0], traces[1].hidden[0])
     assert not torch.allclose(traces[0].hidden[1], traces[1].hidden[1])
@@ -160,5 +164,5 @@ def test_actions_see_each_other_only_with_coupled_attention() -> None:
     changed[:, LAYOUT.actions.stop - 1] += 1
     for attention, sees in (("coupled", True), ("causal", False), ("bidirectional", True)):
         ours = decoder(RoutingConfig(lfp=False, attention=attention))  # type: ignore[arg-type]
-        same = torch.equal(ours(x, LAYOUT, mask)[:, 0], ours(changed, LAYOUT, mask)[:, 0])
+        same = torch.equal(run(ours, x, mask)[:, 0], run(ours, changed, mask)[:, 0])
         assert same is not sees, attention

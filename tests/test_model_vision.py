@@ -85,7 +85,7 @@ def test_gaze_is_the_attention_that_the_last_block_pays() -> None:
         last = tower.vit.blocks[1].attn
         last.fused_attn = False  # timm then passes the attention through a module that can be watched
         last.attn_drop.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
-        x = tower.embed(_cut(inputs.pixels), white=255.0)
+        x = torch.nn.functional.linear(_cut(inputs.pixels), *tower.embedding())
         whole = _all_rows(tower, x, film)
         last(whole)
         prefix = tower.vit.num_prefix_tokens
