@@ -34,7 +34,8 @@ class Suite:
     - observation: `agentview`, `wrist` uint8 [H,W,3]; `state` float32 [8]
     - action: float32 [7] in [-1,1], gripper -1 open, +1 close
     - `info`: `success` bool, `instruction` str; after `reset` also `alternatives` and `alternative_tasks`: the
-      instructions and indices of the suite's other tasks that can be carried out in the same scene
+      instructions and indices of the suite's other tasks that can be carried out in the same scene and ask for
+      something else
     - `options["asked"]`, one of those indices, swaps the instruction: `success` is then that task's, and
       `info["scene_task_success"]` that of `task`
     - `step` returns terminated=True on success and truncated=True at `max_steps`

@@ -200,7 +200,8 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         data.qpos[:7] = self._arm.reset(rng.uniform(*START_REGION), turn)
         data.qpos[self._fingers] = data.ctrl[7:9] = FINGER_OPEN
         mujoco.mj_forward(self.scene.model, data)
-        others = [i for i in sorted(layout.goals) if i != self._asked]
+        # Two instructions of a scene may mean the same ("leftmost", "on the red mat"): that is no alternative.
+        others = [i for i in sorted(layout.goals) if layout.goals[i] != layout.goals[self._asked]]
         info = self._info()
         info["alternative_tasks"] = others
         info["alternatives"] = [self.family.tasks[i].instruction for i in others]
