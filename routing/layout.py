@@ -28,8 +28,8 @@ class TokenLayout:
     action: int
 
     def __post_init__(self) -> None:
-        if self.vision < 1 or self.text < 0 or self.action < 1:
-            raise ValueError(f"a sequence needs vision and action tokens and no negative text length, got {self!r}")
+        if self.vision < 0 or self.text < 0 or self.action < 1:
+            raise ValueError(f"a sequence needs action tokens and no negative lengths, got {self!r}")
 
     @property
     def length(self) -> int:

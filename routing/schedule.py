@@ -44,7 +44,7 @@ def keep_ratios(schedule: str, depth: int, mean: float = 0.5, period: int | None
             raise ValueError(f"schedule {schedule!r} needs 0 <= lo <= hi <= 1")
         steps = period or max(depth - 1, 1)
         shape = _cosine if kind == "cos" else _linear
-        decay = [min(max(shape(layer / steps) + mean, lo), 1.0) for layer in range(depth)]
+        decay = [max(shape(layer, steps) + mean, lo) for layer in range(depth)]
         return tuple(ratio if ratio <= hi else None for ratio in decay)
     routed = {
         "interleave": lambda layer: layer % 2 == 1,
@@ -58,13 +58,14 @@ def keep_ratios(schedule: str, depth: int, mean: float = 0.5, period: int | None
 
 
 def keep_count(tokens: int, ratio: float) -> int:
-    """Tokens kept of `tokens`: rounded down, at least one."""
-    return max(1, math.floor(tokens * ratio))
+    """Tokens kept of `tokens`: rounded down, so that few tokens at a low ratio can be none at all, as published."""
+    return math.floor(tokens * ratio)
 
 
-def _cosine(progress: float) -> float:
-    return math.cos(math.pi * progress) / 2
+# Written as the published code rounds, since a count is rounded down from them.
+def _cosine(layer: int, steps: int) -> float:
+    return math.cos(layer * math.pi / steps) / 2
 
 
-def _linear(progress: float) -> float:
-    return 0.5 - progress
+def _linear(layer: int, steps: int) -> float:
+    return -layer / steps + 0.5

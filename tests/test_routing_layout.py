@@ -31,7 +31,7 @@ def test_positions_skip_padding() -> None:
 
 
 def test_wrong_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="vision and action"):
-        TokenLayout(vision=0, text=1, action=1)
+    with pytest.raises(ValueError, match="action tokens"):
+        TokenLayout(vision=-1, text=1, action=1)
     with pytest.raises(ValueError, match="text mask has 2"):
         TokenLayout(vision=1, text=3, action=1).valid(torch.ones(1, 2, dtype=torch.bool))

@@ -44,6 +44,10 @@ def test_linear_decay() -> None:
     assert keep_ratios("shiftedlinear_decay_0.8_0.3", depth=5) == (None, 0.75, 0.5, 0.3, 0.3)
 
 
+def test_a_ratio_above_the_upper_limit_is_not_routed_even_where_it_is_above_one() -> None:
+    assert keep_ratios("shiftedlinear_decay_1.0_0.2", depth=5, mean=0.6) == (None, pytest.approx(0.85), 0.6, 0.35, 0.2)
+
+
 @given(st.integers(1, 40), st.floats(0.1, 1), st.sampled_from([PAPER, "shiftedlinear_decay_0.9_0.1"]))
 def test_decays_fall_and_stay_in_range(depth: int, mean: float, schedule: str) -> None:
     ratios = [1.0 if ratio is None else ratio for ratio in keep_ratios(schedule, depth, mean)]
@@ -52,10 +56,10 @@ def test_decays_fall_and_stay_in_range(depth: int, mean: float, schedule: str) -
 
 
 @given(st.integers(1, 1000), st.floats(0, 1))
-def test_keep_count_rounds_down_but_keeps_one(tokens: int, ratio: float) -> None:
+def test_keep_count_rounds_down(tokens: int, ratio: float) -> None:
     count = keep_count(tokens, ratio)
-    assert 1 <= count <= tokens
-    assert count <= max(1, tokens * ratio) < count + 1
+    assert 0 <= count <= tokens
+    assert count <= tokens * ratio < count + 1
 
 
 @pytest.mark.parametrize("schedule", ["shiftedcos_decay", "linear", "shiftedcos_decay_0.1_0.9", ""])
