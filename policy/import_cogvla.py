@@ -1,7 +1,9 @@
-"""Published CogVLA weights to ours: the reference's parameter names on the left, our names on the right.
+"""Published CogVLA weights to ours: their parameter names for each of ours.
 
-In the reference `featurizer` is DINOv2 and `fused_featurizer` is SigLIP. Weights load into a model whose routing is
-`configs/routing/faithful.yaml` and whose head has one token per action dimension.
+In the published code `featurizer` is DINOv2 and `fused_featurizer` is SigLIP. Its files are read as one mapping, in
+which the names of the action head start with `action_head.` and those of the state's projector with
+`proprio_projector.`. The weights belong into a model whose routing is `configs/routing/faithful.yaml` and whose head is
+that of `configs/policy/cogvla_7b.yaml`.
 """
 
 from __future__ import annotations
@@ -12,95 +14,78 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_TOWERS = {"dinov2": "featurizer", "siglip": "fused_featurizer"}
-_BLOCK = re.compile(r"blocks\.(\d+)\.block\.(.+)")
+from cogvla.policy.import_weights import Names, load_parameters
+from cogvla.policy.model import CogVLA
+
+TOWERS = {"dinov2": "featurizer", "siglip": "fused_featurizer"}
+"""Our towers, in the order of the streams, and theirs."""
+
+_FC = {"0": "fc1", "2": "fc2", "4": "fc3"}
 
 
-def import_weights(
-    model: Mapping[str, Tensor], head: Mapping[str, Tensor], proprioception: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The state dict of our model, from the reference's three files.
-
-    Args:
-        model: vision backbone, projectors, router and language model.
-        head: action head.
-        proprioception: projector of the proprioceptive state.
-
-    Returns:
-        Names and tensors for `CogVLA.load_state_dict(strict=True)` with `drop_last_block` and zero placeholders.
+def load_cogvla(model: CogVLA, source: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Fill every parameter of the model from published weights, see `load_parameters`.
 
     Raises:
-        ValueError: a file lacks a parameter, so that it is not a published CogVLA.
+        ValueError: a tensor is missing or misshapen, or the model has parameters that the published one has not.
     """
     try:
-        state = {**_language(model), **_fusion(model), **_head(head)}
-        for ours, theirs in _TOWERS.items():
-            state |= _tower(model, ours, theirs)
-        for index, name in ((0, "fc1"), (2, "fc2")):
-            state |= _linear(proprioception, name, f"state.{index}")
-    except KeyError as missing:
-        raise ValueError(f"these are not published CogVLA weights: parameter {missing} is missing") from missing
-    return state
+        rest = load_parameters(model, source, cogvla_names(model), dtype)
+    except ValueError as error:
+        raise ValueError(f"these are not the published CogVLA weights of this configuration: {error}") from error
+    if rest:
+        raise ValueError(f"published CogVLA weights have no {rest[0]}; use routing=faithful and the head of cogvla_7b")
 
 
-def _linear(source: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
-    return {f"{ours}.{kind}": source[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+def cogvla_names(model: CogVLA) -> Names:
+    """Published names of the parameters of this model."""
+    blocks = {name: tower.computed for name, tower in model.vision.named_towers()}
+    last = 3 + model.config.head.blocks
+
+    def names(ours: str) -> tuple[str, ...]:
+        area, _, rest = ours.partition(".")
+        if area == "vision" and (match := re.fullmatch(r"towers\.(\w+)\.(\w+)\.(.+)", rest)):
+            return _tower(match[1], match[2], match[3], blocks[match[1]])
+        if match := re.fullmatch(r"vision\.fusion\.projectors\.(\d)\.(\d)\.(\w+)", ours):
+            stream = list(TOWERS.values())[int(match[1])]
+            return (f"{stream}_proj.{_FC[match[2]]}.{match[3]}",)
+        if match := re.fullmatch(r"vision\.fusion\.weigher\.(.+)", ours):
+            return (f"aggregation_router.router.{match[1]}",)
+        if match := re.fullmatch(r"state\.(\d)\.(\w+)", ours):
+            return (f"proprio_projector.{_FC[match[1]]}.{match[2]}",)
+        if match := re.fullmatch(r"decoder\.routers\.(\d+)\.(logits|scale|shift)\.(.+)", ours):
+            part = "router" if match[2] == "logits" else match[2]
+            return (f"language_model.model.layers.{match[1]}.router.{part}.{match[3]}",)
+        if match := re.fullmatch(r"decoder\.llm\.(.+)", ours):
+            return (f"language_model.model.{match[1]}",)
+        return _head(rest, last) if area == "head" else ()
+
+    return names
 
 
-def _tower(source: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
-    prefix = f"vision_backbone.vision_backbone.{theirs}."
-    vit = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
-    depth = 1 + max(int(match[1]) for name in vit if (match := _BLOCK.fullmatch(name)))
-    state: dict[str, Tensor] = {}
-    for name in ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
-        if name in vit:
-            state[f"vision.towers.{ours}.vit.{name}"] = vit[name]
-    for name, tensor in vit.items():
-        # The last block is computed and thrown away there; it does not exist here.
-        if (match := _BLOCK.fullmatch(name)) and int(match[1]) < depth - 1:
-            inner = match[2].replace(".scale_factor", ".gamma")
-            state[f"vision.towers.{ours}.vit.blocks.{match[1]}.{inner}"] = tensor
-    for kind in ("weight", "bias"):
-        parts = [vit[f"blocks.{i}.{which}.{kind}"] for i in range(depth - 1) for which in ("scale", "shift")]
-        state[f"vision.towers.{ours}.film.project.{kind}"] = torch.cat(parts)
-    state[f"vision.towers.{ours}.aggregation.tokens"] = source[f"vision_backbone.vision_aggr_{theirs}"][0]
-    return state
+def vit_name(ours: str, wrapped: bool) -> str:
+    """A parameter of a timm tower as published: LayerScale's is renamed, and FiLM has wrapped the blocks."""
+    theirs = re.sub(r"\.(ls\d)\.gamma$", r".\1.scale_factor", ours)
+    return re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.block.", theirs) if wrapped else theirs
 
 
-def _fusion(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for stream, theirs in enumerate(_TOWERS.values()):
-        for index, name in ((0, "fc1"), (2, "fc2")):
-            state |= _linear(source, f"{theirs}_proj.{name}", f"vision.fusion.projectors.{stream}.{index}")
-    for index in (0, 2):
-        state |= _linear(source, f"aggregation_router.router.{index}", f"vision.fusion.weigher.{index}")
-    return state
+def _tower(tower: str, part: str, rest: str, blocks: int) -> tuple[str, ...]:
+    theirs = f"vision_backbone.vision_backbone.{TOWERS[tower]}"
+    if part == "vit":
+        return (f"{theirs}.{vit_name(rest, wrapped=True)}",)
+    if part == "aggregation":
+        return (f"vision_backbone.vision_aggr_{TOWERS[tower]}",)
+    kind = rest.removeprefix("project.")  # of FiLM, all blocks in one matrix: scale and shift in turn
+    return tuple(f"{theirs}.blocks.{i}.{which}.{kind}" for i in range(blocks) for which in ("scale", "shift"))
 
 
-def _language(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for name, tensor in source.items():
-        if not name.startswith("language_model.model."):
-            continue
-        inner = name.removeprefix("language_model.model.")
-        if match := re.fullmatch(r"layers\.(\d+)\.router\.(scale|shift|router)\.(.+)", inner):
-            layer, part, rest = match.groups()
-            state[f"decoder.routers.{layer}.{'logits' if part == 'router' else part}.{rest}"] = tensor
-        else:
-            state[f"decoder.llm.{inner}"] = tensor
-    return state
-
-
-def _head(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    blocks = len({match[1] for name in source if (match := re.match(r"model\.mlp_resnet_blocks\.(\d+)\.", name))})
-    state = {**_linear(source, "model.layer_norm1", "head.net.0"), **_linear(source, "model.fc1", "head.net.1")}
-    for block in range(blocks):
-        for part in (0, 1):
-            theirs, ours = f"model.mlp_resnet_blocks.{block}.ffn.{part}", f"head.net.{3 + block}.ffn.{part}"
-            state |= _linear(source, theirs, ours)
-    last = 3 + blocks
-    return (
-        state
-        | _linear(source, "model.layer_norm2", f"head.net.{last}")
-        | _linear(source, "model.fc2", f"head.net.{last + 1}")
-    )
+def _head(ours: str, last: int) -> tuple[str, ...]:
+    """Our head is one sequence: norm, linear, ReLU, residual blocks, norm (at `last`), linear."""
+    match = re.fullmatch(r"net\.(\d+)\.(?:ffn\.(\d)\.)?(\w+)", ours)
+    if match is None:
+        return ()
+    index, inner, kind = int(match[1]), match[2], match[3]
+    if inner is not None:
+        return (f"action_head.model.mlp_resnet_blocks.{index - 3}.ffn.{inner}.{kind}",)
+    part = {0: "layer_norm1", 1: "fc1", last: "layer_norm2", last + 1: "fc2"}.get(index)
+    return () if part is None else (f"action_head.model.{part}.{kind}",)

@@ -1,0 +1,197 @@
+"""Weights in somebody else's naming into our model, tensor by tensor.
+
+A checkpoint is read as a mapping from names to tensors that opens its file for one tensor and closes it again: nothing
+is in memory twice, and a model that starts without memory of its own (`cogvla.policy.empty_model`) needs no more than
+its weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+Names = Callable[[str], Sequence[str]]
+"""From the name of our parameter to those of theirs; none where they have nothing like it, several to be stacked."""
+
+
+class SafetensorFiles(Mapping[str, Tensor]):
+    """The tensors of a folder of safetensors files, whole or sharded.
+
+    Raises:
+        ValueError: there are no such files, one is damaged, or the index names one that is not there.
+    """
+
+    def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
+        self._file: dict[str, Path] = {}
+        for path in sorted(folder.glob(pattern)):
+            with _opened(path) as file:
+                self._file |= dict.fromkeys(file.keys(), path)
+        if not self._file:
+            raise ValueError(f"no weights ({pattern}) in {folder}; download all of its files")
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._file[name]) as file:
+            return file.get_tensor(name).clone()  # of its own, so that closing the file gives its pages back
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+
+class _opened:  # noqa: N801 - reads as the verb it is
+    """A safetensors file; damage is a ValueError with its name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> safe_open:
+        try:
+            self._file = safe_open(self._path, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{self._path} is damaged or not whole ({error}); download it again") from error
+        return self._file
+
+    def __exit__(self, *_: object) -> None:
+        del self._file
+
+
+class LoraMerged(Mapping[str, Tensor]):
+    """Weights with peft's low-rank updates in them: `W + alpha/rank * B @ A`.
+
+    Args:
+        base: names and tensors; with `x.base_layer.weight` where peft has wrapped `x`, or plain.
+        updates: holds `x.lora_A...weight` and `x.lora_B...weight`.
+        scale: alpha / rank.
+    """
+
+    _UPDATE = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+
+    def __init__(self, base: Mapping[str, Tensor], updates: Mapping[str, Tensor], scale: float) -> None:
+        self._base, self._updates, self.scale = base, updates, scale
+        self._names = {name.replace(".base_layer.", "."): name for name in base if not self._UPDATE.fullmatch(name)}
+        self._pairs: dict[str, dict[str, str]] = {}
+        for name in updates:
+            if match := self._UPDATE.fullmatch(name):
+                self._pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = name
+        for target, pair in self._pairs.items():
+            if pair.keys() != {"A", "B"}:
+                raise ValueError(f"the adapter has only one half of the update of {target}; download it again")
+
+    @property
+    def targets(self) -> set[str]:
+        """Names of the weights that have an update."""
+        return set(self._pairs)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._base[self._names[name]]
+        if name not in self._pairs:
+            return weight
+        b, a = (self._updates[self._pairs[name][half]].float() for half in "BA")
+        return (weight.float() + self.scale * (b @ a)).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """Other mappings, each under a prefix or with its names changed; later ones win."""
+
+    def __init__(self, *parts: tuple[Mapping[str, Tensor], Callable[[str], str | None]]) -> None:
+        self._where: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+        for mapping, rename in parts:
+            for name in mapping:
+                if (new := rename(name)) is not None:
+                    self._where[new] = (mapping, name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        mapping, original = self._where[name]
+        return mapping[original]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def read_pt(path: Path) -> dict[str, Tensor]:
+    """A state dict saved by `torch.save`, without running code from it; `module.` of parallel training is taken off.
+
+    Raises:
+        ValueError: the file is damaged, or holds anything but names and tensors (nested ones are joined by dots).
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged files make torch raise almost anything
+        raise ValueError(f"cannot read weights from {path} ({type(error).__name__}: {error})") from error
+    return {name.removeprefix("module."): tensor for name, tensor in _flat(content, path)}
+
+
+def _flat(content: object, path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} is not a state dict: {prefix or 'it'} holds a {type(content).__name__}")
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, path, f"{prefix}{key}.")
+
+
+@torch.no_grad()
+def load_parameters(
+    model: nn.Module, source: Mapping[str, Tensor], names: Names, dtype: torch.dtype | None = None
+) -> list[str]:
+    """Fill the parameters of `model` that the source has, in place.
+
+    Args:
+        model: parameters without memory (on the meta device) get theirs here, others are overwritten.
+        source: names and tensors.
+        names: see `Names`.
+        dtype: of parameters that get their memory here; None is what the source has.
+
+    Returns:
+        The names of our parameters that the source has nothing for.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than the model.
+    """
+    filled: dict[str, Tensor] = {}
+    rest = []
+    for ours, parameter in model.state_dict().items():
+        theirs = names(ours)
+        if not theirs:
+            rest.append(ours)
+            continue
+        value = _stack(source, theirs, parameter.shape)
+        if parameter.is_meta:
+            filled[ours] = value.to(dtype) if dtype else value
+        else:
+            parameter.copy_(value)
+    if filled:
+        model.load_state_dict(filled, strict=False, assign=True)
+    return rest
+
+
+def _stack(source: Mapping[str, Tensor], names: Sequence[str], shape: torch.Size) -> Tensor:
+    """One tensor, or several with equal shares of the first dimension."""
+    wanted = (shape[0] // len(names), *shape[1:]) if len(names) > 1 else tuple(shape)
+    parts = []
+    for name in names:
+        if name not in source:
+            raise ValueError(f"parameter {name} {list(wanted)} is missing")
+        found = tuple((tensor := source[name]).shape)
+        if found not in (wanted, (1, *wanted)):
+            raise ValueError(f"parameter {name} must have shape {list(wanted)}, found {list(found)}")
+        parts.append(tensor.reshape(wanted))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
