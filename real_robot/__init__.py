@@ -1,1 +1,1 @@
-"""Real robots: the policy server, the control loop and the ROS 2 bridge will live here; nothing does yet."""
+"""Real robots: the policy server and its clients, and the control loop with its safety limits."""

@@ -1,0 +1,334 @@
+"""From observations to commands: the one object that a robot front end drives. No I/O, no threads, no clock of its own.
+
+      front end                                   ControlLoop                                    policy client
+    camera, joints  --observe_image/_state-->  Observations --+
+    instruction     --set_instruction------->                 +--request_due--> Request ------------> act(observation)
+                                               ChunkQueue  <---- deliver / fail <------------------------- answer
+    every period    --tick------------------>     |
+    controller      <--Command---------------  SafetyLimiter        Watchdog: activate, deactivate, estop, reset
+
+A front end's life, with `now` from one monotonic clock in seconds:
+
+    loop = ControlLoop(embodiment, config.limits, config.loop)
+    loop.set_instruction("pick up the red cube", now)
+    loop.activate(now)
+    # whenever something arrives:  loop.observe_image("wrist", image, stamp, now); loop.observe_state(state, stamp, now)
+    # after that, and every tick:  request = loop.request_due(now); if request is not None, give it to the policy client
+    # when the client answers:     loop.deliver(chunk, request, now), or loop.fail(request, reason, now)
+    # control_hz times a second:   command = loop.tick(now); if command.action_A is not None, send it
+
+All calls come from one thread, or under one lock. None of them waits or does I/O, so an e-stop is never behind anything
+slow. Every call with an image keeps that array: do not write into it afterwards.
+
+Epochs. Activate, deactivate, reset, e-stop, a fault, a new instruction, a stale sensor and a jump of the clock start a
+new epoch: what was planned is forgotten and a chunk in flight is discarded when it arrives.
+
+Shape legend: A action dimension, N ticks of the old plan, S state dimension, H, W image size, K chunk length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cogvla.policy.interface import ActionChunk, Embodiment, Observation
+from cogvla.real_robot.chunk_queue import ChunkQueue
+from cogvla.real_robot.loop_types import Command, Kind, Request
+from cogvla.real_robot.measurements import Measurements
+from cogvla.real_robot.observations import Observations
+from cogvla.real_robot.prefetch import Prefetch
+from cogvla.real_robot.safety import LimitError, SafetyLimiter
+from cogvla.real_robot.settings import LoopSettings, SafetyLimits
+from cogvla.real_robot.tick_clock import TickClock
+from cogvla.real_robot.watchdog import Event, State, Watchdog
+
+__all__ = ["Command", "ControlLoop", "Kind", "Request", "State"]
+
+
+class ControlLoop:
+    """See the module docstring.
+
+    Args:
+        embodiment: the robot as the policy sees it. Images must have its cameras' sizes, so a robot whose images are
+            resized by the policy gets an embodiment with the robot's sizes.
+        limits: for every command.
+        settings: see `LoopSettings`.
+
+    Attributes:
+        measurements: counters and samples, for reports.
+    """
+
+    def __init__(self, embodiment: Embodiment, limits: SafetyLimits, settings: LoopSettings | None = None) -> None:
+        settings = settings or LoopSettings()
+        self.embodiment = embodiment
+        self.settings = settings
+        self.measurements = Measurements()
+        self._counts = self.measurements.counts
+        self._period = 1.0 / embodiment.control_hz
+        self._observations = Observations(embodiment, settings)
+        self._queue = ChunkQueue(embodiment.action_dim, settings.overlap, settings.ensemble_m)
+        self._prefetch = Prefetch(
+            embodiment.control_hz,
+            settings.latency_s,
+            settings.margin_ticks,
+            settings.retry_s,
+            settings.execute_steps,
+        )
+        self._limiter = SafetyLimiter(embodiment, limits)
+        self._watchdog = Watchdog()
+        self._clock = TickClock(settings.clock_gap_s)
+        self._instruction = ""
+        self._epoch = 0
+        self._requests = 0
+        self._observed_tick = 0  # of the newest chunk
+        self._held_since = 0.0
+        self._last_failure: str | None = None
+        self._stale = False
+        self._unsent_stamp: float | None = None  # observation of a chunk of which nothing was sent yet
+
+    # --- what the front end tells -------------------------------------------------------------------------------------
+
+    def observe_image(self, camera: str, image_HW3: np.ndarray, stamp: float, now: float) -> str | None:
+        """Take an image, uint8 [H,W,3] RGB, the right way up; answers why it was refused, or None."""
+        return self._observations.add_image(camera, image_HW3, stamp, self._at(now))
+
+    def observe_state(self, state_S: np.ndarray, stamp: float, now: float) -> str | None:
+        """Take a joint state [S] in physical units; answers why it was refused, or None."""
+        return self._observations.add_state(state_S, stamp, self._at(now))
+
+    def set_instruction(self, text: str, now: float) -> None:
+        """What to do from now on; empty: hold, without a time limit."""
+        self._at(now)
+        text = text.strip()
+        if text != self._instruction:
+            self._instruction = text
+            self._new_epoch()
+
+    def activate(self, now: float) -> bool:
+        """Start to ask and to command; False where a fault must be reset first."""
+        now = self._at(now)
+        if self.state is State.IDLE:
+            self._new_epoch()
+            self._limiter.forget()
+            self._clock.pause()
+            self._held_since = now
+        return self._watchdog.on(Event.ACTIVATE) is not State.STOPPED
+
+    def deactivate(self, now: float) -> None:
+        """Send nothing any more; a fault stays."""
+        self._at(now)
+        self._new_epoch()
+        self._watchdog.on(Event.DEACTIVATE)
+
+    def estop(self, engaged: bool, now: float) -> None:
+        """Engage: nothing is sent from this moment on. Release: the fault stays until the reset."""
+        self._at(now)
+        self._watchdog.set_estop(engaged)
+        if engaged:
+            self._counts["faults"] += 1
+            self._new_epoch()
+
+    def reset(self, now: float) -> bool:
+        """Clear a fault and end in idle, from any state; False while the e-stop is engaged."""
+        self._at(now)
+        self._new_epoch()
+        return self._watchdog.on(Event.RESET) is State.IDLE
+
+    # --- the policy ---------------------------------------------------------------------------------------------------
+
+    def request_due(self, now: float) -> Request | None:
+        """What to ask the policy now, or None. Call it after observations, answers and ticks."""
+        now = self._at(now)
+        self._expire(now)
+        if self.state not in (State.HOLDING, State.RUNNING) or not self._instruction:
+            return None
+        next_tick = self._clock.next_tick
+        if not self._prefetch.due(self._queue.remaining(next_tick), next_tick - self._observed_tick, now):
+            return None
+        if self._observations.stale(now) is not None:
+            return None
+        found = self._observations.synchronised()
+        if isinstance(found, str):
+            return None
+        tick = self._clock.tick_of(found.stamp)
+        self._requests += 1
+        self._counts["requests"] += 1
+        request = Request(
+            id=self._requests,
+            epoch=self._epoch,
+            observation=Observation(
+                images={name: image_HW3[None] for name, image_HW3 in found.images.items()},
+                state=found.state_S[None].astype(np.float32),
+                instruction=[self._instruction],
+            ),
+            stamp=found.stamp,
+            tick=tick,
+            asked_at=now,
+            deadline=now + self.settings.deadline_s,
+            committed_NA=self._queue.plan(tick).copy(),
+            delay_ticks=next_tick - tick + self._prefetch.latency_ticks,
+        )
+        self._prefetch.in_flight = request
+        return request
+
+    def deliver(self, chunk: ActionChunk, request: Request, now: float) -> str | None:
+        """Take the policy's answer, actions [1,K,A]; answers why it is not used, or None."""
+        now = self._at(now)
+        self._expire(now)
+        latency = self._prefetch.answered(request, now)
+        if latency is None:
+            return self._discard("unexpected_chunks", f"nobody waits for request {request.id} any more")
+        self.measurements.inference_ms.append(latency * 1e3)
+        if request.epoch != self._epoch:
+            return self._discard("old_epoch_chunks", f"asked in epoch {request.epoch}, now is {self._epoch}")
+        actions, action_dim = chunk.actions, self.embodiment.action_dim
+        if actions.ndim != 3 or len(actions) != 1 or actions.shape[2] != action_dim:
+            return self._discard("refused_chunks", f"expected actions [1,K,A={action_dim}], got {actions.shape}")
+        if actions.dtype.kind != "f" or not np.isfinite(actions).all():
+            return self._discard("refused_chunks", f"actions are NaN, infinite or not floating point ({actions.dtype})")
+        actions_KA = actions[0].astype(np.float64)
+        usable = self._queue.add(actions_KA, request.tick, self._clock.next_tick)
+        if not usable:
+            return self._discard("late_chunks", f"all {len(actions_KA)} ticks of the chunk have passed")
+        self._counts["chunks"] += 1
+        self._counts["late_actions"] += len(actions_KA) - usable
+        self._observed_tick = request.tick
+        self._unsent_stamp = request.stamp
+        return None
+
+    def fail(self, request: Request, reason: str, now: float) -> None:
+        """The policy client gave the request up; it is asked again after `retry_s`."""
+        now = self._at(now)
+        if self._prefetch.failed(request, now):
+            self._counts["failures"] += 1
+            self._last_failure = reason
+
+    # --- the control tick ---------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> Command:
+        """What to send at this tick. Call it `control_hz` times a second; never waits."""
+        now = self._at(now)
+        self._expire(now)
+        tick = self._clock.next_tick
+        gap = self._clock.tick()
+        if gap is not None and gap > self.settings.clock_gap_s:
+            self._void()
+        elif gap is not None:
+            self.measurements.jitter_ms.append(abs(gap - self._period) * 1e3)
+        command = self._decide(tick, now)
+        self._counts[command.kind.value] += 1
+        return command
+
+    def _decide(self, tick: int, now: float) -> Command:
+        state = self.state
+        if state is State.IDLE or state is State.STOPPED:
+            return Command(Kind.NONE, tick, None, self._watchdog.fault or "not active")
+        stale = self._observations.stale(now)
+        if stale is not None:
+            if not self._stale:
+                self._stale = True
+                self._counts["stale"] += 1
+                self._new_epoch()
+            return self._hold(tick, now, stale)
+        self._stale = False
+        action_A = self._queue.get(tick)
+        if action_A is None:
+            if state is State.RUNNING and self._instruction:
+                self._counts["starvations"] += 1
+            return self._hold(tick, now, "no action for this tick" if self._instruction else "no instruction")
+        state_S = self._observations.newest_state
+        assert state_S is not None, "a state that is not stale exists"
+        try:
+            sent_A = self._limiter.move(action_A, state_S)
+        except LimitError as error:
+            return self._stop(tick, str(error))
+        for name in self._limiter.limited:
+            self._counts[f"limited_{name}"] += 1
+        self._watchdog.on(Event.COMMAND)
+        if self._unsent_stamp is not None:
+            self.measurements.loop_ms.append((now - self._unsent_stamp) * 1e3)
+            self._unsent_stamp = None
+        return Command(Kind.ACTION, tick, sent_A)
+
+    def _hold(self, tick: int, now: float, reason: str) -> Command:
+        if self.state is State.RUNNING or not self._instruction:
+            self._held_since = now
+        self._watchdog.on(Event.HOLD)
+        sent_A = self._limiter.hold(self._observations.newest_state)
+        if sent_A is None:  # the arm is still in other hands: there is nothing to hold and no hurry
+            self._held_since = now
+            return Command(Kind.NONE, tick, None, reason)
+        if now - self._held_since > self.settings.hold_limit_s:
+            return self._stop(tick, f"held for more than {self.settings.hold_limit_s:g} s: {reason}")
+        return Command(Kind.HOLD, tick, sent_A, reason)
+
+    def _stop(self, tick: int, fault: str) -> Command:
+        self._watchdog.on(Event.FAULT, fault)
+        self._counts["faults"] += 1
+        self._new_epoch()
+        return Command(Kind.NONE, tick, None, fault)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        return self._watchdog.state
+
+    @property
+    def fault(self) -> str | None:
+        """Why the loop stopped; None unless it did."""
+        return self._watchdog.fault
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    def diagnostics(self, now: float) -> dict[str, Any]:
+        """Everything that an operator may want to see, as plain values."""
+        return {
+            "state": self.state.value,
+            "fault": self.fault,
+            "estop": self._watchdog.estop,
+            "epoch": self._epoch,
+            "tick": self._clock.next_tick,
+            "instruction": self._instruction,
+            "remaining": self._queue.remaining(self._clock.next_tick),
+            "in_flight": self._prefetch.in_flight is not None,
+            "last_failure": self._last_failure,
+            "p95_latency_ms": self._prefetch.latency.p95 * 1e3,
+            "ages_s": self._observations.ages(now),
+            "stale": self._observations.stale(now),
+            "refusals": dict(self._observations.refusals),
+            "last_refusal": dict(self._observations.last_refusal),
+            **self.measurements.summary(),
+        }
+
+    def _at(self, now: float) -> float:
+        """The time of a call; it never goes back, or everything known is void."""
+        if self._clock.tell(now):
+            self._void()
+        return self._clock.now
+
+    def _void(self) -> None:
+        """The clock jumped: nobody knows how old anything is, or where the arm went meanwhile."""
+        self._counts["clock_jumps"] += 1
+        self._held_since = self._clock.now
+        self._observations.clear()
+        self._prefetch.forget()
+        self._limiter.halt()
+        self._new_epoch()
+
+    def _new_epoch(self) -> None:
+        self._epoch += 1
+        self._counts["epochs"] += 1
+        self._queue.clear()
+        self._unsent_stamp = None
+
+    def _discard(self, count: str, reason: str) -> str:
+        self._counts[count] += 1
+        return reason
+
+    def _expire(self, now: float) -> None:
+        if self._prefetch.expire(now):
+            self._counts["deadline_misses"] += 1

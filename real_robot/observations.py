@@ -1,0 +1,182 @@
+"""What the sensors said last, how old it is, and one observation whose parts belong together.
+
+    agentview   --o-----o-----o-----o---->        newest common time: the slowest sensor's newest stamp (here wrist's);
+    wrist       ----o-----o-----X------->         of every other sensor the sample nearest to it is taken (X),
+    state       -o-o-o-o-o-o-o-oXo-o-o-o->        and none may be further away than the tolerance
+
+All times are seconds on the loop's clock. A front end converts a sensor's stamp by its age: `now` minus (sensor clock
+minus stamp), so that a step of the sensors' clock shows as a stamp from the future, or as a stale one, and is refused.
+
+Shape legend: H, W image size, S state dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.settings import LoopSettings
+
+STATE = "state"
+"""Name of the joint state among the sensors."""
+IMAGES_KEPT = 8
+STATES_KEPT = 256
+"""Joint states come at up to 1 kHz, and the camera that they are matched with may be 0.2 s late."""
+
+
+@dataclass(frozen=True, eq=False)
+class Synchronised:
+    """Samples that belong together: `stamp` is their common time; images uint8 [H,W,3] by camera, state [S]."""
+
+    stamp: float
+    images: dict[str, np.ndarray]
+    state_S: np.ndarray
+
+
+class _Sensor:
+    """The last samples of one sensor, in the order of their stamps."""
+
+    def __init__(self, kept: int, age_s: float) -> None:
+        self.age_s = age_s
+        self.samples: deque[tuple[float, np.ndarray]] = deque(maxlen=kept)
+
+    def refusal(self, stamp: float, now: float, future_s: float) -> tuple[str, str] | None:
+        """What is wrong with a stamp, as a kind to count and as text."""
+        if not math.isfinite(stamp):
+            return "bad_stamp", f"stamp {stamp} is no time"
+        if stamp > now + future_s:
+            return "future", f"stamp lies {stamp - now:.3f} s in the future; are the clocks synchronised?"
+        if stamp < now - self.age_s:
+            return "stale", f"{now - stamp:.3f} s old on arrival, allowed are {self.age_s:g} s"
+        if self.samples and stamp == self.samples[-1][0]:
+            return "duplicate", "the same stamp twice"
+        if self.samples and stamp < self.samples[-1][0]:
+            return "out_of_order", f"{self.samples[-1][0] - stamp:.3f} s older than the sample before"
+        return None
+
+    def nearest(self, stamp: float) -> tuple[float, np.ndarray]:
+        """The sample next to a time; of two equally near ones the newer."""
+        best = self.samples[-1]
+        for sample in reversed(self.samples):
+            if abs(sample[0] - stamp) < abs(best[0] - stamp):
+                best = sample
+            elif sample[0] < stamp:
+                break
+        return best
+
+
+class Observations:
+    """Buffers of all cameras and the joint state.
+
+    Attributes:
+        refusals: how many samples were refused, by "sensor: kind".
+        last_refusal: sensor -> why its last sample was refused; no entry when it was taken.
+    """
+
+    def __init__(self, embodiment: Embodiment, settings: LoopSettings) -> None:
+        self._shapes = {c.name: (c.height, c.width, 3) for c in embodiment.cameras}
+        self._state_dim = embodiment.state_dim
+        self._settings = settings
+        self._sensors = {name: _Sensor(IMAGES_KEPT, settings.image_age_s) for name in self._shapes}
+        self._sensors[STATE] = _Sensor(STATES_KEPT, settings.state_age_s)
+        self._same_since: dict[str, tuple[float, np.ndarray | None]] = {}
+        self.refusals: Counter[str] = Counter()
+        self.last_refusal: dict[str, str] = {}
+
+    @property
+    def newest_state(self) -> np.ndarray | None:
+        """The newest joint state [S], or None."""
+        samples = self._sensors[STATE].samples
+        return samples[-1][1] if samples else None
+
+    def clear(self) -> None:
+        """Forget all samples, because the clock that stamped them is no longer this one."""
+        for sensor in self._sensors.values():
+            sensor.samples.clear()
+        self._same_since.clear()
+
+    def add_image(self, camera: str, image_HW3: np.ndarray, stamp: float, now: float) -> str | None:
+        """Keep an image (not a copy) and answer None, or refuse it and say why."""
+        shape = self._shapes.get(camera)
+        if shape is None:
+            return self._refuse(camera, "unknown", f"no such camera; there are {', '.join(self._shapes)}")
+        if image_HW3.dtype != np.uint8 or image_HW3.shape != shape:
+            found = f"{image_HW3.dtype} {image_HW3.shape}"
+            return self._refuse(camera, "wrong_image", f"expected uint8 {shape}, got {found}; convert in the front end")
+        return self._add(camera, image_HW3, stamp, now)
+
+    def add_state(self, state_S: np.ndarray, stamp: float, now: float) -> str | None:
+        """Copy a joint state and answer None, or refuse it and say why."""
+        try:
+            copy_S = np.array(state_S, dtype=np.float64)
+        except (TypeError, ValueError):
+            return self._refuse(STATE, "wrong_state", f"{type(state_S).__name__} is not {self._state_dim} numbers")
+        if copy_S.shape != (self._state_dim,):
+            return self._refuse(STATE, "wrong_state", f"expected shape {(self._state_dim,)}, got {copy_S.shape}")
+        if not np.isfinite(copy_S).all():
+            return self._refuse(STATE, "not_finite", f"NaN or infinite at {np.flatnonzero(~np.isfinite(copy_S))}")
+        return self._add(STATE, copy_S, stamp, now)
+
+    def _add(self, name: str, value: np.ndarray, stamp: float, now: float) -> str | None:
+        sensor = self._sensors[name]
+        refusal = sensor.refusal(stamp, now, self._settings.future_tolerance_s)
+        if refusal is not None:
+            return self._refuse(name, *refusal)
+        if self._settings.frozen_after_s is not None and name != STATE:
+            same = bool(sensor.samples) and np.array_equal(sensor.samples[-1][1], value)
+            if not same or name not in self._same_since:
+                self._same_since[name] = (stamp, self.newest_state)
+        sensor.samples.append((stamp, value))
+        self.last_refusal.pop(name, None)
+        return None
+
+    def _refuse(self, name: str, kind: str, reason: str) -> str:
+        self.refusals[f"{name}: {kind}"] += 1
+        self.last_refusal[name] = f"{name}: {reason}"
+        return self.last_refusal[name]
+
+    def ages(self, now: float) -> dict[str, float | None]:
+        """Seconds since the newest stamp of each sensor; None before the first sample."""
+        return {name: now - s.samples[-1][0] if s.samples else None for name, s in self._sensors.items()}
+
+    def stale(self, now: float) -> str | None:
+        """Which sensor is missing, too old or frozen, and by how much; None when all are fresh."""
+        for name, sensor in self._sensors.items():
+            if not sensor.samples:
+                return self.last_refusal.get(name, f"{name}: nothing received yet")
+            age = now - sensor.samples[-1][0]
+            if age > sensor.age_s:
+                return f"{name}: {age:.3f} s old, allowed are {sensor.age_s:g} s"
+        return self._frozen() if self._same_since else None
+
+    def _frozen(self) -> str | None:
+        state_S, limit = self.newest_state, self._settings.frozen_after_s
+        assert limit is not None, "images are compared only with a limit"
+        assert state_S is not None, "all sensors have a sample"
+        for name, (since, then_S) in self._same_since.items():
+            shown = self._sensors[name].samples[-1][0] - since
+            moved = then_S is not None and float(np.abs(state_S - then_S).max()) > self._settings.frozen_motion
+            if shown > limit and moved:
+                return f"{name}: the same image for {shown:.3f} s although the robot moved; is the camera frozen?"
+        return None
+
+    def synchronised(self) -> Synchronised | str:
+        """The newest samples that belong together, or why there are none. Their age is the business of `stale`."""
+        missing = [name for name, sensor in self._sensors.items() if not sensor.samples]
+        if missing:
+            return f"nothing received yet from {', '.join(missing)}"
+        common = min(sensor.samples[-1][0] for sensor in self._sensors.values())
+        values = {}
+        for name, sensor in self._sensors.items():
+            stamp, values[name] = sensor.nearest(common)
+            if abs(stamp - common) > self._settings.sync_tolerance_s:
+                return (
+                    f"{name}: nearest sample is {abs(stamp - common):.3f} s from the others, "
+                    f"allowed are {self._settings.sync_tolerance_s:g} s"
+                )
+        state_S = values.pop(STATE)
+        return Synchronised(common, values, state_S)
