@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import functools
 import os
+from collections.abc import Collection
 from typing import Any
 
 import mujoco
@@ -79,18 +80,40 @@ def _context(process: int) -> Any:
     return context
 
 
-class SceneRenderer:
-    """Renders cameras of one model. Images are uint8 [H,W,3], the right way up."""
+EVERYTHING = ("shadow", "reflection", "skybox", "haze", "cull_face")
+"""Effects that MuJoCo draws by default."""
 
-    def __init__(self, model: mujoco.MjModel) -> None:
+
+class SceneRenderer:
+    """Renders cameras of one model. Images are uint8 [H,W,3], the right way up.
+
+    Args:
+        model: what is rendered; its `vis` decides sizes of buffers and multisampling.
+        effects: names of MuJoCo's rendering flags.
+        hidden_groups: groups of geoms that are not drawn, beyond MuJoCo's defaults.
+        sites: draw sites that are visible in the model.
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        effects: Collection[str] = (),
+        hidden_groups: Collection[int] = (),
+        sites: bool = False,
+    ) -> None:
         self._model = model
         self._process = os.getpid()
         self._gl = _context(self._process)
         self._gl.make_current()
-        self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + 50)
+        self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + (model.nsite if sites else 0) + 50)
         self._scene.flags[:] = 0
+        for effect in effects:
+            self._scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{effect.upper()}")] = 1
         self._options = mujoco.MjvOption()
-        self._options.sitegroup[:] = 0
+        for group in hidden_groups:
+            self._options.geomgroup[group] = 0
+        if not sites:
+            self._options.sitegroup[:] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._mujoco_context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)

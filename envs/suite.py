@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import gymnasium as gym
 
@@ -48,6 +50,7 @@ class Suite:
         max_steps: control steps before an episode is a failure.
         make: builds the environment; a function of a module or a partial of one, so that processes can be sent it.
         initial_states: how many fixed initial states the protocol has per task.
+        settings: what else decides the numbers (rendering, assets); reports say it.
     """
 
     name: str
@@ -55,9 +58,12 @@ class Suite:
     max_steps: int
     make: Callable[..., gym.Env]
     initial_states: int = EVALUATION_STATES
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 _SUITES: dict[str, Callable[[], Suite]] = {}
+_ELSEWHERE = ("cogvla.libero.suites",)
+"""Modules outside of `envs` that register suites, by name: `envs` works without them."""
 
 
 def register_suite(name: str, factory: Callable[[], Suite]) -> None:
@@ -69,11 +75,13 @@ def register_suite(name: str, factory: Callable[[], Suite]) -> None:
 
 def suite_names() -> list[str]:
     """All registered suites."""
+    for module in _ELSEWHERE:
+        importlib.import_module(module)
     return sorted(_SUITES)
 
 
 def get_suite(name: str) -> Suite:
     """The suite of that name; ValueError lists what exists."""
-    if name not in _SUITES:
+    if name not in suite_names():
         raise ValueError(f"unknown suite {name!r}; one of {', '.join(suite_names())}")
     return _SUITES[name]()

@@ -1,0 +1,344 @@
+"""LIBERO's scenes: the only file that imports LIBERO and robosuite (extra `libero`).
+
+What is unusual here, and why:
+
+- LIBERO asks a question on the terminal when its configuration is missing. It is written first, into a folder of ours
+  (`~/.cache/cogvla/libero`, or where LIBERO_CONFIG_PATH says); `~/.libero` is neither read nor written.
+- Scenes are made directly, not through LIBERO's `ControlEnv`: its `reset` swallows every exception and tries for ever.
+- Images are rendered by `cogvla.envs.rendering`. robosuite's own OpenGL context is never made, so that physics alone
+  needs none and nothing is left to be freed when the interpreter ends. Cameras are observables of robosuite all the
+  same: it samples all of them one physics step before the end of a control step, and published data has that.
+- A reset keeps the compiled model (0.1 s instead of 1 to 2) and starts numpy's global generator at a fixed seed: the
+  sampler moves fixtures, which are part of no saved state. What robosuite forgets to reset is reset here.
+- torch is not imported: environment processes stay small.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import json
+import os
+import pickle
+import re
+import runpy
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+
+CONTROL_HZ = 20
+ASSETS_VARIABLE = "COGVLA_LIBERO_ASSETS"
+CONFIG_VARIABLE = "LIBERO_CONFIG_PATH"
+PLACEMENT_TRIES = 200
+POSTURE_NOISE = {"magnitude": 0.02, "type": "gaussian"}
+"""Radians at each joint: what the fixed initial states were made with."""
+INSTALL = "LIBERO is not installed: `uv sync --extra libero`, or `pip install 'cogvla[libero]'`"
+_STATE = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+
+Predicate = tuple[str, ...]
+"""For example ("in", "milk_1", "basket_1_contain_region")."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task as its BDDL file describes it.
+
+    Attributes:
+        file: the BDDL file.
+        kind: LIBERO's class for the place, e.g. `libero_floor_manipulation`.
+        objects, fixtures: names by category.
+        things: every name that a goal may speak of: objects, fixtures, and regions of them.
+        start, goal: predicates that hold at the beginning, and that make a success.
+        scene: equal for problems that differ in nothing but the goal: they share a compiled model.
+    """
+
+    file: Path
+    kind: str
+    objects: Mapping[str, tuple[str, ...]]
+    fixtures: Mapping[str, tuple[str, ...]]
+    things: frozenset[str]
+    start: frozenset[Predicate]
+    goal: tuple[Predicate, ...]
+    scene: str
+
+
+def package_folder() -> Path:
+    """Where LIBERO is installed; ValueError says how to install it."""
+    try:
+        spec = importlib.util.find_spec("libero.libero")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None or importlib.util.find_spec("robosuite") is None:
+        raise ValueError(INSTALL)
+    return Path(spec.origin).parent
+
+
+def task_names(suite: str) -> tuple[str, ...]:
+    """The names of a suite's tasks, in the order of their indices; they are the stems of its files."""
+    table = runpy.run_path(str(package_folder() / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"]
+    return tuple(table[suite])
+
+
+def initial_states(suite: str, name: str) -> np.ndarray:
+    """The fixed initial states of a task, float64 [50, time + positions + velocities]."""
+    path = package_folder() / "init_files" / suite / f"{name}.pruned_init"
+    with zipfile.ZipFile(path) as archive:  # written by torch.save, but the content is one numpy array
+        member = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
+        states = _ArrayUnpickler(io.BytesIO(archive.read(member))).load()
+    return np.asarray(states, np.float64)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode") or module.partition(".")[0] == "numpy":
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise pickle.UnpicklingError(f"an initial state file wants to call {module}.{name}")
+
+
+def assets_folder(wanted: str | None = None) -> Path:
+    """The folder with LIBERO's meshes and textures.
+
+    Args:
+        wanted: the folder; None: environment variable COGVLA_LIBERO_ASSETS, else hf-libero's download from the hub.
+
+    Raises:
+        ValueError: there is none; says both ways to get one.
+    """
+    given = wanted or os.environ.get(ASSETS_VARIABLE)
+    if given:
+        folder = Path(given).expanduser().resolve()
+        if not (folder / "scenes").is_dir():
+            raise ValueError(f"{folder} has no LIBERO assets (no folder `scenes` in it); set libero.assets to another")
+        return folder
+    _libero()
+    from libero.libero.utils.download_utils import download_assets_from_huggingface
+
+    try:
+        with redirect_stdout(io.StringIO()):
+            return Path(download_assets_from_huggingface())
+    except Exception as error:  # whatever the hub's client raises, the ways out are the same
+        raise ValueError(
+            f"LIBERO's meshes and textures could not be downloaded from the hub ({error}). Run once with a connection, "
+            f"or give a folder that has them: libero.assets=FOLDER, or {ASSETS_VARIABLE}=FOLDER"
+        ) from error
+
+
+@functools.cache
+def _libero() -> Any:
+    """The module `libero.libero`, imported without its question."""
+    folder = package_folder()
+    home = os.environ.get(CONFIG_VARIABLE)
+    config = (Path(home) if home else _cache() / "cogvla" / "libero") / "config.yaml"
+    if not (home and config.exists()):
+        config.parent.mkdir(parents=True, exist_ok=True)
+        paths = {"benchmark_root": "", "bddl_files": "bddl_files", "init_states": "init_files", "datasets": "datasets"}
+        values = {key: str(folder / path) for key, path in paths.items()} | {"assets": str(folder / "assets")}
+        partial = config.with_name(f".{config.name}.{os.getpid()}")
+        partial.write_text(json.dumps(values))  # JSON is YAML
+        os.replace(partial, config)
+    os.environ[CONFIG_VARIABLE] = str(config.parent)
+    return importlib.import_module("libero.libero")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+@functools.cache
+def problem(suite: str, name: str) -> Problem:
+    """What a task's BDDL file says."""
+    folder = package_folder()
+    _libero()
+    from libero.libero.envs import bddl_utils
+
+    file = folder / "bddl_files" / suite / f"{name}.bddl"
+    parsed = bddl_utils.robosuite_parse_problem(str(file))
+    objects, fixtures = ({k: tuple(v) for k, v in parsed[kind].items()} for kind in ("objects", "fixtures"))
+    names = {name for group in (*objects.values(), *fixtures.values()) for name in group}
+    start = frozenset(tuple(predicate) for predicate in parsed["initial_state"])
+    same = (parsed["problem_name"], objects, fixtures, parsed["regions"], sorted(start))
+    return Problem(
+        file=file,
+        kind=parsed["problem_name"],
+        objects=objects,
+        fixtures=fixtures,
+        things=frozenset(names | set(parsed["regions"])),
+        start=start,
+        goal=tuple(tuple(predicate) for predicate in parsed["goal_state"]),
+        scene=json.dumps(same, sort_keys=True, default=str),
+    )
+
+
+def goal_in_scene(scene: Problem, other: Problem) -> tuple[Predicate, ...] | None:
+    """The goal of another task in this scene; None when its instruction would not be true of anything there.
+
+    Tasks of one goal differ by where their object is ("the bowl on the stove"). Such a task is possible where a second
+    object of the kind stands at that very place; the goal is then that of the second one.
+    """
+    if not {name for predicate in other.goal for name in predicate[1:]} <= scene.things:
+        return None
+    if other.goal != scene.goal:
+        return other.goal
+    for twins in scene.objects.values():
+        for mine in twins:
+            for twin in twins:
+                places = {p for p in other.start if p[1] == mine}
+                names = {name for predicate in other.goal for name in predicate[1:]}
+                if mine == twin or mine not in names or not places:
+                    continue
+                if _renamed(places, mine, twin) <= scene.start and twin not in names:
+                    return tuple(sorted(_renamed(other.goal, mine, twin)))
+    return None
+
+
+def _renamed(predicates: Iterable[Predicate], old: str, new: str) -> set[Predicate]:
+    return {tuple(new if name == old else name for name in predicate) for predicate in predicates}
+
+
+def lighter_meshes(xml: str, folder: Path) -> str:
+    """The model with the robot's visual meshes replaced by those of `folder`, whose `map.json` says which by which."""
+    replacements = json.loads((folder / "map.json").read_text())
+    root = str(Path(importlib.util.find_spec("robosuite").origin).parent / "models" / "assets")  # type: ignore
+
+    def replaced(match: re.Match[str]) -> str:
+        lite = replacements.get(match[1])
+        return f'file="{folder / lite}"' if lite else match[0]
+
+    return re.sub(rf'file="{re.escape(root)}/([^"]*)"', replaced, xml)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draws of robosuite come from numpy's global generator: whoever else uses it must not notice."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
+class Scene:
+    """A compiled scene with the robot in it, for all tasks that happen in it.
+
+    Args:
+        task: any task of this scene.
+        assets: see `assets_folder`.
+        robot_meshes: a folder for `lighter_meshes`, or None.
+        cameras: of the observation, by their names in the model; each is asked of `render(camera)`.
+        render: called when robosuite samples an image.
+    """
+
+    def __init__(
+        self,
+        task: Problem,
+        assets: Path,
+        robot_meshes: Path | None,
+        cameras: Sequence[str] = (),
+        render: Callable[[str], np.ndarray] | None = None,
+    ) -> None:
+        libero = _libero()
+        libero._assets_path_cache = str(assets)  # hf-libero has no other way to be told
+        from libero.libero.envs import TASK_MAPPING
+        from robosuite.controllers import load_controller_config
+        from robosuite.utils.observables import Observable, sensor
+
+        class Place(TASK_MAPPING[task.kind]):  # type: ignore[misc, valid-type]
+            """LIBERO's class of the place; success is asked for from outside."""
+
+            def _assert_problem_name(self) -> None:
+                """The class was chosen by that name."""
+
+            def _check_success(self) -> bool:
+                return False
+
+            def _initialize_sim(self, xml_string: str | None = None) -> None:
+                xml = xml_string or self.model.get_xml()
+                super()._initialize_sim(lighter_meshes(xml, robot_meshes) if robot_meshes else xml)
+
+        with _seeded(0):
+            self.env = Place(
+                str(task.file),
+                robots=["Panda"],
+                controller_configs=load_controller_config(default_controller="OSC_POSE"),
+                initialization_noise=None,
+                use_camera_obs=False,
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                control_freq=CONTROL_HZ,
+                ignore_done=True,
+                hard_reset=False,
+            )
+        for name in self.env.observation_names:
+            self.env.modify_observable(name, "enabled", name in _STATE)
+            self.env.modify_observable(name, "active", name in _STATE)
+        for camera in cameras if render else ():
+            image = sensor(modality="image")(lambda _, camera=camera: render(camera))
+            self.env.add_observable(Observable(name=camera, sensor=image, sampling_rate=CONTROL_HZ))
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """MuJoCo's own model, without robosuite's wrapper."""
+        return self.env.sim.model._model
+
+    @property
+    def data(self) -> mujoco.MjData:
+        """MuJoCo's own data, without robosuite's wrapper."""
+        return self.env.sim.data._data
+
+    def reset(self, state: np.ndarray | None, seed: int = 0) -> dict[str, np.ndarray]:
+        """Start anew.
+
+        Args:
+            state: a row of `initial_states`; None: the objects are placed by the task's own sampler, and the arm is a
+                little off its usual posture, as in the fixed states.
+            seed: of the sampler, which places the fixtures even where a state is given.
+
+        Returns:
+            robosuite's observation: `robot0_eef_pos` [3], `robot0_eef_quat` [4] (x, y, z, w), `robot0_gripper_qpos`
+            [2], and the images.
+        """
+        (robot,) = self.env.robots
+        if state is None:
+            still = robot.initialization_noise
+            robot.initialization_noise = POSTURE_NOISE
+            self._place(seed)
+            robot.initialization_noise = still
+            state = self.env.sim.get_state().flatten()
+        # With a state too: the seed decides the fixtures, and the controller remembers the posture without noise.
+        robot.gripper.current_action = np.zeros(robot.gripper.dof)  # robosuite keeps the last episode's
+        self._place(seed)
+        self.env.sim.set_state_from_flattened(state)
+        self.env.sim.forward()
+        self.env._post_process()
+        self.env._update_observables(force=True)
+        return self.env._get_observations()
+
+    def _place(self, seed: int) -> None:
+        from robosuite.utils.errors import RandomizationError
+
+        with _seeded(seed):
+            for _ in range(PLACEMENT_TRIES):
+                try:
+                    self.env.reset()
+                except RandomizationError:
+                    continue
+                return
+        raise RuntimeError(f"no room for the objects of {self.env.bddl_file_name} in {PLACEMENT_TRIES} tries")
+
+    def step(self, action_A: np.ndarray) -> dict[str, np.ndarray]:
+        """One control step of 50 ms; the observation as from `reset`."""
+        return self.env.step(action_A)[0]
+
+    def holds(self, goal: Sequence[Predicate]) -> bool:
+        """Whether all of these predicates are true now."""
+        return all(self.env._eval_predicate(list(predicate)) for predicate in goal)
