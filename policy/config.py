@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from cogvla.policy.heads.registry import HEADS
 from cogvla.routing.aggregation import FUSIONS
 from cogvla.routing.attention import ATTENTION
 from cogvla.routing.pruning import MODES, POSITION_POLICIES, SCALES
@@ -123,19 +124,27 @@ class ActionHeadConfig:
     """Action placeholders and the head that reads them.
 
     Attributes:
+        kind: `l1` (regression, the paper), `diffusion` (DDIM), `flow` (flow matching) or `discrete` (256 tokens per
+            dimension); see `policy/heads`.
         tokens_per_step: `one` placeholder per step of the chunk, or one per `action_dim`ension (the paper, K*A).
         placeholder: `learned` embeddings, or `zero` vectors (the paper).
         blocks: residual blocks of the head.
+        steps: from noise to action, of `diffusion` and `flow`.
         shifted: read action i from the state one token earlier, the first one from the last word, as in next-token
             prediction (the published code); otherwise from its own placeholder.
     """
 
+    kind: str = "l1"
     tokens_per_step: Literal["one", "action_dim"] = "one"
     placeholder: Literal["learned", "zero"] = "learned"
     blocks: int = 2
+    steps: int = 10
     shifted: bool = False
 
     def __post_init__(self) -> None:
+        _one_of("head.kind", self.kind, tuple(HEADS))
+        if self.blocks < 0 or self.steps < 1:
+            raise ValueError(f"head: blocks cannot be negative and steps must be positive, got {self}")
         _one_of("head.tokens_per_step", self.tokens_per_step, ("one", "action_dim"))
         _one_of("head.placeholder", self.placeholder, ("learned", "zero"))
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvla.policy.action_head import ActionHead
 from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.heads.interface import HeadSizes
+from cogvla.policy.heads.registry import HEADS
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.language import DecoderContext, RoutedDecoder, Trace
 from cogvla.policy.vision import DualVision, VisionCondition
@@ -43,8 +44,8 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What it answers: normalised actions [B,K,A], the vision tokens [B,N,D] that the language model was given, and the
-    states [B,J,D] of the action tokens that the head reads.
+    """What it answers: normalised actions [B,K,A] ([B,0,A] where they were not asked for), the vision tokens [B,N,D]
+    that the language model was given, and the states [B,J,D] of the action tokens that the head reads.
 
     `gaze`, if asked for: per tower the logarithm of the aggregation tokens' attention to the patches, [B*V,h,M,P].
     `debug` holds, if asked for: `kept` and `hidden` by layer, `streams` (tower outputs), `stream_weights` [B,2].
@@ -87,7 +88,7 @@ class CogVLA(nn.Module):
         causal, but actions and stop attend in both directions
               |
               v
-        states of the J action tokens -> MLP -> actions [B,K,A]
+        states of the J action tokens -> head -> actions [B,K,A]
 
     Args:
         config: the network.
@@ -105,7 +106,13 @@ class CogVLA(nn.Module):
         self.vision = DualVision(config.vision, config.routing, embodiment, width)
         self.state = two_layer(embodiment.state_dim, width, width)
         self.decoder = RoutedDecoder(config.language, config.routing, config.head.shifted)
-        self.head = ActionHead(width, embodiment.chunk, embodiment.action_dim, per_step, config.head.blocks)
+        kind, blocks, steps = config.head.kind, config.head.blocks, config.head.steps
+        if kind == "discrete" and embodiment.action_normalisation == "mean_std":
+            raise ValueError(
+                "head.kind=discrete cuts normalised actions at -1 and 1, where mean_std does not end: choose "
+                "action_normalisation q99 or min_max in the embodiment, or another head"
+            )
+        self.head = HEADS[kind](HeadSizes(width, embodiment.chunk, embodiment.action_dim, per_step, blocks, steps))
         self.placeholder: nn.Parameter | None = None
         if config.head.placeholder == "learned":
             self.placeholder = nn.Parameter(torch.randn(self.action_tokens, width))
@@ -129,7 +136,12 @@ class CogVLA(nn.Module):
         return TextFeatures(embedded_BTD, context, self.vision.condition(total_BD / count_B1))
 
     def forward(
-        self, inputs: ModelInput, text: TextFeatures | None = None, debug: bool = False, watch: bool = False
+        self,
+        inputs: ModelInput,
+        text: TextFeatures | None = None,
+        debug: bool = False,
+        watch: bool = False,
+        decode: bool = True,
     ) -> ModelOutput:
         """One parallel pass.
 
@@ -138,16 +150,19 @@ class CogVLA(nn.Module):
             text: of an earlier `encode_text` for the same instructions, to save the work.
             debug: also return what is inside (slower: every row of every layer is computed).
             watch: also return where the aggregation tokens look.
+            decode: False leaves out the actions; training asks the head for its error on the states instead.
         """
         gaze: list[Tensor] | None = [] if watch else None
         text = text or self.encode_text(inputs.text_ids, inputs.text_mask)
         streams = self.vision.streams(inputs.pixels, text.vision, gaze)
-        output = self.decide(self.vision.fusion(streams, text.vision.weights_B2), inputs.state, text, debug)
+        output = self.decide(self.vision.fusion(streams, text.vision.weights_B2), inputs.state, text, debug, decode)
         if output.debug is not None:
             output.debug.update(streams=streams, stream_weights=text.vision.weights_B2)
         return output if gaze is None else replace(output, gaze=gaze)
 
-    def decide(self, vision_BND: Tensor, state_BS: Tensor, text: TextFeatures, debug: bool = False) -> ModelOutput:
+    def decide(
+        self, vision_BND: Tensor, state_BS: Tensor, text: TextFeatures, debug: bool = False, decode: bool = True
+    ) -> ModelOutput:
         """From mixed vision tokens, normalised state and instruction to actions: stages 2 and 3 and the head."""
         batch, dtype = len(state_BS), vision_BND.dtype
         layout = text.context.layout
@@ -165,7 +180,7 @@ class CogVLA(nn.Module):
         )
         trace = Trace() if debug else None
         action_BJD = self.decoder(sequence_BSD, text.context, trace)
-        actions_BKA = self.head(action_BJD)
+        actions_BKA = self.head(action_BJD) if decode else action_BJD.new_empty(batch, 0, self.embodiment.action_dim)
         if trace is None:
             return ModelOutput(actions_BKA, vision_BND, action_BJD)
         inside = {"kept": trace.kept, "hidden": trace.hidden, "layout": layout}

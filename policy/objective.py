@@ -1,4 +1,5 @@
-"""What training minimises: masked L1 on the action chunk, and where the simulator gives labels, grounding.
+"""What training minimises: the head's error on the action chunk (masked L1 for the paper's head), and where the
+simulator gives labels, grounding.
 
 Behaviour cloning alone learns the arm's habits long before it looks at the instruction. Three things mend that:
 
@@ -15,8 +16,8 @@ Behaviour cloning alone learns the arm's habits long before it looks at the inst
 - state dropout: the proprioceptive state is hidden from a share of the samples, so that "the target is where the arm
   is heading" is no way out.
 
-Shape legend: B batch, V views, X = B*V, K chunk, A action, N vision tokens, M aggregation tokens per view, h heads,
-P patches per view, D width, T tasks of the suite, G = 6 (target xyz, goal xyz).
+Shape legend: B batch, V views, X = B*V, K chunk, A action, R draws of noise, N vision tokens, M aggregation tokens per
+view, h heads, P patches per view, D width, T tasks of the suite, G = 6 (target xyz, goal xyz).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from cogvla.policy.heads.interface import ActionHead
 from cogvla.policy.model import CogVLA, ModelInput, ModelOutput
 
 GROUNDING_DIM = 6
@@ -82,6 +84,7 @@ class Batch:
         image_points_BV22: where target and goal are in each view, as (right, down) in [0,1]; outside of it they are not
             in the picture. None without projections.
         point_weight_BV2: weight of each of these points, 1 on average over the step; 0 where it is not in the picture.
+        noise_BRKA, time_BR: what is random in the head's error, see `ActionHead.error`.
     """
 
     inputs: ModelInput
@@ -90,6 +93,8 @@ class Batch:
     positions_BG: Tensor | None
     image_points_BV22: Tensor | None = None
     point_weight_BV2: Tensor | None = None
+    noise_BRKA: Tensor | None = None
+    time_BR: Tensor | None = None
 
 
 class GroundingHead(nn.Module):
@@ -128,11 +133,15 @@ class Objective(nn.Module):
         self.reading = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs)) if config.reading else None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses as scalars: `loss` (to minimise), `action_l1`, and `grounding_l1` when there are labels."""
+        """Losses as scalars: `loss` (to minimise), `action_l1` (or what the head measures), and with labels those of
+        the parts that need them: `grounding_l1`, `reading_l1`, `pointing_ce`.
+        """
         points = self.config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
-        output: ModelOutput = self.model(batch.inputs, watch=bool(points))
-        action_l1 = (_l1(output.actions, batch.actions_BKA) * batch.weight_BK).mean()
-        losses = {"loss": action_l1, "action_l1": action_l1.detach()}
+        head: ActionHead = self.model.head
+        output: ModelOutput = self.model(batch.inputs, watch=bool(points), decode=False)
+        error_BK = head.error(output.states, batch.actions_BKA, batch.noise_BRKA, batch.time_BR)
+        action = (error_BK * batch.weight_BK).mean()
+        losses = {"loss": action, f"action_{head.error_name}": action.detach()}
         if self.grounding is not None and batch.positions_BG is not None:
             grounding = (self.grounding(output.vision) - batch.positions_BG).abs().mean()
             losses["loss"] = losses["loss"] + self.config.grounding * grounding
@@ -178,11 +187,8 @@ def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor, weight_BV2: T
 
 def masked_l1(predicted_BKA: Tensor, expert_BKA: Tensor, weight_BK: Tensor) -> Tensor:
     """Mean absolute error over the actions with weight; 0 when there is none."""
-    return (_l1(predicted_BKA, expert_BKA) * weight_BK).sum() / weight_BK.sum().clamp(min=1e-6)
-
-
-def _l1(predicted_BKA: Tensor, expert_BKA: Tensor) -> Tensor:
-    return (predicted_BKA.float() - expert_BKA).abs().mean(dim=-1)
+    error_BK = (predicted_BKA.float() - expert_BKA).abs().mean(dim=-1)
+    return (error_BK * weight_BK).sum() / weight_BK.sum().clamp(min=1e-6)
 
 
 def choose_alternative(possible_BT: Tensor, generator: torch.Generator) -> Tensor:

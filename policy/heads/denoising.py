@@ -1,0 +1,180 @@
+"""Heads that start from noise: diffusion and flow matching, which differ in the path from the noise to the action.
+
+Time runs from 1, where a chunk is pure noise, to 0, where it is the action; in between it is a mixture of both. The
+network is trained to tell the velocity along this path from the mixture, the time and the states of the action tokens.
+Following the velocity from noise gives an action.
+
+- `DiffusionHead`: the path is an arc, `cos(p) action + sin(p) noise` with `p = t pi/2`, which is the cosine schedule.
+  The velocity is the v of Salimans and Ho (2022). A step of DDIM (Song et al. 2021, eta 0) is a rotation. Actions by
+  diffusion: Chi et al. 2023.
+- `FlowHead`: the path is a straight line, followed by Euler's method (Lipman et al. 2023; Liu et al. 2023). Times in
+  training lean towards the noise, as in pi0 (Black et al. 2024).
+
+The network in front runs once, only the `Denoiser` runs at every step. The noise that decoding starts from is always
+the same: the policy is a function of what it sees, whatever else is in the batch, and chunk after chunk keeps to the
+same way where there are several.
+
+Shape legend: as in `heads.interface`; S steps, E features of time. `...` is B when decoding, B R in training.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from cogvla.policy.heads.interface import ActionHead, HeadSizes, linear_macs
+
+TIME_FEATURES = 32
+NOISE_SEED = 0
+
+
+def time_features(time: Tensor) -> Tensor:
+    """Times [...] to sines and cosines [...,E] of periods from 8 down to 1/8, float32."""
+    frequency_e = torch.logspace(-3, 3, TIME_FEATURES // 2, base=2.0, device=time.device)
+    angle = 2 * math.pi * time[..., None].float() * frequency_e
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
+class DenoisingBlock(nn.Module):
+    """Steps of the chunk look at each other (a linear layer over K), then each for itself (an MLP over D)."""
+
+    def __init__(self, width: int, chunk: int) -> None:
+        super().__init__()
+        self.width, self.chunk = width, chunk
+        self.mix_norm, self.mix = nn.LayerNorm(width), nn.Linear(chunk, chunk)
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.mix(rearrange(self.mix_norm(x), "... k d -> ... d k"))
+        x = x + rearrange(mixed, "... d k -> ... k d")
+        return x + self.ffn(x)
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one pass with one sample."""
+        return self.width * linear_macs(self.mix) + self.chunk * linear_macs(self.ffn)
+
+
+class Denoiser(nn.Module):
+    """Velocity of a noisy chunk, given what the policy sees."""
+
+    def __init__(self, sizes: HeadSizes) -> None:
+        super().__init__()
+        self.chunk, width = sizes.chunk, sizes.width
+        self.see = nn.Sequential(nn.LayerNorm(sizes.joined), nn.Linear(sizes.joined, width))
+        self.action = nn.Linear(sizes.action_dim, width)
+        self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.GELU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(DenoisingBlock(width, sizes.chunk) for _ in range(sizes.blocks))
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sizes.action_dim))
+
+    def embed_time(self, time: Tensor) -> Tensor:
+        """Times [...] to [...,D]."""
+        return self.time(time_features(time).to(self.action.weight.dtype))
+
+    def forward(self, seen: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """What `see` gives [...,K,D], noisy actions [...,K,A] and `embed_time` [...,D] to velocities [...,K,A]."""
+        hidden = seen + self.action(noisy.to(self.action.weight.dtype)) + time[..., None, :]
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.out(hidden).float()
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one pass with one sample."""
+        blocks = sum(block.macs() for block in self.blocks)
+        return self.chunk * (linear_macs(self.action) + linear_macs(self.out)) + blocks
+
+
+class DenoisingHead(ActionHead):
+    """A path between noise and action, and the `Denoiser` that follows it."""
+
+    error_name: ClassVar[str] = "mse"
+    noise_KA: Tensor
+    time_S: Tensor
+
+    def __init__(self, sizes: HeadSizes) -> None:
+        super().__init__(sizes)
+        self.denoiser = Denoiser(sizes)
+        self.times = [step / sizes.steps for step in range(sizes.steps, -1, -1)]
+        generator = torch.Generator("cpu").manual_seed(NOISE_SEED)
+        noise_KA = torch.randn(sizes.chunk, sizes.action_dim, generator=generator, device="cpu")
+        self.register_buffer("noise_KA", noise_KA, persistent=False)
+        self.register_buffer("time_S", torch.tensor(self.times[:-1]), persistent=False)
+
+    @staticmethod
+    @abstractmethod
+    def training_time(uniform: Tensor) -> Tensor:
+        """Uniform draws from [0,1) to the times to train on."""
+
+    @staticmethod
+    @abstractmethod
+    def mixture(action: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy action at a time, and its velocity."""
+
+    @staticmethod
+    @abstractmethod
+    def follow(noisy: Tensor, velocity: Tensor, time: float, until: float) -> Tensor:
+        """From the noisy action at a time to that at an earlier one."""
+
+    def decode(self, states_BJD: Tensor, noise_BKA: Tensor | None = None) -> Tensor:
+        """The actions float32 [B,K,A] at the end of the path that starts at this noise; None is the head's own."""
+        seen_BKD = self.denoiser.see(self.join(states_BJD))
+        time_SD = self.denoiser.embed_time(self.time_S)
+        x_BKA = self.noise_KA.float().expand(len(seen_BKD), -1, -1) if noise_BKA is None else noise_BKA
+        for time_D, time, until in zip(time_SD, self.times, self.times[1:], strict=False):
+            x_BKA = self.follow(x_BKA, self.denoiser(seen_BKD, x_BKA, time_D), time, until)
+        return x_BKA
+
+    def error(
+        self, states_BJD: Tensor, expert_BKA: Tensor, noise_BRKA: Tensor | None = None, time_BR: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared error of the velocity, over draws and the action's dimensions."""
+        assert noise_BRKA is not None
+        assert time_BR is not None
+        time_BR = self.training_time(time_BR)
+        seen_B1KD = self.denoiser.see(self.join(states_BJD))[:, None]
+        noisy_BRKA, velocity_BRKA = self.mixture(expert_BKA[:, None], noise_BRKA, time_BR[..., None, None])
+        found_BRKA = self.denoiser(seen_B1KD, noisy_BRKA, self.denoiser.embed_time(time_BR))
+        return (found_BRKA - velocity_BRKA).square().mean(dim=(1, 3))
+
+    def macs(self) -> int:
+        seeing, timing = linear_macs(self.denoiser.see), linear_macs(self.denoiser.time)
+        return self.sizes.chunk * seeing + self.sizes.steps * (timing + self.denoiser.macs())
+
+
+class DiffusionHead(DenoisingHead):
+    """Along an arc, by DDIM."""
+
+    @staticmethod
+    def training_time(uniform: Tensor) -> Tensor:
+        return uniform
+
+    @staticmethod
+    def mixture(action: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = (time * math.pi / 2).cos(), (time * math.pi / 2).sin()
+        return cos * action + sin * noise, cos * noise - sin * action
+
+    @staticmethod
+    def follow(noisy: Tensor, velocity: Tensor, time: float, until: float) -> Tensor:
+        angle = (time - until) * math.pi / 2
+        return math.cos(angle) * noisy - math.sin(angle) * velocity
+
+
+class FlowHead(DenoisingHead):
+    """Along a straight line, by Euler's method."""
+
+    @staticmethod
+    def training_time(uniform: Tensor) -> Tensor:
+        """From the distribution Beta(1.5, 1), by the inverse of its distribution function."""
+        return uniform ** (1 / 1.5)
+
+    @staticmethod
+    def mixture(action: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        return (1 - time) * action + time * noise, noise - action
+
+    @staticmethod
+    def follow(noisy: Tensor, velocity: Tensor, time: float, until: float) -> Tensor:
+        return noisy - (time - until) * velocity

@@ -1,0 +1,90 @@
+"""What an action head is: states of the action tokens in, a chunk of normalised actions out.
+
+Shape legend: B batch, K chunk, A action dimension, J action tokens (K or K*A), D width, R random draws per sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor, nn
+
+DRAWS = 8
+"""R. A head costs little beside the network in front of it, so each of its states teaches with several draws of noise
+(as in CogACT, Li et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """What a head is built from.
+
+    Attributes:
+        width: D.
+        chunk: K.
+        action_dim: A.
+        tokens_per_step: tokens of one step, 1 or A.
+        blocks: residual blocks.
+        steps: of sampling, for heads that start from noise.
+    """
+
+    width: int
+    chunk: int
+    action_dim: int
+    tokens_per_step: int
+    blocks: int = 2
+    steps: int = 10
+
+    @property
+    def joined(self) -> int:
+        """Width of all tokens of one step together."""
+        return self.width * self.tokens_per_step
+
+
+class ActionHead(nn.Module, ABC):
+    """States [B,J,D] to actions [B,K,A] in normalised units, and what is wrong with them in training.
+
+    Decoding is a function of the states alone: the same observation gives the same actions, in any batch.
+    """
+
+    error_name: ClassVar[str]
+    """What `error` measures; metrics call it `action_{error_name}`."""
+
+    def __init__(self, sizes: HeadSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    @abstractmethod
+    def decode(self, states_BJD: Tensor) -> Tensor:
+        """The actions [B,K,A]."""
+
+    @abstractmethod
+    def error(
+        self, states_BJD: Tensor, expert_BKA: Tensor, noise_BRKA: Tensor | None = None, time_BR: Tensor | None = None
+    ) -> Tensor:
+        """What training minimises, for each action [B,K]; about 1 for a head that knows nothing, in any head.
+
+        Args:
+            states_BJD: of the action tokens.
+            expert_BKA: normalised actions to imitate.
+            noise_BRKA: draws from the standard normal distribution, for heads that learn to remove noise.
+            time_BR: draws from the uniform distribution on [0,1), for the same.
+        """
+
+    def macs(self) -> int:
+        """Multiply-accumulates that decode one sample."""
+        return self.sizes.chunk * linear_macs(self)
+
+    def forward(self, states_BJD: Tensor) -> Tensor:
+        return self.decode(states_BJD)
+
+    def join(self, states_BJD: Tensor) -> Tensor:
+        """The tokens of each step side by side, [B,K,D or A*D]."""
+        return rearrange(states_BJD, "b (k a) d -> b k (a d)", k=self.sizes.chunk)
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-accumulates of all linear layers for one row."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
