@@ -23,6 +23,7 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model import CogVLA
 from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.training_config import TrainingConfig
+from cogvla.real_robot.request import RequestKeys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS: dict[str, Callable[..., Any]] = {
@@ -30,9 +31,10 @@ GROUPS: dict[str, Callable[..., Any]] = {
     "embodiment": Embodiment,
     "objective": ObjectiveConfig,
     "protocol": Protocol,
+    "request_keys": RequestKeys,
     "training": TrainingConfig,
 }
-COMPOSED_BY = {"protocol": "eval_libero"}
+COMPOSED_BY = {"protocol": "eval_libero", "request_keys": "policy_server"}
 """The command that a group belongs to; train_policy unless named here."""
 IMAGE = {"tiny": 128, "small": 224, "cogvla_7b": 224}
 PARAMETERS = {"tiny": (0.5e6, 2e6), "small": (0.4e9, 0.7e9), "cogvla_7b": (7e9, 9.5e9)}

@@ -1,0 +1,212 @@
+"""Answers requests that arrive together with one forward pass, in one thread of its own.
+
+    connections:   a       b   c          d
+                   |       |   |          |
+    queue:         [a]    [a, b, c] wait until max_batch, batch_wait_ms, or every client has asked
+    worker:                 act([a, b, c])          act([d])
+
+Shape legend: B batch, K chunk, A action.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cogvla.policy.interface import Observation, Policy
+from cogvla.real_robot.server_metrics import ServerMetrics
+
+_log = logging.getLogger(__name__)
+
+
+class ExpiredError(Exception):
+    """Nobody waits for this answer any more, so it was not computed."""
+
+
+class PolicyError(RuntimeError):
+    """The policy raised, or answered with something that no robot may execute."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """When a forward pass starts.
+
+    Attributes:
+        max_batch: most requests of one forward pass.
+        wait_ms: how long the first request of a batch waits for others, at most.
+    """
+
+    max_batch: int = 8
+    wait_ms: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1 or not self.wait_ms >= 0:
+            raise ValueError(f"max_batch must be at least 1 and batch_wait_ms at least 0, got {self!r}")
+
+
+@dataclass(frozen=True)
+class BatchAnswer:
+    """Actions float32 [K,A] of one request and how they came about."""
+
+    actions_KA: np.ndarray
+    timing: Mapping[str, float]
+    infer_ms: float
+    queue_ms: float
+    batch: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    observation: Observation
+    deadline: float | None
+    arrived: float = field(default_factory=time.monotonic)
+    future: Future[BatchAnswer] = field(default_factory=Future)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Only images of the same sizes can be stacked."""
+        return tuple(image.shape for image in self.observation.images.values())
+
+
+class Batcher:
+    """Owns the only thread that calls the policy.
+
+    Args:
+        policy: what answers.
+        settings: when a forward pass starts.
+        metrics: counts batches and the queue.
+    """
+
+    def __init__(self, policy: Policy, settings: BatchSettings, metrics: ServerMetrics) -> None:
+        self._policy, self._settings, self._metrics = policy, settings, metrics
+        self._condition = threading.Condition()
+        self._waiting: list[_Job] = []
+        self._closed = False
+        self._clients = 0
+        self.ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+
+    def start(self) -> None:
+        """Start the warm-up; `ready` tells how it ended."""
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Warm, and able to answer."""
+        return self.ready.done() and self.ready.exception() is None and self._thread.is_alive() and not self._closed
+
+    def count_clients(self, clients: int) -> None:
+        """How many may ask: when all of them have, nobody is waited for."""
+        with self._condition:
+            self._clients = clients
+            self._condition.notify()
+
+    def submit(self, observation: Observation, deadline: float | None = None) -> Future[BatchAnswer]:
+        """An observation of batch size 1; cancel the future when nobody waits for it any more.
+
+        Args:
+            observation: validated already.
+            deadline: `time.monotonic()` after which it is not computed (`ExpiredError`).
+        """
+        job = _Job(observation, deadline)
+        with self._condition:
+            if self._closed:
+                raise PolicyError("the server is shutting down")
+            self._waiting.append(job)
+            self._condition.notify()
+        return job.future
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Drop what waits, finish the forward pass that runs, end the thread."""
+        with self._condition:
+            self._closed = True
+            dropped, self._waiting = self._waiting, []
+            self._condition.notify()
+        for job in dropped:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(PolicyError("the server is shutting down"))
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            self._warm_up()
+        except Exception as error:  # whoever waits for `ready` raises it
+            self.ready.set_exception(error)
+            return
+        self.ready.set_result(None)
+        while jobs := self._collect():
+            self._answer([job for job in jobs if self._wanted(job)])
+
+    def _warm_up(self) -> None:
+        """The first passes of each batch size compile and allocate."""
+        sizes = {self._settings.max_batch} | {2**i for i in range(self._settings.max_batch.bit_length())}
+        for size in sorted(s for s in sizes if s <= self._settings.max_batch):
+            if not self._closed:
+                self._policy.act(self._policy.embodiment.fake_observation(size))
+
+    def _collect(self) -> list[_Job]:
+        """The next batch: the oldest request and those that fit to it; empty when closed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return []
+            until = self._waiting[0].arrived + self._settings.wait_ms / 1e3
+            while len(self._waiting) < min(self._settings.max_batch, self._clients) and not self._closed:
+                left = until - time.monotonic()
+                if left <= 0 or not self._condition.wait(left):
+                    break
+            if not self._waiting:  # closed meanwhile
+                return []
+            fitting = [job for job in self._waiting if job.shapes == self._waiting[0].shapes]
+            jobs = fitting[: self._settings.max_batch]
+            self._waiting = [job for job in self._waiting if job not in jobs]
+            self._metrics.queue.set(len(self._waiting))
+            return jobs
+
+    @staticmethod
+    def _wanted(job: _Job) -> bool:
+        if not job.future.set_running_or_notify_cancel():
+            return False
+        if job.deadline is not None and time.monotonic() > job.deadline:
+            job.future.set_exception(ExpiredError("the deadline passed before the request was computed"))
+            return False
+        return True
+
+    def _answer(self, jobs: Sequence[_Job]) -> None:
+        if not jobs:
+            return
+        started = time.monotonic()
+        try:
+            chunk = self._policy.act(Observation.stack([job.observation for job in jobs]))
+            actions_BKA = np.asarray(chunk.actions, np.float32)
+            embodiment = self._policy.embodiment
+            expected = (len(jobs), embodiment.chunk, embodiment.action_dim)
+            if actions_BKA.shape != expected:
+                raise PolicyError(f"the policy answered with shape {actions_BKA.shape}, not {expected}")
+        except Exception as error:
+            if len(jobs) > 1:  # one of them may be at fault: the others get their answer
+                for job in jobs:
+                    self._answer([job])
+                return
+            _log.exception("the policy failed")
+            failed = PolicyError("the policy failed; the server's log says why")
+            failed.__cause__ = error
+            jobs[0].future.set_exception(failed)
+            return
+        infer_s = time.monotonic() - started
+        self._metrics.inference.observe(infer_s)
+        self._metrics.batch.observe(len(jobs))
+        for job, actions_KA in zip(jobs, actions_BKA, strict=True):
+            if np.isfinite(actions_KA).all():
+                queue_ms = 1e3 * (started - job.arrived)
+                job.future.set_result(BatchAnswer(actions_KA, chunk.timing, 1e3 * infer_s, queue_ms, len(jobs)))
+            else:
+                _log.error("the policy answered with NaN or infinite actions")
+                job.future.set_exception(PolicyError("the policy answered with NaN or infinite actions"))

@@ -1,0 +1,115 @@
+"""The clients for code without an event loop: they run the async ones in a thread, so that every deadline holds.
+
+A blocking socket would not do: on a network that stalls, writing to it can block for minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import CancelledError
+from typing import Any, TypeVar
+
+from cogvla.policy.interface import Observation
+from cogvla.real_robot.async_client import Answer, AsyncPolicyClient, ClientSettings
+from cogvla.real_robot.reconnecting import Backoff, ReconnectingClient
+from cogvla.real_robot.server_info import ServerInfo
+
+T = TypeVar("T")
+
+
+class EventLoopThread:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="policy client", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine; on Ctrl-C it is cancelled."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise RuntimeError("the client was closed meanwhile") from None
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """End the thread; nothing may run any more."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class PolicyClient:
+    """One connection: once it is lost, every call raises UnavailableError. Arguments: `AsyncPolicyClient.connect`.
+
+    with PolicyClient("ws://127.0.0.1:8000", ClientSettings(robot=embodiment)) as client:
+        answer = client.infer(observation)
+    """
+
+    def __init__(self, uri: str, settings: ClientSettings | None = None) -> None:
+        self._loop = EventLoopThread()
+        try:
+            self._client = self._loop.run(AsyncPolicyClient.connect(uri, settings))
+        except BaseException:
+            self._loop.close()
+            raise
+
+    @property
+    def info(self) -> ServerInfo:
+        return self._client.info
+
+    def infer(
+        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+    ) -> Answer:
+        """See `AsyncPolicyClient.infer`."""
+        return self._loop.run(self._client.infer(observation, timeout_s=timeout_s, observation_id=observation_id))
+
+    def close(self) -> None:
+        """Say goodbye."""
+        self._loop.run(self._client.close())
+        self._loop.close()
+
+    def __enter__(self) -> PolicyClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ReconnectingPolicyClient:
+    """`ReconnectingClient` for code without an event loop; nothing is connected before the first call."""
+
+    def __init__(self, uri: str, settings: ClientSettings | None = None, backoff: Backoff | None = None) -> None:
+        self._loop = EventLoopThread()
+        self._client = ReconnectingClient(uri, settings or ClientSettings(), backoff or Backoff())
+
+    @property
+    def connections(self) -> int:
+        """How often it has connected."""
+        return self._client.connections
+
+    def info(self, timeout_s: float | None = None) -> ServerInfo:
+        """See `ReconnectingClient.info`."""
+        return self._loop.run(self._client.info(timeout_s))
+
+    def infer(
+        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+    ) -> Answer:
+        """See `ReconnectingClient.infer`."""
+        return self._loop.run(self._client.infer(observation, timeout_s=timeout_s, observation_id=observation_id))
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        self._loop.run(self._client.close())
+        self._loop.close()
+
+    def __enter__(self) -> ReconnectingPolicyClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

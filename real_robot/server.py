@@ -1,0 +1,288 @@
+"""Serves a policy over openpi's websocket protocol: one client per robot, one inference thread for all.
+
+    connect            -> metadata (`ServerInfo`)
+    request, binary    -> {"actions": float32 [K,A], "server_timing": {...}, "policy_timing": {...}}
+    a bad request      -> one line of text, then close code 1011; other clients notice nothing
+    GET /healthz       -> 200 after the warm-up, 503 before it and while shutting down
+    GET /metrics       -> Prometheus
+
+The event loop only moves and checks frames, so pings are answered while the policy computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+from websockets.http11 import Request, Response
+
+from cogvla.policy.interface import Policy
+from cogvla.real_robot.batching import BatchAnswer, Batcher, BatchSettings, ExpiredError, PolicyError
+from cogvla.real_robot.request import OBSERVATION_ID, RequestFormat, RequestKeys
+from cogvla.real_robot.server_info import ServerInfo
+from cogvla.real_robot.server_metrics import Outcome, ServerMetrics
+from cogvla.real_robot.wire import FrameError, pack
+
+HEALTH, METRICS = "/healthz", "/metrics"
+CLOSE_S = 2.0
+"""How long a client may take to answer that the connection is closed."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where the server listens and what it lets through.
+
+    Attributes:
+        host: address to bind; the default is this machine only.
+        port: 0 takes a free one.
+        api_key: clients must send it (`Authorization: Api-Key ...`); None: everyone may ask.
+        certificate, private_key: PEM files for TLS; None: plain.
+        max_message_mb: longer requests end the connection.
+        max_clients: further connections are refused with 503.
+        ping_s: a client that does not answer a ping for so long is cut off.
+        shutdown_s: how long requests may still be answered after the server was told to stop.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    certificate: Path | None = None
+    private_key: Path | None = None
+    max_message_mb: float = 16.0
+    max_clients: int = 64
+    ping_s: float = 20.0
+    shutdown_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port must be 0 to {2**16 - 1}, got {self.port}")
+        for name in ("max_message_mb", "max_clients", "ping_s", "shutdown_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip() == self.api_key != ""):
+            raise ValueError("api_key must be plain text without spaces around it; null switches it off")
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("TLS needs both tls.cert and tls.key")
+
+    def tls(self) -> ssl.SSLContext | None:
+        """The server's side of TLS; ValueError if the files are missing or are not a certificate and its key."""
+        if self.certificate is None or self.private_key is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.certificate, self.private_key)
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f"cannot use tls.cert={self.certificate} with tls.key: {error}") from error
+        return context
+
+
+class PolicyServer:
+    """See the module docstring.
+
+    Args:
+        policy: what answers; only the inference thread calls it.
+        settings: where to listen.
+        batching: when a forward pass starts.
+        keys: what requests look like.
+        identity: added to the policy's description: what tells its weights from others of the same description.
+        metrics: counts; read it to observe the server from the same process.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        settings: ServerSettings | None = None,
+        batching: BatchSettings | None = None,
+        keys: RequestKeys | None = None,
+        identity: Mapping[str, str] | None = None,
+        metrics: ServerMetrics | None = None,
+    ) -> None:
+        self._settings = settings = settings or ServerSettings()
+        batching = batching or BatchSettings()
+        self.metrics = metrics or ServerMetrics()
+        self._batcher = Batcher(policy, batching, self.metrics)
+        self.info = ServerInfo(
+            embodiment=policy.embodiment,
+            keys=keys or RequestKeys(),
+            policy={**policy.describe(), **(identity or {})},
+            max_message_bytes=int(settings.max_message_mb * 2**20),
+            max_batch=batching.max_batch,
+        )
+        self._format = RequestFormat(policy.embodiment, self.info.keys)
+        self._hello = pack(self.info.to_dict())
+        self._clients = 0
+        self._answering = 0
+        self._stopping = False
+
+    async def run(self, stop: asyncio.Event, listening: Callable[[int], None] = lambda _: None) -> None:
+        """Serve until `stop` is set, then answer what was asked already and close.
+
+        Args:
+            stop: ends the server.
+            listening: called with the port, before the warm-up: who connects now waits for it.
+
+        Raises:
+            OSError: the address cannot be bound.
+            Exception: whatever the policy's warm-up raised.
+        """
+        try:
+            async with serve(
+                self._serve,
+                self._settings.host,
+                self._settings.port,
+                process_request=self._http,
+                ssl=self._settings.tls(),
+                origins=[None],  # no web page may use a visitor's browser to get here
+                compression=None,
+                max_size=self.info.max_message_bytes,
+                max_queue=1,  # one request at a time: more of one client stay in its socket
+                ping_interval=self._settings.ping_s,
+                ping_timeout=self._settings.ping_s,
+                close_timeout=CLOSE_S,
+                server_header=None,
+            ) as server:
+                self._batcher.start()
+                listening(_port(server))
+                await self._warm(stop)
+                await stop.wait()
+                self._stopping = True
+                self.metrics.ready.set(0)
+                last = time.monotonic() + self._settings.shutdown_s
+                while self._answering and time.monotonic() < last:
+                    await asyncio.sleep(0.01)
+        finally:
+            await asyncio.to_thread(self._batcher.close)
+
+    async def _warm(self, stop: asyncio.Event) -> None:
+        stopped = asyncio.ensure_future(stop.wait())
+        ready = asyncio.wrap_future(self._batcher.ready)
+        await _first(stopped, ready)
+        stopped.cancel()
+        if ready.done():
+            ready.result()
+            self.metrics.ready.set(1)
+
+    def _http(self, connection: ServerConnection, request: Request) -> Response | None:
+        """What is answered before the websocket handshake; None goes on with it."""
+        if request.path == HEALTH:
+            healthy = self._batcher.healthy and not self._stopping
+            if healthy:
+                return connection.respond(HTTPStatus.OK, "OK\n")
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "not ready\n")
+        if not self._authorised(request):
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "send the header `Authorization: Api-Key KEY`\n")
+        if request.path == METRICS:
+            response = connection.respond(HTTPStatus.OK, self.metrics.text().decode())
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = CONTENT_TYPE_LATEST
+            return response
+        if self._stopping or self._clients >= self._settings.max_clients:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "no more clients at the moment\n")
+        return None
+
+    def _authorised(self, request: Request) -> bool:
+        if self._settings.api_key is None:
+            return True
+        given = request.headers.get_all("Authorization")
+        expected = f"Api-Key {self._settings.api_key}"
+        return len(given) == 1 and hmac.compare_digest(given[0].encode(), expected.encode())
+
+    async def _serve(self, connection: ServerConnection) -> None:
+        self._count_clients(1)
+        gone = asyncio.ensure_future(connection.wait_closed())
+        try:
+            await connection.send(self._hello)
+            last_ms: float | None = None
+            async for frame in connection:
+                started = time.perf_counter()
+                self._answering += 1
+                try:
+                    answer = await self._answer(frame, gone, last_ms)
+                    if answer is None:
+                        return
+                    await connection.send(answer)
+                    if isinstance(answer, str):
+                        await connection.close(CloseCode.INTERNAL_ERROR, "the request was not answered")
+                        return
+                finally:
+                    self._answering -= 1
+                last_ms = 1e3 * (time.perf_counter() - started)
+                self.metrics.latency.observe(last_ms / 1e3)
+        except ConnectionClosed:  # a robot that is switched off is no fault of the server
+            pass
+        finally:
+            gone.cancel()
+            self._count_clients(-1)
+            if connection.close_code == CloseCode.MESSAGE_TOO_BIG:
+                self.metrics.count("oversized")
+
+    def _count_clients(self, change: int) -> None:
+        self._clients += change
+        self.metrics.clients.set(self._clients)
+        self._batcher.count_clients(self._clients)
+
+    async def _answer(
+        self, frame: str | bytes, gone: asyncio.Future[None], last_ms: float | None
+    ) -> bytes | str | None:
+        """The frame to send back: an answer, or text that says what is wrong; None if the client has left."""
+        outcome: Outcome = "failed"
+        try:
+            request = self._format.read(frame)
+            deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+            future = asyncio.wrap_future(self._batcher.submit(request.observation, deadline))
+            await _first(future, gone)
+            if not future.done():
+                future.cancel()
+                outcome = "abandoned"
+                return None
+            answer = _message(future.result(), last_ms)
+            if request.observation_id is not None:
+                answer[OBSERVATION_ID] = request.observation_id
+            outcome = "ok"
+            return pack(answer)
+        except FrameError as error:
+            outcome = "invalid"
+            return f"invalid request: {error}"
+        except ExpiredError as error:
+            outcome = "expired"
+            return f"expired: {error}"
+        except PolicyError as error:
+            return f"failed: {error}"
+        finally:
+            self.metrics.count(outcome)
+
+
+def _message(answer: BatchAnswer, last_ms: float | None) -> dict[str, Any]:
+    """As openpi's server answers; `actions` is the only array, because its ActionChunkBroker slices every array."""
+    server_timing: dict[str, float] = {
+        "infer_ms": answer.infer_ms,
+        "queue_ms": answer.queue_ms,
+        "batch": answer.batch,
+    }
+    if last_ms is not None:
+        server_timing["prev_total_ms"] = last_ms
+    policy_timing = {name: float(value) for name, value in answer.timing.items()}
+    return {
+        "actions": answer.actions_KA,
+        "server_timing": server_timing,
+        "policy_timing": {"infer_ms": answer.infer_ms, **policy_timing},
+    }
+
+
+async def _first(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _port(server: Server) -> int:
+    return next(iter(server.sockets)).getsockname()[1]

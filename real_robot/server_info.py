@@ -1,0 +1,88 @@
+"""The first frame of a connection: what the policy is for, so that a client checks before it moves anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.request import OPTIONAL, RequestFormat, RequestKeys
+from cogvla.real_robot.wire import shown
+
+SERVER = "cogvla"
+PROTOCOL_VERSION = 1
+CHECKED = ("state_dim", "action_dim", "chunk", "control_hz", "gripper_index", "gripper_open", "gripper_close")
+"""What must agree between a robot and a policy, besides the cameras' names."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """The metadata of a policy server.
+
+    Attributes:
+        embodiment: the robot that the policy was trained for.
+        keys: what requests look like.
+        policy: the policy's own description, with what tells its weights from others.
+        max_message_bytes: longer requests end the connection.
+        max_batch: requests that are answered by one forward pass.
+    """
+
+    embodiment: Embodiment
+    keys: RequestKeys
+    policy: Mapping[str, Any]
+    max_message_bytes: int
+    max_batch: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the wire: maps, lists, text and numbers only."""
+        values = {
+            "server": SERVER,
+            "protocol_version": PROTOCOL_VERSION,
+            "embodiment": asdict(self.embodiment),
+            "request": {
+                **asdict(self.keys),
+                "images": RequestFormat(self.embodiment, self.keys).image_keys,
+                "optional": OPTIONAL,
+            },
+            "policy": dict(self.policy),
+            "limits": {"max_message_bytes": self.max_message_bytes, "max_batch": self.max_batch},
+        }
+        return json.loads(json.dumps(values, default=str))
+
+    @staticmethod
+    def from_dict(values: Any) -> ServerInfo:
+        """What a server sent; ValueError if it is another kind of server, or of another version."""
+        if not isinstance(values, dict) or values.get("server") != SERVER:
+            raise ValueError("this is no cogvla policy server: its metadata does not describe the embodiment")
+        if values.get("protocol_version") != PROTOCOL_VERSION:
+            raise ValueError(
+                f"the server speaks protocol version {shown(values.get('protocol_version'))}, "
+                f"this client version {PROTOCOL_VERSION}: install the same version of cogvla on both"
+            )
+        try:
+            request = {key: value for key, value in values["request"].items() if key != "optional"}
+            info = ServerInfo(
+                Embodiment(**values["embodiment"]), RequestKeys(**request), values["policy"], **values["limits"]
+            )
+            RequestFormat(info.embodiment, info.keys)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the server's metadata is incomplete: {error!r}") from error
+        return info
+
+    def check(self, robot: Embodiment) -> None:
+        """ValueError that lists every difference between the policy's embodiment and this robot."""
+        ours, theirs = robot, self.embodiment
+        differences = [
+            f"{name}: robot {getattr(ours, name)}, policy {getattr(theirs, name)}"
+            for name in CHECKED
+            if getattr(ours, name) != getattr(theirs, name)
+        ]
+        if set(ours.camera_names) != set(theirs.camera_names):
+            differences.append(f"cameras: robot {sorted(ours.camera_names)}, policy {sorted(theirs.camera_names)}")
+        if differences:
+            raise ValueError(
+                f"the policy was trained for {theirs.name!r} and does not fit the robot {ours.name!r}: "
+                + "; ".join(differences)
+            )

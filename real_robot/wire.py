@@ -1,0 +1,134 @@
+"""What travels over the websocket: msgpack with numpy arrays, bit by bit as openpi-client 0.1.2 writes and reads it.
+
+    array    {b"__ndarray__": True, b"data": raw bytes, b"dtype": dtype.str, b"shape": [...]}
+    scalar   {b"__npgeneric__": True, b"data": value, b"dtype": dtype.str}
+
+Frames come from anyone who can connect, so `unpack` believes nothing: numbers only (never objects, never a pickle), the
+shape must account for every byte, and a small frame cannot unfold into much memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import msgpack
+import numpy as np
+
+MAX_DIMENSIONS = 8
+MAX_CONTAINERS = 256
+MAX_LENGTH = 1024
+"""Entries of one list or map. Bulk belongs in arrays, so real frames stay far below these three."""
+MAX_TEXT_BYTES = 8192
+
+_ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
+_ARRAY_KEYS = {_ARRAY, b"data", b"dtype", b"shape"}
+_SCALAR_KEYS = {_SCALAR, b"data", b"dtype"}
+_NUMBER = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
+
+
+class FrameError(ValueError):
+    """A frame that is not what the protocol says; the text is one line that may be shown to the other side."""
+
+
+def shown(value: object, length: int = 60) -> str:
+    """Something that the other side sent, for an error text: one line, not long, no control characters."""
+    text = repr(value) if isinstance(value, str | bytes | int | float | bool | None) else type(value).__name__
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def pack(value: Any) -> bytes:
+    """A dict with arrays of numbers as one frame; ValueError for arrays of anything else."""
+    return msgpack.packb(value, default=_pack_numpy)
+
+
+def unpack(frame: bytes) -> Any:
+    """The value of a frame; its arrays are read-only views of one copy of the data.
+
+    Raises:
+        FrameError: anything that `pack` would not write, or that is larger than the limits of this module.
+    """
+    hooks = _Hooks()
+    try:
+        return msgpack.unpackb(
+            frame,
+            object_hook=hooks.map,
+            list_hook=hooks.list,
+            max_str_len=MAX_TEXT_BYTES,
+            max_array_len=MAX_LENGTH,
+            max_map_len=MAX_LENGTH,
+            max_ext_len=0,
+        )
+    except FrameError:
+        raise
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FrameError(f"the frame is not valid msgpack: {shown(reason, 100)}") from None
+
+
+def _pack_numpy(value: Any) -> Any:
+    if not isinstance(value, np.ndarray | np.generic):
+        raise ValueError(f"cannot send a {type(value).__name__}")
+    if not _NUMBER.fullmatch(value.dtype.str):
+        raise ValueError(f"cannot send an array of dtype {value.dtype}; only numbers travel")
+    if isinstance(value, np.ndarray):
+        return {_ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
+
+
+class _Hooks:
+    """Called by msgpack for every map and list of one frame, innermost first."""
+
+    def __init__(self) -> None:
+        self._containers = 0
+
+    def map(self, value: dict[Any, Any]) -> Any:
+        self._count()
+        if _ARRAY in value:
+            return _array(value)
+        if _SCALAR in value:
+            return _scalar(value)
+        return value
+
+    def list(self, value: list[Any]) -> list[Any]:
+        self._count()
+        return value
+
+    def _count(self) -> None:
+        self._containers += 1
+        if self._containers > MAX_CONTAINERS:
+            raise FrameError(f"the frame has more than {MAX_CONTAINERS} lists and maps")
+
+
+def _dtype(value: Any) -> np.dtype[Any]:
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value):
+        raise FrameError(f"an array has dtype {shown(value)}; only plain numbers are accepted")
+    return np.dtype(value)
+
+
+def _array(value: dict[Any, Any]) -> np.ndarray:
+    if value.keys() != _ARRAY_KEYS or value[_ARRAY] is not True:
+        raise FrameError("an array needs exactly __ndarray__ = true, data, dtype and shape")
+    dtype, shape, data = _dtype(value[b"dtype"]), value[b"shape"], value[b"data"]
+    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+        raise FrameError("the shape of an array must be a list of positive whole numbers")
+    if len(shape) > MAX_DIMENSIONS:
+        raise FrameError(f"an array has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are accepted")
+    if not isinstance(data, bytes) or math.prod(shape) * dtype.itemsize != len(data):
+        size = f"{len(data)} bytes" if isinstance(data, bytes) else shown(data)
+        raise FrameError(f"an array of {dtype} with shape {shown(str(shape), 100)} has {size} of data")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _scalar(value: dict[Any, Any]) -> np.generic:
+    if value.keys() != _SCALAR_KEYS or value[_SCALAR] is not True:
+        raise FrameError("a numpy scalar needs exactly __npgeneric__ = true, data and dtype")
+    dtype, number = _dtype(value[b"dtype"]), value[b"data"]
+    kinds = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtype.kind]
+    if not isinstance(number, kinds) or (isinstance(number, bool) and dtype.kind != "b"):
+        raise FrameError(f"a scalar of {dtype} has the value {shown(number)}")
+    try:
+        return dtype.type(number)
+    except OverflowError:
+        raise FrameError(f"a scalar of {dtype} has the value {shown(number)}") from None
