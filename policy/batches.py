@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cogvla.policy.data import DemonstrationData
+from cogvla.policy.heads.interface import DRAWS
 from cogvla.policy.objective import Batch, ObjectiveConfig, choose_alternative
 from cogvla.policy.preprocess import Preprocessor
 
@@ -31,6 +32,7 @@ class Choices:
         instruction_B: index of its instruction.
         keep_state_B: False where the state is hidden.
         weight_BK, points_BG, image_points_BV22, point_weight_BV2: see `Batch`; points in metres.
+        noise_BRKA, time_BR: see `Batch`; None in evaluation, which decodes.
     """
 
     instruction_B: Tensor
@@ -39,6 +41,8 @@ class Choices:
     points_BG: Tensor | None = None
     image_points_BV22: Tensor | None = None
     point_weight_BV2: Tensor | None = None
+    noise_BRKA: Tensor | None = None
+    time_BR: Tensor | None = None
 
     def part(self, index_b: Tensor) -> Choices:
         """Those of some samples."""
@@ -119,7 +123,10 @@ class BatchBuilder:
         keep_B = torch.ones(len(instruction_B), dtype=torch.bool)
         if self.config.state_dropout:
             keep_B = torch.rand(len(instruction_B), generator=generator) >= self.config.state_dropout
-        return self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG)
+        choices = self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG)
+        robot, shape = self.preprocessor.embodiment, (len(instruction_B), DRAWS)
+        noise_BRKA = torch.randn(*shape, robot.chunk, robot.action_dim, generator=generator)
+        return replace(choices, noise_BRKA=noise_BRKA, time_BR=torch.rand(shape, generator=generator))
 
     def evaluation(self, samples: dict[str, Any], instruction_B: Tensor | None = None) -> Batch:
         """The samples as they are, or with these instructions instead of their own."""
@@ -157,6 +164,8 @@ class BatchBuilder:
             there(positions_BG),
             there(choices.image_points_BV22),
             there(choices.point_weight_BV2),
+            there(choices.noise_BRKA),
+            there(choices.time_BR),
         )
 
     def alternatives(self, samples: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cogvla.policy.heads.interface import ActionHead, HeadSizes, linear_macs
+from cogvla.policy.heads.interface import ActionHead, HeadSizes
 
 TIME_FEATURES = 32
 NOISE_SEED = 0
@@ -45,7 +45,6 @@ class DenoisingBlock(nn.Module):
 
     def __init__(self, width: int, chunk: int) -> None:
         super().__init__()
-        self.width, self.chunk = width, chunk
         self.mix_norm, self.mix = nn.LayerNorm(width), nn.Linear(chunk, chunk)
         self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
@@ -54,17 +53,13 @@ class DenoisingBlock(nn.Module):
         x = x + rearrange(mixed, "... d k -> ... k d")
         return x + self.ffn(x)
 
-    def macs(self) -> int:
-        """Multiply-accumulates of one pass with one sample."""
-        return self.width * linear_macs(self.mix) + self.chunk * linear_macs(self.ffn)
-
 
 class Denoiser(nn.Module):
     """Velocity of a noisy chunk, given what the policy sees."""
 
     def __init__(self, sizes: HeadSizes) -> None:
         super().__init__()
-        self.chunk, width = sizes.chunk, sizes.width
+        width = sizes.width
         self.see = nn.Sequential(nn.LayerNorm(sizes.joined), nn.Linear(sizes.joined, width))
         self.action = nn.Linear(sizes.action_dim, width)
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.GELU(), nn.Linear(width, width))
@@ -82,18 +77,13 @@ class Denoiser(nn.Module):
             hidden = block(hidden)
         return self.out(hidden).float()
 
-    def macs(self) -> int:
-        """Multiply-accumulates of one pass with one sample."""
-        blocks = sum(block.macs() for block in self.blocks)
-        return self.chunk * (linear_macs(self.action) + linear_macs(self.out)) + blocks
-
 
 class DenoisingHead(ActionHead):
     """A path between noise and action, and the `Denoiser` that follows it."""
 
     error_name: ClassVar[str] = "mse"
     noise_KA: Tensor
-    time_S: Tensor
+    left_S: Tensor
 
     def __init__(self, sizes: HeadSizes) -> None:
         super().__init__(sizes)
@@ -101,8 +91,9 @@ class DenoisingHead(ActionHead):
         self.times = [step / sizes.steps for step in range(sizes.steps, -1, -1)]
         generator = torch.Generator("cpu").manual_seed(NOISE_SEED)
         noise_KA = torch.randn(sizes.chunk, sizes.action_dim, generator=generator, device="cpu")
-        self.register_buffer("noise_KA", noise_KA, persistent=False)
-        self.register_buffer("time_S", torch.tensor(self.times[:-1]), persistent=False)
+        self.register_buffer("noise_KA", noise_KA.to(torch.get_default_device()), persistent=False)
+        # Whole numbers stay exact in a model that is cast to bfloat16.
+        self.register_buffer("left_S", torch.arange(sizes.steps, 0, -1), persistent=False)
 
     @staticmethod
     @abstractmethod
@@ -122,7 +113,7 @@ class DenoisingHead(ActionHead):
     def decode(self, states_BJD: Tensor, noise_BKA: Tensor | None = None) -> Tensor:
         """The actions float32 [B,K,A] at the end of the path that starts at this noise; None is the head's own."""
         seen_BKD = self.denoiser.see(self.join(states_BJD))
-        time_SD = self.denoiser.embed_time(self.time_S)
+        time_SD = self.denoiser.embed_time(self.left_S / self.sizes.steps)
         x_BKA = self.noise_KA.float().expand(len(seen_BKD), -1, -1) if noise_BKA is None else noise_BKA
         for time_D, time, until in zip(time_SD, self.times, self.times[1:], strict=False):
             x_BKA = self.follow(x_BKA, self.denoiser(seen_BKD, x_BKA, time_D), time, until)
@@ -139,10 +130,6 @@ class DenoisingHead(ActionHead):
         noisy_BRKA, velocity_BRKA = self.mixture(expert_BKA[:, None], noise_BRKA, time_BR[..., None, None])
         found_BRKA = self.denoiser(seen_B1KD, noisy_BRKA, self.denoiser.embed_time(time_BR))
         return (found_BRKA - velocity_BRKA).square().mean(dim=(1, 3))
-
-    def macs(self) -> int:
-        seeing, timing = linear_macs(self.denoiser.see), linear_macs(self.denoiser.time)
-        return self.sizes.chunk * seeing + self.sizes.steps * (timing + self.denoiser.macs())
 
 
 class DiffusionHead(DenoisingHead):

@@ -73,18 +73,9 @@ class ActionHead(nn.Module, ABC):
             time_BR: draws from the uniform distribution on [0,1), for the same.
         """
 
-    def macs(self) -> int:
-        """Multiply-accumulates that decode one sample."""
-        return self.sizes.chunk * linear_macs(self)
-
     def forward(self, states_BJD: Tensor) -> Tensor:
         return self.decode(states_BJD)
 
     def join(self, states_BJD: Tensor) -> Tensor:
         """The tokens of each step side by side, [B,K,D or A*D]."""
         return rearrange(states_BJD, "b (k a) d -> b k (a d)", k=self.sizes.chunk)
-
-
-def linear_macs(module: nn.Module) -> int:
-    """Multiply-accumulates of all linear layers for one row."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
