@@ -4,6 +4,7 @@
     train_policy suite=tabletop_goal seed=1
     train_policy routing=no_efa                         an ablation
     train_policy data=my_robot objective=imitation suite=null
+    train_policy base=checkpoints/tabletop_object suite=tabletop_goal finetune=lora
 
 The same command again goes on where it was stopped; parts that are done are not done again.
 """
@@ -32,6 +33,7 @@ from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.provenance import provenance
 from cogvla.libero.report import Report
 from cogvla.libero.run_log import RunLog
+from cogvla.policy.base import base_tokenizer, load_own
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.data import DataConfig, DemonstrationData
@@ -87,7 +89,9 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         data = DemonstrationData.open(data_config, embodiment)
     logging = values["wandb"] if processes.is_main_process else {**values["wandb"], "mode": "disabled"}
     with _timed(seconds, "training"), RunLog(logging, values, output) as log:
-        trainer = build_trainer(training_config, model_config, objective_config, embodiment, data, output, log.write)
+        trainer = build_trainer(
+            training_config, model_config, objective_config, embodiment, data, output, log.write, values["base"]
+        )
         if suite is not None and training_config.rollout_every and values["evaluation"] is not None:
             trainer.evaluate = _rollouts(suite.name, values["evaluation"], output, log)
         trainer.run()
@@ -120,23 +124,34 @@ def build_trainer(
     data: DemonstrationData,
     output: Path,
     log: Callable[[dict[str, float], int], None],
+    base: str | None = None,
 ) -> Trainer:
-    """A new model for this data, with published backbones where its configuration names them, and what trains it."""
-    tokenizer = _tokenizer(model_config.language, data.instructions)
+    """A model for this data, and what trains it.
+
+    It starts from `base` (a checkpoint folder, or published weights as a folder or hub id), else from the published
+    backbones that its configuration names, else from nothing. The words keep the numbers that they have in the base;
+    the statistics of state and action are always those of the new data.
+    """
+    tokenizer = _tokenizer(model_config.language, data.instructions, base)
     torch.manual_seed(config.seed)
     model = CogVLA(model_config, embodiment)
-    for loaded in load_backbones(model):
+    for loaded in load_backbones(model) if base is None else load_own(model, base):
         print(f"loaded {loaded}")
     objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width)
-    preprocessor = Preprocessor(embodiment, tokenizer, data.statistics())
+    preprocessor = Preprocessor(embodiment, tokenizer, data.statistics(), config.augmentation.crop_area)
     return Trainer(config, objective, model_config, preprocessor, data, output, log)
 
 
-def _tokenizer(language: LanguageConfig, instructions: list[str]) -> Tokenizer:
-    """The one of the pretrained language model; from scratch, the words of the data."""
-    if language.hub is not None:
-        return PretrainedTokenizer(language.hub)
+def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | None) -> Tokenizer:
+    """The one of the base or of the pretrained language model; from scratch, the words of the data."""
     words = WordTokenizer.from_instructions(instructions)
+    if base is not None:
+        tokenizer = base_tokenizer(base)
+        if isinstance(tokenizer, PretrainedTokenizer):
+            return tokenizer
+        words = tokenizer.with_words_of(instructions)
+    elif language.hub is not None:
+        return PretrainedTokenizer(language.hub)
     room = min(language.vocab_size, language.bos_token, language.stop_token)
     if len(words) > room:
         raise ValueError(

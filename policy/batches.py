@@ -1,4 +1,5 @@
-"""Recorded samples to training batches in the policy's terms, with counterfactual instructions and state dropout.
+"""Recorded samples to training batches in the policy's terms, with counterfactual instructions, state dropout and
+image augmentation.
 
 What is random is chosen for the whole step at once, and weights average 1 over it. So the parts of a step, be they on
 several processes or one after the other (accumulation), have together the gradient of the whole.
@@ -15,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cogvla.policy.augmentation import AugmentationConfig, Changes, centre, change, draw_changes, move_points
 from cogvla.policy.data import DemonstrationData
 from cogvla.policy.heads.interface import DRAWS
 from cogvla.policy.objective import Batch, ObjectiveConfig, choose_alternative
@@ -33,6 +35,7 @@ class Choices:
         keep_state_B: False where the state is hidden.
         weight_BK, points_BG, image_points_BV22, point_weight_BV2: see `Batch`; points in metres.
         noise_BRKA, time_BR: see `Batch`; None in evaluation, which decodes.
+        corner_BV2, jitter_BV4: see `Changes`.
     """
 
     instruction_B: Tensor
@@ -41,6 +44,8 @@ class Choices:
     points_BG: Tensor | None = None
     image_points_BV22: Tensor | None = None
     point_weight_BV2: Tensor | None = None
+    corner_BV2: Tensor | None = None
+    jitter_BV4: Tensor | None = None
     noise_BRKA: Tensor | None = None
     time_BR: Tensor | None = None
 
@@ -58,10 +63,24 @@ class BatchBuilder:
         data: for the instructions and the scale of the labelled positions.
         preprocessor: the policy's.
         config: shares of counterfactual and state-less samples.
+        augmentation: of the pictures; its crop must be the preprocessor's. Evaluation batches get the centre crop only.
     """
 
-    def __init__(self, data: DemonstrationData, preprocessor: Preprocessor, config: ObjectiveConfig) -> None:
+    def __init__(
+        self,
+        data: DemonstrationData,
+        preprocessor: Preprocessor,
+        config: ObjectiveConfig,
+        augmentation: AugmentationConfig | None = None,
+    ) -> None:
         self.preprocessor, self.config = preprocessor, config
+        self.augmentation = augmentation or AugmentationConfig(crop_area=preprocessor.crop_area)
+        if self.augmentation.crop_area != preprocessor.crop_area:
+            raise ValueError(
+                f"training crops {self.augmentation.crop_area} of the area, the preprocessor {preprocessor.crop_area}; "
+                "build the preprocessor with the augmentation's crop_area"
+            )
+        self.views = len(preprocessor.embodiment.cameras)
         self.instructions = data.instructions
         labels = data.labels
         self.projections = [f"projection_{name}" for name in preprocessor.embodiment.camera_names]
@@ -123,17 +142,19 @@ class BatchBuilder:
         keep_B = torch.ones(len(instruction_B), dtype=torch.bool)
         if self.config.state_dropout:
             keep_B = torch.rand(len(instruction_B), generator=generator) >= self.config.state_dropout
-        choices = self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG)
+        changes = draw_changes(self.augmentation, len(instruction_B), self.views, generator)
+        choices = self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG, changes)
         robot, shape = self.preprocessor.embodiment, (len(instruction_B), DRAWS)
         noise_BRKA = torch.randn(*shape, robot.chunk, robot.action_dim, generator=generator)
         return replace(choices, noise_BRKA=noise_BRKA, time_BR=torch.rand(shape, generator=generator))
 
     def evaluation(self, samples: dict[str, Any], instruction_B: Tensor | None = None) -> Batch:
-        """The samples as they are, or with these instructions instead of their own."""
+        """The samples as the policy will see them, or with these instructions instead of their own."""
         chosen_B = samples["instruction_id"] if instruction_B is None else instruction_B
         weight_BK = (~samples["action_is_pad"]).float()
         keep_B = torch.ones(len(chosen_B), dtype=torch.bool)
-        return self.build(samples, self._weighted(samples, chosen_B, keep_B, weight_BK, self.points(samples)))
+        changes = centre(self.preprocessor.crop_area, len(chosen_B), self.views)
+        return self.build(samples, self._weighted(samples, chosen_B, keep_B, weight_BK, self.points(samples), changes))
 
     def build(self, samples: dict[str, Any], choices: Choices) -> Batch:
         """The batch of these samples, on the policy's device."""
@@ -143,8 +164,9 @@ class BatchBuilder:
             return None if x is None else x.to(device, non_blocking=True)
 
         instructions = [self.instructions[i] for i in choices.instruction_B.tolist()]
+        pixels_BVCHW = samples["pixels"].to(device, non_blocking=True)
         inputs = self.preprocessor.model_input(
-            samples["pixels"].to(device, non_blocking=True),
+            change(pixels_BVCHW, self.preprocessor.crop_area, Changes(choices.corner_BV2, choices.jitter_BV4)),
             samples["state"].to(device, non_blocking=True),
             instructions,
         )
@@ -203,11 +225,15 @@ class BatchBuilder:
         keep_B: Tensor,
         weight_BK: Tensor,
         points_BG: Tensor | None,
+        changes: Changes,
     ) -> Choices:
         weight_BK = weight_BK / weight_BK.mean().clamp(min=1e-6)
+        pictures = {"corner_BV2": changes.corner_BV2, "jitter_BV4": changes.jitter_BV4}
         image_points_BV22 = None if points_BG is None else self.project(samples, points_BG)
         if image_points_BV22 is None:
-            return Choices(instruction_B, keep_B, weight_BK, points_BG)
+            return Choices(instruction_B, keep_B, weight_BK, points_BG, **pictures)
+        size = self.preprocessor.image_size
+        image_points_BV22 = move_points(image_points_BV22, self.preprocessor.crop_area, changes, size)
         inside_BV2 = ((image_points_BV22 >= 0) & (image_points_BV22 < 1)).all(-1).float()
         point_weight_BV2 = inside_BV2 / inside_BV2.mean().clamp(min=1e-6)
-        return Choices(instruction_B, keep_B, weight_BK, points_BG, image_points_BV22, point_weight_BV2)
+        return Choices(instruction_B, keep_B, weight_BK, points_BG, image_points_BV22, point_weight_BV2, **pictures)

@@ -1,6 +1,6 @@
 """One checkpoint format: a folder with everything that a policy needs.
 
-    config.json          model, embodiment, tokenizer, and where it came from
+    config.json          model, embodiment, tokenizer, what is done to pictures, and where it came from
     model.safetensors    weights
     statistics.json      normalisation statistics of state and action
     training.pt          optimiser, step and EMA, only in checkpoints to resume from
@@ -92,6 +92,7 @@ def save_checkpoint(
             "model": config.to_dict(),
             "embodiment": asdict(preprocessor.embodiment),
             "tokenizer": preprocessor.tokenizer.to_dict(),
+            "pictures": {"crop_area": preprocessor.crop_area},
             "description": description,
         }
         (draft / CONFIG).write_text(json.dumps(body, indent=2) + "\n")
@@ -159,7 +160,8 @@ def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
     try:
         embodiment = Embodiment(**body["embodiment"])
         tokenizer = tokenizer_from_dict(body["tokenizer"], folder)
-        preprocessor = Preprocessor(embodiment, tokenizer, statistics)
+        # Checkpoints from before there was augmentation say nothing about pictures: theirs are whole.
+        preprocessor = Preprocessor(embodiment, tokenizer, statistics, **body.get("pictures", {}))
         config, description = CogVLAConfig.from_dict(body["model"]), dict(body["description"])
     except (KeyError, TypeError, ValueError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else str(error)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from cogvla.policy.config import LanguageConfig, RoutingConfig
+from cogvla.policy.recompute import call
 from cogvla.routing.attention import additive, attention_mask
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter, Selection, context_weights, put_rows, take_rows
@@ -65,7 +66,7 @@ class Trace:
 
 
 class RoutedDecoder(nn.Module):
-    """Sequence [B,S,D] in, one state per action token [B,J,D] out.
+    """Sequence [B,S,D] in, one state per action token [B,J,D] out. `recompute` saves memory in training.
 
     Args:
         config, routing: see there.
@@ -74,7 +75,7 @@ class RoutedDecoder(nn.Module):
 
     def __init__(self, config: LanguageConfig, routing: RoutingConfig, shifted: bool = False) -> None:
         super().__init__()
-        self.shifted = shifted
+        self.shifted, self.recompute = shifted, False
         self.llm: Any = build_language_model(config)
         self.routing = routing
         self.ratios = routing.keep_ratios(config.layers)
@@ -102,41 +103,44 @@ class RoutedDecoder(nn.Module):
             context: of these instructions.
             trace: filled in place.
         """
-        layout, now = context.layout, context.whole
+        now = context.whole
         current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
-        last = len(self.llm.layers) - 1
-        for index, (layer, ratio) in enumerate(zip(self.llm.layers, self.ratios, strict=True)):
+        for index in range(len(self.llm.layers)):
             # A traced pass wants every row of every layer.
-            read = self.read_rows if index == last and trace is None else None
-            count = now.layout.vision if ratio is None else min(keep_count(layout.vision, ratio), now.layout.vision)
-            h_BSD = layer.input_layernorm(x_BSD)
-            if ratio is None:
-                x_BSD = _layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout))
-            else:
-                router = self.routers[str(index)]
-                chosen = router(h_BSD, now.layout, context.summary_B1T, count)
-                frame = context.pruned(chosen, before=now)
-                out_BSD = _layer(
-                    layer,
-                    take_rows(x_BSD, chosen.rows),
-                    take_rows(h_BSD, chosen.rows),
-                    frame,
-                    factor_BS1=chosen.factor_BS1,
-                    scale_values=self.routing.scale == "values",
-                    rows=read and read(frame.layout),
-                )
-                if trace is not None:
-                    kept_BK = chosen.kept_BK if current_BN is None else current_BN.gather(1, chosen.kept_BK)
-                    trace.kept[index] = kept_BK
-                    current_BN = kept_BK if self.routing.mode == "drop" else None
-                if self.routing.mode == "drop" or read:
-                    x_BSD, now = out_BSD, frame
-                else:
-                    x_BSD = put_rows(x_BSD, chosen.rows, out_BSD)
+            x_BSD, now, kept_BK = call(self.recompute, self._routed, index, x_BSD, now, context, trace is not None)
             if trace is not None:
                 trace.hidden[index] = x_BSD
+            if trace is not None and kept_BK is not None:
+                kept_BK = kept_BK if current_BN is None else current_BN.gather(1, kept_BK)
+                trace.kept[index] = kept_BK
+                current_BN = kept_BK if self.routing.mode == "drop" else None
         read_BQD = x_BSD if trace is None else x_BSD[:, self.read_rows(now.layout)]
         return self.llm.norm(self._action_states(read_BQD, context))
+
+    def _routed(
+        self, index: int, x_BSD: Tensor, now: _Frame, context: DecoderContext, every_row: bool
+    ) -> tuple[Tensor, _Frame, Tensor | None]:
+        """Layer number `index`: its output, the frame of the output, and the vision tokens kept, if it is routed."""
+        layer, ratio, last = self.llm.layers[index], self.ratios[index], index == len(self.llm.layers) - 1
+        read = self.read_rows if last and not every_row else None
+        h_BSD = layer.input_layernorm(x_BSD)
+        if ratio is None:
+            return _layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout)), now, None
+        count = min(keep_count(context.layout.vision, ratio), now.layout.vision)
+        chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count)
+        frame = context.pruned(chosen, before=now)
+        out_BSD = _layer(
+            layer,
+            take_rows(x_BSD, chosen.rows),
+            take_rows(h_BSD, chosen.rows),
+            frame,
+            factor_BS1=chosen.factor_BS1,
+            scale_values=self.routing.scale == "values",
+            rows=read and read(frame.layout),
+        )
+        if self.routing.mode == "drop" or read:
+            return out_BSD, frame, chosen.kept_BK
+        return put_rows(x_BSD, chosen.rows, out_BSD), now, chosen.kept_BK
 
     def read_rows(self, layout: TokenLayout) -> slice:
         """Rows that the last layer has to compute."""

@@ -7,15 +7,33 @@ import math
 import torch
 from torch import Tensor, nn
 
+OPTIMISERS = ("adamw", "adamw8bit")
+BETAS = (0.9, 0.95)
 
-def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: not norms, biases, embeddings' or learned tokens' single rows."""
+
+def adamw(module: nn.Module, learning_rate: float, weight_decay: float, kind: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW that decays matrices only: not norms, biases, embeddings' or learned tokens' single rows.
+
+    `adamw8bit` is bitsandbytes': its moments take 2 bytes per parameter instead of 8.
+
+    Raises:
+        ValueError: bitsandbytes is not installed or does not work here.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its library does not fit this CUDA
+        raise ValueError(
+            f"training.optimiser=adamw8bit needs bitsandbytes ({error}): `uv pip install bitsandbytes`, "
+            "or train with training.optimiser=adamw"
+        ) from error
+    return AdamW8bit(groups, lr=learning_rate, betas=BETAS)
 
 
 def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.02) -> float:
@@ -38,11 +56,14 @@ class ExponentialAverage:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay must be in [0,1), got {decay}")
         self.decay = decay
-        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        # Without a past there is nothing to keep beside the parameters themselves.
+        self.average = {name: p.detach().clone() if decay else p.detach() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self, parameters: dict[str, Tensor], step: int) -> None:
         """Move the average towards the parameters after optimiser step number `step` (from 1)."""
+        if not self.decay:
+            return
         decay = min(self.decay, step / (step + 10))
         current = [parameters[name].detach() for name in self.average]
         torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from cogvla.policy.augmentation import centre, change, check_crop_area
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model import ModelInput
 from cogvla.policy.normalise import normalisers
@@ -37,14 +38,19 @@ class Preprocessor(nn.Module):
         embodiment: cameras, sizes and normalisation kinds.
         tokenizer: turns instructions into ids.
         statistics: `{"state": Statistics, "action": Statistics}` of the training data.
+        crop_area: share of each view that is cut out of its centre, for a policy that was trained with random crops of
+            that size; 1 is off. It is saved with the weights, so that whoever plays the policy cannot get it wrong.
     """
 
-    def __init__(self, embodiment: Embodiment, tokenizer: Tokenizer, statistics: dict[str, Any]) -> None:
+    def __init__(
+        self, embodiment: Embodiment, tokenizer: Tokenizer, statistics: dict[str, Any], crop_area: float = 1.0
+    ) -> None:
         super().__init__()
+        check_crop_area(crop_area)
         sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
         if len(sizes) != 1:
             raise ValueError(f"the policy takes all views at one size; embodiment {embodiment.name!r} has {sizes}")
-        self.embodiment, self.tokenizer = embodiment, tokenizer
+        self.embodiment, self.tokenizer, self.crop_area = embodiment, tokenizer, crop_area
         self.image_size = sizes.pop()
         self.state_normaliser, self.action_normaliser = normalisers(embodiment, statistics)
         self._text: dict[str, tuple[Tensor, Tensor]] = {}
@@ -68,9 +74,10 @@ class Preprocessor(nn.Module):
         return ids_BT.to(self.device), mask_BT.to(self.device)
 
     def pixels(self, images_BHWC: Sequence[Tensor]) -> Tensor:
-        """V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size (antialiased bilinear)."""
+        """V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size (antialiased bilinear), cropped."""
         views = [resize(rearrange(image_BHWC, "b h w c -> b c h w"), self.image_size) for image_BHWC in images_BHWC]
-        return torch.stack(views, dim=1)
+        pixels_BVCHW = torch.stack(views, dim=1)
+        return change(pixels_BVCHW, self.crop_area, centre(self.crop_area, *pixels_BVCHW.shape[:2]))
 
     def observation(self, observation: Observation) -> ModelInput:
         """A validated observation to model input on the policy's device."""
@@ -80,7 +87,7 @@ class Preprocessor(nn.Module):
         return self.model_input(self.pixels(images), state_BS, observation.instruction)
 
     def model_input(self, pixels_BVCHW: Tensor, state_BS: Tensor, instructions: Sequence[str]) -> ModelInput:
-        """Pixels uint8 [B,V,3,H,W], state [B,S] in physical units and B instructions to model input."""
+        """Pixels uint8 [B,V,3,H,W], cropped, state [B,S] in physical units and B instructions to model input."""
         text_ids_BT, text_mask_BT = self.text(instructions)
         return ModelInput(pixels_BVCHW, text_ids_BT, text_mask_BT, self.state_normaliser(state_BS))
 

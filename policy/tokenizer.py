@@ -37,6 +37,11 @@ class WordTokenizer:
         """The vocabulary of these instructions, in alphabetical order so that it does not depend on theirs."""
         return cls([PAD, UNKNOWN, *sorted({word for text in instructions for word in _split(text)})])
 
+    def with_words_of(self, instructions: Iterable[str]) -> WordTokenizer:
+        """The same with the words that are new in these instructions at the end: the others keep their ids."""
+        new = {word for text in instructions for word in _split(text)} - set(self.words)
+        return WordTokenizer([*self.words, *sorted(new)])
+
     def __len__(self) -> int:
         return len(self.words)
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cogvla.policy.adapters import FinetuneConfig
+from cogvla.policy.augmentation import AugmentationConfig
+from cogvla.policy.optimisation import OPTIMISERS
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -15,23 +21,30 @@ class TrainingConfig:
         steps: of the optimiser, in all.
         batch_size: samples per step, over all processes and accumulation.
         learning_rate: at its peak, after a linear warm-up of `warmup_steps`; then it falls as a cosine.
+        optimiser: `adamw`, or `adamw8bit` (bitsandbytes), whose state takes a quarter of the memory.
         weight_decay: of matrices; other parameters are not decayed.
         clip_norm: gradients are scaled down to this norm.
         accumulation: parts that a step's batch is computed in, one after the other, to save memory.
         cpu_parts: parts that one CPU process computes side by side, each on one core (`policy.parallel`).
         ema_decay: of the moving average of the weights, which is what is evaluated; 0 keeps the current weights.
-        precision: `float32`, `bfloat16` (autocast), or `auto`: bfloat16 where there is a GPU.
+        precision: `float32`, `bfloat16` (autocast; frozen matrices are kept in bfloat16, all else in float32), or
+            `auto`: bfloat16 where there is a GPU.
         compile: use torch.compile.
+        gradient_checkpointing: compute the blocks of towers and language model again in the backward pass, instead of
+            keeping what is inside of them.
         seed: of the weights at the start, the order of the data and everything random.
         validation_fraction: share of the episodes that is held out; 0 for none.
         validate_every, checkpoint_every, rollout_every: in steps; 0 is never (checkpoints are always written).
         keep_checkpoints: how many of the newest to keep.
+        finetune: which parts are trained, and how, see `policy.adapters`.
+        augmentation: how pictures are changed, see `policy.augmentation`.
     """
 
     steps: int = 3000
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_steps: int = 100
+    optimiser: str = "adamw"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     accumulation: int = 1
@@ -39,14 +52,19 @@ class TrainingConfig:
     ema_decay: float = 0.998
     precision: str = "auto"
     compile: bool = False
+    gradient_checkpointing: bool = False
     seed: int = 0
     validation_fraction: float = 0.03
     validate_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     rollout_every: int = 0
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     def __post_init__(self) -> None:
+        self._build("finetune", FinetuneConfig)
+        self._build("augmentation", AugmentationConfig)
         if min(self.steps, self.batch_size, self.accumulation, self.checkpoint_every, self.keep_checkpoints) < 1:
             raise ValueError(
                 "steps, batch_size, accumulation, checkpoint_every and keep_checkpoints must be at least 1"
@@ -58,5 +76,16 @@ class TrainingConfig:
             )
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; one of {', '.join(PRECISIONS)}")
+        if self.optimiser not in OPTIMISERS:
+            raise ValueError(f"unknown optimiser {self.optimiser!r}; one of {', '.join(OPTIMISERS)}")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise ValueError("learning_rate and clip_norm must be positive")
+
+    def _build(self, name: str, kind: Callable[..., Any]) -> None:
+        """A part that is still plain data, as YAML gives it, becomes its dataclass."""
+        value = getattr(self, name)
+        if isinstance(value, Mapping):
+            try:
+                object.__setattr__(self, name, kind(**value))
+            except TypeError as error:
+                raise ValueError(f"configuration {name}: {error}") from error

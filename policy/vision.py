@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from cogvla.policy.config import RoutingConfig, TowerConfig, VisionConfig
 from cogvla.policy.interface import Embodiment
+from cogvla.policy.recompute import call
 from cogvla.routing.aggregation import AggregationTokens, StreamFusion
 from cogvla.routing.film import FiLM, modulate
 
@@ -84,7 +85,10 @@ def _position_code(rows: int, columns: int, width: int) -> Tensor:
 
 
 class VisionTower(nn.Module):
-    """One stream. With EFA aggregation tokens [X,M,W] come out, without it the patch tokens [X,P,W]."""
+    """One stream. With EFA aggregation tokens [X,M,W] come out, without it the patch tokens [X,P,W].
+
+    `recompute` saves memory in training, see `policy.recompute`.
+    """
 
     gain: Tensor
     offset: Tensor
@@ -101,7 +105,7 @@ class VisionTower(nn.Module):
         if any(side % tower.patch_size for side in image_size):
             raise ValueError(f"images of {image_size} pixels cannot be cut into patches of {tower.patch_size}")
         self.vit: Any = build_vit(tower, image_size, config.drop_last_block)
-        self.patch_size = tower.patch_size
+        self.patch_size, self.recompute = tower.patch_size, False
         self.width: int = self.vit.embed_dim
         self.computed = len(self.vit.blocks) - (not config.drop_last_block)
         mean, std = torch.tensor(tower.mean, dtype=torch.float32), torch.tensor(tower.std, dtype=torch.float32)
@@ -136,23 +140,34 @@ class VisionTower(nn.Module):
         x = vit.norm_pre(x)
         if self.aggregation is None or film is None:
             for block in vit.blocks[: self.computed]:
-                x = block(x)
+                x = call(self.recompute, block, x)
             return x[:, vit.num_prefix_tokens :]
         x = self.aggregation.append_to(x)
-        for index, block in enumerate(vit.blocks[: self.computed]):
-            attended = block.norm1(x)
-            if index == self.computed - 1:
-                x = self.aggregation.take_from(x)
-                if gaze is not None:
-                    log_attention_XhMN = _log_attention(block.attn, attended, rows=x.shape[1])
-                    gaze.append(log_attention_XhMN[..., vit.num_prefix_tokens : -x.shape[1]])
-                attended = _attend_last(block.attn, attended, rows=x.shape[1])
-            else:
-                attended = block.attn(attended)
-            x = x + block.drop_path1(block.ls1(attended))
-            x = modulate(x, film[0][index], film[1][index])
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        for index in range(self.computed):
+            watch = gaze is not None and index == self.computed - 1
+            x, log_attention_XhMP = call(self.recompute, self._block, index, x, film[0][index], film[1][index], watch)
+            if gaze is not None and watch:
+                gaze.append(log_attention_XhMP)
         return x
+
+    def _block(
+        self, index: int, x_XNW: Tensor, scale_B1W: Tensor, shift_B1W: Tensor, watch: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Block number `index` with FiLM; if asked for, also where the aggregation tokens look."""
+        assert self.aggregation is not None
+        block, x, log_attention_XhMP = self.vit.blocks[index], x_XNW, None
+        attended = block.norm1(x)
+        if index == self.computed - 1:
+            x = self.aggregation.take_from(x)
+            if watch:
+                log_attention_XhMN = _log_attention(block.attn, attended, rows=x.shape[1])
+                log_attention_XhMP = log_attention_XhMN[..., self.vit.num_prefix_tokens : -x.shape[1]]
+            attended = _attend_last(block.attn, attended, rows=x.shape[1])
+        else:
+            attended = block.attn(attended)
+        x = x + block.drop_path1(block.ls1(attended))
+        x = modulate(x, scale_B1W, shift_B1W)
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), log_attention_XhMP
 
 
 def _cut(pixels_BVCHW: Tensor, size: int) -> Tensor:
@@ -168,13 +183,19 @@ def _cut(pixels_BVCHW: Tensor, size: int) -> Tensor:
     return cut.view(torch.uint8) if word > 1 else cut
 
 
+def _outputs(linear: Any, x: Tensor, first: int, end: int) -> Tensor:
+    """Some of the outputs of a linear layer. With an adapter around it, all are computed."""
+    if type(linear) is not nn.Linear:
+        return linear(x)[..., first:end]
+    return F.linear(x, linear.weight[first:end], None if linear.bias is None else linear.bias[first:end])
+
+
 def _attend_last(attention: Any, h_XNW: Tensor, rows: int) -> Tensor:
     """Attention [X,rows,W] of the last `rows` tokens to all tokens, with the weights of a timm module."""
     if type(attention) is not Attention:
         return attention(h_XNW)[:, -rows:]
-    weight, bias, split = attention.qkv.weight, attention.qkv.bias, attention.qkv.out_features // 3
-    q = F.linear(h_XNW[:, -rows:], weight[:split], None if bias is None else bias[:split])
-    kv = F.linear(h_XNW, weight[split:], None if bias is None else bias[split:])
+    split = attention.qkv.out_features // 3
+    q, kv = _outputs(attention.qkv, h_XNW[:, -rows:], 0, split), _outputs(attention.qkv, h_XNW, split, 3 * split)
     q = attention.q_norm(rearrange(q, "x n (h e) -> x h n e", h=attention.num_heads))
     k, v = rearrange(kv, "x n (two h e) -> two x h n e", two=2, h=attention.num_heads).unbind(0)
     out = F.scaled_dot_product_attention(q, attention.k_norm(k), v, scale=attention.scale)
@@ -183,9 +204,8 @@ def _attend_last(attention: Any, h_XNW: Tensor, rows: int) -> Tensor:
 
 def _log_attention(attention: Any, h_XNW: Tensor, rows: int) -> Tensor:
     """Logarithm of the attention [X,h,rows,N] of the last `rows` tokens, with the weights of a timm module."""
-    weight, bias, split = attention.qkv.weight, attention.qkv.bias, attention.qkv.out_features // 3
-    q = F.linear(h_XNW[:, -rows:], weight[:split], None if bias is None else bias[:split])
-    k = F.linear(h_XNW, weight[split : 2 * split], None if bias is None else bias[split : 2 * split])
+    split = attention.qkv.out_features // 3
+    q, k = _outputs(attention.qkv, h_XNW[:, -rows:], 0, split), _outputs(attention.qkv, h_XNW, split, 2 * split)
     q, k = (rearrange(x, "x n (h e) -> x h n e", h=attention.num_heads) for x in (q, k))
     return ((attention.q_norm(q) * attention.scale) @ attention.k_norm(k).mT).log_softmax(-1)
 

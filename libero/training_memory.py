@@ -1,0 +1,40 @@
+"""`training_memory`: what `train_policy` with the same arguments would take of a GPU's memory. Nothing is trained.
+
+training_memory policy=cogvla_7b embodiment=libero training=libero finetune=lora +gpus=4
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.interface import Embodiment
+from cogvla.policy.training_config import TrainingConfig
+from cogvla.policy.training_memory import report, training_memory
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="train_policy")
+def main(config: DictConfig) -> None:
+    """Console entry point."""
+    try:
+        print(run(config))
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(config: DictConfig) -> str:
+    """The table for a configuration of `train_policy`, and `gpus`, which is 1 when it is left out."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict), "the configuration is a mapping"
+    gpus = int(values.get("gpus", 1))
+    training = TrainingConfig(**values["training"])
+    if gpus < 1 or training.batch_size % (gpus * training.accumulation):
+        raise ValueError(f"batch_size {training.batch_size} is not a multiple of {gpus} GPUs x {training.accumulation}")
+    model = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
+    memory, said = training_memory(model, Embodiment(**values["embodiment"]), training, gpus)
+    return report(memory, gpus, said)
+
+
+if __name__ == "__main__":
+    main()

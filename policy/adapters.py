@@ -1,0 +1,165 @@
+"""What fine-tuning trains of a policy: which parts fully, which through LoRA adapters (peft), and which not at all.
+
+Adapters are in memory and in `training.pt` only. A policy that is saved has them folded into its weights: the
+checkpoint is the same one `model.safetensors` with and without them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ADAPTER, BASE = "default", ".base_layer."
+FINGERPRINT = 64
+"""Numbers of each frozen tensor by which a resumed run recognises it."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What is trained; the default is everything.
+
+    Parts are named as in the checkpoint, e.g. `decoder.llm` or `vision.towers.*.film`; `*` stands for anything.
+
+    Attributes:
+        train: parts that are trained fully.
+        adapt: parts whose linear layers get LoRA adapters, unless `train` names them. All other weights are frozen.
+        rank, alpha, dropout: of the adapters; their output is scaled by alpha / rank.
+    """
+
+    train: tuple[str, ...] = ("*",)
+    adapt: tuple[str, ...] = ()
+    rank: int = 32
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("train", "adapt"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"finetune.{name} must be a list of parts, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        if not self.train and not self.adapt:
+            raise ValueError("finetune.train and finetune.adapt are both empty: there is nothing to train")
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError("finetune: rank and alpha must be positive, dropout in [0,1)")
+
+
+def prepare(model: nn.Module, config: FinetuneConfig) -> None:
+    """Put adapters around the linear layers and freeze what is not trained, in place.
+
+    Raises:
+        ValueError: a part is not one of the model, there is no linear layer to adapt, or peft is not installed.
+    """
+    parts = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    roots = {name.partition(".")[0] for name in (*parts, *vars(model)) if not name.startswith("_")}
+    for pattern in (*config.train, *config.adapt):
+        if not any(fnmatchcase(root, pattern.partition(".")[0]) for root in roots):
+            known = sorted(name for name, _ in model.named_children())
+            raise ValueError(
+                f"finetune names {pattern!r}, but the policy's parts are {', '.join(known)} and placeholder"
+            )
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and _named(name, config.adapt) and not _named(name, config.train)
+    ]
+    if config.adapt and not targets:
+        raise ValueError(f"finetune.adapt = {list(config.adapt)} leaves no linear layer to adapt")
+    if targets:
+        _inject(model, targets, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name or (BASE not in name and _named(name, config.train)))
+
+
+def _inject(model: nn.Module, targets: list[str], config: FinetuneConfig) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("adapters need peft: `uv pip install peft`, or train with finetune=full") from error
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        init_lora_weights="gaussian",
+        target_modules="|".join(map(re.escape, targets)),
+    )
+    inject_adapter_in_model(lora, model, ADAPTER)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # also around a bfloat16 layer: updates are small
+
+
+def _named(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names, as without adapters, and peft layers."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
+            yield name, module
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the policy without adapters that computes the same; the model stays as it is."""
+    merged = {f"{name}.weight": _merged(layer) for name, layer in adapted_layers(model)}
+    state = {name.replace(BASE, "."): value for name, value in model.state_dict().items() if ".lora_" not in name}
+    return {**state, **merged}
+
+
+def merge(model: nn.Module) -> dict[str, Tensor]:
+    """Fold the adapters into the weights, in place. Returns the weights that were there, for `unmerge`."""
+    base = {}
+    for name, layer in adapted_layers(model):
+        base[name] = layer.base_layer.weight.detach().clone()
+        layer.merge(safe_merge=True)
+    return base
+
+
+def unmerge(model: nn.Module, base: dict[str, Tensor]) -> None:
+    """Take them out again, in place: `base` is put back bit for bit, which subtracting would not do."""
+    for name, layer in adapted_layers(model):
+        layer.unmerge()
+        with torch.no_grad():
+            layer.base_layer.weight.copy_(base[name])
+
+
+def fold(model: Model) -> Model:
+    """Plain linear layers with merged weights in place of the adapted ones.
+
+    Weights are replaced, not written to: another model that shares them stays as it is.
+    """
+    for name, layer in list(adapted_layers(model)):
+        plain = layer.base_layer
+        plain.weight = nn.Parameter(_merged(layer), requires_grad=False)
+        model.set_submodule(name, plain)
+    return model
+
+
+@torch.no_grad()
+def _merged(layer: Any) -> Tensor:
+    weight = layer.base_layer.weight
+    return (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
+
+
+def fingerprint(module: nn.Module) -> Tensor:
+    """The beginning of every frozen tensor: training goes on from a checkpoint only on the same frozen weights."""
+    frozen = [p.detach().flatten()[:FINGERPRINT].float().cpu() for p in module.parameters() if not p.requires_grad]
+    return torch.cat([torch.empty(0), *frozen])
+
+
+def summary(model: nn.Module) -> str:
+    """How many parameters are trained fully, are in adapters and are frozen, for the log."""
+    full = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    layers = sum(1 for _ in adapted_layers(model))
+    return f"{full:,} parameters are trained, {adapters:,} in the adapters of {layers} layers, {frozen:,} are frozen"

@@ -1,0 +1,171 @@
+"""Image augmentation of training, and the crop at test time that belongs to it.
+
+As OpenVLA and CogVLA train: each view is cut out at random to `crop_area` of its area and resized back, then its
+colours are changed. At test time the same share is cut out of the centre. All of it is batched on the device of the
+pixels; what is random is drawn beforehand, for the whole step (`policy.batches`).
+
+A crop samples from its corner pixels to its corner pixels, as TensorFlow's `crop_and_resize` does, with which the
+published policies were trained and are evaluated.
+
+Shape legend: B batch, V views, X = B*V, H, W image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+HUE, SATURATION, CONTRAST, BRIGHTNESS = range(4)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """How pictures are changed in training; the defaults change nothing.
+
+    Attributes:
+        crop_area: share of the area of each view that is cut out at random, and from the centre at test time; 1 is off.
+        brightness: largest change that is added, of values in [0,1].
+        contrast: range of the factor on the distance to the mean of each channel; (1, 1) is off.
+        saturation: range of the factor on the saturation (HSV); (1, 1) is off.
+        hue: largest rotation of the hue, as a share of the circle.
+    """
+
+    crop_area: float = 1.0
+    brightness: float = 0.0
+    contrast: tuple[float, float] = (1.0, 1.0)
+    saturation: tuple[float, float] = (1.0, 1.0)
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_crop_area(self.crop_area)
+        for name in ("contrast", "saturation"):
+            low, high = getattr(self, name)
+            object.__setattr__(self, name, (low, high))
+            if not 0 <= low <= high:
+                raise ValueError(f"augmentation.{name} must be [low, high] with 0 <= low <= high, got [{low}, {high}]")
+        if not 0 <= self.brightness <= 1 or not 0 <= self.hue <= 0.5:
+            raise ValueError("augmentation: brightness must be in [0,1] and hue in [0,0.5]")
+
+    @property
+    def jitters(self) -> bool:
+        """Whether colours change."""
+        return (self.brightness, self.contrast, self.saturation, self.hue) != (0, (1, 1), (1, 1), 0)
+
+    @property
+    def crops(self) -> bool:
+        return self.crop_area < 1
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What happens to each picture of a batch.
+
+    Attributes:
+        corner_BV2: upper left corner (right, down) of the crop, in [0,1] from the first to the last pixel; None: whole.
+        jitter_BV4: hue rotation, saturation factor, contrast factor, added brightness; None: colours stay.
+    """
+
+    corner_BV2: Tensor | None = None
+    jitter_BV4: Tensor | None = None
+
+
+def check_crop_area(area: float) -> None:
+    """Raises ValueError for a share that leaves nothing or adds something."""
+    if not 0 < area <= 1:
+        raise ValueError(f"crop_area must be in (0,1], got {area}; 1 is off, 0.9 is what OpenVLA and CogVLA use")
+
+
+def draw_changes(config: AugmentationConfig, samples: int, views: int, generator: torch.Generator) -> Changes:
+    """Random changes of B samples with V views each, from the generator alone."""
+    corner_BV2 = jitter_BV4 = None
+    if config.crops:
+        corner_BV2 = torch.rand(samples, views, 2, generator=generator) * (1 - math.sqrt(config.crop_area))
+    if config.jitters:
+        low, high = zip(
+            (-config.hue, config.hue),
+            config.saturation,
+            config.contrast,
+            (-config.brightness, config.brightness),
+            strict=True,
+        )  # in the order of HUE, SATURATION, CONTRAST, BRIGHTNESS
+        low_4, high_4 = torch.tensor(low), torch.tensor(high)
+        jitter_BV4 = low_4 + (high_4 - low_4) * torch.rand(samples, views, 4, generator=generator)
+    return Changes(corner_BV2, jitter_BV4)
+
+
+def centre(area: float, samples: int, views: int) -> Changes:
+    """The crop of `area` in the middle of every view."""
+    return Changes(torch.full((samples, views, 2), (1 - math.sqrt(area)) / 2)) if area < 1 else Changes()
+
+
+def change(pixels_BVCHW: Tensor, area: float, changes: Changes) -> Tensor:
+    """Uint8 pictures cropped to `area`, resized back and with their colours changed, as uint8 on the same device."""
+    if changes.corner_BV2 is None and changes.jitter_BV4 is None:
+        return pixels_BVCHW
+    device = pixels_BVCHW.device
+    x_XCHW = rearrange(pixels_BVCHW, "b v c h w -> (b v) c h w").float() / 255
+    if changes.corner_BV2 is not None:
+        x_XCHW = _crop(x_XCHW, rearrange(changes.corner_BV2, "b v two -> (b v) two").to(device), math.sqrt(area))
+    if changes.jitter_BV4 is not None:
+        x_XCHW = _jitter(x_XCHW, rearrange(changes.jitter_BV4, "b v four -> (b v) four").to(device))
+    bytes_XCHW = (x_XCHW * 255).round_().clamp_(0, 255).to(torch.uint8)
+    return rearrange(bytes_XCHW, "(b v) c h w -> b v c h w", v=pixels_BVCHW.shape[1])
+
+
+def move_points(points_BV22: Tensor, area: float, changes: Changes, image_size: tuple[int, int]) -> Tensor:
+    """Where points of the picture, (right, down) in [0,1] from edge to edge, are after the crop."""
+    if changes.corner_BV2 is None:
+        return points_BV22
+    height, width = image_size
+    size_2 = torch.tensor([width, height], dtype=points_BV22.dtype)
+    pixel_BV22 = points_BV22 * size_2 - 0.5  # the centre of pixel i is at i
+    moved_BV22 = (pixel_BV22 - changes.corner_BV2[:, :, None] * (size_2 - 1)) / math.sqrt(area)
+    return (moved_BV22 + 0.5) / size_2
+
+
+def _crop(x_XCHW: Tensor, corner_X2: Tensor, side: float) -> Tensor:
+    """Cut out windows of `side` times the height and width, bilinearly resized back."""
+    height, width = x_XCHW.shape[-2:]
+    along_H, along_W = (torch.linspace(0, side, count, device=x_XCHW.device) for count in (height, width))
+    column_XHW = (corner_X2[:, :1] + along_W)[:, None].expand(-1, height, -1)
+    row_XHW = (corner_X2[:, 1:] + along_H)[:, :, None].expand(-1, -1, width)
+    grid_XHW2 = torch.stack((column_XHW, row_XHW), dim=-1) * 2 - 1
+    return F.grid_sample(x_XCHW, grid_XHW2, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def _jitter(x_XCHW: Tensor, jitter_X4: Tensor) -> Tensor:
+    """Brightness, contrast, saturation, hue, in this order; values stay in [0,1] after each."""
+    by_X411 = rearrange(jitter_X4, "x four -> four x 1 1")
+    x_XCHW = (x_XCHW + by_X411[BRIGHTNESS][:, None]).clamp(0, 1)
+    mean_XC11 = x_XCHW.mean(dim=(-2, -1), keepdim=True)
+    x_XCHW = torch.lerp(mean_XC11, x_XCHW, by_X411[CONTRAST][:, None]).clamp(0, 1)
+    hue_XHW, saturation_XHW, value_XHW = _hsv(x_XCHW)
+    saturation_XHW = (saturation_XHW * by_X411[SATURATION]).clamp(0, 1)
+    return _rgb(hue_XHW + by_X411[HUE], saturation_XHW, value_XHW)
+
+
+def _hsv(x_XCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """RGB in [0,1] to hue (one turn is 1), saturation and value, each [X,H,W]."""
+    red, green, blue = x_XCHW.unbind(1)
+    value, least = x_XCHW.amax(1), x_XCHW.amin(1)
+    chroma = value - least
+    safe = chroma.clamp(min=1e-12)
+    sixth = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    return sixth / 6, chroma / value.clamp(min=1e-12), value
+
+
+def _rgb(hue_XHW: Tensor, saturation_XHW: Tensor, value_XHW: Tensor) -> Tensor:
+    """Back to RGB [X,3,H,W]; any whole number of turns may be added to the hue."""
+    start_3 = torch.tensor([5.0, 3.0, 1.0], device=hue_XHW.device)  # where red, green and blue begin to fall
+    k_X3HW = (start_3[:, None, None] + 6 * hue_XHW[:, None]) % 6
+    fall_X3HW = torch.minimum(k_X3HW, 4 - k_X3HW).clamp(0, 1)
+    return value_XHW[:, None] * (1 - saturation_XHW[:, None] * fall_X3HW)
