@@ -1,13 +1,23 @@
-"""Parameters and floating-point operations of a configuration, stage by stage, without allocating a weight.
+"""What a configuration costs, stage by stage, without allocating a weight.
 
-Counts what matrix products cost in one forward pass of one sample, two operations per multiply-accumulate; element-wise
-work is left out, as it is by `torch.utils.flop_counter`, which a test holds this against.
+Counted are matrix products, as `torch.utils.flop_counter` does, which a test holds this against; element-wise work is
+left out. Of each product:
+
+- FLOPs: two per multiply-accumulate.
+- weights: its weight and bias, read once per pass, however many samples there are. A head that decodes in several steps
+  reads its weights at every step.
+- activations: its input is read once and its output written once. Attention is one kernel that reads queries, keys and
+  values and writes its output; the scores stay on the chip.
+
+Layers that share an input (queries, keys and values) each read it, and nothing is found in a cache. Tables that are
+looked up, norms and residual sums are left out. Bytes are for numbers of two bytes, bfloat16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers import Attention
@@ -21,14 +31,69 @@ from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter
 from cogvla.routing.schedule import keep_count
 
+BYTES = 2
+TOTAL, REPEATED = "total", "total, same instruction"
+INSTRUCTION = "instruction"
+"""The stage that runs once per instruction, not once per chunk."""
+
+
+@dataclass(frozen=True)
+class Counting:
+    """What is counted. The defaults are what this model computes; the rest is for comparison with other code.
+
+    Attributes:
+        attention: products of queries with keys and of attention with values; without them, linear layers only.
+        every_row: all rows of the last layers, also those that nobody reads.
+        last_block: the last block of each tower, whose output is thrown away.
+        lm_head: the output vocabulary, for every token of the sequence.
+    """
+
+    attention: bool = True
+    every_row: bool = False
+    last_block: bool = False
+    lm_head: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates, numbers of the weights that are read, numbers of the activations read and written."""
+
+    macs: int = 0
+    weights: int = 0
+    activations: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.macs + other.macs, self.weights + other.weights, self.activations + other.activations)
+
+    def for_samples(self, count: int) -> Work:
+        """The same weights on so many inputs."""
+        return Work(count * self.macs, self.weights, count * self.activations)
+
 
 @dataclass(frozen=True)
 class StageCost:
-    """One row of the table: parameters, and FLOPs of a forward pass with one sample."""
+    """One row of the table: parameters of a stage, and what a forward pass takes of it."""
 
     stage: str
     parameters: int
-    flops: int
+    work: Work
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.work.macs
+
+    @property
+    def weight_bytes(self) -> int:
+        return BYTES * self.work.weights
+
+    @property
+    def activation_bytes(self) -> int:
+        return BYTES * self.work.activations
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte."""
+        return self.flops / max(self.weight_bytes + self.activation_bytes, 1)
 
 
 def build_on_meta(config: CogVLAConfig, embodiment: Embodiment) -> CogVLA:
@@ -37,97 +102,146 @@ def build_on_meta(config: CogVLAConfig, embodiment: Embodiment) -> CogVLA:
         return CogVLA(config, embodiment)
 
 
-def count_flops(config: CogVLAConfig, embodiment: Embodiment, text_length: int) -> list[StageCost]:
-    """Cost of every stage; the last row is the total.
+def count_flops(
+    config: CogVLAConfig, embodiment: Embodiment, text_length: int, batch: int = 1, counting: Counting | None = None
+) -> list[StageCost]:
+    """Cost of every stage; then the total of a chunk, and that of a chunk for an instruction seen before.
 
     Args:
         config, embodiment: the model.
         text_length: T, tokens of the instruction.
+        batch: samples in one pass.
+        counting: what is counted.
     """
+    if text_length < 1 or batch < 1:
+        raise ValueError(f"text length and batch must be at least 1, got {text_length} and {batch}")
+    counting = counting or Counting()
     model = build_on_meta(config, embodiment)
-    views = len(embodiment.cameras)
-    rows = [
-        StageCost(f"tower {name}", _parameters(tower), 2 * _tower(tower, views))
-        for name, tower in model.vision.named_towers()
-    ]
-    fusion = model.vision.fusion
-    weigher = _linears(fusion.weigher) if fusion.kind == "mix" else 0
-    rows.append(
-        StageCost("fusion", _parameters(fusion), 2 * ((_linears(fusion) - weigher) * model.vision_tokens + weigher))
-    )
-    rows.append(StageCost("state", _parameters(model.state), 2 * _linears(model.state)))
+    views, fusion = len(embodiment.cameras), model.vision.fusion
+    towers = model.vision.named_towers()
+    once: list[nn.Module] = [tower.film for _, tower in towers if tower.film is not None]
+    once += [fusion.weigher] if fusion.kind == "mix" else []
+    # Folding the pixels' normalisation into the bias is one small matrix-vector product per tower.
+    fold = sum((Work(3 * tower.width, 0, 4 * tower.width) for _, tower in towers), Work())
+    instruction = _linears(once, batch) + fold
+    rows = [StageCost(INSTRUCTION, _parameters(once), instruction)]
+    for name, tower in towers:
+        work = _tower(tower, counting).for_samples(batch * views)
+        rows.append(StageCost(f"tower {name}", _parameters([tower]) - _parameters([tower.film]), work))
+    projectors = [module for module in fusion.children() if module not in once]
+    rows.append(StageCost("fusion", _parameters(projectors), _linears(projectors, batch * model.vision_tokens)))
+    rows.append(StageCost("state", _parameters([model.state]), _linears([model.state], batch)))
     layout = TokenLayout(model.vision_tokens, text_length, model.action_tokens)
-    dense, routed, routers = _decoder(model, layout)
-    rows.append(StageCost("language, dense layers", _parameters(dense[0]), 2 * dense[1]))
-    rows.append(StageCost("language, routed layers", _parameters(routed[0]), 2 * routed[1]))
-    rows.append(StageCost("routers", _parameters(model.decoder.routers), 2 * routers))
-    rest = _parameters(model.decoder.llm.embed_tokens) + _parameters(model.decoder.llm.norm)
-    rest += 0 if model.placeholder is None else model.placeholder.numel()
-    rows.append(StageCost("embeddings", rest, 0))
-    rows.append(StageCost("head", _parameters(model.head), 2 * _linears(model.head) * embodiment.chunk))
-    total = StageCost("total", sum(r.parameters for r in rows), sum(r.flops for r in rows))
-    assert total.parameters == _parameters(model), "every parameter belongs to one stage"
-    return [*rows, total]
+    rows += [StageCost(r.stage, r.parameters, r.work.for_samples(batch)) for r in _decoder(model, layout, counting)]
+    embeddings = _parameters([model.decoder.llm.embed_tokens, model.decoder.llm.norm])
+    embeddings += 0 if model.placeholder is None else model.placeholder.numel()
+    rows.append(StageCost("embeddings", embeddings, Work()))
+    if counting.lm_head:
+        output = nn.Linear(config.language.width, config.language.vocab_size, bias=False, device="meta")
+        rows.append(StageCost("output vocabulary", _parameters([output]), _linears([output], batch * layout.length)))
+    states = torch.empty(batch, layout.action, config.language.width, device="meta")
+    rows.append(StageCost("head", _parameters([model.head]), _watched(model.head, states)))
+    total = _sum(TOTAL, rows)
+    return [*rows, total, StageCost(REPEATED, total.parameters, _sum("", rows[1:]).work)]
 
 
-def format_table(costs: list[StageCost]) -> str:
-    """The table as text, in millions of parameters and GFLOP."""
-    lines = [f"{'stage':<26}{'parameters (M)':>16}{'GFLOP':>14}{'share':>8}"]
-    whole = max(costs[-1].flops, 1)
-    lines += [f"{c.stage:<26}{c.parameters / 1e6:>16,.3f}{c.flops / 1e9:>14,.4f}{c.flops / whole:>8.1%}" for c in costs]
-    return "\n".join(lines)
+def _sum(name: str, rows: Iterable[StageCost]) -> StageCost:
+    rows = list(rows)
+    return StageCost(name, sum(r.parameters for r in rows), sum((r.work for r in rows), Work()))
 
 
-def _parameters(module: nn.Module | list[nn.Module]) -> int:
-    modules = module if isinstance(module, list) else [module]
-    return sum(p.numel() for m in modules for p in m.parameters())
+def _parameters(modules: Iterable[nn.Module | None]) -> int:
+    return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
 
-def _linears(module: nn.Module) -> int:
-    """Multiply-accumulates of all linear layers for one token."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+def _linear_layers(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
+    return (layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
-def _tower(tower: VisionTower, views: int) -> int:
+def _linear(layer: nn.Linear, rows: int) -> Work:
+    inputs, outputs = layer.in_features, layer.out_features
+    return Work(rows * inputs * outputs, _parameters([layer]), rows * (inputs + outputs))
+
+
+def _linears(modules: Iterable[nn.Module], rows: int) -> Work:
+    """All linear layers in these modules, each on so many rows."""
+    return sum((_linear(layer, rows) for layer in _linear_layers(modules)), Work())
+
+
+def _watched(module: nn.Module, inputs: torch.Tensor) -> Work:
+    """All linear layers of a module as often as it calls them, and on as many rows."""
+    seen: list[Work] = []
+
+    def watch(layer: Any, given: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+        seen.append(_linear(layer, given[0].numel() // layer.in_features))
+
+    hooks = [layer.register_forward_hook(watch) for layer in _linear_layers([module])]
+    with torch.no_grad(), torch.device("meta"):
+        module(inputs)
+    for hook in hooks:
+        hook.remove()
+    return sum(seen, Work())
+
+
+def _attention(asking: int, keys: int, width: int, counting: Counting) -> Work:
+    return Work(2 * asking * keys * width, 0, 2 * (asking + keys) * width) if counting.attention else Work()
+
+
+def _tower(tower: VisionTower, counting: Counting) -> Work:
+    """One view."""
     vit, width = tower.vit, tower.width
     patches = vit.patch_embed.num_patches
     extra = 0 if tower.aggregation is None else len(tower.aggregation.tokens)
     tokens = patches + vit.num_prefix_tokens + extra
-    macs = patches * vit.patch_embed.proj.weight.numel()
+    kernel = vit.patch_embed.proj.weight
+    work = Work(patches * kernel.numel(), kernel.numel() + width, patches * (kernel[0].numel() + width))
     for index, block in enumerate(vit.blocks[: tower.computed]):
         # Only the aggregation tokens come out of the last block, so only they ask there.
-        few = extra and index == tower.computed - 1 and type(block.attn) is Attention
+        few = extra and index == tower.computed - 1 and type(block.attn) is Attention and not counting.every_row
         asking = extra if few else tokens
-        macs += 2 * tokens * width * width + 2 * asking * width * width  # k, v; q, output
-        macs += 2 * asking * tokens * width + asking * _linears(block.mlp)
-    # FiLM works once per instruction; folding the normalisation into the bias is one small matrix-vector product.
-    return views * macs + (0 if tower.film is None else _linears(tower.film)) + 3 * width
+        work += _attention(asking, tokens, width, counting)
+        if few:
+            weights = _parameters([block.attn.qkv])
+            work += Work((2 * tokens + asking) * width * width, weights, (3 * tokens + 2 * asking) * width)
+            work += _linear(block.attn.proj, asking)
+        else:
+            work += _linears([block.attn], tokens)
+        work += _linears([block.mlp], asking)
+    if counting.last_block:
+        block = vit.blocks[-1]  # they are all of one shape
+        work += _attention(tokens, tokens, width, counting)
+        work += _linears([block.attn, block.mlp], tokens)
+    return work
 
 
-def _decoder(
-    model: CogVLA, layout: TokenLayout
-) -> tuple[tuple[list[nn.Module], int], tuple[list[nn.Module], int], int]:
+def _decoder(model: CogVLA, layout: TokenLayout, counting: Counting) -> list[StageCost]:
+    """One sample: layers that see all tokens, layers that see some, and what chooses them."""
     decoder = model.decoder
     layers = list(decoder.llm.layers)
-    groups: dict[bool, tuple[list[nn.Module], list[int]]] = {False: ([], []), True: ([], [])}
-    routers, present = 0, layout.vision
+    parameters, work = {False: 0, True: 0}, {False: Work(), True: Work()}
+    routers, present = Work(), layout.vision
     for index, (layer, ratio) in enumerate(zip(layers, decoder.ratios, strict=True)):
         seen = present
         if ratio is not None:
             seen = min(keep_count(layout.vision, ratio), present)
             router = cast(FiLMRouter, decoder.routers[str(index)])
             scored = layout.with_vision(present).length if router.score_all else present
-            routers += _linears(router.scale) + _linears(router.shift) + scored * _linears(router.logits)
+            routers += _linears([router.scale, router.shift], 1) + _linear(router.logits, scored)
+            context = layout.context.stop - layout.context.start
+            routers += Work(context * router.logits.in_features, 0, context + (context + 1) * router.logits.in_features)
             present = seen if decoder.routing.mode == "drop" else present
         now = layout.with_vision(seen)
-        length = now.length
         read = decoder.read_rows(now)
-        asking = read.stop - read.start if index == len(layers) - 1 else length
-        attention = layer.self_attn
-        macs = length * (_linears(attention.k_proj) + _linears(attention.v_proj))
-        macs += asking * (_linears(attention.q_proj) + _linears(attention.o_proj) + _linears(layer.mlp))
-        macs += 2 * asking * length * attention.q_proj.out_features
-        groups[ratio is not None][0].append(layer)
-        groups[ratio is not None][1].append(macs)
-    dense, routed = groups[False], groups[True]
-    return (dense[0], sum(dense[1])), (routed[0], sum(routed[1])), routers
+        last = index == len(layers) - 1 and not counting.every_row
+        asking = read.stop - read.start if last else now.length
+        heads = layer.self_attn
+        routed = ratio is not None
+        parameters[routed] += _parameters([layer])
+        work[routed] += _linears([heads.k_proj, heads.v_proj], now.length)
+        work[routed] += _linears([heads.q_proj, heads.o_proj, layer.mlp], asking)
+        work[routed] += _attention(asking, now.length, heads.q_proj.out_features, counting)
+    return [
+        StageCost("language, dense layers", parameters[False], work[False]),
+        StageCost("language, routed layers", parameters[True], work[True]),
+        StageCost("routers", _parameters([decoder.routers]), routers),
+    ]

@@ -19,6 +19,7 @@ from cogvla.envs.recorder import record
 from cogvla.libero.protocol import Protocol
 from cogvla.policy.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.data import DataConfig
+from cogvla.policy.flops import Counting
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model import CogVLA
 from cogvla.policy.objective import ObjectiveConfig
@@ -27,6 +28,7 @@ from cogvla.real_robot.request import RequestKeys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS: dict[str, Callable[..., Any]] = {
+    "counting": Counting,
     "data": DataConfig,
     "embodiment": Embodiment,
     "objective": ObjectiveConfig,
@@ -88,7 +90,7 @@ def test_presets_have_the_sizes_they_claim(policy: str) -> None:
     assert low < sum(p.numel() for p in model.parameters()) < high
 
 
-@pytest.mark.parametrize("kind", [DataConfig, Embodiment, ObjectiveConfig, Protocol, RoutingConfig, TrainingConfig])
+@pytest.mark.parametrize("kind", [Counting, DataConfig, Embodiment, ObjectiveConfig, Protocol, RoutingConfig, TrainingConfig])
 def test_every_key_is_documented(kind: Any) -> None:
     text = inspect.getdoc(kind) or ""
     undocumented = [f.name for f in fields(kind) if not re.search(rf"\b{f.name}\b", text)]

@@ -20,12 +20,13 @@ from cogvla.libero.provenance import machine
 from cogvla.libero.statistics import Latency, latency
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.flops import count_flops, format_table
+from cogvla.policy.flops import count_flops
 from cogvla.policy.interface import Embodiment, Policy
 from cogvla.policy.model import CogVLA
 from cogvla.policy.normalise import Statistics
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
+from cogvla.policy.roofline import format_table
 from cogvla.policy.tokenizer import WordTokenizer
 
 WARM_UP = 5

@@ -1,0 +1,118 @@
+"""`count_flops`: parameters, FLOPs, bytes and the least time on a GPU, stage by stage, without any weights.
+
+    count_flops                                       the paper's model: all stages, without each, without both
+    count_flops gpu=[jetson_thor,rtx4090] batch=8
+    count_flops policy=small embodiment=tabletop
+    count_flops checkpoint=checkpoints/tabletop_object output=cost.json
+    count_flops counting=paper text_length=7          what reproduces the paper's numbers
+
+`policy/flops.py` says what is counted, `policy/roofline.py` where the peaks of the GPUs come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from cogvla.policy.checkpoint import read_config
+from cogvla.policy.config import CogVLAConfig, RoutingConfig
+from cogvla.policy.flops import TOTAL, Counting, StageCost, count_flops
+from cogvla.policy.interface import Embodiment
+from cogvla.policy.roofline import GPU, find_gpu, floors, format_table, header
+
+
+def summary(variants: dict[str, list[StageCost]], gpus: Sequence[GPU], paper: dict[str, Any] | None) -> str:
+    """All variants: a line for each, and beside it what the paper reports."""
+    reported = ("paper TFLOP", "difference", "paper ms") if paper else ()
+    lines = [f"{'variant':<42}" + header(("TFLOP", *reported, "GB", "FLOP/byte"), gpus, "ms at least")]
+    for name, costs in variants.items():
+        at = next(index for index, cost in enumerate(costs) if cost.stage == TOTAL)
+        total = costs[at]
+        line = f"{name:<42}{total.flops / 1e12:>14.3f}"
+        if paper and (known := paper.get(name)):
+            difference = total.flops / 1e12 / known["tflop"] - 1
+            line += f"{known['tflop']:>14.2f}{difference:>+14.1%}{known['milliseconds']:>14.0f}"
+        else:
+            line += " " * 14 * len(reported)
+        line += f"{(total.weight_bytes + total.activation_bytes) / 1e9:>14.2f}{total.intensity:>14.1f}"
+        lines.append(line + "".join(f"{1e3 * floors(costs, gpu)[at]:>14.2f}" for gpu in gpus))
+    return "\n".join(lines)
+
+
+def as_data(costs: Sequence[StageCost], gpus: Sequence[GPU]) -> list[dict[str, Any]]:
+    """The table of one variant as JSON holds it."""
+    times = {gpu.name: floors(costs, gpu) for gpu in gpus}
+    return [
+        {
+            "stage": cost.stage,
+            "parameters": cost.parameters,
+            "flops": cost.flops,
+            "weight_bytes": cost.weight_bytes,
+            "activation_bytes": cost.activation_bytes,
+            "flop_per_byte": cost.intensity,
+            "floor_seconds": {name: seconds[index] for name, seconds in times.items()},
+        }
+        for index, cost in enumerate(costs)
+    ]
+
+
+def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
+    """Print the tables of all variants; returns their costs.
+
+    Args:
+        values: the configuration, see `configs/count_flops.yaml`.
+        name: what the model is called, to find what the paper says of it.
+    """
+    gpus = [find_gpu(gpu) for gpu in values["gpu"]]
+    if values["checkpoint"] is not None:
+        folder = Path(values["checkpoint"])
+        body = read_config(folder)
+        base, embodiment = CogVLAConfig.from_dict(body["model"]), Embodiment(**body["embodiment"])
+        name = f"checkpoint {folder.name}"
+    else:
+        base = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
+        embodiment = Embodiment(**values["embodiment"])
+    text, batch, counting = values["text_length"], values["batch"], Counting(**values["counting"])
+    counted = ", ".join(f"{key}={value}" for key, value in asdict(counting).items())
+    print(f"{name}: {batch} sample(s), {len(embodiment.cameras)} views, {text} text tokens; counted: {counted}")
+    variants: dict[str, list[StageCost]] = {}
+    for variant, changes in values["variants"].items():
+        config = replace(base, routing=_changed(base.routing, changes))
+        variants[variant] = count_flops(config, embodiment, text, batch, counting)
+        if values["stages"]:
+            print(f"\n{variant}\n{format_table(variants[variant], gpus)}")
+    comparable = name == values["paper"]["model"] and batch == 1
+    print("\n" + summary(variants, gpus, values["paper"]["variants"] if comparable else None))
+    if values["output"] is not None:
+        data = {"model": name, "batch": batch, "views": len(embodiment.cameras), "text_length": text}
+        stages = {variant: as_data(costs, gpus) for variant, costs in variants.items()}
+        output = Path(values["output"])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({**data, "counting": asdict(counting), "variants": stages}, indent=2) + "\n")
+    return variants
+
+
+def _changed(routing: RoutingConfig, changes: dict[str, Any]) -> RoutingConfig:
+    valid = asdict(routing)
+    if unknown := sorted(set(changes) - set(valid)):
+        raise ValueError(f"variants change routing; {', '.join(unknown)} is none of {', '.join(valid)}")
+    return replace(routing, **changes)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="count_flops")
+def main(config: DictConfig) -> None:
+    """Console entry point."""
+    choices = HydraConfig.get().runtime.choices
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict), "the configuration is a mapping"
+    try:
+        run(values, f"{choices['policy']} on {choices['embodiment']}")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
