@@ -90,7 +90,9 @@ def test_presets_have_the_sizes_they_claim(policy: str) -> None:
     assert low < sum(p.numel() for p in model.parameters()) < high
 
 
-@pytest.mark.parametrize("kind", [Counting, DataConfig, Embodiment, ObjectiveConfig, Protocol, RoutingConfig, TrainingConfig])
+@pytest.mark.parametrize(
+    "kind", [Counting, DataConfig, Embodiment, ObjectiveConfig, Protocol, RoutingConfig, TrainingConfig]
+)
 def test_every_key_is_documented(kind: Any) -> None:
     text = inspect.getdoc(kind) or ""
     undocumented = [f.name for f in fields(kind) if not re.search(rf"\b{f.name}\b", text)]
