@@ -50,6 +50,7 @@ class Suite:
         max_steps: control steps before an episode is a failure.
         make: builds the environment; a function of a module or a partial of one, so that processes can be sent it.
         initial_states: how many fixed initial states the protocol has per task.
+        protocol: name of the evaluation protocol that is taken when none is named.
         settings: what else decides the numbers (rendering, assets); reports say it.
     """
 
@@ -58,6 +59,7 @@ class Suite:
     max_steps: int
     make: Callable[..., gym.Env]
     initial_states: int = EVALUATION_STATES
+    protocol: str = "tabletop"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

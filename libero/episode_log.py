@@ -79,12 +79,8 @@ class EpisodeLog:
             run.unlink(missing_ok=True)
             shutil.rmtree(self.folder / VIDEOS, ignore_errors=True)
         if run.exists():
-            try:
-                known = json.loads(run.read_text())
-                fingerprint, self.sessions = known["fingerprint"], known["sessions"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{run} is damaged ({error}); choose another output, or resume=false") from error
-            changed = _differences(fingerprint, self._fingerprint)
+            fingerprint, self.sessions = read_run(self.folder)
+            changed = differences(fingerprint, self._fingerprint)
             if changed:
                 raise ValueError(
                     f"{self.folder} holds results of another configuration ({'; '.join(changed)}): choose another "
@@ -104,17 +100,8 @@ class EpisodeLog:
         whole = text.rfind("\n") + 1
         if whole < len(text):
             self._file.truncate(len(text[:whole].encode()))
-        results = {}
-        for number, line in enumerate(text[:whole].splitlines(), start=1):
-            try:
-                result = EpisodeResult.from_dict(json.loads(line))
-            except (json.JSONDecodeError, TypeError) as error:
-                raise ValueError(
-                    f"line {number} of {self.folder / EPISODES} is damaged ({error}): delete that line, or resume=false"
-                ) from error
-            if result.error is None:
-                results[result.task, result.initial_state] = result
-        return results
+        results = read_episodes(self.folder / EPISODES)
+        return {key: result for key, result in results.items() if result.error is None}
 
     def append(self, result: EpisodeResult) -> None:
         """Write one result to disk before returning; its video's path becomes relative to the folder."""
@@ -179,8 +166,37 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Fingerprint and sessions of an evaluation's folder; ValueError when it is none, or a damaged one."""
+    run = folder / RUN
+    try:
+        known = json.loads(run.read_text())
+        return known["fingerprint"], known["sessions"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no folder of an evaluation: it has no {RUN}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{run} is damaged ({error}); choose another output, or resume=false") from error
+
+
+def read_episodes(path: Path) -> dict[Key, EpisodeResult]:
+    """The last result of each episode, errors too, but an error never replaces a result."""
+    results: dict[Key, EpisodeResult] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            result = EpisodeResult.from_dict(json.loads(line))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {path} is damaged ({error}): delete that line, or resume=false"
+            ) from error
+        key = result.task, result.initial_state
+        if result.error is None or key not in results:
+            results[key] = result
+    return results
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """The values in which two nested mappings differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted({*old, *new})
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
     return [] if old == new else [f"{name}: {old} there, {new} now"]

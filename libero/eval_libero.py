@@ -3,8 +3,9 @@
     eval_libero checkpoint=FOLDER suite=tabletop_object workers=4
     eval_libero checkpoint=random suite=all_tabletop episodes_per_task=2
     eval_libero checkpoint=FOLDER asked=both
+    eval_libero checkpoint=FOLDER suite=all_libero protocol=cogvla workers=8 shard=1/4
 
-The same command again goes on where it was stopped.
+The same command again goes on where it was stopped. `merge_evaluations` puts shards together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import importlib.util
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +24,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from cogvla.envs.suite import get_suite, suite_names
+from cogvla.envs.suite import Suite, suite_names
 from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.evaluate import evaluate
-from cogvla.libero.protocol import Protocol
+from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.report import Report, render_index
+from cogvla.libero.suites import configured_suite
 from cogvla.policy.interface import Embodiment, Policy
 
-ALL_TABLETOP = "all_tabletop"
+ALL = {"all_tabletop": "tabletop_", "all_libero": "libero_"}
+"""Names for all suites that begin alike; libero_90 has to be named."""
+OWN = "suite"
+"""In the configuration of the protocol: as the suite's own protocol has it."""
 RANDOM = "random"
 ASKED: dict[str | None, tuple[Literal["swap"] | None, ...]] = {None: (None,), "swap": ("swap",), "both": (None, "swap")}
 USER_ERRORS = (ValueError, MissingMandatoryValue)
@@ -58,24 +62,29 @@ def run(config: DictConfig, command: str) -> list[Report]:
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"imports: no module named {module!r}")
         importlib.import_module(module)
-    names = suites(config.suite)
-    protocol = _protocol(config)
+    played = [configured_suite(name, _plain(config.libero)) for name in suites(config.suite)]
+    protocols = [protocol_for(suite, config) for suite in played]
+    shard = _shard(config.shard)
     if config.asked not in ASKED:
         raise ValueError(f"asked must be null, swap or both, got {config.asked!r}")
     policy, identity = _policy(config)
     output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}")
     reports: dict[str, Report] = {}
-    for name in names:
+    for suite, protocol in zip(played, protocols, strict=True):
+        if config.protocol.name == OWN:
+            print(f"{suite.name}: protocol {protocol.name}, the suite's own; protocol=NAME chooses another one")
         for asked in ASKED[config.asked]:
-            folder = name if asked is None else f"{name}_{asked}"
+            folder = suite.name if asked is None else f"{suite.name}_{asked}"
+            folder += "" if config.shard is None else f"_shard{shard[0]}of{shard[1]}"
             reports[folder] = evaluate(
                 policy,
-                name,
+                suite,
                 protocol,
                 output / folder,
                 workers=config.workers,
                 tasks=None if config.tasks is None else [int(task) for task in config.tasks],
                 asked=asked,
+                shard=shard,
                 videos=config.videos,
                 resume=config.resume,
                 command=command,
@@ -91,17 +100,15 @@ def run(config: DictConfig, command: str) -> list[Report]:
 
 
 def suites(wanted: str | Sequence[str]) -> list[str]:
-    """The suites of a name, a list of names or `all_tabletop`; ValueError lists what exists."""
-    listed = [wanted] if isinstance(wanted, str) else list(wanted)
-    names = [
-        name
-        for item in listed
-        for name in ([n for n in suite_names() if n.startswith("tabletop_")] if item == ALL_TABLETOP else [item])
-    ]
+    """The suites of a name, a list of names, `all_tabletop` or `all_libero`; ValueError lists what exists."""
+    names: list[str] = []
+    for item in [wanted] if isinstance(wanted, str) else wanted:
+        names += [n for n in suite_names() if n.startswith(ALL[item]) and n != "libero_90"] if item in ALL else [item]
     if not names:
-        raise ValueError("suite is empty; give a name, a list of names, or all_tabletop")
+        raise ValueError(f"suite is empty; give a name, a list of names, {' or '.join(ALL)}")
     for name in names:
-        get_suite(name)
+        if name not in suite_names():
+            raise ValueError(f"unknown suite {name!r}; one of {', '.join(suite_names())}")
     return list(dict.fromkeys(names))
 
 
@@ -126,10 +133,20 @@ def summary(report: Report) -> str:
     return line
 
 
-def _protocol(config: DictConfig) -> Protocol:
-    protocol = Protocol(**_plain(config.protocol))
-    changes = {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
-    return replace(protocol, **changes)
+def protocol_for(suite: Suite, config: DictConfig) -> Protocol:
+    """The named protocol, or the suite's own, with what the configuration changes in it."""
+    values = {key: value for key, value in _plain(config.protocol).items() if value != OWN}
+    values |= {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
+    return Protocol(**values) if "name" in values else load_protocol(suite.protocol, **values)
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    part, slash, parts = str(text).partition("/")
+    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"shard must be i/n with i from 1 to n, for example shard=1/4, got {text!r}")
+    return int(part), int(parts)
 
 
 def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:

@@ -37,6 +37,7 @@ def evaluate(
     workers: int = 2,
     tasks: Sequence[int] | None = None,
     asked: Literal["swap"] | None = None,
+    shard: tuple[int, int] = (1, 1),
     videos: int = 2,
     resume: bool = True,
     command: str = "",
@@ -56,6 +57,7 @@ def evaluate(
         workers: environment processes; 0 plays in this process.
         tasks: indices of some tasks; None: all.
         asked: "swap" gives another instruction that is possible in the same scene, and measures success on both tasks.
+        shard: (i, n) plays every n-th episode from the i-th on, i in 1..n.
         videos: per task, failures first.
         resume: False deletes what an earlier run left in `output`.
         command: command line that repeats this evaluation, for the report.
@@ -68,16 +70,17 @@ def evaluate(
     """
     suite = get_suite(suite) if isinstance(suite, str) else suite
     output = Path(output)
-    specs = protocol.episodes(suite, tasks, asked)
+    specs = protocol.episodes(suite, tasks, asked, shard)
     embodiment: Embodiment = policy.embodiment
-    settings = replace(protocol, max_steps=protocol.max_steps or suite.max_steps)
-    settings = replace(settings, execute_steps=protocol.rollout_settings().chunker(embodiment.chunk).steps)
+    settings = protocol.for_suite(suite)
+    settings = replace(settings, execute_steps=settings.rollout_settings().chunker(embodiment.chunk).steps)
     described = {**policy.describe(), **(identity or {})}
     fingerprint = {
         "suite": suite.name,
         "asked": asked or "own task",
         "protocol": {k: v for k, v in asdict(settings).items() if k not in ("name", "episodes_per_task")},
         "policy": described,
+        **({"simulation": dict(suite.settings)} if suite.settings else {}),
     }
     session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **provenance()}
 
@@ -105,6 +108,7 @@ def evaluate(
                 "protocol": asdict(replace(settings, name=protocol.name)),
                 "asked": fingerprint["asked"],
                 "policy": described,
+                "simulation": dict(suite.settings),
                 "command": command,
                 "workers": workers,
                 "run": {"episodes": len(missing), "seconds": wall_s},
@@ -113,10 +117,15 @@ def evaluate(
                 "commits": sorted({str((s.get("commit") or {}).get("hash")) for s in log.sessions}),
             },
         )
-        write_parquet(output / "episodes.parquet", report.episodes, suite)
-        write_atomic(output / "report.json", report_json(report))
-        write_atomic(output / "report.html", render_html(report, output))
+        write_report(report, suite, output)
     return report
+
+
+def write_report(report: Report, suite: Suite, output: Path) -> None:
+    """All files that say what was found: `episodes.parquet`, `report.json`, `report.html`."""
+    write_parquet(output / "episodes.parquet", report.episodes, suite)
+    write_atomic(output / "report.json", report_json(report))
+    write_atomic(output / "report.html", render_html(report, output))
 
 
 class _Progress:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal
 
@@ -25,7 +25,8 @@ class Protocol:
         execute_steps: actions executed per chunk; None: the whole chunk.
         temporal_ensemble: decay m of the temporal ensemble; None: open loop.
         waiting_steps: steps without motion after each reset, not counted as control steps.
-        max_steps: control steps before an episode is a failure; None: the suite's own limit.
+        max_steps: control steps before an episode is a failure: a number, or one for each suite by its name; None,
+            and for suites without a number: the suite's own limit.
         seed: given to every reset, and to the draw of swapped instructions.
     """
 
@@ -35,7 +36,7 @@ class Protocol:
     execute_steps: int | None = None
     temporal_ensemble: float | None = None
     waiting_steps: int = 0
-    max_steps: int | None = None
+    max_steps: int | Mapping[str, int] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,24 +45,40 @@ class Protocol:
                 f"protocol {self.name!r} needs at least one episode per task and initial states from 0, got "
                 f"episodes_per_task={self.episodes_per_task}, first_initial_state={self.first_initial_state}"
             )
-        self.rollout_settings()
+        for limit in self.max_steps.values() if isinstance(self.max_steps, Mapping) else [self.max_steps]:
+            self._rollout_settings(limit)
+
+    def for_suite(self, suite: Suite) -> Protocol:
+        """This protocol with the number of steps of that suite."""
+        limit = self.max_steps.get(suite.name) if isinstance(self.max_steps, Mapping) else self.max_steps
+        return replace(self, max_steps=limit or suite.max_steps)
 
     def rollout_settings(self) -> RolloutSettings:
-        """The part of the protocol that the rollout loop carries out; ValueError when a value is out of range."""
+        """The part of the protocol that the rollout loop carries out; use `for_suite` first."""
+        assert not isinstance(self.max_steps, Mapping), "a protocol with limits by suite is resolved before it is used"
+        return self._rollout_settings(self.max_steps)
+
+    def _rollout_settings(self, max_steps: int | None) -> RolloutSettings:
         return RolloutSettings(
             execute_steps=self.execute_steps,
             temporal_ensemble=self.temporal_ensemble,
-            max_steps=self.max_steps,
+            max_steps=max_steps,
             waiting_steps=self.waiting_steps,
         )
 
     def episodes(
-        self, suite: Suite, tasks: Sequence[int] | None = None, asked: Literal["swap"] | None = None
+        self,
+        suite: Suite,
+        tasks: Sequence[int] | None = None,
+        asked: Literal["swap"] | None = None,
+        shard: tuple[int, int] = (1, 1),
     ) -> list[EpisodeSpec]:
         """The episodes of some tasks (None: all), task after task last: every task is reached early.
 
+        `shard` (i, n) is every n-th of them from the i-th on, i in 1..n: n machines play all of them, none twice.
+
         Raises:
-            ValueError: a task or initial state that the suite does not have.
+            ValueError: a task, an initial state or a shard that does not exist.
         """
         chosen = range(len(suite.tasks)) if tasks is None else list(dict.fromkeys(tasks))
         unknown = [task for task in chosen if not 0 <= task < len(suite.tasks)]
@@ -74,7 +91,11 @@ class Protocol:
                 f"protocol {self.name!r} asks for {self.first_initial_state} to {last - 1}: lower episodes_per_task"
             )
         states = range(self.first_initial_state, last)
-        return [EpisodeSpec(task, state, asked, self.seed) for state in states for task in chosen]
+        specs = [EpisodeSpec(task, state, asked, self.seed) for state in states for task in chosen]
+        part, parts = shard
+        if not 1 <= part <= parts <= len(specs):
+            raise ValueError(f"shard i/n needs i from 1 to n, and n up to {len(specs)} episodes, got {part}/{parts}")
+        return specs[part - 1 :: parts]
 
 
 def protocol_names() -> list[str]:

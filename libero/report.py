@@ -137,7 +137,6 @@ def _mean(values: Sequence[float]) -> float | None:
 def report_json(report: Report) -> str:
     """All numbers; per episode without the latency samples, which are in `episodes.parquet`."""
     values = asdict(report)
-    del values["batch_1_ms"]
     for episode in values["episodes"]:
         for name in ("inference_ms", "loop_ms", "batch"):
             del episode[name]
@@ -191,6 +190,7 @@ def _sections(report: Report) -> list[tuple[str, Mapping[str, Any]]]:
     return [
         ("Policy", found["policy"]),
         ("Protocol", {"suite": report.suite, "instruction": found["asked"], **found["protocol"]}),
+        *([("Simulation", found["simulation"])] if found.get("simulation") else []),
         ("Machine", found["machine"]),
         ("Software", {"commit": (found["commit"] or {}).get("hash"), **found["versions"]}),
         ("Run", run),

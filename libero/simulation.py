@@ -16,6 +16,7 @@ What is unusual here, and why:
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -78,6 +79,11 @@ def package_folder() -> Path:
     if spec is None or spec.origin is None or importlib.util.find_spec("robosuite") is None:
         raise ValueError(INSTALL)
     return Path(spec.origin).parent
+
+
+def versions() -> dict[str, str]:
+    """Those of the simulators: success rates change with them."""
+    return {name: importlib.metadata.version(name) for name in ("mujoco", "robosuite", "hf-libero")}
 
 
 def task_names(suite: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
-from cogvla.envs.suite import EVALUATION_STATES, FIRST_TRAINING_STATE, Suite, Task, register_suite
+from cogvla.envs.suite import EVALUATION_STATES, FIRST_TRAINING_STATE, Suite, Task, get_suite, register_suite
 
 if TYPE_CHECKING:
     from cogvla.envs.rendering import SceneRenderer
@@ -41,6 +41,8 @@ MAX_STEPS = {
 LIBERO_SUITES = tuple(MAX_STEPS)
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """Names of the observation's images, and of the model's cameras."""
+PROTOCOL = "openvla_oft"
+"""The protocol when none is named: the one that most published numbers follow."""
 KEPT_SCENES = 2
 """Compiled scenes that an environment keeps (300 to 700 MB each, seconds to build)."""
 
@@ -82,8 +84,14 @@ def libero_suite(name: str, settings: LiberoSettings | None = None) -> Suite:
         tasks(name),
         MAX_STEPS[name],
         partial(LiberoEnv, name, LiberoSettings(**values)),
+        protocol=PROTOCOL,
         settings=_identity(settings, assets),
     )
+
+
+def configured_suite(name: str, libero: Mapping[str, Any]) -> Suite:
+    """A registered suite; those of LIBERO with the settings of a configuration (keys of `LiberoSettings`)."""
+    return libero_suite(name, LiberoSettings(**libero)) if name in LIBERO_SUITES else get_suite(name)
 
 
 def tasks(name: str) -> tuple[Task, ...]:
@@ -108,8 +116,14 @@ def place(task: str) -> str:
 
 
 def _identity(settings: LiberoSettings, assets: Path) -> dict[str, Any]:
-    """What decides the images, whatever machine the folders are on."""
-    identity: dict[str, Any] = {"assets": _digest(assets), "rendering": "lean" if settings.lean else "full"}
+    """What decides an episode apart from the protocol, whatever machine the folders are on."""
+    from cogvla.libero.simulation import versions
+
+    identity: dict[str, Any] = {
+        **versions(),
+        "assets": _digest(assets),
+        "rendering": "lean" if settings.lean else "full",
+    }
     if settings.lean:
         identity["reflections"] = settings.reflections
         identity["robot_meshes"] = None if settings.robot_meshes is None else _digest(Path(settings.robot_meshes))

@@ -1,0 +1,149 @@
+"""`merge_evaluations`: one report from the parts that `eval_libero shard=i/n` has played, on one machine or many.
+
+    merge_evaluations outputs/eval_libero/policy/libero_goal_shard*of4 output=outputs/eval_libero/policy/libero_goal
+
+The parts must agree in everything that decides a result (suite, protocol, policy, simulation). Neither the policy nor
+the simulator is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvla.envs.episodes import EpisodeResult
+from cogvla.envs.suite import Suite, Task
+from cogvla.libero.episode_log import EPISODES, RUN, VIDEOS, Key, differences, read_episodes, read_run, write_atomic
+from cogvla.libero.eval_libero import summary
+from cogvla.libero.evaluate import write_report
+from cogvla.libero.report import Report, build_report
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    parser = argparse.ArgumentParser("merge_evaluations", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with a report.json, one of each shard")
+    parser.add_argument("output", metavar="output=FOLDER", help="folder of the whole evaluation")
+    options = parser.parse_args(arguments)
+    try:
+        if not options.output.startswith("output="):
+            raise ValueError("the last argument must be output=FOLDER")
+        folders, output = [Path(folder) for folder in options.folders], Path(options.output.removeprefix("output="))
+        command = shlex.join(["merge_evaluations", *options.folders, options.output])
+        print(summary(merge(folders, output, command)))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"report: {output / 'report.html'}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one evaluation has left in its folder."""
+
+    folder: Path
+    fingerprint: dict[str, Any]
+    sessions: list[dict[str, Any]]
+    report: dict[str, Any]
+    results: dict[Key, EpisodeResult]
+
+    @classmethod
+    def read(cls, folder: Path) -> Part:
+        """ValueError when the evaluation is not complete."""
+        fingerprint, sessions = read_run(folder)
+        if not (folder / "report.json").is_file():
+            raise ValueError(f"{folder} is not finished (no report.json): give its eval_libero command again")
+        report = json.loads((folder / "report.json").read_text())
+        reported = {(episode["task"], episode["initial_state"]) for episode in report["episodes"]}
+        results = read_episodes(folder / EPISODES)
+        return cls(folder, fingerprint, sessions, report, {key: results[key] for key in sorted(reported)})
+
+
+def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
+    """Write the report of all parts into `output`, which then is a folder like that of one evaluation.
+
+    Raises:
+        ValueError: a part is missing, unfinished or of another configuration, two parts have played the same episode,
+            or `output` holds an evaluation already.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty: choose another output")
+    parts = [Part.read(folder) for folder in folders]
+    first = parts[0]
+    results: dict[Key, EpisodeResult] = {}
+    for part in parts:
+        changed = differences(first.fingerprint, part.fingerprint)
+        if changed:
+            raise ValueError(f"{part.folder} is of another configuration than {first.folder} ({'; '.join(changed)})")
+        twice = sorted(results.keys() & part.results.keys())
+        if twice:
+            raise ValueError(f"{part.folder} has episodes of another part too, the first is (task, state) {twice[0]}")
+        results |= part.results
+
+    (output / VIDEOS).mkdir(parents=True)
+    for part in parts:
+        for video in (part.folder / VIDEOS).glob("*.mp4"):
+            shutil.copy2(video, output / VIDEOS)
+    sessions = [session for part in parts for session in part.sessions]
+    write_atomic(output / RUN, json.dumps({"fingerprint": first.fingerprint, "sessions": sessions}, indent=2) + "\n")
+    ordered = [results[key] for key in sorted(results)]
+    write_atomic(output / EPISODES, "".join(json.dumps(result.to_dict()) + "\n" for result in ordered))
+    suite = _suite(parts)
+    protocol = first.report["reproduce"]["protocol"]
+    report = build_report(
+        suite=suite,
+        results=ordered,
+        batch_1_ms=[ms for part in parts for ms in part.report["batch_1_ms"]],
+        control_hz=1000 * protocol["execute_steps"] / first.report["chunk_ms"],
+        reproduce=_reproduce(parts, command),
+    )
+    write_report(report, suite, output)
+    return report
+
+
+def _suite(parts: Sequence[Part]) -> Suite:
+    """The played tasks with their names, as the reports say: the suite itself may not be installed here."""
+    tasks: dict[int, Task] = {}
+    for part in parts:
+        played = sorted({task for task, _ in part.results})
+        tasks |= {i: Task(row["name"], row["instruction"]) for i, row in zip(played, part.report["tasks"], strict=True)}
+    everything = tuple(tasks.get(i, Task("", "")) for i in range(max(tasks) + 1))
+    return Suite(parts[0].report["suite"], everything, parts[0].report["max_steps"], make=_not_played)
+
+
+def _not_played(**_: Any) -> Any:
+    raise AssertionError("a merged evaluation plays nothing")
+
+
+def _reproduce(parts: Sequence[Part], command: str) -> dict[str, Any]:
+    """The first part's, with numbers of all; what differs between the parts is given for each."""
+    each = [part.report["reproduce"] for part in parts]
+
+    def shared(name: str) -> Any:
+        if all(found[name] == each[0][name] for found in each):
+            return each[0][name]
+        return {part.folder.name: found[name] for part, found in zip(parts, each, strict=True)}
+
+    return {
+        **each[0],
+        "command": command,
+        "commands": [found["command"] for found in each],
+        "machine": shared("machine"),
+        "versions": shared("versions"),
+        "workers": sum(found["workers"] for found in each),
+        "run": {
+            "episodes": sum(found["run"]["episodes"] for found in each),
+            "seconds": sum(found["run"]["seconds"] for found in each),
+        },
+        "sessions": sum(found["sessions"] for found in each),
+        "commits": sorted({commit for found in each for commit in found["commits"]}),
+    }
+
+
+if __name__ == "__main__":
+    main()
