@@ -20,7 +20,7 @@ OPENVLA_EMPTY_TOKEN = 29871
 def is_own(source: str | Path) -> bool:
     """Whether this is a checkpoint folder of ours; otherwise it is published weights."""
     path = Path(source) / CONFIG
-    return path.is_file() and '"format"' in path.read_text()
+    return path.is_file() and '"embodiment"' in path.read_text()
 
 
 def base_tokenizer(source: str) -> Tokenizer:

@@ -17,25 +17,16 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from cogvla.policy import adapters
-from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.batches import BatchBuilder, Choices
 from cogvla.policy.checkpoint import load_training_state, read_config, save_checkpoint
 from cogvla.policy.config import CogVLAConfig
@@ -43,10 +34,11 @@ from cogvla.policy.data import DemonstrationData, TrainingBatches
 from cogvla.policy.interrupt import Interruption
 from cogvla.policy.metrics import LossWindow, MetricsFile
 from cogvla.policy.objective import Batch, Objective
-from cogvla.policy.optimisation import ExponentialAverage, adamw, warmup_cosine
+from cogvla.policy.optimisation import warmup_cosine
 from cogvla.policy.parallel import ParallelGradients
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
+from cogvla.policy.trained_weights import TrainedWeights
 from cogvla.policy.training_config import TrainingConfig
 from cogvla.policy.validation import validate
 
@@ -54,8 +46,6 @@ AVERAGED_STEPS = 20
 """Training metrics are means over so many steps."""
 PATIENCE = timedelta(hours=4)
 """How long processes wait for the first one, which plays the rollouts."""
-EVERYTHING = StateDictOptions(full_state_dict=True, cpu_offload=True)
-TRAINED = replace(EVERYTHING, ignore_frozen_params=True)
 
 
 class Trainer:
@@ -98,23 +88,13 @@ class Trainer:
                 f"({self.accelerator.num_processes} x {config.accumulation})"
             )
         self.preprocessor = preprocessor.to(self.accelerator.device)
-        self._choose_what_is_trained(objective, bf16)
-        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        if self.sharded and config.ema_decay:
-            raise ValueError("FSDP keeps no moving average of the weights; set training.ema_decay=0")
-        # Sharded modules cannot be copied: the first process gathers their weights into this one.
-        self.whole = copy.deepcopy(objective) if self.sharded and self.accelerator.is_main_process else None
-        optimiser = adamw(objective, config.learning_rate, config.weight_decay, config.optimiser)
-        self.objective: Any
-        self.optimiser: Any
-        self.objective, self.optimiser = self.accelerator.prepare(objective, optimiser)
-        self.raw: Objective = self.accelerator.unwrap_model(self.objective)
+        self.weights = TrainedWeights(self.accelerator, objective, config)
+        self.objective, self.raw, self.optimiser = self.weights.objective, self.weights.raw, self.weights.optimiser
         self.forward = torch.compile(self.objective) if config.compile else self.objective
         self.parallel: ParallelGradients | None = None
         alone_on_cpu = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
         if config.cpu_parts > 1 and alone_on_cpu and not bf16:
             self.parallel = ParallelGradients(self.forward, list(self.raw.parameters()), config.cpu_parts)
-        self.average = ExponentialAverage(self._trained(), config.ema_decay)
         training, held_out = data.split(config.validation_fraction, config.seed)
         self.batches = TrainingBatches(training, config.batch_size, config.seed)
         self.held_out = held_out
@@ -164,27 +144,15 @@ class Trainer:
         return self.policy()
 
     def averaged(self) -> Objective:
-        """The model and its heads with the averaged weights: a copy, which shares what is frozen.
-
-        Where weights are sharded every process must call this; only the first one gets them.
-        """
-        if self.sharded:
-            state = get_model_state_dict(self.objective, options=EVERYTHING)
-            if self.whole is None:
-                return self.raw
-            self.whole.load_state_dict(state)
-            return self.whole.to(self.accelerator.device).eval()
-        frozen = {id(p): p for p in self.raw.parameters() if not p.requires_grad}
-        objective = copy.deepcopy(self.raw, frozen)
-        objective.load_state_dict(self.average.average, strict=False)
-        return objective.eval()
+        """The policy and its heads with the averaged weights, see `TrainedWeights.averaged`."""
+        return self.weights.averaged()
 
     def policy(self) -> CogVLAPolicy:
         """The policy with the averaged weights, without adapters."""
         return self._policy(self.averaged())
 
     def _policy(self, objective: Objective) -> CogVLAPolicy:
-        model = adapters.fold(copy.deepcopy(objective.model) if self.sharded else objective.model)
+        model = adapters.fold(objective.model)
         if len({p.dtype for p in model.parameters()}) > 1:  # a copy: frozen weights are those of training
             model = copy.deepcopy(model).to(torch.bfloat16)
         return CogVLAPolicy(model, self.preprocessor, self.describe())
@@ -201,41 +169,20 @@ class Trainer:
     def save(self) -> None:
         """Write `checkpoints/step_N` and delete all but the newest ones."""
         self.window.settle(self.step)
-        model_state, optimiser_state = get_state_dict(self.objective, self.optimiser.optimizer, options=TRAINED)
-        if self.sharded or self.accelerator.is_main_process:
-            training = {
-                "step": self.step,
-                "objective": model_state,
-                "optimiser": optimiser_state,
-                "average": self.average.average if self.config.ema_decay else {},
-                "finetune": asdict(self.config.finetune),
-                "frozen": self.frozen,
-                "batches": self.batches.state_dict(),
-                "window": self.window.state_dict(),
-            }
-            self._export(self.output / "checkpoints" / f"step_{self.step:07d}", training)
+        training = {
+            "step": self.step,
+            **self.weights.state_dict(),
+            "batches": self.batches.state_dict(),
+            "window": self.window.state_dict(),
+        }
+        self._export(self.output / "checkpoints" / f"step_{self.step:07d}", training)
         if self.accelerator.is_main_process:
             for old in self._checkpoints()[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _choose_what_is_trained(self, objective: Objective, bf16: bool) -> None:
-        adapters.prepare(objective.model, self.config.finetune)
-        if self.config.finetune != FinetuneConfig():
-            self.accelerator.print(adapters.summary(objective))
-        if bf16:
-            for parameter in objective.parameters():
-                if not parameter.requires_grad and parameter.ndim > 1:
-                    parameter.data = parameter.data.bfloat16()
-        for part in (objective.model.decoder, *(tower for _, tower in objective.model.vision.named_towers())):
-            part.recompute = self.config.gradient_checkpointing
-        self.frozen = adapters.fingerprint(objective)
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.raw.named_parameters() if p.requires_grad}
-
     def _export(self, folder: Path, training: dict[str, Any] | None = None) -> None:
-        if not (self.sharded or self.accelerator.is_main_process):
+        if not (self.weights.sharded or self.accelerator.is_main_process):
             return
         objective = self.averaged()
         if self.accelerator.is_main_process:
@@ -260,20 +207,13 @@ class Trainer:
         for part in mine.chunk(self.config.accumulation):
             for name, value in self._gradients(rows[part], choices.part(part)).items():
                 losses[name] = losses.get(name, 0) + value / self.config.accumulation
-        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._learning_rate()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.average.update(self._trained(), self.step + 1)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return {**losses, "gradient_norm": norm.detach()}
+        return {**losses, "gradient_norm": self.weights.update(self._learning_rate(), self.step + 1)}
 
     def _evaluate(self) -> None:
         """Validation and rollouts, if they are due; the other processes wait at the next step."""
         validates = self._due(self.config.validate_every) and len(self.held_out) > 0
         plays = self.evaluate is not None and self._due(self.config.rollout_every)
-        if not (validates or plays) or not (self.sharded or self.accelerator.is_main_process):
+        if not (validates or plays) or not (self.weights.sharded or self.accelerator.is_main_process):
             return
         objective = self.averaged()
         if not self.accelerator.is_main_process:
@@ -356,29 +296,13 @@ class Trainer:
             raise ValueError(f"{folder} was trained with another policy or routing; {again}")
         if body.get("pictures", {}).get("crop_area", 1.0) != self.preprocessor.crop_area:
             raise ValueError(f"{folder} was trained with another augmentation.crop_area; {again}")
-        if state.get("finetune", asdict(FinetuneConfig())) != asdict(self.config.finetune):
-            raise ValueError(f"{folder} was trained with another finetune; {again}")
-        frozen = {name for name, p in self.raw.named_parameters() if not p.requires_grad}
-        if state["objective"].keys() != self.raw.state_dict().keys() - frozen:
-            raise ValueError(f"{folder} was trained with another objective; {again}")
-        if not torch.equal(state.get("frozen", self.frozen), self.frozen):
-            raise ValueError(f"{folder} was trained from another base: its frozen weights are not these; {again}")
         try:
             self.batches.load_state_dict(state["batches"])
         except ValueError as error:
             raise ValueError(f"{folder}: {error}; {again}") from error
-        decay = [group["weight_decay"] for group in self.optimiser.param_groups]
-        set_state_dict(
-            self.objective,
-            self.optimiser.optimizer,
-            model_state_dict=state["objective"],
-            optim_state_dict=state["optimiser"],
-            options=TRAINED,
-        )
-        for group, value in zip(self.optimiser.param_groups, decay, strict=True):
-            group["weight_decay"] = value  # as the configuration says now, like the learning rate
-        trained = self._trained()
-        for name, average in self.average.average.items() if self.config.ema_decay else ():
-            average.copy_(state["average"].get(name, trained[name].detach()))
+        try:
+            self.weights.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{folder} {error}; {again}") from error
         self.window.load_state_dict(state["window"])
         self.step = state["step"]

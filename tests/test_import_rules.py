@@ -29,10 +29,12 @@ THIRD_PARTY: dict[str, set[str]] = {
 }
 EXCEPTIONS: dict[str, set[str]] = {
     "policy/lerobot_reader.py": {"lerobot", "pyarrow", "PIL", "huggingface_hub"},
+    "policy/release.py": {"huggingface_hub"},
     "policy/frame_cache.py": {"tqdm"},
     "policy/training.py": {"accelerate", "tqdm"},
     "policy/adapters.py": {"peft"},
     "policy/optimisation.py": {"bitsandbytes"},
+    "policy/trained_weights.py": {"accelerate"},
     "policy/metrics.py": {"accelerate"},
     "envs/dataset_writer.py": {"lerobot", "datasets", "pyarrow", "PIL"},
     "libero/run_log.py": {"wandb"},

@@ -106,7 +106,7 @@ def test_the_policy_has_the_averaged_weights(tmp_path: Path) -> None:
     policy = trainer.run()
     raw = dict(trainer.raw.model.named_parameters())
     for name, weight in policy.model.named_parameters():
-        assert torch.equal(weight, trainer.average.average[f"model.{name}"])
+        assert torch.equal(weight, trainer.weights.average.average[f"model.{name}"])
     assert any(not torch.equal(weight, raw[name]) for name, weight in policy.model.named_parameters())
 
 
