@@ -41,29 +41,30 @@ def time_features(time: Tensor) -> Tensor:
 
 
 class DenoisingBlock(nn.Module):
-    """Steps of the chunk look at each other (a linear layer over K), then each for itself (an MLP over D)."""
+    """`x + Linear(GELU(Linear(LayerNorm(x))))`."""
 
-    def __init__(self, width: int, chunk: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.mix_norm, self.mix = nn.LayerNorm(width), nn.Linear(chunk, chunk)
         self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.mix(rearrange(self.mix_norm(x), "... k d -> ... d k"))
-        x = x + rearrange(mixed, "... d k -> ... k d")
         return x + self.ffn(x)
 
 
 class Denoiser(nn.Module):
-    """Velocity of a noisy chunk, given what the policy sees."""
+    """Velocity of a noisy chunk, given what the policy sees.
+
+    An MLP for each step of the chunk. It is given the noise of the whole chunk, so that all steps take the same way.
+    """
 
     def __init__(self, sizes: HeadSizes) -> None:
         super().__init__()
         width = sizes.width
         self.see = nn.Sequential(nn.LayerNorm(sizes.joined), nn.Linear(sizes.joined, width))
         self.action = nn.Linear(sizes.action_dim, width)
+        self.chunk = nn.Linear(sizes.chunk * sizes.action_dim, width)
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.GELU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(DenoisingBlock(width, sizes.chunk) for _ in range(sizes.blocks))
+        self.blocks = nn.Sequential(*(DenoisingBlock(width) for _ in range(sizes.blocks)))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sizes.action_dim))
 
     def embed_time(self, time: Tensor) -> Tensor:
@@ -72,10 +73,9 @@ class Denoiser(nn.Module):
 
     def forward(self, seen: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
         """What `see` gives [...,K,D], noisy actions [...,K,A] and `embed_time` [...,D] to velocities [...,K,A]."""
-        hidden = seen + self.action(noisy.to(self.action.weight.dtype)) + time[..., None, :]
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.out(hidden).float()
+        noisy = noisy.to(self.action.weight.dtype)
+        whole = self.chunk(rearrange(noisy, "... k a -> ... 1 (k a)"))
+        return self.out(self.blocks(seen + self.action(noisy) + whole + time[..., None, :])).float()
 
 
 class DenoisingHead(ActionHead):
