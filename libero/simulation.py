@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -152,6 +153,8 @@ def _libero() -> Any:
         partial.write_text(json.dumps(values))  # JSON is YAML
         os.replace(partial, config)
     os.environ[CONFIG_VARIABLE] = str(config.parent)
+    # Without a file of private settings, which nobody needs, robosuite warns three times in every process.
+    logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
     return importlib.import_module("libero.libero")
 
 
