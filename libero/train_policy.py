@@ -75,9 +75,9 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     data_config = _built(DataConfig, values, "data")
     objective_config = _built(ObjectiveConfig, values, "objective")
     training_config = _built(TrainingConfig, values, "training")
-    if values["evaluation"] is not None:
-        _protocol(values["evaluation"])
     suite = None if values["suite"] is None else get_suite(values["suite"])
+    if suite is not None and values["evaluation"] is not None:
+        _protocol(values["evaluation"], suite.protocol)
 
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     seconds: dict[str, float] = {}
@@ -181,7 +181,7 @@ def _evaluate(
     return evaluate(
         policy,
         suite,
-        _protocol(settings),
+        _protocol(settings, get_suite(suite).protocol),
         output / "evaluation",
         workers=settings["workers"],
         videos=settings["videos"],
@@ -190,11 +190,11 @@ def _evaluate(
     )
 
 
-def _protocol(settings: dict[str, Any]) -> Protocol:
-    """The named protocol, with what the evaluation's settings change in it."""
+def _protocol(settings: dict[str, Any], own: str) -> Protocol:
+    """The named protocol, or the suite's own, with what the evaluation's settings change in it."""
     changes = {key: value for key, value in settings.items() if key not in ("protocol", "workers", "videos")}
     try:
-        return load_protocol(settings["protocol"], **changes)
+        return load_protocol(settings["protocol"] or own, **changes)
     except TypeError as error:
         raise ValueError(f"configuration evaluation: {error}") from error
 
