@@ -106,5 +106,6 @@ def test_every_objective_builds(objective):
 
 @pytest.mark.parametrize("suite", TABLETOP_SUITES)
 def test_the_default_protocol_fits_every_tabletop_suite(suite):
-    protocol = load_protocol(composed("train_policy", f"suite={suite}")["evaluation"]["protocol"])
+    assert composed("train_policy", f"suite={suite}")["evaluation"]["protocol"] is None
+    protocol = load_protocol(get_suite(suite).protocol)
     assert len(protocol.episodes(get_suite(suite))) == 10 * protocol.episodes_per_task
