@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.empty_model import empty_model
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model import CogVLA
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.tokenizer import PretrainedTokenizer, tokenizer_from_dict
@@ -149,7 +149,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
-    """The policy in a checkpoint folder, ready to act on `device`.
+    """The policy in a checkpoint folder, ready to act on `device` in the precision in which it was saved.
 
     Raises:
         ValueError: the folder is missing, incomplete, damaged, or its weights do not fit its configuration.
@@ -168,9 +168,9 @@ def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
         raise ValueError(
             f"{CONFIG} or {STATISTICS} in {folder} is damaged ({problem}); use another checkpoint"
         ) from error
-    model = CogVLA(config, embodiment)
+    model = empty_model(config, embodiment)
     try:
-        model.load_state_dict(load_weights(folder))
+        model.load_state_dict(load_weights(folder), assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
     return CogVLAPolicy(model.to(device), preprocessor, {"checkpoint": folder.name, **description})

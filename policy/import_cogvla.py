@@ -8,13 +8,15 @@ that of `configs/policy/cogvla_7b.yaml`.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cogvla.policy.import_weights import Names, load_parameters
+from cogvla.policy.import_weights import LoraMerged, Names, Renamed, SafetensorFiles, load_parameters, read_pt
 from cogvla.policy.model import CogVLA
 
 TOWERS = {"dinov2": "featurizer", "siglip": "fused_featurizer"}
@@ -89,3 +91,83 @@ def _head(ours: str, last: int) -> tuple[str, ...]:
         return (f"action_head.model.mlp_resnet_blocks.{index - 3}.ffn.{inner}.{kind}",)
     part = {0: "layer_norm1", 1: "fc1", last: "layer_norm2", last + 1: "fc2"}.get(index)
     return () if part is None else (f"action_head.model.{part}.{kind}",)
+
+
+def cogvla_weights(
+    folder: Path, base: Mapping[str, Tensor] | None = None, merge_adapter: bool | None = None
+) -> Renamed:
+    """All weights of a CogVLA in the layout of its release, as one mapping.
+
+        *.safetensors                        language model with routers, projectors; LoRA is merged into it
+        vision_backbone--N_checkpoint.pt     both towers with FiLM and aggregation tokens, LoRA not merged
+        action_head--N_checkpoint.pt, proprio_projector--N_checkpoint.pt
+        lora_adapter/                        rank and alpha; the updates themselves only count in a folder without
+                                             *.safetensors, as training leaves it: they belong to a base model
+        non_lora_trainables--N_checkpoint.pt routers and projectors of such a folder
+
+    Args:
+        folder: of the release.
+        base: weights (OpenVLA) that the adapter of a folder without *.safetensors belongs to.
+        merge_adapter: whether `lora_adapter/` still has to be merged; None decides as said above.
+
+    Raises:
+        ValueError: a file is missing, there are several of one kind, or one is damaged.
+    """
+    whole = any(folder.glob("*.safetensors"))
+    adapter = folder / "lora_adapter"
+    if merge_adapter is None:
+        merge_adapter = not whole and adapter.is_dir()
+    if whole:
+        weights: Mapping[str, Tensor] = SafetensorFiles(folder)
+    elif base is not None:
+        weights = base
+    else:
+        raise ValueError(
+            f"no *.safetensors in {folder}: its adapter belongs to another model; give base=FOLDER_OR_HUB_ID"
+        )
+    if rest := one_file(folder, "non_lora_trainables", required=False):
+        weights = Renamed((weights, str), (read_pt(rest), lambda name: name.removeprefix("base_model.model.")))
+    if merge_adapter:
+        weights = LoraMerged(weights, SafetensorFiles(adapter), lora_scale(adapter))
+    parts: list[tuple[Mapping[str, Tensor], Callable[[str], str | None]]] = [(weights, str)]
+    parts += [
+        (read_pt(path), f"{name}.".__add__)
+        for name in ("action_head", "proprio_projector")
+        if (path := one_file(folder, name, required=True))
+    ]
+    vision = "vision_backbone"
+    if path := one_file(folder, vision, required=f"{vision}.vision_aggr_featurizer" not in weights):
+        towers = read_pt(path)
+        if any(".lora_A." in name for name in towers):
+            towers_merged: Mapping[str, Tensor] = LoraMerged(towers, towers, lora_scale(adapter))
+        else:
+            towers_merged = towers
+        parts.append((towers_merged, f"{vision}.".__add__))
+    return Renamed(*parts)
+
+
+def lora_scale(adapter: Path) -> float:
+    """What the product of an adapter's matrices is multiplied by, from its `adapter_config.json`.
+
+    Raises:
+        ValueError: the file is missing or damaged, or describes more than plain LoRA.
+    """
+    path = adapter / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the weights hold LoRA updates, but {path} does not give their r and lora_alpha") from error
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise ValueError(f"{path} describes more than plain LoRA; merge it with peft first")
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def one_file(folder: Path, name: str, required: bool) -> Path | None:
+    """The file `NAME--N_checkpoint.pt`."""
+    found = sorted(folder.glob(f"{name}--*checkpoint.pt"))
+    if len(found) > 1:
+        raise ValueError(f"{folder} has several {name}--*_checkpoint.pt: leave the one of the step that you want")
+    if required and not found:
+        raise ValueError(f"{folder} has no {name}--N_checkpoint.pt; download all files of the release")
+    return found[0] if found else None

@@ -7,6 +7,7 @@ its weights.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ class SafetensorFiles(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
         self._file: dict[str, Path] = {}
+        for index in folder.glob("*.safetensors.index.json"):
+            if absent := sorted({file for file in _shards(index) if not (folder / file).is_file()}):
+                raise ValueError(f"{folder} is not whole: {', '.join(absent)} missing; download all of its files")
         for path in sorted(folder.glob(pattern)):
             with _opened(path) as file:
                 self._file |= dict.fromkeys(file.keys(), path)
@@ -44,6 +48,13 @@ class SafetensorFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return list(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error}); download it again") from error
 
 
 class _opened:  # noqa: N801 - reads as the verb it is

@@ -1,15 +1,25 @@
-"""Published backbones into a new model: vision towers through timm, the language model through transformers.
+"""Published weights into a new model, in place: separate backbones, or a vision-language-action model as the base.
 
-FiLM, aggregation tokens, projectors, routers and head have no published weights and stay as they were initialised.
+What they have no weights for stays as it was initialised: with backbones that is everything that CogVLA adds.
 """
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import timm
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from cogvla.policy.import_weights import load_parameters
 from cogvla.policy.model import CogVLA
+from cogvla.policy.release import Release, open_release
+
+_PART = re.compile(
+    r"decoder\.(?:llm|routers\.\d+)|vision\.(?:towers\.\w+\.\w+|fusion)|\w+"  # what is loaded whole or not at all
+)
+_REQUIRED = re.compile(r"decoder\.llm|vision\.towers\.\w+\.vit")
 
 
 def load_backbones(model: CogVLA) -> list[str]:
@@ -42,6 +52,47 @@ def load_backbones(model: CogVLA) -> list[str]:
         _copy(AutoModel.from_pretrained(hub).state_dict(), model.decoder.llm, hub)
         loaded.append(f"language: {hub}")
     return loaded
+
+
+def load_base(model: CogVLA, source: str | Path | Release) -> list[str]:
+    """Load what the model has in common with published weights, in place.
+
+    Towers and language model must fit. Of the rest, each part (head, state projector, fusion, ...) is loaded where the
+    source has it in the model's shapes; otherwise it stays as it was initialised.
+
+    Args:
+        model: the model to start fine-tuning from.
+        source: folder or hub id of OpenVLA, OpenVLA-OFT, Prismatic or a CogVLA release, or one that is open already.
+
+    Returns:
+        What was loaded and what is new, for the log.
+
+    Raises:
+        ValueError: there is no such checkpoint, or its towers or language model do not fit the configuration.
+    """
+    release = source if isinstance(source, Release) else open_release(source)
+    names, weights = release.names(model), release.weights
+    new: set[str] = set()
+    loaded: set[str] = set()
+    for ours, parameter in model.state_dict().items():
+        part = _part(ours)
+        theirs = names(ours)
+        fits = bool(theirs) and all(name in weights for name in theirs)
+        if fits and not _REQUIRED.fullmatch(part):
+            shape = tuple(parameter.shape)
+            share = (shape[0] // len(theirs), *shape[1:]) if len(theirs) > 1 else shape
+            fits = all(tuple(weights[name].shape) in (share, (1, *share)) for name in theirs)
+        (loaded if fits or _REQUIRED.fullmatch(part) else new).add(part)
+    loaded -= new
+    load_parameters(model, weights, lambda ours: names(ours) if _part(ours) in loaded else ())
+    said = [f"{release.kind} from {release.folder}: {', '.join(sorted(loaded))}"]
+    return said + ([f"not in {release.folder}, these start anew: {', '.join(sorted(new))}"] if new else [])
+
+
+def _part(name: str) -> str:
+    match = _PART.match(name)
+    assert match, f"a parameter has a name, got {name!r}"
+    return match[0]
 
 
 def _copy(source: dict[str, Tensor], target: nn.Module, name: str) -> None:

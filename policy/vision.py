@@ -120,9 +120,10 @@ class VisionTower(nn.Module):
     def embedding(self) -> tuple[Tensor, Tensor]:
         """Weight [W,C] and bias [W] from bytes of patches to tokens: normalisation and patch convolution in one."""
         projection = self.vit.patch_embed.proj
-        weight_WcK = projection.weight.flatten(2)
-        bias_W = projection.bias - weight_WcK.sum(2) @ self.offset
-        return (weight_WcK * (self.gain[:, None] / WHITE)).flatten(1), bias_W
+        dtype = projection.weight.dtype
+        weight_WcK = projection.weight.float().flatten(2)
+        bias_W = projection.bias.float() - weight_WcK.sum(2) @ self.offset.float()
+        return (weight_WcK * (self.gain[:, None] / WHITE)).flatten(1).to(dtype), bias_W.to(dtype)
 
     def forward(self, x_XPW: Tensor, film: tuple[Tensor, Tensor] | None, gaze: list[Tensor] | None = None) -> Tensor:
         """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W].

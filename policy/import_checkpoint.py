@@ -1,0 +1,139 @@
+"""`import_checkpoint`: published weights as a checkpoint folder of ours, which evaluation and the server load.
+
+    import_checkpoint path/to/cogvla_release output=checkpoints/cogvla_libero dataset=libero_4_task_suites_no_noops
+    import_checkpoint openvla/openvla-7b output=checkpoints/openvla_base routing=cogvla
+
+Every option is in configs/import_checkpoint.yaml. A CogVLA is imported whole. Of OpenVLA, what it shares with our model
+is; the rest begins at random, and such a checkpoint is a base to train from.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from cogvla.policy.checkpoint import save_checkpoint
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.empty_model import empty_model
+from cogvla.policy.import_cogvla import load_cogvla
+from cogvla.policy.interface import Embodiment
+from cogvla.policy.model import CogVLA
+from cogvla.policy.normalise import Statistics
+from cogvla.policy.preprocess import Preprocessor
+from cogvla.policy.pretrained import load_base
+from cogvla.policy.release import Release, open_release
+from cogvla.policy.tokenizer import PAPER_PROMPT, PretrainedTokenizer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    parser = argparse.ArgumentParser("import_checkpoint", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("source", help="folder or hub id of the published weights")
+    parser.add_argument("options", nargs="*", metavar="output=FOLDER", help="see configs/import_checkpoint.yaml")
+    given = parser.parse_args(arguments)
+    try:
+        with initialize_config_module("cogvla.configs", version_base="1.3"):
+            config = compose("import_checkpoint", given.options)
+        config.source = given.source
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(values, dict), "the configuration is a mapping"
+        for line in run(values):
+            print(line)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(values: dict[str, Any]) -> list[str]:
+    """Import and save; returns what was done, line by line.
+
+    Raises:
+        ValueError: the source does not have what is needed, see `open_release`, `load_cogvla` and `load_base`.
+    """
+    if values["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {values['dtype']!r}; one of {', '.join(DTYPES)}")
+    dtype = DTYPES[values["dtype"]]
+    release = open_release(values["source"], values["kind"], values["base"], values["merge_adapter"])
+    config = release.configure(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
+    embodiment = Embodiment(**values["embodiment"])
+    embodiment, statistics, said = _statistics(release, embodiment, values["dataset"])
+    tokenizer = PretrainedTokenizer(values["tokenizer"] or str(release.folder), PAPER_PROMPT, values["empty_token"])
+    preprocessor = Preprocessor(embodiment, tokenizer, statistics, crop_area=values["crop_area"])
+
+    if release.kind == "cogvla":
+        model = empty_model(config, embodiment)
+        load_cogvla(model, release.weights, dtype)
+        lines = [f"cogvla from {release.folder}: all of {sum(p.numel() for p in model.parameters()):,} parameters"]
+        if values["gripper"] == "openvla":
+            _speak_the_embodiments_gripper(model, embodiment)
+    else:
+        model = _random_model(config, embodiment, dtype)
+        lines = load_base(model, release)
+    description = {"imported": str(values["source"]), "kind": release.kind, "dataset": values["dataset"]}
+    save_checkpoint(values["output"], model.state_dict(), config, preprocessor, statistics, description)
+    return [*lines, said, f"saved to {values['output']}"]
+
+
+def _statistics(
+    release: Release, embodiment: Embodiment, dataset: str | None
+) -> tuple[Embodiment, dict[str, Statistics], str]:
+    """The embodiment with the mask of the statistics, the statistics, and what to say about them.
+
+    A base may have those of other robots, or none: training computes its own.
+    """
+    try:
+        statistics, mask = release.statistics(dataset)
+        for name, size in (("state", embodiment.state_dim), ("action", embodiment.action_dim)):
+            if statistics[name].dim != size:
+                raise ValueError(
+                    f"the statistics of {name} have {statistics[name].dim} dimensions, {embodiment.name} has {size}; "
+                    "choose another embodiment= or dataset="
+                )
+    except ValueError:
+        if release.kind == "cogvla" or dataset is not None:
+            raise
+        plain = {
+            name: Statistics((-1.0,) * n, (1.0,) * n, (-1.0,) * n, (1.0,) * n, (0.0,) * n, (1.0,) * n)
+            for name, n in (("state", embodiment.state_dim), ("action", embodiment.action_dim))
+        }
+        return embodiment, plain, "no statistics for this robot: training computes its own"
+    return replace(embodiment, action_normalise_mask=mask), statistics, "statistics of the release"
+
+
+def _random_model(config: CogVLAConfig, embodiment: Embodiment, dtype: torch.dtype) -> CogVLA:
+    """A new model with parameters of that type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return CogVLA(config, embodiment)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def _speak_the_embodiments_gripper(model: CogVLA, embodiment: Embodiment) -> None:
+    """Fold the gripper's convention into the head: its 1 (open) and 0 (close) become the environment's values.
+
+    The head ends in a linear layer and the gripper is not normalised, so this is exact.
+    """
+    index = embodiment.gripper_index
+    if index is None or embodiment.action_normalise_mask[index]:
+        return
+    last = [module for module in model.head.modules() if isinstance(module, nn.Linear)][-1]
+    span = embodiment.gripper_open - embodiment.gripper_close
+    weight: Tensor = last.weight
+    weight[index] *= span
+    last.bias[index] = last.bias[index] * span + embodiment.gripper_close
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Published checkpoints as they lie on the hub or on a disk: which kind they are, their weights, and their statistics.
+
+`openvla` is OpenVLA, OpenVLA-OFT or Prismatic, a base to fine-tune from; `cogvla` is a whole CogVLA.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.import_cogvla import cogvla_names, cogvla_weights
+from cogvla.policy.import_openvla import openvla_names, openvla_weights
+from cogvla.policy.import_weights import Names
+from cogvla.policy.model import CogVLA
+from cogvla.policy.normalise import Statistics
+
+KINDS = ("openvla", "cogvla")
+_TEXT_CONFIG = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "intermediate_size": "intermediate",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published checkpoint.
+
+    Attributes:
+        folder: where its files are.
+        kind: one of `KINDS`.
+        config: its `config.json`.
+        weights: names and tensors, read when asked for.
+    """
+
+    folder: Path
+    kind: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+
+    def names(self, model: CogVLA) -> Names:
+        """The names of the model's parameters in `weights`."""
+        return cogvla_names(model) if self.kind == "cogvla" else openvla_names(model)
+
+    def configure(self, config: CogVLAConfig) -> CogVLAConfig:
+        """The configuration with what `config.json` says about sizes, towers and routing.
+
+        Raises:
+            ValueError: the release is a variant of CogVLA that has no aggregation tokens, FiLM or stream weights.
+        """
+        text = self.config.get("text_config", {})
+        sizes = {ours: text[theirs] for theirs, ours in _TEXT_CONFIG.items() if theirs in text}
+        towers = {}
+        for name, timm in zip(("dinov2", "siglip"), self.config.get("timm_model_ids", ()), strict=False):
+            tower = getattr(config.vision, name)
+            towers[name] = replace(tower, timm=timm, width=None, depth=None, heads=None)
+        config = replace(config, language=replace(config.language, **sizes), vision=replace(config.vision, **towers))
+        if self.kind != "cogvla":
+            return config
+        for switch, needed in (("use_aggr", True), ("use_film", True), ("vision_aggregate_type", "moe")):
+            if self.config.get(switch, needed) != needed:
+                raise ValueError(
+                    f"{self.folder} is an ablation of CogVLA ({switch} is not {needed}); it cannot be imported"
+                )
+        routing = config.routing
+        if "use_lfp" in text:
+            routing = replace(routing, lfp=bool(text["use_lfp"]))
+        for theirs, ours in (("lfp_type", "schedule"), ("lfp_average_factor", "mean_keep")):
+            if routing.lfp and theirs in text:
+                routing = replace(routing, **{ours: text[theirs]})
+        tokens = self.config.get("num_vision_aggr", config.vision.aggregation_tokens)
+        return replace(config, routing=routing, vision=replace(config.vision, aggregation_tokens=tokens))
+
+    def statistics(self, dataset: str | None = None) -> tuple[dict[str, Statistics], tuple[bool, ...]]:
+        """Statistics of state and action of a data set (None: the only one), and which actions they normalise.
+
+        Raises:
+            ValueError: there are none, there are several and none is chosen, or they are not whole.
+        """
+        path = self.folder / "dataset_statistics.json"
+        sets = read_json(path) if path.is_file() else self.config.get("norm_stats") or {}
+        if dataset is None and len(sets) == 1:
+            dataset = next(iter(sets))
+        if dataset not in sets:
+            asked = "several data sets" if dataset is None else f"no data set {dataset!r}"
+            raise ValueError(
+                f"{self.folder} has statistics of {asked}; choose dataset= from {', '.join(sets) or 'none'}"
+            )
+        try:
+            action, state = dict(sets[dataset]["action"]), sets[dataset]["proprio"]
+            mask = tuple(bool(value) for value in action.pop("mask", [True] * len(action["q01"])))
+            fields = Statistics.__dataclass_fields__
+            return {
+                "action": Statistics(**{name: action[name] for name in fields}),
+                "state": Statistics(**{name: state[name] for name in fields}),
+            }, mask
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the statistics of {dataset!r} in {self.folder} are not whole: no {error}") from error
+
+
+def open_release(
+    source: str | Path, kind: str = "auto", base: str | Path | None = None, merge_adapter: bool | None = None
+) -> Release:
+    """A published checkpoint.
+
+    Args:
+        source: a folder, or the id of a repository on the hub, which is then downloaded.
+        kind: one of `KINDS`; `auto` looks at its files.
+        base, merge_adapter: see `cogvla_weights`.
+
+    Raises:
+        ValueError: there is nothing to read, or not what the kind needs.
+    """
+    if kind not in ("auto", *KINDS):
+        raise ValueError(f"unknown kind {kind!r}; one of auto, {', '.join(KINDS)}")
+    folder = checkpoint_folder(source)
+    config_path = folder / "config.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    if kind == "auto":
+        kind = "cogvla" if config.get("use_aggr") or any(folder.glob("vision_backbone--*")) else "openvla"
+    if kind == "openvla":
+        return Release(folder, kind, config, openvla_weights(folder))
+    base_weights = None if base is None else openvla_weights(checkpoint_folder(base))
+    return Release(folder, kind, config, cogvla_weights(folder, base_weights, merge_adapter))
+
+
+def checkpoint_folder(source: str | Path) -> Path:
+    """The folder, or where the files of a repository on the hub have been downloaded to.
+
+    Raises:
+        ValueError: no such folder, and the hub has no such repository or cannot be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        files = ["*.json", "*.safetensors", "*.pt", "*.model", "*.txt"]
+        return Path(snapshot_download(str(source), allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{source} is no folder, and cannot be downloaded from the hub ({reason})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping from a JSON file; ValueError where it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no mapping")
+    return content
