@@ -30,6 +30,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 EXCEPTIONS: dict[str, set[str]] = {
     "policy/lerobot_reader.py": {"lerobot", "pyarrow", "PIL", "huggingface_hub"},
     "policy/release.py": {"huggingface_hub"},
+    "policy/release.py": {"huggingface_hub"},
     "policy/frame_cache.py": {"tqdm"},
     "policy/training.py": {"accelerate", "tqdm"},
     "policy/adapters.py": {"peft"},
