@@ -98,14 +98,16 @@ class Observations:
         for sensor in self._sensors.values():
             sensor.samples.clear()
         self._same_since.clear()
+        self.last_refusal.clear()
 
     def add_image(self, camera: str, image_HW3: np.ndarray, stamp: float, now: float) -> str | None:
         """Keep an image (not a copy) and answer None, or refuse it and say why."""
         shape = self._shapes.get(camera)
         if shape is None:
             return self._refuse(camera, "unknown", f"no such camera; there are {', '.join(self._shapes)}")
-        if image_HW3.dtype != np.uint8 or image_HW3.shape != shape:
-            found = f"{image_HW3.dtype} {image_HW3.shape}"
+        if not isinstance(image_HW3, np.ndarray) or image_HW3.dtype != np.uint8 or image_HW3.shape != shape:
+            is_array = isinstance(image_HW3, np.ndarray)
+            found = f"{image_HW3.dtype} {image_HW3.shape}" if is_array else type(image_HW3).__name__
             return self._refuse(camera, "wrong_image", f"expected uint8 {shape}, got {found}; convert in the front end")
         return self._add(camera, image_HW3, stamp, now)
 
