@@ -1,45 +1,214 @@
-"""The configuration that users start from: every preset builds, and another suite needs no other override."""
+"""Every file under configs/ composes and builds what it configures, and the default fits every suite as it is."""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from cogvla import configs
 from cogvla.envs import TABLETOP_SUITES
 from cogvla.envs.control import CONTROL_HZ
 from cogvla.envs.demonstration import Demonstrator, DemonstratorSettings
 from cogvla.envs.expert import Expert
+from cogvla.envs.recorder import record
 from cogvla.envs.suite import get_suite
-from cogvla.libero.protocol import load_protocol
-from cogvla.policy.config import CogVLAConfig
+from cogvla.libero.protocol import Protocol, load_protocol
+from cogvla.libero.train_policy import build_trainer
+from cogvla.policy.adapters import FinetuneConfig
+from cogvla.policy.augmentation import AugmentationConfig
+from cogvla.policy.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.data import DataConfig
+from cogvla.policy.flops import Counting
 from cogvla.policy.interface import Embodiment
+from cogvla.policy.model import CogVLA
 from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.policy.training_config import TrainingConfig
+from cogvla.real_robot.request import RequestKeys
+from cogvla.tests import small_data as small
 
-FOLDER = Path(configs.__path__[0])
+CONFIGS = Path(__file__).parents[1] / "configs"
+GROUPS: dict[str, Callable[..., Any]] = {
+    "augmentation": AugmentationConfig,
+    "counting": Counting,
+    "data": DataConfig,
+    "embodiment": Embodiment,
+    "finetune": FinetuneConfig,
+    "objective": ObjectiveConfig,
+    "protocol": Protocol,
+    "request_keys": RequestKeys,
+    "training": TrainingConfig,
+}
+COMPOSED_BY = {"counting": "count_flops", "protocol": "eval_libero", "request_keys": "policy_server"}
+"""The command that a group belongs to; train_policy unless named here."""
+IMAGE = {"tiny": 128, "small": 224, "cogvla_7b": 224}
+PARAMETERS = {"tiny": (0.5e6, 2e6), "small": (0.4e9, 0.7e9), "cogvla_7b": (7e9, 9.5e9)}
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
 def composed(name: str, *overrides: str) -> dict[str, Any]:
     with initialize_config_module("cogvla.configs", version_base="1.3"):
-        values = OmegaConf.to_container(compose(name, list(overrides)), resolve=True)
+        values = OmegaConf.to_container(compose(name, list(overrides)), resolve=True, throw_on_missing=False)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (FOLDER / group).glob("*.yaml"))
+def model_of(*overrides: str) -> CogVLAConfig:
+    values = composed("train_policy", *overrides)
+    return CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
+
+
+def leaves(values: Any, path: str = "") -> dict[str, Any]:
+    """Every value of nested mappings by its dotted name."""
+    if not isinstance(values, dict):
+        return {path: values}
+    return {key: leaf for name, value in values.items() for key, leaf in leaves(value, f"{path}.{name}").items()}
+
+
+def test_every_folder_is_known() -> None:
+    folders = {path.name for path in CONFIGS.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
+    assert folders - {"robot", "env"} == {*GROUPS, "policy", "routing", "ablation", "accelerate"}
+
+
+@pytest.mark.parametrize("command", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_command_composes(command: str) -> None:
+    assert composed(command)
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in names(group)])
+def test_every_file_of_a_group_builds_its_dataclass(group: str, name: str) -> None:
+    built = GROUPS[group](**composed(COMPOSED_BY.get(group, "train_policy"), f"{group}={name}")[group])
+    assert built == GROUPS[group](**{f.name: getattr(built, f.name) for f in fields(built)})
+
+
+@pytest.mark.parametrize("kind", [*(GROUPS[name] for name in GROUPS if name != "request_keys"), RoutingConfig])
+def test_every_key_is_documented(kind: Any) -> None:
+    text = inspect.getdoc(kind) or ""
+    undocumented = [f.name for f in fields(kind) if not re.search(rf"\b{f.name}\b", text)]
+    assert not undocumented
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [(f"{group}/{name}.yaml", GROUPS[group]) for group in ("objective", "training") for name in names(group)]
+    + [("routing/cogvla.yaml", RoutingConfig), ("routing/faithful.yaml", RoutingConfig)]
+    + [(f"finetune/{name}.yaml", FinetuneConfig) for name in ("full", "lora")]
+    + [(f"augmentation/{name}.yaml", AugmentationConfig) for name in ("none", "paper")],
+)
+def test_files_that_users_copy_list_every_key(file: str, kind: Any) -> None:
+    assert yaml.safe_load((CONFIGS / file).read_text()).keys() == {f.name for f in fields(kind)}
+
+
+@pytest.mark.parametrize("file", sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("**/*.yaml")))
+def test_files_begin_by_saying_what_they_are_for(file: str) -> None:
+    text = (CONFIGS / file).read_text().removeprefix("# @package _global_\n")
+    assert text.startswith("# ")
+    for mentioned in re.findall(r"documented in (\S+\.py)", text):
+        assert (CONFIGS.parent / mentioned).is_file()
+        if group := GROUPS.get(Path(file).parent.name):
+            assert inspect.getsourcefile(group) == str(CONFIGS.parent / mentioned), f"{file} points at {mentioned}"
+
+
+def test_an_unknown_key_lists_the_known_ones() -> None:
+    values = composed("train_policy")
+    with pytest.raises(ValueError, match=r"unknown key efa_ in model\.routing; valid keys are efa, fusion"):
+        CogVLAConfig.from_dict({**values["policy"], "routing": {"efa_": True}})
+
+
+@pytest.mark.parametrize("key", ["finetune", "augmentation"])
+def test_an_unknown_key_of_a_part_of_training_is_explained(key: str) -> None:
+    values = composed("train_policy", f"+{key}.sharpness=1")
+    with pytest.raises(ValueError, match=rf"configuration {key}: .*sharpness"):
+        TrainingConfig(**values["training"])
+
+
+# --- policies and routings ---
+
+
+@pytest.mark.parametrize("policy", names("policy"))
+@pytest.mark.parametrize("routing", names("routing"))
+def test_every_policy_goes_with_every_routing(policy: str, routing: str) -> None:
+    config = model_of(f"policy={policy}", f"routing={routing}")
+    assert CogVLAConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("routing", names("routing"))
+def test_the_tiny_policy_is_built_with_every_routing(routing: str) -> None:
+    model = CogVLA(model_of("policy=tiny", f"routing={routing}"), Embodiment(**composed("train_policy")["embodiment"]))
+    assert sum(p.numel() for p in model.parameters()) > 3e5
+
+
+@pytest.mark.parametrize("policy", names("policy"))
+def test_presets_have_the_sizes_they_claim(policy: str) -> None:
+    values = composed("train_policy")["embodiment"]
+    values["cameras"] = [camera | {"height": IMAGE[policy], "width": IMAGE[policy]} for camera in values["cameras"]]
+    with torch.device("meta"):
+        model = CogVLA(model_of(f"policy={policy}"), Embodiment(**values))
+    low, high = PARAMETERS[policy]
+    assert low < sum(p.numel() for p in model.parameters()) < high
+
+
+CHANGES = {
+    "whole": {},
+    "no_efa": {".routing.efa": False},
+    "no_lfp": {".routing.lfp": False},
+    "no_catten": {".routing.attention": "causal"},
+    "no_routing": {".routing.efa": False, ".routing.lfp": False, ".routing.attention": "causal"},
+    "fusion_sum": {".routing.fusion": "sum"},
+    "summary_faithful": {".routing.summary": "faithful"},
+    "film_default": {".routing.film_init": None},
+    "drop": {".routing.mode": "drop"},
+    "renumber": {".routing.position_policy": "renumber"},
+    "scale_visual_only": {".routing.scale": "visual_only"},
+    "scale_all": {".routing.scale": "all"},
+    "period_31": {".routing.period": 31},
+    "bidirectional": {".routing.attention": "bidirectional"},
+    "placeholder_zero": {".policy.head.placeholder": "zero"},
+    "token_per_dimension": {".policy.head.tokens_per_step": "action_dim"},
+    "shifted": {".policy.head.shifted": True},
+    "keep_last_block": {".policy.vision.drop_last_block": False},
+}
+"""What each ablation changes of the default."""
+FAITHFUL = ("summary_faithful", "film_default", "renumber", "scale_all", "placeholder_zero", "token_per_dimension")
+
+
+@pytest.mark.parametrize("name", names("ablation"))
+def test_an_ablation_changes_what_it_says_and_nothing_else(name: str) -> None:
+    whole, part = leaves(composed("train_policy")), leaves(composed("train_policy", f"+ablation={name}"))
+    assert part.pop(".output") == f"outputs/ablations/{name}/tabletop_object/seed0"
+    changed = {key: value for key, value in part.items() if key not in whole or whole[key] != value}
+    together = {key: value for row in (*FAITHFUL, "shifted") for key, value in CHANGES[row].items()}
+    assert changed == {**CHANGES, "faithful": together}[name]
+    assert part.keys() >= whole.keys() - {".output"}
+
+
+@pytest.mark.parametrize("name", names("ablation"))
+def test_every_ablation_trains(name: str, tmp_path: Path) -> None:
+    config = small.settings(steps=2, batch_size=4, validate_every=0)
+    model = model_of(f"+ablation={name}")
+    trainer = build_trainer(config, model, small.LABELLED, small.ROBOT, small.small_data(), tmp_path, lambda *_: None)
+    policy = trainer.run()
+    assert np.isfinite(policy.act(small.ROBOT.fake_observation(1)).actions).all()
+
+
+# --- the default fits every suite ---
 
 
 @pytest.mark.parametrize("suite", TABLETOP_SUITES)
-def test_everything_of_a_run_follows_the_suite(suite):
+def test_everything_of_a_run_follows_the_suite(suite: str) -> None:
     values = composed("train_policy", f"suite={suite}", "seed=3")
     assert DataConfig(**values["data"]).root == f"outputs/demonstrations/{suite}"
     assert values["output"] == f"outputs/train_policy/{suite}/seed3"
@@ -47,7 +216,7 @@ def test_everything_of_a_run_follows_the_suite(suite):
 
 
 @pytest.mark.parametrize("suite", TABLETOP_SUITES)
-def test_the_recorded_features_are_those_that_the_mapping_names(suite):
+def test_the_recorded_features_are_those_that_the_mapping_names(suite: str) -> None:
     values = composed("train_policy", f"suite={suite}")
     data, embodiment = DataConfig(**values["data"]), Embodiment(**values["embodiment"])
     played = get_suite(suite)
@@ -61,6 +230,7 @@ def test_the_recorded_features_are_those_that_the_mapping_names(suite):
     assert episode.arrays[data.state].shape[1:] == (embodiment.state_dim,)
     assert episode.arrays[data.action].shape[1:] == (embodiment.action_dim,)
     assert set(data.labels.values()) <= set(episode.arrays)
+    assert embodiment.gripper_index is not None
     assert set(np.unique(episode.arrays[data.action][:, embodiment.gripper_index])) <= {
         embodiment.gripper_open,
         embodiment.gripper_close,
@@ -68,13 +238,19 @@ def test_the_recorded_features_are_those_that_the_mapping_names(suite):
 
 
 @pytest.mark.parametrize("suite", TABLETOP_SUITES)
-def test_the_default_policy_has_room_for_the_words_of_the_suite(suite):
-    values = composed("train_policy", f"suite={suite}")
+def test_the_default_policy_has_room_for_the_words_of_the_suite(suite: str) -> None:
     words = WordTokenizer.from_instructions(task.instruction for task in get_suite(suite).tasks)
-    assert len(words) <= CogVLAConfig.from_dict(values["policy"]).language.vocab_size - 2
+    assert len(words) <= model_of(f"suite={suite}").language.vocab_size - 2
 
 
-def test_demonstrations_recorded_beforehand_are_those_that_training_asks_for():
+@pytest.mark.parametrize("suite", TABLETOP_SUITES)
+def test_the_default_protocol_fits_every_tabletop_suite(suite: str) -> None:
+    assert composed("train_policy", f"suite={suite}")["evaluation"]["protocol"] is None
+    protocol = load_protocol(get_suite(suite).protocol)
+    assert len(protocol.episodes(get_suite(suite))) == 10 * protocol.episodes_per_task
+
+
+def test_demonstrations_recorded_beforehand_are_those_that_training_asks_for() -> None:
     trained, recorded = composed("train_policy"), composed("record_demonstrations")
     assert trained["data"]["root"] == recorded["output"]
     assert trained["embodiment"]["cameras"][0]["height"] == recorded["image_size"]
@@ -83,29 +259,7 @@ def test_demonstrations_recorded_beforehand_are_those_that_training_asks_for():
     }
 
 
-@pytest.mark.parametrize("policy", options("policy"))
-@pytest.mark.parametrize("routing", options("routing"))
-def test_every_policy_goes_with_every_routing(policy, routing):
-    values = composed("train_policy", f"policy={policy}", f"routing={routing}")
-    config = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
-    assert CogVLAConfig.from_dict(config.to_dict()) == config
-
-
-@pytest.mark.parametrize("routing", ["no_efa", "no_lfp", "no_catten"])
-def test_an_ablation_differs_from_the_whole_in_one_value(routing):
-    whole, part = (composed("train_policy", f"routing={name}")["routing"] for name in ("cogvla", routing))
-    assert len([key for key in whole if whole[key] != part[key]]) == 1
-    assert whole.keys() == part.keys()
-
-
-@pytest.mark.parametrize("objective", options("objective"))
-def test_every_objective_builds(objective):
-    values = composed("train_policy", f"objective={objective}")["objective"]
-    assert ObjectiveConfig(**values).grounding == values["grounding"]
-
-
-@pytest.mark.parametrize("suite", TABLETOP_SUITES)
-def test_the_default_protocol_fits_every_tabletop_suite(suite):
-    assert composed("train_policy", f"suite={suite}")["evaluation"]["protocol"] is None
-    protocol = load_protocol(get_suite(suite).protocol)
-    assert len(protocol.episodes(get_suite(suite))) == 10 * protocol.episodes_per_task
+def test_recording_takes_what_train_policy_gives() -> None:
+    taken = set(inspect.signature(record).parameters)
+    assert composed("train_policy")["demonstrations"].keys() <= taken
+    assert composed("record_demonstrations").keys() - {"suite"} <= taken
