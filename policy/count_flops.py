@@ -110,8 +110,7 @@ def _changed(routing: RoutingConfig, changes: dict[str, Any]) -> RoutingConfig:
 def main(config: DictConfig) -> None:
     """Console entry point."""
     choices = HydraConfig.get().runtime.choices
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict), "the configuration is a mapping"
+    values: Any = OmegaConf.to_container(config, resolve=True)
     try:
         run(values, f"{choices['policy']} on {choices['embodiment']}")
     except (ValueError, OSError) as error:
