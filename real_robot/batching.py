@@ -89,6 +89,7 @@ class Batcher:
         self._waiting: list[_Job] = []
         self._closed = False
         self._clients = 0
+        metrics.queue.set_function(lambda: len(self._waiting))
         self.ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
@@ -167,7 +168,6 @@ class Batcher:
             fitting = [job for job in self._waiting if job.shapes == self._waiting[0].shapes]
             jobs = fitting[: self._settings.max_batch]
             self._waiting = [job for job in self._waiting if job not in jobs]
-            self._metrics.queue.set(len(self._waiting))
             return jobs
 
     @staticmethod

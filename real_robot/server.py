@@ -219,13 +219,12 @@ class PolicyServer:
                     self._answering -= 1
                 last_ms = 1e3 * (time.perf_counter() - started)
                 self.metrics.latency.observe(last_ms / 1e3)
-        except ConnectionClosed:  # a robot that is switched off is no fault of the server
-            pass
+        except ConnectionClosed as error:  # a robot that is switched off is no fault of the server
+            if error.sent is not None and error.sent.code == CloseCode.MESSAGE_TOO_BIG:
+                self.metrics.count("oversized")
         finally:
             gone.cancel()
             self._count_clients(-1)
-            if connection.close_code == CloseCode.MESSAGE_TOO_BIG:
-                self.metrics.count("oversized")
 
     def _count_clients(self, change: int) -> None:
         self._clients += change

@@ -119,6 +119,8 @@ def serving(
             until(lambda: get(uri, "/healthz")[0] == 200 if scheme == "ws" else server._batcher.healthy)
         yield uri, server
     finally:
+        if isinstance(policy, SumPolicy):
+            policy.go.set()
         loop.call_soon_threadsafe(stop.set)
         thread.join(10)
         assert not thread.is_alive(), "the server did not stop"
