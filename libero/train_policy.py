@@ -33,7 +33,7 @@ from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.provenance import provenance
 from cogvla.libero.report import Report
 from cogvla.libero.run_log import RunLog
-from cogvla.policy.base import base_tokenizer, load_own
+from cogvla.policy.base import base_tokenizer, is_own, load_own
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.data import DataConfig, DemonstrationData
@@ -42,7 +42,7 @@ from cogvla.policy.model import CogVLA
 from cogvla.policy.objective import Objective, ObjectiveConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
-from cogvla.policy.pretrained import load_backbones
+from cogvla.policy.pretrained import load_backbones, load_base
 from cogvla.policy.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from cogvla.policy.training import PATIENCE, Trainer
 from cogvla.policy.training_config import TrainingConfig
@@ -135,11 +135,18 @@ def build_trainer(
     tokenizer = _tokenizer(model_config.language, data.instructions, base)
     torch.manual_seed(config.seed)
     model = CogVLA(model_config, embodiment)
-    for loaded in load_backbones(model) if base is None else load_own(model, base):
-        print(f"loaded {loaded}")
+    for said in _start(model, base):
+        print(f"loaded {said}")
     objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width)
     preprocessor = Preprocessor(embodiment, tokenizer, data.statistics(), config.augmentation.crop_area)
     return Trainer(config, objective, model_config, preprocessor, data, output, log)
+
+
+def _start(model: CogVLA, base: str | None) -> list[str]:
+    """Load what the model starts from, in place; returns what that was."""
+    if base is None:
+        return load_backbones(model)
+    return load_own(model, base) if is_own(base) else load_base(model, base)
 
 
 def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | None) -> Tokenizer:
