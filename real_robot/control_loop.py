@@ -7,11 +7,11 @@
     every period    --tick------------------>     |
     controller      <--Command---------------  SafetyLimiter        Watchdog: activate, deactivate, estop, reset
 
-A front end's life, with `now` from one monotonic clock in seconds:
+A front end's life; `now` is one monotonic clock in seconds:
 
     loop = ControlLoop(embodiment, config.limits, config.loop)
-    loop.set_instruction("pick up the red cube", now)
-    loop.activate(now)
+    loop.set_instruction("pick up the red cube")
+    loop.activate()
     # whenever something arrives:  loop.observe_image("wrist", image, stamp, now); loop.observe_state(state, stamp, now)
     # after that, and every tick:  request = loop.request_due(now); if request is not None, give it to the policy client
     # when the client answers:     loop.deliver(chunk, request, now), or loop.fail(request, reason, now)
@@ -80,6 +80,7 @@ class ControlLoop:
         self._clock = TickClock(settings.clock_gap_s)
         self._instruction = ""
         self._epoch = 0
+        self._sent_epoch = -1  # of the last action that was sent
         self._requests = 0
         self._observed_tick = 0  # of the newest chunk
         self._held_since = 0.0
@@ -97,41 +98,35 @@ class ControlLoop:
         """Take a joint state [S] in physical units; answers why it was refused, or None."""
         return self._observations.add_state(state_S, stamp, self._at(now))
 
-    def set_instruction(self, text: str, now: float) -> None:
-        """What to do from now on; empty: hold, without a time limit."""
-        self._at(now)
+    def set_instruction(self, text: str) -> None:
+        """What to do from now on; empty: hold, without a time limit. The same text again changes nothing."""
         text = text.strip()
         if text != self._instruction:
             self._instruction = text
             self._new_epoch()
 
-    def activate(self, now: float) -> bool:
+    def activate(self) -> bool:
         """Start to ask and to command; False where a fault must be reset first."""
-        now = self._at(now)
         if self.state is State.IDLE:
             self._new_epoch()
             self._limiter.forget()
             self._clock.pause()
-            self._held_since = now
         return self._watchdog.on(Event.ACTIVATE) is not State.STOPPED
 
-    def deactivate(self, now: float) -> None:
+    def deactivate(self) -> None:
         """Send nothing any more; a fault stays."""
-        self._at(now)
-        self._new_epoch()
         self._watchdog.on(Event.DEACTIVATE)
+        self._new_epoch()
 
-    def estop(self, engaged: bool, now: float) -> None:
+    def estop(self, engaged: bool = True) -> None:
         """Engage: nothing is sent from this moment on. Release: the fault stays until the reset."""
-        self._at(now)
         self._watchdog.set_estop(engaged)
         if engaged:
             self._counts["faults"] += 1
             self._new_epoch()
 
-    def reset(self, now: float) -> bool:
+    def reset(self) -> bool:
         """Clear a fault and end in idle, from any state; False while the e-stop is engaged."""
-        self._at(now)
         self._new_epoch()
         return self._watchdog.on(Event.RESET) is State.IDLE
 
@@ -234,7 +229,7 @@ class ControlLoop:
         self._stale = False
         action_A = self._queue.get(tick)
         if action_A is None:
-            if state is State.RUNNING and self._instruction:
+            if state is State.RUNNING and self._sent_epoch == self._epoch:
                 self._counts["starvations"] += 1
             return self._hold(tick, now, "no action for this tick" if self._instruction else "no instruction")
         state_S = self._observations.newest_state
@@ -246,6 +241,7 @@ class ControlLoop:
         for name in self._limiter.limited:
             self._counts[f"limited_{name}"] += 1
         self._watchdog.on(Event.COMMAND)
+        self._sent_epoch = self._epoch
         if self._unsent_stamp is not None:
             self.measurements.loop_ms.append((now - self._unsent_stamp) * 1e3)
             self._unsent_stamp = None

@@ -55,8 +55,8 @@ class Driver:
         self.loop = ControlLoop(ROBOT, self.limits, self.settings)
 
     def start(self) -> Driver:
-        self.loop.set_instruction("pick", self.now)
-        assert self.loop.activate(self.now)
+        self.loop.set_instruction("pick")
+        assert self.loop.activate()
         return self
 
     def observe(self) -> None:

@@ -89,7 +89,7 @@ def test_estop_from_any_state_and_reset_only_after_its_release(state: State) -> 
 
 def test_nothing_is_asked_or_sent_before_activation() -> None:
     driver = Driver()
-    driver.loop.set_instruction("pick", driver.now)
+    driver.loop.set_instruction("pick")
     driver.observe()
     assert driver.loop.request_due(driver.now) is None
     command = driver.tick()
@@ -247,11 +247,11 @@ def test_starved_for_too_long_it_stops_until_the_operator_resets() -> None:
     assert driver.loop.fault == "held for more than 0.5 s: no action for this tick"
     driver.observe()
     assert driver.loop.request_due(driver.now) is None
-    assert not driver.loop.activate(driver.now)
+    assert not driver.loop.activate()
     assert driver.tick().kind is Kind.NONE
-    assert driver.loop.reset(driver.now)
+    assert driver.loop.reset()
     assert driver.loop.state is IDLE
-    assert driver.loop.activate(driver.now)
+    assert driver.loop.activate()
     driver.give()
     assert driver.tick().kind is Kind.ACTION
 
@@ -266,10 +266,11 @@ def test_without_an_instruction_it_holds_as_long_as_wanted() -> None:
     driver = Driver(LoopSettings(hold_limit_s=0.5)).start()
     driver.give()
     driver.tick()
-    driver.loop.set_instruction("", driver.now)
+    driver.loop.set_instruction("")
     assert {driver.tick().reason for _ in range(40)} == {"no instruction"}
     assert driver.loop.request_due(driver.now) is None
-    driver.loop.set_instruction("place", driver.now)
+    assert driver.counts["starvations"] == 0, "it was told to hold"
+    driver.loop.set_instruction("place")
     assert driver.tick().kind is Kind.HOLD
     assert driver.ask().observation.instruction == ["place"]
 
@@ -316,16 +317,16 @@ def test_after_estop_nothing_is_sent(running: bool) -> None:
         driver.give()
         driver.tick()
     pending = driver.loop.request_due(driver.now) if not running else None
-    driver.loop.estop(True, driver.now)
+    driver.loop.estop(True)
     assert driver.tick().kind is Kind.NONE
     if pending is not None:
         driver.loop.deliver(constant(0.1), pending, driver.now)
-    assert not driver.loop.reset(driver.now)
-    driver.loop.estop(False, driver.now)
+    assert not driver.loop.reset()
+    driver.loop.estop(False)
     assert {driver.tick().kind for _ in range(5)} == {Kind.NONE}
-    assert driver.loop.reset(driver.now)
+    assert driver.loop.reset()
     assert driver.tick().kind is Kind.NONE
-    assert driver.loop.activate(driver.now)
+    assert driver.loop.activate()
     assert driver.tick().kind is Kind.NONE, "the plan is forgotten, and nothing was commanded since"
 
 
@@ -335,16 +336,16 @@ def test_a_chunk_of_an_older_epoch_is_discarded(change: str) -> None:
     request = driver.ask()
     match change:
         case "reset":
-            driver.loop.reset(driver.now)
+            driver.loop.reset()
         case "deactivate":
-            driver.loop.deactivate(driver.now)
+            driver.loop.deactivate()
         case "estop":
-            driver.loop.estop(True, driver.now)
-            driver.loop.estop(False, driver.now)
-            driver.loop.reset(driver.now)
+            driver.loop.estop(True)
+            driver.loop.estop(False)
+            driver.loop.reset()
         case "instruction":
-            driver.loop.set_instruction("place", driver.now)
-    driver.loop.activate(driver.now)
+            driver.loop.set_instruction("place")
+    driver.loop.activate()
     driver.observe()
     assert driver.loop.request_due(driver.now) is None, "still one in flight: the server works on it"
     assert "asked in epoch" in str(driver.loop.deliver(constant(0.1), request, driver.now))
@@ -358,7 +359,7 @@ def test_the_same_instruction_again_changes_nothing() -> None:
     driver = Driver().start()
     driver.give()
     epoch = driver.loop.epoch
-    driver.loop.set_instruction(" pick ", driver.now)
+    driver.loop.set_instruction(" pick ")
     assert driver.loop.epoch == epoch
     assert driver.tick().kind is Kind.ACTION
 
