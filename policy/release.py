@@ -61,6 +61,8 @@ class Release:
         """
         text = self.config.get("text_config", {})
         sizes = {ours: text[theirs] for theirs, ours in _TEXT_CONFIG.items() if theirs in text}
+        if "heads" in sizes:
+            sizes.setdefault("kv_heads", None)  # as many, where it does not say
         towers = {}
         for name, timm in zip(("dinov2", "siglip"), self.config.get("timm_model_ids", ()), strict=False):
             tower = getattr(config.vision, name)

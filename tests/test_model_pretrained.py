@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.model import CogVLA
@@ -55,6 +55,18 @@ def test_backbones_arrive(tmp_path: Path) -> None:
     # 32 pixels in patches of 8 instead of 64 in patches of 16: same grid, the projection is resampled.
     assert torch.equal(vit.pos_embed, tower.pos_embed)
     assert vit.patch_embed.proj.weight.shape[-1] == 8
+    assert model(tiny_input()).actions.isfinite().all()
+
+
+def test_a_qwen_arrives_with_its_biases(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    published = Qwen2Model(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    torch.nn.init.normal_(published.layers[1].self_attn.k_proj.bias)
+    published.save_pretrained(tmp_path)
+    model = CogVLA(config_with(language={**MODEL["language"], "architecture": "qwen2", "hub": str(tmp_path)}), ROBOT)
+    assert load_backbones(model) == [f"language: {tmp_path}"]
+    for name, value in published.state_dict().items():
+        assert torch.equal(model.decoder.llm.state_dict()[name], value), name
     assert model(tiny_input()).actions.isfinite().all()
 
 
