@@ -2,6 +2,7 @@
 
     eval_libero checkpoint=FOLDER suite=tabletop_object workers=4
     eval_libero checkpoint=random suite=all_tabletop episodes_per_task=2
+    eval_libero checkpoint=ws://127.0.0.1:8000 suite=tabletop_object         (through a policy_server)
     eval_libero checkpoint=FOLDER asked=both
     eval_libero checkpoint=FOLDER suite=all_libero protocol=cogvla workers=8 shard=1/4
 
@@ -38,7 +39,7 @@ OWN = "suite"
 """In the configuration of the protocol: as the suite's own protocol has it."""
 RANDOM = "random"
 ASKED: dict[str | None, tuple[Literal["swap"] | None, ...]] = {None: (None,), "swap": ("swap",), "both": (None, "swap")}
-USER_ERRORS = (ValueError, MissingMandatoryValue)
+USER_ERRORS = (ValueError, ConnectionError, MissingMandatoryValue)
 """What `run` raises for mistakes that its user can mend."""
 
 
@@ -155,6 +156,11 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
         from cogvla.policy.baselines import RandomPolicy
 
         return RandomPolicy(Embodiment(**_plain(config.embodiment)), config.seed or 0), {}
+
+    if str(config.checkpoint).startswith(("ws://", "wss://")):
+        from cogvla.real_robot.remote_policy import RemotePolicy
+
+        return RemotePolicy(config.checkpoint, api_key=config.api_key), {}
 
     if not Path(config.checkpoint).is_dir():  # said before torch is imported
         raise ValueError(f"no checkpoint folder at {config.checkpoint}; train one with `train_policy`, or give random")

@@ -28,7 +28,7 @@ from cogvla.real_robot.wire import FrameError, shown, unpack
 CLOSE_S = 0.5
 
 
-class UnavailableError(OSError):
+class UnavailableError(ConnectionError):
     """No answer within the deadline: the server is away, busy, shutting down or failed. Worth another try."""
 
 

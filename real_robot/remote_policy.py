@@ -22,14 +22,15 @@ class RemotePolicy:
 
     Args:
         uri: `ws://HOST:PORT` or `wss://HOST:PORT`.
-        settings: of every connection; `answer_s` should allow for a full queue.
+        api_key: of the server; None: it has none.
+        answer_s: deadline of an answer; it should allow for a full queue.
 
     Raises:
         UnavailableError, ValueError: see `AsyncPolicyClient.connect`.
     """
 
-    def __init__(self, uri: str, settings: ClientSettings | None = None) -> None:
-        self._uri, self._settings = uri, settings or ClientSettings(answer_s=60.0)
+    def __init__(self, uri: str, *, api_key: str | None = None, answer_s: float = 60.0) -> None:
+        self._uri, self._settings = uri, ClientSettings(api_key=api_key, answer_s=answer_s)
         self._loop = EventLoopThread()
         try:
             self._clients = [self._loop.run(AsyncPolicyClient.connect(uri, self._settings))]

@@ -18,7 +18,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "routing": ("routing",),
     "policy": ("policy", "routing"),
     "envs": ("envs", "policy.interface", "policy.chunking"),
-    "libero": ("libero", "policy", "envs"),
+    "libero": ("libero", "policy", "envs", "real_robot.remote_policy"),
     "real_robot": ("real_robot", "policy", "envs"),
 }
 THIRD_PARTY: dict[str, set[str]] = {
@@ -29,7 +29,6 @@ THIRD_PARTY: dict[str, set[str]] = {
 }
 EXCEPTIONS: dict[str, set[str]] = {
     "policy/lerobot_reader.py": {"lerobot", "pyarrow", "PIL", "huggingface_hub"},
-    "policy/release.py": {"huggingface_hub"},
     "policy/release.py": {"huggingface_hub"},
     "policy/frame_cache.py": {"tqdm"},
     "policy/training.py": {"accelerate", "tqdm"},

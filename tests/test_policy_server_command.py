@@ -14,12 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
 
+from cogvla.libero.eval_libero import run as eval_libero
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.interface import Camera
 from cogvla.real_robot.async_client import ClientSettings
 from cogvla.real_robot.client import PolicyClient
-from cogvla.tests.policy_servers import free_port, get, observation, until
+from cogvla.real_robot.request import RequestKeys
+from cogvla.real_robot.server import ServerSettings
+from cogvla.tests.point_suite import ToyPolicy, solvable
+from cogvla.tests.policy_servers import free_port, get, observation, serving, until
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "tabletop_object"
 PATIENT = ClientSettings(answer_s=60.0, connect_s=20.0)
@@ -89,3 +94,21 @@ def test_mistakes_end_in_one_line(arguments: list[str], message: str) -> None:
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_eval_libero_plays_through_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("latency_curves", "length_histogram"):
+        monkeypatch.setattr(f"cogvla.libero.report.{name}", lambda *_: "<svg/>")
+    monkeypatch.setenv("COGVLA_API_KEY", "sesame")
+    policy = ToyPolicy()
+    with serving(policy, ServerSettings(api_key="sesame"), keys=RequestKeys()) as (uri, _):
+        options = ["imports=[cogvla.tests.point_suite]", "suite=point", "episodes_per_task=2", "workers=0", "videos=0"]
+        with initialize_config_module("cogvla.configs", version_base="1.3"):
+            config = compose("eval_libero", [f"checkpoint={uri}", f"output={tmp_path}", *options])
+        (report,) = eval_libero(config, "")
+    assert [r.success for r in report.episodes] == [solvable(r.initial_state) for r in report.episodes]
+    assert [r.error for r in report.episodes] == [None] * 6
+    assert report.reproduce["policy"] == policy.describe()
+    assert "sesame" not in (tmp_path / "report.json").read_text()
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        eval_libero(config, "")
