@@ -195,8 +195,8 @@ class PolicyServer:
         if self._settings.api_key is None:
             return True
         given = request.headers.get_all("Authorization")
-        expected = f"Api-Key {self._settings.api_key}"
-        return len(given) == 1 and hmac.compare_digest(given[0].encode(), expected.encode())
+        expected = f"Api-Key {self._settings.api_key}".encode()
+        return len(given) == 1 and hmac.compare_digest(given[0].encode(errors="surrogateescape"), expected)
 
     async def _serve(self, connection: ServerConnection) -> None:
         self._count_clients(1)
