@@ -327,7 +327,7 @@ def test_tokens_are_openvlas() -> None:
 def test_the_most_probable_token_is_taken_and_not_knowing_costs_one() -> None:
     head = DiscreteHead(replace(SIZES, blocks=0))
     states, expert = torch.randn(2, 4, 32), torch.zeros(2, 4, 3)
-    last = head.net[-1]
+    last: Any = head.net[-1]
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     torch.testing.assert_close(head.error(states, expert), torch.ones(2, 4))
