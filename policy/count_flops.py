@@ -35,14 +35,14 @@ def summary(variants: dict[str, list[StageCost]], gpus: Sequence[GPU], paper: di
     for name, costs in variants.items():
         at = next(index for index, cost in enumerate(costs) if cost.stage == TOTAL)
         total = costs[at]
-        line = f"{name:<42}{total.flops / 1e12:>14.3f}"
+        line = f"{name:<42}{total.flops / 1e12:>14.4g}"
         if paper and (known := paper.get(name)):
             difference = total.flops / 1e12 / known["tflop"] - 1
             line += f"{known['tflop']:>14.2f}{difference:>+14.1%}{known['milliseconds']:>14.0f}"
         else:
             line += " " * 14 * len(reported)
-        line += f"{(total.weight_bytes + total.activation_bytes) / 1e9:>14.2f}{total.intensity:>14.1f}"
-        lines.append(line + "".join(f"{1e3 * floors(costs, gpu)[at]:>14.2f}" for gpu in gpus))
+        line += f"{(total.weight_bytes + total.activation_bytes) / 1e9:>14.4g}{total.intensity:>14.1f}"
+        lines.append(line + "".join(f"{1e3 * floors(costs, gpu)[at]:>14.3g}" for gpu in gpus))
     return "\n".join(lines)
 
 
