@@ -1,6 +1,8 @@
 """`training_memory`: what `train_policy` with the same arguments would take of a GPU's memory. Nothing is trained.
 
-training_memory policy=cogvla_7b embodiment=libero training=libero finetune=lora +gpus=4
+It takes the same arguments, and the number of GPUs:
+
+    training_memory policy=cogvla_7b embodiment=libero training=libero finetune=lora +gpus=4
 """
 
 from __future__ import annotations

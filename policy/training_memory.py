@@ -1,7 +1,7 @@
 """What training takes of a GPU's memory, from the model's shapes alone: nothing is computed.
 
-Weights, gradients and optimiser state are exact. Activations are those that autograd keeps of a forward pass on the meta
-device in bfloat16: an estimate, as kernels keep a little more or less.
+Weights, gradients and optimiser state are exact. Activations are those that autograd keeps of a forward pass on the
+meta device in bfloat16: an estimate, as kernels keep a little more or less.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvla.policy import adapters
 from cogvla.policy.config import CogVLAConfig
@@ -81,7 +81,8 @@ def _kept(model: CogVLA, embodiment: Embodiment) -> int:
             kept[_storage(tensor)] = tensor
         return tensor
 
-    camera = embodiment.cameras[0]
+    camera, language = embodiment.cameras[0], model.config.language
+    model.decoder.llm.rotary_emb = _Rotations(language.width // language.heads)
     with torch.device("meta"):
         inputs = ModelInput(
             torch.zeros(1, len(embodiment.cameras), 3, camera.height, camera.width, dtype=torch.bfloat16),
@@ -94,6 +95,17 @@ def _kept(model: CogVLA, embodiment: Embodiment) -> int:
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del output
     return total
+
+
+class _Rotations(nn.Module):
+    """Cosines and sines by shape: transformers' own do not run on the meta device."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, like: Tensor, position_1S: Tensor) -> tuple[Tensor, Tensor]:
+        return like.new_empty(*position_1S.shape, self.width), like.new_empty(*position_1S.shape, self.width)
 
 
 def _storage(tensor: Tensor) -> int:
