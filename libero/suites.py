@@ -44,7 +44,7 @@ CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 PROTOCOL = "openvla_oft"
 """The protocol when none is named: the one that most published numbers follow."""
 KEPT_SCENES = 2
-"""Compiled scenes that an environment keeps; building one takes less than a twentieth of an episode."""
+"""Compiled scenes that an environment keeps; building one takes about as long as 20 control steps."""
 
 
 @dataclass(frozen=True)
