@@ -232,7 +232,7 @@ def test_starved_it_holds_the_last_position_and_recovers() -> None:
     for _ in range(3):
         held = driver.tick()
         assert (held.kind, held.reason) == (Kind.HOLD, "no action for this tick")
-        np.testing.assert_allclose(held.action_A, [0.15, 1.0, 0.3], rtol=1e-6)
+        assert held.action_A == pytest.approx([0.15, 1.0, 0.3])
     assert driver.loop.state is HOLDING
     driver.give(constant(0.2))
     assert driver.tick().kind is Kind.ACTION

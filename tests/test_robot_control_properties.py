@@ -228,7 +228,7 @@ TestAnything.settings = settings(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(
     assumed=st.integers(1, 3),
     margin=st.integers(0, 1),
@@ -250,7 +250,7 @@ def test_it_never_starves_while_the_latency_bound_holds(
     rng = np.random.default_rng(seed)
     driver.give()
     pending: tuple[Request, float] | None = None
-    for _ in range(120):
+    for _ in range(80):
         driver.observe()
         if pending is not None and driver.now >= pending[1] - 1e-6:
             assert driver.loop.deliver(constant(rng.uniform(-1, 1)), pending[0], driver.now) is None
