@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         config.source = given.source
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict), "the configuration is a mapping"
-        for line in run(values):
+        for line in run({str(key): value for key, value in values.items()}):
             print(line)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         raise SystemExit(f"error: {error}") from error

@@ -119,6 +119,12 @@ class CogVLA(nn.Module):
         ids = torch.tensor([config.language.bos_token, config.language.stop_token])
         self.register_buffer("special_ids", ids, persistent=False)
 
+    def recompute_blocks(self, on: bool) -> None:
+        """Gradient checkpointing of every block of towers and language model, see `policy.recompute`."""
+        self.decoder.recompute = on
+        for _, tower in self.vision.named_towers():
+            tower.recompute = on
+
     @property
     def vision_tokens(self) -> int:
         """N, vision tokens of all views in the language model's sequence."""

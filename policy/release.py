@@ -94,7 +94,7 @@ class Release:
         sets = read_json(path) if path.is_file() else self.config.get("norm_stats") or {}
         if dataset is None and len(sets) == 1:
             dataset = next(iter(sets))
-        if dataset not in sets:
+        if dataset is None or dataset not in sets:
             asked = "several data sets" if dataset is None else f"no data set {dataset!r}"
             raise ValueError(
                 f"{self.folder} has statistics of {asked}; choose dataset= from {', '.join(sets) or 'none'}"

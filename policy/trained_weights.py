@@ -55,8 +55,7 @@ class TrainedWeights:
             for parameter in objective.parameters():
                 if not parameter.requires_grad and parameter.ndim > 1:
                     parameter.data = parameter.data.bfloat16()
-        for part in (objective.model.decoder, *(tower for _, tower in objective.model.vision.named_towers())):
-            part.recompute = config.gradient_checkpointing
+        objective.model.recompute_blocks(config.gradient_checkpointing)
         self.frozen = adapters.fingerprint(objective)
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and (config.ema_decay or config.optimiser != "adamw"):

@@ -57,8 +57,7 @@ def training_memory(
     adapters.prepare(model, training.finetune)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    for part in (model.decoder, *(tower for _, tower in model.vision.named_towers())):
-        part.recompute = training.gradient_checkpointing
+    model.recompute_blocks(training.gradient_checkpointing)
     memory = TrainingMemory(
         frozen=2 * frozen,
         trained=4 * trained,

@@ -245,8 +245,7 @@ def test_recomputing_keeps_less() -> None:
     kept = []
     for recompute in (False, True):
         model, saved = tiny_model(), {}
-        for part in (model.decoder, *model.vision.towers.values()):
-            part.recompute = recompute
+        model.recompute_blocks(recompute)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
         def keep(tensor: Tensor, saved: dict[int, int] = saved, own: set[int] = own) -> Tensor:
