@@ -215,7 +215,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=2_000, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+@settings(max_examples=500, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(st.dictionaries(st.sampled_from([*libero_request(), "observation_id", "deadline_ms", "other"]), VALUES))
 def test_fuzz_of_values(changes: dict[str, Any]) -> None:
