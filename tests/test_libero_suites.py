@@ -211,9 +211,9 @@ def test_actions_move_along_the_axes_of_the_world(goal: LiberoEnv, axis: int) ->
     turn = rotation_vector(
         rotation_matrix(after["state"][3:6].astype(float)) @ rotation_matrix(before["state"][3:6].astype(float)).T
     )
-    moved = np.concatenate([position / 0.05, turn / 0.5])
-    assert moved[axis] > 0.5, moved
-    assert np.argmax(np.abs(moved)) == axis, moved
+    moved = position / 0.05 if axis < 3 else turn / 0.5  # in units of an action of 1; the controller follows slowly
+    assert moved[axis % 3] > 0.25, moved
+    assert np.abs(np.delete(moved, axis % 3)).max() < 0.1, moved
 
 
 @needs_assets
