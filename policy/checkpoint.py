@@ -170,8 +170,8 @@ def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
         ) from error
     model = empty_model(config, embodiment)
     try:
-        # Of a mapped file, tensors are copied: products differ in the last digits where memory is not aligned. One after
-        # the other, so that a large model is not in memory twice.
+        # Of a mapped file, tensors are copied: products differ in the last digits where memory is not aligned. One
+        # after the other, so that a large model is not in memory twice.
         weights = load_weights(folder)
         model.load_state_dict({name: weights.pop(name).clone() for name in list(weights)}, assign=True)
     except RuntimeError as error:
