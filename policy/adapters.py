@@ -109,10 +109,15 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the policy without adapters that computes the same; the model stays as it is."""
+    """The state dict of the policy without adapters that computes the same; the model stays as it is.
+
+    It has one precision: bfloat16 if frozen weights have it, although what is trained has another one.
+    """
     merged = {f"{name}.weight": _merged(layer) for name, layer in adapted_layers(model)}
     state = {name.replace(BASE, "."): value for name, value in model.state_dict().items() if ".lora_" not in name}
-    return {**state, **merged}
+    whole = {**state, **merged}
+    mixed = len({value.dtype for value in whole.values()}) > 1
+    return {name: value.bfloat16() for name, value in whole.items()} if mixed else whole
 
 
 def merge(model: nn.Module) -> dict[str, Tensor]:

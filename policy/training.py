@@ -154,7 +154,9 @@ class Trainer:
     def _policy(self, objective: Objective) -> CogVLAPolicy:
         model = adapters.fold(objective.model)
         if len({p.dtype for p in model.parameters()}) > 1:  # a copy: frozen weights are those of training
-            model = copy.deepcopy(model).to(torch.bfloat16)
+            model = copy.deepcopy(model)
+            for parameter in model.parameters():  # not `to`, which would round the frequencies of the positions too
+                parameter.data = parameter.data.bfloat16()
         return CogVLAPolicy(model, self.preprocessor, self.describe())
 
     def describe(self) -> dict[str, Any]:

@@ -109,6 +109,6 @@ def test_eval_libero_plays_through_a_server(tmp_path: Path, monkeypatch: pytest.
     assert [r.success for r in report.episodes] == [solvable(r.initial_state) for r in report.episodes]
     assert [r.error for r in report.episodes] == [None] * 6
     assert report.reproduce["policy"] == policy.describe()
-    assert "sesame" not in (tmp_path / "report.json").read_text()
+    assert "sesame" not in (tmp_path / "point" / "report.json").read_text()
     with pytest.raises(ConnectionError, match="cannot be reached"):
         eval_libero(config, "")
