@@ -6,7 +6,7 @@ What is unusual:
 - the last layer computes queries and MLP only for the rows that are read, those of the actions
 
 Shape legend: B batch, S sequence, T text, J action tokens, Q query rows, N vision tokens, K kept vision tokens,
-D width, H heads, G key/value heads, E head width.
+D width, H heads, G key/value heads, E head width, U = 2E.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class RoutedDecoder(nn.Module):
                 trace.kept[index] = kept_BK
                 current_BN = kept_BK if self.routing.mode == "drop" else None
         read_BQD = x_BSD if trace is None else x_BSD[:, self.read_rows(now.layout)]
-        return self.llm.norm(self._action_states(read_BQD, context))
+        return _norm(self.llm.norm, self._action_states(read_BQD, context))
 
     def _routed(
         self, index: int, x_BSD: Tensor, now: _Frame, context: DecoderContext, every_row: bool
@@ -123,7 +123,7 @@ class RoutedDecoder(nn.Module):
         """Layer number `index`: its output, the frame of the output, and the vision tokens kept, if it is routed."""
         layer, ratio, last = self.llm.layers[index], self.ratios[index], index == len(self.llm.layers) - 1
         read = self.read_rows if last and not every_row else None
-        h_BSD = layer.input_layernorm(x_BSD)
+        h_BSD = _norm(layer.input_layernorm, x_BSD)
         if ratio is None:
             return _layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout)), now, None
         count = min(keep_count(context.layout.vision, ratio), now.layout.vision)
@@ -158,12 +158,11 @@ class RoutedDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class _Frame:
-    """What attention needs for one set of tokens; `sin` carries the sign of the rotation."""
+    """What attention needs for one set of tokens; `turn` is cosine and sine, which carries the rotation's sign."""
 
     layout: TokenLayout
     mask_B1SS: Tensor
-    cos_BSE: Tensor
-    sin_BSE: Tensor
+    turn_BSU: Tensor
 
 
 class DecoderContext:
@@ -189,22 +188,23 @@ class DecoderContext:
         # Rotations of positions 0..S-1, looked up by every layer: no position is larger.
         cos_1SE, sin_1SE = decoder.llm.rotary_emb(like, torch.arange(layout.length, device=like.device)[None])
         first_SF, second_SF = sin_1SE[0].chunk(2, dim=-1)
-        self.cos_SE, self.sin_SE = cos_1SE[0], torch.cat((-first_SF, second_SF), dim=-1)
+        self.turn_SU = torch.cat((cos_1SE[0], -first_SF, second_SF), dim=-1)
         self.whole = self._numbered(layout, 0, self.mask_B1SS)
+        self._masks: dict[int, Tensor] = {}
 
     def pruned(self, chosen: Selection, before: _Frame) -> _Frame:
         """The frame of the tokens chosen from `before`."""
         # Vision tokens are alike to the mask and follow bos, so leaving any of them out is leaving out the first rows.
         fewer = self.layout.vision - chosen.layout.vision
-        mask_B1SS = self.mask_B1SS[:, :, fewer:, fewer:].contiguous()
+        if fewer not in self._masks:
+            self._masks[fewer] = self.mask_B1SS[:, :, fewer:, fewer:].contiguous()
         if self.renumber:
-            return self._numbered(chosen.layout, fewer, mask_B1SS)
-        cos_BSE, sin_BSE = take_rows(before.cos_BSE, chosen.rows), take_rows(before.sin_BSE, chosen.rows)
-        return _Frame(chosen.layout, mask_B1SS, cos_BSE, sin_BSE)
+            return self._numbered(chosen.layout, fewer, self._masks[fewer])
+        return _Frame(chosen.layout, self._masks[fewer], take_rows(before.turn_BSU, chosen.rows))
 
     def _numbered(self, layout: TokenLayout, fewer: int, mask_B1SS: Tensor) -> _Frame:
         position_BS = self.position_BS[:, fewer:] - fewer
-        return _Frame(layout, mask_B1SS, self.cos_SE[position_BS], self.sin_SE[position_BS])
+        return _Frame(layout, mask_B1SS, self.turn_SU[position_BS])
 
 
 def _layer(
@@ -220,8 +220,8 @@ def _layer(
     """One transformer layer on residual `x` and its normalised form `h`; of the output, only `rows` are computed."""
     rows = rows or slice(None)
     attention = layer.self_attn
-    head_width = frame.cos_BSE.shape[-1]
-    cos_B1SE, sin_B1SE = frame.cos_BSE[:, None], frame.sin_BSE[:, None]
+    cos_B1SE, sin_B1SE = frame.turn_BSU[:, None].chunk(2, dim=-1)
+    head_width = cos_B1SE.shape[-1]
     split = "b s (h e) -> b h s e"
     q_BHQE = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
     k_BGSE = rearrange(attention.k_proj(h_BSD), split, e=head_width)
@@ -233,8 +233,13 @@ def _layer(
         k_BGSE, v_BGSE = (t.repeat_interleave(groups + 1, dim=1) for t in (k_BGSE, v_BGSE))
     o_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BGSE, v_BGSE, attn_mask=frame.mask_B1SS[:, :, rows])
     x_BQD = x_BSD[:, rows] + attention.o_proj(rearrange(o_BHQE, "b h q e -> b q (h e)"))
-    out_BQD = layer.mlp(layer.post_attention_layernorm(x_BQD))
+    out_BQD = layer.mlp(_norm(layer.post_attention_layernorm, x_BQD))
     return x_BQD + out_BQD if factor_BS1 is None else torch.addcmul(x_BQD, out_BQD, factor_BS1[:, rows])
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    """The layer's own RMSNorm, in one operation."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class ModelOutput:
 class TextFeatures:
     """Everything that depends on the instruction only; can be kept while it does not change."""
 
-    embedded_BTD: Tensor
+    bos_B1D: Tensor
+    tail_BRD: Tensor  # words, action placeholders and stop
     context: DecoderContext
     vision: VisionCondition
 
@@ -139,7 +140,12 @@ class CogVLA(nn.Module):
             total_BD, count_B1 = total_BD + self.decoder.embed(self.special_ids).sum(0), count_B1 + 2
         layout = TokenLayout(vision=self.vision_tokens, text=text_mask_BT.shape[1], action=self.action_tokens)
         context = self.decoder.context(layout, text_mask_BT)
-        return TextFeatures(embedded_BTD, context, self.vision.condition(total_BD / count_B1))
+        bos_1D, stop_1D = self.decoder.embed(self.special_ids).split(1)
+        zeros_JD = embedded_BTD.new_zeros(self.action_tokens, self.width)
+        answer_RD = torch.cat((zeros_JD if self.placeholder is None else self.placeholder, stop_1D))
+        bos_B1D, answer_BRD = (tokens.expand(len(embedded_BTD), -1, -1) for tokens in (bos_1D, answer_RD))
+        tail_BRD = torch.cat((embedded_BTD, answer_BRD), dim=1)
+        return TextFeatures(bos_B1D, tail_BRD, context, self.vision.condition(total_BD / count_B1))
 
     def forward(
         self,
@@ -171,23 +177,12 @@ class CogVLA(nn.Module):
     ) -> ModelOutput:
         """From mixed vision tokens, normalised state and instruction to actions: stages 2 and 3 and the head."""
         batch, dtype = len(state_BS), vision_BND.dtype
-        layout = text.context.layout
-        bos_1D, stop_1D = self.decoder.embed(self.special_ids).to(dtype).split(1)
-        action_JD = vision_BND.new_zeros(layout.action, self.width) if self.placeholder is None else self.placeholder
-        sequence_BSD = torch.cat(
-            (
-                bos_1D.expand(batch, -1, -1),
-                vision_BND,
-                self.state(state_BS.to(dtype))[:, None],
-                text.embedded_BTD.to(dtype),
-                torch.cat((action_JD.to(dtype), stop_1D)).expand(batch, -1, -1),
-            ),
-            dim=1,
-        )
+        state_B1D = self.state(state_BS.to(dtype))[:, None]
+        sequence_BSD = torch.cat((text.bos_B1D.to(dtype), vision_BND, state_B1D, text.tail_BRD.to(dtype)), dim=1)
         trace = Trace() if debug else None
         action_BJD = self.decoder(sequence_BSD, text.context, trace)
         actions_BKA = self.head(action_BJD) if decode else action_BJD.new_empty(batch, 0, self.embodiment.action_dim)
         if trace is None:
             return ModelOutput(actions_BKA, vision_BND, action_BJD)
-        inside = {"kept": trace.kept, "hidden": trace.hidden, "layout": layout}
+        inside = {"kept": trace.kept, "hidden": trace.hidden, "layout": text.context.layout}
         return ModelOutput(actions_BKA, vision_BND, action_BJD, inside)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.empty_model import empty_model
 from cogvla.policy.import_checkpoint import main, run
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model import CogVLA
@@ -317,30 +318,28 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_release("somebody/openvla")
 
 
+def large_model() -> CogVLA:
+    """82 million parameters without memory."""
+    size = {"width": 640, "intermediate": 2560, "heads": 8, "layers": 12, "kv_heads": 8}
+    language = {**MODEL["language"], **size}
+    return empty_model(CogVLAConfig.from_dict({**MODEL, "language": language, "routing": {"lfp": False}}), ROBOT)
+
+
 MEMORY = """
 import resource, sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.empty_model import empty_model
 from cogvla.policy.import_weights import SafetensorFiles, load_parameters
-from cogvla.tests.tiny_model import MODEL, ROBOT
+from cogvla.tests.test_import_checkpoint import large_model
 
-folder = Path(sys.argv[1])
-size = {"width": 640, "intermediate": 2560, "heads": 8, "layers": 12, "kv_heads": 8}
-config = CogVLAConfig.from_dict({**MODEL, "language": {**MODEL["language"], **size}, "routing": {"lfp": False}})
-model = empty_model(config, ROBOT)
+model = large_model()
 total = 2 * sum(parameter.numel() for parameter in model.parameters())
-for index, (name, value) in enumerate(model.state_dict().items()):
-    save_file({name: torch.zeros(value.shape, dtype=torch.bfloat16)}, folder / f"{index}.safetensors")
-
 status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
 allowed = 1024 * int(status["VmData"].split()[0]) + int(1.2 * total)
 resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-load_parameters(model, SafetensorFiles(folder), lambda name: (name,), torch.bfloat16)
+load_parameters(model, SafetensorFiles(Path(sys.argv[1])), lambda name: (name,), torch.bfloat16)
 assert not any(parameter.is_meta for parameter in model.parameters())
 print("loaded", total)
 copies = [parameter.detach().clone() for parameter in model.parameters()]
@@ -351,6 +350,9 @@ print("a second copy has space too")
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is the Linux kernel's")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
     """The kernel refuses the process any memory beyond 1.2 times the weights."""
+    for index, (name, value) in enumerate(large_model().state_dict().items()):
+        save_file({name: torch.zeros(value.shape, dtype=torch.bfloat16)}, tmp_path / f"{index}.safetensors")
+    # In a process of its own: whatever memory this one has given back would count as free there.
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
     said = done.stdout.split()
     assert said[:1] == ["loaded"], done.stderr
