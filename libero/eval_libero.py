@@ -11,7 +11,6 @@ The same command again goes on where it was stopped. `merge_evaluations` puts sh
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import logging
@@ -165,16 +164,9 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
     if not Path(config.checkpoint).is_dir():  # said before torch is imported
         raise ValueError(f"no checkpoint folder at {config.checkpoint}; train one with `train_policy`, or give random")
 
-    import torch
+    from cogvla.policy.checkpoint import open_policy
 
-    from cogvla.policy.checkpoint import WEIGHTS, load_policy
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(config.checkpoint, device=device)
-    with (Path(config.checkpoint) / WEIGHTS).open("rb") as weights:
-        return policy, {"weights_sha256": hashlib.file_digest(weights, "sha256").hexdigest()}
+    return open_policy(config.checkpoint, config.device, config.threads)
 
 
 def _plain(config: DictConfig | ListConfig) -> dict[str, Any]:

@@ -9,12 +9,10 @@ import torch
 
 from cogvla.policy.checkpoint import CONFIG, load_weights, read_config
 from cogvla.policy.model import CogVLA
-from cogvla.policy.tokenizer import PAPER_PROMPT, PretrainedTokenizer, Tokenizer, tokenizer_from_dict
+from cogvla.policy.tokenizer import EMPTY_TOKEN, PAPER_PROMPT, PretrainedTokenizer, Tokenizer, tokenizer_from_dict
 
 BACKBONES = ("decoder.llm.*", "vision.towers.*.vit.*")
 """What a base must have. The rest may be new: another robot has another head, another routing other routers."""
-OPENVLA_EMPTY_TOKEN = 29871
-"""OpenVLA, and what follows it, puts Llama's empty token after the prompt."""
 
 
 def is_own(source: str | Path) -> bool:
@@ -32,7 +30,7 @@ def base_tokenizer(source: str) -> Tokenizer:
     if is_own(source):
         return tokenizer_from_dict(read_config(Path(source))["tokenizer"], Path(source))
     try:
-        return PretrainedTokenizer(source, PAPER_PROMPT, OPENVLA_EMPTY_TOKEN)
+        return PretrainedTokenizer(source, PAPER_PROMPT, EMPTY_TOKEN)
     except (OSError, ValueError) as error:
         raise ValueError(f"base={source} is no checkpoint folder, and no published tokenizer: {error}") from error
 

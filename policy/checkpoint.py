@@ -11,6 +11,7 @@ A folder appears whole or not at all: it is written beside its place and renamed
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -177,6 +178,23 @@ def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
     return CogVLAPolicy(model.to(device), preprocessor, {"checkpoint": folder.name, **description})
+
+
+def open_policy(
+    folder: Path | str, device: str | None = None, threads: int | None = None
+) -> tuple[CogVLAPolicy, dict[str, str]]:
+    """What commands do with `checkpoint=FOLDER`: the policy, and the hash that tells its weights from others.
+
+    Args:
+        folder: see `load_policy`.
+        device: None: cuda where there is one, else cpu.
+        threads: of torch; None: its own choice.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with (Path(folder) / WEIGHTS).open("rb") as weights:
+        return policy, {"weights_sha256": hashlib.file_digest(weights, "sha256").hexdigest()}
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:

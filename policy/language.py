@@ -238,7 +238,9 @@ def _layer(
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    """The layer's own RMSNorm, in one operation."""
+    """The layer's own RMSNorm, in one operation where weight and input have one precision (autocast mixes them)."""
+    if norm.weight.dtype != x.dtype:
+        return norm(x)
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 

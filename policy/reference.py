@@ -11,7 +11,6 @@ Shape legend: B batch (1), V views, H, W image, T text tokens, S state, K chunk,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from cogvla.policy.import_weights import Renamed
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model import CogVLA
 from cogvla.policy.normalise import Normaliser, Statistics
+from cogvla.policy.release import read_json
+from cogvla.policy.tokenizer import EMPTY_TOKEN
 
 STOP_TOKEN = 2
-EMPTY_TOKEN = 29871
-"""The published code ends every prompt with it."""
 
 NORMALISATIONS = {"bounds_q99": "q99", "bounds": "min_max"}
 PERIOD = 31
@@ -64,7 +63,7 @@ def load_reference(folder: Path) -> Reference:
     """
     if not folder.is_dir():
         raise ValueError(f"no folder at {folder}; give one with fixture.json and its weights")
-    sizes, statistics = (_json(folder / f"{name}.json") for name in ("fixture", "norm_stats"))
+    sizes, statistics = (read_json(folder / f"{name}.json") for name in ("fixture", "norm_stats"))
     parts = {name: _tensors(folder / f"{name}.safetensors") for name in ("model", "action_head", "proprio_projector")}
     cases = _tensors(folder / "cases.safetensors")
     try:
@@ -106,16 +105,6 @@ def text_ids(expected_length: int, input_ids_BT: Tensor, model: CogVLA, vision_t
     if expected_length == around + words_BT.shape[1] + 1:
         words_BT = torch.cat((words_BT, words_BT.new_full((len(words_BT), 1), EMPTY_TOKEN)), dim=1)
     return words_BT
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no mapping")
-    return content
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 PAPER_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+EMPTY_TOKEN = 29871
+"""Llama's empty token: OpenVLA, and what follows it, puts it after the prompt."""
 
 
 class WordTokenizer:

@@ -10,7 +10,6 @@ Ctrl-C answers what was asked already and ends.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import ipaddress
 import logging
 import signal
@@ -89,14 +88,10 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str], Callable[[], fl
 
     import torch
 
-    from cogvla.policy.checkpoint import WEIGHTS, load_policy
+    from cogvla.policy.checkpoint import open_policy
 
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(config.checkpoint, device=device)
-    with (Path(config.checkpoint) / WEIGHTS).open("rb") as weights:
-        identity = {"weights_sha256": hashlib.file_digest(weights, "sha256").hexdigest()}
+    policy, identity = open_policy(config.checkpoint, config.device, config.threads)
+    device = policy.describe()["device"]
     gpu_bytes = (lambda: float(torch.cuda.memory_allocated(device))) if device.startswith("cuda") else None
     return policy, identity, gpu_bytes
 
