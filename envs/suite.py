@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 EVALUATION_STATES = 50
 """Initial states 0..49 of every task are for evaluation; recorders start at `FIRST_TRAINING_STATE`."""
@@ -87,3 +88,20 @@ def get_suite(name: str) -> Suite:
     if name not in suite_names():
         raise ValueError(f"unknown suite {name!r}; one of {', '.join(suite_names())}")
     return _SUITES[name]()
+
+
+def chosen_start(options: Mapping[str, Any], tasks: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Task and initial state that the options of `reset` ask for; what they leave out is drawn, states for training.
+
+    Raises:
+        ValueError: an unknown option, or a task or state that does not exist.
+    """
+    unknown = set(options) - {"task", "initial_state", "asked"}
+    if unknown:
+        raise ValueError(f"unknown reset options {sorted(unknown)}; use task, initial_state, asked")
+    task, state = options.get("task"), options.get("initial_state")
+    task = int(rng.integers(tasks) if task is None else task)
+    state = int(rng.integers(FIRST_TRAINING_STATE, 2**31) if state is None else state)
+    if not 0 <= task < tasks or state < 0:
+        raise ValueError(f"task must be in 0..{tasks - 1} and initial_state at least 0, got {task} and {state}")
+    return task, state

@@ -31,7 +31,7 @@ from cogvla.envs.control import CONTROL_HZ, ArmController, rotation_vector
 from cogvla.envs.goals import Goal, Layout, holds, labels
 from cogvla.envs.rendering import SceneRenderer
 from cogvla.envs.scene import TIMESTEP, Item, Scene
-from cogvla.envs.suite import FIRST_TRAINING_STATE, Suite, Task
+from cogvla.envs.suite import Suite, Task, chosen_start
 
 CAMERAS = ("agentview", "wrist")
 START_REGION = np.array([[0.40, -0.20, 0.15], [0.60, 0.20, 0.30]])
@@ -177,16 +177,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """
         super().reset(seed=seed)
         options = options or {}
-        unknown = set(options) - {"task", "initial_state", "asked"}
-        if unknown:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; use task, initial_state, asked")
-        task, state = options.get("task"), options.get("initial_state")
-        task = int(self.np_random.integers(len(self.family.tasks)) if task is None else task)
-        state = int(self.np_random.integers(FIRST_TRAINING_STATE, 2**31) if state is None else state)
-        if not 0 <= task < len(self.family.tasks) or state < 0:
-            raise ValueError(
-                f"task must be in 0..{len(self.family.tasks) - 1} and initial_state at least 0, got {task} and {state}"
-            )
+        task, state = chosen_start(options, len(self.family.tasks), self.np_random)
         rng = np.random.default_rng([self.family.seed, task, state])
         layout = self.family.draw(rng, task)
         asked = options.get("asked")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
-from cogvla.envs.suite import EVALUATION_STATES, FIRST_TRAINING_STATE, Suite, Task, get_suite, register_suite
+from cogvla.envs.suite import EVALUATION_STATES, Suite, Task, chosen_start, get_suite, register_suite
 
 if TYPE_CHECKING:
     from cogvla.envs.rendering import SceneRenderer
@@ -260,16 +260,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """
         super().reset(seed=seed)
         options = options or {}
-        unknown = set(options) - {"task", "initial_state", "asked"}
-        if unknown:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; use task, initial_state, asked")
-        task, state = options.get("task"), options.get("initial_state")
-        task = int(self.np_random.integers(len(self.tasks)) if task is None else task)
-        state = int(self.np_random.integers(FIRST_TRAINING_STATE, 2**31) if state is None else state)
-        if not 0 <= task < len(self.tasks) or state < 0:
-            raise ValueError(
-                f"task must be in 0..{len(self.tasks) - 1} and initial_state at least 0, got {task} and {state}"
-            )
+        task, state = chosen_start(options, len(self.tasks), self.np_random)
         goals = self._possible_goals(task)
         scene = self._prepare(task)
         self._task, self._asked, self._goals, self._steps = task, task, goals, 0
