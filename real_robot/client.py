@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from cogvla.policy.interface import Observation
 from cogvla.real_robot.async_client import Answer, AsyncPolicyClient, ClientSettings
@@ -44,7 +44,31 @@ class EventLoopThread:
         self._loop.close()
 
 
-class PolicyClient:
+class _Blocking:
+    """What both clients do with their async one."""
+
+    _loop: EventLoopThread
+    _client: AsyncPolicyClient | ReconnectingClient
+
+    def infer(
+        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+    ) -> Answer:
+        """See `AsyncPolicyClient.infer`."""
+        return self._loop.run(self._client.infer(observation, timeout_s=timeout_s, observation_id=observation_id))
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        self._loop.run(self._client.close())
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PolicyClient(_Blocking):
     """One connection: once it is lost, every call raises UnavailableError. Arguments: `AsyncPolicyClient.connect`.
 
     with PolicyClient("ws://127.0.0.1:8000", ClientSettings(robot=embodiment)) as client:
@@ -54,7 +78,7 @@ class PolicyClient:
     def __init__(self, uri: str, settings: ClientSettings | None = None) -> None:
         self._loop = EventLoopThread()
         try:
-            self._client = self._loop.run(AsyncPolicyClient.connect(uri, settings))
+            self._client: AsyncPolicyClient = self._loop.run(AsyncPolicyClient.connect(uri, settings))
         except BaseException:
             self._loop.close()
             raise
@@ -63,30 +87,13 @@ class PolicyClient:
     def info(self) -> ServerInfo:
         return self._client.info
 
-    def infer(
-        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
-    ) -> Answer:
-        """See `AsyncPolicyClient.infer`."""
-        return self._loop.run(self._client.infer(observation, timeout_s=timeout_s, observation_id=observation_id))
 
-    def close(self) -> None:
-        """Say goodbye."""
-        self._loop.run(self._client.close())
-        self._loop.close()
-
-    def __enter__(self) -> PolicyClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class ReconnectingPolicyClient:
+class ReconnectingPolicyClient(_Blocking):
     """`ReconnectingClient` for code without an event loop; nothing is connected before the first call."""
 
     def __init__(self, uri: str, settings: ClientSettings | None = None, backoff: Backoff | None = None) -> None:
         self._loop = EventLoopThread()
-        self._client = ReconnectingClient(uri, settings or ClientSettings(), backoff or Backoff())
+        self._client: ReconnectingClient = ReconnectingClient(uri, settings or ClientSettings(), backoff or Backoff())
 
     @property
     def connections(self) -> int:
@@ -96,20 +103,3 @@ class ReconnectingPolicyClient:
     def info(self, timeout_s: float | None = None) -> ServerInfo:
         """See `ReconnectingClient.info`."""
         return self._loop.run(self._client.info(timeout_s))
-
-    def infer(
-        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
-    ) -> Answer:
-        """See `ReconnectingClient.infer`."""
-        return self._loop.run(self._client.infer(observation, timeout_s=timeout_s, observation_id=observation_id))
-
-    def close(self) -> None:
-        """Close the connection, if there is one."""
-        self._loop.run(self._client.close())
-        self._loop.close()
-
-    def __enter__(self) -> ReconnectingPolicyClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
