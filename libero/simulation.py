@@ -31,6 +31,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
@@ -326,11 +327,41 @@ class Scene:
         # With a state too: the seed decides the fixtures, and the controller remembers the posture without noise.
         robot.gripper.current_action = np.zeros(robot.gripper.dof)  # robosuite keeps the last episode's
         self._place(seed)
-        self.env.sim.set_state_from_flattened(state)
+        return self.restore(state)
+
+    def restore(self, state: np.ndarray, fixtures: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Put everything where a recorded state says; the controller is not told (`reset` does that).
+
+        Args:
+            state: time, positions and velocities.
+            fixtures: body -> position and quaternion [7], from `fixture_poses`; None leaves them where they are.
+
+        Returns:
+            the observation, as from `reset`.
+        """
+        model = self.env.sim.model
+        if len(state) != 1 + model.nq + model.nv:
+            raise ValueError(
+                f"a state of this scene has {1 + model.nq + model.nv} numbers, the recorded one has {len(state)}: "
+                "it was recorded with another scene, or with another version of LIBERO"
+            )
+        for body, pose in (fixtures or {}).items():
+            self.model.body(body).pos, self.model.body(body).quat = pose[:3], pose[3:]
+        self.env.sim.set_state_from_flattened(np.asarray(state, np.float64))
         self.env.sim.forward()
         self.env._post_process()
         self.env._update_observables(force=True)
         return self.env._get_observations()
+
+    def fixture_poses(self, xml: str) -> dict[str, np.ndarray]:
+        """Where a recorded model has the fixtures, for `restore`: they are no part of the state."""
+        names = {fixture.root_body for fixture in self.env.fixtures_dict.values()}
+        found = {}
+        for body in ElementTree.fromstring(xml).iter("body"):
+            if body.get("name") in names:
+                pose = f"{body.get('pos', '0 0 0')} {body.get('quat', '1 0 0 0')}"
+                found[str(body.get("name"))] = np.array(pose.split(), np.float64)
+        return found
 
     def _place(self, seed: int) -> None:
         from robosuite.utils.errors import RandomizationError

@@ -278,6 +278,25 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         info["alternatives"] = [self.tasks[i].instruction for i in others]
         return self._observation(observation), info
 
+    def restore(
+        self, state: np.ndarray, task: int | None = None, model_xml: str | None = None
+    ) -> dict[str, np.ndarray]:
+        """Put the scene into a recorded state and return the observation.
+
+        Args:
+            state: time, positions and velocities, as MuJoCo flattens them.
+            task: start anew with this task, so that actions can follow; None: only the state changes.
+            model_xml: the recorded model, to place fixtures as they were then; None: as evaluations have them.
+        """
+        if task is None:
+            return self._observation(self.scene.restore(state))
+        skip, self.skip_images = self.skip_images, True
+        self.reset(options={"task": task, "initial_state": 0})
+        self.scene.reset(state)
+        self.skip_images = skip
+        fixtures = None if model_xml is None else self.scene.fixture_poses(model_xml)
+        return self._observation(self.scene.restore(state, fixtures))
+
     def _fixed_states(self, task: int) -> np.ndarray:
         if task not in self._states:
             self._states[task] = self._simulation.initial_states(self.suite, self.tasks[task].name)
