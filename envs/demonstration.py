@@ -211,7 +211,7 @@ class Demonstrator:
                 success, left = True, min(left, STEPS_AFTER_SUCCESS)
             if truncated or (terminated and not success):
                 break
-        return _pack(instruction, self.fps, steps) if success else None
+        return pack(instruction, self.fps, steps) if success else None
 
 
 def _positions(labels: dict[str, np.ndarray]) -> np.ndarray:
@@ -222,7 +222,8 @@ def _cameras(observation: dict[str, np.ndarray]) -> list[str]:
     return [name for name, value in observation.items() if value.ndim == 3]
 
 
-def _pack(instruction: str, fps: int, steps: dict[str, list[np.ndarray]]) -> Demonstration:
+def pack(instruction: str, fps: int, steps: dict[str, list[np.ndarray]]) -> Demonstration:
+    """A demonstration from its steps: feature name -> one value per step; images are uint8 [H,W,3]."""
     cameras = [name for name in steps if name.startswith(IMAGE_PREFIX)]
     return Demonstration(
         instruction,
