@@ -31,7 +31,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
@@ -334,7 +333,7 @@ class Scene:
 
         Args:
             state: time, positions and velocities.
-            fixtures: body -> position and quaternion [7], from `fixture_poses`; None leaves them where they are.
+            fixtures: body -> position and quaternion w, x, y, z [7]: they are no part of the state. None: as they are.
 
         Returns:
             the observation, as from `reset`.
@@ -352,28 +351,6 @@ class Scene:
         self.env._post_process()
         self.env._update_observables(force=True)
         return self.env._get_observations()
-
-    def fixture_poses(self, xml: str) -> dict[str, np.ndarray]:
-        """Where a recorded model has the fixtures, for `restore`: they are no part of the state."""
-        names = {fixture.root_body for fixture in self.env.fixtures_dict.values()}
-        found = {}
-        for body in ElementTree.fromstring(xml).iter("body"):
-            if body.get("name") in names:
-                pose = f"{body.get('pos', '0 0 0')} {body.get('quat', '1 0 0 0')}"
-                found[str(body.get("name"))] = np.array(pose.split(), np.float64)
-        return found
-
-    def _place(self, seed: int) -> None:
-        from robosuite.utils.errors import RandomizationError
-
-        with _seeded(seed):
-            for _ in range(PLACEMENT_TRIES):
-                try:
-                    self.env.reset()
-                except RandomizationError:
-                    continue
-                return
-        raise RuntimeError(f"no room for the objects of {self.env.bddl_file_name} in {PLACEMENT_TRIES} tries")
 
     def step(self, action_A: np.ndarray) -> dict[str, np.ndarray]:
         """One control step of 50 ms; the observation as from `reset`."""

@@ -279,22 +279,21 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._observation(observation), info
 
     def restore(
-        self, state: np.ndarray, task: int | None = None, model_xml: str | None = None
+        self, state: np.ndarray, task: int | None = None, fixtures: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
         """Put the scene into a recorded state and return the observation.
 
         Args:
             state: time, positions and velocities, as MuJoCo flattens them.
             task: start anew with this task, so that actions can follow; None: only the state changes.
-            model_xml: the recorded model, to place fixtures as they were then; None: as evaluations have them.
+            fixtures: body -> position and quaternion [7]: they are no part of the state. None: as evaluations have
+                them.
         """
-        if task is None:
-            return self._observation(self.scene.restore(state))
-        skip, self.skip_images = self.skip_images, True
-        self.reset(options={"task": task, "initial_state": 0})
-        self.scene.reset(state)
-        self.skip_images = skip
-        fixtures = None if model_xml is None else self.scene.fixture_poses(model_xml)
+        if task is not None:
+            skip, self.skip_images = self.skip_images, True
+            self.reset(options={"task": task, "initial_state": 0})
+            self.scene.reset(state)
+            self.skip_images = skip
         return self._observation(self.scene.restore(state, fixtures))
 
     def _fixed_states(self, task: int) -> np.ndarray:
