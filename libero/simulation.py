@@ -352,6 +352,18 @@ class Scene:
         self.env._update_observables(force=True)
         return self.env._get_observations()
 
+    def _place(self, seed: int) -> None:
+        from robosuite.utils.errors import RandomizationError
+
+        with _seeded(seed):
+            for _ in range(PLACEMENT_TRIES):
+                try:
+                    self.env.reset()
+                except RandomizationError:
+                    continue
+                return
+        raise RuntimeError(f"no room for the objects of {self.env.bddl_file_name} in {PLACEMENT_TRIES} tries")
+
     def step(self, action_A: np.ndarray) -> dict[str, np.ndarray]:
         """One control step of 50 ms; the observation as from `reset`."""
         return self.env.step(action_A)[0]
