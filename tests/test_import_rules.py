@@ -37,6 +37,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "policy/trained_weights.py": {"accelerate"},
     "policy/metrics.py": {"accelerate"},
     "envs/dataset_writer.py": {"lerobot", "datasets", "pyarrow", "PIL"},
+    "libero/hdf5_reader.py": {"h5py"},
     "libero/run_log.py": {"wandb"},
     "libero/simulation.py": {"libero", "robosuite", "mujoco"},
     "libero/suites.py": {"gymnasium"},

@@ -1,0 +1,98 @@
+"""The numbers of a conversion, and the page that shows them: README.md of the data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cogvla.libero.hdf5_jobs import Outcome
+
+QUANTILES = {"min": 0.0, "q01": 0.01, "median": 0.5, "q99": 0.99, "max": 1.0}
+DIMENSIONS = {
+    "action": ("x", "y", "z", "turn x", "turn y", "turn z", "gripper"),
+    "observation.state": ("x (m)", "y (m)", "z (m)", "axis-angle x", "y", "z", "finger (m)", "finger (m)"),
+}
+
+
+def summary(
+    instructions: Sequence[str], outcomes: Sequence[tuple[int, Outcome]], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Plain numbers: `total` and `tasks` (kept, dropped, lengths, no-ops), and `features` (ranges and quantiles).
+
+    Args:
+        instructions: of all tasks of the suite.
+        outcomes: (task, outcome) of every demonstration.
+        arrays: feature -> all frames that were kept, [N,D].
+    """
+    present = sorted({task for task, _ in outcomes})
+    tasks = [
+        {"task": task, "instruction": instructions[task], **_counts([o for t, o in outcomes if t == task])}
+        for task in present
+    ]
+    features = {
+        name: {
+            **{key: np.quantile(values, q, axis=0).tolist() for key, q in QUANTILES.items()},
+            "mean": values.mean(axis=0, dtype=np.float64).tolist(),
+            "std": values.std(axis=0, dtype=np.float64).tolist(),
+        }
+        for name, values in arrays.items()
+    }
+    return {"total": _counts([outcome for _, outcome in outcomes]), "tasks": tasks, "features": features}
+
+
+def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    lengths = [outcome.steps for outcome in outcomes if outcome.kept]
+    return {
+        "kept": len(lengths),
+        "dropped": len(outcomes) - len(lengths),
+        "reasons": dict(Counter(outcome.reason for outcome in outcomes if not outcome.kept)),
+        "noops": sum(outcome.noops for outcome in outcomes if outcome.kept),
+        "frames": sum(lengths),
+        "steps": [min(lengths), float(np.median(lengths)), max(lengths)] if lengths else None,
+    }
+
+
+def page(request: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The page, in markdown."""
+    total, simulation = found["total"], request["simulation"]
+    lines = [
+        f"# {request['suite']}",
+        "",
+        f"LIBERO's demonstrations, replayed by their {request['replay']} at {request['image_size']} x "
+        f"{request['image_size']} by `convert_libero`. LeRobotDataset v3.",
+        "",
+        f"{total['kept']} demonstrations with {total['frames']} frames are kept, {total['dropped']} were dropped. "
+        + ("Steps without action were kept." if request["keep_noops"] else f"No-ops left out: {total['noops']}."),
+        "",
+        "| | task | kept | dropped | frames | steps min / median / max | no-ops |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['task']} | {row['instruction']} | {row['kept']} | {row['dropped']} | {row['frames']} | "
+        f"{_steps(row['steps'])} | {row['noops']} |"
+        for row in found["tasks"]
+    ]
+    if total["reasons"]:
+        lines += ["", "Dropped:", ""]
+        lines += [f"- {count}: {reason}" for reason, count in sorted(total["reasons"].items())]
+    for name, values in found["features"].items():
+        lines += ["", f"## `{name}`", "", "| | min | q01 | median | q99 | max | mean | std |", "|---" * 8 + "|"]
+        for index, dimension in enumerate(DIMENSIONS[name]):
+            numbers = [values[key][index] for key in (*QUANTILES, "mean", "std")]
+            lines.append(f"| {dimension} | " + " | ".join(f"{number:.4f}" for number in numbers) + " |")
+    lines += ["", "## Simulation", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in simulation.items()]
+    lines += [
+        "",
+        "Images are turned by 180 degrees against robosuite's; the gripper is -1 open, +1 close; states are position, "
+        "axis-angle and two finger joints. `meta/conversion.json` has these numbers and where each episode comes from; "
+        "`meta/initial_states.json` says from which state it can be played again.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _steps(steps: Sequence[float] | None) -> str:
+    return "-" if steps is None else " / ".join(f"{value:.0f}" for value in steps)

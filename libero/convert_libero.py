@@ -1,0 +1,234 @@
+"""`convert_libero`: LIBERO's HDF5 demonstrations, or its LeRobotDataset v2.1, to a LeRobotDataset v3.
+
+    convert_libero source=datasets/libero_object
+    convert_libero source=datasets/libero_goal replay=actions workers=8 output=/data/libero_goal
+    convert_libero source=libero_v21 output=libero_v3
+
+The same command again goes on where it was stopped:
+
+    OUTPUT.converting/settings.json    what is being converted; a different request is refused
+    OUTPUT.converting/episodes/N.json  what became of the N-th demonstration; N.npz is the episode, if it is kept
+    OUTPUT.converting/dataset/         the data set being put together, from episode 0 at every start
+    OUTPUT/                            the data set, put in place by one rename at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from cogvla.envs.demonstration import Demonstration
+from cogvla.libero.conversion_page import page, summary
+from cogvla.libero.episode_log import write_atomic
+from cogvla.libero.hdf5_jobs import Job, Outcome, play
+from cogvla.libero.hdf5_reader import demonstrations, is_hdf5
+from cogvla.libero.hdf5_replay import WAITING_STEPS, ReplaySettings
+from cogvla.libero.lerobot_upgrade import is_old_lerobot, upgrade
+from cogvla.libero.suites import LIBERO_SUITES, LiberoSettings, libero_suite
+
+CONVERSION = "meta/conversion.json"
+"""In a finished data set: what it was made of, with the numbers of the statistics page."""
+INITIAL_STATES = "meta/initial_states.json"
+"""In a finished data set: from where each episode can be played again."""
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="convert_libero")
+def main(config: DictConfig) -> None:
+    """Convert `config.source`; see configs/convert_libero.yaml."""
+    try:
+        print(f"data set: {run(config)}")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        print("\nstopped; what was converted is kept: the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run(config: DictConfig) -> Path:
+    """Convert, and return the folder of the data set."""
+    source = Path(config.source)
+    if not source.exists():
+        raise ValueError(f"there is no {source}; LIBERO's demonstrations are downloaded from its project page")
+    output = Path(config.output or f"outputs/datasets/{source.stem}_v3")
+    if is_old_lerobot(source):
+        return upgrade(source, output)
+    if not is_hdf5(source):
+        raise ValueError(f"{source} holds neither TASK_demo.hdf5 files nor a LeRobotDataset v2.1")
+    values = OmegaConf.to_container(config.libero)
+    assert isinstance(values, dict)
+    conversion = Conversion.of(
+        source,
+        config.suite,
+        LiberoSettings(**{str(key): value for key, value in values.items()}),
+        replay=config.replay,
+        image_size=config.image_size,
+        keep_noops=config.keep_noops,
+    )
+    return convert(conversion, output, config.workers, resume=config.resume, video=config.video)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is converted, and how.
+
+    Attributes:
+        settings: of the replays.
+        jobs: all demonstrations, task after task.
+        request: what decides the result, for the folder of an interrupted conversion.
+        instructions: of the suite's tasks.
+    """
+
+    settings: ReplaySettings
+    jobs: tuple[Job, ...]
+    request: dict[str, Any]
+    instructions: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: Path, suite_name: str | None, libero: LiberoSettings, **options: Any) -> Conversion:
+        """All demonstrations of a file or folder.
+
+        Args:
+            source: a `TASK_demo.hdf5`, or a folder of them.
+            suite_name: one of LIBERO's; None: as the files say.
+            libero: how it is simulated.
+            options: `replay`, `image_size`, `keep_noops` of `ReplaySettings`.
+
+        Raises:
+            ValueError: the suite is not known, or a file is of no task of it.
+        """
+        files = demonstrations(source)
+        if suite_name is None:
+            named = {file.suite for file in files}
+            suite_name = named.pop() if len(named) == 1 else None
+        if suite_name not in LIBERO_SUITES:
+            raise ValueError(
+                f"the files in {source} do not all say which suite they are of: give suite=NAME, "
+                f"one of {', '.join(LIBERO_SUITES)}"
+            )
+        suite = libero_suite(suite_name, libero)
+        indices = {task.name: index for index, task in enumerate(suite.tasks)}
+        unknown = [file.path.name for file in files if file.task not in indices]
+        if unknown:
+            raise ValueError(f"{suite_name} has no task for {', '.join(unknown)}; give another suite=NAME")
+        files.sort(key=lambda file: indices[file.task])
+        settings = ReplaySettings(suite_name, libero, **options)
+        request = {
+            "suite": suite_name,
+            "source": {file.path.name: [file.path.stat().st_size, len(file.keys)] for file in files},
+            "replay": settings.replay,
+            "image_size": settings.image_size,
+            "keep_noops": settings.keep_noops,
+            "simulation": dict(suite.settings),
+        }
+        jobs = tuple(Job(file.path, key, indices[file.task]) for file in files for key in file.keys)
+        return cls(settings, jobs, request, tuple(task.instruction for task in suite.tasks))
+
+
+def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool = True, video: bool = False) -> Path:
+    """Replay all demonstrations, write those that succeed, and return the data set's folder.
+
+    Does nothing when the folder already holds this data set.
+
+    Args:
+        conversion: what and how.
+        output: folder of the data set.
+        workers: processes; 0 replays in this one.
+        resume: go on with what an interrupted conversion left; False starts anew.
+        video: store views as videos instead of images.
+
+    Raises:
+        ValueError: a file is damaged or does not fit, or the folder holds something else, or nothing can be kept.
+    """
+    if workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
+    request = conversion.request | {"video": video}
+    if _finished(output, request):
+        return output
+    work = output.with_name(output.name + ".converting")
+    _prepare(work, request, resume)
+    outcomes = play(conversion.settings, conversion.jobs, work / "episodes", workers)
+    _write(conversion, outcomes, work, request)
+    if output.is_dir():
+        output.rmdir()  # empty, or `_finished` would have refused it
+    os.replace(work / "dataset", output)
+    shutil.rmtree(work)
+    return output
+
+
+def _finished(output: Path, request: dict[str, Any]) -> bool:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    found = output / CONVERSION
+    if not found.is_file():
+        raise ValueError(f"{output} exists and is no data set of convert_libero; choose another output")
+    _same(json.loads(found.read_text())["request"], request, output, "choose another output, or delete it")
+    return True
+
+
+def _prepare(work: Path, request: dict[str, Any], resume: bool) -> None:
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    (work / "episodes").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work / "dataset", ignore_errors=True)
+    path = work / "settings.json"
+    if path.exists():
+        _same(json.loads(path.read_text()), request, work, "finish that one, choose another output, or resume=false")
+    else:
+        write_atomic(path, json.dumps(request, indent=1))
+
+
+def _same(existing: dict[str, Any], request: dict[str, Any], folder: Path, advice: str) -> None:
+    wanted = json.loads(json.dumps(request))
+    changed = [key for key in wanted if existing.get(key) != wanted[key]]
+    if changed:
+        raise ValueError(f"{folder} holds a conversion with another {', '.join(changed)}: {advice}")
+
+
+def _write(conversion: Conversion, outcomes: list[Outcome], work: Path, request: dict[str, Any]) -> None:
+    """Put the kept episodes together, in order, with the statistics page."""
+    from cogvla.envs.dataset_writer import DatasetWriter  # imports lerobot, which takes seconds
+
+    kept = [(job, outcome) for job, outcome in zip(conversion.jobs, outcomes, strict=True) if outcome.kept]
+    if not kept:
+        reasons = ", ".join(sorted({str(outcome.reason) for outcome in outcomes}))
+        raise ValueError(f"none of the {len(outcomes)} demonstrations can be kept ({reasons})")
+    arrays: dict[str, list[np.ndarray]] = {"observation.state": [], "action": []}
+    with ExitStack() as stack:
+        writer: DatasetWriter | None = None
+        for _, outcome in tqdm(kept, desc="write", unit="episode"):
+            assert outcome.path is not None
+            episode = Demonstration.load(outcome.path)
+            if writer is None:
+                name = f"cogvla/{conversion.settings.suite}"
+                writer = DatasetWriter(work / "dataset", name, episode, "panda", request["video"])
+                stack.callback(writer.close)
+            writer.add(episode)
+            for key, values in arrays.items():
+                values.append(episode.arrays[key])
+    found = summary(
+        conversion.instructions,
+        [(job.task, outcome) for job, outcome in zip(conversion.jobs, outcomes, strict=True)],
+        {key: np.concatenate(values) for key, values in arrays.items()},
+    )
+    origin = [{"source": job.path.name, "demonstration": job.key} for job, _ in kept]
+    conversion_file = {"request": request, **found, "episodes": origin}
+    write_atomic(work / "dataset" / CONVERSION, json.dumps(conversion_file, indent=1))
+    waiting = WAITING_STEPS[conversion.settings.replay]
+    starts = [{"task": job.task, "waiting_steps": waiting, **asdict(outcome.start)} for job, outcome in kept]
+    write_atomic(work / "dataset" / INITIAL_STATES, json.dumps({"episodes": starts}))
+    write_atomic(work / "dataset" / "README.md", page(request, found))
+
+
+if __name__ == "__main__":
+    main()

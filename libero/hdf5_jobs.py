@@ -1,0 +1,153 @@
+"""Many demonstrations replayed by processes; what became of each is on disk at once, so that nothing is done twice."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cogvla.envs.demonstration import Demonstration
+from cogvla.libero.episode_log import write_atomic
+from cogvla.libero.hdf5_reader import read
+from cogvla.libero.hdf5_replay import Replayer, ReplaySettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One demonstration: its file, its key there, and the index of its task."""
+
+    path: Path
+    key: str
+    task: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """From where it can be played again: the first state, and body -> pose of fixtures that were placed."""
+
+    state: list[float]
+    fixtures: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a demonstration.
+
+    Attributes:
+        reason: why it was dropped; None: it is kept.
+        steps: of the episode; 0 when it was dropped.
+        noops: steps that were left out.
+        start: see `Start`.
+        path: the episode's file, or None.
+    """
+
+    reason: str | None
+    steps: int
+    noops: int
+    start: Start
+    path: Path | None = None
+
+    @property
+    def kept(self) -> bool:
+        return self.reason is None
+
+
+def play(settings: ReplaySettings, jobs: Sequence[Job], folder: Path, workers: int) -> list[Outcome]:
+    """Replay what is not in the folder yet, and return the outcomes of all, in order.
+
+    Raises:
+        ValueError: a demonstration cannot be read or does not fit its task.
+        RuntimeError: a worker died.
+    """
+    for leftover in folder.glob(".*"):
+        leftover.unlink()
+    missing = [index for index in range(len(jobs)) if not _result(folder, index).exists()]
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=settings.suite, unit="demonstration")
+    with bar:
+        dropped = 0
+        if workers == 0 or len(missing) < 2:
+            for index in missing:
+                dropped += not _replay(settings, jobs[index], folder, index)
+                bar.update()
+                bar.set_postfix(dropped=dropped)
+            _replayer.cache_clear()
+        else:
+            dropped = 0
+            with ProcessPoolExecutor(min(workers, len(missing)), multiprocessing.get_context("spawn"), _start) as pool:
+                futures = [pool.submit(_replay, settings, jobs[index], folder, index) for index in missing]
+                try:
+                    for future in as_completed(futures):
+                        dropped += not _done(future)
+                        bar.update()
+                        bar.set_postfix(dropped=dropped)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    return [_outcome(folder, index) for index in range(len(jobs))]
+
+
+def _done(future: Future[bool]) -> bool:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a worker died (often: not enough memory); use fewer workers, the same command goes on where it stopped"
+        ) from error
+
+
+def _start() -> None:
+    """In a worker: Ctrl-C is for the parent, and the processes share the cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+
+
+@functools.cache
+def _replayer(settings: ReplaySettings) -> Replayer:
+    """One environment per process."""
+    return Replayer(settings)
+
+
+def _replay(settings: ReplaySettings, job: Job, folder: Path, index: int) -> bool:
+    """Replay one demonstration, put its outcome into the folder, and say whether it is kept."""
+    recording = read(job.path, job.key)
+    try:
+        replayed = _replayer(settings).replay(job.task, recording)
+    except ValueError as error:
+        raise ValueError(f"{job.path}, {job.key}: {error}") from error
+    if replayed.episode is not None:
+        replayed.episode.save(_episode(folder, index))
+    fixtures = recording.fixtures if settings.replay == "states" else {}
+    start = Start(recording.states_TD[0].tolist(), {body: pose.tolist() for body, pose in fixtures.items()})
+    steps = 0 if replayed.episode is None else len(replayed.episode)
+    outcome = Outcome(replayed.reason, steps, replayed.noops, start)
+    write_atomic(_result(folder, index), json.dumps(asdict(outcome) | {"path": None}))
+    return outcome.kept
+
+
+def _outcome(folder: Path, index: int) -> Outcome:
+    values = json.loads(_result(folder, index).read_text())
+    path = _episode(folder, index)
+    if values["reason"] is None and not Demonstration.is_complete(path):
+        _result(folder, index).unlink()
+        raise ValueError(f"{path} is damaged; the same command makes it anew")
+    return Outcome(
+        values["reason"], values["steps"], values["noops"], Start(**values["start"]), path if path.exists() else None
+    )
+
+
+def _result(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.json"
+
+
+def _episode(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.npz"
