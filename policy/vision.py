@@ -171,8 +171,8 @@ class VisionTower(nn.Module):
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), log_attention_XhMP
 
 
-def _cut(pixels_BVCHW: Tensor, size: int) -> Tensor:
-    """Pixels to patches [X,P,C], of the same type.
+def cut_patches(pixels_BVCHW: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Pixels, uint8 or float in [0,1], to patches [X,P,C] of the values of bytes.
 
     Bytes are cut as bytes, a quarter of the memory traffic of floats, and where patches allow it eight at a time.
     """
@@ -181,7 +181,8 @@ def _cut(pixels_BVCHW: Tensor, size: int) -> Tensor:
     if word > 1:
         pixels = pixels.view(torch.int64)
     cut = rearrange(pixels, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=size, q=size // word)
-    return cut.view(torch.uint8) if word > 1 else cut
+    cut = cut.view(torch.uint8) if word > 1 else cut
+    return (cut if cut.dtype == torch.uint8 else cut * WHITE).to(dtype)
 
 
 def _outputs(linear: Any, x: Tensor, first: int, end: int) -> Tensor:
@@ -264,9 +265,7 @@ class DualVision(nn.Module):
         for tower, embedding, film in zip(self._towers(), condition.embeddings, condition.films, strict=True):
             size = tower.patch_size
             if size not in patches:
-                patches_XPC = _cut(pixels_BVCHW, size)
-                bytes_XPC = patches_XPC if pixels_BVCHW.dtype == torch.uint8 else patches_XPC * WHITE
-                patches[size] = bytes_XPC.to(tower.vit.patch_embed.proj.weight.dtype)
+                patches[size] = cut_patches(pixels_BVCHW, size, tower.vit.patch_embed.proj.weight.dtype)
             x_XNW = tower(F.linear(patches[size], *embedding), film, gaze)
             streams.append(rearrange(x_XNW, "(b v) n w -> b (v n) w", v=views))
         return streams
