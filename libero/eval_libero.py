@@ -165,8 +165,9 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
         raise ValueError(f"no checkpoint folder at {config.checkpoint}; train one with `train_policy`, or give random")
 
     from cogvla.policy.checkpoint import open_policy
+    from cogvla.policy.engine.engine import EngineConfig
 
-    return open_policy(config.checkpoint, config.device, config.threads)
+    return open_policy(config.checkpoint, config.device, config.threads, EngineConfig.from_dict(_plain(config.engine)))
 
 
 def _plain(config: DictConfig | ListConfig) -> dict[str, Any]:

@@ -87,7 +87,9 @@ def evaluate(
     with EpisodeLog(output, fingerprint, session, resume) as log:
         missing = [spec for spec in specs if (spec.task, spec.initial_state) not in log.results]
         choice = VideoChoice(log, videos)
-        _warm_up(policy)
+        # The first calls compile and allocate; that is no latency of the control loop.
+        for batch in sorted({1, max(workers, 1)}):
+            policy.warm_up(batch, [task.instruction for task in suite.tasks])
         started = time.perf_counter()
         results = rollout(
             policy, suite, missing, workers=workers, settings=settings.rollout_settings(), choose_video=choice
@@ -172,15 +174,12 @@ class _Sampler:
     def reset(self) -> None:
         self._policy.reset()
 
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        self._policy.warm_up(batch, instructions)
+
     def act(self, observation: Observation) -> ActionChunk:
         self.observations.append(observation)
         return self._policy.act(observation)
-
-
-def _warm_up(policy: Policy) -> None:
-    """The first calls compile and allocate; that is no latency of the control loop."""
-    for _ in range(2):
-        policy.act(policy.embodiment.fake_observation())
 
 
 def _probe(policy: Policy, suite: Suite, spec: EpisodeSpec, protocol: Protocol, workers: int) -> list[float]:

@@ -37,6 +37,7 @@ from cogvla.policy.base import base_tokenizer, is_own, load_own
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.data import DataConfig, DemonstrationData
+from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model import CogVLA
 from cogvla.policy.objective import Objective, ObjectiveConfig
@@ -75,6 +76,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     data_config = _built(DataConfig, values, "data")
     objective_config = _built(ObjectiveConfig, values, "objective")
     training_config = _built(TrainingConfig, values, "training")
+    engine_config = EngineConfig.from_dict(values["engine"])
     suite = None if values["suite"] is None else get_suite(values["suite"])
     if suite is not None and values["evaluation"] is not None:
         _protocol(values["evaluation"], suite.protocol)
@@ -101,7 +103,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     if suite is not None and values["evaluation"] is not None:
         with _timed(seconds, "evaluation"):
             report = _evaluate(
-                load_policy(output / "policy"),
+                load_policy(output / "policy").with_engine(engine_config),
                 suite.name,
                 values["evaluation"],
                 output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ class RandomPolicy:
 
     def reset(self) -> None:
         """Nothing to forget."""
+
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        """Nothing to prepare."""
 
     def act(self, observation: Observation) -> ActionChunk:
         """See `Policy.act`."""

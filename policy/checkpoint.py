@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.empty_model import empty_model
+from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
@@ -181,7 +182,10 @@ def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
 
 
 def open_policy(
-    folder: Path | str, device: str | None = None, threads: int | None = None
+    folder: Path | str,
+    device: str | None = None,
+    threads: int | None = None,
+    engine: EngineConfig | None = None,
 ) -> tuple[CogVLAPolicy, dict[str, str]]:
     """What commands do with `checkpoint=FOLDER`: the policy, and the hash that tells its weights from others.
 
@@ -189,10 +193,12 @@ def open_policy(
         folder: see `load_policy`.
         device: None: cuda where there is one, else cpu.
         threads: of torch; None: its own choice.
+        engine: what runs it; None: the default one.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = policy.with_engine(engine or EngineConfig())
     with (Path(folder) / WEIGHTS).open("rb") as weights:
         return policy, {"weights_sha256": hashlib.file_digest(weights, "sha256").hexdigest()}
 

@@ -173,6 +173,13 @@ class Policy(Protocol):
         """Forget caches that belong to an episode."""
         ...
 
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        """Be ready to answer that many observations at once without delay; may take seconds.
+
+        `instructions` are those to expect, where they are known.
+        """
+        ...
+
     def act(self, observation: Observation) -> ActionChunk:
         """One batched forward pass: [B] observations to [B,K,A] actions."""
         ...

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cogvla.policy.engine.engine import EncodedText, Engine, EngineConfig
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model import CogVLA, ModelInput, TextFeatures
 from cogvla.policy.preprocess import Preprocessor
@@ -19,27 +22,40 @@ class CogVLAPolicy:
         model: the network, on its device.
         preprocessor: the one it was trained with.
         description: what reports say about it (checkpoint, step, data set); preset and parameters are added here.
+        engine: runs the network; None is the model itself, operation by operation.
     """
 
-    def __init__(self, model: CogVLA, preprocessor: Preprocessor, description: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: CogVLA,
+        preprocessor: Preprocessor,
+        description: dict[str, Any] | None = None,
+        engine: Engine | None = None,
+    ) -> None:
         self.model = model.eval()
-        device = next(model.parameters()).device
-        self.preprocessor = preprocessor.to(device)
+        self.preprocessor = preprocessor.to(next(model.parameters()).device)
+        self.engine = engine
         self._description = description or {}
-        self._text: tuple[tuple[str, ...], TextFeatures] | None = None
+        self._text: tuple[tuple[str, ...], TextFeatures | EncodedText] | None = None
+
+    def with_engine(self, config: EngineConfig) -> CogVLAPolicy:
+        """The same policy, run as the configuration says."""
+        engine = None if config.kind == "plain" else Engine(self.model, config)
+        return CogVLAPolicy(self.model, self.preprocessor, self._description, engine)
 
     @property
     def embodiment(self) -> Embodiment:
         return self.preprocessor.embodiment
 
     def describe(self) -> dict[str, Any]:
-        """Checkpoint, parameters, device and precision, for reports."""
+        """Checkpoint, parameters, device, precision and engine, for reports."""
         first = next(self.model.parameters())
         return {
             "policy": "cogvla",
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": str(first.device),
-            "dtype": str(first.dtype).removeprefix("torch."),
+            "dtype": str(first.dtype if self.engine is None else self.engine.dtype).removeprefix("torch."),
+            "engine": "plain" if self.engine is None else self.engine.kind,
             **self._description,
         }
 
@@ -53,15 +69,33 @@ class CogVLAPolicy:
         start = time.perf_counter()
         inputs = self.preprocessor.observation(observation)
         ready = time.perf_counter()
-        normalised_BKA = self.model(inputs, self._text_features(observation, inputs)).actions
+        normalised_BKA = self._run(observation, inputs)
         actions = self.preprocessor.actions(normalised_BKA.float()).cpu().numpy()
         end = time.perf_counter()
         timing = {"preprocess_ms": 1e3 * (ready - start), "inference_ms": 1e3 * (end - ready)}
         return ActionChunk(actions, timing)
 
-    def _text_features(self, observation: Observation, inputs: ModelInput) -> TextFeatures:
-        """What depends on the instructions only; kept as long as they stay, which is mostly a whole episode."""
+    @torch.inference_mode()
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        """See `Policy.warm_up`."""
+        inputs = self.preprocessor.observation(self.embodiment.fake_observation(batch))
+        if self.engine is not None:
+            for words in {len(self.preprocessor.text([text])[0][0]) for text in instructions} or {None}:
+                self.engine.warm_up(inputs, words)
+        for _ in range(2):
+            self.act(self.embodiment.fake_observation(batch))
+        self.reset()
+
+    def _run(self, observation: Observation, inputs: ModelInput) -> Tensor:
+        """Normalised actions [B,K,A]; what depends on the instructions is kept as long as they stay, mostly a whole
+        episode.
+        """
         instructions = tuple(observation.instruction)
         if self._text is None or self._text[0] != instructions:
-            self._text = (instructions, self.model.encode_text(inputs.text_ids, inputs.text_mask))
-        return self._text[1]
+            encode = self.model.encode_text if self.engine is None else self.engine.encode
+            self._text = (instructions, encode(inputs.text_ids, inputs.text_mask))
+        text = self._text[1]
+        if isinstance(text, EncodedText):
+            assert self.engine is not None, "it encoded the text"
+            return self.engine.run(inputs, text)
+        return self.model(inputs, text).actions

@@ -150,7 +150,7 @@ class Batcher:
         sizes = {self._settings.max_batch} | {2**i for i in range(self._settings.max_batch.bit_length())}
         for size in sorted(s for s in sizes if s <= self._settings.max_batch):
             if not self._closed:
-                self._policy.act(self._policy.embodiment.fake_observation(size))
+                self._policy.warm_up(size)
 
     def _collect(self) -> list[_Job]:
         """The next batch: the oldest request and those that fit to it; empty when closed."""

@@ -89,8 +89,10 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str], Callable[[], fl
     import torch
 
     from cogvla.policy.checkpoint import open_policy
+    from cogvla.policy.engine.engine import EngineConfig
 
-    policy, identity = open_policy(config.checkpoint, config.device, config.threads)
+    engine = EngineConfig.from_dict(_plain(config.engine))
+    policy, identity = open_policy(config.checkpoint, config.device, config.threads, engine)
     device = policy.describe()["device"]
     gpu_bytes = (lambda: float(torch.cuda.memory_allocated(device))) if device.startswith("cuda") else None
     return policy, identity, gpu_bytes

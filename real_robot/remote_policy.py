@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +51,10 @@ class RemotePolicy:
     def reset(self) -> None:
         """Nothing to forget here; the server serves others too."""
 
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        """Open a connection for each observation; the server warmed up when it started."""
+        self._loop.run(self._connect(batch))
+
     def act(self, observation: Observation) -> ActionChunk:
         """See `Policy.act`; UnavailableError when the server is lost."""
         started = time.perf_counter()
@@ -66,14 +71,17 @@ class RemotePolicy:
         self._loop.close()
 
     async def _act(self, observation: Observation) -> list[Answer]:
-        while len(self._clients) < observation.batch_size:
+        await self._connect(observation.batch_size)
+        rows = range(observation.batch_size)
+        return await asyncio.gather(*(self._clients[row].infer(_row(observation, row)) for row in rows))
+
+    async def _connect(self, count: int) -> None:
+        while len(self._clients) < count:
             client = await AsyncPolicyClient.connect(self._uri, self._settings)
             if client.info != self.info:
                 await client.close()
                 raise ValueError(f"{self._uri} serves another policy now than when this run began")
             self._clients.append(client)
-        rows = range(observation.batch_size)
-        return await asyncio.gather(*(self._clients[row].infer(_row(observation, row)) for row in rows))
 
     async def _close(self) -> None:
         await asyncio.gather(*(client.close() for client in self._clients))

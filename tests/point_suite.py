@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,9 @@ class ToyPolicy:
 
     def reset(self) -> None:
         self.batches.clear()
+
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        """Nothing to prepare."""
 
     def act(self, observation: Observation) -> ActionChunk:
         observation.validate(self.embodiment)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -52,6 +52,9 @@ class SumPolicy:
 
     def reset(self) -> None:
         """Nothing to forget."""
+
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        """Nothing to prepare."""
 
     def act(self, observation: Observation) -> ActionChunk:
         self.batches.append(observation.batch_size)

@@ -1,0 +1,212 @@
+"""Stages 2 and 3 as a function of tensors: the routed decoder with everything known beforehand computed beforehand.
+
+What is unusual, compared with `policy.language.RoutedDecoder`, to which tests hold it equal:
+- RMSNorm weights are folded into the products that follow them; q, k and v are one product, gate and up another
+- the router's modulation and its two logits become one vector per instruction: its score is a single product
+- masks, rotations and row numbers come with the instruction, as tensors: nothing is looked up, every shape is static
+
+Shape legend: B batch, S sequence, N vision tokens, K kept vision tokens, J action tokens, Q query rows, D width,
+H heads, G key/value heads, E head width, U = 2E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cogvla.policy.engine.linear import FusedLinear, fused
+from cogvla.policy.language import DecoderContext, RoutedDecoder
+from cogvla.routing.layout import TokenLayout
+from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
+from cogvla.routing.schedule import keep_count
+
+Tensors = Mapping[str, Tensor]
+"""What depends on the instruction only, by name."""
+
+
+class FusedRouter(nn.Module):
+    """`FiLMRouter` on input without its norm's weight.
+
+    The score of a token h is `d . (w h (1 + scale) + shift)`, d being the difference of the two logits' weights and w
+    the norm's. So it is `g . h + c`, where g = d w (1 + scale) and c = d . shift follow from state and text.
+    """
+
+    def __init__(self, router: FiLMRouter, gain_D: Tensor) -> None:
+        super().__init__()
+        dtype = router.logits.weight.dtype
+        gain_D = gain_D.detach().float()
+        difference_D = (router.logits.weight[1] - router.logits.weight[0]).detach().float()
+        constant = (router.logits.bias[1] - router.logits.bias[0]).detach().float()
+        (scale_in, _, scale_out), (shift_in, _, shift_out) = router.scale, router.shift
+        self.hidden = fused([scale_in, shift_in], gain_I=gain_D)
+        reach_D = difference_D * gain_D
+        to_gain_DI = reach_D[:, None] * scale_out.weight.detach().float()
+        to_constant_1I = difference_D[None] @ shift_out.weight.detach().float()
+        weight_OI = torch.block_diag(to_gain_DI, to_constant_1I)
+        to_gain_D = reach_D * (1 + scale_out.bias.detach().float())
+        to_constant_1 = (difference_D @ shift_out.bias.detach().float() + constant)[None]
+        self.score = FusedLinear(weight_OI, torch.cat((to_gain_D, to_constant_1)), dtype)
+        self.score_all = router.score_all
+        self.plain = FusedLinear(reach_D[None], constant[None], dtype)
+
+    def forward(self, h_BSD: Tensor, layout: TokenLayout, summary_B1T: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The vision tokens kept, int64 [B,K] ascending, and the factor [B,S',1] of each token of the kept sequence."""
+        width = h_BSD.shape[-1]
+        reading_BO1 = self.score(F.gelu(self.hidden(summary_B1T @ h_BSD[:, layout.context]))).mT
+        score_BN = torch.baddbmm(reading_BO1[:, width:], h_BSD[:, layout.visual], reading_BO1[:, :width])[..., 0]
+        top_BK, kept_BK = score_BN.topk(count, dim=1, sorted=False)
+        kept_BK, order_BK = kept_BK.sort(dim=1)
+        probability_BK1 = top_BK.gather(1, order_BK).sigmoid()[..., None]
+        if self.score_all:
+            bos_B11, rest_BR1 = (self.plain(h_BSD[:, part]).sigmoid() for part in (layout.bos, layout.rest))
+            return kept_BK, torch.cat((bos_B11, probability_BK1, rest_BR1), dim=1)
+        return kept_BK, F.pad(probability_BK1, (0, 0, 1, layout.length - layout.rest.start), value=1.0)
+
+
+class FusedLayer(nn.Module):
+    """One transformer layer.
+
+    Args:
+        layer: of transformers; only its weights are read.
+        router: of this layer, or None.
+        scale_values: the factor multiplies the attention's values too.
+    """
+
+    def __init__(self, layer: Any, router: FiLMRouter | None, scale_values: bool) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        before, after = layer.input_layernorm, layer.post_attention_layernorm
+        self.eps = before.variance_epsilon
+        self.head_width: int = attention.head_dim
+        self.heads, self.groups = (p.out_features // self.head_width for p in (attention.q_proj, attention.k_proj))
+        self.qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj], gain_I=before.weight)
+        self.output = fused([attention.o_proj])
+        self.gate_up = fused([mlp.gate_proj, mlp.up_proj], gain_I=after.weight)
+        self.down = fused([mlp.down_proj])
+        self.router = None if router is None else FusedRouter(router, before.weight)
+        self.scale_values = scale_values
+
+    def forward(
+        self, x_BSD: Tensor, h_BSD: Tensor, mask_B1SS: Tensor, turn_BSU: Tensor, factor_BS1: Tensor | None, first: int
+    ) -> Tensor:
+        """Rows from `first` on of the layer's output; `h` is `x` with its root mean square divided out."""
+        width = h_BSD.shape[-1]
+        turning = (self.heads + self.groups) * self.head_width
+        qkv_BSO = self.qkv(h_BSD)
+        v_BSD = qkv_BSO[..., turning:]
+        if self.scale_values and factor_BS1 is not None:
+            v_BSD = v_BSD * factor_BS1
+        qk_BSHE = qkv_BSO[..., :turning].unflatten(-1, (-1, self.head_width))
+        cos_BS1E, sin_BS1E = turn_BSU[:, :, None].chunk(2, dim=-1)
+        qk_BSHE = torch.addcmul(qk_BSHE * cos_BS1E, qk_BSHE.roll(self.head_width // 2, dims=-1), sin_BS1E)
+        q_BHQE, k_BGSE = qk_BSHE.transpose(1, 2).split((self.heads, self.groups), dim=1)
+        v_BGSE = v_BSD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        if self.groups != self.heads:
+            k_BGSE, v_BGSE = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k_BGSE, v_BGSE))
+        if first:
+            q_BHQE, mask_B1SS, x_BSD = q_BHQE[:, :, first:], mask_B1SS[:, :, first:], x_BSD[:, first:]
+            factor_BS1 = None if factor_BS1 is None else factor_BS1[:, first:]
+        o_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BGSE, v_BGSE, attn_mask=mask_B1SS)
+        x_BQD = x_BSD + self.output(rearrange(o_BHQE, "b h q e -> b q (h e)"))
+        gate_BQI, up_BQI = self.gate_up(F.rms_norm(x_BQD, (width,), eps=self.eps)).chunk(2, dim=-1)
+        out_BQD = self.down(F.silu(gate_BQI) * up_BQI)
+        return x_BQD + out_BQD if factor_BS1 is None else torch.addcmul(x_BQD, out_BQD, factor_BS1)
+
+
+class FusedDecoder(nn.Module):
+    """Sequence [B,S,D] in, one state per action token [B,J,D] out.
+
+    Args:
+        decoder: whose weights are used; its layers must be Llama's or Qwen2's with plain linear layers.
+        vision_tokens: N.
+        action_tokens: J.
+    """
+
+    final_gain: Tensor
+
+    def __init__(self, decoder: RoutedDecoder, vision_tokens: int, action_tokens: int) -> None:
+        super().__init__()
+        routing = decoder.routing
+        self.shifted, self.bypass = decoder.shifted, routing.mode == "bypass"
+        self.renumber = routing.position_policy == "renumber"
+        self.vision_tokens, self.action_tokens = vision_tokens, action_tokens
+        self.layers = nn.ModuleList()
+        self.counts: list[int | None] = []
+        left = vision_tokens
+        for index, (layer, ratio) in enumerate(zip(decoder.llm.layers, decoder.ratios, strict=True)):
+            router = None if ratio is None else decoder.routers[str(index)]
+            assert router is None or isinstance(router, FiLMRouter)
+            self.layers.append(FusedLayer(layer, router, routing.scale == "values"))
+            count = None if ratio is None else min(keep_count(vision_tokens, ratio), left)
+            self.counts.append(count)
+            left = left if self.bypass or count is None else count
+        self.eps = decoder.llm.norm.variance_epsilon
+        self.register_buffer("final_gain", decoder.llm.norm.weight.detach().clone(), persistent=False)
+
+    def prepare(self, context: DecoderContext) -> dict[str, Tensor]:
+        """What the layers need of the instructions."""
+        layout, position_BS = context.layout, context.position_BS
+        batch, device = len(position_BS), position_BS.device
+        tensors = {
+            "summary": context.summary_B1T,
+            "last_word": context.last_word_B11,
+            "turn": context.turn_SU[position_BS],
+        }
+        for count in {layout.vision, *(count for count in self.counts if count is not None)}:
+            fewer, pruned = layout.vision - count, layout.with_vision(count)
+            tensors[f"mask{count}"] = context.mask_B1SS[:, :, fewer:, fewer:].contiguous()
+            row_BS = torch.arange(batch * pruned.length, device=device).view(batch, -1)
+            tensors[f"bos{count}"], tensors[f"rest{count}"] = row_BS[:, pruned.bos], row_BS[:, pruned.rest]
+            if self.renumber and fewer:
+                tensors[f"turn{count}"] = context.turn_SU[position_BS[:, fewer:] - fewer]
+        return tensors
+
+    def forward(self, x_BSD: Tensor, text: Tensors) -> Tensor:
+        """States of the action tokens.
+
+        Args:
+            x_BSD: embeddings.
+            text: of `prepare` for these instructions.
+        """
+        words = x_BSD.shape[1] - TokenLayout(self.vision_tokens, 0, self.action_tokens).length
+        layout = TokenLayout(self.vision_tokens, words, self.action_tokens)
+        turn_BSU, width, last = text["turn"], x_BSD.shape[-1], len(self.layers) - 1
+        for index, (layer, count) in enumerate(zip(self.layers, self.counts, strict=True)):
+            h_BSD = F.rms_norm(x_BSD, (width,), eps=layer.eps)
+            if count is None:
+                first = self.first_read(layout) if index == last else 0
+                x_BSD = layer(x_BSD, h_BSD, text[f"mask{layout.vision}"], turn_BSU, None, first)
+                continue
+            kept_BK, factor_BS1 = layer.router(h_BSD, layout, text["summary"], count)
+            bos_B1 = text[f"bos{layout.vision}"]
+            rows = torch.cat((bos_B1, kept_BK + (bos_B1 + 1), text[f"rest{layout.vision}"]), dim=1).flatten()
+            pruned = layout.with_vision(count)
+            if self.renumber and pruned.vision < self.vision_tokens:
+                pruned_turn_BSU = text[f"turn{count}"]
+            else:
+                pruned_turn_BSU = take_rows(turn_BSU, rows)
+            first = self.first_read(pruned) if index == last else 0
+            out_BSD = layer(
+                take_rows(x_BSD, rows), take_rows(h_BSD, rows), text[f"mask{count}"], pruned_turn_BSU, factor_BS1, first
+            )
+            if index == last or not self.bypass:
+                x_BSD, layout, turn_BSU = out_BSD, pruned, pruned_turn_BSU
+            else:
+                x_BSD = put_rows(x_BSD, rows, out_BSD)
+        return F.rms_norm(self._read(x_BSD, text, words), (width,), self.final_gain, self.eps)
+
+    def first_read(self, layout: TokenLayout) -> int:
+        """The first row that is read of the last layer."""
+        return layout.state.start if self.shifted else layout.answer.start
+
+    def _read(self, x_BQD: Tensor, text: Tensors, words: int) -> Tensor:
+        if not self.shifted:
+            return x_BQD[:, : self.action_tokens]
+        before_B1D = x_BQD.gather(1, text["last_word"].expand(-1, -1, x_BQD.shape[-1]))
+        first = 1 + words
+        return torch.cat((before_B1D, x_BQD[:, first : first + self.action_tokens - 1]), dim=1)

@@ -1,0 +1,126 @@
+"""The inference engine: any trained CogVLA, the same numbers, as fast as the machine allows.
+
+Shape legend: B batch, T text tokens, K chunk, A action dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogvla.policy.engine.network import FusedNetwork
+from cogvla.policy.engine.recording import Run, record
+from cogvla.policy.model import CogVLA, ModelInput
+
+KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a trained policy is run.
+
+    Attributes:
+        kind: `plain` runs the model as it was trained. The others run `FusedNetwork`: `eager`, or recorded for each
+            shape that was announced by `warm_up`: `trace`, `cuda_graph` or `compile`. `auto` is cuda_graph on a GPU,
+            else trace.
+        text_buckets: instructions are padded to the next of these lengths, so that few shapes cover all of them; longer
+            ones run without being recorded.
+        dtype: precision of weights and arithmetic, `float32` or `bfloat16`; None leaves it as it was saved.
+    """
+
+    kind: str = "auto"
+    text_buckets: tuple[int, ...] = (8, 16, 32)
+    dtype: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EngineConfig:
+        """From plain data, as YAML gives it."""
+        try:
+            return cls(**{**data, "text_buckets": tuple(data.get("text_buckets", cls.text_buckets))})
+        except TypeError as error:  # an unknown key, or something that is no list of lengths
+            raise ValueError(f"configuration engine: {error}") from error
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown engine.kind {self.kind!r}; one of {', '.join(KINDS)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"unknown engine.dtype {self.dtype!r}; null, {' or '.join(DTYPES)}")
+        if sorted(set(self.text_buckets)) != list(self.text_buckets) or min(self.text_buckets, default=1) < 1:
+            raise ValueError(f"engine.text_buckets must be increasing positive lengths, got {self.text_buckets}")
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Instructions as the network reads them: its tensors by name, and the padded length."""
+
+    tensors: dict[str, Tensor]
+    words: int
+
+
+class Engine:
+    """Runs a model: `encode` instructions once, then `run` on every observation.
+
+    A shape is a number of observations and a text bucket. Shapes that `warm_up` announced are recorded; all others work
+    at once, but operation by operation.
+
+    Args:
+        model: trained; it is not changed.
+        config: see there; not `plain`.
+
+    Raises:
+        ValueError: the model cannot be fused, or the kind needs another device.
+    """
+
+    def __init__(self, model: CogVLA, config: EngineConfig) -> None:
+        assert config.kind != "plain", "that is the model itself"
+        dtype = next(model.parameters()).dtype if config.dtype is None else DTYPES[config.dtype]
+        if dtype != next(model.parameters()).dtype:
+            model = copy.deepcopy(model)
+            for parameter in model.parameters():  # not `to`, which would round the frequencies of the positions too
+                parameter.data = parameter.data.to(dtype)
+        device = next(model.parameters()).device
+        self.kind = config.kind
+        if config.kind == "auto":
+            self.kind = "cuda_graph" if device.type == "cuda" else "trace"
+        if self.kind == "cuda_graph" and device.type != "cuda":
+            raise ValueError(f"engine=cuda_graph needs a GPU, the policy is on {device}; use engine.kind=trace or auto")
+        self.buckets, self.dtype, self._model = config.text_buckets, dtype, model
+        with torch.no_grad():
+            self.network = FusedNetwork(model)
+        self._recorded: dict[tuple[int, int], Run] = {}
+
+    def bucket(self, words: int) -> int:
+        """The length to which an instruction of this many tokens is padded."""
+        return next((bucket for bucket in self.buckets if bucket >= words), words)
+
+    def encode(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> EncodedText:
+        """What depends on the instructions only; keep it while they stay."""
+        words = self.bucket(text_ids_BT.shape[1])
+        missing = (0, words - text_ids_BT.shape[1])
+        text = self._model.encode_text(F.pad(text_ids_BT, missing), F.pad(text_mask_BT, missing))
+        return EncodedText(self.network.prepare(text), words)
+
+    def run(self, inputs: ModelInput, text: EncodedText) -> Tensor:
+        """Normalised actions [B,K,A]."""
+        run = self._recorded.get((len(inputs.state), text.words), self.network)
+        return run(inputs.pixels, inputs.state, text.tensors)
+
+    def warm_up(self, inputs: ModelInput, words: int | None = None) -> None:
+        """Record the shapes of these inputs, for one length of instruction or (None) for every text bucket.
+
+        Takes about a second for each on a CPU. Must be called from one thread at a time, like `run`.
+        """
+        for bucket in sorted({self.bucket(words)} if words is not None else set(self.buckets)):
+            shape = (len(inputs.state), bucket)
+            if shape not in self._recorded:
+                ids_BT = inputs.text_ids.new_zeros(shape)
+                mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+                text = self.encode(ids_BT, mask_BT)
+                self._recorded[shape] = record(self.kind, self.network, inputs.pixels, inputs.state, text.tensors)

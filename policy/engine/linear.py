@@ -1,0 +1,68 @@
+"""Linear layers with what stands before and behind them folded in.
+
+Shape legend: I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FusedLinear(nn.Module):
+    """`x @ weight.T + bias`, with buffers: nothing of it is trained.
+
+    Args:
+        weight_OI: in any precision; kept as `dtype`.
+        bias_O: or None.
+        dtype: of the result.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, tensor in (("weight", weight_OI), ("bias", bias_O)):
+            kept = None if tensor is None else tensor.detach().to(dtype).contiguous()
+            self.register_buffer(name, kept, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def fused(
+    linears: Sequence[nn.Linear],
+    gain_I: Tensor | None = None,
+    offset_I: Tensor | None = None,
+    scale_O: Tensor | None = None,
+) -> FusedLinear:
+    """Several linear layers of one input as one, their outputs side by side: `scale * linears(x * gain + offset)`.
+
+    Folding is done in float32 and rounded once.
+
+    Args:
+        linears: they read the same input.
+        gain_I, offset_I: weight and bias of the normalisation in front.
+        scale_O: LayerScale.
+    """
+    weight_OI = torch.cat([linear.weight.detach().float() for linear in linears])
+    bias_O = torch.cat([_bias(linear) for linear in linears])
+    if offset_I is not None:
+        bias_O = bias_O + weight_OI @ offset_I.detach().float()
+    if gain_I is not None:
+        weight_OI = weight_OI * gain_I.detach().float()
+    if scale_O is not None:
+        weight_OI, bias_O = weight_OI * scale_O.detach().float()[:, None], bias_O * scale_O.detach().float()
+    biased = offset_I is not None or any(linear.bias is not None for linear in linears)
+    return FusedLinear(weight_OI, bias_O if biased else None, linears[0].weight.dtype)
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    """In float32; zeros for a layer without."""
+    if linear.bias is None:
+        return torch.zeros(linear.out_features, device=linear.weight.device)
+    return linear.bias.detach().float()

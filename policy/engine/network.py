@@ -1,0 +1,100 @@
+"""A trained CogVLA as one function of tensors: pixels, state and what the instruction says in, actions out.
+
+Shape legend: B batch, V views, X = B*V, N vision tokens, S state dimension, K chunk, A action dimension, L blocks,
+W tower width, D language width.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from cogvla.policy.engine.decoder import FusedDecoder, Tensors
+from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
+from cogvla.policy.model import CogVLA, TextFeatures
+from cogvla.policy.vision import cut_patches
+
+
+class FusedNetwork(nn.Module):
+    """The same numbers as `CogVLA.forward`, up to rounding, in fewer and larger operations.
+
+    Nothing in `forward` depends on a value: shapes are static for given views, text length and batch, so that it can be
+    recorded once and played again.
+
+    Args:
+        model: trained; it is not changed, and its weights are copied.
+
+    Raises:
+        ValueError: something in the model cannot be fused (an adapter that was not merged, an unusual timm block).
+    """
+
+    def __init__(self, model: CogVLA) -> None:
+        super().__init__()
+        if reason := not_fusible(model):
+            raise ValueError(f"this model cannot be fused: {reason}; use engine.kind=plain")
+        self.views = len(model.embodiment.cameras)
+        self.fusion, self.state, self.head = (
+            copy.deepcopy(module).requires_grad_(False) for module in (model.vision.fusion, model.state, model.head)
+        )
+        towers = [tower for _, tower in model.vision.named_towers()]
+        together = shape_of(towers[0]) == shape_of(towers[1])
+        self.towers = nn.ModuleList([FusedTowers(towers)] if together else [FusedTowers([tower]) for tower in towers])
+        self.decoder = FusedDecoder(model.decoder, model.vision_tokens, model.action_tokens)
+
+    def prepare(self, text: TextFeatures) -> dict[str, Tensor]:
+        """All that depends on the instructions only, by name."""
+        tensors = {"bos": text.bos_B1D, "tail": text.tail_BRD, **self.decoder.prepare(text.context)}
+        if text.vision.weights_B2 is not None:
+            tensors["streams"] = text.vision.weights_B2
+        films = [film for film in text.vision.films if film is not None]
+        if films:
+            per_tower = [[t.repeat_interleave(self.views, dim=1) for t in film] for film in films]
+            groups = [per_tower] if len(self.towers) == 1 else [[film] for film in per_tower]
+            for index, group in enumerate(groups):  # [L,G,X,1,W]
+                tensors[f"scale{index}"], tensors[f"shift{index}"] = (
+                    torch.stack([film[which] for film in group], dim=1) for which in (0, 1)
+                )
+        return tensors
+
+    def forward(self, pixels_BVCHW: Tensor, state_BS: Tensor, text: Tensors) -> Tensor:
+        """Normalised actions [B,K,A].
+
+        Args:
+            pixels_BVCHW: uint8.
+            state_BS: normalised.
+            text: of `prepare` for the same B instructions.
+        """
+        vision_BND = self.fusion(self.streams(pixels_BVCHW, text), text.get("streams"))
+        state_B1D = self.state(state_BS.to(vision_BND.dtype))[:, None]
+        sequence_BSD = torch.cat((text["bos"], vision_BND, state_B1D, text["tail"]), dim=1)
+        return self.head(self.decoder(sequence_BSD, text))
+
+    def streams(self, pixels_BVCHW: Tensor, text: Tensors) -> list[Tensor]:
+        """The tokens of each tower before projection, [B,V*N,W]."""
+        streams: list[Tensor] = []
+        patches: dict[int, Tensor] = {}
+        for index, towers in enumerate(self.towers):
+            assert isinstance(towers, FusedTowers)
+            if towers.patch_size not in patches:
+                dtype = towers.positions.dtype
+                patches[towers.patch_size] = cut_patches(pixels_BVCHW, towers.patch_size, dtype)
+            films = (text[f"scale{index}"], text[f"shift{index}"]) if f"scale{index}" in text else None
+            x_GXNW = towers(patches[towers.patch_size], films)
+            streams += rearrange(x_GXNW, "g (b v) n w -> g b (v n) w", v=self.views).unbind(0)
+        return streams
+
+
+def not_fusible(model: CogVLA) -> str | None:
+    """What in a model cannot be fused, or None."""
+    for name, tower in model.vision.named_towers():
+        if reason := why_not(tower):
+            return f"the {name} tower has {reason}"
+    for layer in model.decoder.llm.layers:
+        parts = [*layer.self_attn.children(), *layer.mlp.children()]
+        linears = [part for part in parts if isinstance(getattr(part, "weight", None), Tensor)]
+        if any(type(part) is not nn.Linear for part in linears) or len(linears) != 7:
+            return "its language model has layers that are not plain linear ones (merge adapters first)"
+    return None

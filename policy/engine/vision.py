@@ -1,0 +1,195 @@
+"""Stage 1 as a function of tensors: both towers with their normalisations folded into the products behind them.
+
+What is unusual, compared with `policy.vision`, to which tests hold it equal:
+- LayerNorm, LayerScale and pixel normalisation are folded into linear layers; constant tokens are kept ready
+- towers of one shape run as one, their weights stacked: half the operations, each twice as large
+- the last block computes keys and values of all tokens, and queries and MLP only of the aggregation tokens
+
+Shape legend: G towers run as one, X images (B*V), P patches per image, N tokens per image, M aggregation tokens,
+C bytes per patch, W tower width, L blocks, h heads, e head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Attention, LayerNorm, LayerScale, Mlp
+from torch import Tensor, nn
+
+from cogvla.policy.engine.linear import FusedLinear, fused
+from cogvla.policy.vision import VisionTower
+
+
+class StackedLinear(nn.Module):
+    """One linear layer per tower, [G,R,I] to [G,R,O]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, linears: Sequence[FusedLinear]) -> None:
+        super().__init__()
+        weight_GIO = torch.stack([linear.weight.T for linear in linears])
+        outputs = weight_GIO.shape[-1]
+        none_O = weight_GIO.new_zeros(outputs)
+        bias_G1O = torch.stack([none_O if linear.bias is None else linear.bias for linear in linears])[:, None]
+        self.register_buffer("weight", weight_GIO.contiguous(), persistent=False)
+        self.register_buffer("bias", bias_G1O.contiguous(), persistent=False)
+
+    def forward(self, x_GRI: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x_GRI, self.weight)
+
+
+def _linear(parts: Sequence[FusedLinear]) -> nn.Module:
+    return parts[0] if len(parts) == 1 else StackedLinear(parts)
+
+
+class FusedBlock(nn.Module):
+    """One block of G towers of one shape, tokens [G,X*N,W].
+
+    Args:
+        blocks: of timm, one per tower.
+    """
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        super().__init__()
+        first = blocks[0]
+        self.heads: int = first.attn.num_heads
+        self.scale: float = first.attn.scale
+        self.eps = (first.norm1.eps, first.norm2.eps)
+        self.act = first.mlp.act
+        qkv = [_after_norm(block.attn.qkv, block.norm1) for block in blocks]
+        split = qkv[0].weight.shape[0] // 3
+        self.split = split
+        self.qkv = _linear(qkv)
+        self.attended = _linear([fused([b.attn.proj], scale_O=_layer_scale(b.ls1)) for b in blocks])
+        self.inner = _linear([_after_norm(block.mlp.fc1, block.norm2) for block in blocks])
+        self.outer = _linear([fused([b.mlp.fc2], scale_O=_layer_scale(b.ls2)) for b in blocks])
+
+    def forward(self, x: Tensor, film: tuple[Tensor, Tensor] | None, images: int, rows: int | None) -> Tensor:
+        """Tokens [...,X*N,W] to [...,X*rows,W], the last `rows` of each image, or all with None.
+
+        `film` is `1 + scale` and shift, [...,X,1,W].
+        """
+        width = x.shape[-1]
+        qkv = self.qkv(F.layer_norm(x, (width,), eps=self.eps[0]))
+        q, k, v = rearrange(
+            qkv, "... (x n) (three h e) -> three (... x) h n e", three=3, x=images, h=self.heads
+        ).unbind(0)
+        if rows is not None:
+            q = q[:, :, -rows:]
+            x = x.unflatten(-2, (images, -1))[..., -rows:, :].flatten(-3, -2)
+        o = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        o = rearrange(o, "(g x) h n e -> g (x n) (h e)", x=images)
+        x = x + self.attended(o if x.dim() == 3 else o[0])
+        if film is not None:
+            scale_X1W, shift_X1W = film
+            x = torch.addcmul(shift_X1W, x.unflatten(-2, (images, -1)), scale_X1W).flatten(-3, -2)
+        return x + self.outer(self.act(self.inner(F.layer_norm(x, (width,), eps=self.eps[1]))))
+
+
+class FusedTowers(nn.Module):
+    """G towers of one shape; G is one where the other tower has another.
+
+    Args:
+        towers: their weights are read; `fusible` says which can be.
+    """
+
+    positions: Tensor
+    before: Tensor
+    behind: Tensor
+
+    def __init__(self, towers: Sequence[VisionTower]) -> None:
+        super().__init__()
+        first = towers[0]
+        self.patch_size, self.towers = first.patch_size, len(towers)
+        self.rows = None if first.aggregation is None else len(first.aggregation.tokens)
+        self.prefix: int = first.vit.num_prefix_tokens
+        embeddings = [tower.embedding() for tower in towers]
+        self.embed = _linear([FusedLinear(weight, bias, weight.dtype) for weight, bias in embeddings])
+        self.blocks = nn.ModuleList(
+            FusedBlock([tower.vit.blocks[index] for tower in towers]) for index in range(first.computed)
+        )
+        constants = [_constants(tower) for tower in towers]
+        for name, tensors in zip(("before", "positions", "behind"), zip(*constants, strict=True), strict=True):
+            self.register_buffer(name, torch.stack(tensors).detach()[:, None], persistent=False)  # [G,1,n,W]
+        self.norms = nn.ModuleList(tower.vit.norm_pre for tower in towers)
+        self.normed = any(not isinstance(norm, nn.Identity) for norm in self.norms)
+
+    def forward(self, patches_XPC: Tensor, films: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Patches as bytes' values to tokens [G,X,N,W]; `films` are `1 + scale` and shift [L,G,X,1,W]."""
+        images = patches_XPC.shape[0]
+        patches_RC = patches_XPC.flatten(0, 1)
+        alone = self.towers == 1
+        x = self.embed(patches_RC if alone else patches_RC.expand(self.towers, -1, -1))
+        x_GXPW = x.unflatten(-2, (images, -1)).view(self.towers, images, patches_XPC.shape[1], -1) + self.positions
+        before_GXnW, behind_GXMW = (t.expand(-1, images, -1, -1) for t in (self.before, self.behind))
+        if self.normed:
+            x_GXPW = torch.cat((before_GXnW, x_GXPW), dim=2)
+            x_GXPW = torch.stack([norm(part) for norm, part in zip(self.norms, x_GXPW, strict=True)])
+            parts = [x_GXPW, behind_GXMW]
+        else:
+            parts = [before_GXnW, x_GXPW, behind_GXMW]
+        x_GXNW = torch.cat([part for part in parts if part.shape[2]], dim=2)
+        x = x_GXNW.flatten(1, 2)
+        x = x[0] if alone else x
+        for index, block in enumerate(self.blocks):
+            film = None
+            if films is not None:
+                film = (films[0][index], films[1][index])
+                film = (film[0][0], film[1][0]) if alone else film
+            x = block(x, film, images, self.rows if index == len(self.blocks) - 1 else None)
+        x_GXNW = (x[None] if alone else x).unflatten(1, (images, -1))
+        return x_GXNW if self.rows is not None else x_GXNW[:, :, self.prefix :]
+
+
+_NORMS = (nn.LayerNorm, LayerNorm)
+
+
+def shape_of(tower: VisionTower) -> tuple[Any, ...]:
+    """Towers with equal shapes run as one."""
+    block = tower.vit.blocks[0]
+    constants = tuple(tuple(tensor.shape) for tensor in _constants(tower))
+    sizes = (tower.patch_size, tower.computed, block.attn.num_heads, block.mlp.fc1.out_features, type(block.mlp.act))
+    return (*sizes, block.norm1.eps, block.norm2.eps, constants, tower.vit.patch_embed.proj.weight.dtype)
+
+
+def why_not(tower: VisionTower) -> str | None:
+    """Why a tower cannot be fused, or None."""
+    for block in tower.vit.blocks[: tower.computed]:
+        attention, mlp = block.attn, block.mlp
+        parts = ((attention, "qkv"), (attention, "proj"), (mlp, "fc1"), (mlp, "fc2"))
+        linears = [getattr(part, name, None) for part, name in parts]
+        if type(attention) is not Attention or type(mlp) is not Mlp or any(type(x) is not nn.Linear for x in linears):
+            return f"a block of {type(attention).__name__} and {type(mlp).__name__}"
+        identities = (attention.q_norm, attention.k_norm, getattr(attention, "norm", None), getattr(mlp, "norm", None))
+        if any(part is not None and not isinstance(part, nn.Identity) for part in identities):
+            return "normalisation inside attention or MLP"
+        if type(block.norm1) not in _NORMS or type(block.norm2) not in _NORMS:
+            return f"normalisation by {type(block.norm1).__name__}"
+        if any(not isinstance(scale, (LayerScale, nn.Identity)) for scale in (block.ls1, block.ls2)):
+            return f"scaling by {type(block.ls1).__name__}"
+    return None
+
+
+def _after_norm(linear: nn.Linear, norm: Any) -> FusedLinear:
+    return fused([linear], gain_I=norm.weight, offset_I=norm.bias)
+
+
+def _layer_scale(scale: Any) -> Tensor | None:
+    return scale.gamma if isinstance(scale, LayerScale) else None
+
+
+def _constants(tower: VisionTower) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens in front of the patches, what is added to the patches, and tokens behind them, each [n,W]."""
+    vit = tower.vit
+    position_PW = vit.pos_embed[0].detach()
+    none_0W = position_PW[:0]
+    prefix = [token[0].detach() for token in (vit.cls_token, vit.reg_token) if token is not None]
+    before_nW = torch.cat(prefix) if prefix else none_0W
+    if prefix and not vit.no_embed_class:
+        before_nW, position_PW = before_nW + position_PW[: len(before_nW)], position_PW[len(before_nW) :]
+    return before_nW, position_PW, none_0W if tower.aggregation is None else tower.aggregation.tokens.detach()

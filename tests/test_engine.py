@@ -1,0 +1,221 @@
+"""The engine computes what the model computes, in every configuration, batch and length of instruction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import cogvla.tests.small_data as small
+from cogvla.policy.checkpoint import open_policy
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.engine.engine import Engine, EngineConfig
+from cogvla.policy.engine.network import FusedNetwork
+from cogvla.policy.engine.recording import record
+from cogvla.policy.interface import Observation
+from cogvla.policy.model import CogVLA
+from cogvla.policy.policy import CogVLAPolicy
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tabletop_object"
+FAITHFUL = {
+    "summary": "faithful",
+    "film_init": None,
+    "position_policy": "renumber",
+    "scale": "all",
+    "schedule": "shiftedcos_decay_0.85_0.15",
+}
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "cogvla": {},
+    "faithful": FAITHFUL,
+    "drop": {"mode": "drop"},
+    "drop, renumbered": {"mode": "drop", "position_policy": "renumber"},
+    "bypass, renumbered": {"position_policy": "renumber"},
+    "visual only": {"scale": "visual_only"},
+    "interleaved": {"schedule": "interleave"},
+    "without EFA": {"efa": False},
+    "sum": {"fusion": "sum"},
+    "concat": {"fusion": "concat"},
+    "without LFP": {"lfp": False},
+    "without CAtten": {"attention": "causal"},
+    "all off": {"efa": False, "lfp": False, "attention": "bidirectional"},
+}
+OTHER_TOWER = {"patch_size": 8, "width": 24, "depth": 3, "heads": 3, "class_token": True, "registers": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "four layers": {"language": {"layers": 4}},
+    "grouped heads": {"language": {"heads": 4, "kv_heads": 2}},
+    "qwen2": {"language": {"architecture": "qwen2"}},
+    "towers of two shapes": {"vision": {"dinov2": {**OTHER_TOWER, "layer_scale": 0.5}}},
+    "other patches": {"vision": {"siglip": {**small.TOWER, "patch_size": 16}}},
+    "last block kept": {"vision": {"drop_last_block": False}},
+    "shifted": {"head": {"shifted": True}},
+    "placeholder per dimension": {"head": {"tokens_per_step": "action_dim", "placeholder": "zero"}},
+    "diffusion": {"head": {"kind": "diffusion"}},
+    "flow": {"head": {"kind": "flow"}},
+    "discrete": {"head": {"kind": "discrete"}},
+}
+
+
+def random_policy(model: dict[str, Any] | None = None, routing: dict[str, Any] | None = None) -> CogVLAPolicy:
+    """Random in everything: norms, biases and scales too, which start at one and zero."""
+    parts = {key: {**small.MODEL.get(key, {}), **value} for key, value in (model or {}).items()}
+    config = CogVLAConfig.from_dict({**small.MODEL, **parts, "routing": {"film_init": 1.0, **(routing or {})}})
+    torch.manual_seed(1)
+    network = CogVLA(config, small.ROBOT)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return CogVLAPolicy(network, small.small_preprocessor())
+
+
+def observation(batch: int, seed: int = 0) -> Observation:
+    """Instructions of different lengths."""
+    return replace(
+        small.ROBOT.fake_observation(batch, seed), instruction=[small.INSTRUCTIONS[i % 3] for i in range(batch)]
+    )
+
+
+def assert_same(policy: CogVLAPolicy, engine: CogVLAPolicy, batch: int, tolerance: float = 2e-5) -> None:
+    seen = observation(batch)
+    expected, found = (each.act(seen).actions for each in (policy, engine))
+    scale = np.abs(expected).max()
+    assert scale > 1e-3, "there is something to compare"
+    np.testing.assert_allclose(found, expected, atol=tolerance * max(scale, 1.0))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_equal_with_every_routing(routing: str) -> None:
+    policy = random_policy(routing=ROUTINGS[routing])
+    assert_same(policy, policy.with_engine(EngineConfig("eager")), batch=3)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_equal_with_every_model(model: str) -> None:
+    policy = random_policy(MODELS[model])
+    assert_same(policy, policy.with_engine(EngineConfig("eager")), batch=2)
+
+
+def test_towers_of_one_shape_run_as_one() -> None:
+    assert len(FusedNetwork(random_policy().model).towers) == 1
+    assert len(FusedNetwork(random_policy(MODELS["towers of two shapes"]).model).towers) == 2
+
+
+@pytest.mark.parametrize("routing", ["cogvla", "faithful", "drop", "all off"])
+def test_a_recorded_network_computes_the_same(routing: str) -> None:
+    policy = random_policy(routing=ROUTINGS[routing])
+    engine = policy.with_engine(EngineConfig("trace", text_buckets=(6,)))
+    engine.warm_up(2)
+    assert engine.engine is not None
+    assert list(engine.engine._recorded) == [(2, 6)]
+    for seed in range(3):  # other pixels, states and instructions than those it was recorded with
+        seen = replace(observation(2, seed), instruction=small.INSTRUCTIONS[seed - 2 : seed] or small.INSTRUCTIONS[1:])
+        np.testing.assert_allclose(engine.act(seen).actions, policy.act(seen).actions, atol=2e-5)
+
+
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 4), seed=st.integers(0, 99), lengths=st.lists(st.integers(1, 9), min_size=4, max_size=4))
+def test_padding_to_a_bucket_changes_nothing(batch: int, seed: int, lengths: list[int]) -> None:
+    policy = _POLICY
+    words = "touch the red green blue square one"[:35].split()
+    asked = [" ".join((words * 2)[:length]) for length in lengths[:batch]]
+    seen = replace(observation(batch, seed), instruction=asked)
+    np.testing.assert_allclose(_PADDED.act(seen).actions, policy.act(seen).actions, atol=3e-5)
+
+
+_POLICY = random_policy()
+_PADDED = _POLICY.with_engine(EngineConfig("eager", text_buckets=(7, 12)))
+
+
+def test_unannounced_shapes_work_without_recording() -> None:
+    engine = random_policy().with_engine(EngineConfig("trace", text_buckets=(2,)))
+    engine.warm_up(1)
+    assert engine.act(observation(3)).actions.shape == (3, small.CHUNK, 4)
+    assert len(engine.engine._recorded) == 1  # type: ignore[union-attr]
+
+
+def test_warm_up_records_the_lengths_that_are_expected() -> None:
+    engine = random_policy().with_engine(EngineConfig("trace", text_buckets=(4, 8, 16)))
+    engine.warm_up(1, small.INSTRUCTIONS)  # four words each
+    assert list(engine.engine._recorded) == [(1, 4)]  # type: ignore[union-attr]
+    engine.warm_up(1, ["touch the red square and then the green one"])  # nine
+    assert list(engine.engine._recorded) == [(1, 4), (1, 16)]  # type: ignore[union-attr]
+
+
+def test_the_trained_model_stays_as_it_was() -> None:
+    policy = random_policy()
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    engine = policy.with_engine(EngineConfig("eager", dtype="bfloat16"))
+    engine.act(observation(1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.model.state_dict().items())
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in policy.model.parameters())
+    assert engine.describe()["dtype"] == "bfloat16"
+
+
+def test_bfloat16_stays_near() -> None:
+    policy = random_policy()
+    assert_same(policy, policy.with_engine(EngineConfig("eager", dtype="bfloat16")), batch=2, tolerance=0.1)
+
+
+def test_a_recording_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = random_policy()
+    engine = Engine(policy.model, EngineConfig("eager"))
+    inputs = policy.preprocessor.observation(observation(1))
+    text = engine.encode(inputs.text_ids, inputs.text_mask)
+    monkeypatch.setattr("cogvla.policy.engine.recording._traced", lambda *_: lambda *_: torch.zeros(1, small.CHUNK, 4))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="differs from the eager pass"):
+        record("trace", engine.network, inputs.pixels, inputs.state, text.tensors)
+
+
+def test_what_cannot_be_fused_is_said() -> None:
+    policy = random_policy()
+    policy.model.decoder.llm.layers[0].mlp.up_proj = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    with pytest.raises(ValueError, match=r"merge adapters first.*engine.kind=plain"):
+        policy.with_engine(EngineConfig("eager"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "fast"}, "unknown engine.kind 'fast'; one of auto, plain"),
+        ({"dtype": "int3"}, "unknown engine.dtype"),
+        ({"text_buckets": [8, 4]}, "increasing"),
+        ({"text_buckets": [0, 4]}, "increasing positive"),
+        ({"threads": 3}, "configuration engine"),
+    ],
+)
+def test_wrong_settings_are_said(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.from_dict(values)
+
+
+def test_a_graph_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="needs a GPU"):
+        random_policy().with_engine(EngineConfig("cuda_graph"))
+
+
+def test_commands_run_the_engine_by_default() -> None:
+    policy, _ = open_policy(CHECKPOINT, "cpu")
+    plain, _ = open_policy(CHECKPOINT, "cpu", engine=EngineConfig("plain"))
+    assert (policy.describe()["engine"], plain.describe()["engine"]) == ("trace", "plain")
+    policy.warm_up(1, ["put the red cube in the tray"])
+    seen = replace(policy.embodiment.fake_observation(), instruction=["put the red cube in the tray"])
+    np.testing.assert_allclose(policy.act(seen).actions, plain.act(seen).actions, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph: needs an NVIDIA GPU")
+@pytest.mark.parametrize("routing", ["cogvla", "faithful", "drop", "all off"])
+def test_a_cuda_graph_computes_the_same(routing: str) -> None:
+    policy = random_policy(routing=ROUTINGS[routing])
+    gpu = CogVLAPolicy(policy.model.cuda(), policy.preprocessor)
+    engine = gpu.with_engine(EngineConfig("cuda_graph", text_buckets=(6,)))
+    engine.warm_up(2)
+    for seed in range(3):
+        seen = observation(2, seed)
+        np.testing.assert_allclose(engine.act(seen).actions, gpu.act(seen).actions, atol=1e-4)
