@@ -14,6 +14,8 @@ accelerations than the arm makes, and held objects creep out of the grip.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mujoco
 import numpy as np
 
@@ -137,8 +139,8 @@ class ArmController:
             self._previous_finger = max(self.finger, measured_finger)
             self.finger = min(self._previous_finger + travel, FINGER_OPEN)
 
-    def run(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
-        """Simulate one control step."""
+    def run(self, model: mujoco.MjModel, data: mujoco.MjData, watch: Callable[[], None] | None = None) -> None:
+        """Simulate one control step; `watch` is called after each evaluation of the torque (100 Hz)."""
         ticks, tick = self.substeps // _STEPS_PER_TICK, _STEPS_PER_TICK * self.timestep
         velocity = (self.joints - self._previous_joints) * CONTROL_HZ
         acceleration = (velocity - self._velocity) * CONTROL_HZ  # constant in the step: jerks shake objects loose
@@ -152,6 +154,8 @@ class ArmController:
             mujoco.mj_step(model, data, _STEPS_PER_TICK)
             position = position + (speed + 0.5 * tick * acceleration) * tick
             speed = speed + acceleration * tick
+            if watch is not None:
+                watch()
         self._reference, self._velocity = position, velocity
 
     def _inertia_matrix(self) -> np.ndarray:

@@ -69,6 +69,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     Attributes:
         skip_images: when True, observations repeat the last images instead of rendering (nobody looks at them).
+        watch: called a hundred times per simulated second, within steps; for robots in real time.
         scene: the model, its data and the items.
         goals: the goals of the instruction in force.
     """
@@ -81,6 +82,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.family = family
         self.scene = Scene(family.items)
         self.skip_images = False
+        self.watch: Callable[[], None] | None = None
         self.render_mode = "rgb_array"
         self._image_size = image_size
         self._rendering = render
@@ -115,6 +117,11 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def fingers(self) -> np.ndarray:
         """Positions of the two fingers [2]."""
         return self.scene.data.qpos[self._fingers]
+
+    @property
+    def state(self) -> np.ndarray:
+        """What observations hold, float32 [8]."""
+        return np.concatenate([self.gripper_position, self.gripper_rotation, self.fingers]).astype(np.float32)
 
     @property
     def finger_speed(self) -> float:
@@ -209,7 +216,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._arm.command(
             np.clip(values, -1.0, 1.0), self.gripper_position, self._gripper_matrix(), float(self.fingers.max())
         )
-        self._arm.run(self.scene.model, self.scene.data)
+        self._arm.run(self.scene.model, self.scene.data, self.watch)
         self.scene.latch_buttons()
         self._steps += 1
         info = self._info()
@@ -229,8 +236,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if self._rendering and not self.skip_images:
             size = self._image_size
             self._images = {name: self.render_camera(name, size, size) for name in CAMERAS}
-        state = np.concatenate([self.gripper_position, self.gripper_rotation, self.fingers]).astype(np.float32)
-        return {**{name: image.copy() for name, image in self._images.items()}, "state": state}
+        return {**{name: image.copy() for name, image in self._images.items()}, "state": self.state}
 
     def render_camera(self, name: str, height: int, width: int) -> np.ndarray:
         """An image uint8 [H,W,3] of the current state at any size, e.g. for videos."""
