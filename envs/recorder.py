@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,8 @@ def record(
     with _explained(work):
         _prepare(work, request, resume)
         _assemble(work, settings, episodes, workers, video, suite_name)
-        (work / "dataset" / RECORDING_FILE).write_text(json.dumps(request | {"episodes": episodes}, indent=1))
+        made = {"episodes": episodes, "simulation": {"mujoco": version("mujoco"), **suite.settings}}
+        (work / "dataset" / RECORDING_FILE).write_text(json.dumps(request | made, indent=1))
         if output.is_dir():
             output.rmdir()  # empty, or `_finished` would have refused it
         os.replace(work / "dataset", output)
