@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cogvla.policy.engine.engine import EncodedText, Engine, EngineConfig
+from cogvla.policy.engine.network import not_fusible
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model import CogVLA, ModelInput, TextFeatures
 from cogvla.policy.preprocess import Preprocessor
@@ -39,8 +40,9 @@ class CogVLAPolicy:
         self._text: tuple[tuple[str, ...], TextFeatures | EncodedText] | None = None
 
     def with_engine(self, config: EngineConfig) -> CogVLAPolicy:
-        """The same policy, run as the configuration says."""
-        engine = None if config.kind == "plain" else Engine(self.model, config)
+        """The same policy, run as the configuration says; `auto` leaves a model plain that cannot be fused."""
+        plain = config.kind == "plain" or (config.kind == "auto" and not_fusible(self.model) is not None)
+        engine = None if plain else Engine(self.model, config)
         return CogVLAPolicy(self.model, self.preprocessor, self._description, engine)
 
     @property

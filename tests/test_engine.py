@@ -178,6 +178,7 @@ def test_what_cannot_be_fused_is_said() -> None:
     policy.model.decoder.llm.layers[0].mlp.up_proj = torch.nn.Sequential(torch.nn.Linear(16, 16))
     with pytest.raises(ValueError, match=r"merge adapters first.*engine.kind=plain"):
         policy.with_engine(EngineConfig("eager"))
+    assert policy.with_engine(EngineConfig()).describe()["engine"] == "plain"
 
 
 @pytest.mark.parametrize(
