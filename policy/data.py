@@ -133,7 +133,7 @@ class DemonstrationData:
         columns = {name: torch.from_numpy(array) for name, array in cache.columns.items()}
         action_NA = columns.pop("action")
         if config.gripper is not None:
-            action_NA = _convert_gripper(action_NA, config.gripper, embodiment)
+            action_NA = convert_gripper(action_NA, config.gripper, embodiment)
         data = cls(
             pixels_NVCHW=torch.from_numpy(cache.frames_NVCHW),
             state_NS=columns.pop("state"),
@@ -289,7 +289,7 @@ class TrainingBatches:
         return order
 
 
-def _convert_gripper(action_NA: Tensor, convention: GripperConvention, embodiment: Embodiment) -> Tensor:
+def convert_gripper(action_NA: Tensor, convention: GripperConvention, embodiment: Embodiment) -> Tensor:
     """Map the data set's open and close values to the embodiment's, linearly in between."""
     if not 0 <= convention.index < action_NA.shape[1]:
         raise ValueError(f"data.gripper.index {convention.index} is outside the {action_NA.shape[1]} action dimensions")

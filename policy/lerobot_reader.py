@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -178,18 +178,25 @@ class LeRobotReader:
         for view, key in enumerate(self.mapping.cameras):
             yield from self._video_parts(view, key) if self._kind(key) == "video" else self._image_parts(view)
 
-    def decode(self, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def decode(self, part: Part, only: Collection[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Pairs of places [f] in the data set and frames uint8 [f,3,H,W] as they were recorded.
+
+        `only` some places of the data set, where not all are wanted.
 
         Raises:
             ValueError: a frame cannot be decoded.
         """
         if part.timestamps is not None:
-            yield from self._decode_video(part)
+            chosen = np.ones(len(part.rows), bool) if only is None else np.isin(part.rows, list(only))
+            timestamps = tuple(t for t, wanted in zip(part.timestamps, chosen, strict=True) if wanted)
+            yield from self._decode_video(replace(part, rows=part.rows[chosen], timestamps=timestamps))
             return
         key = self.mapping.cameras[part.view]
         table = _parquet(part.source, [key], part.row_group, self._footer(part.source))
-        for row, image in zip(part.rows, table.column(key).to_pylist(), strict=True):
+        for row, value in zip(part.rows, table.column(key), strict=True):
+            if only is not None and row not in only:
+                continue
+            image = value.as_py()
             try:
                 source = io.BytesIO(image["bytes"]) if image["bytes"] else self.root / image["path"]
                 with Image.open(source) as opened:
