@@ -14,6 +14,7 @@ from cogvla.policy.heads.registry import HEADS
 from cogvla.routing.aggregation import FUSIONS
 from cogvla.routing.attention import ATTENTION
 from cogvla.routing.pruning import MODES, POSITION_POLICIES, SCALES
+from cogvla.routing.router import RouterConfig
 from cogvla.routing.schedule import keep_ratios
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -166,6 +167,7 @@ class RoutingConfig:
             tokens (faithful) or of `visual_only` vision tokens, or for vision tokens also the attention `values`. Only
             the last one teaches the router of the last layer, where nothing reads a vision token's MLP output.
         attention: stage 3, `coupled`; `causal` and `bidirectional` are ablations.
+        router: another router of vision tokens, alone or together with these stages, see `routing.router`.
     """
 
     efa: bool = True
@@ -180,6 +182,7 @@ class RoutingConfig:
     position_policy: Literal["keep", "renumber"] = "keep"
     scale: Literal["all", "visual_only", "values"] = "values"
     attention: Literal["coupled", "causal", "bidirectional"] = "coupled"
+    router: RouterConfig = field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
         _one_of("routing.fusion", self.fusion, FUSIONS)
@@ -189,6 +192,14 @@ class RoutingConfig:
         _one_of("routing.scale", self.scale, SCALES)
         _one_of("routing.attention", self.attention, ATTENTION)
         keep_ratios(self.schedule, 2, self.mean_keep, self.period)
+        router = self.router
+        if router.name is not None and router.mode == "bypass" and router.layers and self.lfp:
+            raise ValueError("a router that bypasses layers takes the place of LFP: set routing.lfp=false")
+        if router.name is not None and self.position_policy == "renumber" and router.position != "compact":
+            raise ValueError(
+                f"routing.position_policy=renumber numbers tokens anew in every layer, which does not go with "
+                f"router.position={router.position}: set router.position=compact"
+            )
 
     def keep_ratios(self, layers: int) -> tuple[float | None, ...]:
         """Keep ratio per layer, None where the layer is not routed."""

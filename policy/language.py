@@ -11,8 +11,9 @@ D width, H heads, G key/value heads, E head width, U = 2E.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,20 @@ class Trace:
     kept: dict[int, Tensor] = field(default_factory=dict)
 
 
+class LayerRouting(Protocol):
+    """Another router than LFP's between or in the layers, see `policy.layer_router`."""
+
+    def shorten(
+        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
+    ) -> tuple[Tensor, Frame, Tensor | None]:
+        """The sequence before layer `index`: what is left of it, its frame, and the vision tokens kept, if any went."""
+
+    def choose(
+        self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext
+    ) -> Selection | None:
+        """The tokens that take part in layer `index`; None: all."""
+
+
 class RoutedDecoder(nn.Module):
     """Sequence [B,S,D] in, one state per action token [B,J,D] out. `recompute` saves memory in training.
 
@@ -91,43 +106,66 @@ class RoutedDecoder(nn.Module):
         """Token ids to embeddings."""
         return self.llm.embed_tokens(ids)
 
-    def context(self, layout: TokenLayout, text_mask_BT: Tensor) -> DecoderContext:
-        """What the layers need to know about a sequence besides its embeddings; `text_mask_BT` is False on padding."""
-        return DecoderContext(self, layout, text_mask_BT)
+    def context(self, layout: TokenLayout, text_mask_BT: Tensor, gap: int = 0) -> DecoderContext:
+        """What the layers need to know about a sequence besides its embeddings, see `DecoderContext`."""
+        return DecoderContext(self, layout, text_mask_BT, gap)
 
-    def forward(self, x_BSD: Tensor, context: DecoderContext, trace: Trace | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        context: DecoderContext,
+        trace: Trace | None = None,
+        position_BN: Tensor | None = None,
+        routing: LayerRouting | None = None,
+    ) -> Tensor:
         """Run all layers; with a `trace`, every row of every layer is computed and remembered.
 
         Args:
             x_BSD: embeddings in the order of the context's layout.
             context: of these instructions.
             trace: filled in place.
+            position_BN: of the vision tokens, where they are not simply numbered; may be fractions.
+            routing: of the layers, besides LFP.
         """
-        now = context.whole
+        now = context.whole if position_BN is None else context.placed(position_BN)
         current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
-        for index in range(len(self.llm.layers)):
+        for index, layer in enumerate(self.llm.layers):
+            if routing is not None:
+                x_BSD, now, left_BK = routing.shorten(layer, index, x_BSD, now, context)
+                if trace is not None and left_BK is not None:
+                    current_BN = trace.kept[index] = left_BK if current_BN is None else current_BN.gather(1, left_BK)
             # A traced pass wants every row of every layer.
-            x_BSD, now, kept_BK = call(self.recompute, self._routed, index, x_BSD, now, context, trace is not None)
+            x_BSD, now, kept_BK = call(
+                self.recompute, self._routed, index, x_BSD, now, context, trace is not None, routing
+            )
             if trace is not None:
                 trace.hidden[index] = x_BSD
             if trace is not None and kept_BK is not None:
                 kept_BK = kept_BK if current_BN is None else current_BN.gather(1, kept_BK)
                 trace.kept[index] = kept_BK
-                current_BN = kept_BK if self.routing.mode == "drop" else None
+                current_BN = kept_BK if self.routing.mode == "drop" else current_BN
         read_BQD = x_BSD if trace is None else x_BSD[:, self.read_rows(now.layout)]
-        return _norm(self.llm.norm, self._action_states(read_BQD, context))
+        return normed(self.llm.norm, self._action_states(read_BQD, context))
 
     def _routed(
-        self, index: int, x_BSD: Tensor, now: _Frame, context: DecoderContext, every_row: bool
-    ) -> tuple[Tensor, _Frame, Tensor | None]:
+        self,
+        index: int,
+        x_BSD: Tensor,
+        now: Frame,
+        context: DecoderContext,
+        every_row: bool,
+        routing: LayerRouting | None = None,
+    ) -> tuple[Tensor, Frame, Tensor | None]:
         """Layer number `index`: its output, the frame of the output, and the vision tokens kept, if it is routed."""
         layer, ratio, last = self.llm.layers[index], self.ratios[index], index == len(self.llm.layers) - 1
         read = self.read_rows if last and not every_row else None
-        h_BSD = _norm(layer.input_layernorm, x_BSD)
-        if ratio is None:
+        h_BSD = normed(layer.input_layernorm, x_BSD)
+        chosen = None if routing is None else routing.choose(layer, index, h_BSD, now, context)
+        if ratio is not None:
+            count = min(keep_count(context.layout.vision, ratio), now.layout.vision)
+            chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count)
+        if chosen is None:
             return _layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout)), now, None
-        count = min(keep_count(context.layout.vision, ratio), now.layout.vision)
-        chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count)
         frame = context.pruned(chosen, before=now)
         out_BSD = _layer(
             layer,
@@ -157,7 +195,7 @@ class RoutedDecoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """What attention needs for one set of tokens; `turn` is cosine and sine, which carries the rotation's sign."""
 
     layout: TokenLayout
@@ -174,44 +212,56 @@ class DecoderContext:
         decoder: whose sequences they are.
         layout: of the whole sequence.
         text_mask_BT: False on padding.
+        gap: positions left free after the vision tokens, for those that were routed away before; negative where vision
+            tokens take less than a position each. Their own positions then come with every forward pass.
     """
 
-    def __init__(self, decoder: RoutedDecoder, layout: TokenLayout, text_mask_BT: Tensor) -> None:
+    def __init__(self, decoder: RoutedDecoder, layout: TokenLayout, text_mask_BT: Tensor, gap: int = 0) -> None:
         like = decoder.llm.embed_tokens.weight
         self.layout, self.renumber = layout, decoder.routing.position_policy == "renumber"
         valid_BS = layout.valid(text_mask_BT)
         self.summary_B1T = context_weights(layout, valid_BS, like.dtype)
         self.mask_B1SS = additive(attention_mask(layout, valid_BS, decoder.routing.attention), like.dtype)
+        self.text_mask_BT = text_mask_BT
         self.position_BS = layout.positions(valid_BS)
+        if gap:
+            self.position_BS[:, layout.rest] += gap
         word_T = torch.arange(1, layout.text + 1, device=like.device)
         self.last_word_B11 = (text_mask_BT * word_T).amax(1)[:, None, None]
         # Rotations of positions 0..S-1, looked up by every layer: no position is larger.
-        cos_1SE, sin_1SE = decoder.llm.rotary_emb(like, torch.arange(layout.length, device=like.device)[None])
-        first_SF, second_SF = sin_1SE[0].chunk(2, dim=-1)
-        self.turn_SU = torch.cat((cos_1SE[0], -first_SF, second_SF), dim=-1)
+        positions_1S = torch.arange(layout.length + max(gap, 0), device=like.device)[None]
+        self._rotary = lambda position_BN: _turn(*decoder.llm.rotary_emb(like, position_BN))
+        self.turn_SU = self._rotary(positions_1S)[0]
         self.whole = self._numbered(layout, 0, self.mask_B1SS)
         self._masks: dict[int, Tensor] = {}
 
-    def pruned(self, chosen: Selection, before: _Frame) -> _Frame:
+    def placed(self, position_BN: Tensor) -> Frame:
+        """The whole sequence with its vision tokens at these positions, which may be fractions."""
+        turn_BSU, layout = self.whole.turn_BSU, self.layout
+        vision_BNU = self._rotary(position_BN)
+        turn_BSU = torch.cat((turn_BSU[:, layout.bos], vision_BNU, turn_BSU[:, layout.rest]), dim=1)
+        return Frame(layout, self.mask_B1SS, turn_BSU)
+
+    def pruned(self, chosen: Selection, before: Frame, renumber: bool = False) -> Frame:
         """The frame of the tokens chosen from `before`."""
         # Vision tokens are alike to the mask and follow bos, so leaving any of them out is leaving out the first rows.
         fewer = self.layout.vision - chosen.layout.vision
         if fewer not in self._masks:
             self._masks[fewer] = self.mask_B1SS[:, :, fewer:, fewer:].contiguous()
-        if self.renumber:
+        if self.renumber or renumber:
             return self._numbered(chosen.layout, fewer, self._masks[fewer])
-        return _Frame(chosen.layout, self._masks[fewer], take_rows(before.turn_BSU, chosen.rows))
+        return Frame(chosen.layout, self._masks[fewer], take_rows(before.turn_BSU, chosen.rows))
 
-    def _numbered(self, layout: TokenLayout, fewer: int, mask_B1SS: Tensor) -> _Frame:
+    def _numbered(self, layout: TokenLayout, fewer: int, mask_B1SS: Tensor) -> Frame:
         position_BS = self.position_BS[:, fewer:] - fewer
-        return _Frame(layout, mask_B1SS, self.turn_SU[position_BS])
+        return Frame(layout, mask_B1SS, self.turn_SU[position_BS])
 
 
 def _layer(
     layer: Any,
     x_BSD: Tensor,
     h_BSD: Tensor,
-    frame: _Frame,
+    frame: Frame,
     *,
     factor_BS1: Tensor | None = None,
     scale_values: bool = False,
@@ -220,24 +270,42 @@ def _layer(
     """One transformer layer on residual `x` and its normalised form `h`; of the output, only `rows` are computed."""
     rows = rows or slice(None)
     attention = layer.self_attn
-    cos_B1SE, sin_B1SE = frame.turn_BSU[:, None].chunk(2, dim=-1)
-    head_width = cos_B1SE.shape[-1]
-    split = "b s (h e) -> b h s e"
-    q_BHQE = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
-    k_BGSE = rearrange(attention.k_proj(h_BSD), split, e=head_width)
+    head_width, split = frame.turn_BSU.shape[-1] // 2, "b s (h e) -> b h s e"
+    q_BHQE, k_BGSE = _queries_and_keys(attention, h_BSD, frame, rows)
     v_BSD = attention.v_proj(h_BSD)
     v_BGSE = rearrange(v_BSD * factor_BS1 if scale_values and factor_BS1 is not None else v_BSD, split, e=head_width)
-    q_BHQE = _rotate(q_BHQE, cos_B1SE[:, :, rows], sin_B1SE[:, :, rows])
-    k_BGSE = _rotate(k_BGSE, cos_B1SE, sin_B1SE)
     if groups := q_BHQE.shape[1] // k_BGSE.shape[1] - 1:
         k_BGSE, v_BGSE = (t.repeat_interleave(groups + 1, dim=1) for t in (k_BGSE, v_BGSE))
     o_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BGSE, v_BGSE, attn_mask=frame.mask_B1SS[:, :, rows])
     x_BQD = x_BSD[:, rows] + attention.o_proj(rearrange(o_BHQE, "b h q e -> b q (h e)"))
-    out_BQD = layer.mlp(_norm(layer.post_attention_layernorm, x_BQD))
+    out_BQD = layer.mlp(normed(layer.post_attention_layernorm, x_BQD))
     return x_BQD + out_BQD if factor_BS1 is None else torch.addcmul(x_BQD, out_BQD, factor_BS1[:, rows])
 
 
-def _norm(norm: Any, x: Tensor) -> Tensor:
+def _queries_and_keys(attention: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> tuple[Tensor, Tensor]:
+    """Rotated queries of some rows and keys of all."""
+    cos_B1SE, sin_B1SE = frame.turn_BSU[:, None].chunk(2, dim=-1)
+    head_width, split = cos_B1SE.shape[-1], "b s (h e) -> b h s e"
+    q_BHQE = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
+    k_BGSE = rearrange(attention.k_proj(h_BSD), split, e=head_width)
+    return _rotate(q_BHQE, cos_B1SE[:, :, rows], sin_B1SE[:, :, rows]), _rotate(k_BGSE, cos_B1SE, sin_B1SE)
+
+
+def attention_rows(layer: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> Tensor:
+    """Attention [B,Q,S], float32 mean over heads, with which these rows would look at everything in this layer."""
+    q_BHQE, k_BGSE = _queries_and_keys(layer.self_attn, h_BSD, frame, rows)
+    k_BHSE = k_BGSE.repeat_interleave(q_BHQE.shape[1] // k_BGSE.shape[1], dim=1)
+    logits_BHQS = (q_BHQE @ k_BHSE.mT).float() * math.sqrt(1 / q_BHQE.shape[-1])
+    return (logits_BHQS + frame.mask_B1SS[:, :, rows].float()).softmax(-1).mean(1)
+
+
+def _turn(cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
+    """Cosine and sine as one, the first half of the sine negated, see `_rotate`."""
+    first_BSF, second_BSF = sin_BSE.chunk(2, dim=-1)
+    return torch.cat((cos_BSE, -first_BSF, second_BSF), dim=-1)
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
     """The layer's own RMSNorm, in one operation where weight and input have one precision (autocast mixes them)."""
     if norm.weight.dtype != x.dtype:
         return norm(x)

@@ -6,7 +6,8 @@ A action dimension, J action tokens, D language width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from cogvla.policy.heads.interface import HeadSizes
 from cogvla.policy.heads.registry import HEADS
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.language import DecoderContext, RoutedDecoder, Trace
+from cogvla.policy.token_router import PolicyRouter, Routed
 from cogvla.policy.vision import DualVision, VisionCondition
 from cogvla.routing.aggregation import two_layer
 from cogvla.routing.layout import TokenLayout
@@ -31,15 +33,19 @@ class ModelInput:
         text_ids: int64 [B,T], without bos and stop.
         text_mask: bool [B,T], False on padding.
         state: float [B,S], normalised.
+        draw: int64 [B,2], what a token router's randomness follows from in training: a seed for every sample, and one
+            that all samples of a step share; None otherwise.
     """
 
     pixels: Tensor
     text_ids: Tensor
     text_mask: Tensor
     state: Tensor
+    draw: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ModelInput:
-        return ModelInput(*(getattr(self, f.name).to(device) for f in fields(self)))
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ModelInput(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,9 @@ class ModelOutput:
     that the language model was given, and the states [B,J,D] of the action tokens that the head reads.
 
     `gaze`, if asked for: per tower the logarithm of the aggregation tokens' attention to the patches, [B*V,h,M,P].
-    `debug` holds, if asked for: `kept` and `hidden` by layer, `streams` (tower outputs), `stream_weights` [B,2].
+    `debug` holds, if asked for: `kept` and `hidden` by layer, `streams` (tower outputs), `stream_weights` [B,2], and
+    with a token router before the language model its answer as `routed`.
+    `losses` are the auxiliary objectives of token routers, already weighted.
     """
 
     actions: Tensor
@@ -56,6 +64,7 @@ class ModelOutput:
     states: Tensor
     debug: dict[str, Any] | None = None
     gaze: list[Tensor] | None = None
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,10 @@ class CogVLA(nn.Module):
         self.placeholder: nn.Parameter | None = None
         if config.head.placeholder == "learned":
             self.placeholder = nn.Parameter(torch.randn(self.action_tokens, width))
+        self.router: PolicyRouter | None = None
+        if config.routing.router.name is not None:
+            views = len(embodiment.cameras)
+            self.router = PolicyRouter(config.routing, self.vision, views, width, config.language.layers)
         ids = torch.tensor([config.language.bos_token, config.language.stop_token])
         self.register_buffer("special_ids", ids, persistent=False)
 
@@ -129,17 +142,26 @@ class CogVLA(nn.Module):
     @property
     def vision_tokens(self) -> int:
         """N, vision tokens of all views in the language model's sequence."""
-        return self.vision.tokens
+        return self.vision.tokens if self.router is None else self.router.tokens
 
-    def encode_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> TextFeatures:
-        """Embeddings, FiLM parameters, stream weights, mask and positions of an instruction."""
+    def encode_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor, budget: int | float | None = None) -> TextFeatures:
+        """Embeddings, FiLM parameters, stream weights, mask and positions of an instruction.
+
+        Args:
+            text_ids_BT, text_mask_BT: see `ModelInput`.
+            budget: of the token router, instead of the configured one.
+        """
         embedded_BTD = self.decoder.embed(text_ids_BT)
         weight_BT1 = text_mask_BT[..., None].to(embedded_BTD.dtype)
         total_BD, count_B1 = (embedded_BTD * weight_BT1).sum(1), weight_BT1.sum(1)
         if self.config.routing.summary == "faithful":
             total_BD, count_B1 = total_BD + self.decoder.embed(self.special_ids).sum(0), count_B1 + 2
-        layout = TokenLayout(vision=self.vision_tokens, text=text_mask_BT.shape[1], action=self.action_tokens)
-        context = self.decoder.context(layout, text_mask_BT)
+        vision, gap = self.vision_tokens, 0
+        if self.router is not None:
+            vision = vision if budget is None else self.router.leaves(budget)
+            gap = self.router.gap(vision)
+        layout = TokenLayout(vision=vision, text=text_mask_BT.shape[1], action=self.action_tokens)
+        context = self.decoder.context(layout, text_mask_BT, gap)
         bos_1D, stop_1D = self.decoder.embed(self.special_ids).split(1)
         zeros_JD = embedded_BTD.new_zeros(self.action_tokens, self.width)
         answer_RD = torch.cat((zeros_JD if self.placeholder is None else self.placeholder, stop_1D))
@@ -165,24 +187,49 @@ class CogVLA(nn.Module):
             decode: False leaves out the actions; training asks the head for its error on the states instead.
         """
         gaze: list[Tensor] | None = [] if watch else None
-        text = text or self.encode_text(inputs.text_ids, inputs.text_mask)
-        streams = self.vision.streams(inputs.pixels, text.vision, gaze)
-        output = self.decide(self.vision.fusion(streams, text.vision.weights_B2), inputs.state, text, debug, decode)
+        routed: Routed | None = None
+        if self.router is None:
+            text = text or self.encode_text(inputs.text_ids, inputs.text_mask)
+            streams = self.vision.streams(inputs.pixels, text.vision, gaze)
+            vision_BND = self.vision.fusion(streams, text.vision.weights_B2)
+        else:
+            budget = self.router.drawn_budget(inputs.draw)
+            text = text or self.encode_text(inputs.text_ids, inputs.text_mask, budget)
+            probe = self.router.probe()
+            streams = self.vision.streams(inputs.pixels, text.vision, gaze, probe)
+            draw_B = self.router.draws(inputs.state) if inputs.draw is None else inputs.draw[:, 0]
+            words_BTD, mask_BT = text.tail_BRD[:, : text.context.layout.text], text.context.text_mask_BT
+            weights_B2, pixels = text.vision.weights_B2, inputs.pixels
+            routed = self.router(
+                streams, self.vision.fusion, weights_B2, words_BTD, mask_BT, pixels, draw_B, probe, budget
+            )
+            vision_BND = routed.vision_BKD
+        output = self.decide(vision_BND, inputs.state, text, debug, decode, routed)
         if output.debug is not None:
             output.debug.update(streams=streams, stream_weights=text.vision.weights_B2)
         return output if gaze is None else replace(output, gaze=gaze)
 
     def decide(
-        self, vision_BND: Tensor, state_BS: Tensor, text: TextFeatures, debug: bool = False, decode: bool = True
+        self,
+        vision_BND: Tensor,
+        state_BS: Tensor,
+        text: TextFeatures,
+        debug: bool = False,
+        decode: bool = True,
+        routed: Routed | None = None,
     ) -> ModelOutput:
         """From mixed vision tokens, normalised state and instruction to actions: stages 2 and 3 and the head."""
         batch, dtype = len(state_BS), vision_BND.dtype
         state_B1D = self.state(state_BS.to(dtype))[:, None]
         sequence_BSD = torch.cat((text.bos_B1D.to(dtype), vision_BND, state_B1D, text.tail_BRD.to(dtype)), dim=1)
         trace = Trace() if debug else None
-        action_BJD = self.decoder(sequence_BSD, text.context, trace)
+        placed = (None, None) if routed is None else (routed.position_BK, routed.layers)
+        action_BJD = self.decoder(sequence_BSD, text.context, trace, *placed)
         actions_BKA = self.head(action_BJD) if decode else action_BJD.new_empty(batch, 0, self.embodiment.action_dim)
+        losses = {} if routed is None else routed.losses()
         if trace is None:
-            return ModelOutput(actions_BKA, vision_BND, action_BJD)
+            return ModelOutput(actions_BKA, vision_BND, action_BJD, losses=losses)
         inside = {"kept": trace.kept, "hidden": trace.hidden, "layout": text.context.layout}
-        return ModelOutput(actions_BKA, vision_BND, action_BJD, inside)
+        if routed is not None:
+            inside["routed"] = routed.tokens
+        return ModelOutput(actions_BKA, vision_BND, action_BJD, inside, losses=losses)

@@ -12,6 +12,7 @@ C channels*patch^2, W tower width, D language width, L blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +31,8 @@ from cogvla.routing.aggregation import AggregationTokens, StreamFusion
 from cogvla.routing.film import FiLM, modulate
 
 WHITE = 255.0  # of a byte
+Probe = Callable[[int, Any, Tensor], None]
+"""Is shown the number of a block, the block, and its input [X,P',W] with all prefix tokens."""
 
 
 def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> Any:
@@ -106,6 +109,7 @@ class VisionTower(nn.Module):
             raise ValueError(f"images of {image_size} pixels cannot be cut into patches of {tower.patch_size}")
         self.vit: Any = build_vit(tower, image_size, config.drop_last_block)
         self.patch_size, self.recompute = tower.patch_size, False
+        self.prefix, self.has_cls = self.vit.num_prefix_tokens, self.vit.cls_token is not None
         self.width: int = self.vit.embed_dim
         self.computed = len(self.vit.blocks) - (not config.drop_last_block)
         mean, std = torch.tensor(tower.mean, dtype=torch.float32), torch.tensor(tower.std, dtype=torch.float32)
@@ -125,11 +129,17 @@ class VisionTower(nn.Module):
         bias_W = projection.bias.float() - weight_WcK.sum(2) @ self.offset.float()
         return (weight_WcK * (self.gain[:, None] / WHITE)).flatten(1).to(dtype), bias_W.to(dtype)
 
-    def forward(self, x_XPW: Tensor, film: tuple[Tensor, Tensor] | None, gaze: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x_XPW: Tensor,
+        film: tuple[Tensor, Tensor] | None,
+        gaze: list[Tensor] | None = None,
+        probe: Probe | None = None,
+    ) -> Tensor:
         """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W].
 
         A list given as `gaze` receives where the aggregation tokens look in the last block: the logarithm of their
-        attention to the patches, [X,h,M,P].
+        attention to the patches, [X,h,M,P]. Without EFA, a `probe` is shown every block.
         """
         vit = self.vit
         x = x_XPW
@@ -140,7 +150,9 @@ class VisionTower(nn.Module):
             x = torch.cat((*prefix, x), dim=1) + vit.pos_embed
         x = vit.norm_pre(x)
         if self.aggregation is None or film is None:
-            for block in vit.blocks[: self.computed]:
+            for index, block in enumerate(vit.blocks[: self.computed]):
+                if probe is not None:
+                    probe(index, block, x)
                 x = call(self.recompute, block, x)
             return x[:, vit.num_prefix_tokens :]
         x = self.aggregation.append_to(x)
@@ -243,7 +255,8 @@ class DualVision(nn.Module):
         fusion = routing.fusion if routing.efa else "concat"
         self.fusion = StreamFusion([tower.width for tower in self._towers()], width, fusion)
         first = self._towers()[0]
-        patches = (image_size[0] // first.patch_size) * (image_size[1] // first.patch_size)
+        self.grid: tuple[int, int] = tuple(side // first.patch_size for side in image_size)
+        patches = self.grid[0] * self.grid[1]
         self.tokens = len(embodiment.cameras) * (config.aggregation_tokens if routing.efa else patches)
 
     def condition(self, summary_BD: Tensor) -> VisionCondition:
@@ -253,11 +266,15 @@ class DualVision(nn.Module):
         return VisionCondition(embeddings, films, self.fusion.weights(summary_BD))
 
     def streams(
-        self, pixels_BVCHW: Tensor, condition: VisionCondition, gaze: list[Tensor] | None = None
+        self,
+        pixels_BVCHW: Tensor,
+        condition: VisionCondition,
+        gaze: list[Tensor] | None = None,
+        probe: Probe | None = None,
     ) -> list[Tensor]:
         """Pixels, uint8 or float in [0,1], to the tokens of each tower before projection, [B,V*N,W].
 
-        `gaze` receives one entry per tower, see `VisionTower.forward`.
+        `gaze` receives one entry per tower, see `VisionTower.forward`; `probe` is shown the first tower.
         """
         views = pixels_BVCHW.shape[1]
         patches: dict[int, Tensor] = {}
@@ -266,7 +283,7 @@ class DualVision(nn.Module):
             size = tower.patch_size
             if size not in patches:
                 patches[size] = cut_patches(pixels_BVCHW, size, tower.vit.patch_embed.proj.weight.dtype)
-            x_XNW = tower(F.linear(patches[size], *embedding), film, gaze)
+            x_XNW = tower(F.linear(patches[size], *embedding), film, gaze, None if streams else probe)
             streams.append(rearrange(x_XNW, "(b v) n w -> b (v n) w", v=views))
         return streams
 

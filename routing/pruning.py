@@ -28,13 +28,13 @@ class Selection:
         rows: kept tokens of the whole batch as rows of the flattened [B*S,D] sequence.
         layout: the layout of the kept sequence.
         factor_BS1: the router's probability for every kept vision token, [B,S',1]; for the other tokens 1, or their own
-            probability where the router scores them too.
+            probability where the router scores them too. None: 1 for all.
     """
 
     kept_BK: Tensor
     rows: Tensor
     layout: TokenLayout
-    factor_BS1: Tensor
+    factor_BS1: Tensor | None = None
 
 
 class FiLMRouter(nn.Module):
@@ -71,9 +71,7 @@ class FiLMRouter(nn.Module):
         kept_BK = score_BN.detach().topk(count, dim=1, sorted=False).indices.sort(dim=1).values
         probability_BK1 = score_BN.gather(1, kept_BK).sigmoid()[..., None]
 
-        row_BS = torch.arange(h_BSD.shape[0] * layout.length, device=h_BSD.device).view(-1, layout.length)
-        kept_row_BK = row_BS[:, layout.visual].gather(1, kept_BK)
-        rows = torch.cat((row_BS[:, layout.bos], kept_row_BK, row_BS[:, layout.rest]), dim=1).flatten()
+        rows = rows_of(layout, kept_BK)
         if self.score_all:
             bos_B11, rest_BR1 = (self.logits(h_BSD[:, s]).softmax(-1)[..., 1:] for s in (layout.bos, layout.rest))
             factor_BS1 = torch.cat((bos_B11, probability_BK1, rest_BR1), dim=1)
@@ -87,6 +85,13 @@ def context_weights(layout: TokenLayout, valid_BS: Tensor, dtype: torch.dtype) -
     """Weights [B,1,T] that make the mean over state and text, leaving padding out."""
     context_BT = valid_BS[:, layout.context].to(dtype)
     return (context_BT / context_BT.sum(1, keepdim=True))[:, None]
+
+
+def rows_of(layout: TokenLayout, kept_BK: Tensor) -> Tensor:
+    """Rows of the flattened batch that stay when of the vision tokens only these do."""
+    row_BS = torch.arange(len(kept_BK) * layout.length, device=kept_BK.device).view(-1, layout.length)
+    kept_row_BK = row_BS[:, layout.visual].gather(1, kept_BK)
+    return torch.cat((row_BS[:, layout.bos], kept_row_BK, row_BS[:, layout.rest]), dim=1).flatten()
 
 
 def take_rows(x_BSD: Tensor, rows: Tensor) -> Tensor:

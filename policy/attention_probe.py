@@ -1,0 +1,63 @@
+"""Attention of a vision tower for routers that ask for it, computed beside the fused kernels and only where it is read.
+
+Shape legend: X rows (samples times views), N patches, S tokens with the prefix, h heads, C head width, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+FROM_VISION = frozenset({"attention_LBN", "received_BN", "attention_BNN", "keys_BNC"})
+"""Items of `RouterContext` that this gives."""
+
+
+class AttentionProbe:
+    """Is shown the blocks of a tower and keeps what was asked for, without gradients.
+
+    Args:
+        needs: which of `FROM_VISION`.
+        blocks: whose attention `attention_LBN` is; the other items are of the last of them.
+        prefix: tokens before the patches.
+        has_cls: whether the first of these is a [CLS] token; otherwise patches take its place.
+    """
+
+    def __init__(self, needs: Collection[str], blocks: Sequence[int], prefix: int, has_cls: bool) -> None:
+        self.needs, self.blocks, self.prefix, self.has_cls = FROM_VISION & set(needs), blocks, prefix, has_cls
+        self.rows: list[Tensor] = []
+        self.found: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, index: int, block: Any, x_XSW: Tensor) -> None:
+        if not self.needs or index not in self.blocks:
+            return
+        attention = block.attn
+        qkv_XSQ = attention.qkv(block.norm1(x_XSW))
+        q, k, _ = rearrange(qkv_XSQ, "x s (three h c) -> three x h s c", three=3, h=attention.num_heads)
+        q_XhSC, k_XhSC = attention.q_norm(q).float() * attention.scale, attention.k_norm(k).float()
+        patches, last = slice(self.prefix, None), index == self.blocks[-1]
+        if "attention_LBN" in self.needs and self.has_cls:
+            self.rows.append(_attention(q_XhSC[:, :, :1], k_XhSC)[:, 0, patches])
+        among_patches = self.needs & {"received_BN", "attention_BNN"} if last else frozenset()
+        if among_patches or ("attention_LBN" in self.needs and not self.has_cls):
+            attention_XNN = _attention(q_XhSC[:, :, patches], k_XhSC)[..., patches]
+            if not self.has_cls:
+                self.rows.append(attention_XNN.mean(1))
+            if last:
+                self.found |= {"attention_BNN": attention_XNN, "received_BN": attention_XNN.mean(1)}
+        if last and "keys_BNC" in self.needs:
+            self.found["keys_BNC"] = k_XhSC[:, :, patches].mean(1)
+
+    def items(self) -> dict[str, Tensor]:
+        """What was asked for, with X rows in place of B."""
+        rows = {"attention_LBN": torch.stack(self.rows)} if self.rows else {}
+        return {name: value for name, value in {**self.found, **rows}.items() if name in self.needs}
+
+
+def _attention(q_XhQC: Tensor, k_XhSC: Tensor) -> Tensor:
+    """Mean over heads, [X,Q,S]."""
+    return (q_XhQC @ k_XhSC.mT).softmax(-1).mean(1)

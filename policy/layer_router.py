@@ -1,0 +1,123 @@
+"""Routers between the layers of the language model: `policy.language.LayerRouting` by what is in `routing/routers`.
+
+The vision tokens of all views are one sequence here, and compete for all places.
+
+Shape legend: B batch, S sequence, N vision tokens now, K kept, D width, C width of attention keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cogvla.policy.language import DecoderContext, Frame, attention_rows, normed
+from cogvla.routing.pruning import Selection, rows_of
+from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
+
+FROM_LANGUAGE = frozenset(
+    {
+        "draw_B", "text_BTE", "attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "score_BN", "share_B2",
+        "neurons_BNF", "text_neurons_BTF",
+    }
+)  # fmt: skip
+"""Items of `RouterContext` that a language layer can give."""
+
+
+class LayerPass:
+    """One forward pass through the routed layers; keeps the scores of the tokens that are left.
+
+    Args:
+        routers: by layer, with the tokens that each leaves.
+        bypass: tokens not kept skip the layer; otherwise they are gone.
+        compact: number tokens anew when some are gone.
+        draw_B: seeds.
+        score_BN: of the router before the language model, if it gave any.
+        training: see `RouterContext`.
+    """
+
+    def __init__(
+        self,
+        routers: Mapping[int, tuple[TokenRouter, int]],
+        bypass: bool,
+        compact: bool,
+        draw_B: Tensor,
+        score_BN: Tensor | None,
+        training: bool,
+    ) -> None:
+        self.routers, self.bypass, self.compact = routers, bypass, compact
+        self.draw_B, self.score_BN, self.training = draw_B, score_BN, training
+        self.losses: dict[str, Tensor] = {}
+
+    def shorten(
+        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
+    ) -> tuple[Tensor, Frame, Tensor | None]:
+        if self.bypass or index not in self.routers:
+            return x_BSD, now, None
+        routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
+        place_BK, layout = routed.place_BK.round().long(), now.layout
+        chosen = Selection(place_BK, rows_of(layout, place_BK), layout.with_vision(place_BK.shape[1]))
+        if self.score_BN is not None:
+            self.score_BN = self.score_BN.gather(1, place_BK)
+        x_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BKD, x_BSD[:, layout.rest]), dim=1)
+        return x_BSD, context.pruned(chosen, before=now, renumber=self.compact), place_BK
+
+    def choose(self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext) -> Selection | None:
+        if not self.bypass or index not in self.routers:
+            return None
+        kept_BK = self._route(layer, index, h_BSD, h_BSD, now, context).index_BK
+        return Selection(kept_BK, rows_of(now.layout, kept_BK), now.layout.with_vision(kept_BK.shape[1]))
+
+    def _route(
+        self, layer: Any, index: int, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: DecoderContext
+    ) -> RoutedTokens:
+        router, budget = self.routers[index]
+        items = language_items(router.needs, layer, x_BSD, h_BSD, now, context)
+        if "text_BTE" in items:
+            items["text_mask_BT"] = context.text_mask_BT
+        if "score_BN" in router.needs:
+            items["score_BN"] = self.score_BN
+        items["draw_B"] = self.draw_B
+        routed: RoutedTokens = router(x_BSD[:, now.layout.visual], RouterContext(budget, self.training, **items))
+        self.losses |= {f"{name}_layer{index}": value for name, value in routed.losses.items()}
+        return routed
+
+
+def language_items(
+    needs: Collection[str], layer: Any, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: DecoderContext
+) -> dict[str, Any]:
+    """What the layer that comes next says about vision tokens; attention only if it is asked for."""
+    layout, items = now.layout, {}
+    visual, rest = layout.visual, layout.rest
+    if "text_BTE" in needs:
+        items["text_BTE"] = x_BSD[:, layout.words]
+    with torch.no_grad():
+        if "attention_LBN" in needs:
+            rows_BQS = attention_rows(layer, h_BSD, now, layout.actions)
+            items["attention_LBN"] = rows_BQS.mean(1)[None, :, visual]
+        if {"received_BN", "attention_BNN", "share_B2"} & set(needs):
+            vision_BNS = attention_rows(layer, h_BSD, now, visual)
+            items |= {"received_BN": vision_BNS[..., visual].mean(1), "attention_BNN": vision_BNS[..., visual]}
+        if "share_B2" in needs:
+            reading_BQS = attention_rows(layer, h_BSD, now, rest)
+            from_rest_B = reading_BQS[..., visual].sum(-1).mean(1)
+            items["share_B2"] = torch.stack((from_rest_B, vision_BNS[..., rest].sum(-1).mean(1)), dim=1)
+        if "keys_BNC" in needs:
+            head_width = now.turn_BSU.shape[-1] // 2
+            keys_BND = layer.self_attn.k_proj(h_BSD[:, visual])
+            items["keys_BNC"] = rearrange(keys_BND, "b n (h c) -> b n h c", c=head_width).float().mean(2)
+        if {"neurons_BNF", "text_neurons_BTF"} & set(needs):
+            items |= {
+                "neurons_BNF": _active(layer, x_BSD[:, visual]),
+                "text_neurons_BTF": _active(layer, x_BSD[:, layout.words]),
+            }
+    return items
+
+
+def _active(layer: Any, x_BND: Tensor) -> Tensor:
+    """Neurons of the MLP that these tokens would activate without the attention before it."""
+    h_BND = normed(layer.post_attention_layernorm, x_BND)
+    return layer.mlp.act_fn(layer.mlp.gate_proj(h_BND)) * layer.mlp.up_proj(h_BND) > 0

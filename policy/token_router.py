@@ -1,0 +1,280 @@
+"""A policy's token routers: what `routing.router` asks for, between the vision towers and the language model and in it.
+
+::
+
+    towers -> streams joined [B,V*N,W] -> ROUTER (encoder_out) -> fusion -> ROUTER (projector_out) -> language model
+                                                                       ROUTERS at `layers` (policy.layer_router) -^
+
+Each view is routed on its own, as a row of the batch, unless views are `joint`. Whatever a router needs of the towers
+is computed beside them and only then, so that the others keep the fused kernels.
+
+Shape legend: B batch, V views, X = B*V (or B with joint views), N tokens of a row, K kept of a row, W width of both
+streams, D language width, T text tokens, S state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from cogvla.policy.attention_probe import FROM_VISION, AttentionProbe
+from cogvla.policy.config import RoutingConfig
+from cogvla.policy.layer_router import FROM_LANGUAGE, LayerPass
+from cogvla.policy.vision import WHITE, DualVision
+from cogvla.routing.aggregation import StreamFusion
+from cogvla.routing.draws import children, seeds_of
+from cogvla.routing.registry import ROUTERS, build_router
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter, count_of
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What enters the language model.
+
+    Attributes:
+        vision_BKD: vision tokens of all views.
+        position_BK: in the sequence, may be fractions; None: simply numbered.
+        layers: for the decoder; None without routers in it.
+        tokens: what the router answered, views one after the other; None where it did not route before.
+    """
+
+    vision_BKD: Tensor
+    position_BK: Tensor | None
+    layers: LayerPass | None
+    tokens: RoutedTokens | None
+
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary objectives of all routers, known after the decoder has run."""
+        before = {} if self.tokens is None else dict(self.tokens.losses)
+        return before if self.layers is None else {**before, **self.layers.losses}
+
+
+class PolicyRouter(nn.Module):
+    """The routers of a policy.
+
+    Args:
+        routing: `routing.router` says which.
+        vision: the towers.
+        views: V.
+        width: D.
+        layers: of the language model.
+
+    Raises:
+        ValueError: an unknown router, one that needs what this policy cannot give, or a budget that it cannot keep to.
+    """
+
+    def __init__(self, routing: RoutingConfig, vision: DualVision, views: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.config = config = routing.router
+        assert config.name is not None
+        self.views, self.all_tokens, self.width = views, vision.tokens, width
+        self.rows = 1 if config.joint else views
+        self.patches = not routing.efa
+        self.grid = vision.grid if self.patches and not config.joint else None
+        towers = [tower for _, tower in vision.named_towers()]
+        self.widths = [tower.width for tower in towers]
+        self.blocks, self.prefix, self.has_cls = towers[0].computed, towers[0].prefix, towers[0].has_cls
+        self.stage = config.stage or (ROUTERS[config.name].stage if config.name in ROUTERS else "encoder_out")
+        self.before: TokenRouter | None = None
+        self.tokens = self.all_tokens
+        if self.stage != "llm_layer":
+            tokens, token_width = self.all_tokens // self.rows, sum(self.widths)
+            largest = max(count_of(budget, tokens) for budget in (config.budget, *config.train_budgets))
+            sizes = RouterSizes(
+                tokens, token_width if self.stage == "encoder_out" else width, width, self.grid, largest
+            )
+            self.before = self._build(config.name, self.stage, sizes, config.options)
+            self.tokens = self.leaves(config.budget)
+            for budget in config.train_budgets:
+                self.leaves(budget)
+        self.counts: dict[int, int] = {}
+        self.layers = nn.ModuleDict()
+        self._build_layers(layers)
+
+    def _build_layers(self, layers: int) -> None:
+        config, now = self.config, self.tokens
+        name = config.layer_router or config.name or ""
+        options = config.options if config.layer_router is None else None
+        budgets = config.layer_budgets or (config.budget,) * len(config.layers)
+        for layer, budget in sorted(zip(config.layers, budgets, strict=True)):
+            if not 0 <= layer < layers:
+                raise ValueError(f"router.layers names layer {layer}; the language model has layers 0 to {layers - 1}")
+            count = min(now, self.views * count_of(budget, self.all_tokens // self.views))
+            router = self._build(name, "llm_layer", RouterSizes(now, self.width, self.width, None, count), options)
+            if config.mode == "bypass" and not router.selects:
+                raise ValueError(f"router {name!r} makes new tokens, which cannot bypass a layer; set router.mode=drop")
+            self.counts[layer], self.layers[str(layer)] = count, router
+            now = now if config.mode == "bypass" else router.leaves(count)
+
+    def _build(self, name: str, stage: str, sizes: RouterSizes, options: Any) -> TokenRouter:
+        router = build_router(name, sizes, options)
+        given = self._given(stage)
+        if stage not in router.stages:
+            raise ValueError(f"router {name!r} works at {', '.join(router.stages)}, not at {stage}: set router.stage")
+        if missing := sorted(router.needs - given):
+            possible = sorted(known for known, kind in ROUTERS.items() if kind.needs <= given and stage in kind.stages)
+            raise ValueError(
+                f"router {name!r} needs {', '.join(missing)}, which this policy cannot give at {stage}"
+                f"{'' if self.patches else ' (routing.efa=false would keep the patches)'}; "
+                f"it gives {', '.join(sorted(given))}, with which these work: {', '.join(possible)}"
+            )
+        return router
+
+    def _given(self, stage: str) -> frozenset[str]:
+        """Items of the context that there are at a stage."""
+        if stage == "llm_layer":
+            scored = self.before is not None
+            return FROM_LANGUAGE - (set() if scored else {"score_BN"})
+        given = {"draw_B", "text_BTE", "projector" if stage == "encoder_out" else "encoder_BNW"}
+        if self.patches:
+            given |= FROM_VISION - ({"attention_BNN"} if self.config.joint else set())
+        if self.grid is not None:
+            given |= {"grid", "pixels_B3HW"}
+        return frozenset(given)
+
+    def leaves(self, budget: int | float) -> int:
+        """Tokens of all views that enter the language model."""
+        if self.before is None:
+            return self.all_tokens
+        return self.rows * self.before.leaves(count_of(budget, self.all_tokens // self.rows))
+
+    def gap(self, tokens: int) -> int:
+        """Positions that stay free after so many vision tokens, see `DecoderContext`."""
+        if self.before is None or self.config.position == "compact":
+            return 0
+        return math.ceil(self._step * self.all_tokens) - tokens
+
+    @property
+    def _step(self) -> float:
+        return self.config.position_step if self.config.position == "v2pe" else 1.0
+
+    def probe(self) -> AttentionProbe | None:
+        """What has to watch the first tower; None where nothing of it is read."""
+        if self.before is None or not self.before.needs & FROM_VISION:
+            return None
+        blocks = self.before.attention_blocks(self.blocks)
+        return AttentionProbe(self.before.needs, blocks, self.prefix, self.has_cls)
+
+    def draws(self, state_BS: Tensor) -> Tensor:
+        """Seeds [B] for observations with these states."""
+        if self.config.resample:
+            return seeds_of(state_BS, self.config.seed)
+        return torch.full((len(state_BS),), self.config.seed, dtype=torch.int64, device=state_BS.device)
+
+    def drawn_budget(self, draw_B2: Tensor | None) -> int | float | None:
+        """The budget of this training step; None: the configured one."""
+        if draw_B2 is None or not self.config.train_budgets:
+            return None
+        return self.config.train_budgets[int(draw_B2[0, 1]) % len(self.config.train_budgets)]
+
+    def forward(
+        self,
+        streams: Sequence[Tensor],
+        fusion: StreamFusion,
+        weights_B2: Tensor | None,
+        words_BTD: Tensor,
+        text_mask_BT: Tensor,
+        pixels_BVCHW: Tensor,
+        draw_B: Tensor,
+        probe: AttentionProbe | None,
+        budget: int | float | None = None,
+    ) -> Routed:
+        """From the towers' streams [B,V*N,W] to what enters the language model.
+
+        Args:
+            streams: one per tower.
+            fusion: of the streams.
+            weights_B2: of the streams, for `fusion`.
+            words_BTD, text_mask_BT: the instruction.
+            pixels_BVCHW: what the towers saw.
+            draw_B: seeds.
+            probe: of `probe()`, after it has watched.
+            budget: instead of the configured one.
+        """
+        routed: RoutedTokens | None = None
+        position_BK: Tensor | None = None
+        if self.before is None:
+            vision_BKD = fusion(streams, weights_B2)
+        else:
+            joined_BNW = torch.cat(list(streams), dim=-1)
+            weights_X2 = None if weights_B2 is None else weights_B2.repeat_interleave(self.rows, dim=0)
+
+            def project(x_XNW: Tensor) -> Tensor:
+                return fusion(x_XNW.split(self.widths, dim=-1), weights_X2)
+
+            count = count_of(self.config.budget if budget is None else budget, self.all_tokens // self.rows)
+            items = self._items(words_BTD, text_mask_BT, pixels_BVCHW, draw_B, probe)
+            x_XNC = joined_XNW = rearrange(joined_BNW, "b (r n) w -> (b r) n w", r=self.rows)
+            if self.stage == "projector_out":
+                x_XNC, items["encoder_BNW"] = project(joined_XNW), joined_XNW
+            else:
+                items["projector"] = project
+            context = RouterContext(count, self.training, **items)
+            routed = cast(RoutedTokens, self.before(x_XNC, context))
+            x_XKD = project(routed.tokens_BKD) if self.stage == "encoder_out" else routed.tokens_BKD
+            vision_BKD = rearrange(x_XKD, "(b r) k d -> b (r k) d", r=self.rows)
+            routed = self._together(routed, vision_BKD)
+            if self.config.position != "compact":
+                position_BK = 1 + (routed.place_BK if self._step == 1 else self._step * routed.place_BK)
+        layers = None
+        if self.layers:
+            routers = {
+                layer: (cast(TokenRouter, self.layers[str(layer)]), count) for layer, count in self.counts.items()
+            }
+            score_BN = None
+            if routed is not None and routed.score_BN is not None:
+                score_BN = routed.score_BN.gather(1, routed.place_BK.round().long())
+            bypass, compact = self.config.mode == "bypass", self.config.position == "compact"
+            layers = LayerPass(routers, bypass, compact, draw_B, score_BN, self.training)
+        return Routed(vision_BKD, position_BK, layers, routed)
+
+    def _items(
+        self,
+        words_BTD: Tensor,
+        text_mask_BT: Tensor,
+        pixels_BVCHW: Tensor,
+        draw_B: Tensor,
+        probe: AttentionProbe | None,
+    ) -> dict[str, Any]:
+        """The context of the rows, as far as the router needs it."""
+        assert self.before is not None
+        needs, rows = self.before.needs, self.rows
+        items: dict[str, Any] = {"grid": self.grid}
+        if "draw_B" in needs:
+            items["draw_B"] = rearrange(children(draw_B, rows), "b r -> (b r)")
+        if "text_BTE" in needs:
+            items["text_BTE"] = repeat(words_BTD, "b t d -> (b r) t d", r=rows)
+            items["text_mask_BT"] = repeat(text_mask_BT, "b t -> (b r) t", r=rows)
+        if "pixels_B3HW" in needs:
+            scale = 1.0 if pixels_BVCHW.dtype == torch.uint8 else WHITE
+            items["pixels_B3HW"] = pixels_BVCHW.flatten(0, 1).float() * scale
+        for name, value in ({} if probe is None else probe.items()).items():
+            if self.config.joint:  # one row of all views
+                pattern = {"attention_LBN": "l (b v) n -> l b (v n)", "received_BN": "(b v) n -> b (v n)"}
+                value = rearrange(value, pattern.get(name, "(b v) n c -> b (v n) c"), v=self.views)
+            items[name] = value
+        return items
+
+    def _together(self, routed: RoutedTokens, vision_BKD: Tensor) -> RoutedTokens:
+        """The answers of all rows of a sample as one, numbered through."""
+        row_tokens, kept = self.all_tokens // self.rows, routed.index_BK.shape[1]
+        row_X1 = torch.arange(self.rows, device=vision_BKD.device).repeat(len(vision_BKD))[:, None]
+
+        def joined(x_XN: Tensor) -> Tensor:
+            return rearrange(x_XN, "(b r) n -> b (r n)", r=self.rows)
+
+        index_XK, owner_XN = routed.index_BK, routed.owner_BN
+        return replace(
+            routed,
+            tokens_BKD=vision_BKD,
+            index_BK=joined(torch.where(index_XK < 0, -1, index_XK + row_X1 * row_tokens)),
+            place_BK=joined(routed.place_BK + row_X1 * row_tokens),
+            score_BN=None if routed.score_BN is None else joined(routed.score_BN),
+            owner_BN=None if owner_XN is None else joined(torch.where(owner_XN < 0, -1, owner_XN + row_X1 * kept)),
+        )

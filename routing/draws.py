@@ -1,0 +1,51 @@
+"""Random numbers that are a function of one seed per sample: the same alone and in a batch, on every device, without a
+state to save (SplitMix64 of Steele et al., "Fast splittable pseudorandom number generators", counted from the seed).
+
+Shape legend: B samples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685  # as signed numbers
+_BITS = 24  # what a float32 holds
+
+
+def uniform(draw_B: Tensor, *shape: int) -> Tensor:
+    """Numbers [B,*shape] in [0,1), float32, from seeds int64 [B]."""
+    counter = torch.arange(1, math.prod(shape) + 1, device=draw_B.device)
+    mixed = _mix(_mix(draw_B)[:, None] + counter * _STEP)
+    return (((mixed >> (64 - _BITS)) & (2**_BITS - 1)).float() / 2**_BITS).unflatten(1, shape)
+
+
+def normal(draw_B: Tensor, *shape: int) -> Tensor:
+    """Numbers [B,*shape] from the standard normal distribution, float32."""
+    inside = (uniform(draw_B, *shape) + 2.0 ** -(_BITS + 1)).clamp(max=1 - 2.0**-_BITS)
+    return torch.erfinv(2 * inside - 1) * math.sqrt(2)
+
+
+def seeds_of(x_BS: Tensor, seed: int) -> Tensor:
+    """One seed [B] per sample from what it holds: another observation draws anew, the same one draws the same."""
+    bits_BS = x_BS.float().contiguous().view(torch.int32).long()
+    order_S = torch.arange(1, bits_BS.shape[1] + 1, device=x_BS.device)
+    return _mix(bits_BS + order_S * _STEP).sum(1) + seed
+
+
+def children(draw_B: Tensor, count: int) -> Tensor:
+    """So many seeds [B,count] from each seed, for instance one per view."""
+    return _mix(draw_B[:, None] + torch.arange(1, count + 1, device=draw_B.device) * _FIRST)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shifted(z, 30)) * _FIRST
+    z = (z ^ _shifted(z, 27)) * _SECOND
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """To the right, filled with zeros."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)

@@ -1,0 +1,49 @@
+"""Every router by its name in `routing.router.name`. A new one is a file in `routing/routers` and a line here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from cogvla.routing.router import RouterSizes, TokenRouter
+from cogvla.routing.routers.grid_stride import GridStride
+from cogvla.routing.routers.identity import Identity
+from cogvla.routing.routers.random import Random
+from cogvla.routing.routers.spatial_pool import SpatialPool
+from cogvla.routing.routers.token_norm import TokenNorm
+
+ROUTERS: dict[str, type[TokenRouter]] = {
+    "identity": Identity,
+    "random": Random,
+    "grid_stride": GridStride,
+    "spatial_pool": SpatialPool,
+    "token_norm": TokenNorm,
+}
+
+
+def build_router(name: str, sizes: RouterSizes, options: Mapping[str, Any] | None = None) -> TokenRouter:
+    """The router of this name.
+
+    Args:
+        name: one of `ROUTERS`.
+        sizes: what it is built for.
+        options: keywords of its constructor.
+
+    Raises:
+        ValueError: an unknown name or option, or sizes that this router cannot work with.
+    """
+    if name not in ROUTERS:
+        raise ValueError(f"unknown router {name!r}; one of {', '.join(sorted(ROUTERS))}")
+    if sizes.grid is None and "grid" in ROUTERS[name].needs:
+        gridless = ", ".join(sorted(known for known, kind in ROUTERS.items() if "grid" not in kind.needs))
+        raise ValueError(
+            f"router {name!r} needs patches of a grid, and these tokens are none (routing.efa=false gives patches of "
+            f"each view, router.joint=false keeps views apart); without a grid work: {gridless}"
+        )
+    valid = [p.name for p in inspect.signature(ROUTERS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(set(options or {}) - set(valid)):
+        raise ValueError(
+            f"router {name!r} has no option {', '.join(unknown)}; it has {', '.join(valid) if valid else 'none'}"
+        )
+    return ROUTERS[name](sizes, **(options or {}))

@@ -1,0 +1,20 @@
+"""Control: all tokens stay, whatever the budget. What the interface itself costs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
+from cogvla.routing.selection import kept
+
+
+class Identity(TokenRouter):
+    """Keeps everything."""
+
+    def leaves(self, budget: int) -> int:
+        return self.sizes.tokens
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        all_N = torch.arange(tokens_BND.shape[1], device=tokens_BND.device)
+        return kept(tokens_BND, all_N.expand(len(tokens_BND), -1))

@@ -1,0 +1,42 @@
+"""Control: adaptive average pooling of the grid to h x w = K tokens (the pooling of TokenFLEX without its projector).
+
+A pooled token stands at the patch in the middle of its cell: our choice. At the overlap of cells that do not divide the
+grid, patches count for both, as in PyTorch; `owner_BN` then names one of them.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import cells, grid_shape
+
+
+class SpatialPool(TokenRouter):
+    """Means of blocks of patches."""
+
+    needs = frozenset({"grid"})
+    selects = False
+
+    def __init__(self, sizes: RouterSizes) -> None:
+        super().__init__(sizes)
+        grid_shape(sizes.grid, sizes.budget)
+
+    def leaves(self, budget: int) -> int:
+        grid_shape(self.sizes.grid, budget)
+        return budget
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.grid is not None
+        return pooled(tokens_BND, context.grid, grid_shape(context.grid, context.budget))
+
+
+def pooled(tokens_BND: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> RoutedTokens:
+    """Tokens [B,H*W,D] to the means of h*w cells, computed in float32."""
+    x_BDHW = rearrange(tokens_BND.float(), "b (h w) d -> b d h w", h=grid[0])
+    means_BKD = rearrange(F.adaptive_avg_pool2d(x_BDHW, shape), "b d h w -> b (h w) d")
+    cell_N, middle_K = cells(grid, shape, tokens_BND.device)
+    place_BK, owner_BN = middle_K.expand(len(tokens_BND), -1), cell_N.expand(len(tokens_BND), -1)
+    return RoutedTokens(means_BKD.to(tokens_BND.dtype), place_BK.new_full(place_BK.shape, -1), place_BK, None, owner_BN)
