@@ -35,7 +35,7 @@ import numpy as np
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.real_robot.chunk_queue import ChunkQueue
 from cogvla.real_robot.loop_types import Command, Kind, Request
-from cogvla.real_robot.measurements import Measurements
+from cogvla.real_robot.measurements import RECENT, Measurements
 from cogvla.real_robot.observations import Observations
 from cogvla.real_robot.prefetch import Prefetch
 from cogvla.real_robot.safety import LimitError, SafetyLimiter
@@ -97,6 +97,10 @@ class ControlLoop:
     def observe_state(self, state_S: np.ndarray, stamp: float, now: float) -> str | None:
         """Take a joint state [S] in physical units; answers why it was refused, or None."""
         return self._observations.add_state(state_S, stamp, self._at(now))
+
+    def refuse(self, sensor: str, kind: str, reason: str) -> str:
+        """Count a sample that the front end could not even read, and answer the reason."""
+        return self._observations.refuse(sensor, kind, reason)
 
     def set_instruction(self, text: str) -> None:
         """What to do from now on; empty: hold, without a time limit. The same text again changes nothing."""
@@ -280,6 +284,20 @@ class ControlLoop:
     def epoch(self) -> int:
         return self._epoch
 
+    @property
+    def instruction(self) -> str:
+        return self._instruction
+
+    @property
+    def newest_images(self) -> dict[str, np.ndarray]:
+        """The newest image, uint8 [H,W,3], of each camera that has sent one."""
+        return self._observations.newest_images
+
+    @property
+    def newest_state(self) -> np.ndarray | None:
+        """The newest joint state [S], or None."""
+        return self._observations.newest_state
+
     def diagnostics(self, now: float) -> dict[str, Any]:
         """Everything that an operator may want to see, as plain values."""
         return {
@@ -297,7 +315,7 @@ class ControlLoop:
             "stale": self._observations.stale(now),
             "refusals": dict(self._observations.refusals),
             "last_refusal": dict(self._observations.last_refusal),
-            **self.measurements.summary(),
+            **self.measurements.summary(RECENT),
         }
 
     def _at(self, now: float) -> float:

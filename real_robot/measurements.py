@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 KEPT = 100_000
 """Samples of each kind; older ones are dropped (83 minutes of ticks at 20 Hz)."""
+RECENT = 1000
+"""Samples that live diagnostics look at: enough for percentiles, and few enough to sort between two ticks."""
 
 
 class Measurements:
@@ -24,7 +27,8 @@ class Measurements:
             requests, chunks, late_chunks (no action left), late_actions (dropped from the front of a chunk),
             old_epoch_chunks, unexpected_chunks (answers that nobody waits for, such as duplicates), refused_chunks;
             deadline_misses, failures (requests); starvations (running out of actions in motion), stale (holds because
-            of a sensor), clock_jumps, faults, epochs.
+            of a sensor), clock_jumps, faults, epochs; of a `Bridge`: late_ticks (more than a period late; the ticks
+            between are left out), dry_run (commands that were only shown).
     """
 
     def __init__(self) -> None:
@@ -33,11 +37,14 @@ class Measurements:
         self.jitter_ms: deque[float] = deque(maxlen=KEPT)
         self.counts: Counter[str] = Counter()
 
-    def summary(self) -> dict[str, Any]:
-        """Counters, and percentiles of each kind of sample (`percentiles`)."""
+    def summary(self, newest: int = KEPT) -> dict[str, Any]:
+        """Counters, and percentiles of the newest samples of each kind (`percentiles`)."""
         return {
             "counts": dict(sorted(self.counts.items())),
-            **{name: percentiles(getattr(self, name)) for name in ("loop_ms", "inference_ms", "jitter_ms")},
+            **{
+                name: percentiles(islice(reversed(getattr(self, name)), newest))
+                for name in ("loop_ms", "inference_ms", "jitter_ms")
+            },
         }
 
 
@@ -48,3 +55,23 @@ def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
         return None
     p50, p95, p99 = (float(value) for value in np.percentile(values, (50, 95, 99)))
     return {"count": values.size, "p50": p50, "p95": p95, "p99": p99, "max": float(values.max())}
+
+
+def latency_table(measurements: Measurements, control_hz: float) -> str:
+    """What was measured, as lines for a terminal."""
+    rows = {
+        "observation to command": measurements.loop_ms,
+        "request to answer": measurements.inference_ms,
+        f"tick jitter ({control_hz:g} Hz)": measurements.jitter_ms,
+    }
+    lines = [f"{'milliseconds':<26}{'p50':>8}{'p95':>8}{'p99':>8}{'max':>9}{'samples':>9}"]
+    for name, samples in rows.items():
+        found = percentiles(samples)
+        if found is None:
+            lines.append(f"{name:<26}{'nothing measured':>42}")
+        else:
+            values = "".join(f"{found[key]:>8.1f}" for key in ("p50", "p95", "p99"))
+            lines.append(f"{name:<26}{values}{found['max']:>9.1f}{found['count']:>9}")
+    named = ("action", "hold", "late_ticks", "deadline_misses", "starvations", "late_chunks", "failures", "faults")
+    lines.append("  ".join(f"{name} {measurements.counts[name]}" for name in named))
+    return "\n".join(lines)

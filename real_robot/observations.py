@@ -93,6 +93,11 @@ class Observations:
         samples = self._sensors[STATE].samples
         return samples[-1][1] if samples else None
 
+    @property
+    def newest_images(self) -> dict[str, np.ndarray]:
+        """The newest image [H,W,3] of each camera that has sent one."""
+        return {name: s.samples[-1][1] for name, s in self._sensors.items() if s.samples and name != STATE}
+
     def clear(self) -> None:
         """Forget all samples, because the clock that stamped them is no longer this one."""
         for sensor in self._sensors.values():
@@ -104,11 +109,11 @@ class Observations:
         """Keep an image (not a copy) and answer None, or refuse it and say why."""
         shape = self._shapes.get(camera)
         if shape is None:
-            return self._refuse(camera, "unknown", f"no such camera; there are {', '.join(self._shapes)}")
+            return self.refuse(camera, "unknown", f"no such camera; there are {', '.join(self._shapes)}")
         if not isinstance(image_HW3, np.ndarray) or image_HW3.dtype != np.uint8 or image_HW3.shape != shape:
             is_array = isinstance(image_HW3, np.ndarray)
             found = f"{image_HW3.dtype} {image_HW3.shape}" if is_array else type(image_HW3).__name__
-            return self._refuse(camera, "wrong_image", f"expected uint8 {shape}, got {found}; convert in the front end")
+            return self.refuse(camera, "wrong_image", f"expected uint8 {shape}, got {found}; convert in the front end")
         return self._add(camera, image_HW3, stamp, now)
 
     def add_state(self, state_S: np.ndarray, stamp: float, now: float) -> str | None:
@@ -116,18 +121,18 @@ class Observations:
         try:
             copy_S = np.array(state_S, dtype=np.float64)
         except (TypeError, ValueError):
-            return self._refuse(STATE, "wrong_state", f"{type(state_S).__name__} is not {self._state_dim} numbers")
+            return self.refuse(STATE, "wrong_state", f"{type(state_S).__name__} is not {self._state_dim} numbers")
         if copy_S.shape != (self._state_dim,):
-            return self._refuse(STATE, "wrong_state", f"expected shape {(self._state_dim,)}, got {copy_S.shape}")
+            return self.refuse(STATE, "wrong_state", f"expected shape {(self._state_dim,)}, got {copy_S.shape}")
         if not np.isfinite(copy_S).all():
-            return self._refuse(STATE, "not_finite", f"NaN or infinite at {np.flatnonzero(~np.isfinite(copy_S))}")
+            return self.refuse(STATE, "not_finite", f"NaN or infinite at {np.flatnonzero(~np.isfinite(copy_S))}")
         return self._add(STATE, copy_S, stamp, now)
 
     def _add(self, name: str, value: np.ndarray, stamp: float, now: float) -> str | None:
         sensor = self._sensors[name]
         refusal = sensor.refusal(stamp, now, self._settings.future_tolerance_s)
         if refusal is not None:
-            return self._refuse(name, *refusal)
+            return self.refuse(name, *refusal)
         if self._settings.frozen_after_s is not None and name != STATE:
             same = bool(sensor.samples) and np.array_equal(sensor.samples[-1][1], value)
             if not same or name not in self._same_since:
@@ -136,7 +141,8 @@ class Observations:
         self.last_refusal.pop(name, None)
         return None
 
-    def _refuse(self, name: str, kind: str, reason: str) -> str:
+    def refuse(self, name: str, kind: str, reason: str) -> str:
+        """Count a sample that is not taken, and answer why."""
         self.refusals[f"{name}: {kind}"] += 1
         self.last_refusal[name] = f"{name}: {reason}"
         return self.last_refusal[name]

@@ -35,6 +35,7 @@ from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.policy.training_config import TrainingConfig
 from cogvla.real_robot.request import RequestKeys
+from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.tests import small_data as small
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -47,9 +48,15 @@ GROUPS: dict[str, Callable[..., Any]] = {
     "objective": ObjectiveConfig,
     "protocol": Protocol,
     "request_keys": RequestKeys,
+    "topics": RosTopics,
     "training": TrainingConfig,
 }
-COMPOSED_BY = {"counting": "count_flops", "protocol": "eval_libero", "request_keys": "policy_server"}
+COMPOSED_BY = {
+    "counting": "count_flops",
+    "protocol": "eval_libero",
+    "request_keys": "policy_server",
+    "topics": "robot_bridge",
+}
 """The command that a group belongs to; train_policy unless named here."""
 IMAGE = {"tiny": 128, "small": 224, "cogvla_7b": 224}
 PARAMETERS = {"tiny": (0.5e6, 2e6), "small": (0.4e9, 0.7e9), "cogvla_7b": (7e9, 9.5e9)}

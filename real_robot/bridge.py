@@ -1,0 +1,332 @@
+"""Between a robot, of whatever kind, and a policy server: runs a `ControlLoop` in real time.
+
+    front end (DDS, rclpy, lerobot, ...)              Bridge                                  policy server
+      any thread:   observe_image, observe_state --> +------------------+ -- infer --> thread "policy client"
+                    instruct, estop, reset, activate | ControlLoop      | <-- answer --
+      send, show    <------------------------------- | under one lock   |
+                                                     +------------------+ <-- thread "control ticks", control_hz
+
+A robot is a `FrontEnd`. It needs to know nothing about policies, chunks or time; it hands over what its sensors say and
+does what it is told. `run_trials`, recorders and displays watch through `on_tick`.
+
+Sending happens under the lock. So once `estop` has returned, nothing is sent any more. A front end's `send` must
+therefore be quick and must not wait for the robot.
+
+Shape legend: A action dimension, S state dimension, H, W image size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from cogvla.policy.interface import ActionChunk, Embodiment, Observation
+from cogvla.real_robot.async_client import Answer, UnavailableError
+from cogvla.real_robot.client import EventLoopThread
+from cogvla.real_robot.control_loop import Command, ControlLoop, Request, State
+from cogvla.real_robot.measurements import Measurements
+from cogvla.real_robot.settings import RobotConfig
+
+
+class FrontEnd(Protocol):
+    """A robot: its sensors, its controller, and its operator's buttons."""
+
+    def start(self, bridge: Bridge) -> None:
+        """From now on call the bridge with whatever arrives, from any thread."""
+        ...
+
+    def send(self, action_A: np.ndarray, dry_run: bool) -> None:
+        """Send a command [A] to the controller, or only show it in a dry run. Quick; called under the bridge's lock."""
+        ...
+
+    def show(self, diagnostics: Mapping[str, Any]) -> None:
+        """Publish `Bridge.diagnostics`."""
+        ...
+
+    def close(self) -> None:
+        """Call the bridge no more, and leave the robot as it is."""
+        ...
+
+
+class AsksPolicy(Protocol):
+    """`ReconnectingClient`, or a stand-in."""
+
+    async def infer(
+        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+    ) -> Answer: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class BridgeSettings:
+    """How a bridge runs.
+
+    Attributes:
+        dry_run: commands are computed, checked and shown, and never sent.
+        activate: start to ask and to command at once, instead of when `activate` is called.
+        diagnostics_s: diagnostics are shown so often.
+    """
+
+    dry_run: bool = True
+    activate: bool = False
+    diagnostics_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.diagnostics_s > 0:
+            raise ValueError(f"diagnostics_s must be positive, got {self.diagnostics_s}")
+
+
+@dataclass(frozen=True, eq=False)
+class Tick:
+    """What a tick saw and did, for recorders.
+
+    Attributes:
+        command: what was sent; see `Command`.
+        images: newest image, uint8 [H,W,3], of each camera.
+        state_S: newest joint state, or None.
+        instruction: in force.
+        now: of the bridge's clock.
+    """
+
+    command: Command
+    images: dict[str, np.ndarray]
+    state_S: np.ndarray | None
+    instruction: str
+    now: float
+
+
+class Bridge:
+    """See the module docstring. Use it as a context manager, or `start` and `close` it.
+
+    Args:
+        robot: limits and settings.
+        embodiment: as the policy has it, with the sizes of the robot's images.
+        client: asks the policy server.
+        front_end: the robot.
+        settings: see `BridgeSettings`.
+        on_tick: told every tick, on the thread that ticks: it must be quick.
+        clock: monotonic seconds, in which `observe_*` takes its stamps.
+    """
+
+    def __init__(
+        self,
+        robot: RobotConfig,
+        embodiment: Embodiment,
+        client: AsksPolicy,
+        front_end: FrontEnd,
+        settings: BridgeSettings | None = None,
+        on_tick: Callable[[Tick], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings or BridgeSettings()
+        self.now = clock
+        self.embodiment = embodiment
+        # an arm that is not moved does not follow its commands, and that is no fault
+        limits = replace(robot.limits, lead=None) if self.settings.dry_run else robot.limits
+        self._loop = ControlLoop(embodiment, limits, robot.loop)
+        self._client, self._front_end, self._on_tick = client, front_end, on_tick
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._ended: Future[None] = Future()
+        self._failure: BaseException | None = None
+        self._asking: asyncio.Lock | None = None
+        self._policy_thread: EventLoopThread | None = None
+        self._tick_thread = threading.Thread(target=self._run, name="control ticks", daemon=True)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Start the threads and the front end."""
+        self._policy_thread = EventLoopThread()
+        self._front_end.start(self)
+        if self.settings.activate:
+            self.activate()
+        self._submit(self._show_diagnostics())
+        self._tick_thread.start()
+        return self
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether the bridge has ended by then; raises what ended it."""
+        with suppress(TimeoutError):
+            self._ended.result(timeout_s)
+            return True
+        return False
+
+    def close(self) -> None:
+        """Send nothing more, and end."""
+        self._stop.set()
+        with self._lock:
+            self._loop.deactivate()
+        if self._tick_thread.is_alive():
+            self._tick_thread.join()
+        self._front_end.close()
+        if self._policy_thread is not None:
+            self._policy_thread.run(self._close_client())
+            self._policy_thread.close()
+            self._policy_thread = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- what the front end says, from any thread ---------------------------------------------------------------------
+
+    def observe_image(self, camera: str, image_HW3: np.ndarray, stamp: float) -> str | None:
+        """An image, uint8 [H,W,3] RGB, taken at `stamp` of this bridge's clock; answers why it is refused, or None."""
+        with self._lock:
+            refusal = self._loop.observe_image(camera, image_HW3, stamp, self.now())
+            self._ask_if_due()
+        return refusal
+
+    def observe_state(self, state_S: np.ndarray, stamp: float) -> str | None:
+        """A joint state [S] in physical units; answers why it is refused, or None."""
+        with self._lock:
+            refusal = self._loop.observe_state(state_S, stamp, self.now())
+            self._ask_if_due()
+        return refusal
+
+    def refuse(self, sensor: str, kind: str, reason: str) -> None:
+        """A sample of a camera or of "state" that could not be read."""
+        with self._lock:
+            self._loop.refuse(sensor, kind, reason)
+
+    def instruct(self, text: str) -> None:
+        """What to do from now on; empty: hold."""
+        with self._lock:
+            self._loop.set_instruction(text)
+
+    def activate(self, active: bool = True) -> tuple[bool, str]:
+        """Start, or stop without a fault; answers whether it worked, and the state or what is in the way."""
+        with self._lock:
+            if not active:
+                self._loop.deactivate()
+                return True, self._loop.state.value
+            if self._loop.activate():
+                return True, "dry run: commands are not sent" if self.settings.dry_run else self._loop.state.value
+            return False, f"stopped: {self._loop.fault}; reset first"
+
+    def estop(self, engaged: bool) -> tuple[bool, str]:
+        """Engage (nothing is sent once this has returned) or release the emergency stop; answers as `activate`."""
+        with self._lock:
+            self._loop.estop(engaged)
+            return True, "engaged" if engaged else f"released; {self._loop.state.value}, reset to go on"
+
+    def reset(self) -> tuple[bool, str]:
+        """Clear a fault; the bridge is idle then. Answers as `activate`."""
+        with self._lock:
+            done = self._loop.reset()
+        return done, "idle; activate to go on" if done else "the emergency stop is engaged"
+
+    # --- what may be asked, from any thread ---------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        return self._loop.state
+
+    @property
+    def fault(self) -> str | None:
+        """Why the loop stopped; None unless it did."""
+        return self._loop.fault
+
+    @property
+    def measurements(self) -> Measurements:
+        """Of the whole run; grows meanwhile."""
+        return self._loop.measurements
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Everything that an operator may want to see, as plain values; see `ControlLoop.diagnostics`."""
+        with self._lock:
+            return {"dry_run": self.settings.dry_run, **self._loop.diagnostics(self.now())}
+
+    # --- threads ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._tick_until_stopped()
+        except BaseException as error:  # raised again where somebody waits; nothing is sent any more
+            self._ended.set_exception(error)
+        else:
+            if self._failure is None:
+                self._ended.set_result(None)
+            else:
+                self._ended.set_exception(self._failure)
+
+    def _tick_until_stopped(self) -> None:
+        """Absolute deadlines: a tick that is late does not delay the following ones, and lost ones are left out."""
+        period = 1.0 / self.embodiment.control_hz
+        due = self.now() + period
+        while not self._stop.wait(max(due - self.now(), 0.0)):
+            now = self.now()
+            missed = int((now - due) / period)
+            due += (missed + 1) * period
+            with self._lock:
+                if missed:
+                    self._loop.measurements.counts["late_ticks"] += 1
+                command = self._loop.tick(now)
+                if command.action_A is not None:
+                    if self.settings.dry_run:
+                        self._loop.measurements.counts["dry_run"] += 1
+                    self._front_end.send(command.action_A, self.settings.dry_run)
+                self._ask_if_due()
+                seen = Tick(command, self._loop.newest_images, self._loop.newest_state, self._loop.instruction, now)
+            if self._on_tick is not None:
+                self._on_tick(seen)
+
+    def _ask_if_due(self) -> None:
+        """Under the lock."""
+        if self._policy_thread is None or self._stop.is_set():
+            return
+        request = self._loop.request_due(self.now())
+        if request is not None:
+            self._submit(self._ask(request))
+
+    def _submit(self, work: Coroutine[Any, Any, None]) -> None:
+        assert self._policy_thread is not None, "the bridge runs"
+        self._policy_thread.submit(work).add_done_callback(self._check)
+
+    def _check(self, done: Future[None]) -> None:
+        """Whatever goes wrong in the other thread ends the bridge, and `wait` raises it."""
+        error = None if done.cancelled() else done.exception()
+        if error is not None and self._failure is None:
+            self._failure = error
+            self._stop.set()
+
+    async def _ask(self, request: Request) -> None:
+        self._asking = self._asking or asyncio.Lock()
+        async with self._asking:  # a request that was given up may still wait for its own deadline
+            left_s = request.deadline - self.now()
+            try:
+                answer = await self._client.infer(
+                    request.observation, timeout_s=max(left_s, 1e-3), observation_id=request.id
+                )
+            except (UnavailableError, ValueError) as error:
+                with self._lock:
+                    self._loop.fail(request, str(error), self.now())
+                return
+        with self._lock:
+            self._loop.deliver(ActionChunk(answer.actions[None], answer.timing), request, self.now())
+            self._ask_if_due()
+
+    async def _show_diagnostics(self) -> None:
+        while not self._stop.is_set():
+            self._front_end.show(self.diagnostics())
+            await asyncio.sleep(self.settings.diagnostics_s)
+
+    async def _close_client(self) -> None:
+        mine = asyncio.current_task()
+        others = [task for task in asyncio.all_tasks() if task is not mine]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()

@@ -1,0 +1,314 @@
+"""A ROS 2 node without ROS 2, over Eclipse Cyclone DDS: other nodes see, hear and call it as one of their own.
+
+    topic /x          rt/x, package::msg::dds_::Type_, XCDR1
+    service /x        rq/xRequest and rr/xReply, each sample led by the client's id and a sequence number; this is how
+                      rmw_cyclonedds_cpp does it, and other middlewares do not
+    node list         ros_discovery_info says which readers and writers belong to which node
+
+It hears this machine only, unless it is told to use a network: `DdsSettings.interface`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+from cyclonedds.core import GuardCondition, InstanceState, Policy, Qos, ReadCondition, SampleState, ViewState, WaitSet
+from cyclonedds.domain import DomainParticipant
+from cyclonedds.pub import DataWriter
+from cyclonedds.sub import DataReader
+from cyclonedds.topic import Topic
+from cyclonedds.util import duration
+from rosbags.serde import SerdeError
+
+from cogvla.real_robot.ros_node import TRIGGER, Answer, Delivery, Fields, resolve
+from cogvla.real_robot.ros_types import RosTypes, Sample
+
+_log = logging.getLogger(__name__)
+LOOPBACK = "lo"
+DISCOVERY_INFO = "rmw_dds_common/msg/ParticipantEntitiesInfo"
+_TAKEN = 64
+"""Samples that are taken from a reader at once."""
+_BLOCKING = duration(milliseconds=10)
+"""How long a reliable writer may wait for a slow reader. A control loop must not, for long."""
+
+
+@dataclass(frozen=True)
+class DdsSettings:
+    """Which network, and which ROS 2.
+
+    Attributes:
+        domain: ROS_DOMAIN_ID of the robot.
+        interface: network interface; "lo" is this machine only, without multicast. None: what CYCLONEDDS_URI says.
+        distro: ROS 2 distribution of the robot, one of `ros_types.DISTROS`.
+    """
+
+    domain: int = 0
+    interface: str | None = LOOPBACK
+    distro: str = "humble"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.domain <= 232:
+            raise ValueError(f"dds.domain must be from 0 to 232, got {self.domain}")
+
+    def configuration(self) -> str | None:
+        """Configuration of Cyclone DDS; None: its own way of finding it."""
+        if self.interface is None:
+            return None
+        loopback = self.interface == LOOPBACK
+        multicast = "false" if loopback else "default"
+        peers = '<Peers><Peer address="localhost"/></Peers>' if loopback else ""
+        return (
+            "<CycloneDDS><Domain><General>"
+            f'<Interfaces><NetworkInterface name="{self.interface}" multicast="{multicast}"/></Interfaces>'
+            f"<AllowMulticast>{multicast}</AllowMulticast><MaxMessageSize>65500B</MaxMessageSize></General>"
+            "<Discovery><ParticipantIndex>auto</ParticipantIndex>"
+            f"<MaxAutoParticipantIndex>32</MaxAutoParticipantIndex>{peers}</Discovery></Domain></CycloneDDS>"
+        )
+
+
+def _qos(delivery: Delivery, type_hash: str | None = None) -> Qos:
+    reliable = Policy.Reliability.Reliable(_BLOCKING)
+    latched = delivery is Delivery.LATCHED
+    depth = {Delivery.SENSOR: 5, Delivery.EVENTS: 10}.get(delivery, 1)
+    user_data = [] if type_hash is None else [Policy.Userdata(f"typehash={type_hash};".encode())]
+    return Qos(
+        Policy.Reliability.BestEffort if delivery is Delivery.SENSOR else reliable,
+        Policy.Durability.TransientLocal if latched else Policy.Durability.Volatile,
+        Policy.History.KeepLast(depth),
+        Policy.DataRepresentation(use_cdrv0_representation=True),
+        Policy.WriterDataLifecycle(autodispose=False),
+        *user_data,
+    )
+
+
+class DdsNode:
+    """See the module docstring; a `RosNode`. Callbacks come from one thread, which starts with `start`.
+
+    Args:
+        name: fully qualified, such as `/cogvla_bridge`.
+        settings: which network, and which ROS 2.
+    """
+
+    def __init__(self, name: str, settings: DdsSettings | None = None) -> None:
+        settings = settings or DdsSettings()
+        self.name = name
+        self.types = RosTypes(settings.distro)
+        self._lock = threading.RLock()
+        self._listening: list[tuple[DataReader[Any], str, Callable[[Any], None]]] = []
+        self._writers: list[DataWriter[Any]] = []
+        with _configured(settings.configuration()):
+            self._participant = DomainParticipant(settings.domain, Qos(Policy.Userdata(b"enclave=/;")))
+        self._waiting = WaitSet(self._participant)
+        self._wake = GuardCondition(self._participant)
+        self._waiting.attach(self._wake)
+        self._closed = threading.Event()
+        self._client_id = random.getrandbits(63)
+        self._calls: dict[int, Future[Answer]] = {}
+        self._sequence = 0
+        self._callers: dict[str, DataWriter[Any]] = {}
+        self._discovery: DataWriter[Any] | None = None
+        self._discovery = self._writer("ros_discovery_info", DISCOVERY_INFO, Delivery.LATCHED)
+        self._thread = threading.Thread(target=self._spin, name=f"dds {name}", daemon=True)
+        self.failure: BaseException | None = None
+
+    def start(self) -> Self:
+        """Say who is here, and start to call back."""
+        self._announce()
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Leave; nothing calls back any more."""
+        self._closed.set()
+        self._wake.set(True)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._listening.clear()
+        self._writers.clear()
+        self._callers.clear()
+        self._discovery = None
+        del self._waiting, self._wake, self._participant  # entities leave the network with their last reference
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- RosNode ------------------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        return time.time()
+
+    def subscribe(self, topic: str, kind: str, delivery: Delivery, callback: Callable[[Any], None]) -> None:
+        self._reader("rt" + resolve(topic, self.name), kind, delivery, callback)
+
+    def advertise(self, topic: str, kind: str, delivery: Delivery) -> Callable[[Fields], None]:
+        raw = self.advertise_raw(topic, kind, delivery)
+        return lambda fields: raw(self.types.to_cdr(kind, fields))
+
+    def serve(self, service: str, kind: str, callback: Callable[[bool], Answer]) -> None:
+        name = resolve(service, self.name)
+        reply = self._writer(f"rr{name}Reply", f"{kind}_Response", Delivery.EVENTS, hashed=False)
+
+        def answer(request: Any) -> None:
+            success, message = callback(True if kind == TRIGGER else request.data)
+            header = {"client": request.client, "sequence": request.sequence}
+            fields = {**header, "success": success, "message": message}
+            self._write(reply, self.types.to_cdr(f"{kind}_Response", fields))
+
+        self._reader(f"rq{name}Request", f"{kind}_Request", Delivery.EVENTS, answer, hashed=False)
+
+    # --- what operators and tests need besides ------------------------------------------------------------------------
+
+    def advertise_raw(self, topic: str, kind: str, delivery: Delivery) -> Callable[[bytes], None]:
+        """Like `advertise`, for messages that are serialised already, such as those of a bag."""
+        writer = self._writer("rt" + resolve(topic, self.name), kind, delivery)
+        return lambda cdr: self._write(writer, cdr)
+
+    def subscribe_raw(self, topic: str, kind: str, delivery: Delivery, callback: Callable[[bytes], None]) -> None:
+        """Like `subscribe`, for messages as they came."""
+        self._reader("rt" + resolve(topic, self.name), kind, delivery, callback, decoded=False)
+
+    def call(self, service: str, kind: str, data: bool = True, timeout_s: float = 5.0) -> Answer:
+        """Ask a `SET_BOOL` or `TRIGGER` service of another node; TimeoutError if nobody answers."""
+        name = resolve(service, self.name)
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            if name not in self._callers:
+                self._reader(f"rr{name}Reply", f"{kind}_Response", Delivery.EVENTS, self._answered, hashed=False)
+                self._callers[name] = self._writer(f"rq{name}Request", f"{kind}_Request", Delivery.EVENTS, hashed=False)
+            writer = self._callers[name]
+            self._sequence += 1
+            sequence, answer = self._sequence, Future[Answer]()
+            self._calls[sequence] = answer
+        fields = {"client": self._client_id, "sequence": sequence} | ({} if kind == TRIGGER else {"data": data})
+        try:
+            while not writer.get_matched_subscriptions() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.02 if sequence == 1 else 0)  # the way back is discovered on its own
+            self._write(writer, self.types.to_cdr(f"{kind}_Request", fields))
+            return answer.result(max(deadline - time.monotonic(), 0))
+        except TimeoutError:
+            raise TimeoutError(f"{name} did not answer within {timeout_s:g} s") from None
+        finally:
+            with self._lock:
+                del self._calls[sequence]
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _answered(self, response: Any) -> None:
+        with self._lock:
+            call = self._calls.get(response.sequence) if response.client == self._client_id else None
+        if call is not None and not call.done():
+            call.set_result((response.success, response.message))
+
+    def _topic(self, name: str, kind: str) -> Topic[Any]:
+        return Topic(self._participant, name, self.types.sample_type(kind))
+
+    def _hash(self, kind: str, hashed: bool) -> str | None:
+        return self.types.type_hash(kind) if hashed else None
+
+    def _writer(self, topic: str, kind: str, delivery: Delivery, hashed: bool = True) -> DataWriter[Any]:
+        qos = _qos(delivery, self._hash(kind, hashed))
+        with self._lock:
+            writer: DataWriter[Any] = DataWriter(self._participant, self._topic(topic, kind), qos)
+            if self._discovery is not None:
+                self._writers.append(writer)
+                self._announce()
+        return writer
+
+    @staticmethod
+    def _write(writer: DataWriter[Any], cdr: bytes) -> None:
+        writer.write(writer.data_type(cdr))
+
+    def _reader(
+        self,
+        topic: str,
+        kind: str,
+        delivery: Delivery,
+        callback: Callable[[Any], None],
+        *,
+        hashed: bool = True,
+        decoded: bool = True,
+    ) -> None:
+        def deliver(cdr: bytes) -> None:
+            if not decoded:
+                callback(cdr)
+                return
+            try:
+                message = self.types.from_cdr(kind, cdr)
+            except (SerdeError, ValueError, IndexError, struct.error) as error:
+                _log.warning("a message on %s is no %s: %s", topic, kind, error)
+                return
+            callback(message)
+
+        qos = _qos(delivery, self._hash(kind, hashed))
+        with self._lock:
+            reader: DataReader[Any] = DataReader(self._participant, self._topic(topic, kind), qos)
+            self._listening.append((reader, topic, deliver))
+            self._waiting.attach(ReadCondition(reader, ViewState.Any | InstanceState.Any | SampleState.NotRead))
+            self._announce()
+        self._wake.set(True)
+
+    def _announce(self) -> None:
+        """The node with its readers and writers, for `ros2 node list` and `ros2 node info`."""
+        assert self._discovery is not None, "the writer of discovery information is the first one"
+        namespace, _, name = self.name.rpartition("/")
+        with self._lock:
+            node = {
+                "node_namespace": namespace or "/",
+                "node_name": name,
+                "reader_gid_seq": [self._gid(reader) for reader, _, _ in self._listening],
+                "writer_gid_seq": [self._gid(writer) for writer in self._writers],
+            }
+            fields = {"gid": self._gid(self._participant), "node_entities_info_seq": [node]}
+            self._write(self._discovery, self.types.to_cdr(DISCOVERY_INFO, fields))
+
+    def _gid(self, entity: Any) -> Fields:
+        return {"data": list(entity.guid.bytes.ljust(self.types.gid_size, b"\0"))}
+
+    def _spin(self) -> None:
+        try:
+            while not self._closed.is_set():
+                self._waiting.wait(duration(seconds=1))
+                self._wake.set(False)
+                with self._lock:
+                    listening = list(self._listening)
+                for reader, _, deliver in listening:
+                    for sample in reader.take(_TAKEN):
+                        if isinstance(sample, Sample) and sample.cdr:  # else: a writer has left
+                            deliver(sample.cdr)
+        except BaseException as error:  # kept for `failure`: whoever owns the node must hear of it
+            self.failure = error
+            raise
+
+
+_CONFIGURING = threading.Lock()
+
+
+@contextmanager
+def _configured(configuration: str | None) -> Iterator[None]:
+    """CYCLONEDDS_URI while a participant is made, which is when Cyclone DDS reads it; None: as it is."""
+    if configuration is None:
+        yield
+        return
+    with _CONFIGURING:
+        before = os.environ.get("CYCLONEDDS_URI")
+        os.environ["CYCLONEDDS_URI"] = configuration
+        try:
+            yield
+        finally:
+            del os.environ["CYCLONEDDS_URI"]
+            if before is not None:
+                os.environ["CYCLONEDDS_URI"] = before

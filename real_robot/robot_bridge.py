@@ -1,0 +1,116 @@
+"""`robot_bridge`: connects a robot with ROS 2 topics to a policy server. A dry run unless told otherwise.
+
+    robot_bridge instruction="pick up the cube"                                  commands are shown, nothing moves
+    robot_bridge robot=my_arm embodiment=my_arm topics=my_arm dds.interface=eth0
+    robot_bridge dry_run=false                                                   it moves, once ~/activate is called
+
+Ctrl-C stops sending, and ends with a table of latencies.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.async_client import ClientSettings
+from cogvla.real_robot.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.measurements import latency_table
+from cogvla.real_robot.reconnecting import ReconnectingClient
+from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics
+from cogvla.real_robot.settings import RobotConfig
+
+POLL_S = 0.2
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="robot_bridge")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        run(config)
+    except (ValueError, OSError, MissingMandatoryValue) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(config: DictConfig) -> None:
+    """Bridge until SIGINT or SIGTERM."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    robot = RobotConfig(**_plain(config.robot))
+    embodiment = Embodiment(**_plain(config.embodiment))
+    settings = BridgeSettings(bool(config.dry_run), bool(config.activate), float(config.diagnostics_s))
+    node = _node(config)
+    front_end = RosFrontEnd(node, RosTopics(**_plain(config.topics)), embodiment)
+    client = ReconnectingClient(
+        config.server,
+        ClientSettings(
+            robot=embodiment,
+            api_key=None if config.api_key is None else str(config.api_key),
+            certificate=None if config.certificate is None else Path(config.certificate),
+        ),
+    )
+    with node, Bridge(robot, embodiment, client, front_end, settings) as bridge:
+        if config.instruction is not None:
+            bridge.instruct(config.instruction)
+        print(
+            f"{node.name} for {embodiment.name}, policy at {config.server}"
+            + (", dry run: nothing is sent" if settings.dry_run else ""),
+            flush=True,
+        )
+        _watch(bridge, stop)
+    report = bridge.diagnostics() | {"robot": robot.name, "measurements": bridge.measurements.summary()}
+    print(latency_table(bridge.measurements, embodiment.control_hz))
+    if config.output is not None:
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _watch(bridge: Bridge, stop: threading.Event) -> None:
+    """Print what the loop does whenever that changes."""
+    shown = ""
+    while not (stop.is_set() or bridge.wait(POLL_S)):
+        seen = bridge.diagnostics()
+        reason = seen["fault"] or seen["stale"] or (seen["last_failure"] if seen["state"] == "holding" else None)
+        line = f"{seen['state']}: {_without_numbers(reason)}" if reason else seen["state"]
+        if line != shown:
+            print(line if not reason else f"{seen['state']}: {reason}", flush=True)
+            shown = line
+
+
+def _without_numbers(text: str) -> str:
+    """Ages change all the time."""
+    return "".join(letter for letter in text if not letter.isdigit())
+
+
+def _node(config: DictConfig) -> Any:
+    if config.transport != "dds":
+        raise ValueError(
+            f"transport must be dds, got {config.transport!r}; for rclpy, start the node of real_robot/ros2"
+        )
+    try:
+        from cogvla.real_robot.dds import DdsNode, DdsSettings
+    except ModuleNotFoundError as error:
+        raise ValueError(f"transport=dds needs {error.name}: install the extra `dds`") from error
+
+    return DdsNode(config.node, DdsSettings(**_plain(config.dds)))
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict), "a group of the configuration is a mapping"
+    return {str(key): value for key, value in values.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What may go wrong with a robot's sensors, on request: built into the simulated robot, for tests and rehearsals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cogvla.real_robot.observations import STATE
+
+FAULTS = ("none", "silent", "frozen", "small", "late", "out_of_order", "clock")
+
+
+@dataclass
+class SensorFaults:
+    """The fault in force.
+
+    Attributes:
+        fault: one of
+            silent: the sensor sends nothing; frozen: a camera repeats its last image, with new stamps;
+            small: a camera sends images of half the size; late: stamps are `seconds` in the past;
+            out_of_order: every other sample is stamped `seconds` in the past; clock: like late, for all sensors.
+        sensor: a camera, or "state"; None: all.
+        seconds: see there; negative for a clock that is ahead.
+    """
+
+    fault: str = "none"
+    sensor: str | None = None
+    seconds: float = 0.0
+    _last: dict[str, np.ndarray] = field(default_factory=dict, init=False)
+    _count: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.fault not in FAULTS:
+            raise ValueError(f"fault must be one of {', '.join(FAULTS)}, got {self.fault!r}")
+
+    @staticmethod
+    def from_json(text: str) -> SensorFaults:
+        """Such as `{"fault": "silent", "sensor": "wrist"}`; ValueError says what is wrong."""
+        try:
+            return SensorFaults(**json.loads(text))
+        except TypeError as error:
+            raise ValueError(f"a fault is a map of fault, sensor and seconds: {error}") from error
+
+    def image(self, camera: str, image_HW3: np.ndarray, stamp: float, send: Callable[[np.ndarray, float], Any]) -> None:
+        """Send an image, or what the fault makes of it."""
+        if self._hits(camera):
+            if self.fault == "frozen":
+                image_HW3 = self._last.setdefault(camera, image_HW3)
+            elif self.fault == "small":
+                image_HW3 = np.ascontiguousarray(image_HW3[::2, ::2])
+        self._send(camera, image_HW3, stamp, send)
+
+    def state(self, value: Any, stamp: float, send: Callable[[Any, float], Any]) -> None:
+        """Send a joint state, or what the fault makes of it."""
+        self._send(STATE, value, stamp, send)
+
+    def _send(self, sensor: str, value: Any, stamp: float, send: Callable[[Any, float], Any]) -> None:
+        if self._hits(sensor):
+            self._count += 1
+            if self.fault == "silent":
+                return
+            if self.fault in ("late", "clock") or (self.fault == "out_of_order" and self._count % 2):
+                stamp -= self.seconds
+        send(value, stamp)
+
+    def _hits(self, sensor: str) -> bool:
+        return self.sensor is None or self.sensor == sensor

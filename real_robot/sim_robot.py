@@ -1,0 +1,135 @@
+"""`sim_robot`: the tabletop arm as a robot on the real wire, without ROS 2.
+
+sim_robot
+sim_robot suite=tabletop_goal task=3 initial_state=7
+
+out   cameras and joint states, as in configs/topics/tabletop.yaml
+~/status    std_msgs/String, JSON: what became of the scene (`SceneStatus`)
+in    commands: Float64MultiArray with 6 displacements and the gripper
+~/scene     std_msgs/String, JSON: set up another scene (`SceneStart`)
+~/fault     std_msgs/String, JSON: break a sensor (`SensorFaults`)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import hydra
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from cogvla.envs.suite import get_suite
+from cogvla.real_robot.dds import DdsNode, DdsSettings
+from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.ros_messages import compressed_image_fields, image_fields, joint_state_fields
+from cogvla.real_robot.ros_node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, Delivery
+from cogvla.real_robot.sensor_faults import SensorFaults
+from cogvla.real_robot.simulated_arm import SceneStart, SceneStatus, SimulatedArm
+
+_log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="sim_robot")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        run(config)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(config: DictConfig) -> None:
+    """Simulate until SIGINT or SIGTERM."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    topics = RosTopics(**_plain(config.topics))
+    with DdsNode(config.node, DdsSettings(**_plain(config.dds))) as node:
+        robot = SimRobot(node, topics, config.suite, config.image_size)
+        robot.arm.set_scene(SceneStart(0, config.task, config.initial_state))
+        print(f"{node.name} plays {config.suite}", flush=True)
+        while not stop.is_set():
+            robot.arm.step()
+        robot.arm.close()
+
+
+class SimRobot:
+    """Connects a `SimulatedArm` to topics.
+
+    Args:
+        node: where they are; started already.
+        topics: the robot's.
+        suite: name of a tabletop suite.
+        image_size: of the cameras, in pixels.
+    """
+
+    def __init__(self, node: DdsNode, topics: RosTopics, suite: str, image_size: int) -> None:
+        self._node = node
+        self._faults = SensorFaults()
+        self._compressed = {camera: topic.endswith("/compressed") for camera, topic in topics.cameras.items()}
+        self._cameras = {
+            camera: node.advertise(topic, COMPRESSED_IMAGE if self._compressed[camera] else IMAGE, Delivery.SENSOR)
+            for camera, topic in topics.cameras.items()
+        }
+        self._joint_states = node.advertise(topics.joint_states, JOINT_STATE, Delivery.SENSOR)
+        self._status = node.advertise("~/status", STRING, Delivery.LATCHED)
+        self.arm = SimulatedArm(get_suite(suite), image_size, self._show_joints, self._show_images, self._show_status)
+        node.subscribe(topics.command, ARRAY, Delivery.COMMAND, self._command)
+        node.subscribe("~/scene", STRING, Delivery.EVENTS, self._scene)
+        node.subscribe("~/fault", STRING, Delivery.EVENTS, self._fault)
+
+    def _show_joints(self, joints: Mapping[str, float]) -> None:
+        def send(values: Mapping[str, float], stamp: float) -> None:
+            self._joint_states(joint_state_fields(values, stamp))
+
+        self._faults.state(joints, self._node.now(), send)
+
+    def _show_images(self, images: Mapping[str, np.ndarray], age_s: float) -> None:
+        stamp = self._node.now() - age_s
+        for camera, image_HW3 in images.items():
+            self._faults.image(camera, image_HW3, stamp, partial(self._show_image, camera))
+
+    def _show_image(self, camera: str, image_HW3: np.ndarray, stamp: float) -> None:
+        fields = compressed_image_fields if self._compressed[camera] else image_fields
+        self._cameras[camera](fields(image_HW3, stamp, camera))
+
+    def _show_status(self, status: SceneStatus) -> None:
+        self._status({"data": json.dumps(asdict(status))})
+
+    # what others send may be wrong: that is said, and changes nothing
+
+    def _command(self, message: Any) -> None:
+        try:
+            self.arm.command(message.data)
+        except ValueError as error:
+            _log.warning("%s", error)
+
+    def _scene(self, message: Any) -> None:
+        try:
+            self.arm.set_scene(SceneStart(**json.loads(message.data)))
+        except (ValueError, TypeError) as error:
+            _log.warning("no scene is set up: %s", error)
+
+    def _fault(self, message: Any) -> None:
+        try:
+            self._faults = SensorFaults.from_json(message.data)
+        except ValueError as error:
+            _log.warning("%s", error)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict), "a group of the configuration is a mapping"
+    return {str(key): value for key, value in values.items()}
+
+
+if __name__ == "__main__":
+    main()
