@@ -54,7 +54,7 @@ class SumPolicy:
         """Nothing to forget."""
 
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
-        """Nothing to prepare."""
+        self.act(self.embodiment.fake_observation(batch))
 
     def act(self, observation: Observation) -> ActionChunk:
         self.batches.append(observation.batch_size)
@@ -167,15 +167,24 @@ class ServerProcess:
 
 
 class StallingProxy:
-    """Passes bytes between a client and a server until it is told to stall; then both sides hear nothing at all."""
+    """Passes bytes between a client and a server until it is told to stall; then both sides hear nothing at all.
+
+    Attributes:
+        delay_s: answers are held back for so long.
+    """
 
     def __init__(self, uri: str) -> None:
-        self._target = ("127.0.0.1", int(uri.rpartition(":")[2]))
+        self.delay_s = 0.0
+        self.lead_to(uri)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._flows = threading.Event()
         self._flows.set()
         self.uri = f"ws://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def lead_to(self, uri: str) -> None:
+        """Where new connections end; those that are there stay."""
+        self._target = ("127.0.0.1", int(uri.rpartition(":")[2]))
 
     def stall(self) -> None:
         self._flows.clear()
@@ -191,13 +200,18 @@ class StallingProxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
-                for source, sink in ((client, server), (server, client)):
-                    threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+                try:
+                    server = socket.create_connection(self._target)
+                except OSError:  # nobody is there, as the client must see
+                    client.close()
+                    continue
+                for source, sink, slow in ((client, server, False), (server, client, True)):
+                    threading.Thread(target=self._pass_on, args=(source, sink, slow), daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket, slow: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                time.sleep(self.delay_s if slow else 0.0)
                 self._flows.wait()
                 sink.sendall(data)
         for end in (source, sink):
