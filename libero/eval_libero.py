@@ -4,6 +4,7 @@
     eval_libero checkpoint=random suite=all_tabletop episodes_per_task=2
     eval_libero checkpoint=ws://127.0.0.1:8000 suite=tabletop_object         (through a policy_server)
     eval_libero checkpoint=FOLDER asked=both
+    eval_libero checkpoint=FOLDER router.name=random router.budget=0.25                      (a plugged-in token router)
     eval_libero checkpoint=FOLDER suite=all_libero protocol=cogvla workers=8 shard=1/4
 
 The same command again goes on where it was stopped. `merge_evaluations` puts shards together.
@@ -68,7 +69,8 @@ def run(config: DictConfig, command: str) -> list[Report]:
     if config.asked not in ASKED:
         raise ValueError(f"asked must be null, swap or both, got {config.asked!r}")
     policy, identity = _policy(config)
-    output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}")
+    plugged_in = "" if config.router.name is None else f"_{config.router.name}_{config.router.budget}"
+    output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}{plugged_in}")
     reports: dict[str, Report] = {}
     for suite, protocol in zip(played, protocols, strict=True):
         if config.protocol.name == OWN:
@@ -151,6 +153,9 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
     """The policy, and what tells its weights from others."""
+    folder = config.checkpoint != RANDOM and not str(config.checkpoint).startswith(("ws://", "wss://"))
+    if config.router.name is not None and not folder:
+        raise ValueError(f"router.name={config.router.name} needs the folder of a checkpoint, not {config.checkpoint}")
     if config.checkpoint == RANDOM:
         from cogvla.policy.baselines import RandomPolicy
 
@@ -166,8 +171,14 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
 
     from cogvla.policy.checkpoint import open_policy
     from cogvla.policy.engine.engine import EngineConfig
+    from cogvla.routing.router import RouterConfig
 
-    return open_policy(config.checkpoint, config.device, config.threads, EngineConfig.from_dict(_plain(config.engine)))
+    engine, values = EngineConfig.from_dict(_plain(config.engine)), _plain(config.router)
+    try:
+        router = None if config.router.name is None else RouterConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"configuration router: {error}") from error
+    return open_policy(config.checkpoint, config.device, config.threads, engine, router)
 
 
 def _plain(config: DictConfig | ListConfig) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Choices:
         weight_BK, points_BG, image_points_BV22, point_weight_BV2: see `Batch`; points in metres.
         noise_BRKA, time_BR: see `Batch`; None in evaluation, which decodes.
         corner_BV2, jitter_BV4: see `Changes`.
+        draw_B2: see `ModelInput.draw`; None in evaluation.
     """
 
     instruction_B: Tensor
@@ -48,6 +49,7 @@ class Choices:
     jitter_BV4: Tensor | None = None
     noise_BRKA: Tensor | None = None
     time_BR: Tensor | None = None
+    draw_B2: Tensor | None = None
 
     def part(self, index_b: Tensor) -> Choices:
         """Those of some samples."""
@@ -146,7 +148,10 @@ class BatchBuilder:
         choices = self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG, changes)
         robot, shape = self.preprocessor.embodiment, (len(instruction_B), DRAWS)
         noise_BRKA = torch.randn(*shape, robot.chunk, robot.action_dim, generator=generator)
-        return replace(choices, noise_BRKA=noise_BRKA, time_BR=torch.rand(shape, generator=generator))
+        time_BR = torch.rand(shape, generator=generator)
+        draw_B2 = torch.randint(2**62, (len(instruction_B), 2), generator=generator)
+        draw_B2[:, 1] = draw_B2[0, 1]
+        return replace(choices, noise_BRKA=noise_BRKA, time_BR=time_BR, draw_B2=draw_B2)
 
     def evaluation(self, samples: dict[str, Any], instruction_B: Tensor | None = None) -> Batch:
         """The samples as the policy will see them, or with these instructions instead of their own."""
@@ -180,7 +185,7 @@ class BatchBuilder:
                 relative_BG = (relative_BG - self.relative_mean) / self.relative_std
                 positions_BG = torch.cat([positions_BG, relative_BG], dim=-1)
         return Batch(
-            replace(inputs, state=inputs.state * keep_B1),
+            replace(inputs, state=inputs.state * keep_B1, draw=there(choices.draw_B2)),
             actions_BKA,
             choices.weight_BK.to(device),
             there(positions_BG),

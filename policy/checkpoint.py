@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.empty_model import empty_model
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.interface import Embodiment
+from cogvla.policy.model import CogVLA
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.tokenizer import PretrainedTokenizer, tokenizer_from_dict
+from cogvla.routing.router import RouterConfig
 
 FORMAT = 1
+ROUTER_WEIGHTS = "router."
 CONFIG, WEIGHTS, STATISTICS, TRAINING = "config.json", "model.safetensors", "statistics.json", "training.pt"
 
 
@@ -150,11 +153,17 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder / WEIGHTS} is damaged or truncated ({error}); use another checkpoint") from error
 
 
-def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
+def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | None = None) -> CogVLAPolicy:
     """The policy in a checkpoint folder, ready to act on `device` in the precision in which it was saved.
 
+    Args:
+        folder: the checkpoint.
+        device: of torch.
+        router: a token router in place of the one that the policy was trained with, or without; None: that one.
+
     Raises:
-        ValueError: the folder is missing, incomplete, damaged, or its weights do not fit its configuration.
+        ValueError: the folder is missing, incomplete, damaged, or its weights do not fit its configuration; or the
+            router does not fit the policy.
     """
     folder = Path(folder)
     body = read_config(folder)
@@ -170,15 +179,33 @@ def load_policy(folder: Path | str, device: str = "cpu") -> CogVLAPolicy:
         raise ValueError(
             f"{CONFIG} or {STATISTICS} in {folder} is damaged ({problem}); use another checkpoint"
         ) from error
+    if router is not None:
+        config = replace(config, routing=replace(config.routing, router=router))
+        description["router"] = {"plugged_in": True, **asdict(router)}
+    elif config.routing.router.name is not None:
+        description["router"] = asdict(config.routing.router)
     model = empty_model(config, embodiment)
     try:
         # Of a mapped file, tensors are copied: products differ in the last digits where memory is not aligned. One
         # after the other, so that a large model is not in memory twice.
         weights = load_weights(folder)
+        if router is not None:
+            weights = _for_router(weights, model, router)
         model.load_state_dict({name: weights.pop(name).clone() for name in list(weights)}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
     return CogVLAPolicy(model.to(device), preprocessor, {"checkpoint": folder.name, **description})
+
+
+def _for_router(weights: dict[str, Tensor], model: CogVLA, router: RouterConfig) -> dict[str, Tensor]:
+    """The weights without those of a router that was taken out."""
+    wanted = model.state_dict().keys()
+    if any(name.startswith(ROUTER_WEIGHTS) and name not in weights for name in wanted):
+        raise ValueError(
+            f"router {router.name!r} has weights of its own, which this checkpoint does not have: train a policy with "
+            f"it first, train_policy base=... routing=router routing.router.name={router.name}"
+        )
+    return {name: value for name, value in weights.items() if name in wanted or not name.startswith(ROUTER_WEIGHTS)}
 
 
 def open_policy(
@@ -186,6 +213,7 @@ def open_policy(
     device: str | None = None,
     threads: int | None = None,
     engine: EngineConfig | None = None,
+    router: RouterConfig | None = None,
 ) -> tuple[CogVLAPolicy, dict[str, str]]:
     """What commands do with `checkpoint=FOLDER`: the policy, and the hash that tells its weights from others.
 
@@ -194,10 +222,11 @@ def open_policy(
         device: None: cuda where there is one, else cpu.
         threads: of torch; None: its own choice.
         engine: what runs it; None: the default one.
+        router: see `load_policy`.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router)
     policy = policy.with_engine(engine or EngineConfig())
     with (Path(folder) / WEIGHTS).open("rb") as weights:
         return policy, {"weights_sha256": hashlib.file_digest(weights, "sha256").hexdigest()}

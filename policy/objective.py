@@ -127,6 +127,11 @@ class Objective(nn.Module):
                 "objective.pointing needs square images and an even policy.vision.aggregation_tokens, "
                 f"got {camera.height}x{camera.width} and {tokens}; or set it to 0"
             )
+        if config.grounding and model.config.routing.router.train_budgets:
+            raise ValueError(
+                "objective.grounding reads a fixed number of vision tokens, routing.router.train_budgets vary it: "
+                "set objective.grounding=0 or train_budgets=[]"
+            )
         self.model, self.config = model, config
         outputs = 2 * GROUNDING_DIM if config.gripper_state else GROUNDING_DIM
         self.grounding = GroundingHead(vision_tokens, width, outputs) if config.grounding else None
@@ -134,7 +139,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses as scalars: `loss` (to minimise), `action_l1` (or what the head measures), and with labels those of
-        the parts that need them: `grounding_l1`, `reading_l1`, `pointing_ce`.
+        the parts that need them: `grounding_l1`, `reading_l1`, `pointing_ce`; and `router_...` of token routers.
         """
         points = self.config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
         head: ActionHead = self.model.head
@@ -150,6 +155,9 @@ class Objective(nn.Module):
             reading = (self.reading(output.states) - batch.positions_BG[:, None]).abs().mean()
             losses["loss"] = losses["loss"] + self.config.reading * reading
             losses["reading_l1"] = reading.detach()
+        for name, value in output.losses.items():
+            losses["loss"] = losses["loss"] + value
+            losses[f"router_{name}"] = value.detach()
         if output.gaze is not None:
             assert batch.image_points_BV22 is not None
             assert batch.point_weight_BV2 is not None

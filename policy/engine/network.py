@@ -89,6 +89,8 @@ class FusedNetwork(nn.Module):
 
 def not_fusible(model: CogVLA) -> str | None:
     """What in a model cannot be fused, or None."""
+    if model.router is not None:
+        return f"the router {model.router.config.name!r}, which the engine does not know"
     for name, tower in model.vision.named_towers():
         if reason := why_not(tower):
             return f"the {name} tower has {reason}"
