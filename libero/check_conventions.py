@@ -1,0 +1,205 @@
+"""`check_conventions DATASET`: does a data set mean what the simulator means? Names every mismatch that it finds.
+
+    check_conventions outputs/demonstrations/tabletop_object
+    check_conventions datasets/libero_goal                                       (LIBERO's HDF5 files)
+    check_conventions HuggingFaceVLA/libero data=libero_huggingface suite=libero_object
+    check_conventions DATASET statistics=outputs/train_policy/libero_object      (of a checkpoint, too)
+
+Recorded actions are played open loop from the recorded beginning. What follows the data set is a list of KEY=VALUE for
+configs/check_conventions.yaml. Exit status: 0 no mismatch, 1 mismatches, 2 it could not be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from cogvla.envs.suite import Suite
+from cogvla.libero import conventions, image_agreement, state_agreement
+from cogvla.libero.conventions import Finding
+from cogvla.libero.episode_log import write_atomic
+from cogvla.libero.recorded_episodes import Episode, Recordings, open_recordings
+from cogvla.libero.replayed_episodes import Trace, replay
+from cogvla.libero.suites import LIBERO_SUITES, configured_suite
+from cogvla.policy.data import DataConfig
+from cogvla.policy.interface import Embodiment
+
+IMAGE_SIZE = 128
+WAITING_STEPS = 10
+"""Of LIBERO's episodes whose beginning is not known: objects fall into place."""
+WIDTH = 118
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    parser = argparse.ArgumentParser("check_conventions", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("dataset", metavar="DATASET", help="folder, HDF5 file, or name of a data set of the hub")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="see configs/check_conventions.yaml")
+    options = parser.parse_args(arguments)
+    try:
+        with initialize_config_module("cogvla.configs", version_base="1.3"):
+            config = compose("check_conventions", options.overrides)
+        findings = run(options.dataset, config)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if any(finding.verdict == "mismatch" for finding in findings):
+        raise SystemExit(1)
+
+
+def run(dataset: str, config: DictConfig) -> list[Finding]:
+    """Check, print the table and write the JSON report."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    embodiment = Embodiment(**plain["embodiment"])
+    recordings = open_recordings(dataset, DataConfig(**plain["data"] | {"root": dataset}), embodiment)
+    name = config.suite or recordings.suite
+    if name is None:
+        raise ValueError("the data set does not say which suite it was recorded in: give suite=NAME")
+    suite = configured_suite(name, plain["libero"])
+    stored = None if config.statistics is None else _statistics(Path(config.statistics))
+    findings = check(recordings, suite, embodiment, episodes=config.episodes, checkpoint=stored)
+    print(table(recordings.name, suite.name, findings))
+    output = Path(config.output or f"outputs/check_conventions/{recordings.name}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report = {"dataset": dataset, "suite": suite.name, "findings": [asdict(finding) for finding in findings]}
+    write_atomic(output, json.dumps(report, indent=1, default=_plain) + "\n")
+    print(f"report: {output}")
+    return findings
+
+
+def check(
+    recordings: Recordings,
+    suite: Suite,
+    embodiment: Embodiment,
+    *,
+    episodes: int = 10,
+    checkpoint: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> list[Finding]:
+    """All checks.
+
+    Args:
+        recordings: the data set.
+        suite: where it was recorded.
+        embodiment: the robot's conventions.
+        episodes: how many are played again, spread over the data set.
+        checkpoint: statistics of a checkpoint, to be compared with the data.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the data set does not fit the suite at all.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    everything = recordings.episodes
+    features = {"action": np.concatenate([episode.actions_TA for episode in everything])}
+    states = [episode.states_TS for episode in everything if episode.states_TS is not None]
+    features |= {"state": np.concatenate(states)} if states else {}
+    said, _ = conventions.gripper(everything, embodiment)
+    worded = conventions.instructions(everything, [task.instruction for task in suite.tasks])
+    findings = [
+        conventions.versions(recordings.simulation, {"mujoco": version("mujoco"), **suite.settings}),
+        worded,
+        said,
+        conventions.statistics("statistics", recordings.statistics, features, embodiment),
+    ]
+    if checkpoint is not None:
+        findings.append(conventions.statistics("checkpoint's statistics", checkpoint, features, embodiment))
+    findings.append(conventions.control_rate(recordings, embodiment))
+    traces = _traces(recordings, suite, embodiment, episodes, progress)
+    if not traces:
+        return [*findings, Finding("replay", "not checked", "no episode could be assigned to a task of the suite")]
+    findings += image_agreement.images(recordings, traces)
+    late, delay = state_agreement.timing(traces, recordings.delay)
+    findings += [
+        *state_agreement.states(traces, delay),
+        late,
+        state_agreement.motion(traces, delay),
+        state_agreement.replays(traces, delay),
+    ]
+    return findings
+
+
+def _traces(recordings: Recordings, suite: Suite, embodiment: Embodiment, count: int, progress: bool) -> list[Trace]:
+    """The chosen episodes, played again in one environment."""
+    known = {task.instruction: index for index, task in enumerate(suite.tasks)}
+    playable = [e for e in recordings.episodes if e.start is not None or e.instruction in known]
+    chosen = (
+        [playable[i] for i in np.unique(np.linspace(0, len(playable) - 1, count).round().astype(int))]
+        if playable
+        else []
+    )
+    chosen.sort(key=lambda episode: _task(episode, known))  # scenes are built once
+    # What is executed may be in another convention than what is learned.
+    _, gripper = conventions.gripper([replace(e, actions_TA=e.executed_TA) for e in recordings.episodes], embodiment)
+    rest_A = np.zeros(embodiment.action_dim, np.float32)
+    if embodiment.gripper_index is not None:
+        rest_A[embodiment.gripper_index] = embodiment.gripper_open
+    env = suite.make(image_size=IMAGE_SIZE)
+    try:
+        return [
+            replay(
+                env,
+                episode,
+                _task(episode, known),
+                recordings.cameras,
+                gripper,
+                rest_A,
+                recordings.delay,
+                WAITING_STEPS if suite.name in LIBERO_SUITES else 0,
+            )
+            for episode in tqdm(chosen, desc="replay", unit="episode", disable=not progress)
+        ]
+    finally:
+        env.close()
+
+
+def _task(episode: Episode, known: dict[str, int]) -> int:
+    return known[episode.instruction] if episode.start is None else episode.start.task
+
+
+def _statistics(path: Path) -> dict[str, Any]:
+    """Of a checkpoint's folder, or of a JSON file like its `statistics.json`."""
+    file = path / "statistics.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"statistics: there is no {file}")
+    return json.loads(file.read_text())
+
+
+def table(dataset: str, suite: str, findings: Sequence[Finding]) -> str:
+    """What was found, as text."""
+    columns = [max(len(finding.check) for finding in findings) + 2, len("not checked") + 2]
+    lines = [f"{dataset} in {suite}", ""]
+    for finding in findings:
+        verdict = finding.verdict.upper() if finding.verdict == "mismatch" else finding.verdict
+        indent = " " * sum(columns)
+        head = f"{finding.check:<{columns[0]}}{verdict:<{columns[1]}}"
+        lines.append(textwrap.fill(finding.text, WIDTH, initial_indent=head, subsequent_indent=indent))
+        if finding.advice and finding.verdict in ("mismatch", "note"):
+            lines.append(textwrap.fill(f"-> {finding.advice}", WIDTH, initial_indent=indent, subsequent_indent=indent))
+    wrong = [finding.check for finding in findings if finding.verdict == "mismatch"]
+    lines += ["", f"{len(wrong)} mismatch(es): {', '.join(wrong)}" if wrong else "no mismatch"]
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What a data set says about its conventions by itself: gripper, statistics, versions, instructions, control rate.
+
+Shape legend: N frames, T steps, A action, S state, D either.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from cogvla.libero.recorded_episodes import Episode, Recordings
+from cogvla.libero.replayed_episodes import Gripper
+from cogvla.policy.interface import Embodiment
+
+Verdict = Literal["ok", "mismatch", "note", "not checked"]
+SIMULATORS = ("mujoco", "robosuite", "hf-libero")
+FINGERS = slice(6, 8)
+LEVEL = 0.05
+"""Commands of the gripper that are this much of their range apart are the same level."""
+RESPONSE_STEPS = 4
+TAIL = 0.02
+"""Of a range: quantiles that are closer to the extremes cannot be told from them."""
+EQUAL = 1e-3
+"""Of a range: numbers that are closer are the same."""
+FAR = 0.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        check: its name.
+        verdict: `note` is worth knowing and no mistake.
+        text: what was found.
+        advice: what to do about it.
+        measured: the numbers behind it.
+    """
+
+    check: str
+    verdict: Verdict
+    text: str
+    advice: str = ""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+
+def gripper(episodes: Sequence[Episode], embodiment: Embodiment) -> tuple[Finding, Gripper | None]:
+    """Which recorded values open and close the gripper, seen from how the fingers answer when the command changes.
+
+    Returns:
+        the finding, and the meaning of the values where it is clear.
+    """
+    index = embodiment.gripper_index
+    if index is None:
+        return Finding("gripper", "not checked", "the embodiment has none"), None
+    values_N = np.concatenate([episode.actions_TA[:, index] for episode in episodes])
+    low, high = float(values_N.min()), float(values_N.max())
+    between = float(np.mean((values_N > low + LEVEL * (high - low)) & (values_N < high - LEVEL * (high - low))))
+    measured: dict[str, Any] = {"low": low, "high": high, "between": between}
+    answers = [answer for episode in episodes for answer in _answers(episode, index, (low + high) / 2)]
+    if low == high or not answers:
+        text = f"its command never changes while the fingers are seen (values {low:g} to {high:g})"
+        return Finding("gripper", "not checked", text, measured=measured), None
+    wider_when_high = float(np.median(answers))
+    measured |= {"changes": len(answers), "width_change_when_high_m": wider_when_high}
+    if abs(wider_when_high) < 1e-3:
+        return Finding("gripper", "not checked", "the fingers do not answer its command", measured=measured), None
+    opened, closed = (high, low) if wider_when_high > 0 else (low, high)
+    expected = (embodiment.gripper_open, embodiment.gripper_close)
+    meaning = Gripper(index, (opened, closed), expected)
+    if np.allclose((opened, closed), expected, atol=0.02):
+        return Finding("gripper", "ok", f"{opened:g} opens, {closed:g} closes", measured=measured), meaning
+    wrong = []
+    if (opened < closed) != (expected[0] < expected[1]):
+        wrong.append("its sign is inverted")
+    if not np.allclose(sorted((opened, closed)), sorted(expected), atol=0.02):
+        wrong.append(f"its range is {low:g} to {high:g}")
+    return Finding(
+        "gripper",
+        "mismatch",
+        f"{' and '.join(wrong)}: {opened:g} opens and {closed:g} closes it, "
+        f"in the simulator {expected[0]:g} opens and {expected[1]:g} closes",
+        f"map it with data.gripper={{index: {index}, open: {opened:g}, close: {closed:g}}}",
+        measured,
+    ), meaning
+
+
+def _answers(episode: Episode, index: int, middle: float) -> list[float]:
+    """How much wider the fingers get (m) soon after a command changed to its high level, or the negative for low."""
+    if episode.states_TS is None:
+        return []
+    high_T = episode.actions_TA[:, index] > middle
+    width_T = np.abs(episode.states_TS[:, FINGERS]).sum(axis=1)
+    found = []
+    for step in np.flatnonzero(np.diff(high_T)) + 1:
+        end = step + RESPONSE_STEPS
+        if end < len(width_T) and (high_T[step:end] == high_T[step]).all():
+            found.append(float(width_T[end] - width_T[step]) * (1 if high_T[step] else -1))
+    return found
+
+
+def statistics(
+    check: str,
+    stored: Mapping[str, Mapping[str, Sequence[float]]],
+    actual: Mapping[str, np.ndarray],
+    embodiment: Embodiment,
+) -> Finding:
+    """Whether stored statistics are what they are called: quantiles, extremes, of these data.
+
+    Args:
+        check: name of the finding.
+        stored: feature (`action`, `state`) -> `min`, `max`, `q01`, `q99` -> numbers.
+        actual: feature -> all frames [N,D].
+        embodiment: which dimensions are normalised, and by what.
+    """
+    if not any(stored.get(name) for name in actual):
+        return Finding(check, "not checked", "no statistics are stored")
+    wrong, measured = [], {}
+    for name, values_ND in actual.items():
+        if not stored.get(name):
+            continue
+        mask = np.ones(values_ND.shape[1], bool)
+        if name == "action":
+            mask = np.array(embodiment.action_normalise_mask)
+        found, numbers = _named_wrongly(stored[name], values_ND, mask)
+        measured[name] = numbers
+        wrong += [f"{name}: {text}" for text in found]
+    if wrong:
+        return Finding(
+            check,
+            "mismatch",
+            "; ".join(wrong),
+            f"actions are normalised by {embodiment.action_normalisation}: compute the statistics anew from these data",
+            measured,
+        )
+    return Finding(check, "ok", "quantiles and extremes are those of the data", measured=measured)
+
+
+def _named_wrongly(
+    stored: Mapping[str, Sequence[float]], values_ND: np.ndarray, mask: np.ndarray
+) -> tuple[list[str], dict[str, Any]]:
+    values_ND = values_ND[:, mask].astype(np.float64)
+    names = {"min": 0.0, "q01": 0.01, "q99": 0.99, "max": 1.0}
+    actual = {name: np.quantile(values_ND, q, axis=0) for name, q in names.items()}
+    given = {name: np.asarray(stored[name], np.float64).reshape(-1)[mask] for name in names if name in stored}
+    size = np.maximum(actual["max"] - actual["min"], 1e-6)
+    # Where a quantile is the extreme, nothing can be told.
+    apart = ((actual["max"] - actual["q99"]) > TAIL * size) & ((actual["q01"] - actual["min"]) > TAIL * size)
+
+    def off(name: str, reference: str) -> float:
+        if name not in given or not apart.any():
+            return np.inf
+        return float((np.abs(given[name] - actual[reference]) / size)[apart].max())
+
+    wrong = []
+    numbers = {name: {"stored": list(given[name]), "data": list(actual[name])} for name in given}
+    if max(off("q01", "min"), off("q99", "max")) < EQUAL:
+        wrong.append("what is stored as q01 and q99 is the minimum and maximum")
+    elif max(off("min", "q01"), off("max", "q99")) < EQUAL:
+        wrong.append("what is stored as minimum and maximum is q01 and q99")
+    else:
+        extremes = [np.abs(given[name] - actual[name]) / size for name in ("min", "max") if name in given]
+        quantiles = [np.abs(given[name] - actual[name]) / size for name in ("q01", "q99") if name in given]
+        if extremes and max(float(values.max()) for values in extremes) > EQUAL:
+            wrong.append("minimum and maximum are not those of the data")
+        # lerobot averages the quantiles of episodes, so that they are a little off
+        elif not extremes and quantiles and max(float(values.max()) for values in quantiles) > FAR:
+            wrong.append("quantiles are not those of the data")
+    full = np.isclose(np.abs(values_ND), 1.0, atol=1e-6)
+    if (full & (values_ND > 0)).any(0).all() and (full & (values_ND < 0)).any(0).all() and (actual["max"] <= 1).all():
+        wrong.append("all dimensions reach exactly from -1 to 1, as if they were normalised already")
+    return wrong, numbers
+
+
+def versions(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Finding:
+    """Whether the simulators are those that the data set was recorded with."""
+    known = {name: str(recorded[name]) for name in SIMULATORS if name in recorded}
+    installed = {name: str(here[name]) for name in SIMULATORS if name in here}
+    measured = {"recorded": known, "installed": installed}
+    if not known:
+        text = f"the data set does not say what it was recorded with; here: {_listed(installed)}"
+        return Finding("versions", "not checked", text, measured=measured)
+    other = {name: value for name, value in known.items() if installed.get(name) != value}
+    if not other:
+        return Finding("versions", "ok", _listed(known), measured=measured)
+    different = ", ".join(f"{name} {value} (here {installed.get(name, 'none')})" for name, value in other.items())
+    return Finding(
+        "versions",
+        "mismatch",
+        f"recorded with {different}",
+        "success rates drift with the simulator's version: install that one, or record or convert the data anew",
+        measured,
+    )
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in versions.items())
+
+
+def instructions(episodes: Sequence[Episode], known: Sequence[str]) -> Finding:
+    """Whether what was asked is worded as the suite words it."""
+    unknown = sorted({episode.instruction for episode in episodes} - set(known))
+    measured = {"unknown": unknown}
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, 1, 0.0)
+        return Finding(
+            "instructions",
+            "mismatch",
+            f"{len(unknown)} are not the suite's, for example {unknown[0]!r}; the suite says {close[0]!r}",
+            "policies are evaluated with the suite's wording: rename the tasks, or choose the suite of the data",
+            measured,
+        )
+    wrong = [e for e in episodes if e.start is not None and known[e.start.task] != e.instruction]
+    if wrong:
+        return Finding(
+            "instructions",
+            "mismatch",
+            f"{wrong[0].name} was recorded in the scene of {known[wrong[0].start.task]!r} "  # type: ignore[union-attr]
+            f"and asks {wrong[0].instruction!r}",
+            "the order of tasks or their texts were mixed up",
+            {"episodes": [episode.name for episode in wrong]},
+        )
+    return Finding(
+        "instructions", "ok", f"{len({e.instruction for e in episodes})} of {len(known)} tasks", "", measured
+    )
+
+
+def control_rate(recordings: Recordings, embodiment: Embodiment) -> Finding:
+    """Whether the data set's frames per second are the control rate."""
+    stored, expected = recordings.control_hz, embodiment.control_hz
+    if stored is None:
+        return Finding("control rate", "not checked", "the data set does not say it")
+    if stored == expected:
+        return Finding("control rate", "ok", f"{stored:g} Hz")
+    text = f"the data set says {stored:g} Hz, the robot is controlled at {expected:g} Hz"
+    return Finding("control rate", "note", text, "nothing here uses it; see whether the motion check agrees")

@@ -1,0 +1,116 @@
+"""Recorded actions played open loop in the simulator, for comparison with what was recorded.
+
+Shape legend: T steps, S state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from cogvla.libero.recorded_episodes import Episode, Start
+
+PICTURED_STEPS = (0, 10)
+"""Steps of an episode whose images are compared: its beginning, and when the arm has moved but not yet diverged."""
+APPROACH = 40
+"""Steps that are played of an episode whose beginning is not known: until about the first contact."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the simulator did with an episode's actions.
+
+    Attributes:
+        episode: as it was recorded.
+        exact: it began where the recording began; else in an initial state of the same task.
+        states_TS: float32 [T+1,S], before each action and after the last one.
+        images: camera -> step of the recording -> uint8 [H,W,3].
+        success: the task was done at some time.
+    """
+
+    episode: Episode
+    exact: bool
+    states_TS: np.ndarray
+    images: dict[str, dict[int, np.ndarray]]
+    success: bool
+
+
+@dataclass(frozen=True)
+class Gripper:
+    """What the recorded values of the gripper mean: those that open and close it, and the simulator's."""
+
+    index: int
+    recorded: tuple[float, float]
+    simulated: tuple[float, float]
+
+    def mapped(self, actions_TA: np.ndarray) -> np.ndarray:
+        """The actions as the simulator takes them."""
+        (opened, closed), (to_open, to_close) = self.recorded, self.simulated
+        mapped_TA = actions_TA.copy()
+        mapped_TA[:, self.index] = to_open + (actions_TA[:, self.index] - opened) / (closed - opened) * (
+            to_close - to_open
+        )
+        return mapped_TA
+
+
+def replay(
+    env: gym.Env,
+    episode: Episode,
+    task: int,
+    cameras: Sequence[str],
+    gripper: Gripper | None,
+    rest_A: np.ndarray,
+    delay: int = 0,
+    waiting_steps: int = 0,
+) -> Trace:
+    """Play the executed actions of an episode.
+
+    Args:
+        env: of the suite.
+        episode: what is played.
+        task: of an episode whose beginning is not known.
+        cameras: whose images are wanted.
+        gripper: how its values are mapped; None: not at all.
+        rest_A: the action that moves nothing.
+        delay: control steps by which recorded observations are late.
+        waiting_steps: before the first action of an episode whose beginning is not known.
+    """
+    exact = episode.start is not None
+    start = episode.start or Start(task, initial_state=0, waiting_steps=waiting_steps)
+    actions_TA = episode.executed_TA if gripper is None else gripper.mapped(episode.executed_TA)
+    actions_TA = actions_TA if exact else actions_TA[:APPROACH]
+    moments = {step + delay: step for step in PICTURED_STEPS if step < len(actions_TA)}
+    scene: Any = env.unwrapped
+    scene.skip_images = 0 not in moments or start.waiting_steps > 0
+    observation = _begin(env, start)
+    success = False
+    for left in range(start.waiting_steps, 0, -1):
+        scene.skip_images = left > 1 or 0 not in moments
+        observation, *_ = env.step(rest_A)
+    states, images = [observation["state"]], {camera: {} for camera in cameras}
+    for moment in range(len(actions_TA) + 1):
+        if moment in moments:
+            for camera in cameras:
+                images[camera][moments[moment]] = observation[camera]
+        if moment == len(actions_TA):
+            break
+        scene.skip_images = moment + 1 not in moments
+        observation, _, _, _, info = env.step(actions_TA[moment])
+        states.append(observation["state"])
+        success = success or bool(info["success"])
+    return Trace(episode, exact, np.stack(states), images, success)
+
+
+def _begin(env: gym.Env, start: Start) -> dict[str, np.ndarray]:
+    if start.state is None:
+        observation, _ = env.reset(options={"task": start.task, "initial_state": start.initial_state})
+        return observation
+    scene: Any = env.unwrapped
+    if not start.fixtures:
+        return scene.restore(start.state, start.task)
+    scene.restore(start.state, start.task)
+    return scene.restore(start.state, fixtures=start.fixtures)

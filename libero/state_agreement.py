@@ -1,0 +1,221 @@
+"""Where recorded states and the simulator's disagree, seen by playing the actions again: state, time, motion, success.
+
+Shape legend: N frames of all traces, T steps, S state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from cogvla.envs.control import rotation_matrix, rotation_vector
+from cogvla.libero.conventions import Finding
+from cogvla.libero.replayed_episodes import Trace
+from cogvla.libero.suites import axis_angle
+
+AS_IT_IS = "as it is"
+EARLY = {True: 20, False: 5}
+"""Steps in which states are compared, for traces that began as the recording did and for others."""
+POSITION, ROTATION, FINGERS = slice(0, 3), slice(3, 6), slice(6, 8)
+NEAR_M = {True: 0.01, False: 0.08}
+WINDOW, MOVING = 5, 40
+AXES = {"x": 0.003, "y": 0.003, "z": 0.003, "turn x": 0.03, "turn y": 0.03, "turn z": 0.03}
+"""What an axis must move in a window (m, rad), root mean square, to tell something."""
+SUCCESS = 0.8
+
+
+def _turned_otherwise(vector_N3: np.ndarray) -> np.ndarray:
+    """The same rotations by the other sign of their quaternions: 2 pi minus the angle, about the opposite axis."""
+    angle_N1 = np.maximum(np.linalg.norm(vector_N3, axis=1, keepdims=True), 1e-9)
+    return vector_N3 * (1 - 2 * np.pi / angle_N1)
+
+
+def _folded(vector_N3: np.ndarray) -> np.ndarray:
+    large_N1 = np.linalg.norm(vector_N3, axis=1, keepdims=True) > np.pi
+    return np.where(large_N1, _turned_otherwise(vector_N3), vector_N3)
+
+
+def _w_first(vector_N3: np.ndarray) -> np.ndarray:
+    """Axis and angle of a quaternion w, x, y, z that was read as x, y, z, w."""
+    angle_N1 = np.maximum(np.linalg.norm(vector_N3, axis=1, keepdims=True), 1e-9)
+    quaternion_N4 = np.concatenate([np.cos(angle_N1 / 2), vector_N3 / angle_N1 * np.sin(angle_N1 / 2)], axis=1)
+    return np.stack([axis_angle(quaternion) for quaternion in quaternion_N4])
+
+
+def _euler(vector_N3: np.ndarray) -> np.ndarray:
+    r = np.stack([rotation_matrix(vector) for vector in vector_N3])
+    pitch = np.arcsin(np.clip(-r[:, 2, 0], -1, 1))
+    return np.stack([np.arctan2(r[:, 2, 1], r[:, 2, 2]), pitch, np.arctan2(r[:, 1, 0], r[:, 0, 0])], axis=1)
+
+
+ROTATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    AS_IT_IS: lambda vector_N3: vector_N3,
+    "of the other quaternion sign (2 pi minus the angle, about the opposite axis)": _turned_otherwise,
+    "folded into angles up to pi": _folded,
+    "of the inverse rotation (all three negated)": lambda vector_N3: -vector_N3,
+    "of a quaternion w, x, y, z that was read as x, y, z, w": _w_first,
+    "Euler angles": _euler,
+}
+GRIPS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    AS_IT_IS: lambda finger_N2: finger_N2,
+    "of equal signs": lambda finger_N2: np.abs(finger_N2),
+    "of opposite signs": lambda finger_N2: np.abs(finger_N2) * [1, -1],
+    "exchanged or negated": lambda finger_N2: finger_N2[:, ::-1],
+    "each the width between them": lambda finger_N2: np.abs(finger_N2).sum(1, keepdims=True).repeat(2, 1),
+}
+
+
+def states(traces: Sequence[Trace], delay: int) -> list[Finding]:
+    """Position, rotation and fingers of the recorded states against the simulator's, early in the episodes."""
+    recorded, simulated, exact = [], [], all(trace.exact for trace in traces)
+    for trace in traces:
+        if trace.episode.states_TS is not None:
+            a, b = _aligned(trace, delay, EARLY[trace.exact])
+            recorded.append(a)
+            simulated.append(b)
+    if not recorded:
+        return [Finding("state", "not checked", "no states are recorded")]
+    recorded_NS, simulated_NS = np.concatenate(recorded), np.concatenate(simulated)
+    return [
+        _position(recorded_NS[:, POSITION] - simulated_NS[:, POSITION], exact),
+        _representation("rotation", recorded_NS[:, ROTATION], simulated_NS[:, ROTATION], ROTATIONS, 0.05),
+        _representation("fingers", recorded_NS[:, FINGERS], simulated_NS[:, FINGERS], GRIPS, 0.004),
+    ]
+
+
+def _aligned(trace: Trace, delay: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Recorded and simulated states [T,S] of the same moments."""
+    recorded_TS = trace.episode.states_TS
+    assert recorded_TS is not None, "only asked for where states are recorded"
+    first = max(0, -delay)
+    count = min(steps, len(recorded_TS) - first, len(trace.states_TS) - first - delay)
+    return recorded_TS[first : first + count], trace.states_TS[first + delay : first + delay + count]
+
+
+def _position(difference_N3: np.ndarray, exact: bool) -> Finding:
+    offset_3, spread = np.median(difference_N3, axis=0), float(difference_N3.std(axis=0).max())
+    distance = float(np.linalg.norm(offset_3))
+    measured = {"offset_m": offset_3.tolist(), "spread_m": spread}
+    if distance < NEAR_M[exact]:
+        return Finding("position", "ok", f"the simulator's, {1000 * distance:.0f} mm apart", measured=measured)
+    where = ", ".join(f"{value:+.3f}" for value in offset_3)
+    text = f"off by ({where}) m, spread {spread:.3f} m"
+    advice = "a constant offset is another frame: positions must be in the world frame, as the simulator has them"
+    return Finding("position", "mismatch", text, advice, measured)
+
+
+def _representation(
+    check: str,
+    recorded: np.ndarray,
+    simulated: np.ndarray,
+    candidates: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    margin: float,
+) -> Finding:
+    """Which way of writing the simulator's numbers gives the recorded ones."""
+    errors = {
+        name: float(np.linalg.norm(recorded - change(simulated), axis=1).mean()) for name, change in candidates.items()
+    }
+    best, plain = min(errors, key=lambda name: errors[name]), errors[AS_IT_IS]
+    unit = "rad" if check == "rotation" else "m"
+    if plain - errors[best] > margin and errors[best] < 0.5 * plain:
+        text = f"the recorded numbers are {best} (error {errors[best]:.3f} {unit}, as the simulator has it {plain:.3f})"
+        advice = "policies are shown the simulator's own at evaluation: store those, see Conventions in docs/libero.md"
+        return Finding(check, "mismatch", text, advice, {"errors": errors})
+    if plain > 6 * margin:
+        text = f"the recorded numbers are the simulator's in no known way (error {plain:.3f} {unit})"
+        return Finding(check, "mismatch", text, "see Conventions in docs/libero.md", {"errors": errors})
+    return Finding(check, "ok", f"the simulator's, error {plain:.3f} {unit}", measured={"errors": errors})
+
+
+def timing(traces: Sequence[Trace], delay: int) -> tuple[Finding, int]:
+    """By how many control steps observations are late, and the delay that fits best."""
+    usable = [trace for trace in traces if trace.exact and trace.episode.states_TS is not None]
+    if not usable:
+        return Finding("time", "not checked", "needs episodes whose beginning is known, with states"), delay
+    errors = {}
+    for shift in range(-2, 3):
+        pairs = [_aligned(trace, shift, MOVING) for trace in usable]
+        errors[shift] = float(np.mean([np.linalg.norm((a - b)[:, POSITION], axis=1).mean() for a, b in pairs]))
+    best = min(errors, key=lambda shift: errors[shift])
+    measured = {"error_m": {str(shift): error for shift, error in errors.items()}}
+    if best != delay and errors[best] < 0.6 * errors[delay] and errors[delay] - errors[best] > 1e-3:
+        late = f"{abs(best - delay)} step(s) {'late' if best > delay else 'early'}"
+        text = (
+            f"observations are {late}: {1000 * errors[best]:.1f} mm off then, {1000 * errors[delay]:.1f} mm as stored"
+        )
+        return Finding("time", "mismatch", text, "a row must be what was seen before its action", measured), best
+    text = "a row is what was seen " + (
+        "before its action" if delay == 0 else "after its action, as such files have it"
+    )
+    return Finding("time", "ok", text, measured=measured), delay
+
+
+def motion(traces: Sequence[Trace], delay: int) -> Finding:
+    """How far and in which direction the recorded arm moved, against the simulator's for the same actions."""
+    recorded, simulated = [], []
+    for trace in traces:
+        if trace.episode.states_TS is None:
+            continue
+        a, b = _aligned(trace, delay, MOVING)
+        recorded.append(_moves(a))
+        simulated.append(_moves(b))
+    if not recorded or not sum(len(moves) for moves in recorded):
+        return Finding("motion", "not checked", "needs recorded states")
+    a_N6, b_N6 = np.concatenate(recorded), np.concatenate(simulated)
+    wrong, measured = [], {}
+    for axis, (name, least) in enumerate(AXES.items()):
+        a, b = a_N6[:, axis], b_N6[:, axis]
+        if np.sqrt(np.mean(b * b)) < least:
+            continue  # hardly moves: nothing to be told
+        ratio, alike = float(a @ b / (b @ b)), float(a @ b / np.sqrt((a @ a) * (b @ b) + 1e-12))
+        measured[name] = {"ratio": ratio, "likeness": alike}
+        if alike < -0.5:
+            wrong.append(f"{name} goes the other way")
+        elif alike > 0.8 and not 0.7 < ratio < 1.4:
+            wrong.append(f"{name} goes {ratio:.2f} times as far")
+        elif alike < 0.3:
+            wrong.append(f"{name} goes elsewhere")
+    if wrong:
+        advice = "actions are deltas for the controller in [-1, 1]: not normalised, not metres, in the world's axes"
+        return Finding("motion", "mismatch", f"for the same actions the recorded {', '.join(wrong)}", advice, measured)
+    return Finding("motion", "ok", f"as the simulator moves ({', '.join(measured) or 'hardly any'})", measured=measured)
+
+
+def _moves(state_TS: np.ndarray) -> np.ndarray:
+    """Displacement and turn over windows of a few steps, [n,6]."""
+    pairs = [(state_TS[t], state_TS[t + WINDOW]) for t in range(0, len(state_TS) - WINDOW, WINDOW)]
+    rows = []
+    for before, after in pairs:
+        turn = rotation_matrix(after[ROTATION].astype(float)) @ rotation_matrix(before[ROTATION].astype(float)).T
+        rows.append(np.concatenate([after[POSITION] - before[POSITION], rotation_vector(turn)]))
+    return np.array(rows).reshape(-1, 6)
+
+
+def replays(traces: Sequence[Trace], delay: int) -> Finding:
+    """How many episodes succeed again, and how far states drift from the recorded ones."""
+    exact = [trace for trace in traces if trace.exact]
+    if not exact:
+        text = "the data set does not say how its episodes began, so that they cannot be played again"
+        return Finding("replay", "not checked", text, "success and drift are known for what this package records")
+    succeeded = sum(trace.success for trace in exact)
+    drift = {f"{part} %": _drift(exact, delay, part / 100) for part in (0, 25, 50, 75, 100)}
+    measured = {"episodes": len(exact), "succeeded": succeeded, "position_error_m": drift}
+    text = f"{succeeded} of {len(exact)} recorded episodes succeed again"
+    first, last = drift["0 %"], drift["100 %"]
+    if first is not None and last is not None:
+        text += f"; position error {1000 * first['median']:.0f} mm at the start, {1000 * last['median']:.0f} at the end"
+    if succeeded < SUCCESS * len(exact):
+        advice = "if nothing else is named: other physics (versions), another controller, or changed actions"
+        return Finding("replay", "mismatch", text, advice, measured)
+    return Finding("replay", "ok", text, measured=measured)
+
+
+def _drift(traces: Sequence[Trace], delay: int, part: float) -> dict[str, float] | None:
+    errors = []
+    for trace in traces:
+        if trace.episode.states_TS is not None:
+            a, b = _aligned(trace, delay, len(trace.states_TS))
+            at = round(part * (len(a) - 1))
+            errors.append(float(np.linalg.norm((a - b)[at, POSITION])))
+    return {"median": float(np.median(errors)), "max": max(errors)} if errors else None
