@@ -108,8 +108,8 @@ def check(
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     everything = recordings.episodes
     features = {"action": np.concatenate([episode.actions_TA for episode in everything])}
-    states = [episode.states_TS for episode in everything if episode.states_TS is not None]
-    features |= {"state": np.concatenate(states)} if states else {}
+    seen = [episode.states_TS for episode in everything if episode.states_TS is not None]
+    features |= {"state": np.concatenate(seen)} if seen else {}
     said, _ = conventions.gripper(everything, embodiment)
     worded = conventions.instructions(everything, [task.instruction for task in suite.tasks])
     findings = [
@@ -126,10 +126,12 @@ def check(
         return [*findings, Finding("replay", "not checked", "no episode could be assigned to a task of the suite")]
     findings += image_agreement.images(recordings, traces)
     late, delay = state_agreement.timing(traces, recordings.delay)
+    states = state_agreement.states(traces, delay)
+    understood = all(finding.verdict == "ok" for finding in states if finding.check == "rotation")
     findings += [
-        *state_agreement.states(traces, delay),
+        *states,
         late,
-        state_agreement.motion(traces, delay),
+        state_agreement.motion(traces, delay, turns=understood),
         state_agreement.replays(traces, delay),
     ]
     return findings

@@ -68,17 +68,13 @@ GRIPS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def states(traces: Sequence[Trace], delay: int) -> list[Finding]:
     """Position, rotation and fingers of the recorded states against the simulator's, early in the episodes."""
-    recorded, simulated, exact = [], [], all(trace.exact for trace in traces)
-    for trace in traces:
-        if trace.episode.states_TS is not None:
-            a, b = _aligned(trace, delay, EARLY[trace.exact])
-            recorded.append(a)
-            simulated.append(b)
-    if not recorded:
+    exact = all(trace.exact for trace in traces)
+    pairs = [_aligned(trace, delay, EARLY[trace.exact]) for trace in traces if trace.episode.states_TS is not None]
+    if not pairs:
         return [Finding("state", "not checked", "no states are recorded")]
-    recorded_NS, simulated_NS = np.concatenate(recorded), np.concatenate(simulated)
+    recorded_NS, simulated_NS = (np.concatenate(part) for part in zip(*pairs, strict=True))
     return [
-        _position(recorded_NS[:, POSITION] - simulated_NS[:, POSITION], exact),
+        _position(np.stack([a[0, POSITION] - b[0, POSITION] for a, b in pairs]), exact),
         _representation("rotation", recorded_NS[:, ROTATION], simulated_NS[:, ROTATION], ROTATIONS, 0.05),
         _representation("fingers", recorded_NS[:, FINGERS], simulated_NS[:, FINGERS], GRIPS, 0.004),
     ]
@@ -151,22 +147,19 @@ def timing(traces: Sequence[Trace], delay: int) -> tuple[Finding, int]:
     return Finding("time", "ok", text, measured=measured), delay
 
 
-def motion(traces: Sequence[Trace], delay: int) -> Finding:
-    """How far and in which direction the recorded arm moved, against the simulator's for the same actions."""
-    recorded, simulated = [], []
-    for trace in traces:
-        if trace.episode.states_TS is None:
-            continue
-        a, b = _aligned(trace, delay, MOVING)
-        recorded.append(_moves(a))
-        simulated.append(_moves(b))
-    if not recorded or not sum(len(moves) for moves in recorded):
+def motion(traces: Sequence[Trace], delay: int, turns: bool = True) -> Finding:
+    """How far and in which direction the recorded arm moved, against the simulator's for the same actions.
+
+    `turns` are compared only where the recorded rotations are understood.
+    """
+    pairs = [_aligned(trace, delay, MOVING) for trace in traces if trace.episode.states_TS is not None]
+    if not pairs:
         return Finding("motion", "not checked", "needs recorded states")
-    a_N6, b_N6 = np.concatenate(recorded), np.concatenate(simulated)
+    a_N6, b_N6 = (np.concatenate([_moves(states) for states in part]) for part in zip(*pairs, strict=True))
     wrong, measured = [], {}
-    for axis, (name, least) in enumerate(AXES.items()):
+    for axis, (name, least) in enumerate(list(AXES.items())[: 6 if turns else 3]):
         a, b = a_N6[:, axis], b_N6[:, axis]
-        if np.sqrt(np.mean(b * b)) < least:
+        if not len(b) or np.sqrt(np.mean(b * b)) < least:
             continue  # hardly moves: nothing to be told
         ratio, alike = float(a @ b / (b @ b)), float(a @ b / np.sqrt((a @ a) * (b @ b) + 1e-12))
         measured[name] = {"ratio": ratio, "likeness": alike}
