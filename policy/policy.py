@@ -78,6 +78,14 @@ class CogVLAPolicy:
         return ActionChunk(actions, timing)
 
     @torch.inference_mode()
+    def to_float8(self, observations: Sequence[Observation], smallest: int = 256) -> int:
+        """Compute the engine's large layers in 8 bits from now on, see `Engine.to_float8`; returns how many."""
+        if self.engine is None:
+            raise ValueError("8-bit layers belong to an engine: take `policy.with_engine` first")
+        inputs = [self.preprocessor.observation(observation) for observation in observations]
+        return self.engine.to_float8(inputs, smallest)
+
+    @torch.inference_mode()
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
         """See `Policy.warm_up`."""
         inputs = self.preprocessor.observation(self.embodiment.fake_observation(batch))

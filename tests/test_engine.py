@@ -17,6 +17,8 @@ import cogvla.tests.small_data as small
 from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.engine.engine import Engine, EngineConfig
+from cogvla.policy.engine.float8 import Float8Linear
+from cogvla.policy.engine.linear import FusedLinear
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import record
 from cogvla.policy.interface import Observation
@@ -163,6 +165,40 @@ def test_bfloat16_stays_near() -> None:
     assert_same(policy, policy.with_engine(EngineConfig("eager", dtype="bfloat16")), batch=2, tolerance=0.1)
 
 
+def test_eight_bits_stay_near_and_are_fewer() -> None:
+    policy = random_policy({"language": {"width": 32, "intermediate": 64}, "vision": {"aggregation_tokens": 4}})
+    engine = policy.with_engine(EngineConfig("eager", dtype="bfloat16"))
+    reference = policy.with_engine(EngineConfig("eager", dtype="bfloat16"))
+    assert engine.to_float8([observation(2, seed) for seed in range(3)], smallest=16) == 8
+    layer = engine.engine.network.decoder.layers[0]  # type: ignore[union-attr]
+    assert layer.gate_up.weight.dtype == torch.float8_e4m3fn
+    found, expected = engine.act(observation(2)).actions, reference.act(observation(2)).actions
+    assert 0 < np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
+
+
+def test_eight_bits_clip_what_calibration_has_not_seen() -> None:
+    torch.manual_seed(0)
+    linear = FusedLinear(torch.randn(16, 32), torch.randn(16), torch.bfloat16)
+    low = Float8Linear(linear, torch.tensor(1.0))
+    x = torch.full((1, 32), 5.0, dtype=torch.bfloat16)
+    torch.testing.assert_close(low(x), linear(x / 5), atol=0.5, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "smallest", "message"),
+    [(EngineConfig("eager"), 16, "engine.dtype=bfloat16"), (EngineConfig("eager", dtype="bfloat16"), 4096, "4096")],
+)
+def test_eight_bits_say_what_they_need(config: EngineConfig, smallest: int, message: str) -> None:
+    policy = random_policy()
+    engine = policy.with_engine(config)
+    with pytest.raises(ValueError, match=message):
+        engine.to_float8([observation(1)], smallest)
+    with pytest.raises(ValueError, match="recorded observations"):
+        engine.to_float8([])
+    with pytest.raises(ValueError, match="with_engine"):
+        policy.to_float8([observation(1)])
+
+
 def test_a_recording_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = random_policy()
     engine = Engine(policy.model, EngineConfig("eager"))
@@ -170,7 +206,7 @@ def test_a_recording_that_computes_something_else_is_refused(monkeypatch: pytest
     text = engine.encode(inputs.text_ids, inputs.text_mask)
     monkeypatch.setattr("cogvla.policy.engine.recording._traced", lambda *_: lambda *_: torch.zeros(1, small.CHUNK, 4))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="differs from the eager pass"):
-        record("trace", engine.network, inputs.pixels, inputs.state, text.tensors)
+        record("trace", engine.network, {"pixels": inputs.pixels, "state": inputs.state, **text.tensors})
 
 
 def test_what_cannot_be_fused_is_said() -> None:

@@ -11,8 +11,7 @@ H heads, G key/value heads, E head width, U = 2E.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cogvla.policy.engine.linear import FusedLinear, fused
+from cogvla.policy.engine.recording import Tensors
 from cogvla.policy.language import DecoderContext, RoutedDecoder
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
 from cogvla.routing.schedule import keep_count
-
-Tensors = Mapping[str, Tensor]
-"""What depends on the instruction only, by name."""
 
 
 class FusedRouter(nn.Module):
@@ -42,7 +39,8 @@ class FusedRouter(nn.Module):
         gain_D = gain_D.detach().float()
         difference_D = (router.logits.weight[1] - router.logits.weight[0]).detach().float()
         constant = (router.logits.bias[1] - router.logits.bias[0]).detach().float()
-        (scale_in, _, scale_out), (shift_in, _, shift_out) = router.scale, router.shift
+        scale, shift = cast(Any, router.scale), cast(Any, router.shift)  # linear, GELU, linear
+        (scale_in, _, scale_out), (shift_in, _, shift_out) = scale, shift
         self.hidden = fused([scale_in, shift_in], gain_I=gain_D)
         reach_D = difference_D * gain_D
         to_gain_DI = reach_D[:, None] * scale_out.weight.detach().float()
@@ -177,11 +175,13 @@ class FusedDecoder(nn.Module):
         layout = TokenLayout(self.vision_tokens, words, self.action_tokens)
         turn_BSU, width, last = text["turn"], x_BSD.shape[-1], len(self.layers) - 1
         for index, (layer, count) in enumerate(zip(self.layers, self.counts, strict=True)):
+            assert isinstance(layer, FusedLayer)
             h_BSD = F.rms_norm(x_BSD, (width,), eps=layer.eps)
             if count is None:
                 first = self.first_read(layout) if index == last else 0
                 x_BSD = layer(x_BSD, h_BSD, text[f"mask{layout.vision}"], turn_BSU, None, first)
                 continue
+            assert layer.router is not None
             kept_BK, factor_BS1 = layer.router(h_BSD, layout, text["summary"], count)
             bos_B1 = text[f"bos{layout.vision}"]
             rows = torch.cat((bos_B1, kept_BK + (bos_B1 + 1), text[f"rest{layout.vision}"]), dim=1).flatten()

@@ -6,7 +6,7 @@ Shape legend: B batch, T text tokens, K chunk, A action dimension.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogvla.policy.engine.float8 import to_float8
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import Run, record
 from cogvla.policy.model import CogVLA, ModelInput
@@ -110,7 +111,28 @@ class Engine:
     def run(self, inputs: ModelInput, text: EncodedText) -> Tensor:
         """Normalised actions [B,K,A]."""
         run = self._recorded.get((len(inputs.state), text.words), self.network)
-        return run(inputs.pixels, inputs.state, text.tensors)
+        return run({"pixels": inputs.pixels, "state": inputs.state, **text.tensors})
+
+    def to_float8(self, observations: Sequence[ModelInput], smallest: int = 256) -> int:
+        """Compute large layers in 8 bits from now on, see `policy.engine.float8`; returns how many.
+
+        Args:
+            observations: recorded ones, from which the range of every layer's input is taken.
+            smallest: inputs and outputs that a layer must have at least.
+
+        Raises:
+            ValueError: see `policy.engine.float8.to_float8`, or shapes were recorded already.
+        """
+        if self._recorded:
+            raise ValueError("calibrate before warm_up: what was recorded computes with other layers")
+        if not observations:
+            raise ValueError("8-bit layers need recorded observations to take the range of their inputs from")
+
+        def play() -> None:
+            for inputs in observations:
+                self.run(inputs, self.encode(inputs.text_ids, inputs.text_mask))
+
+        return to_float8(self.network, play, smallest)
 
     def warm_up(self, inputs: ModelInput, words: int | None = None) -> None:
         """Record the shapes of these inputs, for one length of instruction or (None) for every text bucket.
@@ -123,4 +145,5 @@ class Engine:
                 ids_BT = inputs.text_ids.new_zeros(shape)
                 mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
                 text = self.encode(ids_BT, mask_BT)
-                self._recorded[shape] = record(self.kind, self.network, inputs.pixels, inputs.state, text.tensors)
+                tensors = {"pixels": inputs.pixels, "state": inputs.state, **text.tensors}
+                self._recorded[shape] = record(self.kind, self.network, tensors)

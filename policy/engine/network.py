@@ -12,7 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cogvla.policy.engine.decoder import FusedDecoder, Tensors
+from cogvla.policy.engine.decoder import FusedDecoder
+from cogvla.policy.engine.recording import Tensors
 from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
 from cogvla.policy.model import CogVLA, TextFeatures
 from cogvla.policy.vision import cut_patches
@@ -59,18 +60,24 @@ class FusedNetwork(nn.Module):
                 )
         return tensors
 
-    def forward(self, pixels_BVCHW: Tensor, state_BS: Tensor, text: Tensors) -> Tensor:
+    def forward(self, inputs: Tensors) -> Tensor:
         """Normalised actions [B,K,A].
 
         Args:
-            pixels_BVCHW: uint8.
-            state_BS: normalised.
-            text: of `prepare` for the same B instructions.
+            inputs: `pixels`, uint8 [B,V,3,H,W]; `state`, normalised, [B,S]; and what `prepare` gave for the same B
+                instructions.
         """
-        vision_BND = self.fusion(self.streams(pixels_BVCHW, text), text.get("streams"))
-        state_B1D = self.state(state_BS.to(vision_BND.dtype))[:, None]
-        sequence_BSD = torch.cat((text["bos"], vision_BND, state_B1D, text["tail"]), dim=1)
-        return self.head(self.decoder(sequence_BSD, text))
+        return self.head(self.decide(self.see(inputs), inputs))
+
+    def see(self, inputs: Tensors) -> Tensor:
+        """Stage 1: the vision tokens [B,N,D]."""
+        return self.fusion(self.streams(inputs["pixels"], inputs), inputs.get("streams"))
+
+    def decide(self, vision_BND: Tensor, inputs: Tensors) -> Tensor:
+        """Stages 2 and 3: the states of the action tokens [B,J,D]."""
+        state_B1D = self.state(inputs["state"].to(vision_BND.dtype))[:, None]
+        sequence_BSD = torch.cat((inputs["bos"], vision_BND, state_B1D, inputs["tail"]), dim=1)
+        return self.decoder(sequence_BSD, inputs)
 
     def streams(self, pixels_BVCHW: Tensor, text: Tensors) -> list[Tensor]:
         """The tokens of each tower before projection, [B,V*N,W]."""
@@ -91,6 +98,8 @@ def not_fusible(model: CogVLA) -> str | None:
     """What in a model cannot be fused, or None."""
     if model.router is not None:
         return f"the router {model.router.config.name!r}, which the engine does not know"
+    if (router := model.config.routing.router.name) is not None:
+        return f"its vision tokens go through the router {router!r}"
     for name, tower in model.vision.named_towers():
         if reason := why_not(tower):
             return f"the {name} tower has {reason}"
