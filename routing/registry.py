@@ -7,11 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from cogvla.routing.router import RouterSizes, TokenRouter
+from cogvla.routing.routers.adaptive_erank import AdaptiveErank
+from cogvla.routing.routers.approx_error import ApproxError
+from cogvla.routing.routers.cls_attention import ClsAttention
+from cogvla.routing.routers.coverage import Coverage
+from cogvla.routing.routers.debias import Debias
+from cogvla.routing.routers.diversity import Diversity
+from cogvla.routing.routers.frequency import Frequency
 from cogvla.routing.routers.grid_stride import GridStride
 from cogvla.routing.routers.identity import Identity
 from cogvla.routing.routers.random import Random
 from cogvla.routing.routers.spatial_pool import SpatialPool
+from cogvla.routing.routers.text_guided import TextGuided
 from cogvla.routing.routers.token_norm import TokenNorm
+from cogvla.routing.routers.visual_attention_merge import VisualAttentionMerge
+from cogvla.routing.routers.zeroth_order import ZerothOrder
 
 ROUTERS: dict[str, type[TokenRouter]] = {
     "identity": Identity,
@@ -19,6 +29,16 @@ ROUTERS: dict[str, type[TokenRouter]] = {
     "grid_stride": GridStride,
     "spatial_pool": SpatialPool,
     "token_norm": TokenNorm,
+    "cls_attention": ClsAttention,
+    "text_guided": TextGuided,
+    "visual_attention_merge": VisualAttentionMerge,
+    "diversity": Diversity,
+    "coverage": Coverage,
+    "adaptive_erank": AdaptiveErank,
+    "approx_error": ApproxError,
+    "frequency": Frequency,
+    "zeroth_order": ZerothOrder,
+    "debias": Debias,
 }
 
 

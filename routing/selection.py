@@ -86,3 +86,10 @@ def cells(grid: tuple[int, int], shape: tuple[int, int], device: torch.device) -
     middle_w = ((torch.arange(w, device=device) * 2 + 1) * columns) // (2 * w)
     cell_N = (row_N[:, None] * w + column_N).flatten()
     return cell_N, (middle_h[:, None] * columns + middle_w).flatten()
+
+
+def effective_rank(tokens_BND: Tensor) -> Tensor:
+    """exp(entropy of the singular values) [B] of the tokens, not centred: how many directions they really use."""
+    sigma_BM = torch.linalg.svdvals(tokens_BND.float())
+    p_BM = sigma_BM / sigma_BM.sum(-1, keepdim=True).clamp_min(1e-12)
+    return torch.special.entr(p_BM).sum(-1).exp()

@@ -1,0 +1,58 @@
+"""AgilePruner: attention decides the order, similarity removes doubles, and how much is a double follows from how
+complex the picture is, measured by the effective rank of its tokens.
+
+Candidates in order of attention; the token of rank i (from 1) stays and removes later ones nearer than
+tau_i = min(0.01 * i * erank / mean erank, tau_max) in cosine distance. erank = exp(entropy of the singular values).
+
+Our choices, since neither code nor these values are published: the token matrix is not centred; ranks are those before
+any removal; tau_max = 0.5; where candidates run out, removed ones fill the budget in order of attention; without a
+measured `mean_erank`, it is 0.16 N, about what the paper reports for 576 tokens. Measure it on your own pictures.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import effective_rank, kept, ranked, take, unit
+
+USUAL = 0.16
+
+
+class AdaptiveErank(TokenRouter):
+    """Keeps what is attended to, without doubles.
+
+    Args:
+        sizes: see `RouterSizes`.
+        mean_erank: of the policy's pictures; None: 0.16 N.
+        step: growth of the distance with the rank.
+        limit: tau_max, the largest distance that still makes a double.
+    """
+
+    needs = frozenset({"attention_LBN"})
+
+    def __init__(
+        self, sizes: RouterSizes, *, mean_erank: float | None = None, step: float = 0.01, limit: float = 0.5
+    ) -> None:
+        super().__init__(sizes)
+        if (mean_erank is not None and mean_erank <= 0) or step < 0 or limit < 0:
+            raise ValueError("adaptive_erank needs a positive mean_erank, and step and limit that are not negative")
+        self.mean_erank, self.step, self.limit = mean_erank or USUAL * sizes.tokens, step, limit
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.attention_LBN is not None
+        score_BN, tokens = context.attention_LBN.float().sum(0), tokens_BND.shape[1]
+        order_BN = ranked(score_BN)
+        x_BND = take(unit(tokens_BND), order_BN)  # from here on, the place of a token is its rank
+        growth_B1 = self.step * effective_rank(tokens_BND)[:, None] / self.mean_erank
+        rank_N = torch.arange(1, tokens + 1, device=x_BND.device)
+        near_BN = (growth_B1 * rank_N).clamp_max(self.limit)
+        late_BN = torch.zeros_like(score_BN)  # 1: removed, 2: kept
+        for _ in range(context.budget):
+            head_B1 = (late_BN * tokens + rank_N).argmin(1, keepdim=True)
+            distance_BN = (1 - (x_BND @ take(x_BND, head_B1).mT)[..., 0]).clamp_min(0)
+            double_BN = distance_BN < near_BN.gather(1, head_B1)
+            late_BN = torch.maximum(late_BN, double_BN.to(late_BN)).scatter(1, head_B1, 2.0)
+        index_BK = order_BN.gather(1, (late_BN == 2).int().sort(dim=1, descending=True, stable=True).indices)
+        return kept(tokens_BND, index_BK[:, : context.budget], score_BN)

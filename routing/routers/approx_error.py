@@ -1,0 +1,88 @@
+"""ApET: keep what a few basis tokens cannot
+explain, and the basis. It asks for no attention, so it works with fused kernels at every stage.
+
+A basis of k tokens by farthest-point sampling in squared distance; least squares (B B^T + 1e-5 I) in float32; the error
+of a token is what is left of it. The K-k largest errors stay as informative tokens, every other token is averaged into
+the informative one of the greatest cosine, and the k basis tokens stay as they are: their own error is 0, so they would
+never be among the largest, and with them the main content of the picture would go.
+
+Our choices: k is at most half of the budget (the paper's 10 are for 96 tokens and more); basis tokens are not averaged
+into others; the start of the sampling is drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import best, remaining, take, unit
+
+RIDGE = 1e-5
+
+
+class ApproxError(TokenRouter):
+    """Keeps a basis and what it cannot express.
+
+    Args:
+        sizes: see `RouterSizes`.
+        basis: k, at most half of the budget is used.
+    """
+
+    needs = frozenset({"draw_B"})
+    selects = False
+
+    def __init__(self, sizes: RouterSizes, *, basis: int = 10) -> None:
+        super().__init__(sizes)
+        if basis < 1 or sizes.budget < 2:
+            raise ValueError(f"approx_error needs basis >= 1 and a budget of 2 or more, got {basis} and {sizes.budget}")
+        self.basis = basis
+
+    def leaves(self, budget: int) -> int:
+        if budget < 2:
+            raise ValueError(f"approx_error needs a budget of 2 tokens or more, got {budget}")
+        return budget
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.draw_B is not None
+        x_BND, tokens = tokens_BND.float(), tokens_BND.shape[1]
+        count = min(self.basis, context.budget // 2)
+        basis_BK = sample_far(x_BND, context.draw_B % tokens, count)
+        error_BN = approximation_error(x_BND, take(x_BND, basis_BK)).scatter(1, basis_BK, -1.0)
+        informative_BI = best(error_BN, context.budget - count)
+        kept_BK = torch.cat((informative_BI, basis_BK), dim=1)
+        rest_BR = remaining(kept_BK, tokens)
+        unit_BND = unit(x_BND)
+        owner_BR = (take(unit_BND, rest_BR) @ take(unit_BND, informative_BI).mT).argmax(-1)
+        joins_BRI = F.one_hot(owner_BR, informative_BI.shape[1]).float()
+        total_BID = take(x_BND, informative_BI) + joins_BRI.mT @ take(x_BND, rest_BR)
+        count_BI1 = 1 + joins_BRI.sum(1)[..., None]
+        both_BKD = torch.cat((total_BID / count_BI1, take(x_BND, basis_BK)), dim=1).to(tokens_BND.dtype)
+        place_BK, order_BK = kept_BK.sort(dim=1)
+        merged_BK = order_BK < informative_BI.shape[1]
+        slot_BK = order_BK.argsort(dim=1)  # where each of `kept_BK` went
+        owner_BN = torch.zeros_like(error_BN, dtype=torch.int64).scatter_(1, kept_BK, slot_BK)
+        owner_BN.scatter_(1, rest_BR, slot_BK.gather(1, owner_BR))
+        return RoutedTokens(
+            take(both_BKD, order_BK), torch.where(merged_BK, -1, place_BK), place_BK, error_BN.clamp_min(0), owner_BN
+        )
+
+
+def sample_far(x_BND: Tensor, first_B: Tensor, count: int) -> Tensor:
+    """Farthest-point sampling, indices [B,count] in the order taken."""
+    chosen_B1 = first_B[:, None]
+    distance_BN, found = torch.full_like(x_BND[..., 0], float("inf")), [chosen_B1]
+    for _ in range(count - 1):
+        distance_BN = torch.minimum(distance_BN, (x_BND - take(x_BND, chosen_B1)).square().sum(-1))
+        distance_BN = distance_BN.scatter(1, chosen_B1, -1.0)
+        chosen_B1 = distance_BN.argmax(1, keepdim=True)
+        found.append(chosen_B1)
+    return torch.cat(found, dim=1)
+
+
+def approximation_error(x_BND: Tensor, basis_BKD: Tensor) -> Tensor:
+    """Length of what the span of the basis leaves of each token, float32 [B,N]."""
+    gram_BKK = basis_BKD @ basis_BKD.mT + RIDGE * torch.eye(basis_BKD.shape[1], device=x_BND.device)
+    weights_BKN = torch.linalg.solve(gram_BKK, basis_BKD @ x_BND.mT)
+    return (x_BND - weights_BKN.mT @ basis_BKD).norm(dim=-1)

@@ -1,0 +1,65 @@
+"""MMTok: the tokens that together cover the words of the instruction and the other vision tokens.
+
+P = softmax over tokens of (word . projected token / 0.02), divided by the words; Q = softmax of (token . token / 0.2)
+in the tower's features, divided by N; U = [P; alpha Q], alpha = 0.5. Greedily take the column that adds most to the
+sum over rows of the largest entry taken, which is within 1 - 1/e of the best set.
+
+Our choice: all words count; the authors strip the text to keywords.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import kept, unit
+
+TEXT_TEMPERATURE, VISION_TEMPERATURE = 0.02, 0.2
+
+
+class Coverage(TokenRouter):
+    """Keeps tokens that cover words and picture.
+
+    Args:
+        sizes: see `RouterSizes`.
+        alpha: weight of the picture beside the words.
+    """
+
+    needs = frozenset({"text_BTE", "encoder_BNW"})
+    stage = "projector_out"
+    stages = ("projector_out",)
+
+    def __init__(self, sizes: RouterSizes, *, alpha: float = 0.5) -> None:
+        super().__init__(sizes)
+        if alpha < 0:
+            raise ValueError(f"coverage needs alpha >= 0, got {alpha}")
+        self.alpha = alpha
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.text_BTE is not None
+        assert context.text_mask_BT is not None
+        assert context.encoder_BNW is not None
+        x_BND, c_BNW = unit(tokens_BND), unit(context.encoder_BNW)
+        weight_BT1 = (context.text_mask_BT / context.text_mask_BT.sum(1, keepdim=True).clamp_min(1))[..., None]
+        words_BTN = (unit(context.text_BTE) @ x_BND.mT / TEXT_TEMPERATURE).softmax(-1) * weight_BT1
+        picture_BNN = (c_BNW @ c_BNW.mT / VISION_TEMPERATURE).softmax(-1) / tokens_BND.shape[1]
+        index_BK, gain_BK = cover(torch.cat((words_BTN, self.alpha * picture_BNN), dim=1), context.budget)
+        score_BN = torch.zeros_like(x_BND[..., 0]).scatter_(1, index_BK, gain_BK)
+        return kept(tokens_BND, index_BK, score_BN)
+
+
+def cover(utility_BUN: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Greedy maximum coverage: columns [B,count] in the order of choice, and what each added."""
+    best_BU1 = torch.zeros_like(utility_BUN[..., :1])
+    taken_BN = torch.zeros_like(utility_BUN[:, 0], dtype=torch.bool)
+    found, gains = [], []
+    for _ in range(count):
+        gain_BN = (utility_BUN - best_BU1).clamp_min(0).sum(1).masked_fill(taken_BN, -1.0)
+        gain_B1, chosen_B1 = gain_BN.max(1, keepdim=True)
+        column_BU1 = utility_BUN.gather(2, chosen_B1[:, None].expand(-1, utility_BUN.shape[1], -1))
+        best_BU1 = torch.maximum(best_BU1, column_BU1)
+        taken_BN = taken_BN.scatter(1, chosen_B1, True)
+        found.append(chosen_B1)
+        gains.append(gain_B1)
+    return torch.cat(found, dim=1), torch.cat(gains, dim=1)

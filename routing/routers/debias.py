@@ -1,0 +1,70 @@
+"""Attention Debiasing: attention to later tokens is larger because they are later; divide the trend out before another
+router reads it.
+
+The authors' fitted trends are exp(rate * i) in the token's number i, with rates of 0.0011 to 0.0046 for 576 tokens, so
+every attention score is multiplied by exp(-rate * i). `fit_rate` finds the rate in a mean attention profile.
+
+Our choices: the rate scales with 576 / N; their step for padded pictures is left out, since pictures here are not
+padded. In an encoder, which is not causal, expect a rate near 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+
+TOKENS = 576  # that the authors' rates are for
+
+
+class Debias(TokenRouter):
+    """Another router with attention freed from its trend.
+
+    Args:
+        sizes: see `RouterSizes`.
+        base: name of the other router, one that reads attention.
+        base_options: of it.
+        rate: of the trend per token of 576.
+    """
+
+    def __init__(
+        self,
+        sizes: RouterSizes,
+        *,
+        base: str = "cls_attention",
+        base_options: Mapping[str, Any] | None = None,
+        rate: float = 0.002,
+    ) -> None:
+        super().__init__(sizes)
+        from cogvla.routing.registry import build_router  # which lists this router too
+
+        self.base, self.rate = build_router(base, sizes, base_options), rate * TOKENS / sizes.tokens
+        self.needs, self.selects = self.base.needs, self.base.selects  # type: ignore[misc]
+        self.stage, self.stages = self.base.stage, self.base.stages  # type: ignore[misc]
+        if not self.needs & {"attention_LBN", "received_BN", "attention_BNN"}:
+            raise ValueError(f"debias needs a base that reads attention, and {base!r} does not")
+
+    def leaves(self, budget: int) -> int:
+        return self.base.leaves(budget)
+
+    def attention_blocks(self, depth: int) -> range:
+        return self.base.attention_blocks(depth)
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        weight_N = torch.exp(-self.rate * torch.arange(tokens_BND.shape[1], device=tokens_BND.device))
+        scores = {name: getattr(context, name) for name in ("attention_LBN", "received_BN", "attention_BNN")}
+        freed = {name: value.float() * weight_N for name, value in scores.items() if value is not None}
+        return self.base.route(tokens_BND, replace(context, **freed))
+
+
+def fit_rate(profile_N: Tensor) -> float:
+    """The rate of `Debias` for a mean attention profile: least squares of its logarithm over the tokens' numbers."""
+    number_N = torch.arange(len(profile_N), dtype=torch.float64, device=profile_N.device)
+    number_N, log_N = number_N - number_N.mean(), profile_N.double().log()
+    slope = (number_N @ (log_N - log_N.mean())) / (number_N @ number_N)
+    return float(slope) * len(profile_N) / TOKENS

@@ -1,0 +1,71 @@
+"""ToDRE: tokens that are as different from each other as possible.
+
+On projected tokens of length 1, starting at the token with the most [CLS] attention, take K-1 times the token with the
+least similarity to those taken: to the nearest of them (`kcenter`, version 1 of the paper) or to all in sum (`maxsum`,
+version 2). The two give different sets. The paper's exit from the language model is `late_exit`.
+
+Our choice: where there is no attention to ask for, `pivot: random` starts anywhere, which the paper finds nearly as
+good. K rounds of O(N D), all samples together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import kept, unit
+
+VARIANTS, PIVOTS = ("kcenter", "maxsum"), {"attention": "attention_LBN", "random": "draw_B"}
+
+
+class Diversity(TokenRouter):
+    """Keeps tokens that differ.
+
+    Args:
+        sizes: see `RouterSizes`.
+        variant: `kcenter` or `maxsum`.
+        pivot: the first token: most `attention`, or `random`.
+    """
+
+    stage = "projector_out"
+
+    def __init__(self, sizes: RouterSizes, *, variant: str = "kcenter", pivot: str = "attention") -> None:
+        super().__init__(sizes)
+        if variant not in VARIANTS or pivot not in PIVOTS:
+            raise ValueError(
+                f"diversity needs variant of {', '.join(VARIANTS)} and pivot of {', '.join(PIVOTS)}, "
+                f"got {variant} and {pivot}"
+            )
+        self.variant, self.pivot = variant, pivot
+        self.needs = frozenset({PIVOTS[pivot]})
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        x_BND, tokens = unit(tokens_BND), tokens_BND.shape[1]
+        if self.pivot == "attention":
+            assert context.attention_LBN is not None
+            first_B = context.attention_LBN[-1].float().argmax(-1)
+        else:
+            assert context.draw_B is not None
+            first_B = context.draw_B % tokens
+        index_BK = farthest(x_BND, first_B, context.budget, summed=self.variant == "maxsum")
+        order_K = torch.arange(context.budget, 0, -1, device=x_BND.device, dtype=torch.float32)
+        score_BN = torch.zeros_like(x_BND[..., 0]).scatter_(1, index_BK, order_K.expand_as(index_BK))
+        return kept(tokens_BND, index_BK, score_BN)
+
+
+def farthest(unit_BND: Tensor, first_B: Tensor, count: int, summed: bool = False) -> Tensor:
+    """Indices [B,count] in the order in which they are taken, each least similar to those before it."""
+    chosen_B1 = first_B[:, None]
+    found, nearness_BN = [chosen_B1], None
+    for _ in range(count - 1):
+        row_B1D = unit_BND.gather(1, chosen_B1[..., None].expand(-1, -1, unit_BND.shape[-1]))
+        similarity_BN = (unit_BND @ row_B1D.mT)[..., 0]
+        if nearness_BN is None:
+            nearness_BN = similarity_BN
+        else:
+            nearness_BN = nearness_BN + similarity_BN if summed else torch.maximum(nearness_BN, similarity_BN)
+        nearness_BN = nearness_BN.scatter(1, chosen_B1, float("inf"))
+        chosen_B1 = nearness_BN.argmin(1, keepdim=True)
+        found.append(chosen_B1)
+    return torch.cat(found, dim=1)

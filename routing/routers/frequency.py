@@ -1,0 +1,66 @@
+"""Fourier-VLM, now Fourier Compressor: the low frequencies of the token grid, as a smaller grid.
+
+Orthonormal DCT-II of the H x W grid in every channel, its h x w corner, inverse DCT at the small size. That multiplies
+the mean by sqrt(HW / hw), which the authors' fine-tuning takes up; without it, `rescale` divides it out.
+
+Our choices: rescaling by default; two small matrix products instead of an FFT; tokens stand in the middle of their
+cells. On smooth pictures this is nearly average pooling (`spatial_pool`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import cells, grid_shape
+
+
+class Frequency(TokenRouter):
+    """Low frequencies of the picture.
+
+    Args:
+        sizes: see `RouterSizes`.
+        rescale: keep the mean of the tokens.
+    """
+
+    needs = frozenset({"grid"})
+    selects = False
+
+    def __init__(self, sizes: RouterSizes, *, rescale: bool = True) -> None:
+        super().__init__(sizes)
+        grid_shape(sizes.grid, sizes.budget)
+        self.rescale = rescale
+
+    def leaves(self, budget: int) -> int:
+        grid_shape(self.sizes.grid, budget)
+        return budget
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.grid is not None
+        grid, shape = context.grid, grid_shape(context.grid, context.budget)
+        x_BHWD = rearrange(tokens_BND.float(), "b (h w) d -> b h w d", h=grid[0])
+        # There and back in one matrix per side.
+        maps = [
+            dct(small, x_BHWD.device).T @ dct(large, x_BHWD.device)[:small]
+            for small, large in zip(shape, grid, strict=True)
+        ]
+        y_BhwD = einsum(x_BHWD, *maps, "b rows columns d, h rows, w columns -> b h w d")
+        if self.rescale:
+            y_BhwD = y_BhwD * math.sqrt(context.budget / (grid[0] * grid[1]))
+        cell_N, middle_K = cells(grid, shape, tokens_BND.device)
+        place_BK, owner_BN = (x.expand(len(tokens_BND), -1) for x in (middle_K, cell_N))
+        tokens_BKD = rearrange(y_BhwD, "b h w d -> b (h w) d").to(tokens_BND.dtype)
+        return RoutedTokens(tokens_BKD, torch.full_like(place_BK, -1), place_BK, None, owner_BN)
+
+
+def dct(size: int, device: torch.device) -> Tensor:
+    """The orthonormal DCT-II as a matrix, float32 [size,size]; its transpose is the inverse."""
+    position_S = torch.arange(size, device=device, dtype=torch.float32) + 0.5
+    wave_SS = torch.cos(math.pi / size * torch.arange(size, device=device)[:, None] * position_S)
+    return (
+        wave_SS * torch.where(torch.arange(size, device=device) == 0, math.sqrt(1 / size), math.sqrt(2 / size))[:, None]
+    )

@@ -1,0 +1,73 @@
+"""FlashVLM: attention of the tower times similarity to the instruction; half of the budget for what is important, half
+for what is different.
+
+1. a = minmax(attention), 2. m_ij = cosine of the projected token i with word j, 3. pooled over words by a softmax at
+temperature 0.05, 4. q = minmax(softmax_i(pooled / 0.01) ^ 2.5), 5. s = exp((1-eta) log a + eta log q), eta = 0.5;
+6. the best K/2 by s stay; 7. of the rest, in order of s, every second token is compared with those between, and the 8
+most similar to one of them go, until K - K/2 are left.
+
+Formulas as described, not as in the released code, which overwrites two of these steps. Our choice: all words of the
+instruction count, none is stripped; they are the same in all steps of an episode. Without [CLS] the context gives
+received attention. Step 7 takes (N-K)/8 rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import kept, minmax, ranked, take, unit
+
+LEAST, WORD_TEMPERATURE, TOKEN_TEMPERATURE, SHARPNESS, AT_ONCE = 1e-6, 0.05, 0.01, 2.5, 8
+
+
+class TextGuided(TokenRouter):
+    """Keeps what the tower and the instruction find important, and some of what is different from it.
+
+    Args:
+        sizes: see `RouterSizes`.
+        text: eta, the weight of the text from 0 to 1.
+        important: share of the budget that goes by the score alone.
+    """
+
+    needs = frozenset({"attention_LBN", "text_BTE", "projector"})
+    stages = ("encoder_out",)
+
+    def __init__(self, sizes: RouterSizes, *, text: float = 0.5, important: float = 0.5) -> None:
+        super().__init__(sizes)
+        if not (0 <= text <= 1 and 0 <= important <= 1):
+            raise ValueError(f"text_guided needs text and important from 0 to 1, got {text} and {important}")
+        self.text, self.important = text, important
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.attention_LBN is not None
+        seen_BN = minmax(context.attention_LBN.float().sum(0)).clamp_min(LEAST)
+        asked_BN = relevance(tokens_BND, context).clamp_min(LEAST)
+        score_BN = minmax(((1 - self.text) * seen_BN.log() + self.text * asked_BN.log()).exp())
+        order_BN = ranked(score_BN)
+        important = int(context.budget * self.important)
+        rest_BR = diverse(unit(tokens_BND), order_BN[:, important:], context.budget - important)
+        return kept(tokens_BND, torch.cat((order_BN[:, :important], rest_BR), dim=1), score_BN)
+
+
+def relevance(tokens_BND: Tensor, context: RouterContext) -> Tensor:
+    """Similarity to the instruction, sharpened, from 0 to 1 [B,N]."""
+    assert context.projector is not None
+    assert context.text_BTE is not None
+    assert context.text_mask_BT is not None
+    similarity_BNT = unit(context.projector(tokens_BND)) @ unit(context.text_BTE).mT
+    logits_BNT = (similarity_BNT / WORD_TEMPERATURE).masked_fill(~context.text_mask_BT[:, None], float("-inf"))
+    pooled_BN = (logits_BNT.softmax(-1) * similarity_BNT).sum(-1)
+    return minmax((pooled_BN / TOKEN_TEMPERATURE).softmax(-1) ** SHARPNESS)
+
+
+def diverse(unit_BND: Tensor, order_BR: Tensor, count: int) -> Tensor:
+    """Of the tokens in `order_BR`, best first, so many [B,count] that are not alike."""
+    while order_BR.shape[1] > count:
+        a_BA, b_BA = order_BR[:, ::2], order_BR[:, 1::2]
+        likeness_BA = (take(unit_BND, a_BA) @ take(unit_BND, b_BA).mT).amax(-1)
+        gone = min(AT_ONCE, order_BR.shape[1] - count, a_BA.shape[1])
+        stay_BA = ranked(-likeness_BA)[:, : a_BA.shape[1] - gone]
+        order_BR = torch.cat((a_BA.gather(1, stay_BA), b_BA), dim=1)
+    return order_BR
