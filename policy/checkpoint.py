@@ -227,7 +227,7 @@ def open_policy(
     if threads is not None:
         torch.set_num_threads(threads)
     policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router)
-    policy = policy.with_engine(engine or EngineConfig())
+    policy = policy.with_engine(engine or EngineConfig(), release=True)
     with (Path(folder) / WEIGHTS).open("rb") as weights:
         return policy, {"weights_sha256": hashlib.file_digest(weights, "sha256").hexdigest()}
 

@@ -34,15 +34,19 @@ class CogVLAPolicy:
         engine: Engine | None = None,
     ) -> None:
         self.model = model.eval()
-        self.preprocessor = preprocessor.to(next(model.parameters()).device)
+        device = next(p.device for p in model.parameters() if not p.is_meta)  # an engine may have taken weights
+        self.preprocessor = preprocessor.to(device)
         self.engine = engine
         self._description = description or {}
         self._text: tuple[tuple[str, ...], TextFeatures | EncodedText] | None = None
 
-    def with_engine(self, config: EngineConfig) -> CogVLAPolicy:
-        """The same policy, run as the configuration says; `auto` leaves a model plain that cannot be fused."""
+    def with_engine(self, config: EngineConfig, release: bool = False) -> CogVLAPolicy:
+        """The same policy, run as the configuration says; `auto` leaves a model plain that cannot be fused.
+
+        With `release`, the model gives its weights to the engine, and this policy cannot act any more.
+        """
         plain = config.kind == "plain" or (config.kind == "auto" and not_fusible(self.model) is not None)
-        engine = None if plain else Engine(self.model, config)
+        engine = None if plain else Engine(self.model, config, release)
         return CogVLAPolicy(self.model, self.preprocessor, self._description, engine)
 
     @property
@@ -51,12 +55,12 @@ class CogVLAPolicy:
 
     def describe(self) -> dict[str, Any]:
         """Checkpoint, parameters, device, precision and engine, for reports."""
-        first = next(self.model.parameters())
+        dtype = next(self.model.parameters()).dtype if self.engine is None else self.engine.dtype
         return {
             "policy": "cogvla",
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "device": str(first.device),
-            "dtype": str(first.dtype if self.engine is None else self.engine.dtype).removeprefix("torch."),
+            "device": str(self.preprocessor.device),
+            "dtype": str(dtype).removeprefix("torch."),
             "engine": "plain" if self.engine is None else self.engine.kind,
             **self._description,
         }

@@ -160,6 +160,21 @@ def test_the_trained_model_stays_as_it_was() -> None:
     assert engine.describe()["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("model", ["four layers", "towers of two shapes"])
+def test_released_weights_are_in_memory_once(model: str) -> None:
+    policy = random_policy(MODELS[model])
+    expected = policy.act(observation(2)).actions
+    engine = policy.with_engine(EngineConfig("trace"), release=True)
+    layers = [
+        *policy.model.decoder.llm.layers.parameters(),
+        *policy.model.vision.towers["siglip"].vit.blocks.parameters(),
+    ]
+    assert all(parameter.is_meta for parameter in layers)
+    engine.warm_up(2, small.INSTRUCTIONS)
+    np.testing.assert_allclose(engine.act(observation(2)).actions, expected, atol=2e-5)
+    assert engine.describe()["device"] == "cpu"
+
+
 def test_bfloat16_stays_near() -> None:
     policy = random_policy()
     assert_same(policy, policy.with_engine(EngineConfig("eager", dtype="bfloat16")), batch=2, tolerance=0.1)

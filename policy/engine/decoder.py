@@ -123,11 +123,12 @@ class FusedDecoder(nn.Module):
         decoder: whose weights are used; its layers must be Llama's or Qwen2's with plain linear layers.
         vision_tokens: N.
         action_tokens: J.
+        release: free each layer of `decoder` as soon as it is copied.
     """
 
     final_gain: Tensor
 
-    def __init__(self, decoder: RoutedDecoder, vision_tokens: int, action_tokens: int) -> None:
+    def __init__(self, decoder: RoutedDecoder, vision_tokens: int, action_tokens: int, release: bool = False) -> None:
         super().__init__()
         routing = decoder.routing
         self.shifted, self.bypass = decoder.shifted, routing.mode == "bypass"
@@ -143,6 +144,8 @@ class FusedDecoder(nn.Module):
             count = None if ratio is None else min(keep_count(vision_tokens, ratio), left)
             self.counts.append(count)
             left = left if self.bypass or count is None else count
+            if release:
+                layer.to("meta")
         self.eps = decoder.llm.norm.variance_epsilon
         self.register_buffer("final_gain", decoder.llm.norm.weight.detach().clone(), persistent=False)
 

@@ -72,14 +72,15 @@ class Engine:
     at once, but operation by operation.
 
     Args:
-        model: trained; it is not changed.
+        model: trained.
         config: see there; not `plain`.
+        release: see `FusedNetwork`.
 
     Raises:
         ValueError: the model cannot be fused, or the kind needs another device.
     """
 
-    def __init__(self, model: CogVLA, config: EngineConfig) -> None:
+    def __init__(self, model: CogVLA, config: EngineConfig, release: bool = False) -> None:
         assert config.kind != "plain", "that is the model itself"
         dtype = next(model.parameters()).dtype if config.dtype is None else DTYPES[config.dtype]
         if dtype != next(model.parameters()).dtype:
@@ -94,7 +95,7 @@ class Engine:
             raise ValueError(f"engine=cuda_graph needs a GPU, the policy is on {device}; use engine.kind=trace or auto")
         self.buckets, self.dtype, self._model = config.text_buckets, dtype, model
         with torch.no_grad():
-            self.network = FusedNetwork(model)
+            self.network = FusedNetwork(model, release)
         self._recorded: dict[tuple[int, int], Run] = {}
 
     def bucket(self, words: int) -> int:

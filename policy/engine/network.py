@@ -7,6 +7,8 @@ W tower width, D language width.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -26,13 +28,15 @@ class FusedNetwork(nn.Module):
     recorded once and played again.
 
     Args:
-        model: trained; it is not changed, and its weights are copied.
+        model: trained; its weights are copied.
+        release: free those layers of the model that are copied, so that the weights are not in memory twice. The model
+            can then only encode instructions.
 
     Raises:
         ValueError: something in the model cannot be fused (an adapter that was not merged, an unusual timm block).
     """
 
-    def __init__(self, model: CogVLA) -> None:
+    def __init__(self, model: CogVLA, release: bool = False) -> None:
         super().__init__()
         if reason := not_fusible(model):
             raise ValueError(f"this model cannot be fused: {reason}; use engine.kind=plain")
@@ -42,8 +46,9 @@ class FusedNetwork(nn.Module):
         )
         towers = [tower for _, tower in model.vision.named_towers()]
         together = shape_of(towers[0]) == shape_of(towers[1])
-        self.towers = nn.ModuleList([FusedTowers(towers)] if together else [FusedTowers([tower]) for tower in towers])
-        self.decoder = FusedDecoder(model.decoder, model.vision_tokens, model.action_tokens)
+        groups = [towers] if together else [[tower] for tower in towers]
+        self.towers = nn.ModuleList(FusedTowers(group, release) for group in groups)
+        self.decoder = FusedDecoder(model.decoder, model.vision_tokens, model.action_tokens, release)
 
     def prepare(self, text: TextFeatures) -> dict[str, Tensor]:
         """All that depends on the instructions only, by name."""
@@ -83,15 +88,43 @@ class FusedNetwork(nn.Module):
         """The tokens of each tower before projection, [B,V*N,W]."""
         streams: list[Tensor] = []
         patches: dict[int, Tensor] = {}
-        for index, towers in enumerate(self.towers):
-            assert isinstance(towers, FusedTowers)
-            if towers.patch_size not in patches:
-                dtype = towers.positions.dtype
-                patches[towers.patch_size] = cut_patches(pixels_BVCHW, towers.patch_size, dtype)
-            films = (text[f"scale{index}"], text[f"shift{index}"]) if f"scale{index}" in text else None
-            x_GXNW = towers(patches[towers.patch_size], films)
-            streams += rearrange(x_GXNW, "g (b v) n w -> g b (v n) w", v=self.views).unbind(0)
+        with _Aside(pixels_BVCHW.is_cuda and len(self.towers) > 1) as aside:
+            for index, towers in enumerate(self.towers):
+                assert isinstance(towers, FusedTowers)
+                size = towers.patch_size
+                if size not in patches:
+                    patches[size] = cut_patches(pixels_BVCHW, size, towers.positions.dtype)
+                films = (text[f"scale{index}"], text[f"shift{index}"]) if f"scale{index}" in text else None
+                with aside.stream(index):
+                    x_GXNW = towers(patches[size], films)
+                streams += rearrange(x_GXNW, "g (b v) n w -> g b (v n) w", v=self.views).unbind(0)
         return streams
+
+
+class _Aside:
+    """While a CUDA graph is recorded, the first piece of work goes to a stream of its own, beside the others.
+
+    Only there: the graph keeps all of its memory, where an eager pass would have to say which stream still reads what.
+    """
+
+    def __init__(self, useful: bool) -> None:
+        self._on = useful and torch.cuda.is_current_stream_capturing()
+
+    def __enter__(self) -> _Aside:
+        if self._on:
+            self._here, self._there = torch.cuda.current_stream(), torch.cuda.Stream()
+        return self
+
+    def stream(self, index: int) -> AbstractContextManager[Any]:
+        """Where piece number `index` runs."""
+        if not self._on or index > 0:
+            return nullcontext()
+        self._there.wait_stream(self._here)
+        return torch.cuda.stream(self._there)
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            self._here.wait_stream(self._there)
 
 
 def not_fusible(model: CogVLA) -> str | None:

@@ -95,14 +95,15 @@ class FusedTowers(nn.Module):
     """G towers of one shape; G is one where the other tower has another.
 
     Args:
-        towers: their weights are read; `fusible` says which can be.
+        towers: their weights are read; `why_not` says which can be.
+        release: free their blocks as soon as they are copied.
     """
 
     positions: Tensor
     before: Tensor
     behind: Tensor
 
-    def __init__(self, towers: Sequence[VisionTower]) -> None:
+    def __init__(self, towers: Sequence[VisionTower], release: bool = False) -> None:
         super().__init__()
         first = towers[0]
         self.patch_size, self.towers = first.patch_size, len(towers)
@@ -113,6 +114,9 @@ class FusedTowers(nn.Module):
         self.blocks = nn.ModuleList(
             FusedBlock([tower.vit.blocks[index] for tower in towers]) for index in range(first.computed)
         )
+        if release:
+            for tower in towers:
+                tower.vit.blocks.to("meta")
         constants = [_constants(tower) for tower in towers]
         for name, tensors in zip(("before", "positions", "behind"), zip(*constants, strict=True), strict=True):
             self.register_buffer(name, torch.stack(tensors).detach()[:, None], persistent=False)  # [G,1,n,W]
