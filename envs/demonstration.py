@@ -28,6 +28,7 @@ SEED_STRIDE = 1_000_000
 STEPS_AFTER_SUCCESS = 4
 """Letting go is the shortest phase and the end of the episode: without these steps it is hardly ever seen."""
 DEFAULT_FPS = 20
+OPEN_HAND = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 PNG_LEVEL = 1  # level 6, which lerobot uses, takes three times as long for files 10 % smaller
 STATISTICS_FRAMES, STATISTICS_STRIDE = 16, 4
 QUANTILES = (0.01, 0.10, 0.50, 0.90, 0.99)
@@ -114,6 +115,7 @@ class DemonstratorSettings:
         image_size: height and width of the images, in pixels.
         noise: strength of the expert's noise.
         seed: decides initial states and noise.
+        settling_steps: control steps with an open hand before the expert begins; they are not recorded.
     """
 
     make: Callable[..., gym.Env]
@@ -123,6 +125,7 @@ class DemonstratorSettings:
     image_size: int
     noise: float
     seed: int
+    settling_steps: int = 0
 
     def task(self, slot: int) -> int:
         """The task of the slot-th episode of the data set: tasks take turns."""
@@ -174,6 +177,8 @@ class Demonstrator:
             seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
             options={"task": task, "initial_state": initial_state},
         )
+        for _ in range(self.settings.settling_steps):
+            observation, _, _, _, info = env.step(OPEN_HAND)
         instruction = str(info["instruction"])
         others = [int(other) for other in info.get("alternative_tasks", ())]
         possible_N = np.zeros(len(self.settings.instructions), bool)
@@ -205,11 +210,11 @@ class Demonstrator:
                 row[f"label.projection.{name}"] = np.asarray(scene.camera_projection(name), np.float32)
             for name, value in row.items():
                 steps[name].append(value)
-            observation, _, terminated, truncated, info = env.step(executed_A)
+            observation, _, terminated, _, info = env.step(executed_A)
             left -= 1
             if info["success"] and not success:
                 success, left = True, min(left, STEPS_AFTER_SUCCESS)
-            if truncated or (terminated and not success):
+            if terminated and not success:
                 break
         return pack(instruction, self.fps, steps) if success else None
 

@@ -4,9 +4,6 @@
 object is picked up again, a missed grasp is repeated. Motion is proportional to the error and clipped at full speed.
 Heights follow a funnel: the closer the gripper is to the line above its aim, the lower it may go; while it is too low
 it rises before it moves sideways.
-
-`noisy` turns a clean action into the one to execute (DART, Laskey et al. 2017): small Gaussian noise all the time
-and, now and then, a burst of a constant offset or an opened gripper. The clean action stays the label.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from cogvla.envs.control import POSITION_SCALE, ROTATION_SCALE
+from cogvla.envs.execution_noise import ExecutionNoise
 from cogvla.envs.goals import Goal, destination_point, in_place
 from cogvla.envs.tabletop import TabletopEnv
 
@@ -55,14 +53,9 @@ class Expert:
         unwrapped = getattr(env, "unwrapped", env)
         if not isinstance(unwrapped, TabletopEnv):
             raise ValueError(f"the scripted expert plays tabletop suites, got {type(unwrapped).__name__}")
-        if noise < 0:
-            raise ValueError(f"noise must be at least 0, got {noise}")
         self._env = unwrapped
         self._scene = unwrapped.scene
-        self._rng = rng
-        self._noise = noise
-        self._burst = 0
-        self._offset = np.zeros(7)
+        self.noisy = ExecutionNoise(rng, noise)
         self.phase = 0
         """Index into `PHASES` of the last action."""
 
@@ -76,25 +69,6 @@ class Expert:
         action[3:6] = _clip_norm(-GAIN * self._env.gripper_rotation / ROTATION_SCALE)
         action[6] = gripper
         return action.astype(np.float32)
-
-    def noisy(self, action: np.ndarray) -> np.ndarray:
-        """What to execute instead of a clean action, float32 [7]."""
-        if self._noise == 0.0:
-            return action
-        rng, noise = self._rng, self._noise
-        if self._burst > 0:
-            self._burst -= 1
-        else:
-            self._offset = np.zeros(7)
-            if rng.random() < 0.03 * noise:
-                self._burst = int(rng.integers(2, 6))
-                self._offset[:3] = rng.uniform(-0.5, 0.5, 3) * noise
-                self._offset[3:6] = rng.uniform(-0.2, 0.2, 3) * noise
-                if rng.random() < 0.05:
-                    self._offset[6] = -2.0  # lets go, whatever it holds
-        executed = action + self._offset
-        executed[:6] += rng.normal(0.0, 0.05 * noise, 6)
-        return np.clip(executed, -1.0, 1.0).astype(np.float32)
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 

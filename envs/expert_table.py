@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import hydra
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from cogvla.envs.expert import Expert
+from cogvla.envs.demonstration import OPEN_HAND
 from cogvla.envs.suite import Suite, get_suite, suite_names
 
 ALL = "all"
@@ -42,15 +42,19 @@ class Row:
 
 def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> Row:
     """Let the expert play one task from these initial states, without rendering."""
+    if suite.expert is None:
+        raise ValueError(f"{suite.name} has no scripted expert")
     env = suite.make(render=False)
     failed, steps = [], []
     for state in states:
         env.reset(options={"task": task, "initial_state": state})
-        expert = Expert(env, np.random.default_rng([task, state]), noise)
-        done, count, success = False, 0, False
-        while not done:
-            _, _, success, truncated, _ = env.step(expert.noisy(expert.act()))
-            done, count = success or truncated, count + 1
+        for _ in range(suite.settling_steps):
+            env.step(OPEN_HAND)
+        expert = suite.expert(env, np.random.default_rng([task, state]), noise=noise)
+        count, success = 0, False
+        while not success and count < suite.max_steps:
+            _, _, success, _, _ = env.step(expert.noisy(expert.act()))
+            count += 1
         if success:
             steps.append(count)
         else:
@@ -69,7 +73,7 @@ def run(config: DictConfig) -> list[Row]:
     states = range(config.first_state, config.first_state + config.states)
     table: list[Row] = []
     for name in names:
-        suite = get_suite(name)
+        suite = get_suite(name, OmegaConf.to_container(config, resolve=True))
         tasks = range(len(suite.tasks)) if config.tasks is None else list(config.tasks)
         if any(not 0 <= task < len(suite.tasks) for task in tasks):
             raise ValueError(f"{name} has tasks 0..{len(suite.tasks) - 1}, got {list(tasks)}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cogvla.envs.demonstration import ExpertFailedError
 from cogvla.envs.recorder import record
+from cogvla.envs.suite import get_suite
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="record_demonstrations")
@@ -14,7 +15,7 @@ def main(config: DictConfig) -> None:
     """Record `config.episodes` demonstrations; see configs/record_demonstrations.yaml."""
     try:
         folder = record(
-            config.suite,
+            get_suite(config.suite, OmegaConf.to_container(config, resolve=True)),
             config.episodes,
             config.output,
             image_size=config.image_size,

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from cogvla.envs.demonstration import Demonstration, DemonstratorSettings
 from cogvla.envs.demonstration_pool import DemonstrationPool
-from cogvla.envs.suite import get_suite
+from cogvla.envs.suite import Suite, get_suite
 
 if TYPE_CHECKING:
     from cogvla.envs.dataset_writer import DatasetWriter
@@ -38,7 +38,7 @@ RECORDING_FILE = "meta/recording.json"
 
 
 def record(
-    suite_name: str,
+    suite: Suite | str,
     episodes: int,
     output: str | Path,
     *,
@@ -55,7 +55,7 @@ def record(
     Does nothing when the folder already holds this data set.
 
     Args:
-        suite_name: a registered suite.
+        suite: a suite, or its name.
         episodes: how many, in total.
         output: folder of the data set.
         image_size: height and width of the images, in pixels.
@@ -64,7 +64,7 @@ def record(
         seed: decides initial states and noise.
         resume: go on with what an interrupted recording left; False starts anew.
         video: store views as videos: smaller on disk, slower to write and read, not lossless.
-        expert: `expert(env, rng, noise=...)`; None is the scripted expert of the tabletop suites.
+        expert: `expert(env, rng, noise=...)`; None: the suite's own.
 
     Raises:
         ValueError: what was asked makes no sense, or the folder holds something else.
@@ -77,28 +77,36 @@ def record(
             f"got {episodes=}, {image_size=}, {workers=}, {seed=}, {noise=}"
         )
     output = Path(output)
-    suite = get_suite(suite_name)
+    suite = get_suite(suite) if isinstance(suite, str) else suite
+    expert = expert or suite.expert
+    if expert is None:
+        raise ValueError(f"{suite.name} has no scripted expert; record its demonstrations in another way")
     request = {
-        "suite": suite_name,
+        "suite": suite.name,
         "image_size": image_size,
         "noise": noise,
         "seed": seed,
         "video": video,
         "tasks": [task.instruction for task in suite.tasks],
     }
+    if suite.settings:
+        request["simulation"] = dict(suite.settings)
     if _finished(output, request, episodes):
         return output
-    if expert is None:
-        from cogvla.envs.expert import Expert
-
-        expert = Expert
     settings = DemonstratorSettings(
-        suite.make, expert, tuple(request["tasks"]), suite.max_steps, image_size, noise, seed
+        make=suite.make,
+        expert=expert,
+        instructions=tuple(request["tasks"]),
+        max_steps=suite.max_steps,
+        settling_steps=suite.settling_steps,
+        image_size=image_size,
+        noise=noise,
+        seed=seed,
     )
     work = output.with_name(output.name + ".recording")
     with _explained(work):
         _prepare(work, request, resume)
-        _assemble(work, settings, episodes, workers, video, suite_name)
+        _assemble(work, settings, episodes, workers, video, suite.name)
         made = {"episodes": episodes, "simulation": {"mujoco": version("mujoco"), **suite.settings}}
         (work / "dataset" / RECORDING_FILE).write_text(json.dumps(request | made, indent=1))
         if output.is_dir():
@@ -116,9 +124,9 @@ def _finished(output: Path, request: dict[str, Any], episodes: int) -> bool:
     if not found.is_file():
         raise ValueError(f"{output} exists and is no data set of this recorder; choose another output")
     existing = json.loads(found.read_text())
-    changed = [key for key, value in (request | {"episodes": episodes}).items() if existing[key] != value]
+    changed = [key for key, value in (request | {"episodes": episodes}).items() if existing.get(key) != value]
     if changed:
-        was = ", ".join(f"{key}={existing[key]!r}" for key in changed)
+        was = ", ".join(f"{key}={existing.get(key)!r}" for key in changed)
         raise ValueError(f"{output} was recorded with {was}; choose another output, or delete it to record anew")
     return True
 

@@ -52,7 +52,9 @@ class Suite:
         make: builds the environment; a function of a module or a partial of one, so that processes can be sent it.
         initial_states: how many fixed initial states the protocol has per task.
         protocol: name of the evaluation protocol that is taken when none is named.
-        settings: what else decides the numbers (rendering, assets); reports say it.
+        settings: what else decides the numbers (rendering, assets); reports and recordings say it.
+        expert: builds the scripted expert, `expert(env, rng, noise=...)`; importable, like `make`; None: there is none.
+        settling_steps: control steps with an open hand before an expert begins, for things to come to rest.
     """
 
     name: str
@@ -62,18 +64,26 @@ class Suite:
     initial_states: int = EVALUATION_STATES
     protocol: str = "tabletop"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    expert: Callable[..., Any] | None = None
+    settling_steps: int = 0
 
 
-_SUITES: dict[str, Callable[[], Suite]] = {}
+_SUITES: dict[str, tuple[Callable[..., Suite], str | None]] = {}
 _ELSEWHERE = ("cogvla.libero.suites",)
 """Modules outside of `envs` that register suites, by name: `envs` works without them."""
 
 
-def register_suite(name: str, factory: Callable[[], Suite]) -> None:
-    """Add a suite; `factory` runs at first use, so that registering imports no simulator."""
+def register_suite(name: str, factory: Callable[..., Suite], group: str | None = None) -> None:
+    """Add a suite.
+
+    Args:
+        name: what it is asked for by.
+        factory: runs when the suite is asked for, so that registering imports no simulator.
+        group: of the configuration, whose values the factory takes as keywords.
+    """
     if name in _SUITES:
         raise ValueError(f"suite {name!r} is registered twice")
-    _SUITES[name] = factory
+    _SUITES[name] = factory, group
 
 
 def suite_names() -> list[str]:
@@ -83,11 +93,17 @@ def suite_names() -> list[str]:
     return sorted(_SUITES)
 
 
-def get_suite(name: str) -> Suite:
-    """The suite of that name; ValueError lists what exists."""
+def get_suite(name: str, configuration: Mapping[str, Any] | None = None) -> Suite:
+    """The suite of that name; ValueError lists what exists.
+
+    Args:
+        name: of a registered suite.
+        configuration: of a command; a suite with settings finds them under the name of its group.
+    """
     if name not in suite_names():
         raise ValueError(f"unknown suite {name!r}; one of {', '.join(suite_names())}")
-    return _SUITES[name]()
+    factory, group = _SUITES[name]
+    return factory(**(configuration or {}).get(group, {})) if group else factory()
 
 
 def chosen_start(options: Mapping[str, Any], tasks: int, rng: np.random.Generator) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
 import mujoco
@@ -32,6 +32,9 @@ from cogvla.envs.goals import Goal, Layout, holds, labels
 from cogvla.envs.rendering import SceneRenderer
 from cogvla.envs.scene import TIMESTEP, Item, Scene
 from cogvla.envs.suite import Suite, Task, chosen_start
+
+if TYPE_CHECKING:
+    from cogvla.envs.expert import Expert
 
 CAMERAS = ("agentview", "wrist")
 START_REGION = np.array([[0.40, -0.20, 0.15], [0.60, 0.20, 0.30]])
@@ -61,7 +64,7 @@ class Family:
     def suite(self) -> Suite:
         """The suite that the registry hands out."""
         # a partial and no closure: rollouts send it to their environment processes
-        return Suite(name=self.name, tasks=self.tasks, max_steps=self.max_steps, make=partial(TabletopEnv, self))
+        return Suite(self.name, self.tasks, self.max_steps, partial(TabletopEnv, self), expert=tabletop_expert)
 
 
 class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
@@ -264,6 +267,13 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+def tabletop_expert(env: gym.Env, rng: np.random.Generator, noise: float = 0.0) -> Expert:
+    """The scripted expert for the task that `env` has been reset to."""
+    from cogvla.envs.expert import Expert
+
+    return Expert(env, rng, noise)
 
 
 def make_env(suite: str, image_size: int = 128, render: bool = True) -> gym.Env:

@@ -368,6 +368,14 @@ class Scene:
         """One control step of 50 ms; the observation as from `reset`."""
         return self.env.step(action_A)[0]
 
+    def position(self, name: str) -> np.ndarray:
+        """Where something that predicates speak of is [3]: a region's centre, a knob or hinge, or a body's origin."""
+        body = self.env.obj_body_id.get(name)
+        if body is None:
+            return self.data.site(name).xpos.copy()
+        joints = self.env.get_object(name).joints
+        return (self.data.joint(joints[0]).xanchor if joints else self.data.xpos[body]).copy()
+
     def holds(self, goal: Sequence[Predicate]) -> bool:
         """Whether all of these predicates are true now."""
         return all(self.env._eval_predicate(list(predicate)) for predicate in goal)

@@ -28,6 +28,7 @@ from cogvla.envs.suite import EVALUATION_STATES, Suite, Task, chosen_start, get_
 
 if TYPE_CHECKING:
     from cogvla.envs.rendering import SceneRenderer
+    from cogvla.libero.experts.expert import LiberoExpert
     from cogvla.libero.simulation import Predicate, Problem, Scene
 
 MAX_STEPS = {
@@ -43,6 +44,8 @@ CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """Names of the observation's images, and of the model's cameras."""
 PROTOCOL = "openvla_oft"
 """The protocol when none is named: the one that most published numbers follow."""
+SETTLING_STEPS = 10
+"""Initial states hold objects a little above the table; the published protocols wait as long."""
 KEPT_SCENES = 2
 """Compiled scenes that an environment keeps; building one takes about as long as 20 control steps."""
 
@@ -87,12 +90,14 @@ def libero_suite(name: str, settings: LiberoSettings | None = None) -> Suite:
         partial(LiberoEnv, name, LiberoSettings(**values)),
         protocol=PROTOCOL,
         settings=_identity(settings, assets),
+        expert=libero_expert,
+        settling_steps=SETTLING_STEPS,
     )
 
 
 def configured_suite(name: str, libero: Mapping[str, Any]) -> Suite:
     """A registered suite; those of LIBERO with the settings of a configuration (keys of `LiberoSettings`)."""
-    return libero_suite(name, LiberoSettings(**libero)) if name in LIBERO_SUITES else get_suite(name)
+    return get_suite(name, {"libero": libero})
 
 
 def tasks(name: str) -> tuple[Task, ...]:
@@ -217,6 +222,17 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def task_success(self, task: int) -> bool:
         """Whether that task of the current scene is done now."""
         return self.scene.holds(self.goals_for(task))
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """`target` and `goal`, float32 [3] each, of the task asked for: what to manipulate, and where it should go."""
+        return self.labels_for(self._asked)
+
+    def labels_for(self, task: int) -> dict[str, np.ndarray]:
+        """The same for any task that is possible in this scene: of its first predicate that does not hold yet."""
+        goals = self.goals_for(task)
+        predicate = next((p for p in goals if not self.scene.holds([p])), goals[-1])
+        target, goal = self.scene.position(predicate[1]), self.scene.position(predicate[-1])
+        return {"target": target.astype(np.float32), "goal": goal.astype(np.float32)}
 
     def _problem(self, task: int) -> Problem:
         return self._simulation.problem(self.suite, self.tasks[task].name)
@@ -388,12 +404,23 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._task = -1
 
 
+def libero_expert(env: gym.Env, rng: np.random.Generator, noise: float = 0.0) -> LiberoExpert:
+    """The scripted expert for the task that `env` has been reset to."""
+    from cogvla.libero.experts.expert import LiberoExpert
+
+    return LiberoExpert(env, rng, noise)
+
+
 def make_env(suite: str, **options: Any) -> gym.Env:
     """Entry point of the gymnasium ids `cogvla/<suite>-v0`: keys of `LiberoSettings`, `image_size`, `render`."""
     settings = {f.name: options.pop(f.name) for f in fields(LiberoSettings) if f.name in options}
     return LiberoEnv(suite, LiberoSettings(**settings), **options)
 
 
+def _configured(name: str, **values: Any) -> Suite:
+    return libero_suite(name, LiberoSettings(**values))
+
+
 for _name in LIBERO_SUITES:
-    register_suite(_name, partial(libero_suite, _name))
+    register_suite(_name, partial(_configured, _name), group="libero")
     gym.register(f"cogvla/{_name}-v0", entry_point="cogvla.libero.suites:make_env", kwargs={"suite": _name})

@@ -2,6 +2,7 @@
 
     train_policy                                        the default: tabletop_object from nothing, on a CPU
     train_policy suite=tabletop_goal seed=1
+    train_policy suite=libero_object libero=lean embodiment=libero_small
     train_policy routing=no_efa                         an ablation
     train_policy data=my_robot objective=imitation suite=null
     train_policy base=checkpoints/tabletop_object suite=tabletop_goal finetune=lora
@@ -26,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cogvla.envs.demonstration import ExpertFailedError
 from cogvla.envs.recorder import record
-from cogvla.envs.suite import get_suite
+from cogvla.envs.suite import Suite, get_suite
 from cogvla.libero.eval_libero import summary
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol
@@ -77,7 +78,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     objective_config = _built(ObjectiveConfig, values, "objective")
     training_config = _built(TrainingConfig, values, "training")
     engine_config = EngineConfig.from_dict(values["engine"])
-    suite = None if values["suite"] is None else get_suite(values["suite"])
+    suite = None if values["suite"] is None else get_suite(values["suite"], values)
     if suite is not None and values["evaluation"] is not None:
         _protocol(values["evaluation"], suite.protocol)
 
@@ -87,7 +88,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         from_hub = data_config.repo_id is not None or data_config.root is None
         if processes.is_main_process and suite is not None and values["demonstrations"] is not None and not from_hub:
             size = embodiment.cameras[0].height
-            record(suite.name, output=data_config.root, image_size=size, **values["demonstrations"])
+            record(suite, output=data_config.root, image_size=size, **values["demonstrations"])
         data = DemonstrationData.open(data_config, embodiment)
     logging = values["wandb"] if processes.is_main_process else {**values["wandb"], "mode": "disabled"}
     with _timed(seconds, "training"), RunLog(logging, values, output) as log:
@@ -95,7 +96,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
             training_config, model_config, objective_config, embodiment, data, output, log.write, values["base"]
         )
         if suite is not None and training_config.rollout_every and values["evaluation"] is not None:
-            trainer.evaluate = _rollouts(suite.name, values["evaluation"], output, log)
+            trainer.evaluate = _rollouts(suite, values["evaluation"], output, log)
         trainer.run()
     result: dict[str, Any] = {"command": command, "seconds": seconds, **provenance()}
     if not processes.is_main_process:
@@ -104,7 +105,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         with _timed(seconds, "evaluation"):
             report = _evaluate(
                 load_policy(output / "policy").with_engine(engine_config),
-                suite.name,
+                suite,
                 values["evaluation"],
                 output,
                 command,
@@ -171,7 +172,7 @@ def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | No
 
 
 def _rollouts(
-    suite: str, settings: dict[str, Any], output: Path, log: RunLog
+    suite: Suite, settings: dict[str, Any], output: Path, log: RunLog
 ) -> Callable[[CogVLAPolicy, int], dict[str, float]]:
     def play(policy: CogVLAPolicy, step: int) -> dict[str, float]:
         folder = output / "rollouts" / f"step_{step:07d}"
@@ -185,12 +186,12 @@ def _rollouts(
 
 
 def _evaluate(
-    policy: CogVLAPolicy, suite: str, settings: dict[str, Any], output: Path, command: str, resume: bool = True
+    policy: CogVLAPolicy, suite: Suite, settings: dict[str, Any], output: Path, command: str, resume: bool = True
 ) -> Report:
     return evaluate(
         policy,
         suite,
-        _protocol(settings, get_suite(suite).protocol),
+        _protocol(settings, suite.protocol),
         output / "evaluation",
         workers=settings["workers"],
         videos=settings["videos"],

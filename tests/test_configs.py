@@ -23,6 +23,7 @@ from cogvla.envs.expert import Expert
 from cogvla.envs.recorder import record
 from cogvla.envs.suite import get_suite
 from cogvla.libero.protocol import Protocol, load_protocol
+from cogvla.libero.suites import LiberoSettings
 from cogvla.libero.train_policy import build_trainer
 from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.augmentation import AugmentationConfig
@@ -45,6 +46,7 @@ GROUPS: dict[str, Callable[..., Any]] = {
     "data": DataConfig,
     "embodiment": Embodiment,
     "finetune": FinetuneConfig,
+    "libero": LiberoSettings,
     "objective": ObjectiveConfig,
     "protocol": Protocol,
     "request_keys": RequestKeys,
@@ -269,4 +271,4 @@ def test_demonstrations_recorded_beforehand_are_those_that_training_asks_for() -
 def test_recording_takes_what_train_policy_gives() -> None:
     taken = set(inspect.signature(record).parameters)
     assert composed("train_policy")["demonstrations"].keys() <= taken
-    assert composed("record_demonstrations").keys() - {"suite"} <= taken
+    assert composed("record_demonstrations").keys() - {"suite", "libero"} <= taken

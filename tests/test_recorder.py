@@ -307,7 +307,7 @@ def test_folders_with_something_else_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [{"episodes": 0}, {"workers": -1}, {"seed": -1}, {"noise": -1.0}, {"image_size": 0}])
 def test_requests_that_make_no_sense(wrong: dict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        record(**{"suite_name": NAME, "episodes": 1, "output": tmp_path / "toy", "expert": ToyExpert, **wrong})
+        record(**{"suite": NAME, "episodes": 1, "output": tmp_path / "toy", "expert": ToyExpert, **wrong})
 
 
 def test_an_expert_that_processes_cannot_be_given(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Where to take an object: between the fingers where it is narrow enough, else by its rim.
+
+All grasps point straight down. What a hand needs around them is known: two fingers as wide apart as they go, and the
+palm above; grasps that would hit something are avoided.
+
+Shape legend: P points, O obstacles, F points of a footprint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cogvla.libero.experts.view import View
+
+WIDEST = 0.072
+"""Metres across, what the fingers still go around."""
+_UNDER_TOP = 0.035
+"""The palm is that far above the fingertips' middle, a little less."""
+_LOWEST = 0.012
+"""Above the ground: the fingers reach 9 mm further than their middle."""
+_RIM_DEPTH = 0.018
+_RIM_INWARD = 0.004
+_ABOVE, _BELOW = 0.012, 0.004
+"""What of an object the pads touch, around the height of the grasp."""
+_YAWS = 24
+_PALM = np.array([(x, y) for x in np.linspace(-0.10, 0.10, 11) for y in (-0.03, 0.0, 0.03)])
+_FINGERS = np.array([(s * x, y) for s in (-1, 1) for x in (0.040, 0.048, 0.056) for y in (-0.012, 0.0, 0.012)])
+_PALM_HEIGHT, _FINGER_DEPTH = 0.03, 0.010
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """A grasp of a thing, in the frame of its body.
+
+    Attributes:
+        offset: from the body's origin to the point between the fingertips [3].
+        closing: unit vector along which the fingers close [3].
+        rim: by the rim.
+    """
+
+    offset: np.ndarray
+    closing: np.ndarray
+    rim: bool
+
+
+def candidates(view: View, item: str) -> list[tuple[float, Grasp]]:
+    """All grasps of a thing where it is now, the best first, each with its cost."""
+    points_P3 = view.points(item)
+    low, high = points_P3.min(0), points_P3.max(0)
+    origin, frame = view.position(item), view.frame(item)
+    obstacles = view.obstacles(item)
+    height = max(high[2] - _UNDER_TOP, low[2] + _LOWEST)
+    now = view.rotation[:, 0]
+    found: list[tuple[float, Grasp]] = []
+
+    def add(point: np.ndarray, closing: np.ndarray, cost: float, rim: bool) -> None:
+        turn = float(np.arccos(np.clip(abs(closing @ now), 0.0, 1.0)))
+        blocked = _blocked(point, closing, obstacles)
+        found.append((cost + 0.3 * turn + 2.0 * blocked, Grasp(frame.T @ (point - origin), frame.T @ closing, rim)))
+
+    angles = np.arange(_YAWS) * (np.pi / _YAWS)
+    around = view.points_between(item, height - _BELOW, height + _ABOVE)
+    for angle in angles:
+        closing = np.array([np.cos(angle), np.sin(angle), 0.0])
+        across = np.array([-closing[1], closing[0], 0.0])
+        along_P, aside_P = around @ closing, around @ across
+        width = float(np.ptp(along_P))
+        if width <= WIDEST:
+            centre = closing * (along_P.max() + along_P.min()) / 2 + across * (aside_P.max() + aside_P.min()) / 2
+            add(np.array([centre[0], centre[1], height]), closing, 10.0 * max(width - 0.06, 0.0), False)
+    if not found:
+        centre = (low + high) / 2
+        top_P3 = points_P3[points_P3[:, 2] > high[2] - 0.01] - centre
+        for angle in np.concatenate([angles, angles + np.pi]):
+            out = np.array([np.cos(angle), np.sin(angle), 0.0])
+            near_P = np.abs(top_P3 @ np.array([-out[1], out[0], 0.0])) < 0.02
+            if near_P.any():
+                reach = float((top_P3[near_P] @ out).max()) - _RIM_INWARD
+                point = centre + reach * out
+                add(np.array([point[0], point[1], high[2] - _RIM_DEPTH]), out, 0.0, True)
+    assert found, f"nothing to take {item} by"
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _blocked(point: np.ndarray, closing: np.ndarray, obstacles: tuple[np.ndarray, np.ndarray]) -> float:
+    """The part of the hand that has something in its way, between 0 and 2."""
+    low_O3, high_O3 = obstacles
+    axes = np.array([closing[:2], (-closing[1], closing[0])])
+    share = 0.0
+    for footprint_F2, height in ((_PALM, point[2] + _PALM_HEIGHT), (_FINGERS, point[2] - _FINGER_DEPTH)):
+        spots_F2 = point[:2] + footprint_F2 @ axes
+        tall_O = high_O3[:, 2] > height
+        inside_FO = (spots_F2[:, None] > low_O3[tall_O, :2]).all(-1) & (spots_F2[:, None] < high_O3[tall_O, :2]).all(-1)
+        share += float(inside_FO.any(axis=1).mean())
+    return share

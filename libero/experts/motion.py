@@ -1,0 +1,106 @@
+"""How the hand gets somewhere: a funnel above its aim, and over everything that stands in the way.
+
+The higher the hand is above its aim, the further it may be beside it. While it is too low it rises before it moves
+sideways. Turning counts as being beside: the hand comes down when it points the right way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cogvla.envs.control import rotation_vector
+from cogvla.libero.experts.view import View
+
+OPEN, CLOSE = -1.0, 1.0
+DOWN = np.array([0.0, 0.0, -1.0])
+_SLOPE = 5.0
+_HOVER = 0.10
+_CLEARANCE = 0.025
+_REACH = 0.055
+"""From the middle of the open hand to its side, at the height of the fingers."""
+_FINGERTIP = 0.010
+_OVER_AIM = 0.035
+"""Obstacles closer to the aim than this are those that it stands among."""
+_TURN_WEIGHT = 0.08
+"""Metres beside the aim that a radian is worth."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where the hand should be next.
+
+    Attributes:
+        phase: name of what is being done.
+        position: of the gripper [3].
+        rotation: columns as in `View.rotation` [3,3].
+        gripper: `OPEN` or `CLOSE`.
+    """
+
+    phase: str
+    position: np.ndarray
+    rotation: np.ndarray
+    gripper: float
+
+
+def pointing(way: np.ndarray, closing: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """The rotation [3,3] of a hand that points along `way` and closes along `closing`, whichever way round is nearer.
+
+    Args:
+        way, closing: unit vectors [3], at right angles.
+        now: the rotation that it has now [3,3].
+    """
+    opens = closing if closing @ now[:, 0] >= 0 else -closing
+    return np.column_stack([opens, np.cross(way, opens), way])
+
+
+def turn_left(view: View, rotation: np.ndarray) -> np.ndarray:
+    """Rotation vector [3], world frame, from how the hand is turned to how it should be."""
+    return rotation_vector(rotation @ view.rotation.T)
+
+
+def over(
+    view: View,
+    point: np.ndarray,
+    rotation: np.ndarray,
+    *,
+    without: tuple[str, ...] = (),
+    carried: str | None = None,
+    tolerance: float = 0.006,
+) -> np.ndarray:
+    """Where to move the hand [3] on its way to `point`, from above.
+
+    Args:
+        point: where the gripper should arrive [3].
+        rotation: how it should be turned there.
+        without: things that are not in the way.
+        carried: what hangs in the hand.
+        tolerance: metres beside the aim from which it may come down all the way.
+    """
+    hand = view.gripper
+    offset = point - hand
+    distance = float(np.hypot(offset[0], offset[1]))
+    beside = distance + _TURN_WEIGHT * max(float(np.linalg.norm(turn_left(view, rotation))) - 0.1, 0.0)
+    hang, reach = _FINGERTIP, _REACH
+    if carried is not None:
+        low, high = view.box(carried)
+        hang = max(hang, hand[2] - low[2])
+        reach = max(reach, float((high - low)[:2].max()) / 2)
+    height = point[2] + float(np.clip(_SLOPE * (beside - tolerance), 0.0, _HOVER))
+    if distance > _OVER_AIM:
+        height = max(height, _tallest(view, hand, point, reach, (*without, *([carried] if carried else ()))) + hang)
+    sideways = float(np.clip(1.0 - (height - hand[2] - 0.01) / 0.04, 0.0, 1.0))
+    return np.array([*(hand[:2] + sideways * offset[:2]), height])
+
+
+def _tallest(view: View, hand: np.ndarray, point: np.ndarray, reach: float, without: tuple[str, ...]) -> float:
+    """The height that the lowest part of the hand needs to get over what is on the way."""
+    low_O3, high_O3 = view.obstacles(*without)
+    way = point[:2] - hand[:2]
+    length = float(np.hypot(*way))
+    steps = np.linspace(0.0, 1.0 - _OVER_AIM / length, max(int(length / 0.03), 2))
+    spots = hand[:2] + steps[:, None] * way
+    under = (spots[:, None] > low_O3[:, :2] - reach).all(-1) & (spots[:, None] < high_O3[:, :2] + reach).all(-1)
+    tops = high_O3[under.any(axis=0), 2]
+    return float(tops.max()) + _CLEARANCE if len(tops) else -np.inf

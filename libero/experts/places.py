@@ -1,0 +1,57 @@
+"""Where things are put: the point on which the lower end of an object should come to rest, and how exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cogvla.libero.experts.view import View
+
+_UP_THE_SLOPE = 0.05
+_INTO_DRAWER = 0.02
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an object is put.
+
+    Attributes:
+        point: where the middle of its lower end should be [3].
+        tolerance: metres off to the side that are good enough.
+        drop: metres above the point from which it is let go.
+        walls: height of what stands around the place, over which the fingers do not reach down; None: nothing does.
+        fixture: the thing that it is put on or in, if it is one.
+    """
+
+    point: np.ndarray
+    tolerance: float
+    drop: float
+    walls: float | None = None
+    fixture: str | None = None
+
+
+def place_for(view: View, name: str) -> Place:
+    """The place that a goal speaks of: a region, or a thing to put something on."""
+    if view.is_thing(name):
+        low, high = view.box(name)
+        centre = view.position(name)
+        bottom = low[2] + (0.009 if high[2] - low[2] < 0.03 else 0.005)
+        return Place(np.array([centre[0], centre[1], bottom]), 0.012, 0.012, fixture=name)
+    owner, centre = view.owner(name), view.position(name)
+    if owner is None:
+        return Place(centre, 0.015, 0.012)
+    if "contain_region" in name:
+        low, high = view.box(owner)
+        return Place(np.array([centre[0], centre[1], low[2] + 0.03]), 0.02, 0.01, walls=high[2], fixture=owner)
+    joint = view.joint(name)
+    if joint is not None:
+        low, high = view.box(view.joint_body(joint))
+        out = joint.axis * np.sign(joint.position) if joint.position else joint.axis
+        point = centre + _INTO_DRAWER * out
+        return Place(np.array([point[0], point[1], low[2] + 0.012]), 0.02, 0.03, walls=high[2], fixture=owner)
+    frame = view.region_frame(name)
+    if abs(frame[2, 2]) < 0.9:  # a slope, and the region's third axis leads up it
+        return Place(centre + _UP_THE_SLOPE * frame[:, 2] * np.sign(frame[2, 2]), 0.008, 0.004, fixture=owner)
+    top = view.top_at(owner, centre[:2])
+    return Place(np.array([centre[0], centre[1], top]), 0.02, 0.01, fixture=owner)

@@ -1,0 +1,204 @@
+"""What the scripted experts see: the truth of the simulation, in the terms that skills need.
+
+Positions are in metres, in the world frame. Geometry is that of collision, as boxes: a box per collision geom.
+
+Shape legend: G collision geoms, P points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cogvla.libero.simulation import Predicate, Scene
+
+FINGER_OPEN = 0.04
+"""Of each finger, from the middle."""
+_CORNERS_83 = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
+_FLOOR_LIKE = 0.4
+"""Metres across, from which a geom is something to stand on, and no obstacle."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A drawer, door or knob: its name in the model, where it is (m or rad), and its axis and pivot in the world."""
+
+    name: str
+    position: float
+    axis: np.ndarray
+    pivot: np.ndarray
+
+
+class View:
+    """Reads one scene; everything is of this very moment."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        env, model = scene.env, scene.model
+        (robot,) = env.robots
+        self._site = robot.eef_site_id
+        self._finger_positions = np.array(robot._ref_gripper_joint_pos_indexes)
+        self._finger_velocities = np.array(robot._ref_gripper_joint_vel_indexes)
+        collides_G = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
+        self._geoms_G = np.flatnonzero(collides_G)
+        centre_G3, half_G3 = model.geom_aabb[self._geoms_G, :3], model.geom_aabb[self._geoms_G, 3:]
+        self._corners_G83 = centre_G3[:, None] + half_G3[:, None] * _CORNERS_83
+        self._roots_G = model.body_rootid[model.geom_bodyid[self._geoms_G]]
+        robot_root = model.body_rootid[model.site_bodyid[self._site]]
+        names = [model.geom(i).name for i in range(model.ngeom)]
+        self._fingers = [{i for i, n in enumerate(names) if f"finger{side}" in n and "collision" in n} for side in "12"]
+        flat_G = (2 * half_G3[:, :2] > _FLOOR_LIKE).any(axis=1)
+        self._obstacle_G = ~flat_G & (self._roots_G != robot_root) & (self._roots_G != 0)
+        self._masks: dict[str, np.ndarray] = {}
+        self._cached_at = -1.0
+
+    # --- the robot ---------------------------------------------------------------------------------------------------
+
+    @property
+    def gripper(self) -> np.ndarray:
+        """The point between the fingertips [3]."""
+        return self.scene.data.site_xpos[self._site].copy()
+
+    @property
+    def rotation(self) -> np.ndarray:
+        """Columns [3,3]: the way the fingers open, the hand's side, and the way it points."""
+        return self.scene.data.site_xmat[self._site].reshape(3, 3).copy()
+
+    @property
+    def opening(self) -> float:
+        """Metres between the fingers."""
+        return float(np.abs(self.scene.data.qpos[self._finger_positions]).sum())
+
+    @property
+    def finger_speed(self) -> float:
+        """The faster finger's speed in m/s."""
+        return float(np.abs(self.scene.data.qvel[self._finger_velocities]).max())
+
+    def touching(self, thing: str) -> tuple[bool, bool]:
+        """Whether each finger touches a thing (or one body of it)."""
+        geoms = set(self._geoms_of(thing))
+        pairs = self.scene.data.contact.geom
+        touched = {(int(a) if int(b) in geoms else int(b)) for a, b in pairs if (int(a) in geoms) != (int(b) in geoms)}
+        left, right = (bool(touched & finger) for finger in self._fingers)
+        return left, right
+
+    def in_contact(self, one: str, other: str) -> bool:
+        """Whether two things touch."""
+        ours, theirs = set(self._geoms_of(one)), set(self._geoms_of(other))
+        return any((a in ours and b in theirs) or (b in ours and a in theirs) for a, b in self.scene.data.contact.geom)
+
+    # --- things ------------------------------------------------------------------------------------------------------
+
+    def holds(self, *predicates: Predicate) -> bool:
+        """Whether these predicates are true now."""
+        return self.scene.holds(predicates)
+
+    def is_thing(self, name: str) -> bool:
+        """Whether it is an object or a fixture, not a region."""
+        return name in self.scene.env.obj_body_id
+
+    def position(self, name: str) -> np.ndarray:
+        """Origin of a thing's body, or the centre of a region [3]."""
+        if self.is_thing(name):
+            return self.scene.data.xpos[self._body(name)].copy()
+        return self.scene.data.site(name).xpos.copy()
+
+    def owner(self, region: str) -> str | None:
+        """The thing that a region belongs to; None for places on the table."""
+        parent = self.scene.env.object_sites_dict[region].parent_name
+        return parent if self.is_thing(parent) else None
+
+    def region_half(self, region: str) -> np.ndarray:
+        """Half the size of a region along the world's axes [3]."""
+        size = np.asarray(self.scene.env.object_sites_dict[region].size, float)
+        return np.abs(self.scene.data.site(region).xmat.reshape(3, 3) @ size)
+
+    def region_frame(self, region: str) -> np.ndarray:
+        """Columns [3,3]: the axes of a region."""
+        return self.scene.data.site(region).xmat.reshape(3, 3).copy()
+
+    def joint(self, name: str) -> Joint | None:
+        """The first joint of a region or fixture; None where nothing moves."""
+        env, data, model = self.scene.env, self.scene.data, self.scene.model
+        holder: Any = env.get_object(name) if self.is_thing(name) else env.object_sites_dict[name]
+        if not holder.joints:
+            return None
+        joint = model.joint(holder.joints[0])
+        return Joint(
+            joint.name, float(data.qpos[joint.qposadr[0]]), data.xaxis[joint.id].copy(), data.xanchor[joint.id].copy()
+        )
+
+    def joint_body(self, joint: Joint) -> str:
+        """The body that a joint moves."""
+        model = self.scene.model
+        return model.body(model.joint(joint.name).bodyid[0]).name
+
+    def box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest corner [3] of a thing or body, along the world's axes."""
+        low_G3, high_G3 = self.boxes()
+        chosen_G = self._mask(name)
+        return low_G3[chosen_G].min(0), high_G3[chosen_G].max(0)
+
+    def frame(self, thing: str) -> np.ndarray:
+        """Columns [3,3]: the axes of a thing's body."""
+        return self.scene.data.xmat[self._body(thing)].reshape(3, 3).copy()
+
+    def points_between(self, name: str, low: float, high: float) -> np.ndarray:
+        """Corners [P,3] of those boxes of a thing that are partly between two heights."""
+        self._refresh()
+        chosen_G = self._mask(name) & (self._low_G3[:, 2] < high) & (self._high_G3[:, 2] > low)
+        return self._world_G83[chosen_G].reshape(-1, 3)
+
+    def top_at(self, name: str, spot: np.ndarray) -> float:
+        """Height of the highest box of a thing over a point [2]; its lower end where there is none."""
+        low_G3, high_G3 = self.boxes()
+        mask_G = self._mask(name)
+        over_G = mask_G & (low_G3[:, :2] < spot).all(1) & (high_G3[:, :2] > spot).all(1)
+        return float(high_G3[over_G, 2].max() if over_G.any() else low_G3[mask_G, 2].min())
+
+    def points(self, name: str) -> np.ndarray:
+        """Corners [P,3] of the boxes of a thing or body."""
+        self._refresh()
+        return self._world_G83[self._mask(name)].reshape(-1, 3)
+
+    def boxes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest corners [G,3] of all collision geoms, along the world's axes."""
+        self._refresh()
+        return self._low_G3, self._high_G3
+
+    def obstacles(self, *without: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same [P,3] of what one can bump into: not the robot, not what one stands on, and not these things."""
+        low_G3, high_G3 = self.boxes()
+        chosen_G = self._obstacle_G.copy()
+        for name in without:
+            chosen_G &= ~self._mask(name)
+        return low_G3[chosen_G], high_G3[chosen_G]
+
+    def _refresh(self) -> None:
+        data = self.scene.data
+        if data.time == self._cached_at:
+            return
+        self._cached_at = data.time
+        rotation_G33 = data.geom_xmat[self._geoms_G].reshape(-1, 3, 3)
+        self._world_G83 = self._corners_G83 @ rotation_G33.swapaxes(1, 2) + data.geom_xpos[self._geoms_G][:, None]
+        self._low_G3, self._high_G3 = self._world_G83.min(1), self._world_G83.max(1)
+
+    def _body(self, name: str) -> int:
+        found = self.scene.env.obj_body_id.get(name)
+        return int(self.scene.model.body(name).id if found is None else found)
+
+    def _mask(self, name: str) -> np.ndarray:
+        """Which of the collision geoms belong to a thing, or to a body of one, and what hangs on it [G]."""
+        if name not in self._masks:
+            model, body = self.scene.model, self._body(name)
+            below = np.zeros(model.nbody, bool)
+            below[body] = True
+            for child in range(body + 1, model.nbody):  # children have higher numbers
+                below[child] = below[model.body_parentid[child]]
+            self._masks[name] = below[model.geom_bodyid[self._geoms_G]]
+        return self._masks[name]
+
+    def _geoms_of(self, name: str) -> np.ndarray:
+        return self._geoms_G[self._mask(name)]
