@@ -121,8 +121,8 @@ class LeRobotReader:
         version = str(self.info.get("codebase_version"))
         if not version.startswith(VERSION):
             raise ValueError(
-                f"{root} is a LeRobotDataset {version}; convert it with "
-                "`python -m lerobot.datasets.v30.convert_dataset_v21_to_v30`"
+                f"{root} is a LeRobotDataset {version}; convert it with `convert_libero source={root} output=FOLDER`, "
+                "which runs lerobot's `python -m lerobot.datasets.v30.convert_dataset_v21_to_v30`"
             )
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self._check_keys()

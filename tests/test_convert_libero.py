@@ -5,14 +5,18 @@ What needs the simulator is skipped without the extra `libero` and assets.
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_module
+from PIL import Image
 
 from cogvla.libero import convert_libero as command
 from cogvla.libero.hdf5_reader import demonstrations, is_hdf5, read, read_images
@@ -283,3 +287,100 @@ def test_nothing_to_keep_is_an_error(stove: Path, tmp_path: Path) -> None:
     write(folder / f"{STOVE}_demo.hdf5", [Demo(demo.actions_TA, demo.states_TD, demo.observed_TS, blank)])
     with pytest.raises(ValueError, match="none of the 1 demonstrations can be kept"):
         run(folder, tmp_path / "out", "workers=0", "image_size=32")
+
+
+# --- LeRobotDataset v2.1 ---------------------------------------------------------------------------------------------
+
+
+def old_lerobot(root: Path, version: str = "v2.1") -> Path:
+    """Two episodes of three frames, with the keys of physical-intelligence/libero."""
+    steps, size = 3, 8
+    shapes = {"image": [size, size, 3], "wrist_image": [size, size, 3], "state": [8], "actions": [7]}
+    index = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+    features = {key: {"dtype": "image" if "image" in key else "float32", "shape": shapes[key]} for key in shapes}
+    features |= {key: {"dtype": "float32" if key == "timestamp" else "int64", "shape": [1]} for key in index}
+    info = {
+        "codebase_version": version, "robot_type": "panda", "total_episodes": 2, "total_frames": 2 * steps,
+        "total_tasks": 1, "total_videos": 0, "total_chunks": 1, "chunks_size": 1000, "fps": 10,
+        "splits": {"train": "0:2"}, "video_path": None,
+        "features": {key: {**values, "names": None} for key, values in features.items()},
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+    }  # fmt: skip
+    (root / "meta").mkdir(parents=True)
+    (root / "data" / "chunk-000").mkdir(parents=True)
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    (root / "meta" / "tasks.jsonl").write_text(json.dumps({"task_index": 0, "task": "turn on the stove"}) + "\n")
+    episodes, statistics = [], []
+    for episode in range(2):
+        rng = np.random.default_rng(episode)
+        frames = rng.integers(0, 256, (2, steps, size, size, 3), np.uint8)
+        numbers = {"state": rng.normal(size=(steps, 8)), "actions": rng.normal(size=(steps, 7))}
+        first = episode * steps
+        columns = {
+            "timestamp": np.arange(steps) / 10, "frame_index": np.arange(steps), "episode_index": [episode] * steps,
+            "index": np.arange(first, first + steps), "task_index": [0] * steps,
+        }  # fmt: skip
+        table = {
+            "image": [{"bytes": png(frame), "path": None} for frame in frames[0]],
+            "wrist_image": [{"bytes": png(frame), "path": None} for frame in frames[1]],
+            **{key: [row.astype(np.float32).tolist() for row in rows] for key, rows in numbers.items()},
+            **columns,
+        }
+        pq.write_table(pa.table(table), root / "data" / "chunk-000" / f"episode_{episode:06d}.parquet")
+        episodes.append({"episode_index": episode, "tasks": ["turn on the stove"], "length": steps})
+        whole = {key: np.asarray(values, float).reshape(steps, -1) for key, values in (numbers | columns).items()}
+        stats = {key: described(rows) for key, rows in whole.items()}
+        for view, key in enumerate(("image", "wrist_image")):
+            pixels = frames[view].reshape(-1, 3) / 255
+            stats[key] = {k: v if k == "count" else [[[x]] for x in v] for k, v in described(pixels).items()}
+        statistics.append({"episode_index": episode, "stats": stats})
+    for name, rows in (("episodes", episodes), ("episodes_stats", statistics)):
+        (root / "meta" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def described(rows: np.ndarray) -> dict[str, list[float]]:
+    numbers = {"min": rows.min(0), "max": rows.max(0), "mean": rows.mean(0), "std": rows.std(0)}
+    return {key: value.tolist() for key, value in numbers.items()} | {"count": [len(rows)]}
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_version_2_1_is_converted_by_lerobot(tmp_path: Path) -> None:
+    source = old_lerobot(tmp_path / "old")
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    root = run(source, tmp_path / "new")
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before, "the source is kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+    assert not root.is_symlink()
+    reader = LeRobotReader(root, Mapping(("image", "wrist_image"), "state", "actions", (), "task", 8, 7))
+    columns, instructions = reader.columns()
+    assert instructions == ["turn on the stove"]
+    assert columns["episode"].tolist() == [0, 0, 0, 1, 1, 1]
+    rng = np.random.default_rng(1)
+    frames = rng.integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
+    np.testing.assert_allclose(columns["state"][3:], rng.normal(size=(3, 8)), atol=1e-6)
+    seen = {
+        (part.view, int(rows[0])): images[0].transpose(1, 2, 0)
+        for part in reader.parts()
+        for rows, images in reader.decode(part)
+    }
+    assert np.array_equal(seen[1, 4], frames[1, 1])
+    with pytest.raises(ValueError, match="exists; choose another output"):
+        run(source, tmp_path / "new")
+    with pytest.raises(ValueError, match=r"is a LeRobotDataset v3\.0 already; train on it with data\.root="):
+        run(root, tmp_path / "newer")
+
+
+def test_what_lerobot_cannot_convert_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a LeRobotDataset v2\.0; bring it to v2\.1"):
+        run(old_lerobot(tmp_path / "older", "v2.0"), tmp_path / "new")
+    damaged = old_lerobot(tmp_path / "damaged")
+    (damaged / "meta" / "episodes.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"lerobot's converter .*could not convert .*episodes\.jsonl"):
+        run(damaged, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "older"]
