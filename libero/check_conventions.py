@@ -28,19 +28,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from cogvla.envs.suite import Suite
+from cogvla.envs.suite import Suite, get_suite
 from cogvla.libero import conventions, image_agreement, state_agreement
 from cogvla.libero.conventions import Finding
 from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.recorded_episodes import Episode, Recordings, open_recordings
 from cogvla.libero.replayed_episodes import Trace, replay
-from cogvla.libero.suites import LIBERO_SUITES, configured_suite
 from cogvla.policy.data import DataConfig
 from cogvla.policy.interface import Embodiment
 
 IMAGE_SIZE = 128
-WAITING_STEPS = 10
-"""Of LIBERO's episodes whose beginning is not known: objects fall into place."""
 WIDTH = 118
 
 
@@ -70,7 +67,7 @@ def run(dataset: str, config: DictConfig) -> list[Finding]:
     name = config.suite or recordings.suite
     if name is None:
         raise ValueError("the data set does not say which suite it was recorded in: give suite=NAME")
-    suite = configured_suite(name, plain["libero"])
+    suite = get_suite(name, {str(key): value for key, value in plain.items()})
     stored = None if config.statistics is None else _statistics(Path(config.statistics))
     findings = check(recordings, suite, embodiment, episodes=config.episodes, checkpoint=stored)
     print(table(recordings.name, suite.name, findings))
@@ -163,7 +160,7 @@ def _traces(recordings: Recordings, suite: Suite, embodiment: Embodiment, count:
                 gripper,
                 rest_A,
                 recordings.delay,
-                WAITING_STEPS if suite.name in LIBERO_SUITES else 0,
+                suite.settling_steps,
             )
             for episode in tqdm(chosen, desc="replay", unit="episode", disable=not progress)
         ]

@@ -40,14 +40,14 @@ class Start:
         initial_state: one of the suite's, or None.
         state: else the simulator's state, for LIBERO.
         fixtures: body -> pose of what stands still, for LIBERO.
-        waiting_steps: without motion, before the first action.
+        waiting_steps: without motion, before the first action; None: as many as the suite's recordings have.
     """
 
     task: int
     initial_state: int | None = None
     state: np.ndarray | None = None
     fixtures: Mapping[str, np.ndarray] = field(default_factory=dict)
-    waiting_steps: int = 0
+    waiting_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Hdf5Recordings:
 
             names = task_names(self.suite)
             if file.task in names:
-                start = Start(names.index(file.task), state=read.states_TD[0], fixtures=read.fixtures)
+                start = Start(names.index(file.task), None, read.states_TD[0], read.fixtures, waiting_steps=0)
         actions_TA = read.actions_TA.astype(np.float32)
         return Episode(
             f"{key} of {file.path.name}", index, instruction(file.task), actions_TA, actions_TA, read.observed_TS, start

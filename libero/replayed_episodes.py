@@ -77,18 +77,19 @@ def replay(
         gripper: how its values are mapped; None: not at all.
         rest_A: the action that moves nothing.
         delay: control steps by which recorded observations are late.
-        waiting_steps: before the first action of an episode whose beginning is not known.
+        waiting_steps: before the first action, where the episode does not say.
     """
     exact = episode.start is not None
-    start = episode.start or Start(task, initial_state=0, waiting_steps=waiting_steps)
+    start = episode.start or Start(task, initial_state=0)
+    waiting_steps = waiting_steps if start.waiting_steps is None else start.waiting_steps
     actions_TA = episode.executed_TA if gripper is None else gripper.mapped(episode.executed_TA)
     actions_TA = actions_TA if exact else actions_TA[:APPROACH]
     moments = {step + delay: step for step in PICTURED_STEPS if step < len(actions_TA)}
     scene: Any = env.unwrapped
-    scene.skip_images = 0 not in moments or start.waiting_steps > 0
+    scene.skip_images = 0 not in moments or waiting_steps > 0
     observation = _begin(env, start)
     success = False
-    for left in range(start.waiting_steps, 0, -1):
+    for left in range(waiting_steps, 0, -1):
         scene.skip_images = left > 1 or 0 not in moments
         observation, *_ = env.step(rest_A)
     states, images = [observation["state"]], {camera: {} for camera in cameras}
