@@ -74,9 +74,7 @@ class LayerRouting(Protocol):
     ) -> tuple[Tensor, Frame, Tensor | None]:
         """The sequence before layer `index`: what is left of it, its frame, and the vision tokens kept, if any went."""
 
-    def choose(
-        self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext
-    ) -> Selection | None:
+    def choose(self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext) -> Selection | None:
         """The tokens that take part in layer `index`; None: all."""
 
 
@@ -196,11 +194,22 @@ class RoutedDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class Frame:
-    """What attention needs for one set of tokens; `turn` is cosine and sine, which carries the rotation's sign."""
+    """What attention needs for one set of tokens; `turn` is cosine and sine, which carries the rotation's sign.
+
+    `seen` is False for vision tokens that a router hides; None: all are seen.
+    """
 
     layout: TokenLayout
     mask_B1SS: Tensor
     turn_BSU: Tensor
+    seen_BN: Tensor | None = None
+
+    def hiding(self, seen_BN: Tensor) -> Frame:
+        """The same frame in which nothing attends to the vision tokens that are not seen."""
+        layout, size = self.layout, self.layout.length
+        seen_BS = F.pad(seen_BN, (layout.visual.start, size - layout.visual.stop), value=True)
+        mask_B1SS = self.mask_B1SS.masked_fill(~seen_BS[:, None, None], float("-inf"))
+        return Frame(layout, mask_B1SS, self.turn_BSU, seen_BN)
 
 
 class DecoderContext:
@@ -249,8 +258,10 @@ class DecoderContext:
         if fewer not in self._masks:
             self._masks[fewer] = self.mask_B1SS[:, :, fewer:, fewer:].contiguous()
         if self.renumber or renumber:
-            return self._numbered(chosen.layout, fewer, self._masks[fewer])
-        return Frame(chosen.layout, self._masks[fewer], take_rows(before.turn_BSU, chosen.rows))
+            frame = self._numbered(chosen.layout, fewer, self._masks[fewer])
+        else:
+            frame = Frame(chosen.layout, self._masks[fewer], take_rows(before.turn_BSU, chosen.rows))
+        return frame if before.seen_BN is None else frame.hiding(before.seen_BN.gather(1, chosen.kept_BK))
 
     def _numbered(self, layout: TokenLayout, fewer: int, mask_B1SS: Tensor) -> Frame:
         position_BS = self.position_BS[:, fewer:] - fewer

@@ -20,8 +20,8 @@ from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 
 FROM_LANGUAGE = frozenset(
     {
-        "draw_B", "text_BTE", "attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "score_BN", "share_B2",
-        "neurons_BNF", "text_neurons_BTF",
+        "draw_B", "text_BTE", "attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "score_BN", "growth_BN",
+        "share_B2", "neurons_BNF", "text_neurons_BTF",
     }
 )  # fmt: skip
 """Items of `RouterContext` that a language layer can give."""
@@ -51,10 +51,15 @@ class LayerPass:
         self.routers, self.bypass, self.compact = routers, bypass, compact
         self.draw_B, self.score_BN, self.training = draw_B, score_BN, training
         self.losses: dict[str, Tensor] = {}
+        self.earlier_BN: Tensor | None = None  # attention at the layer before
 
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
     ) -> tuple[Tensor, Frame, Tensor | None]:
+        after = self.routers.get(index + 1)
+        if after is not None and "growth_BN" in after[0].needs and index not in self.routers:
+            h_BSD = normed(layer.input_layernorm, x_BSD)
+            self.earlier_BN = language_items({"attention_LBN"}, layer, x_BSD, h_BSD, now, context)["attention_LBN"][0]
         if self.bypass or index not in self.routers:
             return x_BSD, now, None
         routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
@@ -63,7 +68,8 @@ class LayerPass:
         if self.score_BN is not None:
             self.score_BN = self.score_BN.gather(1, place_BK)
         x_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BKD, x_BSD[:, layout.rest]), dim=1)
-        return x_BSD, context.pruned(chosen, before=now, renumber=self.compact), place_BK
+        frame = context.pruned(chosen, before=now, renumber=self.compact)
+        return x_BSD, frame if routed.mask_BK is None else frame.hiding(routed.mask_BK), place_BK
 
     def choose(self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext) -> Selection | None:
         if not self.bypass or index not in self.routers:
@@ -80,6 +86,9 @@ class LayerPass:
             items["text_mask_BT"] = context.text_mask_BT
         if "score_BN" in router.needs:
             items["score_BN"] = self.score_BN
+        if "growth_BN" in router.needs:
+            now_LBN = language_items({"attention_LBN"}, layer, x_BSD, h_BSD, now, context)["attention_LBN"]
+            items["growth_BN"] = now_LBN[0] if self.earlier_BN is None else now_LBN[0] - self.earlier_BN
         items["draw_B"] = self.draw_B
         routed: RoutedTokens = router(x_BSD[:, now.layout.visual], RouterContext(budget, self.training, **items))
         self.losses |= {f"{name}_layer{index}": value for name, value in routed.losses.items()}

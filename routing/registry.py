@@ -9,14 +9,27 @@ from typing import Any
 from cogvla.routing.router import RouterSizes, TokenRouter
 from cogvla.routing.routers.adaptive_erank import AdaptiveErank
 from cogvla.routing.routers.approx_error import ApproxError
+from cogvla.routing.routers.attention_growth import AttentionGrowth
+from cogvla.routing.routers.carried import Carried
+from cogvla.routing.routers.causal_queries import CausalQueries
 from cogvla.routing.routers.cls_attention import ClsAttention
+from cogvla.routing.routers.core_neurons import CoreNeurons
 from cogvla.routing.routers.coverage import Coverage
 from cogvla.routing.routers.debias import Debias
 from cogvla.routing.routers.diversity import Diversity
+from cogvla.routing.routers.facility_location import FacilityLocation
+from cogvla.routing.routers.flex_count import FlexCount
 from cogvla.routing.routers.frequency import Frequency
+from cogvla.routing.routers.global_attention import GlobalAttention
 from cogvla.routing.routers.grid_stride import GridStride
 from cogvla.routing.routers.identity import Identity
+from cogvla.routing.routers.late_exit import LateExit
+from cogvla.routing.routers.learned_pruner import LearnedPruner
+from cogvla.routing.routers.progressive_video import ProgressiveVideo
 from cogvla.routing.routers.random import Random
+from cogvla.routing.routers.selector_merger import SelectorMerger
+from cogvla.routing.routers.semantic_tokens import SemanticTokens
+from cogvla.routing.routers.slot_attention import SlotAttention
 from cogvla.routing.routers.spatial_pool import SpatialPool
 from cogvla.routing.routers.text_guided import TextGuided
 from cogvla.routing.routers.token_norm import TokenNorm
@@ -39,6 +52,19 @@ ROUTERS: dict[str, type[TokenRouter]] = {
     "frequency": Frequency,
     "zeroth_order": ZerothOrder,
     "debias": Debias,
+    "semantic_tokens": SemanticTokens,
+    "learned_pruner": LearnedPruner,
+    "global_attention": GlobalAttention,
+    "carried": Carried,
+    "late_exit": LateExit,
+    "flex_count": FlexCount,
+    "facility_location": FacilityLocation,
+    "attention_growth": AttentionGrowth,
+    "core_neurons": CoreNeurons,
+    "progressive_video": ProgressiveVideo,
+    "causal_queries": CausalQueries,
+    "slot_attention": SlotAttention,
+    "selector_merger": SelectorMerger,
 }
 
 

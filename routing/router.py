@@ -147,6 +147,7 @@ class RouterContext:
         keys_BNC: head-mean keys.
         pixels_B3HW: the picture, 0 to 255.
         score_BN: scores that the router before the language model gave the tokens still there.
+        growth_BN: by how much the attention from the action tokens grew since the layer before.
         share_B2: of the attention of words and actions, the share that goes to vision tokens; and the converse.
         neurons_BNF: bool, neurons of the language layer's MLP that each vision token activates.
         text_neurons_BTF: the same of the words.
@@ -167,6 +168,7 @@ class RouterContext:
     keys_BNC: Tensor | None = None
     pixels_B3HW: Tensor | None = None
     score_BN: Tensor | None = None
+    growth_BN: Tensor | None = None
     share_B2: Tensor | None = None
     neurons_BNF: Tensor | None = None
     text_neurons_BTF: Tensor | None = None
@@ -187,6 +189,8 @@ class RoutedTokens:
         place_BK: where each stands among the N tokens, as a position: its index, or that of a synthetic token.
         score_BN: float32, higher is more worth keeping; None for a router that scores nothing.
         owner_BN: int64, the place in K that took a token in, -1 where it is lost; None where nothing is merged.
+        mask_BK: False hides a token from all others, where the content decides how many stay (at language layers only);
+            None: all are seen.
         losses: auxiliary objectives by name, already weighted; empty outside of training.
     """
 
@@ -195,6 +199,7 @@ class RoutedTokens:
     place_BK: Tensor
     score_BN: Tensor | None = None
     owner_BN: Tensor | None = None
+    mask_BK: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -93,3 +93,11 @@ def effective_rank(tokens_BND: Tensor) -> Tensor:
     sigma_BM = torch.linalg.svdvals(tokens_BND.float())
     p_BM = sigma_BM / sigma_BM.sum(-1, keepdim=True).clamp_min(1e-12)
     return torch.special.entr(p_BM).sum(-1).exp()
+
+
+def synthetic(tokens_BKD: Tensor, tokens: int) -> RoutedTokens:
+    """The answer of a router that makes new tokens out of so many; they stand evenly spread over their places."""
+    count = tokens_BKD.shape[1]
+    middle_K = (torch.arange(count, device=tokens_BKD.device) * 2 + 1) * tokens // (2 * count)
+    place_BK = middle_K.expand(len(tokens_BKD), -1)
+    return RoutedTokens(tokens_BKD, torch.full_like(place_BK, -1), place_BK)

@@ -71,6 +71,7 @@ def everything(batch: int = 3, budget: int = 4, grid: tuple[int, int] = GRID, se
         "keys_BNC": torch.randn(batch, tokens, 6, generator=draw),
         "pixels_B3HW": torch.randint(0, 256, (batch, 3, 8 * grid[0], 8 * grid[1]), generator=draw).float(),
         "score_BN": torch.rand(batch, tokens, generator=draw),
+        "growth_BN": torch.randn(batch, tokens, generator=draw),
         "share_B2": torch.rand(batch, 2, generator=draw),
         "neurons_BNF": torch.rand(batch, tokens, 20, generator=draw) > 0.5,
         "text_neurons_BTF": torch.rand(batch, TEXT, 20, generator=draw) > 0.5,

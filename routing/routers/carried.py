@@ -1,0 +1,23 @@
+"""The scores of the router before the language model once more: VFlowOpt prunes inside the language model by the same
+importance, so that no attention has to be computed there. Use it as `router.layer_router=carried` with `router.layers`
+and `router.layer_budgets`; `routing.schedule_search` finds the budgets.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
+from cogvla.routing.selection import best, kept
+
+
+class Carried(TokenRouter):
+    """Keeps the best of those that are left, by the first router's scores."""
+
+    needs = frozenset({"score_BN"})
+    stage = "llm_layer"
+    stages = ("llm_layer",)
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.score_BN is not None
+        return kept(tokens_BND, best(context.score_BN, context.budget), context.score_BN)

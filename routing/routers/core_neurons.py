@@ -1,0 +1,59 @@
+"""CoreMatching: tokens that activate the neurons which the instruction activates.
+
+At a language layer, b_i says which neurons of the gated MLP token i switches on (SiLU(gate) * up > 0), b_core which
+ones the words do; the overlap b_i . b_core is the score. `knee` cuts where the sorted overlaps bend, at the largest
+distance from their chord, but never keeps more than the budget.
+
+Our choices: core neurons are those that more than half of the words activate; activations are those of this layer's MLP
+without the attention before it, since the layer has not run yet; without `knee` exactly K stay. Tokens below the knee
+are hidden, not removed, since shapes may not depend on the content.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import best, kept
+
+
+class CoreNeurons(TokenRouter):
+    """Keeps what excites the same neurons as the words.
+
+    Args:
+        sizes: see `RouterSizes`.
+        knee: cut at the bend of the scores too.
+    """
+
+    needs = frozenset({"neurons_BNF", "text_neurons_BTF", "text_BTE"})
+    stage = "llm_layer"
+    stages = ("llm_layer",)
+
+    def __init__(self, sizes: RouterSizes, *, knee: bool = False) -> None:
+        super().__init__(sizes)
+        self.knee = knee
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.neurons_BNF is not None
+        assert context.text_neurons_BTF is not None
+        assert context.text_mask_BT is not None
+        real_BT1 = context.text_mask_BT[..., None].float()
+        often_BF = (context.text_neurons_BTF.float() * real_BT1).sum(1) / real_BT1.sum(1).clamp_min(1)
+        core_BF1 = (often_BF > 0.5).float()[..., None]
+        score_BN = (context.neurons_BNF.float() @ core_BF1)[..., 0]
+        routed = kept(tokens_BND, best(score_BN, context.budget), score_BN)
+        if not self.knee:
+            return routed
+        mask_BK = score_BN.gather(1, routed.index_BK) > bend(score_BN)
+        # At least the best token stays visible.
+        mask_BK = mask_BK | (score_BN.gather(1, routed.index_BK) == score_BN.amax(1, keepdim=True))
+        return RoutedTokens(routed.tokens_BKD, routed.index_BK, routed.place_BK, score_BN, mask_BK=mask_BK)
+
+
+def bend(score_BN: Tensor) -> Tensor:
+    """The score [B,1] at which the sorted scores are farthest from the line between their ends."""
+    falling_BN = score_BN.sort(dim=1, descending=True).values
+    along_N = torch.linspace(0, 1, falling_BN.shape[1], device=score_BN.device)
+    chord_BN = falling_BN[:, :1] + (falling_BN[:, -1:] - falling_BN[:, :1]) * along_N
+    return falling_BN.gather(1, (falling_BN - chord_BN).abs().argmax(1, keepdim=True))

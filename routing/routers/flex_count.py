@@ -1,0 +1,50 @@
+"""TokenFLEX: one policy for any number of vision tokens. The grid is pooled to h x w = K, and a SwiGLU layer follows;
+in training `router.train_budgets` draws K anew at every step, afterwards `router.budget` is free.
+
+Our choices: budgets are drawn uniformly, since the paper's probabilities are not known; the SwiGLU layer stands before
+the policy's own projector and adds to the pooled tokens, starting at nothing, so that it can be put into a trained
+policy. Any other router can be trained with `train_budgets` too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.routers.spatial_pool import pooled
+from cogvla.routing.selection import grid_shape
+
+
+class FlexCount(TokenRouter):
+    """Pooling to any size, with one set of weights.
+
+    Args:
+        sizes: see `RouterSizes`.
+        growth: hidden width of the SwiGLU layer in token widths.
+    """
+
+    needs = frozenset({"grid"})
+    selects = False
+
+    def __init__(self, sizes: RouterSizes, *, growth: float = 1.0) -> None:
+        super().__init__(sizes)
+        grid_shape(sizes.grid, sizes.budget)
+        hidden = max(1, round(growth * sizes.width))
+        self.gate, self.up = nn.Linear(sizes.width, hidden), nn.Linear(sizes.width, hidden)
+        self.down = nn.Linear(hidden, sizes.width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def leaves(self, budget: int) -> int:
+        grid_shape(self.sizes.grid, budget)
+        return budget
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.grid is not None
+        routed = pooled(tokens_BND, context.grid, grid_shape(context.grid, context.budget))
+        x_BKD = routed.tokens_BKD.to(self.gate.weight.dtype)
+        x_BKD = x_BKD + self.down(F.silu(self.gate(x_BKD)) * self.up(x_BKD))
+        return replace(routed, tokens_BKD=x_BKD.to(tokens_BND.dtype))

@@ -1,0 +1,68 @@
+"""CoViPAL: a small plug-in classifier scores vision tokens from vision and instruction; the best stay.
+
+The paper trains it in two stages: first to predict the attention that tokens receive deeper in the model, then end to
+end with the task. Its module could not be read, so this one is ours: LayerNorm, linear to `hidden`, one block that
+reads the words, one among the tokens, one logit.
+
+Our choices: `guide` weighs the first stage, KL(attention || softmax of logits) with the attention that the policy gives
+at this stage; end to end, kept tokens are multiplied by 1 with the gradient of their probability (straight through),
+and 0.1 (mean probability - K/N)^2 holds the probabilities where the budget is.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from cogvla.routing.attention_block import AttentionBlock
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import best, kept, take
+
+BUDGET_WEIGHT = 0.1
+
+
+class LearnedPruner(TokenRouter):
+    """Keeps what a trained score says.
+
+    Args:
+        sizes: see `RouterSizes`.
+        hidden: width of the scorer.
+        heads: of its attention.
+        guide: weight of the first stage's loss, 0 for none.
+    """
+
+    stage = "projector_out"
+
+    def __init__(self, sizes: RouterSizes, *, hidden: int = 64, heads: int = 4, guide: float = 0.0) -> None:
+        super().__init__(sizes)
+        self.guide = guide
+        self.needs = frozenset({"text_BTE"}) | (frozenset({"attention_LBN"}) if guide else frozenset())
+        self.entry = nn.Sequential(nn.LayerNorm(sizes.width), nn.Linear(sizes.width, hidden))
+        self.words = AttentionBlock(hidden, heads, read_width=sizes.text_width)
+        self.tokens = AttentionBlock(hidden, heads)
+        self.logit = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
+        nn.init.constant_(self.logit[1].bias, math.log(sizes.budget / max(sizes.tokens - sizes.budget, 1)))
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.text_BTE is not None
+        assert context.text_mask_BT is not None
+        dtype = self.entry[1].weight.dtype
+        h_BNC = self.entry(tokens_BND.to(dtype))
+        h_BNC = self.words(h_BNC, context.text_BTE.to(dtype), context.text_mask_BT[:, None])
+        logit_BN = self.logit(self.tokens(h_BNC))[..., 0].float()
+        routed = kept(tokens_BND, best(logit_BN.detach(), context.budget), logit_BN)
+        if not context.training:
+            return routed
+        probability_BN = logit_BN.sigmoid()
+        surplus_BK1 = take(probability_BN[..., None], routed.index_BK).to(tokens_BND.dtype)
+        tokens_BKD = routed.tokens_BKD * (1 + (surplus_BK1 - surplus_BK1.detach()))
+        share = context.budget / tokens_BND.shape[1]
+        losses = {"budget": BUDGET_WEIGHT * (probability_BN.mean() - share).square()}
+        if self.guide:
+            assert context.attention_LBN is not None
+            target_BN = context.attention_LBN.float().sum(0).clamp_min(1e-12)
+            target_BN = target_BN / target_BN.sum(-1, keepdim=True)
+            distance_B = (target_BN * (target_BN.log() - logit_BN.log_softmax(-1))).sum(-1)
+            losses["guide"] = self.guide * distance_B.mean()
+        return RoutedTokens(tokens_BKD, routed.index_BK, routed.place_BK, logit_BN, losses=losses)

@@ -1,0 +1,68 @@
+"""LaVIT's dynamic tokenizer without its codebook: a selector decides which patches stay, a merger lets them take in
+what the others held.
+
+Selector: an MLP with two logits per token; in training Gumbel noise is added, and kept tokens are multiplied by 1 with
+the gradient of the keep probability (straight through). Merger: kept tokens, causal among themselves, read the dropped
+ones by cross-attention. A regulariser holds the mean keep probability at the budget.
+
+Our choices: exactly K tokens stay, the best by the difference of the logits, where LaVIT's number varies; one block
+each; the regulariser's weight is 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvla.routing.attention_block import AttentionBlock
+from cogvla.routing.draws import uniform
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import best, take
+
+RATE_WEIGHT = 2.0
+
+
+class SelectorMerger(TokenRouter):
+    """Keeps the best tokens and merges the others into them.
+
+    Args:
+        sizes: see `RouterSizes`.
+        heads: of the merger.
+    """
+
+    needs = frozenset({"draw_B"})
+    selects = False
+
+    def __init__(self, sizes: RouterSizes, *, heads: int = 4) -> None:
+        super().__init__(sizes)
+        width = sizes.width
+        self.selector = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, 2)
+        )
+        self.among, self.reading = AttentionBlock(width, heads), AttentionBlock(width, heads, width)
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.draw_B is not None
+        x_BND = tokens_BND.to(self.selector[1].weight.dtype)
+        logit_BN2 = self.selector(x_BND).float()
+        if context.training:
+            noise_BN2 = uniform(context.draw_B, x_BND.shape[1], 2).clamp(1e-6, 1 - 1e-6)
+            logit_BN2 = logit_BN2 - (-noise_BN2.log()).log()
+        score_BN = logit_BN2[..., 1] - logit_BN2[..., 0]
+        probability_BN = score_BN.sigmoid()
+        index_BK = best(score_BN.detach(), context.budget)
+        kept_BN = torch.zeros_like(score_BN, dtype=torch.bool).scatter_(1, index_BK, True)
+        straight_BK1 = take((probability_BN - probability_BN.detach())[..., None], index_BK).to(x_BND.dtype)
+        y_BKD = take(x_BND, index_BK) * (1 + straight_BK1)
+        before_1KK = torch.ones(context.budget, context.budget, dtype=torch.bool, device=x_BND.device).tril()[None]
+        y_BKD = self.among(y_BKD, mask=before_1KK)
+        if context.budget < x_BND.shape[1]:
+            y_BKD = self.reading(y_BKD, x_BND, ~kept_BN[:, None])
+        losses = {}
+        if context.training:
+            rate = context.budget / x_BND.shape[1]
+            losses["rate"] = RATE_WEIGHT * F.mse_loss(probability_BN.mean(), probability_BN.new_tensor(rate))
+        return RoutedTokens(
+            y_BKD.to(tokens_BND.dtype), torch.full_like(index_BK, -1), index_BK, score_BN, losses=losses
+        )

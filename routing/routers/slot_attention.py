@@ -1,0 +1,55 @@
+"""Slot-MLLM's slots without its codebook and decoder: K slots compete for the tokens, so that each gathers an object.
+
+Slot attention: attention is softmax over slots, then normalised over tokens; a GRU updates the slots with the weighted
+means, an MLP follows; three iterations.
+
+Our choices: slots start from learned vectors, one each, and not from draws, so that an observation always gives the
+same answer; they stand evenly spread.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.selection import synthetic
+
+LEAST = 1e-6
+
+
+class SlotAttention(TokenRouter):
+    """Object-centric tokens.
+
+    Args:
+        sizes: see `RouterSizes`.
+        iterations: of the competition.
+    """
+
+    selects = False
+
+    def __init__(self, sizes: RouterSizes, *, iterations: int = 3) -> None:
+        super().__init__(sizes)
+        width = sizes.width
+        self.iterations = iterations
+        self.slots = nn.Parameter(torch.randn(sizes.budget, width))
+        self.norm, self.slot_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.update = nn.GRUCell(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def leaves(self, budget: int) -> int:
+        if budget != len(self.slots):
+            raise ValueError(f"slot_attention learns {len(self.slots)} slots; the budget cannot be {budget}")
+        return budget
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        k_BND, v_BND = self.kv(self.norm(tokens_BND.to(self.slots.dtype))).chunk(2, dim=-1)
+        slots_BKD = self.slots.expand(len(tokens_BND), -1, -1)
+        for _ in range(self.iterations):
+            logits_BKN = self.q(self.slot_norm(slots_BKD)) @ k_BND.mT * k_BND.shape[-1] ** -0.5
+            share_BKN = logits_BKN.softmax(1) + LEAST
+            means_BKD = (share_BKN / share_BKN.sum(-1, keepdim=True)) @ v_BND
+            slots_BKD = self.update(means_BKD.flatten(0, 1), slots_BKD.flatten(0, 1)).unflatten(0, slots_BKD.shape[:2])
+            slots_BKD = slots_BKD + self.mlp(self.mlp_norm(slots_BKD))
+        return synthetic(slots_BKD.to(tokens_BND.dtype), tokens_BND.shape[1])
