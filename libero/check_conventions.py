@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     if any(finding.verdict == "mismatch" for finding in findings):
         raise SystemExit(1)
 
@@ -63,7 +65,7 @@ def run(dataset: str, config: DictConfig) -> list[Finding]:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     embodiment = Embodiment(**plain["embodiment"])
-    recordings = open_recordings(dataset, DataConfig(**plain["data"] | {"root": dataset}), embodiment)
+    recordings = open_recordings(dataset, DataConfig(**plain["data"] | {"root": dataset}), embodiment, config.suite)
     name = config.suite or recordings.suite
     if name is None:
         raise ValueError("the data set does not say which suite it was recorded in: give suite=NAME")

@@ -185,6 +185,9 @@ def versions(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Finding:
         text = f"the data set does not say what it was recorded with; here: {_listed(installed)}"
         return Finding("versions", "not checked", text, measured=measured)
     other = {name: value for name, value in known.items() if installed.get(name) != value}
+    if not other and recorded.get("assets", here.get("assets")) != here.get("assets"):
+        text = f"{_listed(known)}; images are of other meshes or textures ({recorded['assets']})"
+        return Finding("versions", "note", text, "evaluate with the assets of the recording", measured)
     if not other:
         return Finding("versions", "ok", _listed(known), measured=measured)
     different = ", ".join(f"{name} {value} (here {installed.get(name, 'none')})" for name, value in other.items())

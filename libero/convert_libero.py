@@ -48,7 +48,7 @@ def main(config: DictConfig) -> None:
     """Convert `config.source`; see configs/convert_libero.yaml."""
     try:
         print(f"data set: {run(config)}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         print("\nstopped; what was converted is kept: the same command goes on from there", file=sys.stderr)

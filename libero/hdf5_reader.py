@@ -11,8 +11,8 @@
             agentview_rgb, eye_in_hand_rgb [T,128,128,3]  rows from the bottom up
             ee_pos [T,3], ee_ori [T,3], ee_states [T,6], gripper_states [T,2], joint_states [T,7]
 
-Files that were made anew by a published regeneration have fewer attributes, images of 256, and observations before the
-action; both kinds are read.
+Files of the published regeneration are read too. They have no attributes and images of 256, observations are before the
+action, and between the first state and the first action ten waiting steps have passed.
 
 Shape legend: T steps, D numbers of the flattened MuJoCo state.
 """
@@ -47,6 +47,7 @@ class Demonstrations:
         task: the task's name in the suite.
         suite: as the file has it, or None.
         keys: `demo_0`, `demo_1`, ...
+        regenerated: the file is of the published regeneration, see above.
         versions: of the simulators, by package, if the file has them.
     """
 
@@ -54,6 +55,7 @@ class Demonstrations:
     task: str
     suite: str | None
     keys: tuple[str, ...]
+    regenerated: bool
     versions: dict[str, str]
 
 
@@ -103,6 +105,7 @@ def _demonstrations(path: Path) -> Demonstrations:
             task=path.name.removesuffix(".hdf5").removesuffix("_demo"),
             suite=_suite(str(data.attrs.get("bddl_file_name", ""))),
             keys=tuple(sorted(keys, key=lambda key: int(key.removeprefix("demo_")))),
+            regenerated="problem_info" not in data.attrs,
             versions=_versions(dict(data.attrs)),
         )
 

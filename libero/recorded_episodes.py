@@ -22,7 +22,8 @@ import torch
 from cogvla.envs.recorder import RECORDING_FILE
 from cogvla.libero import hdf5_reader
 from cogvla.libero.convert_libero import CONVERSION, INITIAL_STATES
-from cogvla.libero.suites import instruction
+from cogvla.libero.hdf5_replay import WAITING_STEPS
+from cogvla.libero.suites import LIBERO_SUITES, instruction, tasks
 from cogvla.policy.data import DataConfig, convert_gripper
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.lerobot_reader import LeRobotReader, local_root
@@ -104,15 +105,15 @@ class Recordings(Protocol):
         ...
 
 
-def open_recordings(source: str, config: DataConfig, embodiment: Embodiment) -> Recordings:
-    """The data set at a path, or of that name on the hub.
+def open_recordings(source: str, config: DataConfig, embodiment: Embodiment, suite: str | None = None) -> Recordings:
+    """The data set at a path, or of that name on the hub; `suite` where it does not say which one it is of.
 
     Raises:
         ValueError: there is none, or it does not fit the mapping; says what to do.
     """
     path = Path(source)
     if path.exists() and hdf5_reader.is_hdf5(path):
-        return Hdf5Recordings(path)
+        return Hdf5Recordings(path, suite)
     on_hub = not path.exists() and source.count("/") == 1
     root = local_root(None if on_hub else source, source if on_hub else None, config.revision)
     return LeRobotRecordings(root, config, embodiment)
@@ -121,15 +122,17 @@ def open_recordings(source: str, config: DataConfig, embodiment: Embodiment) -> 
 class Hdf5Recordings:
     """LIBERO's own files: that their images are upside down and observations one step late is as it should be."""
 
-    turn, delay = "rotated 180", 1
+    turn = "rotated 180"
     statistics: Mapping[str, Mapping[str, Sequence[float]]] = {}
     control_hz = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, suite: str | None = None) -> None:
         self._files = hdf5_reader.demonstrations(path)
         suites = {file.suite for file in self._files}
         self.name = path.name
-        self.suite = suites.pop() if len(suites) == 1 else None
+        self.suite = suite or (suites.pop() if len(suites) == 1 else None)
+        self._tasks = [task.name for task in tasks(self.suite)] if self.suite in LIBERO_SUITES else []
+        self.delay = 0 if self._files[0].regenerated else 1
         self.cameras = tuple(hdf5_reader.IMAGES)
         self.simulation: Mapping[str, Any] = self._files[0].versions
         self._places = [(file, key) for file in self._files for key in file.keys]
@@ -142,12 +145,9 @@ class Hdf5Recordings:
         file, key = self._places[index]
         read = hdf5_reader.read(file.path, key)
         start = None
-        if self.suite is not None:
-            from cogvla.libero.simulation import task_names
-
-            names = task_names(self.suite)
-            if file.task in names:
-                start = Start(names.index(file.task), None, read.states_TD[0], read.fixtures, waiting_steps=0)
+        if file.task in self._tasks:
+            waiting = WAITING_STEPS["actions"] if file.regenerated else 0
+            start = Start(self._tasks.index(file.task), None, read.states_TD[0], read.fixtures, waiting)
         actions_TA = read.actions_TA.astype(np.float32)
         return Episode(
             f"{key} of {file.path.name}", index, instruction(file.task), actions_TA, actions_TA, read.observed_TS, start

@@ -22,7 +22,8 @@ NEAR_M = {True: 0.01, False: 0.08}
 WINDOW, MOVING = 5, 40
 AXES = {"x": 0.003, "y": 0.003, "z": 0.003, "turn x": 0.03, "turn y": 0.03, "turn z": 0.03}
 """What an axis must move in a window (m, rad), root mean square, to tell something."""
-SUCCESS = 0.8
+SUCCESS = 0.5
+"""Of LIBERO's own demonstrations the published regeneration could replay 1,693 of 2,000, and fewest of libero_10."""
 
 
 def _turned_otherwise(vector_N3: np.ndarray) -> np.ndarray:

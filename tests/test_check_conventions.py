@@ -147,6 +147,9 @@ MISTAKES: dict[str, tuple[Change, list[str], str]] = {
     "red and blue exchanged": (
         pictures(lambda image: image[..., ::-1], AGENTVIEW), ["images of agentview"], "red and blue are exchanged",
     ),
+    "black images": (
+        pictures(np.zeros_like, WRIST), ["images of wrist"], "they look like the simulator's in no orientation",
+    ),
     "cameras exchanged": (
         exchanged, ["images of agentview", "images of wrist"], "they look like those of wrist",
     ),

@@ -45,7 +45,7 @@ def test_a_file_of_demonstrations_is_read(tmp_path: Path) -> None:
     assert is_hdf5(tmp_path)
     assert is_hdf5(path)
     (found,) = demonstrations(tmp_path)
-    assert (found.task, found.suite, found.versions) == (STOVE, "libero_goal", {})
+    assert (found.task, found.suite, found.regenerated, found.versions) == (STOVE, "libero_goal", False, {})
     assert found.keys == tuple(f"demo_{i}" for i in range(11)), "in the order of their numbers"
     recording = read(path, "demo_10")
     assert np.array_equal(recording.actions_TA, demo.actions)
@@ -70,7 +70,7 @@ def test_a_regenerated_file_has_fewer_attributes(tmp_path: Path) -> None:
         demo = file.create_group("data/demo_4")
         demo["actions"], demo["states"] = actions(1, 1), np.ones((2, 5))
     (found,) = demonstrations(path)
-    assert (found.suite, found.keys) == (None, ("demo_4",))
+    assert (found.suite, found.keys, found.regenerated) == (None, ("demo_4",), True)
     recording = read(path, "demo_4")
     assert (recording.observed_TS, recording.fixtures) == (None, {})
 
