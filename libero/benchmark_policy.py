@@ -1,0 +1,305 @@
+"""`benchmark_policy`: how long a chunk of actions takes, stage by stage, and how far that is from the floor.
+
+    benchmark_policy --preset tiny --threads 1
+    benchmark_policy --preset cogvla_7b --device cuda --dtype bfloat16 --output outputs/benchmark
+    benchmark_policy --checkpoint checkpoints/tabletop_object      (rows plain, engine and float8)
+    benchmark_policy --preset small --rows drop --profile           (traces for Perfetto or chrome://tracing)
+
+Weights are random unless a checkpoint is given; that changes no time. Every row is one network and one way to run it:
+
+    all off               no stage of CogVLA, the model operation by operation: what OpenVLA-OFT computes
+    faithful              CogVLA as published, operation by operation
+    faithful, engine      the same network in the inference engine
+    bypass, drop          CogVLA with our choices, in the engine; `drop` leaves pruned tokens out for good
+    without stage 1, 2    ablations, in the engine
+    drop, float8          large layers in 8 bits
+
+Needs torch, transformers, timm, einops, safetensors and numpy, and no installation of this package:
+
+    mkdir -p .cache/types && ln -sfn ../.. .cache/types/cogvla
+    PYTHONPATH=.cache/types python -m cogvla.libero.benchmark_policy --preset cogvla_7b --device cuda --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+import cogvla.configs
+from cogvla.libero.policy_timing import Measured, Peaks, machine_peaks, measure, profile
+from cogvla.libero.provenance import provenance
+from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.empty_model import empty_model
+from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.flops import REPEATED, count_flops
+from cogvla.policy.interface import Embodiment, Observation
+from cogvla.policy.normalise import Statistics
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.preprocess import Preprocessor
+from cogvla.policy.tokenizer import WordTokenizer
+
+CONFIGS = Path(cogvla.configs.__file__).parent if cogvla.configs.__file__ else Path()
+INSTRUCTION = "put the red cube in the tray"
+CALIBRATION = 8
+"""Observations that the ranges of 8-bit inputs are taken from."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured: a file of configs/routing (None: as the checkpoint has it), changes to it, how it is run."""
+
+    routing: str | None
+    engine: bool = True
+    changes: dict[str, Any] = field(default_factory=dict)
+    float8: bool = False
+
+
+ROWS = {
+    "all off": Row("none", engine=False, changes={"attention": "bidirectional"}),
+    "faithful": Row("faithful", engine=False),
+    "faithful, engine": Row("faithful"),
+    "bypass": Row("cogvla", changes={"mode": "bypass"}),
+    "drop": Row("cogvla", changes={"mode": "drop"}),
+    "without stage 1": Row("no_efa"),
+    "without stage 2": Row("no_lfp"),
+    "drop, float8": Row("cogvla", changes={"mode": "drop"}, float8=True),
+}
+
+AS_TRAINED = {"plain": Row(None, engine=False), "engine": Row(None), "float8": Row(None, float8=True)}
+"""Rows of a checkpoint."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Console entry point."""
+    options = _parser().parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        results = run(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(130) from error
+    if options.output is not None:
+        write(options, results)
+
+
+def run(options: argparse.Namespace) -> list[Measured]:
+    """Measure each row and print it as soon as it is known."""
+    embodiment, peaks = _embodiment(options), machine_peaks(options.device, options.dtype)
+    print(f"{peaks.name}, {options.dtype}: large products {peaks.flops / 1e12:.3g} TFLOP/s, "
+          f"copies {peaks.bandwidth / 1e9:.3g} GB/s (measured now)")  # fmt: skip
+    print(header())
+    results: list[Measured] = []
+    rows = ROWS if options.checkpoint is None else AS_TRAINED
+    if unknown := [name for name in options.rows or () if name not in rows]:
+        raise ValueError(f"no row {unknown[0]!r} here; there are {', '.join(map(repr, rows))}")
+    for name in options.rows or rows:
+        row = rows[name]
+        if row.float8 and options.dtype != "bfloat16":
+            print(f"{name:<20} not measured: 8-bit layers compute beside bfloat16 ones (--dtype bfloat16)")
+            continue
+        policy, plain_actions = _policy(row, embodiment, options)
+        for batch in options.batches:
+            observation = _observation(policy.embodiment, batch)
+            costs = count_flops(policy.model.config, policy.embodiment, len(INSTRUCTION.split()), batch)
+            cost = next(cost for cost in costs if cost.stage == REPEATED)
+            measured = measure(policy, observation, options.calls, name, cost, peaks, INSTRUCTION)
+            if batch == 1 and plain_actions is not None:
+                measured = replace(measured, deviation=plain_actions(policy))
+            results.append(measured)
+            print(line(measured), flush=True)
+            if options.profile and batch == options.batches[0]:
+                profile(policy, observation, Path(options.output or ".") / f"trace_{name.replace(', ', '_')}.json")
+        del policy, plain_actions
+        gc.collect()
+        if options.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    _compare(results)
+    return results
+
+
+def header() -> str:
+    """Names of the columns of `line`."""
+    names = (
+        "least",
+        "p50",
+        "p95",
+        "p99",
+        "prepare",
+        "vision",
+        "decide",
+        "head",
+        "TFLOP/s",
+        "GB/s",
+        "x floor",
+        "GiB",
+    )  # on a CPU of the process so far
+    return f"{'ms':<20}{'batch':>6}" + "".join(f"{name:>9}" for name in names) + "  from plain, mean / largest"
+
+
+def line(measured: Measured) -> str:
+    """One row of the table."""
+    stages = [measured.stages.get(name) for name in ("prepare", "vision", "decide", "head")]
+    numbers = [measured.least, measured.p50, measured.p95, measured.p99, *stages]
+    numbers += [measured.tflops, measured.gb_per_s, measured.times_floor, measured.memory_gib]
+    cells = "".join(" " * 8 + "-" if number is None else f"{number:>9.3g}" for number in numbers)
+    deviation = "" if measured.deviation is None else "  {:.1e} / {:.1e}".format(*measured.deviation)
+    return f"{measured.row:<20}{measured.batch:>6}{cells}{deviation}"
+
+
+def write(options: argparse.Namespace, results: Sequence[Measured]) -> None:
+    """`benchmark.json`, and `roofline.png` where matplotlib is installed."""
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    body = {"settings": settings, "rows": [asdict(result) for result in results], **provenance()}
+    (folder / "benchmark.json").write_text(json.dumps(body, indent=2) + "\n")
+    print(f"written: {folder / 'benchmark.json'}")
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    peaks = machine_peaks(options.device, options.dtype) if not results else results[0].peaks
+    figure, axes = plt.subplots(figsize=(8, 5))
+    _roofline(axes, results, peaks)
+    figure.tight_layout()
+    figure.savefig(folder / "roofline.png", dpi=120)
+    plt.close(figure)
+
+
+def _roofline(axes: Any, results: Sequence[Measured], peaks: Peaks) -> None:
+    intensities = [result.flops / result.moved for result in results]
+    low, high = min(intensities) / 4, max(max(intensities), peaks.flops / peaks.bandwidth) * 4
+    ridge = peaks.flops / peaks.bandwidth
+    axes.loglog([low, ridge, high], [low * peaks.bandwidth / 1e12, peaks.flops / 1e12, peaks.flops / 1e12], "k-")
+    for result, intensity in zip(results, intensities, strict=True):
+        axes.plot(intensity, result.tflops, "o" if result.batch == 1 else "s", label=f"{result.row}, {result.batch}")
+    axes.set_xlabel("FLOP per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(f"{peaks.name}: reached, against what large products and copies reach")
+    axes.legend(fontsize=7, title="row, batch")
+
+
+def _compare(results: Sequence[Measured]) -> None:
+    base = {result.batch: result for result in results if result.row in ("faithful", "plain")}
+    for result in results:
+        slow = base.get(result.batch, result)
+        if slow is not result:
+            print(f"{result.row}, batch {result.batch}: {slow.p50 / result.p50:.2f} times as fast as {slow.row}")
+
+
+def _policy(
+    row: Row, embodiment: Embodiment, options: argparse.Namespace
+) -> tuple[CogVLAPolicy, Callable[[CogVLAPolicy], tuple[float, float]] | None]:
+    """The policy of a row, and what compares it with the same model operation by operation."""
+    if row.routing is None:
+        plain = load_policy(options.checkpoint, options.device)
+        model, preprocessor = plain.model, plain.preprocessor
+    else:
+        routing = {**_yaml("routing", row.routing), **row.changes}
+        config = CogVLAConfig.from_dict({**_yaml("policy", options.preset), "routing": routing})
+        model = empty_model(config, embodiment)
+        _fill(model, torch.device(options.device))
+        preprocessor = _preprocessor(embodiment)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if options.dtype == "float32" else torch.bfloat16)
+    plain = CogVLAPolicy(model, preprocessor)
+    if not row.engine:
+        return plain, None
+    seen = [_observation(plain.embodiment, 1, seed) for seed in range(CALIBRATION)]
+    expected = [torch.from_numpy(plain.act(observation).actions) for observation in seen]
+    plain.reset()
+    policy = plain.with_engine(EngineConfig(options.engine), release=True)
+    if row.float8:
+        policy.to_float8(seen, smallest=options.float8_smallest)
+
+    def deviation(policy: CogVLAPolicy) -> tuple[float, float]:
+        found = [torch.from_numpy(policy.act(observation).actions) for observation in seen]
+        difference = torch.stack([(a - b).abs() for a, b in zip(found, expected, strict=True)])
+        return float(difference.mean()), float(difference.max())
+
+    return policy, deviation
+
+
+def _fill(model: nn.Module, device: torch.device) -> None:
+    """Random weights of a usual size, made on the device: no time is spent on initialisation."""
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            tensor = torch.empty(parameter.shape, device=device)
+            if parameter.dim() < 2:
+                tensor.fill_(1.0 if "norm" in type(module).__name__.lower() and name == "weight" else 0.0)
+            else:
+                tensor.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    model.to(device)
+
+
+def _preprocessor(embodiment: Embodiment) -> Preprocessor:
+    span = {"state": embodiment.state_dim, "action": embodiment.action_dim}
+    low, high = -1.0, 1.0
+    statistics = {
+        key: Statistics((low,) * dim, (high,) * dim, (low,) * dim, (high,) * dim, (0.0,) * dim, (1.0,) * dim)
+        for key, dim in span.items()
+    }
+    return Preprocessor(embodiment, WordTokenizer.from_instructions([INSTRUCTION]), statistics)
+
+
+def _observation(embodiment: Embodiment, batch: int, seed: int = 0) -> Observation:
+    return replace(embodiment.fake_observation(batch, seed), instruction=[INSTRUCTION] * batch)
+
+
+def _embodiment(options: argparse.Namespace) -> Embodiment:
+    values = _yaml("embodiment", "libero")
+    size = options.size or (128 if options.preset == "tiny" else 224)
+    cameras = [{"name": f"view{index}", "height": size, "width": size} for index in range(options.views)]
+    return Embodiment(**{**values, "cameras": cameras})
+
+
+def _yaml(group: str, name: str) -> dict[str, Any]:
+    """One file of configs, and those that it builds on; Hydra, which does this elsewhere, may not be here."""
+    path = CONFIGS / group / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise ValueError(f"no {group} called {name!r}; one of {known}")
+    values = yaml.safe_load(path.read_text())
+    defaults = values.pop("defaults", [])
+    return {**{key: value for default in defaults for key, value in _yaml(group, default).items()}, **values}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "benchmark_policy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--preset", default="tiny", help="of configs/policy: tiny, small or cogvla_7b")
+    add("--checkpoint", type=Path, help="a trained policy instead of a preset with random weights")
+    add("--rows", nargs="+", metavar="ROW", help="default: all")
+    add("--batches", nargs="+", type=int, default=[1, 8], help="samples in one pass")
+    add("--calls", type=int, default=200, help="timed calls, after a warm-up")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", choices=("float32", "bfloat16"))
+    add("--engine", default="auto", choices=("auto", "eager", "trace", "cuda_graph", "compile"))
+    add("--float8-smallest", type=int, default=256, help="8 bits for layers with so many inputs and outputs")
+    add("--views", type=int, default=2)
+    add("--size", type=int, help="of the square views in pixels; default 224, for tiny 128")
+    add("--threads", type=int, help="of torch, on a CPU")
+    add("--output", type=Path, help="folder for benchmark.json and roofline.png")
+    add("--profile", action="store_true", help="also write a trace of each row, into --output")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Times of a policy, and what the machine could do at best."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvla.policy.engine.recording import record
+from cogvla.policy.flops import BYTES, StageCost
+from cogvla.policy.interface import Observation
+from cogvla.policy.policy import CogVLAPolicy
+
+STAGE_CALLS = 50
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What one machine reaches: FLOP/s in a large product, and bytes/s in a large copy, both in this precision."""
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row. Times in ms from observation to actions in physical units, `stages` those of their parts, medians.
+
+    Attributes:
+        flops, moved: of one pass for an instruction seen before; FLOP, and bytes read and written at least.
+        floor: ms that computing or reading takes at least, at the machine's measured peaks.
+        deviation: mean and largest difference of the actions from the model run operation by operation.
+    """
+
+    row: str
+    batch: int
+    calls: int
+    least: float
+    p50: float
+    p95: float
+    p99: float
+    flops: float
+    moved: float
+    floor: float
+    memory_gib: float
+    peaks: Peaks
+    engine: str
+    stages: dict[str, float] = field(default_factory=dict)
+    deviation: tuple[float, float] | None = None
+
+    @property
+    def tflops(self) -> float:
+        """TFLOP/s."""
+        return self.flops / self.p50 / 1e9
+
+    @property
+    def gb_per_s(self) -> float:
+        """GB/s."""
+        return self.moved / self.p50 / 1e6
+
+    @property
+    def times_floor(self) -> float:
+        """How many times the floor the median is."""
+        return self.p50 / self.floor
+
+
+def machine_peaks(device: str, dtype: str) -> Peaks:
+    """Measured: the best of several large products and copies."""
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    size, kind = (8192, torch.bfloat16) if on_gpu and dtype == "bfloat16" else (1024, getattr(torch, dtype))
+    a = torch.randn(size, size, device=device).to(kind)
+    source = torch.empty(2**28 if on_gpu else 2**25, device=device, dtype=torch.uint8).fill_(1)
+    target = torch.empty_like(source)
+    product = _best(lambda: a @ a, device)
+    copy = _best(lambda: target.copy_(source), device)
+    return Peaks(name, 2 * size**3 / product, 2 * source.numel() / copy)
+
+
+def measure(
+    policy: CogVLAPolicy,
+    observation: Observation,
+    calls: int,
+    row: str,
+    cost: StageCost,
+    peaks: Peaks,
+    instruction: str,
+) -> Measured:
+    """Time `act` and its stages.
+
+    Args:
+        policy: with or without engine.
+        observation: the batch that it is given every time.
+        calls: timed ones.
+        row: name for the table.
+        cost: of one pass at this batch.
+        peaks: of this machine, in the policy's precision.
+        instruction: that of the observation, to warm up for.
+    """
+    on_gpu = policy.preprocessor.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    policy.warm_up(observation.batch_size, [instruction])
+    policy.act(observation)
+    samples: list[float] = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        policy.act(observation)  # ends with the actions on the host, so nothing is left running
+        samples.append((time.perf_counter() - started) * 1e3)
+    width = 4 if policy.describe()["dtype"] == "float32" else 2
+    moved = (cost.weight_bytes + cost.activation_bytes) * width / BYTES
+    p50, p95, p99 = (float(np.percentile(samples, q)) for q in (50, 95, 99))
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Measured(
+        row=row,
+        batch=observation.batch_size,
+        calls=calls,
+        least=min(samples),
+        p50=p50,
+        p95=p95,
+        p99=p99,
+        flops=cost.flops,
+        moved=moved,
+        floor=1e3 * max(cost.flops / peaks.flops, moved / peaks.bandwidth),
+        memory_gib=memory / 2**30,
+        peaks=peaks,
+        engine=str(policy.describe()["engine"]),
+        stages=_stages(policy, observation),
+    )
+
+
+@torch.inference_mode()
+def _stages(policy: CogVLAPolicy, observation: Observation) -> dict[str, float]:
+    """Median ms of each part alone; with an engine, each part is recorded by itself."""
+    inputs = policy.preprocessor.observation(observation)
+    device = str(policy.preprocessor.device)
+    parts: dict[str, Callable[[], object]] = {"prepare": lambda: policy.preprocessor.observation(observation)}
+    if (engine := policy.engine) is None:
+        model = policy.model
+        text = model.encode_text(inputs.text_ids, inputs.text_mask)
+        vision_BND = model.vision(inputs.pixels, text.vision)
+        output = model.decide(vision_BND, inputs.state, text, decode=False)
+        parts["vision"] = lambda: model.vision(inputs.pixels, text.vision)
+        parts["decide"] = lambda: model.decide(vision_BND, inputs.state, text, decode=False)
+        parts["head"] = lambda: model.head(output.states)
+    else:
+        network, encoded = engine.network, engine.encode(inputs.text_ids, inputs.text_mask)
+        tensors = {"pixels": inputs.pixels, "state": inputs.state, **encoded.tensors}
+        see = record(engine.kind, network.see, tensors)
+        seen: dict[str, Tensor] = {**tensors, "vision": see(tensors)}
+        decide = record(engine.kind, lambda given: network.decide(given["vision"], given), seen)
+        states = {"states": decide(seen)}
+        head = record(engine.kind, lambda given: network.head(given["states"]), states)
+        parts |= {"vision": lambda: see(tensors), "decide": lambda: decide(seen), "head": lambda: head(states)}
+    return {name: _median(part, device) for name, part in parts.items()}
+
+
+def profile(policy: CogVLAPolicy, observation: Observation, path: Path) -> None:
+    """Write a trace of three calls, for Perfetto or chrome://tracing."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if policy.preprocessor.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as trace:
+        for _ in range(3):
+            policy.act(observation)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(path))
+
+
+def _median(function: Callable[[], object], device: str) -> float:
+    return float(np.median(_times(function, device, STAGE_CALLS))) * 1e3
+
+
+def _best(function: Callable[[], object], device: str) -> float:
+    return min(_times(function, device, 8))
+
+
+def _times(function: Callable[[], object], device: str, calls: int) -> list[float]:
+    """Seconds of each call, the first two left out."""
+    times: list[float] = []
+    for _ in range(calls + 2):
+        _wait(device)
+        started = time.perf_counter()
+        function()
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return times[2:]
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
