@@ -94,7 +94,8 @@ class CogVLAPolicy:
         """See `Policy.warm_up`."""
         inputs = self.preprocessor.observation(self.embodiment.fake_observation(batch))
         if self.engine is not None:
-            for words in {len(self.preprocessor.text([text])[0][0]) for text in instructions} or {None}:
+            lengths: set[int | None] = {len(self.preprocessor.text([text])[0][0]) for text in instructions}
+            for words in lengths or {None}:
                 self.engine.warm_up(inputs, words)
         for _ in range(2):
             self.act(self.embodiment.fake_observation(batch))
