@@ -104,7 +104,7 @@ class DdsNode:
         self.name = name
         self.types = RosTypes(settings.distro)
         self._lock = threading.RLock()
-        self._listening: list[tuple[DataReader[Any], str, Callable[[Any], None]]] = []
+        self._listening: list[tuple[DataReader[Any], Callable[[bytes, float], None]]] = []
         self._writers: list[DataWriter[Any]] = []
         with _configured(settings.configuration()):
             self._participant = DomainParticipant(settings.domain, Qos(Policy.Userdata(b"enclave=/;")))
@@ -176,9 +176,11 @@ class DdsNode:
         writer = self._writer("rt" + resolve(topic, self.name), kind, delivery)
         return lambda cdr: self._write(writer, cdr)
 
-    def subscribe_raw(self, topic: str, kind: str, delivery: Delivery, callback: Callable[[bytes], None]) -> None:
-        """Like `subscribe`, for messages as they came."""
-        self._reader("rt" + resolve(topic, self.name), kind, delivery, callback, decoded=False)
+    def subscribe_raw(
+        self, topic: str, kind: str, delivery: Delivery, callback: Callable[[bytes, float], None]
+    ) -> None:
+        """Like `subscribe`, for messages as they came, with the time (seconds, as `now`) at which they were sent."""
+        self._add("rt" + resolve(topic, self.name), kind, delivery, callback)
 
     def call(self, service: str, kind: str, data: bool = True, timeout_s: float = 5.0) -> Answer:
         """Ask a `SET_BOOL` or `TRIGGER` service of another node; TimeoutError if nobody answers."""
@@ -238,14 +240,9 @@ class DdsNode:
         kind: str,
         delivery: Delivery,
         callback: Callable[[Any], None],
-        *,
         hashed: bool = True,
-        decoded: bool = True,
     ) -> None:
-        def deliver(cdr: bytes) -> None:
-            if not decoded:
-                callback(cdr)
-                return
+        def deliver(cdr: bytes, _: float) -> None:
             try:
                 message = self.types.from_cdr(kind, cdr)
             except (SerdeError, ValueError, IndexError, struct.error) as error:
@@ -253,10 +250,20 @@ class DdsNode:
                 return
             callback(message)
 
+        self._add(topic, kind, delivery, deliver, hashed)
+
+    def _add(
+        self,
+        topic: str,
+        kind: str,
+        delivery: Delivery,
+        deliver: Callable[[bytes, float], None],
+        hashed: bool = True,
+    ) -> None:
         qos = _qos(delivery, self._hash(kind, hashed))
         with self._lock:
             reader: DataReader[Any] = DataReader(self._participant, self._topic(topic, kind), qos)
-            self._listening.append((reader, topic, deliver))
+            self._listening.append((reader, deliver))
             self._waiting.attach(ReadCondition(reader, ViewState.Any | InstanceState.Any | SampleState.NotRead))
             self._announce()
         self._wake.set(True)
@@ -269,7 +276,7 @@ class DdsNode:
             node = {
                 "node_namespace": namespace or "/",
                 "node_name": name,
-                "reader_gid_seq": [self._gid(reader) for reader, _, _ in self._listening],
+                "reader_gid_seq": [self._gid(reader) for reader, _ in self._listening],
                 "writer_gid_seq": [self._gid(writer) for writer in self._writers],
             }
             fields = {"gid": self._gid(self._participant), "node_entities_info_seq": [node]}
@@ -285,10 +292,10 @@ class DdsNode:
                 self._wake.set(False)
                 with self._lock:
                     listening = list(self._listening)
-                for reader, _, deliver in listening:
+                for reader, deliver in listening:
                     for sample in reader.take(_TAKEN):
                         if isinstance(sample, Sample) and sample.cdr:  # else: a writer has left
-                            deliver(sample.cdr)
+                            deliver(sample.cdr, sample.sample_info.source_timestamp * 1e-9)
         except BaseException as error:  # kept for `failure`: whoever owns the node must hear of it
             self.failure = error
             raise

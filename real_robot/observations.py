@@ -133,13 +133,23 @@ class Observations:
         refusal = sensor.refusal(stamp, now, self._settings.future_tolerance_s)
         if refusal is not None:
             return self.refuse(name, *refusal)
-        if self._settings.frozen_after_s is not None and name != STATE:
-            same = bool(sensor.samples) and np.array_equal(sensor.samples[-1][1], value)
-            if not same or name not in self._same_since:
-                self._same_since[name] = (stamp, self.newest_state)
+        if self._settings.frozen_after_s is not None:
+            self._compare(name, value, stamp)
         sensor.samples.append((stamp, value))
         self.last_refusal.pop(name, None)
         return None
+
+    def _compare(self, name: str, value: np.ndarray, stamp: float) -> None:
+        """Remember since when a camera shows the same image, and where the robot was when it began to."""
+        if name == STATE:
+            for camera, (since, then_S) in self._same_since.items():
+                if then_S is None and stamp >= since:
+                    self._same_since[camera] = (since, value)
+            return
+        samples, states = self._sensors[name].samples, self._sensors[STATE]
+        if name not in self._same_since or not np.array_equal(samples[-1][1], value):
+            known = bool(states.samples) and states.samples[-1][0] >= stamp
+            self._same_since[name] = (stamp, states.nearest(stamp)[1] if known else None)
 
     def refuse(self, name: str, kind: str, reason: str) -> str:
         """Count a sample that is not taken, and answer why."""

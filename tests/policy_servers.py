@@ -175,6 +175,7 @@ class StallingProxy:
 
     def __init__(self, uri: str) -> None:
         self.delay_s = 0.0
+        self._ends: list[socket.socket] = []
         self.lead_to(uri)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._flows = threading.Event()
@@ -192,6 +193,13 @@ class StallingProxy:
     def resume(self) -> None:
         self._flows.set()
 
+    def cut(self) -> None:
+        """End all connections."""
+        ends, self._ends = self._ends, []
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._flows.set()
         self._listener.close()
@@ -205,6 +213,7 @@ class StallingProxy:
                 except OSError:  # nobody is there, as the client must see
                     client.close()
                     continue
+                self._ends += [client, server]
                 for source, sink, slow in ((client, server, False), (server, client, True)):
                     threading.Thread(target=self._pass_on, args=(source, sink, slow), daemon=True).start()
 

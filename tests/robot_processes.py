@@ -1,0 +1,141 @@
+"""The commands of a robot as processes, and an operator who hears and says everything on their wire."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cogvla.real_robot.dds import DdsNode, DdsSettings
+from cogvla.real_robot.ros_messages import diagnostics_of, state_of
+from cogvla.real_robot.ros_node import ARRAY, DIAGNOSTICS, JOINT_STATE, SET_BOOL, STRING, TRIGGER, Delivery, seconds_of
+from cogvla.real_robot.simulated_arm import STATE_NAMES
+
+BRIDGE = "/cogvla_bridge"
+COMMANDS = "/arm_controller/commands"
+
+
+class Process:
+    """A script of the tests (`.py`), or a command of this package, started as a user does.
+
+    Its output is shown when a test fails.
+    """
+
+    def __init__(self, name: str, *arguments: str, domain: int = 0) -> None:
+        environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        script = [str(Path(__file__).with_name(name))] if name.endswith(".py") else ["-m", f"cogvla.real_robot.{name}"]
+        self.process = subprocess.Popen(
+            [sys.executable, *script, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        self.lines: list[str] = []
+        threading.Thread(target=self._read, args=(name,), daemon=True).start()
+
+    def _read(self, name: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            print(f"[{name}] {line}", end="")
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """As the kernel kills: without a word."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def end(self, timeout_s: float = 30.0) -> int:
+        """As Ctrl-C ends; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            self.process.kill()
+
+
+class Operator:
+    """A node that watches a robot and its bridge, and gives orders.
+
+    Attributes:
+        diagnostics: newest of the bridge.
+        commands: (seconds since the epoch at which it was sent, [A]) of every command to the controller.
+        positions: (stamp, [8]) of every joint state.
+        scenes: every status of the simulated robot.
+    """
+
+    def __init__(self, domain: int) -> None:
+        self.node = DdsNode("/operator", DdsSettings(domain=domain))
+        self.diagnostics: dict[str, Any] = {}
+        self.commands: deque[tuple[float, np.ndarray]] = deque(maxlen=10_000)
+        self.positions: deque[tuple[float, np.ndarray]] = deque(maxlen=10_000)
+        self.scenes: list[dict[str, Any]] = []
+        self.node.subscribe("/diagnostics", DIAGNOSTICS, Delivery.EVENTS, self._diagnose)
+        self.node.subscribe("/joint_states", JOINT_STATE, Delivery.SENSOR, self._move)
+        self.node.subscribe_raw(COMMANDS, ARRAY, Delivery.COMMAND, self._command)
+        self.node.subscribe(
+            "/sim_robot/status", STRING, Delivery.LATCHED, lambda m: self.scenes.append(json.loads(m.data))
+        )
+        self._scene = self.node.advertise("/sim_robot/scene", STRING, Delivery.EVENTS)
+        self._fault = self.node.advertise("/sim_robot/fault", STRING, Delivery.EVENTS)
+        self._instruction = self.node.advertise("/instruction", STRING, Delivery.LATCHED)
+        self.node.start()
+
+    def _diagnose(self, message: Any) -> None:
+        self.diagnostics = diagnostics_of(message)
+
+    def _move(self, message: Any) -> None:
+        self.positions.append((seconds_of(message.header.stamp), state_of(message, STATE_NAMES)))
+
+    def _command(self, cdr: bytes, sent: float) -> None:
+        self.commands.append((sent, self.node.types.from_cdr(ARRAY, cdr).data))
+
+    def count(self, name: str) -> int:
+        """Of the bridge's counters, by their name in the diagnostics."""
+        return self.diagnostics.get(name, 0)
+
+    def instruct(self, text: str) -> None:
+        self._instruction({"data": text})
+
+    def fault(self, fault: str, sensor: str | None = None, seconds: float = 0.0) -> None:
+        """Break a sensor of the simulated robot."""
+        self._fault({"data": json.dumps({"fault": fault, "sensor": sensor, "seconds": seconds})})
+
+    def scene(self, number: int, task: int = 0, initial_state: int = 0) -> dict[str, Any]:
+        """Set up a scene; its first status."""
+        self._scene({"data": json.dumps({"number": number, "task": task, "initial_state": initial_state})})
+        self.until(lambda: self.scenes and self.scenes[-1]["number"] == number)
+        return self.scenes[-1]
+
+    def estop(self, engaged: bool = True) -> tuple[bool, str]:
+        return self.node.call(f"{BRIDGE}/estop", SET_BOOL, engaged, timeout_s=20)
+
+    def activate(self, active: bool = True) -> tuple[bool, str]:
+        return self.node.call(f"{BRIDGE}/activate", SET_BOOL, active, timeout_s=20)
+
+    def reset(self) -> tuple[bool, str]:
+        return self.node.call(f"{BRIDGE}/reset", TRIGGER, timeout_s=20)
+
+    def until(self, condition: Any, timeout_s: float = 60.0) -> None:
+        """Wait; the machine may be busy."""
+        last = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < last, f"it did not happen in time; diagnostics: {self.diagnostics}"
+            assert self.node.failure is None, self.node.failure
+            time.sleep(0.01)
+
+    def state(self, name: str, reason: str = "", timeout_s: float = 60.0) -> None:
+        """Wait for a state of the bridge, and for what is given as its reason."""
+        self.until(lambda: self.diagnostics.get("state") == name and reason in json.dumps(self.diagnostics), timeout_s)
+
+    def close(self) -> None:
+        self.node.close()
