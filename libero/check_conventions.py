@@ -34,6 +34,7 @@ from cogvla.libero.conventions import Finding
 from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.recorded_episodes import Episode, Recordings, open_recordings
 from cogvla.libero.replayed_episodes import Trace, replay
+from cogvla.libero.suites import LIBERO_SUITES, tasks
 from cogvla.policy.data import DataConfig
 from cogvla.policy.interface import Embodiment
 
@@ -110,7 +111,9 @@ def check(
     seen = [episode.states_TS for episode in everything if episode.states_TS is not None]
     features |= {"state": np.concatenate(seen)} if seen else {}
     said, _ = conventions.gripper(everything, embodiment)
-    worded = conventions.instructions(everything, [task.instruction for task in suite.tasks])
+    family = LIBERO_SUITES if suite.name in LIBERO_SUITES else ()
+    elsewhere = {task.instruction for other in family for task in tasks(other)}
+    worded = conventions.instructions(everything, [task.instruction for task in suite.tasks], elsewhere)
     findings = [
         conventions.versions(recordings.simulation, {"mujoco": version("mujoco"), **suite.settings}),
         worded,

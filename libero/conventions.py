@@ -6,7 +6,7 @@ Shape legend: N frames, T steps, A action, S state, D either.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -204,10 +204,12 @@ def _listed(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in versions.items())
 
 
-def instructions(episodes: Sequence[Episode], known: Sequence[str]) -> Finding:
-    """Whether what was asked is worded as the suite words it."""
-    unknown = sorted({episode.instruction for episode in episodes} - set(known))
-    measured = {"unknown": unknown}
+def instructions(episodes: Sequence[Episode], known: Sequence[str], elsewhere: Collection[str] = ()) -> Finding:
+    """Whether what was asked is worded as the suite words it, or as other suites (`elsewhere`) do."""
+    asked = {episode.instruction for episode in episodes}
+    unknown = sorted(asked - set(known) - set(elsewhere))
+    others = asked - set(known) - set(unknown)
+    measured = {"unknown": unknown, "of other suites": sorted(others)}
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, 1, 0.0)
         return Finding(

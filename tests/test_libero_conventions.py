@@ -13,6 +13,7 @@ import pytest
 from cogvla.libero import check_conventions as command
 from cogvla.libero.conventions import Finding
 from cogvla.libero.convert_libero import Conversion, convert
+from cogvla.libero.hdf5_reader import read
 from cogvla.libero.suites import LiberoEnv, LiberoSettings
 from cogvla.tests.libero_files import ASSETS, MESHES, Demo, needs_assets, write
 
@@ -121,6 +122,29 @@ def test_a_planted_mistake_is_named(name: str, demos: list[Demo], tmp_path: Path
     findings, code = check(save(tmp_path / "wrong", [change(demo) for demo in demos]))
     assert (mismatches(findings), code) == (expected, 1)
     assert text in findings[expected[0]].text
+
+
+def test_fixtures_stand_where_they_were_recorded(demos: list[Demo], tmp_path: Path) -> None:
+    recording = read(save(tmp_path / "right", demos), "demo_0")
+    env = LiberoEnv("libero_goal", LEAN, image_size=32, render=False)
+    places = []
+    for fixtures in (None, recording.fixtures):
+        env.restore(recording.states_TD[0], 7, fixtures)
+        places.append(env.scene.data.body("wooden_cabinet_1_main").xpos.copy())
+    assert places[1] - places[0] == pytest.approx([0.05, 0, 0], abs=0.03), "up to where evaluations have it"
+    assert places[1] == pytest.approx(recording.fixtures["wooden_cabinet_1_main"][:3])
+    with pytest.raises(ValueError, match="this scene has no washing_machine_1_main"):
+        env.restore(recording.states_TD[0], 7, {"washing_machine_1_main": np.zeros(7)})
+    env.close()
+
+
+def test_data_of_several_suites_are_checked_suite_by_suite(demos: list[Demo], tmp_path: Path) -> None:
+    source = save(tmp_path / "several", demos)
+    write(source.with_name("pick_up_the_milk_and_place_it_in_the_basket_demo.hdf5"), demos, suite="libero_object")
+    findings, code = check(source.parent, "suite=libero_goal")
+    assert (mismatches(findings), code) == ([], 0)
+    assert findings["instructions"].text == "1 of 10 tasks; 1 are of other suites"
+    assert findings["replay"].measured["episodes"] == 2
 
 
 def test_another_version_is_named(demos: list[Demo], tmp_path: Path) -> None:
