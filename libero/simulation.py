@@ -344,8 +344,13 @@ class Scene:
                 f"a state of this scene has {1 + model.nq + model.nv} numbers, the recorded one has {len(state)}: "
                 "it was recorded with another scene, or with another version of LIBERO"
             )
-        for body, pose in (fixtures or {}).items():
-            self.model.body(body).pos, self.model.body(body).quat = pose[:3], pose[3:]
+        for name, pose in (fixtures or {}).items():
+            body = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, name)
+            if body < 0:
+                raise ValueError(
+                    f"this scene has no {name}, which the recorded one has: it was recorded with another one"
+                )
+            self.model.body_pos[body], self.model.body_quat[body] = pose[:3], pose[3:]
         self.env.sim.set_state_from_flattened(np.asarray(state, np.float64))
         self.env.sim.forward()
         self.env._post_process()
