@@ -3,7 +3,7 @@
     check_conventions outputs/demonstrations/tabletop_object
     check_conventions datasets/libero_goal                                       (LIBERO's HDF5 files)
     check_conventions HuggingFaceVLA/libero data=libero_huggingface suite=libero_object
-    check_conventions DATASET statistics=outputs/train_policy/libero_object      (of a checkpoint, too)
+    check_conventions DATASET statistics=outputs/train_policy/libero_object/seed0/policy  (of a checkpoint, too)
 
 Recorded actions are played open loop from the recorded beginning. What follows the data set is a list of KEY=VALUE for
 configs/check_conventions.yaml. Exit status: 0 no mismatch, 1 mismatches, 2 it could not be checked.
