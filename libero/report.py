@@ -50,6 +50,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class ControlTiming:
+    """How well a robot's control loop kept time.
+
+    Attributes:
+        jitter: distance of the time between two ticks from the control period, one sample per tick.
+        counts: what `cogvla.real_robot.measurements` counted: holds, deadline misses, starvations, faults and so on.
+    """
+
+    jitter: Latency | None
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Report:
     """See `Row` for the parts.
 
@@ -63,6 +76,7 @@ class Report:
         max_steps: control steps before an episode is a failure.
         reproduce: all that repeats this evaluation.
         episodes: every result.
+        control: of a robot in real time; None for rollouts, which wait for the policy.
     """
 
     suite: str
@@ -76,6 +90,7 @@ class Report:
     max_steps: int
     reproduce: Mapping[str, Any]
     episodes: tuple[EpisodeResult, ...]
+    control: ControlTiming | None = None
 
     @property
     def swapped(self) -> bool:

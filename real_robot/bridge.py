@@ -33,7 +33,7 @@ from cogvla.real_robot.async_client import Answer, UnavailableError
 from cogvla.real_robot.client import EventLoopThread
 from cogvla.real_robot.control_loop import Command, ControlLoop, Request, State
 from cogvla.real_robot.measurements import Measurements
-from cogvla.real_robot.settings import RobotConfig
+from cogvla.real_robot.settings import LoopSettings, RobotConfig
 
 
 class FrontEnd(Protocol):
@@ -233,6 +233,10 @@ class Bridge:
     @property
     def state(self) -> State:
         return self._loop.state
+
+    @property
+    def loop_settings(self) -> LoopSettings:
+        return self._loop.settings
 
     @property
     def fault(self) -> str | None:

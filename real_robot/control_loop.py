@@ -28,6 +28,7 @@ Shape legend: A action dimension, N ticks of the old plan, S state dimension, H,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -77,12 +78,13 @@ class ControlLoop:
         )
         self._limiter = SafetyLimiter(embodiment, limits)
         self._watchdog = Watchdog()
-        self._clock = TickClock(settings.clock_gap_s)
+        self._clock = TickClock(self._period, settings.clock_gap_s)
         self._instruction = ""
         self._epoch = 0
         self._sent_epoch = -1  # of the last action that was sent
         self._requests = 0
         self._observed_tick = 0  # of the newest chunk
+        self._rests_at = -math.inf  # when the last action of the policy has taken effect
         self._held_since = 0.0
         self._last_failure: str | None = None
         self._stale = False
@@ -143,12 +145,13 @@ class ControlLoop:
         if self.state not in (State.HOLDING, State.RUNNING) or not self._instruction:
             return None
         next_tick = self._clock.next_tick
-        if not self._prefetch.due(self._queue.remaining(next_tick), next_tick - self._observed_tick, now):
+        remaining = self._queue.remaining(next_tick)
+        if (self._pauses and remaining) or not self._prefetch.due(remaining, next_tick - self._observed_tick, now):
             return None
         if self._observations.stale(now) is not None:
             return None
         found = self._observations.synchronised()
-        if isinstance(found, str):
+        if isinstance(found, str) or (self._pauses and found.stamp < self._rests_at):
             return None
         tick = self._clock.tick_of(found.stamp)
         self._requests += 1
@@ -187,7 +190,14 @@ class ControlLoop:
         if actions.dtype.kind != "f" or not np.isfinite(actions).all():
             return self._discard("refused_chunks", f"actions are NaN, infinite or not floating point ({actions.dtype})")
         actions_KA = actions[0].astype(np.float64)
-        usable = self._queue.add(actions_KA, request.tick, self._clock.next_tick)
+        next_tick = self._clock.next_tick
+        if self._pauses:  # the arm rests where the observation shows it, so nothing of the chunk has passed
+            actions_KA = actions_KA[: self.settings.execute_steps]
+            self._queue.clear()
+            self._queue.add(actions_KA, next_tick, next_tick)
+            usable = len(actions_KA)
+        else:
+            usable = self._queue.add(actions_KA, request.tick, next_tick)
         if not usable:
             return self._discard("late_chunks", f"all {len(actions_KA)} ticks of the chunk have passed")
         self._counts["chunks"] += 1
@@ -233,7 +243,7 @@ class ControlLoop:
         self._stale = False
         action_A = self._queue.get(tick)
         if action_A is None:
-            if state is State.RUNNING and self._sent_epoch == self._epoch:
+            if state is State.RUNNING and self._sent_epoch == self._epoch and not self._pauses:
                 self._counts["starvations"] += 1
             return self._hold(tick, now, "no action for this tick" if self._instruction else "no instruction")
         state_S = self._observations.newest_state
@@ -246,6 +256,7 @@ class ControlLoop:
             self._counts[f"limited_{name}"] += 1
         self._watchdog.on(Event.COMMAND)
         self._sent_epoch = self._epoch
+        self._rests_at = now + self._period
         if self._unsent_stamp is not None:
             self.measurements.loop_ms.append((now - self._unsent_stamp) * 1e3)
             self._unsent_stamp = None
@@ -318,6 +329,10 @@ class ControlLoop:
             **self.measurements.summary(RECENT),
         }
 
+    @property
+    def _pauses(self) -> bool:
+        return self.settings.ask == "after"
+
     def _at(self, now: float) -> float:
         """The time of a call; it never goes back, or everything known is void."""
         if self._clock.tell(now):
@@ -328,6 +343,7 @@ class ControlLoop:
         """The clock jumped: nobody knows how old anything is, or where the arm went meanwhile."""
         self._counts["clock_jumps"] += 1
         self._held_since = self._clock.now
+        self._rests_at = -math.inf
         self._observations.clear()
         self._prefetch.forget()
         self._limiter.halt()

@@ -15,6 +15,7 @@ from cogvla.policy.interface import Embodiment
 KINDS = ("delta", "absolute")
 LIMITS = ("position", "step", "velocity", "acceleration")
 OVERLAPS = ("replace", "ensemble", "real_time")
+ASK = ("ahead", "after")
 PerDimension = tuple[float | None, ...] | None
 
 
@@ -122,8 +123,10 @@ class LoopSettings:
         frozen_motion: change of any state entry that the image must show.
         overlap: "replace", "ensemble" or "real_time"; see `cogvla.real_robot.chunk_queue`.
         ensemble_m: decay of the ensemble's weights exp(-m * i), i = 0 the oldest.
-        execute_steps: also ask when so many ticks have passed since the last chunk's observation; None: only when the
-            queue runs low.
+        ask: "ahead", while the last chunk is executed, so that the arm never pauses; "after", once `execute_steps` of
+            it have been, with the arm at rest: for policies whose chunks are good at their beginning only.
+        execute_steps: ahead: also ask when so many ticks have passed since the last chunk's observation (None: only
+            when the queue runs low); after: so many actions of a chunk are executed (None: all).
         latency_s: assumed 95th percentile of request to answer until enough was measured.
         margin_ticks: actions left when the answer arrives at that percentile.
         deadline_s: a request without an answer for so long has failed.
@@ -140,6 +143,7 @@ class LoopSettings:
     frozen_motion: float = 0.02
     overlap: str = "replace"
     ensemble_m: float = 0.01
+    ask: str = "ahead"
     execute_steps: int | None = None
     latency_s: float = 0.1
     margin_ticks: int = 1
@@ -162,6 +166,8 @@ class LoopSettings:
                 raise ValueError(f"loop: {name} must be positive or null, got {value}")
         if self.overlap not in OVERLAPS:
             raise ValueError(f"loop: overlap must be one of {', '.join(OVERLAPS)}, got {self.overlap!r}")
+        if self.ask not in ASK:
+            raise ValueError(f"loop: ask must be one of {', '.join(ASK)}, got {self.ask!r}")
         if not math.isfinite(self.ensemble_m):
             raise ValueError(f"loop: ensemble_m must be finite, got {self.ensemble_m}")
 

@@ -53,7 +53,7 @@ def run(config: DictConfig) -> None:
         signal.signal(number, lambda *_: stop.set())
     topics = RosTopics(**_plain(config.topics))
     with DdsNode(config.node, DdsSettings(**_plain(config.dds))) as node:
-        robot = SimRobot(node, topics, config.suite, config.image_size)
+        robot = SimRobot(node, topics, config.suite, config.image_size, config.max_steps)
         robot.arm.set_scene(SceneStart(0, config.task, config.initial_state))
         print(f"{node.name} plays {config.suite}", flush=True)
         while not stop.is_set():
@@ -69,9 +69,12 @@ class SimRobot:
         topics: the robot's.
         suite: name of a tabletop suite.
         image_size: of the cameras, in pixels.
+        max_steps: control steps until a scene is over; None: twice the suite's, because pauses count here.
     """
 
-    def __init__(self, node: DdsNode, topics: RosTopics, suite: str, image_size: int) -> None:
+    def __init__(
+        self, node: DdsNode, topics: RosTopics, suite: str, image_size: int, max_steps: int | None = None
+    ) -> None:
         self._node = node
         self._faults = SensorFaults()
         self._compressed = {camera: topic.endswith("/compressed") for camera, topic in topics.cameras.items()}
@@ -81,7 +84,15 @@ class SimRobot:
         }
         self._joint_states = node.advertise(topics.joint_states, JOINT_STATE, Delivery.SENSOR)
         self._status = node.advertise("~/status", STRING, Delivery.LATCHED)
-        self.arm = SimulatedArm(get_suite(suite), image_size, self._show_joints, self._show_images, self._show_status)
+        played = get_suite(suite)
+        self.arm = SimulatedArm(
+            played,
+            image_size,
+            2 * played.max_steps if max_steps is None else max_steps,
+            self._show_joints,
+            self._show_images,
+            self._show_status,
+        )
         node.subscribe(topics.command, ARRAY, Delivery.COMMAND, self._command)
         node.subscribe("~/scene", STRING, Delivery.EVENTS, self._scene)
         node.subscribe("~/fault", STRING, Delivery.EVENTS, self._fault)

@@ -72,6 +72,7 @@ class SimulatedArm:
     Args:
         suite: a tabletop suite.
         image_size: of the cameras, in pixels.
+        max_steps: control steps until a scene is over, pauses included.
         on_joints: told the joints by name, in m and rad.
         on_images: told the images, uint8 [H,W,3], by camera, and how many seconds old they are.
         on_status: told every new `SceneStatus`.
@@ -82,6 +83,7 @@ class SimulatedArm:
         self,
         suite: Suite,
         image_size: int,
+        max_steps: int,
         on_joints: Callable[[Mapping[str, float]], None],
         on_images: Callable[[Mapping[str, np.ndarray], float], None],
         on_status: Callable[[SceneStatus], None],
@@ -91,7 +93,7 @@ class SimulatedArm:
         env = suite.make(image_size=image_size)
         if not isinstance(env, TabletopEnv):
             raise ValueError(f"suite {suite.name!r} has no arm that runs in real time; give a tabletop suite")
-        self._env, self._max_steps, self._tasks = env, suite.max_steps, len(suite.tasks)
+        self._env, self._max_steps, self._tasks = env, max_steps, len(suite.tasks)
         self._period = 1.0 / env.metadata["render_fps"]
         self._on_joints, self._on_images, self._on_status = on_joints, on_images, on_status
         self._clock, self._sleep = clock, sleep

@@ -17,6 +17,7 @@ class TickClock:
     """Times in seconds.
 
     Args:
+        period_s: of the control loop.
         gap_s: `LoopSettings.clock_gap_s`.
 
     Attributes:
@@ -24,7 +25,8 @@ class TickClock:
         next_tick: absolute number of the next tick.
     """
 
-    def __init__(self, gap_s: float) -> None:
+    def __init__(self, period_s: float, gap_s: float) -> None:
+        self._period_s = period_s
         self._gap_s = gap_s
         self._ticked_at: deque[float] = deque(maxlen=KEEP_PASSED)
         self.now = -math.inf
@@ -54,10 +56,16 @@ class TickClock:
         self._ticked_at.clear()
 
     def tick_of(self, stamp: float) -> int:
-        """The first tick at or after a time; the next one where none of the last ones is."""
+        """The tick nearest to a time, for times after the last tick the next one if it is nearer.
+
+        Half a period is the least that an action can be off. "The first tick after the stamp" would let an observation
+        that is made just after a tick wait for the next one, although it shows nothing of what that tick has sent yet.
+        """
         tick = self.next_tick
+        due = self._ticked_at[-1] + self._period_s if self._ticked_at else stamp
         for ticked_at in reversed(self._ticked_at):
             if ticked_at < stamp:
-                break
+                return tick - 1 if stamp - ticked_at < due - stamp else tick
             tick -= 1
+            due = ticked_at
         return tick

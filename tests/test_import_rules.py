@@ -14,12 +14,14 @@ ROOT = Path(__file__).parents[1]
 CORE = {"torch", "transformers", "timm", "einops", "safetensors", "numpy"}
 """All that a machine needs to run a policy."""
 
+REPORTING = ("evaluate", "protocol", "provenance", "report", "statistics")
+"""Parts of `libero` that know nothing about LIBERO: a robot's trials are reported as an evaluation is."""
 INTERNAL: dict[str, tuple[str, ...]] = {
     "routing": ("routing",),
     "policy": ("policy", "routing"),
     "envs": ("envs", "policy.interface", "policy.chunking"),
     "libero": ("libero", "policy", "envs", "real_robot.remote_policy"),
-    "real_robot": ("real_robot", "policy", "envs"),
+    "real_robot": ("real_robot", "policy", "envs", *(f"libero.{name}" for name in REPORTING)),
 }
 THIRD_PARTY: dict[str, set[str]] = {
     "routing": {"torch", "einops"},

@@ -419,3 +419,41 @@ def test_the_core_needs_numpy_only() -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import cogvla.real_robot.control_loop"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# --- asking after a chunk ------------------------------------------------------------------------------------------
+
+
+def test_asking_after_a_chunk_executes_its_beginning_and_then_looks_at_the_arm_at_rest() -> None:
+    driver = Driver(LoopSettings(ask="after", execute_steps=3)).start()
+    request = driver.ask()
+    for _ in range(2):  # the answer takes two ticks, and nothing of it is lost
+        assert driver.tick().action_A is None
+    chunk = chunk_of(*[(0.1 * i, 0.0, 0.0) for i in range(8)])
+    assert driver.loop.deliver(chunk, request, driver.now) is None
+    assert driver.loop.request_due(driver.now) is None, "the chunk has not been executed"
+    sent = [driver.tick() for _ in range(3)]
+    np.testing.assert_allclose([command.action_A[0] for command in sent], [0.0, 0.1, 0.2], atol=1e-6)
+    driver.now -= 0.4 * PERIOD
+    driver.observe()
+    assert driver.loop.request_due(driver.now) is None, "the last action has not taken effect"
+    driver.now += 0.4 * PERIOD
+    assert driver.tick().kind is Kind.HOLD
+    assert driver.ask().stamp == driver.now
+    assert driver.counts["starvations"] == 0
+    assert driver.counts["late_actions"] == 0
+
+
+def test_an_observation_just_after_a_tick_belongs_to_it() -> None:
+    driver = Driver().start()
+    for _ in range(4):
+        driver.tick()
+    assert driver.ask().tick == 4
+    driver.loop.fail(driver.loop._prefetch.in_flight, "again", driver.now)  # type: ignore[arg-type]
+    driver.tick()
+    driver.now -= 0.8 * PERIOD  # a fifth of a period after tick 4
+    driver.loop._prefetch.forget()
+    assert driver.ask().tick == 4
+    driver.now += 0.5 * PERIOD
+    driver.loop._prefetch.forget()
+    assert driver.ask().tick == 5

@@ -1,0 +1,234 @@
+"""`robot_demo`: simulated robot, policy server and bridge with one command, over the wire that a real robot has.
+
+    robot_demo
+    robot_demo tasks=null episodes_per_task=5 view=none direct=true        success with and without the wire
+
+        process sim_robot  <-- DDS on loopback -->  this process: bridge  <-- websocket -->  process policy_server
+
+It shows what the robot sees (rerun, or a video without a screen), and writes the report of `eval_libero`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.rollout import rollout
+from cogvla.envs.suite import Suite, get_suite
+from cogvla.libero.evaluate import write_report
+from cogvla.libero.protocol import Protocol, load_protocol
+from cogvla.libero.provenance import provenance
+from cogvla.libero.report import ControlTiming, Report, build_report
+from cogvla.libero.statistics import latency, success_rate
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.async_client import ClientSettings
+from cogvla.real_robot.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.dds import DdsNode, DdsSettings
+from cogvla.real_robot.live_view import RerunView, VideoView, choose_view
+from cogvla.real_robot.measurements import latency_table
+from cogvla.real_robot.reconnecting import ReconnectingClient
+from cogvla.real_robot.remote_policy import RemotePolicy
+from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics
+from cogvla.real_robot.settings import RobotConfig
+from cogvla.real_robot.trials import SimulatedScene, play
+
+START_S = 180.0
+"""How long a server may take to load its policy on a busy machine."""
+MARGIN_S = 20.0
+"""How much longer than its control steps an episode may take."""
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="robot_demo")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    try:
+        run(config, shlex.join(["robot_demo", *HydraConfig.get().overrides.task]))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(config: DictConfig, command: str) -> Report:
+    """Play, print, write; answers the report."""
+    suite = get_suite(config.suite)
+    protocol = load_protocol(suite.protocol, episodes_per_task=config.episodes_per_task).for_suite(suite)
+    specs = protocol.episodes(suite, None if config.tasks is None else list(config.tasks))
+    output = Path(config.output)
+    view = choose_view(config.view)
+    with ExitStack() as processes:
+        uri = processes.enter_context(_server(config))
+        processes.enter_context(_simulator(config))
+        remote = RemotePolicy(uri)
+        processes.callback(remote.close)
+        results, bridge, began = _play(config, uri, specs, suite, view, output)
+        report = _report(suite, protocol, results, remote, bridge, command, began)
+        direct = list(_directly(remote, suite, specs, protocol)) if config.direct else None
+    output.mkdir(parents=True, exist_ok=True)
+    write_report(report, suite, output)
+    print(_said("over the wire", results))
+    if direct is not None:
+        print(_said("directly", direct))
+    print(latency_table(bridge.measurements, bridge.embodiment.control_hz))
+    print(f"report: {output / 'report.html'}" + (f", video: {output / 'demo.mp4'}" if view == "video" else ""))
+    return report
+
+
+def _play(
+    config: DictConfig, uri: str, specs: Sequence[EpisodeSpec], suite: Suite, view: str, output: Path
+) -> tuple[list[EpisodeResult], Bridge, str]:
+    embodiment = Embodiment(**_plain(config.embodiment))
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    timeout_s = 2 * suite.max_steps / embodiment.control_hz + MARGIN_S
+    results = []
+    with ExitStack() as open_things:
+        node = DdsNode("/cogvla_bridge", DdsSettings(domain=config.domain))
+        shown: VideoView | RerunView | None = None
+        if view != "none":
+            shown = (
+                VideoView(output / "demo.mp4", embodiment.control_hz) if view == "video" else RerunView("robot_demo")
+            )
+            open_things.enter_context(shown)
+        bridge = Bridge(
+            RobotConfig(**_plain(config.robot)),
+            embodiment,
+            ReconnectingClient(uri, ClientSettings(robot=embodiment)),
+            RosFrontEnd(node, RosTopics(**_plain(config.topics)), embodiment),
+            BridgeSettings(dry_run=False),
+            on_tick=None if shown is None else shown.show,
+        )
+        scene = SimulatedScene(node)
+        open_things.enter_context(node)
+        open_things.enter_context(bridge)
+        for spec in tqdm(specs, unit="episode", disable=None):
+            if shown is not None:
+                shown.note("")
+            result = play(bridge, scene, spec, timeout_s)
+            results.append(result)
+            outcome = "error" if result.error else "success" if result.success else "failure"
+            if shown is not None:
+                shown.note(outcome)
+            tqdm.write(f"{result.instruction}: {outcome} after {result.steps} steps {result.error or ''}".rstrip())
+            time.sleep(1.0 if shown is not None else 0.0)  # so that the end can be seen
+    return results, bridge, began
+
+
+def _report(
+    suite: Suite,
+    protocol: Protocol,
+    results: Sequence[EpisodeResult],
+    remote: RemotePolicy,
+    bridge: Bridge,
+    command: str,
+    began: str,
+) -> Report:
+    measured, found = bridge.measurements, provenance()
+    steps = bridge.loop_settings.execute_steps or bridge.embodiment.chunk
+    report = build_report(
+        suite=suite,
+        results=results,
+        batch_1_ms=[],
+        control_hz=bridge.embodiment.control_hz,
+        reproduce={
+            "protocol": asdict(replace(protocol, execute_steps=steps)),
+            "asked": "own task",
+            "policy": remote.describe(),
+            "simulation": {"robot": "sim_robot, over DDS in real time", "loop": asdict(bridge.loop_settings)},
+            "command": command,
+            "workers": 0,
+            "run": {"episodes": len(results), "seconds": sum(r.wall_s for r in results)},
+            "started": began,
+            "sessions": 1,
+            "commits": [str((found["commit"] or {}).get("hash"))],
+            **found,
+        },
+    )
+    return replace(report, control=ControlTiming(latency(measured.jitter_ms), dict(sorted(measured.counts.items()))))
+
+
+def _directly(
+    remote: RemotePolicy, suite: Suite, specs: Sequence[EpisodeSpec], protocol: Protocol
+) -> Iterator[EpisodeResult]:
+    """The same episodes by the rollout loop, with the same server: only the robot's wire is left out."""
+    return rollout(remote, suite, specs, settings=protocol.rollout_settings())
+
+
+def _said(how: str, results: Sequence[EpisodeResult]) -> str:
+    rate = success_rate(r.success for r in results if r.error is None)
+    errors = sum(r.error is not None for r in results)
+    share = "no episode could be played" if rate.value is None else f"success {rate.value:.1%}"
+    interval = "" if rate.low is None or rate.high is None else f" [{rate.low:.1%}, {rate.high:.1%}]"
+    return f"{how + ':':<14} {share}{interval} of {rate.trials} episodes, {errors} errors"
+
+
+@contextmanager
+def _server(config: DictConfig) -> Iterator[str]:
+    """The policy server's process; its address, once it has warmed up."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    arguments = [f"checkpoint={config.checkpoint}", f"port={port}", f"threads={config.threads}", "batch_wait_ms=0"]
+    with _process("policy_server", arguments, config) as process:
+        last = time.monotonic() + START_S
+        while not _healthy(port):
+            if process.poll() is not None:
+                raise ValueError("the policy server has ended; what it said is above")
+            if time.monotonic() > last:
+                raise ValueError(f"the policy server was not ready within {START_S:g} s")
+            time.sleep(0.1)
+        yield f"ws://127.0.0.1:{port}"
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1) as response:
+            return response.status == 200
+    except (HTTPError, URLError, OSError):
+        return False
+
+
+@contextmanager
+def _simulator(config: DictConfig) -> Iterator[None]:
+    size = config.embodiment.cameras[0].height
+    with _process("sim_robot", [f"suite={config.suite}", f"image_size={size}"], config):
+        yield
+
+
+@contextmanager
+def _process(name: str, arguments: Sequence[str], config: DictConfig) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, "ROS_DOMAIN_ID": str(config.domain), "OMP_NUM_THREADS": str(config.threads)}
+    command = [sys.executable, "-m", f"cogvla.real_robot.{name}", *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict), "a group of the configuration is a mapping"
+    return {str(key): value for key, value in values.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Episodes on a robot that a `Bridge` drives, one after the other, each as an `EpisodeResult` like those of rollouts.
+
+    hold -> set up the scene -> look -> instruct, activate -> ... -> over, or a fault -> hold
+
+What sets the scene up and says when it is over is a `Scene`: here the simulated robot, over its topics.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import count, islice
+from typing import Any, Protocol
+
+from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.real_robot.bridge import Bridge
+from cogvla.real_robot.control_loop import State
+from cogvla.real_robot.dds import DdsNode
+from cogvla.real_robot.ros_node import STRING, Delivery
+from cogvla.real_robot.simulated_arm import SceneStart, SceneStatus
+
+POLL_S = 0.01
+
+
+class Scene(Protocol):
+    """Who sets up a scene and judges what the robot does in it."""
+
+    def set_up(self, spec: EpisodeSpec) -> SceneStatus:
+        """Bring scene and arm to their start, and say what is asked for; TimeoutError if that does not happen."""
+        ...
+
+    def status(self) -> SceneStatus:
+        """What has become of it."""
+        ...
+
+
+class SimulatedScene:
+    """The scene of a `sim_robot`.
+
+    Args:
+        node: any node on its network.
+        robot: name of its node.
+        timeout_s: for setting up a scene.
+    """
+
+    def __init__(self, node: DdsNode, robot: str = "/sim_robot", timeout_s: float = 30.0) -> None:
+        self._timeout_s = timeout_s
+        self._numbers = count(1)
+        self._condition = threading.Condition()
+        self._status = SceneStatus(0, "")
+        self._ask = node.advertise(f"{robot}/scene", STRING, Delivery.EVENTS)
+        node.subscribe(f"{robot}/status", STRING, Delivery.LATCHED, self._hear)
+
+    def _hear(self, message: Any) -> None:
+        with self._condition:
+            self._status = SceneStatus(**json.loads(message.data))
+            self._condition.notify()
+
+    def set_up(self, spec: EpisodeSpec) -> SceneStatus:
+        """See `Scene.set_up`."""
+        assert spec.asked != "swap", "the alternative is drawn by whoever makes the episodes"
+        start = SceneStart(next(self._numbers), spec.task, spec.initial_state, spec.seed, spec.asked)
+        last = time.monotonic() + self._timeout_s
+        with self._condition:
+            while self._status.number != start.number:
+                if time.monotonic() > last:
+                    raise TimeoutError(f"the simulated robot did not set up {spec} within {self._timeout_s:g} s")
+                self._ask({"data": json.dumps(asdict(start))})  # again, if it was not listening yet
+                self._condition.wait(1.0)
+            return self._status
+
+    def status(self) -> SceneStatus:
+        """See `Scene.status`."""
+        with self._condition:
+            return self._status
+
+
+def play(
+    bridge: Bridge,
+    scene: Scene,
+    spec: EpisodeSpec,
+    timeout_s: float,
+    on_start: Callable[[SceneStatus], None] = lambda _: None,
+) -> EpisodeResult:
+    """One episode; a fault of the bridge, or no end within `timeout_s`, is an error and not a failure.
+
+    `on_start` is told the scene when the arm is about to move.
+    """
+    bridge.activate(False)
+    bridge.instruct("")
+    bridge.reset()
+    started = time.monotonic()
+    status = scene.set_up(spec)
+    on_start(status)
+    began = bridge.now()
+    measured = bridge.measurements
+    before = len(measured.loop_ms), len(measured.inference_ms)
+    error = _look(bridge, began, timeout_s)
+    reset_s = time.monotonic() - started
+    bridge.instruct(status.instruction)
+    bridge.activate()
+    last = time.monotonic() + timeout_s
+    while error is None and not (status := scene.status()).over:
+        if bridge.state is State.STOPPED:
+            error = f"stopped: {bridge.fault}"
+        elif time.monotonic() > last:
+            error = f"not over within {timeout_s:g} s: {bridge.diagnostics()['stale'] or bridge.state.value}"
+        elif bridge.wait(POLL_S):
+            error = "the bridge has ended"
+    bridge.activate(False)
+    inference_ms = tuple(islice(measured.inference_ms, before[1], None))
+    return EpisodeResult(
+        task=spec.task,
+        initial_state=spec.initial_state,
+        seed=spec.seed,
+        asked=spec.asked if isinstance(spec.asked, int) else None,
+        instruction=status.instruction,
+        success=status.success and error is None,
+        scene_task_success=None if spec.asked is None else status.scene_task_success,
+        steps=status.steps,
+        reward=float(status.success),
+        error=error,
+        reset_s=reset_s,
+        wall_s=time.monotonic() - started,
+        inference_ms=inference_ms,
+        loop_ms=tuple(islice(measured.loop_ms, before[0], None)),
+        batch=(1,) * len(inference_ms),
+    )
+
+
+def _look(bridge: Bridge, began: float, timeout_s: float) -> str | None:
+    """Wait until every sensor has shown the new scene; what is wrong if it does not."""
+    while True:
+        ages: dict[str, float | None] = bridge.diagnostics()["ages_s"]
+        since = bridge.now() - began
+        blind = [name for name, age in ages.items() if age is None or age > since - 0.05]
+        if not blind:
+            return None
+        if since > timeout_s:
+            return f"no new {', '.join(blind)} within {timeout_s:g} s"
+        time.sleep(POLL_S)
