@@ -56,12 +56,18 @@ class LayerPass:
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
     ) -> tuple[Tensor, Frame, Tensor | None]:
+        place_BK = None
+        if index in self.routers and not self.bypass:
+            x_BSD, now, place_BK = self._without(layer, index, x_BSD, now, context)
         after = self.routers.get(index + 1)
-        if after is not None and "growth_BN" in after[0].needs and index not in self.routers:
-            h_BSD = normed(layer.input_layernorm, x_BSD)
-            self.earlier_BN = language_items({"attention_LBN"}, layer, x_BSD, h_BSD, now, context)["attention_LBN"][0]
-        if self.bypass or index not in self.routers:
-            return x_BSD, now, None
+        if after is not None and "growth_BN" in after[0].needs:
+            self.earlier_BN = _read(layer, normed(layer.input_layernorm, x_BSD), now)
+        return x_BSD, now, place_BK
+
+    def _without(
+        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
+    ) -> tuple[Tensor, Frame, Tensor]:
+        """The sequence without the tokens that go here, and the places of those that stay."""
         routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
         place_BK, layout = routed.place_BK.round().long(), now.layout
         chosen = Selection(place_BK, rows_of(layout, place_BK), layout.with_vision(place_BK.shape[1]))
@@ -87,8 +93,8 @@ class LayerPass:
         if "score_BN" in router.needs:
             items["score_BN"] = self.score_BN
         if "growth_BN" in router.needs:
-            now_LBN = language_items({"attention_LBN"}, layer, x_BSD, h_BSD, now, context)["attention_LBN"]
-            items["growth_BN"] = now_LBN[0] if self.earlier_BN is None else now_LBN[0] - self.earlier_BN
+            read_BN = _read(layer, h_BSD, now)
+            items["growth_BN"] = read_BN if self.earlier_BN is None else read_BN - self.earlier_BN
         items["draw_B"] = self.draw_B
         routed: RoutedTokens = router(x_BSD[:, now.layout.visual], RouterContext(budget, self.training, **items))
         self.losses |= {f"{name}_layer{index}": value for name, value in routed.losses.items()}
@@ -105,8 +111,7 @@ def language_items(
         items["text_BTE"] = x_BSD[:, layout.words]
     with torch.no_grad():
         if "attention_LBN" in needs:
-            rows_BQS = attention_rows(layer, h_BSD, now, layout.actions)
-            items["attention_LBN"] = rows_BQS.mean(1)[None, :, visual]
+            items["attention_LBN"] = _read(layer, h_BSD, now)[None]
         if {"received_BN", "attention_BNN", "share_B2"} & set(needs):
             vision_BNS = attention_rows(layer, h_BSD, now, visual)
             items |= {"received_BN": vision_BNS[..., visual].mean(1), "attention_BNN": vision_BNS[..., visual]}
@@ -124,6 +129,12 @@ def language_items(
                 "text_neurons_BTF": _active(layer, x_BSD[:, layout.words]),
             }
     return items
+
+
+@torch.no_grad()
+def _read(layer: Any, h_BSD: Tensor, now: Frame) -> Tensor:
+    """Attention [B,N] that vision tokens get from the action tokens."""
+    return attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
 
 
 def _active(layer: Any, x_BND: Tensor) -> Tensor:

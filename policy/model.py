@@ -6,6 +6,7 @@ A action dimension, J action tokens, D language width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -22,6 +23,7 @@ from cogvla.policy.token_router import PolicyRouter, Routed
 from cogvla.policy.vision import DualVision, VisionCondition
 from cogvla.routing.aggregation import two_layer
 from cogvla.routing.layout import TokenLayout
+from cogvla.routing.router import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ class ModelInput:
     draw: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ModelInput:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ModelInput(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        there: dict[str, Any] = {
+            f.name: None if getattr(self, f.name) is None else getattr(self, f.name).to(device) for f in fields(self)
+        }
+        return ModelInput(**there)
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,7 @@ class CogVLA(nn.Module):
         self.placeholder: nn.Parameter | None = None
         if config.head.placeholder == "learned":
             self.placeholder = nn.Parameter(torch.randn(self.action_tokens, width))
-        self.router: PolicyRouter | None = None
-        if config.routing.router.name is not None:
-            views = len(embodiment.cameras)
-            self.router = PolicyRouter(config.routing, self.vision, views, width, config.language.layers)
+        self.router = self._build_router()
         ids = torch.tensor([config.language.bos_token, config.language.stop_token])
         self.register_buffer("special_ids", ids, persistent=False)
 
@@ -138,6 +139,21 @@ class CogVLA(nn.Module):
         self.decoder.recompute = on
         for _, tower in self.vision.named_towers():
             tower.recompute = on
+
+    def with_router(self, router: RouterConfig) -> CogVLA:
+        """The same network with another token router, or without one; all other weights are shared, not copied."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.config = replace(self.config, routing=replace(self.config.routing, router=router))
+        other.router = other._build_router()
+        return other
+
+    def _build_router(self) -> PolicyRouter | None:
+        config = self.config
+        if config.routing.router.name is None:
+            return None
+        views = len(self.embodiment.cameras)
+        return PolicyRouter(config.routing, self.vision, views, config.language.width, config.language.layers)
 
     @property
     def vision_tokens(self) -> int:

@@ -255,7 +255,7 @@ class DualVision(nn.Module):
         fusion = routing.fusion if routing.efa else "concat"
         self.fusion = StreamFusion([tower.width for tower in self._towers()], width, fusion)
         first = self._towers()[0]
-        self.grid: tuple[int, int] = tuple(side // first.patch_size for side in image_size)
+        self.grid = (image_size[0] // first.patch_size, image_size[1] // first.patch_size)
         patches = self.grid[0] * self.grid[1]
         self.tokens = len(embodiment.cameras) * (config.aggregation_tokens if routing.efa else patches)
 
@@ -278,7 +278,7 @@ class DualVision(nn.Module):
         """
         views = pixels_BVCHW.shape[1]
         patches: dict[int, Tensor] = {}
-        streams = []
+        streams: list[Tensor] = []
         for tower, embedding, film in zip(self._towers(), condition.embeddings, condition.films, strict=True):
             size = tower.patch_size
             if size not in patches:

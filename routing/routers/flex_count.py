@@ -27,6 +27,7 @@ class FlexCount(TokenRouter):
     """
 
     needs = frozenset({"grid"})
+    stages = ("encoder_out", "projector_out")
     selects = False
 
     def __init__(self, sizes: RouterSizes, *, growth: float = 1.0) -> None:

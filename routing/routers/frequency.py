@@ -28,6 +28,7 @@ class Frequency(TokenRouter):
     """
 
     needs = frozenset({"grid"})
+    stages = ("encoder_out", "projector_out")
     selects = False
 
     def __init__(self, sizes: RouterSizes, *, rescale: bool = True) -> None:
@@ -48,7 +49,7 @@ class Frequency(TokenRouter):
             dct(small, x_BHWD.device).T @ dct(large, x_BHWD.device)[:small]
             for small, large in zip(shape, grid, strict=True)
         ]
-        y_BhwD = einsum(x_BHWD, *maps, "b rows columns d, h rows, w columns -> b h w d")
+        y_BhwD = einsum(x_BHWD, maps[0], maps[1], "b rows columns d, h rows, w columns -> b h w d")
         if self.rescale:
             y_BhwD = y_BhwD * math.sqrt(context.budget / (grid[0] * grid[1]))
         cell_N, middle_K = cells(grid, shape, tokens_BND.device)

@@ -34,6 +34,7 @@ class GlobalAttention(TokenRouter):
         entropy: weight of the patches' entropy.
     """
 
+    stages = ("encoder_out", "projector_out")
     selects = False
 
     def __init__(self, sizes: RouterSizes, *, threshold: float = 2.0, cell: float = 4.0, entropy: float = 0.0) -> None:

@@ -17,6 +17,7 @@ class GridStride(TokenRouter):
     """Keeps a regular grid of patches."""
 
     needs = frozenset({"grid"})
+    stages = ("encoder_out", "projector_out")
 
     def __init__(self, sizes: RouterSizes) -> None:
         super().__init__(sizes)

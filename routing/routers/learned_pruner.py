@@ -38,19 +38,19 @@ class LearnedPruner(TokenRouter):
         super().__init__(sizes)
         self.guide = guide
         self.needs = frozenset({"text_BTE"}) | (frozenset({"attention_LBN"}) if guide else frozenset())
-        self.entry = nn.Sequential(nn.LayerNorm(sizes.width), nn.Linear(sizes.width, hidden))
+        self.entry_norm, self.entry = nn.LayerNorm(sizes.width), nn.Linear(sizes.width, hidden)
         self.words = AttentionBlock(hidden, heads, read_width=sizes.text_width)
         self.tokens = AttentionBlock(hidden, heads)
-        self.logit = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
-        nn.init.constant_(self.logit[1].bias, math.log(sizes.budget / max(sizes.tokens - sizes.budget, 1)))
+        self.logit_norm, self.logit = nn.LayerNorm(hidden), nn.Linear(hidden, 1)
+        nn.init.constant_(self.logit.bias, math.log(sizes.budget / max(sizes.tokens - sizes.budget, 1)))
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.text_BTE is not None
         assert context.text_mask_BT is not None
-        dtype = self.entry[1].weight.dtype
-        h_BNC = self.entry(tokens_BND.to(dtype))
+        dtype = self.entry.weight.dtype
+        h_BNC = self.entry(self.entry_norm(tokens_BND.to(dtype)))
         h_BNC = self.words(h_BNC, context.text_BTE.to(dtype), context.text_mask_BT[:, None])
-        logit_BN = self.logit(self.tokens(h_BNC))[..., 0].float()
+        logit_BN = self.logit(self.logit_norm(self.tokens(h_BNC)))[..., 0].float()
         routed = kept(tokens_BND, best(logit_BN.detach(), context.budget), logit_BN)
         if not context.training:
             return routed

@@ -29,6 +29,7 @@ class ProgressiveVideo(TokenRouter):
     """
 
     needs = frozenset({"history_BFND", "grid"})
+    stages = ("encoder_out", "projector_out")
     selects = False
 
     def __init__(self, sizes: RouterSizes, *, heads: int = 4) -> None:

@@ -44,7 +44,7 @@ class SelectorMerger(TokenRouter):
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.draw_B is not None
-        x_BND = tokens_BND.to(self.selector[1].weight.dtype)
+        x_BND = tokens_BND.to(self.among.out.weight.dtype)
         logit_BN2 = self.selector(x_BND).float()
         if context.training:
             noise_BN2 = uniform(context.draw_B, x_BND.shape[1], 2).clamp(1e-6, 1 - 1e-6)

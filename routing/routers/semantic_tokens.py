@@ -34,6 +34,7 @@ class SemanticTokens(TokenRouter):
     """
 
     needs = frozenset({"grid"})
+    stages = ("encoder_out", "projector_out")
     selects = False
 
     def __init__(self, sizes: RouterSizes, *, variant: str = "trained", heads: int = 4) -> None:

@@ -18,6 +18,7 @@ class SpatialPool(TokenRouter):
     """Means of blocks of patches."""
 
     needs = frozenset({"grid"})
+    stages = ("encoder_out", "projector_out")
     selects = False
 
     def __init__(self, sizes: RouterSizes) -> None:
