@@ -35,7 +35,7 @@ from cogvla.envs.player import (
     Request,
 )
 from cogvla.envs.suite import Suite
-from cogvla.envs.workers import LocalWorker, ProcessWorker
+from cogvla.envs.workers import LocalWorker, ProcessWorker, Worker
 from cogvla.policy.chunking import Chunker, OpenLoop, TemporalEnsemble
 from cogvla.policy.interface import Embodiment, Observation, Policy
 
@@ -90,6 +90,7 @@ def rollout(
     *,
     workers: int = 0,
     settings: RolloutSettings | None = None,
+    start_worker: Callable[[PlayerSettings], Worker] = ProcessWorker,
     choose_video: Callable[[EpisodeResult], Path | None] | None = None,
     on_result: Callable[[EpisodeResult], None] | None = None,
 ) -> Iterator[EpisodeResult]:
@@ -100,6 +101,7 @@ def rollout(
         suite: whose environment is played.
         episodes: what to play.
         workers: environment processes; 0 plays in this process, one episode at a time.
+        start_worker: starts one of them; see `envs.ray_worker` for those of a cluster.
         settings: see `RolloutSettings`.
         choose_video: told each result that is no error; answers where to film it, or None. Filming plays the episode's
             actions again, so it costs time for filmed episodes only and changes no measurement.
@@ -117,7 +119,8 @@ def rollout(
     for spec in episodes:
         if max(spec.task, spec.asked if isinstance(spec.asked, int) else 0) >= len(suite.tasks):
             raise ValueError(f"suite {suite.name!r} has tasks 0 to {len(suite.tasks) - 1}; {spec} asks for another one")
-    return _run(_Loop(policy, suite, episodes, workers, settings), choose_video, on_result)
+    start = LocalWorker if workers == 0 else start_worker
+    return _run(_Loop(policy, suite, episodes, max(workers, 1), start, settings), choose_video, on_result)
 
 
 def _run(
@@ -139,7 +142,7 @@ def _run(
 class _Slot:
     """One worker, and what the episode that it plays has measured so far."""
 
-    worker: LocalWorker | ProcessWorker
+    worker: Worker
     spec: EpisodeSpec | None = None
     attempt: int = 1
     started: float = 0.0
@@ -158,7 +161,13 @@ class _Loop:
     """The state of one rollout."""
 
     def __init__(
-        self, policy: Policy, suite: Suite, episodes: Sequence[EpisodeSpec], workers: int, settings: RolloutSettings
+        self,
+        policy: Policy,
+        suite: Suite,
+        episodes: Sequence[EpisodeSpec],
+        workers: int,
+        start_worker: Callable[[PlayerSettings], Worker],
+        settings: RolloutSettings,
     ) -> None:
         embodiment = policy.embodiment
         waiting_action_A = np.zeros(embodiment.action_dim, np.float32)
@@ -179,16 +188,14 @@ class _Loop:
             video_size=settings.video_size,
             fps=embodiment.control_hz,
         )
-        self._in_process = workers == 0
-        self._workers = min(max(1, workers), len(episodes))
+        self._start_worker = start_worker
+        self._workers = min(workers, len(episodes))
         self._slots: list[_Slot] = []
-
-    def _new_worker(self) -> LocalWorker | ProcessWorker:
-        return LocalWorker(self._player_settings) if self._in_process else ProcessWorker(self._player_settings)
+        self._built, self._lost_starts = False, 0  # an environment could be built; workers lost before theirs was
 
     def start(self) -> None:
         for _ in range(self._workers):
-            self._slots.append(_Slot(self._new_worker()))
+            self._slots.append(_Slot(self._start_worker(self._player_settings)))
 
     def close(self) -> None:
         for slot in self._slots:
@@ -202,6 +209,7 @@ class _Loop:
                 match reply:
                     case Ready():
                         self._check(reply)
+                        self._built = True
                         self._next_episode(slot)
                     case Observed():
                         waiting.append((slot, reply))
@@ -226,16 +234,15 @@ class _Loop:
     def _replies(self) -> list[tuple[_Slot, Reply]]:
         """At least one reply, and every other one that has arrived by now."""
         busy = [slot for slot in self._slots if not slot.idle]
-        if self._in_process:
-            return [(slot, slot.worker.receive()) for slot in busy]
         connections = [slot.worker.connection for slot in busy if slot.worker.connection is not None]
+        if not connections:
+            return [(slot, slot.worker.receive()) for slot in busy]
         while True:
             ready = set(map(id, wait(connections, timeout=1.0)))
             if ready:
                 return [(slot, slot.worker.receive()) for slot in busy if id(slot.worker.connection) in ready]
             for slot in busy:
                 if time.perf_counter() - slot.asked_at > self._settings.timeout_s:
-                    assert isinstance(slot.worker, ProcessWorker), "only processes are waited for"
                     _log.warning("a worker has not answered for %.0f s and is ended", self._settings.timeout_s)
                     slot.worker.kill()
 
@@ -287,9 +294,13 @@ class _Loop:
                 self._next_episode(slot)
 
     def _failed(self, slot: _Slot, reply: Failed) -> Iterator[EpisodeResult]:
-        if slot.spec is None:  # not even an environment: every episode would end like this
-            raise RuntimeError(f"the environment of suite {self._suite.name!r} cannot be built:\n{reply.text}")
-        if slot.result is not None:
+        if slot.spec is None:
+            self._lost_starts += reply.died
+            if not (reply.died and self._built and self._lost_starts < ATTEMPTS * len(self._slots)):
+                # Not even an environment: every episode would end like this.
+                raise RuntimeError(f"the environment of suite {self._suite.name!r} cannot be built:\n{reply.text}")
+            _log.warning("a worker was lost while it started: %s", _last_line(reply.text))
+        elif slot.result is not None:
             _log.warning("no video of %s: %s", slot.spec, _last_line(reply.text))
             yield slot.result
         elif slot.attempt < ATTEMPTS:
@@ -299,7 +310,7 @@ class _Loop:
             yield self._error(slot, reply.text)
         if reply.died:
             slot.worker.close()
-            slot.worker, slot.spec, slot.result = self._new_worker(), None, None
+            slot.worker, slot.spec, slot.result = self._start_worker(self._player_settings), None, None
             slot.asked_at = time.perf_counter()
         else:
             self._next_episode(slot)

@@ -16,14 +16,43 @@ import sys
 import traceback
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 from cogvla.envs.player import Failed, Player, PlayerSettings, Reply, Request
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"), "1")
+"""Environment variables of a worker. Mesa's software renderer (LP) would take every core in every process."""
+
+
+class Worker(Protocol):
+    """Whatever plays: takes one request at a time and answers it."""
+
+    @property
+    def connection(self) -> Connection | None:
+        """Becomes readable when the answer is there; None: it is there as soon as `send` returns."""
+        ...
+
+    def send(self, request: Request) -> None:
+        """Hand the request over."""
+        ...
+
+    def receive(self) -> Reply:
+        """Wait for the answer to the last request."""
+        ...
+
+    def kill(self) -> None:
+        """End a player that does not answer."""
+        ...
+
+    def close(self) -> None:
+        """End the player."""
+        ...
 
 
 class LocalWorker:
     """A player in this process."""
 
-    connection = None
+    connection: Connection | None = None
 
     def __init__(self, settings: PlayerSettings) -> None:
         self._player = Player(settings)
@@ -36,6 +65,9 @@ class LocalWorker:
     def receive(self) -> Reply:
         """The answer to the last request."""
         return self._reply
+
+    def kill(self) -> None:
+        """Nothing to end: it has always answered."""
 
     def close(self) -> None:
         """Free the environment."""
@@ -53,14 +85,13 @@ class ProcessWorker:
                 f"the suite's `make` cannot be sent to another process ({error}): make it a function of a module, "
                 "or a functools.partial of one, or roll out with workers=0"
             ) from error
-        self.connection, theirs = Pipe()
-        single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        renderer = {"LP_NUM_THREADS": "1"}  # Mesa's software renderer would take every core in every process
+        connection, theirs = Pipe()
+        self.connection: Connection = connection
         command = f"from cogvla.envs.workers import serve; serve({theirs.fileno()})"
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", command],
             pass_fds=[theirs.fileno()],
-            env={**renderer, **os.environ, **single, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # Ctrl-C is for the parent, which then closes its workers in order
         )
         theirs.close()

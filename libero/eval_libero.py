@@ -6,6 +6,7 @@
     eval_libero checkpoint=FOLDER asked=both
     eval_libero checkpoint=FOLDER router.name=random router.budget=0.25                      (a plugged-in token router)
     eval_libero checkpoint=FOLDER suite=all_libero protocol=cogvla workers=8 shard=1/4
+    eval_libero checkpoint=FOLDER suite=all_libero workers=64 ray=auto          (environments on a Ray cluster)
 
 The same command again goes on where it was stopped. `merge_evaluations` puts shards together.
 """
@@ -16,7 +17,8 @@ import importlib
 import importlib.util
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from cogvla.envs.player import PlayerSettings
+from cogvla.envs.ray_worker import ray_cluster
 from cogvla.envs.suite import Suite, suite_names
+from cogvla.envs.workers import ProcessWorker, Worker
 from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol
@@ -59,6 +64,11 @@ def main(config: DictConfig) -> None:
 
 def run(config: DictConfig, command: str) -> list[Report]:
     """Evaluate on each suite of the configuration and print where the reports are."""
+    with nullcontext(ProcessWorker) if config.ray is None else ray_cluster(config.ray) as start_worker:
+        return _run(config, command, start_worker)
+
+
+def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSettings], Worker]) -> list[Report]:
     for module in config.imports:
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"imports: no module named {module!r}")
@@ -84,6 +94,7 @@ def run(config: DictConfig, command: str) -> list[Report]:
                 protocol,
                 output / folder,
                 workers=config.workers,
+                start_worker=start_worker,
                 tasks=None if config.tasks is None else [int(task) for task in config.tasks],
                 asked=asked,
                 shard=shard,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.player import PlayerSettings
 from cogvla.envs.rollout import rollout
 from cogvla.envs.suite import Suite, get_suite
+from cogvla.envs.workers import ProcessWorker, Worker
 from cogvla.libero.episode_log import EpisodeLog, VideoChoice, write_atomic
 from cogvla.libero.protocol import Protocol
 from cogvla.libero.provenance import provenance
@@ -35,6 +37,7 @@ def evaluate(
     output: Path | str,
     *,
     workers: int = 2,
+    start_worker: Callable[[PlayerSettings], Worker] = ProcessWorker,
     tasks: Sequence[int] | None = None,
     asked: Literal["swap"] | None = None,
     shard: tuple[int, int] = (1, 1),
@@ -55,6 +58,7 @@ def evaluate(
         protocol: how.
         output: folder of this evaluation.
         workers: environment processes; 0 plays in this process.
+        start_worker: starts one of them, see `rollout`.
         tasks: indices of some tasks; None: all.
         asked: "swap" gives another instruction that is possible in the same scene, and measures success on both tasks.
         shard: (i, n) plays every n-th episode from the i-th on, i in 1..n.
@@ -92,7 +96,13 @@ def evaluate(
             policy.warm_up(batch, [task.instruction for task in suite.tasks])
         started = time.perf_counter()
         results = rollout(
-            policy, suite, missing, workers=workers, settings=settings.rollout_settings(), choose_video=choice
+            policy,
+            suite,
+            missing,
+            workers=workers,
+            start_worker=start_worker,
+            settings=settings.rollout_settings(),
+            choose_video=choice,
         )
         with closing(results), _Progress(log, specs, progress) as bar:  # type: ignore[type-var]
             for result in results:

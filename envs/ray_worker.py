@@ -1,0 +1,134 @@
+"""Players as actors of a Ray cluster: the same rollout, with environments on many machines.
+
+The policy stays in the process of the rollout. Every machine of the cluster needs this package and the suite; nothing
+else is shared, not even a file system: videos come back over the wire.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+from cogvla.envs.player import Failed, Player, PlayerSettings, Record, Recorded, Reply, Request
+from cogvla.envs.workers import ONE_THREAD
+
+LOCAL = "local"
+"""Instead of an address: a cluster of this machine alone, which ends with the rollout."""
+
+
+@contextmanager
+def ray_cluster(address: str) -> Iterator[Callable[[PlayerSettings], RayWorker]]:
+    """Connect, and give what starts a worker.
+
+    Args:
+        address: `auto` (the cluster that this machine belongs to), HOST:PORT, ray://HOST:PORT, or `local`.
+
+    Raises:
+        ValueError: Ray is not installed, or no cluster answers there.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("ray=... needs the extra: `uv sync --extra ray`, on every machine of the cluster") from error
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(
+                address=None if address == LOCAL else address,
+                log_to_driver=False,
+                **({"include_dashboard": False} if address == LOCAL else {}),
+            )
+        except (ConnectionError, ValueError) as error:
+            raise ValueError(f"no Ray cluster at {address!r} ({error}); start one with `ray start --head`") from error
+    try:
+        yield RayWorker
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+class RayWorker:
+    """A player in an actor, which ends when this object is closed."""
+
+    def __init__(self, settings: PlayerSettings) -> None:
+        import ray
+
+        # It asks for hardly any CPU, so that a worker that is lost with its machine finds a place on another one.
+        environment = {"env_vars": {**ONE_THREAD, **_gl()}}
+        actor = ray.remote(num_cpus=0.01, scheduling_strategy="SPREAD", runtime_env=environment)
+        self._ray: Any = ray
+        self._actor: Any = actor(_Remote).remote(settings)
+        # One byte arrives when the answer is there, so that `wait` serves actors as it serves processes.
+        self.connection, self._done = Pipe()
+        self._path: Path | None = None
+        self._ask(self._actor.ready.remote())
+
+    def send(self, request: Request) -> None:
+        """Hand the request over and return."""
+        self._path = request.path if isinstance(request, Record) else None
+        self._ask(self._actor.handle.remote(request))
+
+    def _ask(self, answer: Any) -> None:
+        self._answer = answer
+        answer.future().add_done_callback(lambda _: self._tell())
+
+    def _tell(self) -> None:
+        if not self._done.closed:
+            self._done.send_bytes(b"\0")
+
+    def receive(self) -> Reply:
+        """Wait for the answer to the last request; `Failed` with `died` when the actor is gone."""
+        self.connection.recv_bytes()
+        try:
+            reply, video = self._ray.get(self._answer)
+        except self._ray.exceptions.RayActorError as error:
+            return Failed(f"the environment's actor died: {error}", died=True)
+        except self._ray.exceptions.RayError as error:
+            return Failed(str(error))
+        if video is None or self._path is None:
+            return reply
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_bytes(video)
+        except OSError as error:
+            return Failed(f"{self._path}: {error}")
+        return Recorded(self._path)
+
+    def kill(self) -> None:
+        """End an actor that does not answer."""
+        self._ray.kill(self._actor)
+
+    def close(self) -> None:
+        """End the actor, and its environment with it."""
+        self._ray.kill(self._actor)
+        self._done.close()
+        self.connection.close()
+
+
+class _Remote:
+    """What runs in the actor: a player, whose videos are handed over as bytes."""
+
+    def __init__(self, settings: PlayerSettings) -> None:
+        self._player = Player(settings)
+
+    def ready(self) -> tuple[Reply, None]:
+        return self._player.ready(), None
+
+    def handle(self, request: Request) -> tuple[Reply, bytes | None]:
+        if not isinstance(request, Record):
+            return self._player.handle(request), None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / request.path.name
+            reply = self._player.handle(replace(request, path=path))
+            return reply, path.read_bytes() if isinstance(reply, Recorded) else None
+
+
+def _gl() -> dict[str, str]:
+    """How to render, where it was chosen."""
+    return {name: os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if name in os.environ}
