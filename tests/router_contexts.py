@@ -15,13 +15,13 @@ from cogvla.routing.registry import ROUTERS, build_router
 from cogvla.routing.router import RouterContext, RouterSizes, TokenRouter
 
 GRID = (4, 4)
-WIDTH = TEXT_WIDTH = 12
+WIDTH = 12
 TEXT = 5
 NAMES = sorted(ROUTERS)
 
 
-def sizes_for(budget: int, grid: tuple[int, int] = GRID, tokens: int | None = None) -> RouterSizes:
-    return RouterSizes(tokens or grid[0] * grid[1], WIDTH, TEXT_WIDTH, grid if tokens is None else None, budget)
+def sizes_for(budget: int, grid: tuple[int, int] = GRID, width: int = WIDTH) -> RouterSizes:
+    return RouterSizes(grid[0] * grid[1], width, width, grid, budget)
 
 
 def router_of(name: str, budget: int, grid: tuple[int, int] = GRID, **options: Any) -> TokenRouter:
@@ -41,17 +41,19 @@ def tokens_of(batch: int = 3, grid: tuple[int, int] = GRID, seed: int = 0) -> Te
 class Projector(nn.Module):
     """Linear, GELU, Linear with fixed weights."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)
-        self.first = torch.randn(WIDTH, 16, generator=generator).to(dtype)
-        self.second = torch.randn(16, TEXT_WIDTH, generator=generator).to(dtype)
+        self.first = torch.randn(width, width, generator=generator)
+        self.second = torch.randn(width, width, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.gelu(x @ self.first.to(x.dtype)) @ self.second.to(x.dtype)
 
 
-def everything(batch: int = 3, budget: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> dict[str, Any]:
+def everything(
+    batch: int = 3, budget: int = 4, grid: tuple[int, int] = GRID, seed: int = 0, width: int = WIDTH
+) -> dict[str, Any]:
     """All items of a context, drawn from a generator."""
     draw = torch.Generator().manual_seed(seed + 1)
     tokens = grid[0] * grid[1]
@@ -61,10 +63,10 @@ def everything(batch: int = 3, budget: int = 4, grid: tuple[int, int] = GRID, se
         "budget": budget,
         "draw_B": torch.randint(2**62, (batch,), generator=draw),
         "grid": grid,
-        "text_BTE": torch.randn(batch, TEXT, TEXT_WIDTH, generator=draw),
+        "text_BTE": torch.randn(batch, TEXT, width, generator=draw),
         "text_mask_BT": mask,
-        "projector": Projector(),
-        "encoder_BNW": torch.randn(batch, tokens, WIDTH, generator=draw),
+        "projector": Projector(width),
+        "encoder_BNW": torch.randn(batch, tokens, width, generator=draw),
         "attention_LBN": torch.rand(2, batch, tokens, generator=draw),
         "received_BN": logits.softmax(-1).mean(1),
         "attention_BNN": logits.softmax(-1),
@@ -75,7 +77,7 @@ def everything(batch: int = 3, budget: int = 4, grid: tuple[int, int] = GRID, se
         "share_B2": torch.rand(batch, 2, generator=draw),
         "neurons_BNF": torch.rand(batch, tokens, 20, generator=draw) > 0.5,
         "text_neurons_BTF": torch.rand(batch, TEXT, 20, generator=draw) > 0.5,
-        "history_BFND": torch.randn(batch, 2, tokens, WIDTH, generator=draw),
+        "history_BFND": torch.randn(batch, 2, tokens, width, generator=draw),
     }
 
 
