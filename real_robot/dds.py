@@ -295,7 +295,8 @@ class DdsNode:
                 for reader, deliver in listening:
                     for sample in reader.take(_TAKEN):
                         if isinstance(sample, Sample) and sample.cdr:  # else: a writer has left
-                            deliver(sample.cdr, sample.sample_info.source_timestamp * 1e-9)
+                            info: Any = sample.sample_info  # type: ignore[attr-defined]
+                            deliver(sample.cdr, info.source_timestamp * 1e-9)
         except BaseException as error:  # kept for `failure`: whoever owns the node must hear of it
             self.failure = error
             raise

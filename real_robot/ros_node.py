@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Protocol
@@ -67,8 +68,9 @@ def resolve(name: str, node: str) -> str:
 
 def stamp_of(seconds: float) -> Fields:
     """A time as `builtin_interfaces/msg/Time`."""
-    nanoseconds = round(seconds * 1e9)
-    return {"sec": nanoseconds // 10**9, "nanosec": nanoseconds % 10**9}
+    whole = math.floor(seconds)  # apart, because all of it in nanoseconds is more than a float holds
+    carry, nanosec = divmod(round((seconds - whole) * 1e9), 10**9)
+    return {"sec": whole + carry, "nanosec": nanosec}
 
 
 def seconds_of(stamp: Any) -> float:

@@ -1,0 +1,1 @@
+"""The bridge of cogvla as a ROS 2 lifecycle node."""

@@ -1,0 +1,59 @@
+"""The node's parameters, and what they make; this file needs no ROS 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.async_client import ClientSettings
+from cogvla.real_robot.bridge import BridgeSettings
+from cogvla.real_robot.named_config import named_config
+from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.settings import RobotConfig
+
+PARAMETERS: dict[str, tuple[Any, str]] = {
+    "server": ("ws://127.0.0.1:8000", "address of the policy server"),
+    "api_key": ("", "of the policy server; empty: it has none"),
+    "certificate": ("", "PEM file to trust, for a server with a certificate of its own"),
+    "robot": ("tabletop", "limits and loop: a name in configs/robot, or a YAML file"),
+    "embodiment": ("tabletop", "cameras and sizes: a name in configs/embodiment, or a YAML file"),
+    "topics": ("tabletop", "topics: a name in configs/topics, or a YAML file"),
+    "dry_run": (True, "commands go to ~/dry_run and move nothing"),
+    "instruction": ("", "what to do until the topic says something else"),
+    "diagnostics_s": (1.0, "diagnostics are published so often"),
+}
+"""Name -> default and description."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a bridge is made of, checked."""
+
+    robot: RobotConfig
+    embodiment: Embodiment
+    topics: RosTopics
+    client: ClientSettings
+    settings: BridgeSettings
+
+
+def parts(values: Mapping[str, Any]) -> Parts:
+    """From the values of `PARAMETERS`; ValueError says which one is wrong."""
+    embodiment = Embodiment(**named_config("embodiment", values["embodiment"]))
+    topics = RosTopics(**named_config("topics", values["topics"]))
+    topics.check(embodiment)
+    robot = RobotConfig(**named_config("robot", values["robot"]))
+    robot.limits.check(embodiment)
+    return Parts(
+        robot,
+        embodiment,
+        topics,
+        ClientSettings(
+            robot=embodiment,
+            api_key=values["api_key"] or None,
+            certificate=Path(values["certificate"]) if values["certificate"] else None,
+        ),
+        BridgeSettings(dry_run=values["dry_run"], diagnostics_s=values["diagnostics_s"]),
+    )
