@@ -21,6 +21,10 @@ from cogvla.libero.suites import LiberoEnv
 POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
 """Metres and radians at action 1.0."""
 GAIN = 1.4
+_STILL = 0.0015
+"""Metres in a control step, below which a hand that should move stands still."""
+_PRESS, _HARDEST = 0.25, 4.0
+"""A hand that stands still beside its aim is told to move ever further: the controller itself has no integral part."""
 
 
 class LiberoExpert:
@@ -40,6 +44,7 @@ class LiberoExpert:
         self._subgoals = subgoals(unwrapped.goal)
         self._hand = Hand(self._view)
         self.noisy = ExecutionNoise(rng, noise)
+        self._before, self._press = self._view.gripper, 1.0
         self.phase = 0
         """Index into `PHASES` of the last action."""
 
@@ -57,10 +62,15 @@ class LiberoExpert:
         return self._subgoals[-1]
 
     def _action(self, move: Move) -> np.ndarray:
-        view = self._view
+        view, hand = self._view, self._view.gripper
+        way, turn = move.position - hand, turn_left(view, move.rotation)
+        still = float(np.linalg.norm(hand - self._before)) < _STILL
+        wanted = float(np.linalg.norm(way)) > 2 * _STILL or float(np.linalg.norm(turn)) > 0.03
+        self._press = min(self._press + _PRESS, _HARDEST) if still and wanted else max(self._press - _PRESS, 1.0)
+        self._before = hand
         action = np.empty(7)
-        action[:3] = _clip_norm(GAIN * (move.position - view.gripper) / POSITION_SCALE)
-        action[3:6] = _clip_norm(GAIN * turn_left(view, move.rotation) / ROTATION_SCALE)
+        action[:3] = _clip_norm(self._press * GAIN * way / POSITION_SCALE)
+        action[3:6] = _clip_norm(self._press * GAIN * turn / ROTATION_SCALE)
         action[6] = move.gripper
         return action.astype(np.float32)
 

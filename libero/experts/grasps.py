@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cogvla.libero.experts.view import View
+from cogvla.libero.experts.view import Obstacles, View
 
 WIDEST = 0.072
 """Metres across, what the fingers still go around."""
@@ -21,9 +21,12 @@ _UNDER_TOP = 0.035
 _LOWEST = 0.012
 """Above the ground: the fingers reach 9 mm further than their middle."""
 _RIM_DEPTH = 0.018
-_RIM_INWARD = 0.004
+_RIM_INWARD = (0.004, 0.016, 0.028)
+"""From the rim to the middle of the hand: further in where there is little room outside; closing pulls the rim in."""
 _ABOVE, _BELOW = 0.012, 0.004
 """What of an object the pads touch, around the height of the grasp."""
+_STRETCHED = 0.62
+"""From the shoulder to the wrist: further out, the elbow comes near its stop, and the arm gets stuck there."""
 _YAWS = 24
 _PALM = np.array([(x, y) for x in np.linspace(-0.10, 0.10, 11) for y in (-0.03, 0.0, 0.03)])
 _FINGERS = np.array([(s * x, y) for s in (-1, 1) for x in (0.040, 0.048, 0.056) for y in (-0.012, 0.0, 0.012)])
@@ -45,8 +48,14 @@ class Grasp:
     rim: bool
 
 
-def candidates(view: View, item: str) -> list[tuple[float, Grasp]]:
-    """All grasps of a thing where it is now, the best first, each with its cost."""
+def candidates(view: View, item: str, place: np.ndarray | None = None) -> list[tuple[float, Grasp]]:
+    """All grasps of a thing where it is now, the best first, each with its cost.
+
+    Args:
+        view: what there is.
+        item: a thing.
+        place: where it goes [3]: the arm should not be stretched out there, nor here.
+    """
     points_P3 = view.points(item)
     low, high = points_P3.min(0), points_P3.max(0)
     origin, frame = view.position(item), view.frame(item)
@@ -56,9 +65,12 @@ def candidates(view: View, item: str) -> list[tuple[float, Grasp]]:
     found: list[tuple[float, Grasp]] = []
 
     def add(point: np.ndarray, closing: np.ndarray, cost: float, rim: bool) -> None:
+        moved = np.zeros(3) if place is None else place - origin
+        stretch = max(view.stretch(point), view.stretch(point + moved * (1.0, 1.0, 0.0)))
         turn = float(np.arccos(np.clip(abs(closing @ now), 0.0, 1.0)))
         blocked = _blocked(point, closing, obstacles)
-        found.append((cost + 0.3 * turn + 2.0 * blocked, Grasp(frame.T @ (point - origin), frame.T @ closing, rim)))
+        cost += 0.3 * turn + 2.0 * blocked + 10.0 * max(stretch - _STRETCHED, 0.0)
+        found.append((cost, Grasp(frame.T @ (point - origin), frame.T @ closing, rim)))
 
     angles = np.arange(_YAWS) * (np.pi / _YAWS)
     around = view.points_between(item, height - _BELOW, height + _ABOVE)
@@ -77,21 +89,18 @@ def candidates(view: View, item: str) -> list[tuple[float, Grasp]]:
             out = np.array([np.cos(angle), np.sin(angle), 0.0])
             near_P = np.abs(top_P3 @ np.array([-out[1], out[0], 0.0])) < 0.02
             if near_P.any():
-                reach = float((top_P3[near_P] @ out).max()) - _RIM_INWARD
-                point = centre + reach * out
-                add(np.array([point[0], point[1], high[2] - _RIM_DEPTH]), out, 0.0, True)
+                for inward in _RIM_INWARD:
+                    point = centre + (float((top_P3[near_P] @ out).max()) - inward) * out
+                    add(np.array([point[0], point[1], high[2] - _RIM_DEPTH]), out, 12.0 * inward, True)
     assert found, f"nothing to take {item} by"
     return sorted(found, key=lambda pair: pair[0])
 
 
-def _blocked(point: np.ndarray, closing: np.ndarray, obstacles: tuple[np.ndarray, np.ndarray]) -> float:
+def _blocked(point: np.ndarray, closing: np.ndarray, obstacles: Obstacles) -> float:
     """The part of the hand that has something in its way, between 0 and 2."""
-    low_O3, high_O3 = obstacles
     axes = np.array([closing[:2], (-closing[1], closing[0])])
     share = 0.0
     for footprint_F2, height in ((_PALM, point[2] + _PALM_HEIGHT), (_FINGERS, point[2] - _FINGER_DEPTH)):
         spots_F2 = point[:2] + footprint_F2 @ axes
-        tall_O = high_O3[:, 2] > height
-        inside_FO = (spots_F2[:, None] > low_O3[tall_O, :2]).all(-1) & (spots_F2[:, None] < high_O3[tall_O, :2]).all(-1)
-        share += float(inside_FO.any(axis=1).mean())
+        share += float((obstacles.under(spots_F2) & (obstacles.top_G > height)).any(axis=1).mean())
     return share

@@ -96,11 +96,10 @@ def over(
 
 def _tallest(view: View, hand: np.ndarray, point: np.ndarray, reach: float, without: tuple[str, ...]) -> float:
     """The height that the lowest part of the hand needs to get over what is on the way."""
-    low_O3, high_O3 = view.obstacles(*without)
+    obstacles = view.obstacles(*without)
     way = point[:2] - hand[:2]
     length = float(np.hypot(*way))
     steps = np.linspace(0.0, 1.0 - _OVER_AIM / length, max(int(length / 0.03), 2))
     spots = hand[:2] + steps[:, None] * way
-    under = (spots[:, None] > low_O3[:, :2] - reach).all(-1) & (spots[:, None] < high_O3[:, :2] + reach).all(-1)
-    tops = high_O3[under.any(axis=0), 2]
+    tops = obstacles.top_G[obstacles.under(spots, reach).any(axis=0)]
     return float(tops.max()) + _CLEARANCE if len(tops) else -np.inf

@@ -21,6 +21,8 @@ _SHUT = 0.004
 _STALLED = 0.01
 _PATIENCE = 12
 """Control steps that a hand takes at most to close on something."""
+_STUCK = 35
+"""Control steps that a hand may hang over a grasp without getting there."""
 _RETREAT = 0.06
 
 
@@ -34,6 +36,8 @@ class Hand:
         self._item = ""
         self._grasp: Grasp | None = None
         self._failures: list[Grasp] = []
+        self._stuck = 0
+        self._pose = view.gripper, view.rotation
 
     # --- what has been reached ---------------------------------------------------------------------------------------
 
@@ -53,12 +57,12 @@ class Hand:
 
     # --- taking ------------------------------------------------------------------------------------------------------
 
-    def take(self, item: str) -> Move:
-        """Go to an item and close on it."""
+    def take(self, item: str, place: np.ndarray | None = None) -> Move:
+        """Go to an item and close on it; `place` [3] is where it goes then."""
         view = self.view
         if item != self._item:
-            self._item, self._grasp, self._failures, self.closing = item, None, [], 0
-        grasp = self._chosen(item)
+            self._item, self._grasp, self._failures, self.closing, self._stuck = item, None, [], 0, 0
+        grasp = self._chosen(item, place)
         frame = view.frame(item)
         point = view.position(item) + frame @ grasp.offset
         closing = frame @ grasp.closing
@@ -69,23 +73,31 @@ class Hand:
         turn = float(np.linalg.norm(turn_left(view, rotation)))
         if self.closing:
             missed = self.closing > _PATIENCE and (view.opening < _SHUT or not any(view.touching(item)))
-            if missed or float(np.linalg.norm(offset)) > _LOST:
-                self._failures.append(grasp)
-                self._grasp, self.closing = None, 0
-            else:
+            missed = missed or self.closing > 2 * _PATIENCE
+            if not missed and float(np.linalg.norm(offset)) < _LOST:
                 self.closing += 1
-                return Move("grasp", point, rotation, CLOSE)
+                return Move("grasp", self._pose[0], self._pose[1], CLOSE)
+            self._give_up(grasp)
         elif distance < _NEAR and abs(offset[2]) < _NEAR and turn < 0.15 and view.opening > _WIDE:
             self.closing = 1
+            self._pose = point, rotation
             return Move("grasp", point, rotation, CLOSE)
+        elif distance < _LOST:
+            self._stuck += 1
+            if self._stuck > _STUCK:
+                self._give_up(grasp)
         aim = over(view, point, rotation, without=(item,))
         if view.opening < _WIDE:  # open before going down
             aim[2] = max(aim[2], min(point[2] + 0.06, view.gripper[2] + 0.02))
         return Move("approach" if distance > 0.03 else "descend", aim, rotation, OPEN)
 
-    def _chosen(self, item: str) -> Grasp:
+    def _give_up(self, grasp: Grasp) -> None:
+        self._failures.append(grasp)
+        self._grasp, self.closing, self._stuck = None, 0, 0
+
+    def _chosen(self, item: str, place: np.ndarray | None) -> Grasp:
         if self._grasp is None:
-            found = candidates(self.view, item)
+            found = candidates(self.view, item, place)
             self._grasp = min(found, key=lambda pair: pair[0] + sum(_alike(pair[1], f) for f in self._failures))[1]
         return self._grasp
 
@@ -107,7 +119,6 @@ class Hand:
             self.closing += 1
             arrived = distance < place.tolerance and -offset[2] < place.drop
             if not arrived:
-                self._raised = max(bottom[2], aim[2])
                 phase = "transport" if distance > 0.04 else "lower"
                 target = over(
                     view, view.gripper + offset, level, carried=item, without=(), tolerance=0.7 * place.tolerance
@@ -118,7 +129,7 @@ class Hand:
         if not self.closing and self._in_place(item, place, bottom):
             up = _RETREAT if view.opening > _WIDE or not any(view.touching(item)) else 0.0
             return Move("release", view.gripper + np.array([0.0, 0.0, up]), level, OPEN)
-        return self.take(item)
+        return self.take(item, place.point)
 
     def _level(self) -> np.ndarray:
         """The hand's rotation, straightened to point down."""

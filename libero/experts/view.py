@@ -17,6 +17,8 @@ from cogvla.libero.simulation import Predicate, Scene
 FINGER_OPEN = 0.04
 """Of each finger, from the middle."""
 _CORNERS_83 = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
+_WRIST_BACK, _WRIST_UP, _SHOULDER = 0.088, 0.204, 0.333
+"""Of a Panda: from the fingertips to its wrist, and from its base to its shoulder, in metres."""
 _FLOOR_LIKE = 0.4
 """Metres across, from which a geom is something to stand on, and no obstacle."""
 
@@ -29,6 +31,22 @@ class Joint:
     position: float
     axis: np.ndarray
     pivot: np.ndarray
+
+
+@dataclass(frozen=True)
+class Obstacles:
+    """Boxes: centres and half sizes [G,3], rotations [G,3,3], and the height of their tops [G]."""
+
+    centre_G3: np.ndarray
+    half_G3: np.ndarray
+    rotation_G33: np.ndarray
+    top_G: np.ndarray
+
+    def under(self, spots_P2: np.ndarray, margin: float = 0.0) -> np.ndarray:
+        """Which box is under (or over) which point of the plane, with a margin around it: bool [P,G]."""
+        offset_PG2 = spots_P2[:, None] - self.centre_G3[:, :2]
+        local_PG3 = np.einsum("pgi,gij->pgj", offset_PG2, self.rotation_G33[:, :2])
+        return (np.abs(local_PG3) < self.half_G3 + margin).all(-1)
 
 
 class View:
@@ -49,6 +67,8 @@ class View:
         robot_root = model.body_rootid[model.site_bodyid[self._site]]
         names = [model.geom(i).name for i in range(model.ngeom)]
         self._fingers = [{i for i, n in enumerate(names) if f"finger{side}" in n and "collision" in n} for side in "12"]
+        self._base = scene.data.xpos[model.body("robot0_base").id].copy()
+        self._half_G3 = half_G3
         flat_G = (2 * half_G3[:, :2] > _FLOOR_LIKE).any(axis=1)
         self._obstacle_G = ~flat_G & (self._roots_G != robot_root) & (self._roots_G != 0)
         self._masks: dict[str, np.ndarray] = {}
@@ -168,13 +188,20 @@ class View:
         self._refresh()
         return self._low_G3, self._high_G3
 
-    def obstacles(self, *without: str) -> tuple[np.ndarray, np.ndarray]:
-        """The same [P,3] of what one can bump into: not the robot, not what one stands on, and not these things."""
-        low_G3, high_G3 = self.boxes()
+    def obstacles(self, *without: str) -> Obstacles:
+        """What one can bump into: not the robot, not what things stand on, and not what is named."""
+        self._refresh()
         chosen_G = self._obstacle_G.copy()
         for name in without:
             chosen_G &= ~self._mask(name)
-        return low_G3[chosen_G], high_G3[chosen_G]
+        rotation_G33 = self.scene.data.geom_xmat[self._geoms_G[chosen_G]].reshape(-1, 3, 3)
+        centre_G3 = self._world_G83[chosen_G].mean(1)
+        return Obstacles(centre_G3, self._half_G3[chosen_G], rotation_G33, self._high_G3[chosen_G, 2])
+
+    def stretch(self, point: np.ndarray) -> float:
+        """Metres from the shoulder to the wrist when the hand is at a point [3] and points down; the most is 0.7."""
+        way = point - self._base
+        return float(np.hypot(np.hypot(way[0], way[1]) - _WRIST_BACK, way[2] + _WRIST_UP - _SHOULDER))
 
     def _refresh(self) -> None:
         data = self.scene.data
