@@ -22,11 +22,13 @@ FINGERS = slice(6, 8)
 LEVEL = 0.05
 """Commands of the gripper that are this much of their range apart are the same level."""
 RESPONSE_STEPS = 4
+QUANTILES = {"min": 0.0, "q01": 0.01, "q99": 0.99, "max": 1.0}
 TAIL = 0.02
 """Of a range: quantiles that are closer to the extremes cannot be told from them."""
 EQUAL = 1e-3
 """Of a range: numbers that are closer are the same."""
 FAR = 0.1
+"""Of a range: statistics of a part of the data are not farther off than this."""
 
 
 @dataclass(frozen=True)
@@ -117,16 +119,22 @@ def statistics(
         actual: feature -> all frames [N,D].
         embodiment: which dimensions are normalised, and by what.
     """
-    if not any(stored.get(name) for name in actual):
-        return Finding(check, "not checked", "no statistics are stored")
+    known = {
+        name: {key: stored[name][key] for key in QUANTILES if key in stored[name]} for name in actual if name in stored
+    }
+    if not any(known.values()):
+        return Finding(check, "not checked", "no quantiles or extremes are stored")
     wrong, measured = [], {}
-    for name, values_ND in actual.items():
-        if not stored.get(name):
+    for name, given in known.items():
+        values_ND = actual[name]
+        other = {key for key, numbers in given.items() if np.size(numbers) != values_ND.shape[1]}
+        if other:
+            wrong.append(f"{name}: {', '.join(sorted(other))} of another size than the data's {values_ND.shape[1]}")
             continue
         mask = np.ones(values_ND.shape[1], bool)
         if name == "action":
             mask = np.array(embodiment.action_normalise_mask)
-        found, numbers = _named_wrongly(stored[name], values_ND, mask)
+        found, numbers = _named_wrongly(given, values_ND, mask)
         measured[name] = numbers
         wrong += [f"{name}: {text}" for text in found]
     if wrong:
@@ -144,9 +152,8 @@ def _named_wrongly(
     stored: Mapping[str, Sequence[float]], values_ND: np.ndarray, mask: np.ndarray
 ) -> tuple[list[str], dict[str, Any]]:
     values_ND = values_ND[:, mask].astype(np.float64)
-    names = {"min": 0.0, "q01": 0.01, "q99": 0.99, "max": 1.0}
-    actual = {name: np.quantile(values_ND, q, axis=0) for name, q in names.items()}
-    given = {name: np.asarray(stored[name], np.float64).reshape(-1)[mask] for name in names if name in stored}
+    actual = {name: np.quantile(values_ND, q, axis=0) for name, q in QUANTILES.items()}
+    given = {name: np.asarray(numbers, np.float64).reshape(-1)[mask] for name, numbers in stored.items()}
     size = np.maximum(actual["max"] - actual["min"], 1e-6)
     # Where a quantile is the extreme, nothing can be told.
     apart = ((actual["max"] - actual["q99"]) > TAIL * size) & ((actual["q01"] - actual["min"]) > TAIL * size)
@@ -163,13 +170,10 @@ def _named_wrongly(
     elif max(off("min", "q01"), off("max", "q99")) < EQUAL:
         wrong.append("what is stored as minimum and maximum is q01 and q99")
     else:
-        extremes = [np.abs(given[name] - actual[name]) / size for name in ("min", "max") if name in given]
-        quantiles = [np.abs(given[name] - actual[name]) / size for name in ("q01", "q99") if name in given]
-        if extremes and max(float(values.max()) for values in extremes) > EQUAL:
-            wrong.append("minimum and maximum are not those of the data")
-        # lerobot averages the quantiles of episodes, so that they are a little off
-        elif not extremes and quantiles and max(float(values.max()) for values in quantiles) > FAR:
-            wrong.append("quantiles are not those of the data")
+        # lerobot averages the quantiles of episodes, so that extremes are asked first
+        pairs = [pair for pair in (("min", "max"), ("q01", "q99")) if pair[0] in given and pair[1] in given]
+        if pairs and max(float((np.abs(given[name] - actual[name]) / size).max()) for name in pairs[0]) > FAR:
+            wrong.append(f"{' and '.join(pairs[0])} are not those of the data")
     full = np.isclose(np.abs(values_ND), 1.0, atol=1e-6)
     if (full & (values_ND > 0)).any(0).all() and (full & (values_ND < 0)).any(0).all() and (actual["max"] <= 1).all():
         wrong.append("all dimensions reach exactly from -1 to 1, as if they were normalised already")

@@ -283,7 +283,7 @@ def of_other_data(statistics: dict, actions: np.ndarray) -> None:
     [
         (extremes_for_quantiles, "action: what is stored as q01 and q99 is the minimum and maximum"),
         (quantiles_for_extremes, "action: what is stored as minimum and maximum is q01 and q99"),
-        (of_other_data, "action: minimum and maximum are not those of the data"),
+        (of_other_data, "action: min and max are not those of the data"),
     ],
 )
 def test_wrong_statistics_are_named(
@@ -304,6 +304,14 @@ def test_actions_that_were_normalised_already_are_named() -> None:
         "statistics", {"action": exact(0.9 * actions)}, {"action": 0.9 * actions}, EMBODIMENT
     )
     assert found.verdict == "ok"
+
+
+def test_statistics_of_another_robot_are_named() -> None:
+    actions = np.random.default_rng(0).normal(size=(50, 7))
+    found = conventions.statistics("statistics", {"action": exact(actions[:, :6])}, {"action": actions}, EMBODIMENT)
+    assert (found.verdict, "max, min, q01, q99 of another size" in found.text) == ("mismatch", True)
+    found = conventions.statistics("statistics", {"action": {"mean": [0.0] * 7}}, {"action": actions}, EMBODIMENT)
+    assert found.verdict == "not checked"
 
 
 def exact(values: np.ndarray) -> dict[str, list[float]]:
