@@ -12,9 +12,10 @@ from __future__ import annotations
 import numpy as np
 
 from cogvla.envs.execution_noise import ExecutionNoise
+from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import Move, turn_left
 from cogvla.libero.experts.plan import Subgoal, subgoals
-from cogvla.libero.experts.skills import PHASES, Hand, carry_out
+from cogvla.libero.experts.skills import PHASES, carry_out, is_done
 from cogvla.libero.experts.view import View
 from cogvla.libero.suites import LiberoEnv
 
@@ -57,7 +58,7 @@ class LiberoExpert:
     def _current(self) -> Subgoal:
         """The first subgoal that is not reached yet; the last one once all are."""
         for subgoal in self._subgoals[:-1]:
-            if not self._hand.is_done(subgoal):
+            if not is_done(self._hand, subgoal):
                 return subgoal
         return self._subgoals[-1]
 

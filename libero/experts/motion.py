@@ -17,6 +17,7 @@ OPEN, CLOSE = -1.0, 1.0
 DOWN = np.array([0.0, 0.0, -1.0])
 _SLOPE = 5.0
 _HOVER = 0.10
+_STAND_OFF = 0.08
 _CLEARANCE = 0.025
 _REACH = 0.055
 """From the middle of the open hand to its side, at the height of the fingers."""
@@ -51,8 +52,8 @@ def pointing(way: np.ndarray, closing: np.ndarray, now: np.ndarray) -> np.ndarra
         way, closing: unit vectors [3], at right angles.
         now: the rotation that it has now [3,3].
     """
-    opens = closing if closing @ now[:, 0] >= 0 else -closing
-    return np.column_stack([opens, np.cross(way, opens), way])
+    both = [np.column_stack([opens, np.cross(way, opens), way]) for opens in (closing, -closing)]
+    return max(both, key=lambda rotation: float(np.trace(rotation @ now.T)))
 
 
 def turn_left(view: View, rotation: np.ndarray) -> np.ndarray:
@@ -92,6 +93,14 @@ def over(
         height = max(height, _tallest(view, hand, point, reach, (*without, *([carried] if carried else ()))) + hang)
     sideways = float(np.clip(1.0 - (height - hand[2] - 0.01) / 0.04, 0.0, 1.0))
     return np.array([*(hand[:2] + sideways * offset[:2]), height])
+
+
+def along(view: View, point: np.ndarray, way: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """The same for an aim that is reached along a way [3]: the closer to that line, the further along it."""
+    offset = point - view.gripper
+    aside = float(np.linalg.norm(offset - (offset @ way) * way))
+    aside += _TURN_WEIGHT * max(float(np.linalg.norm(turn_left(view, rotation))) - 0.1, 0.0)
+    return point - float(np.clip(_SLOPE * (aside - 0.008), 0.0, _STAND_OFF)) * way
 
 
 def _tallest(view: View, hand: np.ndarray, point: np.ndarray, reach: float, without: tuple[str, ...]) -> float:

@@ -8,8 +8,10 @@ import numpy as np
 
 from cogvla.libero.experts.view import View
 
-_UP_THE_SLOPE = 0.05
+_UP_THE_SLOPE, _ALONG_THE_RACK = 0.05, 0.05
+"""On a wine rack, away from the post in its middle."""
 _INTO_DRAWER = 0.02
+_INTO_BOWL = 0.015
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ def place_for(view: View, name: str) -> Place:
     if view.is_thing(name):
         low, high = view.box(name)
         centre = view.position(name)
-        bottom = low[2] + (0.009 if high[2] - low[2] < 0.03 else 0.005)
-        return Place(np.array([centre[0], centre[1], bottom]), 0.012, 0.012, fixture=name)
+        flat = high[2] - low[2] < 0.03
+        point = np.array([centre[0], centre[1], low[2] + (0.009 if flat else 0.005)])
+        return Place(point, 0.012, 0.012, walls=None if flat else high[2] - _INTO_BOWL, fixture=name)
     owner, centre = view.owner(name), view.position(name)
     if owner is None:
         return Place(centre, 0.015, 0.012)
@@ -47,11 +50,11 @@ def place_for(view: View, name: str) -> Place:
     joint = view.joint(name)
     if joint is not None:
         low, high = view.box(view.joint_body(joint))
-        out = joint.axis * np.sign(joint.position) if joint.position else joint.axis
-        point = centre + _INTO_DRAWER * out
+        point = centre + _INTO_DRAWER * joint.out
         return Place(np.array([point[0], point[1], low[2] + 0.012]), 0.02, 0.03, walls=high[2], fixture=owner)
     frame = view.region_frame(name)
     if abs(frame[2, 2]) < 0.9:  # a slope, and the region's third axis leads up it
-        return Place(centre + _UP_THE_SLOPE * frame[:, 2] * np.sign(frame[2, 2]), 0.008, 0.004, fixture=owner)
+        up = frame[:, 2] * np.sign(frame[2, 2])
+        return Place(centre + _UP_THE_SLOPE * up + _ALONG_THE_RACK * frame[:, 0], 0.008, 0.004, fixture=owner)
     top = view.top_at(owner, centre[:2])
     return Place(np.array([centre[0], centre[1], top]), 0.02, 0.01, fixture=owner)

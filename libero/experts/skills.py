@@ -1,157 +1,40 @@
-"""What an expert can do with its hand: take, put, open, close, turn, push."""
+"""Which skill brings a subgoal about, and when a subgoal is reached."""
 
 from __future__ import annotations
 
-import numpy as np
-
-from cogvla.libero.experts.grasps import Grasp, candidates
-from cogvla.libero.experts.motion import CLOSE, DOWN, OPEN, Move, over, pointing, turn_left
-from cogvla.libero.experts.places import Place, place_for
+from cogvla.libero.experts.fixtures import close_drawer, open_drawer, push, turn_on
+from cogvla.libero.experts.hand import Hand
+from cogvla.libero.experts.motion import Move
 from cogvla.libero.experts.plan import Subgoal
-from cogvla.libero.experts.view import FINGER_OPEN, View
 
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "turn")
-_NEAR = 0.008
-"""Metres from the grasp at which the hand closes."""
-_LOST = 0.035
-_WIDE = 2 * FINGER_OPEN - 0.008
-"""Fingers this far apart are open."""
-_SHUT = 0.004
-"""Fingers this close have nothing between them."""
-_STALLED = 0.01
-_PATIENCE = 12
-"""Control steps that a hand takes at most to close on something."""
-_STUCK = 35
-"""Control steps that a hand may hang over a grasp without getting there."""
-_RETREAT = 0.06
-
-
-class Hand:
-    """The hand, and what it remembers."""
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-        self.closing = 0
-        """Control steps since it began to close; 0 is open."""
-        self._item = ""
-        self._grasp: Grasp | None = None
-        self._failures: list[Grasp] = []
-        self._stuck = 0
-        self._pose = view.gripper, view.rotation
-
-    # --- what has been reached ---------------------------------------------------------------------------------------
-
-    def holds(self, item: str) -> bool:
-        """Whether an item is in the hand: the hand is closing, both fingers touch it and have come to rest."""
-        if not self.closing or item != self._item:
-            return False
-        left, right = self.view.touching(item)
-        return left and right and (self.view.finger_speed < _STALLED or self.closing > _PATIENCE)
-
-    def is_done(self, subgoal: Subgoal) -> bool:
-        """Whether there is nothing left to do for a subgoal."""
-        view = self.view
-        if subgoal.verb == "open":
-            return view.holds(*subgoal.until) or view.holds(("open", subgoal.item))
-        return view.holds(*subgoal.until) and not self.closing and not any(view.touching(subgoal.item))
-
-    # --- taking ------------------------------------------------------------------------------------------------------
-
-    def take(self, item: str, place: np.ndarray | None = None) -> Move:
-        """Go to an item and close on it; `place` [3] is where it goes then."""
-        view = self.view
-        if item != self._item:
-            self._item, self._grasp, self._failures, self.closing, self._stuck = item, None, [], 0, 0
-        grasp = self._chosen(item, place)
-        frame = view.frame(item)
-        point = view.position(item) + frame @ grasp.offset
-        closing = frame @ grasp.closing
-        closing[2] = 0.0
-        rotation = pointing(DOWN, closing / np.linalg.norm(closing), view.rotation)
-        offset = point - view.gripper
-        distance = float(np.hypot(offset[0], offset[1]))
-        turn = float(np.linalg.norm(turn_left(view, rotation)))
-        if self.closing:
-            missed = self.closing > _PATIENCE and (view.opening < _SHUT or not any(view.touching(item)))
-            missed = missed or self.closing > 2 * _PATIENCE
-            if not missed and float(np.linalg.norm(offset)) < _LOST:
-                self.closing += 1
-                return Move("grasp", self._pose[0], self._pose[1], CLOSE)
-            self._give_up(grasp)
-        elif distance < _NEAR and abs(offset[2]) < _NEAR and turn < 0.15 and view.opening > _WIDE:
-            self.closing = 1
-            self._pose = point, rotation
-            return Move("grasp", point, rotation, CLOSE)
-        elif distance < _LOST:
-            self._stuck += 1
-            if self._stuck > _STUCK:
-                self._give_up(grasp)
-        aim = over(view, point, rotation, without=(item,))
-        if view.opening < _WIDE:  # open before going down
-            aim[2] = max(aim[2], min(point[2] + 0.06, view.gripper[2] + 0.02))
-        return Move("approach" if distance > 0.03 else "descend", aim, rotation, OPEN)
-
-    def _give_up(self, grasp: Grasp) -> None:
-        self._failures.append(grasp)
-        self._grasp, self.closing, self._stuck = None, 0, 0
-
-    def _chosen(self, item: str, place: np.ndarray | None) -> Grasp:
-        if self._grasp is None:
-            found = candidates(self.view, item, place)
-            self._grasp = min(found, key=lambda pair: pair[0] + sum(_alike(pair[1], f) for f in self._failures))[1]
-        return self._grasp
-
-    # --- putting -----------------------------------------------------------------------------------------------------
-
-    def put(self, item: str, where: str) -> Move:
-        """Take an item, carry it to a place and let go of it there."""
-        view = self.view
-        place = place_for(view, where)
-        low, _ = view.box(item)
-        bottom = np.array([*view.position(item)[:2], low[2]])
-        aim = place.point.copy()
-        if place.walls is not None:  # the fingers stay above them
-            aim[2] = max(aim[2], place.walls - (view.gripper[2] - low[2]))
-        offset = aim - bottom
-        distance = float(np.hypot(offset[0], offset[1]))
-        level = self._level()
-        if self.holds(item):
-            self.closing += 1
-            arrived = distance < place.tolerance and -offset[2] < place.drop
-            if not arrived:
-                phase = "transport" if distance > 0.04 else "lower"
-                target = over(
-                    view, view.gripper + offset, level, carried=item, without=(), tolerance=0.7 * place.tolerance
-                )
-                return Move(phase, target, level, CLOSE)
-            self.closing = 0
-            return Move("release", view.gripper, level, OPEN)
-        if not self.closing and self._in_place(item, place, bottom):
-            up = _RETREAT if view.opening > _WIDE or not any(view.touching(item)) else 0.0
-            return Move("release", view.gripper + np.array([0.0, 0.0, up]), level, OPEN)
-        return self.take(item, place.point)
-
-    def _level(self) -> np.ndarray:
-        """The hand's rotation, straightened to point down."""
-        now = self.view.rotation
-        closing = now[:, 0] * (1.0, 1.0, 0.0)
-        return pointing(DOWN, closing / np.linalg.norm(closing), now)
-
-    def _in_place(self, item: str, place: Place, bottom: np.ndarray) -> bool:
-        off = bottom - place.point
-        high = place.drop + 0.02 if place.walls is None else place.walls - place.point[2]
-        return float(np.hypot(off[0], off[1])) < place.tolerance + 0.02 and off[2] < high
 
 
 def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
     """The next move for a subgoal."""
-    if subgoal.verb == "put":
-        return hand.put(subgoal.item, subgoal.place)
-    raise NotImplementedError(subgoal.verb)
+    if hand.fixture not in (None, subgoal.item):
+        leaving = hand.leave()
+        if leaving is not None:
+            return leaving
+    match subgoal.verb:
+        case "put":
+            return hand.put(subgoal.item, subgoal.place)
+        case "push":
+            return push(hand, subgoal.item, subgoal.place)
+        case "open":
+            return open_drawer(hand, subgoal.item)
+        case "close":
+            return close_drawer(hand, subgoal.item)
+        case "turnon":
+            return turn_on(hand, subgoal.item)
+    raise AssertionError(f"no skill for {subgoal.verb}")
 
 
-def _alike(one: Grasp, other: Grasp) -> float:
-    """1 for the same grasp, 0 for one that is 60 degrees away from it or more."""
-    cosine = float(one.closing @ other.closing)
-    angle = float(np.arccos(np.clip(cosine if one.rim else abs(cosine), -1.0, 1.0)))
-    return max(0.0, 1.0 - angle / 1.05)
+def is_done(hand: Hand, subgoal: Subgoal) -> bool:
+    """Whether there is nothing left to do for a subgoal."""
+    view = hand.view
+    if subgoal.verb == "open":
+        return view.holds(*subgoal.until) or view.holds(("open", subgoal.item))
+    if subgoal.verb in ("turnon", "close"):
+        return view.holds(*subgoal.until)
+    return view.holds(*subgoal.until) and not hand.closing and not any(view.touching(subgoal.item))

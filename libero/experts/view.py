@@ -25,12 +25,18 @@ _FLOOR_LIKE = 0.4
 
 @dataclass(frozen=True)
 class Joint:
-    """A drawer, door or knob: its name in the model, where it is (m or rad), and its axis and pivot in the world."""
+    """A drawer, door or knob.
+
+    Attributes:
+        name: in the model.
+        axis, pivot: in the world [3].
+        out: the axis, towards where its travel is longer: the way a drawer opens, or a knob turns on [3].
+    """
 
     name: str
-    position: float
     axis: np.ndarray
     pivot: np.ndarray
+    out: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -146,9 +152,9 @@ class View:
         if not holder.joints:
             return None
         joint = model.joint(holder.joints[0])
-        return Joint(
-            joint.name, float(data.qpos[joint.qposadr[0]]), data.xaxis[joint.id].copy(), data.xanchor[joint.id].copy()
-        )
+        axis = data.xaxis[joint.id].copy()
+        low, high = joint.range
+        return Joint(joint.name, axis, data.xanchor[joint.id].copy(), axis if high > -low else -axis)
 
     def joint_body(self, joint: Joint) -> str:
         """The body that a joint moves."""
@@ -164,6 +170,12 @@ class View:
     def frame(self, thing: str) -> np.ndarray:
         """Columns [3,3]: the axes of a thing's body."""
         return self.scene.data.xmat[self._body(thing)].reshape(3, 3).copy()
+
+    def outermost(self, name: str, way: np.ndarray) -> np.ndarray:
+        """Centre [3] of the box of a thing or body that is furthest along a way [3]."""
+        self._refresh()
+        centre_G3 = self._world_G83[self._mask(name)].mean(1)
+        return centre_G3[(centre_G3 @ way).argmax()]
 
     def points_between(self, name: str, low: float, high: float) -> np.ndarray:
         """Corners [P,3] of those boxes of a thing that are partly between two heights."""

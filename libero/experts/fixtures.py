@@ -1,0 +1,77 @@
+"""What experts do to drawers, doors, knobs and plates."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cogvla.envs.control import rotation_matrix
+from cogvla.libero.experts.hand import Hand
+from cogvla.libero.experts.motion import CLOSE, DOWN, Move, along, over, pointing
+from cogvla.libero.experts.places import place_for
+from cogvla.libero.experts.view import Joint
+
+_UP = np.array([0.0, 0.0, 1.0])
+_PULL = 0.07
+"""Metres ahead of the hand that a drawer is pulled to."""
+_TURN = 0.9
+"""Radians ahead of the hand that a knob is turned to."""
+_KNOB_DEPTH = 0.02
+_BEFORE = 0.06
+"""Metres in front of a drawer, from where it is pushed."""
+_PUSH = 0.06
+_PRESS_DEPTH = 0.02
+
+
+def open_drawer(hand: Hand, region: str) -> Move:
+    """Grip the bar of a drawer from the front and pull."""
+    view, joint = hand.view, _joint(hand, region)
+    bar = view.outermost(view.joint_body(joint), joint.out)
+    rotation = pointing(-joint.out, _UP, view.rotation)
+    if hand.grips(region, bar, view.joint_body(joint)):
+        return Move("pull", bar + _PULL * joint.out, rotation, CLOSE)
+    return hand.grip(region, bar, rotation, along(view, bar, -joint.out, rotation))
+
+
+def turn_on(hand: Hand, fixture: str) -> Move:
+    """Grip a knob from above and turn it."""
+    view, joint = hand.view, _joint(hand, fixture)
+    knob = view.joint_body(joint)
+    top = view.box(knob)[1][2]
+    point = np.array([joint.pivot[0], joint.pivot[1], top - _KNOB_DEPTH])
+    rotation = pointing(DOWN, view.frame(knob)[:, 1], view.rotation)
+    if hand.grips(fixture, point, knob):
+        return Move("turn", point, rotation_matrix(_TURN * joint.axis) @ hand.level(), CLOSE)
+    return hand.grip(fixture, point, rotation, over(view, point, rotation, without=(fixture,)))
+
+
+def close_drawer(hand: Hand, region: str) -> Move:
+    """Push the bar of a drawer with the fist."""
+    view, joint = hand.view, _joint(hand, region)
+    bar = view.outermost(view.joint_body(joint), joint.out)
+    offset = view.gripper - bar
+    ahead = float(offset @ joint.out)
+    aside = offset - ahead * joint.out
+    level = hand.level()
+    if 0.0 < ahead < _BEFORE + 0.03 and float(np.linalg.norm(aside)) < 0.025:
+        return Move("push", bar - _PUSH * joint.out, level, CLOSE)
+    return Move("approach", over(view, bar + _BEFORE * joint.out, level), level, hand.fist())
+
+
+def push(hand: Hand, item: str, where: str) -> Move:
+    """Press the fist onto a plate and take it along."""
+    view = hand.view
+    way = place_for(view, where).point - view.position(item)
+    level, grip = hand.level(), hand.fist()
+    surface = view.position(item) + np.array([0.0, 0.0, 0.006])
+    offset = surface - view.gripper
+    if float(np.hypot(offset[0], offset[1])) < 0.045 and -offset[2] < 0.02:
+        ahead = way[:2] / max(float(np.hypot(way[0], way[1])), 1e-6)
+        step = min(float(np.hypot(way[0], way[1])) + 0.01, 0.03)
+        return Move("push", np.array([*(view.gripper[:2] + step * ahead), surface[2] - _PRESS_DEPTH]), level, CLOSE)
+    return Move("approach", over(view, surface, level, without=(item,), tolerance=0.01), level, grip)
+
+
+def _joint(hand: Hand, name: str) -> Joint:
+    joint = hand.view.joint(name)
+    assert joint is not None, f"{name} has no joint"
+    return joint
