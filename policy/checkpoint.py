@@ -97,7 +97,7 @@ def save_checkpoint(
             "model": config.to_dict(),
             "embodiment": asdict(preprocessor.embodiment),
             "tokenizer": preprocessor.tokenizer.to_dict(),
-            "pictures": {"crop_area": preprocessor.crop_area},
+            "pictures": {"crop_area": preprocessor.crop_area, "resize_kernel": preprocessor.resize_kernel},
             "description": description,
         }
         (draft / CONFIG).write_text(json.dumps(body, indent=2) + "\n")

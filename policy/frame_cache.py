@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from cogvla.policy.lerobot_reader import LeRobotReader, Mapping, Part
-from cogvla.policy.preprocess import resize
+from cogvla.policy.resize import resize
 
 FORMAT = 1
 MAX_THREADS = 16

@@ -67,7 +67,7 @@ def run(values: dict[str, Any]) -> list[str]:
     embodiment = Embodiment(**values["embodiment"])
     embodiment, statistics, said = _statistics(release, embodiment, values["dataset"])
     tokenizer = PretrainedTokenizer(values["tokenizer"] or str(release.folder), PAPER_PROMPT, values["empty_token"])
-    preprocessor = Preprocessor(embodiment, tokenizer, statistics, crop_area=values["crop_area"])
+    preprocessor = Preprocessor(embodiment, tokenizer, statistics, values["crop_area"], values["resize_kernel"])
 
     if release.kind == "cogvla":
         model = empty_model(config, embodiment)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -18,17 +17,10 @@ from cogvla.policy.augmentation import centre, change, check_crop_area
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model import ModelInput
 from cogvla.policy.normalise import normalisers
+from cogvla.policy.resize import check_kernel, resize
 from cogvla.policy.tokenizer import Tokenizer
 
 INSTRUCTION_CACHE = 4096
-
-
-def resize(view_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Uint8 images to this height and width (antialiased bilinear), as the policy sees them."""
-    if view_BCHW.shape[-2:] == size:
-        return view_BCHW
-    resized = F.interpolate(view_BCHW.float(), size, mode="bilinear", antialias=True)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 class Preprocessor(nn.Module):
@@ -39,18 +31,27 @@ class Preprocessor(nn.Module):
         tokenizer: turns instructions into ids.
         statistics: `{"state": Statistics, "action": Statistics}` of the training data.
         crop_area: share of each view that is cut out of its centre, for a policy that was trained with random crops of
-            that size; 1 is off. It is saved with the weights, so that whoever plays the policy cannot get it wrong.
+            that size; 1 is off.
+        resize_kernel: how views are brought to the policy's size, see `policy.resize`. Both are saved with the weights,
+            so that whoever plays the policy cannot get them wrong.
     """
 
     def __init__(
-        self, embodiment: Embodiment, tokenizer: Tokenizer, statistics: dict[str, Any], crop_area: float = 1.0
+        self,
+        embodiment: Embodiment,
+        tokenizer: Tokenizer,
+        statistics: dict[str, Any],
+        crop_area: float = 1.0,
+        resize_kernel: str = "bilinear",
     ) -> None:
         super().__init__()
         check_crop_area(crop_area)
+        check_kernel(resize_kernel)
         sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
         if len(sizes) != 1:
             raise ValueError(f"the policy takes all views at one size; embodiment {embodiment.name!r} has {sizes}")
-        self.embodiment, self.tokenizer, self.crop_area = embodiment, tokenizer, crop_area
+        self.embodiment, self.tokenizer = embodiment, tokenizer
+        self.crop_area, self.resize_kernel = crop_area, resize_kernel
         self.image_size = sizes.pop()
         self.state_normaliser, self.action_normaliser = normalisers(embodiment, statistics)
         self._text: dict[str, tuple[Tensor, Tensor]] = {}
@@ -74,8 +75,9 @@ class Preprocessor(nn.Module):
         return ids_BT.to(self.device), mask_BT.to(self.device)
 
     def pixels(self, images_BHWC: Sequence[Tensor]) -> Tensor:
-        """V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size (antialiased bilinear), cropped."""
-        views = [resize(rearrange(image_BHWC, "b h w c -> b c h w"), self.image_size) for image_BHWC in images_BHWC]
+        """V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size, cropped."""
+        whole = [rearrange(image_BHWC, "b h w c -> b c h w") for image_BHWC in images_BHWC]
+        views = [resize(view_BCHW, self.image_size, self.resize_kernel) for view_BCHW in whole]
         pixels_BVCHW = torch.stack(views, dim=1)
         return change(pixels_BVCHW, self.crop_area, centre(self.crop_area, *pixels_BVCHW.shape[:2]))
 
