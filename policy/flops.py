@@ -10,7 +10,8 @@ left out. Of each product:
   values and writes its output; the scores stay on the chip.
 
 Layers that share an input (queries, keys and values) each read it, and nothing is found in a cache. Tables that are
-looked up, norms and residual sums are left out. Bytes are for numbers of two bytes, bfloat16.
+looked up, norms and residual sums are left out. Bytes are for numbers of two bytes, bfloat16. What a token router
+(`routing.router`) computes itself is left out too; the tokens that it leaves are what is counted.
 """
 
 from __future__ import annotations
@@ -129,7 +130,10 @@ def count_flops(
         work = _tower(tower, counting).for_samples(batch * views)
         rows.append(StageCost(f"tower {name}", _parameters([tower]) - _parameters([tower.film]), work))
     projectors = [module for module in fusion.children() if module not in once]
-    rows.append(StageCost("fusion", _parameters(projectors), _linears(projectors, batch * model.vision_tokens)))
+    # A router before the projectors leaves them fewer tokens; one after them does not.
+    whole = model.router is not None and model.router.stage != "encoder_out"
+    projected = batch * (model.vision.tokens if whole else model.vision_tokens)
+    rows.append(StageCost("fusion", _parameters(projectors), _linears(projectors, projected)))
     rows.append(StageCost("state", _parameters([model.state]), _linears([model.state], batch)))
     layout = TokenLayout(model.vision_tokens, text_length, model.action_tokens)
     rows += [StageCost(r.stage, r.parameters, r.work.for_samples(batch)) for r in _decoder(model, layout, counting)]
@@ -221,7 +225,10 @@ def _decoder(model: CogVLA, layout: TokenLayout, counting: Counting) -> list[Sta
     parameters, work = {False: 0, True: 0}, {False: Work(), True: Work()}
     routers, present = Work(), layout.vision
     for index, (layer, ratio) in enumerate(zip(layers, decoder.ratios, strict=True)):
-        seen = present
+        left = None if model.router is None else model.router.left(index)
+        if left is not None and not model.router.bypass:
+            present = left
+        seen = present if left is None else left
         if ratio is not None:
             seen = min(keep_count(layout.vision, ratio), present)
             router = cast(FiLMRouter, decoder.routers[str(index)])
@@ -243,5 +250,5 @@ def _decoder(model: CogVLA, layout: TokenLayout, counting: Counting) -> list[Sta
     return [
         StageCost("language, dense layers", parameters[False], work[False]),
         StageCost("language, routed layers", parameters[True], work[True]),
-        StageCost("routers", _parameters([decoder.routers]), routers),
+        StageCost("routers", _parameters([decoder.routers, model.router]), routers),
     ]

@@ -144,6 +144,15 @@ class PolicyRouter(nn.Module):
             return self.all_tokens
         return self.rows * self.before.leaves(count_of(budget, self.all_tokens // self.rows))
 
+    def left(self, layer: int) -> int | None:
+        """Vision tokens that this language layer works on; None where nothing is routed."""
+        return cast(TokenRouter, self.layers[str(layer)]).leaves(self.counts[layer]) if layer in self.counts else None
+
+    @property
+    def bypass(self) -> bool:
+        """Whether tokens not kept at a language layer skip it; otherwise they are gone."""
+        return self.config.mode == "bypass"
+
     def gap(self, tokens: int) -> int:
         """Positions that stay free after so many vision tokens, see `DecoderContext`."""
         if self.before is None or self.config.position == "compact":
@@ -230,8 +239,8 @@ class PolicyRouter(nn.Module):
             score_BN = None
             if routed is not None and routed.score_BN is not None:
                 score_BN = routed.score_BN.gather(1, routed.place_BK.round().long())
-            bypass, compact = self.config.mode == "bypass", self.config.position == "compact"
-            layers = LayerPass(routers, bypass, compact, draw_B, score_BN, self.training)
+            compact = self.config.position == "compact"
+            layers = LayerPass(routers, self.bypass, compact, draw_B, score_BN, self.training)
         return Routed(vision_BKD, position_BK, layers, routed)
 
     def _items(

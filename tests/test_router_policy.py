@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cogvla.policy import layer_router
 from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.flops import TOTAL, count_flops
 from cogvla.policy.language import attention_rows, normed
 from cogvla.policy.model import CogVLA
 from cogvla.policy.schedule_objective import schedule_objective
@@ -265,6 +268,26 @@ def test_a_schedule_is_found_for_a_policy() -> None:
     schedule, value = search(objective, (1, 3), 4, 0.5, evaluations=6)
     assert -1 <= value <= 1
     assert schedule.mean(4) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        config("random"),
+        config("random", "projector_out"),
+        config("random", "llm_layer"),
+        config("random", "llm_layer", mode="bypass"),
+        config("random", layers=(2,), layer_router="late_exit"),
+    ],
+    ids=lambda r: f"{r.stage}-{r.mode}-{r.layer_router}",
+)
+def test_flops_of_what_is_left_are_what_torch_counts(router: RouterConfig) -> None:
+    model, inputs = routed(router), alone(tiny_input(), 1)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(inputs)
+    costs = count_flops(model.config, model.embodiment, text_length=7)
+    total = next(cost for cost in costs if cost.stage == TOTAL)
+    assert total.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 # --- mistakes ---
