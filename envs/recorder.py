@@ -1,20 +1,13 @@
 """Records demonstrations: worker processes play the scripted expert, this process writes a LeRobotDataset v3.
 
-Nothing is lost when recording is interrupted, `kill -9` included, and a reader never sees half a data set:
-
-    OUTPUT.recording/settings.json    what is being recorded; a different request is refused
-    OUTPUT.recording/episodes/N.npz   finished episodes, each put in place by one rename
-    OUTPUT.recording/dataset/         the data set being put together, from episode 0 at every start
-    OUTPUT/                           the data set, put in place by one rename at the end
+Nothing is lost when recording is interrupted, `kill -9` included, and a reader never sees half a data set: finished
+episodes wait in `OUTPUT.recording/episodes/N.npz` until all are there (`dataset_folder`).
 
 Which episode is which depends on its number only, so any number of workers gives the same data set.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from cogvla.envs.dataset_folder import DatasetFolder
 from cogvla.envs.demonstration import Demonstration, DemonstratorSettings
 from cogvla.envs.demonstration_pool import DemonstrationPool
 from cogvla.envs.suite import Suite, get_suite
@@ -91,7 +85,8 @@ def record(
     }
     if suite.settings:
         request["simulation"] = dict(suite.settings)
-    if _finished(output, request, episodes):
+    folder = DatasetFolder(output, "recording", "recorded", RECORDING_FILE)
+    if folder.is_finished(request | {"episodes": episodes}):
         return output
     settings = DemonstratorSettings(
         make=suite.make,
@@ -103,63 +98,21 @@ def record(
         noise=noise,
         seed=seed,
     )
-    work = output.with_name(output.name + ".recording")
-    with _explained(work):
-        _prepare(work, request, resume)
-        _assemble(work, settings, episodes, workers, video, suite.name)
+    with _explained(folder):
+        folder.prepare(request, resume)
+        _assemble(folder, settings, episodes, workers, video, suite.name)
         made = {"episodes": episodes, "simulation": {"mujoco": version("mujoco"), **suite.settings}}
-        (work / "dataset" / RECORDING_FILE).write_text(json.dumps(request | made, indent=1))
-        if output.is_dir():
-            output.rmdir()  # empty, or `_finished` would have refused it
-        os.replace(work / "dataset", output)
-        shutil.rmtree(work)
+        folder.publish(request | made)
     return output
 
 
-def _finished(output: Path, request: dict[str, Any], episodes: int) -> bool:
-    """Whether the folder holds the data set that is asked for; ValueError when it holds another."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    found = output / RECORDING_FILE
-    if not found.is_file():
-        raise ValueError(f"{output} exists and is no data set of this recorder; choose another output")
-    existing = json.loads(found.read_text())
-    changed = [key for key, value in (request | {"episodes": episodes}).items() if existing.get(key) != value]
-    if changed:
-        was = ", ".join(f"{key}={existing.get(key)!r}" for key in changed)
-        raise ValueError(f"{output} was recorded with {was}; choose another output, or delete it to record anew")
-    return True
-
-
-def _prepare(work: Path, request: dict[str, Any], resume: bool) -> None:
-    if not resume and work.exists():
-        shutil.rmtree(work)
-    (work / "episodes").mkdir(parents=True, exist_ok=True)
-    for leftover in (work / "episodes").glob(".*"):
-        leftover.unlink()
-    shutil.rmtree(work / "dataset", ignore_errors=True)
-    path = work / "settings.json"
-    if path.exists():
-        existing = json.loads(path.read_text())
-        if existing != request:
-            changed = ", ".join(key for key in request if existing.get(key) != request[key])
-            raise ValueError(
-                f"{work} holds an unfinished recording with another {changed}; finish that one, choose another "
-                "output, or start anew with resume=false"
-            )
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(request, indent=1))
-    os.replace(temporary, path)
-
-
 @contextmanager
-def _explained(work: Path) -> Iterator[None]:
+def _explained(folder: DatasetFolder) -> Iterator[None]:
     """Say what an interruption means for the data."""
 
     def kept() -> str:
-        count = len(list((work / "episodes").glob("[0-9]*"))) if work.is_dir() else 0
-        return f"{count} finished episodes are kept in {work}; the same command goes on from there"
+        count = len(list(folder.episodes.glob("[0-9]*"))) if folder.episodes.is_dir() else 0
+        return f"{count} finished episodes are kept in {folder.work}; the same command goes on from there"
 
     try:
         yield
@@ -167,7 +120,7 @@ def _explained(work: Path) -> Iterator[None]:
         print(f"\nrecording stopped: {kept()}", file=sys.stderr)
         raise
     except OSError as error:
-        where = error.filename or work
+        where = error.filename or folder.work
         raise OSError(
             error.errno,
             f"recording cannot write to {where}: {error.strerror or error}. Free or choose another place (output=...). "
@@ -175,9 +128,11 @@ def _explained(work: Path) -> Iterator[None]:
         ) from error
 
 
-def _assemble(work: Path, settings: DemonstratorSettings, episodes: int, workers: int, video: bool, name: str) -> None:
+def _assemble(
+    folder: DatasetFolder, settings: DemonstratorSettings, episodes: int, workers: int, video: bool, name: str
+) -> None:
     """Have the missing episodes played, and write all of them in order."""
-    paths = [work / "episodes" / f"{slot:06d}.npz" for slot in range(episodes)]
+    paths = [folder.episodes / f"{slot:06d}.npz" for slot in range(episodes)]
     missing = [slot for slot, path in enumerate(paths) if not Demonstration.is_complete(path)]
     with ExitStack() as stack:
         loading = stack.enter_context(ThreadPoolExecutor(1)).submit(_load_writer)
@@ -194,7 +149,7 @@ def _assemble(work: Path, settings: DemonstratorSettings, episodes: int, workers
                 continue
             episode = Demonstration.load(paths[written])
             if writer is None:
-                writer = loading.result()(work / "dataset", f"cogvla/{name}", episode, ROBOT_TYPE, video)
+                writer = loading.result()(folder.dataset, f"cogvla/{name}", episode, ROBOT_TYPE, video)
                 stack.callback(writer.close)
             writer.add(episode)
             written += 1

@@ -233,9 +233,11 @@ def instructions(episodes: Sequence[Episode], known: Sequence[str], elsewhere: C
             "the order of tasks or their texts were mixed up",
             {"episodes": [episode.name for episode in wrong]},
         )
-    return Finding(
-        "instructions", "ok", f"{len({e.instruction for e in episodes})} of {len(known)} tasks", "", measured
-    )
+    said = f"{len(asked & set(known))} of {len(known)} tasks"
+    if others:
+        text = f"{said}; {len(others)} are of other suites"
+        return Finding("instructions", "note", text, "their episodes are not played again: check each suite", measured)
+    return Finding("instructions", "ok", said, measured=measured)
 
 
 def control_rate(recordings: Recordings, embodiment: Embodiment) -> Finding:

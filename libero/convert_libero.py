@@ -4,19 +4,13 @@
     convert_libero source=datasets/libero_goal replay=actions workers=8 output=/data/libero_goal
     convert_libero source=libero_v21 output=libero_v3
 
-The same command again goes on where it was stopped:
-
-    OUTPUT.converting/settings.json    what is being converted; a different request is refused
-    OUTPUT.converting/episodes/N.json  what became of the N-th demonstration; N.npz is the episode, if it is kept
-    OUTPUT.converting/dataset/         the data set being put together, from episode 0 at every start
-    OUTPUT/                            the data set, put in place by one rename at the end
+The same command again goes on where it was stopped (`envs/dataset_folder.py`): `OUTPUT.converting/episodes/N.json` says
+what became of the N-th demonstration, and `N.npz` is its episode if it is kept.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,9 +22,9 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from cogvla.envs.dataset_folder import DatasetFolder
 from cogvla.envs.demonstration import Demonstration
 from cogvla.libero.conversion_page import page, summary
-from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.hdf5_jobs import Job, Outcome, play
 from cogvla.libero.hdf5_reader import demonstrations, is_hdf5
 from cogvla.libero.hdf5_replay import WAITING_STEPS, ReplaySettings
@@ -153,50 +147,17 @@ def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool 
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
     request = conversion.request | {"video": video}
-    if _finished(output, request):
+    folder = DatasetFolder(output, "converting", "converted", CONVERSION)
+    if folder.is_finished(request):
         return output
-    work = output.with_name(output.name + ".converting")
-    _prepare(work, request, resume)
-    outcomes = play(conversion.settings, conversion.jobs, work / "episodes", workers)
-    _write(conversion, outcomes, work, request)
-    if output.is_dir():
-        output.rmdir()  # empty, or `_finished` would have refused it
-    os.replace(work / "dataset", output)
-    shutil.rmtree(work)
+    folder.prepare(request, resume)
+    outcomes = play(conversion.settings, conversion.jobs, folder.episodes, workers)
+    folder.publish(request | _write(conversion, outcomes, folder.dataset, request))
     return output
 
 
-def _finished(output: Path, request: dict[str, Any]) -> bool:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    found = output / CONVERSION
-    if not found.is_file():
-        raise ValueError(f"{output} exists and is no data set of convert_libero; choose another output")
-    _same(json.loads(found.read_text())["request"], request, output, "choose another output, or delete it")
-    return True
-
-
-def _prepare(work: Path, request: dict[str, Any], resume: bool) -> None:
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    (work / "episodes").mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(work / "dataset", ignore_errors=True)
-    path = work / "settings.json"
-    if path.exists():
-        _same(json.loads(path.read_text()), request, work, "finish that one, choose another output, or resume=false")
-    else:
-        write_atomic(path, json.dumps(request, indent=1))
-
-
-def _same(existing: dict[str, Any], request: dict[str, Any], folder: Path, advice: str) -> None:
-    wanted = json.loads(json.dumps(request))
-    changed = [key for key in wanted if existing.get(key) != wanted[key]]
-    if changed:
-        raise ValueError(f"{folder} holds a conversion with another {', '.join(changed)}: {advice}")
-
-
-def _write(conversion: Conversion, outcomes: list[Outcome], work: Path, request: dict[str, Any]) -> None:
-    """Put the kept episodes together, in order, with the statistics page."""
+def _write(conversion: Conversion, outcomes: list[Outcome], root: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Put the kept episodes together, in order, with the statistics page; returns its numbers."""
     from cogvla.envs.dataset_writer import DatasetWriter  # imports lerobot, which takes seconds
 
     kept = [(job, outcome) for job, outcome in zip(conversion.jobs, outcomes, strict=True) if outcome.kept]
@@ -211,7 +172,7 @@ def _write(conversion: Conversion, outcomes: list[Outcome], work: Path, request:
             episode = Demonstration.load(outcome.path)
             if writer is None:
                 name = f"cogvla/{conversion.settings.suite}"
-                writer = DatasetWriter(work / "dataset", name, episode, "panda", request["video"])
+                writer = DatasetWriter(root, name, episode, "panda", request["video"])
                 stack.callback(writer.close)
             writer.add(episode)
             for key, values in arrays.items():
@@ -222,12 +183,11 @@ def _write(conversion: Conversion, outcomes: list[Outcome], work: Path, request:
         {key: np.concatenate(values) for key, values in arrays.items()},
     )
     origin = [{"source": job.path.name, "demonstration": job.key} for job, _ in kept]
-    conversion_file = {"request": request, **found, "episodes": origin}
-    write_atomic(work / "dataset" / CONVERSION, json.dumps(conversion_file, indent=1))
     waiting = WAITING_STEPS[conversion.settings.replay]
     starts = [{"task": job.task, "waiting_steps": waiting, **asdict(outcome.start)} for job, outcome in kept]
-    write_atomic(work / "dataset" / INITIAL_STATES, json.dumps({"episodes": starts}))
-    write_atomic(work / "dataset" / "README.md", page(request, found))
+    (root / INITIAL_STATES).write_text(json.dumps({"episodes": starts}))
+    (root / "README.md").write_text(page(request, found))
+    return found | {"episodes": origin}
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,40 +69,35 @@ def play(settings: ReplaySettings, jobs: Sequence[Job], folder: Path, workers: i
         ValueError: a demonstration cannot be read or does not fit its task.
         RuntimeError: a worker died.
     """
-    for leftover in folder.glob(".*"):
-        leftover.unlink()
     missing = [index for index in range(len(jobs)) if not _result(folder, index).exists()]
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=settings.suite, unit="demonstration")
-    with bar:
-        dropped = 0
-        if workers == 0 or len(missing) < 2:
-            for index in missing:
-                dropped += not _replay(settings, jobs[index], folder, index)
-                bar.update()
-                bar.set_postfix(dropped=dropped)
-            _replayer.cache_clear()
-        else:
-            dropped = 0
-            with ProcessPoolExecutor(min(workers, len(missing)), multiprocessing.get_context("spawn"), _start) as pool:
-                futures = [pool.submit(_replay, settings, jobs[index], folder, index) for index in missing]
-                try:
-                    for future in as_completed(futures):
-                        dropped += not _done(future)
-                        bar.update()
-                        bar.set_postfix(dropped=dropped)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+    dropped = 0
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=settings.suite, unit="demonstration") as bar:
+        for kept in _played(settings, [(jobs[index], index) for index in missing], folder, workers):
+            dropped += not kept
+            bar.update()
+            bar.set_postfix(dropped=dropped)
     return [_outcome(folder, index) for index in range(len(jobs))]
 
 
-def _done(future: Future[bool]) -> bool:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker died (often: not enough memory); use fewer workers, the same command goes on where it stopped"
-        ) from error
+def _played(settings: ReplaySettings, missing: Sequence[tuple[Job, int]], folder: Path, workers: int) -> Iterator[bool]:
+    """Replay them, in processes or in this one; yields whether one more is kept."""
+    if workers == 0 or len(missing) < 2:
+        if missing:
+            with closing(Replayer(settings)) as replayer:
+                for job, index in missing:
+                    yield _replay(replayer, job, folder, index)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(missing)), context, _start) as pool:
+        try:
+            for future in as_completed([pool.submit(_replay_there, settings, *job, folder) for job in missing]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker died (often: not enough memory); use fewer workers, the same command goes on where it stopped"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start() -> None:
@@ -113,20 +109,24 @@ def _start() -> None:
 
 @functools.cache
 def _replayer(settings: ReplaySettings) -> Replayer:
-    """One environment per process."""
+    """The one environment of a worker."""
     return Replayer(settings)
 
 
-def _replay(settings: ReplaySettings, job: Job, folder: Path, index: int) -> bool:
+def _replay_there(settings: ReplaySettings, job: Job, index: int, folder: Path) -> bool:
+    return _replay(_replayer(settings), job, folder, index)
+
+
+def _replay(replayer: Replayer, job: Job, folder: Path, index: int) -> bool:
     """Replay one demonstration, put its outcome into the folder, and say whether it is kept."""
     recording = read(job.path, job.key)
     try:
-        replayed = _replayer(settings).replay(job.task, recording)
+        replayed = replayer.replay(job.task, recording)
     except ValueError as error:
         raise ValueError(f"{job.path}, {job.key}: {error}") from error
     if replayed.episode is not None:
         replayed.episode.save(_episode(folder, index))
-    fixtures = recording.fixtures if settings.replay == "states" else {}
+    fixtures = recording.fixtures if replayer.settings.replay == "states" else {}
     start = Start(recording.states_TD[0].tolist(), {body: pose.tolist() for body, pose in fixtures.items()})
     steps = 0 if replayed.episode is None else len(replayed.episode)
     outcome = Outcome(replayed.reason, steps, replayed.noops, start)

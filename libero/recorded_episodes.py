@@ -26,7 +26,7 @@ from cogvla.libero.hdf5_replay import WAITING_STEPS
 from cogvla.libero.suites import LIBERO_SUITES, instruction, tasks
 from cogvla.policy.data import DataConfig, convert_gripper
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.lerobot_reader import LeRobotReader, local_root
+from cogvla.policy.lerobot_reader import LeRobotReader, Part, local_root
 from cogvla.policy.lerobot_reader import Mapping as ReaderMapping
 
 EXECUTED, TASK, INITIAL_STATE = "label.executed_action", "label.task", "label.initial_state"
@@ -181,9 +181,9 @@ class LeRobotRecordings:
                 action_dim=embodiment.action_dim,
             ),
         )
-        recorded, converted = _json(root / RECORDING_FILE), _json(root / CONVERSION).get("request", {})
-        self.suite = recorded.get("suite") or converted.get("suite")
-        self.simulation: Mapping[str, Any] = recorded.get("simulation") or converted.get("simulation") or {}
+        made = _json(root / RECORDING_FILE) or _json(root / CONVERSION)
+        self.suite = made.get("suite")
+        self.simulation: Mapping[str, Any] = made.get("simulation", {})
         self.control_hz = float(self._reader.info["fps"])
         statistics = _json(root / "meta" / "stats.json")
         keys = {"action": config.action, "state": config.state}
@@ -198,6 +198,10 @@ class LeRobotRecordings:
                     mapped = convert_gripper(torch.from_numpy(columns[key]), self._config.gripper, self._embodiment)
                     columns[key] = mapped.numpy()
         return columns, instructions
+
+    @cached_property
+    def _parts(self) -> list[Part]:
+        return list(self._reader.parts())
 
     @cached_property
     def _first_rows(self) -> np.ndarray:
@@ -234,7 +238,7 @@ class LeRobotRecordings:
     def images(self, episode: Episode, camera: str, steps: Sequence[int]) -> np.ndarray:
         rows = [int(self._first_rows[episode.index]) + step for step in steps]
         found: dict[int, np.ndarray] = {}
-        for part in self._reader.parts():
+        for part in self._parts:
             if self.cameras[part.view] == camera and np.isin(rows, part.rows).any():
                 for places, frames_FCHW in self._reader.decode(part, only=rows):
                     found |= {

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from cogvla.libero.recorded_episodes import Episode, Start
@@ -58,7 +57,7 @@ class Gripper:
 
 
 def replay(
-    env: gym.Env,
+    env: Any,
     episode: Episode,
     task: int,
     cameras: Sequence[str],
@@ -70,7 +69,7 @@ def replay(
     """Play the executed actions of an episode.
 
     Args:
-        env: of the suite.
+        env: the suite's gymnasium environment.
         episode: what is played.
         task: of an episode whose beginning is not known.
         cameras: whose images are wanted.
@@ -106,7 +105,7 @@ def replay(
     return Trace(episode, exact, np.stack(states), images, success)
 
 
-def _begin(env: gym.Env, start: Start) -> dict[str, np.ndarray]:
+def _begin(env: Any, start: Start) -> dict[str, np.ndarray]:
     if start.state is None:
         observation, _ = env.reset(options={"task": start.task, "initial_state": start.initial_state})
         return observation

@@ -213,7 +213,7 @@ def test_states_are_shown_again(stove: Path, tmp_path: Path) -> None:
     conversion = json.loads((root / command.CONVERSION).read_text())
     assert (conversion["total"]["kept"], conversion["total"]["dropped"], conversion["total"]["noops"]) == (2, 1, 4)
     assert conversion["episodes"][1] == {"source": f"{STOVE}_demo.hdf5", "demonstration": "demo_2"}
-    assert conversion["request"]["simulation"]["mujoco"]
+    assert conversion["simulation"]["mujoco"]
     assert conversion["features"]["action"]["max"][6] == -1
     starts = json.loads((root / command.INITIAL_STATES).read_text())["episodes"]
     assert np.array_equal(starts[1]["state"], original[1].states_TD[0])
@@ -223,7 +223,7 @@ def test_states_are_shown_again(stove: Path, tmp_path: Path) -> None:
     assert "- 1: the goal does not hold after the last of its states" in text
     assert not (tmp_path / "out.converting").exists()
     assert run(stove, tmp_path / "out", "workers=0", "image_size=64") == root, "it is there already"
-    with pytest.raises(ValueError, match="another image_size"):
+    with pytest.raises(ValueError, match="was converted with image_size=64"):
         run(stove, tmp_path / "out", "workers=0", "image_size=32")
 
 

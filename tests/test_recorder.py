@@ -293,7 +293,7 @@ def test_a_finished_data_set_is_left_alone_and_another_request_refused(recorded:
 
 def test_folders_with_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="no data set of this recorder"):
+    with pytest.raises(ValueError, match="was not recorded by this command"):
         record(NAME, 1, tmp_path, image_size=16, workers=0, expert=ToyExpert)
     work = tmp_path / "toy.recording"
     work.mkdir()
