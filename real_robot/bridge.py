@@ -201,6 +201,12 @@ class Bridge:
         with self._lock:
             self._loop.refuse(sensor, kind, reason)
 
+    def fail(self, error: BaseException) -> None:
+        """The robot is lost: nothing more is sent, and `wait` raises the error."""
+        if self._failure is None:
+            self._failure = error
+            self._stop.set()
+
     def instruct(self, text: str) -> None:
         """What to do from now on; empty: hold."""
         with self._lock:
@@ -302,9 +308,8 @@ class Bridge:
     def _check(self, done: Future[None]) -> None:
         """Whatever goes wrong in the other thread ends the bridge, and `wait` raises it."""
         error = None if done.cancelled() else done.exception()
-        if error is not None and self._failure is None:
-            self._failure = error
-            self._stop.set()
+        if error is not None:
+            self.fail(error)
 
     async def _ask(self, request: Request) -> None:
         self._asking = self._asking or asyncio.Lock()
