@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> list[Measured]:
     """Measure each row and print it as soon as it is known."""
-    embodiment, peaks = _embodiment(options), machine_peaks(options.device, options.dtype)
+    peaks = machine_peaks(options.device, options.dtype)
     print(f"{peaks.name}, {options.dtype}: large products {peaks.flops / 1e12:.3g} TFLOP/s, "
           f"copies {peaks.bandwidth / 1e9:.3g} GB/s (measured now)")  # fmt: skip
     print(header())
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> list[Measured]:
         if row.float8 and options.dtype != "bfloat16":
             print(f"{name:<20} not measured: 8-bit layers compute beside bfloat16 ones (--dtype bfloat16)")
             continue
-        policy, plain_actions = _policy(row, embodiment, options)
+        policy, plain_actions = _policy(row, options)
         for batch in options.batches:
             observation = _observation(policy.embodiment, batch)
             costs = count_flops(policy.model.config, policy.embodiment, len(INSTRUCTION.split()), batch)
@@ -201,20 +201,20 @@ def _compare(results: Sequence[Measured]) -> None:
 
 
 def _policy(
-    row: Row, embodiment: Embodiment, options: argparse.Namespace
+    row: Row, options: argparse.Namespace
 ) -> tuple[CogVLAPolicy, Callable[[CogVLAPolicy], tuple[float, float]] | None]:
     """The policy of a row, and what compares it with the same model operation by operation."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
     if row.routing is None:
         plain = load_policy(options.checkpoint, options.device)
         model, preprocessor = plain.model, plain.preprocessor
     else:
-        routing = {**_yaml("routing", row.routing), **row.changes}
-        config = CogVLAConfig.from_dict({**_yaml("policy", options.preset), "routing": routing})
+        config, embodiment = preset(row, options)
         model = empty_model(config, embodiment)
-        _fill(model, torch.device(options.device))
+        _fill(model, torch.device(options.device), dtype)
         preprocessor = _preprocessor(embodiment)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if options.dtype == "float32" else torch.bfloat16)
+        parameter.data = parameter.data.to(dtype)
     plain = CogVLAPolicy(model, preprocessor)
     if not row.engine:
         return plain, None
@@ -233,12 +233,12 @@ def _policy(
     return policy, deviation
 
 
-def _fill(model: nn.Module, device: torch.device) -> None:
+def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Random weights of a usual size, made on the device: no time is spent on initialisation."""
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            tensor = torch.empty(parameter.shape, device=device)
+            tensor = torch.empty(parameter.shape, device=device, dtype=dtype)
             if parameter.dim() < 2:
                 tensor.fill_(1.0 if "norm" in type(module).__name__.lower() and name == "weight" else 0.0)
             else:
@@ -261,11 +261,15 @@ def _observation(embodiment: Embodiment, batch: int, seed: int = 0) -> Observati
     return replace(embodiment.fake_observation(batch, seed), instruction=[INSTRUCTION] * batch)
 
 
-def _embodiment(options: argparse.Namespace) -> Embodiment:
+def preset(row: Row, options: argparse.Namespace) -> tuple[CogVLAConfig, Embodiment]:
+    """The network of a row of `ROWS`, and a robot with LIBERO's numbers and the views that the options ask for."""
+    assert row.routing is not None, "rows of a checkpoint have no preset"
     values = _yaml("embodiment", "libero")
     size = options.size or (128 if options.preset == "tiny" else 224)
     cameras = [{"name": f"view{index}", "height": size, "width": size} for index in range(options.views)]
-    return Embodiment(**{**values, "cameras": cameras})
+    routing = {**_yaml("routing", row.routing), **row.changes}
+    config = CogVLAConfig.from_dict({**_yaml("policy", options.preset), "routing": routing})
+    return config, Embodiment(**{**values, "cameras": cameras})
 
 
 def _yaml(group: str, name: str) -> dict[str, Any]:
