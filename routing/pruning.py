@@ -52,6 +52,13 @@ class FiLMRouter(nn.Module):
         self.shift = two_layer(width, width // 2, width)
         self.logits = nn.Linear(width, 2)
 
+    def score(self, h_BND: Tensor, summary_B1D: Tensor) -> Tensor:
+        """By how much each vision token should rather take part than not, [B,N]."""
+        scale_B1D, shift_B1D = self.scale(summary_B1D), self.shift(summary_B1D)
+        logits_BN2 = self.logits(torch.addcmul(shift_B1D, h_BND, 1 + scale_B1D))
+        # The difference of two logits orders like their softmax, but it does not saturate into ties.
+        return logits_BN2[..., 1] - logits_BN2[..., 0]
+
     def forward(self, h_BSD: Tensor, layout: TokenLayout, context_B1T: Tensor, count: int) -> Selection:
         """Choose `count` vision tokens; bos and everything after the vision tokens always stay.
 
@@ -64,10 +71,7 @@ class FiLMRouter(nn.Module):
             count: K.
         """
         summary_B1D = context_B1T @ h_BSD[:, layout.context]
-        scale_B1D, shift_B1D = self.scale(summary_B1D), self.shift(summary_B1D)
-        logits_BN2 = self.logits(torch.addcmul(shift_B1D, h_BSD[:, layout.visual], 1 + scale_B1D))
-        # The difference of two logits orders like their softmax, but it does not saturate into ties.
-        score_BN = logits_BN2[..., 1] - logits_BN2[..., 0]
+        score_BN = self.score(h_BSD[:, layout.visual], summary_B1D)
         kept_BK = score_BN.detach().topk(count, dim=1, sorted=False).indices.sort(dim=1).values
         probability_BK1 = score_BN.gather(1, kept_BK).sigmoid()[..., None]
 

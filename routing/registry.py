@@ -18,6 +18,8 @@ from cogvla.routing.routers.coverage import Coverage
 from cogvla.routing.routers.debias import Debias
 from cogvla.routing.routers.diversity import Diversity
 from cogvla.routing.routers.facility_location import FacilityLocation
+from cogvla.routing.routers.film_aggregation import FiLMAggregation
+from cogvla.routing.routers.film_pruning import FiLMPruning
 from cogvla.routing.routers.flex_count import FlexCount
 from cogvla.routing.routers.frequency import Frequency
 from cogvla.routing.routers.global_attention import GlobalAttention
@@ -52,6 +54,8 @@ ROUTERS: dict[str, type[TokenRouter]] = {
     "frequency": Frequency,
     "zeroth_order": ZerothOrder,
     "debias": Debias,
+    "film_aggregation": FiLMAggregation,
+    "film_pruning": FiLMPruning,
     "semantic_tokens": SemanticTokens,
     "learned_pruner": LearnedPruner,
     "global_attention": GlobalAttention,

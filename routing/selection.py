@@ -6,6 +6,7 @@ Shape legend: B rows, N tokens, K tokens kept, D width, H x W grid.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,12 @@ def kept(tokens_BND: Tensor, index_BK: Tensor, score_BN: Tensor | None = None) -
     """The answer of a router that chooses tokens; their order is the one they had."""
     index_BK = index_BK.sort(dim=1).values
     return RoutedTokens(take(tokens_BND, index_BK), index_BK, index_BK, score_BN)
+
+
+def straight_through(routed: RoutedTokens, probability_BN: Tensor) -> RoutedTokens:
+    """The same tokens to the bit, through which gradients reach the probabilities of those that were kept."""
+    surplus_BK1 = take((probability_BN - probability_BN.detach())[..., None], routed.index_BK)
+    return replace(routed, tokens_BKD=routed.tokens_BKD * (1 + surplus_BK1.to(routed.tokens_BKD.dtype)))
 
 
 def unit(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 
 from cogvla.routing.draws import children, normal, seeds_of, uniform
 from cogvla.routing.registry import ROUTERS, build_router
-from cogvla.routing.router import ITEMS, STAGES, RoutedTokens, RouterConfig, RouterContext, RouterSizes, count_of
+from cogvla.routing.router import (
+    ITEMS,
+    STAGES,
+    RoutedTokens,
+    RouterConfig,
+    RouterContext,
+    RouterSizes,
+    TokenRouter,
+    count_of,
+)
+from cogvla.routing.selection import best, kept
 from cogvla.tests.router_contexts import NAMES, context_for, everything, router_of, sample, sizes_for, tokens_of
 
 SELECTING = [name for name in NAMES if ROUTERS[name].selects]
@@ -162,6 +173,21 @@ def test_every_item_is_documented_and_tested() -> None:
     assert everything().keys() >= ITEMS
     text = inspect.getdoc(RouterConfig) or ""
     assert not [f.name for f in fields(RouterConfig) if f"{f.name}:" not in text]
+
+
+def test_the_router_of_the_documentation_is_one() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "routing.md").read_text()
+    code = page[page.index("class MostDifferent") :]
+    names = {"TokenRouter": TokenRouter, "kept": kept, "best": best}
+    exec("from __future__ import annotations\n" + code[: code.index("```")], names)
+    router, x = names["MostDifferent"](sizes_for(2)), tokens_of() * 0.01  # type: ignore[operator]
+    x[:, [3, 9]] += 5
+    assert router(x, RouterContext(2)).index_BK.tolist() == [[3, 9]] * 3
+
+
+def test_the_documentation_lists_every_router() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "routing.md").read_text()
+    assert not [name for name in NAMES if f"\n| `{name}` | " not in page]
 
 
 def test_mistakes_say_what_is_possible() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,30 @@ def test_kept_tokens_teach_the_learned_pruner_though_they_are_not_changed() -> N
     assert router.logit.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
     assert plain.losses == {}
     assert trained.losses.keys() == {"budget"}
+
+
+def test_film_pruning_is_lfps_score_of_the_words() -> None:
+    x, router = tokens_of(), router_of("film_pruning", 4)
+    context = context_for(router)
+    assert context.text_BTE is not None
+    assert context.text_mask_BT is not None
+    scorer: Any = router.scorer
+    for row in range(3):
+        summary = context.text_BTE[row][context.text_mask_BT[row]].mean(0)
+        p = scorer.logits(x[row] * (1 + scorer.scale(summary)) + scorer.shift(summary)).softmax(-1)[:, 1]
+        assert router(x, context).index_BK[row].tolist() == p.topk(4).indices.sort().values.tolist()
+
+
+def test_aggregation_depends_on_the_instruction_through_film_only() -> None:
+    x, router = tokens_of(1), router_of("film_aggregation", 4)
+    mask = torch.tensor([[True]])
+    words = [torch.randn(1, 1, WIDTH) for _ in range(2)]
+    asked = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BKD for word in words]
+    assert not torch.allclose(*asked)
+    with torch.no_grad():
+        router.film.project.weight.zero_()  # type: ignore[union-attr]
+    deaf = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BKD for word in words]
+    torch.testing.assert_close(*deaf)
 
 
 def test_semantic_tokens_start_at_the_maximum_of_each_cell() -> None:

@@ -12,12 +12,13 @@ and 0.1 (mean probability - K/N)^2 holds the probabilities where the budget is.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from cogvla.routing.attention_block import AttentionBlock
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
-from cogvla.routing.selection import best, kept, take
+from cogvla.routing.selection import best, kept, straight_through
 
 BUDGET_WEIGHT = 0.1
 
@@ -55,8 +56,6 @@ class LearnedPruner(TokenRouter):
         if not context.training:
             return routed
         probability_BN = logit_BN.sigmoid()
-        surplus_BK1 = take(probability_BN[..., None], routed.index_BK).to(tokens_BND.dtype)
-        tokens_BKD = routed.tokens_BKD * (1 + (surplus_BK1 - surplus_BK1.detach()))
         share = context.budget / tokens_BND.shape[1]
         losses = {"budget": BUDGET_WEIGHT * (probability_BN.mean() - share).square()}
         if self.guide:
@@ -65,4 +64,4 @@ class LearnedPruner(TokenRouter):
             target_BN = target_BN / target_BN.sum(-1, keepdim=True)
             distance_B = (target_BN * (target_BN.log() - logit_BN.log_softmax(-1))).sum(-1)
             losses["guide"] = self.guide * distance_B.mean()
-        return RoutedTokens(tokens_BKD, routed.index_BK, routed.place_BK, logit_BN, losses=losses)
+        return replace(straight_through(routed, probability_BN), losses=losses)

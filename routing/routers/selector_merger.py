@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cogvla.routing.attention_block import AttentionBlock
 from cogvla.routing.draws import uniform
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
-from cogvla.routing.selection import best, take
+from cogvla.routing.selection import best, kept, straight_through
 
 RATE_WEIGHT = 2.0
 
@@ -53,8 +53,7 @@ class SelectorMerger(TokenRouter):
         probability_BN = score_BN.sigmoid()
         index_BK = best(score_BN.detach(), context.budget)
         kept_BN = torch.zeros_like(score_BN, dtype=torch.bool).scatter_(1, index_BK, True)
-        straight_BK1 = take((probability_BN - probability_BN.detach())[..., None], index_BK).to(x_BND.dtype)
-        y_BKD = take(x_BND, index_BK) * (1 + straight_BK1)
+        y_BKD = straight_through(kept(x_BND, index_BK), probability_BN).tokens_BKD
         before_1KK = torch.ones(context.budget, context.budget, dtype=torch.bool, device=x_BND.device).tril()[None]
         y_BKD = self.among(y_BKD, mask=before_1KK)
         if context.budget < x_BND.shape[1]:

@@ -1,0 +1,51 @@
+"""CogVLA's EFA as a router: K learned tokens collect from the patches what the instruction asks for.
+
+In the policy's own stage 1 (`routing.efa`, `routing/aggregation.py`) such tokens go through every block of the towers,
+which the instruction modulates by FiLM. Here they read the towers' last features only, in blocks of attention, FiLM and
+an MLP, so that the towers stay as they are and the cost of looking for K tokens can be compared with the others'.
+
+Our choices: two blocks; FiLM from the mean of the words, starting at the identity; tokens stand evenly spread.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cogvla.routing.attention_block import AttentionBlock
+from cogvla.routing.film import FiLM, modulate
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.routers.facility_location import mean_word
+from cogvla.routing.selection import synthetic
+
+
+class FiLMAggregation(TokenRouter):
+    """Learned tokens that look for what is asked.
+
+    Args:
+        sizes: see `RouterSizes`.
+        blocks: how often they look.
+        heads: of the attention.
+    """
+
+    needs = frozenset({"text_BTE"})
+    selects = False
+
+    def __init__(self, sizes: RouterSizes, *, blocks: int = 2, heads: int = 4) -> None:
+        super().__init__(sizes)
+        self.tokens = nn.Parameter(torch.randn(sizes.budget, sizes.width))
+        self.blocks = nn.ModuleList(AttentionBlock(sizes.width, heads, sizes.width) for _ in range(blocks))
+        self.film = FiLM(sizes.text_width, sizes.width, blocks, init=0.0)
+
+    def leaves(self, budget: int) -> int:
+        if budget != len(self.tokens):
+            raise ValueError(f"film_aggregation learns {len(self.tokens)} tokens; the budget cannot be {budget}")
+        return budget
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        x_BND = tokens_BND.to(self.tokens.dtype)
+        scale_LB1D, shift_LB1D = self.film(mean_word(context).to(x_BND.dtype))
+        y_BKD = self.tokens.expand(len(x_BND), -1, -1)
+        for block, scale_B1D, shift_B1D in zip(self.blocks, scale_LB1D, shift_LB1D, strict=True):
+            y_BKD = modulate(block(y_BKD, x_BND), scale_B1D, shift_B1D)
+        return synthetic(y_BKD.to(tokens_BND.dtype), tokens_BND.shape[1])

@@ -1,0 +1,36 @@
+"""CogVLA's LFP as a router: the instruction modulates vision tokens, a linear layer scores them, the best stay.
+
+In the policy's own stage 2 (`routing.lfp`, `routing/pruning.py`) every layer does this with its own keep ratio, and the
+probability scales what a kept token computes. Here it is one decision at one place, with the same module, so that it
+can be compared with the others at the same budget.
+
+Our choices: the summary is the mean of the words, without the state; kept tokens are multiplied by 1 with the gradient
+of their probability (straight through), since a router does not see what a layer computes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cogvla.routing.pruning import FiLMRouter
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.routers.facility_location import mean_word
+from cogvla.routing.selection import best, kept, straight_through
+
+
+class FiLMPruning(TokenRouter):
+    """Keeps what the instruction asks for, by a trained score."""
+
+    needs = frozenset({"text_BTE"})
+    stage = "projector_out"
+    stages = ("projector_out", "llm_layer")
+
+    def __init__(self, sizes: RouterSizes) -> None:
+        super().__init__(sizes)
+        self.scorer = FiLMRouter(sizes.width)
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        dtype = self.scorer.logits.weight.dtype
+        score_BN = self.scorer.score(tokens_BND.to(dtype), mean_word(context)[:, None].to(dtype)).float()
+        routed = kept(tokens_BND, best(score_BN.detach(), context.budget), score_BN)
+        return straight_through(routed, score_BN.sigmoid()) if context.training else routed
