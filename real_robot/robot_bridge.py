@@ -67,7 +67,7 @@ def run(config: DictConfig) -> None:
             + (", dry run: nothing is sent" if settings.dry_run else ""),
             flush=True,
         )
-        _watch(bridge, stop)
+        watch(bridge, stop)
     report = bridge.diagnostics() | {"robot": robot.name, "measurements": bridge.measurements.summary()}
     print(latency_table(bridge.measurements, embodiment.control_hz))
     if config.output is not None:
@@ -76,7 +76,7 @@ def run(config: DictConfig) -> None:
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _watch(bridge: Bridge, stop: threading.Event) -> None:
+def watch(bridge: Bridge, stop: threading.Event) -> None:
     """Print what the loop does whenever that changes."""
     shown = ""
     while not (stop.is_set() or bridge.wait(POLL_S)):

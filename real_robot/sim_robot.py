@@ -56,9 +56,11 @@ def run(config: DictConfig) -> None:
         robot = SimRobot(node, topics, config.suite, config.image_size, config.max_steps)
         robot.arm.set_scene(SceneStart(0, config.task, config.initial_state))
         print(f"{node.name} plays {config.suite}", flush=True)
-        while not stop.is_set():
+        while not stop.is_set() and node.failure is None:
             robot.arm.step()
         robot.arm.close()
+        if node.failure is not None:
+            raise node.failure
 
 
 class SimRobot:

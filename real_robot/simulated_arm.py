@@ -142,8 +142,9 @@ class SimulatedArm:
             action_A = np.zeros(GRIPPER + 1)
             action_A[GRIPPER] = self._gripper
         self._gripper = float(action_A[GRIPPER])
-        if (self._followed and waited) or self._clock() - self._due > self._period:
-            self._due = self._clock()  # else the schedule goes on, and the time that pictures took is caught up with
+        now = self._clock()
+        if (self._followed and waited) or not now - self._period < self._due <= now:
+            self._due = now  # else the schedule goes on, and the time that pictures took is caught up with
         observation, *_, info = self._env.step(action_A)
         self._on_images({name: observation[name] for name in CAMERAS}, self._clock() - self._measured)
         self._count(info)
