@@ -58,6 +58,40 @@ def length_histogram(successes: Sequence[int], failures: Sequence[int], max_step
     return _svg(figure)
 
 
+def pareto(
+    points: Sequence[tuple[str, float, float, float, float]], front: Sequence[int], cost: str, reference: float | None
+) -> bytes:
+    """Success against cost as PNG.
+
+    Args:
+        points: name of the router, cost, success, and the ends of its interval, all rates in [0,1].
+        front: indices of the points that no other one beats; their line and their names are drawn.
+        cost: label of the axis.
+        reference: success of the policy with all its tokens, as a line.
+    """
+    figure, axes = _figure(7.2, 4.6)
+    names = list(dict.fromkeys(name for name, *_ in points))
+    for number, name in enumerate(names):
+        x, y, low, high = (np.array([p[i] for p in points if p[0] == name]) for i in (1, 2, 3, 4))
+        axes.errorbar(
+            x, 100 * y, yerr=100 * np.stack([(y - low).clip(0), (high - y).clip(0)]), color=f"C{number % 10}",
+            marker="osD^v<>Ph*"[number // 10 % 10], markersize=5, linestyle=":", linewidth=0.8, elinewidth=0.6,
+            label=name,
+        )  # fmt: skip
+    ordered = sorted(front, key=lambda index: points[index][1])
+    axes.plot([points[i][1] for i in ordered], [100 * points[i][2] for i in ordered], color=TEXT, linewidth=1.2)
+    if reference is not None:
+        axes.axhline(100 * reference, color=BAD, linestyle="--", linewidth=1, label="all tokens")
+    axes.set_ylim(-2, 102)
+    axes.set_xlabel(cost)
+    axes.set_ylabel("success, %")
+    axes.grid(color=GRID)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # takes longer to import than anything else here, and is needed at the end
 

@@ -174,7 +174,7 @@ def render_html(report: Report, folder: Path) -> str:
             [r.steps for r in played if r.success], [r.steps for r in played if not r.success], report.max_steps
         ),
     }
-    return _template("report.html.j2").render(
+    return template("report.html.j2").render(
         report=report,
         figures=figures,
         sections=_sections(report),
@@ -185,10 +185,11 @@ def render_html(report: Report, folder: Path) -> str:
 
 def render_index(reports: Mapping[str, Report]) -> str:
     """One page over several reports, by the folder that each is in, relative to the page."""
-    return _template("index.html.j2").render(reports=reports)
+    return template("index.html.j2").render(reports=reports)
 
 
-def _template(name: str) -> Template:
+def template(name: str) -> Template:
+    """A page of this folder, with the filters that pages use."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,

@@ -50,6 +50,15 @@ def success_rate(outcomes: Iterable[bool]) -> Rate:
     return Rate(successes, trials, successes / trials, *wilson_interval(successes, trials))
 
 
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value of so many wins and losses if both were equally likely (exact binomial; McNemar's test)."""
+    if min(wins, losses) < 0:
+        raise ValueError(f"wins and losses are counts, got {wins} and {losses}")
+    trials = wins + losses
+    tail = sum(math.comb(trials, k) for k in range(min(wins, losses) + 1)) / 2**trials
+    return min(1.0, 2 * tail)
+
+
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds: percentiles and mean of `count` samples; `rate_hz` is how many per second (1000 / mean)."""

@@ -6,6 +6,7 @@ Shape legend: X rows (samples times views), N patches, S tokens with the prefix,
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +25,18 @@ class AttentionProbe:
         blocks: whose attention `attention_LBN` is; the other items are of the last of them.
         prefix: tokens before the patches.
         has_cls: whether the first of these is a [CLS] token; otherwise patches take its place.
+        timer: is put around what is computed.
     """
 
-    def __init__(self, needs: Collection[str], blocks: Sequence[int], prefix: int, has_cls: bool) -> None:
+    def __init__(
+        self,
+        needs: Collection[str],
+        blocks: Sequence[int],
+        prefix: int,
+        has_cls: bool,
+        timer: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self.timer = timer or nullcontext()
         self.needs, self.blocks, self.prefix, self.has_cls = FROM_VISION & set(needs), blocks, prefix, has_cls
         self.rows: list[Tensor] = []
         self.found: dict[str, Tensor] = {}
@@ -35,6 +45,10 @@ class AttentionProbe:
     def __call__(self, index: int, block: Any, x_XSW: Tensor) -> None:
         if not self.needs or index not in self.blocks:
             return
+        with self.timer:
+            self._watch(index, block, x_XSW)
+
+    def _watch(self, index: int, block: Any, x_XSW: Tensor) -> None:
         attention = block.attn
         qkv_XSQ = attention.qkv(block.norm1(x_XSW))
         q, k, _ = rearrange(qkv_XSQ, "x s (three h c) -> three x h s c", three=3, h=attention.num_heads)

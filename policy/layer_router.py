@@ -8,6 +8,7 @@ Shape legend: B batch, S sequence, N vision tokens now, K kept, D width, C width
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class LayerPass:
         draw_B: seeds.
         score_BN: of the router before the language model, if it gave any.
         training: see `RouterContext`.
+        timer: is put around all that is computed here.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class LayerPass:
         draw_B: Tensor,
         score_BN: Tensor | None,
         training: bool,
+        timer: AbstractContextManager[Any] | None = None,
     ) -> None:
+        self.timer = timer or nullcontext()
         self.routers, self.bypass, self.compact = routers, bypass, compact
         self.draw_B, self.score_BN, self.training = draw_B, score_BN, training
         self.losses: dict[str, Tensor] = {}
@@ -57,11 +61,12 @@ class LayerPass:
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
     ) -> tuple[Tensor, Frame, Tensor | None]:
         place_BK = None
-        if index in self.routers and not self.bypass:
-            x_BSD, now, place_BK = self._without(layer, index, x_BSD, now, context)
-        after = self.routers.get(index + 1)
-        if after is not None and "growth_BN" in after[0].needs:
-            self.earlier_BN = _read(layer, normed(layer.input_layernorm, x_BSD), now)
+        with self.timer:
+            if index in self.routers and not self.bypass:
+                x_BSD, now, place_BK = self._without(layer, index, x_BSD, now, context)
+            after = self.routers.get(index + 1)
+            if after is not None and "growth_BN" in after[0].needs:
+                self.earlier_BN = _read(layer, normed(layer.input_layernorm, x_BSD), now)
         return x_BSD, now, place_BK
 
     def _without(
@@ -80,8 +85,9 @@ class LayerPass:
     def choose(self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext) -> Selection | None:
         if not self.bypass or index not in self.routers:
             return None
-        kept_BK = self._route(layer, index, h_BSD, h_BSD, now, context).index_BK
-        return Selection(kept_BK, rows_of(now.layout, kept_BK), now.layout.with_vision(kept_BK.shape[1]))
+        with self.timer:
+            kept_BK = self._route(layer, index, h_BSD, h_BSD, now, context).index_BK
+            return Selection(kept_BK, rows_of(now.layout, kept_BK), now.layout.with_vision(kept_BK.shape[1]))
 
     def _route(
         self, layer: Any, index: int, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: DecoderContext

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cogvla.policy.attention_probe import FROM_VISION, AttentionProbe
 from cogvla.policy.config import RoutingConfig
@@ -31,6 +34,7 @@ from cogvla.routing.aggregation import StreamFusion
 from cogvla.routing.draws import children, seeds_of
 from cogvla.routing.registry import ROUTERS, build_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter, count_of
+from cogvla.routing.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class PolicyRouter(nn.Module):
         super().__init__()
         self.config = config = routing.router
         assert config.name is not None
+        self.stopwatch: Stopwatch | None = None  # set it to time what routers, and what is computed for them, take
         self.views, self.all_tokens, self.width = views, vision.tokens, width
         self.rows = 1 if config.joint else views
         self.patches = not routing.efa
@@ -168,7 +173,7 @@ class PolicyRouter(nn.Module):
         if self.before is None or not self.before.needs & FROM_VISION:
             return None
         blocks = self.before.attention_blocks(self.blocks)
-        return AttentionProbe(self.before.needs, blocks, self.prefix, self.has_cls)
+        return AttentionProbe(self.before.needs, blocks, self.prefix, self.has_cls, self.stopwatch)
 
     def draws(self, state_BS: Tensor) -> Tensor:
         """Seeds [B] for observations with these states."""
@@ -217,15 +222,15 @@ class PolicyRouter(nn.Module):
             def project(x_XNW: Tensor) -> Tensor:
                 return fusion(x_XNW.split(self.widths, dim=-1), weights_X2)
 
+            asked = partial(_asked, fusion, self.widths, weights_X2)
             count = count_of(self.config.budget if budget is None else budget, self.all_tokens // self.rows)
-            items = self._items(words_BTD, text_mask_BT, pixels_BVCHW, draw_B, probe)
             x_XNC = joined_XNW = rearrange(joined_BNW, "b (r n) w -> (b r) n w", r=self.rows)
             if self.stage == "projector_out":
-                x_XNC, items["encoder_BNW"] = project(joined_XNW), joined_XNW
-            else:
-                items["projector"] = project
-            context = RouterContext(count, self.training, **items)
-            routed = cast(RoutedTokens, self.before(x_XNC, context))
+                x_XNC = project(joined_XNW)
+            with self.stopwatch or nullcontext():
+                items = self._items(words_BTD, text_mask_BT, pixels_BVCHW, draw_B, probe)
+                items |= {"encoder_BNW": joined_XNW} if self.stage == "projector_out" else {"projector": asked}
+                routed = cast(RoutedTokens, self.before(x_XNC, RouterContext(count, self.training, **items)))
             x_XKD = project(routed.tokens_BKD) if self.stage == "encoder_out" else routed.tokens_BKD
             vision_BKD = rearrange(x_XKD, "(b r) k d -> b (r k) d", r=self.rows)
             routed = self._together(routed, vision_BKD)
@@ -240,7 +245,7 @@ class PolicyRouter(nn.Module):
             if routed is not None and routed.score_BN is not None:
                 score_BN = routed.score_BN.gather(1, routed.place_BK.round().long())
             compact = self.config.position == "compact"
-            layers = LayerPass(routers, self.bypass, compact, draw_B, score_BN, self.training)
+            layers = LayerPass(routers, self.bypass, compact, draw_B, score_BN, self.training, self.stopwatch)
         return Routed(vision_BKD, position_BK, layers, routed)
 
     def _items(
@@ -287,3 +292,11 @@ class PolicyRouter(nn.Module):
             score_BN=None if routed.score_BN is None else joined(routed.score_BN),
             owner_BN=None if owner_XN is None else joined(torch.where(owner_XN < 0, -1, owner_XN + row_X1 * kept)),
         )
+
+
+def _asked(fusion: StreamFusion, widths: list[int], weights_X2: Tensor | None, x_XNW: Tensor) -> Tensor:
+    """What the fusion would make of these tokens, in float32 where tokens and weights differ in precision."""
+    if all(parameter.dtype == x_XNW.dtype for parameter in fusion.parameters()):
+        return fusion(x_XNW.split(widths, dim=-1), weights_X2)
+    weights = {name: parameter.float() for name, parameter in fusion.named_parameters()}
+    return functional_call(fusion, weights, (x_XNW.float().split(widths, dim=-1), weights_X2))

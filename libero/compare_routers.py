@@ -1,0 +1,237 @@
+"""`compare_routers`: which vision tokens does a policy need, and what do success and latency say when the rest goes?
+
+    compare_routers checkpoint=outputs/patches/policy                       every router at 50, 25, 12.5 and 6 %
+    compare_routers checkpoint=outputs/patches/policy quick=true            minutes, to see that everything works
+    compare_routers checkpoint=outputs/patches/policy 'routers=[identity,random,{name: diversity, options: {variant: maxsum}}]'
+    compare_routers checkpoint=outputs/patches/policy regime=fine_tuned     each router is trained with the policy first
+
+All play the same episodes. The same command again goes on where it was stopped: finished cells are not played again, and
+an unfinished one goes on with its next episode. `comparison.html` and `comparison.json` are written after every cell.
+The two regimes are two comparisons, in folders of their own.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from cogvla.envs.suite import Suite
+from cogvla.libero.episode_log import write_atomic
+from cogvla.libero.evaluate import evaluate
+from cogvla.libero.protocol import Protocol, load_protocol
+from cogvla.libero.provenance import provenance
+from cogvla.libero.report import Report
+from cogvla.libero.router_comparison import (
+    ROUNDS,
+    Cell,
+    Cost,
+    Outcome,
+    cells_for,
+    costs,
+    first_observations,
+    rows,
+    wanted_routers,
+)
+from cogvla.libero.router_page import render_comparison
+from cogvla.libero.suites import configured_suite
+from cogvla.policy.checkpoint import load_policy, open_policy
+from cogvla.policy.engine.engine import EngineConfig
+
+REGIMES = ("plug_in", "fine_tuned")
+QUICK: dict[str, Any] = {
+    "routers": ["identity", "random", "grid_stride", "spatial_pool", "token_norm", "cls_attention", "diversity"],
+    "budgets": [0.25],
+    "episodes_per_task": 1,
+    "calls": ROUNDS,
+    "recipe": ["training.steps=2"],
+}
+COSTS, OUTCOME, DATA, PAGE = "costs.json", "outcome.json", "comparison.json", "comparison.html"
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="compare_routers")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    command = shlex.join(["compare_routers", *HydraConfig.get().overrides.task])
+    try:
+        run(config, command)
+    except (ValueError, OSError, MissingMandatoryValue) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as error:
+        print("\nstopped; every finished episode is saved: the same command plays the others")
+        raise SystemExit(130) from error
+
+
+def run(config: DictConfig, command: str) -> dict[str, Any]:
+    """Measure and play every cell; returns what it writes to `comparison.json`."""
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if values["quick"]:
+        values |= QUICK
+    if values["regime"] not in REGIMES:
+        raise ValueError(f"regime must be {' or '.join(REGIMES)}, got {values['regime']!r}")
+    if not values["budgets"]:
+        raise ValueError("budgets is empty; give shares of the tokens, such as [0.5,0.25]")
+    for module in values["imports"]:
+        importlib.import_module(module)
+    if values["threads"] is not None:
+        torch.set_num_threads(values["threads"])
+    suite = configured_suite(values["suite"], {})
+    few = {} if values["episodes_per_task"] is None else {"episodes_per_task": values["episodes_per_task"]}
+    protocol = load_protocol(values["protocol"] or suite.protocol, **few)
+    return _Comparison(values, suite, protocol, command).run()
+
+
+class _Comparison:
+    """One regime on one policy and suite."""
+
+    def __init__(self, values: dict[str, Any], suite: Suite, protocol: Protocol, command: str) -> None:
+        self.values, self.suite, self.protocol, self.command = values, suite, protocol, command
+        self.output, self.trained = Path(values["output"]), values["regime"] == "fine_tuned"
+        self.device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+        # Without an engine: that knows no routers, and the policy with all its tokens must be run like the others.
+        self.policy, self.identity = open_policy(values["checkpoint"], self.device, engine=EngineConfig("plain"))
+        if self.policy.model.router is not None:
+            name = self.policy.model.router.config.name
+            raise ValueError(f"the policy in {values['checkpoint']} has the router {name!r}; give one without")
+        routers = wanted_routers(values["routers"], values["layer"])
+        self.cells, self.left_out = cells_for(self.policy.model, routers, values["budgets"], self.trained)
+        if not self.cells:
+            reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
+            raise ValueError(f"this policy can play none of the routers: {reasons}")
+
+    def run(self) -> dict[str, Any]:
+        for name, why in self.left_out.items():
+            print(f"left out: {name}: {why}")
+        episodes = len(self.protocol.episodes(self.suite, self.values["tasks"]))
+        print(f"{len(self.cells)} cells of {episodes} episodes")
+        cost = self._costs()
+        outcomes = {cell.key: found for cell in self.cells if (found := self._finished(cell)) is not None}
+        data = self._write(cost, outcomes)
+        for cell in self.cells:
+            if cell.key in outcomes:
+                continue
+            outcomes[cell.key] = found = self._play(cell)
+            rate = found.success
+            print(f"{cell.key}: {rate.successes} of {rate.trials}, {cost[cell.key].latency.p50:.1f} ms per chunk")
+            data = self._write(cost, outcomes)
+        print(f"report: {self.output / PAGE}")
+        return data
+
+    def _costs(self) -> dict[str, Cost]:
+        """Those on disk, if they are of these cells; otherwise all are measured, since times of one sitting compare."""
+        file = self.output / COSTS
+        settings = {"calls": self.values["calls"], "checkpoint": self.identity, "device": self.device}
+        settings |= {"cells": {cell.key: json.loads(json.dumps(asdict(cell.router))) for cell in self.cells}}
+        if file.is_file():
+            saved = json.loads(file.read_text())
+            if saved["settings"] == settings:
+                return {key: Cost.from_dict(value) for key, value in saved["costs"].items()}
+        observations = first_observations(self.suite, self.policy.embodiment, ROUNDS)
+        found = costs(self.policy, self.cells, observations, self.values["calls"])
+        body = {"settings": settings, "costs": {key: asdict(value) for key, value in found.items()}}
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(body, indent=2) + "\n")
+        return found
+
+    def _settings(self, cell: Cell) -> dict[str, Any]:
+        """Everything that decides the outcome of a cell, as JSON gives it back."""
+        protocol = self.protocol.for_suite(self.suite)
+        values = {
+            "router": asdict(cell.router), "suite": self.suite.name, "protocol": asdict(protocol),
+            "tasks": self.values["tasks"], "checkpoint": self.identity, "regime": self.values["regime"],
+            "recipe": self.values["recipe"] if self.trained else None,
+        }  # fmt: skip
+        return json.loads(json.dumps(values))
+
+    def _finished(self, cell: Cell) -> Outcome | None:
+        file = self.output / cell.key / OUTCOME
+        if not file.is_file():
+            return None
+        saved = json.loads(file.read_text())
+        if (settings := self._settings(cell)) != saved["settings"]:
+            changed = ", ".join(key for key in settings if settings[key] != saved["settings"].get(key))
+            raise ValueError(f"{file.parent} holds results with another {changed}: choose another output, or delete it")
+        return Outcome.from_dict(saved["outcome"])
+
+    def _play(self, cell: Cell) -> Outcome:
+        folder = self.output / cell.key
+        if self.trained:
+            policy = load_policy(self._train(cell, folder / "training"), self.device)
+        else:
+            policy = load_policy(self.values["checkpoint"], self.device, cell.router)
+        report = evaluate(
+            policy,
+            self.suite,
+            self.protocol,
+            folder,
+            workers=self.values["workers"],
+            tasks=self.values["tasks"],
+            videos=0,
+            command=self.command,
+            identity={**self.identity, "regime": self.values["regime"]},
+        )
+        outcome = outcome_of(report)
+        if outcome.errors:  # to be tried again by the same command
+            print(f"{cell.key}: {outcome.errors} episodes could not be played, see {folder / 'report.html'}")
+        else:
+            body = {"settings": self._settings(cell), "outcome": asdict(outcome)}
+            write_atomic(folder / OUTCOME, json.dumps(body, indent=2) + "\n")
+        return outcome
+
+    def _train(self, cell: Cell, folder: Path) -> Path:
+        """Train the policy with this router, in a process of its own; goes on where it was stopped."""
+        overrides = [f"base={self.values['checkpoint']}", "routing=router", f"suite={self.suite.name}"]
+        overrides += [f"routing.router.{key}={_written(value)}" for key, value in asdict(cell.router).items()]
+        overrides += ["evaluation=null", f"output={folder}", *self.values["recipe"]]
+        done = subprocess.run([sys.executable, "-m", "cogvla.libero.train_policy", *overrides], check=False)
+        if done.returncode:
+            raise ValueError(f"training failed; by itself it is: {shlex.join(['train_policy', *overrides])}")
+        return folder / "policy"
+
+    def _write(self, cost: Mapping[str, Cost], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+        table = rows(self.cells, cost, outcomes)
+        protocol = replace(self.protocol.for_suite(self.suite), name=self.protocol.name)
+        data = {
+            "command": self.command, "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "regime": self.values["regime"], "checkpoint": self.values["checkpoint"], "suite": self.suite.name,
+            "recipe": self.values["recipe"] if self.trained else None, "policy": self.policy.describe(),
+            "protocol": asdict(protocol), "rows": [row.to_dict() for row in table], "left_out": self.left_out,
+            **provenance(),
+        }  # fmt: skip
+        write_atomic(self.output / DATA, json.dumps(data, indent=2, default=str) + "\n")
+        write_atomic(self.output / PAGE, render_comparison(table, data))
+        return data
+
+
+def outcome_of(report: Report) -> Outcome:
+    """The part of a report that routers are compared by."""
+    played = {f"{r.task}/{r.initial_state}": r.success for r in report.episodes if r.error is None}
+    return Outcome(report.total.success, report.total.errors, played)
+
+
+def _written(value: Any) -> str:
+    """A value as Hydra's command line takes it."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_written, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    main()

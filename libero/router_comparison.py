@@ -1,0 +1,302 @@
+"""What a comparison of token routers is made of: its cells, their cost, and what the outcomes say about each other.
+
+Routers play the same episodes, so that two of them are compared episode by episode (`against`), which needs far fewer
+episodes than comparing two rates.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cogvla.envs.suite import Suite
+from cogvla.libero.statistics import Latency, Rate, latency, sign_test
+from cogvla.policy.flops import REPEATED, count_flops
+from cogvla.policy.interface import Embodiment, Observation
+from cogvla.policy.model import CogVLA
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.token_router import PolicyRouter
+from cogvla.routing.registry import ROUTERS
+from cogvla.routing.router import RouterConfig
+from cogvla.routing.stopwatch import Stopwatch
+
+CONTROLS = ("random", "spatial_pool")
+"""What every router has to beat."""
+ALL_TOKENS = "identity"
+ROUNDS = 5
+"""Times are taken in turns, so that a busy minute of the machine does not hit one router only."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One router at one budget.
+
+    Attributes:
+        label: of the router, in tables: its name and options.
+        router: what the policy is given.
+        budgeted: False where the budget changes nothing, as for `identity`.
+    """
+
+    label: str
+    router: RouterConfig
+    budgeted: bool = True
+
+    @property
+    def key(self) -> str:
+        """Name of its folder."""
+        safe = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in self.label)
+        return f"{safe}_{self.router.budget}" if self.budgeted else safe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a chunk costs at batch 1 with a known instruction.
+
+    Attributes:
+        latency: of `Policy.act`.
+        router_ms: the router's own part in it, with what is computed for it only; median.
+        flops: of one pass as torch counts its matrix products, the router's own included.
+        router_flops: the router's own, with what is computed for it only.
+        tokens: vision tokens that enter the language model.
+    """
+
+    latency: Latency
+    router_ms: float
+    flops: int
+    router_flops: int
+    tokens: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cost:
+        return cls(**{**values, "latency": Latency(**values["latency"])})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell's episodes were.
+
+    Attributes:
+        success: of all.
+        errors: episodes that could not be played.
+        episodes: "task/initial state" to success.
+    """
+
+    success: Rate
+    errors: int
+    episodes: Mapping[str, bool]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
+        return cls(**{**values, "success": Rate(**values["success"])})
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A cell against another one: episodes that only the one or the other solved, and a sign test of the two."""
+
+    wins: int
+    losses: int
+    p: float
+
+
+def against(outcome: Outcome, other: Outcome) -> Paired:
+    """By the episodes that both have played."""
+    both = [(outcome.episodes[key], other.episodes[key]) for key in outcome.episodes if key in other.episodes]
+    wins, losses = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
+    return Paired(wins, losses, sign_test(wins, losses))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of (cost, success) to which no other point is at least as good in both and better in one."""
+
+    def dominated(index: int) -> bool:
+        cost, success = points[index]
+        return any(c <= cost and s >= success and (c < cost or s > success) for c, s in points)
+
+    return [index for index in range(len(points)) if not dominated(index)]
+
+
+def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) -> dict[str, RouterConfig]:
+    """Routers by label, without their budget; None is every registered one.
+
+    Args:
+        names: names, or values of `RouterConfig`.
+        layer: language layer of those that work there only.
+
+    Raises:
+        ValueError: an unknown name or value, or the same router twice.
+    """
+    found: dict[str, RouterConfig] = {}
+    for item in list(ROUTERS) if names is None else names:
+        values = {"name": item} if isinstance(item, str) else dict(item)
+        name = values.get("name")
+        if name not in ROUTERS:
+            raise ValueError(f"routers names {name!r}; possible are {', '.join(sorted(ROUTERS))}")
+        if ROUTERS[name].stages == ("llm_layer",):
+            values = {"layers": (layer,), **values}
+        try:
+            router = RouterConfig(**values)
+        except TypeError as error:
+            raise ValueError(f"routers: {error}") from error
+        shown = {k: v for k, v in values.items() if k not in ("name", "options")} | dict(router.options or {})
+        label = " ".join([name, *(f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in shown.items())])
+        if label in found:
+            raise ValueError(f"routers names {label!r} twice")
+        found[label] = router
+    return found
+
+
+def cells_for(
+    model: CogVLA, routers: Mapping[str, RouterConfig], budgets: Sequence[int | float], trained: bool
+) -> tuple[list[Cell], dict[str, str]]:
+    """The cells that this policy can play, budget after budget, and why the other routers are left out.
+
+    Args:
+        model: without a router.
+        routers: by label.
+        budgets: of each.
+        trained: routers with weights of their own can be compared, since they are trained first.
+    """
+    cells: list[Cell] = []
+    left_out: dict[str, str] = {}
+    for label, router in routers.items():
+        built: dict[int | float, PolicyRouter] = {}
+        for budget in budgets:
+            try:
+                built[budget] = _built(model, replace(router, budget=budget))
+            except ValueError as error:
+                left_out[f"{label} at {budget}"] = str(error)
+        if not trained and any(list(one.parameters()) for one in built.values()):
+            left_out[label] = "has weights of its own, which only regime=fine_tuned trains"
+        elif label == ALL_TOKENS or (len(built) > 1 and len({_kept(one) for one in built.values()}) == 1):
+            cells.append(Cell(label, replace(router, budget=1.0), budgeted=False))
+        else:
+            cells += [Cell(label, replace(router, budget=budget)) for budget in built]
+    order = {budget: number for number, budget in enumerate(budgets)}
+    return sorted(cells, key=lambda cell: order[cell.router.budget] if cell.budgeted else -1), left_out
+
+
+def _built(model: CogVLA, config: RouterConfig) -> PolicyRouter:
+    router = model.with_router(config).router
+    assert router is not None, "it has a name"
+    return router
+
+
+def _kept(router: PolicyRouter) -> tuple[int | None, ...]:
+    """Tokens that enter the language model, and that its routed layers work on."""
+    return (router.tokens, *(router.left(layer) for layer in router.config.layers))
+
+
+def first_observations(suite: Suite, embodiment: Embodiment, count: int) -> list[Observation]:
+    """What the cameras see at the beginning of so many tasks, one observation each."""
+    size = max(max(camera.height, camera.width) for camera in embodiment.cameras)
+    env, observations = suite.make(image_size=size), []
+    try:
+        for task in range(min(count, len(suite.tasks))):
+            seen, info = env.reset(seed=0, options={"task": task, "initial_state": 0})
+            images = {name: np.asarray(seen[name], np.uint8)[None] for name in embodiment.camera_names}
+            observations.append(Observation(images, np.asarray(seen["state"])[None], [str(info["instruction"])]))
+    finally:
+        env.close()
+    return observations
+
+
+def costs(
+    policy: CogVLAPolicy, cells: Sequence[Cell], observations: Sequence[Observation], calls: int
+) -> dict[str, Cost]:
+    """The cost of every cell by its key, all measured in one sitting, in turns.
+
+    Args:
+        policy: without a router; its weights are shared by all. Times do not depend on weights.
+        cells: to measure.
+        observations: given one after the other.
+        calls: timed ones of each cell, at least; rounded up to whole rounds.
+    """
+    routed = {
+        cell.key: CogVLAPolicy(policy.model.with_router(cell.router).eval(), policy.preprocessor) for cell in cells
+    }
+    stopwatches = {key: Stopwatch() for key in routed}
+    samples: dict[str, list[float]] = {key: [] for key in routed}
+    own: dict[str, list[float]] = {key: [] for key in routed}
+    for key, each in routed.items():
+        assert each.model.router is not None
+        each.model.router.stopwatch = stopwatches[key]
+        each.warm_up(1)
+    for _ in range(ROUNDS):
+        for key, each in routed.items():
+            for call in range(-1, math.ceil(calls / ROUNDS)):
+                stopwatches[key].seconds, started = 0.0, time.perf_counter()
+                each.act(observations[0])
+                if call >= 0:  # the first one finds other weights in the cache, and meets a new instruction
+                    samples[key].append(1e3 * (time.perf_counter() - started))
+                    own[key].append(1e3 * stopwatches[key].seconds)
+        observations = [*observations[1:], observations[0]]
+    found: dict[str, Cost] = {}
+    for cell in cells:
+        each, spent = routed[cell.key], latency(samples[cell.key])
+        assert spent is not None, "at least one call was timed"
+        flops, without = _flops(each, observations[0])
+        router = each.model.router
+        assert router is not None
+        found[cell.key] = Cost(spent, float(np.median(own[cell.key])), flops, max(flops - without, 0), router.tokens)
+    return found
+
+
+@torch.no_grad()
+def _flops(policy: CogVLAPolicy, observation: Observation) -> tuple[int, int]:
+    """FLOPs of a pass with a known instruction: as counted by torch, and as the network without the router's own."""
+    inputs, model = policy.preprocessor.observation(observation), policy.model
+    # The fused CPU attention is not in torch's table; the unfused one is.
+    with sdpa_kernel(SDPBackend.MATH):
+        text = model.encode_text(inputs.text_ids, inputs.text_mask)
+        with FlopCounterMode(display=False) as counter:
+            model(inputs, text)
+    rows = count_flops(model.config, model.embodiment, inputs.text_ids.shape[1])
+    (known,) = (row for row in rows if row.stage == REPEATED)
+    return counter.get_total_flops(), known.flops
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell with all that is known of it; `outcome` is None until it has been played."""
+
+    cell: Cell
+    cost: Cost
+    outcome: Outcome | None
+    controls: Mapping[str, Paired]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        paired = {name: asdict(value) for name, value in self.controls.items()}
+        outcome = None if self.outcome is None else asdict(self.outcome)
+        return {
+            "label": self.cell.label, "key": self.cell.key, "budgeted": self.cell.budgeted,
+            "router": asdict(self.cell.router), "cost": asdict(self.cost), "outcome": outcome, "against": paired,
+        }  # fmt: skip
+
+
+def rows(cells: Sequence[Cell], cost: Mapping[str, Cost], outcomes: Mapping[str, Outcome]) -> list[Row]:
+    """The table; every cell is held against `CONTROLS` at its own budget."""
+    table = []
+    for cell in cells:
+        outcome = outcomes.get(cell.key)
+        controls = {
+            other.label: against(outcome, outcomes[other.key])
+            for other in cells
+            if outcome is not None
+            and other.label in CONTROLS
+            and other.label != cell.label
+            and other.key in outcomes
+            and cell.budgeted
+            and other.router.budget == cell.router.budget
+        }
+        table.append(Row(cell, cost[cell.key], outcome, controls))
+    return table
