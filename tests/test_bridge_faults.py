@@ -32,6 +32,7 @@ from cogvla.tests.robot_processes import Operator, Process
 DOMAIN = 10 + os.getpid() % 80
 PERIOD = 0.05
 TOLERANT = [
+    "robot.loop.ask=ahead",
     "robot.loop.image_age_s=0.4",
     "robot.loop.state_age_s=0.4",
     "robot.loop.sync_tolerance_s=0.2",
