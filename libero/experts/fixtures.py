@@ -1,4 +1,4 @@
-"""What experts do to drawers, doors, knobs and plates."""
+"""What experts do to drawers, knobs and plates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _KNOB_DEPTH = 0.02
 _BEFORE = 0.06
 """Metres in front of a drawer, from where it is pushed."""
 _PUSH = 0.06
-_PRESS_DEPTH = 0.02
+_PRESS_DEPTH = 0.006
+_PLATE_DEPTH = 0.006
+_ON_PLATE = 0.045
+_STRIDE = 0.035
 
 
 def open_drawer(hand: Hand, region: str) -> Move:
@@ -37,8 +40,12 @@ def turn_on(hand: Hand, fixture: str) -> Move:
     view, joint = hand.view, _joint(hand, fixture)
     knob = view.joint_body(joint)
     top = view.box(knob)[1][2]
-    point = np.array([joint.pivot[0], joint.pivot[1], top - _KNOB_DEPTH])
-    rotation = pointing(DOWN, view.frame(knob)[:, 1], view.rotation)
+    ridge_P3 = view.points_between(knob, top - _KNOB_DEPTH, top)
+    axes = view.frame(knob)[:, :2].T
+    closing = min(axes, key=lambda axis: float(np.ptp(ridge_P3 @ axis)))
+    centre = (ridge_P3.min(0) + ridge_P3.max(0)) / 2
+    point = np.array([centre[0], centre[1], top - _KNOB_DEPTH])
+    rotation = pointing(DOWN, closing, view.rotation)
     if hand.grips(fixture, point, knob):
         return Move("turn", point, rotation_matrix(_TURN * joint.axis) @ hand.level(), CLOSE)
     return hand.grip(fixture, point, rotation, over(view, point, rotation, without=(fixture,)))
@@ -58,16 +65,16 @@ def close_drawer(hand: Hand, region: str) -> Move:
 
 
 def push(hand: Hand, item: str, where: str) -> Move:
-    """Press the fist onto a plate and take it along."""
+    """Press the fist lightly onto a plate and take it along: pressed hard, it would stick to the table."""
     view = hand.view
-    way = place_for(view, where).point - view.position(item)
+    way = (place_for(view, where).point - view.position(item))[:2]
+    left = float(np.hypot(*way))
     level, grip = hand.level(), hand.fist()
-    surface = view.position(item) + np.array([0.0, 0.0, 0.006])
+    surface = view.position(item) + np.array([0.0, 0.0, _PLATE_DEPTH])
     offset = surface - view.gripper
-    if float(np.hypot(offset[0], offset[1])) < 0.045 and -offset[2] < 0.02:
-        ahead = way[:2] / max(float(np.hypot(way[0], way[1])), 1e-6)
-        step = min(float(np.hypot(way[0], way[1])) + 0.01, 0.03)
-        return Move("push", np.array([*(view.gripper[:2] + step * ahead), surface[2] - _PRESS_DEPTH]), level, CLOSE)
+    if float(np.hypot(offset[0], offset[1])) < _ON_PLATE and -offset[2] < 0.02:
+        ahead = min(left + 0.01, _STRIDE) * way / max(left, 1e-6)
+        return Move("push", np.array([*(view.gripper[:2] + ahead), surface[2] - _PRESS_DEPTH]), level, CLOSE)
     return Move("approach", over(view, surface, level, without=(item,), tolerance=0.01), level, grip)
 
 

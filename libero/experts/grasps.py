@@ -91,7 +91,12 @@ def candidates(view: View, item: str, place: np.ndarray | None = None) -> list[t
             if near_P.any():
                 for inward in _RIM_INWARD:
                     point = centre + (float((top_P3[near_P] @ out).max()) - inward) * out
-                    add(np.array([point[0], point[1], high[2] - _RIM_DEPTH]), out, 12.0 * inward, True)
+                    add(
+                        np.array([point[0], point[1], max(high[2] - _RIM_DEPTH, low[2] + _LOWEST)]),
+                        out,
+                        12.0 * inward,
+                        True,
+                    )
     assert found, f"nothing to take {item} by"
     return sorted(found, key=lambda pair: pair[0])
 

@@ -18,6 +18,7 @@ DOWN = np.array([0.0, 0.0, -1.0])
 _SLOPE = 5.0
 _HOVER = 0.10
 _STAND_OFF = 0.08
+_ASIDE, _SLIGHTLY = 0.05, 0.01
 _CLEARANCE = 0.025
 _REACH = 0.055
 """From the middle of the open hand to its side, at the height of the fingers."""
@@ -86,6 +87,9 @@ def over(
     hang, reach = _FINGERTIP, _REACH
     if carried is not None:
         low, high = view.box(carried)
+        away = _from_below(view, carried, low, high)
+        if away is not None:
+            return hand + away
         hang = max(hang, hand[2] - low[2])
         reach = max(reach, float((high - low)[:2].max()) / 2)
     height = point[2] + float(np.clip(_SLOPE * (beside - tolerance), 0.0, _HOVER))
@@ -101,6 +105,18 @@ def along(view: View, point: np.ndarray, way: np.ndarray, rotation: np.ndarray) 
     aside = float(np.linalg.norm(offset - (offset @ way) * way))
     aside += _TURN_WEIGHT * max(float(np.linalg.norm(turn_left(view, rotation))) - 0.1, 0.0)
     return point - float(np.clip(_SLOPE * (aside - 0.008), 0.0, _STAND_OFF)) * way
+
+
+def _from_below(view: View, carried: str, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
+    """Which way to go [3] with something that has an open drawer above it; None where it may be lifted."""
+    obstacles = view.obstacles(carried)
+    middle = (low + high) / 2
+    over_G = obstacles.under(middle[None, :2], float((high - low)[:2].max()) / 2)[0] & (obstacles.bottom_G > high[2])
+    if not over_G.any():
+        return None
+    way = middle - obstacles.centre_G3[over_G].mean(0)
+    way[2] = 0.0
+    return _ASIDE * way / max(float(np.linalg.norm(way)), 1e-6) + np.array([0.0, 0.0, _SLIGHTLY])
 
 
 def _tallest(view: View, hand: np.ndarray, point: np.ndarray, reach: float, without: tuple[str, ...]) -> float:

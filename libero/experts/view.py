@@ -41,12 +41,13 @@ class Joint:
 
 @dataclass(frozen=True)
 class Obstacles:
-    """Boxes: centres and half sizes [G,3], rotations [G,3,3], and the height of their tops [G]."""
+    """Boxes: centres and half sizes [G,3], rotations [G,3,3], and the heights of their tops and lower ends [G]."""
 
     centre_G3: np.ndarray
     half_G3: np.ndarray
     rotation_G33: np.ndarray
     top_G: np.ndarray
+    bottom_G: np.ndarray
 
     def under(self, spots_P2: np.ndarray, margin: float = 0.0) -> np.ndarray:
         """Which box is under (or over) which point of the plane, with a margin around it: bool [P,G]."""
@@ -208,7 +209,9 @@ class View:
             chosen_G &= ~self._mask(name)
         rotation_G33 = self.scene.data.geom_xmat[self._geoms_G[chosen_G]].reshape(-1, 3, 3)
         centre_G3 = self._world_G83[chosen_G].mean(1)
-        return Obstacles(centre_G3, self._half_G3[chosen_G], rotation_G33, self._high_G3[chosen_G, 2])
+        return Obstacles(
+            centre_G3, self._half_G3[chosen_G], rotation_G33, self._high_G3[chosen_G, 2], self._low_G3[chosen_G, 2]
+        )
 
     def stretch(self, point: np.ndarray) -> float:
         """Metres from the shoulder to the wrist when the hand is at a point [3] and points down; the most is 0.7."""
