@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -127,6 +128,19 @@ def test_both_towers_lose_the_same_patches() -> None:
     index = output.debug["routed"].index_BK[..., None]
     picked = [stream.gather(1, index.expand(-1, -1, stream.shape[-1])) for stream in output.debug["streams"]]
     torch.testing.assert_close(output.vision, model.vision.fusion(picked, None))
+
+
+@pytest.mark.parametrize("name", ["zeroth_order", "text_guided", "coverage", "learned_pruner", "film_aggregation"])
+@torch.inference_mode()
+def test_half_precision(name: str) -> None:
+    inputs, model = tiny_input(), routed(config(name))
+    expected = model(inputs).actions
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(inputs).actions.float(), expected, rtol=0.3, atol=0.3)
+    rounded = copy.deepcopy(model)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16()
+    torch.testing.assert_close(rounded(inputs).actions.float(), expected, rtol=0.3, atol=0.3)
 
 
 # --- what routers are given ---
