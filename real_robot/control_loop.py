@@ -245,7 +245,8 @@ class ControlLoop:
         if action_A is None:
             if state is State.RUNNING and self._sent_epoch == self._epoch and not self._pauses:
                 self._counts["starvations"] += 1
-            return self._hold(tick, now, "no action for this tick" if self._instruction else "no instruction")
+            missing = "the policy is thinking" if self._pauses else "no action for this tick"
+            return self._hold(tick, now, missing if self._instruction else "no instruction")
         state_S = self._observations.newest_state
         assert state_S is not None, "a state that is not stale exists"
         try:
