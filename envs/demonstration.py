@@ -193,7 +193,7 @@ class Demonstrator:
             alternatives_N6 = np.zeros((len(possible_N), 6), np.float32)
             for other in (task, *others):
                 alternatives_N6[other] = _positions(labels if other == task else scene.labels_for(other))
-            row = {
+            row: dict[str, np.ndarray] = {
                 "observation.state": np.asarray(observation["state"], np.float32),
                 "action": action_A,
                 "label.executed_action": executed_A,
@@ -230,27 +230,35 @@ def _cameras(observation: dict[str, np.ndarray]) -> list[str]:
 def pack(instruction: str, fps: int, steps: dict[str, list[np.ndarray]]) -> Demonstration:
     """A demonstration from its steps: feature name -> one value per step; images are uint8 [H,W,3]."""
     cameras = [name for name in steps if name.startswith(IMAGE_PREFIX)]
-    return Demonstration(
+    return pack_encoded(
         instruction,
         fps,
         {name: np.stack(values) for name, values in steps.items() if name not in cameras},
-        {name: [_png(image_HWC) for image_HWC in steps[name]] for name in cameras},
-        {name: _image_statistics(steps[name]) for name in cameras},
+        {name: [encode_png(image_HWC) for image_HWC in steps[name]] for name in cameras},
     )
 
 
-def _png(image_HWC: np.ndarray) -> bytes:
+def pack_encoded(
+    instruction: str, fps: int, arrays: dict[str, np.ndarray], images: dict[str, list[bytes]]
+) -> Demonstration:
+    """Like `pack`, of arrays [T,...] and PNG files: minutes of a robot's cameras do not fit into memory as pixels."""
+    return Demonstration(instruction, fps, arrays, images, {name: _statistics(files) for name, files in images.items()})
+
+
+def encode_png(image_HWC: np.ndarray) -> bytes:
+    """An image, uint8 [H,W,3], as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 
-def _image_statistics(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def _statistics(files: Sequence[bytes]) -> dict[str, np.ndarray]:
     """Per channel, over a few frames and every fourth pixel: all of them would take longer than the episode itself."""
-    chosen = np.linspace(0, len(images) - 1, min(len(images), STATISTICS_FRAMES)).round().astype(int)
+    chosen = np.linspace(0, len(files) - 1, min(len(files), STATISTICS_FRAMES)).round().astype(int)
     pixels_P3 = np.concatenate(
-        [images[i][::STATISTICS_STRIDE, ::STATISTICS_STRIDE].reshape(-1, 3) for i in chosen]
-    ).astype(np.float64)
+        [np.asarray(Image.open(io.BytesIO(files[i])))[::STATISTICS_STRIDE, ::STATISTICS_STRIDE] for i in chosen]
+    ).reshape(-1, 3)
+    pixels_P3 = pixels_P3.astype(np.float64)
     statistics = {
         "min": pixels_P3.min(0),
         "max": pixels_P3.max(0),

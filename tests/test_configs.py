@@ -35,6 +35,7 @@ from cogvla.policy.model import CogVLA
 from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.policy.training_config import TrainingConfig
+from cogvla.real_robot.lerobot_robot import LeRobotSettings
 from cogvla.real_robot.request import RequestKeys
 from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.tests import small_data as small
@@ -46,6 +47,7 @@ GROUPS: dict[str, Callable[..., Any]] = {
     "data": DataConfig,
     "embodiment": Embodiment,
     "finetune": FinetuneConfig,
+    "lerobot": LeRobotSettings,
     "libero": LiberoSettings,
     "objective": ObjectiveConfig,
     "protocol": Protocol,
@@ -55,6 +57,7 @@ GROUPS: dict[str, Callable[..., Any]] = {
 }
 COMPOSED_BY = {
     "counting": "count_flops",
+    "lerobot": "drive_robot",
     "protocol": "eval_libero",
     "request_keys": "policy_server",
     "topics": "robot_bridge",

@@ -1,0 +1,103 @@
+"""`drive_robot`: drives a robot of lerobot (or one with ROS 2 topics) by a policy. A dry run unless told otherwise.
+
+    drive_robot lerobot=so101 lerobot.config.port=/dev/ttyACM0 instruction="pick up the cube"      nothing moves
+    drive_robot ... dry_run=false                                      it moves, once `a` is pressed
+    drive_robot ... dry_run=false record=FOLDER                        what it did, as a LeRobotDataset
+    drive_robot ... checkpoint=FOLDER                                  the policy in this process, without a server
+
+Keys: a activate, s stop, space emergency stop, r release it and reset, d drop the last recorded episode, q quit.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue
+
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.keyboard import Keyboard
+from cogvla.real_robot.measurements import latency_table
+from cogvla.real_robot.recording import Recorder
+from cogvla.real_robot.robot_bridge import watch
+from cogvla.real_robot.robots import open_front_end, open_policy_client, plain
+from cogvla.real_robot.settings import RobotConfig
+
+KEYS = "a activate, s stop, space emergency stop, r reset, d drop the last recorded episode, q quit"
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="drive_robot")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        run(config)
+    except (ValueError, OSError, MissingMandatoryValue) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(config: DictConfig, keyboard: int | None = None) -> None:
+    """Drive until `q`, SIGINT or SIGTERM; keys come from the descriptor `keyboard`, None: standard input."""
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+    robot = RobotConfig(**plain(config.robot))
+    embodiment = Embodiment(**plain(config.embodiment))
+    settings = BridgeSettings(bool(config.dry_run), bool(config.activate))
+    if config.record is not None and settings.dry_run:
+        raise ValueError("in a dry run the robot does nothing that could be recorded: give dry_run=false with record")
+    client, described = open_policy_client(config, embodiment)
+    with ExitStack() as stack:
+        front_end, _ = open_front_end(config, embodiment, stack)
+        recorder = None
+        if config.record is not None:
+            recorder = Recorder(Path(config.record), embodiment, robot.name, bool(config.record_video))
+            stack.enter_context(recorder)
+        on_tick = None if recorder is None else recorder.show
+        bridge = stack.enter_context(Bridge(robot, embodiment, client, front_end, settings, on_tick))
+        bridge.instruct(config.instruction or "")
+        stack.enter_context(Keyboard(Keys(bridge, recorder, stop), keyboard))
+        name = described.get("checkpoint") or described.get("preset") or "a policy"
+        print(f"{embodiment.name} by {name}" + (", dry run: nothing is sent" if settings.dry_run else ""), flush=True)
+        print(f"keys: {KEYS}", flush=True)
+        watch(bridge, stop)
+    print(latency_table(bridge.measurements, embodiment.control_hz))
+    if recorder is not None:
+        print(f"{recorder.episodes} episodes in {config.record}" if recorder.episodes else "no episode was recorded")
+
+
+class Keys:
+    """What the operator's keys do."""
+
+    def __init__(self, bridge: Bridge, recorder: Recorder | None, stop: threading.Event) -> None:
+        self._bridge, self._recorder, self._stop = bridge, recorder, stop
+
+    def __call__(self, key: str) -> None:
+        if key == " ":
+            self._say(self._bridge.estop(True))
+        elif key == "a":
+            self._say(self._bridge.activate())
+        elif key == "s":
+            self._say(self._bridge.activate(False))
+        elif key == "r":
+            self._bridge.estop(False)
+            self._say(self._bridge.reset())
+        elif key == "d" and self._recorder is not None:
+            self._recorder.end_episode(keep=False)
+            print("dropped", flush=True)
+        elif key == "q":
+            self._stop.set()
+
+    def _say(self, answer: tuple[bool, str]) -> None:
+        print(answer[1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

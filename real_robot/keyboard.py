@@ -1,0 +1,57 @@
+"""Single keys of the operator: at a terminal without Enter, else (a pipe) as they come."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Self
+
+
+class Keyboard:
+    """Calls back with every key, from a thread of its own, while its context is open.
+
+    Args:
+        on_key: told one character at a time, but no line ends from a pipe.
+        descriptor: of the input; None: standard input.
+    """
+
+    def __init__(self, on_key: Callable[[str], None], descriptor: int | None = None) -> None:
+        self._on_key = on_key
+        self._input = sys.stdin.fileno() if descriptor is None else descriptor
+        self._wake, self._waker = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="keyboard", daemon=True)
+        self._after = ExitStack()
+
+    def __enter__(self) -> Self:
+        if os.isatty(self._input):
+            before = termios.tcgetattr(self._input)
+            self._after.callback(termios.tcsetattr, self._input, termios.TCSADRAIN, before)
+            tty.setcbreak(self._input)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.write(self._waker, b"x")
+        self._thread.join()
+        os.close(self._wake)
+        os.close(self._waker)
+        self._after.close()
+
+    def _run(self) -> None:
+        terminal = os.isatty(self._input)
+        while True:
+            ready, _, _ = select.select([self._input, self._wake], [], [])
+            if self._wake in ready:
+                return
+            pressed = os.read(self._input, 64).decode(errors="replace")
+            if not pressed:  # the pipe has been closed: there is nobody any more
+                return
+            for key in pressed:
+                if terminal or key not in "\r\n":
+                    self._on_key(key)

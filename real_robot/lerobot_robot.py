@@ -1,0 +1,215 @@
+"""Any robot of `lerobot` (SO-101, Koch, ALOHA, ...) as a `FrontEnd`, in lerobot's own units.
+
+    bridge, every tick --send--> newest command --+
+                                                  v
+                     thread "robot":  robot.send_action, or else  robot.get_observation --> bridge.observe_*
+
+One thread alone talks to the robot, because a bus of motors carries one message at a time. A command goes first. It is
+dropped when it has become older than a control period (the robot was busy), or when the bridge has stopped meanwhile:
+so after an e-stop at most the message that is being written at that moment reaches the motors.
+
+An observation is stamped with the time before it was read: it is never older than it seems.
+
+Shape legend: A action dimension, S state dimension.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.bridge import Bridge
+from cogvla.real_robot.control_loop import State
+from cogvla.real_robot.observations import STATE
+
+if TYPE_CHECKING:
+    from lerobot.robots import Robot
+
+MOVING = (State.HOLDING, State.RUNNING)
+JOIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class LeRobotSettings:
+    """Which robot, and which of its features is which part of an observation. The named ones: configs/lerobot/*.yaml.
+
+    Attributes:
+        type: name under which lerobot knows the robot, e.g. so101_follower.
+        modules: modules that register this type and those of its cameras; of your own robot, too.
+        config: fields of lerobot's configuration of this type (id, port, cameras, ...), as its commands take them.
+        cameras: camera of the embodiment -> key in the robot's observation.
+        state: [S] key in the robot's observation of each entry of the embodiment's state.
+        action: [A] key of the robot's action for each entry of the embodiment's action.
+    """
+
+    type: str
+    modules: tuple[str, ...]
+    cameras: Mapping[str, str]
+    state: tuple[str, ...]
+    action: tuple[str, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("modules", "state", "action"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def check(self, embodiment: Embodiment) -> None:
+        """ValueError unless these features make up an observation and an action of this embodiment."""
+        if set(self.cameras) != set(embodiment.camera_names):
+            raise ValueError(
+                f"lerobot.cameras has {sorted(self.cameras)}, embodiment {embodiment.name!r} has "
+                f"{sorted(embodiment.camera_names)}: name a camera of the robot for each"
+            )
+        for name, size in (("state", embodiment.state_dim), ("action", embodiment.action_dim)):
+            if len(getattr(self, name)) != size:
+                raise ValueError(
+                    f"lerobot.{name} names {len(getattr(self, name))} features, the {name} of {embodiment.name!r} "
+                    f"has {size} entries"
+                )
+
+    def check_robot(self, robot: Robot, embodiment: Embodiment) -> None:
+        """ValueError unless the robot has these features, and its images the embodiment's sizes."""
+        there, wanted = robot.observation_features, robot.action_features
+        missing = [key for key in (*self.cameras.values(), *self.state) if key not in there]
+        if missing:
+            raise ValueError(f"{robot.name} observes no {', '.join(missing)}; it observes {', '.join(there)}")
+        if set(wanted) != set(self.action):
+            raise ValueError(f"lerobot.action must name all of the robot's action: {', '.join(wanted)}")
+        for camera in embodiment.cameras:
+            shape = there[self.cameras[camera.name]]
+            if tuple(shape) != (camera.height, camera.width, 3):
+                raise ValueError(
+                    f"camera {self.cameras[camera.name]!r} of {robot.name} gives {shape}, embodiment "
+                    f"{embodiment.name!r} has {camera.height}x{camera.width} for {camera.name!r}: change one of them"
+                )
+
+
+def make_robot(settings: LeRobotSettings) -> Robot:
+    """The robot, not connected; ValueError if lerobot does not know it, or not with this configuration."""
+    import draccus
+    from lerobot.robots import RobotConfig, make_robot_from_config
+
+    for module in settings.modules:
+        importlib.import_module(module)
+    known = RobotConfig.get_known_choices()
+    if settings.type not in known:
+        raise ValueError(
+            f"lerobot knows no robot {settings.type!r}, only {', '.join(sorted(known)) or 'none'}: "
+            "lerobot.modules must name the module that registers it"
+        )
+    try:
+        config = draccus.decode(known[settings.type], dict(settings.config))
+    except draccus.utils.DecodingError as error:
+        raise ValueError(f"lerobot.config is not for {settings.type}: {error}") from error
+    return make_robot_from_config(config)
+
+
+@contextmanager
+def connected(robot: Robot) -> Iterator[Robot]:
+    """Connect, without calibrating; disconnect at the end.
+
+    Raises:
+        ValueError: the robot has not been calibrated.
+        ConnectionError: it is not there.
+    """
+    robot.connect(calibrate=False)
+    try:
+        if not robot.is_calibrated:
+            raise ValueError(f"{robot} is not calibrated: run `lerobot-calibrate` with the same type, id and port")
+        yield robot
+    finally:
+        robot.disconnect()
+
+
+class LeRobotFrontEnd:
+    """See the module docstring.
+
+    Args:
+        robot: connected; it belongs to whoever connected it.
+        settings: checked against robot and embodiment here.
+        embodiment: the bridge's.
+    """
+
+    def __init__(self, robot: Robot, settings: LeRobotSettings, embodiment: Embodiment) -> None:
+        settings.check(embodiment)
+        settings.check_robot(robot, embodiment)
+        self._robot, self._settings = robot, settings
+        self._period_s = 1.0 / embodiment.control_hz
+        self._now: Callable[[], float] = lambda: 0.0
+        self._command: tuple[np.ndarray, float] | None = None
+        self._condition = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, bridge: Bridge) -> None:
+        """See `FrontEnd.start`."""
+        self._now = bridge.now
+        self._thread = threading.Thread(target=self._run, args=(bridge,), name="robot", daemon=True)
+        self._thread.start()
+
+    def send(self, action_A: np.ndarray, dry_run: bool) -> None:
+        """See `FrontEnd.send`."""
+        if not dry_run:
+            with self._condition:
+                self._command = action_A, self._now()
+                self._condition.notify()
+
+    def show(self, diagnostics: Mapping[str, Any]) -> None:
+        """Whoever runs the bridge prints them."""
+
+    def close(self) -> None:
+        """See `FrontEnd.close`."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+        if self._thread is not None:
+            self._thread.join(JOIN_S)
+
+    def _run(self, bridge: Bridge) -> None:
+        due = self._now()
+        try:
+            while True:
+                with self._condition:
+                    while not self._closed and self._command is None and self._now() < due:
+                        self._condition.wait(max(due - self._now(), 1e-4))
+                    if self._closed:
+                        return
+                    command, self._command = self._command, None
+                if command is not None:
+                    self._act(bridge, *command)
+                else:
+                    self._observe(bridge)
+                    due = max(due + self._period_s, self._now() - self._period_s)
+        except BaseException as error:  # raised again where somebody waits for the bridge
+            bridge.fail(error)
+
+    def _act(self, bridge: Bridge, action_A: np.ndarray, wanted: float) -> None:
+        if self._now() - wanted <= self._period_s and bridge.state in MOVING:
+            values = map(float, action_A)
+            self._robot.send_action(dict(zip(self._settings.action, values, strict=True)))
+
+    def _observe(self, bridge: Bridge) -> None:
+        """A robot that cannot be read now may be in a moment: what is missing becomes stale meanwhile."""
+        stamp = self._now()
+        try:
+            seen = self._robot.get_observation()
+        except (OSError, RuntimeError) as error:  # motors raise ConnectionError, cameras TimeoutError or RuntimeError
+            bridge.refuse(STATE, "unreadable", f"{type(error).__name__}: {error}")
+            return
+        missing = [key for key in self._settings.state if key not in seen]
+        if missing:
+            bridge.refuse(STATE, "unreadable", f"no {', '.join(missing)}")
+        else:
+            bridge.observe_state(np.array([seen[key] for key in self._settings.state], float), stamp)
+        for camera, key in self._settings.cameras.items():
+            if key in seen:
+                bridge.observe_image(camera, np.asarray(seen[key]), stamp)
+            else:
+                bridge.refuse(camera, "missing", f"the robot gave no {key!r}")

@@ -1,0 +1,219 @@
+"""What a robot did, as a LeRobotDataset v3 to train on.
+
+    Bridge.on_tick --> Recorder: one frame per tick (newest images and state, the command that was sent with them)
+                          |  thread: PNG files
+                          v
+    OUTPUT.recording/episodes/000000.npz ...     on disk when the episode has ended; a crash loses the running one
+                          v  assemble
+    OUTPUT/                                      the data set, with all of them
+
+An episode begins with the first command after the robot was activated, and ends when nothing is sent any more or
+another instruction is given. While the arm is held in between, the holding commands are part of it.
+
+Features: observation.images.CAMERA, observation.state [S], action [A], in the robot's own units.
+
+Shape legend: T steps, A action dimension, S state dimension.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from cogvla.envs.dataset_folder import DatasetFolder
+from cogvla.envs.demonstration import IMAGE_PREFIX, Demonstration, encode_png, pack_encoded
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.bridge import Tick
+
+RECORD_FILE = "recording.json"
+STATE_FEATURE, ACTION_FEATURE = "observation.state", "action"
+QUEUED = 600
+"""Ticks that may wait to be encoded: with two cameras of 640x480 about 1 GB."""
+SHORTEST = 2
+"""Frames; less is no episode."""
+
+
+def dataset_folder(output: Path, embodiment: Embodiment, robot: str, video: bool, resume: bool) -> DatasetFolder:
+    """The folder of a recording, ready to take episodes.
+
+    Args:
+        output: of the data set.
+        embodiment: of the robot; its control rate must be a whole number, as LeRobotDatasets have it.
+        robot: name, for the data set.
+        video: images become videos.
+        resume: keep the episodes that an interrupted recording left there.
+
+    Raises:
+        ValueError: there is a data set already, or an unfinished one of another robot.
+    """
+    if embodiment.control_hz != round(embodiment.control_hz):
+        raise ValueError(f"a LeRobotDataset has a whole number of frames per second, not {embodiment.control_hz:g}")
+    folder = DatasetFolder(output, "recording", "recorded", RECORD_FILE)
+    request = {"robot": robot, "embodiment": asdict(embodiment), "video": video}
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is there already; record into another folder")
+    folder.prepare(request, resume)
+    return folder
+
+
+def save_episode(
+    folder: DatasetFolder,
+    number: int,
+    instruction: str,
+    fps: float,
+    states: list[np.ndarray],
+    actions: list[np.ndarray],
+    images: dict[str, list[bytes]],
+) -> None:
+    """Put one episode on disk: T states [S], actions [A] and PNG files of each camera."""
+    arrays = {
+        STATE_FEATURE: np.stack(states).astype(np.float32),
+        ACTION_FEATURE: np.stack(actions).astype(np.float32),
+    }
+    named = {IMAGE_PREFIX + camera: files for camera, files in images.items()}
+    pack_encoded(instruction, round(fps), arrays, named).save(episode_path(folder, number))
+
+
+def episode_path(folder: DatasetFolder, number: int) -> Path:
+    return folder.episodes / f"{number:06d}.npz"
+
+
+def finished_episodes(folder: DatasetFolder) -> list[Path]:
+    """Files of the episodes that are complete, in order."""
+    return sorted(path for path in folder.episodes.glob("[0-9]*.npz") if Demonstration.is_complete(path))
+
+
+def assemble(folder: DatasetFolder, robot: str, video: bool, record: dict[str, Any]) -> int:
+    """All episodes to the data set; answers how many. Without one nothing is made."""
+    paths = finished_episodes(folder)
+    if not paths:
+        return 0
+    from cogvla.envs.dataset_writer import DatasetWriter  # lerobot takes seconds to import
+
+    first = Demonstration.load(paths[0])
+    writer = DatasetWriter(folder.dataset, f"cogvla/{folder.output.name}", first, robot, video)
+    try:
+        for path in paths:
+            writer.add(Demonstration.load(path))
+    finally:
+        writer.close()
+    folder.publish(record | {"episodes": len(paths)})
+    return len(paths)
+
+
+class Recorder:
+    """See the module docstring; `show` is a bridge's `on_tick`. Use it as a context manager around the bridge.
+
+    Leaving the context puts the data set together; when an error leaves it, the episodes wait for the next run.
+
+    Args:
+        output: folder of the data set.
+        embodiment: of the bridge.
+        robot: name, for the data set.
+        video: images become videos.
+        resume: see `dataset_folder`.
+
+    Attributes:
+        episodes: how many there are now, those of earlier runs included.
+    """
+
+    def __init__(
+        self, output: Path, embodiment: Embodiment, robot: str, video: bool = False, resume: bool = True
+    ) -> None:
+        self._folder = dataset_folder(output, embodiment, robot, video, resume)
+        self._embodiment, self._robot, self._video = embodiment, robot, video
+        self._numbers = [int(path.stem) for path in finished_episodes(self._folder)]
+        self._ticks: queue.Queue[Tick | str | None] = queue.Queue(QUEUED)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._instruction = ""
+        self._states: list[np.ndarray] = []
+        self._actions: list[np.ndarray] = []
+        self._images: defaultdict[str, list[bytes]] = defaultdict(list)
+
+    @property
+    def episodes(self) -> int:
+        return len(self._numbers)
+
+    def show(self, tick: Tick) -> None:
+        """Take a tick; what ended the recording is raised: a full disk, or a machine that is too slow."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._ticks.put_nowait(tick)
+        except queue.Full:
+            raise ValueError(
+                "recording cannot keep up with the cameras: give smaller images or a lower control rate"
+            ) from None
+
+    def end_episode(self, keep: bool = True) -> None:
+        """End the running episode and keep it, or drop it; without a running one, drop the last that was kept."""
+        self._ticks.put("end" if keep else "drop")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ticks.put(None)
+        self._thread.join()
+        if error is not None:
+            return
+        if self._failure is not None:
+            raise self._failure
+        record = {"robot": self._robot, "embodiment": asdict(self._embodiment), "video": self._video}
+        assemble(self._folder, self._robot, self._video, record)
+
+    # --- in the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while (item := self._ticks.get()) is not None:
+                if isinstance(item, Tick):
+                    self._take(item)
+                elif item == "end":
+                    self._end()
+                else:
+                    self._drop()
+            self._end()
+        except BaseException as error:  # raised again where ticks come from, and where the recorder is closed
+            self._failure = error
+            while self._ticks.get() is not None:
+                pass
+
+    def _take(self, tick: Tick) -> None:
+        if tick.command.action_A is None or tick.instruction != self._instruction:
+            self._end()
+        if tick.command.action_A is None or tick.state_S is None or not tick.instruction:
+            return
+        self._instruction = tick.instruction
+        self._states.append(tick.state_S)
+        self._actions.append(tick.command.action_A)
+        for camera, image_HW3 in tick.images.items():
+            self._images[camera].append(encode_png(image_HW3))
+
+    def _end(self) -> None:
+        if len(self._states) >= SHORTEST:
+            number = max(self._numbers, default=-1) + 1
+            hz = self._embodiment.control_hz
+            save_episode(self._folder, number, self._instruction, hz, self._states, self._actions, dict(self._images))
+            self._numbers.append(number)
+        self._clear()
+
+    def _drop(self) -> None:
+        if self._states:
+            self._clear()
+        elif self._numbers:
+            episode_path(self._folder, self._numbers.pop()).unlink()
+
+    def _clear(self) -> None:
+        self._instruction, self._states, self._actions, self._images = "", [], [], defaultdict(list)

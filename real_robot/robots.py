@@ -1,0 +1,83 @@
+"""What a command's configuration says about the robot and about who answers it, made ready for a `Bridge`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.async_client import AsyncPolicyClient, ClientSettings
+from cogvla.real_robot.bridge import AsksPolicy, FrontEnd
+from cogvla.real_robot.local_policy import LocalPolicy
+from cogvla.real_robot.reconnecting import ReconnectingClient
+
+TRANSPORTS = ("dds", "lerobot")
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A group of a configuration as plain values."""
+    values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    assert isinstance(values, dict), "a group of the configuration is a mapping"
+    return {str(key): value for key, value in values.items()}
+
+
+def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack) -> tuple[FrontEnd, Any]:
+    """The robot that `config.transport` leads to, connected; and its DDS node, or None.
+
+    Raises:
+        ValueError: the transport is unknown or not installed, or the robot does not fit the embodiment.
+        OSError: the robot is not there.
+    """
+    if config.transport == "lerobot":
+        from cogvla.real_robot.lerobot_robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
+
+        settings = LeRobotSettings(**plain(config.lerobot))
+        settings.check(embodiment)
+        robot = make_robot(settings)
+        settings.check_robot(robot, embodiment)  # before anything is connected
+        return LeRobotFrontEnd(stack.enter_context(connected(robot)), settings, embodiment), None
+    if config.transport != "dds":
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {config.transport!r}")
+    try:
+        from cogvla.real_robot.dds import DdsNode, DdsSettings
+    except ModuleNotFoundError as error:
+        raise ValueError(f"transport=dds needs {error.name}: install the extra `dds`") from error
+    from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics
+
+    node = DdsNode(config.node, DdsSettings(**plain(config.dds)))
+    front_end = RosFrontEnd(node, RosTopics(**plain(config.topics)), embodiment)
+    stack.enter_context(node)
+    return front_end, node
+
+
+def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[AsksPolicy, Mapping[str, Any]]:
+    """Who is asked for actions, and how it describes itself: `config.checkpoint` in this process, or `config.server`.
+
+    Raises:
+        ValueError: there is no such checkpoint, or the policy is for another robot.
+        UnavailableError: nobody answers at the server.
+    """
+    if config.checkpoint is None:
+        settings = ClientSettings(
+            robot=embodiment,
+            api_key=None if config.api_key is None else str(config.api_key),
+            certificate=None if config.certificate is None else Path(config.certificate),
+        )
+        return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
+    if not Path(config.checkpoint).is_dir():
+        raise ValueError(f"no checkpoint folder at {config.checkpoint}; or give server=ws://HOST:PORT")
+    from cogvla.policy.checkpoint import open_policy
+
+    policy, identity = open_policy(config.checkpoint, config.device, config.threads)
+    return LocalPolicy(policy, embodiment), {**policy.describe(), **identity}
+
+
+async def _described(uri: str, settings: ClientSettings) -> Mapping[str, Any]:
+    client = await AsyncPolicyClient.connect(uri, settings)
+    await client.close()
+    return client.info.policy
