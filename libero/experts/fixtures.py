@@ -1,4 +1,4 @@
-"""What experts do to drawers, knobs and plates."""
+"""What experts do to drawers, doors, knobs and plates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _TURN = 0.9
 """Radians ahead of the hand that a knob is turned to."""
 _KNOB_DEPTH = 0.02
 _BEFORE = 0.06
-"""Metres in front of a drawer, from where it is pushed."""
+"""Metres in front of a drawer or door, from where it is pushed."""
+_DOOR_SIDE = 0.85
+"""Where a door is pushed: from its hinge to its other side."""
 _PUSH = 0.06
 _PRESS_DEPTH = 0.006
 _PLATE_DEPTH = 0.006
@@ -51,17 +53,26 @@ def turn_on(hand: Hand, fixture: str) -> Move:
     return hand.grip(fixture, point, rotation, over(view, point, rotation, without=(fixture,)))
 
 
-def close_drawer(hand: Hand, region: str) -> Move:
-    """Push the bar of a drawer with the fist."""
-    view, joint = hand.view, _joint(hand, region)
-    bar = view.outermost(view.joint_body(joint), joint.out)
+def close(hand: Hand, name: str) -> Move:
+    """Push the bar of a drawer, or the far side of a door, with the fist."""
+    view, joint = hand.view, _joint(hand, name)
+    body = view.joint_body(joint)
+    if view.is_thing(name):
+        points_P3 = view.points(body)
+        arms_P3 = (points_P3 - joint.pivot) * (1.0, 1.0, 0.0)
+        arm = arms_P3[np.linalg.norm(arms_P3, axis=1).argmax()]
+        bar = joint.pivot + _DOOR_SIDE * arm
+        bar[2] = points_P3[:, 2].max() - _KNOB_DEPTH
+        out = np.cross(joint.out, arm) / np.linalg.norm(arm)
+    else:
+        bar, out = view.outermost(body, joint.out), joint.out
     offset = view.gripper - bar
-    ahead = float(offset @ joint.out)
-    aside = offset - ahead * joint.out
+    ahead = float(offset @ out)
+    aside = offset - ahead * out
     level = hand.level()
     if 0.0 < ahead < _BEFORE + 0.03 and float(np.linalg.norm(aside)) < 0.025:
-        return Move("push", bar - _PUSH * joint.out, level, CLOSE)
-    return Move("approach", over(view, bar + _BEFORE * joint.out, level), level, hand.fist())
+        return Move("push", bar - _PUSH * out, level, CLOSE)
+    return Move("approach", over(view, bar + _BEFORE * out, level), level, hand.fist())
 
 
 def push(hand: Hand, item: str, where: str) -> Move:

@@ -52,6 +52,10 @@ class Hand:
         left, right = self.view.touching(item)
         return left and right and (self.view.finger_speed < _STALLED or self.closing > _PATIENCE)
 
+    def has(self, item: str) -> bool:
+        """Whether the hand is closing on an item, or has not come off it yet."""
+        return (self.closing > 0 and item == self._item) or any(self.view.touching(item))
+
     def grips(self, name: str, point: np.ndarray, body: str) -> bool:
         """Whether the hand has closed on a part of a fixture at a point [3]."""
         near = float(np.linalg.norm(point - self.view.gripper)) < _LOST

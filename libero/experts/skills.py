@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cogvla.libero.experts.fixtures import close_drawer, open_drawer, push, turn_on
+from cogvla.libero.experts.fixtures import close, open_drawer, push, turn_on
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import Move
 from cogvla.libero.experts.plan import Subgoal
@@ -24,7 +24,7 @@ def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
         case "open":
             return open_drawer(hand, subgoal.item)
         case "close":
-            return close_drawer(hand, subgoal.item)
+            return close(hand, subgoal.item)
         case "turnon":
             return turn_on(hand, subgoal.item)
     raise AssertionError(f"no skill for {subgoal.verb}")
@@ -37,4 +37,4 @@ def is_done(hand: Hand, subgoal: Subgoal) -> bool:
         return view.holds(*subgoal.until) or view.holds(("open", subgoal.item))
     if subgoal.verb in ("turnon", "close"):
         return view.holds(*subgoal.until)
-    return view.holds(*subgoal.until) and not hand.closing and not any(view.touching(subgoal.item))
+    return view.holds(*subgoal.until) and not hand.has(subgoal.item)
