@@ -225,8 +225,8 @@ def _decoder(model: CogVLA, layout: TokenLayout, counting: Counting) -> list[Sta
     parameters, work = {False: 0, True: 0}, {False: Work(), True: Work()}
     routers, present = Work(), layout.vision
     for index, (layer, ratio) in enumerate(zip(layers, decoder.ratios, strict=True)):
-        left = None if model.router is None else model.router.left(index)
-        if left is not None and not model.router.bypass:
+        left, bypass = (None, False) if model.router is None else (model.router.left(index), model.router.bypass)
+        if left is not None and not bypass:
             present = left
         seen = present if left is None else left
         if ratio is not None:

@@ -177,9 +177,13 @@ class PolicyRouter(nn.Module):
 
     def draws(self, state_BS: Tensor) -> Tensor:
         """Seeds [B] for observations with these states."""
-        if self.config.resample:
+        if self.config.resample and any("draw_B" in router.needs for router in self._routers()):
             return seeds_of(state_BS, self.config.seed)
         return torch.full((len(state_BS),), self.config.seed, dtype=torch.int64, device=state_BS.device)
+
+    def _routers(self) -> list[TokenRouter]:
+        before = [] if self.before is None else [self.before]
+        return before + [cast(TokenRouter, router) for router in self.layers.values()]
 
     def drawn_budget(self, draw_B2: Tensor | None) -> int | float | None:
         """The budget of this training step; None: the configured one."""

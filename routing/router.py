@@ -89,10 +89,6 @@ class RouterConfig:
         if self.position_step <= 0:
             raise ValueError(f"router.position_step must be positive, got {self.position_step}")
 
-    def label(self) -> str:
-        """Short name for folders and tables."""
-        return f"{self.name}_{self.budget}"
-
 
 def count_of(budget: int | float, tokens: int | None) -> int:
     """K of a budget (see `RouterConfig`) of so many tokens; None only checks that it is one."""
