@@ -34,7 +34,6 @@ import torch
 import yaml
 from torch import nn
 
-import cogvla.configs
 from cogvla.libero.policy_timing import Measured, Peaks, machine_peaks, measure, profile
 from cogvla.libero.provenance import provenance
 from cogvla.policy.checkpoint import load_policy
@@ -48,7 +47,7 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.tokenizer import WordTokenizer
 
-CONFIGS = Path(cogvla.configs.__file__).parent if cogvla.configs.__file__ else Path()
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 INSTRUCTION = "put the red cube in the tray"
 CALIBRATION = 8
 """Observations that the ranges of 8-bit inputs are taken from."""

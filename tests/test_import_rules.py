@@ -14,20 +14,32 @@ ROOT = Path(__file__).parents[1]
 CORE = {"torch", "transformers", "timm", "einops", "safetensors", "numpy"}
 """All that a machine needs to run a policy."""
 
-REPORTING = ("evaluate", "protocol", "provenance", "report", "statistics")
+REPORTING = ("episode_log", "evaluate", "protocol", "provenance", "report", "statistics")
 """Parts of `libero` that know nothing about LIBERO: a robot's trials are reported as an evaluation is."""
 INTERNAL: dict[str, tuple[str, ...]] = {
     "routing": ("routing",),
     "policy": ("policy", "routing"),
     "envs": ("envs", "policy.interface", "policy.chunking"),
-    "libero": ("libero", "policy", "envs", "real_robot.remote_policy"),
+    "libero": ("libero", "policy", "routing", "envs", "real_robot.remote_policy"),
     "real_robot": ("real_robot", "policy", "envs", *(f"libero.{name}" for name in REPORTING)),
 }
 THIRD_PARTY: dict[str, set[str]] = {
     "routing": {"torch", "einops"},
     "policy": CORE,
     "envs": {"numpy", "gymnasium", "mujoco", "av", "PIL", "tqdm"},
-    "libero": {"numpy", "torch", "accelerate", "omegaconf", "pyarrow", "av", "PIL", "tqdm", "matplotlib", "jinja2"},
+    "libero": {
+        "numpy",
+        "torch",
+        "gymnasium",
+        "accelerate",
+        "omegaconf",
+        "pyarrow",
+        "av",
+        "PIL",
+        "tqdm",
+        "matplotlib",
+        "jinja2",
+    },
 }
 EXCEPTIONS: dict[str, set[str]] = {
     "policy/lerobot_reader.py": {"lerobot", "pyarrow", "PIL", "huggingface_hub"},
@@ -38,11 +50,12 @@ EXCEPTIONS: dict[str, set[str]] = {
     "policy/optimisation.py": {"bitsandbytes"},
     "policy/trained_weights.py": {"accelerate"},
     "policy/metrics.py": {"accelerate"},
+    "envs/ray_worker.py": {"ray"},
     "envs/dataset_writer.py": {"lerobot", "datasets", "pyarrow", "PIL"},
+    "libero/benchmark_policy.py": {"yaml"},
     "libero/hdf5_reader.py": {"h5py"},
     "libero/run_log.py": {"wandb"},
     "libero/simulation.py": {"libero", "robosuite", "mujoco"},
-    "libero/suites.py": {"gymnasium"},
 }
 
 
