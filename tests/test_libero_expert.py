@@ -61,6 +61,11 @@ def test_two_objects_are_put_in_the_order_of_the_goal() -> None:
     assert found == [("put", "soup_1", basket), ("put", "milk_1", basket)]
 
 
+def test_two_objects_on_one_surface_stand_side_by_side() -> None:
+    found = subgoals([("on", f"moka_pot_{i}", "flat_stove_1_cook_region") for i in (1, 2)])
+    assert [subgoal.side for subgoal in found] == [-1, 1]
+
+
 def test_opening_on_the_way_is_done_when_the_thing_is_inside() -> None:
     inside = ("in", "bowl_1", "wooden_cabinet_1_top_region")
     assert subgoals([inside])[0] == Subgoal("open", "wooden_cabinet_1_top_region", until=(inside,))

@@ -157,10 +157,10 @@ class Hand:
 
     # --- putting -----------------------------------------------------------------------------------------------------
 
-    def put(self, item: str, where: str) -> Move:
-        """Take an item, carry it to a place and let go of it there."""
+    def put(self, item: str, where: str, side: int = 0) -> Move:
+        """Take an item, carry it to a place (or one side of it) and let go of it there."""
         view = self.view
-        place = place_for(view, where)
+        place = place_for(view, where, side)
         low, _ = view.box(item)
         bottom = np.array([*view.position(item)[:2], low[2]])
         aim = place.point.copy()

@@ -10,6 +10,7 @@ from cogvla.libero.experts.view import View
 
 _UP_THE_SLOPE, _ALONG_THE_RACK = 0.05, 0.05
 """On a wine rack, away from the post in its middle."""
+_BESIDE = 0.05
 _INTO_DRAWER = 0.02
 _INTO_BOWL = 0.015
 
@@ -33,8 +34,14 @@ class Place:
     fixture: str | None = None
 
 
-def place_for(view: View, name: str) -> Place:
-    """The place that a goal speaks of: a region, or a thing to put something on."""
+def place_for(view: View, name: str, side: int = 0) -> Place:
+    """The place that a goal speaks of: a region, or a thing to put something on.
+
+    Args:
+        view: what there is.
+        name: of the region or thing.
+        side: -1 or 1 where something else goes on the same surface, else 0.
+    """
     if view.is_thing(name):
         low, high = view.box(name)
         centre = view.position(name)
@@ -56,5 +63,6 @@ def place_for(view: View, name: str) -> Place:
     if abs(frame[2, 2]) < 0.9:  # a slope, and the region's third axis leads up it
         up = frame[:, 2] * np.sign(frame[2, 2])
         return Place(centre + _UP_THE_SLOPE * up + _ALONG_THE_RACK * frame[:, 0], 0.008, 0.004, fixture=owner)
+    centre = centre + side * _BESIDE * frame[:, 0]
     top = view.top_at(owner, centre[:2])
     return Place(np.array([centre[0], centre[1], top]), 0.02, 0.01, fixture=owner)

@@ -26,12 +26,14 @@ class Subgoal:
         item: what is manipulated: an object, a fixture, or the region of a drawer.
         place: where it goes, for put and push.
         until: the predicates that make further work on it unnecessary.
+        side: of a place that two things are put on, -1 or 1; 0 is its middle.
     """
 
     verb: str
     item: str
     place: str = ""
     until: tuple[tuple[str, ...], ...] = ()
+    side: int = 0
 
 
 def subgoals(goal: Iterable[tuple[str, ...]]) -> tuple[Subgoal, ...]:
@@ -41,6 +43,8 @@ def subgoals(goal: Iterable[tuple[str, ...]]) -> tuple[Subgoal, ...]:
         ValueError: a predicate that no skill brings about.
     """
     found: list[Subgoal] = []
+    goal = list(goal)
+    surfaces = [place[0] for name, _, *place in goal if name == "on"]
     for predicate in goal:
         name, item, *place = predicate
         if name not in _PREDICATES:
@@ -48,7 +52,10 @@ def subgoals(goal: Iterable[tuple[str, ...]]) -> tuple[Subgoal, ...]:
         verb = "push" if name == "on" and item.startswith("plate_") else _PREDICATES[name]
         if verb == "put" and (door := door_of(place[0])) is not None:
             found.append(Subgoal("open", door, until=(predicate,)))
-        found.append(Subgoal(verb, item, *place, until=(predicate,)))
+        side = 0
+        if name == "on" and surfaces.count(place[0]) > 1:
+            side = -1 if all(subgoal.place != place[0] for subgoal in found) else 1
+        found.append(Subgoal(verb, item, place[0] if place else "", (predicate,), side))
     return tuple(sorted(found, key=lambda subgoal: VERBS.index(subgoal.verb)))
 
 

@@ -18,7 +18,7 @@ def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
             return leaving
     match subgoal.verb:
         case "put":
-            return hand.put(subgoal.item, subgoal.place)
+            return hand.put(subgoal.item, subgoal.place, subgoal.side)
         case "push":
             return push(hand, subgoal.item, subgoal.place)
         case "open":
