@@ -121,6 +121,27 @@ class SceneRenderer:
 
     def render(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
         """One image uint8 [H,W,3]."""
+        return self._pixels(data, camera, height, width)
+
+    def bodies(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
+        """Which body each pixel shows, int64 [H,W]; -1 where there is none."""
+        flags = [mujoco.mjtRndFlag.mjRND_SEGMENT.value, mujoco.mjtRndFlag.mjRND_IDCOLOR.value]
+        before = self._scene.flags.copy()
+        self._scene.flags[flags] = 1
+        try:
+            colours_HW3 = self._pixels(data, camera, height, width).astype(np.int64)
+        finally:
+            self._scene.flags[:] = before
+        number_HW = colours_HW3 @ np.array([1, 256, 65536]) - 1  # of what is drawn; black is the background
+        drawn = self._scene.geoms[: self._scene.ngeom]
+        body_G = [self._model.geom_bodyid[g.objid] if g.objtype == mujoco.mjtObj.mjOBJ_GEOM else -1 for g in drawn]
+        number_G = [g.segid for g in drawn]
+        table = np.full(max(number_G, default=-1) + 2, -1, np.int64)
+        for number, body in zip(number_G, body_G, strict=True):
+            table[number] = body
+        return table[np.clip(number_HW, -1, len(table) - 2)]
+
+    def _pixels(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
         assert os.getpid() == self._process, "an environment was used in a forked process; build it there instead"
         self._gl.make_current()
         context = self._mujoco_context

@@ -236,6 +236,14 @@ class Scene:
         """Origin of an item [3]; a free item's origin is its centre, a fixed one's lies on the table."""
         return self.data.xpos[self._body[name]].copy()
 
+    def bodies(self, name: str) -> list[int]:
+        """The bodies that an item is made of: its own, and what moves in it."""
+        parents, found = self.model.body_parentid, [self._body[name]]
+        for body in range(found[0] + 1, self.model.nbody):  # children come after their parents
+            if parents[body] in found:
+                found.append(body)
+        return found
+
     def contact_point(self, name: str) -> np.ndarray:
         """What a gripper goes for [3]: a free item's centre, the drawer's handle, the button's top."""
         item = self.items[name]

@@ -247,6 +247,13 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             self._renderer = SceneRenderer(self.scene.model)
         return self._renderer.render(self.scene.data, name, height, width)
 
+    def target_mask(self, name: str, height: int, width: int) -> np.ndarray:
+        """Which pixels of a camera show the item of the current goal, bool [H,W]."""
+        if self._renderer is None:
+            self._renderer = SceneRenderer(self.scene.model)
+        bodies_HW = self._renderer.bodies(self.scene.data, name, height, width)
+        return np.isin(bodies_HW, self.scene.bodies(self.current_goal().item))
+
     def camera_projection(self, name: str) -> np.ndarray:
         """Float32 [3,4]: homogenous world points to `(u*d, v*d, d)`.
 

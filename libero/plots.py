@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,6 +90,38 @@ def pareto(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
+
+
+def lines(
+    curves: Mapping[str, Sequence[float | None]],
+    across: str,
+    up: str,
+    limits: tuple[float, float] | None = None,
+    start: int = 1,
+) -> str:
+    """Values against their number, one line each; what is None is left out.
+
+    Args:
+        curves: by name; an unnamed one gets no legend.
+        across, up: labels of the axes.
+        limits: of the values.
+        start: number of the first value.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(5.2, 2.6)
+    for number, (name, values) in enumerate(curves.items()):
+        known = [(start + index, value) for index, value in enumerate(values) if value is not None]
+        axes.plot([x for x, _ in known], [y for _, y in known], "o-", color=f"C{number}", markersize=3, label=name)
+    if limits is not None:
+        axes.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(color=GRID)
+    if any(curves):
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=8)
+    return _svg(figure)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

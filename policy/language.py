@@ -60,10 +60,14 @@ class Trace:
     Attributes:
         hidden: [B,S',D] after the layer.
         kept: vision tokens of routed layers, int64 [B,K], counted from the first vision token of the whole sequence.
+        present: the vision tokens in the sequence of the layer, counted alike; None: all.
+        attention: [B,N'] that those get in the layer from the action tokens, mean over heads and action tokens.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
+    present: dict[int, Tensor | None] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
 
 
 class LayerRouting(Protocol):
@@ -132,6 +136,10 @@ class RoutedDecoder(nn.Module):
                 x_BSD, now, left_BK = routing.shorten(layer, index, x_BSD, now, context)
                 if trace is not None and left_BK is not None:
                     current_BN = trace.kept[index] = left_BK if current_BN is None else current_BN.gather(1, left_BK)
+            if trace is not None:
+                h_BSD = normed(layer.input_layernorm, x_BSD)
+                read_BN = attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
+                trace.present[index], trace.attention[index] = current_BN, read_BN
             # A traced pass wants every row of every layer.
             x_BSD, now, kept_BK = call(
                 self.recompute, self._routed, index, x_BSD, now, context, trace is not None, routing

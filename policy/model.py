@@ -58,8 +58,8 @@ class ModelOutput:
     that the language model was given, and the states [B,J,D] of the action tokens that the head reads.
 
     `gaze`, if asked for: per tower the logarithm of the aggregation tokens' attention to the patches, [B*V,h,M,P].
-    `debug` holds, if asked for: `kept` and `hidden` by layer, `streams` (tower outputs), `stream_weights` [B,2], and
-    with a token router before the language model its answer as `routed`.
+    `debug` holds, if asked for: what `policy.language.Trace` remembers of each layer, the `layout`, `streams` (tower
+    outputs), `stream_weights` [B,2], and with a token router before the language model its answer as `routed`.
     `losses` are the auxiliary objectives of token routers, already weighted.
     """
 
@@ -245,7 +245,7 @@ class CogVLA(nn.Module):
         losses = {} if routed is None else routed.losses()
         if trace is None:
             return ModelOutput(actions_BKA, vision_BND, action_BJD, losses=losses)
-        inside = {"kept": trace.kept, "hidden": trace.hidden, "layout": text.context.layout}
+        inside = {**vars(trace), "layout": text.context.layout}
         if routed is not None:
             inside["routed"] = routed.tokens
         return ModelOutput(actions_BKA, vision_BND, action_BJD, inside, losses=losses)

@@ -54,6 +54,10 @@ class WordTokenizer:
             _check_not_empty(text, row)
         return _pad(rows, pad_id=0)
 
+    def spelled(self, ids: Sequence[int]) -> list[str]:
+        """What stands for each id; <unk> for ids that are no word."""
+        return [self.words[i] if i < len(self.words) else UNKNOWN for i in ids]
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "words", "words": list(self.words)}
 
@@ -87,6 +91,10 @@ class PretrainedTokenizer:
                 row.append(self.empty_token)
             rows.append(row)
         return _pad(rows, pad_id=self._tokenizer.pad_token_id or 0)
+
+    def spelled(self, ids: Sequence[int]) -> list[str]:
+        """What stands for each id."""
+        return [self._tokenizer.decode([i]).strip() for i in ids]
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files, so that the checkpoint needs no hub."""

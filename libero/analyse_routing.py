@@ -1,0 +1,114 @@
+"""`analyse_routing`: what the vision tokens of a policy hold, which are kept, and whether they are the right ones.
+
+    analyse_routing checkpoint=checkpoints/tabletop_object
+    analyse_routing checkpoint=FOLDER router.name=cls_attention router.budget=0.25 tasks=[0,5]
+
+Plays one episode of each task and writes `routing.html`, a page with pictures that needs nothing else, and
+`routing.json` with its numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from cogvla.libero.episode_log import write_atomic
+from cogvla.libero.plots import lines
+from cogvla.libero.protocol import load_protocol
+from cogvla.libero.provenance import provenance
+from cogvla.libero.report import template
+from cogvla.libero.routing_findings import findings
+from cogvla.libero.routing_pictures import film, strip
+from cogvla.libero.routing_recording import Episode, play
+from cogvla.libero.suites import configured_suite
+from cogvla.policy.checkpoint import open_policy
+from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.routing.router import RouterConfig
+
+DATA, PAGE = "routing.json", "routing.html"
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="analyse_routing")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        run(config, shlex.join(["analyse_routing", *HydraConfig.get().overrides.task]))
+    except (ValueError, OSError, MissingMandatoryValue) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(130) from error
+
+
+def run(config: DictConfig, command: str) -> dict[str, Any]:
+    """Play, measure, write; returns what it writes to `routing.json`."""
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for module in values["imports"]:
+        importlib.import_module(module)
+    suite = configured_suite(values["suite"], {})
+    tasks = list(range(len(suite.tasks))) if values["tasks"] is None else values["tasks"]
+    if not tasks or not all(0 <= task < len(suite.tasks) for task in tasks):
+        raise ValueError(f"suite {suite.name!r} has tasks 0 to {len(suite.tasks) - 1}, got tasks={tasks}")
+    for name in ("pictures", "readings"):
+        if values[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {values[name]}")
+    try:
+        router = None if values["router"]["name"] is None else RouterConfig(**values["router"])
+    except TypeError as error:
+        raise ValueError(f"configuration router: {error}") from error
+    folder = Path(values["checkpoint"])
+    policy, _ = open_policy(folder, values["device"], values["threads"], EngineConfig("plain"), router)
+    named = folder.resolve().name + ("" if router is None else f"_{router.label()}")
+    output = Path(values["output"].replace("CHECKPOINT", named))
+    episodes = play(policy, suite, load_protocol(suite.protocol), tasks, values["initial_state"])
+    found = findings(policy, episodes, [task.instruction for task in suite.tasks], values["readings"])
+    data = {"command": command, "policy": policy.describe(), "suite": suite.name, **found, **provenance()}
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(output / DATA, json.dumps(data, indent=2, default=str) + "\n")
+    write_atomic(output / PAGE, page(policy, episodes, data, output, values["pictures"]))
+    print(f"report: {output / PAGE}")
+    return data
+
+
+def page(policy: CogVLAPolicy, episodes: list[Episode], data: dict[str, Any], folder: Path, pictures: int) -> str:
+    """The page; videos are also left in `folder`."""
+    grid, views = policy.model.vision.grid, policy.embodiment.camera_names
+    shown = []
+    for number, (episode, numbers) in enumerate(zip(episodes, data["episodes"], strict=True)):
+        video = folder / "videos" / f"{number:02d}_{episode.name}.mp4"
+        film(episode, grid, video, len(views))
+        figures = {
+            "share of the target that kept tokens see": lines(numbers["target_kept"], "decision", "share", (0, 1)),
+            "flicker: distance from the set before": lines(numbers["flicker"], "decision", "Jaccard distance", (0, 1)),
+        }
+        sheet = strip(episode, grid, pictures, views)
+        shown.append({"episode": episode, "sheet": sheet, "video": video.read_bytes(), "figures": figures})
+    layers = [f"layer {n}" for n in range(data["information"]["layers"])]
+    by_layer = {
+        "entropy of the action tokens’ attention to vision tokens": (data["attention_entropy"], "nats"),
+        "effective rank of vision tokens after the layer": (
+            {name.removeprefix("after "): value for name, value in data["effective_rank"].items()}, "directions",
+        ),
+        "information that vision tokens still hold": (
+            dict(zip(layers, data["information"]["information"], strict=True)), "1 − exp(−change of actions)",
+        ),
+    }  # fmt: skip
+    charts = {
+        name: lines({"": [values.get(layer) for layer in layers]}, "language layer", unit, start=0)
+        for name, (values, unit) in by_layer.items()
+    }
+    return template("routing.html.j2").render(data=data, episodes=shown, charts=charts)
+
+
+if __name__ == "__main__":
+    main()

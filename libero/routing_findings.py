@@ -1,0 +1,267 @@
+"""The numbers of `analyse_routing`, from what `routing_recording` has seen.
+
+Shape legend: F moments, N tokens before routing, n tokens now, L language layers, D language width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvla.libero.routing_recording import Episode, Moment
+from cogvla.policy.language import Trace
+from cogvla.policy.model import CogVLA
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.routing.diagnostics import (
+    ALIVE,
+    DEAD,
+    SINK,
+    attention_entropy,
+    flicker,
+    information,
+    information_horizon,
+    kept_share,
+    nearest,
+    token_kinds,
+)
+from cogvla.routing.layout import TokenLayout
+from cogvla.routing.selection import effective_rank
+
+WORDS_SHOWN = 12
+KINDS = {"sink": SINK, "dead": DEAD, "alive": ALIVE}
+
+
+def findings(
+    policy: CogVLAPolicy, episodes: Sequence[Episode], instructions: Sequence[str], few: int
+) -> dict[str, Any]:
+    """All numbers, as plain values for JSON.
+
+    Args:
+        policy: that has played.
+        episodes: what it has played.
+        instructions: all of the suite, for the words.
+        few: how many moments are read word by word, and whose layers are emptied.
+    """
+    moments = [moment for episode in episodes for moment in episode.moments]
+    some = [moments[i] for i in sorted(set(np.linspace(0, len(moments) - 1, min(few, len(moments))).astype(int)))]
+    return {
+        "moments": len(moments),
+        "tokens": len(moments[0].tokens_ND),
+        "effective_rank": ranks(moments),
+        "attention_entropy": entropies(moments),
+        "stages": {stage: stage_numbers(episodes, stage) for stage in moments[0].kept},
+        "new_tokens": moments[0].new,
+        "kinds": kinds(episodes),
+        "readings": readings(policy, some, instructions),
+        "information": horizon(policy.model, some),
+        "episodes": [
+            {"task": e.name, "success": e.result.success, "steps": e.result.steps, **over_time(e)} for e in episodes
+        ],
+    }
+
+
+def over_time(episode: Episode) -> dict[str, Any]:
+    """Per stage, decision after decision: share of the target kept, and flicker."""
+    stages = list(episode.moments[0].kept)
+    return {
+        "target_kept": {stage: [target_share(m, stage) for m in episode.moments] for stage in stages},
+        "flicker": {stage: flicker([m.kept[stage].tolist() for m in episode.moments]) for stage in stages},
+    }
+
+
+def target_share(moment: Moment, stage: str) -> float | None:
+    """Share of the target's patches that the tokens kept at a stage see, of what all tokens see of them."""
+    if moment.target_P is None:
+        return None
+    kept_N = torch.zeros(len(moment.looks_NP), dtype=torch.bool, device=moment.looks_NP.device)
+    kept_N[moment.kept[stage]] = True
+    return kept_share(kept_N, moment.looks_NP, moment.target_P)
+
+
+def stage_numbers(episodes: Sequence[Episode], stage: str) -> dict[str, Any]:
+    """Of a stage, over all moments: tokens kept, share of the target kept, and how far the sets change."""
+    moments = [moment for episode in episodes for moment in episode.moments]
+    targets = [target_share(moment, stage) for moment in moments]
+    changes = [d for e in episodes for d in flicker([m.kept[stage].tolist() for m in e.moments])]
+    kept = mean([len(m.kept[stage]) for m in moments])
+    return {
+        "kept": kept,
+        "kept_share": kept / len(moments[0].tokens_ND) if kept is not None else None,
+        "target_kept": mean(targets),
+        "flicker": mean(changes),
+    }
+
+
+def ranks(moments: Sequence[Moment]) -> dict[str, float | None]:
+    """Effective rank of the vision tokens: before routing, as they enter the language model, and after each layer."""
+    found = {"before routing": mean([_rank(m.tokens_ND) for m in moments])}
+    for stage in moments[0].kept:
+        found[f"kept at {stage}"] = mean([_rank(m.tokens_ND[m.kept[stage]]) for m in moments])
+    return found | {f"after layer {n}": mean([_rank(m.hidden[n]) for m in moments]) for n in moments[0].hidden}
+
+
+def _rank(tokens_nD: Tensor) -> float | None:
+    return float(effective_rank(tokens_nD[None])[0]) if len(tokens_nD) else None
+
+
+def entropies(moments: Sequence[Moment]) -> dict[str, float | None]:
+    """Entropy of attention in nats: in the towers, and of the action tokens' to the vision tokens in each layer."""
+    found = {"towers": mean([m.entropy for m in moments])}
+    for layer in moments[0].attention:
+        entropy = [float(attention_entropy(m.attention[layer][None])[0]) for m in moments if len(m.attention[layer])]
+        found[f"layer {layer}"] = mean(entropy)
+    return found
+
+
+def kinds(episodes: Sequence[Episode]) -> dict[str, Any] | None:
+    """Shares of sink, dead and alive tokens before routing, and among those kept at each stage.
+
+    The first and the middle moment of every episode are compared, episodes being the scenes. None for one episode.
+    """
+    chosen = [(n, e.moments[i]) for n, e in enumerate(episodes) for i in sorted({0, len(e.moments) // 2})]
+    moments = [moment for _, moment in chosen]
+    attention_FN = torch.stack([_attention_before(moment) for moment in moments])
+    scene_F = torch.tensor([scene for scene, _ in chosen], device=attention_FN.device)
+    kinds_FN = token_kinds(torch.stack([m.tokens_ND for m in moments]), attention_FN, scene_F)
+    if kinds_FN is None:
+        return None
+    found = {"before routing": _shares(kinds_FN.flatten())}
+    for stage in moments[0].kept:
+        kept = [kinds_n[m.kept[stage]] for m, kinds_n in zip(moments, kinds_FN, strict=True)]
+        found[f"kept at {stage}"] = _shares(torch.cat(kept))
+    return found
+
+
+def _attention_before(moment: Moment) -> Tensor:
+    """Attention [N] in the first language layer; 0 for tokens that do not come there."""
+    attention_N = torch.zeros(len(moment.tokens_ND), device=moment.tokens_ND.device)
+    return attention_N.index_add_(0, moment.present[0], moment.attention[0].float())
+
+
+def _shares(kinds_n: Tensor) -> dict[str, float | None]:
+    return {name: float((kinds_n == kind).float().mean()) if len(kinds_n) else None for name, kind in KINDS.items()}
+
+
+# --- words ---
+
+
+@dataclass(frozen=True)
+class Bank:
+    """States of words in sentences without any picture: names, layers and states [W,D]."""
+
+    words: tuple[str, ...]
+    states_WD: Tensor
+
+
+@torch.inference_mode()
+def word_bank(policy: CogVLAPolicy, instructions: Sequence[str]) -> Bank:
+    """Every word of every instruction, in the state after every layer (LatentLens, with the policy's own sentences)."""
+    model, words, states = policy.model, [], []
+    for instruction in dict.fromkeys(instructions):
+        ids_BT, mask_BT = policy.preprocessor.text([instruction])
+        text = model.encode_text(ids_BT, mask_BT)
+        layout = TokenLayout(vision=0, text=ids_BT.shape[1], action=model.action_tokens)
+        state_B1D = model.state(torch.zeros(1, model.embodiment.state_dim, device=ids_BT.device))[:, None]
+        trace = Trace()
+        model.decoder(
+            torch.cat((text.bos_B1D, state_B1D.to(text.bos_B1D.dtype), text.tail_BRD), dim=1),
+            model.decoder.context(layout, mask_BT),
+            trace,
+        )
+        spelled = policy.preprocessor.tokenizer.spelled(ids_BT[0].tolist())
+        for x_BSD in trace.hidden.values():
+            words += spelled
+            states.append(x_BSD[0, layout.words].float())
+    return Bank(tuple(words), torch.cat(states))
+
+
+def readings(policy: CogVLAPolicy, moments: Sequence[Moment], instructions: Sequence[str]) -> dict[str, Any]:
+    """The nearest word of every vision token, by layer: the most frequent ones, and how often it is a telling one.
+
+    Telling are the words of the moment's instruction that are not in every instruction of the suite.
+    """
+    bank = word_bank(policy, instructions)
+    usual = set.intersection(*(set(_words(policy, text)) for text in instructions))
+    found: dict[str, Any] = {}
+    for layer in moments[0].hidden:
+        frequent: Counter[str] = Counter()
+        hits: dict[str, list[float]] = {"target": [], "elsewhere": [], "kept": [], "gone": []}
+        cosines: list[float] = []
+        for moment in moments:
+            if not len(moment.hidden[layer]):
+                continue
+            index_n1, cosine_n1 = nearest(moment.hidden[layer], bank.states_WD)
+            read = [bank.words[i] for i in index_n1[:, 0].tolist()]
+            frequent.update(read)
+            cosines += cosine_n1[:, 0].tolist()
+            telling = set(_words(policy, moment.instruction)) - usual
+            for token, word in zip(moment.after[layer].tolist(), read, strict=True):
+                for group in _groups(moment, layer, token):
+                    hits[group].append(float(word in telling))
+        found[f"layer {layer}"] = {
+            "words": dict(frequent.most_common(WORDS_SHOWN)),
+            "cosine": mean(cosines),
+            "telling": {group: mean(values) for group, values in hits.items()},
+        }
+    return found
+
+
+def _words(policy: CogVLAPolicy, instruction: str) -> list[str]:
+    ids_BT, _ = policy.preprocessor.text([instruction])
+    return policy.preprocessor.tokenizer.spelled(ids_BT[0].tolist())
+
+
+def _groups(moment: Moment, layer: int, token: int) -> list[str]:
+    """What is said of a token: that it looks at the target or elsewhere, that the layer's router kept it or not."""
+    groups = []
+    if moment.target_P is not None:
+        looks_P = moment.looks_NP[token]
+        groups.append("target" if bool(moment.target_P[looks_P.argmax()]) else "elsewhere")
+    if (kept := moment.kept.get(f"layer {layer}")) is not None:
+        groups.append("kept" if bool((kept == token).any()) else "gone")
+    return groups
+
+
+# --- what later layers still need ---
+
+
+@torch.inference_mode()
+def horizon(model: CogVLA, moments: Sequence[Moment]) -> dict[str, Any]:
+    """By how much actions change if all vision tokens go before a layer, and from which layer on that is little."""
+    layers = range(model.config.language.layers)
+    changes = torch.zeros(len(layers))
+    emptied = [without_vision_from(model, layer) for layer in layers]
+    for moment in moments:
+        whole_BKA = model(moment.inputs).actions
+        for layer in layers:
+            changes[layer] += float((emptied[layer](moment.inputs).actions - whole_BKA).abs().mean()) / len(moments)
+    information_L = information(changes)
+    return {
+        "action_change": changes.tolist(),
+        "information": information_L.tolist(),
+        "horizon": information_horizon(information_L),
+        "layers": len(layers),
+    }
+
+
+def without_vision_from(model: CogVLA, layer: int) -> CogVLA:
+    """The same network whose vision tokens all go before this language layer."""
+    own = model.config.routing.router
+    first = {"name": "identity", "budget": 1.0, "stage": None, "options": None} if own.name is None else {}
+    stage: dict[str, Any] = {"layers": (layer,), "layer_router": "late_exit", "layer_budgets": (), "mode": "drop"}
+    other = model.with_router(replace(own, **first, **stage)).eval()
+    if model.router is not None and other.router is not None:  # what a router has learned comes along
+        other.router.load_state_dict(model.router.state_dict(), strict=False)
+    return other
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,206 @@
+"""Plays episodes and keeps what is inside of the policy at every decision.
+
+Vision tokens are numbered as they come out of the towers, all views one after the other, whatever happens to them
+later: N = V * (patches of a view), or with EFA V * (aggregation tokens). Patches are numbered alike, P = V * H * W.
+
+Shape legend: V views, N tokens before routing, n tokens now, P patches of all views, D language width, M aggregation
+tokens of a view, h heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.rollout import rollout
+from cogvla.envs.suite import Suite
+from cogvla.libero.protocol import Protocol
+from cogvla.policy.attention_probe import AttentionProbe
+from cogvla.policy.interface import ActionChunk, Embodiment, Observation
+from cogvla.policy.model import CogVLA, ModelInput, TextFeatures
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.routing.diagnostics import attention_entropy
+
+ROUTER = "router"
+"""The stage before the language model; its layers are the stages `layer 0`, `layer 1` and so on."""
+COVERED = 0.1
+"""A patch belongs to an object that covers this share of it."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One decision of the policy.
+
+    Attributes:
+        inputs: what the network was given.
+        instruction: in words.
+        pictures_VHW3: uint8, what the towers see.
+        tokens_ND: before routing, in the language width.
+        looks_NP: how much each token sees of each patch; the identity where tokens are patches.
+        entropy: in nats, of where the aggregation tokens look, or of the attention that patches get in the first tower.
+        kept: by stage that routes, the tokens kept there; new tokens, which are no token of before, are left out.
+        new: how many of the tokens after the router are new ones.
+        present: by language layer, the tokens that come to it; a new one is named by the place where it stands.
+        attention: by language layer, what each of those gets from the action tokens [n].
+        after: by language layer, the tokens that come out of it.
+        hidden: by language layer, the states of those [n,D].
+        target_P: bool, patches of the object to be handled; None where the environment does not say.
+    """
+
+    inputs: ModelInput
+    instruction: str
+    pictures_VHW3: np.ndarray
+    tokens_ND: Tensor
+    looks_NP: Tensor
+    entropy: float
+    kept: Mapping[str, Tensor]
+    new: int
+    present: Mapping[int, Tensor]
+    attention: Mapping[int, Tensor]
+    after: Mapping[int, Tensor]
+    hidden: Mapping[int, Tensor]
+    target_P: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An episode, decision after decision."""
+
+    name: str
+    result: EpisodeResult
+    moments: tuple[Moment, ...]
+
+
+def play(policy: CogVLAPolicy, suite: Suite, protocol: Protocol, tasks: Sequence[int], state: int) -> list[Episode]:
+    """One episode of each task, in this process.
+
+    Raises:
+        RuntimeError: an episode could not be played.
+    """
+    envs: list[gym.Env] = []
+
+    def make(**options: Any) -> gym.Env:
+        envs.append(suite.make(**options))
+        return envs[-1]
+
+    episodes = []
+    settings = protocol.for_suite(suite).rollout_settings()
+    for task in tasks:
+        watcher = _Watcher(policy, envs)
+        spec = EpisodeSpec(task, state, seed=protocol.seed)
+        (result,) = rollout(watcher, replace(suite, make=make), [spec], settings=settings)
+        if result.error is not None:
+            raise RuntimeError(f"task {task} could not be played:\n{result.error}")
+        episodes.append(Episode(suite.tasks[task].name, result, tuple(watcher.moments)))
+    return episodes
+
+
+class _Watcher:
+    """Passes everything on to a policy, looks inside, and asks the environment where the object is."""
+
+    def __init__(self, policy: CogVLAPolicy, envs: Sequence[gym.Env]) -> None:
+        self._policy, self._envs = policy, envs
+        self.moments: list[Moment] = []
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self._policy.embodiment
+
+    def describe(self) -> dict[str, Any]:
+        return self._policy.describe()
+
+    def reset(self) -> None:
+        self._policy.reset()
+
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        """Nothing is timed here."""
+
+    def act(self, observation: Observation) -> ActionChunk:
+        moment = look(self._policy, observation)
+        self.moments.append(replace(moment, target_P=self._target(observation)))
+        return self._policy.act(observation)
+
+    def _target(self, observation: Observation) -> Tensor | None:
+        env = self._envs[-1].unwrapped
+        if not hasattr(env, "target_mask"):
+            return None
+        masks = {}
+        for name, image_BHWC in observation.images.items():
+            mask_HW = env.target_mask(name, *image_BHWC.shape[1:3])
+            masks[name] = np.repeat(mask_HW[None, :, :, None], 3, axis=3).astype(np.uint8) * 255
+        # The preprocessor crops and scales masks as it does pictures.
+        pixels_VHW = self._policy.preprocessor.observation(replace(observation, images=masks)).pixels[0, :, 0]
+        return covered(pixels_VHW > 127, self._policy.model.vision.grid)
+
+
+def covered(mask_VHW: Tensor, grid: tuple[int, int], share: float = COVERED) -> Tensor:
+    """Patches, bool [P], of which a mask covers at least this share; if there is none, those covered most."""
+    rows, columns = grid
+    part_VP = reduce(mask_VHW.float(), "v (r y) (c x) -> (v r c)", "mean", r=rows, c=columns)
+    enough_P = part_VP >= share
+    return enough_P if enough_P.any() else (part_VP == part_VP.max()) & (part_VP > 0)
+
+
+@torch.inference_mode()
+def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
+    """Everything but the target, for one observation."""
+    model, inputs = policy.model, policy.preprocessor.observation(observation)
+    text = model.encode_text(inputs.text_ids, inputs.text_mask)
+    output = model(inputs, text, debug=True, watch=True)
+    inside = output.debug
+    assert inside is not None
+    entering_n, kept, new = _entering(inside, model.vision.tokens)
+    kept |= {f"layer {layer}": entering_n[index_BK[0]] for layer, index_BK in inside["kept"].items()}
+    others = inside["layout"].length - inside["layout"].vision
+    present, after = {}, {}
+    for layer, x_BSD in inside["hidden"].items():
+        index_Bn = inside["present"][layer]
+        present[layer] = entering_n if index_Bn is None else entering_n[index_Bn[0]]
+        # LFP that drops shortens the sequence inside of the layer.
+        shorter = x_BSD.shape[1] - others < len(present[layer])
+        after[layer] = kept[f"layer {layer}"] if shorter else present[layer]
+    looks_NP, entropy = _looks(model, inputs, text, output.gaze)
+    return Moment(
+        inputs=inputs,
+        instruction=observation.instruction[0],
+        pictures_VHW3=rearrange(inputs.pixels[0], "v c h w -> v h w c").cpu().numpy(),
+        tokens_ND=model.vision(inputs.pixels, text.vision)[0].float(),
+        looks_NP=looks_NP,
+        entropy=entropy,
+        kept=kept,
+        new=new,
+        present=present,
+        attention={layer: read_Bn[0] for layer, read_Bn in inside["attention"].items()},
+        after=after,
+        hidden={layer: x_BSD[0, 1 : 1 + len(after[layer])].float() for layer, x_BSD in inside["hidden"].items()},
+    )
+
+
+def _entering(inside: Mapping[str, Any], tokens: int) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Tokens that enter the language model, those of them that a router before it kept, and how many are new ones."""
+    routed = inside.get("routed")
+    if routed is None:
+        return torch.arange(tokens, device=inside["hidden"][0].device), {}, 0
+    index_K = routed.index_BK[0]
+    entering_K = torch.where(index_K < 0, routed.place_BK[0].round().long(), index_K)
+    return entering_K, {ROUTER: index_K[index_K >= 0]}, int((index_K < 0).sum())
+
+
+def _looks(model: CogVLA, inputs: ModelInput, text: TextFeatures, gaze: list[Tensor] | None) -> tuple[Tensor, float]:
+    """`looks_NP` and `entropy` of a moment."""
+    if gaze:  # towers may have other patches than the first one, whose grid is the policy's
+        same = [tower for tower in gaze if tower.shape[-1] == gaze[0].shape[-1]]
+        looks_VMP = torch.stack([tower.exp().mean(1) for tower in same]).mean(0)
+        return torch.block_diag(*looks_VMP), float(attention_entropy(looks_VMP.flatten(0, 1)).mean())
+    tower = model.vision.named_towers()[0][1]
+    probe = AttentionProbe({"received_BN"}, range(tower.computed - 1, tower.computed), tower.prefix, tower.has_cls)
+    model.vision.streams(inputs.pixels, text.vision, None, probe)
+    return torch.eye(model.vision.tokens), float(attention_entropy(probe.items()["received_BN"]).mean())
