@@ -90,7 +90,7 @@ class PolicyRouter(nn.Module):
         self.tokens = self.all_tokens
         if self.stage != "llm_layer":
             tokens, token_width = self.all_tokens // self.rows, sum(self.widths)
-            largest = max(count_of(budget, tokens) for budget in (config.budget, *config.train_budgets))
+            largest = max(self._count(budget) for budget in (config.budget, *config.train_budgets))
             sizes = RouterSizes(
                 tokens, token_width if self.stage == "encoder_out" else width, width, self.grid, largest
             )
@@ -143,11 +143,15 @@ class PolicyRouter(nn.Module):
             given |= {"grid", "pixels_B3HW"}
         return frozenset(given)
 
+    def _count(self, budget: int | float) -> int:
+        """K of a row, which is one view, or all of them."""
+        return self.views // self.rows * count_of(budget, self.all_tokens // self.views)
+
     def leaves(self, budget: int | float) -> int:
         """Tokens of all views that enter the language model."""
         if self.before is None:
             return self.all_tokens
-        return self.rows * self.before.leaves(count_of(budget, self.all_tokens // self.rows))
+        return self.rows * self.before.leaves(self._count(budget))
 
     def left(self, layer: int) -> int | None:
         """Vision tokens that this language layer works on; None where nothing is routed."""
@@ -227,7 +231,7 @@ class PolicyRouter(nn.Module):
                 return fusion(x_XNW.split(self.widths, dim=-1), weights_X2)
 
             asked = partial(_asked, fusion, self.widths, weights_X2)
-            count = count_of(self.config.budget if budget is None else budget, self.all_tokens // self.rows)
+            count = self._count(self.config.budget if budget is None else budget)
             x_XNC = joined_XNW = rearrange(joined_BNW, "b (r n) w -> (b r) n w", r=self.rows)
             if self.stage == "projector_out":
                 x_XNC = project(joined_XNW)

@@ -101,8 +101,10 @@ def test_tokens_of_views_stay_apart_and_keep_their_places() -> None:
     frame = context.placed(1 + answer.place_BK)
     assert torch.equal(frame.turn_BSU[0, layout.visual], context.turn_SU[1 + answer.place_BK[0]])
     joint = routed(config("token_norm", joint=True))
-    assert joint.vision_tokens == 4
-    assert joint(inputs, debug=True).debug["routed"].index_BK.shape == (3, 4)
+    assert joint.vision_tokens == VIEWS * 4
+    joint_index = joint(inputs, debug=True).debug["routed"].index_BK
+    assert joint_index.shape == (3, VIEWS * 4)
+    assert not torch.equal(joint_index, answer.index_BK), "views may have unequal shares"
 
 
 @torch.inference_mode()
