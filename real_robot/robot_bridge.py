@@ -9,10 +9,12 @@ Ctrl-C stops sending, and ends with a table of latencies.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.async_client import ClientSettings
+from cogvla.real_robot.async_client import AsyncPolicyClient, ClientSettings, UnavailableError
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.measurements import latency_table
 from cogvla.real_robot.reconnecting import ReconnectingClient
@@ -49,16 +51,15 @@ def run(config: DictConfig) -> None:
     robot = RobotConfig(**_plain(config.robot))
     embodiment = Embodiment(**_plain(config.embodiment))
     settings = BridgeSettings(bool(config.dry_run), bool(config.activate), float(config.diagnostics_s))
+    asking = ClientSettings(
+        robot=embodiment,
+        api_key=None if config.api_key is None else str(config.api_key),
+        certificate=None if config.certificate is None else Path(config.certificate),
+    )
+    asyncio.run(_check_server(config.server, asking))
+    client = ReconnectingClient(config.server, asking)
     node = _node(config)
     front_end = RosFrontEnd(node, RosTopics(**_plain(config.topics)), embodiment)
-    client = ReconnectingClient(
-        config.server,
-        ClientSettings(
-            robot=embodiment,
-            api_key=None if config.api_key is None else str(config.api_key),
-            certificate=None if config.certificate is None else Path(config.certificate),
-        ),
-    )
     with node, Bridge(robot, embodiment, client, front_end, settings) as bridge:
         if config.instruction is not None:
             bridge.instruct(config.instruction)
@@ -67,7 +68,7 @@ def run(config: DictConfig) -> None:
             + (", dry run: nothing is sent" if settings.dry_run else ""),
             flush=True,
         )
-        watch(bridge, stop)
+        watch(bridge, stop, lambda: node.failure)
     report = bridge.diagnostics() | {"robot": robot.name, "measurements": bridge.measurements.summary()}
     print(latency_table(bridge.measurements, embodiment.control_hz))
     if config.output is not None:
@@ -76,10 +77,22 @@ def run(config: DictConfig) -> None:
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def watch(bridge: Bridge, stop: threading.Event) -> None:
-    """Print what the loop does whenever that changes."""
+async def _check_server(uri: str, settings: ClientSettings) -> None:
+    """ValueError if the policy there is for another robot, or refuses this client; it may also start later."""
+    try:
+        client = await AsyncPolicyClient.connect(uri, settings)
+    except UnavailableError as error:
+        print(f"no policy server yet: {error}", flush=True)
+    else:
+        await client.close()
+
+
+def watch(bridge: Bridge, stop: threading.Event, failure: Callable[[], BaseException | None] = lambda: None) -> None:
+    """Print what the loop does whenever that changes, until `stop`; raises what ended the bridge, or `failure`."""
     shown = ""
     while not (stop.is_set() or bridge.wait(POLL_S)):
+        if (error := failure()) is not None:
+            raise error
         seen = bridge.diagnostics()
         reason = seen["fault"] or seen["stale"] or (seen["last_failure"] if seen["state"] == "holding" else None)
         line = f"{seen['state']}: {_without_numbers(reason)}" if reason else seen["state"]

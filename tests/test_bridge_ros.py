@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -16,13 +18,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
+from hydra import compose, initialize_config_module
 
 from cogvla.policy.interface import Embodiment
+from cogvla.real_robot import robot_bridge
 from cogvla.real_robot import ros_messages as messages
+from cogvla.real_robot.async_client import ClientSettings
 from cogvla.real_robot.named_config import named_config
 from cogvla.real_robot.ros_front_end import ClockOffset, RosFrontEnd, RosTopics
 from cogvla.real_robot.ros_node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
 from cogvla.real_robot.settings import RobotConfig
+from cogvla.tests.policy_servers import SumPolicy, free_port, serving
 
 ROOT = Path(__file__).parents[1]
 ROS2 = ROOT / "real_robot" / "ros2"
@@ -264,6 +270,37 @@ def test_named_configs_list_what_there_is(tmp_path: Path) -> None:
         named_config("topics", str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["transport=rclpy"], "transport must be dds, got 'rclpy'"),
+        (["dds.domain=400"], "dds.domain must be from 0 to 232"),
+        (["dds.distro=foxy"], "distro must be one of humble, iron, jazzy"),
+        ([], "transport=dds needs cogvla.real_robot.dds: install the extra `dds`"),
+    ],
+)
+def test_mistakes_of_the_command_are_explained(changes: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not changes:
+        monkeypatch.setitem(sys.modules, "cogvla.real_robot.dds", None)  # as if it could not be imported
+    elif changes[0].startswith("dds"):
+        pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        config = compose("robot_bridge", changes)
+    with pytest.raises(ValueError, match=words):
+        robot_bridge._node(config)
+
+
+def test_a_policy_for_another_robot_is_refused_before_anything_starts() -> None:
+    settings = ClientSettings(robot=Embodiment(**named_config("embodiment", "tabletop")))
+    with serving(SumPolicy()) as (uri, _), pytest.raises(ValueError, match="does not fit the robot 'tabletop_panda'"):
+        asyncio.run(robot_bridge._check_server(uri, settings))
+
+
+def test_a_server_that_is_not_there_yet_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(robot_bridge._check_server(f"ws://127.0.0.1:{free_port()}", ClientSettings()))
+    assert capsys.readouterr().out.startswith("no policy server yet: ")
+
+
 # --- the rclpy package ----------------------------------------------------------------------------------------------
 
 
@@ -273,8 +310,6 @@ def ros2_module(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
@@ -313,7 +348,7 @@ def test_the_package_says_the_same_everywhere() -> None:
         for node in ast.walk(ast.parse((ROS2 / "cogvla_bridge" / "node.py").read_text()))
         if isinstance(node, ast.ImportFrom) and node.module
     }
-    declared = {element.text for element in manifest.iter("exec_depend")} | {"rcl_interfaces"}
+    declared = {element.text for element in manifest.iter("exec_depend")}
     assert imported - {"__future__", "collections", "typing", "cogvla", "cogvla_bridge"} <= declared
 
 
