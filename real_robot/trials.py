@@ -2,7 +2,8 @@
 
     hold -> set up the scene -> look -> instruct, activate -> ... -> over, or a fault -> hold
 
-What sets the scene up and says when it is over is a `Scene`: here the simulated robot, over its topics.
+What sets the scene up and says when it is over is a `Scene`: here the simulated robot, over its topics; for a robot in
+a room see `operator_scene`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from cogvla.real_robot.ros_node import STRING, Delivery
 from cogvla.real_robot.simulated_arm import SceneStart, SceneStatus
 
 POLL_S = 0.01
+STOPPED = "stopped: "
+"""How the error of an episode begins that the safety layer ended."""
+
+
+class EpisodeAbortedError(RuntimeError):
+    """Whoever judges the episode takes it back: it says nothing about the policy."""
 
 
 class Scene(Protocol):
@@ -33,7 +40,7 @@ class Scene(Protocol):
         ...
 
     def status(self) -> SceneStatus:
-        """What has become of it."""
+        """What has become of it; `steps` 0 if it does not count them. EpisodeAbortedError if it shall not count."""
         ...
 
 
@@ -87,30 +94,32 @@ def play(
 ) -> EpisodeResult:
     """One episode; a fault of the bridge, or no end within `timeout_s`, is an error and not a failure.
 
-    `on_start` is told the scene when the arm is about to move.
+    `on_start` is told the scene when the arm is about to move. Whatever is raised, the arm is left idle.
     """
     bridge.activate(False)
     bridge.instruct("")
     bridge.reset()
     started = time.monotonic()
-    status = scene.set_up(spec)
+    try:
+        status = scene.set_up(spec)
+    except TimeoutError as late:
+        wall_s = time.monotonic() - started
+        return EpisodeResult(spec.task, spec.initial_state, spec.seed, error=str(late), wall_s=wall_s)
     on_start(status)
     began = bridge.now()
     measured = bridge.measurements
-    before = len(measured.loop_ms), len(measured.inference_ms)
+    before = len(measured.loop_ms), len(measured.inference_ms), _commands(bridge)
     error = _look(bridge, began, timeout_s)
     reset_s = time.monotonic() - started
-    bridge.instruct(status.instruction)
-    bridge.activate()
-    last = time.monotonic() + timeout_s
-    while error is None and not (status := scene.status()).over:
-        if bridge.state is State.STOPPED:
-            error = f"stopped: {bridge.fault}"
-        elif time.monotonic() > last:
-            error = f"not over within {timeout_s:g} s: {bridge.diagnostics()['stale'] or bridge.state.value}"
-        elif bridge.wait(POLL_S):
-            error = "the bridge has ended"
-    bridge.activate(False)
+    if error is None:
+        bridge.instruct(status.instruction)
+        bridge.activate()
+        try:
+            status, error = _follow(bridge, scene, status, timeout_s)
+        finally:
+            bridge.activate(False)
+        if error is None and not status.success and _commands(bridge) == before[2]:
+            error = f"the robot was never commanded: {bridge.diagnostics()['last_failure'] or 'no answer'}"
     inference_ms = tuple(islice(measured.inference_ms, before[1], None))
     return EpisodeResult(
         task=spec.task,
@@ -120,7 +129,7 @@ def play(
         instruction=status.instruction,
         success=status.success and error is None,
         scene_task_success=None if spec.asked is None else status.scene_task_success,
-        steps=status.steps,
+        steps=status.steps or _commands(bridge) - before[2],
         reward=float(status.success),
         error=error,
         reset_s=reset_s,
@@ -129,6 +138,28 @@ def play(
         loop_ms=tuple(islice(measured.loop_ms, before[0], None)),
         batch=(1,) * len(inference_ms),
     )
+
+
+def _follow(bridge: Bridge, scene: Scene, status: SceneStatus, timeout_s: float) -> tuple[SceneStatus, str | None]:
+    """The scene when it is over, and what is wrong if it is not by then."""
+    last = time.monotonic() + timeout_s
+    try:
+        while not (status := scene.status()).over:
+            if bridge.state is State.STOPPED:
+                return status, f"{STOPPED}{bridge.fault}"
+            if time.monotonic() > last:
+                reason = bridge.diagnostics()["stale"] or bridge.state.value
+                return status, f"not over within {timeout_s:g} s: {reason}"
+            if bridge.wait(POLL_S):
+                return status, "the bridge has ended"
+    except EpisodeAbortedError as error:
+        return status, str(error)
+    return status, None
+
+
+def _commands(bridge: Bridge) -> int:
+    counts = bridge.measurements.counts
+    return counts["action"] + counts["hold"]
 
 
 def _look(bridge: Bridge, began: float, timeout_s: float) -> str | None:

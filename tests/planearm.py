@@ -7,11 +7,12 @@ lerobot 0.4.4 is installed without its mock robot; this one is made as users mak
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from lerobot.robots import Robot, RobotConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.lerobot_robot import LeRobotSettings
@@ -129,3 +130,12 @@ class PlaneArm(Robot):
 
     def disconnect(self) -> None:
         self._connected = False
+
+
+def configured(config: DictConfig) -> DictConfig:
+    """The configuration of a command, for this robot."""
+    OmegaConf.set_struct(config, False)
+    for group, value in (("embodiment", PLANE), ("robot", LIMITS), ("lerobot", SETTINGS)):
+        config[group] = OmegaConf.create(asdict(value))
+    config.lerobot.config = {"id": "test"}
+    return config

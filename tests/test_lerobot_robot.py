@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
@@ -25,7 +25,7 @@ from cogvla.real_robot.lerobot_robot import LeRobotFrontEnd, LeRobotSettings, co
 from cogvla.real_robot.local_policy import LocalPolicy
 from cogvla.real_robot.recording import Recorder
 from cogvla.real_robot.request import RequestKeys
-from cogvla.tests.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig
+from cogvla.tests.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
 from cogvla.tests.policy_servers import serving, until
 
 INSTRUCTION = "sweep to the left"
@@ -234,11 +234,7 @@ def command(uri: str, *overrides: str) -> DictConfig:
     """`drive_robot` for the plane arm."""
     with initialize_config_module("cogvla.configs", version_base="1.3"):
         config = compose("drive_robot", [f"server={uri}", f"instruction={INSTRUCTION}", *overrides])
-    OmegaConf.set_struct(config, False)
-    for group, value in (("embodiment", PLANE), ("robot", LIMITS), ("lerobot", SETTINGS)):
-        config[group] = OmegaConf.create(asdict(value))
-    config.lerobot.config = {"id": "test"}
-    return config
+    return configured(config)
 
 
 def test_drive_robot_with_keys_over_the_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

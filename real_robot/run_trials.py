@@ -1,0 +1,270 @@
+"""`run_trials`: N trials of each instruction on a robot, judged by the operator or by the simulator, with a report.
+
+    run_trials server=ws://GPU:8000 transport=lerobot instructions='["pick up the cube"]' trials=10
+    run_trials transport=dds robot=my_arm embodiment=my_arm topics=my_arm dds.interface=eth0 instructions=...
+    run_trials transport=dds robot=tabletop embodiment=tabletop scene=simulated suite=tabletop_object   with `sim_robot`
+
+Every trial is on disk when it has ended. The same command goes on where it was interrupted, and tries again what
+ended in an error or a safety stop: those are no failures. Keys are those of `operator_scene`; space is the emergency
+stop and r releases it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue
+
+from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.suite import Suite, Task, get_suite
+from cogvla.libero.episode_log import EpisodeLog
+from cogvla.libero.evaluate import write_report
+from cogvla.libero.protocol import Protocol, load_protocol
+from cogvla.libero.provenance import provenance
+from cogvla.libero.report import ControlTiming, Report, build_report
+from cogvla.libero.statistics import latency, success_rate
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.keyboard import Keyboard
+from cogvla.real_robot.measurements import Measurements, latency_table
+from cogvla.real_robot.operator_scene import OperatorScene, SessionEndedError, listen
+from cogvla.real_robot.robots import open_front_end, open_policy_client, plain
+from cogvla.real_robot.settings import RobotConfig
+from cogvla.real_robot.trial_log import ControlLog, Film
+from cogvla.real_robot.trials import STOPPED, Scene, SimulatedScene, play
+
+SCENES = ("operator", "simulated")
+MARGIN_S = 20.0
+"""How much longer than its limit a trial may take before it is an error."""
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="run_trials")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        run(config, shlex.join(["run_trials", *HydraConfig.get().overrides.task]))
+    except (ValueError, OSError, MissingMandatoryValue) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(130) from error
+
+
+def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report | None:
+    """Play what is missing, print and write; answers the report, None if there is nothing to report yet.
+
+    `keyboard` is the descriptor that keys are read from; None: standard input.
+    """
+    robot = RobotConfig(**plain(config.robot))
+    embodiment = Embodiment(**plain(config.embodiment))
+    suite, protocol = _trials(config, robot, embodiment)
+    specs = protocol.episodes(suite, None if config.tasks is None else list(config.tasks))
+    output = Path(config.output)
+    client, described = open_policy_client(config, embodiment)
+    fingerprint = {
+        "suite": suite.name,
+        "instructions": [task.instruction for task in suite.tasks],
+        "protocol": {k: v for k, v in asdict(protocol).items() if k not in ("name", "episodes_per_task")},
+        "policy": dict(described),
+        "robot": {"transport": config.transport, "scene": config.scene, **asdict(robot)},
+    }
+    session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **provenance()}
+    with ExitStack() as stack:
+        log = stack.enter_context(EpisodeLog(output, fingerprint, session, config.resume))
+        control = ControlLog(output, config.resume)
+        film = Film(output if config.video else None, embodiment.control_hz)
+        front_end, node = open_front_end(config, embodiment, stack)
+        settings = BridgeSettings(dry_run=False)
+        bridge = stack.enter_context(Bridge(robot, embodiment, client, front_end, settings, film.show))
+        scene = _scene(config, suite, node, bridge, keyboard, stack)
+        timeout_s = 2 * (protocol.for_suite(suite).rollout_settings().max_steps or 0) / embodiment.control_hz + MARGIN_S
+        session_of_trials = Session(bridge, scene, log, control, film, int(config.attempts), timeout_s)
+        try:
+            session_of_trials.play([spec for spec in specs if (spec.task, spec.initial_state) not in log.results])
+        except SessionEndedError:
+            print("ended; the same command goes on with what is missing", flush=True)
+        results = [log.results[key] for spec in specs if (key := (spec.task, spec.initial_state)) in log.results]
+        measured = control.measurements()
+        if not results:
+            return None
+        report = _report(suite, protocol, results, measured, embodiment, fingerprint, log.sessions)
+        write_report(report, suite, output)
+    print(summary(suite, results))
+    print(latency_table(measured, embodiment.control_hz))
+    print(f"{len(results)} of {len(specs)} trials; report: {output / 'report.html'}")
+    return report
+
+
+class Session:
+    """Plays trials one after the other; each is on disk before the next one begins.
+
+    Args:
+        bridge: running.
+        scene: sets up and judges.
+        log, control, film: where everything is kept.
+        attempts: how often a trial is started that ends in an error, until it is left for another session.
+        timeout_s: see `play`.
+    """
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        scene: Scene,
+        log: EpisodeLog,
+        control: ControlLog,
+        film: Film,
+        attempts: int,
+        timeout_s: float,
+    ) -> None:
+        if attempts < 1:
+            raise ValueError(f"attempts must be at least 1, got {attempts}")
+        self._bridge, self._scene = bridge, scene
+        self._log, self._control, self._film = log, control, film
+        self._attempts, self._timeout_s = attempts, timeout_s
+
+    def play(self, specs: Sequence[EpisodeSpec]) -> None:
+        """All of these trials; SessionEndedError when the operator ends it, and whatever ends the bridge."""
+        for number, spec in enumerate(specs, start=1):
+            for attempt in range(1, self._attempts + 1):
+                result = self._attempt(spec, attempt)
+                outcome = result.error or ("success" if result.success else "failure")
+                print(f"[{number}/{len(specs)}] {result.instruction}: {outcome}", flush=True)
+                if result.error is None:
+                    break
+            self._log.append(result)
+
+    def _attempt(self, spec: EpisodeSpec, attempt: int) -> EpisodeResult:
+        def start(_: object) -> None:
+            self._film.begin()
+            self._control.begin(self._bridge)
+
+        result = None
+        try:
+            result = play(self._bridge, self._scene, spec, self._timeout_s, start)
+        finally:
+            video = self._film.end(result)
+        result = replace(result, attempts=attempt, video=video)
+        self._control.end(self._bridge, result)
+        self._bridge.wait(0)  # raises what has ended the bridge, such as a robot that is gone
+        return result
+
+
+def summary(suite: Suite, results: Sequence[EpisodeResult]) -> str:
+    """Success with its interval per instruction, and apart from it what could not be judged, as lines."""
+    lines = [f"{'success':>8}  {'95 % interval':<17}{'trials':>7}{'errors':>8}{'stops':>7}  instruction"]
+    tasks = sorted({r.task for r in results})
+    for task in [*tasks, None] if len(tasks) > 1 else tasks:
+        of = [r for r in results if task is None or r.task == task]
+        rate = success_rate(r.success for r in of if r.error is None)
+        errors = [r.error for r in of if r.error is not None]
+        stops = sum(error.startswith(STOPPED) for error in errors)
+        value = "-" if rate.value is None else f"{rate.value:.1%}"
+        between = "" if rate.low is None or rate.high is None else f"{rate.low:.1%} to {rate.high:.1%}"
+        name = "all" if task is None else suite.tasks[task].instruction
+        lines.append(f"{value:>8}  {between:<17}{rate.trials:>7}{len(errors) - stops:>8}{stops:>7}  {name}")
+    return "\n".join(lines)
+
+
+def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> tuple[Suite, Protocol]:
+    """Which trials: of a simulated suite, or of the operator's instructions."""
+    steps = robot.loop.execute_steps or embodiment.chunk
+    if config.scene == "simulated":
+        suite = get_suite(config.suite)
+        return suite, replace(load_protocol(suite.protocol, episodes_per_task=config.trials), execute_steps=steps)
+    if config.scene != "operator":
+        raise ValueError(f"scene must be one of {', '.join(SCENES)}, got {config.scene!r}")
+    instructions = [str(text).strip() for text in config.instructions]
+    if not instructions or not all(instructions) or len(set(instructions)) < len(instructions):
+        raise ValueError(f"instructions must be a list of different sentences, got {instructions}")
+    limit = round(float(config.limit_s) * embodiment.control_hz)
+    if limit < 1:
+        raise ValueError(f"limit_s must be at least one control period, got {config.limit_s}")
+    tasks = tuple(Task(f"instruction {number}", text) for number, text in enumerate(instructions))
+    suite = Suite(f"trials on {robot.name}", tasks, limit, _no_simulation, int(config.trials), "trials")
+    return suite, Protocol("trials", int(config.trials), execute_steps=steps, max_steps=limit)
+
+
+def _no_simulation(**_: Any) -> gym.Env:
+    raise ValueError("these are trials in a room; there is no simulation of them")
+
+
+def _scene(
+    config: DictConfig, suite: Suite, node: Any, bridge: Bridge, keyboard: int | None, stack: ExitStack
+) -> Scene:
+    scene: Scene
+    if config.scene == "simulated":
+        if node is None:
+            raise ValueError("scene=simulated is a `sim_robot`, which is reached with transport=dds")
+        scene, press = SimulatedScene(node), _ignore
+    else:
+        instructions = [task.instruction for task in suite.tasks]
+        scene = OperatorScene(instructions, float(config.limit_s), int(config.countdown_s), _say)
+        press = scene.press
+        if node is not None:
+            listen(node, scene)
+
+    def on_key(key: str) -> None:
+        if key == " ":
+            _say(f"emergency stop {bridge.estop(True)[1]}; r releases it")
+        elif key == "r":
+            bridge.estop(False)
+            _say(bridge.reset()[1])
+        else:
+            press(key)
+
+    stack.enter_context(Keyboard(on_key, keyboard))
+    return scene
+
+
+def _ignore(key: str) -> None:
+    """The simulator judges."""
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _report(
+    suite: Suite,
+    protocol: Protocol,
+    results: Sequence[EpisodeResult],
+    measured: Measurements,
+    embodiment: Embodiment,
+    fingerprint: dict[str, Any],
+    sessions: Sequence[dict[str, Any]],
+) -> Report:
+    session = sessions[-1]
+    report = build_report(
+        suite=suite,
+        results=results,
+        batch_1_ms=[],
+        control_hz=embodiment.control_hz,
+        reproduce={
+            "protocol": asdict(protocol.for_suite(suite)),
+            "asked": "own task",
+            "policy": fingerprint["policy"],
+            "simulation": fingerprint["robot"],
+            "workers": 0,
+            "run": {"episodes": len(results), "seconds": sum(r.wall_s for r in results)},
+            **{key: session[key] for key in ("command", "started", "versions", "commit", "machine")},
+            "sessions": len(sessions),
+            "commits": sorted({str((s.get("commit") or {}).get("hash")) for s in sessions}),
+        },
+    )
+    control = ControlTiming(latency(measured.jitter_ms), dict(sorted(measured.counts.items())))
+    return replace(report, control=control)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What a session of trials leaves on disk besides the episodes: how the control loop kept time, and the films.
+
+control.jsonl     one line per attempt: samples and counters of the control loop while the robot was driven
+videos/           one per trial, all cameras side by side
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cogvla.envs.episodes import EpisodeResult
+from cogvla.real_robot.bridge import Bridge, Tick
+from cogvla.real_robot.live_view import VideoView
+from cogvla.real_robot.measurements import Measurements
+from cogvla.real_robot.trials import STOPPED
+
+CONTROL = "control.jsonl"
+VIDEOS = "videos"
+
+
+@dataclass(frozen=True)
+class AttemptTiming:
+    """One line of `control.jsonl`; see `Measurements` for the samples and counters."""
+
+    task: int
+    initial_state: int
+    error: str | None
+    jitter_ms: tuple[float, ...]
+    loop_ms: tuple[float, ...]
+    inference_ms: tuple[float, ...]
+    counts: dict[str, int]
+
+
+class ControlLog:
+    """Appends to `control.jsonl` and adds up what is there, of earlier sessions too.
+
+    Args:
+        folder: of the trials.
+        resume: False deletes what is there.
+    """
+
+    def __init__(self, folder: Path, resume: bool = True) -> None:
+        self._path = folder / CONTROL
+        if not resume:
+            self._path.unlink(missing_ok=True)
+        self.attempts: list[AttemptTiming] = []
+        text = self._path.read_text() if self._path.exists() else ""
+        whole = text.rfind("\n") + 1  # a crash may have torn the last line
+        if whole < len(text):
+            os.truncate(self._path, len(text[:whole].encode()))
+        for line in text[:whole].splitlines():
+            self.attempts.append(_timing(json.loads(line)))
+        self._before: Counter[str] = Counter()
+
+    def begin(self, bridge: Bridge) -> None:
+        """The robot is about to move: what was measured until now was waiting."""
+        measured = bridge.measurements
+        for samples in (measured.jitter_ms, measured.loop_ms, measured.inference_ms):
+            samples.clear()
+        self._before = measured.counts.copy()
+
+    def end(self, bridge: Bridge, result: EpisodeResult) -> None:
+        """Write the attempt to disk before returning."""
+        measured = bridge.measurements
+        timing = AttemptTiming(
+            result.task,
+            result.initial_state,
+            result.error,
+            tuple(measured.jitter_ms),
+            result.loop_ms,
+            result.inference_ms,
+            dict(measured.counts - self._before),
+        )
+        self.attempts.append(timing)
+        with self._path.open("a") as file:
+            file.write(json.dumps(asdict(timing)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def measurements(self) -> Measurements:
+        """Of all attempts together; `safety_stops` counts those that the safety layer ended."""
+        total = Measurements()
+        for attempt in self.attempts:
+            total.jitter_ms.extend(attempt.jitter_ms)
+            total.loop_ms.extend(attempt.loop_ms)
+            total.inference_ms.extend(attempt.inference_ms)
+            total.counts.update(attempt.counts)
+            total.counts["safety_stops"] += (attempt.error or "").startswith(STOPPED)
+        return total
+
+
+def _timing(values: dict[str, Any]) -> AttemptTiming:
+    for name in ("jitter_ms", "loop_ms", "inference_ms"):
+        values[name] = tuple(values[name])
+    return AttemptTiming(**values)
+
+
+class Film:
+    """Films one attempt after the other; `show` is a bridge's `on_tick`.
+
+    Args:
+        folder: of the trials; None: nothing is filmed.
+        fps: control rate.
+    """
+
+    def __init__(self, folder: Path | None, fps: float) -> None:
+        self._folder, self._fps = folder, fps
+        self._path: Path | None = None
+        self._view: VideoView | None = None
+
+    def show(self, tick: Tick) -> None:
+        """Take a tick: quick."""
+        view = self._view
+        if view is not None:
+            view.show(tick)
+
+    def begin(self) -> None:
+        """The next ticks are a new attempt."""
+        if self._folder is not None:
+            self._view = VideoView(self._folder / VIDEOS / f".running.{os.getpid()}.mp4", self._fps)
+            self._view.__enter__()
+
+    def end(self, result: EpisodeResult | None) -> str | None:
+        """End the film and name it after the result; its path, or None where nothing is to be seen."""
+        view, self._view = self._view, None
+        if view is None or self._folder is None:
+            return None
+        try:
+            view.__exit__(None, None, None)
+        except ValueError:  # no frame: the attempt ended before it began
+            return None
+        if result is None:
+            view.path.unlink()
+            return None
+        outcome = "error" if result.error else "success" if result.success else "failure"
+        path = view.path.with_name(f"task{result.task:02d}_trial{result.initial_state:02d}_{outcome}.mp4")
+        os.replace(view.path, path)
+        return str(path)
