@@ -71,11 +71,9 @@ def _outline(image: Image.Image, marked_HW: np.ndarray) -> None:
 
 def strip(episode: Episode, grid: tuple[int, int], count: int, views: Sequence[str]) -> bytes:
     """PNG: moments from left to right; below each other the views, each at every stage."""
-    chosen = sorted(
-        set(np.linspace(0, len(episode.moments) - 1, min(count, len(episode.moments))).astype(int).tolist())
-    )
+    total, label = len(episode.moments), 96
+    chosen = sorted(set(np.linspace(0, total - 1, min(count, total)).astype(int).tolist()))
     stages = shown_stages(episode.moments[0])
-    label = 96
     width = label + len(chosen) * (SIDE + GAP)
     height = BAND + len(views) * len(stages) * (SIDE + GAP)
     sheet = Image.new("RGB", (width, height), "white")
