@@ -31,6 +31,7 @@ _YAWS = 24
 _PALM = np.array([(x, y) for x in np.linspace(-0.10, 0.10, 11) for y in (-0.03, 0.0, 0.03)])
 _FINGERS = np.array([(s * x, y) for s in (-1, 1) for x in (0.040, 0.048, 0.056) for y in (-0.012, 0.0, 0.012)])
 _PALM_HEIGHT, _FINGER_DEPTH = 0.03, 0.010
+_SAFETY = 0.008
 
 
 @dataclass(frozen=True)
@@ -107,5 +108,5 @@ def _blocked(point: np.ndarray, closing: np.ndarray, obstacles: Obstacles) -> fl
     share = 0.0
     for footprint_F2, height in ((_PALM, point[2] + _PALM_HEIGHT), (_FINGERS, point[2] - _FINGER_DEPTH)):
         spots_F2 = point[:2] + footprint_F2 @ axes
-        share += float((obstacles.under(spots_F2) & (obstacles.top_G > height)).any(axis=1).mean())
+        share += float((obstacles.under(spots_F2, _SAFETY) & (obstacles.top_G > height)).any(axis=1).mean())
     return share

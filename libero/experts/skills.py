@@ -9,6 +9,9 @@ from cogvla.libero.experts.plan import Subgoal
 
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "turn")
 
+_STILL_OPEN = 0.7
+"""Of its travel: a drawer that was open and has been pushed in so far is still open enough."""
+
 
 def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
     """The next move for a subgoal."""
@@ -34,7 +37,9 @@ def is_done(hand: Hand, subgoal: Subgoal) -> bool:
     """Whether there is nothing left to do for a subgoal."""
     view = hand.view
     if subgoal.verb == "open":
-        return view.holds(*subgoal.until) or view.holds(("open", subgoal.item))
+        joint = view.joint(subgoal.item)
+        bumped = joint is not None and joint.travel > _STILL_OPEN and hand.fixture != subgoal.item
+        return view.holds(*subgoal.until) or view.holds(("open", subgoal.item)) or bumped
     if subgoal.verb in ("turnon", "close"):
         return view.holds(*subgoal.until)
     return view.holds(*subgoal.until) and not hand.has(subgoal.item)

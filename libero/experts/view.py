@@ -31,12 +31,14 @@ class Joint:
         name: in the model.
         axis, pivot: in the world [3].
         out: the axis, towards where its travel is longer: the way a drawer opens, or a knob turns on [3].
+        travel: the part of that travel that it has made, 0 to 1.
     """
 
     name: str
     axis: np.ndarray
     pivot: np.ndarray
     out: np.ndarray
+    travel: float
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ class View:
         joint = model.joint(holder.joints[0])
         axis = data.xaxis[joint.id].copy()
         low, high = joint.range
-        return Joint(joint.name, axis, data.xanchor[joint.id].copy(), axis if high > -low else -axis)
+        position, furthest = float(data.qpos[joint.qposadr[0]]), high if high > -low else low
+        out = axis if furthest > 0 else -axis
+        return Joint(joint.name, axis, data.xanchor[joint.id].copy(), out, position / furthest)
 
     def joint_body(self, joint: Joint) -> str:
         """The body that a joint moves."""
