@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cogvla.policy.config import CogVLAConfig, RoutingConfig, TowerConfig
+from cogvla.policy.config import CogVLAConfig, TowerConfig
 from cogvla.tests.tiny_model import MODEL, tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -29,7 +29,7 @@ def test_every_preset_composes_and_survives_a_round_trip(policy: str, routing: s
 
 
 def test_faithful_is_the_published_behaviour() -> None:
-    config = RoutingConfig(**routing_yaml("faithful"))
+    config = CogVLAConfig.from_dict({**MODEL, "routing": routing_yaml("faithful")}).routing
     assert (config.period, config.position_policy, config.scale, config.summary) == (31, "renumber", "all", "faithful")
 
 
