@@ -40,8 +40,8 @@ SHORTEST = 2
 """Frames; less is no episode."""
 
 
-def dataset_folder(output: Path, embodiment: Embodiment, robot: str, video: bool, resume: bool) -> DatasetFolder:
-    """The folder of a recording, ready to take episodes.
+class RecordingFolder:
+    """Where episodes wait until they become a data set; `DatasetFolder` says what is where.
 
     Args:
         output: of the data set.
@@ -49,63 +49,73 @@ def dataset_folder(output: Path, embodiment: Embodiment, robot: str, video: bool
         robot: name, for the data set.
         video: images become videos.
         resume: keep the episodes that an interrupted recording left there.
+        source: where the episodes come from, as plain values.
 
     Raises:
-        ValueError: there is a data set already, or an unfinished one of another robot.
+        ValueError: there is a data set already, or an unfinished one of another robot or source.
     """
-    if embodiment.control_hz != round(embodiment.control_hz):
-        raise ValueError(f"a LeRobotDataset has a whole number of frames per second, not {embodiment.control_hz:g}")
-    folder = DatasetFolder(output, "recording", "recorded", RECORD_FILE)
-    request = {"robot": robot, "embodiment": asdict(embodiment), "video": video}
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is there already; record into another folder")
-    folder.prepare(request, resume)
-    return folder
 
+    def __init__(
+        self,
+        output: Path,
+        embodiment: Embodiment,
+        robot: str,
+        video: bool = False,
+        resume: bool = True,
+        source: dict[str, Any] | None = None,
+    ) -> None:
+        if embodiment.control_hz != round(embodiment.control_hz):
+            raise ValueError(f"a LeRobotDataset has a whole number of frames per second, not {embodiment.control_hz:g}")
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"{output} is there already; record into another folder")
+        self._folder = DatasetFolder(output, "recording", "recorded", RECORD_FILE)
+        self._fps, self._robot, self._video = round(embodiment.control_hz), robot, video
+        self._request = {"robot": robot, "embodiment": asdict(embodiment), "video": video, "source": source}
+        self._folder.prepare(self._request, resume)
 
-def save_episode(
-    folder: DatasetFolder,
-    number: int,
-    instruction: str,
-    fps: float,
-    states: list[np.ndarray],
-    actions: list[np.ndarray],
-    images: dict[str, list[bytes]],
-) -> None:
-    """Put one episode on disk: T states [S], actions [A] and PNG files of each camera."""
-    arrays = {
-        STATE_FEATURE: np.stack(states).astype(np.float32),
-        ACTION_FEATURE: np.stack(actions).astype(np.float32),
-    }
-    named = {IMAGE_PREFIX + camera: files for camera, files in images.items()}
-    pack_encoded(instruction, round(fps), arrays, named).save(episode_path(folder, number))
+    def numbers(self) -> list[int]:
+        """Of the episodes that are complete, in order."""
+        paths = self._folder.episodes.glob("[0-9]*.npz")
+        return sorted(int(path.stem) for path in paths if Demonstration.is_complete(path))
 
+    def save(
+        self,
+        number: int,
+        instruction: str,
+        states: list[np.ndarray],
+        actions: list[np.ndarray],
+        images: dict[str, list[bytes]],
+    ) -> None:
+        """Put an episode on disk: T states [S], actions [A], and PNG files of each camera."""
+        arrays = {STATE_FEATURE: np.stack(states).astype(np.float32)}
+        arrays[ACTION_FEATURE] = np.stack(actions).astype(np.float32)
+        named = {IMAGE_PREFIX + camera: files for camera, files in images.items()}
+        pack_encoded(instruction, self._fps, arrays, named).save(self._path(number))
 
-def episode_path(folder: DatasetFolder, number: int) -> Path:
-    return folder.episodes / f"{number:06d}.npz"
+    def remove(self, number: int) -> None:
+        """Take an episode back."""
+        self._path(number).unlink()
 
+    def assemble(self) -> int:
+        """Make the data set of all episodes; answers how many. Without one nothing is made."""
+        numbers = self.numbers()
+        if not numbers:
+            return 0
+        from cogvla.envs.dataset_writer import DatasetWriter  # lerobot takes seconds to import
 
-def finished_episodes(folder: DatasetFolder) -> list[Path]:
-    """Files of the episodes that are complete, in order."""
-    return sorted(path for path in folder.episodes.glob("[0-9]*.npz") if Demonstration.is_complete(path))
+        name = f"cogvla/{self._folder.output.name}"
+        first = Demonstration.load(self._path(numbers[0]))
+        writer = DatasetWriter(self._folder.dataset, name, first, self._robot, self._video)
+        try:
+            for number in numbers:
+                writer.add(Demonstration.load(self._path(number)))
+        finally:
+            writer.close()
+        self._folder.publish(self._request | {"episodes": len(numbers)})
+        return len(numbers)
 
-
-def assemble(folder: DatasetFolder, robot: str, video: bool, record: dict[str, Any]) -> int:
-    """All episodes to the data set; answers how many. Without one nothing is made."""
-    paths = finished_episodes(folder)
-    if not paths:
-        return 0
-    from cogvla.envs.dataset_writer import DatasetWriter  # lerobot takes seconds to import
-
-    first = Demonstration.load(paths[0])
-    writer = DatasetWriter(folder.dataset, f"cogvla/{folder.output.name}", first, robot, video)
-    try:
-        for path in paths:
-            writer.add(Demonstration.load(path))
-    finally:
-        writer.close()
-    folder.publish(record | {"episodes": len(paths)})
-    return len(paths)
+    def _path(self, number: int) -> Path:
+        return self._folder.episodes / f"{number:06d}.npz"
 
 
 class Recorder:
@@ -118,7 +128,7 @@ class Recorder:
         embodiment: of the bridge.
         robot: name, for the data set.
         video: images become videos.
-        resume: see `dataset_folder`.
+        resume: see `RecordingFolder`.
 
     Attributes:
         episodes: how many there are now, those of earlier runs included.
@@ -127,9 +137,8 @@ class Recorder:
     def __init__(
         self, output: Path, embodiment: Embodiment, robot: str, video: bool = False, resume: bool = True
     ) -> None:
-        self._folder = dataset_folder(output, embodiment, robot, video, resume)
-        self._embodiment, self._robot, self._video = embodiment, robot, video
-        self._numbers = [int(path.stem) for path in finished_episodes(self._folder)]
+        self._folder = RecordingFolder(output, embodiment, robot, video, resume)
+        self._numbers = self._folder.numbers()
         self._ticks: queue.Queue[Tick | str | None] = queue.Queue(QUEUED)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
@@ -170,8 +179,7 @@ class Recorder:
             return
         if self._failure is not None:
             raise self._failure
-        record = {"robot": self._robot, "embodiment": asdict(self._embodiment), "video": self._video}
-        assemble(self._folder, self._robot, self._video, record)
+        self._folder.assemble()
 
     # --- in the thread ------------------------------------------------------------------------------------------------
 
@@ -204,8 +212,7 @@ class Recorder:
     def _end(self) -> None:
         if len(self._states) >= SHORTEST:
             number = max(self._numbers, default=-1) + 1
-            hz = self._embodiment.control_hz
-            save_episode(self._folder, number, self._instruction, hz, self._states, self._actions, dict(self._images))
+            self._folder.save(number, self._instruction, self._states, self._actions, dict(self._images))
             self._numbers.append(number)
         self._clear()
 
@@ -213,7 +220,7 @@ class Recorder:
         if self._states:
             self._clear()
         elif self._numbers:
-            episode_path(self._folder, self._numbers.pop()).unlink()
+            self._folder.remove(self._numbers.pop())
 
     def _clear(self) -> None:
         self._instruction, self._states, self._actions, self._images = "", [], [], defaultdict(list)

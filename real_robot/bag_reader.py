@@ -1,0 +1,336 @@
+"""Episodes in a ROS 2 bag (MCAP or SQLite): what the robot saw and was told, on the ticks of its control rate.
+
+    camera   ---o-----o-----o-----o---          of every sensor the newest sample that was there at the tick,
+    joints   -o-o-o-o-o-o-o-o-o-o-o-o-
+    command  ----x----x----x-----x----          and the command nearest to it; ticks begin with the first command
+    tick     ----|----|----|----|----
+
+Nothing is read twice but images, and those one episode at a time: first the times of everything, then the pictures that
+are needed.
+
+Shape legend: A action dimension, S state dimension.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from rosbags.highlevel import AnyReader, AnyReaderError
+from rosbags.interfaces import Connection
+from rosbags.rosbag2 import ReaderError
+from rosbags.typesys import get_typestore
+
+from cogvla.envs.demonstration import encode_png
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.ros_messages import compressed_image_of, image_of, state_of
+from cogvla.real_robot.ros_node import COMPRESSED_IMAGE, seconds_of
+from cogvla.real_robot.ros_types import DISTROS
+from cogvla.real_robot.settings import RobotConfig
+
+SKEW_S = 10.0
+"""Stamps that are further from the time of recording are of another clock."""
+PAUSE_TICKS = 10
+"""So many ticks without a command end an episode; in shorter pauses the arm was held."""
+
+
+@dataclass
+class Samples:
+    """Of one topic, in the order of their times: `values` are states [S], commands, texts, or numbers of messages."""
+
+    times: list[float] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+
+    def sort(self) -> None:
+        """Messages may be recorded in another order than they were stamped."""
+        order = sorted(range(len(self.times)), key=self.times.__getitem__)
+        self.times = [self.times[i] for i in order]
+        self.values = [self.values[i] for i in order]
+
+    def newest(self, when: float, age_s: float = float("inf")) -> Any | None:
+        """The newest value at that time, if it is not older than `age_s`."""
+        index = bisect_right(self.times, when) - 1
+        return self.values[index] if index >= 0 and when - self.times[index] <= age_s else None
+
+    def nearest(self, when: float, within_s: float) -> Any | None:
+        """The value nearest to that time."""
+        after = bisect_right(self.times, when)
+        near = [i for i in (after - 1, after) if 0 <= i < len(self.times)]
+        best = min(near, key=lambda i: abs(self.times[i] - when), default=None)
+        return self.values[best] if best is not None and abs(self.times[best] - when) <= within_s else None
+
+
+@dataclass(frozen=True, eq=False)
+class BagEpisode:
+    """One episode, without its pictures.
+
+    Attributes:
+        instruction: what was asked.
+        states, actions: one per tick.
+        images: camera -> number of the message of its topic, per tick.
+    """
+
+    instruction: str
+    states: list[np.ndarray]
+    actions: list[np.ndarray]
+    images: dict[str, list[int]]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bag:
+    """All that a bag holds, but the pictures."""
+
+    texts: Samples
+    states: Samples
+    commands: Samples
+    gripper: Samples | None
+    cameras: dict[str, Samples]
+
+
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """One tick of an episode; `images` are numbers of messages."""
+
+    instruction: str
+    state_S: np.ndarray
+    action_A: np.ndarray
+    images: dict[str, int]
+    is_held: bool
+
+
+class BagReader:
+    """One bag. Use it as a context manager.
+
+    Args:
+        path: folder of the bag, or an MCAP file.
+        embodiment: of the robot, with the cameras' sizes in the bag.
+        robot: limits (how commands are held in a pause) and ages at which sensors are stale.
+        topics: which topic is what.
+        distro: ROS 2 distribution, for messages whose definition the bag does not hold.
+
+    Attributes:
+        skipped: ticks that are in no episode, by reason.
+    """
+
+    def __init__(
+        self, path: Path, embodiment: Embodiment, robot: RobotConfig, topics: RosTopics, distro: str = "humble"
+    ) -> None:
+        topics.check(embodiment)
+        robot.limits.check(embodiment)
+        if distro not in DISTROS:
+            raise ValueError(f"distro must be one of {', '.join(DISTROS)}, got {distro!r}")
+        self._path, self._embodiment, self._robot, self._topics = path, embodiment, robot, topics
+        self._distro = distro
+        self._open = ExitStack()
+        self.skipped: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        if not self._path.exists():
+            raise ValueError(f"there is no bag at {self._path}")
+        try:
+            reader = AnyReader([self._path], default_typestore=get_typestore(DISTROS[self._distro]))
+            self._reader = self._open.enter_context(reader)
+        except (AnyReaderError, ReaderError, FileNotFoundError) as error:
+            raise ValueError(f"{self._path} cannot be read as a bag: {error}") from error
+        self._connections = {c.topic: c for c in self._reader.connections}
+        try:
+            self._check()
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def episodes(self, instruction: str | None = None) -> list[BagEpisode]:
+        """What can be learned from, in order.
+
+        Args:
+            instruction: of the whole bag; None: what its instruction topic says, every new text a new episode.
+
+        Raises:
+            ValueError: nobody says what was asked for, or samples of a topic cannot be used.
+        """
+        bag = _Bag(
+            self._instructions(instruction),
+            self._samples(self._topics.joint_states),
+            self._samples(self._topics.command),
+            None if self._topics.gripper is None else self._samples(self._topics.gripper),
+            {camera: self._image_times(camera) for camera in self._topics.cameras},
+        )
+        if not bag.commands.times:
+            raise ValueError(f"{self._path} holds no command on {self._topics.command}: there is nothing to learn from")
+        found: list[BagEpisode] = []
+        running: BagEpisode | None = None
+        held = 0  # ticks without a command
+        begin, period = bag.commands.times[0], 1.0 / self._embodiment.control_hz
+        for tick in range(round((bag.commands.times[-1] - begin) / period) + 1):
+            last_A = running.actions[-1] if running is not None and held < PAUSE_TICKS else None
+            frame = self._frame(bag, begin + tick * period, last_A)
+            if isinstance(frame, str):
+                self.skipped[frame] += 1
+                running, held = None, 0
+                continue
+            held = held + 1 if frame.is_held else 0
+            if running is None or frame.instruction != running.instruction:
+                running = BagEpisode(frame.instruction, [], [], {camera: [] for camera in frame.images})
+                found.append(running)
+            running.states.append(frame.state_S)
+            running.actions.append(frame.action_A)
+            for camera, number in frame.images.items():
+                running.images[camera].append(number)
+        return found
+
+    def pictures(self, episode: BagEpisode) -> dict[str, list[bytes]]:
+        """PNG files of an episode, by camera; ValueError for a size that is not the embodiment's."""
+        return {camera: self._pictures(camera, numbers) for camera, numbers in episode.images.items()}
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _frame(self, bag: _Bag, when: float, last_A: np.ndarray | None) -> _Frame | str:
+        """What was there at a tick, or why there is nothing to learn from it; `last_A` is held without a command."""
+        loop = self._robot.loop
+        text = bag.texts.newest(when)
+        if not text:
+            return "no instruction"
+        command_A = self._action(bag.commands, bag.gripper, when)
+        action_A = self._hold(last_A) if command_A is None and last_A is not None else command_A
+        if action_A is None:
+            return "no command"
+        state_S = bag.states.newest(when, loop.state_age_s)
+        if state_S is None:
+            return f"no joint state for {loop.state_age_s:g} s"
+        images = {camera: times.newest(when, loop.image_age_s) for camera, times in bag.cameras.items()}
+        there = {camera: number for camera, number in images.items() if number is not None}
+        if len(there) < len(images):
+            missing = ", ".join(camera for camera in images if camera not in there)
+            return f"no image of {missing} for {loop.image_age_s:g} s"
+        return _Frame(text, state_S, action_A, there, is_held=command_A is None)
+
+    def _check(self) -> None:
+        topics = self._topics
+        needed = {f"camera {camera}": topic for camera, topic in topics.cameras.items()}
+        needed |= {"joint states": topics.joint_states, "commands": topics.command}
+        needed |= {} if topics.gripper is None else {"gripper": topics.gripper}
+        missing = [f"{what} ({topic})" for what, topic in needed.items() if topic not in self._connections]
+        if missing:
+            raise ValueError(
+                f"{self._path} has no {', '.join(missing)}; it has {', '.join(sorted(self._connections)) or 'nothing'}"
+            )
+
+    def _messages(self, topic: str, numbers: Sequence[int] | None = None) -> Iterator[tuple[int, float, Any]]:
+        """Number, time of recording and message, of all or of some."""
+        connection: Connection = self._connections[topic]
+        wanted = None if numbers is None else set(numbers)
+        for number, (_, nanoseconds, raw) in enumerate(self._reader.messages([connection])):
+            if wanted is None or number in wanted:
+                yield number, nanoseconds * 1e-9, self._reader.deserialize(raw, connection.msgtype)
+            if wanted is not None and number >= max(wanted, default=-1):
+                return
+
+    def _samples(self, topic: str) -> Samples:
+        """Joint states, or commands."""
+        samples = Samples()
+        is_state = topic == self._topics.joint_states
+        for _, recorded, message in self._messages(topic):
+            value = state_of(message, self._topics.joints) if is_state else self._command_of(message)
+            if not np.isfinite(value).all():
+                raise ValueError(f"{topic} in {self._path} holds NaN or infinite values")
+            samples.times.append(self._time(topic, message, recorded) if is_state else recorded)
+            samples.values.append(value)
+        samples.sort()
+        return samples
+
+    def _command_of(self, message: Any) -> np.ndarray:
+        joints = self._topics.command_joints
+        if not hasattr(message, "points"):
+            return np.asarray(message.data, float)
+        if not message.points or joints is None:
+            raise ValueError(f"a trajectory on {self._topics.command} has no points, or topics.command_joints is null")
+        positions = dict(zip(message.joint_names, message.points[0].positions, strict=True))
+        return np.array([positions[name] for name in joints])
+
+    def _instructions(self, instruction: str | None) -> Samples:
+        if instruction is not None:
+            return Samples([float("-inf")], [instruction.strip()])
+        if self._topics.instruction not in self._connections:
+            raise ValueError(f"{self._path} has no {self._topics.instruction}: give instruction=... for the whole bag")
+        texts = Samples()
+        for _, recorded, message in self._messages(self._topics.instruction):
+            texts.times.append(recorded)
+            texts.values.append(message.data.strip())
+        if texts.times:  # the topic is latched: what was said first was in force when recording began
+            texts.times[0] = float("-inf")
+        return texts
+
+    def _image_times(self, camera: str) -> Samples:
+        topic, samples = self._topics.cameras[camera], Samples()
+        for number, recorded, message in self._messages(topic):
+            samples.times.append(self._time(topic, message, recorded))
+            samples.values.append(number)
+        samples.sort()
+        return samples
+
+    def _time(self, topic: str, message: Any, recorded: float) -> float:
+        if self._topics.stamps == "arrival":
+            return recorded
+        stamp = seconds_of(message.header.stamp)
+        if abs(stamp - recorded) > SKEW_S:
+            raise ValueError(
+                f"stamps of {topic} are {abs(stamp - recorded):.0f} s from the time of recording; give "
+                "topics.stamps=arrival if its driver does not fill them in"
+            )
+        return stamp
+
+    def _action(self, commands: Samples, gripper: Samples | None, when: float) -> np.ndarray | None:
+        """What was commanded at a tick [A]; a gripper of its own keeps its last command."""
+        half_s = 0.5 / self._embodiment.control_hz
+        command = commands.nearest(when, half_s)
+        if command is None or gripper is None:
+            action_A = command
+        else:
+            index = self._embodiment.gripper_index
+            assert index is not None, "checked with the topics"
+            grip = gripper.newest(when + half_s)
+            action_A = None if grip is None else np.insert(command, index, grip[0])
+        if action_A is not None and action_A.shape != (self._embodiment.action_dim,):
+            raise ValueError(
+                f"a command on {self._topics.command} has {action_A.size} entries, "
+                f"{self._embodiment.name!r} has {self._embodiment.action_dim}"
+            )
+        return action_A
+
+    def _hold(self, action_A: np.ndarray) -> np.ndarray:
+        """What keeps the arm where it is: the same target, or no displacement."""
+        if self._robot.limits.kind == "absolute":
+            return action_A
+        held_A = np.zeros_like(action_A)
+        if self._embodiment.gripper_index is not None:
+            held_A[self._embodiment.gripper_index] = action_A[self._embodiment.gripper_index]
+        return held_A
+
+    def _pictures(self, camera: str, numbers: Sequence[int]) -> list[bytes]:
+        topic = self._topics.cameras[camera]
+        [size] = [(c.height, c.width) for c in self._embodiment.cameras if c.name == camera]
+        read = compressed_image_of if self._connections[topic].msgtype == COMPRESSED_IMAGE else image_of
+        files = {}
+        for number, _, message in self._messages(topic, numbers):
+            image_HW3 = read(message)
+            if image_HW3.shape[:2] != size:
+                raise ValueError(
+                    f"camera {camera!r} is {image_HW3.shape[0]}x{image_HW3.shape[1]} in {self._path}, embodiment "
+                    f"{self._embodiment.name!r} says {size[0]}x{size[1]}: give an embodiment with the bag's size"
+                )
+            files[number] = encode_png(image_HW3)
+        return [files[number] for number in numbers]

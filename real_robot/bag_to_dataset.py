@@ -1,0 +1,70 @@
+"""`bag_to_dataset`: ROS 2 bags to a LeRobotDataset v3, with the same robot, topics and embodiment as the bridge's.
+
+    bag_to_dataset bags='[bag1, bag2]' robot=my_arm embodiment=my_arm topics=my_arm output=FOLDER
+    bag_to_dataset bags='[bag1]' instruction="pick up the cube" output=FOLDER
+
+Each bag is read on its own; the same command goes on where it was interrupted. Needs the extra `dds`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue
+
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.recording import SHORTEST, RecordingFolder
+from cogvla.real_robot.robots import plain
+from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.settings import RobotConfig
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="bag_to_dataset")
+def main(config: DictConfig) -> None:
+    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    try:
+        run(config)
+    except (ValueError, OSError, MissingMandatoryValue) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(config: DictConfig) -> None:
+    """Convert, and say what was left out and why."""
+    try:
+        from cogvla.real_robot.bag_reader import BagReader
+    except ModuleNotFoundError as error:
+        raise ValueError(f"bags need {error.name}: install the extra `dds`") from error
+    robot = RobotConfig(**plain(config.robot))
+    embodiment = Embodiment(**plain(config.embodiment))
+    topics = RosTopics(**plain(config.topics))
+    bags = [Path(bag) for bag in config.bags]
+    if not bags:
+        raise ValueError("give bags='[FOLDER, ...]'")
+    source = {"bags": [str(bag) for bag in bags], "instruction": config.instruction, "topics": plain(config.topics)}
+    folder = RecordingFolder(Path(config.output), embodiment, robot.name, bool(config.video), source=source)
+    done = set(folder.numbers())
+    skipped: Counter[str] = Counter()
+    number = 0
+    for bag in bags:
+        with BagReader(bag, embodiment, robot, topics, config.distro) as reader:
+            for episode in reader.episodes(config.instruction):
+                if len(episode) < SHORTEST:
+                    skipped["an episode of one tick"] += len(episode)
+                    continue
+                if number not in done:
+                    folder.save(number, episode.instruction, episode.states, episode.actions, reader.pictures(episode))
+                number += 1
+            skipped.update(reader.skipped)
+    count = folder.assemble()
+    for reason, ticks in skipped.most_common():
+        print(f"left out {ticks / embodiment.control_hz:.1f} s: {reason}")
+    if not count:
+        raise ValueError("there is no episode in these bags; what was left out is said above")
+    print(f"{count} episodes in {config.output}")
+
+
+if __name__ == "__main__":
+    main()

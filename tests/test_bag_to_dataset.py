@@ -1,0 +1,263 @@
+"""ROS 2 bags to a LeRobotDataset: which sample belongs to which tick, what ends an episode, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_module
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from omegaconf import OmegaConf
+
+pytest.importorskip("rosbags", reason="needs the extra `dds`")
+pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
+
+from rosbags.rosbag2 import StoragePlugin, Writer
+
+from cogvla.policy.interface import Camera, Embodiment
+from cogvla.real_robot.bag_reader import PAUSE_TICKS, BagReader
+from cogvla.real_robot.bag_to_dataset import run
+from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.ros_messages import (
+    array_fields,
+    compressed_image_fields,
+    image_fields,
+    joint_state_fields,
+    trajectory_fields,
+)
+from cogvla.real_robot.ros_node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, TRAJECTORY
+from cogvla.real_robot.ros_types import RosTypes
+from cogvla.real_robot.settings import LoopSettings, RobotConfig, SafetyLimits
+
+HZ = 10.0
+ARM = Embodiment(
+    name="bag_arm",
+    cameras=(Camera("front", 8, 12), Camera("wrist", 8, 8)),
+    state_dim=3,
+    action_dim=3,
+    chunk=4,
+    control_hz=HZ,
+    gripper_index=2,
+)
+TOPICS = RosTopics(
+    cameras={"front": "/front/image_raw", "wrist": "/wrist/image_raw/compressed"},
+    joint_states="/joint_states",
+    joints=("a", "b", "finger"),
+    instruction="/instruction",
+    command="/commands",
+)
+DELTA = RobotConfig(
+    "bag_arm", SafetyLimits(kind="delta", state_index=(0, 1)), LoopSettings(image_age_s=0.5, state_age_s=0.3)
+)
+ABSOLUTE = replace(DELTA, limits=SafetyLimits(kind="absolute", state_index=(0, 1)))
+BEGIN = 1_700_000_000.0
+
+
+class Bag:
+    """Writes messages at times in seconds after `BEGIN`, as `ros2 bag record` does: MCAP, in the order of arrival."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.types = RosTypes("humble")
+        self.messages: list[tuple[float, str, str, Mapping[str, Any]]] = []
+
+    def add(self, recorded: float, topic: str, kind: str, fields: Mapping[str, Any]) -> None:
+        self.messages.append((recorded, topic, kind, fields))
+
+    def sensors(self, seconds: float, shift: float = 0.0, wrist_until: float = np.inf, size: int = 8) -> None:
+        """Joints at 50 Hz that say the time, cameras at 20 Hz whose brightness counts images; 10 ms on their way."""
+        for i in range(round(seconds * 50)):
+            when = i / 50
+            joints = joint_state_fields({"b": 10 + when, "finger": 0.5, "a": when}, BEGIN + shift + when)
+            self.add(when + 0.01, "/joint_states", JOINT_STATE, joints)
+        for i in range(round(seconds * 20)):
+            when = i / 20
+            image = image_fields(np.full((size, 12, 3), i % 256, np.uint8), BEGIN + shift + when, "front")
+            self.add(when + 0.01, TOPICS.cameras["front"], IMAGE, image)
+            if when < wrist_until:
+                packed = compressed_image_fields(np.full((8, 8, 3), i % 256, np.uint8), BEGIN + shift + when, "wrist")
+                self.add(when + 0.01, TOPICS.cameras["wrist"], COMPRESSED_IMAGE, packed)
+
+    def commands(self, begin: float, count: int) -> None:
+        """At the control rate; command i is (0.01 i, 0.5, 1)."""
+        for i in range(count):
+            self.add(begin + i / HZ, "/commands", ARRAY, array_fields(np.array([0.01 * i, 0.5, 1.0])))
+
+    def instruct(self, when: float, text: str) -> None:
+        self.add(when, "/instruction", STRING, {"data": text})
+
+    def write(self) -> Path:
+        with Writer(self.path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+            connections: dict[str, Any] = {}
+            for recorded, topic, kind, fields in sorted(self.messages, key=lambda m: m[0]):
+                if topic not in connections:
+                    connections[topic] = writer.add_connection(topic, kind, typestore=self.types.store)
+                writer.write(connections[topic], round((BEGIN + recorded) * 1e9), self.types.to_cdr(kind, fields))
+        return self.path
+
+
+@pytest.fixture
+def bag(tmp_path: Path) -> Bag:
+    return Bag(tmp_path / "bag")
+
+
+def reader(bag: Bag, robot: RobotConfig = DELTA, topics: RosTopics = TOPICS, arm: Embodiment = ARM) -> BagReader:
+    return BagReader(bag.write(), arm, robot, topics)
+
+
+def test_every_tick_has_the_newest_samples_and_its_own_command(bag: Bag) -> None:
+    bag.sensors(4.0)
+    bag.instruct(0.0, "push")
+    bag.commands(1.005, 20)
+    with reader(bag) as found:
+        [episode] = found.episodes()
+        pictures = found.pictures(episode)
+    assert len(episode) == 20
+    assert episode.instruction == "push"
+    ticks = 1.005 + np.arange(20) / HZ
+    np.testing.assert_allclose([a[0] for a in episode.actions], 0.01 * np.arange(20), atol=1e-9)
+    state_T = np.array([s[0] for s in episode.states])
+    np.testing.assert_allclose(state_T, np.floor(ticks * 50 + 1e-6) / 50, atol=1e-6)  # joint a says when it was
+    np.testing.assert_allclose([s[1] for s in episode.states], 10 + state_T)
+    assert episode.images["front"] == [int(tick * 20 + 1e-6) for tick in ticks]
+    assert set(pictures) == {"front", "wrist"}
+    assert len(pictures["wrist"]) == 20
+
+
+@pytest.mark.parametrize(("robot", "held"), [(DELTA, (0.0, 0.0, 1.0)), (ABSOLUTE, (0.09, 0.5, 1.0))])
+def test_in_a_short_pause_the_arm_is_held_and_a_long_one_ends_the_episode(
+    bag: Bag, robot: RobotConfig, held: tuple[float, ...]
+) -> None:
+    bag.sensors(8.0)
+    bag.instruct(0.0, "push")
+    bag.commands(1.0, 10)
+    bag.commands(2.5, 10)  # 5 ticks without a command, then 20
+    bag.commands(5.5, 5)
+    with reader(bag, robot) as found:
+        first, second = found.episodes()
+    np.testing.assert_allclose(first.actions[10:15], np.tile(held, (5, 1)), atol=1e-9)
+    assert len(first) == 25 + PAUSE_TICKS
+    assert len(second) == 5
+    assert found.skipped["no command"] == 20 - PAUSE_TICKS
+
+
+def test_a_new_instruction_is_a_new_episode_and_an_empty_one_is_none(bag: Bag) -> None:
+    bag.sensors(5.0)
+    bag.instruct(0.5, "push")
+    bag.instruct(1.95, "pull")
+    bag.instruct(2.95, "")
+    bag.commands(1.0, 30)
+    with reader(bag) as found:
+        episodes = found.episodes()
+        assert [(e.instruction, len(e)) for e in episodes] == [("push", 10), ("pull", 10)]
+        assert found.skipped == {"no instruction": 10}
+        [whole] = found.episodes("something else")
+        assert (whole.instruction, len(whole)) == ("something else", 30)
+
+
+def test_a_camera_that_falls_silent_ends_the_episode_and_is_named(bag: Bag) -> None:
+    bag.sensors(5.0, wrist_until=2.0)
+    bag.instruct(0.0, "push")
+    bag.commands(1.0, 30)
+    with reader(bag) as found:
+        [episode] = found.episodes()
+    assert len(episode) == 15  # to 1.95 s, and half a second of grace
+    assert found.skipped == {"no image of wrist for 0.5 s": 15}
+
+
+def test_trajectories_and_a_gripper_of_its_own(bag: Bag) -> None:
+    bag.sensors(4.0)
+    bag.instruct(0.0, "push")
+    bag.add(0.9, "/gripper", ARRAY, array_fields(np.array([-1.0])))
+    bag.add(1.52, "/gripper", ARRAY, array_fields(np.array([0.75])))
+    for i in range(10):
+        fields = trajectory_fields(np.array([10.0 + i, float(i)]), ["b", "a"], 0.1)
+        bag.add(1.0 + i / HZ, "/trajectory", TRAJECTORY, fields)
+    topics = replace(
+        TOPICS, command="/trajectory", command_type="trajectory", command_joints=("a", "b"), gripper="/gripper"
+    )
+    with reader(bag, ABSOLUTE, topics) as found:
+        [episode] = found.episodes()
+    np.testing.assert_allclose([a[:2] for a in episode.actions], [(i, 10 + i) for i in range(10)])
+    assert [a[2] for a in episode.actions] == [-1.0] * 5 + [0.75] * 5
+
+
+def test_what_a_bag_must_have_is_said(bag: Bag, tmp_path: Path) -> None:
+    bag.sensors(2.0, wrist_until=-1.0)
+    bag.commands(0.5, 5)
+    with pytest.raises(ValueError, match=r"no camera wrist \(/wrist/image_raw/compressed\); it has /commands, /front"):
+        reader(bag).__enter__()
+    with pytest.raises(ValueError, match="there is no bag at"):
+        BagReader(tmp_path / "nothing", ARM, DELTA, TOPICS).__enter__()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="cannot be read as a bag"):
+        BagReader(tmp_path / "empty", ARM, DELTA, TOPICS).__enter__()
+
+
+def test_nobody_says_what_was_asked_for(bag: Bag) -> None:
+    bag.sensors(2.0)
+    bag.commands(0.5, 5)
+    with reader(bag) as found, pytest.raises(ValueError, match="no /instruction: give instruction="):
+        found.episodes()
+
+
+def test_stamps_of_another_clock_need_another_setting(bag: Bag) -> None:
+    bag.sensors(3.0, shift=-BEGIN)
+    bag.instruct(0.0, "push")
+    bag.commands(0.5, 10)
+    with (
+        reader(bag) as found,
+        pytest.raises(ValueError, match=r"stamps of /joint_states .* give topics.stamps=arrival"),
+    ):
+        found.episodes()
+    with BagReader(bag.path, ARM, DELTA, replace(TOPICS, stamps="arrival")) as found:
+        [episode] = found.episodes()
+    assert len(episode) == 10
+
+
+def test_images_of_another_size_are_refused(bag: Bag) -> None:
+    bag.sensors(2.0, size=16)
+    bag.instruct(0.0, "push")
+    bag.commands(0.5, 5)
+    with reader(bag) as found:
+        [episode] = found.episodes()
+        with pytest.raises(ValueError, match=r"'front' is 16x12 in .*, embodiment 'bag_arm' says 8x12"):
+            found.pictures(episode)
+
+
+def test_the_command_makes_a_dataset_and_goes_on_where_it_was(
+    bag: Bag, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bag.sensors(4.0)
+    bag.instruct(0.0, "push")
+    bag.instruct(1.95, "pull")
+    bag.commands(1.0, 20)
+    bag.write()
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        config = compose("bag_to_dataset", [f"bags=[{bag.path}]", f"output={tmp_path / 'made'}"])
+    OmegaConf.set_struct(config, False)
+    values: tuple[tuple[str, Any], ...] = (("embodiment", ARM), ("robot", DELTA), ("topics", TOPICS))
+    for group, value in values:
+        config[group] = OmegaConf.create(asdict(value))
+    run(config)
+    assert "2 episodes in" in capsys.readouterr().out
+    data = LeRobotDataset("cogvla/made", root=tmp_path / "made")
+    assert data.meta.total_episodes == 2
+    assert len(data) == 20
+    assert data.fps == 10
+    frame = data[3]
+    assert frame["task"] == "push"
+    np.testing.assert_allclose(frame["action"], [0.03, 0.5, 1.0], atol=1e-6)
+    assert round(float(frame["observation.images.front"].max()) * 255) == 26  # 20 images a second, at 1.3 s
+    assert frame["observation.images.wrist"].shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="is there already"):
+        run(config)
+    shutil.rmtree(bag.path)
+    config.output = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="there is no bag at"):
+        run(config)
