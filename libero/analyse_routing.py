@@ -55,7 +55,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     for module in values["imports"]:
         importlib.import_module(module)
-    suite = configured_suite(values["suite"], {})
+    suite = configured_suite(values["suite"], values["libero"])
     tasks = list(range(len(suite.tasks))) if values["tasks"] is None else values["tasks"]
     if not tasks or not all(0 <= task < len(suite.tasks) for task in tasks):
         raise ValueError(f"suite {suite.name!r} has tasks 0 to {len(suite.tasks) - 1}, got tasks={tasks}")

@@ -56,9 +56,8 @@ REGIMES = ("plug_in", "fine_tuned")
 QUICK: dict[str, Any] = {
     "routers": ["identity", "random", "grid_stride", "spatial_pool", "token_norm", "cls_attention", "diversity"],
     "budgets": [0.25],
-    "episodes_per_task": 1,
     "calls": ROUNDS,
-    "recipe": ["training.steps=2"],
+    "recipe": ["objective=reading", "training.steps=2"],
 }
 COSTS, OUTCOME, DATA, PAGE = "costs.json", "outcome.json", "comparison.json", "comparison.html"
 
@@ -82,6 +81,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     if values["quick"]:
         values |= QUICK
+        values["evaluation"]["episodes_per_task"] = 1
     if values["regime"] not in REGIMES:
         raise ValueError(f"regime must be {' or '.join(REGIMES)}, got {values['regime']!r}")
     if not values["budgets"]:
@@ -90,9 +90,12 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         importlib.import_module(module)
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
-    suite = configured_suite(values["suite"], {})
-    few = {} if values["episodes_per_task"] is None else {"episodes_per_task": values["episodes_per_task"]}
-    protocol = load_protocol(values["protocol"] or suite.protocol, **few)
+    suite = configured_suite(values["suite"], values["libero"])
+    changes = {key: value for key, value in values["evaluation"].items() if key not in ("protocol", "workers")}
+    try:
+        protocol = load_protocol(values["evaluation"]["protocol"] or suite.protocol, **changes)
+    except TypeError as error:
+        raise ValueError(f"configuration evaluation: {error}") from error
     return _Comparison(values, suite, protocol, command).run()
 
 
@@ -179,7 +182,7 @@ class _Comparison:
             self.suite,
             self.protocol,
             folder,
-            workers=self.values["workers"],
+            workers=self.values["evaluation"]["workers"],
             tasks=self.values["tasks"],
             videos=0,
             command=self.command,

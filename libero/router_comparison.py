@@ -31,6 +31,11 @@ from cogvla.routing.stopwatch import Stopwatch
 CONTROLS = ("random", "spatial_pool")
 """What every router has to beat."""
 ALL_TOKENS = "identity"
+VARIANTS: tuple[Mapping[str, Any], ...] = (
+    {"name": "diversity", "options": {"variant": "maxsum"}},
+    {"name": "semantic_tokens", "options": {"variant": "free"}},
+)
+"""Compared besides every router with its defaults."""
 ROUNDS = 5
 """Times are taken in turns, so that a busy minute of the machine does not hit one router only."""
 
@@ -125,7 +130,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) -> dict[str, RouterConfig]:
-    """Routers by label, without their budget; None is every registered one.
+    """Routers by label, without their budget; None is every registered one, and `VARIANTS`.
 
     Args:
         names: names, or values of `RouterConfig`.
@@ -135,7 +140,7 @@ def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) 
         ValueError: an unknown name or value, or the same router twice.
     """
     found: dict[str, RouterConfig] = {}
-    for item in list(ROUTERS) if names is None else names:
+    for item in (*ROUTERS, *VARIANTS) if names is None else names:
         values = {"name": item} if isinstance(item, str) else dict(item)
         name = values.get("name")
         if name not in ROUTERS:

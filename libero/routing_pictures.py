@@ -48,7 +48,7 @@ def picture(moment: Moment, stage: str, view: int, grid: tuple[int, int]) -> Ima
         mask = Image.fromarray((255 * bright_HW).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
         light_HW1 = DARK + (1 - DARK) * np.asarray(mask, np.float32)[..., None] / 255
         image = Image.fromarray((np.asarray(image) * light_HW1).astype(np.uint8))
-    if moment.target_P is not None:
+    if stage != CAMERA and moment.target_P is not None:
         _outline(image, moment.target_P[part].reshape(grid).cpu().numpy())
     return image
 
