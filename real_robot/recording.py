@@ -71,7 +71,7 @@ class RecordingFolder:
         self._folder = DatasetFolder(output, "recording", "recorded", RECORD_FILE)
         self._fps, self._robot, self._video = round(embodiment.control_hz), robot, video
         self._request = {"robot": robot, "embodiment": asdict(embodiment), "video": video, "source": source}
-        self._folder.prepare(self._request, resume)
+        self._folder.prepare(self._request, resume and bool(self.numbers()))  # nothing done yet binds nobody
 
     def numbers(self) -> list[int]:
         """Of the episodes that are complete, in order."""
