@@ -29,6 +29,7 @@ from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.augmentation import AugmentationConfig
 from cogvla.policy.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.data import DataConfig
+from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.flops import Counting
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model import CogVLA
@@ -46,6 +47,7 @@ GROUPS: dict[str, Callable[..., Any]] = {
     "counting": Counting,
     "data": DataConfig,
     "embodiment": Embodiment,
+    "engine": EngineConfig,
     "finetune": FinetuneConfig,
     "lerobot": LeRobotSettings,
     "libero": LiberoSettings,
@@ -203,6 +205,7 @@ def test_an_ablation_changes_what_it_says_and_nothing_else(name: str) -> None:
     assert part.pop(".output") == f"outputs/ablations/{name}/tabletop_object/seed0"
     changed = {key: value for key, value in part.items() if key not in whole or whole[key] != value}
     together = {key: value for row in (*FAITHFUL, "shifted") for key, value in CHANGES[row].items()}
+    together[".routing.router.position"] = "compact"  # what goes with positions that are numbered anew
     assert changed == {**CHANGES, "faithful": together}[name]
     assert part.keys() >= whole.keys() - {".output"}
 

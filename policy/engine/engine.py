@@ -44,11 +44,12 @@ class EngineConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> EngineConfig:
         """From plain data, as YAML gives it."""
         try:
-            return cls(**{**data, "text_buckets": tuple(data.get("text_buckets", cls.text_buckets))})
+            return cls(**data)
         except TypeError as error:  # an unknown key, or something that is no list of lengths
             raise ValueError(f"configuration engine: {error}") from error
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "text_buckets", tuple(self.text_buckets))
         if self.kind not in KINDS:
             raise ValueError(f"unknown engine.kind {self.kind!r}; one of {', '.join(KINDS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
