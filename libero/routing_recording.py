@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from einops import rearrange, reduce
+import torch.nn.functional as F
 from torch import Tensor
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
@@ -143,10 +143,9 @@ class _Watcher:
 
 def covered(mask_VHW: Tensor, grid: tuple[int, int], share: float = COVERED) -> Tensor:
     """Patches, bool [P], of which a mask covers at least this share; if there is none, those covered most."""
-    rows, columns = grid
-    part_VP = reduce(mask_VHW.float(), "v (r y) (c x) -> (v r c)", "mean", r=rows, c=columns)
-    enough_P = part_VP >= share
-    return enough_P if enough_P.any() else (part_VP == part_VP.max()) & (part_VP > 0)
+    part_P = F.adaptive_avg_pool2d(mask_VHW.float()[:, None], grid).flatten()
+    enough_P = part_P >= share
+    return enough_P if enough_P.any() else (part_P == part_P.max()) & (part_P > 0)
 
 
 @torch.inference_mode()
@@ -171,7 +170,7 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
     return Moment(
         inputs=inputs,
         instruction=observation.instruction[0],
-        pictures_VHW3=rearrange(inputs.pixels[0], "v c h w -> v h w c").cpu().numpy(),
+        pictures_VHW3=np.moveaxis(inputs.pixels[0].cpu().numpy(), 1, -1),
         tokens_ND=model.vision(inputs.pixels, text.vision)[0].float(),
         looks_NP=looks_NP,
         entropy=entropy,
