@@ -174,11 +174,13 @@ def cells_for(
     left_out: dict[str, str] = {}
     for label, router in routers.items():
         built: dict[int | float, PolicyRouter] = {}
+        refused: dict[str, str] = {}
         for budget in budgets:
             try:
                 built[budget] = _built(model, replace(router, budget=budget))
             except ValueError as error:
-                left_out[f"{label} at {budget}"] = str(error)
+                refused[f"{label} at {budget}"] = str(error)
+        left_out |= refused if built else {label: next(iter(refused.values()))}
         if not trained and any(list(one.parameters()) for one in built.values()):
             left_out[label] = "has weights of its own, which only regime=fine_tuned trains"
         elif label == ALL_TOKENS or (len(built) > 1 and len({_kept(one) for one in built.values()}) == 1):

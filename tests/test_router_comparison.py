@@ -94,7 +94,9 @@ def test_every_router_is_played_or_left_out_for_a_reason() -> None:
     cells, left_out = cells_for(model, wanted_routers(None, layer=1), [0.5, 0.25], trained=False)
     assert {cell.label.split()[0] for cell in cells} | {name.split()[0] for name in left_out} == set(ROUTERS)
     assert "has weights of its own" in left_out["learned_pruner"]
-    assert "history_BFND" in left_out["progressive_video at 0.5"]
+    assert "history_BFND" in left_out["progressive_video"]
+    _, partly = cells_for(model, wanted_routers(["spatial_pool"], layer=1), [0.5, 7], trained=False)
+    assert list(partly) == ["spatial_pool at 7"], "7 tokens are no grid"
     assert cells[0].key == "identity"
     assert {cell.router.budget for cell in cells if cell.label == "random"} == {0.5, 0.25}
     trained, _ = cells_for(model, wanted_routers(["learned_pruner"], layer=1), [0.5], trained=True)
