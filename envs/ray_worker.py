@@ -18,6 +18,7 @@ from typing import Any
 from cogvla.envs.player import Failed, Player, PlayerSettings, Record, Recorded, Reply, Request
 from cogvla.envs.workers import ONE_THREAD
 
+UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 LOCAL = "local"
 """Instead of an address: a cluster of this machine alone, which ends with the rollout."""
 
@@ -32,6 +33,8 @@ def ray_cluster(address: str) -> Iterator[Callable[[PlayerSettings], RayWorker]]
     Raises:
         ValueError: Ray is not installed, or no cluster answers there.
     """
+    # Otherwise Ray starts its workers with `uv run` if this process was: without the extras, and into the same .venv.
+    os.environ.setdefault(UV_HOOK, "0")
     try:
         import ray
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.player import PlayerSettings
-from cogvla.envs.ray_worker import RayWorker, ray_cluster
+from cogvla.envs.ray_worker import UV_HOOK, RayWorker, ray_cluster
 from cogvla.envs.rollout import rollout
 from cogvla.tests.point_suite import ToyPolicy, solvable, toy_suite
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: `uv sync --extra ray`")
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: `uv sync --extra ray`")
 
 SPECS = [EpisodeSpec(task, state) for task in range(3) for state in range(4)]
 Start = Callable[[PlayerSettings], RayWorker]
@@ -23,14 +24,13 @@ Start = Callable[[PlayerSettings], RayWorker]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv(UV_HOOK, "0")  # read when Ray is imported
     from ray.cluster_utils import Cluster
 
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
-    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=small)
+    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
     yield made, small
     made.shutdown()
     patch.undo()
@@ -39,7 +39,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def start(cluster: Any) -> Iterator[Start]:
     made, small = cluster
-    made.add_node(num_cpus=1, object_store_memory=small["object_store_memory"])
+    made.add_node(**small)
     with ray_cluster(made.address) as start_worker:
         yield start_worker
 
@@ -57,6 +57,8 @@ def assert_right(results: dict[tuple[int, int], EpisodeResult]) -> None:
     assert not any(result.error for result in results.values())
 
 
+@pytest.mark.slow  # starts a cluster: a minute
+@needs_ray
 def test_the_same_results_as_in_processes(start: Start, tmp_path: Path) -> None:
     found = play(
         start, choose_video=lambda result: tmp_path / "deep" / f"{result.task}.mp4" if result.success else None
@@ -69,21 +71,27 @@ def test_the_same_results_as_in_processes(start: Start, tmp_path: Path) -> None:
     assert all(video.stat().st_size > 1000 for video in videos), "they came back over the wire"
 
 
+@pytest.mark.slow  # starts a cluster: a minute
+@needs_ray
 def test_an_actor_that_dies_is_replaced_and_its_episode_repeated(start: Start, tmp_path: Path) -> None:
     found = play(start, suite=toy_suite(fault="kill", at=(1, 1), once=tmp_path / "struck"))
     assert_right(found)
     assert found[1, 1].attempts == 2
 
 
+@pytest.mark.slow  # starts a cluster: a minute
+@needs_ray
 def test_an_exception_is_an_error_of_its_episode_only(start: Start) -> None:
     found = play(start, suite=toy_suite(fault="raise", at=(1, 1)))
     assert "the toy is broken" in str(found.pop((1, 1)).error)
     assert_right(found)
 
 
+@pytest.mark.slow  # starts a cluster: a minute
+@needs_ray
 def test_losing_a_node_loses_no_episode(cluster: Any, start: Start) -> None:
     made, small = cluster
-    lost = made.add_node(num_cpus=1, object_store_memory=small["object_store_memory"])
+    lost = made.add_node(**small)
     made.wait_for_nodes()
     suite = toy_suite(sleep_s=0.02)
     results: list[EpisodeResult] = []
@@ -97,7 +105,10 @@ def test_losing_a_node_loses_no_episode(cluster: Any, start: Start) -> None:
     assert max(result.attempts for result in results) == 2, "the lost worker's episode was played again"
 
 
+@needs_ray
 def test_no_cluster_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("nobody there")))
     with pytest.raises(ValueError, match=r"no Ray cluster at '1.2.3.4:5' .*ray start --head"), ray_cluster("1.2.3.4:5"):
