@@ -57,6 +57,7 @@ class ReconnectingClient:
     connections: int = field(default=0, init=False)
     _client: AsyncPolicyClient | None = field(default=None, init=False)
     _failures: int = field(default=0, init=False)
+    _last_failure: str = field(default="not tried yet", init=False)
     _next_attempt_s: float = field(default=0.0, init=False)
 
     async def info(self, timeout_s: float | None = None) -> ServerInfo:
@@ -75,8 +76,8 @@ class ReconnectingClient:
                 return await client.infer(
                     observation, timeout_s=max(last_s - time.monotonic(), 1e-3), observation_id=observation_id
                 )
-            except UnavailableError:
-                self._failed()
+            except UnavailableError as error:
+                self._failed(error)
                 if time.monotonic() >= last_s:
                     raise
             finally:
@@ -94,14 +95,14 @@ class ReconnectingClient:
             now_s = time.monotonic()
             if max(self._next_attempt_s, now_s) >= last_s:
                 await asyncio.sleep(max(last_s - now_s, 0))
-                raise UnavailableError(f"{self.uri} cannot be reached ({self._failures} attempts in a row)")
+                raise UnavailableError(f"no answer in time, attempt {self._failures}: {self._last_failure}")
             await asyncio.sleep(max(self._next_attempt_s - now_s, 0))
             left_s = last_s - time.monotonic()
             settings = replace(self.settings, connect_s=max(min(self.settings.connect_s, left_s), 1e-3))
             try:
                 self._client = await AsyncPolicyClient.connect(self.uri, settings)
-            except UnavailableError:
-                self._failed()
+            except UnavailableError as error:
+                self._failed(error)
                 if time.monotonic() >= last_s:
                     raise
                 continue
@@ -111,6 +112,7 @@ class ReconnectingClient:
             self.settings = replace(self.settings, robot=self.settings.robot or self._client.info.embodiment)
         return self._client
 
-    def _failed(self) -> None:
+    def _failed(self, error: UnavailableError) -> None:
         self._failures += 1
+        self._last_failure = str(error)
         self._next_attempt_s = time.monotonic() + self.backoff.pause_s(self._failures, self.random.random())

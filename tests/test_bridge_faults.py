@@ -73,6 +73,7 @@ class Robot:
         """Everything is well, and the arm moves."""
         self.operator.fault("none")
         self.proxy.delay_s = 0.0
+        self.proxy.lead_to(f"ws://127.0.0.1:{self.port}")
         self.proxy.resume()
         self.operator.estop(False)
         self.operator.reset()

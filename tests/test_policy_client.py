@@ -122,6 +122,13 @@ def test_nobody_there_and_no_address() -> None:
         assert 0.25 < time.monotonic() - started < 3
 
 
+def test_the_last_reason_is_named_at_the_deadline() -> None:
+    with serving(SumPolicy()) as (uri, _), ReconnectingPolicyClient(uri, FAST) as client:
+        for _ in range(5):
+            with pytest.raises(UnavailableError, match="the policy server says"):
+                client.infer(observation(instruction="raise"), timeout_s=0.3)
+
+
 def test_other_servers_are_recognised() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"ws://127.0.0.1:{silent.getsockname()[1]}"
