@@ -57,7 +57,7 @@ class ReconnectingClient:
     connections: int = field(default=0, init=False)
     _client: AsyncPolicyClient | None = field(default=None, init=False)
     _failures: int = field(default=0, init=False)
-    _last_failure: str = field(default="not tried yet", init=False)
+    _reasons: list[str] = field(default_factory=list, init=False)
     _next_attempt_s: float = field(default=0.0, init=False)
 
     async def info(self, timeout_s: float | None = None) -> ServerInfo:
@@ -73,13 +73,15 @@ class ReconnectingClient:
         while True:
             client = await self._connected(last_s)
             try:
-                return await client.infer(
+                answer = await client.infer(
                     observation, timeout_s=max(last_s - time.monotonic(), 1e-3), observation_id=observation_id
                 )
+                self._reasons.clear()
+                return answer
             except UnavailableError as error:
                 self._failed(error)
                 if time.monotonic() >= last_s:
-                    raise
+                    raise self._gave_up() from error
             finally:
                 if not client.open:
                     self._client = None
@@ -95,7 +97,7 @@ class ReconnectingClient:
             now_s = time.monotonic()
             if max(self._next_attempt_s, now_s) >= last_s:
                 await asyncio.sleep(max(last_s - now_s, 0))
-                raise UnavailableError(f"no answer in time, attempt {self._failures}: {self._last_failure}")
+                raise self._gave_up()
             await asyncio.sleep(max(self._next_attempt_s - now_s, 0))
             left_s = last_s - time.monotonic()
             settings = replace(self.settings, connect_s=max(min(self.settings.connect_s, left_s), 1e-3))
@@ -104,7 +106,7 @@ class ReconnectingClient:
             except UnavailableError as error:
                 self._failed(error)
                 if time.monotonic() >= last_s:
-                    raise
+                    raise self._gave_up() from error
                 continue
             self.connections += 1
             self._failures = 0
@@ -114,5 +116,9 @@ class ReconnectingClient:
 
     def _failed(self, error: UnavailableError) -> None:
         self._failures += 1
-        self._last_failure = str(error)
+        # the attempt that the deadline cuts off would hide why those before it failed
+        self._reasons = [*(reason for reason in self._reasons if reason != str(error)), str(error)][-3:]
         self._next_attempt_s = time.monotonic() + self.backoff.pause_s(self._failures, self.random.random())
+
+    def _gave_up(self) -> UnavailableError:
+        return UnavailableError("; ".join(self._reasons) or f"{self.uri}: no time to connect")
