@@ -125,7 +125,7 @@ class Operator:
     def reset(self) -> tuple[bool, str]:
         return self.node.call(f"{BRIDGE}/reset", TRIGGER, timeout_s=20)
 
-    def until(self, condition: Any, timeout_s: float = 60.0) -> None:
+    def until(self, condition: Any, timeout_s: float = 120.0) -> None:
         """Wait; the machine may be busy."""
         last = time.monotonic() + timeout_s
         while not condition():
@@ -133,7 +133,7 @@ class Operator:
             assert self.node.failure is None, self.node.failure
             time.sleep(0.01)
 
-    def state(self, name: str, reason: str = "", timeout_s: float = 60.0) -> None:
+    def state(self, name: str, reason: str = "", timeout_s: float = 120.0) -> None:
         """Wait for a state of the bridge, and for what is given as its reason."""
         self.until(lambda: self.diagnostics.get("state") == name and reason in json.dumps(self.diagnostics), timeout_s)
 

@@ -79,8 +79,8 @@ class Robot:
         self.operator.reset()
         self.operator.activate()
         activated = self.operator.count("tick")  # what was heard before may be old
-        self.operator.until(lambda: self.operator.count("tick") > activated + 4, 120)
-        self.operator.state("running", timeout_s=120)
+        self.operator.until(lambda: self.operator.count("tick") > activated + 4)
+        self.operator.state("running")
         return self.operator
 
     def close(self) -> None:
@@ -219,7 +219,7 @@ def test_a_server_that_dies_is_waited_for(robot: Robot) -> None:
     robot.server.kill()
     operator.state("holding", "cannot be reached")
     robot.server = robot.start_server()
-    operator.state("running", timeout_s=120)
+    operator.state("running")
 
 
 def test_nan_from_the_server_is_refused(robot: Robot) -> None:
@@ -277,7 +277,7 @@ def test_an_arm_whose_bridge_is_killed_keeps_its_pose(robot: Robot) -> None:
     assert since(operator, killed) == []
     operator.diagnostics = {}
     robot.bridge = robot.start_bridge()
-    operator.state("idle", timeout_s=120)
+    operator.state("idle")
     time.sleep(4 * PERIOD)
     assert since(operator, killed) == [], "a bridge that comes back is not active"
     robot.run()
