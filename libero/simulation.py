@@ -27,7 +27,7 @@ import re
 import runpy
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,46 @@ def _seeded(seed: int) -> Iterator[None]:
         np.random.set_state(before)  # noqa: NPY002
 
 
+def one_pass_simulation(sim: Any) -> Any:
+    """The simulation of robosuite, which within `control_step()` goes through the dynamics once for each physics step.
+
+    robosuite asks for a forward pass before its controller, its controller asks for another, and the step makes a
+    third. Nothing moves in between, so a step can be finished where it was begun. Trajectories are equal but for the
+    solver, which starts from the last step's solution and not from the same step's: the last digits differ, and after
+    hundreds of steps with contacts more than these.
+    """
+    from robosuite.utils.binding_utils import MjSim
+
+    class OnePassSim(MjSim):
+        begun: bool | None = None  # None: outside of control steps, where anything may change between two calls
+
+        @contextmanager
+        def control_step(self) -> Iterator[None]:
+            self.begun = False
+            try:
+                yield
+            finally:
+                self.begun = None
+
+        def forward(self) -> None:
+            if self.begun is None:
+                super().forward()
+            elif not self.begun:
+                mujoco.mj_step1(self.model._model, self.data._data)
+                self.begun = True
+
+        def step(self, with_udd: bool = True) -> None:
+            if self.begun:
+                mujoco.mj_step2(self.model._model, self.data._data)
+                self.begun = False
+            else:
+                super().step(with_udd)
+
+    one_pass = OnePassSim(sim.model._model)
+    one_pass.forward()
+    return one_pass
+
+
 class Scene:
     """A compiled scene with the robot in it, for all tasks that happen in it.
 
@@ -243,6 +283,7 @@ class Scene:
         task: any task of this scene.
         assets: see `assets_folder`.
         robot_meshes: a folder for `lighter_meshes`, or None.
+        extra_passes: simulate as robosuite does, with three forward passes for each physics step; False: with one.
         cameras: of the observation, by their names in the model; each is asked of `render(camera)`.
         render: called when robosuite samples an image.
     """
@@ -252,6 +293,7 @@ class Scene:
         task: Problem,
         assets: Path,
         robot_meshes: Path | None,
+        extra_passes: bool = True,
         cameras: Sequence[str] = (),
         render: Callable[[str], np.ndarray] | None = None,
     ) -> None:
@@ -273,7 +315,10 @@ class Scene:
             def _initialize_sim(self, xml_string: str | None = None) -> None:
                 xml = xml_string or self.model.get_xml()
                 super()._initialize_sim(lighter_meshes(xml, robot_meshes) if robot_meshes else xml)
+                if not extra_passes:
+                    self.sim = one_pass_simulation(self.sim)
 
+        self._control_step = nullcontext if extra_passes else lambda: self.env.sim.control_step()
         with _seeded(0):
             self.env = Place(
                 str(task.file),
@@ -371,7 +416,8 @@ class Scene:
 
     def step(self, action_A: np.ndarray) -> dict[str, np.ndarray]:
         """One control step of 50 ms; the observation as from `reset`."""
-        return self.env.step(action_A)[0]
+        with self._control_step():
+            return self.env.step(action_A)[0]
 
     def position(self, name: str) -> np.ndarray:
         """Where something that predicates speak of is [3]: a region's centre, a knob or hinge, or a body's origin."""

@@ -56,19 +56,24 @@ class LiberoSettings:
 
     Attributes:
         assets: folder with meshes and textures; None: COGVLA_LIBERO_ASSETS, else from the hub.
-        lean: render without multisampling and shadows, several times faster on a CPU.
+        lean: render without multisampling and shadows, several times faster on a CPU; allows the following.
         reflections: draw reflecting surfaces; only `lean` rendering can do without.
         robot_meshes: folder with lighter meshes of the robot and a `map.json`, for `lean` rendering.
+        extra_passes: simulate with robosuite's three forward passes for each physics step; only `lean` simulation can
+            do with one, which is a third faster. Trajectories differ in the last digits of the contact solver.
     """
 
     assets: str | None = None
     lean: bool = False
     reflections: bool = True
     robot_meshes: str | None = None
+    extra_passes: bool = True
 
     def __post_init__(self) -> None:
-        if not self.lean and (self.robot_meshes is not None or not self.reflections):
-            raise ValueError("libero.robot_meshes and libero.reflections=false are for libero.lean=true")
+        if not self.lean and (self.robot_meshes is not None or not self.reflections or not self.extra_passes):
+            raise ValueError(
+                "libero.robot_meshes, libero.reflections=false and libero.extra_passes=false are for libero.lean=true"
+            )
         if self.robot_meshes is not None and not (Path(self.robot_meshes) / "map.json").is_file():
             raise ValueError(f"libero.robot_meshes: there is no {Path(self.robot_meshes) / 'map.json'}")
 
@@ -132,6 +137,7 @@ def _identity(settings: LiberoSettings, assets: Path) -> dict[str, Any]:
     }
     if settings.lean:
         identity["reflections"] = settings.reflections
+        identity["extra_passes"] = settings.extra_passes
         identity["robot_meshes"] = None if settings.robot_meshes is None else _digest(Path(settings.robot_meshes))
     return identity
 
@@ -261,7 +267,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
                 self._renderers.pop(oldest).close()
         meshes = None if self.settings.robot_meshes is None else Path(self.settings.robot_meshes)
         render = partial(self._sampled_image, problem.scene) if self._rendering else None
-        self._scenes[problem.scene] = self._simulation.Scene(problem, self._assets, meshes, tuple(CAMERAS), render)
+        self._scenes[problem.scene] = self._simulation.Scene(
+            problem, self._assets, meshes, self.settings.extra_passes, tuple(CAMERAS), render
+        )
         return self._scenes[problem.scene]
 
     # --- gymnasium ---------------------------------------------------------------------------------------------------

@@ -44,10 +44,21 @@ class CogVLAPolicy:
         """The same policy, run as the configuration says; `auto` leaves a model plain that cannot be fused.
 
         With `release`, the model gives its weights to the engine, and this policy cannot act any more.
+
+        Raises:
+            ValueError: see `Engine`; or the model stays plain, which cannot change its precision.
         """
-        plain = config.kind == "plain" or (config.kind == "auto" and not_fusible(self.model) is not None)
-        engine = None if plain else Engine(self.model, config, release)
-        return CogVLAPolicy(self.model, self.preprocessor, self._description, engine)
+        reason = not_fusible(self.model) if config.kind == "auto" else None
+        if config.kind != "plain" and reason is None:
+            engine = Engine(self.model, config, release)
+            return CogVLAPolicy(self.model, self.preprocessor, self._description, engine)
+        own = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        if config.dtype not in (None, own):
+            raise ValueError(
+                f"engine.dtype={config.dtype} needs an engine, and this model runs without one, in {own}: {reason}; "
+                "give engine.dtype=null"
+            )
+        return CogVLAPolicy(self.model, self.preprocessor, self._description)
 
     @property
     def embodiment(self) -> Embodiment:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -175,6 +177,25 @@ def test_released_weights_are_in_memory_once(model: str) -> None:
     assert engine.describe()["device"] == "cpu"
 
 
+@pytest.mark.parametrize("release", [True, False])
+def test_another_precision_makes_no_more_copies_than_it_must(release: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[CogVLA] = []
+
+    def copy_of(model: CogVLA) -> CogVLA:
+        copied.append(copy.deepcopy(model))
+        return copied[-1]
+
+    policy = random_policy(MODELS["towers of two shapes"])
+    monkeypatch.setattr("cogvla.policy.engine.engine.copy", SimpleNamespace(deepcopy=copy_of))
+    engine = policy.with_engine(EngineConfig("eager", dtype="bfloat16"), release)
+    converted = policy.model if release else copied.pop()
+    assert not copied
+    assert {p.dtype for p in converted.parameters()} == {torch.bfloat16}
+    assert all(p.is_meta for p in converted.decoder.llm.layers.parameters()), "they are in the engine only"
+    assert policy.model.decoder.llm.rotary_emb.inv_freq.dtype == torch.float32
+    assert_same(random_policy(MODELS["towers of two shapes"]), engine, batch=2, tolerance=0.1)
+
+
 def test_bfloat16_stays_near() -> None:
     policy = random_policy()
     assert_same(policy, policy.with_engine(EngineConfig("eager", dtype="bfloat16")), batch=2, tolerance=0.1)
@@ -230,6 +251,9 @@ def test_what_cannot_be_fused_is_said() -> None:
     with pytest.raises(ValueError, match=r"merge adapters first.*engine.kind=plain"):
         policy.with_engine(EngineConfig("eager"))
     assert policy.with_engine(EngineConfig()).describe()["engine"] == "plain"
+    assert policy.with_engine(EngineConfig(dtype="float32")).describe()["dtype"] == "float32", "it is already"
+    with pytest.raises(ValueError, match=r"engine.dtype=bfloat16.* in float32.*merge adapters.*engine.dtype=null"):
+        policy.with_engine(EngineConfig(dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +261,7 @@ def test_what_cannot_be_fused_is_said() -> None:
     [
         ({"kind": "fast"}, "unknown engine.kind 'fast'; one of auto, plain"),
         ({"dtype": "int3"}, "unknown engine.dtype"),
+        ({"kind": "plain", "dtype": "bfloat16"}, "engine.dtype=null, or another engine.kind"),
         ({"text_buckets": [8, 4]}, "increasing"),
         ({"text_buckets": [0, 4]}, "increasing positive"),
         ({"threads": 3}, "configuration engine"),

@@ -116,7 +116,9 @@ def test_obstacles_are_turned_boxes() -> None:
 
 @pytest.fixture(scope="module")
 def suite() -> Suite:
-    return libero_suite("libero_object", LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES))
+    return libero_suite(
+        "libero_object", LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ ASSETS = os.environ.get("COGVLA_LIBERO_ASSETS") or str(SHARED / "libero_assets" 
 FIXTURE = SHARED / "fixtures" / "libero_observation"
 LITE = SHARED / "libero_assets" / "robot_lite"
 MESHES = str(LITE) if LITE.is_dir() else None
-LEAN = LiberoSettings(assets=ASSETS, lean=True, reflections=False, robot_meshes=MESHES)
+LEAN = LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
 WAIT = np.array([0, 0, 0, 0, 0, 0, -1.0])
 FOUR = tuple(name for name in LIBERO_SUITES if name != "libero_90")
 
@@ -103,6 +104,8 @@ def test_the_users_own_libero_configuration_is_left_alone(tmp_path: Path) -> Non
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"for libero\.lean=true"):
         LiberoSettings(reflections=False)
+    with pytest.raises(ValueError, match=r"for libero\.lean=true"):
+        LiberoSettings(extra_passes=False)
     with pytest.raises(ValueError, match=r"there is no .*map\.json"):
         LiberoSettings(lean=True, robot_meshes=str(tmp_path))
 
@@ -274,6 +277,23 @@ def test_same_state_same_bytes_and_other_state_differs(goal: LiberoEnv, state: i
 
 
 @needs_assets
+def test_one_forward_pass_gives_the_same_trajectory() -> None:
+    """robosuite's three and ours; in the air and on the table, until contacts let the last digits grow."""
+    actions = np.random.default_rng(0).uniform(-1, 1, (4, 7)).repeat(10, axis=0)
+    states = {}
+    passes: list[Any] = []
+    for extra_passes in (True, False):
+        env = LiberoEnv("libero_goal", replace(LEAN, extra_passes=extra_passes), 32, render=False)
+        env.reset(options={"task": 0, "initial_state": 0})
+        states[extra_passes] = [env.step(action)[0]["state"] for action in actions]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mujoco.mj_forward", lambda *_: passes.append(extra_passes))
+            env.step(actions[0])
+    assert passes == [True] * 50
+    np.testing.assert_allclose(states[True], states[False], atol=1e-5)
+    assert np.ptp(states[True], axis=0)[:3].max() > 0.03
+
+
 def test_bad_actions_and_options_are_refused(goal: LiberoEnv) -> None:
     reset(goal, 0, 0)
     for action in (np.zeros(6), np.zeros((1, 7)), np.array([np.nan, 0, 0, 0, 0, 0, 0]), np.full(7, np.inf)):

@@ -33,7 +33,8 @@ class EngineConfig:
             else trace.
         text_buckets: instructions are padded to the next of these lengths, so that few shapes cover all of them; longer
             ones run without being recorded.
-        dtype: precision of weights and arithmetic, `float32` or `bfloat16`; None leaves it as it was saved.
+        dtype: precision of weights and arithmetic, `float32` or `bfloat16`; None leaves it as it was saved, which is all
+            that `plain` can do.
     """
 
     kind: str = "auto"
@@ -54,6 +55,11 @@ class EngineConfig:
             raise ValueError(f"unknown engine.kind {self.kind!r}; one of {', '.join(KINDS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"unknown engine.dtype {self.dtype!r}; null, {' or '.join(DTYPES)}")
+        if self.kind == "plain" and self.dtype is not None:
+            raise ValueError(
+                f"engine.kind=plain runs the model as it was saved, in its own precision, not in {self.dtype}: give "
+                "engine.dtype=null, or another engine.kind"
+            )
         if sorted(set(self.text_buckets)) != list(self.text_buckets) or min(self.text_buckets, default=1) < 1:
             raise ValueError(f"engine.text_buckets must be increasing positive lengths, got {self.text_buckets}")
 
@@ -75,7 +81,7 @@ class Engine:
     Args:
         model: trained.
         config: see there; not `plain`.
-        release: see `FusedNetwork`.
+        release: see `FusedNetwork`; another precision then converts the model itself, weight by weight.
 
     Raises:
         ValueError: the model cannot be fused, or the kind needs another device.
@@ -83,18 +89,21 @@ class Engine:
 
     def __init__(self, model: CogVLA, config: EngineConfig, release: bool = False) -> None:
         assert config.kind != "plain", "that is the model itself"
-        dtype = next(model.parameters()).dtype if config.dtype is None else DTYPES[config.dtype]
-        if dtype != next(model.parameters()).dtype:
-            model = copy.deepcopy(model)
-            for parameter in model.parameters():  # not `to`, which would round the frequencies of the positions too
-                parameter.data = parameter.data.to(dtype)
-        device = next(model.parameters()).device
+        first = next(model.parameters())
         self.kind = config.kind
         if config.kind == "auto":
-            self.kind = "cuda_graph" if device.type == "cuda" else "trace"
-        if self.kind == "cuda_graph" and device.type != "cuda":
-            raise ValueError(f"engine=cuda_graph needs a GPU, the policy is on {device}; use engine.kind=trace or auto")
-        self.buckets, self.dtype, self._model = config.text_buckets, dtype, model
+            self.kind = "cuda_graph" if first.is_cuda else "trace"
+        if self.kind == "cuda_graph" and not first.is_cuda:
+            raise ValueError(
+                f"engine=cuda_graph needs a GPU, the policy is on {first.device}; use engine.kind=trace or auto"
+            )
+        self.buckets, self.dtype = config.text_buckets, first.dtype if config.dtype is None else DTYPES[config.dtype]
+        if self.dtype != first.dtype:
+            if not release:
+                model, release = copy.deepcopy(model), True  # the copy is nobody else's
+            for parameter in model.parameters():  # not `to`, which would round the frequencies of the positions too
+                parameter.data = parameter.data.to(self.dtype)
+        self._model = model
         with torch.no_grad():
             self.network = FusedNetwork(model, release)
         self._recorded: dict[tuple[int, int], Run] = {}

@@ -26,7 +26,7 @@ DEFAULTS = {
     "suite": "libero_spatial",
     "image_size": 128,
     "steps": 10,
-    "libero": {"assets": None, "lean": False, "reflections": True, "robot_meshes": None},
+    "libero": {"assets": None, "lean": False, "reflections": True, "robot_meshes": None, "extra_passes": True},
     "hydra": {"run": {"dir": "."}, "output_subdir": None, "job": {"chdir": False}},
 }
 ConfigStore.instance().store("bench_libero", DEFAULTS)
