@@ -287,7 +287,7 @@ def test_one_forward_pass_gives_the_same_trajectory() -> None:
         env.reset(options={"task": 0, "initial_state": 0})
         states[extra_passes] = [env.step(action)[0]["state"] for action in actions]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mujoco.mj_forward", lambda *_: passes.append(extra_passes))
+            patch.setattr("mujoco.mj_forward", lambda *_, extra=extra_passes: passes.append(extra))
             env.step(actions[0])
     assert passes == [True] * 50
     np.testing.assert_allclose(states[True], states[False], atol=1e-5)
