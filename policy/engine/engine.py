@@ -33,8 +33,8 @@ class EngineConfig:
             else trace.
         text_buckets: instructions are padded to the next of these lengths, so that few shapes cover all of them; longer
             ones run without being recorded.
-        dtype: precision of weights and arithmetic, `float32` or `bfloat16`; None leaves it as it was saved, which is all
-            that `plain` can do.
+        dtype: precision of weights and arithmetic, `float32` or `bfloat16`; None leaves it as it was saved, and `plain`
+            can do nothing else.
     """
 
     kind: str = "auto"
