@@ -1,5 +1,6 @@
 """A data set that takes long to make: it appears in one piece, and nothing that was done is done again.
 
+OUTPUT.recording/lock             held by the one process that works there
 OUTPUT.recording/settings.json    what is being made; a different request is refused
 OUTPUT.recording/episodes/        what is done, each file put in place by one rename
 OUTPUT.recording/dataset/         the data set being put together, from episode 0 at every start
@@ -8,15 +9,18 @@ OUTPUT/                           the data set, put in place by one rename at th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+LOCK = "lock"
 
 
-@dataclass(frozen=True)
+@dataclass
 class DatasetFolder:
     """Where a data set is made, and where it will be.
 
@@ -30,6 +34,7 @@ class DatasetFolder:
     activity: str
     made: str
     record: str
+    _lock: IO[str] | None = field(default=None, init=False, repr=False)
 
     @property
     def work(self) -> Path:
@@ -61,9 +66,15 @@ class DatasetFolder:
         return True
 
     def prepare(self, request: dict[str, Any], resume: bool) -> None:
-        """Make the folder of work, or keep the one that is there; ValueError when that is of another request."""
-        if not resume and self.work.exists():
-            shutil.rmtree(self.work)
+        """Make the folder of work, or keep the one that is there.
+
+        ValueError when that is of another request, or when another process works there.
+        """
+        self._hold()
+        if not resume:
+            for content in self.work.iterdir():
+                if content.name != LOCK:
+                    shutil.rmtree(content) if content.is_dir() else content.unlink()
         self.episodes.mkdir(parents=True, exist_ok=True)
         for leftover in self.episodes.glob(".*"):
             leftover.unlink()
@@ -81,6 +92,17 @@ class DatasetFolder:
         temporary.write_text(json.dumps(request, indent=1))
         os.replace(temporary, path)
 
+    def _hold(self) -> None:
+        """Until this process ends, however it ends, or `publish`."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        lock = (self.work / LOCK).open("w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ValueError(f"another process works in {self.work}; wait for it, or choose another output") from None
+        self._lock = lock
+
     def publish(self, record: dict[str, Any]) -> None:
         """Put the finished data set in its place."""
         (self.dataset / self.record).write_text(json.dumps(record, indent=1))
@@ -88,6 +110,8 @@ class DatasetFolder:
             self.output.rmdir()  # empty, or `is_finished` would have refused it
         os.replace(self.dataset, self.output)
         shutil.rmtree(self.work)
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _changed(existing: dict[str, Any], request: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
 from cogvla.envs import dataset_writer
+from cogvla.envs.dataset_folder import DatasetFolder
 from cogvla.envs.dataset_writer import DatasetWriter, features
 from cogvla.envs.demonstration import Demonstration, Demonstrator, DemonstratorSettings, ExpertFailedError
 from cogvla.envs.recorder import record
@@ -279,6 +281,21 @@ def test_failed_attempts_are_left_out(tmp_path: Path) -> None:
 def test_an_expert_that_cannot_do_a_task(tmp_path: Path) -> None:
     with pytest.raises(ExpertFailedError, match=r"1000 to 1009 of task 0 \('go right'\)"):
         record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, expert=toy_suite.NeverExpert)
+
+
+def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    folder = DatasetFolder(tmp_path / "data", "recording", "recorded", "record.json")
+    folder.prepare({}, resume=True)
+    again = (
+        "from pathlib import Path; from cogvla.envs.dataset_folder import DatasetFolder; "
+        f"DatasetFolder(Path({str(tmp_path / 'data')!r}), 'recording', 'recorded', 'record.json').prepare({{}}, True)"
+    )
+    other = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)
+    assert "ValueError: another process works in" in other.stderr
+    folder.dataset.mkdir()
+    folder.publish({})
+    shutil.rmtree(folder.output)
+    assert subprocess.run([sys.executable, "-c", again]).returncode == 0
 
 
 def test_a_finished_data_set_is_left_alone_and_another_request_refused(recorded: Path) -> None:
