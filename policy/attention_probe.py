@@ -49,10 +49,7 @@ class AttentionProbe:
             self._watch(index, block, x_XSW)
 
     def _watch(self, index: int, block: Any, x_XSW: Tensor) -> None:
-        attention = block.attn
-        qkv_XSQ = attention.qkv(block.norm1(x_XSW))
-        q, k, _ = rearrange(qkv_XSQ, "x s (three h c) -> three x h s c", three=3, h=attention.num_heads)
-        q_XhSC, k_XhSC = attention.q_norm(q).float() * attention.scale, attention.k_norm(k).float()
+        q_XhSC, k_XhSC = _queries_and_keys(block, x_XSW)
         patches, last = slice(self.prefix, None), index == self.blocks[-1]
         if "attention_LBN" in self.needs and self.has_cls:
             self.rows.append(_attention(q_XhSC[:, :, :1], k_XhSC)[:, 0, patches])
@@ -70,6 +67,20 @@ class AttentionProbe:
         """What was asked for, with X rows in place of B."""
         rows = {"attention_LBN": torch.stack(self.rows)} if self.rows else {}
         return {name: value for name, value in {**self.found, **rows}.items() if name in self.needs}
+
+
+def mean_attention(block: Any, x_XSW: Tensor, rows: slice) -> Tensor:
+    """Attention float32 [X,Q,S] with which these rows look at everything in a timm block, mean over heads."""
+    q_XhSC, k_XhSC = _queries_and_keys(block, x_XSW)
+    return _attention(q_XhSC[:, :, rows], k_XhSC)
+
+
+def _queries_and_keys(block: Any, x_XSW: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled queries and keys of all tokens, float32 [X,h,S,C]."""
+    attention = block.attn
+    qkv_XSQ = attention.qkv(block.norm1(x_XSW))
+    q, k, _ = rearrange(qkv_XSQ, "x s (three h c) -> three x h s c", three=3, h=attention.num_heads)
+    return attention.q_norm(q).float() * attention.scale, attention.k_norm(k).float()
 
 
 def _attention(q_XhQC: Tensor, k_XhSC: Tensor) -> Tensor:

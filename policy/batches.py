@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cogvla.policy.augmentation import AugmentationConfig, Changes, centre, change, draw_changes, move_points
+from cogvla.policy.auxiliary.blind_weights import BlindWeights
 from cogvla.policy.data import DemonstrationData
 from cogvla.policy.heads.interface import DRAWS
 from cogvla.policy.objective import Batch, ObjectiveConfig, choose_alternative
@@ -64,7 +65,7 @@ class BatchBuilder:
     Args:
         data: for the instructions and the scale of the labelled positions.
         preprocessor: the policy's.
-        config: shares of counterfactual and state-less samples.
+        config: shares of counterfactual and state-less samples, and what actions count.
         augmentation: of the pictures; its crop must be the preprocessor's. Evaluation batches get the centre crop only.
     """
 
@@ -123,6 +124,11 @@ class BatchBuilder:
             self.instruction_of_task = torch.full((labels["possible"].shape[-1],), -1)
             self.instruction_of_task[labels["task"].flatten()] = data.instruction_ids
 
+        self.blind: BlindWeights | None = None
+        if config.prior:
+            assert config.blind is not None
+            self.blind = BlindWeights(config.blind, config.prior, preprocessor, data.instructions)
+
     def training(self, samples: dict[str, Any], generator: torch.Generator) -> Batch:
         """A whole step's samples as one batch to learn from."""
         return self.build(samples, self.choose(samples, generator))
@@ -145,12 +151,15 @@ class BatchBuilder:
         if self.config.state_dropout:
             keep_B = torch.rand(len(instruction_B), generator=generator) >= self.config.state_dropout
         changes = draw_changes(self.augmentation, len(instruction_B), self.views, generator)
-        choices = self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG, changes)
         robot, shape = self.preprocessor.embodiment, (len(instruction_B), DRAWS)
         noise_BRKA = torch.randn(*shape, robot.chunk, robot.action_dim, generator=generator)
         time_BR = torch.rand(shape, generator=generator)
         draw_B2 = torch.randint(2**62, (len(instruction_B), 2), generator=generator)
         draw_B2[:, 1] = draw_B2[0, 1]
+        if self.blind is not None:
+            asked = [self.instructions[i] for i in instruction_B.tolist()]
+            weight_BK = weight_BK * self.blind(samples, asked, keep_B, weight_BK, noise_BRKA, time_BR)
+        choices = self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG, changes)
         return replace(choices, noise_BRKA=noise_BRKA, time_BR=time_BR, draw_B2=draw_B2)
 
     def evaluation(self, samples: dict[str, Any], instruction_B: Tensor | None = None) -> Batch:

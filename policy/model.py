@@ -7,7 +7,7 @@ A action dimension, J action tokens, D language width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from cogvla.policy.heads.registry import HEADS
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.language import DecoderContext, RoutedDecoder, Trace
 from cogvla.policy.token_router import PolicyRouter, Routed
-from cogvla.policy.vision import DualVision, VisionCondition
+from cogvla.policy.vision import DualVision, Observer, VisionCondition
 from cogvla.routing.aggregation import two_layer
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.router import RouterConfig
@@ -192,6 +192,8 @@ class CogVLA(nn.Module):
         debug: bool = False,
         watch: bool = False,
         decode: bool = True,
+        change: Callable[[Tensor], Tensor] | None = None,
+        observer: Observer | None = None,
     ) -> ModelOutput:
         """One parallel pass.
 
@@ -201,18 +203,20 @@ class CogVLA(nn.Module):
             debug: also return what is inside (slower: every row of every layer is computed).
             watch: also return where the aggregation tokens look.
             decode: False leaves out the actions; training asks the head for its error on the states instead.
+            change: of the vision tokens [B,N,D] on their way into the language model, for training.
+            observer: is shown every block of both towers.
         """
         gaze: list[Tensor] | None = [] if watch else None
         routed: Routed | None = None
         if self.router is None:
             text = text or self.encode_text(inputs.text_ids, inputs.text_mask)
-            streams = self.vision.streams(inputs.pixels, text.vision, gaze)
+            streams = self.vision.streams(inputs.pixels, text.vision, gaze, observer=observer)
             vision_BND = self.vision.fusion(streams, text.vision.weights_B2)
         else:
             budget = self.router.drawn_budget(inputs.draw)
             text = text or self.encode_text(inputs.text_ids, inputs.text_mask, budget)
             probe = self.router.probe()
-            streams = self.vision.streams(inputs.pixels, text.vision, gaze, probe)
+            streams = self.vision.streams(inputs.pixels, text.vision, gaze, probe, observer)
             draw_B = self.router.draws(inputs.state) if inputs.draw is None else inputs.draw[:, 0]
             words_BTD, mask_BT = text.tail_BRD[:, : text.context.layout.text], text.context.text_mask_BT
             weights_B2, pixels = text.vision.weights_B2, inputs.pixels
@@ -220,6 +224,8 @@ class CogVLA(nn.Module):
                 streams, self.vision.fusion, weights_B2, words_BTD, mask_BT, pixels, draw_B, probe, budget
             )
             vision_BND = routed.vision_BKD
+        if change is not None:
+            vision_BND = change(vision_BND)
         output = self.decide(vision_BND, inputs.state, text, debug, decode, routed)
         if output.debug is not None:
             output.debug.update(streams=streams, stream_weights=text.vision.weights_B2)

@@ -1,5 +1,5 @@
-"""What training minimises: the head's error on the action chunk (masked L1 for the paper's head), and where the
-simulator gives labels, grounding.
+"""What training minimises: the head's error on the action chunk (masked L1 for the paper's head), where the simulator
+gives labels, grounding, and further objectives by switches, each in its own file in `policy/auxiliary`.
 
 Behaviour cloning alone learns the arm's habits long before it looks at the instruction. Three things mend that:
 
@@ -8,26 +8,32 @@ Behaviour cloning alone learns the arm's habits long before it looks at the inst
   them after some hundred steps, but the decoder's attention finds them there thousands of steps later, as long as only
   the few actions of the approach ask for it;
 - pointing: half of the aggregation tokens are taught to attend to the patches where the object is, the others to those
-  of the goal (cross-entropy on half of their heads, after MolmoPoint's pointing by attention). Without it, attention
-  stays spread over the whole image for thousands of steps and nothing downstream has a position to work with;
+  of the goal (`policy/auxiliary/pointing.py`). Without it, attention stays spread over the whole image for thousands of
+  steps and nothing downstream has a position to work with;
 - counterfactual instructions: a share of the samples is given another instruction that is possible in the same
   scene. There is no action to imitate for it, but the simulator knows where its target is, so that the same picture
   has to answer several instructions;
 - state dropout: the proprioceptive state is hidden from a share of the samples, so that "the target is where the arm
   is heading" is no way out.
 
-Shape legend: B batch, V views, X = B*V, K chunk, A action, R draws of noise, N vision tokens, M aggregation tokens per
-view, h heads, P patches per view, D width, T tasks of the suite, G = 6 (target xyz, goal xyz).
+Shape legend: B batch, V views, K chunk, A action, R draws of noise, N vision tokens, D width, T tasks of the suite,
+G = 6 (target xyz, goal xyz).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from cogvla.policy.auxiliary.contrast import contrast_loss
+from cogvla.policy.auxiliary.distillation import Distillation, attention_match
+from cogvla.policy.auxiliary.diversity import AttentionDiversity, check_readable
+from cogvla.policy.auxiliary.masking import TokenMask, hide
+from cogvla.policy.auxiliary.pointing import pointing_loss
 from cogvla.policy.heads.interface import ActionHead
 from cogvla.policy.model import CogVLA, ModelInput, ModelOutput
 
@@ -48,6 +54,18 @@ class ObjectiveConfig:
             also predicts where they are from the gripper, which is what the next motion depends on; () is off.
         state_dropout: share of samples in [0,1] whose state is hidden.
         phase_weights: weight of the action loss by the expert's phase; empty = 1 everywhere.
+        contrast: weight of vision tokens against the words of the batch (CG-VLM; start with 0.1).
+        diversity: weight of the towers' attention diversity (ADL; 1.0 in its source).
+        masking: share of the vision tokens in [0,1] that a learned pool replaces in training (Croc; 0.75 in its
+            source).
+        mask_pool: entries of that pool.
+        vision_dropout: share of samples in [0,1] whose vision tokens are hidden.
+        distillation: weight of what a policy with all tokens teaches (Align-TI).
+        teacher: its checkpoint folder; the YAML gives the run's `base`.
+        prior: how far, in [0,1], actions are weighted by the error of a policy that does not see (PRIOR).
+        blind: the checkpoint folder of that policy, which objective=blind trains.
+
+    What is behind the last nine, and where it comes from, is in `policy/auxiliary`, a file for each.
     """
 
     grounding: float = 1.0
@@ -57,18 +75,37 @@ class ObjectiveConfig:
     gripper_state: tuple[int, ...] = ()
     state_dropout: float = 0.5
     phase_weights: tuple[float, ...] = ()
+    contrast: float = 0.0
+    diversity: float = 0.0
+    masking: float = 0.0
+    mask_pool: int = 64
+    vision_dropout: float = 0.0
+    distillation: float = 0.0
+    teacher: str | None = None
+    prior: float = 0.0
+    blind: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phase_weights", tuple(self.phase_weights))
         object.__setattr__(self, "gripper_state", tuple(self.gripper_state))
         if len(self.gripper_state) not in (0, 3):
             raise ValueError(f"objective.gripper_state must name x, y and z or nothing, got {self.gripper_state}")
-        if (
-            min(self.grounding, self.pointing) < 0
-            or not 0 <= self.counterfactual < 1
-            or not 0 <= self.state_dropout <= 1
-        ):
+        weights = (self.grounding, self.reading, self.pointing, self.contrast, self.diversity, self.distillation)
+        shares = (self.state_dropout, self.masking, self.vision_dropout, self.prior)
+        if min(weights) < 0 or not 0 <= self.counterfactual < 1 or min(shares) < 0 or max(shares) > 1:
             raise ValueError(f"weights must be positive and shares between 0 and 1, got {self}")
+        if self.mask_pool < 1:
+            raise ValueError(f"objective.mask_pool must be at least 1 (a single mask token), got {self.mask_pool}")
+        if self.distillation and self.teacher is None:
+            raise ValueError(
+                "objective.distillation needs a teacher: objective.teacher=FOLDER, a checkpoint of this policy with "
+                "all its vision tokens (base=FOLDER is one too), or set it to 0"
+            )
+        if self.prior and self.blind is None:
+            raise ValueError(
+                "objective.prior needs a policy that does not see: objective.blind=FOLDER, a checkpoint of "
+                "`train_policy objective=blind evaluation=null`, or set it to 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -117,9 +154,22 @@ class GroundingHead(nn.Module):
 
 
 class Objective(nn.Module):
-    """The policy and its training heads as one module, so that DDP and FSDP see one forward."""
+    """The policy and its training heads as one module, so that DDP and FSDP see one forward.
 
-    def __init__(self, model: CogVLA, config: ObjectiveConfig, vision_tokens: int, width: int) -> None:
+    Args:
+        model: the policy.
+        config: weights.
+        vision_tokens: N.
+        width: D.
+        teacher: for `config.distillation`, see `Distillation`.
+
+    Raises:
+        ValueError: the policy cannot give what an objective needs.
+    """
+
+    def __init__(
+        self, model: CogVLA, config: ObjectiveConfig, vision_tokens: int, width: int, teacher: CogVLA | None = None
+    ) -> None:
         super().__init__()
         tokens, camera = model.config.vision.aggregation_tokens, model.embodiment.cameras[0]
         if config.pointing and model.config.routing.efa and (tokens % 2 or camera.height != camera.width):
@@ -132,65 +182,74 @@ class Objective(nn.Module):
                 "objective.grounding reads a fixed number of vision tokens, routing.router.train_budgets vary it: "
                 "set objective.grounding=0 or train_budgets=[]"
             )
+        if config.diversity:
+            check_readable(model.vision)
         self.model, self.config = model, config
         outputs = 2 * GROUNDING_DIM if config.gripper_state else GROUNDING_DIM
         self.grounding = GroundingHead(vision_tokens, width, outputs) if config.grounding else None
         self.reading = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs)) if config.reading else None
+        self.mask = TokenMask(config.masking, config.mask_pool, width) if config.masking else None
+        assert teacher is not None or not config.distillation
+        self.distillation = Distillation(teacher, model) if teacher is not None and config.distillation else None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses as scalars: `loss` (to minimise), `action_l1` (or what the head measures), and with labels those of
-        the parts that need them: `grounding_l1`, `reading_l1`, `pointing_ce`; and `router_...` of token routers.
+        """Losses as scalars: `loss` (to minimise), `action_l1` (or what the head measures), with labels those of the
+        parts that need them: `grounding_l1`, `reading_l1`, `pointing_ce`; `router_...` of token routers; and of the
+        switches that are on `contrast_nce`, `diversity_cos`, `teacher_kl` and `teacher_l1`.
         """
-        points = self.config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
+        config = self.config
+        points = config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
         head: ActionHead = self.model.head
-        output: ModelOutput = self.model(batch.inputs, watch=bool(points), decode=False)
+        observer = AttentionDiversity() if config.diversity else None
+        output: ModelOutput = self.model(
+            batch.inputs,
+            debug=self.distillation is not None,
+            watch=bool(points),
+            decode=False,
+            change=partial(self._change, batch.inputs.draw) if config.masking or config.vision_dropout else None,
+            observer=observer,
+        )
         error_BK = head.error(output.states, batch.actions_BKA, batch.noise_BRKA, batch.time_BR)
         action = (error_BK * batch.weight_BK).mean()
         losses = {"loss": action, f"action_{head.error_name}": action.detach()}
+
+        def add(name: str, value: Tensor, weight: float = 1.0) -> None:
+            losses["loss"] = losses["loss"] + weight * value
+            losses[name] = value.detach()
+
         if self.grounding is not None and batch.positions_BG is not None:
-            grounding = (self.grounding(output.vision) - batch.positions_BG).abs().mean()
-            losses["loss"] = losses["loss"] + self.config.grounding * grounding
-            losses["grounding_l1"] = grounding.detach()
+            add("grounding_l1", (self.grounding(output.vision) - batch.positions_BG).abs().mean(), config.grounding)
         if self.reading is not None and batch.positions_BG is not None:
-            reading = (self.reading(output.states) - batch.positions_BG[:, None]).abs().mean()
-            losses["loss"] = losses["loss"] + self.config.reading * reading
-            losses["reading_l1"] = reading.detach()
+            add("reading_l1", (self.reading(output.states) - batch.positions_BG[:, None]).abs().mean(), config.reading)
         for name, value in output.losses.items():
-            losses["loss"] = losses["loss"] + value
-            losses[f"router_{name}"] = value.detach()
+            add(f"router_{name}", value)
         if output.gaze is not None:
             assert batch.image_points_BV22 is not None
             assert batch.point_weight_BV2 is not None
             points_BV22, weight_BV2 = batch.image_points_BV22, batch.point_weight_BV2
             pointing = torch.stack([pointing_loss(gaze, points_BV22, weight_BV2) for gaze in output.gaze]).mean()
-            losses["loss"] = losses["loss"] + self.config.pointing * pointing
-            losses["pointing_ce"] = pointing.detach()
+            add("pointing_ce", pointing, config.pointing)
+        if config.contrast:
+            ids_BT, mask_BT = batch.inputs.text_ids, batch.inputs.text_mask
+            words_BTD = self.model.decoder.embed(ids_BT)
+            add("contrast_nce", contrast_loss(output.vision, words_BTD, ids_BT, mask_BT), config.contrast)
+        if observer is not None:
+            add("diversity_cos", observer.loss(), config.diversity)
+        if self.distillation is not None:
+            assert output.debug is not None
+            actions_BKA, inside = self.distillation(batch.inputs)
+            error_BK = head.error(output.states, actions_BKA, batch.noise_BRKA, batch.time_BR)
+            add("teacher_kl", attention_match(output.debug, inside), config.distillation)
+            add(f"teacher_{head.error_name}", error_BK.mean(), config.distillation)
         return losses
 
-
-def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor, weight_BV2: Tensor) -> Tensor:
-    """Cross-entropy between attention and the four patches around a point, by their bilinear weights.
-
-    The first half of the tokens points at the target, the second at the goal, each with the first half of the heads.
-
-    Args:
-        log_attention_XhMP: see `VisionTower.forward`; M must be even.
-        points_BV22, weight_BV2: see `Batch`.
-    """
-    heads, tokens, patches = log_attention_XhMP.shape[1:]
-    side = round(patches**0.5)
-    guided_X2P = rearrange(
-        log_attention_XhMP[:, : max(1, heads // 2)], "x h (two m) p -> x two (h m) p", two=2, m=tokens // 2
-    ).mean(2)
-    points_X22 = rearrange(points_BV22, "b v two xy -> (b v) two xy")
-    grid_X22 = (points_X22 * side - 0.5).clamp(0, side - 1)
-    centres_s = torch.arange(side, device=grid_X22.device)
-    weight_X2s2 = (1 - (grid_X22[:, :, None] - centres_s[:, None]).abs()).clamp(min=0)
-    target_X2P = rearrange(
-        weight_X2s2[..., 1][..., :, None] * weight_X2s2[..., 0][..., None, :], "x two row column -> x two (row column)"
-    )
-    cross_entropy_X2 = -(target_X2P * guided_X2P).sum(-1)
-    return (cross_entropy_X2 * rearrange(weight_BV2, "b v two -> (b v) two")).mean()
+    def _change(self, draw_B2: Tensor | None, vision_BND: Tensor) -> Tensor:
+        """The vision tokens as training hides them; in evaluation, where nothing is drawn, as they are."""
+        if draw_B2 is None:
+            return vision_BND
+        if self.mask is not None:
+            vision_BND = self.mask(vision_BND, draw_B2[:, 0])
+        return hide(vision_BND, self.config.vision_dropout, draw_B2[:, 0])
 
 
 def masked_l1(predicted_BKA: Tensor, expert_BKA: Tensor, weight_BK: Tensor) -> Tensor:

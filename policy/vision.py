@@ -33,6 +33,8 @@ from cogvla.routing.film import FiLM, modulate
 WHITE = 255.0  # of a byte
 Probe = Callable[[int, Any, Tensor], None]
 """Is shown the number of a block, the block, and its input [X,P',W] with all prefix tokens."""
+Observer = Callable[["VisionTower", int, Tensor], None]
+"""Is shown a tower, the number of a block and the block's input [X,P',W] with all tokens, EFA or not."""
 
 
 def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> Any:
@@ -135,11 +137,12 @@ class VisionTower(nn.Module):
         film: tuple[Tensor, Tensor] | None,
         gaze: list[Tensor] | None = None,
         probe: Probe | None = None,
+        observer: Observer | None = None,
     ) -> Tensor:
         """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W].
 
         A list given as `gaze` receives where the aggregation tokens look in the last block: the logarithm of their
-        attention to the patches, [X,h,M,P]. Without EFA, a `probe` is shown every block.
+        attention to the patches, [X,h,M,P]. Without EFA, a `probe` is shown every block; an `observer` always is.
         """
         vit = self.vit
         x = x_XPW
@@ -153,10 +156,14 @@ class VisionTower(nn.Module):
             for index, block in enumerate(vit.blocks[: self.computed]):
                 if probe is not None:
                     probe(index, block, x)
+                if observer is not None:
+                    observer(self, index, x)
                 x = call(self.recompute, block, x)
             return x[:, vit.num_prefix_tokens :]
         x = self.aggregation.append_to(x)
         for index in range(self.computed):
+            if observer is not None:
+                observer(self, index, x)
             watch = gaze is not None and index == self.computed - 1
             x, log_attention_XhMP = call(self.recompute, self._block, index, x, film[0][index], film[1][index], watch)
             if gaze is not None and watch:
@@ -271,10 +278,12 @@ class DualVision(nn.Module):
         condition: VisionCondition,
         gaze: list[Tensor] | None = None,
         probe: Probe | None = None,
+        observer: Observer | None = None,
     ) -> list[Tensor]:
         """Pixels, uint8 or float in [0,1], to the tokens of each tower before projection, [B,V*N,W].
 
-        `gaze` receives one entry per tower, see `VisionTower.forward`; `probe` is shown the first tower.
+        `gaze` receives one entry per tower, see `VisionTower.forward`; `probe` is shown the first tower,
+        `observer` both.
         """
         views = pixels_BVCHW.shape[1]
         patches: dict[int, Tensor] = {}
@@ -283,7 +292,7 @@ class DualVision(nn.Module):
             size = tower.patch_size
             if size not in patches:
                 patches[size] = cut_patches(pixels_BVCHW, size, tower.vit.patch_embed.proj.weight.dtype)
-            x_XNW = tower(F.linear(patches[size], *embedding), film, gaze, None if streams else probe)
+            x_XNW = tower(F.linear(patches[size], *embedding), film, gaze, None if streams else probe, observer)
             streams.append(rearrange(x_XNW, "(b v) n w -> b (v n) w", v=views))
         return streams
 

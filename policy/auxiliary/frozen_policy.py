@@ -1,0 +1,60 @@
+"""Checkpoints that training asks and does not change: a teacher, and a policy that does not see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cogvla.policy.base import is_own
+from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.model import CogVLA
+from cogvla.policy.normalise import Normaliser
+from cogvla.policy.preprocess import Preprocessor
+from cogvla.routing.router import RouterConfig
+
+TOLERANCE = 1e-3
+"""Of normalisation, as a share of each dimension's range: two recordings of the same experts differ by less."""
+
+
+def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions: Sequence[str]) -> CogVLA:
+    """The network of a checkpoint without its token router, frozen, in evaluation mode.
+
+    Args:
+        folder: of the checkpoint.
+        key: of the objective that names it, for messages.
+        preprocessor: of the training. What it gives is what the network will be given.
+        instructions: of the data.
+
+    Raises:
+        ValueError: there is no checkpoint of ours, or the robot, the words or the statistics of its data are others.
+    """
+    if not is_own(folder):
+        raise ValueError(f"objective.{key}={folder} is no checkpoint folder of train_policy, such as RUN/policy")
+    policy = load_policy(folder, router=RouterConfig())
+    theirs, ours = policy.preprocessor.cpu(), preprocessor
+    differ: list[str] = []
+    sizes = [(e.cameras, e.state_dim, e.action_dim, e.chunk) for e in (theirs.embodiment, ours.embodiment)]
+    if sizes[0] != sizes[1]:
+        differ.append("another robot or image size")
+    elif not (
+        _alike(theirs.state_normaliser, ours.state_normaliser)
+        and _alike(theirs.action_normaliser, ours.action_normaliser)
+    ):
+        differ.append("data with other statistics of state or action")
+    words = [p.tokenizer.encode(list(instructions)) for p in (theirs, ours)]
+    if not all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(*words, strict=True)):
+        differ.append("other words")
+    if differ:
+        raise ValueError(
+            f"objective.{key}={folder} was trained with {' and '.join(differ)}, so that it cannot judge these data: "
+            f"train it on them ({Path(folder).name} must have the robot, the instructions and the scale of this run)"
+        )
+    return policy.model.requires_grad_(False)
+
+
+def _alike(first: Normaliser, second: Normaliser) -> bool:
+    allowed_D = TOLERANCE * second.scale_D.cpu().abs() + 1e-6
+    pairs = ((first.shift_D, second.shift_D), (first.scale_D, second.scale_D))
+    return all(bool(((x_D - y_D.cpu()).abs() <= allowed_D).all()) for x_D, y_D in pairs)
