@@ -44,7 +44,8 @@ def contrast_loss(vision_BND: Tensor, words_CTD: Tensor, ids_CT: Tensor, mask_CT
     word_CTD = F.normalize(words_CTD.detach().float(), dim=-1)
     # The mean of similarities to words is the similarity to the mean of words.
     text_CD = (word_CTD * weight_CT1).sum(1) / weight_CT1.sum(1)
-    similarity_BC = picture_BD @ text_CD.mT / TEMPERATURE
+    with torch.autocast(picture_BD.device.type, enabled=False):  # a small temperature asks for exact similarities
+        similarity_BC = picture_BD @ text_CD.mT / TEMPERATURE
     written_CT = torch.where(mask_CT, ids_CT, -1)
     alike_BC = (written_CT[:, None] == written_CT[None]).all(-1)
     own_BC = similarity_BC.masked_fill(~alike_BC, float("-inf"))
