@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import hydra
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
+from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.envs.demonstration import OPEN_HAND
 from cogvla.envs.suite import Suite, get_suite, suite_names
 
@@ -73,7 +74,7 @@ def run(config: DictConfig) -> list[Row]:
     states = range(config.first_state, config.first_state + config.states)
     table: list[Row] = []
     for name in names:
-        suite = get_suite(name, OmegaConf.to_container(config, resolve=True))
+        suite = get_suite(name, plain(config))
         tasks = range(len(suite.tasks)) if config.tasks is None else list(config.tasks)
         if any(not 0 <= task < len(suite.tasks) for task in tasks):
             raise ValueError(f"{name} has tasks 0..{len(suite.tasks) - 1}, got {list(tasks)}")
@@ -89,10 +90,8 @@ def run(config: DictConfig) -> list[Row]:
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="expert_table")
 def main(config: DictConfig) -> None:
     """Console entry point."""
-    try:
+    with mistakes_in_one_line():
         table = run(config)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
     poor = [row.instruction for row in table if row.rate < config.required]
     if poor:
         raise SystemExit(f"under {config.required:.0%}: {'; '.join(poor)}")

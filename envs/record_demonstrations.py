@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.envs.demonstration import ExpertFailedError
 from cogvla.envs.recorder import record
 from cogvla.envs.suite import get_suite
@@ -13,9 +14,9 @@ from cogvla.envs.suite import get_suite
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="record_demonstrations")
 def main(config: DictConfig) -> None:
     """Record `config.episodes` demonstrations; see configs/record_demonstrations.yaml."""
-    try:
+    with mistakes_in_one_line(ExpertFailedError):
         folder = record(
-            get_suite(config.suite, OmegaConf.to_container(config, resolve=True)),
+            get_suite(config.suite, plain(config)),
             config.episodes,
             config.output,
             image_size=config.image_size,
@@ -25,10 +26,6 @@ def main(config: DictConfig) -> None:
             resume=config.resume,
             video=config.video,
         )
-    except (ValueError, OSError, ExpertFailedError) as error:
-        raise SystemExit(f"record_demonstrations: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None  # what was kept has been said
     print(f"{config.episodes} episodes of {config.suite} in {folder}")
 
 

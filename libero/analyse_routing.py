@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
-import shlex
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import DictConfig
 
+from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.plots import lines
 from cogvla.libero.protocol import load_protocol
@@ -40,19 +37,14 @@ DATA, PAGE = "routing.json", "routing.html"
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="analyse_routing")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        run(config, shlex.join(["analyse_routing", *HydraConfig.get().overrides.task]))
-    except (ValueError, OSError, MissingMandatoryValue) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt as error:
-        raise SystemExit(130) from error
+    """Console entry point."""
+    with mistakes_in_one_line():
+        run(config, as_typed("analyse_routing"))
 
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Play, measure, write; returns what it writes to `routing.json`."""
-    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    values = plain(config)
     for module in values["imports"]:
         importlib.import_module(module)
     suite = configured_suite(values["suite"], values["libero"])

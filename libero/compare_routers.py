@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import shlex
 import subprocess
 import sys
@@ -26,12 +25,12 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import DictConfig
 
+from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.suite import Suite
 from cogvla.libero.episode_log import write_atomic
+from cogvla.libero.eval_libero import STOPPED
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.provenance import provenance
@@ -64,21 +63,14 @@ COSTS, OUTCOME, DATA, PAGE = "costs.json", "outcome.json", "comparison.json", "c
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="compare_routers")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    command = shlex.join(["compare_routers", *HydraConfig.get().overrides.task])
-    try:
-        run(config, command)
-    except (ValueError, OSError, MissingMandatoryValue) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt as error:
-        print("\nstopped; every finished episode is saved: the same command plays the others")
-        raise SystemExit(130) from error
+    """Console entry point."""
+    with mistakes_in_one_line(stopped=STOPPED):
+        run(config, as_typed("compare_routers"))
 
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Measure and play every cell; returns what it writes to `comparison.json`."""
-    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    values = plain(config)
     if values["quick"]:
         values |= QUICK
         values["evaluation"]["episodes_per_task"] = 1

@@ -11,7 +11,6 @@ what became of the N-th demonstration, and `N.npz` is its episode if it is kept.
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Any
 
 import hydra
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
+from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.envs.dataset_folder import DatasetFolder
 from cogvla.envs.demonstration import Demonstration
 from cogvla.libero.conversion_page import page, summary
@@ -40,13 +40,9 @@ INITIAL_STATES = "meta/initial_states.json"
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="convert_libero")
 def main(config: DictConfig) -> None:
     """Convert `config.source`; see configs/convert_libero.yaml."""
-    try:
+    stopped = "stopped; what was converted is kept: the same command goes on from there"
+    with mistakes_in_one_line(RuntimeError, stopped=stopped):
         print(f"data set: {run(config)}")
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("\nstopped; what was converted is kept: the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def run(config: DictConfig) -> Path:
@@ -59,12 +55,10 @@ def run(config: DictConfig) -> Path:
         return upgrade(source, output)
     if not is_hdf5(source):
         raise ValueError(f"{source} holds neither TASK_demo.hdf5 files nor a LeRobotDataset v2.1")
-    values = OmegaConf.to_container(config.libero)
-    assert isinstance(values, dict)
     conversion = Conversion.of(
         source,
         config.suite,
-        LiberoSettings(**{str(key): value for key, value in values.items()}),
+        LiberoSettings(**plain(config.libero)),
         replay=config.replay,
         image_size=config.image_size,
         keep_noops=config.keep_noops,

@@ -15,18 +15,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import DictConfig
 
+from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.player import PlayerSettings
 from cogvla.envs.ray_worker import ray_cluster
 from cogvla.envs.suite import Suite, suite_names
@@ -44,22 +41,14 @@ OWN = "suite"
 """In the configuration of the protocol: as the suite's own protocol has it."""
 RANDOM = "random"
 ASKED: dict[str | None, tuple[Literal["swap"] | None, ...]] = {None: (None,), "swap": ("swap",), "both": (None, "swap")}
-USER_ERRORS = (ValueError, ConnectionError, MissingMandatoryValue)
-"""What `run` raises for mistakes that its user can mend."""
+STOPPED = "stopped; every finished episode is saved: the same command plays the others"
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="eval_libero")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    command = shlex.join(["eval_libero", *HydraConfig.get().overrides.task])
-    try:
-        run(config, command)
-    except USER_ERRORS as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt as error:
-        print("\nstopped; every finished episode is saved: the same command plays the others")
-        raise SystemExit(130) from error
+    """Console entry point."""
+    with mistakes_in_one_line(stopped=STOPPED):
+        run(config, as_typed("eval_libero"))
 
 
 def run(config: DictConfig, command: str) -> list[Report]:
@@ -73,7 +62,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"imports: no module named {module!r}")
         importlib.import_module(module)
-    played = [configured_suite(name, _plain(config.libero)) for name in suites(config.suite)]
+    played = [configured_suite(name, plain(config.libero)) for name in suites(config.suite)]
     protocols = [protocol_for(suite, config) for suite in played]
     shard = _shard(config.shard)
     if config.asked not in ASKED:
@@ -148,7 +137,7 @@ def summary(report: Report) -> str:
 
 def protocol_for(suite: Suite, config: DictConfig) -> Protocol:
     """The named protocol, or the suite's own, with what the configuration changes in it."""
-    values = {key: value for key, value in _plain(config.protocol).items() if value != OWN}
+    values = {key: value for key, value in plain(config.protocol).items() if value != OWN}
     values |= {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
     return Protocol(**values) if "name" in values else load_protocol(suite.protocol, **values)
 
@@ -170,7 +159,7 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
     if config.checkpoint == RANDOM:
         from cogvla.policy.baselines import RandomPolicy
 
-        return RandomPolicy(Embodiment(**_plain(config.embodiment)), config.seed or 0), {}
+        return RandomPolicy(Embodiment(**plain(config.embodiment)), config.seed or 0), {}
 
     if str(config.checkpoint).startswith(("ws://", "wss://")):
         from cogvla.real_robot.remote_policy import RemotePolicy
@@ -184,18 +173,12 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
     from cogvla.policy.engine.engine import EngineConfig
     from cogvla.routing.router import RouterConfig
 
-    engine, values = EngineConfig.from_dict(_plain(config.engine)), _plain(config.router)
+    engine, values = EngineConfig.from_dict(plain(config.engine)), plain(config.router)
     try:
         router = None if config.router.name is None else RouterConfig(**values)
     except TypeError as error:
         raise ValueError(f"configuration router: {error}") from error
     return open_policy(config.checkpoint, config.device, config.threads, engine, router)
-
-
-def _plain(config: DictConfig | ListConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict), "a group of the configuration is a mapping"
-    return {str(key): value for key, value in values.items()}
 
 
 if __name__ == "__main__":

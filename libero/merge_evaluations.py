@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogvla.configs.command import mistakes_in_one_line
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.suite import Suite, Task
 from cogvla.libero.episode_log import EPISODES, RUN, VIDEOS, Key, differences, read_episodes, read_run, write_atomic
@@ -26,19 +27,17 @@ from cogvla.libero.report import Report, build_report
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    """Console entry point."""
     parser = argparse.ArgumentParser("merge_evaluations", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with a report.json, one of each shard")
     parser.add_argument("output", metavar="output=FOLDER", help="folder of the whole evaluation")
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_in_one_line():
         if not options.output.startswith("output="):
             raise ValueError("the last argument must be output=FOLDER")
         folders, output = [Path(folder) for folder in options.folders], Path(options.output.removeprefix("output="))
         command = shlex.join(["merge_evaluations", *options.folders, options.output])
         print(summary(merge(folders, output, command)))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
     print(f"report: {output / 'report.html'}")
 
 

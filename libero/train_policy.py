@@ -13,7 +13,6 @@ The same command again goes on where it was stopped; parts that are done are not
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,9 @@ from typing import Any, TypeVar
 import hydra
 import torch
 from accelerate import PartialState
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.demonstration import ExpertFailedError
 from cogvla.envs.recorder import record
 from cogvla.envs.suite import Suite, get_suite
@@ -34,6 +33,7 @@ from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.provenance import provenance
 from cogvla.libero.report import Report
 from cogvla.libero.run_log import RunLog
+from cogvla.policy.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.base import base_tokenizer, is_own, load_own
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig, LanguageConfig
@@ -54,20 +54,14 @@ T = TypeVar("T")
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="train_policy")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    command = shlex.join(["train_policy", *HydraConfig.get().overrides.task])
-    try:
-        run(config, command)
-    except (ValueError, OSError, FloatingPointError, ExpertFailedError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt as error:
-        raise SystemExit(130) from error
+    """Console entry point."""
+    with mistakes_in_one_line(FloatingPointError, ExpertFailedError):
+        run(config, as_typed("train_policy"))
 
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Record, train, evaluate; returns what it writes to `output/summary.json`."""
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict), "the configuration is a mapping"
+    values = plain(config)
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
     output = Path(values["output"])
@@ -140,8 +134,12 @@ def build_trainer(
     model = CogVLA(model_config, embodiment)
     for said in _start(model, base):
         print(f"loaded {said}")
-    objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width)
     preprocessor = Preprocessor(embodiment, tokenizer, data.statistics(), config.augmentation.crop_area)
+    teacher: CogVLA | None = None
+    if objective_config.distillation:
+        assert objective_config.teacher is not None
+        teacher = load_frozen(objective_config.teacher, "teacher", preprocessor, data.instructions)
+    objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width, teacher)
     return Trainer(config, objective, model_config, preprocessor, data, output, log)
 
 

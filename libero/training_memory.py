@@ -8,8 +8,9 @@ It takes the same arguments, and the number of GPUs:
 from __future__ import annotations
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.training_config import TrainingConfig
@@ -19,16 +20,13 @@ from cogvla.policy.training_memory import report, training_memory
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="train_policy")
 def main(config: DictConfig) -> None:
     """Console entry point."""
-    try:
+    with mistakes_in_one_line(TypeError):
         print(run(config))
-    except (ValueError, TypeError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def run(config: DictConfig) -> str:
     """The table for a configuration of `train_policy`, and `gpus`, which is 1 when it is left out."""
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict), "the configuration is a mapping"
+    values = plain(config)
     gpus = int(values.get("gpus", 1))
     training = TrainingConfig(**values["training"])
     if gpus < 1 or training.batch_size % (gpus * training.accumulation):

@@ -19,8 +19,9 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.policy.checkpoint import read_config
 from cogvla.policy.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.flops import TOTAL, Counting, StageCost, count_flops
@@ -110,8 +111,5 @@ def _changed(routing: RoutingConfig, changes: dict[str, Any]) -> RoutingConfig:
 def main(config: DictConfig) -> None:
     """Console entry point."""
     choices = HydraConfig.get().runtime.choices
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    try:
-        run(values, f"{choices['policy']} on {choices['embodiment']}")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    with mistakes_in_one_line():
+        run(plain(config), f"{choices['policy']} on {choices['embodiment']}")

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
+from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.empty_model import empty_model
@@ -36,21 +36,17 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    """Console entry point."""
     parser = argparse.ArgumentParser("import_checkpoint", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("source", help="folder or hub id of the published weights")
     parser.add_argument("options", nargs="*", metavar="output=FOLDER", help="see configs/import_checkpoint.yaml")
     given = parser.parse_args(arguments)
-    try:
+    with mistakes_in_one_line(HydraException, OmegaConfBaseException):
         with initialize_config_module("cogvla.configs", version_base="1.3"):
             config = compose("import_checkpoint", given.options)
         config.source = given.source
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(values, dict), "the configuration is a mapping"
-        for line in run({str(key): value for key, value in values.items()}):
+        for line in run(plain(config)):
             print(line)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def run(values: dict[str, Any]) -> list[str]:

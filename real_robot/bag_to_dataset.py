@@ -13,22 +13,19 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue
 
+from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.recording import SHORTEST, RecordingFolder
-from cogvla.real_robot.robots import plain
 from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.real_robot.settings import RobotConfig
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="bag_to_dataset")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    try:
+    """Console entry point."""
+    with mistakes_in_one_line():
         run(config)
-    except (ValueError, OSError, MissingMandatoryValue) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def run(config: DictConfig) -> None:

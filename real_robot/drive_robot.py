@@ -10,23 +10,21 @@ Keys: a activate, s stop, space emergency stop, r release it and reset, d drop t
 
 from __future__ import annotations
 
-import logging
-import signal
 import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue
 
+from cogvla.configs.command import mistakes_in_one_line, plain, stop_event
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.keyboard import Keyboard
 from cogvla.real_robot.measurements import latency_table
 from cogvla.real_robot.recording import Recorder
 from cogvla.real_robot.robot_bridge import watch
-from cogvla.real_robot.robots import open_front_end, open_policy_client, plain
+from cogvla.real_robot.robots import open_front_end, open_policy_client
 from cogvla.real_robot.settings import RobotConfig
 
 KEYS = "a activate, s stop, space emergency stop, r reset, d drop the last recorded episode, q quit"
@@ -34,20 +32,14 @@ KEYS = "a activate, s stop, space emergency stop, r reset, d drop the last recor
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="drive_robot")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    """Console entry point."""
+    with mistakes_in_one_line():
         run(config)
-    except (ValueError, OSError, MissingMandatoryValue) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def run(config: DictConfig, keyboard: int | None = None) -> None:
     """Drive until `q`, SIGINT or SIGTERM; keys come from the descriptor `keyboard`, None: standard input."""
-    stop = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+    stop = stop_event()
     robot = RobotConfig(**plain(config.robot))
     embodiment = Embodiment(**plain(config.embodiment))
     settings = BridgeSettings(bool(config.dry_run), bool(config.activate))

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import DictConfig
 
+from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.policy.interface import Embodiment, Policy
 from cogvla.real_robot.batching import BatchSettings
 from cogvla.real_robot.request import RequestKeys
@@ -32,14 +30,9 @@ RANDOM = "random"
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="policy_server")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    """Console entry point."""
+    with mistakes_in_one_line():
         run(config)
-    except (ValueError, OSError, MissingMandatoryValue) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt as error:  # while the policy was loaded
-        raise SystemExit(130) from error
 
 
 def run(config: DictConfig) -> None:
@@ -55,7 +48,7 @@ def run(config: DictConfig) -> None:
     )
     settings.tls()  # a wrong file is said before the policy is loaded
     batching = BatchSettings(config.max_batch, config.batch_wait_ms)
-    keys = RequestKeys(**_plain(config.request_keys))
+    keys = RequestKeys(**plain(config.request_keys))
     if not _loopback(settings.host) and (settings.api_key is None or settings.certificate is None):
         print("warning: the server is open to the network; give COGVLA_API_KEY, tls.cert and tls.key")
     policy, identity, gpu_bytes = _policy(config)
@@ -81,7 +74,7 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str], Callable[[], fl
     if config.checkpoint == RANDOM:
         from cogvla.policy.baselines import RandomPolicy
 
-        return RandomPolicy(Embodiment(**_plain(config.embodiment))), {}, None
+        return RandomPolicy(Embodiment(**plain(config.embodiment))), {}, None
 
     if not Path(config.checkpoint).is_dir():  # said before torch is imported
         raise ValueError(f"no checkpoint folder at {config.checkpoint}; train one with `train_policy`, or give random")
@@ -91,7 +84,7 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str], Callable[[], fl
     from cogvla.policy.checkpoint import open_policy
     from cogvla.policy.engine.engine import EngineConfig
 
-    engine = EngineConfig.from_dict(_plain(config.engine))
+    engine = EngineConfig.from_dict(plain(config.engine))
     policy, identity = open_policy(config.checkpoint, config.device, config.threads, engine)
     device = policy.describe()["device"]
     gpu_bytes = (lambda: float(torch.cuda.memory_allocated(device))) if device.startswith("cuda") else None
@@ -103,12 +96,6 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict), "a group of the configuration is a mapping"
-    return {str(key): value for key, value in values.items()}
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import DictConfig
 
+from cogvla.configs.command import mistakes_in_one_line, plain, stop_event
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.async_client import AsyncPolicyClient, ClientSettings, UnavailableError
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
@@ -35,21 +33,16 @@ POLL_S = 0.2
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="robot_bridge")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    """Console entry point."""
+    with mistakes_in_one_line():
         run(config)
-    except (ValueError, OSError, MissingMandatoryValue) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def run(config: DictConfig) -> None:
     """Bridge until SIGINT or SIGTERM."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    robot = RobotConfig(**_plain(config.robot))
-    embodiment = Embodiment(**_plain(config.embodiment))
+    stop = stop_event()
+    robot = RobotConfig(**plain(config.robot))
+    embodiment = Embodiment(**plain(config.embodiment))
     settings = BridgeSettings(bool(config.dry_run), bool(config.activate), float(config.diagnostics_s))
     asking = ClientSettings(
         robot=embodiment,
@@ -59,7 +52,7 @@ def run(config: DictConfig) -> None:
     asyncio.run(_check_server(config.server, asking))
     client = ReconnectingClient(config.server, asking)
     node = _node(config)
-    front_end = RosFrontEnd(node, RosTopics(**_plain(config.topics)), embodiment)
+    front_end = RosFrontEnd(node, RosTopics(**plain(config.topics)), embodiment)
     with node, Bridge(robot, embodiment, client, front_end, settings) as bridge:
         if config.instruction is not None:
             bridge.instruct(config.instruction)
@@ -116,13 +109,7 @@ def _node(config: DictConfig) -> Any:
     except ModuleNotFoundError as error:
         raise ValueError(f"transport=dds needs {error.name}: install the extra `dds`") from error
 
-    return DdsNode(config.node, DdsSettings(**_plain(config.dds)))
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict), "a group of the configuration is a mapping"
-    return {str(key): value for key, value in values.items()}
+    return DdsNode(config.node, DdsSettings(**plain(config.dds)))
 
 
 if __name__ == "__main__":

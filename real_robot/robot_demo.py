@@ -11,7 +11,6 @@ It shows what the robot sees (rerun, or a video without a screen), and writes th
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -21,15 +20,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
+from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.rollout import rollout
 from cogvla.envs.suite import Suite, get_suite
@@ -58,11 +56,9 @@ MARGIN_S = 20.0
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="robot_demo")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    try:
-        run(config, shlex.join(["robot_demo", *HydraConfig.get().overrides.task]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    """Console entry point."""
+    with mistakes_in_one_line():
+        run(config, as_typed("robot_demo"))
 
 
 def run(config: DictConfig, command: str) -> Report:
@@ -93,7 +89,7 @@ def run(config: DictConfig, command: str) -> Report:
 def _play(
     config: DictConfig, uri: str, specs: Sequence[EpisodeSpec], suite: Suite, view: str, output: Path
 ) -> tuple[list[EpisodeResult], Bridge, str]:
-    embodiment = Embodiment(**_plain(config.embodiment))
+    embodiment = Embodiment(**plain(config.embodiment))
     began = datetime.now(UTC).isoformat(timespec="seconds")
     timeout_s = 2 * suite.max_steps / embodiment.control_hz + MARGIN_S
     results = []
@@ -106,10 +102,10 @@ def _play(
             )
             open_things.enter_context(shown)
         bridge = Bridge(
-            RobotConfig(**_plain(config.robot)),
+            RobotConfig(**plain(config.robot)),
             embodiment,
             ReconnectingClient(uri, ClientSettings(robot=embodiment)),
-            RosFrontEnd(node, RosTopics(**_plain(config.topics)), embodiment),
+            RosFrontEnd(node, RosTopics(**plain(config.topics)), embodiment),
             BridgeSettings(dry_run=False),
             on_tick=None if shown is None else shown.show,
         )
@@ -222,12 +218,6 @@ def _process(name: str, arguments: Sequence[str], config: DictConfig) -> Iterato
             process.wait(10)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict), "a group of the configuration is a mapping"
-    return {str(key): value for key, value in values.items()}
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from cogvla.configs.command import plain
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.bridge import AsksPolicy, FrontEnd
@@ -17,13 +18,6 @@ from cogvla.real_robot.local_policy import LocalPolicy
 from cogvla.real_robot.reconnecting import ReconnectingClient
 
 TRANSPORTS = ("dds", "lerobot")
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A group of a configuration as plain values."""
-    values = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    assert isinstance(values, dict), "a group of the configuration is a mapping"
-    return {str(key): value for key, value in values.items()}
 
 
 def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack) -> tuple[FrontEnd, Any]:

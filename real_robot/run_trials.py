@@ -11,8 +11,6 @@ stop and r releases it.
 
 from __future__ import annotations
 
-import logging
-import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -22,10 +20,9 @@ from typing import Any
 
 import gymnasium as gym
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue
 
+from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.suite import Suite, Task, get_suite
 from cogvla.libero.episode_log import EpisodeLog
@@ -39,7 +36,7 @@ from cogvla.real_robot.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.keyboard import Keyboard
 from cogvla.real_robot.measurements import Measurements, latency_table
 from cogvla.real_robot.operator_scene import OperatorScene, SessionEndedError, listen
-from cogvla.real_robot.robots import open_front_end, open_policy_client, plain
+from cogvla.real_robot.robots import open_front_end, open_policy_client
 from cogvla.real_robot.settings import RobotConfig
 from cogvla.real_robot.trial_log import ControlLog, Film
 from cogvla.real_robot.trials import STOPPED, Scene, SimulatedScene, play
@@ -51,14 +48,9 @@ MARGIN_S = 20.0
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="run_trials")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        run(config, shlex.join(["run_trials", *HydraConfig.get().overrides.task]))
-    except (ValueError, OSError, MissingMandatoryValue) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt as error:
-        raise SystemExit(130) from error
+    """Console entry point."""
+    with mistakes_in_one_line():
+        run(config, as_typed("run_trials"))
 
 
 def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report | None:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -23,8 +21,9 @@ from typing import Any
 
 import hydra
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from cogvla.configs.command import mistakes_in_one_line, plain, stop_event
 from cogvla.envs.suite import get_suite
 from cogvla.real_robot.dds import DdsNode, DdsSettings
 from cogvla.real_robot.ros_front_end import RosTopics
@@ -38,21 +37,16 @@ _log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="sim_robot")
 def main(config: DictConfig) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    """Console entry point."""
+    with mistakes_in_one_line():
         run(config)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def run(config: DictConfig) -> None:
     """Simulate until SIGINT or SIGTERM."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    topics = RosTopics(**_plain(config.topics))
-    with DdsNode(config.node, DdsSettings(**_plain(config.dds))) as node:
+    stop = stop_event()
+    topics = RosTopics(**plain(config.topics))
+    with DdsNode(config.node, DdsSettings(**plain(config.dds))) as node:
         robot = SimRobot(node, topics, config.suite, config.image_size, config.max_steps)
         robot.arm.set_scene(SceneStart(0, config.task, config.initial_state))
         print(f"{node.name} plays {config.suite}", flush=True)
@@ -136,12 +130,6 @@ class SimRobot:
             self._faults = SensorFaults.from_json(message.data)
         except ValueError as error:
             _log.warning("%s", error)
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict), "a group of the configuration is a mapping"
-    return {str(key): value for key, value in values.items()}
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_module
 
+from cogvla.configs.command import MISTAKES
 from cogvla.envs.episodes import EpisodeResult
-from cogvla.libero.eval_libero import USER_ERRORS, suites
 from cogvla.libero.eval_libero import run as run_command
+from cogvla.libero.eval_libero import suites
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol, protocol_names
 from cogvla.libero.report import Report
@@ -294,5 +295,5 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
 def test_mistakes_are_explained(tmp_path: Path, overrides: list[str], said: str) -> None:
     with initialize_config_module("cogvla.configs", version_base="1.3"):
         config = compose("eval_libero", [f"output={tmp_path}", *overrides])
-    with pytest.raises(USER_ERRORS, match=said):
+    with pytest.raises(MISTAKES, match=said):
         run_command(config, "")

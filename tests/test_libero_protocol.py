@@ -9,8 +9,9 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from cogvla.configs.command import MISTAKES
 from cogvla.envs.suite import Suite, Task
-from cogvla.libero.eval_libero import USER_ERRORS, protocol_for, run, suites
+from cogvla.libero.eval_libero import protocol_for, run, suites
 from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.suites import LIBERO_SUITES, MAX_STEPS, PROTOCOL, instruction
 from cogvla.tests.point_suite import toy_suite
@@ -70,7 +71,7 @@ def test_all_libero_are_the_four_suites_of_the_published_tables() -> None:
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/", "-1/2"])
 def test_shards_are_checked(shard: str, tmp_path: Any) -> None:
-    with pytest.raises(USER_ERRORS, match="shard must be i/n"):
+    with pytest.raises(MISTAKES, match="shard must be i/n"):
         run(config("suite=tabletop_object", f"shard={shard}", f"output={tmp_path}"), "")
 
 

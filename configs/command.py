@@ -1,0 +1,65 @@
+"""What the console commands share: their configuration as plain data, and how they end.
+
+Hydra composes the configuration in each command's own file, which `[project.scripts]` of pyproject.toml names.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+MISTAKES: tuple[type[Exception], ...] = (ValueError, OSError, MissingMandatoryValue)
+"""What commands raise for what their user can mend."""
+
+
+@contextmanager
+def mistakes_in_one_line(*others: type[Exception], stopped: str | None = None) -> Iterator[None]:
+    """The work of a command: mistakes of its user end it with one line and status 1, Ctrl-C with status 130.
+
+    Everything else is a bug, and keeps its traceback.
+
+    Args:
+        others: exceptions that are mistakes, beside `MISTAKES`.
+        stopped: what is said after Ctrl-C.
+    """
+    mistakes = (*MISTAKES, *others)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        yield
+    except mistakes as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as error:
+        if stopped is not None:
+            print(f"\n{stopped}", file=sys.stderr)
+        raise SystemExit(130) from error
+
+
+def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, or a group of it, as plain values; MissingMandatoryValue where one is ???."""
+    if isinstance(config, DictConfig):
+        config = cast(Any, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    return {str(key): value for key, value in config.items()}
+
+
+def as_typed(command: str) -> str:
+    """The command line of the Hydra command that runs, for reports."""
+    return shlex.join([command, *HydraConfig.get().overrides.task])
+
+
+def stop_event() -> threading.Event:
+    """Set by SIGINT and SIGTERM from now on; by nothing outside of the main thread, where there are no signals."""
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+    return stop
