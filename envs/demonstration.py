@@ -177,10 +177,10 @@ class Demonstrator:
             seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
             options={"task": task, "initial_state": initial_state},
         )
+        instruction = str(info["instruction"])
+        others = [int(other) for other in info.get("alternative_tasks", ())]  # `step` does not say them again
         for _ in range(self.settings.settling_steps):
             observation, _, _, _, info = env.step(OPEN_HAND)
-        instruction = str(info["instruction"])
-        others = [int(other) for other in info.get("alternative_tasks", ())]
         possible_N = np.zeros(len(self.settings.instructions), bool)
         possible_N[[task, *others]] = True
         expert = self.settings.expert(env, np.random.default_rng(seed), noise=self.settings.noise)

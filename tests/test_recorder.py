@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,13 @@ def test_videos(tmp_path: Path) -> None:
     last = data[len(data) - 1]
     assert last["task"] == INSTRUCTIONS[2]
     assert abs(last["observation.images.agentview"].median().item() - 80 / 255) < 0.05
+
+
+def test_what_else_is_possible_is_still_known_after_things_settled() -> None:
+    settled = replace(toy_settings(), settling_steps=2)
+    possible = [Demonstrator(settings).record(0)[0].arrays["label.possible"] for settings in (settled, toy_settings())]
+    np.testing.assert_array_equal(possible[0][0], [True, True, False])
+    np.testing.assert_array_equal(possible[1][0], possible[0][0])
 
 
 def test_a_demonstration_survives_its_file(tmp_path: Path) -> None:
