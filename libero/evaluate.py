@@ -24,7 +24,8 @@ from cogvla.libero.episode_log import EpisodeLog, VideoChoice, write_atomic
 from cogvla.libero.protocol import Protocol
 from cogvla.libero.provenance import provenance
 from cogvla.libero.report import Report, build_report, render_html, report_json
-from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy
+from cogvla.libero.watched_policy import WatchedPolicy
+from cogvla.policy.interface import Embodiment, Observation, Policy
 
 PROBE_CALLS = 100
 """Calls of `Policy.act` that measure the latency at batch 1."""
@@ -167,43 +168,19 @@ class _Progress:
         self._bar.update()
 
 
-class _Sampler:
-    """Passes everything on to a policy and keeps the observations one by one."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self.observations: list[Observation] = []
-
-    @property
-    def embodiment(self) -> Embodiment:
-        return self._policy.embodiment
-
-    def describe(self) -> dict[str, Any]:
-        return self._policy.describe()
-
-    def reset(self) -> None:
-        self._policy.reset()
-
-    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
-        self._policy.warm_up(batch, instructions)
-
-    def act(self, observation: Observation) -> ActionChunk:
-        self.observations.append(observation)
-        return self._policy.act(observation)
-
-
 def _probe(policy: Policy, suite: Suite, spec: EpisodeSpec, protocol: Protocol, workers: int) -> list[float]:
     """Milliseconds of `PROBE_CALLS` calls with one observation each, while nothing else runs.
 
     The observations come from an episode of its own, so that a resumed evaluation measures the same.
     """
-    sampler = _Sampler(policy)
+    observations: list[Observation] = []
+    watched = WatchedPolicy(policy, observations.append)
     settings = protocol.rollout_settings()
     settings = replace(settings, max_steps=min(settings.max_steps or 40, 40))
-    for result in rollout(sampler, suite, [spec], workers=workers, settings=settings):
-        if result.error is not None or not sampler.observations:
+    for result in rollout(watched, suite, [spec], workers=workers, settings=settings):
+        if result.error is not None or not observations:
             return []
-    return list(_timed_calls(policy, sampler.observations))
+    return list(_timed_calls(policy, observations))
 
 
 def _timed_calls(policy: Policy, observations: Sequence[Observation]) -> Iterator[float]:

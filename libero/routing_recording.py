@@ -23,8 +23,9 @@ from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.rollout import rollout
 from cogvla.envs.suite import Suite
 from cogvla.libero.protocol import Protocol
+from cogvla.libero.watched_policy import WatchedPolicy
 from cogvla.policy.attention_probe import AttentionProbe
-from cogvla.policy.interface import ActionChunk, Embodiment, Observation
+from cogvla.policy.interface import Observation
 from cogvla.policy.model import CogVLA, ModelInput, TextFeatures
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.diagnostics import attention_entropy
@@ -86,59 +87,39 @@ def play(policy: CogVLAPolicy, suite: Suite, protocol: Protocol, tasks: Sequence
         RuntimeError: an episode could not be played.
     """
     envs: list[gym.Env] = []
+    moments: list[Moment] = []
 
     def make(**options: Any) -> gym.Env:
         envs.append(suite.make(**options))
         return envs[-1]
 
+    def watch(observation: Observation) -> None:
+        moments.append(replace(look(policy, observation), target_P=_target(policy, envs[-1], observation)))
+
     episodes = []
+    watched = WatchedPolicy(policy, watch)
     settings = protocol.for_suite(suite).rollout_settings()
     for task in tasks:
-        watcher = _Watcher(policy, envs)
+        moments.clear()
         spec = EpisodeSpec(task, state, seed=protocol.seed)
-        (result,) = rollout(watcher, replace(suite, make=make), [spec], settings=settings)
+        (result,) = rollout(watched, replace(suite, make=make), [spec], settings=settings)
         if result.error is not None:
             raise RuntimeError(f"task {task} could not be played:\n{result.error}")
-        episodes.append(Episode(suite.tasks[task].name, result, tuple(watcher.moments)))
+        episodes.append(Episode(suite.tasks[task].name, result, tuple(moments)))
     return episodes
 
 
-class _Watcher:
-    """Passes everything on to a policy, looks inside, and asks the environment where the object is."""
-
-    def __init__(self, policy: CogVLAPolicy, envs: Sequence[gym.Env]) -> None:
-        self._policy, self._envs = policy, envs
-        self.moments: list[Moment] = []
-
-    @property
-    def embodiment(self) -> Embodiment:
-        return self._policy.embodiment
-
-    def describe(self) -> dict[str, Any]:
-        return self._policy.describe()
-
-    def reset(self) -> None:
-        self._policy.reset()
-
-    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
-        """Nothing is timed here."""
-
-    def act(self, observation: Observation) -> ActionChunk:
-        moment = look(self._policy, observation)
-        self.moments.append(replace(moment, target_P=self._target(observation)))
-        return self._policy.act(observation)
-
-    def _target(self, observation: Observation) -> Tensor | None:
-        env = self._envs[-1].unwrapped
-        if not hasattr(env, "target_mask"):
-            return None
-        masks = {}
-        for name, image_BHWC in observation.images.items():
-            mask_HW = env.target_mask(name, *image_BHWC.shape[1:3])
-            masks[name] = np.repeat(mask_HW[None, :, :, None], 3, axis=3).astype(np.uint8) * 255
-        # The preprocessor crops and scales masks as it does pictures.
-        pixels_VHW = self._policy.preprocessor.observation(replace(observation, images=masks)).pixels[0, :, 0]
-        return covered(pixels_VHW > 127, self._policy.model.vision.grid)
+def _target(policy: CogVLAPolicy, env: gym.Env, observation: Observation) -> Tensor | None:
+    """`target_P` of a moment."""
+    if not hasattr(env.unwrapped, "target_mask"):
+        return None
+    masks = {}
+    for name, image_BHWC in observation.images.items():
+        mask_HW = env.unwrapped.target_mask(name, *image_BHWC.shape[1:3])
+        masks[name] = np.repeat(mask_HW[None, :, :, None], 3, axis=3).astype(np.uint8) * 255
+    # The preprocessor crops and scales masks as it does pictures.
+    pixels_VHW = policy.preprocessor.observation(replace(observation, images=masks)).pixels[0, :, 0]
+    return covered(pixels_VHW > 127, policy.model.vision.grid)
 
 
 def covered(mask_VHW: Tensor, grid: tuple[int, int], share: float = COVERED) -> Tensor:

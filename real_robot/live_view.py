@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
@@ -15,6 +13,7 @@ from PIL import Image
 
 from cogvla.envs.video import VideoWriter, annotate
 from cogvla.real_robot.bridge import Tick
+from cogvla.real_robot.writing_thread import WritingThread
 
 VIEWS = ("auto", "rerun", "video", "none")
 _HEIGHT = 256
@@ -40,7 +39,7 @@ def choose_view(view: str) -> str:
     return "rerun" if screen and find_spec("rerun") is not None else "video"
 
 
-class VideoView:
+class VideoView(WritingThread[tuple[Tick, str]]):
     """All cameras side by side, with instruction, state and note above them, at the rate of the ticks.
 
     Args:
@@ -49,44 +48,26 @@ class VideoView:
     """
 
     def __init__(self, path: Path, fps: float) -> None:
+        super().__init__("video")
         self.path = path
         self._writer = VideoWriter(path, fps)
         self._note = ""
-        self._ticks: queue.SimpleQueue[tuple[Tick, str] | None] = queue.SimpleQueue()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="video", daemon=True)
 
     def show(self, tick: Tick) -> None:
         """See `View`."""
         if tick.instruction and tick.images:
-            self._ticks.put((tick, self._note))
+            self._waiting.put((tick, self._note))
 
     def note(self, text: str) -> None:
         """See `View`."""
         self._note = text
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ticks.put(None)
-        self._thread.join()
-        if self._failure is not None and error is None:
-            raise self._failure
-
-    def _run(self) -> None:
-        try:
-            with self._writer as video:
-                while (item := self._ticks.get()) is not None:
-                    tick, note = item
-                    command = tick.command
-                    progress = f"tick {command.tick}  {command.kind.value}  {command.reason}"
-                    video.add(annotate(_side_by_side(tick.images), tick.instruction, progress[:60], note))
-        except BaseException as error:  # raised again where the view is closed
-            self._failure = error
+    def _write(self, items: Iterator[tuple[Tick, str]]) -> None:
+        with self._writer as video:
+            for tick, note in items:
+                command = tick.command
+                progress = f"tick {command.tick}  {command.kind.value}  {command.reason}"
+                video.add(annotate(_side_by_side(tick.images), tick.instruction, progress[:60], note))
 
 
 class RerunView:

@@ -18,12 +18,12 @@ Shape legend: T steps, A action dimension, S state dimension.
 from __future__ import annotations
 
 import queue
-import threading
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from cogvla.envs.dataset_folder import DatasetFolder
 from cogvla.envs.demonstration import IMAGE_PREFIX, Demonstration, encode_png, pack_encoded
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge import Tick
+from cogvla.real_robot.writing_thread import WritingThread
 
 RECORD_FILE = "recording.json"
 STATE_FEATURE, ACTION_FEATURE = "observation.state", "action"
@@ -118,7 +119,7 @@ class RecordingFolder:
         return self._folder.episodes / f"{number:06d}.npz"
 
 
-class Recorder:
+class Recorder(WritingThread[Tick | str]):
     """See the module docstring; `show` is a bridge's `on_tick`. Use it as a context manager around the bridge.
 
     Leaving the context puts the data set together; when an error leaves it, the episodes wait for the next run.
@@ -137,11 +138,9 @@ class Recorder:
     def __init__(
         self, output: Path, embodiment: Embodiment, robot: str, video: bool = False, resume: bool = True
     ) -> None:
+        super().__init__("recorder", QUEUED)
         self._folder = RecordingFolder(output, embodiment, robot, video, resume)
         self._numbers = self._folder.numbers()
-        self._ticks: queue.Queue[Tick | str | None] = queue.Queue(QUEUED)
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._instruction = ""
         self._states: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
@@ -156,7 +155,7 @@ class Recorder:
         if self._failure is not None:
             raise self._failure
         try:
-            self._ticks.put_nowait(tick)
+            self._waiting.put_nowait(tick)
         except queue.Full:
             raise ValueError(
                 "recording cannot keep up with the cameras: give smaller images or a lower control rate"
@@ -164,39 +163,26 @@ class Recorder:
 
     def end_episode(self, keep: bool = True) -> None:
         """End the running episode and keep it, or drop it; without a running one, drop the last that was kept."""
-        self._ticks.put("end" if keep else "drop")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+        self._waiting.put("end" if keep else "drop")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ticks.put(None)
-        self._thread.join()
-        if error is not None:
-            return
-        if self._failure is not None:
-            raise self._failure
-        self._folder.assemble()
+        super().__exit__(kind, error, trace)
+        if error is None:
+            self._folder.assemble()
 
     # --- in the thread ------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while (item := self._ticks.get()) is not None:
-                if isinstance(item, Tick):
-                    self._take(item)
-                elif item == "end":
-                    self._end()
-                else:
-                    self._drop()
-            self._end()
-        except BaseException as error:  # raised again where ticks come from, and where the recorder is closed
-            self._failure = error
-            while self._ticks.get() is not None:
-                pass
+    def _write(self, items: Iterator[Tick | str]) -> None:
+        for item in items:
+            if isinstance(item, Tick):
+                self._take(item)
+            elif item == "end":
+                self._end()
+            else:
+                self._drop()
+        self._end()
 
     def _take(self, tick: Tick) -> None:
         if tick.command.action_A is None or tick.instruction != self._instruction:

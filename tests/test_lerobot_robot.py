@@ -225,7 +225,7 @@ def test_a_recording_that_was_killed_goes_on(robot: PlaneArm, tmp_path: Path) ->
 
 def test_a_machine_that_cannot_record_as_fast_says_so(tmp_path: Path, robot: PlaneArm) -> None:
     recorder = Recorder(tmp_path / "recorded", PLANE, "plane_arm")  # its thread does not run: nothing is encoded
-    recorder._ticks.maxsize = 3
+    recorder._waiting.maxsize = 3
     with bridged(robot, recorder=recorder) as bridge, pytest.raises(ValueError, match="cannot keep up"):
         bridge.wait(30)
 

@@ -1,0 +1,37 @@
+"""A policy with someone who looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy
+
+
+class WatchedPolicy:
+    """Passes everything on to a policy.
+
+    Args:
+        policy: who answers.
+        watch: is given each observation before that.
+    """
+
+    def __init__(self, policy: Policy, watch: Callable[[Observation], None]) -> None:
+        self._policy, self._watch = policy, watch
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self._policy.embodiment
+
+    def describe(self) -> dict[str, Any]:
+        return self._policy.describe()
+
+    def reset(self) -> None:
+        self._policy.reset()
+
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        self._policy.warm_up(batch, instructions)
+
+    def act(self, observation: Observation) -> ActionChunk:
+        self._watch(observation)
+        return self._policy.act(observation)
