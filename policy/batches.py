@@ -91,6 +91,7 @@ class BatchBuilder:
             "grounding": POSITION_LABELS,
             "reading": POSITION_LABELS,
             "pointing": (*POSITION_LABELS, *self.projections),
+            "pointer": (*POSITION_LABELS, *self.projections),
             "counterfactual": (*POSITION_LABELS, *ALTERNATIVE_LABELS),
             "phase_weights": ("phase",),
         }

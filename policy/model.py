@@ -60,6 +60,7 @@ class ModelOutput:
     `gaze`, if asked for: per tower the logarithm of the aggregation tokens' attention to the patches, [B*V,h,M,P].
     `debug` holds, if asked for: what `policy.language.Trace` remembers of each layer, the `layout`, `streams` (tower
     outputs), `stream_weights` [B,2], and with a token router before the language model its answer as `routed`.
+    `kept` tells which of the towers' tokens each vision token is, int64 [B,N], -1 for new ones; None: all in order.
     `losses` are the auxiliary objectives of token routers, already weighted.
     """
 
@@ -68,6 +69,7 @@ class ModelOutput:
     states: Tensor
     debug: dict[str, Any] | None = None
     gaze: list[Tensor] | None = None
+    kept: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -249,9 +251,10 @@ class CogVLA(nn.Module):
         action_BJD = self.decoder(sequence_BSD, text.context, trace, *placed)
         actions_BKA = self.head(action_BJD) if decode else action_BJD.new_empty(batch, 0, self.embodiment.action_dim)
         losses = {} if routed is None else routed.losses()
+        kept_BN = None if routed is None or routed.tokens is None else routed.tokens.index_BK
         if trace is None:
-            return ModelOutput(actions_BKA, vision_BND, action_BJD, losses=losses)
+            return ModelOutput(actions_BKA, vision_BND, action_BJD, kept=kept_BN, losses=losses)
         inside = {**vars(trace), "layout": text.context.layout}
         if routed is not None:
             inside["routed"] = routed.tokens
-        return ModelOutput(actions_BKA, vision_BND, action_BJD, inside, losses=losses)
+        return ModelOutput(actions_BKA, vision_BND, action_BJD, inside, kept=kept_BN, losses=losses)

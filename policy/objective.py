@@ -33,7 +33,7 @@ from cogvla.policy.auxiliary.contrast import contrast_loss
 from cogvla.policy.auxiliary.distillation import Distillation, attention_match
 from cogvla.policy.auxiliary.diversity import AttentionDiversity, check_readable
 from cogvla.policy.auxiliary.masking import TokenMask, hide
-from cogvla.policy.auxiliary.pointing import pointing_loss
+from cogvla.policy.auxiliary.pointing import Pointer, pointing_loss
 from cogvla.policy.heads.interface import ActionHead
 from cogvla.policy.model import CogVLA, ModelInput, ModelOutput
 
@@ -48,12 +48,14 @@ class ObjectiveConfig:
     Attributes:
         grounding: weight of the position loss; 0 switches the head off.
         reading: weight of the same loss on the states of the action tokens; 0 switches it off.
-        pointing: weight of the attention loss; 0 switches it off. It needs camera projections among the labels.
+        pointing: weight of the attention loss of aggregation tokens (MolmoPoint); 0 switches it off. It needs camera
+            projections among the labels.
         counterfactual: share of samples in [0,1) with another possible instruction (needs labels).
         gripper_state: which entries of the state are the gripper's position, in the frame of the labels. The head then
             also predicts where they are from the gripper, which is what the next motion depends on; () is off.
         state_dropout: share of samples in [0,1] whose state is hidden.
         phase_weights: weight of the action loss by the expert's phase; empty = 1 everywhere.
+        pointer: weight of two pointing tokens (MolmoPoint), for routing=patches, where `pointing` does nothing.
         contrast: weight of vision tokens against the words of the batch (CG-VLM; start with 0.1).
         diversity: weight of the towers' attention diversity (ADL; 1.0 in its source).
         masking: share of the vision tokens in [0,1] that a learned pool replaces in training (Croc; 0.75 in its
@@ -65,7 +67,7 @@ class ObjectiveConfig:
         prior: how far, in [0,1], actions are weighted by the error of a policy that does not see (PRIOR).
         blind: the checkpoint folder of that policy, which objective=blind trains.
 
-    What is behind the last nine, and where it comes from, is in `policy/auxiliary`, a file for each.
+    What is behind the last ten, and where it comes from, is in `policy/auxiliary`, a file for each.
     """
 
     grounding: float = 1.0
@@ -75,6 +77,7 @@ class ObjectiveConfig:
     gripper_state: tuple[int, ...] = ()
     state_dropout: float = 0.5
     phase_weights: tuple[float, ...] = ()
+    pointer: float = 0.0
     contrast: float = 0.0
     diversity: float = 0.0
     masking: float = 0.0
@@ -90,7 +93,10 @@ class ObjectiveConfig:
         object.__setattr__(self, "gripper_state", tuple(self.gripper_state))
         if len(self.gripper_state) not in (0, 3):
             raise ValueError(f"objective.gripper_state must name x, y and z or nothing, got {self.gripper_state}")
-        weights = (self.grounding, self.reading, self.pointing, self.contrast, self.diversity, self.distillation)
+        weights = (
+            *(self.grounding, self.reading, self.pointing, self.pointer),
+            *(self.contrast, self.diversity, self.distillation),
+        )
         shares = (self.state_dropout, self.masking, self.vision_dropout, self.prior)
         if min(weights) < 0 or not 0 <= self.counterfactual < 1 or min(shares) < 0 or max(shares) > 1:
             raise ValueError(f"weights must be positive and shares between 0 and 1, got {self}")
@@ -182,12 +188,18 @@ class Objective(nn.Module):
                 "objective.grounding reads a fixed number of vision tokens, routing.router.train_budgets vary it: "
                 "set objective.grounding=0 or train_budgets=[]"
             )
+        if config.pointer and model.config.routing.efa:
+            raise ValueError(
+                "objective.pointer points at patches, and with routing.efa=true vision tokens are none: use "
+                "objective.pointing, or routing=patches"
+            )
         if config.diversity:
             check_readable(model.vision)
         self.model, self.config = model, config
         outputs = 2 * GROUNDING_DIM if config.gripper_state else GROUNDING_DIM
         self.grounding = GroundingHead(vision_tokens, width, outputs) if config.grounding else None
         self.reading = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs)) if config.reading else None
+        self.pointer = Pointer(width, model.vision.grid) if config.pointer else None
         self.mask = TokenMask(config.masking, config.mask_pool, width) if config.masking else None
         assert teacher is not None or not config.distillation
         self.distillation = Distillation(teacher, model) if teacher is not None and config.distillation else None
@@ -195,16 +207,16 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses as scalars: `loss` (to minimise), `action_l1` (or what the head measures), with labels those of the
         parts that need them: `grounding_l1`, `reading_l1`, `pointing_ce`; `router_...` of token routers; and of the
-        switches that are on `contrast_nce`, `diversity_cos`, `teacher_kl` and `teacher_l1`.
+        switches that are on `pointer_ce`, `contrast_nce`, `diversity_cos`, `teacher_kl` and `teacher_l1`.
         """
         config = self.config
-        points = config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
+        watch = config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
         head: ActionHead = self.model.head
         observer = AttentionDiversity() if config.diversity else None
         output: ModelOutput = self.model(
             batch.inputs,
             debug=self.distillation is not None,
-            watch=bool(points),
+            watch=bool(watch),
             decode=False,
             change=partial(self._change, batch.inputs.draw) if config.masking or config.vision_dropout else None,
             observer=observer,
@@ -229,6 +241,10 @@ class Objective(nn.Module):
             points_BV22, weight_BV2 = batch.image_points_BV22, batch.point_weight_BV2
             pointing = torch.stack([pointing_loss(gaze, points_BV22, weight_BV2) for gaze in output.gaze]).mean()
             add("pointing_ce", pointing, config.pointing)
+        if self.pointer is not None and batch.image_points_BV22 is not None:
+            assert batch.point_weight_BV2 is not None
+            points = batch.image_points_BV22, batch.point_weight_BV2
+            add("pointer_ce", self.pointer(output.states, output.vision, output.kept, *points), config.pointer)
         if config.contrast:
             ids_BT, mask_BT = batch.inputs.text_ids, batch.inputs.text_mask
             words_BTD = self.model.decoder.embed(ids_BT)

@@ -18,6 +18,7 @@ from cogvla.policy.auxiliary.distillation import attention_match
 from cogvla.policy.auxiliary.diversity import AttentionDiversity, row_similarity
 from cogvla.policy.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.auxiliary.masking import TokenMask, hide
+from cogvla.policy.auxiliary.pointing import Pointer, patch_weights
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.data import TrainingBatches
@@ -151,6 +152,47 @@ def test_diversity_of_a_tower_that_does_not_show_its_attention() -> None:
     model.vision.named_towers()[1][1].vit.blocks[0].attn = nn.Identity()
     with pytest.raises(ValueError, match=r"objective\.diversity reads .* siglip has a Identity"):
         Objective(model, replace(IMITATION, diversity=1.0), 4, 16)
+
+
+# --- pointing at patches ---
+
+
+def pointing(logits_N: list[float], kept: list[int] | None, weight: list[float], monkeypatch: Any) -> float:
+    """At patch (1, 2) of a grid of 2 x 3 in the first of two views, and at the border between two of the second."""
+    pointer = Pointer(8, (2, 3))
+    monkeypatch.setattr(pointer, "logits", lambda states, vision: torch.tensor(logits_N).expand(1, 2, -1))
+    points = torch.tensor([[[[2.5 / 3, 0.75]] * 2, [[1 / 3, 0.25]] * 2]])
+    kept_BN = None if kept is None else torch.tensor([kept])
+    nothing = torch.zeros(1, 1, 8)
+    return pointer(nothing, nothing, kept_BN, points, torch.tensor([[[w, w] for w in weight]])).item()
+
+
+def test_patches_have_a_point_by_their_distance() -> None:
+    weights = patch_weights(torch.tensor([[[2.5 / 3, 0.75], [1 / 3, 0.25]]]), 2, 3)
+    expected = torch.tensor([[[0, 0, 0, 0, 0, 1.0], [0.5, 0.5, 0, 0, 0, 0]]])
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
+
+
+def test_pointing_tokens_look_at_the_patches_of_all_views_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    even = [0.0] * 12
+    assert pointing(even, None, [1.0, 1.0], monkeypatch) == pytest.approx(math.log(12))
+    # of the first view's point half of the loss, of the second view's a quarter for each patch
+    logits = [0.0] * 5 + [2.0, 1.0] + [0.0] * 5
+    total = math.log(10 + math.exp(2) + math.exp(1))
+    expected = 0.5 * (total - 2) + 0.25 * (total - 1) + 0.25 * total
+    assert pointing(logits, None, [1.0, 1.0], monkeypatch) == pytest.approx(expected)
+    assert pointing(logits, None, [1.0, 0.0], monkeypatch) == pytest.approx(total - 2), "out of the second picture"
+    # a router left patch 5 of the first view, two others, and a token that is new
+    left = math.log(math.exp(3) + 3)
+    assert pointing([0.0, 3.0, 0.0, 0.0], [4, 5, 9, -1], [1.0, 1.0], monkeypatch) == pytest.approx(left - 3)
+    assert pointing(even[:3], [0, 1, 9], [1.0, 1.0], monkeypatch) == 0, "no patch is left that has the point"
+
+
+def test_patches_are_pointed_at_where_there_are_patches() -> None:
+    with pytest.raises(
+        ValueError, match=r"objective\.pointer points at patches.* use objective\.pointing, or routing=p"
+    ):
+        Objective(model_of(), replace(IMITATION, pointer=0.1), 4, 16)
 
 
 # --- masking and hiding ---

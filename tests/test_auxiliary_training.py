@@ -35,7 +35,8 @@ def everything(tmp_path: Path, efa: bool, base: ObjectiveConfig = IMITATION) -> 
     """All switches on, with a teacher and a blind policy of their own."""
     teacher = saved(tmp_path / "teacher", seed=1, **({} if efa else PATCHES))
     blind = saved(tmp_path / "blind", seed=2)
-    return replace(base, **ON, distillation=1.0, teacher=teacher, prior=1.0, blind=blind)
+    pointer = 0.0 if efa else 0.1
+    return replace(base, **ON, pointer=pointer, distillation=1.0, teacher=teacher, prior=1.0, blind=blind)
 
 
 def last_row(output: Path) -> dict[str, float]:
@@ -82,13 +83,16 @@ def test_all_of_them_go_with_every_routing(routing: str, tmp_path: Path) -> None
     assert all(torch.tensor(value).isfinite() for value in row.values())
     assert (row["train/teacher_kl"] == 0) == (routing == "new tokens")
     parts = [(0.1, "contrast_nce"), (1, "diversity_cos"), (1, "teacher_kl"), (1, "teacher_l1"), (1, "action_l1")]
+    if "train/pointer_ce" in row:
+        parts.append((0.1, "pointer_ce"))
+    assert ("train/pointer_ce" in row) == (not ROUTINGS[routing].get("efa", True))
     assert row["train/loss"] == pytest.approx(sum(weight * row[f"train/{name}"] for weight, name in parts), rel=1e-5)
 
 
 def alone(tmp_path: Path, change: dict[str, float], **routing: Any) -> Objective:
     """One switch on, and towers whose attention is not even: theirs is nearly so before they are trained."""
     config = everything(tmp_path, efa=False)
-    off = replace(config, contrast=0, diversity=0, masking=0, vision_dropout=0, distillation=0, prior=0)
+    off = replace(config, pointer=0, contrast=0, diversity=0, masking=0, vision_dropout=0, distillation=0, prior=0)
     objective = small_trainer(tmp_path / "run", settings(), replace(off, **change), **routing).raw.train()
     with torch.no_grad():
         for name, weight in objective.model.vision.named_parameters():
@@ -100,6 +104,7 @@ def alone(tmp_path: Path, change: dict[str, float], **routing: Any) -> Objective
 @pytest.mark.parametrize(
     ("change", "part", "to"),
     [
+        ({"pointer": 1.0}, "pointer_ce", 0.8),
         ({"contrast": 1.0}, "contrast_nce", 0.8),
         ({"diversity": 1.0}, "diversity_cos", 0.8),
         ({"distillation": 1.0}, "teacher_kl", 0.8),
@@ -126,6 +131,7 @@ def test_thirty_steps_reduce_what_a_switch_asks_for(
 
 
 DECODER = {"model.decoder.llm", "model.state.0", "model.state.2", "model.placeholder", "model.head.net"}
+POINTER = {f"pointer.{name}.{index}" for name in ("query", "key") for index in (0, 1)}
 
 
 @pytest.mark.parametrize(
@@ -133,12 +139,14 @@ DECODER = {"model.decoder.llm", "model.state.0", "model.state.2", "model.placeho
     [
         ({"diversity": 1.0}, {"model.vision.towers"}),
         ({"contrast": 1.0}, {"model.vision.towers", "model.vision.fusion"}),
+        ({"pointer": 1.0}, {"model.vision.towers", "model.vision.fusion"} | POINTER | DECODER - {"model.head.net"}),
         ({"distillation": 1.0}, {"model.vision.towers", "model.vision.fusion"} | DECODER),
     ],
 )
 def test_each_reaches_what_it_should(change: dict[str, float], reached: set[str], tmp_path: Path) -> None:
     """Without actions to imitate, only the gradient of the switch is left."""
-    objective, batch = alone(tmp_path, change, **PATCHES), batch_of(IMITATION)
+    objective = alone(tmp_path, change, **PATCHES)
+    batch = batch_of(objective.config)
     objective(replace(batch, weight_BK=torch.zeros_like(batch.weight_BK)))["loss"].backward()
     found = [name for name, p in objective.named_parameters() if p.grad is not None and p.grad.any()]
     assert {".".join(name.split(".")[:3]) for name in found} == reached

@@ -1,9 +1,9 @@
 """Vision tokens that are not what the towers saw: masked ones, and pictures that are hidden altogether.
 
-**Masking.** Source: Croc (Pretraining Large Multimodal Models with Cross-Modal Comprehension). It replaces a random 75
-% of the vision tokens by the nearest (L2) of a learned pool of 2048, and has the language model understand the picture
-nevertheless. Here it is the policy that has to act nevertheless, with the losses that it has anyway: it learns not to
-hang on single tokens, and so stands token routers better. 0.25 to 0.75 are shares to try.
+**Masking.** Source: Croc (Pretraining Large Multimodal Models with Cross-Modal Comprehension). It replaces a random
+75 % of the vision tokens by the nearest (L2) of a learned pool of 2048, and has the language model understand the
+picture nevertheless. Here it is the policy that has to act nevertheless, with the losses that it has anyway: it learns
+not to hang on single tokens, and so stands token routers better. 0.25 to 0.75 are shares to try.
 
     x_n  ->  argmin over p of |x_n - pool_p|      for a random share of the tokens of each sample, exact in number
 

@@ -2,31 +2,37 @@
 
 Source: MolmoPoint. There, special tokens of the language model point: each attends to the vision tokens and picks the
 one with the point, by cross-entropy on the attention's logits; then follow the part of the patch and the place in it.
-Simulators give the points here: the target's and the goal's position, projected into every view.
+Simulators give the points here: positions of target and goal, projected into every view. There are two forms, for the
+two kinds of vision tokens. With w_p the bilinear weights of the four patches around a point,
 
-In a policy with stage 1 the pointing tokens are there already: aggregation tokens attend to all patches, and are told
-the instruction by FiLM. So nothing is added, and the logits are those of the towers' own attention in the last block
-that is computed: half of its heads are taught, of each tower, view and token. The first half of the tokens points at
-the target, the second at the goal. With L the logarithm of attention, and w_p the bilinear weights of the four patches
-around a point,
+**Aggregation tokens** (`objective.pointing`, with stage 1). The pointing tokens are there already: aggregation tokens
+attend to all patches, and FiLM tells them the instruction. So nothing is added, and the logits are those of the
+towers' own attention in the last block that is computed, in half of its heads. The first half of the tokens points at
+the target, the second at the goal. With L the logarithm of attention,
 
     loss = mean over tokens, heads and views of -sum_p w_p L_p
 
-What we left out: parts of patches and places in them (w_p is a place between patches already), the order of several
-points, and the class "no more": a point outside of the picture has no weight.
+**Plain patches** (`objective.pointer`, without stage 1). No token that knows the instruction looks at patches before
+the language model does. So two pointing tokens are made after it, from the mean of the action tokens' states s, and
+attend with a query each to the vision tokens x that entered it, after a token router:
 
-Without stage 1 no token that knows the instruction looks at patches, and `objective.pointing` does nothing; there
-`objective.reading` asks the action tokens for the same two positions.
+    logits_n = query(s) . key(x_n) / sqrt(width of keys)       loss = -sum_n w_n log softmax(logits)_n
 
-Shape legend: X = B*V, B batch, V views, h heads, M aggregation tokens per view, P patches per view, s side of the
-grid.
+over the tokens of all views at once, with w divided by its sum over the tokens that are left. These logits say of
+every patch how much it is the target: a score that a router could go by.
+
+What we left out: parts of patches and places in them (w is a place between patches already), the order of several
+points, and the class "no more": what is outside of the picture, or was routed away, has no weight.
+
+Shape legend: X = B*V, B batch, V views, h heads, M aggregation tokens per view, P patches per view, H x W their grid,
+N vision tokens, J action tokens, D width, C width of keys.
 """
 
 from __future__ import annotations
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor, weight_BV2: Tensor) -> Tensor:
@@ -43,12 +49,70 @@ def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor, weight_BV2: T
     guided_X2P = rearrange(
         log_attention_XhMP[:, : max(1, heads // 2)], "x h (two m) p -> x two (h m) p", two=2, m=tokens // 2
     ).mean(2)
-    points_X22 = rearrange(points_BV22, "b v two xy -> (b v) two xy")
-    grid_X22 = (points_X22 * side - 0.5).clamp(0, side - 1)
-    centres_s = torch.arange(side, device=grid_X22.device)
-    weight_X2s2 = (1 - (grid_X22[:, :, None] - centres_s[:, None]).abs()).clamp(min=0)
-    target_X2P = rearrange(
-        weight_X2s2[..., 1][..., :, None] * weight_X2s2[..., 0][..., None, :], "x two row column -> x two (row column)"
-    )
+    target_X2P = patch_weights(rearrange(points_BV22, "b v two xy -> (b v) two xy"), side, side)
     cross_entropy_X2 = -(target_X2P * guided_X2P).sum(-1)
     return (cross_entropy_X2 * rearrange(weight_BV2, "b v two -> (b v) two")).mean()
+
+
+def patch_weights(points_X22: Tensor, rows: int, columns: int) -> Tensor:
+    """How much of a point each patch has, [X,2,P]: bilinear in the distance to the centres of patches, 1 in all.
+
+    Args:
+        points_X22: (right, down) in [0,1]; at the border, the border's patches have all of it.
+        rows, columns: of the grid.
+    """
+    near = []
+    for axis, count in ((1, rows), (0, columns)):
+        place_X2 = (points_X22[..., axis] * count - 0.5).clamp(0, count - 1)
+        centres_c = torch.arange(count, device=place_X2.device)
+        near.append((1 - (place_X2[..., None] - centres_c).abs()).clamp(min=0))
+    return rearrange(near[0][..., :, None] * near[1][..., None, :], "x two row column -> x two (row column)")
+
+
+class Pointer(nn.Module):
+    """Two pointing tokens, for target and goal. Thrown away after training.
+
+    Args:
+        width: D.
+        grid: (H, W) of the patches of a view.
+        keys: C.
+    """
+
+    def __init__(self, width: int, grid: tuple[int, int], keys: int = 32) -> None:
+        super().__init__()
+        self.grid = grid
+        self.query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * keys))
+        self.key = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, keys))
+
+    def logits(self, states_BJD: Tensor, vision_BND: Tensor) -> Tensor:
+        """[B,2,N] in float32."""
+        query_B2C = rearrange(self.query(states_BJD.mean(1)), "b (two c) -> b two c", two=2)
+        key_BNC = self.key(vision_BND)
+        return (query_B2C @ key_BNC.mT).float() / key_BNC.shape[-1] ** 0.5
+
+    def forward(
+        self,
+        states_BJD: Tensor,
+        vision_BND: Tensor,
+        kept_BN: Tensor | None,
+        points_BV22: Tensor,
+        weight_BV2: Tensor,
+    ) -> Tensor:
+        """Mean cross-entropy over the points that a token has; 0 where there is none.
+
+        Args:
+            states_BJD: of the action tokens.
+            vision_BND, kept_BN: see `ModelOutput`.
+            points_BV22, weight_BV2: see `Batch`.
+        """
+        weight_X2P = patch_weights(rearrange(points_BV22, "b v two xy -> (b v) two xy"), *self.grid)
+        weight_BV2P = rearrange(weight_X2P, "(b v) two p -> b v two p", b=len(points_BV22)) * weight_BV2[..., None]
+        weight_B2N = rearrange(weight_BV2P, "b v two p -> b two (v p)")
+        if kept_BN is not None:
+            index_B2N = kept_BN.clamp(min=0)[:, None].expand(-1, 2, -1)
+            weight_B2N = weight_B2N.gather(2, index_B2N) * (kept_BN >= 0)[:, None]
+        total_B2 = weight_B2N.sum(-1)
+        has_B2 = (total_B2 > 0).float()
+        target_B2N = weight_B2N / total_B2.clamp(min=1e-6)[..., None]
+        cross_entropy_B2 = -(target_B2N * self.logits(states_BJD, vision_BND).log_softmax(-1)).sum(-1)
+        return (cross_entropy_B2 * has_B2).sum() / has_B2.sum().clamp(min=1)
