@@ -220,6 +220,19 @@ def test_recomputing_blocks_gives_the_same_gradients(tmp_path: Path, monkeypatch
         torch.testing.assert_close(found[1][name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_policy_that_does_not_see_is_trained_and_then_asked(tmp_path: Path) -> None:
+    run = settings(steps=2, validate_every=0)
+    blind = small_trainer(tmp_path / "blind", run, replace(IMITATION, vision_dropout=1.0))
+    batch = batch_of(blind.raw.config)
+    blank = replace(batch, inputs=replace(batch.inputs, pixels=torch.zeros_like(batch.inputs.pixels)))
+    assert torch.equal(blind.raw(batch)["loss"], blind.raw(blank)["loss"])
+    blind.run()
+    config = replace(IMITATION, prior=1.0, blind=str(tmp_path / "blind" / "policy"))
+    weighted = small_trainer(tmp_path / "run", run, config)
+    weighted.run()
+    assert last_row(tmp_path / "run")["train/action_l1"] > 0
+
+
 def test_an_objective_that_distils_needs_its_teacher(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path, objective=IMITATION)
     with pytest.raises(AssertionError):

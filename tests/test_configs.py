@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from cogvla.envs.demonstration import Demonstrator, DemonstratorSettings
 from cogvla.envs.expert import Expert
 from cogvla.envs.recorder import record
 from cogvla.envs.suite import get_suite
+from cogvla.libero.env import LiberoSettings
 from cogvla.libero.protocol import Protocol, load_protocol
-from cogvla.libero.suites import LiberoSettings
 from cogvla.libero.train_policy import build_trainer
 from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.augmentation import AugmentationConfig
@@ -149,6 +149,18 @@ def test_an_unknown_key_of_a_part_of_training_is_explained(key: str) -> None:
         TrainingConfig(**values["training"])
 
 
+def test_a_base_is_the_teacher_unless_another_is_named() -> None:
+    assert composed("train_policy")["objective"]["teacher"] is None
+    assert composed("train_policy", "base=FOLDER")["objective"]["teacher"] == "FOLDER"
+    assert composed("train_policy", "base=FOLDER", "objective.teacher=OTHER")["objective"]["teacher"] == "OTHER"
+
+
+def test_what_objectives_need_is_said_before_anything_takes_time() -> None:
+    for wish, said in (("distillation=1", "needs a teacher"), ("prior=1", "needs a policy that does not see")):
+        with pytest.raises(ValueError, match=said):
+            ObjectiveConfig(**composed("train_policy", f"objective.{wish}")["objective"])
+
+
 # --- policies and routings ---
 
 
@@ -194,6 +206,9 @@ CHANGES = {
     "token_per_dimension": {".policy.head.tokens_per_step": "action_dim"},
     "shifted": {".policy.head.shifted": True},
     "keep_last_block": {".policy.vision.drop_last_block": False},
+    "contrast": {".objective.contrast": 0.1},
+    "diversity": {".objective.diversity": 1.0},
+    "masking": {".objective.masking": 0.5},
 }
 """What each ablation changes of the default."""
 FAITHFUL = ("summary_faithful", "film_default", "renumber", "scale_all", "placeholder_zero", "token_per_dimension")
@@ -214,7 +229,9 @@ def test_an_ablation_changes_what_it_says_and_nothing_else(name: str) -> None:
 def test_every_ablation_trains(name: str, tmp_path: Path) -> None:
     config = small.settings(steps=2, batch_size=4, validate_every=0)
     model = model_of(f"+ablation={name}")
-    trainer = build_trainer(config, model, small.LABELLED, small.ROBOT, small.small_data(), tmp_path, lambda *_: None)
+    changed = {key.removeprefix(".objective."): value for key, value in CHANGES.get(name, {}).items() if "obj" in key}
+    objective = replace(small.LABELLED, **changed)
+    trainer = build_trainer(config, model, objective, small.ROBOT, small.small_data(), tmp_path, lambda *_: None)
     policy = trainer.run()
     assert np.isfinite(policy.act(small.ROBOT.fake_observation(1)).actions).all()
 
