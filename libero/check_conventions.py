@@ -34,7 +34,7 @@ from cogvla.libero.conventions import Finding
 from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.recorded_episodes import Episode, Recordings, open_recordings
 from cogvla.libero.replayed_episodes import Trace, replay
-from cogvla.libero.suites import LIBERO_SUITES, tasks
+from cogvla.libero.tasks import LIBERO_SUITES, tasks
 from cogvla.policy.data import DataConfig
 from cogvla.policy.interface import Embodiment
 

@@ -25,11 +25,13 @@ from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.envs.dataset_folder import DatasetFolder
 from cogvla.envs.demonstration import Demonstration
 from cogvla.libero.conversion_page import page, summary
+from cogvla.libero.env import LiberoSettings
 from cogvla.libero.hdf5_jobs import Job, Outcome, play
 from cogvla.libero.hdf5_reader import demonstrations, is_hdf5
 from cogvla.libero.hdf5_replay import WAITING_STEPS, ReplaySettings
 from cogvla.libero.lerobot_upgrade import is_old_lerobot, upgrade
-from cogvla.libero.suites import LIBERO_SUITES, LiberoSettings, libero_suite
+from cogvla.libero.suites import libero_suite
+from cogvla.libero.tasks import LIBERO_SUITES
 
 CONVERSION = "meta/conversion.json"
 """In a finished data set: what it was made of, with the numbers of the statistics page."""

@@ -24,8 +24,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from cogvla.envs.demonstration import IMAGE_PREFIX, Demonstration, pack
+from cogvla.libero.env import CAMERAS, LiberoEnv, LiberoSettings
 from cogvla.libero.hdf5_reader import Recording
-from cogvla.libero.suites import CAMERAS, LiberoEnv, LiberoSettings
 
 Replay = Literal["states", "actions"]
 NOOP_THRESHOLD = 1e-4

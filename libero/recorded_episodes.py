@@ -23,7 +23,7 @@ from cogvla.envs.recorder import RECORDING_FILE
 from cogvla.libero import hdf5_reader
 from cogvla.libero.convert_libero import CONVERSION, INITIAL_STATES
 from cogvla.libero.hdf5_replay import WAITING_STEPS
-from cogvla.libero.suites import LIBERO_SUITES, instruction, tasks
+from cogvla.libero.tasks import LIBERO_SUITES, instruction, tasks
 from cogvla.policy.data import DataConfig, convert_gripper
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.lerobot_reader import LeRobotReader, Part, local_root

@@ -1,9 +1,7 @@
-"""LIBERO's scenes: the only file that imports LIBERO and robosuite (extra `libero`).
+"""LIBERO's scenes as robosuite and MuJoCo simulate them.
 
 What is unusual here, and why:
 
-- LIBERO asks a question on the terminal when its configuration is missing. It is written first, into a folder of ours
-  (`~/.cache/cogvla/libero`, or where LIBERO_CONFIG_PATH says); `~/.libero` is neither read nor written.
 - Scenes are made directly, not through LIBERO's `ControlEnv`: its `reset` swallows every exception and tries for ever.
 - Images are rendered by `cogvla.envs.rendering`. robosuite's own OpenGL context is never made, so that physics alone
   needs none and nothing is left to be freed when the interpreter ends. Cameras are observables of robosuite all the
@@ -15,202 +13,24 @@ What is unusual here, and why:
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import importlib.util
-import io
 import json
-import logging
-import os
-import pickle
 import re
-import runpy
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import mujoco
 import numpy as np
 
+from cogvla.libero.installation import Predicate, Problem, libero_module
+
 CONTROL_HZ = 20
-ASSETS_VARIABLE = "COGVLA_LIBERO_ASSETS"
-CONFIG_VARIABLE = "LIBERO_CONFIG_PATH"
 PLACEMENT_TRIES = 200
 POSTURE_NOISE = {"magnitude": 0.02, "type": "gaussian"}
 """Radians at each joint: what the fixed initial states were made with."""
-INSTALL = "LIBERO is not installed: `uv sync --extra libero`, or `pip install 'cogvla[libero]'`"
 _STATE = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
-
-Predicate = tuple[str, ...]
-"""For example ("in", "milk_1", "basket_1_contain_region")."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One task as its BDDL file describes it.
-
-    Attributes:
-        file: the BDDL file.
-        kind: LIBERO's class for the place, e.g. `libero_floor_manipulation`.
-        objects, fixtures: names by category.
-        things: every name that a goal may speak of: objects, fixtures, and regions of them.
-        start, goal: predicates that hold at the beginning, and that make a success.
-        scene: equal for problems that differ in nothing but the goal: they share a compiled model.
-    """
-
-    file: Path
-    kind: str
-    objects: Mapping[str, tuple[str, ...]]
-    fixtures: Mapping[str, tuple[str, ...]]
-    things: frozenset[str]
-    start: frozenset[Predicate]
-    goal: tuple[Predicate, ...]
-    scene: str
-
-
-def package_folder() -> Path:
-    """Where LIBERO is installed; ValueError says how to install it."""
-    try:
-        spec = importlib.util.find_spec("libero.libero")
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None or importlib.util.find_spec("robosuite") is None:
-        raise ValueError(INSTALL)
-    return Path(spec.origin).parent
-
-
-def versions() -> dict[str, str]:
-    """Those of the simulators: success rates change with them."""
-    return {name: importlib.metadata.version(name) for name in ("mujoco", "robosuite", "hf-libero")}
-
-
-def task_names(suite: str) -> tuple[str, ...]:
-    """The names of a suite's tasks, in the order of their indices; they are the stems of its files."""
-    table = runpy.run_path(str(package_folder() / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"]
-    return tuple(table[suite])
-
-
-def initial_states(suite: str, name: str) -> np.ndarray:
-    """The fixed initial states of a task, float64 [50, time + positions + velocities]."""
-    path = package_folder() / "init_files" / suite / f"{name}.pruned_init"
-    with zipfile.ZipFile(path) as archive:  # written by torch.save, but the content is one numpy array
-        member = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
-        states = _ArrayUnpickler(io.BytesIO(archive.read(member))).load()
-    return np.asarray(states, np.float64)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode") or module.partition(".")[0] == "numpy":
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"an initial state file wants to call {module}.{name}")
-
-
-def assets_folder(wanted: str | None = None) -> Path:
-    """The folder with LIBERO's meshes and textures.
-
-    Args:
-        wanted: the folder; None: environment variable COGVLA_LIBERO_ASSETS, else hf-libero's download from the hub.
-
-    Raises:
-        ValueError: there is none; says both ways to get one.
-    """
-    given = wanted or os.environ.get(ASSETS_VARIABLE)
-    if given:
-        folder = Path(given).expanduser().resolve()
-        if not (folder / "scenes").is_dir():
-            raise ValueError(f"{folder} has no LIBERO assets (no folder `scenes` in it); set libero.assets to another")
-        return folder
-    _libero()
-    from libero.libero.utils.download_utils import download_assets_from_huggingface
-
-    try:
-        with redirect_stdout(io.StringIO()):
-            return Path(download_assets_from_huggingface())
-    except Exception as error:  # whatever the hub's client raises, the ways out are the same
-        raise ValueError(
-            f"LIBERO's meshes and textures could not be downloaded from the hub ({error}). Run once with a connection, "
-            f"or give a folder that has them: libero.assets=FOLDER, or {ASSETS_VARIABLE}=FOLDER"
-        ) from error
-
-
-@functools.cache
-def _libero() -> Any:
-    """The module `libero.libero`, imported without its question."""
-    folder = package_folder()
-    home = os.environ.get(CONFIG_VARIABLE)
-    config = (Path(home) if home else _cache() / "cogvla" / "libero") / "config.yaml"
-    if not (home and config.exists()):
-        config.parent.mkdir(parents=True, exist_ok=True)
-        paths = {"benchmark_root": "", "bddl_files": "bddl_files", "init_states": "init_files", "datasets": "datasets"}
-        values = {key: str(folder / path) for key, path in paths.items()} | {"assets": str(folder / "assets")}
-        partial = config.with_name(f".{config.name}.{os.getpid()}")
-        partial.write_text(json.dumps(values))  # JSON is YAML
-        os.replace(partial, config)
-    os.environ[CONFIG_VARIABLE] = str(config.parent)
-    # Without a file of private settings, which nobody needs, robosuite warns three times in every process.
-    logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
-    return importlib.import_module("libero.libero")
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-@functools.cache
-def problem(suite: str, name: str) -> Problem:
-    """What a task's BDDL file says."""
-    folder = package_folder()
-    _libero()
-    from libero.libero.envs import bddl_utils
-
-    file = folder / "bddl_files" / suite / f"{name}.bddl"
-    parsed = bddl_utils.robosuite_parse_problem(str(file))
-    objects, fixtures = ({k: tuple(v) for k, v in parsed[kind].items()} for kind in ("objects", "fixtures"))
-    names = {name for group in (*objects.values(), *fixtures.values()) for name in group}
-    start = frozenset(tuple(predicate) for predicate in parsed["initial_state"])
-    same = (parsed["problem_name"], objects, fixtures, parsed["regions"], sorted(start))
-    return Problem(
-        file=file,
-        kind=parsed["problem_name"],
-        objects=objects,
-        fixtures=fixtures,
-        things=frozenset(names | set(parsed["regions"])),
-        start=start,
-        goal=tuple(tuple(predicate) for predicate in parsed["goal_state"]),
-        scene=json.dumps(same, sort_keys=True, default=str),
-    )
-
-
-def goal_in_scene(scene: Problem, other: Problem) -> tuple[Predicate, ...] | None:
-    """The goal of another task in this scene; None when its instruction would not be true of anything there.
-
-    Tasks of one goal differ by where their object is ("the bowl on the stove"). Such a task is possible where a second
-    object of the kind stands at that very place; the goal is then that of the second one.
-    """
-    if not {name for predicate in other.goal for name in predicate[1:]} <= scene.things:
-        return None
-    if other.goal != scene.goal:
-        return other.goal
-    for twins in scene.objects.values():
-        for mine in twins:
-            for twin in twins:
-                places = {p for p in other.start if p[1] == mine}
-                names = {name for predicate in other.goal for name in predicate[1:]}
-                if mine == twin or mine not in names or not places:
-                    continue
-                if _renamed(places, mine, twin) <= scene.start and twin not in names:
-                    return tuple(sorted(_renamed(other.goal, mine, twin)))
-    return None
-
-
-def _renamed(predicates: Iterable[Predicate], old: str, new: str) -> set[Predicate]:
-    return {tuple(new if name == old else name for name in predicate) for predicate in predicates}
 
 
 def lighter_meshes(xml: str, folder: Path) -> str:
@@ -297,7 +117,7 @@ class Scene:
         cameras: Sequence[str] = (),
         render: Callable[[str], np.ndarray] | None = None,
     ) -> None:
-        libero = _libero()
+        libero = libero_module()
         libero._assets_path_cache = str(assets)  # hf-libero has no other way to be told
         from libero.libero.envs import TASK_MAPPING
         from robosuite.controllers import load_controller_config

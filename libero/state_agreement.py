@@ -11,8 +11,8 @@ import numpy as np
 
 from cogvla.envs.control import rotation_matrix, rotation_vector
 from cogvla.libero.conventions import Finding
+from cogvla.libero.env import axis_angle
 from cogvla.libero.replayed_episodes import Trace
-from cogvla.libero.suites import axis_angle
 
 AS_IT_IS = "as it is"
 EARLY = {True: 20, False: 5}

@@ -1,87 +1,33 @@
-"""LIBERO behind the suite interface: one gymnasium class that plays any task of any LIBERO suite.
-
-Observation: `agentview` and `wrist` uint8 [H,W,3], turned as the training data of OpenVLA, CogVLA and LeRobot is;
-`state` float32 [8] = gripper position in the world frame (3), axis-angle of its quaternion as robosuite gives it (3,
-the angle is in [0, 2 pi], it is not folded into [0, pi]), two finger joints (2).
-Action: float32 [7] in [-1,1] at 20 Hz = position delta (1.0 is 0.05 m), rotation delta (axis-angle, 1.0 is 0.5 rad),
-gripper (-1 open, +1 close).
-
-Initial states 0..49 of a task are LIBERO's fixed ones. Higher numbers are drawn from the task's own sampler, which made
-the fixed ones too; recorders use those.
-"""
+"""LIBERO behind the suite interface; `libero/env.py` plays its tasks."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 
-from cogvla.envs.suite import EVALUATION_STATES, Suite, Task, chosen_start, get_suite, register_suite
+from cogvla.envs.suite import Suite, get_suite, register_suite
+from cogvla.libero.env import LiberoEnv, LiberoSettings
+from cogvla.libero.installation import assets_folder, versions
+from cogvla.libero.tasks import LIBERO_SUITES, MAX_STEPS, tasks
 
 if TYPE_CHECKING:
-    from cogvla.envs.rendering import SceneRenderer
     from cogvla.libero.experts.expert import LiberoExpert
-    from cogvla.libero.simulation import Predicate, Problem, Scene
 
-MAX_STEPS = {
-    "libero_spatial": 220,
-    "libero_object": 280,
-    "libero_goal": 300,
-    "libero_10": 520,
-    "libero_90": 400,
-}
-"""Control steps of OpenVLA-OFT's evaluation, about 1.5 times the longest demonstration."""
-LIBERO_SUITES = tuple(MAX_STEPS)
-CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
-"""Names of the observation's images, and of the model's cameras."""
 PROTOCOL = "openvla_oft"
 """The protocol when none is named: the one that most published numbers follow."""
 SETTLING_STEPS = 10
 """Initial states hold objects a little above the table; the published protocols wait as long."""
-KEPT_SCENES = 2
-"""Compiled scenes that an environment keeps; building one takes about as long as 20 control steps."""
-
-
-@dataclass(frozen=True)
-class LiberoSettings:
-    """How LIBERO is simulated; the defaults are what published numbers were measured with.
-
-    Attributes:
-        assets: folder with meshes and textures; None: COGVLA_LIBERO_ASSETS, else from the hub.
-        lean: render without multisampling and shadows, several times faster on a CPU; allows the following.
-        reflections: draw reflecting surfaces; only `lean` rendering can do without.
-        robot_meshes: folder with lighter meshes of the robot and a `map.json`, for `lean` rendering.
-        extra_passes: simulate with robosuite's three forward passes for each physics step; only `lean` simulation can
-            do with one, which is a third faster. Trajectories differ in the last digits of the contact solver.
-    """
-
-    assets: str | None = None
-    lean: bool = False
-    reflections: bool = True
-    robot_meshes: str | None = None
-    extra_passes: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.lean and (self.robot_meshes is not None or not self.reflections or not self.extra_passes):
-            raise ValueError(
-                "libero.robot_meshes, libero.reflections=false and libero.extra_passes=false are for libero.lean=true"
-            )
-        if self.robot_meshes is not None and not (Path(self.robot_meshes) / "map.json").is_file():
-            raise ValueError(f"libero.robot_meshes: there is no {Path(self.robot_meshes) / 'map.json'}")
 
 
 def libero_suite(name: str, settings: LiberoSettings | None = None) -> Suite:
     """One of `LIBERO_SUITES`; ValueError when LIBERO or its assets are missing, with what to do about it."""
-    from cogvla.libero.simulation import assets_folder
-
     settings = settings or LiberoSettings()
     listed = tasks(name)
     assets = assets_folder(settings.assets)
@@ -105,31 +51,8 @@ def configured_suite(name: str, libero: Mapping[str, Any]) -> Suite:
     return get_suite(name, {"libero": libero})
 
 
-def tasks(name: str) -> tuple[Task, ...]:
-    """The tasks of a LIBERO suite; needs LIBERO, but no assets."""
-    from cogvla.libero.simulation import task_names
-
-    return tuple(Task(task, instruction(task)) for task in task_names(name))
-
-
-def instruction(task: str) -> str:
-    """What the policy is told: the task's name in words, as published evaluations do (BDDL files word it differently).
-
-    The place at the beginning of names of libero_10 and libero_90 (`KITCHEN_SCENE3_`) is left out.
-    """
-    return task.removeprefix(place(task)).replace("_", " ")
-
-
-def place(task: str) -> str:
-    """The beginning of a task's name that says which scene it happens in, or an empty text."""
-    found = re.match(r"[A-Z_]+SCENE\d+_", task)
-    return found[0] if found else ""
-
-
 def _identity(settings: LiberoSettings, assets: Path) -> dict[str, Any]:
     """What decides an episode apart from the protocol, whatever machine the folders are on."""
-    from cogvla.libero.simulation import versions
-
     identity: dict[str, Any] = {
         **versions(),
         "assets": _digest(assets),
@@ -148,268 +71,6 @@ def _digest(folder: Path) -> str:
     files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file())
     files = [file for file in files if not file[0].startswith(".")]  # what a download leaves behind
     return f"{hashlib.sha256(repr(files).encode()).hexdigest()[:12]} ({len(files)} files)"
-
-
-def axis_angle(quat_4: np.ndarray) -> np.ndarray:
-    """Axis times angle [3] of a quaternion (x, y, z, w). The angle is 2 acos(w), so that q and -q differ."""
-    w = float(np.clip(quat_4[3], -1.0, 1.0))
-    sine = np.sqrt(1.0 - w * w)
-    return np.zeros(3) if sine < 1e-12 else quat_4[:3] * (2.0 * np.arccos(w) / sine)
-
-
-class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
-    """Plays any task of one LIBERO suite; see `cogvla.envs.suite.Suite` for the contract.
-
-    Args:
-        suite: one of `LIBERO_SUITES`.
-        settings: see `LiberoSettings`.
-        image_size: height and width of the images in pixels.
-        render: False: black images, and no OpenGL.
-
-    Attributes:
-        scene: the simulation of the task that was reset last; experts read the truth there.
-        problem: what the BDDL file of that task says.
-        goal: predicates of the task that was asked for, in this scene.
-    """
-
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}
-
-    def __init__(
-        self, suite: str, settings: LiberoSettings | None = None, image_size: int = 128, render: bool = True
-    ) -> None:
-        from cogvla.libero import simulation
-
-        if image_size < 16:
-            raise ValueError(f"image_size must be at least 16 pixels, got {image_size}")
-        self._simulation = simulation
-        self.suite = suite
-        self.settings = settings or LiberoSettings()
-        self.tasks = tasks(suite)
-        self.skip_images = False
-        self.render_mode = "rgb_array"
-        self._assets = simulation.assets_folder(self.settings.assets)
-        self._image_size = image_size
-        self._rendering = render
-        self._scenes: OrderedDict[str, Scene] = OrderedDict()
-        self._renderers: dict[str, SceneRenderer] = {}
-        self._images = {name: np.zeros((image_size, image_size, 3), np.uint8) for name in CAMERAS}
-        self._states: dict[int, np.ndarray] = {}
-        self._goals: dict[int, tuple[Predicate, ...]] = {}
-        self._task = self._asked = -1
-        self._steps = 0
-        image = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = gym.spaces.Dict(
-            {**dict.fromkeys(CAMERAS, image), "state": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)}
-        )
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
-
-    # --- tasks -------------------------------------------------------------------------------------------------------
-
-    @property
-    def scene(self) -> Scene:
-        if self._task < 0:
-            raise ValueError("call reset() first")
-        return self._scenes[self.problem.scene]
-
-    @property
-    def problem(self) -> Problem:
-        return self._problem(self._task)
-
-    @property
-    def goal(self) -> tuple[Predicate, ...]:
-        return self._goals[self._asked]
-
-    def goals_for(self, task: int) -> tuple[Predicate, ...]:
-        """Predicates of any task that is possible in this scene; ValueError lists them."""
-        if task not in self._goals:
-            raise ValueError(f"task {task} cannot be carried out in this scene; possible: {sorted(self._goals)}")
-        return self._goals[task]
-
-    def task_success(self, task: int) -> bool:
-        """Whether that task of the current scene is done now."""
-        return self.scene.holds(self.goals_for(task))
-
-    def labels(self) -> dict[str, np.ndarray]:
-        """`target` and `goal`, float32 [3] each, of the task asked for: what to manipulate, and where it should go."""
-        return self.labels_for(self._asked)
-
-    def labels_for(self, task: int) -> dict[str, np.ndarray]:
-        """The same for any task that is possible in this scene: of its first predicate that does not hold yet."""
-        goals = self.goals_for(task)
-        predicate = next((p for p in goals if not self.scene.holds([p])), goals[-1])
-        target, goal = self.scene.position(predicate[1]), self.scene.position(predicate[-1])
-        return {"target": target.astype(np.float32), "goal": goal.astype(np.float32)}
-
-    def _problem(self, task: int) -> Problem:
-        return self._simulation.problem(self.suite, self.tasks[task].name)
-
-    def _possible_goals(self, task: int) -> dict[int, tuple[Predicate, ...]]:
-        """Goals, in this task's scene, of the tasks whose instruction is true there (see `goal_in_scene`)."""
-        own = self._problem(task)
-        goals = {task: own.goal}
-        for other, asked in enumerate(self.tasks):
-            if other == task or place(asked.name) != place(self.tasks[task].name):
-                continue
-            goal = self._simulation.goal_in_scene(own, self._problem(other))
-            if goal is not None:
-                goals[other] = goal
-        return goals
-
-    def _prepare(self, task: int) -> Scene:
-        """The scene of a task: one that is there, or a new one in place of the one used longest ago."""
-        problem = self._problem(task)
-        if problem.scene in self._scenes:
-            self._scenes.move_to_end(problem.scene)
-            return self._scenes[problem.scene]
-        while len(self._scenes) >= KEPT_SCENES:
-            oldest, _ = self._scenes.popitem(last=False)
-            if oldest in self._renderers:
-                self._renderers.pop(oldest).close()
-        meshes = None if self.settings.robot_meshes is None else Path(self.settings.robot_meshes)
-        render = partial(self._sampled_image, problem.scene) if self._rendering else None
-        self._scenes[problem.scene] = self._simulation.Scene(
-            problem, self._assets, meshes, self.settings.extra_passes, tuple(CAMERAS), render
-        )
-        return self._scenes[problem.scene]
-
-    # --- gymnasium ---------------------------------------------------------------------------------------------------
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Set up the initial state (`options` "task", "initial_state"; random ones where missing).
-
-        `options["asked"]` swaps the instruction: the scene is the task's, but instruction and success are those of the
-        task `asked`, which must be possible in the scene.
-        """
-        super().reset(seed=seed)
-        options = options or {}
-        task, state = chosen_start(options, len(self.tasks), self.np_random)
-        goals = self._possible_goals(task)
-        scene = self._prepare(task)
-        self._task, self._asked, self._goals, self._steps = task, task, goals, 0
-        asked = options.get("asked")
-        if asked is not None:
-            self.goals_for(int(asked))
-            self._asked = int(asked)
-        if state < EVALUATION_STATES:
-            observation = scene.reset(self._fixed_states(task)[state])
-        else:
-            observation = scene.reset(None, seed=state)
-        others = [i for i in sorted(goals) if i != self._asked and not self.task_success(i)]
-        info = self._info()
-        info["alternative_tasks"] = others
-        info["alternatives"] = [self.tasks[i].instruction for i in others]
-        return self._observation(observation), info
-
-    def restore(
-        self, state: np.ndarray, task: int | None = None, fixtures: Mapping[str, np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Put the scene into a recorded state and return the observation.
-
-        Args:
-            state: time, positions and velocities, as MuJoCo flattens them.
-            task: start anew with this task, so that actions can follow; None: only the state changes.
-            fixtures: body -> position and quaternion [7]: they are no part of the state. None: as evaluations have
-                them.
-        """
-        if task is not None:
-            skip, self.skip_images = self.skip_images, True
-            self.reset(options={"task": task, "initial_state": 0})
-            self.scene.reset(state)
-            self.skip_images = skip
-        return self._observation(self.scene.restore(state, fixtures))
-
-    def _fixed_states(self, task: int) -> np.ndarray:
-        if task not in self._states:
-            self._states[task] = self._simulation.initial_states(self.suite, self.tasks[task].name)
-        return self._states[task]
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """One control step of 50 ms. Reward is 1 on success, else 0."""
-        scene = self.scene
-        values = np.asarray(action, dtype=np.float64)
-        if values.shape != (7,):
-            raise ValueError(f"an action is 7 numbers (position, rotation, gripper), got shape {values.shape}")
-        if not np.isfinite(values).all():
-            raise ValueError(f"action holds NaN or infinite values: {values}")
-        observation = scene.step(np.clip(values, -1.0, 1.0))
-        self._steps += 1
-        info = self._info()
-        success = info["success"]
-        return self._observation(observation), float(success), success, self._steps >= MAX_STEPS[self.suite], info
-
-    def _info(self) -> dict[str, Any]:
-        success = self.task_success(self._asked)
-        return {
-            "success": success,
-            "scene_task_success": success if self._task == self._asked else self.task_success(self._task),
-            "instruction": self.tasks[self._asked].instruction,
-            "task": self._asked,
-        }
-
-    def _observation(self, sampled: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        parts = [sampled["robot0_eef_pos"], axis_angle(sampled["robot0_eef_quat"]), sampled["robot0_gripper_qpos"]]
-        images = {name: np.array(sampled.get(name, blank)) for name, blank in self._images.items()}
-        return {**images, "state": np.concatenate(parts).astype(np.float32)}
-
-    # --- images ------------------------------------------------------------------------------------------------------
-
-    def _sampled_image(self, scene: str, name: str) -> np.ndarray:
-        """What robosuite is given when it samples a camera."""
-        if not self.skip_images and scene in self._scenes:
-            self._images[name] = self._image(scene, name, self._image_size, self._image_size)
-        return self._images[name]
-
-    def render_camera(self, name: str, height: int, width: int) -> np.ndarray:
-        """An image uint8 [H,W,3] of the current state at any size, turned as observations are."""
-        assert self.scene is not None, "`scene` raises before the first reset"
-        return self._image(self.problem.scene, name, height, width)
-
-    def _image(self, scene: str, name: str, height: int, width: int) -> np.ndarray:
-        if scene not in self._renderers:
-            self._renderers[scene] = self._renderer(self._scenes[scene])
-        upright = self._renderers[scene].render(self._scenes[scene].data, CAMERAS[name], height, width)
-        # robosuite hands out rows from the bottom up, and everyone turns that by 180 degrees: left and right are
-        # mirrored in all published data.
-        return np.ascontiguousarray(upright[:, ::-1])
-
-    def _renderer(self, scene: Scene) -> SceneRenderer:
-        from cogvla.envs.rendering import EVERYTHING, SceneRenderer
-
-        quality, buffers = scene.model.vis.quality, scene.model.vis.global_
-        buffers.offwidth = buffers.offheight = self._image_size
-        effects = set(EVERYTHING)
-        if self.settings.lean:
-            quality.offsamples = quality.shadowsize = 0
-            effects.discard("shadow")
-            if not self.settings.reflections:
-                effects.discard("reflection")
-        return SceneRenderer(scene.model, effects, hidden_groups=(0,), sites=True)  # group 0: collision geometry
-
-    def camera_projection(self, name: str) -> np.ndarray:
-        """Float32 [3,4]: homogenous world points to `(u*d, v*d, d)` in the (mirrored) image.
-
-        u right and v down are in [0,1] over a square image, d is the depth in metres (negative behind the camera).
-        """
-        model, data = self.scene.model, self.scene.data
-        camera = model.camera(CAMERAS[name]).id
-        rotation = data.cam_xmat[camera].reshape(3, 3).T  # rows: right, up, backward
-        extrinsic = np.column_stack([rotation, -rotation @ data.cam_xpos[camera]])
-        scale = 0.5 / np.tan(np.deg2rad(model.cam_fovy[camera]) / 2)
-        intrinsic = np.array([[-scale, 0.0, -0.5], [0.0, -scale, -0.5], [0.0, 0.0, -1.0]])
-        return (intrinsic @ extrinsic).astype(np.float32)
-
-    def render(self) -> np.ndarray:
-        """The agentview image at 256x256."""
-        return self.render_camera("agentview", 256, 256)
-
-    def close(self) -> None:
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
-        self._scenes.clear()
-        self._task = -1
 
 
 def libero_expert(env: gym.Env, rng: np.random.Generator, noise: float = 0.0) -> LiberoExpert:

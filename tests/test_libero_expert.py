@@ -14,10 +14,12 @@ import pytest
 
 from cogvla.envs.demonstration import OPEN_HAND, Demonstrator, DemonstratorSettings
 from cogvla.envs.suite import Suite
+from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.experts.motion import DOWN, pointing
 from cogvla.libero.experts.plan import VERBS, Subgoal, subgoals
 from cogvla.libero.experts.view import Obstacles, View
-from cogvla.libero.suites import LIBERO_SUITES, LiberoEnv, LiberoSettings, libero_expert, libero_suite
+from cogvla.libero.suites import libero_expert, libero_suite
+from cogvla.libero.tasks import LIBERO_SUITES
 
 SHARED = Path(__file__).parents[2] / "shared" / "libero_assets"
 ASSETS = os.environ.get("COGVLA_LIBERO_ASSETS") or str(SHARED / "assets")
@@ -83,7 +85,7 @@ def test_a_predicate_without_a_skill_is_refused() -> None:
 @needs_libero
 @pytest.mark.parametrize("suite", [name for name in LIBERO_SUITES if name != "libero_90"])
 def test_every_goal_of_the_suites_becomes_subgoals(suite: str) -> None:
-    from cogvla.libero.simulation import problem, task_names
+    from cogvla.libero.installation import problem, task_names
 
     for name in task_names(suite):
         goal = problem(suite, name).goal

@@ -13,7 +13,8 @@ from cogvla.configs.command import MISTAKES
 from cogvla.envs.suite import Suite, Task
 from cogvla.libero.eval_libero import protocol_for, run, suites
 from cogvla.libero.protocol import Protocol, load_protocol
-from cogvla.libero.suites import LIBERO_SUITES, MAX_STEPS, PROTOCOL, instruction
+from cogvla.libero.suites import PROTOCOL
+from cogvla.libero.tasks import LIBERO_SUITES, MAX_STEPS, instruction
 from cogvla.tests.point_suite import toy_suite
 
 
@@ -88,7 +89,7 @@ def test_instructions_are_the_names_in_words(name: str, words: str) -> None:
 
 
 def test_axis_angle_keeps_the_sign_of_the_quaternion() -> None:
-    from cogvla.libero.suites import axis_angle
+    from cogvla.libero.env import axis_angle
 
     quarter = np.array([0.0, 0.0, np.sqrt(0.5), np.sqrt(0.5)])
     np.testing.assert_allclose(axis_angle(quarter), [0, 0, np.pi / 2], atol=1e-12)

@@ -21,7 +21,9 @@ from gymnasium.utils.env_checker import check_env
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.rollout import RolloutSettings, rollout
 from cogvla.envs.suite import get_suite, suite_names
-from cogvla.libero.suites import KEPT_SCENES, LIBERO_SUITES, LiberoEnv, LiberoSettings, libero_suite, tasks
+from cogvla.libero.env import KEPT_SCENES, LiberoEnv, LiberoSettings
+from cogvla.libero.suites import libero_suite
+from cogvla.libero.tasks import LIBERO_SUITES, tasks
 from cogvla.policy.baselines import RandomPolicy
 from cogvla.tests.point_suite import EMBODIMENT
 
@@ -89,7 +91,7 @@ def test_the_users_own_libero_configuration_is_left_alone(tmp_path: Path) -> Non
 
     (tmp_path / ".libero").mkdir()
     (tmp_path / ".libero" / "config.yaml").write_text("assets: somewhere else\n")
-    code = "from cogvla.libero import simulation; print(simulation.problem('libero_goal', 'turn_on_the_stove').goal)"
+    code = "from cogvla.libero.installation import problem; print(problem('libero_goal', 'turn_on_the_stove').goal)"
     bare = {key: value for key, value in os.environ.items() if key not in ("LIBERO_CONFIG_PATH", "XDG_CACHE_HOME")}
     done = subprocess.run(
         [sys.executable, "-c", code], env={**bare, "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL,
@@ -116,7 +118,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 @needs_libero
 @pytest.mark.parametrize("name", LIBERO_SUITES)
 def test_tasks_and_initial_states(name: str) -> None:
-    from cogvla.libero.simulation import initial_states
+    from cogvla.libero.installation import initial_states
 
     listed = tasks(name)
     assert len(listed) == (90 if name == "libero_90" else 10)
@@ -133,7 +135,7 @@ def test_a_file_of_initial_states_can_run_no_code(tmp_path: Path) -> None:
     import io
     import pickle
 
-    from cogvla.libero.simulation import _ArrayUnpickler
+    from cogvla.libero.installation import _ArrayUnpickler
 
     with pytest.raises(pickle.UnpicklingError, match=r"wants to call posix\.getcwd"):
         _ArrayUnpickler(io.BytesIO(pickle.dumps(os.getcwd))).load()

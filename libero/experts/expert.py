@@ -12,12 +12,12 @@ from __future__ import annotations
 import numpy as np
 
 from cogvla.envs.execution_noise import ExecutionNoise
+from cogvla.libero.env import LiberoEnv
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import Move, turn_left
 from cogvla.libero.experts.plan import Subgoal, subgoals
 from cogvla.libero.experts.skills import PHASES, carry_out, is_done
 from cogvla.libero.experts.view import View
-from cogvla.libero.suites import LiberoEnv
 
 POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
 """Metres and radians at action 1.0."""

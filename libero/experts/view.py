@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.libero.simulation import Predicate, Scene
+from cogvla.libero.installation import Predicate
+from cogvla.libero.simulation import Scene
 
 FINGER_OPEN = 0.04
 """Of each finger, from the middle."""
