@@ -201,8 +201,10 @@ class Objective(nn.Module):
         self.reading = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs)) if config.reading else None
         self.pointer = Pointer(width, model.vision.grid) if config.pointer else None
         self.mask = TokenMask(config.masking, config.mask_pool, width) if config.masking else None
-        assert teacher is not None or not config.distillation
-        self.distillation = Distillation(teacher, model) if teacher is not None and config.distillation else None
+        self.distillation: Distillation | None = None
+        if config.distillation:
+            assert teacher is not None, "whoever builds an objective that distils loads its teacher"
+            self.distillation = Distillation(teacher, model)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses as scalars: `loss` (to minimise), `action_l1` (or what the head measures), with labels those of the

@@ -20,7 +20,7 @@ with the teacher's tokens for the discrete one. It counts for samples with anoth
 no expert to imitate, but the teacher answers.
 
 The teacher is a checkpoint of the same policy for the same data, with its token router taken out; its own stages 1 and
-2 stay as it was trained. For a teacher with really all tokens in all layers, train it with routing=patches. It is
+2 stay as they were trained. For a teacher with really all tokens in all layers, train it with routing=patches. It is
 frozen, and not part of what is saved; training goes on from a checkpoint only with the same teacher.
 
 Tokens that a router makes anew (-1 in `RoutedTokens.index_BK`) are nowhere in the teacher: with pooling, attention is

@@ -48,6 +48,7 @@ class AttentionDiversity:
         self.terms.append(call(tower.recompute, _block_similarity, tower.vit.blocks[index], x_XSW, rows))
 
     def loss(self) -> Tensor:
+        """Mean over the blocks of both towers, between 0 and 1."""
         return torch.stack(self.terms).mean()
 
 
