@@ -50,6 +50,7 @@ from cogvla.libero.router_page import render_comparison
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.parallel import use_threads
 
 REGIMES = ("plug_in", "fine_tuned")
 QUICK: dict[str, Any] = {
@@ -80,8 +81,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         raise ValueError("budgets is empty; give shares of the tokens, such as [0.5,0.25]")
     for module in values["imports"]:
         importlib.import_module(module)
-    if values["threads"] is not None:
-        torch.set_num_threads(values["threads"])
+    use_threads(values["threads"], values["evaluation"]["workers"])
     suite = configured_suite(values["suite"], values["libero"])
     changes = {key: value for key, value in values["evaluation"].items() if key not in ("protocol", "workers")}
     try:

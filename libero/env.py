@@ -12,6 +12,7 @@ the fixed ones too; recorders use those.
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,9 +176,11 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             self._scenes.move_to_end(problem.scene)
             return self._scenes[problem.scene]
         while len(self._scenes) >= KEPT_SCENES:
-            oldest, _ = self._scenes.popitem(last=False)
+            oldest = next(iter(self._scenes))
+            del self._scenes[oldest]
             if oldest in self._renderers:
                 self._renderers.pop(oldest).close()
+            gc.collect()  # robosuite's objects know each other, and Python does not see how large a scene is
         meshes = None if self.settings.robot_meshes is None else Path(self.settings.robot_meshes)
         render = partial(self._sampled_image, problem.scene) if self._rendering else None
         self._scenes[problem.scene] = Scene(

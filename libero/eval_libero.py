@@ -178,7 +178,8 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
         router = None if config.router.name is None else RouterConfig(**values)
     except TypeError as error:
         raise ValueError(f"configuration router: {error}") from error
-    return open_policy(config.checkpoint, config.device, config.threads, engine, router)
+    beside = config.workers if config.ray is None else 0
+    return open_policy(config.checkpoint, config.device, config.threads, engine, router, beside)
 
 
 if __name__ == "__main__":

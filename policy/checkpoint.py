@@ -31,6 +31,7 @@ from cogvla.policy.empty_model import empty_model
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model import CogVLA
+from cogvla.policy.parallel import use_threads
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.tokenizer import PretrainedTokenizer, tokenizer_from_dict
@@ -214,18 +215,18 @@ def open_policy(
     threads: int | None = None,
     engine: EngineConfig | None = None,
     router: RouterConfig | None = None,
+    beside: int = 0,
 ) -> tuple[CogVLAPolicy, dict[str, str]]:
     """What commands do with `checkpoint=FOLDER`: the policy, and the hash that tells its weights from others.
 
     Args:
         folder: see `load_policy`.
         device: None: cuda where there is one, else cpu.
-        threads: of torch; None: its own choice.
+        threads, beside: see `use_threads`.
         engine: what runs it; None: the default one.
         router: see `load_policy`.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads, beside)
     policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router)
     policy = policy.with_engine(engine or EngineConfig(), release=True)
     with (Path(folder) / WEIGHTS).open("rb") as weights:

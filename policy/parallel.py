@@ -7,6 +7,7 @@ threads are enough; gradients are summed in a fixed order, so that results do no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def use_threads(wanted: int | None, beside: int = 0) -> None:
+    """Give torch its threads.
+
+    Args:
+        wanted: how many; None: torch's own choice, without the cores of the processes beside it. Threads that have to
+            wait for a core hold up all others of an operation: with two environments on two cores, two threads were
+            found to take ten times as long for a chunk as one.
+        beside: processes that keep a core busy each.
+    """
+    if wanted is None and beside:
+        wanted = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - beside))
+    if wanted is not None:
+        torch.set_num_threads(wanted)
 
 
 class ParallelGradients:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -330,9 +331,11 @@ def test_images_on_demand(goal: LiberoEnv) -> None:
 def test_scenes_in_memory_are_bounded() -> None:
     env = LiberoEnv("libero_object", LEAN, 32, render=False)
     first, _ = reset(env, 0, 0)
+    oldest = weakref.ref(env.scene)
     for task in range(1, KEPT_SCENES + 1):
         reset(env, task, 0)
         assert len(env._scenes) <= KEPT_SCENES
+    assert oldest() is None, "a scene that is not kept takes no memory"
     again, _ = reset(env, 0, 0)
     assert np.array_equal(first["state"], again["state"])
     env.close()
