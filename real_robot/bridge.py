@@ -20,50 +20,21 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
-from cogvla.policy.interface import ActionChunk, Embodiment, Observation
-from cogvla.real_robot.async_client import Answer, UnavailableError
+from cogvla.policy.interface import ActionChunk, Embodiment
+from cogvla.real_robot.async_client import UnavailableError
 from cogvla.real_robot.client import EventLoopThread
 from cogvla.real_robot.control_loop import Command, ControlLoop, Request, State
+from cogvla.real_robot.front_end import AsksPolicy, FrontEnd
 from cogvla.real_robot.measurements import Measurements
 from cogvla.real_robot.settings import LoopSettings, RobotConfig
-
-
-class FrontEnd(Protocol):
-    """A robot: its sensors, its controller, and its operator's buttons."""
-
-    def start(self, bridge: Bridge) -> None:
-        """From now on call the bridge with whatever arrives, from any thread."""
-        ...
-
-    def send(self, action_A: np.ndarray, dry_run: bool) -> None:
-        """Send a command [A] to the controller, or only show it in a dry run. Quick; called under the bridge's lock."""
-        ...
-
-    def show(self, diagnostics: Mapping[str, Any]) -> None:
-        """Publish `Bridge.diagnostics`."""
-        ...
-
-    def close(self) -> None:
-        """Call the bridge no more, and leave the robot as it is."""
-        ...
-
-
-class AsksPolicy(Protocol):
-    """`ReconnectingClient`, or a stand-in."""
-
-    async def infer(
-        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
-    ) -> Answer: ...
-
-    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
