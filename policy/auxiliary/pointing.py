@@ -98,7 +98,7 @@ class Pointer(nn.Module):
         points_BV22: Tensor,
         weight_BV2: Tensor,
     ) -> Tensor:
-        """Mean cross-entropy over the points that a token has; 0 where there is none.
+        """Mean cross-entropy; a point that no token has counts as 0.
 
         Args:
             states_BJD: of the action tokens.
@@ -111,8 +111,5 @@ class Pointer(nn.Module):
         if kept_BN is not None:
             index_B2N = kept_BN.clamp(min=0)[:, None].expand(-1, 2, -1)
             weight_B2N = weight_B2N.gather(2, index_B2N) * (kept_BN >= 0)[:, None]
-        total_B2 = weight_B2N.sum(-1)
-        has_B2 = (total_B2 > 0).float()
-        target_B2N = weight_B2N / total_B2.clamp(min=1e-6)[..., None]
-        cross_entropy_B2 = -(target_B2N * self.logits(states_BJD, vision_BND).log_softmax(-1)).sum(-1)
-        return (cross_entropy_B2 * has_B2).sum() / has_B2.sum().clamp(min=1)
+        target_B2N = weight_B2N / weight_B2N.sum(-1, keepdim=True).clamp(min=1e-6)
+        return -(target_B2N * self.logits(states_BJD, vision_BND).log_softmax(-1)).sum(-1).mean()
