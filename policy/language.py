@@ -11,17 +11,15 @@ D width, H heads, G key/value heads, E head width, U = 2E.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from cogvla.policy.config import LanguageConfig, RoutingConfig
+from cogvla.policy.language_layer import Frame, attention_rows, joined_turn, normed, run_layer
 from cogvla.policy.recompute import call
 from cogvla.routing.attention import additive, attention_mask
 from cogvla.routing.layout import TokenLayout
@@ -171,9 +169,9 @@ class RoutedDecoder(nn.Module):
             count = min(keep_count(context.layout.vision, ratio), now.layout.vision)
             chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count)
         if chosen is None:
-            return _layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout)), now, None
+            return run_layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout)), now, None
         frame = context.pruned(chosen, before=now)
-        out_BSD = _layer(
+        out_BSD = run_layer(
             layer,
             take_rows(x_BSD, chosen.rows),
             take_rows(h_BSD, chosen.rows),
@@ -198,26 +196,6 @@ class RoutedDecoder(nn.Module):
         before_B1D = read_BQD.gather(1, context.last_word_B11.expand(-1, -1, read_BQD.shape[-1]))
         first = layout.actions.start - layout.state.start
         return torch.cat((before_B1D, read_BQD[:, first : first + layout.action - 1]), dim=1)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What attention needs for one set of tokens; `turn` is cosine and sine, which carries the rotation's sign.
-
-    `seen` is False for vision tokens that a router hides; None: all are seen.
-    """
-
-    layout: TokenLayout
-    mask_B1SS: Tensor
-    turn_BSU: Tensor
-    seen_BN: Tensor | None = None
-
-    def hiding(self, seen_BN: Tensor) -> Frame:
-        """The same frame in which nothing attends to the vision tokens that are not seen."""
-        layout, size = self.layout, self.layout.length
-        seen_BS = F.pad(seen_BN, (layout.visual.start, size - layout.visual.stop), value=True)
-        mask_B1SS = self.mask_B1SS.masked_fill(~seen_BS[:, None, None], float("-inf"))
-        return Frame(layout, mask_B1SS, self.turn_BSU, seen_BN)
 
 
 class DecoderContext:
@@ -247,7 +225,7 @@ class DecoderContext:
         self.last_word_B11 = (text_mask_BT * word_T).amax(1)[:, None, None]
         # Rotations of positions 0..S-1, looked up by every layer: no position is larger.
         positions_1S = torch.arange(layout.length + max(gap, 0), device=like.device)[None]
-        self._rotary = lambda position_BN: _turn(*decoder.llm.rotary_emb(like, position_BN))
+        self._rotary = lambda position_BN: joined_turn(*decoder.llm.rotary_emb(like, position_BN))
         self.turn_SU = self._rotary(positions_1S)[0]
         self.whole = self._numbered(layout, 0, self.mask_B1SS)
         self._masks: dict[int, Tensor] = {}
@@ -274,63 +252,3 @@ class DecoderContext:
     def _numbered(self, layout: TokenLayout, fewer: int, mask_B1SS: Tensor) -> Frame:
         position_BS = self.position_BS[:, fewer:] - fewer
         return Frame(layout, mask_B1SS, self.turn_SU[position_BS])
-
-
-def _layer(
-    layer: Any,
-    x_BSD: Tensor,
-    h_BSD: Tensor,
-    frame: Frame,
-    *,
-    factor_BS1: Tensor | None = None,
-    scale_values: bool = False,
-    rows: slice | None = None,
-) -> Tensor:
-    """One transformer layer on residual `x` and its normalised form `h`; of the output, only `rows` are computed."""
-    rows = rows or slice(None)
-    attention = layer.self_attn
-    head_width, split = frame.turn_BSU.shape[-1] // 2, "b s (h e) -> b h s e"
-    q_BHQE, k_BGSE = _queries_and_keys(attention, h_BSD, frame, rows)
-    v_BSD = attention.v_proj(h_BSD)
-    v_BGSE = rearrange(v_BSD * factor_BS1 if scale_values and factor_BS1 is not None else v_BSD, split, e=head_width)
-    if groups := q_BHQE.shape[1] // k_BGSE.shape[1] - 1:
-        k_BGSE, v_BGSE = (t.repeat_interleave(groups + 1, dim=1) for t in (k_BGSE, v_BGSE))
-    o_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BGSE, v_BGSE, attn_mask=frame.mask_B1SS[:, :, rows])
-    x_BQD = x_BSD[:, rows] + attention.o_proj(rearrange(o_BHQE, "b h q e -> b q (h e)"))
-    out_BQD = layer.mlp(normed(layer.post_attention_layernorm, x_BQD))
-    return x_BQD + out_BQD if factor_BS1 is None else torch.addcmul(x_BQD, out_BQD, factor_BS1[:, rows])
-
-
-def _queries_and_keys(attention: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> tuple[Tensor, Tensor]:
-    """Rotated queries of some rows and keys of all."""
-    cos_B1SE, sin_B1SE = frame.turn_BSU[:, None].chunk(2, dim=-1)
-    head_width, split = cos_B1SE.shape[-1], "b s (h e) -> b h s e"
-    q_BHQE = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
-    k_BGSE = rearrange(attention.k_proj(h_BSD), split, e=head_width)
-    return _rotate(q_BHQE, cos_B1SE[:, :, rows], sin_B1SE[:, :, rows]), _rotate(k_BGSE, cos_B1SE, sin_B1SE)
-
-
-def attention_rows(layer: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> Tensor:
-    """Attention [B,Q,S], float32 mean over heads, with which these rows would look at everything in this layer."""
-    q_BHQE, k_BGSE = _queries_and_keys(layer.self_attn, h_BSD, frame, rows)
-    k_BHSE = k_BGSE.repeat_interleave(q_BHQE.shape[1] // k_BGSE.shape[1], dim=1)
-    logits_BHQS = (q_BHQE @ k_BHSE.mT).float() * math.sqrt(1 / q_BHQE.shape[-1])
-    return (logits_BHQS + frame.mask_B1SS[:, :, rows].float()).softmax(-1).mean(1)
-
-
-def _turn(cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
-    """Cosine and sine as one, the first half of the sine negated, see `_rotate`."""
-    first_BSF, second_BSF = sin_BSE.chunk(2, dim=-1)
-    return torch.cat((cos_BSE, -first_BSF, second_BSF), dim=-1)
-
-
-def normed(norm: Any, x: Tensor) -> Tensor:
-    """The layer's own RMSNorm, in one operation where weight and input have one precision (autocast mixes them)."""
-    if norm.weight.dtype != x.dtype:
-        return norm(x)
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in Llama's half-split form; `sin` has its first half negated."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogvla.policy import layer_router
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.flops import TOTAL, count_flops
-from cogvla.policy.language import attention_rows, normed
+from cogvla.policy.language_layer import attention_rows, normed
 from cogvla.policy.model import CogVLA
 from cogvla.policy.schedule_objective import schedule_objective
 from cogvla.policy.token_router import PolicyRouter

@@ -1,0 +1,98 @@
+"""One layer of an unmodified transformers Llama or Qwen2, with our mask, our positions and only the rows that are read.
+
+Shape legend: B batch, S sequence, Q query rows, N vision tokens, D width, H heads, G key/value heads, E head width,
+F = E/2, U = 2E.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from cogvla.routing.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What attention needs for one set of tokens; `turn` is cosine and sine, which carries the rotation's sign.
+
+    `seen` is False for vision tokens that a router hides; None: all are seen.
+    """
+
+    layout: TokenLayout
+    mask_B1SS: Tensor
+    turn_BSU: Tensor
+    seen_BN: Tensor | None = None
+
+    def hiding(self, seen_BN: Tensor) -> Frame:
+        """The same frame in which nothing attends to the vision tokens that are not seen."""
+        layout, size = self.layout, self.layout.length
+        seen_BS = F.pad(seen_BN, (layout.visual.start, size - layout.visual.stop), value=True)
+        mask_B1SS = self.mask_B1SS.masked_fill(~seen_BS[:, None, None], float("-inf"))
+        return Frame(layout, mask_B1SS, self.turn_BSU, seen_BN)
+
+
+def run_layer(
+    layer: Any,
+    x_BSD: Tensor,
+    h_BSD: Tensor,
+    frame: Frame,
+    *,
+    factor_BS1: Tensor | None = None,
+    scale_values: bool = False,
+    rows: slice | None = None,
+) -> Tensor:
+    """One transformer layer on residual `x` and its normalised form `h`; of the output, only `rows` are computed."""
+    rows = rows or slice(None)
+    attention = layer.self_attn
+    head_width, split = frame.turn_BSU.shape[-1] // 2, "b s (h e) -> b h s e"
+    q_BHQE, k_BGSE = _queries_and_keys(attention, h_BSD, frame, rows)
+    v_BSD = attention.v_proj(h_BSD)
+    v_BGSE = rearrange(v_BSD * factor_BS1 if scale_values and factor_BS1 is not None else v_BSD, split, e=head_width)
+    if groups := q_BHQE.shape[1] // k_BGSE.shape[1] - 1:
+        k_BGSE, v_BGSE = (t.repeat_interleave(groups + 1, dim=1) for t in (k_BGSE, v_BGSE))
+    o_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BGSE, v_BGSE, attn_mask=frame.mask_B1SS[:, :, rows])
+    x_BQD = x_BSD[:, rows] + attention.o_proj(rearrange(o_BHQE, "b h q e -> b q (h e)"))
+    out_BQD = layer.mlp(normed(layer.post_attention_layernorm, x_BQD))
+    return x_BQD + out_BQD if factor_BS1 is None else torch.addcmul(x_BQD, out_BQD, factor_BS1[:, rows])
+
+
+def _queries_and_keys(attention: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> tuple[Tensor, Tensor]:
+    """Rotated queries of some rows and keys of all."""
+    cos_B1SE, sin_B1SE = frame.turn_BSU[:, None].chunk(2, dim=-1)
+    head_width, split = cos_B1SE.shape[-1], "b s (h e) -> b h s e"
+    q_BHQE = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
+    k_BGSE = rearrange(attention.k_proj(h_BSD), split, e=head_width)
+    return _rotate(q_BHQE, cos_B1SE[:, :, rows], sin_B1SE[:, :, rows]), _rotate(k_BGSE, cos_B1SE, sin_B1SE)
+
+
+def attention_rows(layer: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> Tensor:
+    """Attention [B,Q,S], float32 mean over heads, with which these rows would look at everything in this layer."""
+    q_BHQE, k_BGSE = _queries_and_keys(layer.self_attn, h_BSD, frame, rows)
+    k_BHSE = k_BGSE.repeat_interleave(q_BHQE.shape[1] // k_BGSE.shape[1], dim=1)
+    logits_BHQS = (q_BHQE @ k_BHSE.mT).float() * math.sqrt(1 / q_BHQE.shape[-1])
+    return (logits_BHQS + frame.mask_B1SS[:, :, rows].float()).softmax(-1).mean(1)
+
+
+def joined_turn(cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
+    """Cosine and sine as one, the first half of the sine negated, as layers read it."""
+    first_BSF, second_BSF = sin_BSE.chunk(2, dim=-1)
+    return torch.cat((cos_BSE, -first_BSF, second_BSF), dim=-1)
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """The layer's own RMSNorm, in one operation where weight and input have one precision (autocast mixes them)."""
+    if norm.weight.dtype != x.dtype:
+        return norm(x)
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in Llama's half-split form; `sin` has its first half negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
