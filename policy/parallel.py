@@ -22,8 +22,8 @@ def use_threads(wanted: int | None, beside: int = 0) -> None:
 
     Args:
         wanted: how many; None: torch's own choice, without the cores of the processes beside it. Threads that have to
-            wait for a core hold up all others of an operation: with two environments on two cores, two threads were
-            found to take ten times as long for a chunk as one.
+            wait for a core hold up all others of an operation: beside two environments on two cores, rollouts were
+            1.6 times as fast with one thread as with two (docs/benchmarks.md).
         beside: processes that keep a core busy each.
     """
     if wanted is None and beside:
