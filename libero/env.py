@@ -119,12 +119,12 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     @property
     def scene(self) -> Scene:
-        if self._task < 0:
-            raise ValueError("call reset() first")
         return self._scenes[self.problem.scene]
 
     @property
     def problem(self) -> Problem:
+        if self._task < 0:
+            raise ValueError("call reset() first")
         return self._problem(self._task)
 
     @property
@@ -279,7 +279,6 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def render_camera(self, name: str, height: int, width: int) -> np.ndarray:
         """An image uint8 [H,W,3] of the current state at any size, turned as observations are."""
-        assert self.scene is not None, "`scene` raises before the first reset"
         return self._image(self.problem.scene, name, height, width)
 
     def _image(self, scene: str, name: str, height: int, width: int) -> np.ndarray:

@@ -42,6 +42,7 @@ from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model import CogVLA
 from cogvla.policy.objective import Objective, ObjectiveConfig
+from cogvla.policy.parallel import use_threads
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.pretrained import load_backbones, load_base
@@ -62,8 +63,7 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Record, train, evaluate; returns what it writes to `output/summary.json`."""
     values = plain(config)
-    if values["threads"] is not None:
-        torch.set_num_threads(values["threads"])
+    use_threads(values["threads"])
     output = Path(values["output"])
     # Everything that can be wrong with the configuration is said before anything takes time.
     embodiment = _built(Embodiment, values, "embodiment")
@@ -96,6 +96,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     if not processes.is_main_process:
         return result
     if suite is not None and values["evaluation"] is not None:
+        use_threads(values["threads"], values["evaluation"]["workers"])
         with _timed(seconds, "evaluation"):
             report = _evaluate(
                 load_policy(output / "policy").with_engine(engine_config),

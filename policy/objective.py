@@ -267,7 +267,8 @@ class Objective(nn.Module):
             return vision_BND
         if self.mask is not None:
             vision_BND = self.mask(vision_BND, draw_B2[:, 0])
-        return hide(vision_BND, self.config.vision_dropout, draw_B2[:, 0])
+        share = self.config.vision_dropout
+        return hide(vision_BND, share, draw_B2[:, 0]) if share else vision_BND
 
 
 def masked_l1(predicted_BKA: Tensor, expert_BKA: Tensor, weight_BK: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from cogvla.policy.parallel import ParallelGradients
+from cogvla.policy.parallel import ParallelGradients, use_threads
 
 
 def _losses(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -42,3 +43,17 @@ def test_unused_and_frozen_parameters_get_none() -> None:
     assert model[0].weight.grad is not None
     assert model[1].weight.grad is None
     assert model[2].weight.grad is None
+
+
+@pytest.mark.parametrize(("wanted", "beside", "threads"), [(None, 0, 4), (None, 3, 1), (None, 1, 3), (2, 3, 2)])
+def test_processes_beside_keep_their_cores(
+    monkeypatch: pytest.MonkeyPatch, wanted: int | None, beside: int, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
+    torch.set_num_threads(4)
+    try:
+        use_threads(wanted, beside)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
