@@ -2,10 +2,11 @@
 
         worker 1: | reset | chunk of steps | wait | chunk of steps | ...
         worker 2:   | reset | chunk of steps | wait | chunk ...             each plays its episodes one after the other
-        policy:              [1]          [2]      [1,2] ...                a batch is whoever waits at that moment
+        policy:              [1]          [2]      [1,2] ...                a batch is half of the workers, or more
 
-Evaluation, rollouts during training and benchmarks all go through `rollout`. Which environments share a batch depends
-on timing; the numbers of an episode do not, but for the rounding of batched arithmetic.
+While one half of the workers is answered, the other half plays; nobody is kept waiting for longer than an inference
+takes. Evaluation, rollouts during training and benchmarks all go through `rollout`. Which environments share a batch
+depends on timing; the numbers of an episode do not, but for the rounding of batched arithmetic.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from cogvla.envs.workers import LocalWorker, ProcessWorker, Worker
 from cogvla.policy.chunking import Chunker, OpenLoop, TemporalEnsemble
 from cogvla.policy.interface import Embodiment, Observation, Policy
 
-__all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "rollout"]
+__all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "patience", "rollout"]
 
 _log = logging.getLogger(__name__)
 ATTEMPTS = 2
@@ -149,6 +150,7 @@ class _Slot:
     asked_at: float = field(default_factory=time.perf_counter)
     inference_ms: list[float] = field(default_factory=list)
     batch: list[int] = field(default_factory=list)
+    observed: Observed | None = None  # waits for a chunk
     result: EpisodeResult | None = None  # the episode is over and is being filmed
     idle: bool = False
 
@@ -192,6 +194,7 @@ class _Loop:
         self._workers = min(workers, len(episodes))
         self._slots: list[_Slot] = []
         self._built, self._lost_starts = False, 0  # an environment could be built; workers lost before theirs was
+        self._inference_s = 0.0  # of the last batch
 
     def start(self) -> None:
         for _ in range(self._workers):
@@ -204,7 +207,6 @@ class _Loop:
     def run(self, choose_video: Callable[[EpisodeResult], Path | None] | None) -> Iterator[EpisodeResult]:
         self._policy.reset()
         while not all(slot.idle for slot in self._slots):
-            waiting: list[tuple[_Slot, Observed]] = []
             for slot, reply in self._replies():
                 match reply:
                     case Ready():
@@ -212,7 +214,7 @@ class _Loop:
                         self._built = True
                         self._next_episode(slot)
                     case Observed():
-                        waiting.append((slot, reply))
+                        slot.observed, slot.asked_at = reply, time.perf_counter()
                     case Finished():
                         result = self._result(slot, reply)
                         path = choose_video(result) if choose_video else None
@@ -228,23 +230,29 @@ class _Loop:
                         self._next_episode(slot)
                     case Failed():
                         yield from self._failed(slot, reply)
-            if waiting:
-                yield from self._act(waiting)
+            if self._patience() <= 0:
+                yield from self._act([slot for slot in self._slots if slot.observed is not None])
+
+    def _patience(self) -> float:
+        since = [slot.asked_at for slot in self._slots if slot.observed is not None]
+        busy = sum(not slot.idle for slot in self._slots)
+        return patience(since, busy, self._inference_s, time.perf_counter()) if since else 1.0
 
     def _replies(self) -> list[tuple[_Slot, Reply]]:
-        """At least one reply, and every other one that has arrived by now."""
-        busy = [slot for slot in self._slots if not slot.idle]
-        connections = [slot.worker.connection for slot in busy if slot.worker.connection is not None]
+        """Every reply that has arrived by now; at least one, unless that takes longer than there is patience."""
+        playing = [slot for slot in self._slots if not slot.idle and slot.observed is None]
+        connections = [slot.worker.connection for slot in playing if slot.worker.connection is not None]
         if not connections:
-            return [(slot, slot.worker.receive()) for slot in busy]
-        while True:
-            ready = set(map(id, wait(connections, timeout=1.0)))
+            return [(slot, slot.worker.receive()) for slot in playing]
+        while (patience := self._patience()) > 0:
+            ready = set(map(id, wait(connections, timeout=min(patience, 1.0))))
             if ready:
-                return [(slot, slot.worker.receive()) for slot in busy if id(slot.worker.connection) in ready]
-            for slot in busy:
+                return [(slot, slot.worker.receive()) for slot in playing if id(slot.worker.connection) in ready]
+            for slot in playing:
                 if time.perf_counter() - slot.asked_at > self._settings.timeout_s:
                     _log.warning("a worker has not answered for %.0f s and is ended", self._settings.timeout_s)
                     slot.worker.kill()
+        return []
 
     def _check(self, ready: Ready) -> None:
         embodiment: Embodiment = self._policy.embodiment
@@ -271,25 +279,26 @@ class _Loop:
         self._chunker.reset(id(slot))
         slot.send(Play(slot.spec))
 
-    def _act(self, waiting: list[tuple[_Slot, Observed]]) -> Iterator[EpisodeResult]:
+    def _act(self, waiting: list[_Slot]) -> Iterator[EpisodeResult]:
+        seen = [slot.observed for slot in waiting if slot.observed is not None]
         observation = Observation(
-            images={name: np.stack([o.images[name] for _, o in waiting]) for name in waiting[0][1].images},
-            state=np.stack([o.state for _, o in waiting]),
-            instruction=[o.instruction for _, o in waiting],
+            images={name: np.stack([o.images[name] for o in seen]) for name in seen[0].images},
+            state=np.stack([o.state for o in seen]),
+            instruction=[o.instruction for o in seen],
         )
         started = time.perf_counter()
         chunks_NKA = np.asarray(self._policy.act(observation).actions)
-        inference_ms = (time.perf_counter() - started) * 1e3
-        planned_NTA = self._chunker.plan([id(slot) for slot, _ in waiting], chunks_NKA)
+        self._inference_s = time.perf_counter() - started
+        planned_NTA = self._chunker.plan([id(slot) for slot in waiting], chunks_NKA)
         finite_N = np.isfinite(planned_NTA).all(axis=(1, 2))
-        for row in np.flatnonzero(
-            finite_N
-        ).tolist():  # first send everything, so that no robot waits for the bookkeeping
-            waiting[row][0].send(Advance(planned_NTA[row]))
-        for row, (slot, _) in enumerate(waiting):
-            slot.inference_ms.append(inference_ms)
+        for slot, planned_TA, finite in zip(waiting, planned_NTA, finite_N, strict=True):
+            slot.observed = None
+            if finite:  # first send everything, so that no robot waits for the bookkeeping
+                slot.send(Advance(planned_TA))
+        for slot, finite in zip(waiting, finite_N, strict=True):
+            slot.inference_ms.append(self._inference_s * 1e3)
             slot.batch.append(len(waiting))
-            if not finite_N[row]:
+            if not finite:
                 yield self._error(slot, "the policy answered with NaN or infinite actions")
                 self._next_episode(slot)
 
@@ -344,6 +353,21 @@ class _Loop:
             attempts=slot.attempt,
             wall_s=time.perf_counter() - slot.started,
         )
+
+
+def patience(waiting_since: Sequence[float], playing: int, inference_s: float, now: float) -> float:
+    """Seconds for which a larger batch may be waited for; 0 or less: act now.
+
+    With half of them waiting, the policy and the environments never wait for each other. With fewer, a larger batch is
+    worth as long a wait as an inference takes: waiting and not waiting cost at most twice the better of the two.
+
+    Args:
+        waiting_since: when those that wait for a chunk began to, in seconds; at least one.
+        playing: environments that play, those that wait among them.
+        inference_s: how long the last batch took.
+        now: on the same clock.
+    """
+    return 0.0 if 2 * len(waiting_since) >= playing else min(waiting_since) + inference_s - now
 
 
 def _last_line(text: str) -> str:

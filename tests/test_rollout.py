@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvla.envs.rollout import EpisodeResult, EpisodeSpec, RolloutSettings, rollout
+from cogvla.envs.rollout import EpisodeResult, EpisodeSpec, RolloutSettings, patience, rollout
 from cogvla.envs.suite import Suite
 from cogvla.policy.interface import ActionChunk, Camera, Observation, Policy
 from cogvla.tests.point_suite import (
@@ -72,10 +72,19 @@ def test_every_chunk_knows_its_batch() -> None:
     assert sum(policy.batches) == sum(len(r.batch) for r in results.values())
 
 
-def test_no_lock_step() -> None:
-    """While one environment is slow, the other one goes on playing."""
+def test_a_batch_is_half_of_those_that_play_or_what_an_inference_brings() -> None:
+    assert patience([5.0], playing=1, inference_s=9.0, now=5.0) == 0
+    assert patience([5.0, 6.0], playing=4, inference_s=9.0, now=6.0) == 0
+    assert patience([5.0, 6.0], playing=5, inference_s=0.5, now=5.25) == 0.25
+    assert patience([5.0, 6.0], playing=5, inference_s=0.5, now=6.0) < 0
+
+
+@pytest.mark.parametrize("workers", [2, 3])  # with three, the one that goes on is less than half
+def test_no_lock_step(workers: int) -> None:
+    """While other environments are slow, one goes on playing."""
     slow = toy_suite(fault="hang", at=(0, 0))
-    episodes = rollout(ToyPolicy(), slow, [EpisodeSpec(0, 0), *[EpisodeSpec(1, n) for n in range(8)]], workers=2)
+    hanging = [EpisodeSpec(0, 0)] * (workers - 1)
+    episodes = rollout(ToyPolicy(), slow, [*hanging, *[EpisodeSpec(1, n) for n in range(8)]], workers=workers)
     finished = [next(episodes) for _ in range(8)]
     episodes.close()  # type: ignore[attr-defined]
     assert {r.task for r in finished} == {1}

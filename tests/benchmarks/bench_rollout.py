@@ -25,9 +25,9 @@ options = parser.parse_args()
 
 policy, _ = open_policy(options.checkpoint, threads=options.threads)
 suite = get_suite(options.suite)
-protocol = load_protocol(suite.protocol)
-specs = protocol.episodes(suite, None, None, (1, 1))
-specs = specs[:: max(1, len(specs) // options.episodes)][: options.episodes]
+per_task = -(-options.episodes // len(suite.tasks))
+protocol = load_protocol(suite.protocol, episodes_per_task=per_task)
+specs = protocol.episodes(suite, None, None, (1, 1))[: options.episodes]
 print(f"{suite.name}, {len(specs)} episodes, {torch.get_num_threads()} torch thread(s)")
 print(f"{'workers':>8}{'steps/s':>10}{'times':>8}{'inference':>11}{'batch':>7}{'success':>9}")
 base = 0.0
