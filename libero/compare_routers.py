@@ -191,6 +191,8 @@ class _Comparison:
     def _train(self, cell: Cell, folder: Path) -> Path:
         """Train the policy with this router, in a process of its own; goes on where it was stopped."""
         overrides = [f"base={self.values['checkpoint']}", "routing=router", f"suite={self.suite.name}"]
+        own = {key: value for key, value in asdict(self.policy.model.config.routing).items() if key != "router"}
+        overrides += [f"routing.{key}={_written(value)}" for key, value in own.items()]
         overrides += [f"routing.router.{key}={_written(value)}" for key, value in asdict(cell.router).items()]
         overrides += ["evaluation=null", f"output={folder}", *self.values["recipe"]]
         done = subprocess.run([sys.executable, "-m", "cogvla.libero.train_policy", *overrides], check=False)

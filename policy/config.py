@@ -156,7 +156,8 @@ class RoutingConfig:
 
     Attributes:
         efa: stage 1. Off: plain patch tokens, channels of both towers joined, one projector.
-        fusion: how stage 1 brings the streams together, `mix`, `sum` or `concat`.
+        film: without stage 1, the instruction modulates the towers all the same, whose patches stay (OpenVLA-OFT+).
+        fusion: how streams that know the instruction are brought together, `mix`, `sum` or `concat`.
         summary: what the instruction's summary is the mean of: `words`, or `faithful` (bos and stop included).
         film_init: see `routing.film.FiLM`.
         lfp: stage 2. Off: every layer sees all vision tokens.
@@ -171,6 +172,7 @@ class RoutingConfig:
     """
 
     efa: bool = True
+    film: bool = False
     fusion: Literal["mix", "sum", "concat"] = "mix"
     summary: Literal["words", "faithful"] = "words"
     film_init: float | None = None

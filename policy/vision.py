@@ -119,8 +119,9 @@ class VisionTower(nn.Module):
         self.register_buffer("offset", mean / std, persistent=False)
         self.film: FiLM | None = None
         self.aggregation: AggregationTokens | None = None
-        if routing.efa:
+        if routing.efa or routing.film:
             self.film = FiLM(summary_width, self.width, self.computed, routing.film_init)
+        if routing.efa:
             self.aggregation = AggregationTokens(config.aggregation_tokens, self.width)
 
     def embedding(self) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,7 @@ class VisionTower(nn.Module):
         probe: Probe | None = None,
         observer: Observer | None = None,
     ) -> Tensor:
-        """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without EFA), to tokens [X,N,W].
+        """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without FiLM), to tokens [X,N,W].
 
         A list given as `gaze` receives where the aggregation tokens look in the last block: the logarithm of their
         attention to the patches, [X,h,M,P]. Without EFA, a `probe` is shown every block; an `observer` always is.
@@ -152,32 +153,29 @@ class VisionTower(nn.Module):
         else:
             x = torch.cat((*prefix, x), dim=1) + vit.pos_embed
         x = vit.norm_pre(x)
-        if self.aggregation is None or film is None:
-            for index, block in enumerate(vit.blocks[: self.computed]):
-                if probe is not None:
-                    probe(index, block, x)
-                if observer is not None:
-                    observer(self, index, x)
-                x = call(self.recompute, block, x)
-            return x[:, vit.num_prefix_tokens :]
-        x = self.aggregation.append_to(x)
-        for index in range(self.computed):
+        if self.aggregation is not None:
+            x, probe = self.aggregation.append_to(x), None
+        for index, block in enumerate(vit.blocks[: self.computed]):
+            if probe is not None:
+                probe(index, block, x)
             if observer is not None:
                 observer(self, index, x)
-            watch = gaze is not None and index == self.computed - 1
+            if film is None:
+                x = call(self.recompute, block, x)
+                continue
+            watch = gaze is not None and self.aggregation is not None and index == self.computed - 1
             x, log_attention_XhMP = call(self.recompute, self._block, index, x, film[0][index], film[1][index], watch)
             if gaze is not None and watch:
                 gaze.append(log_attention_XhMP)
-        return x
+        return x if self.aggregation is not None else x[:, vit.num_prefix_tokens :]
 
     def _block(
         self, index: int, x_XNW: Tensor, scale_B1W: Tensor, shift_B1W: Tensor, watch: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Block number `index` with FiLM; if asked for, also where the aggregation tokens look."""
-        assert self.aggregation is not None
         block, x, log_attention_XhMP = self.vit.blocks[index], x_XNW, None
         attended = block.norm1(x)
-        if index == self.computed - 1:
+        if self.aggregation is not None and index == self.computed - 1:
             x = self.aggregation.take_from(x)
             if watch:
                 log_attention_XhMN = _log_attention(block.attn, attended, rows=x.shape[1])
@@ -237,7 +235,7 @@ class VisionCondition:
 
     Attributes:
         embeddings: per tower, see `VisionTower.embedding`.
-        films: per tower `1 + scale` and shift [L,B,1,W]; None without EFA.
+        films: per tower `1 + scale` and shift [L,B,1,W]; None without FiLM.
         weights_B2: stream weights; None unless streams are mixed.
     """
 
@@ -259,7 +257,7 @@ class DualVision(nn.Module):
         self.towers = nn.ModuleDict(
             {name: VisionTower(config, tower, routing, image_size, width) for name, tower in towers.items()}
         )
-        fusion = routing.fusion if routing.efa else "concat"
+        fusion = routing.fusion if routing.efa or routing.film else "concat"
         self.fusion = StreamFusion([tower.width for tower in self._towers()], width, fusion)
         first = self._towers()[0]
         self.grid = (image_size[0] // first.patch_size, image_size[1] // first.patch_size)

@@ -44,6 +44,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "visual only": {"scale": "visual_only"},
     "interleaved": {"schedule": "interleave"},
     "without EFA": {"efa": False},
+    "FiLM on patches": {"efa": False, "film": True},
     "sum": {"fusion": "sum"},
     "concat": {"fusion": "concat"},
     "without LFP": {"lfp": False},

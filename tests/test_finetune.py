@@ -84,7 +84,9 @@ def test_fresh_adapters_change_nothing() -> None:
     torch.testing.assert_close(answers(model)[0], before)
 
 
-@pytest.mark.parametrize("routing", [{}, {"efa": False}, {"mode": "drop"}, {"scale": "all"}])
+@pytest.mark.parametrize(
+    "routing", [{}, {"efa": False}, {"efa": False, "film": True}, {"mode": "drop"}, {"scale": "all"}]
+)
 def test_merged_weights_compute_what_the_adapters_do(routing: dict[str, Any]) -> None:
     model, plain = adapted(**routing), tiny_model(seed=5, **routing).eval()
     base = tiny_model(**routing).eval()

@@ -25,6 +25,7 @@ ROUTINGS: list[dict[str, Any]] = [
     {"mode": "drop"},
     {"scale": "all"},
     {"efa": False},
+    {"efa": False, "film": True},
     {"lfp": False},
     {"fusion": "sum"},
     {"fusion": "concat"},

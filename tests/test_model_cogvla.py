@@ -15,6 +15,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "renumber": {"position_policy": "renumber", "scale": "all", "mode": "drop"},
     "faithful": {"position_policy": "renumber", "scale": "all", "summary": "faithful"},
     "no_efa": {"efa": False},
+    "film_patches": {"efa": False, "film": True},
     "no_lfp": {"lfp": False},
     "no_catten": {"attention": "causal"},
     "bidirectional": {"attention": "bidirectional"},

@@ -43,7 +43,7 @@ def test_ablations_switch_off_one_stage_each() -> None:
     ("change", "message"),
     [
         ({"rooting": {}}, r"unknown key rooting in model; valid keys are vision, language, head, routing"),
-        ({"routing": {"keep": 1}}, r"unknown key keep in model\.routing; valid keys are efa, fusion"),
+        ({"routing": {"keep": 1}}, r"unknown key keep in model\.routing; valid keys are efa, film, fusion"),
         ({"vision": {**MODEL["vision"], "dinov2": {"patch": 4}}}, r"model\.vision\.dinov2; valid keys are patch_size"),
         ({"language": {"width": 8}}, r"model\.language: .*missing.*vocab_size"),
         ({"head": 3}, r"model\.head must be a mapping"),

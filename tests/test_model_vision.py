@@ -52,9 +52,10 @@ def test_without_routing_a_tower_is_timms(style: str) -> None:
     torch.testing.assert_close(ours, expected.unflatten(0, (3, 2)).flatten(1, 2), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("efa", [True, False])
 @torch.inference_mode()
-def test_the_short_last_block_equals_the_whole_one() -> None:
-    model = tiny_model().eval()
+def test_film_goes_between_attention_and_mlp_and_the_short_last_block_equals_the_whole_one(efa: bool) -> None:
+    model = tiny_model(efa=efa, film=True).eval()
     inputs = tiny_input()
     text = model.encode_text(inputs.text_ids, inputs.text_mask)
     streams = model.vision.streams(inputs.pixels, text.vision)
@@ -63,14 +64,17 @@ def test_the_short_last_block_equals_the_whole_one() -> None:
         vit = tower.vit
         mean, std = tower.offset / tower.gain, 1 / tower.gain
         x = vit.patch_embed(((inputs.pixels / 255 - mean[:, None, None]) / std[:, None, None]).flatten(0, 1))
-        x = torch.cat((vit._pos_embed(x), tower.aggregation.tokens.expand(6, -1, -1)), 1)
+        x = vit._pos_embed(x)
+        if efa:
+            x = torch.cat((x, tower.aggregation.tokens.expand(6, -1, -1)), 1)
         for index in range(2):
             block = vit.blocks[index]
             scale, shift = (parameter[index].repeat_interleave(2, 0) for parameter in film)
             x = x + block.ls1(block.attn(block.norm1(x)))
             x = x * scale + shift
             x = x + block.ls2(block.mlp(block.norm2(x)))
-        torch.testing.assert_close(stream, x[:, -6:].unflatten(0, (3, 2)).flatten(1, 2), rtol=1e-4, atol=1e-4)
+        expected = x[:, -6:] if efa else x[:, vit.num_prefix_tokens :]
+        torch.testing.assert_close(stream, expected.unflatten(0, (3, 2)).flatten(1, 2), rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -124,7 +128,7 @@ def test_the_unused_block_is_kept_only_on_request() -> None:
 
 def test_token_counts() -> None:
     assert tiny_model().vision_tokens == 2 * 6
-    assert tiny_model(efa=False).vision_tokens == 2 * 16
+    assert tiny_model(efa=False).vision_tokens == tiny_model(efa=False, film=True).vision_tokens == 2 * 16
 
 
 def test_images_that_do_not_fit_are_refused() -> None:

@@ -41,10 +41,13 @@ def config(name: str, stage: str | None = None, **options: Any) -> RouterConfig:
     return RouterConfig(**{"name": name, "budget": 4, "stage": stage, **layers, **options})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("film", [False, True])
 @pytest.mark.parametrize(("name", "stage"), EVERYWHERE)
 @torch.inference_mode()
-def test_every_router_at_every_stage_leaves_the_tokens_it_says_alone_and_in_a_batch(name: str, stage: str) -> None:
-    model, inputs = routed(config(name, stage)), tiny_input()
+def test_every_router_at_every_stage_leaves_the_tokens_it_says_alone_and_in_a_batch(
+    name: str, stage: str, film: bool
+) -> None:
+    model, inputs = routed(config(name, stage), film=film), tiny_input()
     output = model(inputs, debug=True)
     assert output.actions.isfinite().all()
     assert output.vision.shape[1] == model.vision_tokens
@@ -57,11 +60,11 @@ def test_every_router_at_every_stage_leaves_the_tokens_it_says_alone_and_in_a_ba
     torch.testing.assert_close(model(alone(inputs, 1)).actions, output.actions[1:2], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("efa", [True, False])
+@pytest.mark.parametrize("vision", [{"efa": True}, {"efa": False}, {"efa": False, "film": True}])
 @pytest.mark.parametrize("lfp", [True, False])
 @torch.inference_mode()
-def test_keeping_everything_changes_no_bit(efa: bool, lfp: bool) -> None:
-    inputs, plain = tiny_input(), tiny_model(efa=efa, lfp=lfp).eval()
+def test_keeping_everything_changes_no_bit(vision: dict[str, bool], lfp: bool) -> None:
+    inputs, plain = tiny_input(), tiny_model(**vision, lfp=lfp).eval()
     expected = plain(inputs).actions
     for router in (config("identity"), config("identity", position="compact"), config("random", budget=1.0)):
         assert torch.equal(plain.with_router(router)(inputs).actions, expected)

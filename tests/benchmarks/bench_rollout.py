@@ -1,6 +1,7 @@
 """Environment steps per second of an evaluation, by number of worker processes, and the share of inference in it.
 
-python tests/benchmarks/bench_rollout.py checkpoints/tabletop_object tabletop_object --workers 0 1 2 3 --episodes 60
+python tests/benchmarks/bench_rollout.py checkpoints/tabletop_object tabletop_object --workers 0 2 4 8 --episodes 300
+python tests/benchmarks/bench_rollout.py FOLDER libero_goal --lean --robot-meshes FOLDER --workers 0 2 4 --episodes 40
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import time
 import torch
 
 from cogvla.envs.rollout import rollout
-from cogvla.envs.suite import get_suite
 from cogvla.libero.protocol import load_protocol
+from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import open_policy
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -21,12 +22,15 @@ parser.add_argument("suite")
 parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2, 3])
 parser.add_argument("--episodes", type=int, default=60)
 parser.add_argument("--threads", type=int, default=1, help="of the policy")
+parser.add_argument("--lean", action="store_true", help="of the suites libero_*: as libero=lean")
+parser.add_argument("--robot-meshes", help="with --lean")
 options = parser.parse_args()
 
 policy, _ = open_policy(options.checkpoint, threads=options.threads)
-suite = get_suite(options.suite)
+lean = {"lean": True, "reflections": False, "extra_passes": False, "robot_meshes": options.robot_meshes}
+suite = configured_suite(options.suite, lean if options.lean else {})
 per_task = -(-options.episodes // len(suite.tasks))
-protocol = load_protocol(suite.protocol, episodes_per_task=per_task)
+protocol = load_protocol(suite.protocol, episodes_per_task=per_task).for_suite(suite)
 specs = protocol.episodes(suite, None, None, (1, 1))[: options.episodes]
 print(f"{suite.name}, {len(specs)} episodes, {torch.get_num_threads()} torch thread(s)")
 print(f"{'workers':>8}{'steps/s':>10}{'times':>8}{'inference':>11}{'batch':>7}{'success':>9}")
