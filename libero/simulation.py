@@ -137,6 +137,12 @@ class Scene:
                 super()._initialize_sim(lighter_meshes(xml, robot_meshes) if robot_meshes else xml)
                 if not extra_passes:
                     self.sim = one_pass_simulation(self.sim)
+                self.compiled = self.sim.model.body_pos.copy(), self.sim.model.body_quat.copy()
+
+            def _reset_internal(self) -> None:
+                # Its sampler puts objects on fixtures as if those stood where they were compiled, at the origin.
+                self.sim.model.body_pos[:], self.sim.model.body_quat[:] = self.compiled
+                super()._reset_internal()
 
         self._control_step = nullcontext if extra_passes else lambda: self.env.sim.control_step()
         with _seeded(0):

@@ -138,7 +138,7 @@ def test_files_begin_by_saying_what_they_are_for(file: str) -> None:
 
 def test_an_unknown_key_lists_the_known_ones() -> None:
     values = composed("train_policy")
-    with pytest.raises(ValueError, match=r"unknown key efa_ in model\.routing; valid keys are efa, fusion"):
+    with pytest.raises(ValueError, match=r"unknown key efa_ in model\.routing; valid keys are efa, film, fusion"):
         CogVLAConfig.from_dict({**values["policy"], "routing": {"efa_": True}})
 
 
