@@ -1,20 +1,35 @@
-"""Data parallelism inside one process, for CPUs.
+"""Data parallelism on CPUs, and how many threads torch gets.
 
-The operations of a small model are too short to be worth splitting over cores: two threads on one batch are 1.3 times
-as fast as one, two threads on half a batch each 1.9 times. Kernels release the interpreter's lock, so that Python
-threads are enough; gradients are summed in a fixed order, so that results do not depend on timing.
+The operations of a small model are too short to be worth splitting over cores, so each core computes a part of the
+batch by itself. Threads of one interpreter would wait for its lock between operations, processes do not. They get the
+weights and give their gradients through shared memory. Gradients are summed in a fixed order, so that results do not
+depend on timing.
+
+    this process:    weights --> memory   | the last part   | sum of gradients, step
+    other processes:                      | a part          --> memory
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import pickle
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+KEPT, LARGEST = 1 << 30, 32 << 20  # bytes; glibc takes no larger threshold
 
 
 def use_threads(wanted: int | None, beside: int = 0) -> None:
@@ -32,37 +47,178 @@ def use_threads(wanted: int | None, beside: int = 0) -> None:
         torch.set_num_threads(wanted)
 
 
+def keep_freed_memory() -> None:
+    """Have this process keep what it frees for what it needs next.
+
+    Otherwise the kernel takes back large activations after each operation, and clears thousands of pages for the next
+    one, in every step of a training. Does nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
 class ParallelGradients:
-    """Gradients of the mean loss over the parts of a batch, one thread for each part.
+    """Gradients of the mean loss over the parts of a batch, one process for each part; this one takes the last.
+
+    The others start with the first batch, with the weights and the mode (training or not) that the module has then,
+    and take trained weights anew from this process each time. `close` ends them, and so does the end of this process.
 
     Args:
-        forward: batch -> losses by name, `loss` among them; must not change the module it belongs to.
-        parameters: what is trained.
-        parts: how many threads.
+        objective: batch -> losses by name, `loss` among them; must be picklable, and its classes importable.
+        parts: how many processes.
+        compiled: use torch.compile.
     """
 
-    def __init__(
-        self, forward: Callable[[Any], dict[str, Tensor]], parameters: Sequence[torch.nn.Parameter], parts: int
-    ) -> None:
-        self.forward, self.parameters = forward, [p for p in parameters if p.requires_grad]
+    def __init__(self, objective: nn.Module, parts: int, compiled: bool = False) -> None:
+        self.objective, self.parts, self.compiled = objective, parts, compiled
+        self.forward: Any = torch.compile(objective) if compiled else objective
+        self.others: list[_Other] = []
         torch.set_num_threads(1)
-        self.pool = ThreadPoolExecutor(parts, "gradients", initializer=partial(torch.set_num_threads, 1))
 
-    def __call__(self, parts: Sequence[Any], scale: float = 1.0) -> dict[str, Tensor]:
-        """Add `scale` times the gradients to `.grad` and return the mean losses, detached and not scaled."""
-        results = list(self.pool.map(self._part, parts))
-        share = scale / len(parts)
-        for index, parameter in enumerate(self.parameters):
+    def __call__(self, parts: Iterable[Any], scale: float = 1.0) -> dict[str, Tensor]:
+        """Add `scale` times the gradients to `.grad` and return the mean losses, detached and not scaled.
+
+        Args:
+            parts: as many as processes, of one size; each is sent on before the next one is asked for.
+            scale: of the gradients.
+
+        Raises:
+            RuntimeError: a process failed; all have ended then, and the next call starts them anew.
+        """
+        parameters, left = _trained(self.objective), iter(parts)
+        try:
+            while len(self.others) < self.parts - 1:
+                self.others.append(_Other(self.objective, self.compiled))
+            for other in self.others:
+                other.send(parameters, next(left))
+            own = _losses_and_gradients(self.forward, parameters, next(left))
+            results = [*(other.receive() for other in self.others), own]
+        except BaseException:  # whoever still computes must not answer the next call
+            self.close()
+            raise
+        share = scale / self.parts
+        for index, parameter in enumerate(parameters):
             total = _sum([gradient for _, gradients in results if (gradient := gradients[index]) is not None])
             if total is not None:
                 parameter.grad = total * share if parameter.grad is None else parameter.grad + total * share
         names = results[0][0]
         return {name: torch.stack([losses[name] for losses, _ in results]).mean() for name in names}
 
-    def _part(self, batch: Any) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
-        losses = self.forward(batch)
-        gradients = torch.autograd.grad(losses["loss"], self.parameters, allow_unused=True)
-        return {name: value.detach() for name, value in losses.items()}, gradients
+    def close(self) -> None:
+        """End the other processes."""
+        for other in self.others:
+            other.close()
+        self.others = []
+
+
+class _Other:
+    """Another process as this one sees it."""
+
+    def __init__(self, objective: nn.Module, compiled: bool) -> None:
+        parameters = _trained(objective)
+        self.memory = tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)  # noqa: SIM115
+        self.weights, self.gradients = _views(self.memory.fileno(), parameters)
+        connection, theirs = Pipe()
+        self.connection: Connection = connection
+        command = f"from cogvla.policy.parallel import serve; serve({theirs.fileno()}, {self.memory.fileno()})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", command],
+            pass_fds=[theirs.fileno(), self.memory.fileno()],
+            env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the others in order
+        )
+        theirs.close()
+        self._send((objective, compiled))
+
+    def send(self, parameters: Sequence[Tensor], part: Any) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, list(parameters))
+        self._send(part)
+
+    def _send(self, content: Any) -> None:
+        try:
+            self.connection.send_bytes(pickle.dumps(content))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise RuntimeError(f"a process of training.cpu_parts is gone (exit code {self.process.wait()})") from error
+
+    def receive(self) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        try:
+            answer = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionResetError) as error:
+            code = self.process.wait()
+            raise RuntimeError(
+                f"a process of training.cpu_parts is gone (exit code {code}; -9 is mostly a lack of memory): the same "
+                "command resumes, training.cpu_parts=1 does without"
+            ) from error
+        if isinstance(answer, str):
+            raise RuntimeError(f"a process of training.cpu_parts failed:\n{answer}")
+        losses, there = answer
+        return losses, [gradient if given else None for gradient, given in zip(self.gradients, there, strict=True)]
+
+    def close(self) -> None:
+        self.connection.close()
+        try:
+            self.process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.memory.close()
+
+
+def serve(descriptor: int, memory: int) -> None:
+    """Main loop of another process, until the other end of the pipe closes."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    connection = Connection(descriptor)
+    try:
+        objective, compiled = pickle.loads(connection.recv_bytes())
+        parameters = _trained(objective)
+        weights, memory_of_gradients = _views(memory, parameters)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.data = weight
+        forward = torch.compile(objective) if compiled else objective
+        while True:
+            part = pickle.loads(connection.recv_bytes())
+            try:
+                losses, gradients = _losses_and_gradients(forward, parameters, part)
+            except Exception:
+                connection.send_bytes(pickle.dumps(traceback.format_exc()))
+                continue
+            for given, gradient in zip(memory_of_gradients, gradients, strict=True):
+                if gradient is not None:
+                    given.copy_(gradient)
+            connection.send_bytes(pickle.dumps((losses, [gradient is not None for gradient in gradients])))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is done, or gone
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _views(memory: int, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and gradients in a file's memory, each a tensor as large as its parameter."""
+    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
+    starts = [0]
+    for size in sizes * 2:
+        starts.append(starts[-1] + -(-size // 64) * 64)
+    os.truncate(memory, max(starts[-1], 1))
+    buffer = mmap.mmap(memory, max(starts[-1], 1))
+    views = [
+        torch.frombuffer(buffer, dtype=parameter.dtype, count=parameter.numel(), offset=start).view(parameter.shape)
+        for parameter, start in zip([*parameters, *parameters], starts, strict=False)
+    ]
+    return views[: len(sizes)], views[len(sizes) :]
+
+
+def _losses_and_gradients(
+    forward: Any, parameters: Sequence[Tensor], part: Any
+) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    losses = forward(part)
+    gradients = torch.autograd.grad(losses["loss"], list(parameters), allow_unused=True)
+    return {name: value.detach() for name, value in losses.items()}, list(gradients)
 
 
 def _sum(tensors: list[Tensor]) -> Tensor | None:

@@ -16,7 +16,8 @@ import copy
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from cogvla.policy.interrupt import Interruption
 from cogvla.policy.metrics import LossWindow, MetricsFile
 from cogvla.policy.objective import Batch, Objective
 from cogvla.policy.optimisation import warmup_cosine
-from cogvla.policy.parallel import ParallelGradients
+from cogvla.policy.parallel import ParallelGradients, keep_freed_memory
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.trained_weights import TrainedWeights
@@ -93,8 +94,10 @@ class Trainer:
         self.forward = torch.compile(self.objective) if config.compile else self.objective
         self.parallel: ParallelGradients | None = None
         alone_on_cpu = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         if config.cpu_parts > 1 and alone_on_cpu and not bf16:
-            self.parallel = ParallelGradients(self.forward, list(self.raw.parameters()), config.cpu_parts)
+            self.parallel = ParallelGradients(self.raw, config.cpu_parts, config.compile)
         training, held_out = data.split(config.validation_fraction, config.seed)
         self.batches = TrainingBatches(training, config.batch_size, config.seed)
         self.held_out = held_out
@@ -123,7 +126,7 @@ class Trainer:
             smoothing=0.05,
         )
         started, self.first_step = time.perf_counter(), self.step
-        with progress as bar, self.interruption:
+        with progress as bar, self.interruption, self._other_processes():
             while self.step < self.config.steps:
                 self.window.add(self._train_step())
                 self.step += 1
@@ -142,6 +145,14 @@ class Trainer:
                     self._stop()
         self._export(self.output / "policy")
         return self.policy()
+
+    @contextmanager
+    def _other_processes(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.parallel is not None:
+                self.parallel.close()
 
     def averaged(self) -> Objective:
         """The policy and its heads with the averaged weights, see `TrainedWeights.averaged`."""
@@ -239,7 +250,7 @@ class Trainer:
         share = 1 / self.config.accumulation
         if self.parallel is not None:
             pieces = torch.arange(len(rows)).chunk(self.config.cpu_parts)
-            return self.parallel([self._batch(rows, choices, piece) for piece in pieces], share)
+            return self.parallel((self._batch(rows, choices, piece) for piece in pieces), share)
         batch = self.builder.build(self.batches.gather(rows), choices)
         with self.accelerator.autocast():
             losses = self.forward(batch)

@@ -2,47 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from torch import nn
 
-from cogvla.policy.parallel import ParallelGradients, use_threads
+from cogvla.policy.parallel import ParallelGradients, keep_freed_memory, use_threads
+from cogvla.tests.parallel_objective import FirstOnly, MeanSquare
 
 
-def _losses(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"loss": model(batch).square().mean()}
+@pytest.fixture
+def parallel() -> Iterator[Callable[[nn.Module, int], ParallelGradients]]:
+    """Builds objectives in processes, and ends those after the test."""
+    made: list[ParallelGradients] = []
+
+    def build(module: nn.Module, parts: int) -> ParallelGradients:
+        made.append(ParallelGradients(MeanSquare(module), parts))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.close()
 
 
-def test_two_parts_equal_the_whole() -> None:
+def test_parts_equal_the_whole_at_every_step(parallel: Callable[..., ParallelGradients]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3))
-    batch = torch.randn(8, 5)
-    _losses(model, batch)["loss"].backward()
-    whole = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    losses = ParallelGradients(lambda x: _losses(model, x), list(model.parameters()), 2)(batch.chunk(2))
-    torch.testing.assert_close(losses["loss"], _losses(model, batch)["loss"].detach())
-    for parameter, expected in zip(model.parameters(), whole, strict=True):
-        torch.testing.assert_close(parameter.grad, expected)
+    objective, parts = MeanSquare(model), parallel(model, 3)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        batch = torch.randn(9, 5)
+        expected = torch.autograd.grad(objective(batch)["loss"], list(model.parameters()))
+        losses = parts(batch.chunk(3))
+        torch.testing.assert_close(losses["loss"], objective(batch)["loss"].detach())
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        optimiser.step()
+        optimiser.zero_grad()
 
 
-def test_gradients_accumulate_with_a_scale() -> None:
+def test_gradients_accumulate_with_a_scale(parallel: Callable[..., ParallelGradients]) -> None:
     model = nn.Linear(2, 1)
-    parallel = ParallelGradients(lambda x: _losses(model, x), list(model.parameters()), 2)
-    parts = torch.randn(4, 2).chunk(2)
-    parallel(parts)
+    two, parts = parallel(model, 2), torch.randn(4, 2).chunk(2)
+    two(parts)
     once = model.weight.grad.clone()
-    parallel(parts, 0.5)
+    two(parts, 0.5)
     torch.testing.assert_close(model.weight.grad, 1.5 * once)
 
 
-def test_unused_and_frozen_parameters_get_none() -> None:
-    model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1), nn.Linear(1, 1)])
-    model[2].requires_grad_(False)
-    ParallelGradients(lambda x: _losses(model[0], x), list(model.parameters()), 2)(torch.randn(4, 2).chunk(2))
-    assert model[0].weight.grad is not None
-    assert model[1].weight.grad is None
-    assert model[2].weight.grad is None
+def test_unused_and_frozen_parameters_get_none(parallel: Callable[..., ParallelGradients]) -> None:
+    model = FirstOnly()
+    parallel(model, 2)(torch.randn(4, 2).chunk(2))
+    assert model.used.weight.grad is not None
+    assert model.unused.weight.grad is None
+    assert model.frozen.weight.grad is None
+
+
+@pytest.mark.parametrize(("bad", "said"), [(float("inf"), "this part is infinite"), (float("nan"), "is gone")])
+def test_a_process_that_fails_is_reported_and_replaced(
+    parallel: Callable[..., ParallelGradients], bad: float, said: str
+) -> None:
+    two, good = parallel(nn.Linear(2, 1), 2), torch.randn(2, 2)
+    with pytest.raises(RuntimeError, match=said):
+        two([torch.full((2, 2), bad), good])
+    assert two([good, good])["loss"] > 0
+
+
+def test_nothing_is_left_running(parallel: Callable[..., ParallelGradients]) -> None:
+    two = parallel(nn.Linear(2, 1), 2)
+    two(torch.randn(4, 2).chunk(2))
+    (other,) = two.others
+    two.close()
+    assert other.process.returncode == 0
+
+
+def test_kept_memory_changes_no_result() -> None:
+    keep_freed_memory()
+    assert torch.ones(3_000_000).sum() == 3_000_000
 
 
 @pytest.mark.parametrize(("wanted", "beside", "threads"), [(None, 0, 4), (None, 3, 1), (None, 1, 3), (2, 3, 2)])
