@@ -1,9 +1,9 @@
 """`compare_routers`: which vision tokens does a policy need, and what do success and latency say when the rest goes?
 
-    compare_routers checkpoint=outputs/patches/policy                       every router at 50, 25, 12.5 and 6 %
-    compare_routers checkpoint=outputs/patches/policy quick=true            minutes, to see that everything works
-    compare_routers checkpoint=outputs/patches/policy 'routers=[identity,random,{name: diversity, options: {variant: maxsum}}]'
-    compare_routers checkpoint=outputs/patches/policy regime=fine_tuned     each router is trained with the policy first
+    compare_routers checkpoint=outputs/film_patches/policy                       every router at 50, 25, 12.5 and 6 %
+    compare_routers checkpoint=outputs/film_patches/policy quick=true            minutes, to see that everything works
+    compare_routers checkpoint=outputs/film_patches/policy 'routers=[identity,random,{name: diversity, options: {variant: maxsum}}]'
+    compare_routers checkpoint=outputs/film_patches/policy regime=fine_tuned     each router is trained with the policy first
 
 All play the same episodes. The same command again goes on where it was stopped: finished cells are not played again, and
 an unfinished one goes on with its next episode. `comparison.html` and `comparison.json` are written after every cell.
