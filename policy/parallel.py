@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ class _Other:
 
     def __init__(self, objective: nn.Module, compiled: bool) -> None:
         parameters = _trained(objective)
-        self.memory = tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)  # noqa: SIM115
+        self.memory = _file_in_memory()
         self.weights, self.gradients = _views(self.memory.fileno(), parameters)
         connection, theirs = Pipe()
         self.connection: Connection = connection
@@ -192,6 +192,13 @@ def serve(descriptor: int, memory: int) -> None:
             connection.send_bytes(pickle.dumps((losses, [gradient is not None for gradient in gradients])))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is done, or gone
+
+
+def _file_in_memory() -> IO[bytes]:
+    """A file without a name; not in /dev/shm, which containers keep small: writing beyond its end kills a process."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("gradients"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

@@ -16,8 +16,8 @@ import copy
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class Trainer:
             smoothing=0.05,
         )
         started, self.first_step = time.perf_counter(), self.step
-        with progress as bar, self.interruption, self._other_processes():
+        with progress as bar, self.interruption, nullcontext() if self.parallel is None else closing(self.parallel):
             while self.step < self.config.steps:
                 self.window.add(self._train_step())
                 self.step += 1
@@ -145,14 +145,6 @@ class Trainer:
                     self._stop()
         self._export(self.output / "policy")
         return self.policy()
-
-    @contextmanager
-    def _other_processes(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            if self.parallel is not None:
-                self.parallel.close()
 
     def averaged(self) -> Objective:
         """The policy and its heads with the averaged weights, see `TrainedWeights.averaged`."""
