@@ -63,6 +63,14 @@ class EngineConfig:
         if sorted(set(self.text_buckets)) != list(self.text_buckets) or min(self.text_buckets, default=1) < 1:
             raise ValueError(f"engine.text_buckets must be increasing positive lengths, got {self.text_buckets}")
 
+    def check_router(self, name: str | None) -> None:
+        """ValueError when a policy with this token router cannot run like this; only plain models know routers."""
+        if name is not None and (self.kind not in ("auto", "plain") or self.dtype is not None):
+            raise ValueError(
+                f"the engine does not know token routers such as {name!r}: set engine.kind=auto (or plain) and "
+                "engine.dtype=null"
+            )
+
 
 @dataclass(frozen=True)
 class EncodedText:
