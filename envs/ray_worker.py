@@ -42,11 +42,8 @@ def ray_cluster(address: str) -> Iterator[Callable[[PlayerSettings], RayWorker]]
     ours = not ray.is_initialized()
     if ours:
         try:
-            ray.init(
-                address=None if address == LOCAL else address,
-                log_to_driver=False,
-                **({"include_dashboard": False} if address == LOCAL else {}),
-            )
+            own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
+            ray.init(log_to_driver=False, **own)
         except (ConnectionError, ValueError) as error:
             raise ValueError(f"no Ray cluster at {address!r} ({error}); start one with `ray start --head`") from error
     try:
@@ -64,7 +61,7 @@ class RayWorker:
 
         # It asks for hardly any CPU, so that a worker that is lost with its machine finds a place on another one.
         environment = {"env_vars": {**ONE_THREAD, **_gl()}}
-        actor = ray.remote(num_cpus=0.01, scheduling_strategy="SPREAD", runtime_env=environment)
+        actor: Any = ray.remote(num_cpus=0.01, scheduling_strategy="SPREAD", runtime_env=environment)
         self._ray: Any = ray
         self._actor: Any = actor(_Remote).remote(settings)
         # One byte arrives when the answer is there, so that `wait` serves actors as it serves processes.

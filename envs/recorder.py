@@ -91,7 +91,7 @@ def record(
     settings = DemonstratorSettings(
         make=suite.make,
         expert=expert,
-        instructions=tuple(request["tasks"]),
+        instructions=tuple(task.instruction for task in suite.tasks),
         max_steps=suite.max_steps,
         settling_steps=suite.settling_steps,
         image_size=image_size,

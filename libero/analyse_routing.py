@@ -60,7 +60,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         raise ValueError(f"configuration router: {error}") from error
     folder = Path(values["checkpoint"])
     policy, _ = open_policy(folder, values["device"], values["threads"], EngineConfig("plain"), router)
-    named = folder.resolve().name + ("" if router is None else f"_{router.label()}")
+    named = folder.resolve().name + ("" if router is None else f"_{router.name}_{router.budget}")
     output = Path(values["output"].replace("CHECKPOINT", named))
     episodes = play(policy, suite, load_protocol(suite.protocol), tasks, values["initial_state"])
     found = findings(policy, episodes, [task.instruction for task in suite.tasks], values["readings"])

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from torch import nn
 
 from cogvla.libero.policy_timing import Measured, Peaks, machine_peaks, measure, profile

@@ -124,7 +124,7 @@ class Hdf5Recordings:
 
     turn = "rotated 180"
     statistics: Mapping[str, Mapping[str, Sequence[float]]] = {}
-    control_hz = None
+    control_hz: float | None = None
 
     def __init__(self, path: Path, suite: str | None = None) -> None:
         self._files = hdf5_reader.demonstrations(path)
@@ -184,10 +184,12 @@ class LeRobotRecordings:
         made = _json(root / RECORDING_FILE) or _json(root / CONVERSION)
         self.suite = made.get("suite")
         self.simulation: Mapping[str, Any] = made.get("simulation", {})
-        self.control_hz = float(self._reader.info["fps"])
+        self.control_hz: float | None = float(self._reader.info["fps"])
         statistics = _json(root / "meta" / "stats.json")
         keys = {"action": config.action, "state": config.state}
-        self.statistics = {name: statistics[key] for name, key in keys.items() if key in statistics}
+        self.statistics: Mapping[str, Mapping[str, Sequence[float]]] = {
+            name: statistics[key] for name, key in keys.items() if key in statistics
+        }
 
     @cached_property
     def _columns(self) -> tuple[dict[str, np.ndarray], list[str]]:

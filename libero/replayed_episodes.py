@@ -91,7 +91,8 @@ def replay(
     for left in range(waiting_steps, 0, -1):
         scene.skip_images = left > 1 or 0 not in moments
         observation, *_ = env.step(rest_A)
-    states, images = [observation["state"]], {camera: {} for camera in cameras}
+    states = [observation["state"]]
+    images: dict[str, dict[int, np.ndarray]] = {camera: {} for camera in cameras}
     for moment in range(len(actions_TA) + 1):
         if moment in moments:
             for camera in cameras:

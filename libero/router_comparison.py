@@ -140,8 +140,9 @@ def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) 
         ValueError: an unknown name or value, or the same router twice.
     """
     found: dict[str, RouterConfig] = {}
-    for item in (*ROUTERS, *VARIANTS) if names is None else names:
-        values = {"name": item} if isinstance(item, str) else dict(item)
+    items: Sequence[str | Mapping[str, Any]] = (*ROUTERS, *VARIANTS) if names is None else names
+    for item in items:
+        values: dict[str, Any] = {"name": item} if isinstance(item, str) else dict(item)
         name = values.get("name")
         if name not in ROUTERS:
             raise ValueError(f"routers names {name!r}; possible are {', '.join(sorted(ROUTERS))}")

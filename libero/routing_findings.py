@@ -253,9 +253,10 @@ def horizon(model: CogVLA, moments: Sequence[Moment]) -> dict[str, Any]:
 def without_vision_from(model: CogVLA, layer: int) -> CogVLA:
     """The same network whose vision tokens all go before this language layer."""
     own = model.config.routing.router
-    first = {"name": "identity", "budget": 1.0, "stage": None, "options": None} if own.name is None else {}
-    stage: dict[str, Any] = {"layers": (layer,), "layer_router": "late_exit", "layer_budgets": (), "mode": "drop"}
-    other = model.with_router(replace(own, **first, **stage)).eval()
+    changes: dict[str, Any] = {"layers": (layer,), "layer_router": "late_exit", "layer_budgets": (), "mode": "drop"}
+    if own.name is None:
+        changes |= {"name": "identity", "budget": 1.0, "stage": None, "options": None}
+    other = model.with_router(replace(own, **changes)).eval()
     if model.router is not None and other.router is not None:  # what a router has learned comes along
         other.router.load_state_dict(model.router.state_dict(), strict=False)
     return other

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,12 @@ class Scene:
         from robosuite.controllers import load_controller_config
         from robosuite.utils.observables import Observable, sensor
 
-        class Place(TASK_MAPPING[task.kind]):  # type: ignore[misc, valid-type]
+        place: Any = TASK_MAPPING[task.kind]
+
+        class Place(place):
             """LIBERO's class of the place; success is asked for from outside."""
+
+            sim: Any
 
             def _assert_problem_name(self) -> None:
                 """The class was chosen by that name."""
@@ -144,6 +149,7 @@ class Scene:
                 self.sim.model.body_pos[:], self.sim.model.body_quat[:] = self.compiled
                 super()._reset_internal()
 
+        self.env: Any
         self._control_step = nullcontext if extra_passes else lambda: self.env.sim.control_step()
         with _seeded(0):
             self.env = Place(
@@ -161,9 +167,11 @@ class Scene:
         for name in self.env.observation_names:
             self.env.modify_observable(name, "enabled", name in _STATE)
             self.env.modify_observable(name, "active", name in _STATE)
-        for camera in cameras if render else ():
-            image = sensor(modality="image")(lambda _, camera=camera: render(camera))
-            self.env.add_observable(Observable(name=camera, sensor=image, sampling_rate=CONTROL_HZ))
+        if render is not None:
+            for camera in cameras:
+                draw = partial(render, camera)
+                image = sensor(modality="image")(lambda _, draw=draw: draw())
+                self.env.add_observable(Observable(name=camera, sensor=image, sampling_rate=CONTROL_HZ))
 
     @property
     def model(self) -> mujoco.MjModel:

@@ -80,10 +80,9 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     seconds: dict[str, float] = {}
     with _timed(seconds, "demonstrations"), processes.main_process_first():
-        from_hub = data_config.repo_id is not None or data_config.root is None
-        if processes.is_main_process and suite is not None and values["demonstrations"] is not None and not from_hub:
-            size = embodiment.cameras[0].height
-            record(suite, output=data_config.root, image_size=size, **values["demonstrations"])
+        folder = data_config.root if data_config.repo_id is None else None  # else it is of the hub
+        if processes.is_main_process and suite is not None and values["demonstrations"] is not None and folder:
+            record(suite, output=folder, image_size=embodiment.cameras[0].height, **values["demonstrations"])
         data = DemonstrationData.open(data_config, embodiment)
     logging = values["wandb"] if processes.is_main_process else {**values["wandb"], "mode": "disabled"}
     with _timed(seconds, "training"), RunLog(logging, values, output) as log:

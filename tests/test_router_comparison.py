@@ -302,5 +302,7 @@ def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypat
     assert data["stages"]["layer 1"]["target_kept"] is None, "this suite has no masks"
     assert sum(data["kinds"]["before routing"].values()) == pytest.approx(1)
     assert set(data["readings"]["layer 0"]["words"]) <= {"go", "to", "the", "right", "left", "up"}
+    analyse(command("analyse_routing", *overrides, "router.name=random", "router.budget=1"), "analyse_routing ...")
+    assert (tmp_path / "policy_random_1" / "routing.html").is_file()
     with pytest.raises(ValueError, match="tasks 0 to 2"):
         analyse(command("analyse_routing", *overrides, "tasks=[7]"), "...")
