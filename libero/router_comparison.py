@@ -258,7 +258,7 @@ def costs(
     return found
 
 
-@torch.no_grad()
+@torch.enable_grad()  # without gradients, torch's counter stumbles over modules that are given a parameter
 def _flops(policy: CogVLAPolicy, observation: Observation) -> tuple[int, int]:
     """FLOPs of a pass with a known instruction: as counted by torch, and as the network without the router's own."""
     inputs, model = policy.preprocessor.observation(observation), policy.model
