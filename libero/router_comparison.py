@@ -258,15 +258,20 @@ def costs(
     return found
 
 
-@torch.enable_grad()  # without gradients, torch's counter stumbles over modules that are given a parameter
+@torch.no_grad()
 def _flops(policy: CogVLAPolicy, observation: Observation) -> tuple[int, int]:
     """FLOPs of a pass with a known instruction: as counted by torch, and as the network without the router's own."""
     inputs, model = policy.preprocessor.observation(observation), policy.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # torch's counter stumbles over modules that are given one
+        parameter.requires_grad_(False)
     # The fused CPU attention is not in torch's table; the unfused one is.
     with sdpa_kernel(SDPBackend.MATH):
         text = model.encode_text(inputs.text_ids, inputs.text_mask)
         with FlopCounterMode(display=False) as counter:
             model(inputs, text)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     rows = count_flops(model.config, model.embodiment, inputs.text_ids.shape[1])
     (known,) = (row for row in rows if row.stage == REPEATED)
     return counter.get_total_flops(), known.flops

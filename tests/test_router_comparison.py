@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_module
 from cogvla.libero import compare_routers
 from cogvla.libero.analyse_routing import run as analyse
 from cogvla.libero.plots import lines, pareto
-from cogvla.libero.router_comparison import Outcome, against, cells_for, pareto_front, wanted_routers
+from cogvla.libero.router_comparison import ROUNDS, Outcome, against, cells_for, costs, pareto_front, wanted_routers
 from cogvla.libero.routing_findings import horizon
 from cogvla.libero.routing_pictures import DARK, SIDE, kept_map, picture
 from cogvla.libero.routing_recording import covered, look
@@ -101,6 +101,18 @@ def test_every_router_is_played_or_left_out_for_a_reason() -> None:
     assert {cell.router.budget for cell in cells if cell.label == "random"} == {0.5, 0.25}
     trained, _ = cells_for(model, wanted_routers(["learned_pruner"], layer=1), [0.5], trained=True)
     assert [cell.key for cell in trained] == ["learned_pruner_0.5"]
+
+
+def test_the_cost_of_every_router_is_counted_those_with_weights_too() -> None:
+    policy = point_policy(**PLAIN)
+    cells, _ = cells_for(policy.model, wanted_routers(None, 1), [0.25], trained=True)
+    found = costs(policy, cells, [EMBODIMENT.fake_observation(1)] * ROUNDS, ROUNDS)
+    assert found.keys() == {cell.key for cell in cells}
+    assert {"film_aggregation_0.25", "learned_pruner_0.25", "slot_attention_0.25"} <= found.keys()
+    for key, cost in found.items():
+        assert cost.flops > cost.router_flops >= 0, key
+        assert cost.latency.count == ROUNDS
+    assert found["film_aggregation_0.25"].router_flops > found["random_0.25"].router_flops
 
 
 def test_options_are_told_apart_and_mistakes_are_explained() -> None:
