@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 GOOD, BAD, ACCENT, SECOND, GRID, TEXT = "#1a9d6b", "#d9534a", "#3461c9", "#b4782a", "#e3e7ee", "#3b4252"
 
+WIDE = 4
+"""Costs that differ more than this times are drawn on a logarithmic axis."""
+
 
 def latency_curves(curves: Sequence[tuple[str, Sequence[float]]], budget_ms: float) -> str:
     """The share of chunks that took at most so long, for several kinds of latency, on a logarithmic axis.
@@ -82,10 +85,14 @@ def pareto(
     axes.plot([points[i][1] for i in ordered], [100 * points[i][2] for i in ordered], color=TEXT, linewidth=1.2)
     if reference is not None:
         axes.axhline(100 * reference, color=BAD, linestyle="--", linewidth=1, label="all tokens")
+    costs = [x for _, x, *_ in points]
+    if max(costs) > WIDE * min(costs) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(-2, 102)
     axes.set_xlabel(cost)
     axes.set_ylabel("success, %")
-    axes.grid(color=GRID)
+    axes.grid(color=GRID, which="both")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
