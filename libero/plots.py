@@ -89,6 +89,8 @@ def pareto(
     if max(costs) > WIDE * min(costs) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axes.tick_params(axis="x", which="both", labelsize=7)
     axes.set_ylim(-2, 102)
     axes.set_xlabel(cost)
     axes.set_ylabel("success, %")
