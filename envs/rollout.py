@@ -244,8 +244,8 @@ class _Loop:
         connections = [slot.worker.connection for slot in playing if slot.worker.connection is not None]
         if not connections:
             return [(slot, slot.worker.receive()) for slot in playing]
-        while (patience := self._patience()) > 0:
-            ready = set(map(id, wait(connections, timeout=min(patience, 1.0))))
+        while (left := self._patience()) > 0:
+            ready = set(map(id, wait(connections, timeout=min(left, 1.0))))
             if ready:
                 return [(slot, slot.worker.receive()) for slot in playing if id(slot.worker.connection) in ready]
             for slot in playing:
