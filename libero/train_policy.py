@@ -72,7 +72,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     objective_config = _built(ObjectiveConfig, values, "objective")
     training_config = _built(TrainingConfig, values, "training")
     engine_config = EngineConfig.from_dict(values["engine"])
-    engine_config.check_router(model_config.routing.router.name)
+    engine_config.check_trained(model_config.routing.router.name)
     suite = None if values["suite"] is None else get_suite(values["suite"], values)
     if suite is not None and values["evaluation"] is not None:
         _protocol(values["evaluation"], suite.protocol)

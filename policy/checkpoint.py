@@ -3,6 +3,7 @@
     config.json          model, embodiment, tokenizer, what is done to pictures, and where it came from
     model.safetensors    weights
     statistics.json      normalisation statistics of state and action
+    float8.json          what 8-bit layers need to know, once `calibrate_policy` has measured it
     training.pt          optimiser, step and EMA, only in checkpoints to resume from
 
 A folder appears whole or not at all: it is written beside its place and renamed.
@@ -29,6 +30,7 @@ from torch import Tensor
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.empty_model import empty_model
 from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model import CogVLA
 from cogvla.policy.parallel import use_threads
@@ -40,6 +42,7 @@ from cogvla.routing.router import RouterConfig
 FORMAT = 1
 ROUTER_WEIGHTS = "router."
 CONFIG, WEIGHTS, STATISTICS, TRAINING = "config.json", "model.safetensors", "statistics.json", "training.pt"
+FLOAT8 = "float8.json"
 
 
 @contextmanager
@@ -195,7 +198,35 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
         model.load_state_dict({name: weights.pop(name).clone() for name in list(weights)}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
-    return CogVLAPolicy(model.to(device), preprocessor, {"checkpoint": folder.name, **description})
+    description = {"checkpoint": folder.name, **description}
+    return CogVLAPolicy(model.to(device), preprocessor, description, calibration=_load_calibration(folder))
+
+
+def save_calibration(folder: Path, calibration: Calibration) -> None:
+    """Add it to a checkpoint, in place of an older one; OSError when that cannot be written."""
+    draft = folder / f".{FLOAT8}.partial"
+    try:
+        draft.write_text(json.dumps(asdict(calibration), indent=2) + "\n")
+        draft.replace(folder / FLOAT8)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _load_calibration(folder: Path) -> Calibration | None:
+    if not (folder / FLOAT8).is_file():
+        return None
+    body = _read_json(folder / FLOAT8)
+    try:
+        largest = {str(name): float(value) for name, value in body["largest_inputs"].items()}
+        return Calibration(largest, dict(body["about"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / FLOAT8} is damaged: run `calibrate_policy` again, or delete it") from error
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of the weights, which tells them from others."""
+    with (folder / WEIGHTS).open("rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest()
 
 
 def _for_router(weights: dict[str, Tensor], model: CogVLA, router: RouterConfig) -> dict[str, Tensor]:
@@ -228,9 +259,12 @@ def open_policy(
     """
     use_threads(threads, beside)
     policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router)
-    policy = policy.with_engine(engine or EngineConfig(), release=True)
-    with (Path(folder) / WEIGHTS).open("rb") as weights:
-        return policy, {"weights_sha256": hashlib.file_digest(weights, "sha256").hexdigest()}
+    identity = {"weights_sha256": weights_hash(Path(folder))}
+    engine = engine or EngineConfig()
+    measured = None if engine.dtype != "float8" or policy.calibration is None else policy.calibration.about
+    if measured is not None and measured.get("weights_sha256") != identity["weights_sha256"]:
+        raise ValueError(f"{folder}/{FLOAT8} was measured on other weights: run `calibrate_policy` again")
+    return policy.with_engine(engine, release=True), identity
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:

@@ -5,8 +5,8 @@ batch by itself. Threads of one interpreter would wait for its lock between oper
 weights and give their gradients through shared memory. Gradients are summed in a fixed order, so that results do not
 depend on timing.
 
-    this process:    weights --> memory   | the last part   | sum of gradients, step
-    other processes:                      | a part          --> memory
+    this process:    weights --> memory   | the last part   | builds the next parts | sum of gradients, step
+    other processes:                      | a part          --> memory              | read their next part
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+START = None  # a message to another process; all others are parts of a batch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT, LARGEST = 1 << 30, 32 << 20  # bytes; glibc takes no larger threshold
 
@@ -63,10 +65,12 @@ class ParallelGradients:
     """Gradients of the mean loss over the parts of a batch, one process for each part; this one takes the last.
 
     The others start with the first batch, with the weights and the mode (training or not) that the module has then,
-    and take trained weights anew from this process each time. `close` ends them, and so does the end of this process.
+    and take trained weights anew from this process in each call. `close` ends them, and so does the end of this
+    process. If one fails, all are ended; `give` starts them anew.
 
     Args:
-        objective: batch -> losses by name, `loss` among them; must be picklable, and its classes importable.
+        objective: batch -> losses by name, `loss` among them; must be picklable, and its classes importable. What is
+            trained of it must not change.
         parts: how many processes.
         compiled: use torch.compile.
     """
@@ -74,43 +78,77 @@ class ParallelGradients:
     def __init__(self, objective: nn.Module, parts: int, compiled: bool = False) -> None:
         self.objective, self.parts, self.compiled = objective, parts, compiled
         self.forward: Any = torch.compile(objective) if compiled else objective
+        self.parameters = _trained(objective)
         self.others: list[_Other] = []
+        self.own: Any = None
         torch.set_num_threads(1)
 
-    def __call__(self, parts: Iterable[Any], scale: float = 1.0) -> dict[str, Tensor]:
-        """Add `scale` times the gradients to `.grad` and return the mean losses, detached and not scaled.
+    def give(self, parts: Iterable[Any]) -> None:
+        """What the next call computes, instead of what was given before.
 
         Args:
             parts: as many as processes, of one size; each is sent on before the next one is asked for.
-            scale: of the gradients.
 
         Raises:
-            RuntimeError: a process failed; all have ended then, and the next call starts them anew.
+            RuntimeError: a process is gone.
         """
-        parameters, left = _trained(self.objective), iter(parts)
-        try:
+        left = iter(parts)
+        with self._closing_on_failure():
             while len(self.others) < self.parts - 1:
                 self.others.append(_Other(self.objective, self.compiled))
             for other in self.others:
-                other.send(parameters, next(left))
-            own = _losses_and_gradients(self.forward, parameters, next(left))
-            results = [*(other.receive() for other in self.others), own]
-        except BaseException:  # whoever still computes must not answer the next call
-            self.close()
-            raise
-        share = scale / self.parts
-        for index, parameter in enumerate(parameters):
-            total = _sum([gradient for _, gradients in results if (gradient := gradients[index]) is not None])
-            if total is not None:
-                parameter.grad = total * share if parameter.grad is None else parameter.grad + total * share
-        names = results[0][0]
-        return {name: torch.stack([losses[name] for losses, _ in results]).mean() for name in names}
+                other.send(next(left))
+            self.own = next(left)
+
+    def __call__(self, scale: float = 1.0, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+        """Add `scale` times the gradients to `.grad` and return the mean losses, detached and not scaled.
+
+        Args:
+            scale: of the gradients.
+            meanwhile: is called when this process has computed its part, to `give` the next ones: the others read
+                them while this process makes its step.
+
+        Raises:
+            RuntimeError: a process failed, or nothing was given.
+        """
+        if self.own is None:
+            raise RuntimeError("give the parts first")
+        part, self.own = self.own, None
+        with self._closing_on_failure():
+            for other in self.others:
+                other.start(self.parameters)
+            own = _losses_and_gradients(self.forward, self.parameters, part)
+            meanwhile()
+            results = [own, *(other.receive() for other in self.others)]
+        self._add([gradients for _, gradients in results], scale / self.parts)
+        return {name: torch.stack([losses[name] for losses, _ in results]).mean() for name in own[0]}
 
     def close(self) -> None:
         """End the other processes."""
         for other in self.others:
             other.close()
-        self.others = []
+        self.others, self.own = [], None
+
+    def _add(self, parts: list[list[Tensor | None]], share: float) -> None:
+        """Add `share` times their sum to `.grad`, where there is any: a few calls for all parameters."""
+        totals: dict[int, Tensor] = {}
+        for gradients in parts:
+            given = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
+            both = [index for index in given if index in totals]
+            sums = torch._foreach_add([totals[i] for i in both], [given[i] for i in both]) if both else []
+            totals |= given | dict(zip(both, sums, strict=True))
+        scaled = dict(zip(totals, torch._foreach_mul(list(totals.values()), share), strict=True)) if totals else {}
+        for index, total in scaled.items():
+            parameter = self.parameters[index]
+            parameter.grad = total if parameter.grad is None else parameter.grad + total
+
+    @contextmanager
+    def _closing_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # whoever still computes must not answer the next call
+            self.close()
+            raise
 
 
 class _Other:
@@ -130,14 +168,15 @@ class _Other:
             start_new_session=True,  # Ctrl-C is for this process, which then ends the others in order
         )
         theirs.close()
-        self._send((objective, compiled))
+        self.send((objective, compiled))
 
-    def send(self, parameters: Sequence[Tensor], part: Any) -> None:
+    def start(self, parameters: Sequence[Tensor]) -> None:
+        """Have it compute what was sent last, with these weights."""
         with torch.no_grad():
             torch._foreach_copy_(self.weights, list(parameters))
-        self._send(part)
+        self.send(START)
 
-    def _send(self, content: Any) -> None:
+    def send(self, content: Any) -> None:
         try:
             self.connection.send_bytes(pickle.dumps(content))
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -179,8 +218,12 @@ def serve(descriptor: int, memory: int) -> None:
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.data = weight
         forward = torch.compile(objective) if compiled else objective
+        part = None
         while True:
-            part = pickle.loads(connection.recv_bytes())
+            message = pickle.loads(connection.recv_bytes())
+            if message is not START:
+                part = message
+                continue
             try:
                 losses, gradients = _losses_and_gradients(forward, parameters, part)
             except Exception:
@@ -226,10 +269,3 @@ def _losses_and_gradients(
     losses = forward(part)
     gradients = torch.autograd.grad(losses["loss"], list(parameters), allow_unused=True)
     return {name: value.detach() for name, value in losses.items()}, list(gradients)
-
-
-def _sum(tensors: list[Tensor]) -> Tensor | None:
-    total: Tensor | None = None
-    for tensor in tensors:
-        total = tensor if total is None else total + tensor
-    return total

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cogvla.policy.engine.engine import EncodedText, Engine, EngineConfig
+from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.engine.network import not_fusible
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model import CogVLA, ModelInput, TextFeatures
@@ -24,6 +25,7 @@ class CogVLAPolicy:
         preprocessor: the one it was trained with.
         description: what reports say about it (checkpoint, step, data set); preset and parameters are added here.
         engine: runs the network; None is the model itself, operation by operation.
+        calibration: of this model, for engines that compute in 8 bits; None: there is none.
     """
 
     def __init__(
@@ -32,11 +34,12 @@ class CogVLAPolicy:
         preprocessor: Preprocessor,
         description: dict[str, Any] | None = None,
         engine: Engine | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.model = model.eval()
         device = next(p.device for p in model.parameters() if not p.is_meta)  # an engine may have taken weights
         self.preprocessor = preprocessor.to(device)
-        self.engine = engine
+        self.engine, self.calibration = engine, calibration
         self._description = description or {}
         self._text: tuple[tuple[str, ...], TextFeatures | EncodedText] | None = None
 
@@ -50,15 +53,15 @@ class CogVLAPolicy:
         """
         reason = not_fusible(self.model) if config.kind == "auto" else None
         if config.kind != "plain" and reason is None:
-            engine = Engine(self.model, config, release)
-            return CogVLAPolicy(self.model, self.preprocessor, self._description, engine)
+            engine = Engine(self.model, config, release, self.calibration)
+            return CogVLAPolicy(self.model, self.preprocessor, self._description, engine, self.calibration)
         own = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         if config.dtype not in (None, own):
             raise ValueError(
                 f"engine.dtype={config.dtype} needs an engine, and this model runs without one, in {own}: {reason}; "
                 "give engine.dtype=null"
             )
-        return CogVLAPolicy(self.model, self.preprocessor, self._description)
+        return CogVLAPolicy(self.model, self.preprocessor, self._description, calibration=self.calibration)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -66,13 +69,16 @@ class CogVLAPolicy:
 
     def describe(self) -> dict[str, Any]:
         """Checkpoint, parameters, device, precision and engine, for reports."""
-        dtype = next(self.model.parameters()).dtype if self.engine is None else self.engine.dtype
+        own = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        precision = own if self.engine is None else self.engine.precision
+        measured = self.calibration if precision == "float8" else None
         return {
             "policy": "cogvla",
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": str(self.preprocessor.device),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": precision,
             "engine": "plain" if self.engine is None else self.engine.kind,
+            **({} if measured is None else {"float8": dict(measured.about)}),
             **self._description,
         }
 
@@ -93,12 +99,18 @@ class CogVLAPolicy:
         return ActionChunk(actions, timing)
 
     @torch.inference_mode()
-    def to_float8(self, observations: Sequence[Observation], smallest: int = 256) -> int:
-        """Compute the engine's large layers in 8 bits from now on, see `Engine.to_float8`; returns how many."""
+    def to_float8(self, observations: Sequence[Observation], smallest: int = 256) -> None:
+        """Compute the engine's large layers in 8 bits from now on, by what these observations show.
+
+        Args:
+            observations: recorded ones, see `Engine.calibrate`.
+            smallest: see there.
+        """
         if self.engine is None:
             raise ValueError("8-bit layers belong to an engine: take `policy.with_engine` first")
         inputs = [self.preprocessor.observation(observation) for observation in observations]
-        return self.engine.to_float8(inputs, smallest)
+        self.calibration = self.engine.calibrate(inputs, smallest)
+        self.engine.to_float8(self.calibration)
 
     @torch.inference_mode()
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
@@ -111,6 +123,12 @@ class CogVLAPolicy:
         for _ in range(2):
             self.act(self.embodiment.fake_observation(batch))
         self.reset()
+
+    def normalised_actions(self, inputs: ModelInput) -> Tensor:
+        """What the network answers, [B,K,A]; nothing is kept of the instructions."""
+        if self.engine is None:
+            return self.model(inputs).actions
+        return self.engine.run(inputs, self.engine.encode(inputs.text_ids, inputs.text_mask))
 
     def _run(self, observation: Observation, inputs: ModelInput) -> Tensor:
         """Normalised actions [B,K,A]; what depends on the instructions is kept as long as they stay, mostly a whole

@@ -36,7 +36,8 @@ class TrainedWeights:
     Attributes:
         objective: to be called and differentiated.
         raw: the same without wrappers, with parameters as they are now.
-        optimiser, average: of what is trained.
+        trained: names and parameters of what is trained.
+        optimiser, average: of that.
         frozen: fingerprint of what is not.
         sharded: whether weights are divided among processes.
 
@@ -67,20 +68,18 @@ class TrainedWeights:
         optimiser = adamw(objective, config.learning_rate, config.weight_decay, config.optimiser)
         self.objective, self.optimiser = accelerator.prepare(objective, optimiser)  # FSDP wants both at once
         self.raw: Objective = accelerator.unwrap_model(self.objective)
-        self.average = ExponentialAverage(self.trained(), config.ema_decay)
-
-    def trained(self) -> dict[str, Tensor]:
-        """Names and parameters."""
-        return {name: p for name, p in self.raw.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in self.raw.named_parameters() if p.requires_grad}
+        self.average = ExponentialAverage(self.trained, config.ema_decay)
 
     def update(self, learning_rate: float, step: int) -> Tensor:
         """Step number `step` (from 1) with the gradients that are there, which are then gone; returns their norm."""
-        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
+        parameters = self.objective.parameters() if self.sharded else self.trained.values()  # FSDP wants all of them
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.clip_norm)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.average.update(self.trained(), step)
+        self.average.update(self.trained, step)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
 
     def averaged(self) -> Objective:
@@ -133,6 +132,5 @@ class TrainedWeights:
         )
         for group, value in zip(self.optimiser.param_groups, decay, strict=True):
             group["weight_decay"] = value
-        trained = self.trained()
         for name, average in self.average.average.items() if self.config.ema_decay else ():
-            average.copy_(state["average"].get(name, trained[name].detach()))
+            average.copy_(state["average"].get(name, self.trained[name].detach()))

@@ -16,9 +16,10 @@ import copy
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ class Trainer:
         self.window = LossWindow(self.accelerator)
         self.interruption = Interruption()
         self.step = self.first_step = 0
+        self.chosen: tuple[int, Tensor, Choices] | None = None
+        self.given: tuple[int, int] | None = None
 
     def run(self) -> CogVLAPolicy:
         """Train to the last step (from the newest checkpoint, if there is one) and return the policy.
@@ -202,17 +205,17 @@ class Trainer:
             )
 
     def _train_step(self) -> dict[str, Tensor]:
-        seed = self.config.seed * 1_000_003 + self.step
-        torch.manual_seed(seed)
-        rows = self.batches.rows(self.step)
-        choices = self.builder.choose(self.batches.columns(rows), torch.Generator().manual_seed(seed))
-        mine = torch.arange(len(rows))[self.accelerator.process_index :: self.accelerator.num_processes]
-        self.objective.train()
+        torch.manual_seed(self._seed(self.step))
+        if not self.objective.training:
+            self.objective.train()
         losses: dict[str, Tensor] = {}
-        for part in mine.chunk(self.config.accumulation):
-            for name, value in self._gradients(rows[part], choices.part(part)).items():
+        for number in range(self.config.accumulation):
+            for name, value in self._gradients(self.step, number).items():
                 losses[name] = losses.get(name, 0) + value / self.config.accumulation
         return {**losses, "gradient_norm": self.weights.update(self._learning_rate(), self.step + 1)}
+
+    def _seed(self, step: int) -> int:
+        return self.config.seed * 1_000_003 + step
 
     def _evaluate(self) -> None:
         """Validation and rollouts, if they are due; the other processes wait at the next step."""
@@ -237,20 +240,41 @@ class Trainer:
             else:
                 self._record(metrics, {})
 
-    def _gradients(self, rows: Tensor, choices: Choices) -> dict[str, Tensor]:
-        """Add the gradients of the mean loss over these samples, divided by `accumulation`; returns the losses."""
+    def _gradients(self, step: int, number: int) -> dict[str, Tensor]:
+        """Add the gradients of a step's part `number`, divided by `accumulation`; returns its mean losses."""
         share = 1 / self.config.accumulation
-        if self.parallel is not None:
-            pieces = torch.arange(len(rows)).chunk(self.config.cpu_parts)
-            return self.parallel((self._batch(rows, choices, piece) for piece in pieces), share)
-        batch = self.builder.build(self.batches.gather(rows), choices)
-        with self.accelerator.autocast():
-            losses = self.forward(batch)
-        self.accelerator.backward(losses["loss"] * share)
-        return {name: value.detach() for name, value in losses.items()}
+        if self.parallel is None:
+            (batch,) = self._batches(step, number)
+            with self.accelerator.autocast():
+                losses = self.forward(batch)
+            self.accelerator.backward(losses["loss"] * share)
+            return {name: value.detach() for name, value in losses.items()}
+        if self.given != (step, number):
+            self.parallel.give(self._batches(step, number))
+        return self.parallel(share, partial(self._give_after, step, number))
 
-    def _batch(self, rows: Tensor, choices: Choices, piece: Tensor) -> Batch:
-        return self.builder.build(self.batches.gather(rows[piece]), choices.part(piece))
+    def _give_after(self, step: int, number: int) -> None:
+        """Prepare what comes after part `number` of this step."""
+        step, number = (step, number + 1) if number + 1 < self.config.accumulation else (step + 1, 0)
+        if step < self.config.steps:
+            assert self.parallel is not None
+            self.parallel.give(self._batches(step, number))
+            self.given = step, number
+
+    def _batches(self, step: int, number: int) -> Iterator[Batch]:
+        """What is computed at once of a step's part `number` by this process, in `cpu_parts` batches if it is on CPUs.
+
+        Choices are made for the whole step, and once.
+        """
+        if self.chosen is None or self.chosen[0] != step:
+            rows = self.batches.rows(step)
+            generator = torch.Generator().manual_seed(self._seed(step))
+            self.chosen = step, rows, self.builder.choose(self.batches.columns(rows), generator)
+        _, rows, choices = self.chosen
+        mine = torch.arange(len(rows))[self.accelerator.process_index :: self.accelerator.num_processes]
+        part = mine.chunk(self.config.accumulation)[number]
+        for piece in part.chunk(1 if self.parallel is None else self.config.cpu_parts):
+            yield self.builder.build(self.batches.gather(rows[piece]), choices.part(piece))
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)

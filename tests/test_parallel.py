@@ -34,7 +34,8 @@ def test_parts_equal_the_whole_at_every_step(parallel: Callable[..., ParallelGra
     for _ in range(3):
         batch = torch.randn(9, 5)
         expected = torch.autograd.grad(objective(batch)["loss"], list(model.parameters()))
-        losses = parts(batch.chunk(3))
+        parts.give(batch.chunk(3))
+        losses = parts()
         torch.testing.assert_close(losses["loss"], objective(batch)["loss"].detach())
         for parameter, gradient in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient)
@@ -45,15 +46,42 @@ def test_parts_equal_the_whole_at_every_step(parallel: Callable[..., ParallelGra
 def test_gradients_accumulate_with_a_scale(parallel: Callable[..., ParallelGradients]) -> None:
     model = nn.Linear(2, 1)
     two, parts = parallel(model, 2), torch.randn(4, 2).chunk(2)
-    two(parts)
+    two.give(parts)
+    two(meanwhile=lambda: two.give(parts))
     once = model.weight.grad.clone()
-    two(parts, 0.5)
+    two(0.5)
     torch.testing.assert_close(model.weight.grad, 1.5 * once)
+
+
+def test_the_next_parts_meet_the_weights_of_the_next_step(parallel: Callable[..., ParallelGradients]) -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Linear(2, 1), torch.randn(3, 4, 2)
+    two, objective = parallel(model, 2), MeanSquare(model)
+    two.give(batches[0].chunk(2))
+    for step, batch in enumerate(batches):
+        expected = objective(batch)["loss"].detach()
+        torch.testing.assert_close(
+            two(meanwhile=lambda at=step: two.give(batches[(at + 1) % 3].chunk(2)))["loss"], expected
+        )
+        with torch.no_grad():
+            model.weight += 1
+
+
+def test_what_is_given_last_counts_and_once(parallel: Callable[..., ParallelGradients]) -> None:
+    model = nn.Linear(2, 1)
+    two, batch = parallel(model, 2), torch.randn(4, 2)
+    two.give(torch.randn(4, 2).chunk(2))
+    two.give(batch.chunk(2))
+    torch.testing.assert_close(two()["loss"], MeanSquare(model)(batch)["loss"].detach())
+    with pytest.raises(RuntimeError, match="give the parts first"):
+        two()
 
 
 def test_unused_and_frozen_parameters_get_none(parallel: Callable[..., ParallelGradients]) -> None:
     model = FirstOnly()
-    parallel(model, 2)(torch.randn(4, 2).chunk(2))
+    two = parallel(model, 2)
+    two.give(torch.randn(4, 2).chunk(2))
+    two()
     assert model.used.weight.grad is not None
     assert model.unused.weight.grad is None
     assert model.frozen.weight.grad is None
@@ -64,14 +92,16 @@ def test_a_process_that_fails_is_reported_and_replaced(
     parallel: Callable[..., ParallelGradients], bad: float, said: str
 ) -> None:
     two, good = parallel(nn.Linear(2, 1), 2), torch.randn(2, 2)
+    two.give([torch.full((2, 2), bad), good])
     with pytest.raises(RuntimeError, match=said):
-        two([torch.full((2, 2), bad), good])
-    assert two([good, good])["loss"] > 0
+        two()
+    two.give([good, good])
+    assert two()["loss"] > 0
 
 
 def test_nothing_is_left_running(parallel: Callable[..., ParallelGradients]) -> None:
     two = parallel(nn.Linear(2, 1), 2)
-    two(torch.randn(4, 2).chunk(2))
+    two.give(torch.randn(4, 2).chunk(2))
     (other,) = two.others
     two.close()
     assert other.process.returncode == 0

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogvla.policy.engine.float8 import to_float8
+from cogvla.policy.engine.float8 import Calibration, largest_inputs, to_float8
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import Run, record
 from cogvla.policy.model import CogVLA, ModelInput
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
+"""Of what is not in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class EngineConfig:
             else trace.
         text_buckets: instructions are padded to the next of these lengths, so that few shapes cover all of them; longer
             ones run without being recorded.
-        dtype: precision of weights and arithmetic, `float32` or `bfloat16`; None leaves it as it was saved, and `plain`
-            can do nothing else.
+        dtype: precision of weights and arithmetic, `float32`, `bfloat16` or `float8` (bfloat16 with large layers in 8
+            bits, for checkpoints that `calibrate_policy` has measured); None leaves it as it was saved, and `plain` can
+            do nothing else.
     """
 
     kind: str = "auto"
@@ -54,7 +56,7 @@ class EngineConfig:
         if self.kind not in KINDS:
             raise ValueError(f"unknown engine.kind {self.kind!r}; one of {', '.join(KINDS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"unknown engine.dtype {self.dtype!r}; null, {' or '.join(DTYPES)}")
+            raise ValueError(f"unknown engine.dtype {self.dtype!r}; one of null, {', '.join(DTYPES)}")
         if self.kind == "plain" and self.dtype is not None:
             raise ValueError(
                 f"engine.kind=plain runs the model as it was saved, in its own precision, not in {self.dtype}: give "
@@ -63,8 +65,13 @@ class EngineConfig:
         if sorted(set(self.text_buckets)) != list(self.text_buckets) or min(self.text_buckets, default=1) < 1:
             raise ValueError(f"engine.text_buckets must be increasing positive lengths, got {self.text_buckets}")
 
-    def check_router(self, name: str | None) -> None:
-        """ValueError when a policy with this token router cannot run like this; only plain models know routers."""
+    def check_trained(self, name: str | None) -> None:
+        """ValueError when a policy that is just trained, with this token router, cannot run like this."""
+        if self.dtype == "float8":
+            raise ValueError(
+                "engine.dtype=float8 needs `calibrate_policy`, which needs a trained policy: train with "
+                "engine.dtype=null, then evaluate with `eval_libero`"
+            )
         if name is not None and (self.kind not in ("auto", "plain") or self.dtype is not None):
             raise ValueError(
                 f"the engine does not know token routers such as {name!r}: set engine.kind=auto (or plain) and "
@@ -90,12 +97,18 @@ class Engine:
         model: trained.
         config: see there; not `plain`.
         release: see `FusedNetwork`; another precision then converts the model itself, weight by weight.
+        calibration: of this model, for 8 bits.
+
+    Attributes:
+        precision: as `EngineConfig.dtype` names it.
 
     Raises:
-        ValueError: the model cannot be fused, or the kind needs another device.
+        ValueError: the model cannot be fused, the kind needs another device, or 8 bits a calibration.
     """
 
-    def __init__(self, model: CogVLA, config: EngineConfig, release: bool = False) -> None:
+    def __init__(
+        self, model: CogVLA, config: EngineConfig, release: bool = False, calibration: Calibration | None = None
+    ) -> None:
         assert config.kind != "plain", "that is the model itself"
         first = next(model.parameters())
         self.kind = config.kind
@@ -105,16 +118,25 @@ class Engine:
             raise ValueError(
                 f"engine=cuda_graph needs a GPU, the policy is on {first.device}; use engine.kind=trace or auto"
             )
-        self.buckets, self.dtype = config.text_buckets, first.dtype if config.dtype is None else DTYPES[config.dtype]
-        if self.dtype != first.dtype:
+        if config.dtype == "float8" and calibration is None:
+            raise ValueError(
+                "engine.dtype=float8 needs to know how large each layer's inputs get: run `calibrate_policy "
+                "checkpoint=FOLDER` once, or give engine.dtype=bfloat16"
+            )
+        dtype = first.dtype if config.dtype is None else DTYPES[config.dtype]
+        self.buckets, self.precision = config.text_buckets, config.dtype or str(dtype).removeprefix("torch.")
+        if dtype != first.dtype:
             if not release:
                 model, release = copy.deepcopy(model), True  # the copy is nobody else's
             for parameter in model.parameters():  # not `to`, which would round the frequencies of the positions too
-                parameter.data = parameter.data.to(self.dtype)
+                parameter.data = parameter.data.to(dtype)
         self._model = model
+        self._recorded: dict[tuple[int, int], Run] = {}
         with torch.no_grad():
             self.network = FusedNetwork(model, release)
-        self._recorded: dict[tuple[int, int], Run] = {}
+            if config.dtype == "float8":
+                assert calibration is not None
+                self.to_float8(calibration)
 
     def bucket(self, words: int) -> int:
         """The length to which an instruction of this many tokens is padded."""
@@ -132,18 +154,16 @@ class Engine:
         run = self._recorded.get((len(inputs.state), text.words), self.network)
         return run({"pixels": inputs.pixels, "state": inputs.state, **text.tensors})
 
-    def to_float8(self, observations: Sequence[ModelInput], smallest: int = 256) -> int:
-        """Compute large layers in 8 bits from now on, see `policy.engine.float8`; returns how many.
+    def calibrate(self, observations: Sequence[ModelInput], smallest: int = 256) -> Calibration:
+        """How large the inputs of large layers get.
 
         Args:
-            observations: recorded ones, from which the range of every layer's input is taken.
+            observations: recorded ones.
             smallest: inputs and outputs that a layer must have at least.
 
         Raises:
-            ValueError: see `policy.engine.float8.to_float8`, or shapes were recorded already.
+            ValueError: see `policy.engine.float8.largest_inputs`.
         """
-        if self._recorded:
-            raise ValueError("calibrate before warm_up: what was recorded computes with other layers")
         if not observations:
             raise ValueError("8-bit layers need recorded observations to take the range of their inputs from")
 
@@ -151,7 +171,18 @@ class Engine:
             for inputs in observations:
                 self.run(inputs, self.encode(inputs.text_ids, inputs.text_mask))
 
-        return to_float8(self.network, play, smallest)
+        return Calibration(largest_inputs(self.network, play, smallest))
+
+    def to_float8(self, calibration: Calibration) -> None:
+        """Compute large layers in 8 bits from now on, see `policy.engine.float8`.
+
+        Raises:
+            ValueError: see `policy.engine.float8.to_float8`, or shapes were recorded already.
+        """
+        if self._recorded:
+            raise ValueError("calibrate before warm_up: what was recorded computes with other layers")
+        to_float8(self.network, calibration.largest_inputs)
+        self.precision = "float8"
 
     def warm_up(self, inputs: ModelInput, words: int | None = None) -> None:
         """Record the shapes of these inputs, for one length of instruction or (None) for every text bucket.

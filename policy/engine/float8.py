@@ -9,7 +9,9 @@ Needs a GPU of compute capability 8.9 or later to be fast (Ada, Hopper, Blackwel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +60,25 @@ class Float8Linear(nn.Module):
         return y_RO.unflatten(0, x.shape[:-1])
 
 
-def to_float8(network: nn.Module, calibrate: Callable[[], None], smallest: int) -> int:
-    """Replace linear layers in place; returns how many.
+@dataclass(frozen=True)
+class Calibration:
+    """What recorded observations say about a network, so that it can compute in 8 bits.
+
+    Attributes:
+        largest_inputs: name of a layer of the fused network -> largest absolute value that it read.
+        about: how it was measured, and how far actions move, for reports.
+    """
+
+    largest_inputs: Mapping[str, float]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def largest_inputs(network: nn.Module, play: Callable[[], None], smallest: int) -> dict[str, float]:
+    """Name -> largest absolute value that each large linear layer reads.
 
     Args:
         network: holds `FusedLinear`s in bfloat16.
-        calibrate: runs the network on recorded observations.
+        play: runs the network on recorded observations.
         smallest: inputs and outputs that a layer must have at least.
 
     Raises:
@@ -75,20 +90,41 @@ def to_float8(network: nn.Module, calibrate: Callable[[], None], smallest: int) 
         if isinstance(module, FusedLinear) and _fits(module.weight, smallest) and ".router." not in name
     }
     if not linears:
-        raise ValueError(f"no layer of this model reads and writes {smallest} numbers or more: leave engine.float8 off")
-    if any(linear.weight.dtype != torch.bfloat16 for linear in linears.values()):
-        raise ValueError("8-bit layers compute beside bfloat16 ones: set engine.dtype=bfloat16")
+        raise ValueError(f"no layer of this model reads and writes {smallest} numbers or more: 8 bits gain nothing")
+    _check_precision(linears.values())
     largest: dict[str, Tensor] = {}
     hooks = [linear.register_forward_pre_hook(_remember(largest, name)) for name, linear in linears.items()]
     try:
-        calibrate()
+        play()
     finally:
         for hook in hooks:
             hook.remove()
-    for name in largest:
+    return {name: float(value) for name, value in largest.items()}
+
+
+def to_float8(network: nn.Module, largest: Mapping[str, float]) -> None:
+    """Replace linear layers by 8-bit ones, in place; `largest` is what `largest_inputs` gave for this network.
+
+    Raises:
+        ValueError: the network is not in bfloat16, or not the one that was measured.
+    """
+    modules = dict(network.named_modules())
+    if unknown := [name for name in largest if not isinstance(modules.get(name), FusedLinear)]:
+        raise ValueError(
+            f"the calibration names layers that this model does not have ({unknown[0]}, ...): it belongs to another "
+            "model or version; run `calibrate_policy` again"
+        )
+    linears = {name: cast(FusedLinear, modules[name]) for name in largest}
+    _check_precision(linears.values())
+    for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, Float8Linear(linears[name], largest[name]))
-    return len(largest)
+        scale = torch.tensor(largest[name], device=linear.weight.device)
+        setattr(network.get_submodule(parent), child, Float8Linear(linear, scale))
+
+
+def _check_precision(linears: Iterable[FusedLinear]) -> None:
+    if any(linear.weight.dtype != torch.bfloat16 for linear in linears):
+        raise ValueError("8-bit layers compute beside bfloat16 ones: set engine.dtype=bfloat16")
 
 
 def _fits(weight_OI: Tensor, smallest: int) -> bool:

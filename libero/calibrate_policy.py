@@ -1,0 +1,134 @@
+"""`calibrate_policy`: measure on recorded frames what a checkpoint needs to compute in 8 bits, and what that costs.
+
+    calibrate_policy checkpoint=checkpoints/FOLDER suite=tabletop_object
+    calibrate_policy checkpoint=FOLDER data=libero suite=libero_goal observations=512
+    eval_libero checkpoint=FOLDER engine.dtype=float8
+
+Adds `float8.json` to the checkpoint: how large the inputs of each large layer get, and on other frames of the data set
+how far the actions move. `engine.dtype=float8` reads it from then on; no data set is needed any more.
+
+Shape legend: B frames, K chunk, A action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
+from cogvla.libero.provenance import provenance
+from cogvla.policy.augmentation import centre, change
+from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
+from cogvla.policy.data import DataConfig, DemonstrationData, TrainingBatches
+from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.engine.float8 import Calibration
+from cogvla.policy.model import ModelInput
+from cogvla.policy.parallel import use_threads
+from cogvla.policy.policy import CogVLAPolicy
+
+BATCH = 8
+"""Frames that are run at once."""
+
+
+@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="calibrate_policy")
+def main(config: DictConfig) -> None:
+    """Console entry point."""
+    with mistakes_in_one_line():
+        run(config, as_typed("calibrate_policy"))
+
+
+@torch.inference_mode()
+def run(config: DictConfig, command: str) -> Calibration:
+    """Measure, write, and print how far actions move; returns what is written."""
+    values = plain(config)
+    for name in ("observations", "checked"):
+        if values[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {values[name]}")
+    use_threads(values["threads"])
+    folder = Path(values["checkpoint"])
+    policy = load_policy(folder, values["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        data_config = DataConfig(**values["data"])
+    except TypeError as error:
+        raise ValueError(f"configuration data: {error}") from error
+    data = DemonstrationData.open(data_config, policy.embodiment)
+    count = values["observations"] + values["checked"]
+    if count > len(data):
+        raise ValueError(
+            f"the data set has {len(data)} frames, observations={values['observations']} and "
+            f"checked={values['checked']} ask for {count}"
+        )
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(values["seed"]))[:count]
+    seen, checked = rows[: values["observations"]], rows[values["observations"] :]
+
+    as_saved = _actions(policy, data, checked)
+    policy = policy.with_engine(EngineConfig("eager", dtype="bfloat16"), release=True)
+    assert policy.engine is not None
+    in_bfloat16 = _actions(policy, data, checked)
+    calibration = policy.engine.calibrate([inputs for inputs, _ in _batches(policy, data, seen)], values["smallest"])
+    policy.engine.to_float8(calibration)
+    in_float8 = _actions(policy, data, checked)
+
+    expert_BKA = torch.cat([actions_BKA for _, actions_BKA in _batches(policy, data, checked)])
+    about = {
+        "command": command,
+        "weights_sha256": weights_hash(folder),
+        "data_set": data.describe(),
+        "observations": len(seen),
+        "checked": len(checked),
+        "layers": len(calibration.largest_inputs),
+        "from_bfloat16": _distance(in_float8, in_bfloat16),
+        "bfloat16_from_saved": _distance(in_bfloat16, as_saved),
+        "action_l1": {
+            name: _distance(actions, expert_BKA)["mean"]
+            for name, actions in {"saved": as_saved, "bfloat16": in_bfloat16, "float8": in_float8}.items()
+        },
+        **provenance(),
+    }
+    calibration = Calibration(calibration.largest_inputs, about)
+    save_calibration(folder, calibration)
+    print(_summary(folder, about))
+    return calibration
+
+
+def _batches(policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor) -> Iterator[tuple[ModelInput, Tensor]]:
+    """What the policy sees of these frames, and the expert's normalised actions [B,K,A]."""
+    batches, preprocessor = TrainingBatches(data, BATCH, seed=0), policy.preprocessor
+    for rows_B in rows_N.split(BATCH):
+        samples = batches.gather(rows_B)
+        pixels_BVCHW = samples["pixels"].to(preprocessor.device)
+        middle = centre(preprocessor.crop_area, *pixels_BVCHW.shape[:2])
+        inputs = preprocessor.model_input(
+            change(pixels_BVCHW, preprocessor.crop_area, middle),
+            samples["state"].to(preprocessor.device),
+            [data.instructions[index] for index in samples["instruction_id"].tolist()],
+        )
+        yield inputs, preprocessor.action_normaliser(samples["actions"].to(preprocessor.device)).cpu()
+
+
+def _actions(policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor) -> Tensor:
+    """Normalised actions [N,K,A]."""
+    return torch.cat([policy.normalised_actions(inputs).float().cpu() for inputs, _ in _batches(policy, data, rows_N)])
+
+
+def _distance(one: Tensor, other: Tensor) -> dict[str, float]:
+    difference = (one - other).abs()
+    return {"mean": float(difference.mean()), "max": float(difference.max())}
+
+
+def _summary(folder: Path, about: dict[str, Any]) -> str:
+    moved, error = about["from_bfloat16"], about["action_l1"]
+    return (
+        f"{about['layers']} layers in 8 bits, measured on {about['observations']} frames. On {about['checked']} other "
+        f"frames, in normalised actions:\n"
+        f"  float8 from bfloat16: mean {moved['mean']:.2g}, max {moved['max']:.2g}\n"
+        f"  from the expert (mean): as saved {error['saved']:.4f}, bfloat16 {error['bfloat16']:.4f}, "
+        f"float8 {error['float8']:.4f}\n"
+        f"{folder}: engine.dtype=float8 works from now on"
+    )
