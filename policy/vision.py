@@ -177,10 +177,9 @@ class VisionTower(nn.Module):
         attended = block.norm1(x)
         if self.aggregation is not None and index == self.computed - 1:
             x = self.aggregation.take_from(x)
-            if watch:
-                log_attention_XhMN = _log_attention(block.attn, attended, rows=x.shape[1])
+            attended, log_attention_XhMN = _attend_last(block.attn, attended, x.shape[1], watch)
+            if log_attention_XhMN is not None:
                 log_attention_XhMP = log_attention_XhMN[..., self.vit.num_prefix_tokens : -x.shape[1]]
-            attended = _attend_last(block.attn, attended, rows=x.shape[1])
         else:
             attended = block.attn(attended)
         x = x + block.drop_path1(block.ls1(attended))
@@ -209,24 +208,26 @@ def _outputs(linear: Any, x: Tensor, first: int, end: int) -> Tensor:
     return F.linear(x, linear.weight[first:end], None if linear.bias is None else linear.bias[first:end])
 
 
-def _attend_last(attention: Any, h_XNW: Tensor, rows: int) -> Tensor:
-    """Attention [X,rows,W] of the last `rows` tokens to all tokens, with the weights of a timm module."""
-    if type(attention) is not Attention:
-        return attention(h_XNW)[:, -rows:]
+def _attend_last(attention: Any, h_XNW: Tensor, rows: int, watch: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention of the last `rows` tokens to all tokens, with the weights of a timm module.
+
+    Returns:
+        What it gives, [X,rows,W], and if watched the logarithm of its weights, [X,h,rows,N].
+    """
+    known = type(attention) is Attention
+    if not (known or watch):
+        return attention(h_XNW)[:, -rows:], None
     split = attention.qkv.out_features // 3
     q, kv = _outputs(attention.qkv, h_XNW[:, -rows:], 0, split), _outputs(attention.qkv, h_XNW, split, 3 * split)
     q = attention.q_norm(rearrange(q, "x n (h e) -> x h n e", h=attention.num_heads))
     k, v = rearrange(kv, "x n (two h e) -> two x h n e", two=2, h=attention.num_heads).unbind(0)
-    out = F.scaled_dot_product_attention(q, attention.k_norm(k), v, scale=attention.scale)
-    return attention.proj_drop(attention.proj(attention.norm(rearrange(out, "x h n e -> x n (h e)"))))
-
-
-def _log_attention(attention: Any, h_XNW: Tensor, rows: int) -> Tensor:
-    """Logarithm of the attention [X,h,rows,N] of the last `rows` tokens, with the weights of a timm module."""
-    split = attention.qkv.out_features // 3
-    q, k = _outputs(attention.qkv, h_XNW[:, -rows:], 0, split), _outputs(attention.qkv, h_XNW, split, 2 * split)
-    q, k = (rearrange(x, "x n (h e) -> x h n e", h=attention.num_heads) for x in (q, k))
-    return ((attention.q_norm(q) * attention.scale) @ attention.k_norm(k).mT).log_softmax(-1)
+    k = attention.k_norm(k)
+    log_XhRN = ((q * attention.scale) @ k.mT).log_softmax(-1) if watch else None
+    if not known:
+        return attention(h_XNW)[:, -rows:], log_XhRN
+    attend = F.scaled_dot_product_attention
+    out = attend(q, k, v, scale=attention.scale) if log_XhRN is None else log_XhRN.exp() @ v
+    return attention.proj_drop(attention.proj(attention.norm(rearrange(out, "x h n e -> x n (h e)")))), log_XhRN
 
 
 @dataclass(frozen=True)
