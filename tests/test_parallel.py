@@ -102,6 +102,7 @@ def test_a_process_that_fails_is_reported_and_replaced(
 def test_nothing_is_left_running(parallel: Callable[..., ParallelGradients]) -> None:
     two = parallel(nn.Linear(2, 1), 2)
     two.give(torch.randn(4, 2).chunk(2))
+    two()
     (other,) = two.others
     two.close()
     assert other.process.returncode == 0

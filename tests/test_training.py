@@ -117,10 +117,17 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(uninterrupted
     assert rows(tmp_path / "other")[-1] != rows(uninterrupted)[-1]
 
 
-def test_threads_do_not_make_it_a_matter_of_luck(tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        small_trainer(tmp_path / name, settings(cpu_parts=2)).run()
-    assert_same_run(tmp_path / "first", tmp_path / "second")
+def test_processes_do_not_make_it_a_matter_of_luck_nor_does_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(cpu_parts=2, accumulation=2)
+    small_trainer(tmp_path / "whole", config).run()
+    trainer = small_trainer(tmp_path / "twice", config)
+    interrupt_at(trainer, 5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    small_trainer(tmp_path / "twice", config).run()
+    assert_same_run(tmp_path / "twice", tmp_path / "whole")
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_exactly(
@@ -278,7 +285,9 @@ def gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainingC
     return found | losses
 
 
-@pytest.mark.parametrize("change", [{"accumulation": 2}, {"accumulation": 4}, {"cpu_parts": 2}])
+@pytest.mark.parametrize(
+    "change", [{"accumulation": 2}, {"accumulation": 4}, {"cpu_parts": 2}, {"accumulation": 2, "cpu_parts": 2}]
+)
 def test_a_step_in_parts_has_the_gradient_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int]
 ) -> None:
