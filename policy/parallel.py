@@ -130,17 +130,14 @@ class ParallelGradients:
         self.others, self.own = [], None
 
     def _add(self, parts: list[list[Tensor | None]], share: float) -> None:
-        """Add `share` times their sum to `.grad`, where there is any: a few calls for all parameters."""
-        totals: dict[int, Tensor] = {}
-        for gradients in parts:
-            given = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
-            both = [index for index in given if index in totals]
-            sums = torch._foreach_add([totals[i] for i in both], [given[i] for i in both]) if both else []
-            totals |= given | dict(zip(both, sums, strict=True))
-        scaled = dict(zip(totals, torch._foreach_mul(list(totals.values()), share), strict=True)) if totals else {}
-        for index, total in scaled.items():
-            parameter = self.parameters[index]
-            parameter.grad = total if parameter.grad is None else parameter.grad + total
+        """Add `share` times their sum to `.grad`, where there is any."""
+        for parameter, *gradients in zip(self.parameters, *parts, strict=True):
+            given = [gradient for gradient in gradients if gradient is not None]
+            if given:
+                total = given[0] * share
+                for gradient in given[1:]:
+                    total.add_(gradient, alpha=share)
+                parameter.grad = total if parameter.grad is None else parameter.grad + total
 
     @contextmanager
     def _closing_on_failure(self) -> Iterator[None]:
