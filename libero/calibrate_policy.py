@@ -20,6 +20,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from tqdm import tqdm
 
 from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.libero.provenance import provenance
@@ -67,13 +68,14 @@ def run(config: DictConfig, command: str) -> Calibration:
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(values["seed"]))[:count]
     seen, checked = rows[: values["observations"]], rows[values["observations"] :]
 
-    as_saved = _actions(policy, data, checked)
+    as_saved = _actions(policy, data, checked, "as saved")
     policy = policy.with_engine(EngineConfig("eager", dtype="bfloat16"), release=True)
     assert policy.engine is not None
-    in_bfloat16 = _actions(policy, data, checked)
-    calibration = policy.engine.calibrate([inputs for inputs, _ in _batches(policy, data, seen)], values["smallest"])
+    in_bfloat16 = _actions(policy, data, checked, "bfloat16")
+    observations = (inputs for inputs, _ in _batches(policy, data, seen, "ranges"))
+    calibration = policy.engine.calibrate(observations, values["smallest"])
     policy.engine.to_float8(calibration)
-    in_float8 = _actions(policy, data, checked)
+    in_float8 = _actions(policy, data, checked, "float8")
 
     expert_BKA = torch.cat([actions_BKA for _, actions_BKA in _batches(policy, data, checked)])
     about = {
@@ -97,10 +99,12 @@ def run(config: DictConfig, command: str) -> Calibration:
     return calibration
 
 
-def _batches(policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor) -> Iterator[tuple[ModelInput, Tensor]]:
-    """What the policy sees of these frames, and the expert's normalised actions [B,K,A]."""
+def _batches(
+    policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor, progress: str | None = None
+) -> Iterator[tuple[ModelInput, Tensor]]:
+    """What the policy sees of these frames, and the expert's normalised actions [B,K,A]; `progress` names a bar."""
     batches, preprocessor = TrainingBatches(data, BATCH, seed=0), policy.preprocessor
-    for rows_B in rows_N.split(BATCH):
+    for rows_B in tqdm(rows_N.split(BATCH), desc=progress, unit="batch", disable=progress is None):
         samples = batches.gather(rows_B)
         pixels_BVCHW = samples["pixels"].to(preprocessor.device)
         middle = centre(preprocessor.crop_area, *pixels_BVCHW.shape[:2])
@@ -112,9 +116,10 @@ def _batches(policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor) -> I
         yield inputs, preprocessor.action_normaliser(samples["actions"].to(preprocessor.device)).cpu()
 
 
-def _actions(policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor) -> Tensor:
+def _actions(policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor, name: str) -> Tensor:
     """Normalised actions [N,K,A]."""
-    return torch.cat([policy.normalised_actions(inputs).float().cpu() for inputs, _ in _batches(policy, data, rows_N)])
+    batches = _batches(policy, data, rows_N, name)
+    return torch.cat([policy.normalised_actions(inputs).float().cpu() for inputs, _ in batches])
 
 
 def _distance(one: Tensor, other: Tensor) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,10 +233,13 @@ def test_eight_bits_say_what_they_need(config: EngineConfig, smallest: int, mess
     engine = policy.with_engine(config)
     with pytest.raises(ValueError, match=message):
         engine.to_float8([observation(1)], smallest)
-    with pytest.raises(ValueError, match="recorded observations"):
-        engine.to_float8([])
     with pytest.raises(ValueError, match="with_engine"):
         policy.to_float8([observation(1)])
+
+
+def test_eight_bits_need_something_to_measure() -> None:
+    with pytest.raises(ValueError, match="recorded observations"):
+        random_policy().with_engine(EngineConfig("eager", dtype="bfloat16")).to_float8([], smallest=16)
 
 
 def test_a_recording_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +250,32 @@ def test_a_recording_that_computes_something_else_is_refused(monkeypatch: pytest
     monkeypatch.setattr("cogvla.policy.engine.recording._traced", lambda *_: lambda *_: torch.zeros(1, small.CHUNK, 4))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="differs from the eager pass"):
         record("trace", engine.network, {"pixels": inputs.pixels, "state": inputs.state, **text.tensors})
+
+
+class Large(torch.nn.Module):
+    """64 MiB, which go back to the system when they are freed."""
+
+    weight: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(16 << 20))
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (self.weight * inputs["x"])[:1]
+
+
+def test_what_was_recorded_is_freed() -> None:
+    def resident() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) >> 10
+
+    record("trace", Large(), {"x": torch.ones(1)})
+    before = resident()
+    for _ in range(4):
+        record("trace", Large(), {"x": torch.ones(1)})
+        gc.collect()
+    assert resident() - before < 128, "MiB; torch keeps the constants of a traced function for ever"
 
 
 def test_what_cannot_be_fused_is_said() -> None:

@@ -6,7 +6,7 @@ Shape legend: B batch, T text tokens, K chunk, A action dimension.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,7 +154,7 @@ class Engine:
         run = self._recorded.get((len(inputs.state), text.words), self.network)
         return run({"pixels": inputs.pixels, "state": inputs.state, **text.tensors})
 
-    def calibrate(self, observations: Sequence[ModelInput], smallest: int = 256) -> Calibration:
+    def calibrate(self, observations: Iterable[ModelInput], smallest: int = 256) -> Calibration:
         """How large the inputs of large layers get.
 
         Args:
@@ -162,16 +162,17 @@ class Engine:
             smallest: inputs and outputs that a layer must have at least.
 
         Raises:
-            ValueError: see `policy.engine.float8.largest_inputs`.
+            ValueError: there are no observations, or see `policy.engine.float8.largest_inputs`.
         """
-        if not observations:
-            raise ValueError("8-bit layers need recorded observations to take the range of their inputs from")
 
         def play() -> None:
             for inputs in observations:
                 self.run(inputs, self.encode(inputs.text_ids, inputs.text_mask))
 
-        return Calibration(largest_inputs(self.network, play, smallest))
+        largest = largest_inputs(self.network, play, smallest)
+        if not largest:
+            raise ValueError("8-bit layers need recorded observations to take the range of their inputs from")
+        return Calibration(largest)
 
     def to_float8(self, calibration: Calibration) -> None:
         """Compute large layers in 8 bits from now on, see `policy.engine.float8`.

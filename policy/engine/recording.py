@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Tensors = Mapping[str, Tensor]
 """The inputs of a function, by name."""
@@ -45,15 +45,22 @@ def record(kind: str, function: Run, inputs: Tensors) -> Run:
     return run
 
 
+class _Flat(nn.Module):
+    """The function with its inputs in a row. A module, because torch never frees the weights of a traced function."""
+
+    def __init__(self, function: Run, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.function, self.names = function, names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.function(dict(zip(self.names, values, strict=True)))
+
+
 def _traced(function: Run, inputs: Tensors) -> Run:
     names = tuple(inputs)
-
-    def flat(*values: Tensor) -> Tensor:
-        return function(dict(zip(names, values, strict=True)))
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that shapes become constants, which is the purpose
-        traced = torch.jit.trace(flat, tuple(inputs.values()), check_trace=False)
+        traced = torch.jit.trace(_Flat(function, names), tuple(inputs.values()), check_trace=False)
     return lambda inputs: traced(*(inputs[name] for name in names))
 
 
