@@ -215,12 +215,12 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
 def _load_calibration(folder: Path) -> Calibration | None:
     if not (folder / FLOAT8).is_file():
         return None
-    body = _read_json(folder / FLOAT8)
     try:
+        body = _read_json(folder / FLOAT8)
         largest = {str(name): float(value) for name, value in body["largest_inputs"].items()}
         return Calibration(largest, dict(body["about"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / FLOAT8} is damaged: run `calibrate_policy` again, or delete it") from error
+        raise ValueError(f"{folder / FLOAT8} is damaged: delete it, and run `calibrate_policy` again") from error
 
 
 def weights_hash(folder: Path) -> str:

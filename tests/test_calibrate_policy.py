@@ -89,9 +89,9 @@ def test_without_a_calibration_the_way_out_is_said(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"largest_inputs": {"head.net": "x"}, "about": {}}', "damaged: run `calibrate_policy` again"),
-        ('{"about": {}}', "damaged: run `calibrate_policy` again"),
-        ('{"largest_inputs": {', "is damaged"),
+        ('{"largest_inputs": {"head.net": "x"}, "about": {}}', "damaged: delete it, and run"),
+        ('{"about": {}}', "damaged: delete it, and run"),
+        ('{"largest_inputs": {', "damaged: delete it, and run"),
         ('{"largest_inputs": {}, "about": {"weights_sha256": "0"}}', "other weights: run `calibrate_policy` again"),
     ],
 )

@@ -74,7 +74,7 @@ class Calibration:
 
 
 def largest_inputs(network: nn.Module, play: Callable[[], None], smallest: int) -> dict[str, float]:
-    """Name -> largest absolute value that each large linear layer reads.
+    """Name -> largest absolute value that each large linear layer reads; empty if nothing is played.
 
     Args:
         network: holds `FusedLinear`s in bfloat16.
