@@ -7,7 +7,7 @@
 Adds `float8.json` to the checkpoint: how large the inputs of each large layer get, and on other frames of the data set
 how far the actions move. `engine.dtype=float8` reads it from then on; no data set is needed any more.
 
-Shape legend: B frames, K chunk, A action.
+Shape legend: N frames, B of them at once, K chunk, A action.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from tqdm import tqdm
 
 from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.libero.provenance import provenance
-from cogvla.policy.augmentation import centre, change
+from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
 from cogvla.policy.data import DataConfig, DemonstrationData, TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
-from cogvla.policy.model import ModelInput
+from cogvla.policy.objective import Batch, ObjectiveConfig
 from cogvla.policy.parallel import use_threads
 from cogvla.policy.policy import CogVLAPolicy
 
 BATCH = 8
 """Frames that are run at once."""
+NO_LABELS = ObjectiveConfig(grounding=0.0, reading=0.0, pointing=0.0, counterfactual=0.0)
+"""What is asked of the data set beside frames, states and actions: nothing."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="calibrate_policy")
@@ -72,12 +74,12 @@ def run(config: DictConfig, command: str) -> Calibration:
     policy = policy.with_engine(EngineConfig("eager", dtype="bfloat16"), release=True)
     assert policy.engine is not None
     in_bfloat16 = _actions(policy, data, checked, "bfloat16")
-    observations = (inputs for inputs, _ in _batches(policy, data, seen, "ranges"))
+    observations = (batch.inputs for batch in _batches(policy, data, seen, "ranges"))
     calibration = policy.engine.calibrate(observations, values["smallest"])
     policy.engine.to_float8(calibration)
     in_float8 = _actions(policy, data, checked, "float8")
 
-    expert_BKA = torch.cat([actions_BKA for _, actions_BKA in _batches(policy, data, checked)])
+    expert_BKA = torch.cat([batch.actions_BKA.cpu() for batch in _batches(policy, data, checked)])
     about = {
         "command": command,
         "weights_sha256": weights_hash(folder),
@@ -101,25 +103,17 @@ def run(config: DictConfig, command: str) -> Calibration:
 
 def _batches(
     policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor, progress: str | None = None
-) -> Iterator[tuple[ModelInput, Tensor]]:
-    """What the policy sees of these frames, and the expert's normalised actions [B,K,A]; `progress` names a bar."""
-    batches, preprocessor = TrainingBatches(data, BATCH, seed=0), policy.preprocessor
+) -> Iterator[Batch]:
+    """What the policy sees of these frames, and what the expert does; `progress` names a bar."""
+    batches, builder = TrainingBatches(data, BATCH, seed=0), BatchBuilder(data, policy.preprocessor, NO_LABELS)
     for rows_B in tqdm(rows_N.split(BATCH), desc=progress, unit="batch", disable=progress is None):
-        samples = batches.gather(rows_B)
-        pixels_BVCHW = samples["pixels"].to(preprocessor.device)
-        middle = centre(preprocessor.crop_area, *pixels_BVCHW.shape[:2])
-        inputs = preprocessor.model_input(
-            change(pixels_BVCHW, preprocessor.crop_area, middle),
-            samples["state"].to(preprocessor.device),
-            [data.instructions[index] for index in samples["instruction_id"].tolist()],
-        )
-        yield inputs, preprocessor.action_normaliser(samples["actions"].to(preprocessor.device)).cpu()
+        yield builder.evaluation(batches.gather(rows_B))
 
 
 def _actions(policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor, name: str) -> Tensor:
     """Normalised actions [N,K,A]."""
     batches = _batches(policy, data, rows_N, name)
-    return torch.cat([policy.normalised_actions(inputs).float().cpu() for inputs, _ in batches])
+    return torch.cat([policy.normalised_actions(batch.inputs).float().cpu() for batch in batches])
 
 
 def _distance(one: Tensor, other: Tensor) -> dict[str, float]:

@@ -1,0 +1,54 @@
+"""Samples per second of `train_policy` in a steady state: batches, both passes, optimiser, averages. Nothing is saved.
+
+python tests/benchmarks/bench_trainer.py
+python tests/benchmarks/bench_trainer.py suite=tabletop_goal training.batch_size=64 training.cpu_parts=1 --steps 100
+
+The data set must be there: `record_demonstrations suite=SUITE`, or an earlier `train_policy`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from contextlib import closing, nullcontext
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+
+from cogvla.configs.command import plain
+from cogvla.libero.train_policy import build_trainer
+from cogvla.policy.config import CogVLAConfig
+from cogvla.policy.data import DataConfig, DemonstrationData
+from cogvla.policy.interface import Embodiment
+from cogvla.policy.objective import ObjectiveConfig
+from cogvla.policy.parallel import use_threads
+from cogvla.policy.training_config import TrainingConfig
+
+WARM_UP = 40
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("overrides", nargs="*", help="of train_policy")
+parser.add_argument("--steps", type=int, default=160, help=f"timed, after {WARM_UP} others")
+options = parser.parse_intermixed_args()
+
+with initialize_config_module("cogvla.configs", version_base="1.3"):
+    values = plain(compose("train_policy", options.overrides))
+use_threads(values["threads"])
+embodiment, config = Embodiment(**values["embodiment"]), TrainingConfig(**values["training"])
+model = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
+data = DemonstrationData.open(DataConfig(**values["data"]), embodiment)
+times: list[float] = []
+with tempfile.TemporaryDirectory() as folder:
+    objective = ObjectiveConfig(**values["objective"])
+    trainer = build_trainer(config, model, objective, embodiment, data, Path(folder), lambda metrics, step: None)
+    with nullcontext() if trainer.parallel is None else closing(trainer.parallel):
+        for _ in range(WARM_UP + options.steps):
+            started = time.perf_counter()
+            trainer._train_step()
+            trainer.step += 1
+            times.append(time.perf_counter() - started)
+times = sorted(times[WARM_UP:])
+print(
+    f"{config.batch_size * len(times) / sum(times):.0f} samples/s; ms per step: least {1e3 * times[0]:.1f}, "
+    f"median {1e3 * times[len(times) // 2]:.1f}"
+)
