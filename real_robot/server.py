@@ -239,9 +239,11 @@ class PolicyServer:
         try:
             request = self._format.read(frame)
             deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
-            future = asyncio.wrap_future(self._batcher.submit(request.observation, deadline))
+            job = self._batcher.submit(request.observation, deadline)
+            future = asyncio.wrap_future(job)
             await _first(future, gone)
             if not future.done():
+                job.cancel()  # itself: `future` passes that on only in the loop's next round
                 future.cancel()
                 outcome = "abandoned"
                 return None

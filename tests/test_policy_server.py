@@ -26,7 +26,7 @@ from cogvla.real_robot.batching import Batcher, BatchSettings, ExpiredError, Pol
 from cogvla.real_robot.client import PolicyClient
 from cogvla.real_robot.request import RequestKeys
 from cogvla.real_robot.server import PolicyServer, ServerSettings
-from cogvla.real_robot.server_metrics import ServerMetrics
+from cogvla.real_robot.server_metrics import Outcome, ServerMetrics
 from cogvla.tests.policy_servers import (
     LIBERO_KEYS,
     ROBOT,
@@ -219,8 +219,17 @@ def test_what_nobody_waits_for_is_not_computed() -> None:
         batcher.submit(observation())
 
 
-def test_a_client_that_leaves_or_is_late_costs_no_forward_pass() -> None:
+def test_a_client_that_leaves_or_is_late_costs_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = SumPolicy()
+
+    def count(metrics: ServerMetrics, outcome: Outcome) -> None:
+        counted(metrics, outcome)
+        if outcome == "abandoned":  # from here on nothing may compute it, even if the event loop stands still
+            policy.go.set()
+            time.sleep(0.1)
+
+    counted = ServerMetrics.count
+    monkeypatch.setattr(ServerMetrics, "count", count)
     with serving(policy, batching=BatchSettings(1, 0)) as (uri, _):
         busy, leaving, late = (connect(uri, compression=None) for _ in range(3))
         policy.batches.clear()
@@ -232,9 +241,8 @@ def test_a_client_that_leaves_or_is_late_costs_no_forward_pass() -> None:
         leaving.send(msgpack_numpy.packb(libero_request()))
         late.send(msgpack_numpy.packb(libero_request(deadline_ms=1)))
         until(lambda: metric(uri, "cogvla_queue_length") == 2)
+        time.sleep(0.002)
         leaving.close()
-        until(lambda: metric(uri, 'cogvla_requests_total{outcome="abandoned"}') == 1)
-        policy.go.set()
         assert isinstance(busy.recv(10), bytes)
         assert str(late.recv(10)).startswith("expired: ")
         assert policy.batches == [1]
