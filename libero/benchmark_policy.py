@@ -2,7 +2,7 @@
 
     benchmark_policy --preset tiny --threads 1
     benchmark_policy --preset cogvla_7b --device cuda --dtype bfloat16 --output outputs/benchmark
-    benchmark_policy --checkpoint checkpoints/tabletop_object      (rows plain, engine and float8)
+    benchmark_policy --checkpoint checkpoints/tabletop_object      (rows plain, engine, float8, int8)
     benchmark_policy --preset small --rows drop --profile           (traces for Perfetto or chrome://tracing)
 
 Weights are random unless a checkpoint is given; that changes no time. Every row is one network and one way to run it:
@@ -12,7 +12,8 @@ Weights are random unless a checkpoint is given; that changes no time. Every row
     faithful, engine      the same network in the inference engine
     bypass, drop          CogVLA with our choices, in the engine; `drop` leaves pruned tokens out for good
     without stage 1, 2    ablations, in the engine
-    drop, float8          large layers in 8 bits
+    drop, float8          large layers in 8 bits, on GPUs
+    drop, int8            the same on CPUs
 
 Needs torch, transformers, timm, einops, safetensors and numpy, and no installation of this package:
 
@@ -34,7 +35,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import nn
 
-from cogvla.libero.policy_timing import Measured, Peaks, machine_peaks, measure, profile
+from cogvla.libero.policy_timing import Measured, machine_peaks, measure, profile
 from cogvla.libero.provenance import provenance
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig
@@ -55,12 +56,22 @@ CALIBRATION = 8
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: a file of configs/routing (None: as the checkpoint has it), changes to it, how it is run."""
+    """What is measured: a file of configs/routing (None: as the checkpoint has it), changes to it, how it is run.
+
+    `eight_bits` is the precision of large layers, float8 or int8; None: that of the others.
+    """
 
     routing: str | None
     engine: bool = True
     changes: dict[str, Any] = field(default_factory=dict)
-    float8: bool = False
+    eight_bits: str | None = None
+
+    def check(self, device: str, dtype: str) -> None:
+        """ValueError if this row cannot be measured there, or beside this precision."""
+        if self.eight_bits == "float8" and dtype != "bfloat16":
+            raise ValueError("float8 layers compute beside bfloat16 ones (--dtype bfloat16)")
+        if self.eight_bits == "int8" and (device.startswith("cuda") or dtype != "float32"):
+            raise ValueError("int8 layers compute beside float32 ones on a CPU (--device cpu --dtype float32)")
 
 
 ROWS = {
@@ -71,10 +82,16 @@ ROWS = {
     "drop": Row("cogvla", changes={"mode": "drop"}),
     "without stage 1": Row("no_efa"),
     "without stage 2": Row("no_lfp"),
-    "drop, float8": Row("cogvla", changes={"mode": "drop"}, float8=True),
+    "drop, float8": Row("cogvla", changes={"mode": "drop"}, eight_bits="float8"),
+    "drop, int8": Row("cogvla", changes={"mode": "drop"}, eight_bits="int8"),
 }
 
-AS_TRAINED = {"plain": Row(None, engine=False), "engine": Row(None), "float8": Row(None, float8=True)}
+AS_TRAINED = {
+    "plain": Row(None, engine=False),
+    "engine": Row(None),
+    "float8": Row(None, eight_bits="float8"),
+    "int8": Row(None, eight_bits="int8"),
+}
 """Rows of a checkpoint."""
 
 
@@ -95,9 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> list[Measured]:
     """Measure each row and print it as soon as it is known."""
-    peaks = machine_peaks(options.device, options.dtype)
-    print(f"{peaks.name}, {options.dtype}: large products {peaks.flops / 1e12:.3g} TFLOP/s, "
-          f"copies {peaks.bandwidth / 1e9:.3g} GB/s (measured now)")  # fmt: skip
+    usual = machine_peaks(options.device, options.dtype)
+    print(f"{usual.name}, {options.dtype}: large products {usual.flops / 1e12:.3g} TFLOP/s, "
+          f"copies {usual.bandwidth / 1e9:.3g} GB/s (measured now)")  # fmt: skip
     print(header())
     results: list[Measured] = []
     rows = ROWS if options.checkpoint is None else AS_TRAINED
@@ -105,10 +122,18 @@ def run(options: argparse.Namespace) -> list[Measured]:
         raise ValueError(f"no row {unknown[0]!r} here; there are {', '.join(map(repr, rows))}")
     for name in options.rows or rows:
         row = rows[name]
-        if row.float8 and options.dtype != "bfloat16":
-            print(f"{name:<20} not measured: 8-bit layers compute beside bfloat16 ones (--dtype bfloat16)")
+        try:
+            row.check(options.device, options.dtype)
+            policy, plain_actions = _policy(row, options)
+        except ValueError as error:
+            if row.eight_bits is None:
+                raise
+            print(f"{name:<20} not measured: {error}")
             continue
-        policy, plain_actions = _policy(row, options)
+        peaks = usual
+        if row.eight_bits is not None:
+            peaks = machine_peaks(options.device, row.eight_bits)
+            print(f"{name:<20} large products {peaks.flops / 1e12:.3g} TFLOP/s in {row.eight_bits}")
         for batch in options.batches:
             observation = _observation(policy.embodiment, batch)
             costs = count_flops(policy.model.config, policy.embodiment, len(INSTRUCTION.split()), batch)
@@ -165,29 +190,33 @@ def write(options: argparse.Namespace, results: Sequence[Measured]) -> None:
     body = {"settings": settings, "rows": [asdict(result) for result in results], **provenance()}
     (folder / "benchmark.json").write_text(json.dumps(body, indent=2) + "\n")
     print(f"written: {folder / 'benchmark.json'}")
+    if not results:
+        return
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         print("no plot: matplotlib is not installed")
         return
-    peaks = machine_peaks(options.device, options.dtype) if not results else results[0].peaks
     figure, axes = plt.subplots(figsize=(8, 5))
-    _roofline(axes, results, peaks)
+    _roofline(axes, results)
     figure.tight_layout()
     figure.savefig(folder / "roofline.png", dpi=120)
     plt.close(figure)
 
 
-def _roofline(axes: Any, results: Sequence[Measured], peaks: Peaks) -> None:
+def _roofline(axes: Any, results: Sequence[Measured]) -> None:
     intensities = [result.flops / result.moved for result in results]
-    low, high = min(intensities) / 4, max(max(intensities), peaks.flops / peaks.bandwidth) * 4
-    ridge = peaks.flops / peaks.bandwidth
-    axes.loglog([low, ridge, high], [low * peaks.bandwidth / 1e12, peaks.flops / 1e12, peaks.flops / 1e12], "k-")
+    roofs = list(dict.fromkeys(result.peaks for result in results))  # one for each precision
+    ridges = [peaks.flops / peaks.bandwidth for peaks in roofs]
+    low, high = min(intensities) / 4, max(*intensities, *ridges) * 4
+    for peaks, ridge, style in zip(roofs, ridges, ("k-", "k--"), strict=False):
+        peak = peaks.flops / 1e12
+        axes.loglog([low, ridge, high], [low * peaks.bandwidth / 1e12, peak, peak], style)
     for result, intensity in zip(results, intensities, strict=True):
         axes.plot(intensity, result.tflops, "o" if result.batch == 1 else "s", label=f"{result.row}, {result.batch}")
     axes.set_xlabel("FLOP per byte")
     axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"{peaks.name}: reached, against what large products and copies reach")
+    axes.set_title(f"{roofs[0].name}: reached, against what large products and copies reach")
     axes.legend(fontsize=7, title="row, batch")
 
 
@@ -220,9 +249,10 @@ def _policy(
     seen = [_observation(plain.embodiment, 1, seed) for seed in range(CALIBRATION)]
     expected = [torch.from_numpy(plain.act(observation).actions) for observation in seen]
     plain.reset()
-    policy = plain.with_engine(EngineConfig(options.engine), release=True)
-    if row.float8:
-        policy.to_float8(seen, smallest=options.float8_smallest)
+    int8 = "int8" if row.eight_bits == "int8" else None
+    policy = plain.with_engine(EngineConfig(options.engine, dtype=int8, smallest=options.smallest), release=True)
+    if row.eight_bits == "float8":
+        policy.to_float8(seen, options.smallest)
 
     def deviation(policy: CogVLAPolicy) -> tuple[float, float]:
         found = [torch.from_numpy(policy.act(observation).actions) for observation in seen]
@@ -295,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", choices=("float32", "bfloat16"))
     add("--engine", default="auto", choices=("auto", "eager", "trace", "cuda_graph", "compile"))
-    add("--float8-smallest", type=int, default=256, help="8 bits for layers with so many inputs and outputs")
+    add("--smallest", type=int, default=256, help="8 bits for layers with so many inputs and outputs")
     add("--views", type=int, default=2)
     add("--size", type=int, help="of the square views in pixels; default 224, for tiny 128")
     add("--threads", type=int, help="of torch, on a CPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
 from collections.abc import Callable
@@ -12,12 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvla.policy.engine.float8 import Float8Linear
+from cogvla.policy.engine.int8 import Int8Linear
+from cogvla.policy.engine.linear import FusedLinear
 from cogvla.policy.engine.recording import record
 from cogvla.policy.flops import BYTES, StageCost
 from cogvla.policy.interface import Observation
 from cogvla.policy.policy import CogVLAPolicy
 
 STAGE_CALLS = 50
+WIDTHS = {"float32": (4, 4), "bfloat16": (2, 2), "float8": (1, 2), "int8": (1, 4)}
+"""Bytes of a weight and of an activation by precision; all weights count as in 8 bits where most are."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +77,35 @@ class Measured:
         return self.p50 / self.floor
 
 
-def machine_peaks(device: str, dtype: str) -> Peaks:
-    """Measured: the best of several large products and copies."""
+@functools.cache
+def machine_peaks(device: str, precision: str) -> Peaks:
+    """Measured: the best of several large products and copies.
+
+    Args:
+        device: as torch names it.
+        precision: a key of `WIDTHS`.
+    """
     on_gpu = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    size, kind = (8192, torch.bfloat16) if on_gpu and dtype == "bfloat16" else (1024, getattr(torch, dtype))
-    a = torch.randn(size, size, device=device).to(kind)
+    size = 8192 if on_gpu and precision != "float32" else 1024
     source = torch.empty(2**28 if on_gpu else 2**25, device=device, dtype=torch.uint8).fill_(1)
     target = torch.empty_like(source)
-    product = _best(lambda: a @ a, device)
+    product = _best(_product(device, precision, size), device)
     copy = _best(lambda: target.copy_(source), device)
     return Peaks(name, 2 * size**3 / product, 2 * source.numel() / copy)
+
+
+def _product(device: str, precision: str, size: int) -> Callable[[], object]:
+    """A product of two square matrices; in 8 bits as the engine does it, with the scaling of its inputs."""
+    kind = torch.bfloat16 if precision in ("bfloat16", "float8") else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+    if precision == "float8":
+        layer: torch.nn.Module = Float8Linear(FusedLinear(b, None, kind), a.abs().amax())
+        return lambda: layer(a)
+    if precision == "int8":
+        layer = Int8Linear(FusedLinear(b, None, kind))
+        return lambda: layer(a)
+    return lambda: a @ b
 
 
 def measure(
@@ -114,8 +138,8 @@ def measure(
         started = time.perf_counter()
         policy.act(observation)  # ends with the actions on the host, so nothing is left running
         samples.append((time.perf_counter() - started) * 1e3)
-    width = 4 if policy.describe()["dtype"] == "float32" else 2
-    moved = (cost.weight_bytes + cost.activation_bytes) * width / BYTES
+    of_weight, of_activation = WIDTHS[policy.describe()["dtype"]]
+    moved = (cost.weight_bytes * of_weight + cost.activation_bytes * of_activation) / BYTES
     p50, p95, p99 = (float(np.percentile(samples, q)) for q in (50, 95, 99))
     memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Measured(

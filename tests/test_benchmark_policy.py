@@ -45,11 +45,26 @@ def test_rows_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "measured now" in said
 
 
-def test_eight_bits_beside_bfloat16(tmp_path: Path) -> None:
-    few = [*FEW[:-1], "bfloat16", "--checkpoint", str(CHECKPOINT), "--engine", "eager", "--float8-smallest", "128"]
-    main([*few, "--rows", "engine", "float8", "--output", str(tmp_path)])
-    engine, float8 = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
-    assert 0 < engine["deviation"][0] < float8["deviation"][0] < 0.1
+@pytest.mark.parametrize(("eight_bits", "dtype", "smallest"), [("float8", "bfloat16", 128), ("int8", "float32", 128)])
+def test_eight_bits(tmp_path: Path, eight_bits: str, dtype: str, smallest: int) -> None:
+    few = [*FEW[:-1], dtype, "--checkpoint", str(CHECKPOINT), "--engine", "eager", "--smallest", str(smallest)]
+    main([*few, "--rows", "engine", eight_bits, "--output", str(tmp_path)])
+    engine, fewer = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert 0 < engine["deviation"][0] < fewer["deviation"][0] < 0.1
+    assert fewer["moved"] < engine["moved"]
+    assert fewer["peaks"]["flops"] != engine["peaks"]["flops"], "each has the floor of its precision"
+
+
+def test_rows_that_cannot_be_in_eight_bits_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*FEW, "--preset", "tiny", "--rows", "drop, float8", "drop, int8", "drop", "--output", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "not measured: float8 layers compute beside bfloat16 ones" in said
+    assert "not measured: no layer of this model reads and writes 256 numbers or more" in said
+    assert [row["row"] for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]] == ["drop"]
+    main([*FEW, "--preset", "tiny", "--rows", "drop, int8", "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "benchmark.json").read_text())["rows"] == []
+    main([*FEW[:-1], "bfloat16", "--preset", "tiny", "--rows", "drop, int8"])
+    assert "not measured: int8 layers compute beside float32 ones" in capsys.readouterr().out
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
@@ -69,7 +84,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
         (["--preset", "huge"], "no policy called 'huge'; one of cogvla_7b, small, tiny"),
         (
             ["--checkpoint", str(CHECKPOINT), "--rows", "faithful"],
-            "no row 'faithful' here; there are 'plain', 'engine', 'float8'",
+            "no row 'faithful' here; there are 'plain', 'engine', 'float8', 'int8'",
         ),
         (["--checkpoint", "nowhere", "--rows", "engine"], "nowhere"),
     ],

@@ -21,6 +21,7 @@ from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.engine.engine import Engine, EngineConfig
 from cogvla.policy.engine.float8 import Float8Linear
+from cogvla.policy.engine.int8 import Int8Linear
 from cogvla.policy.engine.linear import FusedLinear
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import record
@@ -242,6 +243,73 @@ def test_eight_bits_need_something_to_measure() -> None:
         random_policy().with_engine(EngineConfig("eager", dtype="bfloat16")).to_float8([], smallest=16)
 
 
+INT8 = EngineConfig("trace", text_buckets=(6,), dtype="int8", smallest=16)
+WIDE = {"language": {"width": 32, "intermediate": 64}, "vision": {"dinov2": {**OTHER_TOWER, "width": 48}}}
+
+
+def test_integers_stay_near_and_are_recorded() -> None:
+    policy = random_policy(WIDE)
+    engine = policy.with_engine(INT8)
+    assert engine.describe()["dtype"] == "int8"
+    network = engine.engine.network  # type: ignore[union-attr]
+    replaced = [name for name, module in network.named_modules() if isinstance(module, Int8Linear)]
+    assert sum(name.startswith("decoder.layers.") for name in replaced) == 4 * len(network.decoder.layers)
+    assert sum(name.startswith("towers.") for name in replaced) >= 8
+    assert not any("router" in name for name in replaced)
+    engine.warm_up(2)
+    found, expected = engine.act(observation(2)).actions, policy.act(observation(2)).actions
+    assert 0 < np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
+
+
+def test_integers_of_one_sample_do_not_depend_on_the_others() -> None:
+    engine = random_policy(WIDE).with_engine(INT8)
+    three = observation(3)
+    images = {name: image[1:2] for name, image in three.images.items()}
+    one = replace(three, images=images, state=three.state[1:2], instruction=three.instruction[1:2])
+    np.testing.assert_allclose(engine.act(three).actions[1:2], engine.act(one).actions, atol=2e-5)
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    inputs=st.integers(1, 200),
+    outputs=st.integers(1, 40),
+    biased=st.booleans(),
+    size=st.sampled_from([1e-6, 1.0, 1e6]),
+)
+def test_integer_products_are_as_near_as_their_levels(
+    rows: int, inputs: int, outputs: int, biased: bool, size: float
+) -> None:
+    torch.manual_seed(rows * inputs + outputs)
+    x_RI, weight_OI = size * torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    linear = FusedLinear(weight_OI, torch.randn(outputs) if biased else None, torch.float32)
+    found_RO, expected_RO = Int8Linear(linear)(x_RI), linear(x_RI)
+    # Each number is off by half a level of its row at most, of inputs (63) and weights (127).
+    off_RI = x_RI.abs().amax(1, keepdim=True).expand_as(x_RI) / 63 / 2
+    off_OI = weight_OI.abs().amax(1, keepdim=True).expand_as(weight_OI) / 127 / 2
+    bound_RO = off_RI @ weight_OI.abs().T + (x_RI.abs() + off_RI) @ off_OI.T
+    assert ((found_RO - expected_RO).abs() <= 1.01 * bound_RO + 1e-5 * size + 1e-6).all()
+
+
+def test_integer_sums_do_not_overflow() -> None:
+    """The largest inputs and weights there are, side by side: 8 bits of both overflow the 16 bits of older CPUs."""
+    linear = FusedLinear(torch.ones(8, 64), None, torch.float32)
+    torch.testing.assert_close(Int8Linear(linear)(torch.ones(3, 64)), torch.full((3, 8), 64.0))
+    torch.testing.assert_close(Int8Linear(linear)(torch.zeros(3, 64)), torch.zeros(3, 8))
+    assert torch.backends.quantized.engine != "none"
+
+
+def test_a_model_without_large_layers_is_not_for_integers() -> None:
+    with pytest.raises(ValueError, match=r"256 numbers or more \(engine.smallest\).*engine.dtype=null"):
+        random_policy().with_engine(EngineConfig("eager", dtype="int8"))
+
+
+def test_machines_that_cannot_multiply_integers_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cogvla.policy.engine.int8.LIBRARY", "none such")
+    with pytest.raises(ValueError, match="x86 CPU with AVX2"):
+        random_policy(WIDE).with_engine(INT8)
+
+
 def test_a_recording_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = random_policy()
     engine = Engine(policy.model, EngineConfig("eager"))
@@ -295,6 +363,9 @@ def test_what_cannot_be_fused_is_said() -> None:
         ({"kind": "fast"}, "unknown engine.kind 'fast'; one of auto, plain"),
         ({"dtype": "int3"}, "unknown engine.dtype"),
         ({"kind": "plain", "dtype": "bfloat16"}, "engine.dtype=null, or another engine.kind"),
+        ({"kind": "compile", "dtype": "int8"}, "engine.kind=trace or auto, not compile"),
+        ({"kind": "cuda_graph", "dtype": "int8"}, "engine.dtype=int8 is for CPUs"),
+        ({"dtype": "int8", "smallest": 0}, "engine.smallest must be at least 1"),
         ({"text_buckets": [8, 4]}, "increasing"),
         ({"text_buckets": [0, 4]}, "increasing positive"),
         ({"threads": 3}, "configuration engine"),

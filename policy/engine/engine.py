@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvla.policy.engine.float8 import Calibration, largest_inputs, to_float8
+from cogvla.policy.engine.int8 import to_int8
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import Run, record
 from cogvla.policy.model import CogVLA, ModelInput
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16, "int8": torch.float32}
 """Of what is not in 8 bits."""
 
 
@@ -34,14 +35,16 @@ class EngineConfig:
             else trace.
         text_buckets: instructions are padded to the next of these lengths, so that few shapes cover all of them; longer
             ones run without being recorded.
-        dtype: precision of weights and arithmetic, `float32`, `bfloat16` or `float8` (bfloat16 with large layers in 8
-            bits, for checkpoints that `calibrate_policy` has measured); None leaves it as it was saved, and `plain` can
-            do nothing else.
+        dtype: precision of weights and arithmetic, `float32`, `bfloat16`, `float8` (bfloat16 with large layers in 8
+            bits, for checkpoints that `calibrate_policy` has measured) or `int8` (float32 with large layers in 8 bits,
+            for CPUs); None leaves it as it was saved, and `plain` can do nothing else.
+        smallest: inputs and outputs that a layer in `int8` must have at least; smaller ones only lose by it.
     """
 
     kind: str = "auto"
     text_buckets: tuple[int, ...] = (8, 16, 32)
     dtype: str | None = None
+    smallest: int = 256
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EngineConfig:
@@ -62,6 +65,10 @@ class EngineConfig:
                 f"engine.kind=plain runs the model as it was saved, in its own precision, not in {self.dtype}: give "
                 "engine.dtype=null, or another engine.kind"
             )
+        if self.dtype == "int8" and self.kind in ("cuda_graph", "compile"):
+            raise ValueError(f"engine.dtype=int8 is for CPUs, with engine.kind=trace or auto, not {self.kind}")
+        if self.smallest < 1:
+            raise ValueError(f"engine.smallest must be at least 1, got {self.smallest}")
         if sorted(set(self.text_buckets)) != list(self.text_buckets) or min(self.text_buckets, default=1) < 1:
             raise ValueError(f"engine.text_buckets must be increasing positive lengths, got {self.text_buckets}")
 
@@ -103,7 +110,7 @@ class Engine:
         precision: as `EngineConfig.dtype` names it.
 
     Raises:
-        ValueError: the model cannot be fused, the kind needs another device, or 8 bits a calibration.
+        ValueError: the model cannot be fused, the kind or precision needs another device, or 8 bits a calibration.
     """
 
     def __init__(
@@ -137,6 +144,8 @@ class Engine:
             if config.dtype == "float8":
                 assert calibration is not None
                 self.to_float8(calibration)
+            if config.dtype == "int8":
+                to_int8(self.network, config.smallest)
 
     def bucket(self, words: int) -> int:
         """The length to which an instruction of this many tokens is padded."""

@@ -1,0 +1,82 @@
+"""Weights and activations in 8-bit integers, for CPUs that have no bfloat16 units.
+
+Each output has one scale of its weights, each row of the input (a token) one of its own, so that nothing is measured
+beforehand and no sample depends on the others of its batch. Sums are exact, in int32; what comes out is float32. Inputs
+have 7 bits: older CPUs add two products in 16 bits, which overflow with 8, and all shall compute the same numbers.
+Small layers stay as they were, and so do routers: they cost nothing and lose most.
+
+Shape legend: R rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cogvla.policy.engine.linear import FusedLinear
+
+LEVELS = 63
+"""Of an input on each side of zero, which is level `LEVELS + 1` of 0 to 127."""
+WEIGHT_LEVELS = 127
+LIBRARY = "fbgemm"
+"""Of PyTorch's quantised kernels: the one whose product takes and gives float32."""
+
+
+class Int8Linear(nn.Module):
+    """A `FusedLinear` in 8-bit integers.
+
+    Args:
+        linear: in float32, on a CPU.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, linear: FusedLinear) -> None:
+        super().__init__()
+        weight_OI = linear.weight
+        scale_O = weight_OI.abs().amax(1).clamp_min(1e-12) / WEIGHT_LEVELS
+        zero_O = torch.zeros(len(weight_OI), dtype=torch.long)
+        quantised_OI = torch.quantize_per_channel(weight_OI, scale_O, zero_O, 0, torch.qint8)
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = LIBRARY
+        try:
+            self._packed = torch.ops.quantized.linear_prepack(quantised_OI, None)
+        finally:
+            torch.backends.quantized.engine = before
+        self.register_buffer("bias", linear.bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest_R1 = x.abs().amax(-1, keepdim=True).clamp_min(1e-12)
+        y_RO = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x / largest_R1, 1 / LEVELS, LEVELS + 1, self._packed
+        )
+        return y_RO * largest_R1 if self.bias is None else torch.addcmul(self.bias, y_RO, largest_R1)
+
+
+def to_int8(network: nn.Module, smallest: int) -> None:
+    """Replace large linear layers by 8-bit ones, in place.
+
+    Args:
+        network: holds `FusedLinear`s in float32, on a CPU.
+        smallest: inputs and outputs that a layer must have at least.
+
+    Raises:
+        ValueError: this machine cannot, or nothing in the network is large enough.
+    """
+    if LIBRARY not in torch.backends.quantized.supported_engines:
+        raise ValueError("engine.dtype=int8 needs an x86 CPU with AVX2: give engine.dtype=null")
+    linears = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, FusedLinear) and min(module.weight.shape) >= smallest and ".router." not in name
+    }
+    if not linears:
+        raise ValueError(
+            f"no layer of this model reads and writes {smallest} numbers or more (engine.smallest): 8 bits gain "
+            "nothing, give engine.dtype=null"
+        )
+    if any(linear.weight.is_cuda for linear in linears.values()):
+        raise ValueError("engine.dtype=int8 is for CPUs; on a GPU give engine.dtype=float8 or bfloat16")
+    for name, linear in linears.items():
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, Int8Linear(linear))
