@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import cogvla.tests.small_data as small
-from cogvla.policy.checkpoint import open_policy
+from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.engine.engine import Engine, EngineConfig
 from cogvla.policy.engine.float8 import Float8Linear
@@ -259,6 +259,17 @@ def test_integers_stay_near_and_are_recorded() -> None:
     engine.warm_up(2)
     found, expected = engine.act(observation(2)).actions, policy.act(observation(2)).actions
     assert 0 < np.abs(found - expected).max() < 0.3 * np.abs(expected).max()
+
+
+def test_a_trained_policy_in_integers_does_what_it_did() -> None:
+    seen = replace(
+        load_policy(CHECKPOINT).embodiment.fake_observation(2), instruction=["put the red cube in the tray"] * 2
+    )
+    exact = open_policy(CHECKPOINT, "cpu", engine=EngineConfig("plain"))[0].act(seen).actions
+    policy, _ = open_policy(CHECKPOINT, "cpu", engine=EngineConfig(dtype="int8", smallest=64))
+    assert 0 < np.abs(policy.act(seen).actions - exact).mean() < 0.02 * np.abs(exact).max()
+    with pytest.raises(ValueError, match=r"engine\.dtype=null, then evaluate with `eval_libero engine\.dtype=int8`"):
+        EngineConfig(dtype="int8").check_trained(None)
 
 
 def test_integers_of_one_sample_do_not_depend_on_the_others() -> None:
