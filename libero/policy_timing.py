@@ -11,17 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvla.policy.engine.float8 import Float8Linear
 from cogvla.policy.engine.int8 import Int8Linear
 from cogvla.policy.engine.linear import FusedLinear
-from cogvla.policy.engine.recording import record
+from cogvla.policy.engine.network import FusedNetwork
+from cogvla.policy.engine.recording import Tensors, record
 from cogvla.policy.flops import BYTES, StageCost
 from cogvla.policy.interface import Observation
 from cogvla.policy.policy import CogVLAPolicy
 
 STAGE_CALLS = 50
+"""At most."""
 WIDTHS = {"float32": (4, 4), "bfloat16": (2, 2), "float8": (1, 2), "int8": (1, 4)}
 """Bytes of a weight and of an activation by precision; all weights count as in 8 bits where most are."""
 
@@ -100,7 +102,7 @@ def _product(device: str, precision: str, size: int) -> Callable[[], object]:
     kind = torch.bfloat16 if precision in ("bfloat16", "float8") else torch.float32
     a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
     if precision == "float8":
-        layer: torch.nn.Module = Float8Linear(FusedLinear(b, None, kind), a.abs().amax())
+        layer: nn.Module = Float8Linear(FusedLinear(b, None, kind), a.abs().amax())
         return lambda: layer(a)
     if precision == "int8":
         layer = Int8Linear(FusedLinear(b, None, kind))
@@ -156,12 +158,12 @@ def measure(
         memory_gib=memory / 2**30,
         peaks=peaks,
         engine=str(policy.describe()["engine"]),
-        stages=_stages(policy, observation),
+        stages=_stages(policy, observation, min(calls, STAGE_CALLS)),
     )
 
 
 @torch.inference_mode()
-def _stages(policy: CogVLAPolicy, observation: Observation) -> dict[str, float]:
+def _stages(policy: CogVLAPolicy, observation: Observation, calls: int) -> dict[str, float]:
     """Median ms of each part alone; with an engine, each part is recorded by itself."""
     inputs = policy.preprocessor.observation(observation)
     device = str(policy.preprocessor.device)
@@ -177,13 +179,24 @@ def _stages(policy: CogVLAPolicy, observation: Observation) -> dict[str, float]:
     else:
         network, encoded = engine.network, engine.encode(inputs.text_ids, inputs.text_mask)
         tensors = {"pixels": inputs.pixels, "state": inputs.state, **encoded.tensors}
-        see = record(engine.kind, network.see, tensors)
+        see = record(engine.kind, _Stage(network, lambda part, given: part.see(given)), tensors)
         seen: dict[str, Tensor] = {**tensors, "vision": see(tensors)}
-        decide = record(engine.kind, lambda given: network.decide(given["vision"], given), seen)
+        decide = record(engine.kind, _Stage(network, lambda part, given: part.decide(given["vision"], given)), seen)
         states = {"states": decide(seen)}
-        head = record(engine.kind, lambda given: network.head(given["states"]), states)
+        head = record(engine.kind, _Stage(network, lambda part, given: part.head(given["states"])), states)
         parts |= {"vision": lambda: see(tensors), "decide": lambda: decide(seen), "head": lambda: head(states)}
-    return {name: _median(part, device) for name, part in parts.items()}
+    return {name: _median(part, device, calls) for name, part in parts.items()}
+
+
+class _Stage(nn.Module):
+    """One stage of a network by itself; a module, as what is recorded must be to hold 8-bit layers."""
+
+    def __init__(self, network: FusedNetwork, stage: Callable[[FusedNetwork, Tensors], Tensor]) -> None:
+        super().__init__()
+        self.network, self.stage = network, stage
+
+    def forward(self, given: Tensors) -> Tensor:
+        return self.stage(self.network, given)
 
 
 def profile(policy: CogVLAPolicy, observation: Observation, path: Path) -> None:
@@ -198,8 +211,8 @@ def profile(policy: CogVLAPolicy, observation: Observation, path: Path) -> None:
     trace.export_chrome_trace(str(path))
 
 
-def _median(function: Callable[[], object], device: str) -> float:
-    return float(np.median(_times(function, device, STAGE_CALLS))) * 1e3
+def _median(function: Callable[[], object], device: str, calls: int) -> float:
+    return float(np.median(_times(function, device, calls))) * 1e3
 
 
 def _best(function: Callable[[], object], device: str) -> float:

@@ -166,14 +166,16 @@ def front(name: str, **changes: Any) -> tuple[Remembers, Bridge, RosFrontEnd, Em
 def test_sensors_reach_the_bridge_on_its_own_clock() -> None:
     node, bridge, _, embodiment = front("tabletop")
     image = np.zeros((128, 128, 3), np.uint8)
-    node.subscribed["/wrist/image_raw"](as_message(messages.image_fields(image, node.now() - 0.25, "wrist")))
     joints = dict.fromkeys(RosTopics(**named_config("topics", "tabletop")).joints, 0.5)
+    first = bridge.now()
+    node.subscribed["/wrist/image_raw"](as_message(messages.image_fields(image, node.now() - 0.25, "wrist")))
     node.subscribed["/joint_states"](as_message(messages.joint_state_fields(joints, node.now() - 0.1)))
+    taken = 1e-3 + bridge.now() - first  # seconds; a busy machine may stop for a while anywhere in between
     (what, camera, got, stamp), (state, values, state_stamp) = bridge.told
     assert (what, camera, state) == ("observe_image", "wrist", "observe_state")
     np.testing.assert_array_equal(got, image)
-    assert stamp == pytest.approx(bridge.now() - 0.25, abs=0.05)
-    assert state_stamp == pytest.approx(bridge.now() - 0.1, abs=0.05)
+    assert stamp == pytest.approx(first - 0.25, abs=2 * taken)
+    assert state_stamp == pytest.approx(first - 0.1, abs=2 * taken)
     assert len(values) == embodiment.state_dim
     assert node.deliveries["/wrist/image_raw"] is Delivery.SENSOR
     assert node.deliveries["/instruction"] is Delivery.LATCHED
@@ -181,8 +183,10 @@ def test_sensors_reach_the_bridge_on_its_own_clock() -> None:
 
 def test_the_time_of_arrival_can_stand_for_the_stamp() -> None:
     node, bridge, _, _ = front("tabletop", stamps="arrival")
-    node.subscribed["/wrist/image_raw"](as_message(messages.image_fields(np.zeros((2, 2, 3), np.uint8), 17.0, "wrist")))
-    assert bridge.told[0][3] == pytest.approx(bridge.now(), abs=0.05)
+    image = as_message(messages.image_fields(np.zeros((2, 2, 3), np.uint8), 17.0, "wrist"))
+    first = bridge.now()
+    node.subscribed["/wrist/image_raw"](image)
+    assert first <= bridge.told[0][3] <= bridge.now()
 
 
 def test_what_cannot_be_read_is_counted() -> None:

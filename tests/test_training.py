@@ -70,11 +70,12 @@ def assert_equal(first: Any, second: Any) -> None:
 
 
 def interrupt_at(trainer: Trainer, step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
-    """Send this process a signal in the middle of a step."""
-    build = trainer.builder.build
+    """Send this process a signal in the middle of a step, once."""
+    build, sent = trainer.builder.build, []
 
     def interrupting(*args: Any) -> Any:
-        if trainer.step == step:
+        if trainer.step == step and not sent:
+            sent.append(number)
             os.kill(os.getpid(), number)
         return build(*args)
 
@@ -126,6 +127,7 @@ def test_processes_do_not_make_it_a_matter_of_luck_nor_does_ctrl_c(
     interrupt_at(trainer, 5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
+    assert checkpoints(tmp_path / "twice") == ["step_0000004", "step_0000006"], "the step is finished first"
     small_trainer(tmp_path / "twice", config).run()
     assert_same_run(tmp_path / "twice", tmp_path / "whole")
 
