@@ -5,6 +5,7 @@ OUTPUT.recording/settings.json    what is being made; a different request is ref
 OUTPUT.recording/episodes/        what is done, each file put in place by one rename
 OUTPUT.recording/dataset/         the data set being put together, from episode 0 at every start
 OUTPUT/                           the data set, put in place by one rename at the end
+OUTPUT.recording/before/          a shorter one that was there, from the end until OUTPUT.recording is deleted
 """
 
 from __future__ import annotations
@@ -49,14 +50,20 @@ class DatasetFolder:
     def dataset(self) -> Path:
         return self.work / "dataset"
 
-    def is_finished(self, request: dict[str, Any]) -> bool:
-        """Whether the data set is there; ValueError when the folder holds another one, or something else."""
+    @property
+    def existing(self) -> dict[str, Any] | None:
+        """What the finished data set says about itself; None: there is none. ValueError: there is something else."""
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
-            return False
+            return None
         found = self.output / self.record
         if not found.is_file():
             raise ValueError(f"{self.output} exists and was not {self.made} by this command; choose another output")
-        existing = json.loads(found.read_text())
+        return json.loads(found.read_text())
+
+    def is_finished(self, request: dict[str, Any]) -> bool:
+        """Whether the data set is there; ValueError when the folder holds another one, or something else."""
+        if (existing := self.existing) is None:
+            return False
         changed = _changed(existing, request)
         if changed:
             was = ", ".join(f"{key}={existing.get(key)!r}" for key in changed)
@@ -104,10 +111,10 @@ class DatasetFolder:
         self._lock = lock
 
     def publish(self, record: dict[str, Any]) -> None:
-        """Put the finished data set in its place."""
+        """Put the finished data set in its place; a shorter one makes room."""
         (self.dataset / self.record).write_text(json.dumps(record, indent=1))
         if self.output.is_dir():
-            self.output.rmdir()  # empty, or `is_finished` would have refused it
+            os.replace(self.output, self.work / "before")
         os.replace(self.dataset, self.output)
         shutil.rmtree(self.work)
         if self._lock is not None:

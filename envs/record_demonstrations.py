@@ -25,6 +25,7 @@ def main(config: DictConfig) -> None:
             seed=config.seed,
             resume=config.resume,
             video=config.video,
+            grow=config.grow,
         )
     print(f"{config.episodes} episodes of {config.suite} in {folder}")
 

@@ -3,7 +3,8 @@
 Nothing is lost when recording is interrupted, `kill -9` included, and a reader never sees half a data set: finished
 episodes wait in `OUTPUT.recording/episodes/N.npz` until all are there (`dataset_folder`).
 
-Which episode is which depends on its number only, so any number of workers gives the same data set.
+Which episode is which depends on its number only, so any number of workers gives the same data set, and one that is
+finished can grow: its episodes are the first of a longer one.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def record(
     seed: int = 0,
     resume: bool = True,
     video: bool = False,
+    grow: bool = False,
     expert: Callable[..., Any] | None = None,
 ) -> Path:
     """Record successful episodes of the suite's expert, spread evenly over its tasks, and return the data set's folder.
@@ -58,6 +60,7 @@ def record(
         seed: decides initial states and noise.
         resume: go on with what an interrupted recording left; False starts anew.
         video: store views as videos: smaller on disk, slower to write and read, not lossless.
+        grow: add to a finished data set that has fewer episodes; what is trained on it cannot go on then.
         expert: `expert(env, rng, noise=...)`; None: the suite's own.
 
     Raises:
@@ -85,8 +88,14 @@ def record(
     }
     if suite.settings:
         request["simulation"] = dict(suite.settings)
+    made = {"episodes": episodes, "simulation": {"mujoco": version("mujoco"), **suite.settings}}
     folder = DatasetFolder(output, "recording", "recorded", RECORDING_FILE)
-    if folder.is_finished(request | {"episodes": episodes}):
+    there = (folder.existing or {}).get("episodes", 0)
+    grows = grow and 0 < there < episodes
+    if grows and video:
+        raise ValueError(f"{output} has videos, which are not lossless and cannot be written again: give grow=false")
+    wanted = {"simulation": made["simulation"]} if grows else {"episodes": episodes}
+    if folder.is_finished(request | wanted) and not grows:
         return output
     settings = DemonstratorSettings(
         make=suite.make,
@@ -100,8 +109,10 @@ def record(
     )
     with _explained(folder):
         folder.prepare(request, resume)
-        _assemble(folder, settings, episodes, workers, video, suite.name)
-        made = {"episodes": episodes, "simulation": {"mujoco": version("mujoco"), **suite.settings}}
+        paths = [folder.episodes / f"{slot:06d}.npz" for slot in range(episodes)]
+        if grows:
+            _take_over(output, paths[:there])
+        _assemble(folder, settings, paths, workers, video, suite.name)
         folder.publish(request | made)
     return output
 
@@ -128,11 +139,21 @@ def _explained(folder: DatasetFolder) -> Iterator[None]:
         ) from error
 
 
+def _take_over(finished: Path, paths: list[Path]) -> None:
+    """Put the episodes of a finished data set where episodes wait."""
+    from cogvla.envs.recorded_dataset import recorded_episodes
+
+    episodes = tqdm(recorded_episodes(finished), f"{finished.name} grows", len(paths), unit="episode")
+    for path, episode in zip(paths, episodes, strict=True):
+        if not Demonstration.is_complete(path):
+            episode.save(path)
+
+
 def _assemble(
-    folder: DatasetFolder, settings: DemonstratorSettings, episodes: int, workers: int, video: bool, name: str
+    folder: DatasetFolder, settings: DemonstratorSettings, paths: list[Path], workers: int, video: bool, name: str
 ) -> None:
     """Have the missing episodes played, and write all of them in order."""
-    paths = [folder.episodes / f"{slot:06d}.npz" for slot in range(episodes)]
+    episodes = len(paths)
     missing = [slot for slot, path in enumerate(paths) if not Demonstration.is_complete(path)]
     with ExitStack() as stack:
         loading = stack.enter_context(ThreadPoolExecutor(1)).submit(_load_writer)

@@ -229,6 +229,66 @@ def test_after_kill_9_or_ctrl_c_the_same_command_goes_on(kill: signal.Signals, r
     assert load(output).num_episodes == EPISODES
 
 
+@pytest.fixture
+def shorter(tmp_path: Path) -> Path:
+    return record(NAME, 3, tmp_path / "shorter", image_size=16, workers=0, expert=ToyExpert)
+
+
+def test_a_finished_data_set_grows(shorter: Path, recorded: Path) -> None:
+    assert record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert) == shorter
+    assert rows(shorter) == rows(recorded)
+    for name in ("meta/info.json", "meta/stats.json", "meta/recording.json"):
+        assert (shorter / name).read_bytes() == (recorded / name).read_bytes()
+    assert [path.name for path in shorter.parent.iterdir()] == ["shorter"]
+
+
+def test_growing_plays_only_what_is_missing(shorter: Path, recorded: Path) -> None:
+    before = rows(shorter)
+    with pytest.raises(ZeroDivisionError):
+        record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=toy_suite.BrokenExpert)
+    assert rows(shorter) == before, "it is there until the longer one is"
+    waiting = shorter.with_name("shorter.recording") / "episodes"
+    assert len(list(waiting.iterdir())) == 3
+    demonstrator = Demonstrator(toy_settings())
+    for slot in range(3, EPISODES):
+        demonstrator.record(slot)[0].save(waiting / f"{slot:06d}.npz")
+    record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=toy_suite.BrokenExpert)
+    assert rows(shorter) == rows(recorded)
+
+
+def test_killed_between_the_two_renames(shorter: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target == shorter:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
+    monkeypatch.undo()
+    assert not shorter.exists()
+    record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=toy_suite.BrokenExpert)
+    assert rows(shorter) == rows(recorded)
+
+
+def test_what_does_not_grow(shorter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos = record(NAME, 1, tmp_path / "videos", image_size=16, workers=0, video=True, expert=ToyExpert)
+    with pytest.raises(ValueError, match=r"videos, which are not lossless.*grow=false"):
+        record(NAME, 2, videos, image_size=16, workers=0, video=True, grow=True, expert=ToyExpert)
+    with pytest.raises(ValueError, match=r"was recorded with episodes=3; choose another output"):
+        record(NAME, EPISODES, shorter, image_size=16, workers=0, expert=ToyExpert)
+    with monkeypatch.context() as patch:
+        patch.setattr("cogvla.envs.recorder.version", lambda _: "2.0")
+        with pytest.raises(ValueError, match=r"was recorded with simulation=\{'mujoco': '3"):
+            record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
+    data = shorter / "data" / "chunk-000" / "file-000.parquet"
+    data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot be read .*it is damaged"):
+        record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
+
+
 def test_finished_episodes_are_not_played_again(tmp_path: Path) -> None:
     work = tmp_path / "toy.recording"
     with pytest.raises(RuntimeError, match="ZeroDivisionError: the expert's bug"):
@@ -309,8 +369,11 @@ def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
 def test_a_finished_data_set_is_left_alone_and_another_request_refused(recorded: Path) -> None:
     before = rows(recorded)
     assert record(NAME, EPISODES, recorded, image_size=16, expert=toy_suite.BrokenExpert) == recorded
-    with pytest.raises(ValueError, match=r"was recorded with episodes=7; choose another output"):
-        record(NAME, EPISODES + 1, recorded, image_size=16, expert=ToyExpert)
+    for episodes, grow in ((EPISODES + 1, False), (EPISODES - 1, True)):
+        with pytest.raises(ValueError, match=r"was recorded with episodes=7; choose another output"):
+            record(NAME, episodes, recorded, image_size=16, grow=grow, expert=ToyExpert)
+    with pytest.raises(ValueError, match=r"was recorded with seed=0, episodes=7; choose another output"):
+        record(NAME, EPISODES + 1, recorded, image_size=16, seed=1, expert=ToyExpert)
     with pytest.raises(ValueError, match=r"image_size=16, noise=1.0"):
         record(NAME, EPISODES, recorded, image_size=32, noise=0.5, expert=ToyExpert)
     assert rows(recorded) == before

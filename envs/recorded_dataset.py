@@ -1,0 +1,51 @@
+"""Reads back what `DatasetWriter` wrote with image features: the same demonstrations, byte for byte.
+
+Shape legend: T steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lerobot.datasets.utils import DEFAULT_FEATURES, load_tasks
+
+from cogvla.envs.demonstration import Demonstration, pack_encoded
+
+
+def recorded_episodes(root: Path) -> Iterator[Demonstration]:
+    """The episodes of a data set, in order; ValueError where its files are damaged, or hold something else."""
+    try:
+        info = json.loads((root / "meta" / "info.json").read_text())
+        instructions = {int(row.task_index): str(task) for task, row in load_tasks(root).iterrows()}
+        count = 0
+        for path in sorted((root / "data").glob("*/*.parquet")):
+            file = pq.ParquetFile(path)
+            for group in range(file.num_row_groups):  # one for each episode
+                table = file.read_row_group(group)
+                assert set(table["episode_index"].to_pylist()) == {count}, f"{path} is not in the order of recording"
+                yield _episode(table, info, instructions)
+                count += 1
+        assert count == info["total_episodes"], f"{count} of {info['total_episodes']} episodes are there"
+    except (OSError, KeyError, AssertionError, pa.ArrowException, json.JSONDecodeError) as error:
+        raise ValueError(f"{root} cannot be read ({type(error).__name__}: {error}): it is damaged") from error
+
+
+def _episode(table: pa.Table, info: dict[str, Any], instructions: dict[int, str]) -> Demonstration:
+    own = {name: feature for name, feature in info["features"].items() if name not in DEFAULT_FEATURES}
+    images = {
+        name: [value["bytes"] for value in table[name].to_pylist()]
+        for name, feature in own.items()
+        if feature["dtype"] == "image"
+    }
+    arrays = {
+        name: np.array(table[name].to_pylist(), feature["dtype"]).reshape(len(table), *feature["shape"])
+        for name, feature in own.items()
+        if name not in images
+    }
+    return pack_encoded(instructions[table["task_index"][0].as_py()], info["fps"], arrays, images)
