@@ -236,12 +236,12 @@ def test_stalled_network(size: int) -> None:
 
 def test_a_half_open_connection_is_noticed_while_nobody_asks() -> None:
     async def check() -> None:
-        client = await AsyncPolicyClient.connect(proxy.uri, replace(FAST, ping_s=0.2))
+        client = await AsyncPolicyClient.connect(proxy.uri, replace(FAST, ping_s=0.5))
         await client.infer(observation())
-        await asyncio.sleep(0.8)
+        await asyncio.sleep(1.2)
         assert client.open
         proxy.stall()
-        for _ in range(300):
+        for _ in range(1000):
             if not client.open:
                 return
             await asyncio.sleep(0.01)

@@ -234,11 +234,11 @@ def test_a_countdown_can_be_put_off_and_keys_do_not_shorten_it() -> None:
 
 
 def test_a_trial_without_a_word_is_a_failure_when_its_time_is_up() -> None:
-    scene = OperatorScene(INSTRUCTIONS, 0.1, countdown_s=0)
+    scene = OperatorScene(INSTRUCTIONS, 1.0, countdown_s=0)
     press_later(scene, "g")
     scene.set_up(EpisodeSpec(0, 0))
     assert not scene.status().over
-    time.sleep(0.15)
+    time.sleep(1.05)
     assert scene.status().over
     assert not scene.status().success
 
