@@ -37,6 +37,7 @@ TOLERANT = [
     "robot.loop.state_age_s=0.4",
     "robot.loop.sync_tolerance_s=0.2",
     "robot.loop.frozen_after_s=0.3",
+    "robot.loop.deadline_s=2",
     "robot.loop.hold_limit_s=120",
 ]
 """So that a busy machine is no fault; what is broken on purpose is broken by more."""
