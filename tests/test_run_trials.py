@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.suite import Suite, Task
 from cogvla.libero.episode_log import EPISODES, EpisodeLog
 from cogvla.policy.interface import ActionChunk, Observation
+from cogvla.real_robot import run_trials
 from cogvla.real_robot.async_client import UnavailableError
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.lerobot_robot import LeRobotFrontEnd, connected
@@ -31,7 +33,7 @@ from cogvla.real_robot.simulated_arm import SceneStatus
 from cogvla.real_robot.trial_log import CONTROL, ControlLog, Film
 from cogvla.real_robot.trials import EpisodeAbortedError, play
 from cogvla.tests.planearm import LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
-from cogvla.tests.policy_servers import serving
+from cogvla.tests.policy_servers import serving, until
 
 INSTRUCTIONS = ("sweep to the left", "sweep to the right")
 SUITE = Suite("trials", tuple(Task(text, text) for text in INSTRUCTIONS), 100, make=Suite)
@@ -274,36 +276,55 @@ def command(uri: str, output: Path, *overrides: str) -> DictConfig:
 
 
 @contextmanager
-def keys(*pressed: str) -> Iterator[int]:
-    """The operator presses these over and over, until the trials are over."""
+def operator(monkeypatch: pytest.MonkeyPatch, *judgements: str) -> Iterator[int]:
+    """Sets up the scenes, judges each trial when the arm has been commanded for a while, and goes home."""
     read, write = os.pipe()
-    done = threading.Event()
+    said: queue.Queue[str] = queue.Queue()
+    sent: list[dict[str, float]] = []
+    say, send_action = run_trials._say, PlaneArm.send_action
+
+    def hear(line: str) -> None:
+        say(line)
+        said.put(line)
+
+    def send(arm: PlaneArm, action: dict[str, float]) -> dict[str, float]:
+        sent.append(action)
+        return send_action(arm, action)
 
     def operate() -> None:
-        for key in itertools.cycle(pressed):
-            if done.wait(0.25):
+        for judgement in (*judgements, "q"):
+            while "set up the scene" not in said.get(timeout=60):
+                pass
+            if judgement == "q":
+                os.write(write, b"q")
                 return
-            os.write(write, key.encode())
+            os.write(write, b"g")
+            before = len(sent)
+            until(lambda before=before: len(sent) > before + 5)  # type: ignore[misc]
+            os.write(write, judgement.encode())
 
-    thread = threading.Thread(target=operate)
-    thread.start()
-    try:
+    monkeypatch.setattr(run_trials, "_say", hear)
+    monkeypatch.setattr(PlaneArm, "send_action", send)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(operate)
         yield read
-    finally:
-        done.set()
-        thread.join()
-        os.close(write)
-        os.close(read)
+        said.put("set up the scene")  # where no trial is left, nobody asks for one
+        done.result()
+    monkeypatch.undo()
+    os.close(write)
+    os.close(read)
 
 
-def test_run_trials_from_the_first_key_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_trials_from_the_first_key_to_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(Still(), keys=RequestKeys()) as (uri, _):
-        with keys("g", "g", "y", "q") as keyboard:  # one trial, and the operator goes home
+        with operator(monkeypatch, "y") as keyboard:
             first = run(command(uri, tmp_path, "trials=1"), "run_trials ...", keyboard)
         assert first is not None
         assert first.total.success.trials == 1
         assert "the same command goes on with what is missing" in capsys.readouterr().out
-        with keys("g", "g", "n") as keyboard:
+        with operator(monkeypatch, "n", "n", "n") as keyboard:
             report = run(command(uri, tmp_path, "trials=2"), "run_trials ...", keyboard)
         assert report is not None
         assert [row.success.trials for row in report.tasks] == [2, 2]
