@@ -56,6 +56,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "policy/metrics.py": {"accelerate"},
     "envs/ray_worker.py": {"ray"},
     "envs/dataset_writer.py": {"lerobot", "datasets", "pyarrow", "PIL"},
+    "envs/recorded_dataset.py": {"lerobot", "pyarrow"},
     "libero/benchmark_policy.py": {"yaml"},
     "libero/hdf5_reader.py": {"h5py"},
     "libero/run_log.py": {"wandb"},
