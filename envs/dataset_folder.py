@@ -110,11 +110,13 @@ class DatasetFolder:
             raise ValueError(f"another process works in {self.work}; wait for it, or choose another output") from None
         self._lock = lock
 
-    def publish(self, record: dict[str, Any]) -> None:
-        """Put the finished data set in its place; a shorter one makes room."""
+    def publish(self, record: dict[str, Any], instead: bool = False) -> None:
+        """Put the finished data set in its place; with `instead`, the one that is there makes room."""
         (self.dataset / self.record).write_text(json.dumps(record, indent=1))
-        if self.output.is_dir():
+        if instead:
             os.replace(self.output, self.work / "before")
+        elif self.output.is_dir():
+            self.output.rmdir()  # empty, or `is_finished` would have refused it
         os.replace(self.dataset, self.output)
         shutil.rmtree(self.work)
         if self._lock is not None:

@@ -28,11 +28,13 @@ def recorded_episodes(root: Path) -> Iterator[Demonstration]:
             file = pq.ParquetFile(path)
             for group in range(file.num_row_groups):  # one for each episode
                 table = file.read_row_group(group)
-                assert set(table["episode_index"].to_pylist()) == {count}, f"{path} is not in the order of recording"
+                if set(table["episode_index"].to_pylist()) != {count}:
+                    raise ValueError(f"{path.name} is not in the order of recording")
                 yield _episode(table, info, instructions)
                 count += 1
-        assert count == info["total_episodes"], f"{count} of {info['total_episodes']} episodes are there"
-    except (OSError, KeyError, AssertionError, pa.ArrowException, json.JSONDecodeError) as error:
+        if count != info["total_episodes"]:
+            raise ValueError(f"{count} of {info['total_episodes']} episodes are there")
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{root} cannot be read ({type(error).__name__}: {error}): it is damaged") from error
 
 

@@ -113,7 +113,7 @@ def record(
         if grows:
             _take_over(output, paths[:there])
         _assemble(folder, settings, paths, workers, video, suite.name)
-        folder.publish(request | made)
+        folder.publish(request | made, instead=grows)
     return output
 
 

@@ -54,6 +54,10 @@ CALIBRATION = 8
 """Observations that the ranges of 8-bit inputs are taken from."""
 
 
+class NotMeasuredError(ValueError):
+    """A row in 8 bits that this machine, precision or model does not have; the others are measured."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What is measured: a file of configs/routing (None: as the checkpoint has it), changes to it, how it is run.
@@ -67,11 +71,11 @@ class Row:
     eight_bits: str | None = None
 
     def check(self, device: str, dtype: str) -> None:
-        """ValueError if this row cannot be measured there, or beside this precision."""
+        """NotMeasuredError if this row cannot be had there, or beside this precision."""
         if self.eight_bits == "float8" and dtype != "bfloat16":
-            raise ValueError("float8 layers compute beside bfloat16 ones (--dtype bfloat16)")
+            raise NotMeasuredError("float8 layers compute beside bfloat16 ones (--dtype bfloat16)")
         if self.eight_bits == "int8" and (device.startswith("cuda") or dtype != "float32"):
-            raise ValueError("int8 layers compute beside float32 ones on a CPU (--device cpu --dtype float32)")
+            raise NotMeasuredError("int8 layers compute beside float32 ones on a CPU (--device cpu --dtype float32)")
 
 
 ROWS = {
@@ -125,9 +129,7 @@ def run(options: argparse.Namespace) -> list[Measured]:
         try:
             row.check(options.device, options.dtype)
             policy, plain_actions = _policy(row, options)
-        except ValueError as error:
-            if row.eight_bits is None:
-                raise
+        except NotMeasuredError as error:
             print(f"{name:<20} not measured: {error}")
             continue
         peaks = usual
@@ -251,9 +253,14 @@ def _policy(
     expected = [torch.from_numpy(plain.act(observation).actions) for observation in seen]
     plain.reset()
     int8 = "int8" if row.eight_bits == "int8" else None
-    policy = plain.with_engine(EngineConfig(options.engine, dtype=int8, smallest=options.smallest), release=True)
-    if row.eight_bits == "float8":
-        policy.to_float8(seen, options.smallest)
+    try:
+        policy = plain.with_engine(EngineConfig(options.engine, dtype=int8, smallest=options.smallest), release=True)
+        if row.eight_bits == "float8":
+            policy.to_float8(seen, options.smallest)
+    except ValueError as error:
+        if row.eight_bits is None:
+            raise
+        raise NotMeasuredError(str(error)) from error
 
     def deviation(policy: CogVLAPolicy) -> tuple[float, float]:
         found = [torch.from_numpy(policy.act(observation).actions) for observation in seen]

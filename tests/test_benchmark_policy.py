@@ -89,6 +89,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
             "no row 'faithful' here; there are 'plain', 'engine', 'float8', 'int8'",
         ),
         (["--checkpoint", "nowhere", "--rows", "engine"], "nowhere"),
+        (["--checkpoint", "nowhere", "--rows", "int8"], "nowhere"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments: list[str], message: str) -> None:

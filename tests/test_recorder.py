@@ -379,6 +379,18 @@ def test_a_finished_data_set_is_left_alone_and_another_request_refused(recorded:
     assert rows(recorded) == before
 
 
+def test_what_somebody_else_put_there_meanwhile_is_kept(tmp_path: Path) -> None:
+    folder = DatasetFolder(tmp_path / "data", "recording", "recorded", "record.json")
+    folder.prepare({}, resume=True)
+    folder.dataset.mkdir()
+    folder.output.mkdir()
+    (folder.output / "notes.txt").write_text("mine")
+    with pytest.raises(OSError, match="not empty"):
+        folder.publish({})
+    assert (folder.output / "notes.txt").read_text() == "mine"
+    assert folder.dataset.is_dir()
+
+
 def test_folders_with_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="was not recorded by this command"):

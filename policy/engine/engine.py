@@ -75,10 +75,9 @@ class EngineConfig:
     def check_trained(self, name: str | None) -> None:
         """ValueError when a policy that is just trained, with this token router, cannot run like this."""
         if self.dtype in ("float8", "int8"):
-            needs = "has layers for it" if self.dtype == "int8" else "`calibrate_policy` has measured"
             raise ValueError(
-                f"engine.dtype={self.dtype} is for a trained policy that {needs}: train with engine.dtype=null, then "
-                f"evaluate with `eval_libero engine.dtype={self.dtype}`"
+                f"engine.dtype={self.dtype} is for policies that are trained already: train with engine.dtype=null, "
+                f"then evaluate with `eval_libero engine.dtype={self.dtype}`"
             )
         if name is not None and (self.kind not in ("auto", "plain") or self.dtype is not None):
             raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cogvla.policy.engine.linear import FusedLinear
+from cogvla.policy.engine.linear import FusedLinear, large_linears, put
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -84,13 +84,7 @@ def largest_inputs(network: nn.Module, play: Callable[[], None], smallest: int) 
     Raises:
         ValueError: the network is not in bfloat16, or nothing in it is large enough.
     """
-    linears = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, FusedLinear) and _fits(module.weight, smallest) and ".router." not in name
-    }
-    if not linears:
-        raise ValueError(f"no layer of this model reads and writes {smallest} numbers or more: 8 bits gain nothing")
+    linears = large_linears(network, smallest, MULTIPLE)
     _check_precision(linears.values())
     largest: dict[str, Tensor] = {}
     hooks = [linear.register_forward_pre_hook(_remember(largest, name)) for name, linear in linears.items()]
@@ -117,18 +111,13 @@ def to_float8(network: nn.Module, largest: Mapping[str, float]) -> None:
     linears = {name: cast(FusedLinear, modules[name]) for name in largest}
     _check_precision(linears.values())
     for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
         scale = torch.tensor(largest[name], device=linear.weight.device)
-        setattr(network.get_submodule(parent), child, Float8Linear(linear, scale))
+        put(network, name, Float8Linear(linear, scale))
 
 
 def _check_precision(linears: Iterable[FusedLinear]) -> None:
     if any(linear.weight.dtype != torch.bfloat16 for linear in linears):
         raise ValueError("8-bit layers compute beside bfloat16 ones: set engine.dtype=bfloat16")
-
-
-def _fits(weight_OI: Tensor, smallest: int) -> bool:
-    return all(size >= smallest and size % MULTIPLE == 0 for size in weight_OI.shape)
 
 
 def _remember(largest: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cogvla.policy.engine.linear import FusedLinear
+from cogvla.policy.engine.linear import FusedLinear, large_linears, put
 
 LEVELS = 63
 """Of an input on each side of zero, which is level `LEVELS + 1` of 0 to 127."""
@@ -65,18 +65,8 @@ def to_int8(network: nn.Module, smallest: int) -> None:
     """
     if LIBRARY not in torch.backends.quantized.supported_engines:
         raise ValueError("engine.dtype=int8 needs an x86 CPU with AVX2: give engine.dtype=null")
-    linears = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, FusedLinear) and min(module.weight.shape) >= smallest and ".router." not in name
-    }
-    if not linears:
-        raise ValueError(
-            f"no layer of this model reads and writes {smallest} numbers or more (engine.smallest): 8 bits gain "
-            "nothing, give engine.dtype=null"
-        )
+    linears = large_linears(network, smallest)
     if any(linear.weight.is_cuda for linear in linears.values()):
         raise ValueError("engine.dtype=int8 is for CPUs; on a GPU give engine.dtype=float8 or bfloat16")
     for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, Int8Linear(linear))
+        put(network, name, Int8Linear(linear))

@@ -61,6 +61,38 @@ def fused(
     return FusedLinear(weight_OI, bias_O if biased else None, linears[0].weight.dtype)
 
 
+def large_linears(network: nn.Module, smallest: int, multiple: int = 1) -> dict[str, FusedLinear]:
+    """Name -> layer, of those worth 8 bits. Not routers: they cost nothing and lose most.
+
+    Args:
+        network: holds `FusedLinear`s.
+        smallest: inputs and outputs that a layer must have at least.
+        multiple: of which both must be one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, FusedLinear)
+        and all(size >= smallest and size % multiple == 0 for size in module.weight.shape)
+        and ".router." not in name
+    }
+    if not found:
+        raise ValueError(
+            f"no layer of this model reads and writes {smallest} numbers or more: 8 bits gain nothing, give "
+            "engine.dtype=null"
+        )
+    return found
+
+
+def put(network: nn.Module, name: str, layer: nn.Module) -> None:
+    """Replace the layer of this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, layer)
+
+
 def _bias(linear: nn.Linear) -> Tensor:
     """In float32; zeros for a layer without."""
     if linear.bias is None:
