@@ -32,7 +32,9 @@ class Process:
 
     def __init__(self, name: str, *arguments: str, domain: int = 0) -> None:
         environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        script = [str(Path(__file__).with_name(name))] if name.endswith(".py") else ["-m", f"cogvla.real_robot.{name}"]
+        script = (
+            [str(Path(__file__).with_name(name))] if name.endswith(".py") else ["-m", f"cogvla.scripts.robot.{name}"]
+        )
         self.process = subprocess.Popen(
             [sys.executable, *script, *arguments], env=environment, stdout=subprocess.PIPE, text=True
         )

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from cogvla.libero.train_policy import build_trainer
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.data import DemonstrationData
 from cogvla.policy.interface import Camera, Embodiment
@@ -23,6 +22,7 @@ from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.policy.training import Trainer
 from cogvla.policy.training_config import TrainingConfig
+from cogvla.scripts.train_policy import build_trainer
 
 SIZE, CHUNK = 32, 4
 ROBOT = Embodiment(

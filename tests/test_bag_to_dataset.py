@@ -21,7 +21,6 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.bag_reader import PAUSE_TICKS, BagReader
-from cogvla.real_robot.bag_to_dataset import run
 from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.real_robot.ros_messages import (
     array_fields,
@@ -33,6 +32,7 @@ from cogvla.real_robot.ros_messages import (
 from cogvla.real_robot.ros_node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, TRAJECTORY
 from cogvla.real_robot.ros_types import RosTypes
 from cogvla.real_robot.settings import LoopSettings, RobotConfig, SafetyLimits
+from cogvla.scripts.robot.bag_to_dataset import run
 
 HZ = 10.0
 ARM = Embodiment(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvla.libero.benchmark_policy import main
 from cogvla.libero.policy_timing import machine_peaks
 from cogvla.policy.flops import REPEATED, count_flops
+from cogvla.scripts.measure.benchmark_policy import main
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tabletop_object"
 FEW = ["--calls", "3", "--batches", "1", "--threads", "1", "--device", "cpu", "--dtype", "float32"]

@@ -12,10 +12,10 @@ import torch
 from hydra import compose, initialize_config_module
 
 from cogvla.envs.recorder import record
-from cogvla.libero import calibrate_policy
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
+from cogvla.scripts.measure import calibrate_policy
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tabletop_object"
 FLOAT8 = EngineConfig("eager", dtype="float8")

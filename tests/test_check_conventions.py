@@ -20,11 +20,11 @@ from cogvla.envs.dataset_writer import DatasetWriter
 from cogvla.envs.demonstration import Demonstration, Demonstrator, DemonstratorSettings, pack
 from cogvla.envs.expert import Expert
 from cogvla.envs.suite import get_suite
-from cogvla.libero import check_conventions as command
 from cogvla.libero import conventions
 from cogvla.libero.conventions import Finding
 from cogvla.libero.recorded_episodes import open_recordings
 from cogvla.policy.data import DataConfig
+from cogvla.scripts import check_conventions as command
 from cogvla.tests.point_suite import EMBODIMENT
 
 SUITE = "tabletop_goal"

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from cogvla.configs.command import mistakes_in_one_line, plain, stop_event
+from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
 
 
 @pytest.mark.parametrize("error", [ValueError("give 3"), FileNotFoundError("no 3"), ConnectionError("3 is gone")])

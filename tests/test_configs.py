@@ -24,7 +24,6 @@ from cogvla.envs.recorder import record
 from cogvla.envs.suite import get_suite
 from cogvla.libero.env import LiberoSettings
 from cogvla.libero.protocol import Protocol, load_protocol
-from cogvla.libero.train_policy import build_trainer
 from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.augmentation import AugmentationConfig
 from cogvla.policy.config import CogVLAConfig, RoutingConfig
@@ -39,6 +38,7 @@ from cogvla.policy.training_config import TrainingConfig
 from cogvla.real_robot.lerobot_robot import LeRobotSettings
 from cogvla.real_robot.request import RequestKeys
 from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.scripts.train_policy import build_trainer
 from cogvla.tests import small_data as small
 
 CONFIGS = Path(__file__).parents[1] / "configs"

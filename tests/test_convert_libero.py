@@ -18,11 +18,11 @@ import pytest
 from hydra import compose, initialize_config_module
 from PIL import Image
 
-from cogvla.libero import convert_libero as command
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.hdf5_reader import demonstrations, is_hdf5, read, read_images
 from cogvla.libero.hdf5_replay import ReplaySettings, is_noop, kept_steps
 from cogvla.policy.lerobot_reader import LeRobotReader, Mapping
+from cogvla.scripts import convert_libero as command
 from cogvla.tests.libero_files import ASSETS, MESHES, Demo, made_up, needs_assets, write
 
 LEAN = LiberoSettings(assets=ASSETS, lean=True, reflections=False, robot_meshes=MESHES)

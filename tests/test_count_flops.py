@@ -10,8 +10,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from cogvla.policy.count_flops import run
 from cogvla.policy.flops import TOTAL
+from cogvla.scripts.measure.count_flops import run
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "tabletop_object"
 TINY = ("policy=tiny", "embodiment=tabletop")

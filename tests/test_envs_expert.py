@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_module
 from cogvla.envs import TABLETOP_SUITES
 from cogvla.envs.control import POSITION_SCALE, rotation_matrix, rotation_vector
 from cogvla.envs.expert import PHASES, Expert
-from cogvla.envs.expert_table import play, run
 from cogvla.envs.suite import get_suite
+from cogvla.scripts.expert_table import play, run
 
 
 @pytest.mark.parametrize("name", TABLETOP_SUITES)

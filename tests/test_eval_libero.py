@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_module
 
-from cogvla.configs.command import MISTAKES
 from cogvla.envs.episodes import EpisodeResult
-from cogvla.libero.eval_libero import run as run_command
-from cogvla.libero.eval_libero import suites
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol, protocol_names
 from cogvla.libero.report import Report
+from cogvla.scripts.command import MISTAKES
+from cogvla.scripts.eval_libero import run as run_command
+from cogvla.scripts.eval_libero import suites
 from cogvla.tests.point_suite import TASKS, ToyPolicy, solvable, toy_suite
 
 PROTOCOL = Protocol("toy", episodes_per_task=6)
@@ -213,7 +213,7 @@ evaluate(ToyPolicy(), toy_suite(sleep_s=0.01), Protocol("toy", 20), Path(sys.arg
 
 def command(*overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cogvla.libero.eval_libero", *overrides],
+        [sys.executable, "-m", "cogvla.scripts.eval_libero", *overrides],
         capture_output=True, text=True, timeout=120, check=False, **options,
     )  # fmt: skip
 

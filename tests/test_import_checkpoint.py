@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.empty_model import empty_model
-from cogvla.policy.import_checkpoint import main, run
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model import CogVLA
 from cogvla.policy.pretrained import load_base
 from cogvla.policy.release import open_release
+from cogvla.scripts.import_checkpoint import main, run
 from cogvla.tests.plain_cogvla import PlainCogVLA, norm_stats, unnormalise
 from cogvla.tests.published_layouts import (
     SIZES,

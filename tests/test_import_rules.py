@@ -16,7 +16,7 @@ CORE = {"torch", "transformers", "timm", "einops", "safetensors", "numpy"}
 
 REPORTING = ("episode_log", "evaluate", "protocol", "provenance", "report", "statistics")
 """Parts of `libero` that know nothing about LIBERO: a robot's trials are reported as an evaluation is."""
-COMMAND = "configs.command"
+COMMAND = "scripts.command"
 """What the console commands share; other parts know nothing of them."""
 INTERNAL: dict[str, tuple[str, ...]] = {
     "configs": ("configs",),
@@ -57,7 +57,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "envs/ray_worker.py": {"ray"},
     "envs/dataset_writer.py": {"lerobot", "datasets", "pyarrow", "PIL"},
     "envs/recorded_dataset.py": {"lerobot", "pyarrow"},
-    "libero/benchmark_policy.py": {"yaml"},
+    "scripts/measure/benchmark_policy.py": {"yaml"},
     "libero/hdf5_reader.py": {"h5py"},
     "libero/run_log.py": {"wandb"},
     "libero/installation.py": {"libero"},
@@ -107,7 +107,7 @@ def test_imports_follow_the_table(file: str) -> None:
     for module in imports(file):
         top, _, rest = module.partition(".")
         if top == "cogvla":
-            may = INTERNAL[folder] + ((COMMAND,) if file in entry_points() | {"real_robot/robots.py"} else ())
+            may = INTERNAL[folder] + ((COMMAND,) if file in entry_points() | {"scripts/robot/robots.py"} else ())
             assert any(rest == name or rest.startswith(name + ".") for name in may), f"{file} may not import {module}"
         elif folder != "real_robot":
             assert top in allowed or top in sys.stdlib_module_names, f"{file} may not import {module}"

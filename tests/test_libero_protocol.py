@@ -9,12 +9,12 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from cogvla.configs.command import MISTAKES
 from cogvla.envs.suite import Suite, Task
-from cogvla.libero.eval_libero import protocol_for, run, suites
 from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.suites import PROTOCOL
 from cogvla.libero.tasks import LIBERO_SUITES, MAX_STEPS, instruction
+from cogvla.scripts.command import MISTAKES
+from cogvla.scripts.eval_libero import protocol_for, run, suites
 from cogvla.tests.point_suite import toy_suite
 
 

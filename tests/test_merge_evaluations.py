@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from cogvla.libero.evaluate import evaluate
-from cogvla.libero.merge_evaluations import main, merge
 from cogvla.libero.protocol import Protocol
 from cogvla.libero.report import Report
+from cogvla.scripts.merge_evaluations import main, merge
 from cogvla.tests.point_suite import ToyPolicy, toy_suite
 
 PROTOCOL = Protocol("toy", episodes_per_task=5)

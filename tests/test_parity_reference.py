@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvla.policy.verify_reference import main
+from cogvla.scripts.verify_reference import main
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "cogvla_reference"
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
 
-from cogvla.libero.eval_libero import run as eval_libero
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.interface import Camera
 from cogvla.real_robot.async_client import ClientSettings
 from cogvla.real_robot.client import PolicyClient
 from cogvla.real_robot.request import RequestKeys
 from cogvla.real_robot.server import ServerSettings
+from cogvla.scripts.eval_libero import run as eval_libero
 from cogvla.tests.point_suite import ToyPolicy, solvable
 from cogvla.tests.policy_servers import free_port, get, observation, serving, until
 
@@ -36,7 +36,7 @@ def command() -> Iterator[tuple[subprocess.Popen[str], str]]:
     port = free_port()
     arguments = [f"checkpoint={CHECKPOINT}", f"port={port}", "device=cpu", "threads=1", "max_batch=4"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cogvla.real_robot.policy_server", *arguments, "batch_wait_ms=1000"],
+        [sys.executable, "-m", "cogvla.scripts.robot.policy_server", *arguments, "batch_wait_ms=1000"],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -85,7 +85,7 @@ def test_the_command_answers_as_the_policy_itself(command: tuple[subprocess.Pope
 )
 def test_mistakes_end_in_one_line(arguments: list[str], message: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "cogvla.real_robot.policy_server", "port=0", *arguments],
+        [sys.executable, "-m", "cogvla.scripts.robot.policy_server", "port=0", *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -417,7 +417,7 @@ def test_an_expert_that_processes_cannot_be_given(tmp_path: Path) -> None:
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "cogvla.envs.record_demonstrations", "suite=nothing", f"output={tmp_path / 'x'}"],
+        [sys.executable, "-m", "cogvla.scripts.record_demonstrations", "suite=nothing", f"output={tmp_path / 'x'}"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -12,8 +12,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from cogvla.libero import compare_routers
-from cogvla.libero.analyse_routing import run as analyse
 from cogvla.libero.plots import lines, pareto
 from cogvla.libero.router_comparison import ROUNDS, Outcome, against, cells_for, costs, pareto_front, wanted_routers
 from cogvla.libero.routing_findings import horizon
@@ -29,6 +27,8 @@ from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.routing.registry import ROUTERS
 from cogvla.routing.router import RouterConfig
+from cogvla.scripts import compare_routers
+from cogvla.scripts.analyse_routing import run as analyse
 from cogvla.tests.point_suite import EMBODIMENT, TASKS
 from cogvla.tests.small_data import MODEL
 
@@ -300,7 +300,7 @@ def test_emptied_layers_change_nothing_where_vision_is_not_read() -> None:
 
 
 def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogvla.libero.analyse_routing.lines", lambda *_, **__: "<svg/>")
+    monkeypatch.setattr("cogvla.scripts.analyse_routing.lines", lambda *_, **__: "<svg/>")
     checkpoint = saved(tmp_path / "policy")
     overrides = [f"checkpoint={checkpoint}", f"output={tmp_path / 'CHECKPOINT'}", "tasks=[0,1]", "pictures=2"]
     data = analyse(command("analyse_routing", *overrides), "analyse_routing ...")

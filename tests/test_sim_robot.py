@@ -216,7 +216,7 @@ def episode(operator: Any, number: int, task: int) -> dict[str, Any]:
 def test_the_demo_reports_as_an_evaluation_does(tmp_path: Path) -> None:
     pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
     from cogvla.envs.video import contact_sheet
-    from cogvla.real_robot.robot_demo import run
+    from cogvla.scripts.robot.robot_demo import run
 
     changes = ["tasks=[0]", "view=video", f"output={tmp_path}", f"domain={DOMAIN + 31}", f"checkpoint={CHECKPOINT}"]
     with initialize_config_module("cogvla.configs", version_base="1.3"):

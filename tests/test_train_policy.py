@@ -18,11 +18,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from cogvla.libero import train_policy
 from cogvla.libero.run_log import RunLog
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.tokenizer import PretrainedTokenizer
+from cogvla.scripts import train_policy
 from cogvla.tests.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 
 CAMERAS = "[{name:agentview,height:32,width:32},{name:wrist,height:32,width:32}]"

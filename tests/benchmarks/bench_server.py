@@ -44,7 +44,7 @@ START_S = 120.0
 @hydra.main(version_base="1.3", config_path=None, config_name="bench_server")
 def main(config: DictConfig) -> None:
     """Start a server, ask it, print a table."""
-    command = [sys.executable, "-m", "cogvla.real_robot.policy_server", "request_keys=by_name"]
+    command = [sys.executable, "-m", "cogvla.scripts.robot.policy_server", "request_keys=by_name"]
     command += [f"{key}={config[key]}" for key in ("checkpoint", "device", "threads", "port")]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_module
 
-from cogvla.configs.command import plain
-from cogvla.libero.train_policy import build_trainer
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.data import DataConfig, DemonstrationData
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.parallel import use_threads
 from cogvla.policy.training_config import TrainingConfig
+from cogvla.scripts.command import plain
+from cogvla.scripts.train_policy import build_trainer
 
 WARM_UP = 40
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,10 +15,10 @@ import time
 
 import torch
 
-from cogvla.libero.benchmark_policy import ROWS, preset
 from cogvla.libero.policy_timing import machine_peaks
 from cogvla.policy.flops import TOTAL, count_flops
 from cogvla.policy.model import CogVLA, ModelInput
+from cogvla.scripts.measure.benchmark_policy import ROWS, preset
 
 WORDS = 7
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

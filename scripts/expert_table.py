@@ -14,9 +14,9 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.envs.demonstration import OPEN_HAND
 from cogvla.envs.suite import Suite, get_suite, suite_names
+from cogvla.scripts.command import mistakes_in_one_line, plain
 
 ALL = "all"
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.recording import SHORTEST, RecordingFolder
 from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.real_robot.settings import RobotConfig
+from cogvla.scripts.command import mistakes_in_one_line, plain
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="bag_to_dataset")

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvla.configs.command import mistakes_in_one_line
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.suite import Suite, Task
 from cogvla.libero.episode_log import EPISODES, RUN, VIDEOS, Key, differences, read_episodes, read_run, write_atomic
-from cogvla.libero.eval_libero import summary
 from cogvla.libero.evaluate import write_report
 from cogvla.libero.report import Report, build_report
+from cogvla.scripts.command import mistakes_in_one_line
+from cogvla.scripts.eval_libero import summary
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.training_config import TrainingConfig
 from cogvla.policy.training_memory import report, training_memory
+from cogvla.scripts.command import mistakes_in_one_line, plain
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="train_policy")

@@ -23,11 +23,9 @@ import torch
 from accelerate import PartialState
 from omegaconf import DictConfig
 
-from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.demonstration import ExpertFailedError
 from cogvla.envs.recorder import record
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.libero.eval_libero import summary
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.provenance import provenance
@@ -49,6 +47,8 @@ from cogvla.policy.pretrained import load_backbones, load_base
 from cogvla.policy.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from cogvla.policy.training import PATIENCE, Trainer
 from cogvla.policy.training_config import TrainingConfig
+from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.eval_libero import summary
 
 T = TypeVar("T")
 

@@ -22,7 +22,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.libero.provenance import provenance
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
@@ -32,6 +31,7 @@ from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.objective import Batch, ObjectiveConfig
 from cogvla.policy.parallel import use_threads
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 
 BATCH = 8
 """Frames that are run at once."""

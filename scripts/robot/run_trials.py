@@ -22,7 +22,6 @@ import gymnasium as gym
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.suite import Suite, Task, get_suite
 from cogvla.libero.episode_log import EpisodeLog
@@ -36,10 +35,11 @@ from cogvla.real_robot.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.keyboard import Keyboard
 from cogvla.real_robot.measurements import Measurements, latency_table
 from cogvla.real_robot.operator_scene import OperatorScene, SessionEndedError, listen
-from cogvla.real_robot.robots import open_front_end, open_policy_client
 from cogvla.real_robot.settings import RobotConfig
 from cogvla.real_robot.trial_log import ControlLog, Film
 from cogvla.real_robot.trials import STOPPED, Scene, SimulatedScene, play
+from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 
 SCENES = ("operator", "simulated")
 MARGIN_S = 20.0

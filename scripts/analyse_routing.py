@@ -17,7 +17,6 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.plots import lines
 from cogvla.libero.protocol import load_protocol
@@ -31,6 +30,7 @@ from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.router import RouterConfig
+from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 
 DATA, PAGE = "routing.json", "routing.html"
 

@@ -19,7 +19,6 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.empty_model import empty_model
@@ -31,6 +30,7 @@ from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.pretrained import load_base
 from cogvla.policy.release import Release, open_release
 from cogvla.policy.tokenizer import PAPER_PROMPT, PretrainedTokenizer
+from cogvla.scripts.command import mistakes_in_one_line, plain
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

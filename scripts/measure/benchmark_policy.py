@@ -18,7 +18,7 @@ Weights are random unless a checkpoint is given; that changes no time. Every row
 Needs torch, transformers, timm, einops, safetensors and numpy, and no installation of this package:
 
     mkdir -p .cache/types && ln -sfn ../.. .cache/types/cogvla
-    PYTHONPATH=.cache/types python -m cogvla.libero.benchmark_policy --preset cogvla_7b --device cuda --dtype bfloat16
+    PYTHONPATH=.cache/types python -m cogvla.scripts.measure.benchmark_policy --preset cogvla_7b --device cuda --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.tokenizer import WordTokenizer
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 INSTRUCTION = "put the red cube in the tray"
 CALIBRATION = 8
 """Observations that the ranges of 8-bit inputs are taken from."""

@@ -21,7 +21,6 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.envs.dataset_folder import DatasetFolder
 from cogvla.envs.demonstration import Demonstration
 from cogvla.libero.conversion_page import page, summary
@@ -32,6 +31,7 @@ from cogvla.libero.hdf5_replay import WAITING_STEPS, ReplaySettings
 from cogvla.libero.lerobot_upgrade import is_old_lerobot, upgrade
 from cogvla.libero.suites import libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES
+from cogvla.scripts.command import mistakes_in_one_line, plain
 
 CONVERSION = "meta/conversion.json"
 """In a finished data set: what it was made of, with the numbers of the statistics page."""

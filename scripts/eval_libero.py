@@ -23,7 +23,6 @@ from typing import Literal
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.player import PlayerSettings
 from cogvla.envs.ray_worker import ray_cluster
 from cogvla.envs.suite import Suite, suite_names
@@ -34,6 +33,7 @@ from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.report import Report, render_index
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.interface import Embodiment, Policy
+from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 
 ALL = {"all_tabletop": "tabletop_", "all_libero": "libero_"}
 """Names for all suites that begin alike; libero_90 has to be named."""

@@ -27,7 +27,6 @@ import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.rollout import rollout
 from cogvla.envs.suite import Suite, get_suite
@@ -47,6 +46,7 @@ from cogvla.real_robot.remote_policy import RemotePolicy
 from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics
 from cogvla.real_robot.settings import RobotConfig
 from cogvla.real_robot.trials import SimulatedScene, play
+from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 
 START_S = 180.0
 """How long a server may take to load its policy on a busy machine."""

@@ -18,12 +18,12 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.policy.interface import Embodiment, Policy
 from cogvla.real_robot.batching import BatchSettings
 from cogvla.real_robot.request import RequestKeys
 from cogvla.real_robot.server import PolicyServer, ServerSettings
 from cogvla.real_robot.server_metrics import ServerMetrics
+from cogvla.scripts.command import mistakes_in_one_line, plain
 
 RANDOM = "random"
 

@@ -27,10 +27,8 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from cogvla.configs.command import as_typed, mistakes_in_one_line, plain
 from cogvla.envs.suite import Suite
 from cogvla.libero.episode_log import write_atomic
-from cogvla.libero.eval_libero import STOPPED
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.provenance import provenance
@@ -51,6 +49,8 @@ from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.parallel import use_threads
+from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.eval_libero import STOPPED
 
 REGIMES = ("plug_in", "fine_tuned")
 QUICK: dict[str, Any] = {
@@ -195,7 +195,7 @@ class _Comparison:
         overrides += [f"routing.{key}={_written(value)}" for key, value in own.items()]
         overrides += [f"routing.router.{key}={_written(value)}" for key, value in asdict(cell.router).items()]
         overrides += ["evaluation=null", f"output={folder}", *self.values["recipe"]]
-        done = subprocess.run([sys.executable, "-m", "cogvla.libero.train_policy", *overrides], check=False)
+        done = subprocess.run([sys.executable, "-m", "cogvla.scripts.train_policy", *overrides], check=False)
         if done.returncode:
             raise ValueError(f"training failed; by itself it is: {shlex.join(['train_policy', *overrides])}")
         return folder / "policy"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.configs.command import mistakes_in_one_line, plain
 from cogvla.envs.demonstration import ExpertFailedError
 from cogvla.envs.recorder import record
 from cogvla.envs.suite import get_suite
+from cogvla.scripts.command import mistakes_in_one_line, plain
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="record_demonstrations")

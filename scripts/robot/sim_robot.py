@@ -23,7 +23,6 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from cogvla.configs.command import mistakes_in_one_line, plain, stop_event
 from cogvla.envs.suite import get_suite
 from cogvla.real_robot.dds import DdsNode, DdsSettings
 from cogvla.real_robot.ros_front_end import RosTopics
@@ -31,6 +30,7 @@ from cogvla.real_robot.ros_messages import compressed_image_fields, image_fields
 from cogvla.real_robot.ros_node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, Delivery
 from cogvla.real_robot.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated_arm import SceneStart, SceneStatus, SimulatedArm
+from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
 
 _log = logging.getLogger(__name__)
 
