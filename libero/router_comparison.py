@@ -21,9 +21,9 @@ from cogvla.envs.suite import Suite
 from cogvla.libero.statistics import Latency, Rate, latency, sign_test
 from cogvla.policy.flops import REPEATED, count_flops
 from cogvla.policy.interface import Embodiment, Observation
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.token_router import PolicyRouter
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.token_router import PolicyRouter
 from cogvla.routing.registry import ROUTERS
 from cogvla.routing.router import RouterConfig
 from cogvla.routing.stopwatch import Stopwatch

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cogvla.libero.routing_recording import Episode, Moment
-from cogvla.policy.language import Trace
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.language import Trace
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.diagnostics import (
     ALIVE,

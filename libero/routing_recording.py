@@ -24,9 +24,9 @@ from cogvla.envs.rollout import rollout
 from cogvla.envs.suite import Suite
 from cogvla.libero.protocol import Protocol
 from cogvla.libero.watched_policy import WatchedPolicy
-from cogvla.policy.attention_probe import AttentionProbe
 from cogvla.policy.interface import Observation
-from cogvla.policy.model import CogVLA, ModelInput, TextFeatures
+from cogvla.policy.model.attention_probe import AttentionProbe
+from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.diagnostics import attention_entropy
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cogvla.policy.checkpoint import CONFIG, load_weights, read_config
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.tokenizer import EMPTY_TOKEN, PAPER_PROMPT, PretrainedTokenizer, Tokenizer, tokenizer_from_dict
 
 BACKBONES = ("decoder.llm.*", "vision.towers.*.vit.*")

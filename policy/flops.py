@@ -24,10 +24,10 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model import CogVLA
-from cogvla.policy.vision import VisionTower
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.vision import VisionTower
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter
 from cogvla.routing.schedule import keep_count

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cogvla.policy.import_weights import LoraMerged, Names, Renamed, SafetensorFiles, load_parameters, read_pt
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
 
 TOWERS = {"dinov2": "featurizer", "siglip": "fused_featurizer"}
 """Our towers, in the order of the streams, and theirs."""

@@ -34,8 +34,8 @@ from cogvla.policy.auxiliary.distillation import Distillation, attention_match
 from cogvla.policy.auxiliary.diversity import AttentionDiversity, check_readable
 from cogvla.policy.auxiliary.masking import TokenMask, hide
 from cogvla.policy.auxiliary.pointing import Pointer, pointing_loss
-from cogvla.policy.heads.interface import ActionHead
-from cogvla.policy.model import CogVLA, ModelInput, ModelOutput
+from cogvla.policy.model.cogvla import CogVLA, ModelInput, ModelOutput
+from cogvla.policy.model.heads.interface import ActionHead
 
 GROUNDING_DIM = 6
 """Target xyz, goal xyz; twice that with the positions relative to the gripper."""

@@ -13,7 +13,7 @@ from cogvla.policy.engine.engine import EncodedText, Engine, EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.engine.network import not_fusible
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
-from cogvla.policy.model import CogVLA, ModelInput, TextFeatures
+from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
 from cogvla.policy.preprocess import Preprocessor
 
 

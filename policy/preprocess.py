@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cogvla.policy.augmentation import centre, change, check_crop_area
 from cogvla.policy.interface import Embodiment, Observation
-from cogvla.policy.model import ModelInput
+from cogvla.policy.model.cogvla import ModelInput
 from cogvla.policy.normalise import normalisers
 from cogvla.policy.resize import check_kernel, resize
 from cogvla.policy.tokenizer import Tokenizer

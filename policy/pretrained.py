@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from cogvla.policy.import_weights import load_parameters
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.release import Release, open_release
 
 _PART = re.compile(

@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.import_cogvla import TOWERS, load_cogvla
 from cogvla.policy.import_weights import Renamed
 from cogvla.policy.interface import Camera, Embodiment
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.normalise import Normaliser, Statistics
 from cogvla.policy.release import read_json
 from cogvla.policy.tokenizer import EMPTY_TOKEN

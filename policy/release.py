@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.import_cogvla import cogvla_names, cogvla_weights
 from cogvla.policy.import_openvla import openvla_names, openvla_weights
 from cogvla.policy.import_weights import Names
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.normalise import Statistics
 
 KINDS = ("openvla", "cogvla")

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from cogvla.policy import adapters
 from cogvla.policy.batches import BatchBuilder, Choices
 from cogvla.policy.checkpoint import load_training_state, read_config, save_checkpoint
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.data import DemonstrationData, TrainingBatches
 from cogvla.policy.interrupt import Interruption
 from cogvla.policy.metrics import LossWindow, MetricsFile
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.objective import Batch, Objective
 from cogvla.policy.optimisation import warmup_cosine
 from cogvla.policy.parallel import ParallelGradients, keep_freed_memory

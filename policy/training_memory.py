@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cogvla.policy import adapters
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model import CogVLA, ModelInput
+from cogvla.policy.model.cogvla import CogVLA, ModelInput
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training_config import TrainingConfig
 
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}

@@ -67,7 +67,7 @@ def search(
 
     Args:
         objective: how good a schedule is, higher is better; the cosine of the states of the action tokens with and
-            without routing, for instance (`policy.schedule_objective`).
+            without routing, for instance (`policy.model.schedule_objective`).
         layers: where tokens are left out, see `Schedule`.
         depth: layers of the language model.
         budget: mean share of tokens over all layers.

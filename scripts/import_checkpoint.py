@@ -20,11 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from cogvla.policy.checkpoint import save_checkpoint
-from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.empty_model import empty_model
 from cogvla.policy.import_cogvla import load_cogvla
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.empty_model import empty_model
 from cogvla.policy.normalise import Statistics
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.pretrained import load_base

@@ -34,11 +34,11 @@ from cogvla.libero.run_log import RunLog
 from cogvla.policy.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.base import base_tokenizer, is_own, load_own
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.data import DataConfig, DemonstrationData
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.objective import Objective, ObjectiveConfig
 from cogvla.policy.parallel import use_threads
 from cogvla.policy.policy import CogVLAPolicy

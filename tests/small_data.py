@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.data import DemonstrationData
 from cogvla.policy.interface import Camera, Embodiment
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor

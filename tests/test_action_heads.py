@@ -17,14 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_policy, save_checkpoint
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.data import TrainingBatches
 from cogvla.policy.flops import count_flops
-from cogvla.policy.heads.denoising import DenoisingHead, DiffusionHead, FlowHead
-from cogvla.policy.heads.discrete import TOKENS, DiscreteHead, decode, encode
-from cogvla.policy.heads.interface import DRAWS, ActionHead, HeadSizes
-from cogvla.policy.heads.registry import HEADS
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.heads.denoising import DenoisingHead, DiffusionHead, FlowHead
+from cogvla.policy.model.heads.discrete import TOKENS, DiscreteHead, decode, encode
+from cogvla.policy.model.heads.interface import DRAWS, ActionHead, HeadSizes
+from cogvla.policy.model.heads.registry import HEADS
 from cogvla.policy.objective import Objective
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.tests.small_data import LABELLED, MODEL, ROBOT, small_data, small_preprocessor

@@ -26,12 +26,12 @@ from cogvla.libero.env import LiberoSettings
 from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.augmentation import AugmentationConfig
-from cogvla.policy.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.data import DataConfig
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.flops import Counting
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.policy.training_config import TrainingConfig

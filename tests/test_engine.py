@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 import cogvla.tests.small_data as small
 from cogvla.policy.checkpoint import load_policy, open_policy
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.engine.engine import Engine, EngineConfig
 from cogvla.policy.engine.float8 import Float8Linear
 from cogvla.policy.engine.int8 import Int8Linear
@@ -26,7 +25,8 @@ from cogvla.policy.engine.linear import FusedLinear
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import record
 from cogvla.policy.interface import Observation
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.policy import CogVLAPolicy
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tabletop_object"

@@ -22,7 +22,7 @@ from torch import Tensor
 from cogvla.policy import adapters
 from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.optimisation import adamw
 from cogvla.tests import small_data as small
 from cogvla.tests.small_data import ROBOT, settings, small_trainer

@@ -11,9 +11,9 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.flops import REPEATED, TOTAL, Counting, StageCost, Work, build_on_meta, count_flops
 from cogvla.policy.interface import Camera, Embodiment
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.roofline import GPUS, find_gpu, floors, format_table
 from cogvla.tests.test_model_config import CONFIGS, routing_yaml
 from cogvla.tests.tiny_model import ROBOT, alone, tiny_config, tiny_input, tiny_model

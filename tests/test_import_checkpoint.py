@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.empty_model import empty_model
 from cogvla.policy.interface import Camera, Embodiment
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.empty_model import empty_model
 from cogvla.policy.pretrained import load_base
 from cogvla.policy.release import open_release
 from cogvla.scripts.import_checkpoint import main, run

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogvla.policy.model import ModelInput
+from cogvla.policy.model.cogvla import ModelInput
 from cogvla.tests.tiny_model import alone, tiny_input, tiny_model
 
 ROUTINGS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cogvla.policy.config import CogVLAConfig, TowerConfig
+from cogvla.policy.model.config import CogVLAConfig, TowerConfig
 from cogvla.tests.tiny_model import MODEL, tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

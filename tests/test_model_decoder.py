@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cogvla.policy.config import LanguageConfig, RoutingConfig
-from cogvla.policy.language import RoutedDecoder, Trace
+from cogvla.policy.model.config import LanguageConfig, RoutingConfig
+from cogvla.policy.model.language import RoutedDecoder, Trace
 from cogvla.routing.layout import TokenLayout
 
 LAYOUT = TokenLayout(vision=10, text=5, action=4)

@@ -9,8 +9,8 @@ import torch
 from timm.models import save_for_hf
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.pretrained import load_backbones
 from cogvla.tests.tiny_model import MODEL, ROBOT, tiny_input, tiny_model
 

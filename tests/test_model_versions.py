@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.tests.tiny_model import MODEL, ROBOT, tiny_input
 
 PAPER = {"tokens_per_step": "action_dim", "placeholder": "zero", "shifted": True}

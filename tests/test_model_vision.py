@@ -7,10 +7,10 @@ import torch
 from einops import rearrange
 from timm.models.vision_transformer import VisionTransformer
 
-from cogvla.policy.config import IMAGENET_MEAN, IMAGENET_STD, TowerConfig, VisionConfig
 from cogvla.policy.interface import Camera
-from cogvla.policy.model import CogVLA
-from cogvla.policy.vision import DualVision, VisionTower
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import IMAGENET_MEAN, IMAGENET_STD, TowerConfig, VisionConfig
+from cogvla.policy.model.vision import DualVision, VisionTower
 from cogvla.tests.tiny_model import ROBOT, tiny_config, tiny_input, tiny_model
 
 STYLES = {

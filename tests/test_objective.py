@@ -12,7 +12,7 @@ from torch import Tensor
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.data import DemonstrationData, TrainingBatches
 from cogvla.policy.interface import Camera
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.objective import Batch, Objective, ObjectiveConfig, masked_l1, pointing_loss
 from cogvla.policy.validation import validate
 from cogvla.tests.small_data import (

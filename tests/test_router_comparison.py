@@ -19,8 +19,8 @@ from cogvla.libero.routing_pictures import DARK, SIDE, kept_map, picture
 from cogvla.libero.routing_recording import covered, look
 from cogvla.libero.statistics import sign_test, success_rate
 from cogvla.policy.checkpoint import save_checkpoint
-from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.normalise import Statistics
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor

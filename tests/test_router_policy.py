@@ -11,13 +11,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogvla.policy import layer_router
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.flops import TOTAL, count_flops
-from cogvla.policy.language_layer import attention_rows, normed
-from cogvla.policy.model import CogVLA
-from cogvla.policy.schedule_objective import schedule_objective
-from cogvla.policy.token_router import PolicyRouter
+from cogvla.policy.model import layer_router
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.language_layer import attention_rows, normed
+from cogvla.policy.model.schedule_objective import schedule_objective
+from cogvla.policy.model.token_router import PolicyRouter
 from cogvla.routing.registry import ROUTERS
 from cogvla.routing.router import RouterConfig, RouterContext
 from cogvla.routing.schedule_search import search

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.interface import Camera, Embodiment
-from cogvla.policy.model import CogVLA, ModelInput
+from cogvla.policy.model.cogvla import CogVLA, ModelInput
+from cogvla.policy.model.config import CogVLAConfig
 
 ROBOT = Embodiment("toy", (Camera("front", 32, 32), Camera("wrist", 32, 32)), 5, 3, 4, 20.0)
 TOWER = {"patch_size": 8, "width": 16, "depth": 3, "heads": 2, "mlp_ratio": 2.0}

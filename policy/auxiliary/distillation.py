@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvla.policy.model import CogVLA, ModelInput
+from cogvla.policy.model.cogvla import CogVLA, ModelInput
 
 SMALL = 1e-8
 

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor
 
-from cogvla.policy.attention_probe import mean_attention
-from cogvla.policy.recompute import call
-from cogvla.policy.vision import DualVision, VisionTower
+from cogvla.policy.model.attention_probe import mean_attention
+from cogvla.policy.model.recompute import call
+from cogvla.policy.model.vision import DualVision, VisionTower
 
 THRESHOLD = 2.0
 """In units of even attention, 1/n."""

@@ -9,7 +9,7 @@ import torch
 
 from cogvla.policy.base import is_own
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.normalise import Normaliser
 from cogvla.policy.preprocess import Preprocessor
 from cogvla.routing.router import RouterConfig

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cogvla.policy.engine.linear import FusedLinear, fused
 from cogvla.policy.engine.recording import Tensors
-from cogvla.policy.language import DecoderContext, RoutedDecoder
+from cogvla.policy.model.language import DecoderContext, RoutedDecoder
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
 from cogvla.routing.schedule import keep_count

@@ -18,7 +18,7 @@ from cogvla.policy.engine.float8 import Calibration, largest_inputs, to_float8
 from cogvla.policy.engine.int8 import to_int8
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import Run, record
-from cogvla.policy.model import CogVLA, ModelInput
+from cogvla.policy.model.cogvla import CogVLA, ModelInput
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16, "int8": torch.float32}

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from cogvla.policy.engine.decoder import FusedDecoder
 from cogvla.policy.engine.recording import Tensors
 from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
-from cogvla.policy.model import CogVLA, TextFeatures
-from cogvla.policy.vision import cut_patches
+from cogvla.policy.model.cogvla import CogVLA, TextFeatures
+from cogvla.policy.model.vision import cut_patches
 
 
 class FusedNetwork(nn.Module):

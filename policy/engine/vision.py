@@ -21,7 +21,7 @@ from timm.layers import Attention, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
 from cogvla.policy.engine.linear import FusedLinear, fused
-from cogvla.policy.vision import VisionTower
+from cogvla.policy.model.vision import VisionTower
 
 
 class StackedLinear(nn.Module):

@@ -38,11 +38,11 @@ from torch import nn
 from cogvla.libero.policy_timing import Measured, machine_peaks, measure, profile
 from cogvla.libero.provenance import provenance
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.empty_model import empty_model
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.flops import REPEATED, count_flops
 from cogvla.policy.interface import Embodiment, Observation
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.empty_model import empty_model
 from cogvla.policy.normalise import Statistics
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.preprocess import Preprocessor

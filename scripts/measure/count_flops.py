@@ -22,9 +22,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cogvla.policy.checkpoint import read_config
-from cogvla.policy.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.flops import TOTAL, Counting, StageCost, count_flops
 from cogvla.policy.interface import Embodiment
+from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.roofline import GPU, find_gpu, floors, format_table, header
 from cogvla.scripts.command import mistakes_in_one_line, plain
 

@@ -25,10 +25,10 @@ from omegaconf import OmegaConf
 
 from cogvla.policy.auxiliary.blind_weights import BlindWeights
 from cogvla.policy.checkpoint import save_checkpoint
-from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.heads.interface import DRAWS
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model import CogVLA, ModelInput
+from cogvla.policy.model.cogvla import CogVLA, ModelInput
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.heads.interface import DRAWS
 from cogvla.policy.normalise import Statistics
 from cogvla.policy.objective import Batch, Objective, ObjectiveConfig
 from cogvla.policy.preprocess import Preprocessor

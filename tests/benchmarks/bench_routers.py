@@ -20,9 +20,9 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model import CogVLA, ModelInput
+from cogvla.policy.model.cogvla import CogVLA, ModelInput
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.routing.registry import ROUTERS, build_router
 from cogvla.routing.router import RouterConfig
 from cogvla.tests.router_contexts import context_for, everything, sizes_for

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_module
 
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.data import DataConfig, DemonstrationData
 from cogvla.policy.interface import Embodiment
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.parallel import use_threads
 from cogvla.policy.training_config import TrainingConfig

@@ -17,7 +17,7 @@ import torch
 
 from cogvla.libero.policy_timing import machine_peaks
 from cogvla.policy.flops import TOTAL, count_flops
-from cogvla.policy.model import CogVLA, ModelInput
+from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.scripts.measure.benchmark_policy import ROWS, preset
 
 WORDS = 7

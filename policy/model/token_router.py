@@ -26,10 +26,10 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cogvla.policy.attention_probe import FROM_VISION, AttentionProbe
-from cogvla.policy.config import RoutingConfig
-from cogvla.policy.layer_router import FROM_LANGUAGE, LayerPass
-from cogvla.policy.vision import WHITE, DualVision
+from cogvla.policy.model.attention_probe import FROM_VISION, AttentionProbe
+from cogvla.policy.model.config import RoutingConfig
+from cogvla.policy.model.layer_router import FROM_LANGUAGE, LayerPass
+from cogvla.policy.model.vision import WHITE, DualVision
 from cogvla.routing.aggregation import StreamFusion
 from cogvla.routing.draws import children, seeds_of
 from cogvla.routing.registry import ROUTERS, build_router

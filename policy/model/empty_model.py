@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cogvla.policy.config import CogVLAConfig
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model import CogVLA
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
 
 
 def empty_model(config: CogVLAConfig, embodiment: Embodiment) -> CogVLA:

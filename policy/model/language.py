@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from cogvla.policy.config import LanguageConfig, RoutingConfig
-from cogvla.policy.language_layer import Frame, attention_rows, joined_turn, normed, run_layer
-from cogvla.policy.recompute import call
+from cogvla.policy.model.config import LanguageConfig, RoutingConfig
+from cogvla.policy.model.language_layer import Frame, attention_rows, joined_turn, normed, run_layer
+from cogvla.policy.model.recompute import call
 from cogvla.routing.attention import additive, attention_mask
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter, Selection, context_weights, put_rows, take_rows
@@ -69,7 +69,7 @@ class Trace:
 
 
 class LayerRouting(Protocol):
-    """Another router than LFP's between or in the layers, see `policy.layer_router`."""
+    """Another router than LFP's between or in the layers, see `policy.model.layer_router`."""
 
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvla.policy.config import CogVLAConfig
-from cogvla.policy.heads.interface import HeadSizes
-from cogvla.policy.heads.registry import HEADS
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.language import DecoderContext, RoutedDecoder, Trace
-from cogvla.policy.token_router import PolicyRouter, Routed
-from cogvla.policy.vision import DualVision, Observer, VisionCondition
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.heads.interface import HeadSizes
+from cogvla.policy.model.heads.registry import HEADS
+from cogvla.policy.model.language import DecoderContext, RoutedDecoder, Trace
+from cogvla.policy.model.token_router import PolicyRouter, Routed
+from cogvla.policy.model.vision import DualVision, Observer, VisionCondition
 from cogvla.routing.aggregation import two_layer
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.router import RouterConfig
@@ -137,7 +137,7 @@ class CogVLA(nn.Module):
         self.register_buffer("special_ids", ids, persistent=False)
 
     def recompute_blocks(self, on: bool) -> None:
-        """Gradient checkpointing of every block of towers and language model, see `policy.recompute`."""
+        """Gradient checkpointing of every block of towers and language model, see `policy.model.recompute`."""
         self.decoder.recompute = on
         for _, tower in self.vision.named_towers():
             tower.recompute = on

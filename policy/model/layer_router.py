@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cogvla.policy.language import DecoderContext
-from cogvla.policy.language_layer import Frame, attention_rows, normed
+from cogvla.policy.model.language import DecoderContext
+from cogvla.policy.model.language_layer import Frame, attention_rows, normed
 from cogvla.routing.pruning import Selection, rows_of
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from cogvla.policy.heads.interface import ActionHead, HeadSizes
+from cogvla.policy.model.heads.interface import ActionHead, HeadSizes
 
 
 class ResidualBlock(nn.Module):

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from cogvla.policy.heads.interface import ActionHead, HeadSizes
-from cogvla.policy.heads.regression import residual_mlp
+from cogvla.policy.model.heads.interface import ActionHead, HeadSizes
+from cogvla.policy.model.heads.regression import residual_mlp
 
 TOKENS = 256
 

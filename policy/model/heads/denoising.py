@@ -27,7 +27,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cogvla.policy.heads.interface import ActionHead, HeadSizes
+from cogvla.policy.model.heads.interface import ActionHead, HeadSizes
 
 TIME_FEATURES = 32
 NOISE_SEED = 0

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from cogvla.policy.heads.registry import HEADS
+from cogvla.policy.model.heads.registry import HEADS
 from cogvla.routing.aggregation import FUSIONS
 from cogvla.routing.attention import ATTENTION
 from cogvla.routing.pruning import MODES, POSITION_POLICIES, SCALES

@@ -24,9 +24,9 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cogvla.policy.config import RoutingConfig, TowerConfig, VisionConfig
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.recompute import call
+from cogvla.policy.model.config import RoutingConfig, TowerConfig, VisionConfig
+from cogvla.policy.model.recompute import call
 from cogvla.routing.aggregation import AggregationTokens, StreamFusion
 from cogvla.routing.film import FiLM, modulate
 
@@ -92,7 +92,7 @@ def _position_code(rows: int, columns: int, width: int) -> Tensor:
 class VisionTower(nn.Module):
     """One stream. With EFA aggregation tokens [X,M,W] come out, without it the patch tokens [X,P,W].
 
-    `recompute` saves memory in training, see `policy.recompute`.
+    `recompute` saves memory in training, see `policy.model.recompute`.
     """
 
     gain: Tensor

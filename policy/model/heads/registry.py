@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cogvla.policy.heads.denoising import DiffusionHead, FlowHead
-from cogvla.policy.heads.discrete import DiscreteHead
-from cogvla.policy.heads.interface import ActionHead
-from cogvla.policy.heads.regression import L1Head
+from cogvla.policy.model.heads.denoising import DiffusionHead, FlowHead
+from cogvla.policy.model.heads.discrete import DiscreteHead
+from cogvla.policy.model.heads.interface import ActionHead
+from cogvla.policy.model.heads.regression import L1Head
 
 HEADS: dict[str, type[ActionHead]] = {
     "l1": L1Head,
