@@ -8,8 +8,14 @@ from pathlib import Path
 import torch
 
 from cogvla.policy.checkpoint import CONFIG, load_weights, read_config
+from cogvla.policy.inputs.tokenizer import (
+    EMPTY_TOKEN,
+    PAPER_PROMPT,
+    PretrainedTokenizer,
+    Tokenizer,
+    tokenizer_from_dict,
+)
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.tokenizer import EMPTY_TOKEN, PAPER_PROMPT, PretrainedTokenizer, Tokenizer, tokenizer_from_dict
 
 BACKBONES = ("decoder.llm.*", "vision.towers.*.vit.*")
 """What a base must have. The rest may be new: another robot has another head, another routing other routers."""

@@ -29,14 +29,14 @@ from torch import Tensor
 
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, tokenizer_from_dict
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.empty_model import empty_model
 from cogvla.policy.parallel import use_threads
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.preprocess import Preprocessor
-from cogvla.policy.tokenizer import PretrainedTokenizer, tokenizer_from_dict
 from cogvla.routing.router import RouterConfig
 
 FORMAT = 1

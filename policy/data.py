@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from cogvla.policy.frame_cache import open_cache
+from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.lerobot_reader import Mapping as ReaderMapping
 from cogvla.policy.lerobot_reader import local_root
-from cogvla.policy.normalise import Statistics
 
 
 @dataclass(frozen=True)

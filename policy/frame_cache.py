@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cogvla.policy.inputs.resize import resize
 from cogvla.policy.lerobot_reader import LeRobotReader, Mapping, Part
-from cogvla.policy.resize import resize
 
 FORMAT = 1
 MAX_THREADS = 16

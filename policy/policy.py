@@ -12,9 +12,9 @@ from torch import Tensor
 from cogvla.policy.engine.engine import EncodedText, Engine, EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.engine.network import not_fusible
+from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
-from cogvla.policy.preprocess import Preprocessor
 
 
 class CogVLAPolicy:

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from cogvla.policy.import_cogvla import TOWERS, load_cogvla
 from cogvla.policy.import_weights import Renamed
+from cogvla.policy.inputs.normalise import Normaliser, Statistics
+from cogvla.policy.inputs.tokenizer import EMPTY_TOKEN
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.normalise import Normaliser, Statistics
 from cogvla.policy.release import read_json
-from cogvla.policy.tokenizer import EMPTY_TOKEN
 
 STOP_TOKEN = 2
 

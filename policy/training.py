@@ -32,6 +32,7 @@ from cogvla.policy import adapters
 from cogvla.policy.batches import BatchBuilder, Choices
 from cogvla.policy.checkpoint import load_training_state, read_config, save_checkpoint
 from cogvla.policy.data import DemonstrationData, TrainingBatches
+from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.interrupt import Interruption
 from cogvla.policy.metrics import LossWindow, MetricsFile
 from cogvla.policy.model.config import CogVLAConfig
@@ -39,7 +40,6 @@ from cogvla.policy.objective import Batch, Objective
 from cogvla.policy.optimisation import warmup_cosine
 from cogvla.policy.parallel import ParallelGradients, keep_freed_memory
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.trained_weights import TrainedWeights
 from cogvla.policy.training_config import TrainingConfig
 from cogvla.policy.validation import validate

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cogvla.policy.adapters import FinetuneConfig
-from cogvla.policy.augmentation import AugmentationConfig
+from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.optimisation import OPTIMISERS
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -37,7 +37,7 @@ class TrainingConfig:
         validate_every, checkpoint_every, rollout_every: in steps; 0 is never (checkpoints are always written).
         keep_checkpoints: how many of the newest to keep.
         finetune: which parts are trained, and how, see `policy.adapters`.
-        augmentation: how pictures are changed, see `policy.augmentation`.
+        augmentation: how pictures are changed, see `policy.inputs.augmentation`.
     """
 
     steps: int = 3000

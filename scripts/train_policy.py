@@ -36,15 +36,15 @@ from cogvla.policy.base import base_tokenizer, is_own, load_own
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.data import DataConfig, DemonstrationData
 from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.objective import Objective, ObjectiveConfig
 from cogvla.policy.parallel import use_threads
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.preprocess import Preprocessor
 from cogvla.policy.pretrained import load_backbones, load_base
-from cogvla.policy.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from cogvla.policy.training import PATIENCE, Trainer
 from cogvla.policy.training_config import TrainingConfig
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from cogvla.policy.data import DemonstrationData
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.preprocess import Preprocessor
-from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.policy.training import Trainer
 from cogvla.policy.training_config import TrainingConfig
 from cogvla.scripts.train_policy import build_trainer

@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cogvla.policy.augmentation import (
+from cogvla.policy.batches import BatchBuilder
+from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.data import TrainingBatches
+from cogvla.policy.inputs.augmentation import (
     AugmentationConfig,
     Changes,
     centre,
@@ -23,11 +26,8 @@ from cogvla.policy.augmentation import (
     draw_changes,
     move_points,
 )
-from cogvla.policy.batches import BatchBuilder
-from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.data import TrainingBatches
+from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.interface import Observation
-from cogvla.policy.preprocess import Preprocessor
 from cogvla.tests import small_data as small
 
 PAPER = AugmentationConfig(0.9, 0.2, (0.8, 1.2), (0.8, 1.2), 0.05)

@@ -22,10 +22,10 @@ from cogvla.policy.auxiliary.pointing import Pointer, patch_weights
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.data import TrainingBatches
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.objective import Objective, ObjectiveConfig
-from cogvla.policy.preprocess import Preprocessor
-from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.tests.small_data import (
     IMITATION,
     INSTRUCTIONS,

@@ -25,15 +25,15 @@ from cogvla.envs.suite import get_suite
 from cogvla.libero.env import LiberoSettings
 from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.policy.adapters import FinetuneConfig
-from cogvla.policy.augmentation import AugmentationConfig
 from cogvla.policy.data import DataConfig
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.flops import Counting
+from cogvla.policy.inputs.augmentation import AugmentationConfig
+from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.objective import ObjectiveConfig
-from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.policy.training_config import TrainingConfig
 from cogvla.real_robot.lerobot_robot import LeRobotSettings
 from cogvla.real_robot.request import RequestKeys

@@ -17,8 +17,8 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetad
 
 from cogvla.policy import frame_cache
 from cogvla.policy.data import DataConfig, DemonstrationData, TrainingBatches
+from cogvla.policy.inputs.resize import resize
 from cogvla.policy.interface import Camera, Embodiment
-from cogvla.policy.resize import resize
 
 LENGTHS = (5, 9, 4, 7)
 SIZE = 16

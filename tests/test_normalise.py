@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvla.policy.inputs.normalise import Normaliser, Statistics, normalisers
 from cogvla.policy.interface import NORMALISATIONS, Camera, Embodiment
-from cogvla.policy.normalise import Normaliser, Statistics, normalisers
 
 KNOWN = Statistics(q01=(0.0,), q99=(10.0,), min=(-10.0,), max=(30.0,), mean=(4.0,), std=(2.0,))
 numbers = st.floats(-100, 100, width=32)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from cogvla.policy.resize import KERNELS, lanczos3, resize
+from cogvla.policy.inputs.resize import KERNELS, lanczos3, resize
 
 CPU = torch.device("cpu")
 

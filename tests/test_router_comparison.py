@@ -19,12 +19,12 @@ from cogvla.libero.routing_pictures import DARK, SIDE, kept_map, picture
 from cogvla.libero.routing_recording import covered, look
 from cogvla.libero.statistics import sign_test, success_rate
 from cogvla.policy.checkpoint import save_checkpoint
+from cogvla.policy.inputs.normalise import Statistics
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.normalise import Statistics
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.preprocess import Preprocessor
-from cogvla.policy.tokenizer import WordTokenizer
 from cogvla.routing.registry import ROUTERS
 from cogvla.routing.router import RouterConfig
 from cogvla.scripts import compare_routers

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from cogvla.policy.tokenizer import PAD, UNKNOWN, PretrainedTokenizer, WordTokenizer, tokenizer_from_dict
+from cogvla.policy.inputs.tokenizer import PAD, UNKNOWN, PretrainedTokenizer, WordTokenizer, tokenizer_from_dict
 
 INSTRUCTIONS = ["Put the red cube on the plate", "open the drawer"]
 PROMPT = "do {instruction} now"

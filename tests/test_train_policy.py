@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from cogvla.libero.run_log import RunLog
 from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.tokenizer import PretrainedTokenizer
 from cogvla.scripts import train_policy
 from cogvla.tests.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cogvla.policy.auxiliary.frozen_policy import load_frozen
-from cogvla.policy.preprocess import Preprocessor
+from cogvla.policy.inputs.preprocess import Preprocessor
 
 LEAST, MOST = 0.5, 2.0
 

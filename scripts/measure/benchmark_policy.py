@@ -40,13 +40,13 @@ from cogvla.libero.provenance import provenance
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.flops import REPEATED, count_flops
+from cogvla.policy.inputs.normalise import Statistics
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.empty_model import empty_model
-from cogvla.policy.normalise import Statistics
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.preprocess import Preprocessor
-from cogvla.policy.tokenizer import WordTokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 INSTRUCTION = "put the red cube in the tray"

@@ -25,14 +25,14 @@ from omegaconf import OmegaConf
 
 from cogvla.policy.auxiliary.blind_weights import BlindWeights
 from cogvla.policy.checkpoint import save_checkpoint
+from cogvla.policy.inputs.normalise import Statistics
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.heads.interface import DRAWS
-from cogvla.policy.normalise import Statistics
 from cogvla.policy.objective import Batch, Objective, ObjectiveConfig
-from cogvla.policy.preprocess import Preprocessor
-from cogvla.policy.tokenizer import WordTokenizer
 
 TEXT = "put the red block into the bowl"
 SWITCHES: dict[str, dict[str, Any]] = {

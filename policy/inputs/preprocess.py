@@ -13,12 +13,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cogvla.policy.augmentation import centre, change, check_crop_area
+from cogvla.policy.inputs.augmentation import centre, change, check_crop_area
+from cogvla.policy.inputs.normalise import normalisers
+from cogvla.policy.inputs.resize import check_kernel, resize
+from cogvla.policy.inputs.tokenizer import Tokenizer
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.cogvla import ModelInput
-from cogvla.policy.normalise import normalisers
-from cogvla.policy.resize import check_kernel, resize
-from cogvla.policy.tokenizer import Tokenizer
 
 INSTRUCTION_CACHE = 4096
 
@@ -32,7 +32,7 @@ class Preprocessor(nn.Module):
         statistics: `{"state": Statistics, "action": Statistics}` of the training data.
         crop_area: share of each view that is cut out of its centre, for a policy that was trained with random crops of
             that size; 1 is off.
-        resize_kernel: how views are brought to the policy's size, see `policy.resize`. Both are saved with the weights,
+        resize_kernel: how views are brought to the policy's size, see `policy.inputs.resize`. Both are saved with the weights,
             so that whoever plays the policy cannot get them wrong.
     """
 
