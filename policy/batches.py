@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cogvla.policy.auxiliary.blind_weights import BlindWeights
-from cogvla.policy.data import DemonstrationData
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.augmentation import AugmentationConfig, Changes, centre, change, draw_changes, move_points
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.model.heads.interface import DRAWS

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from cogvla.policy import adapters
 from cogvla.policy.batches import BatchBuilder, Choices
 from cogvla.policy.checkpoint import load_training_state, read_config, save_checkpoint
-from cogvla.policy.data import DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.interrupt import Interruption
 from cogvla.policy.metrics import LossWindow, MetricsFile

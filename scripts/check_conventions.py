@@ -35,7 +35,7 @@ from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.recorded_episodes import Episode, Recordings, open_recordings
 from cogvla.libero.replayed_episodes import Trace, replay
 from cogvla.libero.tasks import LIBERO_SUITES, tasks
-from cogvla.policy.data import DataConfig
+from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.interface import Embodiment
 
 IMAGE_SIZE = 128

@@ -34,7 +34,7 @@ from cogvla.libero.run_log import RunLog
 from cogvla.policy.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.base import base_tokenizer, is_own, load_own
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.data import DataConfig, DemonstrationData
+from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cogvla.policy.data import DemonstrationData
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Camera, Embodiment

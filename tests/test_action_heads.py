@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_policy, save_checkpoint
-from cogvla.policy.data import TrainingBatches
+from cogvla.policy.data.demonstrations import TrainingBatches
 from cogvla.policy.flops import count_flops
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig

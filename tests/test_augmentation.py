@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.data import TrainingBatches
+from cogvla.policy.data.demonstrations import TrainingBatches
 from cogvla.policy.inputs.augmentation import (
     AugmentationConfig,
     Changes,

@@ -21,7 +21,7 @@ from cogvla.policy.auxiliary.masking import TokenMask, hide
 from cogvla.policy.auxiliary.pointing import Pointer, patch_weights
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import save_checkpoint
-from cogvla.policy.data import TrainingBatches
+from cogvla.policy.data.demonstrations import TrainingBatches
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.model.cogvla import CogVLA

@@ -23,7 +23,7 @@ from cogvla.envs.suite import get_suite
 from cogvla.libero import conventions
 from cogvla.libero.conventions import Finding
 from cogvla.libero.recorded_episodes import open_recordings
-from cogvla.policy.data import DataConfig
+from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.scripts import check_conventions as command
 from cogvla.tests.point_suite import EMBODIMENT
 

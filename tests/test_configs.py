@@ -25,7 +25,7 @@ from cogvla.envs.suite import get_suite
 from cogvla.libero.env import LiberoSettings
 from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.policy.adapters import FinetuneConfig
-from cogvla.policy.data import DataConfig
+from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.flops import Counting
 from cogvla.policy.inputs.augmentation import AugmentationConfig

@@ -21,7 +21,7 @@ from PIL import Image
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.hdf5_reader import demonstrations, is_hdf5, read, read_images
 from cogvla.libero.hdf5_replay import ReplaySettings, is_noop, kept_steps
-from cogvla.policy.lerobot_reader import LeRobotReader, Mapping
+from cogvla.policy.data.reader import LeRobotReader, Mapping
 from cogvla.scripts import convert_libero as command
 from cogvla.tests.libero_files import ASSETS, MESHES, Demo, made_up, needs_assets, write
 

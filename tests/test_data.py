@@ -15,8 +15,8 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 
-from cogvla.policy import frame_cache
-from cogvla.policy.data import DataConfig, DemonstrationData, TrainingBatches
+from cogvla.policy.data import frame_cache
+from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
 from cogvla.policy.inputs.resize import resize
 from cogvla.policy.interface import Camera, Embodiment
 

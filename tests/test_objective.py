@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cogvla.policy.batches import BatchBuilder
-from cogvla.policy.data import DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
 from cogvla.policy.interface import Camera
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.objective import Batch, Objective, ObjectiveConfig, masked_l1, pointing_loss

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from cogvla.libero.provenance import provenance
 from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
-from cogvla.policy.data import DataConfig, DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.objective import Batch, ObjectiveConfig

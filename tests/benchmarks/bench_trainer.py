@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_module
 
-from cogvla.policy.data import DataConfig, DemonstrationData
+from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.objective import ObjectiveConfig

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cogvla.policy.data.reader import LeRobotReader, Mapping, Part
 from cogvla.policy.inputs.resize import resize
-from cogvla.policy.lerobot_reader import LeRobotReader, Mapping, Part
 
 FORMAT = 1
 MAX_THREADS = 16

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvla.policy.frame_cache import open_cache
+from cogvla.policy.data.frame_cache import open_cache
+from cogvla.policy.data.reader import Mapping as ReaderMapping
+from cogvla.policy.data.reader import local_root
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.lerobot_reader import Mapping as ReaderMapping
-from cogvla.policy.lerobot_reader import local_root
 
 
 @dataclass(frozen=True)
