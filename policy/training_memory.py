@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvla.policy import adapters
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.training_config import TrainingConfig
+from cogvla.policy.training import adapters
+from cogvla.policy.training.config import TrainingConfig
 
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}
 WORDS = 30

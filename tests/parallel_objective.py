@@ -1,4 +1,4 @@
-"""Objectives that other processes can import, for the tests of `policy.parallel`."""
+"""Objectives that other processes can import, for the tests of `policy.training.parallel`."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.objective import ObjectiveConfig
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.training import Trainer
-from cogvla.policy.training_config import TrainingConfig
+from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.objective import ObjectiveConfig
+from cogvla.policy.training.trainer import Trainer
 from cogvla.scripts.train_policy import build_trainer
 
 SIZE, CHUNK = 32, 4

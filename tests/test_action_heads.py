@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_policy, save_checkpoint
 from cogvla.policy.data.demonstrations import TrainingBatches
 from cogvla.policy.flops import count_flops
@@ -25,8 +24,9 @@ from cogvla.policy.model.heads.denoising import DenoisingHead, DiffusionHead, Fl
 from cogvla.policy.model.heads.discrete import TOKENS, DiscreteHead, decode, encode
 from cogvla.policy.model.heads.interface import DRAWS, ActionHead, HeadSizes
 from cogvla.policy.model.heads.registry import HEADS
-from cogvla.policy.objective import Objective
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.training.batches import BatchBuilder
+from cogvla.policy.training.objective import Objective
 from cogvla.tests.small_data import LABELLED, MODEL, ROBOT, small_data, small_preprocessor
 from cogvla.tests.tiny_model import ROBOT as TOY
 from cogvla.tests.tiny_model import alone, tiny_config, tiny_input, tiny_model

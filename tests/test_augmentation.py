@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.data.demonstrations import TrainingBatches
 from cogvla.policy.inputs.augmentation import (
@@ -28,6 +27,7 @@ from cogvla.policy.inputs.augmentation import (
 )
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.interface import Observation
+from cogvla.policy.training.batches import BatchBuilder
 from cogvla.tests import small_data as small
 
 PAPER = AugmentationConfig(0.9, 0.2, (0.8, 1.2), (0.8, 1.2), 0.05)

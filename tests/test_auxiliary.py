@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cogvla.policy.auxiliary.blind_weights import BlindWeights, relative_weight
-from cogvla.policy.auxiliary.contrast import contrast_loss
-from cogvla.policy.auxiliary.distillation import attention_match
-from cogvla.policy.auxiliary.diversity import AttentionDiversity, row_similarity
-from cogvla.policy.auxiliary.frozen_policy import load_frozen
-from cogvla.policy.auxiliary.masking import TokenMask, hide
-from cogvla.policy.auxiliary.pointing import Pointer, patch_weights
-from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.data.demonstrations import TrainingBatches
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.objective import Objective, ObjectiveConfig
+from cogvla.policy.training.auxiliary.blind_weights import BlindWeights, relative_weight
+from cogvla.policy.training.auxiliary.contrast import contrast_loss
+from cogvla.policy.training.auxiliary.distillation import attention_match
+from cogvla.policy.training.auxiliary.diversity import AttentionDiversity, row_similarity
+from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
+from cogvla.policy.training.auxiliary.masking import TokenMask, hide
+from cogvla.policy.training.auxiliary.pointing import Pointer, patch_weights
+from cogvla.policy.training.batches import BatchBuilder
+from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.tests.small_data import (
     IMITATION,
     INSTRUCTIONS,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogvla.policy.objective import Objective, ObjectiveConfig
-from cogvla.policy.training import Trainer
+from cogvla.policy.training.objective import Objective, ObjectiveConfig
+from cogvla.policy.training.trainer import Trainer
 from cogvla.tests.small_data import IMITATION, LABELLED, settings, small_trainer
 from cogvla.tests.test_auxiliary import PATCHES, batch_of, saved
 

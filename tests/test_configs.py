@@ -24,7 +24,6 @@ from cogvla.envs.recorder import record
 from cogvla.envs.suite import get_suite
 from cogvla.libero.env import LiberoSettings
 from cogvla.libero.protocol import Protocol, load_protocol
-from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.flops import Counting
@@ -33,8 +32,9 @@ from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
-from cogvla.policy.objective import ObjectiveConfig
-from cogvla.policy.training_config import TrainingConfig
+from cogvla.policy.training.adapters import FinetuneConfig
+from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.real_robot.lerobot_robot import LeRobotSettings
 from cogvla.real_robot.request import RequestKeys
 from cogvla.real_robot.ros_front_end import RosTopics

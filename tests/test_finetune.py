@@ -19,11 +19,11 @@ import yaml
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from cogvla.policy import adapters
-from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.optimisation import adamw
+from cogvla.policy.training import adapters
+from cogvla.policy.training.adapters import FinetuneConfig
+from cogvla.policy.training.optimisation import adamw
 from cogvla.tests import small_data as small
 from cogvla.tests.small_data import ROBOT, settings, small_trainer
 from cogvla.tests.test_training import KILLED, assert_same_run, rows

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
 from cogvla.policy.interface import Camera
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.objective import Batch, Objective, ObjectiveConfig, masked_l1, pointing_loss
-from cogvla.policy.validation import validate
+from cogvla.policy.training.batches import BatchBuilder
+from cogvla.policy.training.objective import Batch, Objective, ObjectiveConfig, masked_l1, pointing_loss
+from cogvla.policy.training.validation import validate
 from cogvla.tests.small_data import (
     IMITATION,
     LABELLED,

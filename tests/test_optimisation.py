@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cogvla.policy.optimisation import ExponentialAverage, adamw, warmup_cosine
+from cogvla.policy.training.optimisation import ExponentialAverage, adamw, warmup_cosine
 
 
 @pytest.mark.parametrize(

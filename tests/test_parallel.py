@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cogvla.policy.parallel import ParallelGradients, keep_freed_memory, use_threads
+from cogvla.policy.training.parallel import ParallelGradients, keep_freed_memory, use_threads
 from cogvla.tests.parallel_objective import FirstOnly, MeanSquare
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from einops import rearrange
 
-from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.data.demonstrations import TrainingBatches
 from cogvla.policy.inputs import preprocess
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.resize import resize
 from cogvla.policy.interface import Camera, Observation
+from cogvla.policy.training.batches import BatchBuilder
 from cogvla.tests.small_data import IMITATION, INSTRUCTIONS, ROBOT, SIZE, small_data, small_preprocessor
 
 

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from cogvla.policy.checkpoint import load_policy, save_checkpoint
-from cogvla.policy.objective import Objective, ObjectiveConfig
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.routing.router import RouterConfig
 from cogvla.scripts.eval_libero import run as eval_libero
 from cogvla.tests.small_data import ROBOT, settings, small_data, small_policy, small_trainer

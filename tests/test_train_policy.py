@@ -18,10 +18,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from cogvla.libero.run_log import RunLog
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
 from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.training.run_log import RunLog
 from cogvla.scripts import train_policy
 from cogvla.tests.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 

@@ -17,10 +17,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.interrupt import Interruption
-from cogvla.policy.metrics import MetricsFile
-from cogvla.policy.training import Trainer
-from cogvla.policy.training_config import TrainingConfig
+from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.interrupt import Interruption
+from cogvla.policy.training.metrics import MetricsFile
+from cogvla.policy.training.trainer import Trainer
 from cogvla.tests.full_disk import files_limited_to
 from cogvla.tests.small_data import IMITATION, LABELLED, ROBOT, settings, small_data, small_trainer
 

@@ -2,7 +2,7 @@
 
 As OpenVLA and CogVLA train: each view is cut out at random to `crop_area` of its area and resized back, then its
 colours are changed. At test time the same share is cut out of the centre. All of it is batched on the device of the
-pixels; what is random is drawn beforehand, for the whole step (`policy.batches`).
+pixels; what is random is drawn beforehand, for the whole step (`policy.training.batches`).
 
 A crop samples from its corner pixels to its corner pixels, as TensorFlow's `crop_and_resize` does, with which the
 published policies were trained and are evaluated.

@@ -23,14 +23,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvla.libero.provenance import provenance
-from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
-from cogvla.policy.objective import Batch, ObjectiveConfig
-from cogvla.policy.parallel import use_threads
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.training.batches import BatchBuilder
+from cogvla.policy.training.objective import Batch, ObjectiveConfig
+from cogvla.policy.training.parallel import use_threads
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 
 BATCH = 8

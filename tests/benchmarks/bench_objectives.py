@@ -23,7 +23,6 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from cogvla.policy.auxiliary.blind_weights import BlindWeights
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -32,7 +31,8 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.heads.interface import DRAWS
-from cogvla.policy.objective import Batch, Objective, ObjectiveConfig
+from cogvla.policy.training.auxiliary.blind_weights import BlindWeights
+from cogvla.policy.training.objective import Batch, Objective, ObjectiveConfig
 
 TEXT = "put the red block into the bowl"
 SWITCHES: dict[str, dict[str, Any]] = {

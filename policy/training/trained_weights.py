@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from cogvla.policy import adapters
-from cogvla.policy.adapters import FinetuneConfig
-from cogvla.policy.objective import Objective
-from cogvla.policy.optimisation import ExponentialAverage, adamw
-from cogvla.policy.training_config import TrainingConfig
+from cogvla.policy.training import adapters
+from cogvla.policy.training.adapters import FinetuneConfig
+from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.objective import Objective
+from cogvla.policy.training.optimisation import ExponentialAverage, adamw
 
 EVERYTHING = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINED = replace(EVERYTHING, ignore_frozen_params=True)

@@ -6,7 +6,7 @@ reads the text alone. The exact form is not published; here, with the error e of
     w = clip(e / mean e, 0.5, 2)          and 1 + strength * (w - 1) is what counts
 
 The mean is over all actions of the step that are imitated, before the step is divided, so that neither accumulation
-nor processes change it; the weights of a step average 1 afterwards, as all others do (`policy/batches.py`). Errors are
+nor processes change it; the weights of a step average 1 afterwards, as all others do (`policy/training/batches.py`). Errors are
 those of the blind policy's own head, with the state hidden where the sample hides it: such a sample needs the picture
 more.
 
@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cogvla.policy.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
 
 LEAST, MOST = 0.5, 2.0
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from cogvla.policy.batches import BatchBuilder
 from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
-from cogvla.policy.objective import Objective, masked_l1
+from cogvla.policy.training.batches import BatchBuilder
+from cogvla.policy.training.objective import Objective, masked_l1
 
 SAMPLES, BATCH = 512, 64
 

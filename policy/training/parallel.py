@@ -157,7 +157,7 @@ class _Other:
         self.weights, self.gradients = _views(self.memory.fileno(), parameters)
         connection, theirs = Pipe()
         self.connection: Connection = connection
-        command = f"from cogvla.policy.parallel import serve; serve({theirs.fileno()}, {self.memory.fileno()})"
+        command = f"from cogvla.policy.training.parallel import serve; serve({theirs.fileno()}, {self.memory.fileno()})"
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", command],
             pass_fds=[theirs.fileno(), self.memory.fileno()],

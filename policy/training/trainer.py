@@ -28,21 +28,21 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from cogvla.policy import adapters
-from cogvla.policy.batches import BatchBuilder, Choices
 from cogvla.policy.checkpoint import load_training_state, read_config, save_checkpoint
 from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
 from cogvla.policy.inputs.preprocess import Preprocessor
-from cogvla.policy.interrupt import Interruption
-from cogvla.policy.metrics import LossWindow, MetricsFile
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.objective import Batch, Objective
-from cogvla.policy.optimisation import warmup_cosine
-from cogvla.policy.parallel import ParallelGradients, keep_freed_memory
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.trained_weights import TrainedWeights
-from cogvla.policy.training_config import TrainingConfig
-from cogvla.policy.validation import validate
+from cogvla.policy.training import adapters
+from cogvla.policy.training.batches import BatchBuilder, Choices
+from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.interrupt import Interruption
+from cogvla.policy.training.metrics import LossWindow, MetricsFile
+from cogvla.policy.training.objective import Batch, Objective
+from cogvla.policy.training.optimisation import warmup_cosine
+from cogvla.policy.training.parallel import ParallelGradients, keep_freed_memory
+from cogvla.policy.training.trained_weights import TrainedWeights
+from cogvla.policy.training.validation import validate
 
 AVERAGED_STEPS = 20
 """Training metrics are means over so many steps."""

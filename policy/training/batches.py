@@ -16,12 +16,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cogvla.policy.auxiliary.blind_weights import BlindWeights
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.augmentation import AugmentationConfig, Changes, centre, change, draw_changes, move_points
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.model.heads.interface import DRAWS
-from cogvla.policy.objective import Batch, ObjectiveConfig, choose_alternative
+from cogvla.policy.training.auxiliary.blind_weights import BlindWeights
+from cogvla.policy.training.objective import Batch, ObjectiveConfig, choose_alternative
 
 POSITION_LABELS = ("target", "goal")
 ALTERNATIVE_LABELS = ("alternatives", "possible", "task")

@@ -8,7 +8,7 @@ Behaviour cloning alone learns the arm's habits long before it looks at the inst
   them after some hundred steps, but the decoder's attention finds them there thousands of steps later, as long as only
   the few actions of the approach ask for it;
 - pointing: half of the aggregation tokens are taught to attend to the patches where the object is, the others to those
-  of the goal (`policy/auxiliary/pointing.py`). Without it, attention stays spread over the whole image for thousands of
+  of the goal (`policy/training/auxiliary/pointing.py`). Without it, attention stays spread over the whole image for thousands of
   steps and nothing downstream has a position to work with;
 - counterfactual instructions: a share of the samples is given another instruction that is possible in the same
   scene. There is no action to imitate for it, but the simulator knows where its target is, so that the same picture
@@ -29,13 +29,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cogvla.policy.auxiliary.contrast import contrast_loss
-from cogvla.policy.auxiliary.distillation import Distillation, attention_match
-from cogvla.policy.auxiliary.diversity import AttentionDiversity, check_readable
-from cogvla.policy.auxiliary.masking import TokenMask, hide
-from cogvla.policy.auxiliary.pointing import Pointer, pointing_loss
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, ModelOutput
 from cogvla.policy.model.heads.interface import ActionHead
+from cogvla.policy.training.auxiliary.contrast import contrast_loss
+from cogvla.policy.training.auxiliary.distillation import Distillation, attention_match
+from cogvla.policy.training.auxiliary.diversity import AttentionDiversity, check_readable
+from cogvla.policy.training.auxiliary.masking import TokenMask, hide
+from cogvla.policy.training.auxiliary.pointing import Pointer, pointing_loss
 
 GROUNDING_DIM = 6
 """Target xyz, goal xyz; twice that with the positions relative to the gripper."""

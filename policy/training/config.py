@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cogvla.policy.adapters import FinetuneConfig
 from cogvla.policy.inputs.augmentation import AugmentationConfig
-from cogvla.policy.optimisation import OPTIMISERS
+from cogvla.policy.training.adapters import FinetuneConfig
+from cogvla.policy.training.optimisation import OPTIMISERS
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -25,7 +25,7 @@ class TrainingConfig:
         weight_decay: of matrices; other parameters are not decayed.
         clip_norm: gradients are scaled down to this norm.
         accumulation: parts that a step's batch is computed in, one after the other, to save memory.
-        cpu_parts: parts of a batch that are computed side by side on a CPU, each by a process (`policy.parallel`).
+        cpu_parts: parts of a batch that are computed side by side on a CPU, each by a process (`policy.training.parallel`).
         ema_decay: of the moving average of the weights, which is what is evaluated; 0 keeps the current weights.
         precision: `float32`, `bfloat16` (autocast; frozen matrices are kept in bfloat16, all else in float32), or
             `auto`: bfloat16 where there is a GPU.
@@ -36,7 +36,7 @@ class TrainingConfig:
         validation_fraction: share of the episodes that is held out; 0 for none.
         validate_every, checkpoint_every, rollout_every: in steps; 0 is never (checkpoints are always written).
         keep_checkpoints: how many of the newest to keep.
-        finetune: which parts are trained, and how, see `policy.adapters`.
+        finetune: which parts are trained, and how, see `policy.training.adapters`.
         augmentation: how pictures are changed, see `policy.inputs.augmentation`.
     """
 
