@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from cogvla.policy.checkpoint import save_checkpoint
-from cogvla.policy.import_cogvla import load_cogvla
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import PAPER_PROMPT, PretrainedTokenizer
@@ -28,8 +27,9 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.empty_model import empty_model
-from cogvla.policy.pretrained import load_base
-from cogvla.policy.release import Release, open_release
+from cogvla.policy.weights.import_cogvla import load_cogvla
+from cogvla.policy.weights.pretrained import load_base
+from cogvla.policy.weights.release import Release, open_release
 from cogvla.scripts.command import mistakes_in_one_line, plain
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

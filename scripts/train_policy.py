@@ -30,7 +30,6 @@ from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.provenance import provenance
 from cogvla.libero.report import Report
-from cogvla.policy.base import base_tokenizer, is_own, load_own
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.engine.engine import EngineConfig
@@ -40,13 +39,14 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.pretrained import load_backbones, load_base
 from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.policy.training.parallel import use_threads
 from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE, Trainer
+from cogvla.policy.weights.base import base_tokenizer, is_own, load_own
+from cogvla.policy.weights.pretrained import load_backbones, load_base
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 from cogvla.scripts.eval_libero import summary
 

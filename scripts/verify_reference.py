@@ -3,7 +3,7 @@
     verify_reference FOLDER
     verify_reference FOLDER tolerance=1e-3
 
-The folder is described in `cogvla.policy.reference`. The error of a token is its largest deviation in relation to its
+The folder is described in `cogvla.policy.weights.reference`. The error of a token is its largest deviation in relation to its
 largest expected value; that of a stage is the error of its worst token. The exit status is 0 if no stage is above the
 tolerance, 1 if one is, 2 if the folder cannot be read.
 
@@ -22,7 +22,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cogvla.policy.reference import Reference, load_reference, text_ids
+from cogvla.policy.weights.reference import Reference, load_reference, text_ids
 from cogvla.routing.layout import TokenLayout
 
 TOLERANCE = 1e-4

@@ -290,7 +290,7 @@ def unnormalise(sizes: Sizes, normalized: Tensor) -> Tensor:
 
 
 def write_reference(folder: Path, sizes: Sizes, seed: int = 0) -> None:
-    """A reference folder, see `cogvla.policy.reference`."""
+    """A reference folder, see `cogvla.policy.weights.reference`."""
     weights, generator = random_weights(sizes, seed), torch.Generator().manual_seed(seed + 1)
     plain, cases = PlainCogVLA(weights, sizes), {}
     for case in range(sizes.cases):

@@ -23,8 +23,8 @@ from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.empty_model import empty_model
-from cogvla.policy.pretrained import load_base
-from cogvla.policy.release import open_release
+from cogvla.policy.weights.pretrained import load_base
+from cogvla.policy.weights.release import open_release
 from cogvla.scripts.import_checkpoint import main, run
 from cogvla.tests.plain_cogvla import PlainCogVLA, norm_stats, unnormalise
 from cogvla.tests.published_layouts import (
@@ -331,7 +331,7 @@ from pathlib import Path
 
 import torch
 
-from cogvla.policy.import_weights import SafetensorFiles, load_parameters
+from cogvla.policy.weights.import_weights import SafetensorFiles, load_parameters
 from cogvla.tests.test_import_checkpoint import large_model
 
 model = large_model()

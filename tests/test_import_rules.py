@@ -47,7 +47,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 }
 EXCEPTIONS: dict[str, set[str]] = {
     "policy/data/reader.py": {"lerobot", "pyarrow", "PIL", "huggingface_hub"},
-    "policy/release.py": {"huggingface_hub"},
+    "policy/weights/release.py": {"huggingface_hub"},
     "policy/data/frame_cache.py": {"tqdm"},
     "policy/training/trainer.py": {"accelerate", "tqdm"},
     "policy/training/adapters.py": {"peft"},

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.pretrained import load_backbones
+from cogvla.policy.weights.pretrained import load_backbones
 from cogvla.tests.tiny_model import MODEL, ROBOT, tiny_input, tiny_model
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from cogvla.policy.base import is_own
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.inputs.normalise import Normaliser
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.weights.base import is_own
 from cogvla.routing.router import RouterConfig
 
 TOLERANCE = 1e-3

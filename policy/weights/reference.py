@@ -22,14 +22,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cogvla.policy.import_cogvla import TOWERS, load_cogvla
-from cogvla.policy.import_weights import Renamed
 from cogvla.policy.inputs.normalise import Normaliser, Statistics
 from cogvla.policy.inputs.tokenizer import EMPTY_TOKEN
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.release import read_json
+from cogvla.policy.weights.import_cogvla import TOWERS, load_cogvla
+from cogvla.policy.weights.import_weights import Renamed
+from cogvla.policy.weights.release import read_json
 
 STOP_TOKEN = 2
 

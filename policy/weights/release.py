@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from cogvla.policy.import_cogvla import cogvla_names, cogvla_weights
-from cogvla.policy.import_openvla import openvla_names, openvla_weights
-from cogvla.policy.import_weights import Names
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.weights.import_cogvla import cogvla_names, cogvla_weights
+from cogvla.policy.weights.import_openvla import openvla_names, openvla_weights
+from cogvla.policy.weights.import_weights import Names
 
 KINDS = ("openvla", "cogvla")
 _TEXT_CONFIG = {

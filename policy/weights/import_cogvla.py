@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cogvla.policy.import_weights import LoraMerged, Names, Renamed, SafetensorFiles, load_parameters, read_pt
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.weights.import_weights import LoraMerged, Names, Renamed, SafetensorFiles, load_parameters, read_pt
 
 TOWERS = {"dinov2": "featurizer", "siglip": "fused_featurizer"}
 """Our towers, in the order of the streams, and theirs."""

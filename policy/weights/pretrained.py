@@ -12,9 +12,9 @@ import timm
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from cogvla.policy.import_weights import load_parameters
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.release import Release, open_release
+from cogvla.policy.weights.import_weights import load_parameters
+from cogvla.policy.weights.release import Release, open_release
 
 _PART = re.compile(
     r"decoder\.(?:llm|routers\.\d+)|vision\.(?:towers\.\w+\.\w+|fusion)|\w+"  # what is loaded whole or not at all
