@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvla.envs.suite import Suite
 from cogvla.libero.statistics import Latency, Rate, latency, sign_test
-from cogvla.policy.flops import REPEATED, count_flops
+from cogvla.policy.cost.flops import REPEATED, count_flops
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.token_router import PolicyRouter

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvla.libero.policy_timing import machine_peaks
-from cogvla.policy.flops import REPEATED, count_flops
+from cogvla.policy.cost.flops import REPEATED, count_flops
+from cogvla.policy.cost.timing import machine_peaks
 from cogvla.scripts.measure.benchmark_policy import main
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tabletop_object"

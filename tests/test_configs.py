@@ -24,9 +24,9 @@ from cogvla.envs.recorder import record
 from cogvla.envs.suite import get_suite
 from cogvla.libero.env import LiberoSettings
 from cogvla.libero.protocol import Protocol, load_protocol
+from cogvla.policy.cost.flops import Counting
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.engine.engine import EngineConfig
-from cogvla.policy.flops import Counting
 from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Embodiment

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from cogvla.policy.flops import TOTAL
+from cogvla.policy.cost.flops import TOTAL
 from cogvla.scripts.measure.count_flops import run
 
 SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "tabletop_object"

@@ -11,10 +11,10 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogvla.policy.flops import REPEATED, TOTAL, Counting, StageCost, Work, build_on_meta, count_flops
+from cogvla.policy.cost.flops import REPEATED, TOTAL, Counting, StageCost, Work, build_on_meta, count_flops
+from cogvla.policy.cost.roofline import GPUS, find_gpu, floors, format_table
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.roofline import GPUS, find_gpu, floors, format_table
 from cogvla.tests.test_model_config import CONFIGS, routing_yaml
 from cogvla.tests.tiny_model import ROBOT, alone, tiny_config, tiny_input, tiny_model
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogvla.policy.flops import TOTAL, count_flops
+from cogvla.policy.cost.flops import TOTAL, count_flops
 from cogvla.policy.model import layer_router
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig

@@ -35,11 +35,11 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import nn
 
-from cogvla.libero.policy_timing import Measured, machine_peaks, measure, profile
 from cogvla.libero.provenance import provenance
 from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.cost.flops import REPEATED, count_flops
+from cogvla.policy.cost.timing import Measured, machine_peaks, measure, profile
 from cogvla.policy.engine.engine import EngineConfig
-from cogvla.policy.flops import REPEATED, count_flops
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer

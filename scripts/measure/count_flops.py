@@ -6,7 +6,7 @@
     count_flops checkpoint=checkpoints/tabletop_object output=cost.json
     count_flops counting=paper text_length=7          what reproduces the paper's numbers
 
-`policy/flops.py` says what is counted, `policy/roofline.py` where the peaks of the GPUs come from.
+`policy/cost/flops.py` says what is counted, `policy/cost/roofline.py` where the peaks of the GPUs come from.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cogvla.policy.checkpoint import read_config
-from cogvla.policy.flops import TOTAL, Counting, StageCost, count_flops
+from cogvla.policy.cost.flops import TOTAL, Counting, StageCost, count_flops
+from cogvla.policy.cost.roofline import GPU, find_gpu, floors, format_table, header
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
-from cogvla.policy.roofline import GPU, find_gpu, floors, format_table, header
 from cogvla.scripts.command import mistakes_in_one_line, plain
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from cogvla.policy.cost.memory import report, training_memory
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training.config import TrainingConfig
-from cogvla.policy.training_memory import report, training_memory
 from cogvla.scripts.command import mistakes_in_one_line, plain
 
 

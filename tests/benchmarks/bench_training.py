@@ -15,8 +15,8 @@ import time
 
 import torch
 
-from cogvla.libero.policy_timing import machine_peaks
-from cogvla.policy.flops import TOTAL, count_flops
+from cogvla.policy.cost.flops import TOTAL, count_flops
+from cogvla.policy.cost.timing import machine_peaks
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.scripts.measure.benchmark_policy import ROWS, preset
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cogvla.policy.flops import REPEATED, TOTAL, StageCost
+from cogvla.policy.cost.flops import REPEATED, TOTAL, StageCost
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cogvla.policy.cost.flops import BYTES, StageCost
 from cogvla.policy.engine.float8 import Float8Linear
 from cogvla.policy.engine.int8 import Int8Linear
 from cogvla.policy.engine.linear import FusedLinear
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import Tensors, record
-from cogvla.policy.flops import BYTES, StageCost
 from cogvla.policy.interface import Observation
 from cogvla.policy.policy import CogVLAPolicy
 
