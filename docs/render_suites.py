@@ -11,7 +11,7 @@ from PIL import Image
 
 from cogvla.envs import TABLETOP_SUITES
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.envs.tabletop import CAMERAS
+from cogvla.envs.tabletop.env import CAMERAS
 from cogvla.envs.video import annotate
 
 SIZE = 288

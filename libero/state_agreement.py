@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cogvla.envs.control import rotation_matrix, rotation_vector
+from cogvla.envs.tabletop.control import rotation_matrix, rotation_vector
 from cogvla.libero.conventions import Finding
 from cogvla.libero.env import axis_angle
 from cogvla.libero.replayed_episodes import Trace

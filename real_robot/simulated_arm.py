@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cogvla.envs.suite import Suite
-from cogvla.envs.tabletop import CAMERAS, TabletopEnv
+from cogvla.envs.tabletop.env import CAMERAS, TabletopEnv
 
 STATE_NAMES = ("tcp_x", "tcp_y", "tcp_z", "tcp_rx", "tcp_ry", "tcp_rz", "finger_left", "finger_right")
 """What the entries of the state are called among the joints."""

@@ -18,8 +18,8 @@ from PIL import Image
 
 from cogvla.envs.dataset_writer import DatasetWriter
 from cogvla.envs.demonstration import Demonstration, Demonstrator, DemonstratorSettings, pack
-from cogvla.envs.expert import Expert
 from cogvla.envs.suite import get_suite
+from cogvla.envs.tabletop.expert import Expert
 from cogvla.libero import conventions
 from cogvla.libero.conventions import Finding
 from cogvla.libero.recorded_episodes import open_recordings

@@ -8,9 +8,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from cogvla.envs import TABLETOP_SUITES
-from cogvla.envs.expert import Expert
 from cogvla.envs.suite import get_suite, suite_names
-from cogvla.envs.tabletop import TabletopEnv
+from cogvla.envs.tabletop.env import TabletopEnv
+from cogvla.envs.tabletop.expert import Expert
 
 SIZE = 32
 

@@ -6,9 +6,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from cogvla.envs.goals import Goal
-from cogvla.envs.scene import BUTTON_TRAVEL
 from cogvla.envs.suite import get_suite
+from cogvla.envs.tabletop.goals import Goal
+from cogvla.envs.tabletop.scene import BUTTON_TRAVEL
 
 OPEN, CLOSED = np.array([0, 0, 0, 0, 0, 0, -1.0]), np.array([0, 0, 0, 0, 0, 0, 1.0])
 

@@ -1,6 +1,6 @@
 """Stages 2 and 3 as a function of tensors: the routed decoder with everything known beforehand computed beforehand.
 
-What is unusual, compared with `policy.language.RoutedDecoder`, to which tests hold it equal:
+What is unusual, compared with `policy.model.language.RoutedDecoder`, to which tests hold it equal:
 - RMSNorm weights are folded into the products that follow them; q, k and v are one product, gate and up another
 - the router's modulation and its two logits become one vector per instruction: its score is a single product
 - masks, rotations and row numbers come with the instruction, as tensors: nothing is looked up, every shape is static

@@ -1,6 +1,6 @@
 """Stage 1 as a function of tensors: both towers with their normalisations folded into the products behind them.
 
-What is unusual, compared with `policy.vision`, to which tests hold it equal:
+What is unusual, compared with `policy.model.vision`, to which tests hold it equal:
 - LayerNorm, LayerScale and pixel normalisation are folded into linear layers; constant tokens are kept ready
 - towers of one shape run as one, their weights stacked: half the operations, each twice as large
 - the last block computes keys and values of all tokens, and queries and MLP only of the aggregation tokens

@@ -16,9 +16,9 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from cogvla.envs.expert import Expert
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.envs.tabletop import CAMERAS
+from cogvla.envs.tabletop.env import CAMERAS
+from cogvla.envs.tabletop.expert import Expert
 from cogvla.libero.provenance import machine
 from cogvla.libero.statistics import latency
 

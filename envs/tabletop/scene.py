@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
-from cogvla.envs.arm import (
+from cogvla.envs.tabletop.arm import (
     COLLIDE_OBJECT,
     COLLIDE_ROBOT,
     COLLIDE_STATIC,

@@ -7,7 +7,7 @@ positions (2, 0 closed to 0.04 m open).
 
 Action: float32 [7] in [-1,1] = position delta (1.0 is 0.05 m), axis-angle delta in the world frame (1.0 is 0.2 rad),
 gripper (> 0 closes, otherwise opens). Values outside are clipped; NaN, infinity or another shape is a ValueError. How
-deltas add up: `cogvla.envs.control`.
+deltas add up: `cogvla.envs.tabletop.control`.
 
 `agentview` looks at the table from the front, towards the robot: the robot is at the top, image right is world +y.
 `wrist` looks down past the fingers: image up is world +x (away from the robot), image right is world -y.
@@ -26,15 +26,15 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from cogvla.envs.arm import FINGER_JOINTS, FINGER_OPEN, NOMINAL_ROTATION
-from cogvla.envs.control import CONTROL_HZ, ArmController, rotation_vector
-from cogvla.envs.goals import Goal, Layout, holds, labels
 from cogvla.envs.rendering import SceneRenderer
-from cogvla.envs.scene import TIMESTEP, Item, Scene
 from cogvla.envs.suite import Suite, Task, chosen_start
+from cogvla.envs.tabletop.arm import FINGER_JOINTS, FINGER_OPEN, NOMINAL_ROTATION
+from cogvla.envs.tabletop.control import CONTROL_HZ, ArmController, rotation_vector
+from cogvla.envs.tabletop.goals import Goal, Layout, holds, labels
+from cogvla.envs.tabletop.scene import TIMESTEP, Item, Scene
 
 if TYPE_CHECKING:
-    from cogvla.envs.expert import Expert
+    from cogvla.envs.tabletop.expert import Expert
 
 CAMERAS = ("agentview", "wrist")
 START_REGION = np.array([[0.40, -0.20, 0.15], [0.60, 0.20, 0.30]])
@@ -278,7 +278,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
 def tabletop_expert(env: gym.Env, rng: np.random.Generator, noise: float = 0.0) -> Expert:
     """The scripted expert for the task that `env` has been reset to."""
-    from cogvla.envs.expert import Expert
+    from cogvla.envs.tabletop.expert import Expert
 
     return Expert(env, rng, noise)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.control import POSITION_SCALE, ROTATION_SCALE
 from cogvla.envs.execution_noise import ExecutionNoise
-from cogvla.envs.goals import Goal, destination_point, in_place
-from cogvla.envs.tabletop import TabletopEnv
+from cogvla.envs.tabletop.control import POSITION_SCALE, ROTATION_SCALE
+from cogvla.envs.tabletop.env import TabletopEnv
+from cogvla.envs.tabletop.goals import Goal, destination_point, in_place
 
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "press")
 GAIN = 0.4

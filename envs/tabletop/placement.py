@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from cogvla.envs.scene import Pose
+from cogvla.envs.tabletop.scene import Pose
 
 Drawn = TypeVar("Drawn")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cogvla.envs.arm import FINGER_OPEN
-from cogvla.envs.scene import PLATE_HEIGHT, TRAY_FLOOR, TRAY_WALL, Pose, Scene
+from cogvla.envs.tabletop.arm import FINGER_OPEN
+from cogvla.envs.tabletop.scene import PLATE_HEIGHT, TRAY_FLOOR, TRAY_WALL, Pose, Scene
 
 VERBS = ("put", "push", "open", "press")
 RELEASED_OPENING = 0.8 * FINGER_OPEN

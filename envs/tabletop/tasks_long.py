@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.goals import Layout
 from cogvla.envs.suite import Task
-from cogvla.envs.tabletop import Family
-from cogvla.envs.tasks_goal import ITEMS, TASKS, draw_poses
+from cogvla.envs.tabletop.env import Family
+from cogvla.envs.tabletop.goals import Layout
+from cogvla.envs.tabletop.tasks_goal import ITEMS, TASKS, draw_poses
 
 PAIRS = (
     ("red_on_plate", "blue_in_tray"),

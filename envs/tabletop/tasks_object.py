@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.goals import Goal, Layout
-from cogvla.envs.placement import Placer, until_drawn
-from cogvla.envs.scene import Item, Pose
 from cogvla.envs.suite import Task
-from cogvla.envs.tabletop import Family
+from cogvla.envs.tabletop.env import Family
+from cogvla.envs.tabletop.goals import Goal, Layout
+from cogvla.envs.tabletop.placement import Placer, until_drawn
+from cogvla.envs.tabletop.scene import Item, Pose
 
 CUBE = (0.023, 0.023, 0.023)
 ROUND = (0.024, 0.024, 0.023)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.goals import Goal, Layout
-from cogvla.envs.placement import NoRoomError, Placer, until_drawn
-from cogvla.envs.scene import Item, Pose
 from cogvla.envs.suite import Task
-from cogvla.envs.tabletop import Family
+from cogvla.envs.tabletop.env import Family
+from cogvla.envs.tabletop.goals import Goal, Layout
+from cogvla.envs.tabletop.placement import NoRoomError, Placer, until_drawn
+from cogvla.envs.tabletop.scene import Item, Pose
 
 CUBE_HALF = 0.023
 CUBES = tuple(Item(f"cube_{i}", "cube", "cube", "0.78 0.78 0.8 1", (CUBE_HALF,) * 3) for i in range(4))

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import mujoco
 import numpy as np
 
-from cogvla.envs.arm import FINGER_OPEN, HOME, NOMINAL_ROTATION, arm_only_xml
+from cogvla.envs.tabletop.arm import FINGER_OPEN, HOME, NOMINAL_ROTATION, arm_only_xml
 
 CONTROL_HZ = 20.0
 POSITION_SCALE = 0.05
