@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cogvla.envs.demonstration import Demonstration
+from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.hdf5_reader import read
 from cogvla.libero.hdf5_replay import Replayer, ReplaySettings

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cogvla.envs.demonstration import IMAGE_PREFIX, Demonstration, pack
+from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, pack
 from cogvla.libero.env import CAMERAS, LiberoEnv, LiberoSettings
 from cogvla.libero.hdf5_reader import Recording
 

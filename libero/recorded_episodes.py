@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cogvla.envs.recorder import RECORDING_FILE
+from cogvla.envs.recording.recorder import RECORDING_FILE
 from cogvla.libero import hdf5_reader
 from cogvla.libero.hdf5_replay import WAITING_STEPS
 from cogvla.libero.tasks import LIBERO_SUITES, instruction, tasks

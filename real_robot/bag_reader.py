@@ -27,7 +27,7 @@ from rosbags.interfaces import Connection
 from rosbags.rosbag2 import ReaderError
 from rosbags.typesys import get_typestore
 
-from cogvla.envs.demonstration import encode_png
+from cogvla.envs.recording.demonstration import encode_png
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.real_robot.ros_messages import compressed_image_of, image_of, state_of

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.envs.dataset_folder import DatasetFolder
-from cogvla.envs.demonstration import IMAGE_PREFIX, Demonstration, encode_png, pack_encoded
+from cogvla.envs.recording.dataset_folder import DatasetFolder
+from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, encode_png, pack_encoded
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge import Tick
 from cogvla.real_robot.writing_thread import WritingThread
@@ -102,7 +102,7 @@ class RecordingFolder:
         numbers = self.numbers()
         if not numbers:
             return 0
-        from cogvla.envs.dataset_writer import DatasetWriter  # lerobot takes seconds to import
+        from cogvla.envs.recording.dataset_writer import DatasetWriter  # lerobot takes seconds to import
 
         name = f"cogvla/{self._folder.output.name}"
         first = Demonstration.load(self._path(numbers[0]))

@@ -4,7 +4,7 @@
     convert_libero source=datasets/libero_goal replay=actions workers=8 output=/data/libero_goal
     convert_libero source=libero_v21 output=libero_v3
 
-The same command again goes on where it was stopped (`envs/dataset_folder.py`): `OUTPUT.converting/episodes/N.json` says
+The same command again goes on where it was stopped (`envs/recording/dataset_folder.py`): `OUTPUT.converting/episodes/N.json` says
 what became of the N-th demonstration, and `N.npz` is its episode if it is kept.
 """
 
@@ -21,8 +21,8 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cogvla.envs.dataset_folder import DatasetFolder
-from cogvla.envs.demonstration import Demonstration
+from cogvla.envs.recording.dataset_folder import DatasetFolder
+from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.libero.conversion_page import page, summary
 from cogvla.libero.env import LiberoSettings
 from cogvla.libero.hdf5_jobs import Job, Outcome, play
@@ -154,7 +154,7 @@ def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool 
 
 def _write(conversion: Conversion, outcomes: list[Outcome], root: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Put the kept episodes together, in order, with the statistics page; returns its numbers."""
-    from cogvla.envs.dataset_writer import DatasetWriter  # imports lerobot, which takes seconds
+    from cogvla.envs.recording.dataset_writer import DatasetWriter  # imports lerobot, which takes seconds
 
     kept = [(job, outcome) for job, outcome in zip(conversion.jobs, outcomes, strict=True) if outcome.kept]
     if not kept:

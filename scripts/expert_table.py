@@ -14,7 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cogvla.envs.demonstration import OPEN_HAND
+from cogvla.envs.recording.demonstration import OPEN_HAND
 from cogvla.envs.suite import Suite, get_suite, suite_names
 from cogvla.scripts.command import mistakes_in_one_line, plain
 

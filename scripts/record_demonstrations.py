@@ -5,8 +5,8 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.envs.demonstration import ExpertFailedError
-from cogvla.envs.recorder import record
+from cogvla.envs.recording.demonstration import ExpertFailedError
+from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import get_suite
 from cogvla.scripts.command import mistakes_in_one_line, plain
 

@@ -23,8 +23,8 @@ import torch
 from accelerate import PartialState
 from omegaconf import DictConfig
 
-from cogvla.envs.demonstration import ExpertFailedError
-from cogvla.envs.recorder import record
+from cogvla.envs.recording.demonstration import ExpertFailedError
+from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol

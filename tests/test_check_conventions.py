@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogvla.envs.dataset_writer import DatasetWriter
-from cogvla.envs.demonstration import Demonstration, Demonstrator, DemonstratorSettings, pack
+from cogvla.envs.recording.dataset_writer import DatasetWriter
+from cogvla.envs.recording.demonstration import Demonstration, Demonstrator, DemonstratorSettings, pack
 from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.expert import Expert
 from cogvla.libero import conventions

@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from cogvla.envs import TABLETOP_SUITES
-from cogvla.envs.demonstration import Demonstrator, DemonstratorSettings
-from cogvla.envs.recorder import record
+from cogvla.envs.recording.demonstration import Demonstrator, DemonstratorSettings
+from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.control import CONTROL_HZ
 from cogvla.envs.tabletop.expert import Expert

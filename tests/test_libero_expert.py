@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvla.envs.demonstration import OPEN_HAND, Demonstrator, DemonstratorSettings
+from cogvla.envs.recording.demonstration import OPEN_HAND, Demonstrator, DemonstratorSettings
 from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.experts.motion import DOWN, pointing

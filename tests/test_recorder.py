@@ -21,11 +21,11 @@ import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
-from cogvla.envs import dataset_writer
-from cogvla.envs.dataset_folder import DatasetFolder
-from cogvla.envs.dataset_writer import DatasetWriter, features
-from cogvla.envs.demonstration import Demonstration, Demonstrator, DemonstratorSettings, ExpertFailedError
-from cogvla.envs.recorder import record
+from cogvla.envs.recording import dataset_writer
+from cogvla.envs.recording.dataset_folder import DatasetFolder
+from cogvla.envs.recording.dataset_writer import DatasetWriter, features
+from cogvla.envs.recording.demonstration import Demonstration, Demonstrator, DemonstratorSettings, ExpertFailedError
+from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import FIRST_TRAINING_STATE
 from cogvla.tests import toy_suite
 from cogvla.tests.toy_suite import INSTRUCTIONS, NAME, ToyExpert
@@ -280,7 +280,7 @@ def test_what_does_not_grow(shorter: Path, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"was recorded with episodes=3; choose another output"):
         record(NAME, EPISODES, shorter, image_size=16, workers=0, expert=ToyExpert)
     with monkeypatch.context() as patch:
-        patch.setattr("cogvla.envs.recorder.version", lambda _: "2.0")
+        patch.setattr("cogvla.envs.recording.recorder.version", lambda _: "2.0")
         with pytest.raises(ValueError, match=r"was recorded with simulation=\{'mujoco': '3"):
             record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
     data = shorter / "data" / "chunk-000" / "file-000.parquet"
@@ -355,7 +355,7 @@ def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
     folder = DatasetFolder(tmp_path / "data", "recording", "recorded", "record.json")
     folder.prepare({}, resume=True)
     again = (
-        "from pathlib import Path; from cogvla.envs.dataset_folder import DatasetFolder; "
+        "from pathlib import Path; from cogvla.envs.recording.dataset_folder import DatasetFolder; "
         f"DatasetFolder(Path({str(tmp_path / 'data')!r}), 'recording', 'recorded', 'record.json').prepare({{}}, True)"
     )
     other = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)

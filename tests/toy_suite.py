@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
-from cogvla.envs.recorder import record
+from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import Suite, Task, register_suite, suite_names
 
 PLACES = np.array([[0.5, 0.0, 0.1], [0.0, 0.5, 0.2], [-0.5, 0.0, 0.3]], np.float32)

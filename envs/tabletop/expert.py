@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.execution_noise import ExecutionNoise
+from cogvla.envs.recording.execution_noise import ExecutionNoise
 from cogvla.envs.tabletop.control import POSITION_SCALE, ROTATION_SCALE
 from cogvla.envs.tabletop.env import TabletopEnv
 from cogvla.envs.tabletop.goals import Goal, destination_point, in_place

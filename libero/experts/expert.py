@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.execution_noise import ExecutionNoise
+from cogvla.envs.recording.execution_noise import ExecutionNoise
 from cogvla.libero.env import LiberoEnv
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import Move, turn_left

@@ -19,7 +19,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from cogvla.envs.demonstration import Demonstrator, DemonstratorSettings, ExpertFailedError
+from cogvla.envs.recording.demonstration import Demonstrator, DemonstratorSettings, ExpertFailedError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DemonstrationPool:
         for _ in range(self._count):
             ours, theirs = Pipe()
             single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-            command = f"from cogvla.envs.demonstration_pool import serve; serve({theirs.fileno()})"
+            command = f"from cogvla.envs.recording.demonstration_pool import serve; serve({theirs.fileno()})"
             self._processes[ours] = subprocess.Popen(
                 [sys.executable, "-P", "-c", command],
                 pass_fds=[theirs.fileno()],

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lerobot.datasets.utils import DEFAULT_FEATURES, load_tasks
 
-from cogvla.envs.demonstration import Demonstration, pack_encoded
+from cogvla.envs.recording.demonstration import Demonstration, pack_encoded
 
 
 def recorded_episodes(root: Path) -> Iterator[Demonstration]:

@@ -24,7 +24,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import DEFAULT_FEATURES, update_chunk_file_indices
 from PIL import Image
 
-from cogvla.envs.demonstration import Demonstration
+from cogvla.envs.recording.demonstration import Demonstration
 
 VIDEO_CODEC = "h264"  # decodes everywhere; libsvtav1, lerobot's default, takes three times as long to encode
 BYTES_PER_MB = 1024**2

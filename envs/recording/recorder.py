@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from cogvla.envs.dataset_folder import DatasetFolder
-from cogvla.envs.demonstration import Demonstration, DemonstratorSettings
-from cogvla.envs.demonstration_pool import DemonstrationPool
+from cogvla.envs.recording.dataset_folder import DatasetFolder
+from cogvla.envs.recording.demonstration import Demonstration, DemonstratorSettings
+from cogvla.envs.recording.demonstration_pool import DemonstrationPool
 from cogvla.envs.suite import Suite, get_suite
 
 if TYPE_CHECKING:
-    from cogvla.envs.dataset_writer import DatasetWriter
+    from cogvla.envs.recording.dataset_writer import DatasetWriter
 
 ROBOT_TYPE = "panda"
 RECORDING_FILE = "meta/recording.json"
@@ -141,7 +141,7 @@ def _explained(folder: DatasetFolder) -> Iterator[None]:
 
 def _take_over(finished: Path, paths: list[Path]) -> None:
     """Put the episodes of a finished data set where episodes wait."""
-    from cogvla.envs.recorded_dataset import recorded_episodes
+    from cogvla.envs.recording.recorded_dataset import recorded_episodes
 
     episodes = tqdm(recorded_episodes(finished), f"{finished.name} grows", len(paths), unit="episode")
     for path, episode in zip(paths, episodes, strict=True):
@@ -178,6 +178,6 @@ def _assemble(
 
 def _load_writer() -> type[DatasetWriter]:
     """In a thread: importing lerobot takes seconds, in which the first episodes are already played."""
-    from cogvla.envs.dataset_writer import DatasetWriter
+    from cogvla.envs.recording.dataset_writer import DatasetWriter
 
     return DatasetWriter
