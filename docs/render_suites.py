@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from cogvla.envs import TABLETOP_SUITES
+from cogvla.envs.rollout.video import annotate
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.envs.tabletop.env import CAMERAS
-from cogvla.envs.video import annotate
 
 SIZE = 288
 SCENES = {"tabletop_object": (0, 3), "tabletop_spatial": (1, 9), "tabletop_goal": (4, 7), "tabletop_long": (6, 2)}

@@ -128,7 +128,7 @@ class VideoChoice:
                 self._chosen.setdefault(result.task, []).append(result.success)
 
     def __call__(self, result: EpisodeResult) -> Path | None:
-        """Where to film this episode, or None (see `cogvla.envs.rollout.rollout`)."""
+        """Where to film this episode, or None (see `cogvla.envs.rollout.rollout.rollout`)."""
         chosen = self._chosen.setdefault(result.task, [])
         rivals = chosen if result.success else [success for success in chosen if not success]
         if len(rivals) >= self._per_task:

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.player import PlayerSettings
-from cogvla.envs.rollout import rollout
+from cogvla.envs.rollout.player import PlayerSettings
+from cogvla.envs.rollout.rollout import rollout
+from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.envs.workers import ProcessWorker, Worker
 from cogvla.libero.episode_log import EpisodeLog, VideoChoice, write_atomic
 from cogvla.libero.protocol import Protocol
 from cogvla.libero.provenance import provenance

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from cogvla.envs.episodes import EpisodeSpec
-from cogvla.envs.rollout import RolloutSettings
+from cogvla.envs.rollout.rollout import RolloutSettings
 from cogvla.envs.suite import Suite
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from cogvla.envs.episodes import EpisodeResult
+from cogvla.envs.rollout.video import contact_sheet
 from cogvla.envs.suite import Suite
-from cogvla.envs.video import contact_sheet
 from cogvla.libero.plots import latency_curves, length_histogram
 from cogvla.libero.statistics import Latency, Rate, latency, success_rate
 

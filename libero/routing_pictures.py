@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cogvla.envs.video import VideoWriter
+from cogvla.envs.rollout.video import VideoWriter
 from cogvla.libero.routing_recording import Episode, Moment
 
 CAMERA, ALL = "camera", "all tokens"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.rollout import rollout
+from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.suite import Suite
 from cogvla.libero.protocol import Protocol
 from cogvla.libero.watched_policy import WatchedPolicy

@@ -11,7 +11,7 @@ from typing import Protocol, Self
 import numpy as np
 from PIL import Image
 
-from cogvla.envs.video import VideoWriter, annotate
+from cogvla.envs.rollout.video import VideoWriter, annotate
 from cogvla.real_robot.bridge import Tick
 from cogvla.real_robot.writing_thread import WritingThread
 

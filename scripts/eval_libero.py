@@ -23,10 +23,10 @@ from typing import Literal
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.envs.player import PlayerSettings
-from cogvla.envs.ray_worker import ray_cluster
+from cogvla.envs.rollout.player import PlayerSettings
+from cogvla.envs.rollout.ray_worker import ray_cluster
+from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, suite_names
-from cogvla.envs.workers import ProcessWorker, Worker
 from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.evaluate import evaluate
 from cogvla.libero.protocol import Protocol, load_protocol

@@ -54,7 +54,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "policy/training/optimisation.py": {"bitsandbytes"},
     "policy/training/trained_weights.py": {"accelerate"},
     "policy/training/metrics.py": {"accelerate"},
-    "envs/ray_worker.py": {"ray"},
+    "envs/rollout/ray_worker.py": {"ray"},
     "envs/recording/dataset_writer.py": {"lerobot", "datasets", "pyarrow", "PIL"},
     "envs/recording/recorded_dataset.py": {"lerobot", "pyarrow"},
     "scripts/measure/benchmark_policy.py": {"yaml"},

@@ -21,7 +21,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from cogvla.envs.episodes import EpisodeSpec
-from cogvla.envs.rollout import RolloutSettings, rollout
+from cogvla.envs.rollout.rollout import RolloutSettings, rollout
 from cogvla.envs.suite import get_suite, suite_names
 from cogvla.libero.env import KEPT_SCENES, LiberoEnv, LiberoSettings
 from cogvla.libero.suites import libero_suite

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.player import PlayerSettings
-from cogvla.envs.ray_worker import UV_HOOK, RayWorker, ray_cluster
-from cogvla.envs.rollout import rollout
+from cogvla.envs.rollout.player import PlayerSettings
+from cogvla.envs.rollout.ray_worker import UV_HOOK, RayWorker, ray_cluster
+from cogvla.envs.rollout.rollout import rollout
 from cogvla.tests.point_suite import ToyPolicy, solvable, toy_suite
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: `uv sync --extra ray`")

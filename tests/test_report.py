@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cogvla.envs.episodes import EpisodeResult
-from cogvla.envs.video import VideoWriter
+from cogvla.envs.rollout.video import VideoWriter
 from cogvla.libero import report as report_module
 from cogvla.libero.provenance import provenance
 from cogvla.libero.report import Report, build_report, render_html, render_index, report_json

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvla.envs.rollout import EpisodeResult, EpisodeSpec, RolloutSettings, patience, rollout
+from cogvla.envs.rollout.rollout import EpisodeResult, EpisodeSpec, RolloutSettings, patience, rollout
 from cogvla.envs.suite import Suite
 from cogvla.policy.interface import ActionChunk, Camera, Observation, Policy
 from cogvla.tests.point_suite import (
@@ -246,7 +246,7 @@ def test_closing_ends_the_workers() -> None:
 def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
     """The whole process group gets SIGINT, as from a terminal; results until then are out, no worker prints a trace."""
     script = (
-        "from cogvla.envs.rollout import EpisodeSpec, rollout\n"
+        "from cogvla.envs.rollout.rollout import EpisodeSpec, rollout\n"
         "from cogvla.tests.point_suite import ToyPolicy, toy_suite\n"
         "specs = [EpisodeSpec(0, 4) for _ in range(500)]\n"
         "try:\n"

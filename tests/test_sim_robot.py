@@ -215,7 +215,7 @@ def episode(operator: Any, number: int, task: int) -> dict[str, Any]:
 
 def test_the_demo_reports_as_an_evaluation_does(tmp_path: Path) -> None:
     pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
-    from cogvla.envs.video import contact_sheet
+    from cogvla.envs.rollout.video import contact_sheet
     from cogvla.scripts.robot.robot_demo import run
 
     changes = ["tasks=[0]", "view=video", f"output={tmp_path}", f"domain={DOMAIN + 31}", f"checkpoint={CHECKPOINT}"]

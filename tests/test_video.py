@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogvla.envs.video import STATUS_COLOURS, VideoWriter, annotate, contact_sheet
+from cogvla.envs.rollout.video import STATUS_COLOURS, VideoWriter, annotate, contact_sheet
 
 
 def frames(path: Path) -> list[np.ndarray]:

@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.rollout import rollout
+from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.libero.evaluate import write_report
 from cogvla.libero.protocol import Protocol, load_protocol

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.player import (
+from cogvla.envs.rollout.player import (
     Advance,
     Failed,
     Finished,
@@ -35,8 +35,8 @@ from cogvla.envs.player import (
     Reply,
     Request,
 )
+from cogvla.envs.rollout.workers import LocalWorker, ProcessWorker, Worker
 from cogvla.envs.suite import Suite
-from cogvla.envs.workers import LocalWorker, ProcessWorker, Worker
 from cogvla.policy.chunking import Chunker, OpenLoop, TemporalEnsemble
 from cogvla.policy.interface import Embodiment, Observation, Policy
 
@@ -102,7 +102,7 @@ def rollout(
         suite: whose environment is played.
         episodes: what to play.
         workers: environment processes; 0 plays in this process, one episode at a time.
-        start_worker: starts one of them; see `envs.ray_worker` for those of a cluster.
+        start_worker: starts one of them; see `envs.rollout.ray_worker` for those of a cluster.
         settings: see `RolloutSettings`.
         choose_video: told each result that is no error; answers where to film it, or None. Filming plays the episode's
             actions again, so it costs time for filmed episodes only and changes no measurement.

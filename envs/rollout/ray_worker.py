@@ -15,8 +15,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from cogvla.envs.player import Failed, Player, PlayerSettings, Record, Recorded, Reply, Request
-from cogvla.envs.workers import ONE_THREAD
+from cogvla.envs.rollout.player import Failed, Player, PlayerSettings, Record, Recorded, Reply, Request
+from cogvla.envs.rollout.workers import ONE_THREAD
 
 UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 LOCAL = "local"

@@ -22,7 +22,7 @@ import gymnasium as gym
 import numpy as np
 
 from cogvla.envs.episodes import EpisodeSpec
-from cogvla.envs.video import VideoWriter, annotate
+from cogvla.envs.rollout.video import VideoWriter, annotate
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from cogvla.envs.player import Failed, Player, PlayerSettings, Reply, Request
+from cogvla.envs.rollout.player import Failed, Player, PlayerSettings, Reply, Request
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"), "1")
 """Environment variables of a worker. Mesa's software renderer (LP) would take every core in every process."""
@@ -87,7 +87,7 @@ class ProcessWorker:
             ) from error
         connection, theirs = Pipe()
         self.connection: Connection = connection
-        command = f"from cogvla.envs.workers import serve; serve({theirs.fileno()})"
+        command = f"from cogvla.envs.rollout.workers import serve; serve({theirs.fileno()})"
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", command],
             pass_fds=[theirs.fileno()],
