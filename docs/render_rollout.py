@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from cogvla.envs.episodes import EpisodeSpec
+from cogvla.envs.evaluation.protocol import load_protocol
 from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.rollout.video import contact_sheet
 from cogvla.envs.suite import get_suite
-from cogvla.libero.protocol import load_protocol
 from cogvla.policy.checkpoint import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]

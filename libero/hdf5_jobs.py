@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.recording.demonstration import Demonstration
-from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.hdf5_reader import read
 from cogvla.libero.hdf5_replay import Replayer, ReplaySettings
 

@@ -17,8 +17,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogvla.envs.evaluation.statistics import Latency, Rate, latency, sign_test
 from cogvla.envs.suite import Suite
-from cogvla.libero.statistics import Latency, Rate, latency, sign_test
 from cogvla.policy.cost.flops import REPEATED, count_flops
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA

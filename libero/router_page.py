@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cogvla.libero.plots import pareto
-from cogvla.libero.report import template
+from cogvla.envs.evaluation.plots import pareto
+from cogvla.envs.evaluation.report import template
 from cogvla.libero.router_comparison import ALL_TOKENS, CONTROLS, Row, pareto_front
 
 

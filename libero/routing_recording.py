@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.evaluation.protocol import Protocol
+from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.suite import Suite
-from cogvla.libero.protocol import Protocol
-from cogvla.libero.watched_policy import WatchedPolicy
 from cogvla.policy.interface import Observation
 from cogvla.policy.model.attention_probe import AttentionProbe
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures

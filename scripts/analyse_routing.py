@@ -17,11 +17,11 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.libero.episode_log import write_atomic
-from cogvla.libero.plots import lines
-from cogvla.libero.protocol import load_protocol
-from cogvla.libero.provenance import provenance
-from cogvla.libero.report import template
+from cogvla.envs.evaluation.episode_log import write_atomic
+from cogvla.envs.evaluation.plots import lines
+from cogvla.envs.evaluation.protocol import load_protocol
+from cogvla.envs.evaluation.provenance import provenance
+from cogvla.envs.evaluation.report import template
 from cogvla.libero.routing_findings import findings
 from cogvla.libero.routing_pictures import film, strip
 from cogvla.libero.routing_recording import Episode, play

@@ -28,10 +28,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.libero import conventions, image_agreement, state_agreement
 from cogvla.libero.conventions import Finding
-from cogvla.libero.episode_log import write_atomic
 from cogvla.libero.recorded_episodes import Episode, Recordings, open_recordings
 from cogvla.libero.replayed_episodes import Trace, replay
 from cogvla.libero.tasks import LIBERO_SUITES, tasks

@@ -27,12 +27,12 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from cogvla.envs.evaluation.episode_log import write_atomic
+from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.provenance import provenance
+from cogvla.envs.evaluation.report import Report
 from cogvla.envs.suite import Suite
-from cogvla.libero.episode_log import write_atomic
-from cogvla.libero.evaluate import evaluate
-from cogvla.libero.protocol import Protocol, load_protocol
-from cogvla.libero.provenance import provenance
-from cogvla.libero.report import Report
 from cogvla.libero.router_comparison import (
     ROUNDS,
     Cell,

@@ -23,14 +23,14 @@ from typing import Literal
 import hydra
 from omegaconf import DictConfig
 
+from cogvla.envs.evaluation.episode_log import write_atomic
+from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.report import Report, render_index
 from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.ray_worker import ray_cluster
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, suite_names
-from cogvla.libero.episode_log import write_atomic
-from cogvla.libero.evaluate import evaluate
-from cogvla.libero.protocol import Protocol, load_protocol
-from cogvla.libero.report import Report, render_index
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.interface import Embodiment, Policy
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain

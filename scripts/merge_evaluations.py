@@ -18,10 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from cogvla.envs.episodes import EpisodeResult
+from cogvla.envs.evaluation.episode_log import (
+    EPISODES,
+    RUN,
+    VIDEOS,
+    Key,
+    differences,
+    read_episodes,
+    read_run,
+    write_atomic,
+)
+from cogvla.envs.evaluation.evaluate import write_report
+from cogvla.envs.evaluation.report import Report, build_report
 from cogvla.envs.suite import Suite, Task
-from cogvla.libero.episode_log import EPISODES, RUN, VIDEOS, Key, differences, read_episodes, read_run, write_atomic
-from cogvla.libero.evaluate import write_report
-from cogvla.libero.report import Report, build_report
 from cogvla.scripts.command import mistakes_in_one_line
 from cogvla.scripts.eval_libero import summary
 

@@ -23,13 +23,13 @@ import torch
 from accelerate import PartialState
 from omegaconf import DictConfig
 
+from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.provenance import provenance
+from cogvla.envs.evaluation.report import Report
 from cogvla.envs.recording.demonstration import ExpertFailedError
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.libero.evaluate import evaluate
-from cogvla.libero.protocol import Protocol, load_protocol
-from cogvla.libero.provenance import provenance
-from cogvla.libero.report import Report
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.engine.engine import EngineConfig

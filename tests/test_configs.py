@@ -17,13 +17,13 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from cogvla.envs import TABLETOP_SUITES
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol
 from cogvla.envs.recording.demonstration import Demonstrator, DemonstratorSettings
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.control import CONTROL_HZ
 from cogvla.envs.tabletop.expert import Expert
 from cogvla.libero.env import LiberoSettings
-from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.policy.cost.flops import Counting
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.engine.engine import EngineConfig

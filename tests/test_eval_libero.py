@@ -16,9 +16,9 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from cogvla.envs.episodes import EpisodeResult
-from cogvla.libero.evaluate import evaluate
-from cogvla.libero.protocol import Protocol, load_protocol, protocol_names
-from cogvla.libero.report import Report
+from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol, protocol_names
+from cogvla.envs.evaluation.report import Report
 from cogvla.scripts.command import MISTAKES
 from cogvla.scripts.eval_libero import run as run_command
 from cogvla.scripts.eval_libero import suites
@@ -31,7 +31,7 @@ PROTOCOL = Protocol("toy", episodes_per_task=6)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time of a small evaluation; the command's test and test_report.py draw."""
     for name in ("latency_curves", "length_histogram"):
-        monkeypatch.setattr(f"cogvla.libero.report.{name}", lambda *_: "<svg/>")
+        monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
 
 
 def run(output: Path, protocol: Protocol = PROTOCOL, policy: ToyPolicy | None = None, **options: Any) -> Report:
@@ -145,7 +145,7 @@ def test_swapped_instructions(tmp_path: Path) -> None:
 
 
 def test_two_evaluations_do_not_write_into_one_folder(tmp_path: Path) -> None:
-    from cogvla.libero.episode_log import EpisodeLog
+    from cogvla.envs.evaluation.episode_log import EpisodeLog
 
     with EpisodeLog(tmp_path, {}, {}), pytest.raises(ValueError, match="another process"):
         run(tmp_path)
@@ -204,8 +204,8 @@ def test_suites_by_name_list_and_group() -> None:
 EVALUATE_SLOWLY = """
 import sys
 from pathlib import Path
-from cogvla.libero.evaluate import evaluate
-from cogvla.libero.protocol import Protocol
+from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.protocol import Protocol
 from cogvla.tests.point_suite import ToyPolicy, toy_suite
 evaluate(ToyPolicy(), toy_suite(sleep_s=0.01), Protocol("toy", 20), Path(sys.argv[1]), workers=2, videos=0)
 """

@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol
 from cogvla.envs.suite import Suite, Task
-from cogvla.libero.protocol import Protocol, load_protocol
 from cogvla.libero.suites import PROTOCOL
 from cogvla.libero.tasks import LIBERO_SUITES, MAX_STEPS, instruction
 from cogvla.scripts.command import MISTAKES

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cogvla.libero.evaluate import evaluate
-from cogvla.libero.protocol import Protocol
-from cogvla.libero.report import Report
+from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.protocol import Protocol
+from cogvla.envs.evaluation.report import Report
 from cogvla.scripts.merge_evaluations import main, merge
 from cogvla.tests.point_suite import ToyPolicy, toy_suite
 
@@ -22,7 +22,7 @@ PROTOCOL = Protocol("toy", episodes_per_task=5)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time of a small evaluation."""
     for name in ("latency_curves", "length_histogram"):
-        monkeypatch.setattr(f"cogvla.libero.report.{name}", lambda *_: "<svg/>")
+        monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
 
 
 def run(output: Path, shard: tuple[int, int] = (1, 1), **options: Any) -> Report:

@@ -98,7 +98,7 @@ def test_mistakes_end_in_one_line(arguments: list[str], message: str) -> None:
 
 def test_eval_libero_plays_through_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("latency_curves", "length_histogram"):
-        monkeypatch.setattr(f"cogvla.libero.report.{name}", lambda *_: "<svg/>")
+        monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
     monkeypatch.setenv("COGVLA_API_KEY", "sesame")
     policy = ToyPolicy()
     with serving(policy, ServerSettings(api_key="sesame"), keys=RequestKeys()) as (uri, _):

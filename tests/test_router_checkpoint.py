@@ -91,9 +91,9 @@ def command(*overrides: str) -> DictConfig:
 
 
 def test_eval_libero_plays_with_a_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogvla.libero.evaluate.PROBE_CALLS", 2)
+    monkeypatch.setattr("cogvla.envs.evaluation.evaluate.PROBE_CALLS", 2)
     for name in ("latency_curves", "length_histogram"):  # drawing takes most of the time
-        monkeypatch.setattr(f"cogvla.libero.report.{name}", lambda *_: "<svg/>")
+        monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
     few = ("tasks=[0]", "episodes_per_task=1", "workers=0", "videos=0", "threads=1", f"output={tmp_path}")
     config = command(f"checkpoint={SHIPPED}", "router.name=random", "router.budget=0.5", *few)
     (report,) = eval_libero(config, "eval_libero ...")

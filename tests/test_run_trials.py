@@ -18,8 +18,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from cogvla.envs.episodes import EpisodeSpec
+from cogvla.envs.evaluation.episode_log import EPISODES, EpisodeLog
 from cogvla.envs.suite import Suite, Task
-from cogvla.libero.episode_log import EPISODES, EpisodeLog
 from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.real_robot.async_client import UnavailableError
 from cogvla.real_robot.bridge import Bridge, BridgeSettings

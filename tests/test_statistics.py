@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogvla.libero.statistics import latency, success_rate, wilson_interval
+from cogvla.envs.evaluation.statistics import latency, success_rate, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import nn
 
-from cogvla.libero.provenance import provenance
+from cogvla.envs.evaluation.provenance import provenance
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.cost.flops import REPEATED, count_flops
 from cogvla.policy.cost.timing import Measured, machine_peaks, measure, profile

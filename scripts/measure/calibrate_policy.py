@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from cogvla.libero.provenance import provenance
+from cogvla.envs.evaluation.provenance import provenance
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig

@@ -28,13 +28,13 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.evaluation.evaluate import write_report
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.provenance import provenance
+from cogvla.envs.evaluation.report import ControlTiming, Report, build_report
+from cogvla.envs.evaluation.statistics import latency, success_rate
 from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.libero.evaluate import write_report
-from cogvla.libero.protocol import Protocol, load_protocol
-from cogvla.libero.provenance import provenance
-from cogvla.libero.report import ControlTiming, Report, build_report
-from cogvla.libero.statistics import latency, success_rate
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.async_client import ClientSettings
 from cogvla.real_robot.bridge import Bridge, BridgeSettings

@@ -23,13 +23,13 @@ import hydra
 from omegaconf import DictConfig
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.evaluation.episode_log import EpisodeLog
+from cogvla.envs.evaluation.evaluate import write_report
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.provenance import provenance
+from cogvla.envs.evaluation.report import ControlTiming, Report, build_report
+from cogvla.envs.evaluation.statistics import latency, success_rate
 from cogvla.envs.suite import Suite, Task, get_suite
-from cogvla.libero.episode_log import EpisodeLog
-from cogvla.libero.evaluate import write_report
-from cogvla.libero.protocol import Protocol, load_protocol
-from cogvla.libero.provenance import provenance
-from cogvla.libero.report import ControlTiming, Report, build_report
-from cogvla.libero.statistics import latency, success_rate
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.keyboard import Keyboard

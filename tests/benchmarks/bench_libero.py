@@ -18,7 +18,7 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from cogvla.libero.provenance import machine
+from cogvla.envs.evaluation.provenance import machine
 from cogvla.libero.suites import configured_suite
 
 DEFAULTS = {

@@ -11,8 +11,8 @@ import time
 
 import torch
 
+from cogvla.envs.evaluation.protocol import load_protocol
 from cogvla.envs.rollout.rollout import rollout
-from cogvla.libero.protocol import load_protocol
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import open_policy
 

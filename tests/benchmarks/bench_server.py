@@ -20,8 +20,8 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from cogvla.libero.provenance import machine
-from cogvla.libero.statistics import latency
+from cogvla.envs.evaluation.provenance import machine
+from cogvla.envs.evaluation.statistics import latency
 from cogvla.policy.interface import Camera
 from cogvla.real_robot.async_client import Answer, AsyncPolicyClient, ClientSettings
 

@@ -14,10 +14,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from cogvla.envs.episodes import EpisodeResult
+from cogvla.envs.evaluation.plots import latency_curves, length_histogram
+from cogvla.envs.evaluation.statistics import Latency, Rate, latency, success_rate
 from cogvla.envs.rollout.video import contact_sheet
 from cogvla.envs.suite import Suite
-from cogvla.libero.plots import latency_curves, length_histogram
-from cogvla.libero.statistics import Latency, Rate, latency, success_rate
 
 EMBED_BYTES = 6_000_000
 """Videos are put into the report itself up to this total; the others are linked."""
@@ -191,7 +191,7 @@ def render_index(reports: Mapping[str, Report]) -> str:
 def template(name: str) -> Template:
     """A page of this folder, with the filters that pages use."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"percent": _percent, "number": _number, "data": _data, "flat": _flat}

@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.evaluation.episode_log import EpisodeLog, VideoChoice, write_atomic
+from cogvla.envs.evaluation.protocol import Protocol
+from cogvla.envs.evaluation.provenance import provenance
+from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
+from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.libero.episode_log import EpisodeLog, VideoChoice, write_atomic
-from cogvla.libero.protocol import Protocol
-from cogvla.libero.provenance import provenance
-from cogvla.libero.report import Report, build_report, render_html, report_json
-from cogvla.libero.watched_policy import WatchedPolicy
 from cogvla.policy.interface import Embodiment, Observation, Policy
 
 PROBE_CALLS = 100
