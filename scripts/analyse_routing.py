@@ -17,14 +17,14 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from cogvla.envs.analysis.routing_findings import findings
+from cogvla.envs.analysis.routing_pictures import film, strip
+from cogvla.envs.analysis.routing_recording import Episode, play
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.plots import lines
 from cogvla.envs.evaluation.protocol import load_protocol
 from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import template
-from cogvla.libero.routing_findings import findings
-from cogvla.libero.routing_pictures import film, strip
-from cogvla.libero.routing_recording import Episode, play
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.engine.engine import EngineConfig

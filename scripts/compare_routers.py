@@ -27,13 +27,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from cogvla.envs.evaluation.episode_log import write_atomic
-from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import Protocol, load_protocol
-from cogvla.envs.evaluation.provenance import provenance
-from cogvla.envs.evaluation.report import Report
-from cogvla.envs.suite import Suite
-from cogvla.libero.router_comparison import (
+from cogvla.envs.analysis.router_comparison import (
     ROUNDS,
     Cell,
     Cost,
@@ -44,7 +38,13 @@ from cogvla.libero.router_comparison import (
     rows,
     wanted_routers,
 )
-from cogvla.libero.router_page import render_comparison
+from cogvla.envs.analysis.router_page import render_comparison
+from cogvla.envs.evaluation.episode_log import write_atomic
+from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.provenance import provenance
+from cogvla.envs.evaluation.report import Report
+from cogvla.envs.suite import Suite
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig

@@ -12,12 +12,20 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
+from cogvla.envs.analysis.router_comparison import (
+    ROUNDS,
+    Outcome,
+    against,
+    cells_for,
+    costs,
+    pareto_front,
+    wanted_routers,
+)
+from cogvla.envs.analysis.routing_findings import horizon
+from cogvla.envs.analysis.routing_pictures import DARK, SIDE, kept_map, picture
+from cogvla.envs.analysis.routing_recording import covered, look
 from cogvla.envs.evaluation.plots import lines, pareto
 from cogvla.envs.evaluation.statistics import sign_test, success_rate
-from cogvla.libero.router_comparison import ROUNDS, Outcome, against, cells_for, costs, pareto_front, wanted_routers
-from cogvla.libero.routing_findings import horizon
-from cogvla.libero.routing_pictures import DARK, SIDE, kept_map, picture
-from cogvla.libero.routing_recording import covered, look
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -140,7 +148,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("cogvla.envs.evaluation.evaluate.PROBE_CALLS", 1)
     for name in ("latency_curves", "length_histogram"):  # drawing takes most of the time
         monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
-    monkeypatch.setattr("cogvla.libero.router_page.pareto", lambda *_: b"picture")
+    monkeypatch.setattr("cogvla.envs.analysis.router_page.pareto", lambda *_: b"picture")
     checkpoint = saved(tmp_path / "policy", **PLAIN)
     few = ["routers=[identity,random,spatial_pool]", "budgets=[0.25]", "calls=5"]
     few += ["evaluation.protocol=tabletop", "evaluation.episodes_per_task=1", "evaluation.workers=0"]

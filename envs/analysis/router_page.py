@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cogvla.envs.analysis.router_comparison import ALL_TOKENS, CONTROLS, Row, pareto_front
 from cogvla.envs.evaluation.plots import pareto
 from cogvla.envs.evaluation.report import template
-from cogvla.libero.router_comparison import ALL_TOKENS, CONTROLS, Row, pareto_front
 
 
 @dataclass(frozen=True)

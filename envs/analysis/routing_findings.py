@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvla.libero.routing_recording import Episode, Moment
+from cogvla.envs.analysis.routing_recording import Episode, Moment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.language import Trace
 from cogvla.policy.policy import CogVLAPolicy

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cogvla.envs.analysis.routing_recording import Episode, Moment
 from cogvla.envs.rollout.video import VideoWriter
-from cogvla.libero.routing_recording import Episode, Moment
 
 CAMERA, ALL = "camera", "all tokens"
 SIDE, GAP, BAND = 144, 4, 18
