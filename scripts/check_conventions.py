@@ -31,9 +31,9 @@ from tqdm import tqdm
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.libero import conventions, image_agreement, state_agreement
-from cogvla.libero.conventions import Finding
-from cogvla.libero.recorded_episodes import Episode, Recordings, open_recordings
-from cogvla.libero.replayed_episodes import Trace, replay
+from cogvla.libero.conventions.declared import Finding
+from cogvla.libero.conventions.recorded_episodes import Episode, Recordings, open_recordings
+from cogvla.libero.conventions.replayed_episodes import Trace, replay
 from cogvla.libero.tasks import LIBERO_SUITES, tasks
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.interface import Embodiment

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.demonstration import Demonstration
-from cogvla.libero.conversion_page import page, summary
 from cogvla.libero.env import LiberoSettings
-from cogvla.libero.hdf5_jobs import Job, Outcome, play
-from cogvla.libero.hdf5_reader import demonstrations, is_hdf5
-from cogvla.libero.hdf5_replay import WAITING_STEPS, ReplaySettings
-from cogvla.libero.lerobot_upgrade import is_old_lerobot, upgrade
+from cogvla.libero.hdf5.jobs import Job, Outcome, play
+from cogvla.libero.hdf5.lerobot_upgrade import is_old_lerobot, upgrade
+from cogvla.libero.hdf5.page import page, summary
+from cogvla.libero.hdf5.reader import demonstrations, is_hdf5
+from cogvla.libero.hdf5.replay import WAITING_STEPS, ReplaySettings
 from cogvla.libero.suites import libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES
 from cogvla.scripts.command import mistakes_in_one_line, plain

@@ -20,9 +20,9 @@ from cogvla.envs.recording.dataset_writer import DatasetWriter
 from cogvla.envs.recording.demonstration import Demonstration, Demonstrator, DemonstratorSettings, pack
 from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.expert import Expert
-from cogvla.libero import conventions
-from cogvla.libero.conventions import Finding
-from cogvla.libero.recorded_episodes import open_recordings
+from cogvla.libero.conventions import declared as conventions
+from cogvla.libero.conventions.declared import Finding
+from cogvla.libero.conventions.recorded_episodes import open_recordings
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.scripts import check_conventions as command
 from cogvla.tests.point_suite import EMBODIMENT

@@ -19,8 +19,8 @@ from hydra import compose, initialize_config_module
 from PIL import Image
 
 from cogvla.libero.env import LiberoEnv, LiberoSettings
-from cogvla.libero.hdf5_reader import demonstrations, is_hdf5, read, read_images
-from cogvla.libero.hdf5_replay import ReplaySettings, is_noop, kept_steps
+from cogvla.libero.hdf5.reader import demonstrations, is_hdf5, read, read_images
+from cogvla.libero.hdf5.replay import ReplaySettings, is_noop, kept_steps
 from cogvla.policy.data.reader import LeRobotReader, Mapping
 from cogvla.scripts import convert_libero as command
 from cogvla.tests.libero_files import ASSETS, MESHES, Demo, made_up, needs_assets, write
@@ -250,7 +250,7 @@ def test_actions_are_executed_as_published_data_was_made(stove: Path, tmp_path: 
 @needs_assets
 def test_an_interrupted_conversion_goes_on(stove: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after the first demonstration; the second start does the others only, and with workers."""
-    from cogvla.libero import hdf5_jobs
+    from cogvla.libero.hdf5 import jobs as hdf5_jobs
 
     original, seen = hdf5_jobs._replay, []
 

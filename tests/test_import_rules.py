@@ -58,7 +58,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "envs/recording/dataset_writer.py": {"lerobot", "datasets", "pyarrow", "PIL"},
     "envs/recording/recorded_dataset.py": {"lerobot", "pyarrow"},
     "scripts/measure/benchmark_policy.py": {"yaml"},
-    "libero/hdf5_reader.py": {"h5py"},
+    "libero/hdf5/reader.py": {"h5py"},
     "policy/training/run_log.py": {"wandb"},
     "libero/installation.py": {"libero"},
     "libero/simulation.py": {"libero", "robosuite", "mujoco"},

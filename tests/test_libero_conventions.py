@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvla.libero.conventions import Finding
+from cogvla.libero.conventions.declared import Finding
 from cogvla.libero.env import LiberoEnv, LiberoSettings
-from cogvla.libero.hdf5_reader import read
+from cogvla.libero.hdf5.reader import read
 from cogvla.scripts import check_conventions as command
 from cogvla.scripts.convert_libero import Conversion, convert
 from cogvla.tests.libero_files import ASSETS, MESHES, Demo, needs_assets, write

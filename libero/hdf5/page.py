@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.libero.hdf5_jobs import Outcome
+from cogvla.libero.hdf5.jobs import Outcome
 
 QUANTILES = {"min": 0.0, "q01": 0.01, "median": 0.5, "q99": 0.99, "max": 1.0}
 DIMENSIONS = {

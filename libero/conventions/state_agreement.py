@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from cogvla.envs.tabletop.control import rotation_matrix, rotation_vector
-from cogvla.libero.conventions import Finding
+from cogvla.libero.conventions.declared import Finding
+from cogvla.libero.conventions.replayed_episodes import Trace
 from cogvla.libero.env import axis_angle
-from cogvla.libero.replayed_episodes import Trace
 
 AS_IT_IS = "as it is"
 EARLY = {True: 20, False: 5}

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cogvla.libero.recorded_episodes import Episode, Recordings
-from cogvla.libero.replayed_episodes import Gripper
+from cogvla.libero.conventions.recorded_episodes import Episode, Recordings
+from cogvla.libero.conventions.replayed_episodes import Gripper
 from cogvla.policy.interface import Embodiment
 
 Verdict = Literal["ok", "mismatch", "note", "not checked"]

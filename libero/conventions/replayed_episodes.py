@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.libero.recorded_episodes import Episode, Start
+from cogvla.libero.conventions.recorded_episodes import Episode, Start
 
 PICTURED_STEPS = (0, 10)
 """Steps of an episode whose images are compared: its beginning, and when the arm has moved but not yet diverged."""

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cogvla.libero.conventions import Finding
-from cogvla.libero.recorded_episodes import Recordings
-from cogvla.libero.replayed_episodes import PICTURED_STEPS, Trace
+from cogvla.libero.conventions.declared import Finding
+from cogvla.libero.conventions.recorded_episodes import Recordings
+from cogvla.libero.conventions.replayed_episodes import PICTURED_STEPS, Trace
 
 AS_IT_IS = "as it is"
 TURNS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -25,7 +25,7 @@ import numpy as np
 
 from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, pack
 from cogvla.libero.env import CAMERAS, LiberoEnv, LiberoSettings
-from cogvla.libero.hdf5_reader import Recording
+from cogvla.libero.hdf5.reader import Recording
 
 Replay = Literal["states", "actions"]
 NOOP_THRESHOLD = 1e-4

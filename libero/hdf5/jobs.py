@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.recording.demonstration import Demonstration
-from cogvla.libero.hdf5_reader import read
-from cogvla.libero.hdf5_replay import Replayer, ReplaySettings
+from cogvla.libero.hdf5.reader import read
+from cogvla.libero.hdf5.replay import Replayer, ReplaySettings
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from cogvla.envs.recording.recorder import RECORDING_FILE
-from cogvla.libero import hdf5_reader
-from cogvla.libero.hdf5_replay import WAITING_STEPS
+from cogvla.libero.hdf5 import reader as hdf5_reader
+from cogvla.libero.hdf5.replay import WAITING_STEPS
 from cogvla.libero.tasks import LIBERO_SUITES, instruction, tasks
 from cogvla.policy.data.demonstrations import DataConfig, convert_gripper
 from cogvla.policy.data.reader import LeRobotReader, Part, local_root
