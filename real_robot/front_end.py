@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from cogvla.policy.interface import Observation
-from cogvla.real_robot.async_client import Answer
+from cogvla.real_robot.serving.async_client import Answer
 
 if TYPE_CHECKING:
     from cogvla.real_robot.bridge import Bridge

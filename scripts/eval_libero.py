@@ -162,7 +162,7 @@ def _policy(config: DictConfig) -> tuple[Policy, dict[str, str]]:
         return RandomPolicy(Embodiment(**plain(config.embodiment)), config.seed or 0), {}
 
     if str(config.checkpoint).startswith(("ws://", "wss://")):
-        from cogvla.real_robot.remote_policy import RemotePolicy
+        from cogvla.real_robot.serving.remote_policy import RemotePolicy
 
         return RemotePolicy(config.checkpoint, api_key=config.api_key), {}
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Camera, Embodiment, Observation
-from cogvla.real_robot.server import PolicyServer, ServerSettings
+from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
 from cogvla.tests.policy_servers import LIBERO_KEYS
 
 TABLETOP = Embodiment(

@@ -19,9 +19,9 @@ from urllib.request import Request, urlopen
 import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Camera, Embodiment, Observation
-from cogvla.real_robot.batching import BatchSettings
-from cogvla.real_robot.request import RequestKeys
-from cogvla.real_robot.server import PolicyServer, ServerSettings
+from cogvla.real_robot.serving.batching import BatchSettings
+from cogvla.real_robot.serving.request import RequestKeys
+from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
 
 ROBOT = Embodiment(
     name="toy_arm",

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from cogvla.policy.interface import Observation
-from cogvla.real_robot.async_client import Answer, UnavailableError
 from cogvla.real_robot.bridge import Bridge, BridgeSettings, Tick
 from cogvla.real_robot.control_loop import Kind, State
 from cogvla.real_robot.measurements import latency_table
+from cogvla.real_robot.serving.async_client import Answer, UnavailableError
 from cogvla.real_robot.settings import LoopSettings, RobotConfig
 from cogvla.tests.control_robot import ABSOLUTE, DELTA, ROBOT, image
 

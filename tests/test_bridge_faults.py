@@ -18,7 +18,7 @@ import pytest
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
-from cogvla.real_robot.wire import pack, unpack
+from cogvla.real_robot.serving.wire import pack, unpack
 from cogvla.tests.policy_servers import StallingProxy, free_port, get, until
 
 pytest.importorskip("cyclonedds", reason="needs the extra `dds`")

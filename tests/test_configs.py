@@ -36,8 +36,8 @@ from cogvla.policy.training.adapters import FinetuneConfig
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.real_robot.lerobot_robot import LeRobotSettings
-from cogvla.real_robot.request import RequestKeys
 from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.train_policy import build_trainer
 from cogvla.tests import small_data as small
 

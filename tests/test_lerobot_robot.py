@@ -21,9 +21,9 @@ from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.control_loop import State
 from cogvla.real_robot.lerobot_robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
-from cogvla.real_robot.local_policy import LocalPolicy
 from cogvla.real_robot.recording import Recorder
-from cogvla.real_robot.request import RequestKeys
+from cogvla.real_robot.serving.local_policy import LocalPolicy
+from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.robot.drive_robot import run
 from cogvla.tests.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
 from cogvla.tests.policy_servers import serving, until

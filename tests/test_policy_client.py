@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 from cogvla.policy.interface import Camera, Observation
-from cogvla.real_robot.async_client import (
+from cogvla.real_robot.serving.async_client import (
     AsyncPolicyClient,
     ClientSettings,
     RefusedError,
     UnavailableError,
 )
-from cogvla.real_robot.client import PolicyClient, ReconnectingPolicyClient
-from cogvla.real_robot.reconnecting import Backoff, ReconnectingClient
-from cogvla.real_robot.remote_policy import RemotePolicy
-from cogvla.real_robot.server_info import ServerInfo
+from cogvla.real_robot.serving.client import PolicyClient, ReconnectingPolicyClient
+from cogvla.real_robot.serving.reconnecting import Backoff, ReconnectingClient
+from cogvla.real_robot.serving.remote_policy import RemotePolicy
+from cogvla.real_robot.serving.server_info import ServerInfo
 from cogvla.tests.policy_servers import (
     LIBERO_KEYS,
     ROBOT,
@@ -279,7 +279,7 @@ def test_clients_need_no_torch() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'hydra', 'mujoco', 'prometheus_client'): sys.modules[name] = None\n"
-        "import cogvla.real_robot.client, cogvla.real_robot.remote_policy"
+        "import cogvla.real_robot.serving.client, cogvla.real_robot.serving.remote_policy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -21,12 +21,12 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from cogvla.policy.interface import ActionChunk, Camera, Observation
-from cogvla.real_robot.async_client import ClientSettings
-from cogvla.real_robot.batching import Batcher, BatchSettings, ExpiredError, PolicyError
-from cogvla.real_robot.client import PolicyClient
-from cogvla.real_robot.request import RequestKeys
-from cogvla.real_robot.server import PolicyServer, ServerSettings
-from cogvla.real_robot.server_metrics import Outcome, ServerMetrics
+from cogvla.real_robot.serving.async_client import ClientSettings
+from cogvla.real_robot.serving.batching import Batcher, BatchSettings, ExpiredError, PolicyError
+from cogvla.real_robot.serving.client import PolicyClient
+from cogvla.real_robot.serving.request import RequestKeys
+from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
+from cogvla.real_robot.serving.server_metrics import Outcome, ServerMetrics
 from cogvla.tests.policy_servers import (
     LIBERO_KEYS,
     ROBOT,

@@ -18,10 +18,10 @@ from hydra import compose, initialize_config_module
 
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.interface import Camera
-from cogvla.real_robot.async_client import ClientSettings
-from cogvla.real_robot.client import PolicyClient
-from cogvla.real_robot.request import RequestKeys
-from cogvla.real_robot.server import ServerSettings
+from cogvla.real_robot.serving.async_client import ClientSettings
+from cogvla.real_robot.serving.client import PolicyClient
+from cogvla.real_robot.serving.request import RequestKeys
+from cogvla.real_robot.serving.server import ServerSettings
 from cogvla.scripts.eval_libero import run as eval_libero
 from cogvla.tests.point_suite import ToyPolicy, solvable
 from cogvla.tests.policy_servers import free_port, get, observation, serving, until

@@ -15,8 +15,8 @@ from openpi_client import msgpack_numpy
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from cogvla.real_robot.request import Request, RequestFormat, RequestKeys
-from cogvla.real_robot.wire import FrameError, pack, unpack
+from cogvla.real_robot.serving.request import Request, RequestFormat, RequestKeys
+from cogvla.real_robot.serving.wire import FrameError, pack, unpack
 from cogvla.tests.policy_servers import LIBERO_KEYS, ROBOT, SumPolicy, libero_request, observation, serving
 
 READER = RequestFormat(ROBOT, LIBERO_KEYS)

@@ -21,12 +21,12 @@ from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EPISODES, EpisodeLog
 from cogvla.envs.suite import Suite, Task
 from cogvla.policy.interface import ActionChunk, Observation
-from cogvla.real_robot.async_client import UnavailableError
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.lerobot_robot import LeRobotFrontEnd, connected
-from cogvla.real_robot.local_policy import LocalPolicy
 from cogvla.real_robot.operator_scene import OperatorScene, SessionEndedError, listen
-from cogvla.real_robot.request import RequestKeys
+from cogvla.real_robot.serving.async_client import UnavailableError
+from cogvla.real_robot.serving.local_policy import LocalPolicy
+from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.simulated_arm import SceneStatus
 from cogvla.real_robot.trial_log import CONTROL, ControlLog, Film
 from cogvla.real_robot.trials import EpisodeAbortedError, play

@@ -19,10 +19,10 @@ import hydra
 from omegaconf import DictConfig
 
 from cogvla.policy.interface import Embodiment, Policy
-from cogvla.real_robot.batching import BatchSettings
-from cogvla.real_robot.request import RequestKeys
-from cogvla.real_robot.server import PolicyServer, ServerSettings
-from cogvla.real_robot.server_metrics import ServerMetrics
+from cogvla.real_robot.serving.batching import BatchSettings
+from cogvla.real_robot.serving.request import RequestKeys
+from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
+from cogvla.real_robot.serving.server_metrics import ServerMetrics
 from cogvla.scripts.command import mistakes_in_one_line, plain
 
 RANDOM = "random"

@@ -11,10 +11,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.front_end import AsksPolicy, FrontEnd
-from cogvla.real_robot.local_policy import LocalPolicy
-from cogvla.real_robot.reconnecting import ReconnectingClient
+from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings
+from cogvla.real_robot.serving.local_policy import LocalPolicy
+from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.scripts.command import plain
 
 TRANSPORTS = ("dds", "lerobot")

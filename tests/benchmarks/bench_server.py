@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from cogvla.envs.evaluation.provenance import machine
 from cogvla.envs.evaluation.statistics import latency
 from cogvla.policy.interface import Camera
-from cogvla.real_robot.async_client import Answer, AsyncPolicyClient, ClientSettings
+from cogvla.real_robot.serving.async_client import Answer, AsyncPolicyClient, ClientSettings
 
 DEFAULTS = {
     "defaults": ["_self_", {"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}],

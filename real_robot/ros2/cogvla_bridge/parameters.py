@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.async_client import ClientSettings
 from cogvla.real_robot.bridge import BridgeSettings
 from cogvla.real_robot.named_config import named_config
 from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.settings import RobotConfig
 
 PARAMETERS: dict[str, tuple[Any, str]] = {

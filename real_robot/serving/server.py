@@ -28,11 +28,11 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from cogvla.policy.interface import Policy
-from cogvla.real_robot.batching import BatchAnswer, Batcher, BatchSettings, ExpiredError, PolicyError
-from cogvla.real_robot.request import OBSERVATION_ID, RequestFormat, RequestKeys
-from cogvla.real_robot.server_info import ServerInfo
-from cogvla.real_robot.server_metrics import Outcome, ServerMetrics
-from cogvla.real_robot.wire import FrameError, pack
+from cogvla.real_robot.serving.batching import BatchAnswer, Batcher, BatchSettings, ExpiredError, PolicyError
+from cogvla.real_robot.serving.request import OBSERVATION_ID, RequestFormat, RequestKeys
+from cogvla.real_robot.serving.server_info import ServerInfo
+from cogvla.real_robot.serving.server_metrics import Outcome, ServerMetrics
+from cogvla.real_robot.serving.wire import FrameError, pack
 
 HEALTH, METRICS = "/healthz", "/metrics"
 CLOSE_S = 2.0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cogvla.policy.interface import Embodiment, Observation
-from cogvla.real_robot.wire import FrameError, pack, shown, unpack
+from cogvla.real_robot.serving.wire import FrameError, pack, shown, unpack
 
 MAX_PROMPT = 1000
 MAX_NESTING = 3

@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field, replace
 
 from cogvla.policy.interface import Observation
-from cogvla.real_robot.async_client import Answer, AsyncPolicyClient, ClientSettings, UnavailableError
-from cogvla.real_robot.server_info import ServerInfo
+from cogvla.real_robot.serving.async_client import Answer, AsyncPolicyClient, ClientSettings, UnavailableError
+from cogvla.real_robot.serving.server_info import ServerInfo
 
 
 @dataclass(frozen=True)

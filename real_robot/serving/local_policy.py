@@ -11,9 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from cogvla.policy.interface import Embodiment, Observation, Policy
-from cogvla.real_robot.async_client import Answer, UnavailableError
-from cogvla.real_robot.request import RequestKeys
-from cogvla.real_robot.server_info import ServerInfo
+from cogvla.real_robot.serving.async_client import Answer, UnavailableError
+from cogvla.real_robot.serving.request import RequestKeys
+from cogvla.real_robot.serving.server_info import ServerInfo
 
 
 class LocalPolicy:

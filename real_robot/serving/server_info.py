@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.request import OPTIONAL, RequestFormat, RequestKeys
-from cogvla.real_robot.wire import shown
+from cogvla.real_robot.serving.request import OPTIONAL, RequestFormat, RequestKeys
+from cogvla.real_robot.serving.wire import shown
 
 SERVER = "cogvla"
 PROTOCOL_VERSION = 1

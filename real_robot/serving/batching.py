@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cogvla.policy.interface import Observation, Policy
-from cogvla.real_robot.server_metrics import ServerMetrics
+from cogvla.real_robot.serving.server_metrics import ServerMetrics
 
 _log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
 from cogvla.policy.interface import Embodiment, Observation
-from cogvla.real_robot.request import OBSERVATION_ID, RequestFormat
-from cogvla.real_robot.server_info import ServerInfo
-from cogvla.real_robot.wire import FrameError, shown, unpack
+from cogvla.real_robot.serving.request import OBSERVATION_ID, RequestFormat
+from cogvla.real_robot.serving.server_info import ServerInfo
+from cogvla.real_robot.serving.wire import FrameError, shown, unpack
 
 CLOSE_S = 0.5
 

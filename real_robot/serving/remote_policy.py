@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
-from cogvla.real_robot.async_client import Answer, AsyncPolicyClient, ClientSettings
-from cogvla.real_robot.client import EventLoopThread
+from cogvla.real_robot.serving.async_client import Answer, AsyncPolicyClient, ClientSettings
+from cogvla.real_robot.serving.client import EventLoopThread
 
 
 class RemotePolicy:

@@ -12,9 +12,9 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, Self, TypeVar
 
 from cogvla.policy.interface import Observation
-from cogvla.real_robot.async_client import Answer, AsyncPolicyClient, ClientSettings
-from cogvla.real_robot.reconnecting import Backoff, ReconnectingClient
-from cogvla.real_robot.server_info import ServerInfo
+from cogvla.real_robot.serving.async_client import Answer, AsyncPolicyClient, ClientSettings
+from cogvla.real_robot.serving.reconnecting import Backoff, ReconnectingClient
+from cogvla.real_robot.serving.server_info import ServerInfo
 
 T = TypeVar("T")
 
