@@ -26,8 +26,8 @@ import numpy as np
 
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge import Bridge
-from cogvla.real_robot.control_loop import State
-from cogvla.real_robot.observations import STATE
+from cogvla.real_robot.control.control_loop import State
+from cogvla.real_robot.control.observations import STATE
 
 if TYPE_CHECKING:
     from lerobot.robots import Robot

@@ -19,7 +19,7 @@ import numpy as np
 
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge import Bridge
-from cogvla.real_robot.observations import STATE
+from cogvla.real_robot.control.observations import STATE
 from cogvla.real_robot.ros_messages import (
     array_fields,
     compressed_image_of,

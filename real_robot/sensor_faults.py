@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.real_robot.observations import STATE
+from cogvla.real_robot.control.observations import STATE
 
 FAULTS = ("none", "silent", "frozen", "small", "late", "out_of_order", "clock")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.real_robot.bridge import Bridge, Tick
+from cogvla.real_robot.control.measurements import Measurements
 from cogvla.real_robot.live_view import VideoView
-from cogvla.real_robot.measurements import Measurements
 from cogvla.real_robot.trials import STOPPED
 
 CONTROL = "control.jsonl"

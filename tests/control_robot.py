@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Camera, Embodiment
-from cogvla.real_robot.control_loop import Command, ControlLoop, Request
-from cogvla.real_robot.settings import LoopSettings, SafetyLimits
+from cogvla.real_robot.control.control_loop import Command, ControlLoop, Request
+from cogvla.real_robot.control.settings import LoopSettings, SafetyLimits
 
 HZ = 20.0
 PERIOD = 1.0 / HZ

@@ -21,6 +21,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.bag_reader import PAUSE_TICKS, BagReader
+from cogvla.real_robot.control.settings import LoopSettings, RobotConfig, SafetyLimits
 from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.real_robot.ros_messages import (
     array_fields,
@@ -31,7 +32,6 @@ from cogvla.real_robot.ros_messages import (
 )
 from cogvla.real_robot.ros_node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, TRAJECTORY
 from cogvla.real_robot.ros_types import RosTypes
-from cogvla.real_robot.settings import LoopSettings, RobotConfig, SafetyLimits
 from cogvla.scripts.robot.bag_to_dataset import run
 
 HZ = 10.0

@@ -15,10 +15,10 @@ import pytest
 
 from cogvla.policy.interface import Observation
 from cogvla.real_robot.bridge import Bridge, BridgeSettings, Tick
-from cogvla.real_robot.control_loop import Kind, State
-from cogvla.real_robot.measurements import latency_table
+from cogvla.real_robot.control.control_loop import Kind, State
+from cogvla.real_robot.control.measurements import latency_table
+from cogvla.real_robot.control.settings import LoopSettings, RobotConfig
 from cogvla.real_robot.serving.async_client import Answer, UnavailableError
-from cogvla.real_robot.settings import LoopSettings, RobotConfig
 from cogvla.tests.control_robot import ABSOLUTE, DELTA, ROBOT, image
 
 TOLERANT = LoopSettings(image_age_s=1.0, state_age_s=1.0, sync_tolerance_s=0.5, hold_limit_s=30.0, clock_gap_s=5.0)

@@ -22,11 +22,11 @@ from hydra import compose, initialize_config_module
 
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot import ros_messages as messages
+from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.named_config import named_config
 from cogvla.real_robot.ros_front_end import ClockOffset, RosFrontEnd, RosTopics
 from cogvla.real_robot.ros_node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
 from cogvla.real_robot.serving.async_client import ClientSettings
-from cogvla.real_robot.settings import RobotConfig
 from cogvla.scripts.robot import robot_bridge
 from cogvla.tests.policy_servers import SumPolicy, free_port, serving
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
-from cogvla.real_robot.control_loop import State
+from cogvla.real_robot.control.control_loop import State
 from cogvla.real_robot.lerobot_robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
 from cogvla.real_robot.recording import Recorder
 from cogvla.real_robot.serving.local_policy import LocalPolicy

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from cogvla.policy.interface import ActionChunk
-from cogvla.real_robot.control_loop import ControlLoop, Kind, State
-from cogvla.real_robot.settings import LoopSettings
-from cogvla.real_robot.watchdog import TRANSITIONS, Event, Watchdog
+from cogvla.real_robot.control.control_loop import ControlLoop, Kind, State
+from cogvla.real_robot.control.settings import LoopSettings
+from cogvla.real_robot.control.watchdog import TRANSITIONS, Event, Watchdog
 from cogvla.tests.control_robot import ABSOLUTE, DELTA, PERIOD, ROBOT, Driver, chunk_of, constant, image
 
 # --- the table of states -------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_latency_and_jitter_are_measured() -> None:
 
 def test_the_core_needs_numpy_only() -> None:
     blocked = ["torch", "hydra", "omegaconf", "gymnasium", "mujoco", "lerobot", "transformers"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import cogvla.real_robot.control_loop"
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import cogvla.real_robot.control.control_loop"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogvla.real_robot.observations import Observations, Synchronised
-from cogvla.real_robot.settings import LoopSettings
+from cogvla.real_robot.control.observations import Observations, Synchronised
+from cogvla.real_robot.control.settings import LoopSettings
 from cogvla.tests.control_robot import ROBOT, image
 
 SETTINGS = LoopSettings(image_age_s=0.2, state_age_s=0.1, sync_tolerance_s=0.03, future_tolerance_s=0.01)

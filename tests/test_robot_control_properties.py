@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cogvla.policy.interface import ActionChunk
-from cogvla.real_robot.control_loop import Command, ControlLoop, Kind, Request, State
-from cogvla.real_robot.settings import LoopSettings, SafetyLimits
+from cogvla.real_robot.control.control_loop import Command, ControlLoop, Kind, Request, State
+from cogvla.real_robot.control.settings import LoopSettings, SafetyLimits
 from cogvla.tests.control_robot import HZ, PERIOD, ROBOT, Driver, constant, image
 
 STEP, CHANGE, LOW, HIGH = 0.08, 0.05, -0.3, 0.25

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogvla.policy.chunking import TemporalEnsemble
-from cogvla.real_robot.chunk_queue import KEEP_PASSED, ChunkQueue, soft_mask
-from cogvla.real_robot.prefetch import ENOUGH, WINDOW, LatencyEstimate, Prefetch
+from cogvla.real_robot.control.chunk_queue import KEEP_PASSED, ChunkQueue, soft_mask
+from cogvla.real_robot.control.prefetch import ENOUGH, WINDOW, LatencyEstimate, Prefetch
 
 
 def ramp(start: float, length: int) -> np.ndarray:

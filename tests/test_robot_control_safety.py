@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogvla.policy.interface import Camera, Embodiment
-from cogvla.real_robot.control_loop import ControlLoop
-from cogvla.real_robot.safety import LimitError, SafetyLimiter
-from cogvla.real_robot.settings import LoopSettings, RobotConfig, SafetyLimits
+from cogvla.real_robot.control.control_loop import ControlLoop
+from cogvla.real_robot.control.safety import LimitError, SafetyLimiter
+from cogvla.real_robot.control.settings import LoopSettings, RobotConfig, SafetyLimits
 from cogvla.tests.control_robot import ABSOLUTE, DELTA, HZ, PERIOD, ROBOT
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "robot"

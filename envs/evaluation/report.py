@@ -55,7 +55,7 @@ class ControlTiming:
 
     Attributes:
         jitter: distance of the time between two ticks from the control period, one sample per tick.
-        counts: what `cogvla.real_robot.measurements` counted: holds, deadline misses, starvations, faults and so on.
+        counts: what `cogvla.real_robot.control.measurements` counted: holds, deadline misses, starvations, faults and so on.
     """
 
     jitter: Latency | None

@@ -15,9 +15,9 @@ import hydra
 from omegaconf import DictConfig
 
 from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.recording import SHORTEST, RecordingFolder
 from cogvla.real_robot.ros_front_end import RosTopics
-from cogvla.real_robot.settings import RobotConfig
 from cogvla.scripts.command import mistakes_in_one_line, plain
 
 

@@ -21,11 +21,11 @@ from omegaconf import DictConfig
 
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge import Bridge, BridgeSettings
-from cogvla.real_robot.measurements import latency_table
+from cogvla.real_robot.control.measurements import latency_table
+from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings, UnavailableError
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
-from cogvla.real_robot.settings import RobotConfig
 from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
 
 POLL_S = 0.2

@@ -14,9 +14,9 @@ import numpy as np
 import yaml
 
 from cogvla.policy.interface import ActionChunk, Camera, Embodiment
-from cogvla.real_robot.control_loop import ControlLoop, Kind
-from cogvla.real_robot.measurements import percentiles
-from cogvla.real_robot.settings import RobotConfig
+from cogvla.real_robot.control.control_loop import ControlLoop, Kind
+from cogvla.real_robot.control.measurements import percentiles
+from cogvla.real_robot.control.settings import RobotConfig
 
 CONFIG = Path(__file__).parents[2] / "configs" / "robot" / "tabletop.yaml"
 COLUMNS = ("p50", "p95", "p99", "max")

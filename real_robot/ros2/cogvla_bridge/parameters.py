@@ -9,10 +9,10 @@ from typing import Any
 
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge import BridgeSettings
+from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.named_config import named_config
 from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
-from cogvla.real_robot.settings import RobotConfig
 
 PARAMETERS: dict[str, tuple[Any, str]] = {
     "server": ("ws://127.0.0.1:8000", "address of the policy server"),

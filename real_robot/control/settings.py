@@ -121,7 +121,7 @@ class LoopSettings:
         frozen_after_s: a camera that shows exactly the same image for so long, while the state changed by more than
             `frozen_motion`, is frozen and counts as stale; None: not checked.
         frozen_motion: change of any state entry that the image must show.
-        overlap: "replace", "ensemble" or "real_time"; see `cogvla.real_robot.chunk_queue`.
+        overlap: "replace", "ensemble" or "real_time"; see `cogvla.real_robot.control.chunk_queue`.
         ensemble_m: decay of the ensemble's weights exp(-m * i), i = 0 the oldest.
         ask: "ahead", while the last chunk is executed, so that the arm never pauses; "after", once `execute_steps` of
             it have been, with the arm at rest: for policies whose chunks are good at their beginning only.

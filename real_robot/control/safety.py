@@ -25,7 +25,7 @@ from __future__ import annotations
 import numpy as np
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.settings import PerDimension, SafetyLimits
+from cogvla.real_robot.control.settings import PerDimension, SafetyLimits
 
 FAR = 1e9
 """Stands for "no limit": finite, so that the arithmetic needs no special cases."""

@@ -34,15 +34,15 @@ from typing import Any
 import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
-from cogvla.real_robot.chunk_queue import ChunkQueue
-from cogvla.real_robot.loop_types import Command, Kind, Request
-from cogvla.real_robot.measurements import RECENT, Measurements
-from cogvla.real_robot.observations import Observations
-from cogvla.real_robot.prefetch import Prefetch
-from cogvla.real_robot.safety import LimitError, SafetyLimiter
-from cogvla.real_robot.settings import LoopSettings, SafetyLimits
-from cogvla.real_robot.tick_clock import TickClock
-from cogvla.real_robot.watchdog import Event, State, Watchdog
+from cogvla.real_robot.control.chunk_queue import ChunkQueue
+from cogvla.real_robot.control.loop_types import Command, Kind, Request
+from cogvla.real_robot.control.measurements import RECENT, Measurements
+from cogvla.real_robot.control.observations import Observations
+from cogvla.real_robot.control.prefetch import Prefetch
+from cogvla.real_robot.control.safety import LimitError, SafetyLimiter
+from cogvla.real_robot.control.settings import LoopSettings, SafetyLimits
+from cogvla.real_robot.control.tick_clock import TickClock
+from cogvla.real_robot.control.watchdog import Event, State, Watchdog
 
 __all__ = ["Command", "ControlLoop", "Kind", "Request", "State"]
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.settings import LoopSettings
+from cogvla.real_robot.control.settings import LoopSettings
 
 STATE = "state"
 """Name of the joint state among the sensors."""
