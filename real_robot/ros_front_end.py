@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.bridge import Bridge
+from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.control.observations import STATE
 from cogvla.real_robot.ros_messages import (
     array_fields,

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.control.settings import LoopSettings, SafetyLimits
 from cogvla.real_robot.control.settings import RobotConfig as Limits
-from cogvla.real_robot.lerobot_robot import LeRobotSettings
+from cogvla.real_robot.lerobot.robot import LeRobotSettings
 
 JOINTS = ("shoulder.pos", "elbow.pos", "gripper.pos")
 PLANE = Embodiment(

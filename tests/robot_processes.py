@@ -18,7 +18,7 @@ import numpy as np
 from cogvla.real_robot.dds import DdsNode, DdsSettings
 from cogvla.real_robot.ros_messages import diagnostics_of, state_of
 from cogvla.real_robot.ros_node import ARRAY, DIAGNOSTICS, JOINT_STATE, SET_BOOL, STRING, TRIGGER, Delivery, seconds_of
-from cogvla.real_robot.simulated_arm import STATE_NAMES
+from cogvla.real_robot.simulated.simulated_arm import STATE_NAMES
 
 BRIDGE = "/cogvla_bridge"
 COMMANDS = "/arm_controller/commands"

@@ -20,8 +20,8 @@ pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
 from rosbags.rosbag2 import StoragePlugin, Writer
 
 from cogvla.policy.interface import Camera, Embodiment
-from cogvla.real_robot.bag_reader import PAUSE_TICKS, BagReader
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig, SafetyLimits
+from cogvla.real_robot.recording.bag_reader import PAUSE_TICKS, BagReader
 from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.real_robot.ros_messages import (
     array_fields,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cogvla.policy.interface import Observation
-from cogvla.real_robot.bridge import Bridge, BridgeSettings, Tick
+from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings, Tick
 from cogvla.real_robot.control.control_loop import Kind, State
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig

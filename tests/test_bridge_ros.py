@@ -22,8 +22,8 @@ from hydra import compose, initialize_config_module
 
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot import ros_messages as messages
+from cogvla.real_robot.bridge.named_config import named_config
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.named_config import named_config
 from cogvla.real_robot.ros_front_end import ClockOffset, RosFrontEnd, RosTopics
 from cogvla.real_robot.ros_node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
 from cogvla.real_robot.serving.async_client import ClientSettings

@@ -6,7 +6,7 @@ import os
 import pty
 import termios
 
-from cogvla.real_robot.keyboard import Keyboard
+from cogvla.real_robot.bridge.keyboard import Keyboard
 from cogvla.tests.policy_servers import until
 
 

@@ -18,10 +18,10 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from omegaconf import DictConfig
 
 from cogvla.policy.interface import ActionChunk, Observation
-from cogvla.real_robot.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.control.control_loop import State
-from cogvla.real_robot.lerobot_robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
-from cogvla.real_robot.recording import Recorder
+from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
+from cogvla.real_robot.recording.recorder import Recorder
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.robot.drive_robot import run

@@ -21,15 +21,15 @@ from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EPISODES, EpisodeLog
 from cogvla.envs.suite import Suite, Task
 from cogvla.policy.interface import ActionChunk, Observation
-from cogvla.real_robot.bridge import Bridge, BridgeSettings
-from cogvla.real_robot.lerobot_robot import LeRobotFrontEnd, connected
-from cogvla.real_robot.operator_scene import OperatorScene, SessionEndedError, listen
+from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, connected
 from cogvla.real_robot.serving.async_client import UnavailableError
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.request import RequestKeys
-from cogvla.real_robot.simulated_arm import SceneStatus
-from cogvla.real_robot.trial_log import CONTROL, ControlLog, Film
-from cogvla.real_robot.trials import EpisodeAbortedError, play
+from cogvla.real_robot.simulated.simulated_arm import SceneStatus
+from cogvla.real_robot.trials.operator_scene import OperatorScene, SessionEndedError, listen
+from cogvla.real_robot.trials.trial_log import CONTROL, ControlLog, Film
+from cogvla.real_robot.trials.trials import EpisodeAbortedError, play
 from cogvla.scripts.robot import run_trials
 from cogvla.scripts.robot.run_trials import Session, run, summary
 from cogvla.tests.planearm import LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured

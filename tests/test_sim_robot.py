@@ -13,8 +13,8 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from cogvla.envs.suite import get_suite
-from cogvla.real_robot.sensor_faults import SensorFaults
-from cogvla.real_robot.simulated_arm import STATE_NAMES, SceneStart, SceneStatus, SimulatedArm
+from cogvla.real_robot.simulated.sensor_faults import SensorFaults
+from cogvla.real_robot.simulated.simulated_arm import STATE_NAMES, SceneStart, SceneStatus, SimulatedArm
 from cogvla.tests.point_suite import toy_suite
 from cogvla.tests.policy_servers import free_port, get, until
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cogvla.real_robot.writing_thread import WritingThread
+from cogvla.real_robot.bridge.writing_thread import WritingThread
 
 
 class Written(WritingThread[int]):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.recording import SHORTEST, RecordingFolder
+from cogvla.real_robot.recording.recorder import SHORTEST, RecordingFolder
 from cogvla.real_robot.ros_front_end import RosTopics
 from cogvla.scripts.command import mistakes_in_one_line, plain
 
@@ -31,7 +31,7 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig) -> None:
     """Convert, and say what was left out and why."""
     try:
-        from cogvla.real_robot.bag_reader import BagReader
+        from cogvla.real_robot.recording.bag_reader import BagReader
     except ModuleNotFoundError as error:
         raise ValueError(f"bags need {error.name}: install the extra `dds`") from error
     robot = RobotConfig(**plain(config.robot))

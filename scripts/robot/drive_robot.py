@@ -18,11 +18,11 @@ import hydra
 from omegaconf import DictConfig
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.bridge.keyboard import Keyboard
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.keyboard import Keyboard
-from cogvla.real_robot.recording import Recorder
+from cogvla.real_robot.recording.recorder import Recorder
 from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
 from cogvla.scripts.robot.robot_bridge import watch
 from cogvla.scripts.robot.robots import open_front_end, open_policy_client

@@ -20,7 +20,7 @@ import hydra
 from omegaconf import DictConfig
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics

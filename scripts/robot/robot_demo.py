@@ -36,16 +36,16 @@ from cogvla.envs.evaluation.statistics import latency, success_rate
 from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.bridge.live_view import RerunView, VideoView, choose_view
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.dds import DdsNode, DdsSettings
-from cogvla.real_robot.live_view import RerunView, VideoView, choose_view
 from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.real_robot.serving.remote_policy import RemotePolicy
-from cogvla.real_robot.trials import SimulatedScene, play
+from cogvla.real_robot.trials.trials import SimulatedScene, play
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 
 START_S = 180.0

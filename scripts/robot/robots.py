@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.front_end import AsksPolicy, FrontEnd
+from cogvla.real_robot.bridge.front_end import AsksPolicy, FrontEnd
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
@@ -28,7 +28,7 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
         OSError: the robot is not there.
     """
     if config.transport == "lerobot":
-        from cogvla.real_robot.lerobot_robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
+        from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
 
         settings = LeRobotSettings(**plain(config.lerobot))
         settings.check(embodiment)

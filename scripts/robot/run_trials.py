@@ -31,13 +31,13 @@ from cogvla.envs.evaluation.report import ControlTiming, Report, build_report
 from cogvla.envs.evaluation.statistics import latency, success_rate
 from cogvla.envs.suite import Suite, Task, get_suite
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.bridge.keyboard import Keyboard
 from cogvla.real_robot.control.measurements import Measurements, latency_table
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.keyboard import Keyboard
-from cogvla.real_robot.operator_scene import OperatorScene, SessionEndedError, listen
-from cogvla.real_robot.trial_log import ControlLog, Film
-from cogvla.real_robot.trials import STOPPED, Scene, SimulatedScene, play
+from cogvla.real_robot.trials.operator_scene import OperatorScene, SessionEndedError, listen
+from cogvla.real_robot.trials.trial_log import ControlLog, Film
+from cogvla.real_robot.trials.trials import STOPPED, Scene, SimulatedScene, play
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 

@@ -3,7 +3,7 @@
     unconfigured --configure--> inactive --activate--> active
          ^--------cleanup---------'  ^---deactivate------'
 
-There is no logic here: `cogvla.real_robot.bridge.Bridge` has it, and this file gives it a `RosNode` made of rclpy.
+There is no logic here: `cogvla.real_robot.bridge.bridge.Bridge` has it, and this file gives it a `RosNode` made of rclpy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rosidl_runtime_py.utilities import get_message, get_service
 
-from cogvla.real_robot.bridge import Bridge
+from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.ros_front_end import RosFrontEnd
 from cogvla.real_robot.ros_node import TRIGGER, Answer, Delivery, Fields
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient

@@ -14,7 +14,7 @@ from cogvla.policy.interface import Observation
 from cogvla.real_robot.serving.async_client import Answer
 
 if TYPE_CHECKING:
-    from cogvla.real_robot.bridge import Bridge
+    from cogvla.real_robot.bridge.bridge import Bridge
 
 
 class FrontEnd(Protocol):

@@ -30,8 +30,8 @@ import numpy as np
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, encode_png, pack_encoded
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.bridge import Tick
-from cogvla.real_robot.writing_thread import WritingThread
+from cogvla.real_robot.bridge.bridge import Tick
+from cogvla.real_robot.bridge.writing_thread import WritingThread
 
 RECORD_FILE = "recording.json"
 STATE_FEATURE, ACTION_FEATURE = "observation.state", "action"

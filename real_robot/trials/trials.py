@@ -17,11 +17,11 @@ from itertools import count, islice
 from typing import Any, Protocol
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.real_robot.bridge import Bridge
+from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.control.control_loop import State
 from cogvla.real_robot.dds import DdsNode
 from cogvla.real_robot.ros_node import STRING, Delivery
-from cogvla.real_robot.simulated_arm import SceneStart, SceneStatus
+from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus
 
 POLL_S = 0.01
 STOPPED = "stopped: "

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.bridge import Bridge
+from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.control.control_loop import State
 from cogvla.real_robot.control.observations import STATE
 

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from cogvla.envs.rollout.video import VideoWriter, annotate
-from cogvla.real_robot.bridge import Tick
-from cogvla.real_robot.writing_thread import WritingThread
+from cogvla.real_robot.bridge.bridge import Tick
+from cogvla.real_robot.bridge.writing_thread import WritingThread
 
 VIEWS = ("auto", "rerun", "video", "none")
 _HEIGHT = 256

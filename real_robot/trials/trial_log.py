@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cogvla.envs.episodes import EpisodeResult
-from cogvla.real_robot.bridge import Bridge, Tick
+from cogvla.real_robot.bridge.bridge import Bridge, Tick
+from cogvla.real_robot.bridge.live_view import VideoView
 from cogvla.real_robot.control.measurements import Measurements
-from cogvla.real_robot.live_view import VideoView
-from cogvla.real_robot.trials import STOPPED
+from cogvla.real_robot.trials.trials import STOPPED
 
 CONTROL = "control.jsonl"
 VIDEOS = "videos"

@@ -15,8 +15,8 @@ from typing import Any
 
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.real_robot.ros_node import STRING, TRIGGER, Answer, Delivery
-from cogvla.real_robot.simulated_arm import SceneStatus
-from cogvla.real_robot.trials import EpisodeAbortedError
+from cogvla.real_robot.simulated.simulated_arm import SceneStatus
+from cogvla.real_robot.trials.trials import EpisodeAbortedError
 
 GO, SUCCESS, FAILURE, ABORT, QUIT = "g", "y", "n", "x", "q"
 WORDS = {"go": GO, "success": SUCCESS, "failure": FAILURE, "abort": ABORT, "quit": QUIT}

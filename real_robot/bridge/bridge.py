@@ -29,10 +29,10 @@ from typing import Any, Self
 import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Embodiment
+from cogvla.real_robot.bridge.front_end import AsksPolicy, FrontEnd
 from cogvla.real_robot.control.control_loop import Command, ControlLoop, Request, State
 from cogvla.real_robot.control.measurements import Measurements
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig
-from cogvla.real_robot.front_end import AsksPolicy, FrontEnd
 from cogvla.real_robot.serving.async_client import UnavailableError
 from cogvla.real_robot.serving.client import EventLoopThread
 
