@@ -22,16 +22,16 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig, SafetyLimits
 from cogvla.real_robot.recording.bag_reader import PAUSE_TICKS, BagReader
-from cogvla.real_robot.ros_front_end import RosTopics
-from cogvla.real_robot.ros_messages import (
+from cogvla.real_robot.ros.front_end import RosTopics
+from cogvla.real_robot.ros.messages import (
     array_fields,
     compressed_image_fields,
     image_fields,
     joint_state_fields,
     trajectory_fields,
 )
-from cogvla.real_robot.ros_node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, TRAJECTORY
-from cogvla.real_robot.ros_types import RosTypes
+from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, TRAJECTORY
+from cogvla.real_robot.ros.types import RosTypes
 from cogvla.scripts.robot.bag_to_dataset import run
 
 HZ = 10.0

@@ -26,7 +26,7 @@ pytest.importorskip("rosbags", reason="needs the extra `dds`")
 
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 
-from cogvla.real_robot.ros_node import ARRAY, IMAGE, JOINT_STATE, Delivery
+from cogvla.real_robot.ros.node import ARRAY, IMAGE, JOINT_STATE, Delivery
 from cogvla.tests.robot_processes import Operator, Process
 
 DOMAIN = 10 + os.getpid() % 80

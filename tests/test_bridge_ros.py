@@ -21,11 +21,11 @@ import yaml
 from hydra import compose, initialize_config_module
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot import ros_messages as messages
 from cogvla.real_robot.bridge.named_config import named_config
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.ros_front_end import ClockOffset, RosFrontEnd, RosTopics
-from cogvla.real_robot.ros_node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
+from cogvla.real_robot.ros import messages as messages
+from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd, RosTopics
+from cogvla.real_robot.ros.node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.scripts.robot import robot_bridge
 from cogvla.tests.policy_servers import SumPolicy, free_port, serving
@@ -280,12 +280,12 @@ def test_named_configs_list_what_there_is(tmp_path: Path) -> None:
         (["transport=rclpy"], "transport must be dds, got 'rclpy'"),
         (["dds.domain=400"], "dds.domain must be from 0 to 232"),
         (["dds.distro=foxy"], "distro must be one of humble, iron, jazzy"),
-        ([], "transport=dds needs cogvla.real_robot.dds: install the extra `dds`"),
+        ([], "transport=dds needs cogvla.real_robot.ros.dds: install the extra `dds`"),
     ],
 )
 def test_mistakes_of_the_command_are_explained(changes: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not changes:
-        monkeypatch.setitem(sys.modules, "cogvla.real_robot.dds", None)  # as if it could not be imported
+        monkeypatch.setitem(sys.modules, "cogvla.real_robot.ros.dds", None)  # as if it could not be imported
     elif changes[0].startswith("dds"):
         pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
     with initialize_config_module("cogvla.configs", version_base="1.3"):

@@ -36,7 +36,7 @@ from cogvla.policy.training.adapters import FinetuneConfig
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.real_robot.lerobot.robot import LeRobotSettings
-from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.train_policy import build_trainer
 from cogvla.tests import small_data as small

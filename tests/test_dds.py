@@ -18,10 +18,10 @@ from cyclonedds.builtin import BuiltinDataReader, BuiltinTopicDcpsPublication
 from cyclonedds.core import Policy
 from cyclonedds.domain import DomainParticipant
 
-from cogvla.real_robot.dds import DISCOVERY_INFO, DdsNode, DdsSettings, _configured
-from cogvla.real_robot.ros_messages import diagnostics_fields, diagnostics_of, image_fields, trajectory_fields
-from cogvla.real_robot.ros_node import ARRAY, IMAGE, SET_BOOL, STRING, TRAJECTORY, TRIGGER, Delivery
-from cogvla.real_robot.ros_types import DISTROS, RosTypes
+from cogvla.real_robot.ros.dds import DISCOVERY_INFO, DdsNode, DdsSettings, _configured
+from cogvla.real_robot.ros.messages import diagnostics_fields, diagnostics_of, image_fields, trajectory_fields
+from cogvla.real_robot.ros.node import ARRAY, IMAGE, SET_BOOL, STRING, TRAJECTORY, TRIGGER, Delivery
+from cogvla.real_robot.ros.types import DISTROS, RosTypes
 
 DOMAIN = 100 + os.getpid() % 30
 

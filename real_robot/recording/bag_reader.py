@@ -30,10 +30,10 @@ from rosbags.typesys import get_typestore
 from cogvla.envs.recording.demonstration import encode_png
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.ros_front_end import RosTopics
-from cogvla.real_robot.ros_messages import compressed_image_of, image_of, state_of
-from cogvla.real_robot.ros_node import COMPRESSED_IMAGE, seconds_of
-from cogvla.real_robot.ros_types import DISTROS
+from cogvla.real_robot.ros.front_end import RosTopics
+from cogvla.real_robot.ros.messages import compressed_image_of, image_of, state_of
+from cogvla.real_robot.ros.node import COMPRESSED_IMAGE, seconds_of
+from cogvla.real_robot.ros.types import DISTROS
 
 SKEW_S = 10.0
 """Stamps that are further from the time of recording are of another clock."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cogvla.envs.episodes import EpisodeSpec
-from cogvla.real_robot.ros_node import STRING, TRIGGER, Answer, Delivery
+from cogvla.real_robot.ros.node import STRING, TRIGGER, Answer, Delivery
 from cogvla.real_robot.simulated.simulated_arm import SceneStatus
 from cogvla.real_robot.trials.trials import EpisodeAbortedError
 

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.control.control_loop import State
-from cogvla.real_robot.dds import DdsNode
-from cogvla.real_robot.ros_node import STRING, Delivery
+from cogvla.real_robot.ros.dds import DdsNode
+from cogvla.real_robot.ros.node import STRING, Delivery
 from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus
 
 POLL_S = 0.01

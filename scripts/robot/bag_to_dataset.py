@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.recording.recorder import SHORTEST, RecordingFolder
-from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.scripts.command import mistakes_in_one_line, plain
 
 

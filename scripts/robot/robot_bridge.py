@@ -23,7 +23,7 @@ from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics
+from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings, UnavailableError
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
@@ -105,7 +105,7 @@ def _node(config: DictConfig) -> Any:
             f"transport must be dds, got {config.transport!r}; for rclpy, start the node of real_robot/ros2"
         )
     try:
-        from cogvla.real_robot.dds import DdsNode, DdsSettings
+        from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
     except ModuleNotFoundError as error:
         raise ValueError(f"transport=dds needs {error.name}: install the extra `dds`") from error
 

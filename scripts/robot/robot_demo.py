@@ -40,8 +40,8 @@ from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.bridge.live_view import RerunView, VideoView, choose_view
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.dds import DdsNode, DdsSettings
-from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics
+from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
+from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.real_robot.serving.remote_policy import RemotePolicy

@@ -38,10 +38,10 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
     if config.transport != "dds":
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {config.transport!r}")
     try:
-        from cogvla.real_robot.dds import DdsNode, DdsSettings
+        from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
     except ModuleNotFoundError as error:
         raise ValueError(f"transport=dds needs {error.name}: install the extra `dds`") from error
-    from cogvla.real_robot.ros_front_end import RosFrontEnd, RosTopics
+    from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
 
     node = DdsNode(config.node, DdsSettings(**plain(config.dds)))
     front_end = RosFrontEnd(node, RosTopics(**plain(config.topics)), embodiment)

@@ -24,10 +24,10 @@ import numpy as np
 from omegaconf import DictConfig
 
 from cogvla.envs.suite import get_suite
-from cogvla.real_robot.dds import DdsNode, DdsSettings
-from cogvla.real_robot.ros_front_end import RosTopics
-from cogvla.real_robot.ros_messages import compressed_image_fields, image_fields, joint_state_fields
-from cogvla.real_robot.ros_node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, Delivery
+from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
+from cogvla.real_robot.ros.front_end import RosTopics
+from cogvla.real_robot.ros.messages import compressed_image_fields, image_fields, joint_state_fields
+from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, Delivery
 from cogvla.real_robot.simulated.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus, SimulatedArm
 from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event

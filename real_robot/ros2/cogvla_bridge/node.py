@@ -18,8 +18,8 @@ from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPo
 from rosidl_runtime_py.utilities import get_message, get_service
 
 from cogvla.real_robot.bridge.bridge import Bridge
-from cogvla.real_robot.ros_front_end import RosFrontEnd
-from cogvla.real_robot.ros_node import TRIGGER, Answer, Delivery, Fields
+from cogvla.real_robot.ros.front_end import RosFrontEnd
+from cogvla.real_robot.ros.node import TRIGGER, Answer, Delivery, Fields
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla_bridge.messages import fill
 from cogvla_bridge.parameters import PARAMETERS, parts

@@ -11,7 +11,7 @@ from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import BridgeSettings
 from cogvla.real_robot.bridge.named_config import named_config
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.ros_front_end import RosTopics
+from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
 
 PARAMETERS: dict[str, tuple[Any, str]] = {

@@ -29,8 +29,8 @@ from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 from rosbags.serde import SerdeError
 
-from cogvla.real_robot.ros_node import TRIGGER, Answer, Delivery, Fields, resolve
-from cogvla.real_robot.ros_types import RosTypes, Sample
+from cogvla.real_robot.ros.node import TRIGGER, Answer, Delivery, Fields, resolve
+from cogvla.real_robot.ros.types import RosTypes, Sample
 
 _log = logging.getLogger(__name__)
 LOOPBACK = "lo"

@@ -20,7 +20,7 @@ import numpy as np
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.control.observations import STATE
-from cogvla.real_robot.ros_messages import (
+from cogvla.real_robot.ros.messages import (
     array_fields,
     compressed_image_of,
     diagnostics_fields,
@@ -28,7 +28,7 @@ from cogvla.real_robot.ros_messages import (
     state_of,
     trajectory_fields,
 )
-from cogvla.real_robot.ros_node import (
+from cogvla.real_robot.ros.node import (
     ARRAY,
     BOOL,
     COMPRESSED_IMAGE,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cogvla.real_robot.ros_node import Fields, stamp_of
+from cogvla.real_robot.ros.node import Fields, stamp_of
 
 _CHANNELS: dict[str, tuple[int, tuple[int, ...]]] = {
     "rgb8": (3, (0, 1, 2)),

@@ -15,7 +15,7 @@ from rosbags.interfaces import Nodetype
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
-from cogvla.real_robot.ros_node import Fields
+from cogvla.real_robot.ros.node import Fields
 
 DISTROS = {"humble": Stores.ROS2_HUMBLE, "iron": Stores.ROS2_IRON, "jazzy": Stores.ROS2_JAZZY}
 _SERVICES = {
