@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.libero import conventions, image_agreement, state_agreement
+from cogvla.libero.conventions import declared, image_agreement, state_agreement
 from cogvla.libero.conventions.declared import Finding
 from cogvla.libero.conventions.recorded_episodes import Episode, Recordings, open_recordings
 from cogvla.libero.conventions.replayed_episodes import Trace, replay
@@ -110,19 +110,19 @@ def check(
     features = {"action": np.concatenate([episode.actions_TA for episode in everything])}
     seen = [episode.states_TS for episode in everything if episode.states_TS is not None]
     features |= {"state": np.concatenate(seen)} if seen else {}
-    said, _ = conventions.gripper(everything, embodiment)
+    said, _ = declared.gripper(everything, embodiment)
     family = LIBERO_SUITES if suite.name in LIBERO_SUITES else ()
     elsewhere = {task.instruction for other in family for task in tasks(other)}
-    worded = conventions.instructions(everything, [task.instruction for task in suite.tasks], elsewhere)
+    worded = declared.instructions(everything, [task.instruction for task in suite.tasks], elsewhere)
     findings = [
-        conventions.versions(recordings.simulation, {"mujoco": version("mujoco"), **suite.settings}),
+        declared.versions(recordings.simulation, {"mujoco": version("mujoco"), **suite.settings}),
         worded,
         said,
-        conventions.statistics("statistics", recordings.statistics, features, embodiment),
+        declared.statistics("statistics", recordings.statistics, features, embodiment),
     ]
     if checkpoint is not None:
-        findings.append(conventions.statistics("checkpoint's statistics", checkpoint, features, embodiment))
-    findings.append(conventions.control_rate(recordings, embodiment))
+        findings.append(declared.statistics("checkpoint's statistics", checkpoint, features, embodiment))
+    findings.append(declared.control_rate(recordings, embodiment))
     traces = _traces(recordings, suite, embodiment, episodes, progress)
     if not traces:
         return [*findings, Finding("replay", "not checked", "no episode could be assigned to a task of the suite")]
@@ -150,7 +150,7 @@ def _traces(recordings: Recordings, suite: Suite, embodiment: Embodiment, count:
     )
     chosen.sort(key=lambda episode: _task(episode, known))  # scenes are built once
     # What is executed may be in another convention than what is learned.
-    _, gripper = conventions.gripper([replace(e, actions_TA=e.executed_TA) for e in recordings.episodes], embodiment)
+    _, gripper = declared.gripper([replace(e, actions_TA=e.executed_TA) for e in recordings.episodes], embodiment)
     rest_A = np.zeros(embodiment.action_dim, np.float32)
     if embodiment.gripper_index is not None:
         rest_A[embodiment.gripper_index] = embodiment.gripper_open

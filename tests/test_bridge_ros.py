@@ -31,7 +31,7 @@ from cogvla.scripts.robot import robot_bridge
 from cogvla.tests.policy_servers import SumPolicy, free_port, serving
 
 ROOT = Path(__file__).parents[1]
-ROS2 = ROOT / "real_robot" / "ros2"
+ROS2 = ROOT / "real_robot" / "ros" / "package"
 
 
 def as_message(fields: Any) -> Any:

@@ -120,7 +120,8 @@ for name in {blocked!r}:
     sys.modules[name] = None  # as if it were not installed
 
 import torch
-from cogvla.policy import checkpoint, flops, model, policy, pretrained, tokenizer
+import cogvla.policy.checkpoint, cogvla.policy.cost.flops, cogvla.policy.policy
+import cogvla.policy.weights.pretrained, cogvla.policy.inputs.tokenizer
 from cogvla.routing import aggregation, attention, film, layout, pruning, schedule
 from cogvla.tests.tiny_model import tiny_input, tiny_model
 

@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> dict[str, Any] | None:
     """The git commit of this package and whether tracked files differ from it; None where it is no git checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # an installed package inside somebody else's repository is not that repository
         return None
     head = _git(root, "rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""What the robot's front end needs of a ROS 2 node, whoever provides it: `dds.DdsNode`, or rclpy in `ros2/`."""
+"""What the robot's front end needs of a ROS 2 node, whoever provides it: `dds.DdsNode`, or rclpy in `package/`."""
 
 from __future__ import annotations
 

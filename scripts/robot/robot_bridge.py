@@ -102,7 +102,7 @@ def _without_numbers(text: str) -> str:
 def _node(config: DictConfig) -> Any:
     if config.transport != "dds":
         raise ValueError(
-            f"transport must be dds, got {config.transport!r}; for rclpy, start the node of real_robot/ros2"
+            f"transport must be dds, got {config.transport!r}; for rclpy, start the node of real_robot/ros/package"
         )
     try:
         from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
