@@ -4,7 +4,7 @@
     TokenRouter    tokens [B,N,D] + context -> RoutedTokens
     RoutedTokens   tokens [B,K,D], where they come from and where they are placed
 
-Rules that hold for all of them, and that `tests/test_routers_contract.py` checks:
+Rules that hold for all of them, and that `tests/routing/test_routers_contract.py` checks:
 
 - K is exact, chosen tokens keep their order, synthetic ones are placed among them
 - a sample is routed alike alone and in a batch: there is no loop over samples, and what is random is drawn per sample

@@ -4,8 +4,9 @@
     convert_libero source=datasets/libero_goal replay=actions workers=8 output=/data/libero_goal
     convert_libero source=libero_v21 output=libero_v3
 
-The same command again goes on where it was stopped (`envs/recording/dataset_folder.py`): `OUTPUT.converting/episodes/N.json` says
-what became of the N-th demonstration, and `N.npz` is its episode if it is kept.
+The same command again goes on where it was stopped (`envs/recording/dataset_folder.py`):
+`OUTPUT.converting/episodes/N.json` says what became of the N-th demonstration, and `N.npz` is its episode if it is
+kept.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     verify_reference FOLDER
     verify_reference FOLDER tolerance=1e-3
 
-The folder is described in `cogvla.policy.weights.reference`. The error of a token is its largest deviation in relation to its
-largest expected value; that of a stage is the error of its worst token. The exit status is 0 if no stage is above the
-tolerance, 1 if one is, 2 if the folder cannot be read.
+The folder is described in `cogvla.policy.weights.reference`. The error of a token is its largest deviation in relation
+to its largest expected value; that of a stage is the error of its worst token. The exit status is 0 if no stage is
+above the tolerance, 1 if one is, 2 if the folder cannot be read.
 
 Shape legend: B batch (1), V views, M aggregation tokens per view, N = V*M, T text tokens, S sequence, D width.
 """

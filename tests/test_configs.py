@@ -39,9 +39,9 @@ from cogvla.real_robot.lerobot.robot import LeRobotSettings
 from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.train_policy import build_trainer
-from cogvla.tests import small_data as small
+from cogvla.tests.support import small_data as small
+from cogvla.tests.support.paths import CONFIGS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS: dict[str, Callable[..., Any]] = {
     "augmentation": AugmentationConfig,
     "counting": Counting,

@@ -6,11 +6,11 @@ import ast
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from cogvla.tests.support.paths import ROOT
+
 CORE = {"torch", "transformers", "timm", "einops", "safetensors", "numpy"}
 """All that a machine needs to run a policy."""
 
@@ -123,7 +123,7 @@ import torch
 import cogvla.policy.checkpoint, cogvla.policy.cost.flops, cogvla.policy.policy
 import cogvla.policy.weights.pretrained, cogvla.policy.inputs.tokenizer
 from cogvla.routing import aggregation, attention, film, layout, pruning, schedule
-from cogvla.tests.tiny_model import tiny_input, tiny_model
+from cogvla.tests.support.tiny_model import tiny_input, tiny_model
 
 with torch.inference_mode():
     print(tuple(tiny_model()(tiny_input()).actions.shape))

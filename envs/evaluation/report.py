@@ -55,7 +55,8 @@ class ControlTiming:
 
     Attributes:
         jitter: distance of the time between two ticks from the control period, one sample per tick.
-        counts: what `cogvla.real_robot.control.measurements` counted: holds, deadline misses, starvations, faults and so on.
+        counts: what `cogvla.real_robot.control.measurements` counted: holds, deadline misses, starvations, faults and
+        so on.
     """
 
     jitter: Latency | None
@@ -191,9 +192,12 @@ def render_index(reports: Mapping[str, Report]) -> str:
 def template(name: str) -> Template:
     """A page of this folder, with the filters that pages use."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"percent": _percent, "number": _number, "data": _data, "flat": _flat}
     return environment.get_template(name)
 

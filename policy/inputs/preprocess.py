@@ -32,8 +32,8 @@ class Preprocessor(nn.Module):
         statistics: `{"state": Statistics, "action": Statistics}` of the training data.
         crop_area: share of each view that is cut out of its centre, for a policy that was trained with random crops of
             that size; 1 is off.
-        resize_kernel: how views are brought to the policy's size, see `policy.inputs.resize`. Both are saved with the weights,
-            so that whoever plays the policy cannot get them wrong.
+        resize_kernel: how views are brought to the policy's size, see `policy.inputs.resize`. Both are saved with the
+            weights, so that whoever plays the policy cannot get them wrong.
     """
 
     def __init__(

@@ -58,8 +58,8 @@ class ModelOutput:
     that the language model was given, and the states [B,J,D] of the action tokens that the head reads.
 
     `gaze`, if asked for: per tower the logarithm of the aggregation tokens' attention to the patches, [B*V,h,M,P].
-    `debug` holds, if asked for: what `policy.model.language.Trace` remembers of each layer, the `layout`, `streams` (tower
-    outputs), `stream_weights` [B,2], and with a token router before the language model its answer as `routed`.
+    `debug` holds, if asked for: what `policy.model.language.Trace` remembers of each layer, the `layout`, `streams`
+    (tower outputs), `stream_weights` [B,2], and with a token router before the language model its answer as `routed`.
     `kept` tells which of the towers' tokens each vision token is, int64 [B,N], -1 for new ones; None: all in order.
     `losses` are the auxiliary objectives of token routers, already weighted.
     """

@@ -1,4 +1,4 @@
-"""Routers between the layers of the language model: `policy.model.language.LayerRouting` by what is in `routing/routers`.
+"""Routers between the layers of the language model: `policy.model.language.LayerRouting` from `routing/routers`.
 
 The vision tokens of all views are one sequence here, and compete for all places.
 

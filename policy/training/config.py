@@ -25,7 +25,8 @@ class TrainingConfig:
         weight_decay: of matrices; other parameters are not decayed.
         clip_norm: gradients are scaled down to this norm.
         accumulation: parts that a step's batch is computed in, one after the other, to save memory.
-        cpu_parts: parts of a batch that are computed side by side on a CPU, each by a process (`policy.training.parallel`).
+        cpu_parts: parts of a batch that are computed side by side on a CPU, each by a process
+            (`policy.training.parallel`).
         ema_decay: of the moving average of the weights, which is what is evaluated; 0 keeps the current weights.
         precision: `float32`, `bfloat16` (autocast; frozen matrices are kept in bfloat16, all else in float32), or
             `auto`: bfloat16 where there is a GPU.

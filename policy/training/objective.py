@@ -8,8 +8,8 @@ Behaviour cloning alone learns the arm's habits long before it looks at the inst
   them after some hundred steps, but the decoder's attention finds them there thousands of steps later, as long as only
   the few actions of the approach ask for it;
 - pointing: half of the aggregation tokens are taught to attend to the patches where the object is, the others to those
-  of the goal (`policy/training/auxiliary/pointing.py`). Without it, attention stays spread over the whole image for thousands of
-  steps and nothing downstream has a position to work with;
+  of the goal (`policy/training/auxiliary/pointing.py`). Without it, attention stays spread over the whole image for
+  thousands of steps and nothing downstream has a position to work with;
 - counterfactual instructions: a share of the samples is given another instruction that is possible in the same
   scene. There is no action to imitate for it, but the simulator knows where its target is, so that the same picture
   has to answer several instructions;

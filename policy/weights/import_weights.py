@@ -1,8 +1,8 @@
 """Weights in somebody else's naming into our model, tensor by tensor.
 
 A checkpoint is read as a mapping from names to tensors that opens its file for one tensor and closes it again: nothing
-is in memory twice, and a model that starts without memory of its own (`cogvla.policy.model.empty_model`) needs no more than
-its weights.
+is in memory twice, and a model that starts without memory of its own (`cogvla.policy.model.empty_model`) needs no more
+than its weights.
 """
 
 from __future__ import annotations

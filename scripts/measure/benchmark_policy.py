@@ -18,7 +18,8 @@ Weights are random unless a checkpoint is given; that changes no time. Every row
 Needs torch, transformers, timm, einops, safetensors and numpy, and no installation of this package:
 
     mkdir -p .cache/types && ln -sfn ../.. .cache/types/cogvla
-    PYTHONPATH=.cache/types python -m cogvla.scripts.measure.benchmark_policy --preset cogvla_7b --device cuda --dtype bfloat16
+    PYTHONPATH=.cache/types python -m cogvla.scripts.measure.benchmark_policy --preset cogvla_7b --device cuda \\
+        --dtype bfloat16
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import yaml
@@ -17,8 +16,9 @@ from cogvla.policy.interface import ActionChunk, Camera, Embodiment
 from cogvla.real_robot.control.control_loop import ControlLoop, Kind
 from cogvla.real_robot.control.measurements import percentiles
 from cogvla.real_robot.control.settings import RobotConfig
+from cogvla.tests.support.paths import CONFIGS
 
-CONFIG = Path(__file__).parents[2] / "configs" / "robot" / "tabletop.yaml"
+CONFIG = CONFIGS / "robot" / "tabletop.yaml"
 COLUMNS = ("p50", "p95", "p99", "max")
 
 

@@ -25,7 +25,7 @@ from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.routing.registry import ROUTERS, build_router
 from cogvla.routing.router import RouterConfig
-from cogvla.tests.router_contexts import context_for, everything, sizes_for
+from cogvla.tests.support.router_contexts import context_for, everything, sizes_for
 
 WARM_UP = 3
 

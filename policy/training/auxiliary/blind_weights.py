@@ -6,9 +6,9 @@ reads the text alone. The exact form is not published; here, with the error e of
     w = clip(e / mean e, 0.5, 2)          and 1 + strength * (w - 1) is what counts
 
 The mean is over all actions of the step that are imitated, before the step is divided, so that neither accumulation
-nor processes change it; the weights of a step average 1 afterwards, as all others do (`policy/training/batches.py`). Errors are
-those of the blind policy's own head, with the state hidden where the sample hides it: such a sample needs the picture
-more.
+nor processes change it; the weights of a step average 1 afterwards, as all others do (`policy/training/batches.py`).
+Errors are those of the blind policy's own head, with the state hidden where the sample hides it: such a sample needs
+the picture more.
 
 The blind policy is a checkpoint, whose vision tokens are set to zero. Why not the policy itself without pictures? It
 never learned what can be known without them, so that its error would say how far zeros are from what it knows. And a

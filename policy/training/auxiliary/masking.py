@@ -11,8 +11,8 @@ Gradients go to the entries of the pool that were taken, and to no replaced toke
 learned mask token), masking after the token router, no captions and no bidirectional attention among vision tokens.
 
 **Hiding** is the same with all tokens and zeros in their place, for a share of the samples: what `state_dropout` is
-for the state. With a share of 1 it trains the policy that does not see, which `policy/training/auxiliary/blind_weights.py`
-needs.
+for the state. With a share of 1 it trains the policy that does not see, which
+`policy/training/auxiliary/blind_weights.py` needs.
 
 Both happen in training only. What is random follows from the seed that each sample of a step has (`ModelInput.draw`),
 so that neither resuming nor dividing a step changes it.

@@ -3,7 +3,8 @@
     unconfigured --configure--> inactive --activate--> active
          ^--------cleanup---------'  ^---deactivate------'
 
-There is no logic here: `cogvla.real_robot.bridge.bridge.Bridge` has it, and this file gives it a `RosNode` made of rclpy.
+There is no logic here: `cogvla.real_robot.bridge.bridge.Bridge` has it, and this file gives it a `RosNode` made of
+rclpy.
 """
 
 from __future__ import annotations

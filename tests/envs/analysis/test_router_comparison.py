@@ -1,0 +1,328 @@
+"""`compare_routers` and `analyse_routing`: known answers, and both commands on a small policy without a simulator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from cogvla.envs.analysis.router_comparison import (
+    ROUNDS,
+    Outcome,
+    against,
+    cells_for,
+    costs,
+    pareto_front,
+    wanted_routers,
+)
+from cogvla.envs.analysis.routing_findings import horizon
+from cogvla.envs.analysis.routing_pictures import DARK, SIDE, kept_map, picture
+from cogvla.envs.analysis.routing_recording import covered, look
+from cogvla.envs.evaluation.plots import lines, pareto
+from cogvla.envs.evaluation.statistics import sign_test, success_rate
+from cogvla.policy.checkpoint import save_checkpoint
+from cogvla.policy.inputs.normalise import Statistics
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.tokenizer import WordTokenizer
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.routing.registry import ROUTERS
+from cogvla.routing.router import RouterConfig
+from cogvla.scripts import compare_routers
+from cogvla.scripts.analyse_routing import run as analyse
+from cogvla.tests.support.point_suite import EMBODIMENT, TASKS
+from cogvla.tests.support.small_data import MODEL
+
+PATCHES, VIEWS = 16, 2
+PLAIN: dict[str, Any] = {"efa": False, "lfp": False}
+STATISTICS = {
+    "state": Statistics.of(np.random.default_rng(0).normal(size=(50, 8))),
+    "action": Statistics.of(np.random.default_rng(1).uniform(-1, 1, size=(50, 7))),
+}
+
+
+def point_policy(**routing: Any) -> CogVLAPolicy:
+    """A policy with random weights for the suite `point`."""
+    torch.manual_seed(0)
+    config = CogVLAConfig.from_dict({**MODEL, "routing": {"film_init": 1.0, **routing}})
+    words = WordTokenizer.from_instructions(task.instruction for task in TASKS)
+    return CogVLAPolicy(CogVLA(config, EMBODIMENT), Preprocessor(EMBODIMENT, words, STATISTICS))
+
+
+def saved(folder: Path, **routing: Any) -> Path:
+    policy = point_policy(**routing)
+    save_checkpoint(folder, policy.model.state_dict(), policy.model.config, policy.preprocessor, STATISTICS, {})
+    return folder
+
+
+# --- statistics ---
+
+
+def test_sign_test_by_hand() -> None:
+    assert sign_test(5, 0) == pytest.approx(2 / 32)
+    assert sign_test(8, 2) == sign_test(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert sign_test(0, 0) == sign_test(4, 4) == 1.0
+    with pytest.raises(ValueError, match="counts"):
+        sign_test(-1, 2)
+
+
+def test_only_what_nothing_beats_is_on_the_front() -> None:
+    points = [(1.0, 0.5), (2.0, 0.5), (2.0, 0.9), (3.0, 0.8), (0.5, 0.1), (1.0, 0.5)]
+    assert pareto_front(points) == [0, 2, 4, 5], "equal points do not beat each other"
+    assert pareto_front([]) == []
+
+
+def test_figures_are_drawn_of_one_point_and_of_gaps() -> None:
+    points = [("random", 5.0, 0.5, 0.4, 0.6), ("random", 4.0, 0.0, 0.0, 0.1), ("other", 5.0, 1.0, 0.9, 1.0)]
+    assert pareto(points, [1, 2], "ms", None).startswith(b"\x89PNG")
+    assert "<svg" in lines({"": [None, 0.5], "other": []}, "layer", "share", (0, 1))
+
+
+def outcome(**episodes: bool) -> Outcome:
+    return Outcome(success_rate(episodes.values()), 0, episodes)
+
+
+def test_cells_are_compared_by_the_episodes_that_both_have_played() -> None:
+    paired = against(outcome(a=True, b=True, c=False, d=True), outcome(a=False, b=True, c=True, e=False))
+    assert (paired.wins, paired.losses, paired.p) == (1, 1, 1.0)
+
+
+# --- cells ---
+
+
+def test_every_router_is_played_or_left_out_for_a_reason() -> None:
+    model = point_policy(**PLAIN).model
+    cells, left_out = cells_for(model, wanted_routers(None, layer=1), [0.5, 0.25], trained=False)
+    assert {cell.label.split()[0] for cell in cells} | {name.split()[0] for name in left_out} == set(ROUTERS)
+    assert "has weights of its own" in left_out["learned_pruner"]
+    assert "history_BFND" in left_out["progressive_video"]
+    _, partly = cells_for(model, wanted_routers(["spatial_pool"], layer=1), [0.5, 7], trained=False)
+    assert list(partly) == ["spatial_pool at 7"], "7 tokens are no grid"
+    assert cells[0].key == "identity"
+    assert {cell.router.budget for cell in cells if cell.label == "random"} == {0.5, 0.25}
+    trained, _ = cells_for(model, wanted_routers(["learned_pruner"], layer=1), [0.5], trained=True)
+    assert [cell.key for cell in trained] == ["learned_pruner_0.5"]
+
+
+def test_the_cost_of_every_router_is_counted_those_with_weights_too() -> None:
+    policy = point_policy(**PLAIN)
+    cells, _ = cells_for(policy.model, wanted_routers(None, 1), [0.25], trained=True)
+    found = costs(policy, cells, [EMBODIMENT.fake_observation(1)] * ROUNDS, ROUNDS)
+    assert found.keys() == {cell.key for cell in cells}
+    assert {"film_aggregation_0.25", "learned_pruner_0.25", "slot_attention_0.25"} <= found.keys()
+    for key, cost in found.items():
+        assert cost.flops > cost.router_flops >= 0, key
+        assert cost.latency.count == ROUNDS
+    assert found["film_aggregation_0.25"].router_flops > found["random_0.25"].router_flops
+
+
+def test_options_are_told_apart_and_mistakes_are_explained() -> None:
+    both = wanted_routers(["diversity", {"name": "diversity", "options": {"variant": "maxsum"}}], layer=1)
+    assert list(both) == ["diversity", "diversity variant=maxsum"]
+    assert wanted_routers(["attention_growth"], layer=1)["attention_growth layers=[1]"].layers == (1,)
+    with pytest.raises(ValueError, match=r"'randm'; possible are .*random"):
+        wanted_routers(["randm"], layer=1)
+    with pytest.raises(ValueError, match="twice"):
+        wanted_routers(["random", "random"], layer=1)
+    with pytest.raises(ValueError, match="speed"):
+        wanted_routers([{"name": "random", "speed": 1}], layer=1)
+
+
+# --- the command ---
+
+
+def command(name: str, *overrides: str) -> Any:
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        return compose(name, ["imports=[cogvla.tests.support.point_suite]", "suite=point", "threads=1", *overrides])
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr("cogvla.envs.evaluation.evaluate.PROBE_CALLS", 1)
+    for name in ("latency_curves", "length_histogram"):  # drawing takes most of the time
+        monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
+    monkeypatch.setattr("cogvla.envs.analysis.router_page.pareto", lambda *_: b"picture")
+    checkpoint = saved(tmp_path / "policy", **PLAIN)
+    few = ["routers=[identity,random,spatial_pool]", "budgets=[0.25]", "calls=5"]
+    few += ["evaluation.protocol=tabletop", "evaluation.episodes_per_task=1", "evaluation.workers=0"]
+    return [f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", *few]
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(
+    comparison: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[str] = []
+    evaluate, stopped_at = compare_routers.evaluate, ["random_0.25"]
+
+    def counting(policy: Any, suite: Any, protocol: Any, folder: Path, **options: Any) -> Any:
+        if folder.name in stopped_at:
+            raise KeyboardInterrupt
+        played.append(folder.name)
+        return evaluate(policy, suite, protocol, folder, **options, progress=False)
+
+    monkeypatch.setattr(compare_routers, "evaluate", counting)
+    with pytest.raises(KeyboardInterrupt):
+        compare_routers.run(command("compare_routers", *comparison), "compare_routers ...")
+    costs = (tmp_path / "out" / "costs.json").read_text()
+    partial = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [row["outcome"] is None for row in partial["rows"]] == [False, True, True]
+    assert "2 cells have not been played yet" in (tmp_path / "out" / "comparison.html").read_text()
+
+    stopped_at.clear()
+    data = compare_routers.run(command("compare_routers", *comparison), "compare_routers ...")
+    assert played == ["identity", "random_0.25", "spatial_pool_0.25"], "nothing is played twice"
+    assert (tmp_path / "out" / "costs.json").read_text() == costs, "times are of one sitting"
+    assert [row["outcome"]["success"]["trials"] for row in data["rows"]] == [3, 3, 3]
+    identity, random, pool = data["rows"]
+    assert (identity["cost"]["tokens"], random["cost"]["tokens"]) == (VIEWS * PATCHES, VIEWS * PATCHES // 4)
+    assert 0 < random["cost"]["flops"] < identity["cost"]["flops"]
+    assert random["cost"]["router_flops"] < 1e-3 * random["cost"]["flops"], "drawing is no matrix product"
+    assert 0 < random["cost"]["router_ms"] < random["cost"]["latency"]["p50"]
+    assert list(pool["against"]) == ["random"]
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "data:image/png" in page
+    assert 'src="http' not in page
+
+    other = command("compare_routers", *comparison, "evaluation.episodes_per_task=2")
+    with pytest.raises(ValueError, match="results with another protocol"):
+        compare_routers.run(other, "...")
+
+
+def test_fine_tuning_gives_each_router_to_training(
+    comparison: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def train(arguments: list[str], check: bool) -> SimpleNamespace:
+        asked.append(arguments[3:])
+        (output,) = (each.removeprefix("output=") for each in asked[0] if each.startswith("output="))
+        router = {"name": "learned_pruner", "budget": 0.25, "options": {"hidden": 8}}
+        saved(Path(output) / "policy", **PLAIN, router=router)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare_routers, "subprocess", SimpleNamespace(run=train))
+    learned = ["regime=fine_tuned", "routers=[{name: learned_pruner, options: {hidden: 8}}]"]
+    data = compare_routers.run(command("compare_routers", *comparison, *learned, "tasks=[0]"), "...")
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        composed = compose("train_policy", asked[0])
+    assert RouterConfig(**composed.routing.router).options == {"hidden": 8}
+    assert composed.routing.router.budget == 0.25
+    assert composed.training.steps == 500
+    assert composed.evaluation is None
+    assert (data["regime"], data["rows"][0]["outcome"]["success"]["trials"]) == ("fine_tuned", 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["regime=both"], "plug_in or fine_tuned"),
+        (["budgets=[]"], "budgets is empty"),
+        (["routers=[learned_pruner]"], "can play none of the routers: .*weights of its own"),
+        (["routers=[nothing]"], "possible are"),
+    ],
+)
+def test_mistakes_are_explained(comparison: list[str], overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_routers.run(command("compare_routers", *comparison, *overrides), "...")
+
+
+# --- analyse_routing ---
+
+
+def test_patches_of_a_mask() -> None:
+    mask_VHW = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask_VHW[0, :4, :4] = True
+    mask_VHW[0, 4, 4] = True  # one of 16 pixels is too little
+    assert covered(mask_VHW, (2, 2)).nonzero()[:, 0].tolist() == [0]
+    tiny_VHW = torch.zeros(2, 8, 8, dtype=torch.bool)
+    tiny_VHW[1, 7, 0] = True
+    assert covered(tiny_VHW, (2, 2)).nonzero()[:, 0].tolist() == [6], "a small object is on the patch that shows most"
+    assert not covered(torch.zeros(2, 8, 8), (2, 2)).any()
+
+
+@pytest.mark.parametrize(
+    ("routing", "stages"),
+    [
+        ({}, {"layer 1": None}),
+        ({"mode": "drop"}, {"layer 1": None}),
+        ({**PLAIN, "router": {"name": "grid_stride", "budget": 4}}, {"router": 8}),
+        ({**PLAIN, "router": {"name": "random", "budget": 8, "layers": [1], "layer_budgets": [2]}},
+         {"router": 16, "layer 1": 4}),
+        ({**PLAIN, "router": {"name": "spatial_pool", "budget": 4}}, {"router": 0}),
+    ],
+)  # fmt: skip
+def test_what_is_kept_is_named_by_the_tokens_before_routing(routing: dict[str, Any], stages: dict[str, Any]) -> None:
+    policy = point_policy(**routing)
+    moment = look(policy, EMBODIMENT.fake_observation(1))
+    assert moment.kept.keys() == stages.keys()
+    for stage, count in stages.items():
+        assert count is None or len(moment.kept[stage]) == count
+    assert moment.new == (8 if moment.kept.get("router") is not None and not len(moment.kept["router"]) else 0)
+    for layer in moment.hidden:
+        assert len(moment.hidden[layer]) == len(moment.after[layer])
+        assert len(moment.attention[layer]) == len(moment.present[layer])
+    if "layer 1" in stages and "router" in stages:
+        assert set(moment.kept["layer 1"].tolist()) <= set(moment.kept["router"].tolist())
+        assert moment.present[1].tolist() == moment.kept["layer 1"].tolist()
+    rows = moment.looks_NP.sum(1)
+    assert moment.looks_NP.shape == (len(moment.tokens_ND), VIEWS * PATCHES)
+    assert (rows <= 1 + 1e-5).all()
+    if routing.get("efa", True) is False:
+        assert torch.equal(moment.looks_NP, torch.eye(VIEWS * PATCHES))
+
+
+def test_what_is_not_kept_is_dark() -> None:
+    policy = point_policy(**PLAIN, router={"name": "grid_stride", "budget": 4})
+    moment = look(policy, EMBODIMENT.fake_observation(1))
+    bright_P = kept_map(moment, "router")
+    assert bright_P.nonzero()[:, 0].tolist() == moment.kept["router"].tolist()
+    white = np.full_like(moment.pictures_VHW3, 255)
+    pixels = np.asarray(picture(type(moment)(**{**vars(moment), "pictures_VHW3": white}), "router", 0, (4, 4)))
+    patches = pixels[SIDE // 8 :: SIDE // 4, SIDE // 8 :: SIDE // 4, 0].flatten()
+    assert (patches == 255).tolist() == (bright_P[:PATCHES] == 1).tolist()
+    assert set(patches.tolist()) == {255, int(255 * DARK)}
+
+
+def test_emptied_layers_change_nothing_where_vision_is_not_read() -> None:
+    """The last layer's values of vision tokens are made 0, and so are their keys' directions of any use."""
+    policy = point_policy(**PLAIN)
+    moment = look(policy, EMBODIMENT.fake_observation(1))
+    found = horizon(policy.model, [moment])
+    assert len(found["information"]) == 2
+    assert found["information"][0] > 0
+    blind = point_policy(**PLAIN, attention="bidirectional")
+    with torch.no_grad():
+        blind.model.vision.fusion.project[-1].weight.zero_()
+        blind.model.vision.fusion.project[-1].bias.zero_()
+        for layer in blind.model.decoder.llm.layers:
+            layer.self_attn.q_proj.weight.zero_()
+            layer.self_attn.v_proj.weight.zero_()
+    assert horizon(blind.model, [look(blind, EMBODIMENT.fake_observation(1))])["horizon"] == 0
+
+
+def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cogvla.scripts.analyse_routing.lines", lambda *_, **__: "<svg/>")
+    checkpoint = saved(tmp_path / "policy")
+    overrides = [f"checkpoint={checkpoint}", f"output={tmp_path / 'CHECKPOINT'}", "tasks=[0,1]", "pictures=2"]
+    data = analyse(command("analyse_routing", *overrides), "analyse_routing ...")
+    folder = tmp_path / "policy"
+    assert json.loads((folder / "routing.json").read_text())["moments"] == data["moments"]
+    page = (folder / "routing.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert page.count("data:video/mp4") == 2
+    assert 'src="http' not in page
+    assert data["tokens"] == VIEWS * 2
+    assert data["stages"]["layer 1"]["target_kept"] is None, "this suite has no masks"
+    assert sum(data["kinds"]["before routing"].values()) == pytest.approx(1)
+    assert set(data["readings"]["layer 0"]["words"]) <= {"go", "to", "the", "right", "left", "up"}
+    analyse(command("analyse_routing", *overrides, "router.name=random", "router.budget=1"), "analyse_routing ...")
+    assert (tmp_path / "policy_random_1" / "routing.html").is_file()
+    with pytest.raises(ValueError, match="tasks 0 to 2"):
+        analyse(command("analyse_routing", *overrides, "tasks=[7]"), "...")

@@ -1,0 +1,429 @@
+"""Recording: lerobot reads the result, any number of workers gives the same, and no interruption loses an episode."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from PIL import Image
+
+from cogvla.envs.recording import dataset_writer
+from cogvla.envs.recording.dataset_folder import DatasetFolder
+from cogvla.envs.recording.dataset_writer import DatasetWriter, features
+from cogvla.envs.recording.demonstration import Demonstration, Demonstrator, DemonstratorSettings, ExpertFailedError
+from cogvla.envs.recording.recorder import record
+from cogvla.envs.suite import FIRST_TRAINING_STATE
+from cogvla.tests.support import toy_suite
+from cogvla.tests.support.toy_suite import INSTRUCTIONS, NAME, ToyExpert
+
+EPISODES = 7
+toy_suite.register()
+
+
+def toy_settings(noise: float = 1.0) -> DemonstratorSettings:
+    return DemonstratorSettings(toy_suite.make, ToyExpert, INSTRUCTIONS, 40, 16, noise, seed=0)
+
+
+def load(root: Path) -> LeRobotDataset:
+    return LeRobotDataset(f"cogvla/{NAME}", root=root, video_backend="pyav")
+
+
+def rows(root: Path) -> list[dict]:
+    return pq.read_table(sorted((root / "data").glob("*/*.parquet"))).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return record(NAME, EPISODES, tmp_path_factory.mktemp("recorded") / "toy", image_size=16, expert=ToyExpert)
+
+
+def test_lerobot_reads_what_was_recorded(recorded: Path) -> None:
+    data = load(recorded)
+    assert data.num_episodes == EPISODES
+    assert data.fps == 10
+    first = data[0]
+    assert first["task"] == INSTRUCTIONS[0]
+    assert first["observation.images.agentview"].shape == (3, 16, 16)
+    assert first["observation.state"].shape == (8,)
+    assert first["label.alternatives"].shape == (3, 6)
+    assert first["label.possible"].tolist() == [True, True, False]
+    np.testing.assert_array_equal(first["label.target"], toy_suite.PLACES[0])
+    np.testing.assert_array_equal(first["label.alternatives"][1, :3], toy_suite.PLACES[1])
+    assert not first["label.alternatives"][2].any()
+    assert first["label.initial_state"] == FIRST_TRAINING_STATE
+    assert set(data.meta.stats["action"]) >= {"min", "max", "mean", "std", "q01", "q99"}
+    assert data.meta.stats["observation.images.wrist"]["mean"].shape == (3, 1, 1)
+    assert json.loads((recorded / "meta" / "recording.json").read_text())["suite"] == NAME
+    assert not recorded.with_name("toy.recording").exists()
+
+
+def test_tasks_take_turns_and_evaluation_states_are_never_used(recorded: Path) -> None:
+    data = load(recorded)
+    starts = [data[int(i)] for i in data.meta.episodes["dataset_from_index"]]
+    assert [int(row["label.task"]) for row in starts] == [0, 1, 2, 0, 1, 2, 0]
+    assert [row["task"] for row in starts] == [INSTRUCTIONS[i % 3] for i in range(EPISODES)]
+    assert min(int(row["label.initial_state"]) for row in starts) >= FIRST_TRAINING_STATE
+    assert len({(int(row["label.task"]), int(row["label.initial_state"])) for row in starts}) == EPISODES
+
+
+def test_the_label_is_the_clean_action_and_the_noisy_one_was_executed(recorded: Path) -> None:
+    episode = [row for row in rows(recorded) if row["episode_index"] == 0]
+    positions = np.array([row["observation.state"][:3] for row in episode])
+    executed = np.array([row["label.executed_action"][:3] for row in episode])
+    clean = np.array([row["action"][:3] for row in episode])
+    np.testing.assert_allclose(np.diff(positions, axis=0), 0.1 * executed[:-1], atol=1e-6)
+    np.testing.assert_allclose(clean, np.clip(3 * (toy_suite.PLACES[0] - positions), -0.5, 0.5), atol=1e-5)
+    assert np.abs(clean - executed).max() > 0.01
+
+
+def test_images_are_lossless_and_belong_to_their_step(recorded: Path) -> None:
+    for row in rows(recorded)[:40:3]:
+        with Image.open(io.BytesIO(row["observation.images.agentview"]["bytes"])) as image:
+            picture = np.asarray(image)
+        place = (np.clip(np.array(row["observation.state"][:2]) + 0.5, 0, 0.99) * 16).astype(int)
+        assert picture[tuple(place)].tolist() == [255] * 3
+        assert (picture == 255).sum() == 3
+
+
+def test_one_worker_records_the_same_as_two(recorded: Path, tmp_path: Path) -> None:
+    assert rows(record(NAME, EPISODES, tmp_path / "one", image_size=16, workers=1, expert=ToyExpert)) == rows(recorded)
+
+
+def test_another_seed_records_something_else(recorded: Path, tmp_path: Path) -> None:
+    other = record(NAME, 1, tmp_path / "other", image_size=16, workers=0, seed=1, expert=ToyExpert)
+    assert rows(other)[0]["label.initial_state"] != rows(recorded)[0]["label.initial_state"]
+    assert rows(other)[0]["observation.state"] != rows(recorded)[0]["observation.state"]
+
+
+def test_the_files_equal_those_of_lerobots_own_writer(tmp_path: Path) -> None:
+    demonstrator = Demonstrator(toy_settings())
+    episodes = [demonstrator.record(slot)[0] for slot in range(4)]
+    ours = DatasetWriter(tmp_path / "ours", "cogvla/toy", episodes[0], "toy")
+    theirs = LeRobotDataset.create(
+        "cogvla/toy",
+        10,
+        features(episodes[0], video=False),
+        tmp_path / "theirs",
+        "toy",
+        use_videos=False,
+        video_backend="pyav",
+    )
+    for episode in episodes:
+        ours.add(episode)
+        for step in range(len(episode)):
+            frame = {name: array[step] for name, array in episode.arrays.items()}
+            frame |= {camera: Image.open(io.BytesIO(files[step])) for camera, files in episode.images.items()}
+            theirs.add_frame(frame | {"task": episode.instruction})
+        for name, array in episode.arrays.items():
+            if array.shape[1:] == (1,):
+                theirs.episode_buffer[name] = [value.item() for value in theirs.episode_buffer[name]]
+        theirs.save_episode()
+    ours.close()
+    theirs.finalize()
+    written = [pq.read_table(tmp_path / who / "data/chunk-000/file-000.parquet") for who in ("ours", "theirs")]
+    assert written[0].schema.equals(written[1].schema)
+    described = [json.loads(table.schema.metadata[b"huggingface"])["info"]["features"] for table in written]
+    assert described[0] == described[1]
+    for ours_row, theirs_row in zip(*(table.to_pylist() for table in written), strict=True):
+        for camera in episodes[0].images:
+            pictures = [np.asarray(Image.open(io.BytesIO(r.pop(camera)["bytes"]))) for r in (ours_row, theirs_row)]
+            np.testing.assert_array_equal(*pictures)
+        assert ours_row == theirs_row
+    for name in ("meta/info.json", "meta/tasks.parquet"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    statistics = [json.loads((tmp_path / who / "meta/stats.json").read_text()) for who in ("ours", "theirs")]
+    assert statistics[0].keys() == statistics[1].keys()
+    for name in statistics[0]:
+        if name in episodes[0].images:
+            assert statistics[0][name].keys() == statistics[1][name].keys()
+            np.testing.assert_allclose(statistics[0][name]["mean"], statistics[1][name]["mean"], atol=0.05)
+        else:
+            assert statistics[0][name] == statistics[1][name], name
+    episode_tables = [
+        pq.read_table(tmp_path / who / "meta/episodes/chunk-000/file-000.parquet") for who in ("ours", "theirs")
+    ]
+    kept = [name for name in episode_tables[1].column_names if "images" not in name]
+    assert episode_tables[0].select(kept).to_pylist() == episode_tables[1].select(kept).to_pylist()
+
+
+def test_large_data_sets_go_on_in_further_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_writer, "BYTES_PER_MB", 10)
+    demonstrator = Demonstrator(toy_settings())
+    episodes = [demonstrator.record(slot)[0] for slot in range(3)]
+    writer = DatasetWriter(tmp_path / "many", "cogvla/toy", episodes[0], "toy")
+    for episode in episodes:
+        writer.add(episode)
+    writer.close()
+    assert len(list((tmp_path / "many" / "data").glob("*/*.parquet"))) == 3
+    data = load(tmp_path / "many")
+    assert len(data) == sum(len(episode) for episode in episodes)
+    assert data[len(data) - 1]["task"] == episodes[-1].instruction
+
+
+def test_videos(tmp_path: Path) -> None:
+    root = record(NAME, 3, tmp_path / "videos", image_size=64, workers=0, video=True, expert=ToyExpert)
+    assert len(list(root.glob("videos/*/*/*.mp4"))) == 2
+    data = load(root)
+    assert data.num_episodes == 3
+    last = data[len(data) - 1]
+    assert last["task"] == INSTRUCTIONS[2]
+    assert abs(last["observation.images.agentview"].median().item() - 80 / 255) < 0.05
+
+
+def test_what_else_is_possible_is_still_known_after_things_settled() -> None:
+    settled = replace(toy_settings(), settling_steps=2)
+    possible = [Demonstrator(settings).record(0)[0].arrays["label.possible"] for settings in (settled, toy_settings())]
+    np.testing.assert_array_equal(possible[0][0], [True, True, False])
+    np.testing.assert_array_equal(possible[1][0], possible[0][0])
+
+
+def test_a_demonstration_survives_its_file(tmp_path: Path) -> None:
+    episode, attempts = Demonstrator(toy_settings()).record(5)
+    assert attempts == 1
+    episode.save(tmp_path / "5.npz")
+    again = Demonstration.load(tmp_path / "5.npz")
+    assert (again.instruction, again.fps, again.images) == (episode.instruction, episode.fps, episode.images)
+    assert again.arrays.keys() == episode.arrays.keys()
+    for name, array in episode.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
+        assert again.arrays[name].dtype == array.dtype
+    assert Demonstration.is_complete(tmp_path / "5.npz")
+    (tmp_path / "5.npz").write_bytes((tmp_path / "5.npz").read_bytes()[:-30])
+    assert not Demonstration.is_complete(tmp_path / "5.npz")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_after_kill_9_or_ctrl_c_the_same_command_goes_on(kill: signal.Signals, recorded: Path, tmp_path: Path) -> None:
+    output = tmp_path / "toy"
+    code = f"from cogvla.tests.support.toy_suite import record_slowly; record_slowly({str(output)!r}, {EPISODES})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    finished = output.with_name("toy.recording") / "episodes"
+    deadline = time.monotonic() + 120
+    while len(list(finished.glob("[0-9]*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(kill)
+    _, message = process.communicate()
+    assert process.returncode == -kill
+    if kill == signal.SIGINT:
+        assert re.search(r"recording stopped: \d finished episodes are kept in .*toy\.recording", message)
+    assert 3 <= len(list(finished.glob("[0-9]*"))) < EPISODES
+    assert not output.exists()
+    for torn in (finished / ".000009.npz.1", finished / "000006.npz"):
+        torn.write_bytes(b"PK")
+    record(NAME, EPISODES, output, image_size=16, workers=0, expert=ToyExpert)
+    assert rows(output) == rows(recorded)
+    assert load(output).num_episodes == EPISODES
+
+
+@pytest.fixture
+def shorter(tmp_path: Path) -> Path:
+    return record(NAME, 3, tmp_path / "shorter", image_size=16, workers=0, expert=ToyExpert)
+
+
+def test_a_finished_data_set_grows(shorter: Path, recorded: Path) -> None:
+    assert record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert) == shorter
+    assert rows(shorter) == rows(recorded)
+    for name in ("meta/info.json", "meta/stats.json", "meta/recording.json"):
+        assert (shorter / name).read_bytes() == (recorded / name).read_bytes()
+    assert [path.name for path in shorter.parent.iterdir()] == ["shorter"]
+
+
+def test_growing_plays_only_what_is_missing(shorter: Path, recorded: Path) -> None:
+    before = rows(shorter)
+    with pytest.raises(ZeroDivisionError):
+        record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=toy_suite.BrokenExpert)
+    assert rows(shorter) == before, "it is there until the longer one is"
+    waiting = shorter.with_name("shorter.recording") / "episodes"
+    assert len(list(waiting.iterdir())) == 3
+    demonstrator = Demonstrator(toy_settings())
+    for slot in range(3, EPISODES):
+        demonstrator.record(slot)[0].save(waiting / f"{slot:06d}.npz")
+    record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=toy_suite.BrokenExpert)
+    assert rows(shorter) == rows(recorded)
+
+
+def test_killed_between_the_two_renames(shorter: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target == shorter:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
+    monkeypatch.undo()
+    assert not shorter.exists()
+    record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=toy_suite.BrokenExpert)
+    assert rows(shorter) == rows(recorded)
+
+
+def test_what_does_not_grow(shorter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos = record(NAME, 1, tmp_path / "videos", image_size=16, workers=0, video=True, expert=ToyExpert)
+    with pytest.raises(ValueError, match=r"videos, which are not lossless.*grow=false"):
+        record(NAME, 2, videos, image_size=16, workers=0, video=True, grow=True, expert=ToyExpert)
+    with pytest.raises(ValueError, match=r"was recorded with episodes=3; choose another output"):
+        record(NAME, EPISODES, shorter, image_size=16, workers=0, expert=ToyExpert)
+    with monkeypatch.context() as patch:
+        patch.setattr("cogvla.envs.recording.recorder.version", lambda _: "2.0")
+        with pytest.raises(ValueError, match=r"was recorded with simulation=\{'mujoco': '3"):
+            record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
+    data = shorter / "data" / "chunk-000" / "file-000.parquet"
+    data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot be read .*it is damaged"):
+        record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
+
+
+def test_finished_episodes_are_not_played_again(tmp_path: Path) -> None:
+    work = tmp_path / "toy.recording"
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: the expert's bug"):
+        record(NAME, 1, tmp_path / "toy", image_size=16, workers=1, expert=toy_suite.BrokenExpert)
+    episode, _ = Demonstrator(toy_settings()).record(0)
+    episode.save(work / "episodes" / "000000.npz")
+    root = record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, expert=toy_suite.BrokenExpert)
+    assert len(rows(root)) == len(episode)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_the_environment_misses_is_not_taken_for_the_output(workers: int, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"the environment failed: .*the-experts-file\.npy"):
+        record(NAME, 1, tmp_path / "t", image_size=16, workers=workers, expert=toy_suite.MissingFileExpert)
+
+
+def test_a_full_disk_while_playing_loses_nothing(tmp_path: Path, recorded: Path) -> None:
+    output = tmp_path / "toy"
+    with pytest.raises(OSError, match=r"cannot write to .*Free.*\d finished episodes are kept in .*the same command"):
+        record(NAME, EPISODES, output, image_size=16, expert=toy_suite.FullDiskExpert)
+    assert not output.exists()
+    finished = list((tmp_path / "toy.recording" / "episodes").iterdir())
+    assert finished
+    assert not [path for path in finished if path.name.startswith(".")]
+    assert rows(record(NAME, EPISODES, output, image_size=16, workers=0, expert=ToyExpert)) == rows(recorded)
+
+
+def test_a_full_disk_while_writing_loses_nothing(
+    tmp_path: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = DatasetWriter.add
+
+    def full(writer: DatasetWriter, episode: Demonstration) -> None:
+        if writer._dataset.meta.total_episodes == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(writer, episode)
+
+    monkeypatch.setattr(DatasetWriter, "add", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        record(NAME, EPISODES, tmp_path / "toy", image_size=16, workers=0, expert=ToyExpert)
+    monkeypatch.undo()
+    assert error.value.errno == errno.ENOSPC
+    assert rows(record(NAME, EPISODES, tmp_path / "toy", image_size=16, workers=0, expert=ToyExpert)) == rows(recorded)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="recording cannot write to"):
+        record(NAME, 1, tmp_path / "file" / "toy", image_size=16, workers=0, expert=ToyExpert)
+
+
+def test_failed_attempts_are_left_out(tmp_path: Path) -> None:
+    root = record(NAME, 6, tmp_path / "toy", image_size=16, workers=0, expert=toy_suite.SometimesLostExpert)
+    states = {row["label.initial_state"] for row in rows(root)}
+    assert states == {1001, 1010}  # 1000 % 3 == 1: lost, and the next one is taken
+
+
+def test_an_expert_that_cannot_do_a_task(tmp_path: Path) -> None:
+    with pytest.raises(ExpertFailedError, match=r"1000 to 1009 of task 0 \('go right'\)"):
+        record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, expert=toy_suite.NeverExpert)
+
+
+def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    folder = DatasetFolder(tmp_path / "data", "recording", "recorded", "record.json")
+    folder.prepare({}, resume=True)
+    again = (
+        "from pathlib import Path; from cogvla.envs.recording.dataset_folder import DatasetFolder; "
+        f"DatasetFolder(Path({str(tmp_path / 'data')!r}), 'recording', 'recorded', 'record.json').prepare({{}}, True)"
+    )
+    other = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)
+    assert "ValueError: another process works in" in other.stderr
+    folder.dataset.mkdir()
+    folder.publish({})
+    shutil.rmtree(folder.output)
+    assert subprocess.run([sys.executable, "-c", again]).returncode == 0
+
+
+def test_a_finished_data_set_is_left_alone_and_another_request_refused(recorded: Path) -> None:
+    before = rows(recorded)
+    assert record(NAME, EPISODES, recorded, image_size=16, expert=toy_suite.BrokenExpert) == recorded
+    for episodes, grow in ((EPISODES + 1, False), (EPISODES - 1, True)):
+        with pytest.raises(ValueError, match=r"was recorded with episodes=7; choose another output"):
+            record(NAME, episodes, recorded, image_size=16, grow=grow, expert=ToyExpert)
+    with pytest.raises(ValueError, match=r"was recorded with seed=0, episodes=7; choose another output"):
+        record(NAME, EPISODES + 1, recorded, image_size=16, seed=1, expert=ToyExpert)
+    with pytest.raises(ValueError, match=r"image_size=16, noise=1.0"):
+        record(NAME, EPISODES, recorded, image_size=32, noise=0.5, expert=ToyExpert)
+    assert rows(recorded) == before
+
+
+def test_what_somebody_else_put_there_meanwhile_is_kept(tmp_path: Path) -> None:
+    folder = DatasetFolder(tmp_path / "data", "recording", "recorded", "record.json")
+    folder.prepare({}, resume=True)
+    folder.dataset.mkdir()
+    folder.output.mkdir()
+    (folder.output / "notes.txt").write_text("mine")
+    with pytest.raises(OSError, match="not empty"):
+        folder.publish({})
+    assert (folder.output / "notes.txt").read_text() == "mine"
+    assert folder.dataset.is_dir()
+
+
+def test_folders_with_something_else_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="was not recorded by this command"):
+        record(NAME, 1, tmp_path, image_size=16, workers=0, expert=ToyExpert)
+    work = tmp_path / "toy.recording"
+    work.mkdir()
+    (work / "settings.json").write_text(json.dumps({"suite": "another"}))
+    with pytest.raises(ValueError, match="unfinished recording with another suite"):
+        record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, expert=ToyExpert)
+    root = record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, resume=False, expert=ToyExpert)
+    assert load(root).num_episodes == 1
+
+
+@pytest.mark.parametrize("wrong", [{"episodes": 0}, {"workers": -1}, {"seed": -1}, {"noise": -1.0}, {"image_size": 0}])
+def test_requests_that_make_no_sense(wrong: dict, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        record(**{"suite": NAME, "episodes": 1, "output": tmp_path / "toy", "expert": ToyExpert, **wrong})
+
+
+def test_an_expert_that_processes_cannot_be_given(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="function or class of a module"):
+        record(NAME, 1, tmp_path / "toy", image_size=16, expert=lambda env, rng, noise: None)
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "cogvla.scripts.record_demonstrations", "suite=nothing", f"output={tmp_path / 'x'}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "unknown suite 'nothing'; one of" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.iterdir())

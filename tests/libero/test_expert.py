@@ -1,0 +1,181 @@
+"""LIBERO's scripted experts: from goals to skills without a simulator, and one task of it where assets are present.
+
+Success over all tasks and initial states is measured by `expert_table suite=libero_object`; see docs/libero.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cogvla.envs.recording.demonstration import OPEN_HAND, Demonstrator, DemonstratorSettings
+from cogvla.envs.suite import Suite
+from cogvla.libero.env import LiberoEnv, LiberoSettings
+from cogvla.libero.experts.motion import DOWN, pointing
+from cogvla.libero.experts.plan import VERBS, Subgoal, subgoals
+from cogvla.libero.experts.view import Obstacles, View
+from cogvla.libero.suites import libero_expert, libero_suite
+from cogvla.libero.tasks import LIBERO_SUITES
+from cogvla.tests.support.paths import SHARED
+
+LIBERO_ASSETS = SHARED / "libero_assets"
+ASSETS = os.environ.get("COGVLA_LIBERO_ASSETS") or str(LIBERO_ASSETS / "assets")
+MESHES = str(LIBERO_ASSETS / "robot_lite") if (LIBERO_ASSETS / "robot_lite").is_dir() else None
+
+try:
+    import robosuite  # noqa: F401
+except ImportError:
+    installed = False
+else:
+    installed = True
+needs_libero = pytest.mark.skipif(not installed, reason="the extra libero is not installed")
+needs_assets = pytest.mark.skipif(
+    not (installed and (Path(ASSETS) / "scenes").is_dir()), reason=f"no extra libero, or no LIBERO assets at {ASSETS}"
+)
+NOMINAL = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+"""How the hand is turned at the beginning: it points down and opens along y."""
+
+
+def steps(*goal: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    return [(subgoal.verb, subgoal.item, subgoal.place) for subgoal in subgoals(goal)]
+
+
+# --- goals -----------------------------------------------------------------------------------------------------------
+
+
+def test_putting_into_a_drawer_opens_it_first_and_closes_it_last() -> None:
+    drawer = "white_cabinet_1_bottom_region"
+    found = steps(("close", drawer), ("in", "bowl_1", drawer))
+    assert found == [("open", drawer, ""), ("put", "bowl_1", drawer), ("close", drawer, "")]
+
+
+def test_the_stove_is_turned_on_before_something_stands_on_it() -> None:
+    found = steps(("on", "moka_pot_1", "flat_stove_1_cook_region"), ("turnon", "flat_stove_1"))
+    assert [verb for verb, _, _ in found] == ["turnon", "put"]
+
+
+def test_two_objects_are_put_in_the_order_of_the_goal() -> None:
+    basket = "basket_1_contain_region"
+    found = steps(("in", "soup_1", basket), ("in", "milk_1", basket))
+    assert found == [("put", "soup_1", basket), ("put", "milk_1", basket)]
+
+
+def test_two_objects_on_one_surface_stand_side_by_side() -> None:
+    found = subgoals([("on", f"moka_pot_{i}", "flat_stove_1_cook_region") for i in (1, 2)])
+    assert [subgoal.side for subgoal in found] == [-1, 1]
+
+
+def test_opening_on_the_way_is_done_when_the_thing_is_inside() -> None:
+    inside = ("in", "bowl_1", "wooden_cabinet_1_top_region")
+    assert subgoals([inside])[0] == Subgoal("open", "wooden_cabinet_1_top_region", until=(inside,))
+
+
+def test_plates_are_pushed() -> None:
+    assert steps(("on", "plate_1", "main_table_stove_front_region"))[0][0] == "push"
+
+
+def test_a_predicate_without_a_skill_is_refused() -> None:
+    with pytest.raises(ValueError, match="turnoff"):
+        subgoals([("turnoff", "flat_stove_1")])
+
+
+@needs_libero
+@pytest.mark.parametrize("suite", [name for name in LIBERO_SUITES if name != "libero_90"])
+def test_every_goal_of_the_suites_becomes_subgoals(suite: str) -> None:
+    from cogvla.libero.installation import problem, task_names
+
+    for name in task_names(suite):
+        goal = problem(suite, name).goal
+        found = subgoals(goal)
+        assert {subgoal.verb for subgoal in found} <= set(VERBS)
+        assert {predicate for subgoal in found for predicate in subgoal.until} == set(goal)
+
+
+# --- geometry --------------------------------------------------------------------------------------------------------
+
+
+def test_a_hand_closes_along_a_line_whichever_way_round_is_nearer() -> None:
+    for closing in (np.array([0.0, 1.0, 0.0]), np.array([0.0, -1.0, 0.0])):
+        assert np.allclose(pointing(DOWN, closing, NOMINAL), NOMINAL)
+    front = pointing(np.array([0.0, -1.0, 0.0]), np.array([0.0, 0.0, 1.0]), NOMINAL)
+    assert np.allclose(front[:, 2], [0, -1, 0])
+    assert np.linalg.det(front) == pytest.approx(1.0)
+    assert np.trace(front @ NOMINAL.T) == pytest.approx(1.0), "a quarter turn, and not a half"
+
+
+def test_obstacles_are_turned_boxes() -> None:
+    turned = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    wall = Obstacles(np.zeros((1, 3)), np.array([[0.2, 0.01, 0.1]]), turned[None], np.array([0.1]), np.array([-0.1]))
+    assert wall.under(np.array([[0.0, 0.15], [0.15, 0.0], [0.02, 0.0]])).tolist() == [[True], [False], [False]]
+    assert wall.under(np.array([[0.02, 0.0]]), margin=0.02).tolist() == [[True]]
+
+
+# --- one task --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def suite() -> Suite:
+    return libero_suite(
+        "libero_object", LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
+    )
+
+
+@pytest.fixture(scope="module")
+def env(suite: Suite) -> Iterator[LiberoEnv]:
+    built = suite.make(render=False)
+    yield built
+    built.close()
+
+
+@needs_assets
+def test_what_falls_out_of_the_hand_is_taken_again(env: LiberoEnv) -> None:
+    env.reset(options={"task": 1, "initial_state": 0})
+    for _ in range(10):
+        env.step(OPEN_HAND)
+    expert = libero_expert(env, np.random.default_rng(0))
+    view, dropped, success = View(env.scene), 0, False
+    for _ in range(280):
+        action = expert.act()
+        if view.gripper[2] > 0.1 and dropped < 8 and action[6] > 0:
+            action[6], dropped = -1.0, dropped + 1
+        *_, success, _, _ = env.step(action)
+        if success:
+            break
+    assert dropped == 8
+    assert success
+
+
+@needs_assets
+def test_labels_are_the_item_and_its_place(env: LiberoEnv) -> None:
+    env.reset(options={"task": 1, "initial_state": 0})
+    labels = env.labels()
+    assert np.allclose(labels["target"], env.scene.position("cream_cheese_1"))
+    assert np.allclose(labels["goal"], env.scene.position("basket_1_contain_region"))
+    other = env.labels_for(7)
+    assert np.allclose(other["target"], env.scene.position("milk_1"))
+
+
+@needs_assets
+def test_demonstrations_are_recorded_after_things_have_settled(suite: Suite) -> None:
+    names = tuple(task.instruction for task in suite.tasks)
+    settings = DemonstratorSettings(
+        suite.make, libero_expert, names, suite.max_steps, 32, noise=1.0, seed=0, settling_steps=suite.settling_steps
+    )
+    demonstrator = Demonstrator(settings)
+    episode, attempts = demonstrator.record(1)
+    demonstrator.close()
+    assert attempts <= 2
+    assert episode.instruction == "pick up the cream cheese and place it in the basket"
+    assert episode.arrays["action"][[0, -20], 6].tolist() == [-1, 1]
+    still = np.abs(np.diff(episode.arrays["label.target"][:10], axis=0))
+    assert still.max() < 1e-3, "the object lies before the expert begins"
+    assert not np.array_equal(episode.arrays["action"], episode.arrays["label.executed_action"])
+
+
+def test_the_expert_refuses_other_environments() -> None:
+    with pytest.raises(ValueError, match="LIBERO"):
+        libero_expert(object(), np.random.default_rng(0))  # type: ignore[arg-type]

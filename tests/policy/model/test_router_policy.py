@@ -1,0 +1,346 @@
+"""Token routers inside the policy: what they get, where their tokens go, and that nothing changes without them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cogvla.policy.cost.flops import TOTAL, count_flops
+from cogvla.policy.model import layer_router
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.language_layer import attention_rows, normed
+from cogvla.policy.model.schedule_objective import schedule_objective
+from cogvla.policy.model.token_router import PolicyRouter
+from cogvla.routing.registry import ROUTERS
+from cogvla.routing.router import RouterConfig, RouterContext
+from cogvla.routing.schedule_search import search
+from cogvla.tests.support.tiny_model import alone, tiny_config, tiny_input, tiny_model
+
+PATCHES, VIEWS = 16, 2
+EVERYWHERE = [
+    (name, stage)
+    for name, kind in ROUTERS.items()
+    for stage in kind.stages
+    if name not in ("progressive_video", "carried") and not (stage == "llm_layer" and name == "debias")
+]
+
+
+def routed(router: RouterConfig, **routing: Any) -> CogVLA:
+    return tiny_model(**{"efa": False, "lfp": False, **routing}, router=asdict(router)).eval()
+
+
+def config(name: str, stage: str | None = None, **options: Any) -> RouterConfig:
+    layers = {"layers": (1, 2), "layer_budgets": (6, 3)} if stage == "llm_layer" else {}
+    return RouterConfig(**{"name": name, "budget": 4, "stage": stage, **layers, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize(("name", "stage"), EVERYWHERE)
+@torch.inference_mode()
+def test_every_router_at_every_stage_leaves_the_tokens_it_says_alone_and_in_a_batch(
+    name: str, stage: str, film: bool
+) -> None:
+    model, inputs = routed(config(name, stage), film=film), tiny_input()
+    output = model(inputs, debug=True)
+    assert output.actions.isfinite().all()
+    assert output.vision.shape[1] == model.vision_tokens
+    if stage == "llm_layer":
+        left = {"identity": [32, 32], "late_exit": [0, 0]}.get(name, [12, 6])
+        assert [kept.shape[1] for kept in output.debug["kept"].values()] == left
+    else:
+        assert model.vision_tokens == (32 if name == "identity" else VIEWS * 4)
+    torch.testing.assert_close(model(inputs).actions, output.actions, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(alone(inputs, 1)).actions, output.actions[1:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vision", [{"efa": True}, {"efa": False}, {"efa": False, "film": True}])
+@pytest.mark.parametrize("lfp", [True, False])
+@torch.inference_mode()
+def test_keeping_everything_changes_no_bit(vision: dict[str, bool], lfp: bool) -> None:
+    inputs, plain = tiny_input(), tiny_model(**vision, lfp=lfp).eval()
+    expected = plain(inputs).actions
+    for router in (config("identity"), config("identity", position="compact"), config("random", budget=1.0)):
+        assert torch.equal(plain.with_router(router)(inputs).actions, expected)
+
+
+def test_another_router_shares_the_weights_and_leaves_the_model_as_it_was() -> None:
+    plain = tiny_model(efa=False)
+    other = plain.with_router(config("random"))
+    assert plain.router is None
+    assert plain.config.routing.router.name is None
+    assert other.router is not None
+    assert all(a is b for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+def test_configurations_from_before_there_were_routers_have_none() -> None:
+    body = tiny_config().to_dict()
+    del body["routing"]["router"]
+    built = CogVLAConfig.from_dict(body)
+    assert built == tiny_config()
+    assert CogVLA(built, tiny_model().embodiment).router is None
+    with_router = tiny_config(router=asdict(config("diversity", options={"variant": "maxsum"}, layers=(1,))))
+    assert CogVLAConfig.from_dict(with_router.to_dict()) == with_router
+
+
+@torch.inference_mode()
+def test_tokens_of_views_stay_apart_and_keep_their_places() -> None:
+    inputs = tiny_input()
+    model = routed(config("token_norm"))
+    answer = model(inputs, debug=True).debug["routed"]
+    assert ((answer.index_BK // PATCHES) == torch.arange(VIEWS).repeat_interleave(4)).all()
+    assert model.router is not None
+    gap = model.router.gap(8)
+    assert gap == 32 - 8
+    context = model.encode_text(inputs.text_ids, inputs.text_mask).context
+    layout = context.layout
+    assert torch.equal(context.position_BS[0, layout.rest][:2], torch.tensor([33, 34]))
+    frame = context.placed(1 + answer.place_BK)
+    assert torch.equal(frame.turn_BSU[0, layout.visual], context.turn_SU[1 + answer.place_BK[0]])
+    joint = routed(config("token_norm", joint=True))
+    assert joint.vision_tokens == VIEWS * 4
+    joint_index = joint(inputs, debug=True).debug["routed"].index_BK
+    assert joint_index.shape == (3, VIEWS * 4)
+    assert not torch.equal(joint_index, answer.index_BK), "views may have unequal shares"
+
+
+@torch.inference_mode()
+def test_positions() -> None:
+    inputs, kinds = tiny_input(), ("keep", "compact", "v2pe")
+    actions = [routed(config("token_norm", position=kind))(inputs).actions for kind in kinds]
+    assert not torch.allclose(actions[0], actions[1])
+    assert not torch.allclose(actions[0], actions[2])
+    whole = routed(config("identity", position="v2pe", position_step=1.0))(inputs).actions
+    torch.testing.assert_close(whole, routed(config("identity"))(inputs).actions)
+    v2pe = routed(config("token_norm", position="v2pe"))
+    assert v2pe.router is not None
+    assert v2pe.router.gap(8) == 8 - 8, "32 tokens in steps of a quarter"
+    text = v2pe.encode_text(inputs.text_ids, inputs.text_mask).context
+    fractions = text.placed(1 + 0.25 * torch.arange(0, 32, 4).expand(3, -1)).turn_BSU[0, 1:9]
+    torch.testing.assert_close(fractions, text.turn_SU[1:9])
+
+
+@torch.inference_mode()
+def test_both_towers_lose_the_same_patches() -> None:
+    model, inputs = routed(config("token_norm")), tiny_input()
+    output = model(inputs, debug=True)
+    index = output.debug["routed"].index_BK[..., None]
+    picked = [stream.gather(1, index.expand(-1, -1, stream.shape[-1])) for stream in output.debug["streams"]]
+    torch.testing.assert_close(output.vision, model.vision.fusion(picked, None))
+
+
+@pytest.mark.parametrize("name", ["zeroth_order", "text_guided", "coverage", "learned_pruner", "film_aggregation"])
+@torch.inference_mode()
+def test_half_precision(name: str) -> None:
+    inputs, model = tiny_input(), routed(config(name))
+    expected = model(inputs).actions
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(inputs).actions.float(), expected, rtol=0.3, atol=0.3)
+    rounded = copy.deepcopy(model)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16()
+    torch.testing.assert_close(rounded(inputs).actions.float(), expected, rtol=0.3, atol=0.3)
+
+
+# --- what routers are given ---
+
+
+@pytest.mark.parametrize("cls", [True, False])
+@torch.inference_mode()
+def test_attention_of_the_tower_is_that_of_its_block(cls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = tiny_config(efa=False, router=asdict(config("cls_attention", options={"layers": 2}))).to_dict()
+    body["vision"]["dinov2"]["class_token"] = cls
+    torch.manual_seed(0)
+    model = CogVLA(CogVLAConfig.from_dict(body), tiny_model().embodiment).eval()
+    seen: dict[str, Any] = {}
+    assert model.router is not None
+    before = model.router.before
+    assert before is not None
+    before.register_forward_pre_hook(lambda module, args: seen.update(context=args[1]))
+    inputs = tiny_input()
+    model(inputs)
+    attention = seen["context"].attention_LBN
+    assert attention.shape == (2, 6, PATCHES)
+    tower = model.vision.named_towers()[0][1]
+    inside: list[torch.Tensor] = []
+    block = tower.vit.blocks[1]
+    block.attn.register_forward_pre_hook(lambda module, args: inside.append(args[0]))
+    model(inputs)
+    attn, h = block.attn, inside[0]
+    q, k, _ = attn.qkv(h).reshape(6, h.shape[1], 3, 2, 8).permute(2, 0, 3, 1, 4)
+    whole = (q @ k.mT * attn.scale).softmax(-1).mean(1)
+    prefix = 3 if cls else 2
+    expected = whole[:, 0, prefix:] if cls else whole[:, prefix:, prefix:].mean(1)
+    torch.testing.assert_close(attention[1], expected)
+
+
+def test_attention_is_computed_for_those_who_ask_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, calls = tiny_input(), []
+    monkeypatch.setattr(layer_router, "attention_rows", lambda *_: calls.append(1) or pytest.fail("not asked for"))
+    for name in ("random", "token_norm", "approx_error", "late_exit"):
+        routed(config(name, "llm_layer"))(inputs)
+    for name, kind in ROUTERS.items():
+        if "encoder_out" in kind.stages and name not in ("progressive_video",):
+            router = routed(config(name, "encoder_out")).router
+            assert router is not None
+            assert router.before is not None
+            asks = any("attention" in item or item in ("received_BN", "keys_BNC") for item in router.before.needs)
+            assert (router.probe() is not None) == asks, name
+
+
+@torch.inference_mode()
+def test_attention_rows_are_those_of_the_layer() -> None:
+    model, inputs = tiny_model(efa=False, lfp=False).eval(), tiny_input()
+    text = model.encode_text(inputs.text_ids, inputs.text_mask)
+    output = model(inputs, text, debug=True)
+    frame, layer = text.context.whole, model.decoder.llm.layers[1]
+    h = normed(layer.input_layernorm, output.debug["hidden"][0])
+    rows = attention_rows(layer, h, frame, frame.layout.actions)
+    torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
+    layer.self_attn.config._attn_implementation = "eager"
+    turn = frame.turn_BSU.unflatten(-1, (2, -1))
+    cos, sin = turn[:, :, 0], turn[:, :, 1].clone()
+    sin[..., : sin.shape[-1] // 2] *= -1  # transformers' sign
+    weights = layer.self_attn(h, position_embeddings=(cos, sin), attention_mask=frame.mask_B1SS)[1]
+    torch.testing.assert_close(rows, weights.mean(1)[:, frame.layout.actions])
+
+
+# --- in the language model ---
+
+
+@torch.inference_mode()
+def test_a_layer_that_keeps_everything_changes_nothing_and_bypassed_tokens_pass_bit_for_bit() -> None:
+    inputs, plain = tiny_input(), tiny_model(efa=False, lfp=False).eval()
+    for mode in ("drop", "bypass"):
+        same = plain.with_router(RouterConfig("token_norm", 1.0, "llm_layer", layers=(1, 2), mode=mode))  # type: ignore[arg-type]
+        torch.testing.assert_close(same(inputs).actions, plain(inputs).actions)
+    model = plain.with_router(RouterConfig("token_norm", 4, "llm_layer", layers=(1,), mode="bypass"))
+    inside = model(inputs, debug=True).debug
+    kept, visual = inside["kept"][1], inside["layout"].visual
+    before, after = (inside["hidden"][i][:, visual] for i in (0, 1))
+    skipped = torch.ones(3, 32, dtype=torch.bool).scatter_(1, kept, False)
+    assert torch.equal(before[skipped], after[skipped])
+    assert not torch.isclose(before[~skipped], after[~skipped]).all(-1).any()
+    assert inside["hidden"][2].shape == inside["hidden"][0].shape
+
+
+@torch.inference_mode()
+def test_hidden_tokens_are_as_good_as_gone() -> None:
+    """A threshold that all samples are below hides what the unconditional exit drops."""
+    inputs, plain = tiny_input(), tiny_model(efa=False, lfp=False).eval()
+    exits = [
+        RouterConfig("late_exit", 1.0, layers=(2,), stage="llm_layer", options=o) for o in (None, {"threshold": 9.0})
+    ]
+    gone, hidden = (plain.with_router(router)(inputs).actions for router in exits)
+    torch.testing.assert_close(gone, hidden, rtol=1e-4, atol=1e-5)
+    stays = replace(exits[1], options={"threshold": 0.0})
+    torch.testing.assert_close(plain.with_router(stays)(inputs).actions, plain(inputs).actions)
+    assert not torch.allclose(gone, plain(inputs).actions)
+
+
+@torch.inference_mode()
+def test_carried_scores_prune_in_the_language_model() -> None:
+    router = RouterConfig("token_norm", 8, layers=(1, 2), layer_router="carried", layer_budgets=(5, 2))
+    inside = routed(router)(tiny_input(), debug=True).debug
+    score, index = inside["routed"].score_BN, inside["routed"].index_BK
+    for layer, count in ((1, 10), (2, 4)):
+        found = index.gather(1, inside["kept"][layer])
+        expected = score.gather(1, index).topk(count, dim=1).indices.sort(1).values
+        assert torch.equal(found, index.gather(1, expected))
+
+
+@torch.inference_mode()
+def test_random_draws_follow_the_observation() -> None:
+    inputs = tiny_input()
+    other = replace(inputs, state=inputs.state + 1)
+
+    def chosen(model: CogVLA, given: Any) -> torch.Tensor:
+        return model(given, debug=True).debug["routed"].index_BK
+
+    fresh, fixed = routed(config("random")), routed(config("random", resample=False))
+    assert torch.equal(chosen(fresh, inputs), chosen(fresh, inputs))
+    assert not torch.equal(chosen(fresh, inputs), chosen(fresh, other))
+    assert torch.equal(chosen(fixed, inputs), chosen(fixed, other))
+    assert not torch.equal(chosen(fixed, inputs), chosen(routed(config("random", resample=False, seed=1)), inputs))
+
+
+def test_training_draws_budgets_and_router_losses_reach_the_output() -> None:
+    model = routed(config("learned_pruner", train_budgets=(2, 8))).train()
+    counts = set()
+    for step in range(4):
+        output = model(replace(tiny_input(), draw=torch.tensor([[5, step]] * 3)), decode=False)
+        counts.add(output.vision.shape[1])
+        assert output.losses.keys() == {"budget"}
+    assert counts == {4, 16}
+    assert model.eval()(tiny_input()).losses == {}
+
+
+def test_a_schedule_is_found_for_a_policy() -> None:
+    model = tiny_model(efa=False, lfp=False)
+    objective = schedule_objective(model, tiny_input(), RouterConfig("token_norm", layer_router="carried"))
+    schedule, value = search(objective, (1, 3), 4, 0.5, evaluations=6)
+    assert -1 <= value <= 1
+    assert schedule.mean(4) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        config("random"),
+        config("random", "projector_out"),
+        config("random", "llm_layer"),
+        config("random", "llm_layer", mode="bypass"),
+        config("random", layers=(2,), layer_router="late_exit"),
+    ],
+    ids=lambda r: f"{r.stage}-{r.mode}-{r.layer_router}",
+)
+def test_flops_of_what_is_left_are_what_torch_counts(router: RouterConfig) -> None:
+    model, inputs = routed(router), alone(tiny_input(), 1)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(inputs)
+    costs = count_flops(model.config, model.embodiment, text_length=7)
+    total = next(cost for cost in costs if cost.stage == TOTAL)
+    assert total.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+# --- mistakes ---
+
+
+def test_mistakes_say_what_is_possible() -> None:
+    wrong: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"name": "randm"}, {}, "unknown router 'randm'; one of"),
+        ({"name": "random", "budget": 17}, {}, "above the 16 tokens there are"),
+        ({"name": "spatial_pool", "budget": 5}, {}, "possible budgets: 1, 2, 4"),
+        ({"name": "spatial_pool"}, {"efa": True}, "routing.efa=false gives patches"),
+        ({"name": "spatial_pool", "joint": True}, {}, "router.joint=false keeps views apart"),
+        ({"name": "cls_attention"}, {"efa": True}, "cannot give at encoder_out .*with which these work: .*random"),
+        ({"name": "progressive_video"}, {}, "needs history_BFND, which this policy cannot give"),
+        ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),
+        ({"name": "random", "stage": "llm_layer", "layers": (9,)}, {}, "has layers 0 to 3"),
+        ({"name": "carried", "stage": "llm_layer", "layers": (1,)}, {}, "needs score_BN"),
+        ({"name": "approx_error", "stage": "llm_layer", "layers": (1,), "mode": "bypass"}, {}, "cannot bypass a layer"),
+        ({"name": "random", "layers": (1,), "mode": "bypass"}, {"lfp": True}, "set routing.lfp=false"),
+        ({"name": "random"}, {"position_policy": "renumber"}, "set router.position=compact"),
+        ({"name": "random", "options": {"x": 1}}, {}, "no option x; it has none"),
+    ]
+    for router, routing, message in wrong:
+        values = {"efa": False, "lfp": False, **routing, "router": {"budget": 4, **router}}
+        with pytest.raises(ValueError, match=message):
+            tiny_model(**values)
+
+
+def test_no_context_is_given_that_was_not_asked_for() -> None:
+    model = routed(config("random"))
+    assert isinstance(model.router, PolicyRouter)
+    seen: list[RouterContext] = []
+    assert model.router.before is not None
+    model.router.before.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    model(tiny_input())
+    empty = {"text_BTE", "attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "pixels_B3HW"}
+    assert all(getattr(seen[0], name) is None for name in empty)

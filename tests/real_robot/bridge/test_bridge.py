@@ -1,0 +1,207 @@
+"""The bridge in real time, with a robot and a policy server made of Python: who may send what, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cogvla.policy.interface import Observation
+from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings, Tick
+from cogvla.real_robot.control.control_loop import Kind, State
+from cogvla.real_robot.control.measurements import latency_table
+from cogvla.real_robot.control.settings import LoopSettings, RobotConfig
+from cogvla.real_robot.serving.async_client import Answer, UnavailableError
+from cogvla.tests.support.control_robot import ABSOLUTE, DELTA, ROBOT, image
+
+TOLERANT = LoopSettings(image_age_s=1.0, state_age_s=1.0, sync_tolerance_s=0.5, hold_limit_s=30.0, clock_gap_s=5.0)
+
+
+@dataclass
+class Client:
+    """Answers at once with small actions, or raises."""
+
+    error: Exception | None = None
+    asked: int = 0
+    closed: bool = False
+
+    async def infer(
+        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+    ) -> Answer:
+        self.asked += 1
+        await asyncio.sleep(0.001)
+        if self.error is not None:
+            raise self.error
+        now = time.monotonic()
+        return Answer(np.full((ROBOT.chunk, ROBOT.action_dim), 0.1, np.float32), now, now, observation_id or 0, {})
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Front:
+    """A robot whose sensors speak a hundred times a second."""
+
+    sent: list[tuple[float, np.ndarray, bool]] = field(default_factory=list)
+    shown: list[Mapping[str, Any]] = field(default_factory=list)
+    error: Exception | None = None
+    closed: bool = False
+    bridge: Bridge | None = None
+
+    def start(self, bridge: Bridge) -> None:
+        self.bridge = bridge
+        self._stop = threading.Event()
+        threading.Thread(target=self._sense, daemon=True).start()
+
+    def _sense(self) -> None:
+        assert self.bridge is not None
+        while not self._stop.wait(0.01):
+            now = self.bridge.now()
+            for camera in ROBOT.camera_names:
+                self.bridge.observe_image(camera, image(camera), now)
+            self.bridge.observe_state(np.zeros(3), now)
+
+    def send(self, action_A: np.ndarray, dry_run: bool) -> None:
+        if self.error is not None:
+            raise self.error
+        self.sent.append((time.monotonic(), action_A, dry_run))
+
+    def show(self, diagnostics: Mapping[str, Any]) -> None:
+        self.shown.append(diagnostics)
+
+    def close(self) -> None:
+        self.closed = True
+        self._stop.set()
+
+
+@contextmanager
+def running(
+    client: Client | None = None,
+    front: Front | None = None,
+    limits: Any = DELTA,
+    on_tick: Callable[[Tick], None] | None = None,
+    **settings: Any,
+) -> Iterator[tuple[Bridge, Client, Front]]:
+    client, front = client or Client(), front or Front()
+    settings = {"dry_run": False, "activate": True, "diagnostics_s": 0.02} | settings
+    robot = RobotConfig("two_joints", limits, TOLERANT)
+    with Bridge(robot, ROBOT, client, front, BridgeSettings(**settings), on_tick) as bridge:
+        bridge.instruct("pick")
+        yield bridge, client, front
+
+
+def until(condition: Callable[[], Any]) -> None:
+    last = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < last, "it did not happen in time"
+        time.sleep(0.002)
+
+
+def test_observations_become_commands() -> None:
+    ticks: list[Tick] = []
+    with running(on_tick=ticks.append) as (bridge, client, front):
+        until(lambda: len(front.sent) > 20)
+        until(lambda: front.shown and front.shown[-1]["state"] == "running")
+        assert bridge.state is State.RUNNING
+        assert all(not dry and np.isfinite(action_A).all() for _, action_A, dry in front.sent)
+        assert client.asked > 1
+    assert front.closed
+    assert client.closed
+    acted = [tick for tick in ticks if tick.command.kind is Kind.ACTION]
+    assert len(acted) == len([1 for tick in ticks if tick.command.action_A is not None])
+    assert set(acted[-1].images) == set(ROBOT.camera_names)
+    assert acted[-1].instruction == "pick"
+    table = latency_table(bridge.measurements, 20)
+    assert table.splitlines()[1].startswith("observation to command")
+    assert f"action {len(acted)}  " in table
+
+
+def test_ticks_keep_their_rate_although_the_front_end_is_slow() -> None:
+    with running(on_tick=lambda _: time.sleep(0.03)) as (bridge, _, front):
+        until(lambda: len(front.sent) > 2)
+        began, first = time.monotonic(), bridge.diagnostics()["tick"]
+        time.sleep(1.0)
+        ticks = bridge.diagnostics()["tick"] - first
+        assert ticks <= 20 * (time.monotonic() - began) + 1, "a late tick is not made up for"
+
+
+def test_a_dry_run_sends_nothing_and_shows_everything() -> None:
+    with running(dry_run=True, limits=replace(ABSOLUTE, lead=(0.01, 0.01))) as (bridge, _, front):
+        until(lambda: len(front.sent) > 10)
+        assert all(dry for _, _, dry in front.sent)
+        assert bridge.activate() == (True, "dry run: commands are not sent")
+        assert bridge.fault is None, "an arm that is not moved does not follow, and that is no fault"
+    assert bridge.measurements.counts["dry_run"] == len(front.sent)
+
+
+def test_nothing_is_sent_after_an_emergency_stop_has_returned() -> None:
+    with running() as (bridge, _, front):
+        for _ in range(5):
+            until(lambda: bridge.state is State.RUNNING)
+            bridge.estop(True)
+            stopped = time.monotonic()
+            time.sleep(0.12)
+            assert not [when for when, _, _ in front.sent if when > stopped]
+            assert bridge.reset() == (False, "the emergency stop is engaged")
+            bridge.estop(False)
+            assert bridge.activate() == (False, "stopped: emergency stop; reset first")
+            assert bridge.reset() == (True, "idle; activate to go on")
+            bridge.activate()
+
+
+def test_it_starts_idle_unless_told_otherwise() -> None:
+    assert BridgeSettings() == BridgeSettings(dry_run=True, activate=False)
+    with running(activate=False) as (bridge, client, front):
+        time.sleep(0.2)
+        assert bridge.state is State.IDLE
+        assert not front.sent
+        assert not client.asked
+        bridge.activate()
+        until(lambda: front.sent)
+        bridge.activate(False)
+        sent = len(front.sent)
+        time.sleep(0.12)
+        assert len(front.sent) == sent
+
+
+@pytest.mark.parametrize("error", [UnavailableError("away"), ValueError("another robot")])
+def test_a_server_without_answers_is_asked_again_and_the_arm_left_alone(error: Exception) -> None:
+    with running(Client(error)) as (bridge, client, front):
+        until(lambda: client.asked > 3)
+        assert not front.sent
+        assert bridge.diagnostics()["last_failure"] == str(error)
+        client.error = None
+        until(lambda: front.sent)
+
+
+def test_a_robot_that_cannot_be_sent_to_ends_the_bridge() -> None:
+    with running() as (bridge, _, front):
+        front.error = OSError("the cable is out")
+        with pytest.raises(OSError, match="the cable is out"):
+            bridge.wait(20)
+
+
+def test_a_client_that_breaks_ends_the_bridge() -> None:
+    with running(Client(ZeroDivisionError("a mistake"))) as (bridge, _, front):
+        with pytest.raises(ZeroDivisionError, match="a mistake"):
+            bridge.wait(20)
+        assert not front.sent
+
+
+def test_wait_says_whether_the_bridge_has_ended() -> None:
+    with running() as (bridge, _, _):
+        assert bridge.wait(0.05) is False
+    assert bridge.wait(1) is True
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="diagnostics_s must be positive"):
+        BridgeSettings(diagnostics_s=0)

@@ -1,0 +1,283 @@
+"""Robots of lerobot behind the bridge: features, faults, the command `drive_robot`, and what it records."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_module
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from omegaconf import DictConfig
+
+from cogvla.policy.interface import ActionChunk, Observation
+from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.control.control_loop import State
+from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
+from cogvla.real_robot.recording.recorder import Recorder
+from cogvla.real_robot.serving.local_policy import LocalPolicy
+from cogvla.real_robot.serving.request import RequestKeys
+from cogvla.scripts.robot.drive_robot import run
+from cogvla.tests.support.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
+from cogvla.tests.support.policy_servers import serving, until
+
+INSTRUCTION = "sweep to the left"
+
+
+class Sweep:
+    """Targets 1 degree beyond where each joint is, for ever; the gripper half open."""
+
+    embodiment = PLANE
+
+    def describe(self) -> dict[str, Any]:
+        return {"preset": "sweep", "parameters": 0}
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        """Nothing to prepare."""
+
+    def act(self, observation: Observation) -> ActionChunk:
+        assert list(observation.instruction) == [INSTRUCTION]
+        steps_K1 = np.arange(1, PLANE.chunk + 1)[:, None]
+        actions_BKA = np.full((1, PLANE.chunk, 3), 50.0, np.float32)
+        actions_BKA[0, :, :2] = observation.state[0, :2] + 0.1 * steps_K1
+        return ActionChunk(actions_BKA, {"inference_ms": 0.1})
+
+
+@pytest.fixture
+def robot() -> Iterator[PlaneArm]:
+    with connected(PlaneArm(PlaneArmConfig(id="test"))) as arm:
+        assert isinstance(arm, PlaneArm)
+        yield arm
+
+
+@contextmanager
+def bridged(robot: PlaneArm, dry_run: bool = False, recorder: Recorder | None = None) -> Iterator[Bridge]:
+    front_end = LeRobotFrontEnd(robot, SETTINGS, PLANE)
+    settings = BridgeSettings(dry_run=dry_run)
+    on_tick = None if recorder is None else recorder.show
+    with Bridge(LIMITS, PLANE, LocalPolicy(Sweep(), PLANE), front_end, settings, on_tick) as bridge:
+        bridge.instruct(INSTRUCTION)
+        yield bridge
+
+
+def test_a_robot_of_lerobot_is_made_from_a_file_and_checked_before_it_is_connected() -> None:
+    made = make_robot(replace(SETTINGS, config={"id": "test"}))
+    assert isinstance(made, PlaneArm)
+    SETTINGS.check_robot(made, PLANE)
+    assert not made.is_connected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": "no_such_arm"}, "knows no robot 'no_such_arm', only .*plane_arm"),
+        ({"config": {"colour": "red"}}, "lerobot.config is not for plane_arm: .*colour"),
+        ({"config": {"no_camera": True}}, "plane_arm observes no hand; it observes .*top"),
+        ({"config": {"high": True}}, r"camera 'top' of plane_arm gives \(16, 12, 3\), .* has 8x12 for 'front'"),
+        ({"cameras": {"front": "top"}}, r"lerobot.cameras has \['front'\]"),
+        ({"state": JOINTS[:2]}, "lerobot.state names 2 features, the state of 'plane_arm' has 3"),
+        ({"action": ("shoulder.pos", "elbow.pos", "wrist.pos")}, "must name all of the robot's action: .*gripper.pos"),
+    ],
+)
+def test_a_robot_that_does_not_fit_is_refused_with_what_to_change(changes: dict[str, Any], message: str) -> None:
+    settings: LeRobotSettings = replace(SETTINGS, **changes)
+    with pytest.raises(ValueError, match=message):
+        LeRobotFrontEnd(make_robot(settings), settings, PLANE)
+
+
+def test_a_robot_without_calibration_is_left_alone() -> None:
+    robot = PlaneArm(PlaneArmConfig(calibrated=False))
+    with pytest.raises(ValueError, match="not calibrated: run `lerobot-calibrate`"), connected(robot):
+        pass
+    assert not robot.is_connected
+
+
+def test_the_arm_follows_the_policy_and_stops_at_the_estop(robot: PlaneArm) -> None:
+    with bridged(robot) as bridge:
+        time.sleep(0.2)
+        assert robot.sent == [], "a bridge that is not active sends nothing"
+        bridge.activate()
+        until(lambda: robot.position["shoulder.pos"] > 1.0 and len(robot.sent) > 10)
+        bridge.estop(True)
+        seen = len(robot.sent)
+        time.sleep(0.3)
+        assert len(robot.sent) <= seen + 1, "at most the message that was being written"
+        assert bridge.fault == "emergency stop"
+    assert set(robot.sent[0][1]) == set(JOINTS)
+    assert robot.sent[-1][1]["gripper.pos"] == 50.0
+    steps = np.diff([action["shoulder.pos"] for _, action in robot.sent])
+    assert (steps >= 0).all()
+    assert steps.max() <= 100 / PLANE.control_hz + 1e-6, "faster than the limit"
+
+
+def test_a_dry_run_moves_nothing(robot: PlaneArm) -> None:
+    with bridged(robot, dry_run=True) as bridge:
+        bridge.activate()
+        until(lambda: bridge.measurements.counts["dry_run"] > 3)
+    assert robot.sent == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "value", "said"),
+    [
+        ("silent", "hand", "wrist: the robot gave no 'hand'"),
+        ("silent", "elbow.pos", "state: no elbow.pos"),
+        ("unreadable", ConnectionError("no status packet"), "state: ConnectionError: no status packet"),
+    ],
+)
+def test_what_cannot_be_read_is_said_and_becomes_stale(robot: PlaneArm, fault: str, value: Any, said: str) -> None:
+    with bridged(robot) as bridge:
+        bridge.activate()
+        until(lambda: bridge.state is State.RUNNING)
+        setattr(robot, fault, value)
+        until(lambda: said in bridge.diagnostics()["last_refusal"].values())
+        until(lambda: bridge.state is State.HOLDING)
+        setattr(robot, fault, None)
+        until(lambda: bridge.state is State.RUNNING)
+
+
+def test_a_robot_that_takes_no_commands_ends_the_bridge(robot: PlaneArm) -> None:
+    robot.unwritable = ConnectionError("the port is gone")
+    with bridged(robot) as bridge:
+        bridge.activate()
+        with pytest.raises(ConnectionError, match="the port is gone"):
+            bridge.wait(30)
+
+
+def test_a_command_that_waited_for_too_long_is_dropped(robot: PlaneArm) -> None:
+    """The robot is busy for several periods: what it was told meanwhile has lost its meaning."""
+    with bridged(robot) as bridge:
+        bridge.activate()
+        until(lambda: len(robot.sent) > 3)
+        front_end = bridge._front_end
+        assert isinstance(front_end, LeRobotFrontEnd)
+        sent = len(robot.sent)
+        front_end._act(bridge, np.zeros(3), bridge.now() - 2 / PLANE.control_hz)
+        assert all(action["gripper.pos"] == 50.0 for _, action in robot.sent[sent:]), "the old command was sent"
+
+
+def test_what_the_robot_did_becomes_a_dataset(robot: PlaneArm, tmp_path: Path) -> None:
+    output = tmp_path / "recorded"
+    with Recorder(output, PLANE, "plane_arm") as recorder, bridged(robot, recorder=recorder) as bridge:
+        for episode in range(3):
+            until(lambda: bridge.activate() and len(robot.sent) > 0)
+            sent = len(robot.sent)
+            until(lambda sent=sent: len(robot.sent) > sent + 8)  # type: ignore[misc]
+            bridge.activate(False)
+            time.sleep(0.15)
+            if episode == 1:
+                recorder.end_episode(keep=False)
+    assert recorder.episodes == 2
+    assert not output.with_name("recorded.recording").exists()
+    data = LeRobotDataset("cogvla/recorded", root=output)
+    assert data.meta.total_episodes == 2
+    assert data.fps == 20
+    assert list(data.meta.tasks.index) == [INSTRUCTION]
+    frames = [data[i] for i in range(len(data))]
+    actions = np.stack([frame["action"] for frame in frames])
+    commanded = {tuple(np.float32(list(action.values()))) for _, action in robot.sent}
+    recorded = [tuple(action) for action in actions]
+    assert sum(action in commanded for action in recorded) >= len(recorded) - 2, "other actions than were sent"
+    for frame in frames:  # image and state were read together
+        assert frame["observation.images.front"].shape == (3, 8, 12)
+        level = round(float(frame["observation.images.front"].max()) * 255)
+        assert level == int(100 + float(frame["observation.state"][0]))
+
+
+def test_a_recording_that_was_killed_goes_on(robot: PlaneArm, tmp_path: Path) -> None:
+    output = tmp_path / "recorded"
+
+    class KilledError(Exception):
+        """Stands for the end of the process."""
+
+    def record(error: Exception | None) -> Recorder:
+        with Recorder(output, PLANE, "plane_arm") as recorder, bridged(robot, recorder=recorder) as bridge:
+            bridge.activate()
+            sent = len(robot.sent)
+            until(lambda: len(robot.sent) > sent + 5)
+            bridge.activate(False)
+            until(lambda: recorder.episodes > 0)
+            if error is not None:
+                raise error
+        return recorder
+
+    with suppress(KilledError):
+        record(KilledError())
+    assert not output.exists()
+    with pytest.raises(ValueError, match="unfinished recording with another robot"):
+        Recorder(output, PLANE, "another_arm")
+    assert record(None).episodes == 2
+    assert LeRobotDataset("cogvla/recorded", root=output).meta.total_episodes == 2
+    with pytest.raises(ValueError, match="is there already; record into another folder"):
+        Recorder(output, PLANE, "plane_arm")
+
+
+def test_a_machine_that_cannot_record_as_fast_says_so(tmp_path: Path, robot: PlaneArm) -> None:
+    recorder = Recorder(tmp_path / "recorded", PLANE, "plane_arm")  # its thread does not run: nothing is encoded
+    recorder._waiting.maxsize = 3
+    with bridged(robot, recorder=recorder) as bridge, pytest.raises(ValueError, match="cannot keep up"):
+        bridge.wait(30)
+
+
+def command(uri: str, *overrides: str) -> DictConfig:
+    """`drive_robot` for the plane arm."""
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        config = compose("drive_robot", [f"server={uri}", f"instruction={INSTRUCTION}", *overrides])
+    return configured(config)
+
+
+def test_drive_robot_with_keys_over_the_wire(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "recorded"
+    read, write = os.pipe()
+    sent: list[dict[str, float]] = []
+    send_action = PlaneArm.send_action
+
+    def send(arm: PlaneArm, action: dict[str, float]) -> dict[str, float]:
+        sent.append(action)
+        return send_action(arm, action)
+
+    monkeypatch.setattr(PlaneArm, "send_action", send)
+
+    def operate() -> None:
+        for key in (b"a", b" ", b"r", b"a", b"s", b"q"):
+            before = len(sent)
+            os.write(write, key)
+            if key == b"a":
+                until(lambda before=before: len(sent) > before + 15)  # type: ignore[misc]
+            else:
+                time.sleep(0.3)
+
+    with serving(Sweep(), keys=RequestKeys()) as (uri, _), ThreadPoolExecutor(1) as pool:
+        operator = pool.submit(operate)
+        run(command(uri, "dry_run=false", f"record={output}"), keyboard=read)
+        operator.result()
+    said = capsys.readouterr().out
+    assert "plane_arm by sweep" in said
+    assert "engaged" in said
+    assert "observation to command" in said
+    assert "2 episodes in" in said
+    assert LeRobotDataset("cogvla/recorded", root=output).meta.total_episodes == 2
+
+
+def test_drive_robot_refuses_what_cannot_be() -> None:
+    with serving(Sweep(), keys=RequestKeys()) as (uri, _):
+        with pytest.raises(ValueError, match="give dry_run=false with record"):
+            run(command(uri, "record=somewhere"))
+        with pytest.raises(ValueError, match="transport must be one of dds, lerobot"):
+            run(command(uri, "transport=carrier_pigeon"))
+        config = command(uri)
+        config.embodiment.control_hz = 10.0
+        with pytest.raises(ValueError, match=r"control_hz: robot 10\.0, policy 20\.0"):
+            run(config)

@@ -1,0 +1,410 @@
+"""ROS 2 messages, the front end over a node that only remembers, and the rclpy package as far as it needs no ROS 2."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+
+from cogvla.policy.interface import Embodiment
+from cogvla.real_robot.bridge.named_config import named_config
+from cogvla.real_robot.control.settings import RobotConfig
+from cogvla.real_robot.ros import messages as messages
+from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd, RosTopics
+from cogvla.real_robot.ros.node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
+from cogvla.real_robot.serving.async_client import ClientSettings
+from cogvla.scripts.robot import robot_bridge
+from cogvla.tests.support.paths import ROOT
+from cogvla.tests.support.policy_servers import SumPolicy, free_port, serving
+
+ROS2 = ROOT / "real_robot" / "ros" / "package"
+
+
+def as_message(fields: Any) -> Any:
+    """Nested values with attributes, as any message has."""
+    if isinstance(fields, dict):
+        return SimpleNamespace(**{key: as_message(value) for key, value in fields.items()})
+    return [as_message(each) for each in fields] if isinstance(fields, list) else fields
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pixel"),
+    [
+        ("rgb8", [1, 2, 3]),
+        ("bgr8", [3, 2, 1]),
+        ("8UC3", [3, 2, 1]),
+        ("rgba8", [1, 2, 3, 9]),
+        ("bgra8", [3, 2, 1, 9]),
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 5])
+def test_images_of_every_encoding_are_rgb(encoding: str, pixel: list[int], padding: int) -> None:
+    row = np.array(pixel * 4 + [0] * padding, np.uint8)
+    message = SimpleNamespace(encoding=encoding, height=2, width=4, step=len(row), data=np.tile(row, 2))
+    image = messages.image_of(message)
+    assert image.shape == (2, 4, 3)
+    assert image.dtype == np.uint8
+    assert (image == [1, 2, 3]).all()
+    message.data = message.data.tobytes()
+    np.testing.assert_array_equal(messages.image_of(message), image)
+
+
+def test_images_that_cannot_be_read_are_refused() -> None:
+    message = SimpleNamespace(encoding="16UC1", height=2, width=4, step=8, data=np.zeros(16, np.uint8))
+    with pytest.raises(ValueError, match="encoding '16UC1' is not supported"):
+        messages.image_of(message)
+    message.encoding = "rgb8"
+    with pytest.raises(ValueError, match="rows of 8 bytes has only 16 bytes"):
+        messages.image_of(message)
+    with pytest.raises(ValueError, match="cannot be read"):
+        messages.compressed_image_of(SimpleNamespace(format="jpeg", data=np.zeros(9, np.uint8)))
+
+
+def test_images_come_back_as_they_were_sent() -> None:
+    image = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+    sent = as_message(messages.image_fields(image, 12.5, "wrist"))
+    np.testing.assert_array_equal(messages.image_of(sent), image)
+    assert seconds_of(sent.header.stamp) == 12.5
+    smooth = np.full((16, 16, 3), (200, 50, 20), np.uint8)
+    packed = as_message(messages.compressed_image_fields(smooth, 0.0, "wrist"))
+    assert np.abs(messages.compressed_image_of(packed).astype(int) - smooth).max() < 6
+
+
+def test_joints_are_found_by_name() -> None:
+    message = as_message(messages.joint_state_fields({"b": 2.0, "other": 9.0, "a": 1.0}, 3.0))
+    np.testing.assert_array_equal(messages.state_of(message, ["a", "b"]), [1.0, 2.0])
+    with pytest.raises(ValueError, match="no position of c; there are b, other, a"):
+        messages.state_of(message, ["a", "c"])
+
+
+def test_a_trajectory_starts_now_and_takes_one_period() -> None:
+    fields = messages.trajectory_fields(np.array([0.1, 0.2]), ["j1", "j2"], 0.05)
+    assert "header" not in fields, "stamp 0 means now"
+    assert fields["points"][0]["time_from_start"] == {"sec": 0, "nanosec": 50_000_000}
+
+
+def test_stamps_are_exact() -> None:
+    assert stamp_of(1795359282.25) == {"sec": 1795359282, "nanosec": 250_000_000}
+    assert stamp_of(-0.25) == {"sec": -1, "nanosec": 750_000_000}
+    assert resolve("~/estop", "/ns/node") == "/ns/node/estop"
+    assert resolve("joint_states", "/node") == "/joint_states"
+
+
+def test_equal_stamps_stay_equal_until_a_clock_is_set() -> None:
+    offset, times = ClockOffset(), iter(np.arange(100.0, 200.0, 1e-5))
+    wall = 0.0
+    first = offset(lambda: next(times), lambda: next(times) + wall)
+    assert offset(lambda: next(times), lambda: next(times) + wall) == first
+    wall = 5.0
+    assert offset(lambda: next(times), lambda: next(times) + wall) == pytest.approx(first - 5, abs=1e-3)
+
+
+# --- the front end --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Remembers:
+    """A `RosNode` without a network."""
+
+    name: str = "/bridge"
+    subscribed: dict[str, Callable[[Any], None]] = field(default_factory=dict)
+    deliveries: dict[str, Delivery] = field(default_factory=dict)
+    published: list[tuple[str, str, Fields]] = field(default_factory=list)
+    served: dict[str, Callable[[bool], Answer]] = field(default_factory=dict)
+
+    def now(self) -> float:
+        return time.time()
+
+    def subscribe(self, topic: str, kind: str, delivery: Delivery, callback: Callable[[Any], None]) -> None:
+        self.subscribed[topic], self.deliveries[topic] = callback, delivery
+
+    def advertise(self, topic: str, kind: str, delivery: Delivery) -> Callable[[Fields], None]:
+        return lambda fields: self.published.append((topic, kind, fields))
+
+    def serve(self, service: str, kind: str, callback: Callable[[bool], Answer]) -> None:
+        self.served[service] = callback
+
+
+class Bridge:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments: self.told.append((name, *arguments))
+
+
+def front(name: str, **changes: Any) -> tuple[Remembers, Bridge, RosFrontEnd, Embodiment]:
+    node, bridge = Remembers(), Bridge()
+    embodiment = Embodiment(**named_config("embodiment", name))
+    made = RosFrontEnd(node, RosTopics(**named_config("topics", name) | changes), embodiment)
+    made.start(bridge)  # type: ignore[arg-type]
+    return node, bridge, made, embodiment
+
+
+def test_sensors_reach_the_bridge_on_its_own_clock() -> None:
+    node, bridge, _, embodiment = front("tabletop")
+    image = np.zeros((128, 128, 3), np.uint8)
+    joints = dict.fromkeys(RosTopics(**named_config("topics", "tabletop")).joints, 0.5)
+    first = bridge.now()
+    node.subscribed["/wrist/image_raw"](as_message(messages.image_fields(image, node.now() - 0.25, "wrist")))
+    node.subscribed["/joint_states"](as_message(messages.joint_state_fields(joints, node.now() - 0.1)))
+    taken = 1e-3 + bridge.now() - first  # seconds; a busy machine may stop for a while anywhere in between
+    (what, camera, got, stamp), (state, values, state_stamp) = bridge.told
+    assert (what, camera, state) == ("observe_image", "wrist", "observe_state")
+    np.testing.assert_array_equal(got, image)
+    assert stamp == pytest.approx(first - 0.25, abs=2 * taken)
+    assert state_stamp == pytest.approx(first - 0.1, abs=2 * taken)
+    assert len(values) == embodiment.state_dim
+    assert node.deliveries["/wrist/image_raw"] is Delivery.SENSOR
+    assert node.deliveries["/instruction"] is Delivery.LATCHED
+
+
+def test_the_time_of_arrival_can_stand_for_the_stamp() -> None:
+    node, bridge, _, _ = front("tabletop", stamps="arrival")
+    image = as_message(messages.image_fields(np.zeros((2, 2, 3), np.uint8), 17.0, "wrist"))
+    first = bridge.now()
+    node.subscribed["/wrist/image_raw"](image)
+    assert first <= bridge.told[0][3] <= bridge.now()
+
+
+def test_what_cannot_be_read_is_counted() -> None:
+    node, bridge, _, _ = front("tabletop")
+    node.subscribed["/joint_states"](as_message(messages.joint_state_fields({"tcp_x": 0.0}, node.now())))
+    bad = as_message(messages.image_fields(np.zeros((2, 2, 3), np.uint8), node.now(), "wrist"))
+    bad.encoding = "yuv422"
+    node.subscribed["/wrist/image_raw"](bad)
+    assert [told[:3] for told in bridge.told] == [
+        ("refuse", "state", "unreadable"),
+        ("refuse", "wrist", "unreadable"),
+    ]
+
+
+def test_orders_come_by_topic_and_by_service() -> None:
+    node, bridge, made, _ = front("tabletop")
+    node.subscribed["/instruction"](SimpleNamespace(data="stack the cubes"))
+    node.subscribed["~/estop"](SimpleNamespace(data=True))
+    node.subscribed["~/reset"](SimpleNamespace())
+    node.subscribed["~/activate"](SimpleNamespace(data=False))
+    node.served["~/estop"](False)
+    node.served["~/reset"](True)
+    node.served["~/activate"](True)
+    assert bridge.told == [
+        ("instruct", "stack the cubes"), ("estop", True), ("reset",), ("activate", False),
+        ("estop", False), ("reset",), ("activate", True),
+    ]  # fmt: skip
+    made.close()
+    node.subscribed["~/activate"](SimpleNamespace(data=True))
+    assert len(bridge.told) == 7
+
+
+def test_displacements_go_out_as_they_are() -> None:
+    node, _, made, _ = front("tabletop")
+    action = np.linspace(-1, 1, 7)
+    made.send(action, False)
+    made.send(action, True)
+    (topic, kind, fields), (preview, _, _) = node.published
+    assert (topic, kind, preview) == ("/arm_controller/commands", ARRAY, "~/dry_run")
+    np.testing.assert_array_equal(fields["data"], action)
+
+
+def test_joint_targets_go_out_as_a_trajectory_and_a_gripper() -> None:
+    node, _, made, embodiment = front("six_joints")
+    made.send(np.arange(7.0), False)
+    (topic, kind, fields), (gripper, gripper_kind, grip) = node.published
+    assert (topic, kind) == ("/joint_trajectory_controller/joint_trajectory", TRAJECTORY)
+    assert fields["joint_names"] == [f"joint{i}" for i in range(1, 7)]
+    np.testing.assert_array_equal(fields["points"][0]["positions"], np.arange(6.0))
+    assert fields["points"][0]["time_from_start"]["nanosec"] == round(1e9 / embodiment.control_hz)
+    assert (gripper, gripper_kind) == ("/gripper_controller/commands", ARRAY)
+    np.testing.assert_array_equal(grip["data"], [6.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cameras": {"agentview": "/a"}}, "give a topic for each"),
+        ({"joints": ["a", "b"]}, "names 2 joints, the state of 'tabletop_panda' has 8 entries"),
+        ({"command_type": "twist"}, "command_type must be one of array, trajectory"),
+        ({"stamps": "now"}, "stamps must be one of header, arrival"),
+        ({"command_type": "trajectory"}, "command_joints names the joints of a trajectory"),
+        ({"command_type": "trajectory", "command_joints": ["a"]}, "names 1 joints, the command has 7"),
+    ],
+)
+def test_topics_that_do_not_fit_the_robot_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        front("tabletop", **changes)
+
+
+@pytest.mark.parametrize("name", ["tabletop", "six_joints"])
+def test_the_files_of_a_robot_fit_together(name: str) -> None:
+    embodiment = Embodiment(**named_config("embodiment", name))
+    RobotConfig(**named_config("robot", name)).limits.check(embodiment)
+    RosTopics(**named_config("topics", name)).check(embodiment)
+
+
+def test_named_configs_list_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"topics 'nothing' is neither a YAML file nor one of six_joints, tabletop"):
+        named_config("topics", "nothing")
+    (tmp_path / "mine.yaml").write_text("a: 1\n")
+    assert named_config("topics", str(tmp_path / "mine.yaml")) == {"a": 1}
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(ValueError, match="holds no mapping"):
+        named_config("topics", str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["transport=rclpy"], "transport must be dds, got 'rclpy'"),
+        (["dds.domain=400"], "dds.domain must be from 0 to 232"),
+        (["dds.distro=foxy"], "distro must be one of humble, iron, jazzy"),
+        ([], "transport=dds needs cogvla.real_robot.ros.dds: install the extra `dds`"),
+    ],
+)
+def test_mistakes_of_the_command_are_explained(changes: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not changes:
+        monkeypatch.setitem(sys.modules, "cogvla.real_robot.ros.dds", None)  # as if it could not be imported
+    elif changes[0].startswith("dds"):
+        pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        config = compose("robot_bridge", changes)
+    with pytest.raises(ValueError, match=words):
+        robot_bridge._node(config)
+
+
+def test_a_policy_for_another_robot_is_refused_before_anything_starts() -> None:
+    settings = ClientSettings(robot=Embodiment(**named_config("embodiment", "tabletop")))
+    with serving(SumPolicy()) as (uri, _), pytest.raises(ValueError, match="does not fit the robot 'tabletop_panda'"):
+        asyncio.run(robot_bridge._check_server(uri, settings))
+
+
+def test_a_server_that_is_not_there_yet_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(robot_bridge._check_server(f"ws://127.0.0.1:{free_port()}", ClientSettings()))
+    assert capsys.readouterr().out.startswith("no policy server yet: ")
+
+
+# --- the rclpy package ----------------------------------------------------------------------------------------------
+
+
+def ros2_module(name: str) -> ModuleType:
+    """A module of the package, which colcon installs and this repository does not."""
+    spec = spec_from_file_location(f"cogvla_bridge_{name}", ROS2 / "cogvla_bridge" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parameters_make_a_bridge_and_are_checked() -> None:
+    parameters = ros2_module("parameters")
+    values = {name: default for name, (default, _) in parameters.PARAMETERS.items()}
+    made = parameters.parts(values)
+    assert made.settings.dry_run
+    assert made.client.api_key is None
+    with pytest.raises(ValueError, match="robot 'crane' is neither"):
+        parameters.parts(values | {"robot": "crane"})
+    with pytest.raises(ValueError, match="names 7 joints"):
+        parameters.parts(values | {"topics": "six_joints"})
+
+
+def test_the_parameter_file_has_every_parameter() -> None:
+    written = yaml.safe_load((ROS2 / "config" / "tabletop.yaml").read_text())["/cogvla_bridge"]["ros__parameters"]
+    assert written == {name: default for name, (default, _) in ros2_module("parameters").PARAMETERS.items()}
+
+
+def test_the_package_says_the_same_everywhere() -> None:
+    manifest = ElementTree.parse(ROS2 / "package.xml")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert manifest.findtext("version") == version
+    assert manifest.findtext("name") == "cogvla_bridge"
+    assert (ROS2 / "resource" / "cogvla_bridge").is_file()
+    setup = (ROS2 / "setup.py").read_text()
+    assert f'version="{version}"' in setup
+    for file in ("launch/bridge.launch.py", "config/tabletop.yaml", "package.xml"):
+        assert f'"{file}"' in setup
+        assert (ROS2 / file).is_file()
+    imported = {
+        node.module.partition(".")[0]
+        for node in ast.walk(ast.parse((ROS2 / "cogvla_bridge" / "node.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    declared = {element.text for element in manifest.iter("exec_depend")}
+    assert imported - {"__future__", "collections", "typing", "cogvla", "cogvla_bridge"} <= declared
+
+
+def test_messages_of_rclpy_are_filled_from_nested_values() -> None:
+    """Classes that are made like those that rosidl generates."""
+
+    class KeyValue:
+        def __init__(self) -> None:
+            self.key = self.value = ""
+
+    class Status:
+        def __init__(self) -> None:
+            self.level, self.name, self.values = b"\0", "", []
+
+        def get_fields_and_field_types(self) -> dict[str, str]:
+            return {"values": "sequence<diagnostic_msgs/KeyValue>"}
+
+    class Header:
+        def __init__(self) -> None:
+            self.stamp, self.frame_id = SimpleNamespace(sec=0, nanosec=0), ""
+
+    class Array:
+        def __init__(self) -> None:
+            self.header, self.status, self.numbers = Header(), [], []
+
+        def get_fields_and_field_types(self) -> dict[str, str]:
+            return {"status": "sequence<diagnostic_msgs/DiagnosticStatus>"}
+
+    kinds = {"diagnostic_msgs/msg/DiagnosticStatus": Status, "diagnostic_msgs/msg/KeyValue": KeyValue}
+    status = {"level": 2, "name": "loop", "values": [{"key": "a", "value": "1"}]}
+    fields = {"header": {"stamp": stamp_of(1.5)}, "status": [status], "numbers": np.array([1.0, 2.0])}
+    filled = ros2_module("messages").fill(Array(), fields, kinds.__getitem__)
+    assert (filled.header.stamp.sec, filled.header.stamp.nanosec) == (1, 500_000_000)
+    assert filled.status[0].level == b"\2"
+    assert filled.status[0].values[0].value == "1"
+    assert filled.numbers == [1.0, 2.0]
+
+
+@pytest.mark.skipif(find_spec("rclpy") is None, reason="ROS 2 (rclpy) is not installed here")
+def test_the_lifecycle_node_configures_activates_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROS2))
+    import rclpy
+    from cogvla_bridge.node import BridgeNode
+    from rclpy.lifecycle import TransitionCallbackReturn
+
+    rclpy.init()
+    node = BridgeNode()
+    try:
+        for transition in (node.on_configure, node.on_activate, node.on_deactivate, node.on_cleanup):
+            assert transition(None) == TransitionCallbackReturn.SUCCESS
+            rclpy.spin_once(node, timeout_sec=0.1)
+    finally:
+        node.disconnect()
+        node.destroy_node()
+        rclpy.shutdown()

@@ -1,0 +1,285 @@
+"""Clients over real sockets: answers, deadlines, and what happens when the server or the network goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cogvla.policy.interface import Camera, Observation
+from cogvla.real_robot.serving.async_client import (
+    AsyncPolicyClient,
+    ClientSettings,
+    RefusedError,
+    UnavailableError,
+)
+from cogvla.real_robot.serving.client import PolicyClient, ReconnectingPolicyClient
+from cogvla.real_robot.serving.reconnecting import Backoff, ReconnectingClient
+from cogvla.real_robot.serving.remote_policy import RemotePolicy
+from cogvla.real_robot.serving.server_info import ServerInfo
+from cogvla.tests.support.policy_servers import (
+    LIBERO_KEYS,
+    ROBOT,
+    ServerProcess,
+    StallingProxy,
+    SumPolicy,
+    free_port,
+    observation,
+    serving,
+)
+
+FAST = ClientSettings(answer_s=10.0, connect_s=10.0)
+
+
+def expected(seed: int, instruction: str = "pick up the red cube") -> np.ndarray:
+    return SumPolicy().act(observation(seed, instruction)).actions[0]
+
+
+def test_sync_client() -> None:
+    with serving(SumPolicy()) as (uri, server), PolicyClient(uri, replace(FAST, robot=ROBOT)) as client:
+        assert client.info == server.info
+        assert client.info.embodiment == ROBOT
+        for seed in range(3):
+            before = time.monotonic()
+            answer = client.infer(observation(seed), observation_id=40 + seed)
+            np.testing.assert_array_equal(answer.actions, expected(seed))
+            assert before <= answer.sent_s < answer.received_s <= time.monotonic()
+            assert answer.observation_id == 40 + seed
+            assert answer.timing["batch"] == 1
+            assert 0 < answer.timing["infer_ms"] < answer.timing["round_trip_ms"]
+
+
+def test_async_client_of_many_robots() -> None:
+    async def robots(uri: str) -> None:
+        clients = [await AsyncPolicyClient.connect(uri, FAST) for _ in range(4)]
+        answers = await asyncio.gather(*(c.infer(observation(seed)) for seed, c in enumerate(clients)))
+        for seed, answer in enumerate(answers):
+            np.testing.assert_array_equal(answer.actions, expected(seed))
+        with pytest.raises(RuntimeError, match="a client of its own"):
+            await asyncio.gather(*(clients[0].infer(observation(seed)) for seed in range(2)))
+        await asyncio.gather(*(c.close() for c in clients))
+        assert not any(c.open for c in clients)
+
+    with serving(SumPolicy()) as (uri, _):
+        asyncio.run(robots(uri))
+
+
+def test_a_robot_that_the_policy_does_not_fit_is_told_all_differences() -> None:
+    other = replace(
+        ROBOT,
+        cameras=(Camera("front", 8, 8),),
+        action_dim=7,
+        action_normalise_mask=(),
+        gripper_close=0.0,
+        control_hz=50,
+    )
+    with serving(SumPolicy()) as (uri, _), pytest.raises(ValueError, match="does not fit") as caught:
+        PolicyClient(uri, replace(FAST, robot=other))
+    for part in ("action_dim: robot 7, policy 3", "cameras", "gripper_close", "control_hz"):
+        assert part in str(caught.value)
+    ServerInfo(ROBOT, LIBERO_KEYS, {}, 1, 1).check(replace(ROBOT, name="its twin", cameras=ROBOT.cameras[::-1]))
+
+
+def test_wrong_observations_are_not_sent() -> None:
+    with serving(SumPolicy()) as (uri, _), PolicyClient(uri, FAST) as client:
+        seen = observation()
+        for wrong in (
+            replace(seen, state=np.full((1, 4), np.nan, np.float32)),
+            replace(seen, images={"agentview": seen.images["agentview"]}),
+            Observation.stack([seen, seen]),
+        ):
+            with pytest.raises(ValueError, match=r"NaN|camera|batch"):
+                client.infer(wrong)
+        np.testing.assert_array_equal(client.infer(seen).actions, expected(0))
+
+
+def test_a_refused_request_says_why_and_is_not_sent_again() -> None:
+    policy = SumPolicy()
+    with serving(policy) as (uri, _), ReconnectingPolicyClient(uri, FAST) as client:
+        with pytest.raises(RefusedError, match="1 to 1000 characters"):
+            client.infer(observation(instruction=" "))
+        assert client.connections == 1
+        np.testing.assert_array_equal(client.infer(observation()).actions, expected(0))
+
+
+def test_nobody_there_and_no_address() -> None:
+    uri = f"ws://127.0.0.1:{free_port()}"
+    with pytest.raises(UnavailableError, match="cannot be reached"):
+        PolicyClient(uri, FAST)
+    with pytest.raises(ValueError, match="no address"):
+        PolicyClient("127.0.0.1:8000", FAST)
+    with ReconnectingPolicyClient(uri) as client:
+        started = time.monotonic()
+        with pytest.raises(UnavailableError, match="cannot be reached"):
+            client.infer(observation(), timeout_s=0.3)
+        assert 0.25 < time.monotonic() - started < 5
+
+
+def test_the_last_reason_is_named_at_the_deadline() -> None:
+    with serving(SumPolicy()) as (uri, _), ReconnectingPolicyClient(uri, FAST) as client:
+        for _ in range(5):
+            with pytest.raises(UnavailableError, match="the policy server says"):
+                client.infer(observation(instruction="raise"), timeout_s=0.3)
+
+
+def test_other_servers_are_recognised() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"ws://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match="did not answer in time"):
+            PolicyClient(uri, replace(FAST, connect_s=0.2))
+    with pytest.raises(ValueError, match="no cogvla policy server"):
+        ServerInfo.from_dict({"reset_pose": [0.0]})
+    values = ServerInfo(ROBOT, LIBERO_KEYS, {}, 1, 1).to_dict()
+    with pytest.raises(ValueError, match="version 2"):
+        ServerInfo.from_dict({**values, "protocol_version": 2})
+    with pytest.raises(ValueError, match="incomplete"):
+        ServerInfo.from_dict({key: value for key, value in values.items() if key != "embodiment"})
+
+
+def test_a_late_answer_is_never_taken_for_another() -> None:
+    policy = SumPolicy()
+    with serving(policy) as (uri, _), ReconnectingPolicyClient(uri, FAST) as client:
+        client.infer(observation(1))
+        policy.go.clear()
+        with pytest.raises(UnavailableError, match="in time"):
+            client.infer(observation(2), timeout_s=0.2)
+        policy.go.set()
+        time.sleep(0.2)  # the late answer would be here now
+        np.testing.assert_array_equal(client.infer(observation(3)).actions, expected(3))
+        assert client.connections == 2
+
+
+def test_a_lost_connection_stays_lost_for_a_plain_client() -> None:
+    with serving(SumPolicy()) as (uri, _):
+        client = PolicyClient(uri, FAST)
+        client.infer(observation())
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="closed the connection"):
+            client.infer(observation())
+    client.close()
+
+
+def test_killed_and_restarted_server() -> None:
+    port = free_port()
+    server = ServerProcess(port)
+    try:
+        with ReconnectingPolicyClient(server.uri, FAST) as client:
+            np.testing.assert_array_equal(client.infer(observation(1)).actions, expected(1))
+            server.kill()
+            with pytest.raises(UnavailableError):
+                client.infer(observation(2), timeout_s=0.5)
+            starter = threading.Thread(target=lambda: servers.append(ServerProcess(port)))
+            servers: list[ServerProcess] = []
+            starter.start()
+            answer = client.infer(observation(3), timeout_s=30)  # asked before the server is back
+            np.testing.assert_array_equal(answer.actions, expected(3))
+            assert client.connections == 2
+            starter.join()
+            servers[0].kill()
+    finally:
+        server.kill()
+
+
+def test_a_restarted_server_for_another_robot_is_not_obeyed() -> None:
+    async def check() -> None:
+        client = ReconnectingClient(uri, FAST)
+        assert (await client.info()).embodiment == ROBOT
+        await client.close()
+        client.uri = other
+        with pytest.raises(ValueError, match="chunk: robot 5, policy 6"):
+            await client.infer(observation())
+
+    with serving(SumPolicy()) as (uri, _), serving(SumPolicy(replace(ROBOT, chunk=6))) as (other, _):
+        asyncio.run(check())
+
+
+def test_slow_server() -> None:
+    policy = SumPolicy()
+    with serving(policy) as (uri, server), ReconnectingPolicyClient(uri, FAST) as client:
+        client.infer(observation())
+        policy.go.clear()
+        for _ in range(3):
+            started = time.monotonic()
+            with pytest.raises(UnavailableError):
+                client.infer(observation(), timeout_s=0.1)
+            assert time.monotonic() - started < 5, "a deadline does not wait for a slow server"
+        policy.go.set()
+        np.testing.assert_array_equal(client.infer(observation(1)).actions, expected(1))
+        assert 'cogvla_requests_total{outcome="ok"} 2.0' in server.metrics.text().decode()
+
+
+@pytest.mark.parametrize("size", [8, 1500], ids=["small", "larger_than_the_buffers_of_a_socket"])
+def test_stalled_network(size: int) -> None:
+    robot = replace(ROBOT, cameras=(Camera("agentview", size, size), Camera("wrist", 8, 8)))
+    with serving(SumPolicy(robot)) as (uri, _):
+        proxy = StallingProxy(uri)
+        with ReconnectingPolicyClient(proxy.uri, replace(FAST, connect_s=0.2)) as client:
+            client.infer(observation(robot=robot))
+            proxy.stall()
+            for _ in range(2):
+                started = time.monotonic()
+                with pytest.raises(UnavailableError):
+                    client.infer(observation(robot=robot), timeout_s=0.3)
+                assert time.monotonic() - started < 5
+            proxy.resume()
+            answer = client.infer(observation(7, robot=robot))
+            np.testing.assert_array_equal(answer.actions, SumPolicy(robot).act(observation(7, robot=robot)).actions[0])
+        proxy.close()
+
+
+def test_a_half_open_connection_is_noticed_while_nobody_asks() -> None:
+    async def check() -> None:
+        client = await AsyncPolicyClient.connect(proxy.uri, replace(FAST, ping_s=0.5))
+        await client.infer(observation())
+        await asyncio.sleep(1.2)
+        assert client.open
+        proxy.stall()
+        for _ in range(1000):
+            if not client.open:
+                return
+            await asyncio.sleep(0.01)
+        pytest.fail("the client believes in a connection that delivers nothing")
+
+    with serving(SumPolicy()) as (uri, _):
+        proxy = StallingProxy(uri)
+        asyncio.run(check())
+        proxy.close()
+
+
+def test_backoff() -> None:
+    backoff = Backoff(first_s=0.1, most_s=1.0, jitter=0.5)
+    assert [round(backoff.pause_s(n, 0.0), 3) for n in (1, 2, 3, 4, 5, 1000)] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+    assert backoff.pause_s(1, 1.0) == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="jitter"):
+        Backoff(jitter=2)
+
+
+def test_remote_policy_is_a_policy() -> None:
+    policy = SumPolicy()
+    with serving(policy) as (uri, _):
+        remote = RemotePolicy(uri)
+        assert remote.embodiment == ROBOT
+        assert remote.describe() == policy.describe()
+        batch = ROBOT.fake_observation(batch=6)
+        chunk = remote.act(batch)
+        np.testing.assert_array_equal(chunk.actions, policy.act(batch).actions)
+        assert chunk.timing["inference_ms"] > 0
+        np.testing.assert_array_equal(remote.act(observation(3)).actions, policy.act(observation(3)).actions)
+        remote.close()
+
+
+def test_clients_need_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'hydra', 'mujoco', 'prometheus_client'): sys.modules[name] = None\n"
+        "import cogvla.real_robot.serving.client, cogvla.real_robot.serving.remote_policy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,259 @@
+"""Requests that are wrong in every way: refused in one line, and nobody else notices."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from openpi_client import msgpack_numpy
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from cogvla.real_robot.serving.request import Request, RequestFormat, RequestKeys
+from cogvla.real_robot.serving.wire import FrameError, pack, unpack
+from cogvla.tests.support.policy_servers import LIBERO_KEYS, ROBOT, SumPolicy, libero_request, observation, serving
+
+READER = RequestFormat(ROBOT, LIBERO_KEYS)
+GOOD = msgpack_numpy.packb(libero_request())
+
+
+def expected(seed: int = 0) -> np.ndarray:
+    return SumPolicy().act(observation(seed)).actions[0]
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[str]:
+    with serving(SumPolicy()) as (uri, _):
+        yield uri
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "not msgpack": (b"\xc1", "not valid msgpack"),
+    "cut short": (msgpack_numpy.packb(libero_request())[:-9], "not valid msgpack"),
+    "text": ("hello", "text frame"),
+    "a list": (msgpack_numpy.packb([1, 2]), "not a map"),
+    "nested": (msgpack_numpy.packb({"a": {"b": {"c": {"d": 1}}}}), "nested more than 3 deep"),
+    "deeply nested": (b"\x81\xa1a" * 900 + b"\xc0", "more than 256 lists and maps"),
+    "very deeply nested": (b"\x91" * 100_000 + b"\xc0", "not valid msgpack|more than 256"),
+    "many maps": (b"\xdc\x04\x00" + b"\x80" * 1024, "more than 256 lists and maps"),
+    "long list": (b"\xdd\x7f\xff\xff\xff", "not valid msgpack"),
+    "empty": (msgpack_numpy.packb({}), "has no"),
+    "missing camera": (libero_request(**{"observation/wrist_image": None}), r"has no \['observation/wrist_image'\]"),
+    "unknown key": (libero_request(observation_idd=1), "unknown key 'observation_idd'"),
+    "bytes key": (msgpack_numpy.packb({b"state": 1}), "keys must be text"),
+    "twice": (msgpack_numpy.packb({"observation": {"state": 1}, "observation/state": 2}), "twice"),
+    "wrong state": (libero_request(**{"observation/state": np.zeros(5)}), r"array of 4 numbers, got float64 \[5\]"),
+    "state as list": (libero_request(**{"observation/state": [0.0] * 4}), "array of 4 numbers, got list"),
+    "complex state": (
+        libero_request(**{"observation/state": {b"__ndarray__": True, b"data": b"", b"dtype": "<c8", b"shape": [4]}}),
+        "only plain numbers",
+    ),
+    "NaN": (libero_request(**{"observation/state": np.array([0, np.nan, 0, 0])}), "NaN or infinite"),
+    "too large for float32": (libero_request(**{"observation/state": np.full(4, 1e300)}), "NaN or infinite"),
+    "float image": (libero_request(**{"observation/image": np.zeros((8, 8, 3))}), "uint8 array .*got float64"),
+    "channels first": (libero_request(**{"observation/image": np.zeros((3, 8, 8), np.uint8)}), r"\[H,W,3\]"),
+    "image as bytes": (libero_request(**{"observation/image": b"\xff\xd8"}), "uint8 array"),
+    "prompt as number": (libero_request(prompt=3), "instruction as text"),
+    "prompt as array": (libero_request(prompt=np.zeros(2)), "instruction as text"),
+    "prompt too long": (libero_request(prompt="x" * 1001), "1 to 1000 characters"),
+    "huge text": (libero_request(prompt="x" * 100_000), "not valid msgpack"),
+    "no prompt": (libero_request(prompt=None), "instruction as text"),
+    "deadline": (libero_request(deadline_ms=-1), "positive number of milliseconds"),
+    "id": (libero_request(observation_id="a"), "whole number"),
+}
+
+
+def array(**changes: Any) -> dict[str, Any]:
+    """A request whose state is described by hand."""
+    state = {b"__ndarray__": True, b"data": bytes(16), b"dtype": "<f4", b"shape": [4]}
+    state |= {key.encode(): value for key, value in changes.items()}
+    return libero_request(**{"observation/state": {key: value for key, value in state.items() if value is not None}})
+
+
+BAD |= {
+    "object dtype": (array(dtype="|O"), "only plain numbers"),
+    "structured dtype": (array(dtype="f4,f4"), "only plain numbers"),
+    "huge dtype": (array(dtype="V999999999"), "only plain numbers"),
+    "subarray dtype": (array(dtype="(99999,99999)f4"), "only plain numbers"),
+    "dtype as bytes": (array(dtype=b"<f4"), "only plain numbers"),
+    "lying shape": (array(shape=[5]), r"shape '\[5\]' has 16 bytes"),
+    "overflowing shape": (array(shape=[2**62, 2**62, 4]), "has 16 bytes"),
+    "negative shape": (array(shape=[-1]), "positive whole numbers"),
+    "two negatives": (array(shape=[-2, -2]), "positive whole numbers"),
+    "zero shape": (array(shape=[0, 2**63], data=b""), "positive whole numbers"),
+    "shape of floats": (array(shape=[4.0]), "positive whole numbers"),
+    "shape as number": (array(shape=4), "positive whole numbers"),
+    "many dimensions": (array(shape=[1] * 60 + [4]), "61 dimensions"),
+    "strides": (array(strides=[0]), "exactly"),
+    "no data": (array(data=None), "exactly"),
+    "data as text": (array(data="x" * 16), "of data"),
+    "scalar of text": (
+        libero_request(deadline_ms={b"__npgeneric__": True, b"data": "1", b"dtype": "<f4"}),
+        "value '1'",
+    ),
+    "scalar out of range": (
+        libero_request(observation_id={b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}),
+        "value 300",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_get_one_line_and_code_1011(name: str, toy: str) -> None:
+    request, match = BAD[name]
+    with connect(toy, compression=None) as bystander, connect(toy, compression=None) as client:
+        bystander.recv()
+        client.recv()
+        client.send(request if isinstance(request, bytes | str) else msgpack_numpy.packb(request))
+        text = client.recv(10)
+        assert isinstance(text, str)
+        assert "\n" not in text
+        assert len(text) < 600
+        assert re.search(f"^invalid request: .*({match})", text), text
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(10)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1011
+        bystander.send(msgpack_numpy.packb(libero_request(5)))
+        np.testing.assert_array_equal(msgpack_numpy.unpackb(bystander.recv(10))["actions"], expected(5))
+
+
+def test_requests_survive_the_wire() -> None:
+    reader = RequestFormat(ROBOT, LIBERO_KEYS)
+    request = reader.read(reader.write(observation(3), observation_id=9, deadline_s=0.25))
+    assert (request.observation_id, request.deadline_s) == (9, 0.25)
+    assert request.observation.instruction == observation(3).instruction
+    np.testing.assert_array_equal(request.observation.state, observation(3).state)
+    for name in ROBOT.camera_names:
+        np.testing.assert_array_equal(request.observation.images[name], observation(3).images[name])
+    with pytest.raises(ValueError, match="names the cameras"):
+        RequestFormat(ROBOT, RequestKeys(images={"front": "images/front"}))
+    with pytest.raises(ValueError, match="twice"):
+        RequestFormat(ROBOT, RequestKeys(images={"agentview": "state", "wrist": "images/wrist"}))
+
+
+def outcome(frame: bytes | str) -> Request | str:
+    """What a frame is taken for: a request that a policy can be given, or the error text of one line."""
+    try:
+        request = READER.read(frame)
+    except FrameError as error:
+        text = str(error)
+        assert text.isprintable()
+        assert len(text) < 600
+        return text
+    request.observation.validate(ROBOT)
+    assert request.observation.batch_size == 1
+    assert request.observation.state.dtype == np.float32
+    return request
+
+
+def mutated(rng: random.Random) -> bytes:
+    """A good frame with some bytes changed, removed, inserted or repeated."""
+    frame = bytearray(GOOD)
+    for _ in range(rng.randint(1, 3)):
+        # most of a frame are pixels, and those may be anything: half of the changes are elsewhere
+        at = rng.choice(HEADERS) % len(frame) if rng.random() < 0.5 else rng.randrange(len(frame))
+        length = rng.randint(1, 8)
+        match rng.randrange(6):
+            case 0:
+                frame[at] = rng.randrange(256)
+            case 1:
+                frame[at] ^= 1 << rng.randrange(8)
+            case 2:
+                del frame[at : at + length]
+            case 3:
+                frame[at:at] = rng.randbytes(length)
+            case 4:
+                frame[at:at] = frame[at : at + length]
+            case _:
+                frame[at] = rng.choice(MARKERS)
+    return bytes(frame)
+
+
+MARKERS = [*range(0x80, 0xA4), *range(0xC0, 0xE0)]
+"""First bytes of msgpack's maps, lists, texts and numbers of every size."""
+PIXELS = 190  # of each of the two images
+HEADERS = [
+    at for at in range(len(GOOD)) if not any(m.end() + 2 <= at < m.end() + PIXELS for m in re.finditer(b"data", GOOD))
+]
+
+
+def test_fuzz_of_changed_frames() -> None:
+    rng = random.Random(0)
+    outcomes = [outcome(mutated(rng)) for _ in range(80_000)]
+    accepted = [each for each in outcomes if isinstance(each, Request)]
+    assert 1_000 < len(accepted) < 60_000, "changed pixels are fine, most other changes are not"
+    assert len({re.sub(r"[^a-z ]+", "", text)[:25] for text in outcomes if isinstance(text, str)}) > 15
+
+
+def test_fuzz_of_random_bytes() -> None:
+    rng = random.Random(1)
+    for _ in range(20_000):
+        assert isinstance(outcome(rng.randbytes(rng.randrange(64))), str)
+
+
+NUMPY = st.fixed_dictionaries(
+    {
+        b"__ndarray__": st.sampled_from([True, True, True, False, 1, None]),
+        b"data": st.sampled_from([b"", bytes(4), bytes(16), bytes(192), "x", None]),
+        b"dtype": st.sampled_from(["<f4", ">f4", "|u1", "<i8", "<f8", "|O", "V4", "<U2", "<M8[ns]", "", b"<f4", 3]),
+        b"shape": st.lists(st.sampled_from([1, 3, 4, 8, 16, 0, -1, 2**63, 1.5, None, "4"]), max_size=4),
+    }
+)
+TEXTS = st.text(max_size=9) | st.binary(max_size=9)
+NUMBERS = st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats()
+VALUES = st.recursive(
+    st.none() | NUMBERS | TEXTS | NUMPY,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=500, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+@given(st.dictionaries(st.sampled_from([*libero_request(), "observation_id", "deadline_ms", "other"]), VALUES))
+def test_fuzz_of_values(changes: dict[str, Any]) -> None:
+    outcome(msgpack_numpy.packb({**libero_request(), **changes}))
+
+
+def test_fuzz_over_the_wire(toy: str) -> None:
+    rng = random.Random(2)
+    for _ in range(400):
+        frame = mutated(rng) if rng.random() < 0.8 else rng.randbytes(rng.randrange(64))
+        taken = outcome(frame)
+        with connect(toy, compression=None) as client:
+            client.recv(30)
+            client.send(frame)
+            answer = client.recv(30)
+            if isinstance(taken, Request):
+                actions = SumPolicy().act(taken.observation).actions[0]
+                np.testing.assert_array_equal(msgpack_numpy.unpackb(answer)["actions"], actions)
+            else:
+                assert answer == f"invalid request: {taken}"
+    with connect(toy, compression=None) as client:
+        client.recv(30)
+        client.send(GOOD)
+        np.testing.assert_array_equal(msgpack_numpy.unpackb(client.recv(30))["actions"], expected())
+
+
+@pytest.mark.parametrize("dtype", ["?", "i1", "<i2", ">i4", "<u8", "<f2", "<f4", ">f8"])
+def test_arrays_and_scalars_are_openpis(dtype: str) -> None:
+    value = {"array": np.arange(6).astype(dtype).reshape(2, 3), "scalar": np.dtype(dtype).type(1), "text": "a"}
+    assert pack(value) == msgpack_numpy.packb(value)
+    back = unpack(pack(value))
+    np.testing.assert_array_equal(back["array"], value["array"])
+    assert back["array"].dtype == value["array"].dtype
+    assert not back["array"].flags.writeable
+    assert back["scalar"] == value["scalar"]
+
+
+@pytest.mark.parametrize("value", [np.array([object()]), np.zeros(2, complex), np.array(["a"]), {1}])
+def test_nothing_but_numbers_is_sent(value: Any) -> None:
+    with pytest.raises(ValueError, match="cannot send"):
+        pack({"value": value})

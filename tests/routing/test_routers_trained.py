@@ -1,0 +1,206 @@
+"""The routers that are trained, and the search for a schedule: they learn what can be learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cogvla.routing.registry import build_router
+from cogvla.routing.router import RouterConfig, RouterContext, RouterSizes
+from cogvla.routing.schedule_search import Schedule, completed, search
+from cogvla.tests.support.router_contexts import WIDTH, context_for, router_of, tokens_of
+
+
+def matching(batch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of which four resemble the one word, that word, and which ones [B,16]."""
+    generator = torch.Generator().manual_seed(seed)
+    word = torch.randn(batch, 1, WIDTH, generator=generator)
+    chosen = torch.rand(batch, 16, generator=generator).argsort(1) < 4
+    x = torch.randn(batch, 16, WIDTH, generator=generator)
+    return torch.where(chosen[..., None], word + 0.3 * x, x), word, chosen
+
+
+def test_the_learned_pruner_finds_the_tokens_that_the_word_asks_for() -> None:
+    torch.manual_seed(0)
+    router = build_router("learned_pruner", RouterSizes(16, WIDTH, WIDTH, None, 4), {"guide": 1.0, "hidden": 32})
+    optimiser = torch.optim.Adam(router.parameters(), 1e-2)
+    mask = torch.ones(32, 1, dtype=torch.bool)
+    for step in range(120):
+        x, word, chosen = matching(32, step)
+        target = chosen.float()[None]
+        context = RouterContext(4, training=True, text_BTE=word, text_mask_BT=mask, attention_LBN=target)
+        loss = torch.stack(list(router(x, context).losses.values())).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    x, word, chosen = matching(32, 10_000)
+    context = RouterContext(4, text_BTE=word, text_mask_BT=mask, attention_LBN=chosen.float()[None])
+    recall = chosen.gather(1, router.eval()(x, context).index_BK).float().mean()
+    assert recall > 0.95
+
+
+def test_kept_tokens_teach_the_learned_pruner_though_they_are_not_changed() -> None:
+    x, router = tokens_of(), router_of("learned_pruner", 4)
+    trained, plain = (router(x, context_for(router, training=training)) for training in (True, False))
+    assert torch.equal(trained.tokens_BKD, plain.tokens_BKD)
+    trained.tokens_BKD.sum().backward()
+    assert router.logit.weight.grad is not None  # type: ignore[union-attr]
+    assert router.logit.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+    assert plain.losses == {}
+    assert trained.losses.keys() == {"budget"}
+
+
+def test_film_pruning_is_lfps_score_of_the_words() -> None:
+    x, router = tokens_of(), router_of("film_pruning", 4)
+    context = context_for(router)
+    assert context.text_BTE is not None
+    assert context.text_mask_BT is not None
+    scorer: Any = router.scorer
+    for row in range(3):
+        summary = context.text_BTE[row][context.text_mask_BT[row]].mean(0)
+        p = scorer.logits(x[row] * (1 + scorer.scale(summary)) + scorer.shift(summary)).softmax(-1)[:, 1]
+        assert router(x, context).index_BK[row].tolist() == p.topk(4).indices.sort().values.tolist()
+
+
+def test_aggregation_depends_on_the_instruction_through_film_only() -> None:
+    x, router = tokens_of(1), router_of("film_aggregation", 4)
+    mask = torch.tensor([[True]])
+    words = [torch.randn(1, 1, WIDTH) for _ in range(2)]
+    asked = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BKD for word in words]
+    assert not torch.allclose(*asked)
+    with torch.no_grad():
+        router.film.project.weight.zero_()  # type: ignore[union-attr]
+    deaf = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BKD for word in words]
+    torch.testing.assert_close(*deaf)
+
+
+def test_semantic_tokens_start_at_the_maximum_of_each_cell() -> None:
+    x = tokens_of()
+    torch.manual_seed(0)
+    router = build_router("semantic_tokens", RouterSizes(16, WIDTH, WIDTH, (4, 4), 4))
+    routed = router(x, context_for(router))
+    corner = x[:, [0, 1, 4, 5]].amax(1)
+    torch.testing.assert_close(routed.tokens_BKD[:, 0], corner, rtol=0, atol=1e-3)  # LayerScale is 1e-5
+    moved = x.clone()
+    moved[:, [0, 5]] = x[:, [5, 0]]  # within a cell
+    torch.testing.assert_close(router(moved, context_for(router)).tokens_BKD, routed.tokens_BKD)
+    free = build_router("semantic_tokens", RouterSizes(16, WIDTH, WIDTH, (4, 4), 4), {"variant": "free"})
+    assert not list(free.parameters())
+    torch.testing.assert_close(
+        free(torch.ones(1, 16, 3), RouterContext(4, grid=(4, 4))).tokens_BKD, torch.ones(1, 4, 3)
+    )
+
+
+def test_flex_count_starts_as_pooling_and_learns_all_sizes_together() -> None:
+    x, sizes = tokens_of(64), RouterSizes(16, WIDTH, WIDTH, (4, 4), 16)
+    torch.manual_seed(0)
+    pool = build_router("spatial_pool", sizes)(x, RouterContext(4, grid=(4, 4)))
+    target = {budget: torch.randn(WIDTH, WIDTH) for budget in (1, 4, 16)}[4]  # one map for all sizes
+
+    def error(router: torch.nn.Module, budget: int) -> torch.Tensor:
+        pooled = build_router("spatial_pool", sizes)(x, RouterContext(budget, grid=(4, 4))).tokens_BKD
+        answer = router(x, RouterContext(budget, grid=(4, 4), training=True)).tokens_BKD
+        scale = pooled.std()  # pooled tokens are shorter
+        return F.mse_loss(answer / scale, (pooled @ target).tanh() / scale)
+
+    def trained(budgets: tuple[int, ...]) -> torch.nn.Module:
+        torch.manual_seed(1)
+        router = build_router("flex_count", sizes, {"growth": 4.0})
+        torch.testing.assert_close(router(x, RouterContext(4, grid=(4, 4))).tokens_BKD, pool.tokens_BKD)
+        optimiser = torch.optim.Adam(router.parameters(), 1e-2)
+        for step in range(90):
+            optimiser.zero_grad()
+            error(router, budgets[step % len(budgets)]).backward()
+            optimiser.step()
+        return router
+
+    joint, fixed = trained((1, 4, 16)), trained((1,))
+    for budget in (4, 16):
+        assert error(joint, budget) < error(fixed, budget)
+
+
+def test_the_first_causal_queries_do_not_see_the_others() -> None:
+    x, router = tokens_of(), router_of("causal_queries", 8)
+    whole = router(x, context_for(router, budget=8)).tokens_BKD
+    torch.testing.assert_close(router(x, context_for(router, budget=3)).tokens_BKD, whole[:, :3])
+    with pytest.raises(ValueError, match="has 8 queries"):
+        router.leaves(9)
+
+
+def test_slots_compete_for_tokens() -> None:
+    """Every token's attention is shared out among the slots: with one slot, it takes the mean of all."""
+    router, x = router_of("slot_attention", 1), tokens_of()
+    order = torch.randperm(16)
+    torch.testing.assert_close(router(x, context_for(router, budget=1)).tokens_BKD,
+                               router(x[:, order], context_for(router, budget=1)).tokens_BKD)  # fmt: skip
+    with pytest.raises(ValueError, match="learns 4 slots"):
+        router_of("slot_attention", 4).leaves(5)
+
+
+def test_the_merger_hands_dropped_tokens_on() -> None:
+    router, x = router_of("selector_merger", 4), tokens_of(1)
+    before = router(x, context_for(router, draw_B=torch.tensor([1])))
+    dropped = next(i for i in range(16) if i not in before.place_BK[0].tolist())
+    changed = x.clone()
+    changed[0, dropped] = changed[0, dropped] * 1.01
+    after = router(changed, context_for(router, draw_B=torch.tensor([1])))
+    assert torch.equal(before.place_BK, after.place_BK)
+    assert not torch.equal(before.tokens_BKD, after.tokens_BKD)
+
+
+def test_a_still_video_holds_nothing_new_for_an_open_gate() -> None:
+    router, x = router_of("progressive_video", 4), tokens_of(2)
+    still, moving = (x[:, None].expand(-1, 3, -1, -1), torch.randn(2, 3, 16, WIDTH))
+    answers = [router(x, context_for(router, history_BFND=history)).tokens_BKD for history in (still, moving)]
+    assert not torch.allclose(*answers)
+    with torch.no_grad():
+        router.gate.fill_(-100.0)
+    pool = router_of("spatial_pool", 4)
+    torch.testing.assert_close(
+        router(x, context_for(router, history_BFND=moving)).tokens_BKD, pool(x, context_for(pool)).tokens_BKD
+    )
+
+
+# --- schedules ---
+
+
+@pytest.mark.parametrize(
+    ("ratios", "mean"),
+    [((0.723, 0.749, 0.487), 0.501), ((0.265, 0.983, 0.877), 0.251), ((0.117, 1.0, 0.601), 0.100)],
+)
+def test_the_published_schedules_have_the_budgets_they_claim(ratios: tuple[float, float, float], mean: float) -> None:
+    shares = (ratios[0], ratios[0] * ratios[1], ratios[0] * ratios[1] * ratios[2])
+    assert Schedule((9, 18), shares).mean(28) == pytest.approx(mean, abs=1e-3)
+    last = completed((9, 18), shares[:2], 28, Schedule((9, 18), shares).mean(28))
+    assert last == pytest.approx(shares)
+
+
+def test_the_search_moves_tokens_to_where_they_are_read() -> None:
+    """A model that has read all it needs by layer 3: what is left later does not matter."""
+    schedule, value = search(lambda s: s.shares[0], (3, 8), 12, 0.25, evaluations=200)
+    assert schedule.shares[0] > 0.8
+    assert value == schedule.shares[0]
+    assert schedule.mean(12) == pytest.approx(0.25)
+    assert list(schedule.shares) == sorted(schedule.shares, reverse=True)
+    again, _ = search(lambda s: s.shares[0], (3, 8), 12, 0.25, evaluations=200)
+    assert again == schedule
+
+
+def test_the_search_finds_numbers_of_the_router_too() -> None:
+    schedule, _ = search(lambda s: -abs(s.options["threshold"] - 3), (2,), 4, 0.5, {"threshold": (0, 50)})
+    assert schedule.options["threshold"] == pytest.approx(3, abs=0.5)
+    applied = schedule.applied(RouterConfig("global_attention", layer_router="carried"))
+    assert (applied.layers, applied.layer_budgets) == ((2,), schedule.shares[1:])
+    assert applied.options is not None
+    assert applied.options["threshold"] == schedule.options["threshold"]
+
+
+def test_impossible_searches() -> None:
+    for layers in ((), (3, 3), (0, 2), (2, 9)):
+        with pytest.raises(ValueError, match="must rise within 1 to 3"):
+            search(lambda s: 0.0, layers, 4, 0.5)
+    with pytest.raises(ValueError, match="budget between"):
+        search(lambda s: 0.0, (1,), 4, 1.5)

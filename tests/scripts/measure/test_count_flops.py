@@ -1,0 +1,68 @@
+"""The command: presets, checkpoints, variants, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from cogvla.policy.cost.flops import TOTAL
+from cogvla.scripts.measure.count_flops import run
+from cogvla.tests.support.paths import SHIPPED
+
+TINY = ("policy=tiny", "embodiment=tabletop")
+
+
+def values(*overrides: str) -> dict[str, Any]:
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        found = OmegaConf.to_container(compose("count_flops", list(overrides)), resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def test_all_variants_in_one_table_and_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "cost.json"
+    costs = run(values(*TINY, f"output={output}", "gpu=[h200,jetson_thor]"), "tiny on tabletop")
+    printed = capsys.readouterr().out
+    body = json.loads(output.read_text())
+    assert list(body["variants"]) == list(costs) == list(values()["variants"])
+    for name, rows in body["variants"].items():
+        assert name in printed
+        assert [row["flops"] for row in rows] == [cost.flops for cost in costs[name]]
+        total = next(row for row in rows if row["stage"] == TOTAL)
+        assert set(total["floor_seconds"]) == {"H200", "Jetson Thor"}
+        assert total["floor_seconds"]["H200"] < total["floor_seconds"]["Jetson Thor"]
+    assert "paper" not in printed, "the paper says nothing about this model"
+
+
+def test_the_paper_is_named_beside_its_model(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = values(*TINY, "stages=false")
+    run(chosen, chosen["paper"]["model"])
+    assert "paper TFLOP" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_counted_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = values(f"checkpoint={SHIPPED}", "stages=false")
+    costs = run({**plain, "variants": {"as trained": {}}}, "")
+    body = json.loads((SHIPPED / "config.json").read_text())
+    assert body["model"]["language"]["width"] == 128
+    assert 0.5e6 < costs["as trained"][-2].parameters < 2e6
+    assert "checkpoint tabletop_object" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("gpu=[tpu]",), "unknown GPU 'tpu'; one of h200, a800, rtx4090, jetson_thor"),
+        (("batch=0",), "batch must be at least 1"),
+        (("checkpoint=nowhere",), "no checkpoint folder at nowhere"),
+        (("+variants.odd={keep: 1}",), "variants change routing; keep is none of efa, film, fusion"),
+    ],
+)
+def test_mistakes_say_what_is_valid(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(values(*TINY, *overrides), "")

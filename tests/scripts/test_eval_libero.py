@@ -1,0 +1,299 @@
+"""Evaluation: outcomes, resuming after anything, videos kept, user mistakes, and the command itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_module
+
+from cogvla.envs.episodes import EpisodeResult
+from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.protocol import Protocol, load_protocol, protocol_names
+from cogvla.envs.evaluation.report import Report
+from cogvla.scripts.command import MISTAKES
+from cogvla.scripts.eval_libero import run as run_command
+from cogvla.scripts.eval_libero import suites
+from cogvla.tests.support.point_suite import TASKS, ToyPolicy, solvable, toy_suite
+
+PROTOCOL = Protocol("toy", episodes_per_task=6)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of a small evaluation; the command's test and test_report.py draw."""
+    for name in ("latency_curves", "length_histogram"):
+        monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
+
+
+def run(output: Path, protocol: Protocol = PROTOCOL, policy: ToyPolicy | None = None, **options: Any) -> Report:
+    faults = options.pop("faults", {})
+    defaults: dict[str, Any] = {"workers": 0, "videos": 0, "progress": False}
+    return evaluate(policy or ToyPolicy(), toy_suite(**faults), protocol, output, **{**defaults, **options})
+
+
+def outcomes(report: Report) -> list[tuple[Any, ...]]:
+    return [(r.task, r.initial_state, r.success, r.steps, r.asked, r.instruction, r.error) for r in report.episodes]
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "episodes.jsonl").read_text().splitlines()]
+
+
+def test_outcomes_and_files(tmp_path: Path) -> None:
+    report = run(tmp_path)
+    assert [(r.task, r.initial_state, r.success) for r in report.episodes] == [
+        (task, state, solvable(state)) for task in range(3) for state in range(6)
+    ]
+    assert (report.total.success.successes, report.total.success.trials) == (12, 18)
+    assert report.inference_batch_1 is not None
+    assert report.inference_batch_1.count >= 100
+    table = pq.read_table(tmp_path / "episodes.parquet")
+    assert table.num_rows == 18
+    assert sum(table["success"].to_pylist()) == 12
+    assert [len(row) for row in table["loop_ms"].to_pylist()] == [len(r.loop_ms) for r in report.episodes]
+    assert json.loads((tmp_path / "report.json").read_text())["total"]["success"]["successes"] == 12
+    assert "66.7 %" in (tmp_path / "report.html").read_text()
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+def test_a_second_run_plays_nothing_and_says_the_same(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    policy = ToyPolicy()
+    second = run(tmp_path, policy=policy, faults={"fault": "raise", "at": (0, 1)})  # would be an error if played
+    assert outcomes(first) == outcomes(second)
+    assert len(lines(tmp_path)) == 18
+
+
+def test_results_do_not_depend_on_where_the_run_was_cut(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    kept = (tmp_path / "whole" / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut" / "run.json").write_text((tmp_path / "whole" / "run.json").read_text())
+    (tmp_path / "cut" / "episodes.jsonl").write_text("".join(kept[:7]) + kept[7][:50])  # killed while writing a line
+    resumed = run(tmp_path / "cut")
+    assert outcomes(resumed) == outcomes(whole)
+    assert len(lines(tmp_path / "cut")) == 18
+    assert resumed.reproduce["sessions"] == 2
+
+
+def test_more_episodes_and_tasks_are_added(tmp_path: Path) -> None:
+    run(tmp_path, Protocol("toy", episodes_per_task=2), tasks=[0, 2])
+    report = run(tmp_path)
+    assert len(report.episodes) == len(lines(tmp_path)) == 18
+    assert len(run(tmp_path, tasks=[1]).episodes) == 6, "a part of them can be reported"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"protocol": Protocol("toy", 6, execute_steps=2)}, r"protocol\.execute_steps: 4 there, 2 now"),
+        ({"protocol": Protocol("toy", 6, seed=1)}, r"protocol\.seed"),
+        ({"policy": ToyPolicy(name="other")}, r"policy\.preset: point there, other now"),
+        ({"identity": {"weights_sha256": "abc"}}, r"policy\.weights_sha256"),
+        ({"asked": "swap"}, "asked: own task there, swap now"),
+    ],
+)
+def test_results_of_another_configuration_are_not_mixed(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    run(tmp_path)
+    before = (tmp_path / "episodes.jsonl").read_text()
+    with pytest.raises(ValueError, match=f"{named}.*resume=false"):
+        run(tmp_path, **changes)
+    assert (tmp_path / "episodes.jsonl").read_text() == before
+    assert len(run(tmp_path, **changes, resume=False).episodes) == len(lines(tmp_path)) == 18
+
+
+def test_errors_are_counted_apart_and_tried_again(tmp_path: Path) -> None:
+    report = run(tmp_path, faults={"fault": "raise", "at": (1, 1)})
+    assert (report.total.errors, report.total.success.trials, report.total.success.successes) == (1, 17, 11)
+    assert "the toy is broken" in (tmp_path / "report.html").read_text()
+    repaired = run(tmp_path)
+    assert (repaired.total.errors, repaired.total.success.trials, repaired.total.success.successes) == (0, 18, 12)
+
+
+def test_videos_keep_failures_first(tmp_path: Path) -> None:
+    report = run(tmp_path, Protocol("toy", 9), tasks=[0], videos=3)
+    assert [solvable(n) for n in range(9)].count(False) == 3
+    kept = sorted(path.name for path in (tmp_path / "videos").iterdir())
+    assert kept == [f"task00_state0{n}_failure.mp4" for n in (0, 4, 8)]
+    assert [r.initial_state for r in report.episodes if r.video and (tmp_path / r.video).exists()] == [0, 4, 8]
+    html = (tmp_path / "report.html").read_text()
+    assert html.count('class="sheet"') == html.count("<video") == 3
+
+    run(tmp_path / "few", Protocol("toy", 4), tasks=[0], videos=3)
+    outcome = sorted(path.stem.rpartition("_")[2] for path in (tmp_path / "few" / "videos").iterdir())
+    assert outcome == ["failure", "success", "success"]
+
+
+def test_swapped_instructions(tmp_path: Path) -> None:
+    report = run(tmp_path, asked="swap")
+    assert report.swapped
+    assert (report.total.success.successes, report.total.success.trials) == (12, 18), "asked for something possible"
+    assert (report.total.scene_task.successes, report.total.scene_task.trials) == (0, 18)
+    for r in report.episodes:
+        assert r.asked is not None
+        assert r.asked != r.task
+        assert r.instruction == TASKS[r.asked].instruction
+
+
+def test_two_evaluations_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    from cogvla.envs.evaluation.episode_log import EpisodeLog
+
+    with EpisodeLog(tmp_path, {}, {}), pytest.raises(ValueError, match="another process"):
+        run(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    run(tmp_path)
+    good = (tmp_path / "episodes.jsonl").read_text()
+    (tmp_path / "episodes.jsonl").write_text("nonsense\n" + good)
+    with pytest.raises(ValueError, match=r"line 1 of .*episodes\.jsonl is damaged"):
+        run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        run(tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        run(tmp_path)
+    assert len(run(tmp_path, resume=False).episodes) == 18
+
+
+def test_protocol_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"50 initial states.*lower episodes_per_task"):
+        run(tmp_path, Protocol("toy", 51))
+    with pytest.raises(ValueError, match="tasks 0 to 2"):
+        run(tmp_path, tasks=[3])
+    with pytest.raises(ValueError, match="predicts 4 actions"):
+        run(tmp_path, Protocol("toy", execute_steps=5))
+    with pytest.raises(ValueError, match="at least one episode"):
+        Protocol("toy", 0)
+    with pytest.raises(ValueError, match=r"unknown protocol 'nonsense'; one of .*tabletop"):
+        load_protocol("nonsense")
+
+
+@pytest.mark.parametrize("name", protocol_names())
+def test_named_protocols_are_valid(name: str) -> None:
+    protocol = load_protocol(name, seed=3)
+    assert (protocol.name, protocol.seed) == (name, 3)
+
+
+def test_results_survive_json() -> None:
+    result = EpisodeResult(1, 2, 3, loop_ms=(1.5,), batch=(2,), error="x")
+    assert EpisodeResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_suites_by_name_list_and_group() -> None:
+    everything = suites("all_tabletop")
+    assert "tabletop_object" in everything
+    assert all(name.startswith("tabletop_") for name in everything)
+    assert suites(["point", "all_tabletop", "point"]) == ["point", *everything]
+    with pytest.raises(ValueError, match=r"unknown suite 'nonsense'; one of .*tabletop_object"):
+        suites(["point", "nonsense"])
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+EVALUATE_SLOWLY = """
+import sys
+from pathlib import Path
+from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.protocol import Protocol
+from cogvla.tests.support.point_suite import ToyPolicy, toy_suite
+evaluate(ToyPolicy(), toy_suite(sleep_s=0.01), Protocol("toy", 20), Path(sys.argv[1]), workers=2, videos=0)
+"""
+
+
+def command(*overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cogvla.scripts.eval_libero", *overrides],
+        capture_output=True, text=True, timeout=120, check=False, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_loses_nothing(tmp_path: Path, stop: signal.Signals) -> None:
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", EVALUATE_SLOWLY, str(output)], process_group=0,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    log = output / "episodes.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, stop)
+    assert process.wait(timeout=20) != 0
+    done = log.read_text().count("\n")
+    assert 5 <= done < 60
+    assert not (output / "report.html").exists()
+
+    resumed = run(output, Protocol("toy", 20))
+    assert len(lines(output)) == 60, "the finished episodes were not played again"
+    assert outcomes(resumed) == outcomes(run(tmp_path / "whole", Protocol("toy", 20)))
+
+
+def test_the_command_end_to_end(tmp_path: Path) -> None:
+    """On a real suite: the random policy, with the scene's instruction and with another one."""
+    done = command(
+        "checkpoint=random", "suite=tabletop_object", "episodes_per_task=1", "tasks=[0,3]", "workers=1", "asked=both",
+        "videos=1", "protocol.max_steps=24", f"output={tmp_path / 'out'}", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tabletop_object: success 0.0%" in done.stdout
+    report = json.loads((tmp_path / "out" / "tabletop_object" / "report.json").read_text())
+    assert report["total"]["errors"] == 0, report["episodes"]
+    assert [episode["steps"] for episode in report["episodes"]] == [24, 24]
+    assert report["reproduce"]["command"].startswith("eval_libero checkpoint=random suite=tabletop_object")
+    assert report["reproduce"]["policy"]["preset"] == "random"
+    assert report["reproduce"]["protocol"]["execute_steps"] == 4
+    swapped = json.loads((tmp_path / "out" / "tabletop_object_swap" / "report.json").read_text())
+    assert swapped["total"]["scene_task"]["trials"] == 2
+    assert all(episode["asked"] != episode["task"] for episode in swapped["episodes"])
+    assert len(list((tmp_path / "out").glob("*/videos/*.mp4"))) == 4
+    assert "tabletop_object_swap/report.html" in (tmp_path / "out" / "index.html").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "hydra leaves no folders"
+
+
+def test_an_unknown_key_ends_in_a_short_message(tmp_path: Path) -> None:
+    done = command("checkpoint=random", "wrokers=3", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "wrokers" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 8
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
+    done = command("checkpoint=random", "suite=nonsense", cwd=tmp_path)
+    assert done.returncode != 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: unknown suite 'nonsense'; one of ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["checkpoint=random", "suite=[]"], "suite is empty"),
+        (["checkpoint=nowhere"], "no checkpoint folder at nowhere"),
+        ([], "checkpoint"),
+        (["checkpoint=random", "asked=nonsense"], "asked must be null, swap or both"),
+        (["checkpoint=random", "workers=-1"], "workers must be 0"),
+        (["checkpoint=random", "videos=-1"], "videos per task"),
+        (["checkpoint=random", "episodes_per_task=0"], "at least one episode"),
+        (["checkpoint=random", "imports=[nonsense]"], "imports: no module named 'nonsense'"),
+    ],
+)
+def test_mistakes_are_explained(tmp_path: Path, overrides: list[str], said: str) -> None:
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        config = compose("eval_libero", [f"output={tmp_path}", *overrides])
+    with pytest.raises(MISTAKES, match=said):
+        run_command(config, "")

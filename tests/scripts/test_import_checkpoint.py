@@ -1,0 +1,360 @@
+"""Published weights become our checkpoints: whole CogVLAs act as published, and OpenVLA is a base to train from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.interface import Camera, Embodiment
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.empty_model import empty_model
+from cogvla.policy.weights.pretrained import load_base
+from cogvla.policy.weights.release import open_release
+from cogvla.scripts.import_checkpoint import main, run
+from cogvla.tests.support.paths import CONFIGS
+from cogvla.tests.support.plain_cogvla import PlainCogVLA, norm_stats, unnormalise
+from cogvla.tests.support.published_layouts import (
+    SIZES,
+    openvla_weights,
+    write_cogvla,
+    write_openvla,
+    write_prismatic,
+)
+
+SIDE = SIZES.image_size
+ROBOT = Embodiment(
+    "toy",
+    (Camera("front", SIDE, SIDE), Camera("wrist", SIDE, SIDE)),
+    SIZES.proprio_dim,
+    SIZES.action_dim,
+    SIZES.chunk,
+    20.0,
+    action_normalise_mask=(True, True, False),
+    gripper_index=2,
+)
+MODEL: dict[str, Any] = {
+    "vision": {
+        "dinov2": {
+            "patch_size": SIZES.patch_size,
+            "width": SIZES.dino_dim,
+            "depth": SIZES.vit_depth,
+            "heads": SIZES.vit_heads,
+            "class_token": True,
+            "registers": SIZES.dinov2_registers,
+            "layer_scale": 1.0,
+        },
+        "siglip": {
+            "patch_size": SIZES.patch_size,
+            "width": SIZES.siglip_dim,
+            "depth": SIZES.vit_depth,
+            "heads": SIZES.vit_heads,
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+        },
+        "aggregation_tokens": 64,
+    },
+    # Sizes of the language model, tokens and schedule are the paper's: the release's config.json corrects them.
+    "language": yaml.safe_load((CONFIGS / "policy" / "cogvla_7b.yaml").read_text())["language"],
+    "head": {"tokens_per_step": "action_dim", "placeholder": "zero", "shifted": True},
+}
+
+
+def imported(source: Path, output: Path, **options: Any) -> list[str]:
+    """The command with small sizes in place of the presets' and without a crop."""
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        values = OmegaConf.to_container(compose("import_checkpoint"))
+    assert isinstance(values, dict)
+    plain = {"policy": MODEL, "embodiment": asdict(ROBOT), "dtype": "float32", "crop_area": 1.0, "empty_token": None}
+    return run({**values, **plain, "source": str(source), "output": str(output), **options})
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("published") / "cogvla"
+    return folder, write_cogvla(folder)
+
+
+def published_actions(weights: dict[str, torch.Tensor]) -> np.ndarray:
+    """What the published model does for `ROBOT.fake_observation()`, computed by the plain implementation."""
+    observation = ROBOT.fake_observation()
+    pixels = []
+    for camera in ROBOT.camera_names:
+        image = torch.from_numpy(observation.images[camera][0]).permute(2, 0, 1) / 255
+        for mean, std in (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)):
+            pixels.append((image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
+    stats = norm_stats(SIZES)["proprio"]
+    low, high = torch.tensor(stats["q01"]), torch.tensor(stats["q99"])
+    state = (2 * (torch.from_numpy(observation.state[0]) - low) / (high - low) - 1).clamp(-1, 1)
+    # "In: What action should the robot take to pick up the red cube?\nOut:" in the small tokenizer's words
+    ids = torch.tensor([[1, 4, 13, 6, 7, 2, 2, 8, 9, 10, 2, 2, 2, 2, 12, 14, 5, 13]])
+    out = PlainCogVLA(weights, SIZES).run(ids, torch.cat(pixels)[None], state)
+    return unnormalise(SIZES, out["normalized_actions"][0]).numpy()
+
+
+def test_a_release_acts_as_published(release: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder, weights = release
+    imported(folder, tmp_path / "ours")
+    policy = load_policy(tmp_path / "ours")
+    assert policy.model.config.vision.aggregation_tokens == SIZES.agg
+    assert policy.model.config.routing.schedule == SIZES.lfp_type
+    expected = published_actions(weights)
+    expected[:, 2] = 1 - 2 * expected[:, 2]  # open is 1 there and -1 here, closed is 0 there and 1 here
+    np.testing.assert_allclose(policy.act(ROBOT.fake_observation()).actions[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_is_not_merged_is_merged_into_its_base(tmp_path: Path) -> None:
+    weights = write_cogvla(tmp_path / "run", merged=False)
+    imported(tmp_path / "run", tmp_path / "ours", base=tmp_path / "base", gripper="embodiment")
+    actions = load_policy(tmp_path / "ours").act(ROBOT.fake_observation()).actions[0]
+    np.testing.assert_allclose(actions, published_actions(weights), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"its adapter belongs to another model; give base="):
+        imported(tmp_path / "run", tmp_path / "again")
+
+
+def test_bfloat16_is_kept_and_acts(release: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    imported(release[0], tmp_path / "ours", dtype="bfloat16")
+    policy = load_policy(tmp_path / "ours")
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.bfloat16}
+    exact = published_actions(release[1])
+    exact[:, 2] = 1 - 2 * exact[:, 2]
+    assert np.abs(policy.act(ROBOT.fake_observation()).actions[0] - exact).mean() < 0.2
+
+
+def drop(file: str, name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        content = torch.load(folder / file, weights_only=True)
+        content.pop(name)
+        torch.save(content, folder / file)
+
+    return apply
+
+
+def narrow(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        for path in folder.glob("*.safetensors"):
+            tensors = load_file(path)
+            if name in tensors:
+                save_file({**tensors, name: tensors[name][:-1].clone()}, path)
+
+    return apply
+
+
+def edit(file: str, **changes: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+
+
+class Code:
+    """A pickle that is not only numbers."""
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            drop("action_head--20_checkpoint.pt", "module.model.fc2.bias"),
+            r"action_head.model.fc2.bias \[3\] is missing",
+        ),
+        (
+            drop("vision_backbone--20_checkpoint.pt", "vision_backbone.featurizer.blocks.0.scale.bias"),
+            r"blocks.0.scale.bias \[8\] is missing",
+        ),
+        (
+            drop(
+                "vision_backbone--20_checkpoint.pt",
+                "vision_backbone.featurizer.blocks.0.block.attn.qkv.lora_B.default.weight",
+            ),
+            "only one half of the update of vision_backbone.featurizer.blocks.0.block.attn.qkv.weight",
+        ),
+        (
+            narrow("language_model.model.layers.0.mlp.up_proj.weight"),
+            r"up_proj.weight must have shape \[24, 16\], found \[23, 16\]",
+        ),
+        (
+            lambda folder: (folder / "proprio_projector--20_checkpoint.pt").unlink(),
+            "no proprio_projector--N_checkpoint.pt",
+        ),
+        (lambda folder: (folder / "action_head--30_checkpoint.pt").write_bytes(b""), "several action_head--"),
+        (
+            lambda folder: torch.save(Code(), folder / "action_head--20_checkpoint.pt"),
+            "cannot read weights from .*action_head",
+        ),
+        (
+            lambda folder: (folder / "model-00002-of-00003.safetensors").write_bytes(b"cut"),
+            "00002.* is damaged or not whole",
+        ),
+        (
+            lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(),
+            "is not whole: model-00002-of-00003.safetensors missing",
+        ),
+        (
+            lambda folder: (folder / "lora_adapter" / "adapter_config.json").unlink(),
+            "does not give their r and lora_alpha",
+        ),
+        (edit("config.json", use_film=False), "an ablation of CogVLA"),
+        (
+            edit("dataset_statistics.json", other=norm_stats(SIZES)),
+            "several data sets; choose dataset= from robot, other",
+        ),
+        (edit("dataset_statistics.json", robot={"action": {}}), "statistics of 'robot' .* not whole"),
+    ],
+)
+def test_what_is_missing_or_misshapen_is_named(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+    write_cogvla(tmp_path / "cogvla")
+    damage(tmp_path / "cogvla")
+    with pytest.raises(ValueError, match=said):
+        imported(tmp_path / "cogvla", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def model_with(routing: dict[str, Any]) -> CogVLA:
+    language = {"width": SIZES.hidden, "intermediate": SIZES.inter, "layers": SIZES.layers, "heads": SIZES.llm_heads}
+    language = {**MODEL["language"], **language, "vocab_size": SIZES.vocab_size}
+    torch.manual_seed(1)
+    return CogVLA(CogVLAConfig.from_dict({**MODEL, "language": language, "routing": routing}), ROBOT)
+
+
+@pytest.mark.parametrize("layout", ["hub", "prismatic"])
+def test_openvla_is_a_base(layout: str, tmp_path: Path) -> None:
+    weights = openvla_weights()
+    (write_openvla if layout == "hub" else write_prismatic)(tmp_path / "openvla", weights)
+    model, fresh = model_with({}), model_with({}).state_dict()
+    said = load_base(model, tmp_path / "openvla")
+    assert "decoder.llm" in said[0]
+    assert "decoder.routers" not in said[0]
+    assert "vision.fusion" in said[1]
+    vit = model.vision.towers["dinov2"].vit
+    assert torch.equal(vit.blocks[1].ls2.gamma, weights["vision_backbone.featurizer.blocks.1.ls2.scale_factor"])
+    siglip = model.vision.towers["siglip"].vit.patch_embed.proj.weight
+    assert torch.equal(siglip, weights["vision_backbone.fused_featurizer.patch_embed.proj.weight"])
+    layer = model.decoder.llm.layers[4]
+    assert torch.equal(layer.mlp.gate_proj.weight, weights["language_model.model.layers.4.mlp.gate_proj.weight"])
+    for name, value in model.state_dict().items():
+        theirs = name.startswith(("decoder.llm.", "vision.towers.dinov2.vit.", "vision.towers.siglip.vit."))
+        assert torch.equal(value, fresh[name]) != theirs, name
+
+
+def test_joined_streams_take_the_projector(tmp_path: Path) -> None:
+    weights = openvla_weights()
+    write_openvla(tmp_path / "openvla", weights)
+    model = model_with({"efa": False, "lfp": False})
+    said = load_base(model, str(tmp_path / "openvla"))
+    assert "vision.fusion" in said[0]
+    assert torch.equal(model.vision.fusion.project[2].weight, weights["projector.fc2.weight"])
+
+
+def test_a_cogvla_is_a_base_too(release: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder, weights = release
+    config = {**MODEL, "vision": {**MODEL["vision"], "aggregation_tokens": SIZES.agg}, "head": {}}
+    language = {"width": SIZES.hidden, "intermediate": SIZES.inter, "layers": SIZES.layers, "heads": SIZES.llm_heads}
+    config["language"] = {**MODEL["language"], **language, "vocab_size": SIZES.vocab_size}
+    config["routing"] = {"schedule": "interleave"}
+    model = CogVLA(CogVLAConfig.from_dict(config), ROBOT)  # with one token per step, whose head is another
+    said = load_base(model, folder)
+    assert "head" in said[1]
+    assert "vision.fusion" in said[0]
+    bias = model.decoder.routers["3"].logits.bias
+    assert torch.equal(bias, weights["language_model.model.layers.3.router.router.bias"])
+
+
+def test_a_base_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    weights = openvla_weights()
+    name = "vision_backbone.featurizer.blocks.0.mlp.fc1.weight"
+    write_openvla(tmp_path / "wide", {**weights, name: weights[name][:-1]})
+    write_openvla(tmp_path / "short", {k: v for k, v in weights.items() if k != "language_model.model.norm.weight"})
+    with pytest.raises(ValueError, match=rf"{name} must have shape \[32, 8\], found \[31, 8\]"):
+        load_base(model_with({}), tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"language_model.model.norm.weight \[16\] is missing"):
+        load_base(model_with({}), tmp_path / "short")
+
+
+def test_openvla_becomes_a_checkpoint(tmp_path: Path) -> None:
+    write_openvla(tmp_path / "openvla")
+    small = {**MODEL, "vision": {**MODEL["vision"], "aggregation_tokens": 4}}
+    said = imported(tmp_path / "openvla", tmp_path / "ours", dataset="another", policy=small)
+    assert "statistics of the release" in said
+    policy = load_policy(tmp_path / "ours")
+    assert np.isfinite(policy.act(ROBOT.fake_observation()).actions).all()
+    statistics = json.loads((tmp_path / "ours" / "statistics.json").read_text())
+    assert statistics["state"]["q01"] == norm_stats(SIZES)["proprio"]["q01"]
+    # It has statistics of two robots, and none was chosen.
+    assert "training computes its own" in imported(tmp_path / "openvla", tmp_path / "base", policy=small)[-2]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    write_openvla(tmp_path / "openvla")
+    # The preset's towers are larger than these.
+    options = [f"output={tmp_path / 'ours'}", "policy=tiny", "policy.language={bos_token: 1, stop_token: 2}"]
+    with pytest.raises(SystemExit, match=r"error: parameter vision_backbone.featurizer.* must have shape"):
+        main([str(tmp_path / "openvla"), *options])
+    with pytest.raises(SystemExit, match=r"error: .*output"):
+        main([str(tmp_path / "openvla")])
+    with pytest.raises(SystemExit, match=r"error: .*wheels"):
+        main([str(tmp_path / "openvla"), "wheels=4"])
+
+
+def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no OpenVLA weights in .*empty"):
+        open_release(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"not/there/at/all is no folder, and cannot be downloaded"):
+        open_release("not/there/at/all")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"somebody/openvla is no folder, and cannot be downloaded from the hub"):
+        open_release("somebody/openvla")
+
+
+def large_model() -> CogVLA:
+    """82 million parameters without memory."""
+    size = {"width": 640, "intermediate": 2560, "heads": 8, "layers": 12, "kv_heads": 8}
+    language = {**MODEL["language"], **size}
+    return empty_model(CogVLAConfig.from_dict({**MODEL, "language": language, "routing": {"lfp": False}}), ROBOT)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+
+import torch
+
+from cogvla.policy.weights.import_weights import SafetensorFiles, load_parameters
+from cogvla.tests.scripts.test_import_checkpoint import large_model
+
+model = large_model()
+total = 2 * sum(parameter.numel() for parameter in model.parameters())
+status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+allowed = 1024 * int(status["VmData"].split()[0]) + int(1.2 * total)
+resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+load_parameters(model, SafetensorFiles(Path(sys.argv[1])), lambda name: (name,), torch.bfloat16)
+assert not any(parameter.is_meta for parameter in model.parameters())
+print("loaded", total)
+copies = [parameter.detach().clone() for parameter in model.parameters()]
+print("a second copy has space too")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is the Linux kernel's")
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+    """The kernel refuses the process any memory beyond 1.2 times the weights."""
+    for index, (name, value) in enumerate(large_model().state_dict().items()):
+        save_file({name: torch.zeros(value.shape, dtype=torch.bfloat16)}, tmp_path / f"{index}.safetensors")
+    # In a process of its own: whatever memory this one has given back would count as free there.
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
+    said = done.stdout.split()
+    assert said[:1] == ["loaded"], done.stderr
+    assert int(said[1]) > 150e6
+    assert len(said) == 2, "the limit does not limit anything"

@@ -1,0 +1,246 @@
+"""`train_policy` from nothing to a report, small: the tabletop's own expert, pictures of 32 pixels and six steps."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.training.run_log import RunLog
+from cogvla.scripts import train_policy
+from cogvla.tests.support.small_data import LABELLED, MODEL, ROBOT, settings, small_data
+
+CAMERAS = "[{name:agentview,height:32,width:32},{name:wrist,height:32,width:32}]"
+
+
+def overrides(root: Path, *more: str) -> list[str]:
+    """Command-line arguments of a small run in a folder."""
+    return [
+        "suite=tabletop_object",
+        f"output={root}/run",
+        f"data.root={root}/demonstrations",
+        f"data.cache={root}/cache",
+        f"embodiment.cameras={CAMERAS}",
+        "demonstrations.episodes=10",
+        "demonstrations.workers=0",
+        "training.steps=6",
+        "training.batch_size=4",
+        "training.cpu_parts=1",
+        "training.validate_every=3",
+        "training.checkpoint_every=3",
+        "training.validation_fraction=0.1",
+        "evaluation.episodes_per_task=1",
+        "+evaluation.max_steps=12",
+        "evaluation.workers=0",
+        "evaluation.videos=1",
+        "wandb.mode=disabled",
+        "threads=1",
+        *more,
+    ]
+
+
+def run(root: Path, *more: str) -> dict[str, Any]:
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        config = compose("train_policy", overrides(root, *more))
+    return train_policy.run(config, "train_policy")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    root = tmp_path_factory.mktemp("train_policy")
+    result = run(root, "training.rollout_every=6")
+    assert result["success"] is not None
+    return root
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """What a second run must not do again: demonstrations, decoded frames, training steps, episodes."""
+    files = [
+        *(root / "demonstrations").rglob("*.parquet"),
+        *(root / "cache").rglob("*.*"),
+        *(root / "run" / "checkpoints").rglob("*.*"),
+        root / "run" / "metrics.jsonl",
+        root / "run" / "evaluation" / "episodes.jsonl",
+    ]
+    return {f"{file} {file.stat().st_mtime_ns}": file.read_bytes() for file in files if file.is_file()}
+
+
+def test_it_leaves_demonstrations_checkpoints_metrics_and_a_report(root: Path) -> None:
+    info = json.loads((root / "demonstrations" / "meta" / "info.json").read_text())
+    assert info["total_episodes"] == 10
+    metrics = [json.loads(row) for row in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [3, 6, 6, 6]
+    assert {"train/action_l1", "train/grounding_l1", "train/pointing_ce"} <= metrics[1].keys()
+    assert {"validation/wrong_instruction_l1", "validation/target_cm"} <= metrics[2].keys()
+    assert metrics[3].keys() == {"step", "rollout/success"}
+    assert list((root / "run" / "rollouts" / "step_0000006" / "evaluation").rglob("*.mp4"))
+    report = json.loads((root / "run" / "evaluation" / "report.json").read_text())
+    assert report["total"]["success"]["trials"] == 10
+    assert (root / "run" / "evaluation" / "report.html").stat().st_size > 10_000
+    summary = json.loads((root / "run" / "summary.json").read_text())
+    assert summary["success"] == report["total"]["success"]["value"]
+    assert summary["seconds"].keys() == {"demonstrations", "training", "evaluation"}
+    policy = load_policy(root / "run" / "policy")
+    assert policy.describe()["data_set"]["episodes"] == 10
+    assert policy.embodiment.cameras[0].height == 32
+
+
+def test_the_second_time_nothing_is_done_twice(root: Path) -> None:
+    before = contents(root)
+    assert any("episodes.jsonl" in name for name in before)
+    run(root)
+    assert contents(root) == before
+
+
+def test_more_steps_go_on_and_are_evaluated_anew(root: Path, tmp_path: Path) -> None:
+    for part in ("demonstrations", "cache"):
+        (tmp_path / part).symlink_to(root / part)
+    run(tmp_path, "training.steps=2", "evaluation=null")
+    assert not (tmp_path / "run" / "evaluation").exists()
+    left = tmp_path / "run" / "evaluation"
+    left.mkdir()
+    for name in ("run.json", "episodes.jsonl"):  # of another policy
+        (left / name).write_bytes((root / "run" / "evaluation" / name).read_bytes())
+    result = run(tmp_path, "training.steps=3")
+    described = json.loads((left / "report.json").read_text())["reproduce"]["policy"]
+    assert described["step"] == 3
+    assert result["success"] is not None
+
+
+def test_a_pretrained_language_model_brings_its_weights_and_its_tokenizer(tmp_path: Path) -> None:
+    words = ["<unk>", "<s>", "touch", "the", "red", "green", "blue", "square", "one"]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>").save_pretrained(
+        tmp_path / "hub"
+    )
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    published = LlamaModel(LlamaConfig(**sizes, num_attention_heads=2))
+    published.save_pretrained(tmp_path / "hub")
+    config = CogVLAConfig.from_dict({**MODEL, "language": {**MODEL["language"], "hub": str(tmp_path / "hub")}})
+    parts = (settings(steps=1), config, LABELLED, ROBOT, small_data(), tmp_path / "run")
+    trainer = train_policy.build_trainer(*parts, lambda metrics, step: None)
+    weights = trainer.raw.model.decoder.llm.state_dict()
+    assert all(weights[name].equal(value) for name, value in published.state_dict().items())
+    trainer.run()
+    assert isinstance(load_policy(tmp_path / "run" / "policy").preprocessor.tokenizer, PretrainedTokenizer)
+    shutil.rmtree(tmp_path / "hub")
+    policy = load_policy(tmp_path / "run" / "policy")  # needs nothing but its folder
+    assert policy.preprocessor.text(["touch"])[0].tolist()[0].count(2) == 1
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
+    """What the console script ends with."""
+    monkeypatch.setattr(sys, "argv", ["train_policy", *arguments])
+    GlobalHydra.instance().clear()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train_policy.main()
+    finally:
+        GlobalHydra.instance().clear()
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["suite=tabletop_objects"], r"error: unknown suite 'tabletop_objects'.*tabletop_object"),
+        (["training.batch_size=7", "training.accumulation=2"], "error: batch_size 7 is not a multiple"),
+        (["training.steps=many"], "error: configuration training: .*"),
+        (["+training.stepss=5"], "error: configuration training: .*unexpected keyword argument 'stepss'"),
+        (["+routing.efaa=true"], r"error: unknown key efaa in model\.routing; valid keys are efa, "),
+        (["routing.attention=sideways"], r"error: routing\.attention is 'sideways'; it must be one of coupled, causal"),
+        (["evaluation.protocol=libero_x"], "error: unknown protocol 'libero_x'; one of "),
+        (["data.cameras.wrist=observation.images.hand"], r"error: .*no camera 'observation\.images\.hand'; it has "),
+        (["embodiment.state_dim=7"], r"error: 'observation\.state' has shape \(8,\) .*state_dim is 7; choose"),
+        (["data.state=state"], r"error: .* has no 'state'; it has observation\.state, "),
+        (["suite=null", "data.root=/nowhere"], "error: there is no LeRobotDataset in /nowhere: record one with"),
+        (["demonstrations.episodes=11"], "error: .* was recorded with episodes=10; choose another output, or delete"),
+        (["policy.language.bos_token=9"], r"error: the data has \d+ words, there is room for 9 before .*raise both"),
+        (["+evaluation.speed=2"], "error: configuration evaluation: .*unexpected keyword argument 'speed'"),
+        (["routing=router", "engine.dtype=bfloat16"], "error: the engine does not know .*'random'"),
+        (["wandb.mode=loud"], "error: wandb.mode is 'loud'; it must be one of auto, online"),
+        (["routing=no_efa"], "error: .* was trained with another policy or routing; choose another output, or delete"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: list[str], said: str
+) -> None:
+    code = command(monkeypatch, *overrides(root, *wrong))
+    assert isinstance(code, str)
+    assert len(code.splitlines()) == 1
+    assert re.search(said, code), code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("speed=3", "Could not override 'speed'"), ("policy=huge", "Could not find 'policy/huge'")],
+)
+def test_unknown_keys_and_options_are_explained_by_hydra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str, said: str
+) -> None:
+    assert command(monkeypatch, wrong) == 1
+    message = capsys.readouterr().err
+    assert said in message
+    assert "Traceback" not in message
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def run(*args: Any) -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "cannot write run: No space left on device"), "error: [Errno 28] cannot write run"),
+        (FloatingPointError("loss is not finite at step 3"), "error: loss is not finite at step 3"),
+    ],
+)
+def test_how_the_command_ends(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: str | int) -> None:
+    monkeypatch.setattr(train_policy, "run", raising(error))
+    ended = command(monkeypatch)
+    assert ended == code if isinstance(code, int) else str(ended).startswith(code)
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_policy, "run", raising(ZeroDivisionError()))
+    monkeypatch.setattr(sys, "argv", ["train_policy"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ZeroDivisionError):
+        train_policy.main()
+    GlobalHydra.instance().clear()
+
+
+def test_an_offline_log_is_on_disk(tmp_path: Path) -> None:
+    with RunLog({"mode": "offline", "project": "cogvla"}, {"seed": 0}, tmp_path) as log:
+        log.write({"train/loss": 0.5}, 20)
+    written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(written) == 1
+    assert written[0].stat().st_size > 0
+
+
+def test_a_disabled_log_leaves_nothing(tmp_path: Path) -> None:
+    with RunLog({"mode": "disabled", "project": "cogvla"}, {}, tmp_path) as log:
+        log.write({"train/loss": 0.5}, 20)
+    assert not list(tmp_path.iterdir())
