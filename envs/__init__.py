@@ -14,10 +14,11 @@ TABLETOP_SUITES = ("tabletop_object", "tabletop_spatial", "tabletop_goal", "tabl
 
 def _load(name: str) -> Suite:
     module = importlib.import_module(f"cogvla.envs.tabletop.tasks_{name.removeprefix('tabletop_')}")
-    suite: Suite = module.family().suite()
+    suites = importlib.import_module("cogvla.envs.tabletop.suites")
+    suite: Suite = suites.tabletop_suite(module.family())
     return suite
 
 
 for _name in TABLETOP_SUITES:
     register_suite(_name, partial(_load, _name))
-    gym.register(f"cogvla/{_name}-v0", entry_point="cogvla.envs.tabletop.env:make_env", kwargs={"suite": _name})
+    gym.register(f"cogvla/{_name}-v0", entry_point="cogvla.envs.tabletop.suites:make_env", kwargs={"suite": _name})

@@ -36,7 +36,7 @@ from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.empty_model import empty_model
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.training.parallel import use_threads
+from cogvla.policy.threads import use_threads
 from cogvla.routing.router import RouterConfig
 
 FORMAT = 1

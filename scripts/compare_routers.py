@@ -48,7 +48,7 @@ from cogvla.envs.suite import Suite
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
-from cogvla.policy.training.parallel import use_threads
+from cogvla.policy.threads import use_threads
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 from cogvla.scripts.eval_libero import STOPPED
 

@@ -11,33 +11,16 @@ kept.
 
 from __future__ import annotations
 
-import json
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
-import numpy as np
 from omegaconf import DictConfig
-from tqdm import tqdm
 
-from cogvla.envs.recording.dataset_folder import DatasetFolder
-from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.libero.env import LiberoSettings
-from cogvla.libero.hdf5.jobs import Job, Outcome, play
+from cogvla.libero.hdf5.conversion import Conversion, convert
 from cogvla.libero.hdf5.lerobot_upgrade import is_old_lerobot, upgrade
-from cogvla.libero.hdf5.page import page, summary
-from cogvla.libero.hdf5.reader import demonstrations, is_hdf5
-from cogvla.libero.hdf5.replay import WAITING_STEPS, ReplaySettings
-from cogvla.libero.suites import libero_suite
-from cogvla.libero.tasks import LIBERO_SUITES
+from cogvla.libero.hdf5.reader import is_hdf5
 from cogvla.scripts.command import mistakes_in_one_line, plain
-
-CONVERSION = "meta/conversion.json"
-"""In a finished data set: what it was made of, with the numbers of the statistics page."""
-INITIAL_STATES = "meta/initial_states.json"
-"""In a finished data set: from where each episode can be played again."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="convert_libero")
@@ -67,124 +50,6 @@ def run(config: DictConfig) -> Path:
         keep_noops=config.keep_noops,
     )
     return convert(conversion, output, config.workers, resume=config.resume, video=config.video)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What is converted, and how.
-
-    Attributes:
-        settings: of the replays.
-        jobs: all demonstrations, task after task.
-        request: what decides the result, for the folder of an interrupted conversion.
-        instructions: of the suite's tasks.
-    """
-
-    settings: ReplaySettings
-    jobs: tuple[Job, ...]
-    request: dict[str, Any]
-    instructions: tuple[str, ...]
-
-    @classmethod
-    def of(cls, source: Path, suite_name: str | None, libero: LiberoSettings, **options: Any) -> Conversion:
-        """All demonstrations of a file or folder.
-
-        Args:
-            source: a `TASK_demo.hdf5`, or a folder of them.
-            suite_name: one of LIBERO's; None: as the files say.
-            libero: how it is simulated.
-            options: `replay`, `image_size`, `keep_noops` of `ReplaySettings`.
-
-        Raises:
-            ValueError: the suite is not known, or a file is of no task of it.
-        """
-        files = demonstrations(source)
-        if suite_name is None:
-            named = {file.suite for file in files}
-            suite_name = named.pop() if len(named) == 1 else None
-        if suite_name not in LIBERO_SUITES:
-            raise ValueError(
-                f"the files in {source} do not all say which suite they are of: give suite=NAME, "
-                f"one of {', '.join(LIBERO_SUITES)}"
-            )
-        suite = libero_suite(suite_name, libero)
-        indices = {task.name: index for index, task in enumerate(suite.tasks)}
-        unknown = [file.path.name for file in files if file.task not in indices]
-        if unknown:
-            raise ValueError(f"{suite_name} has no task for {', '.join(unknown)}; give another suite=NAME")
-        files.sort(key=lambda file: indices[file.task])
-        settings = ReplaySettings(suite_name, libero, **options)
-        request = {
-            "suite": suite_name,
-            "source": {file.path.name: [file.path.stat().st_size, len(file.keys)] for file in files},
-            "replay": settings.replay,
-            "image_size": settings.image_size,
-            "keep_noops": settings.keep_noops,
-            "simulation": dict(suite.settings),
-        }
-        jobs = tuple(Job(file.path, key, indices[file.task]) for file in files for key in file.keys)
-        return cls(settings, jobs, request, tuple(task.instruction for task in suite.tasks))
-
-
-def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool = True, video: bool = False) -> Path:
-    """Replay all demonstrations, write those that succeed, and return the data set's folder.
-
-    Does nothing when the folder already holds this data set.
-
-    Args:
-        conversion: what and how.
-        output: folder of the data set.
-        workers: processes; 0 replays in this one.
-        resume: go on with what an interrupted conversion left; False starts anew.
-        video: store views as videos instead of images.
-
-    Raises:
-        ValueError: a file is damaged or does not fit, or the folder holds something else, or nothing can be kept.
-    """
-    if workers < 0:
-        raise ValueError(f"workers must not be negative, got {workers}")
-    request = conversion.request | {"video": video}
-    folder = DatasetFolder(output, "converting", "converted", CONVERSION)
-    if folder.is_finished(request):
-        return output
-    folder.prepare(request, resume)
-    outcomes = play(conversion.settings, conversion.jobs, folder.episodes, workers)
-    folder.publish(request | _write(conversion, outcomes, folder.dataset, request))
-    return output
-
-
-def _write(conversion: Conversion, outcomes: list[Outcome], root: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Put the kept episodes together, in order, with the statistics page; returns its numbers."""
-    from cogvla.envs.recording.dataset_writer import DatasetWriter  # imports lerobot, which takes seconds
-
-    kept = [(job, outcome) for job, outcome in zip(conversion.jobs, outcomes, strict=True) if outcome.kept]
-    if not kept:
-        reasons = ", ".join(sorted({str(outcome.reason) for outcome in outcomes}))
-        raise ValueError(f"none of the {len(outcomes)} demonstrations can be kept ({reasons})")
-    arrays: dict[str, list[np.ndarray]] = {"observation.state": [], "action": []}
-    with ExitStack() as stack:
-        writer: DatasetWriter | None = None
-        for _, outcome in tqdm(kept, desc="write", unit="episode"):
-            assert outcome.path is not None
-            episode = Demonstration.load(outcome.path)
-            if writer is None:
-                name = f"cogvla/{conversion.settings.suite}"
-                writer = DatasetWriter(root, name, episode, "panda", request["video"])
-                stack.callback(writer.close)
-            writer.add(episode)
-            for key, values in arrays.items():
-                values.append(episode.arrays[key])
-    found = summary(
-        conversion.instructions,
-        [(job.task, outcome) for job, outcome in zip(conversion.jobs, outcomes, strict=True)],
-        {key: np.concatenate(values) for key, values in arrays.items()},
-    )
-    origin = [{"source": job.path.name, "demonstration": job.key} for job, _ in kept]
-    waiting = WAITING_STEPS[conversion.settings.replay]
-    starts = [{"task": job.task, "waiting_steps": waiting, **asdict(outcome.start)} for job, outcome in kept]
-    (root / INITIAL_STATES).write_text(json.dumps({"episodes": starts}))
-    (root / "README.md").write_text(page(request, found))
-    return found | {"episodes": origin}
 
 
 if __name__ == "__main__":

@@ -39,10 +39,10 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.threads import use_threads
 from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
-from cogvla.policy.training.parallel import use_threads
 from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE, Trainer
 from cogvla.policy.weights.base import base_tokenizer, is_own, load_own

@@ -13,7 +13,7 @@ from cogvla.tests.support.paths import ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 COMMANDS = ARCHITECTURE.partition("## Commands")[2].partition("## ")[0].splitlines()
-FOLDERS = ("routing", "policy", "envs", "libero", "real_robot", "configs")
+FOLDERS = ("routing", "policy", "envs", "libero", "real_robot", "scripts", "configs")
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 

@@ -1,116 +1,144 @@
-"""Who may import what: the table of docs/architecture.md, read from the sources."""
+"""Who may import what: the tables of docs/architecture.md against the sources."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
+import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
 from cogvla.tests.support.paths import ROOT
 
-CORE = {"torch", "transformers", "timm", "einops", "safetensors", "numpy"}
-"""All that a machine needs to run a policy."""
-
-REPORTING = ("episode_log", "evaluate", "protocol", "provenance", "report", "statistics")
-"""Parts of `libero` that know nothing about LIBERO: a robot's trials are reported as an evaluation is."""
-COMMAND = "scripts.command"
-"""What the console commands share; other parts know nothing of them."""
-INTERNAL: dict[str, tuple[str, ...]] = {
-    "configs": ("configs",),
-    "routing": ("routing",),
-    "policy": ("policy", "routing"),
-    "envs": ("envs", "policy.interface", "policy.chunking"),
-    "libero": ("libero", "policy", "routing", "envs", "real_robot.remote_policy"),
-    "real_robot": ("real_robot", "policy", "envs", *(f"libero.{name}" for name in REPORTING)),
-}
-THIRD_PARTY: dict[str, set[str]] = {
-    "configs": {"hydra", "omegaconf"},
-    "routing": {"torch", "einops"},
-    "policy": CORE,
-    "envs": {"numpy", "gymnasium", "mujoco", "av", "PIL", "tqdm"},
-    "libero": {
-        "numpy",
-        "torch",
-        "gymnasium",
-        "accelerate",
-        "omegaconf",
-        "pyarrow",
-        "av",
-        "PIL",
-        "tqdm",
-        "matplotlib",
-        "jinja2",
-    },
-}
-EXCEPTIONS: dict[str, set[str]] = {
-    "policy/data/reader.py": {"lerobot", "pyarrow", "PIL", "huggingface_hub"},
-    "policy/weights/release.py": {"huggingface_hub"},
-    "policy/data/frame_cache.py": {"tqdm"},
-    "policy/training/trainer.py": {"accelerate", "tqdm"},
-    "policy/training/adapters.py": {"peft"},
-    "policy/training/optimisation.py": {"bitsandbytes"},
-    "policy/training/trained_weights.py": {"accelerate"},
-    "policy/training/metrics.py": {"accelerate"},
-    "envs/rollout/ray_worker.py": {"ray"},
-    "envs/recording/dataset_writer.py": {"lerobot", "datasets", "pyarrow", "PIL"},
-    "envs/recording/recorded_dataset.py": {"lerobot", "pyarrow"},
-    "scripts/measure/benchmark_policy.py": {"yaml"},
-    "libero/hdf5/reader.py": {"h5py"},
-    "policy/training/run_log.py": {"wandb"},
-    "libero/installation.py": {"libero"},
-    "libero/simulation.py": {"libero", "robosuite", "mujoco"},
-}
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+FOLDERS = ("routing", "policy", "envs", "libero", "real_robot", "scripts", "configs")
+ROS = "real_robot/ros/package"
+"""Runs where ROS 2 is installed, with ROS 2's packages."""
 
 
-def entry_points() -> set[str]:
-    """Files of the console scripts, which alone may use Hydra."""
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    modules = [target.partition(":")[0] for target in scripts.values()]
-    return {module.removeprefix("cogvla.").replace(".", "/") + ".py" for module in modules}
+def rows(heading: str, level: str) -> dict[str, list[str]]:
+    """Cells of the table below a heading, by the folder that each row is about."""
+    section = ARCHITECTURE.partition(f"\n{level} {heading}\n")[2].partition("\n#")[0]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `")
+    ]
+    return {row[0].strip("`/"): row[1:] for row in cells}
+
+
+MAY_IMPORT = {folder: re.findall(r"`([\w.]+)`", cells[1]) for folder, cells in rows("Folders", "##").items()}
+PACKAGES = {
+    folder: {name.strip() for name in cells[1].split(",") if name.strip()}
+    for folder, cells in rows("Inside the folders", "###").items()
+}
 
 
 def sources() -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for folder in INTERNAL for path in (ROOT / folder).glob("**/*.py"))
+    return sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("**/*.py"))
 
 
-def imports(file: str) -> set[str]:
-    """All modules that a file imports, also inside of functions."""
+def module_of(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+MODULES = {module_of(file): file for file in sources()}
+
+
+def above(file: str) -> list[str]:
+    """The folders that a file is in, innermost first."""
+    return [str(folder) for folder in Path(file).parents][:-1]
+
+
+@functools.cache
+def imports(file: str) -> frozenset[str]:
+    """All names that a file imports, also inside of functions and for type checkers only."""
     found: set[str] = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} imports relatively"
-            module = node.module or ""
-            found |= {f"{module}.{alias.name}" for alias in node.names} if module.count(".") < 2 else {module}
-    return found
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
 
 
-def test_the_table_is_about_something() -> None:
-    assert {file.partition("/")[0] for file in sources()} >= {"routing", "policy", "envs", "libero"}
-    assert len(sources()) > 60
-    assert EXCEPTIONS.keys() <= set(sources())
-    assert entry_points() <= set(sources())
+def ours(file: str) -> set[str]:
+    """Modules of this package that a file imports."""
+    found = set()
+    for name in imports(file):
+        top, _, rest = name.partition(".")
+        if top == "cogvla":
+            while rest and rest not in MODULES:
+                rest = rest.rpartition(".")[0]
+            found.add(rest)
+    return found - {"", module_of(file)}
+
+
+def cycle(edges: Mapping[str, set[str]]) -> list[str]:
+    """Names that lead back to themselves; empty where there are none."""
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_the_tables_are_about_something() -> None:
+    assert MAY_IMPORT.keys() >= set(FOLDERS)
+    assert len(sources()) > 200
+    assert {str(Path(file).parent) for file in sources() if not file.startswith(ROS)} - {"configs"} <= PACKAGES.keys()
     assert "torch.Tensor" in imports("policy/training/trainer.py")
-    assert "lerobot.datasets.video_utils" in imports("policy/data/reader.py"), "imports in functions count"
+    assert "lerobot.datasets.video_utils.get_safe_default_codec" in imports("policy/data/reader.py"), "in functions"
 
 
 @pytest.mark.parametrize("file", sources())
-def test_imports_follow_the_table(file: str) -> None:
-    folder = file.partition("/")[0]
-    allowed = THIRD_PARTY.get(folder, set()) | EXCEPTIONS.get(file, set())
-    if file in entry_points():
-        allowed = allowed | {"hydra", "omegaconf"}
-    for module in imports(file):
-        top, _, rest = module.partition(".")
-        if top == "cogvla":
-            may = INTERNAL[folder] + ((COMMAND,) if file in entry_points() | {"scripts/robot/robots.py"} else ())
-            assert any(rest == name or rest.startswith(name + ".") for name in may), f"{file} may not import {module}"
-        elif folder != "real_robot":
-            assert top in allowed or top in sys.stdlib_module_names, f"{file} may not import {module}"
+def test_imports_follow_the_tables(file: str) -> None:
+    folders = above(file)
+    rule = next(folder for folder in folders if folder in MAY_IMPORT)
+    for module in ours(file):
+        allowed = MAY_IMPORT[rule] + [rule.replace("/", ".")]
+        free = rule == "scripts" and not module.startswith("tests")
+        assert free or any(f"{module}.".startswith(f"{name}.") for name in allowed), f"{file} may not import {module}"
+    if file.startswith(ROS):
+        return
+    packages = set().union(*(PACKAGES.get(folder, set()) for folder in folders)) | {"cogvla"} | sys.stdlib_module_names
+    for name in imports(file):
+        assert name.partition(".")[0] in packages, f"{file} may not import {name}"
+
+
+def test_no_file_leads_back_to_itself() -> None:
+    assert not cycle({module: ours(file) for module, file in MODULES.items()})
+
+
+@pytest.mark.parametrize("parent", ["", *(str(path) for path in {Path(file).parent for file in sources()})])
+def test_no_folder_leads_back_to_its_neighbour(parent: str) -> None:
+    edges: dict[str, set[str]] = {}
+    inside = [Path(file) for file in sources() if Path(file).parent.is_relative_to(parent or ".")]
+    depth = len(Path(parent).parts)
+    for file in inside:
+        for module in ours(str(file)):
+            other = Path(MODULES[module])
+            if other in inside and len(file.parts) > depth + 1 < len(other.parts):
+                here, there = file.parts[depth], other.parts[depth]
+                edges.setdefault(here, set()).update({there} - {here})
+    assert not cycle(edges)
+
+
+@pytest.mark.parametrize("folder", sorted({str(Path(file).parent) for file in sources()}))
+def test_folders_stay_small(folder: str) -> None:
+    files = [file for file in sources() if str(Path(file).parent) == folder and not file.endswith("__init__.py")]
+    assert len(files) <= 15 or folder == "routing/routers", "split it: a newcomer has to find things"
+
+
+def test_every_folder_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {str(Path(file).parent).replace("/", ".") for file in sources() if not file.startswith(ROS)}
+    assert sorted(listed) == sorted(["cogvla", *(f"cogvla.{folder}" for folder in folders)])
 
 
 BARE = """

@@ -17,54 +17,27 @@ Initial states are drawn from `np.random.default_rng([suite_seed, task, initial_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 
 from cogvla.envs.rendering import SceneRenderer
-from cogvla.envs.suite import Suite, Task, chosen_start
+from cogvla.envs.rotations import rotation_vector
+from cogvla.envs.suite import chosen_start
 from cogvla.envs.tabletop.arm import FINGER_JOINTS, FINGER_OPEN, NOMINAL_ROTATION
-from cogvla.envs.tabletop.control import CONTROL_HZ, ArmController, rotation_vector
+from cogvla.envs.tabletop.control import CONTROL_HZ, ArmController
+from cogvla.envs.tabletop.family import Family
 from cogvla.envs.tabletop.goals import Goal, Layout, holds, labels
-from cogvla.envs.tabletop.scene import TIMESTEP, Item, Scene
-
-if TYPE_CHECKING:
-    from cogvla.envs.tabletop.expert import Expert
+from cogvla.envs.tabletop.scene import TIMESTEP, Scene
 
 CAMERAS = ("agentview", "wrist")
 START_REGION = np.array([[0.40, -0.20, 0.15], [0.60, 0.20, 0.30]])
 """Box of the gripper centre in initial states."""
 START_YAW = 0.3
 START_TILT = 0.08
-
-
-@dataclass(frozen=True)
-class Family:
-    """All that tells one suite from another.
-
-    Attributes:
-        name, tasks, max_steps: as in `Suite`.
-        seed: first entry of every initial state's seed.
-        items: everything that may stand on the table.
-        draw: (rng, task) -> the layout of one scene; `layout.goals` holds the task and all its alternatives.
-    """
-
-    name: str
-    tasks: tuple[Task, ...]
-    max_steps: int
-    seed: int
-    items: Sequence[Item]
-    draw: Callable[[np.random.Generator, int], Layout]
-
-    def suite(self) -> Suite:
-        """The suite that the registry hands out."""
-        # a partial and no closure: rollouts send it to their environment processes
-        return Suite(self.name, self.tasks, self.max_steps, partial(TabletopEnv, self), expert=tabletop_expert)
 
 
 class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
@@ -274,17 +247,3 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
-
-
-def tabletop_expert(env: gym.Env, rng: np.random.Generator, noise: float = 0.0) -> Expert:
-    """The scripted expert for the task that `env` has been reset to."""
-    from cogvla.envs.tabletop.expert import Expert
-
-    return Expert(env, rng, noise)
-
-
-def make_env(suite: str, image_size: int = 128, render: bool = True) -> gym.Env:
-    """Entry point of the gymnasium ids `cogvla/<suite>-v0`."""
-    from cogvla.envs.suite import get_suite
-
-    return get_suite(suite).make(image_size=image_size, render=render)

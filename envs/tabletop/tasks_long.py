@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cogvla.envs.suite import Task
-from cogvla.envs.tabletop.env import Family
+from cogvla.envs.tabletop.family import Family
 from cogvla.envs.tabletop.goals import Layout
 from cogvla.envs.tabletop.tasks_goal import ITEMS, TASKS, draw_poses
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from cogvla.envs.suite import Task
-from cogvla.envs.tabletop.env import Family
+from cogvla.envs.tabletop.family import Family
 from cogvla.envs.tabletop.goals import Goal, Layout
 from cogvla.envs.tabletop.placement import NoRoomError, Placer, until_drawn
 from cogvla.envs.tabletop.scene import Item, Pose

@@ -21,13 +21,13 @@ import torch
 
 from cogvla.envs.recording.recorder import RECORDING_FILE
 from cogvla.libero.hdf5 import reader as hdf5_reader
+from cogvla.libero.hdf5.conversion import CONVERSION, INITIAL_STATES
 from cogvla.libero.hdf5.replay import WAITING_STEPS
 from cogvla.libero.tasks import LIBERO_SUITES, instruction, tasks
 from cogvla.policy.data.demonstrations import DataConfig, convert_gripper
 from cogvla.policy.data.reader import LeRobotReader, Part, local_root
 from cogvla.policy.data.reader import Mapping as ReaderMapping
 from cogvla.policy.interface import Embodiment
-from cogvla.scripts.convert_libero import CONVERSION, INITIAL_STATES
 
 EXECUTED, TASK, INITIAL_STATE = "label.executed_action", "label.task", "label.initial_state"
 

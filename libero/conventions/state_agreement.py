@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cogvla.envs.tabletop.control import rotation_matrix, rotation_vector
+from cogvla.envs.rotations import rotation_matrix, rotation_vector
 from cogvla.libero.conventions.declared import Finding
 from cogvla.libero.conventions.replayed_episodes import Trace
 from cogvla.libero.env import axis_angle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.tabletop.control import rotation_matrix
+from cogvla.envs.rotations import rotation_matrix
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import CLOSE, DOWN, Move, along, over, pointing
 from cogvla.libero.experts.places import place_for

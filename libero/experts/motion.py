@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cogvla.envs.tabletop.control import rotation_vector
+from cogvla.envs.rotations import rotation_vector
 from cogvla.libero.experts.view import View
 
 OPEN, CLOSE = -1.0, 1.0

@@ -1,4 +1,4 @@
-"""Data parallelism on CPUs, and how many threads torch gets.
+"""Data parallelism on CPUs.
 
 The operations of a small model are too short to be worth splitting over cores, so each core computes a part of the
 batch by itself. Threads of one interpreter would wait for its lock between operations, processes do not. They get the
@@ -32,21 +32,6 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 START = None  # a message to another process; all others are parts of a batch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT, LARGEST = 1 << 30, 32 << 20  # bytes; glibc takes no larger threshold
-
-
-def use_threads(wanted: int | None, beside: int = 0) -> None:
-    """Give torch its threads.
-
-    Args:
-        wanted: how many; None: torch's own choice, without the cores of the processes beside it. Threads that have to
-            wait for a core hold up all others of an operation: beside two environments on two cores, rollouts were
-            1.6 times as fast with one thread as with two (docs/benchmarks.md).
-        beside: processes that keep a core busy each.
-    """
-    if wanted is None and beside:
-        wanted = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - beside))
-    if wanted is not None:
-        torch.set_num_threads(wanted)
 
 
 def keep_freed_memory() -> None:

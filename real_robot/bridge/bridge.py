@@ -20,21 +20,50 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from cogvla.policy.interface import ActionChunk, Embodiment
-from cogvla.real_robot.bridge.front_end import AsksPolicy, FrontEnd
+from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.real_robot.control.control_loop import Command, ControlLoop, Request, State
 from cogvla.real_robot.control.measurements import Measurements
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig
-from cogvla.real_robot.serving.async_client import UnavailableError
+from cogvla.real_robot.serving.async_client import Answer, UnavailableError
 from cogvla.real_robot.serving.client import EventLoopThread
+
+
+class FrontEnd(Protocol):
+    """A robot: its sensors, its controller, and its operator's buttons."""
+
+    def start(self, bridge: Bridge) -> None:
+        """From now on call the bridge with whatever arrives, from any thread."""
+        ...
+
+    def send(self, action_A: np.ndarray, dry_run: bool) -> None:
+        """Send a command [A] to the controller, or only show it in a dry run. Quick; called under the bridge's lock."""
+        ...
+
+    def show(self, diagnostics: Mapping[str, Any]) -> None:
+        """Publish `Bridge.diagnostics`."""
+        ...
+
+    def close(self) -> None:
+        """Call the bridge no more, and leave the robot as it is."""
+        ...
+
+
+class AsksPolicy(Protocol):
+    """`ReconnectingClient`, or a stand-in."""
+
+    async def infer(
+        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+    ) -> Answer: ...
+
+    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`benchmark_policy`: how long a chunk of actions takes, stage by stage, and how far that is from the floor.
+r"""`benchmark_policy`: how long a chunk of actions takes, stage by stage, and how far that is from the floor.
 
     benchmark_policy --preset tiny --threads 1
     benchmark_policy --preset cogvla_7b --device cuda --dtype bfloat16 --output outputs/benchmark
@@ -18,7 +18,7 @@ Weights are random unless a checkpoint is given; that changes no time. Every row
 Needs torch, transformers, timm, einops, safetensors and numpy, and no installation of this package:
 
     mkdir -p .cache/types && ln -sfn ../.. .cache/types/cogvla
-    PYTHONPATH=.cache/types python -m cogvla.scripts.measure.benchmark_policy --preset cogvla_7b --device cuda \\
+    PYTHONPATH=.cache/types python -m cogvla.scripts.measure.benchmark_policy --preset cogvla_7b --device cuda \
         --dtype bfloat16
 """
 

@@ -28,9 +28,9 @@ from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, Tra
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.threads import use_threads
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import Batch, ObjectiveConfig
-from cogvla.policy.training.parallel import use_threads
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 
 BATCH = 8

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.bridge.front_end import AsksPolicy, FrontEnd
+from cogvla.real_robot.bridge.bridge import AsksPolicy, FrontEnd
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient

@@ -19,9 +19,9 @@ from hydra import compose, initialize_config_module
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.threads import use_threads
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
-from cogvla.policy.training.parallel import use_threads
 from cogvla.scripts.command import plain
 from cogvla.scripts.train_policy import build_trainer
 

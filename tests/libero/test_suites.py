@@ -206,7 +206,7 @@ def test_the_gripper_opens_at_minus_one(goal: LiberoEnv) -> None:
 @needs_assets
 @pytest.mark.parametrize("axis", range(6))
 def test_actions_move_along_the_axes_of_the_world(goal: LiberoEnv, axis: int) -> None:
-    from cogvla.envs.tabletop.control import rotation_matrix, rotation_vector
+    from cogvla.envs.rotations import rotation_matrix, rotation_vector
 
     goal.skip_images = True
     before, _ = reset(goal, 0, 0)

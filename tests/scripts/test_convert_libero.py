@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_module
 from PIL import Image
 
 from cogvla.libero.env import LiberoEnv, LiberoSettings
+from cogvla.libero.hdf5.conversion import CONVERSION, INITIAL_STATES
 from cogvla.libero.hdf5.reader import demonstrations, is_hdf5, read, read_images
 from cogvla.libero.hdf5.replay import ReplaySettings, is_noop, kept_steps
 from cogvla.policy.data.reader import LeRobotReader, Mapping
@@ -210,12 +211,12 @@ def test_states_are_shown_again(stove: Path, tmp_path: Path) -> None:
     assert frames[0].shape == (3, 64, 64)
     assert np.abs(frames[0].astype(float) - frames[5]).mean() > 0.5, "the arm has moved"
 
-    conversion = json.loads((root / command.CONVERSION).read_text())
+    conversion = json.loads((root / CONVERSION).read_text())
     assert (conversion["total"]["kept"], conversion["total"]["dropped"], conversion["total"]["noops"]) == (2, 1, 4)
     assert conversion["episodes"][1] == {"source": f"{STOVE}_demo.hdf5", "demonstration": "demo_2"}
     assert conversion["simulation"]["mujoco"]
     assert conversion["features"]["action"]["max"][6] == -1
-    starts = json.loads((root / command.INITIAL_STATES).read_text())["episodes"]
+    starts = json.loads((root / INITIAL_STATES).read_text())["episodes"]
     assert np.array_equal(starts[1]["state"], original[1].states_TD[0])
     assert "flat_stove_1_main" in starts[0]["fixtures"]
     text = (root / "README.md").read_text()
@@ -232,9 +233,9 @@ def test_actions_are_executed_as_published_data_was_made(stove: Path, tmp_path: 
     root = run(stove, tmp_path / "out", "replay=actions", "workers=0", "image_size=32")
     columns, _, _ = dataset(root)
     assert np.bincount(columns["episode"]).tolist() == [6], "turning the knob by hand is no action"
-    conversion = json.loads((root / command.CONVERSION).read_text())
+    conversion = json.loads((root / CONVERSION).read_text())
     assert conversion["total"]["reasons"] == {"the goal does not hold after the last of its actions": 2}
-    assert json.loads((root / command.INITIAL_STATES).read_text())["episodes"][0]["waiting_steps"] == 10
+    assert json.loads((root / INITIAL_STATES).read_text())["episodes"][0]["waiting_steps"] == 10
 
     demo = read(stove / f"{STOVE}_demo.hdf5", "demo_2")
     env = LiberoEnv("libero_goal", LEAN, image_size=32, render=False)

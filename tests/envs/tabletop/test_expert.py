@@ -7,8 +7,9 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from cogvla.envs import TABLETOP_SUITES
+from cogvla.envs.rotations import rotation_matrix, rotation_vector
 from cogvla.envs.suite import get_suite
-from cogvla.envs.tabletop.control import POSITION_SCALE, rotation_matrix, rotation_vector
+from cogvla.envs.tabletop.control import POSITION_SCALE
 from cogvla.envs.tabletop.expert import PHASES, Expert
 from cogvla.scripts.expert_table import play, run
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cogvla.policy.training.parallel import ParallelGradients, keep_freed_memory, use_threads
+from cogvla.policy.threads import use_threads
+from cogvla.policy.training.parallel import ParallelGradients, keep_freed_memory
 from cogvla.tests.support.parallel_objective import FirstOnly, MeanSquare
 
 

@@ -1,0 +1,23 @@
+"""Puts a family, the environment that plays it and the expert that solves it together."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import gymnasium as gym
+
+from cogvla.envs.suite import Suite, get_suite
+from cogvla.envs.tabletop.env import TabletopEnv
+from cogvla.envs.tabletop.expert import Expert
+from cogvla.envs.tabletop.family import Family
+
+
+def tabletop_suite(family: Family) -> Suite:
+    """Return the suite that the registry hands out."""
+    # a partial and no closure: rollouts send it to their environment processes
+    return Suite(family.name, family.tasks, family.max_steps, partial(TabletopEnv, family), expert=Expert)
+
+
+def make_env(suite: str, image_size: int = 128, render: bool = True) -> gym.Env:
+    """Build an environment: the entry point of the gymnasium ids `cogvla/<suite>-v0`."""
+    return get_suite(suite).make(image_size=image_size, render=render)
