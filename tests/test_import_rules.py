@@ -93,7 +93,7 @@ def test_the_tables_are_about_something() -> None:
     assert len(sources()) > 200
     assert {str(Path(file).parent) for file in sources() if not file.startswith(ROS)} - {"configs"} <= PACKAGES.keys()
     assert "torch.Tensor" in imports("policy/training/trainer.py")
-    assert "lerobot.datasets.video_utils.get_safe_default_codec" in imports("policy/data/reader.py"), "in functions"
+    assert any(n.startswith("lerobot.datasets") for n in imports("policy/data/reader.py")), "those in functions count"
 
 
 @pytest.mark.parametrize("file", sources())
@@ -115,7 +115,7 @@ def test_no_file_leads_back_to_itself() -> None:
     assert not cycle({module: ours(file) for module, file in MODULES.items()})
 
 
-@pytest.mark.parametrize("parent", ["", *(str(path) for path in {Path(file).parent for file in sources()})])
+@pytest.mark.parametrize("parent", ["", *sorted({str(Path(file).parent) for file in sources()})])
 def test_no_folder_leads_back_to_its_neighbour(parent: str) -> None:
     edges: dict[str, set[str]] = {}
     inside = [Path(file) for file in sources() if Path(file).parent.is_relative_to(parent or ".")]
