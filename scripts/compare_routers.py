@@ -41,7 +41,7 @@ from cogvla.envs.analysis.router_comparison import (
 from cogvla.envs.analysis.router_page import render_comparison
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import Report
 from cogvla.envs.suite import Suite
@@ -94,7 +94,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
 class _Comparison:
     """One regime on one policy and suite."""
 
-    def __init__(self, values: dict[str, Any], suite: Suite, protocol: Protocol, command: str) -> None:
+    def __init__(self, values: dict[str, Any], suite: Suite, protocol: EvaluationProtocol, command: str) -> None:
         self.values, self.suite, self.protocol, self.command = values, suite, protocol, command
         self.output, self.trained = Path(values["output"]), values["regime"] == "fine_tuned"
         self.device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")

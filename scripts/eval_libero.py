@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.evaluation.report import Report, render_index
 from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.ray_worker import ray_cluster
@@ -135,11 +135,11 @@ def summary(report: Report) -> str:
     return line
 
 
-def protocol_for(suite: Suite, config: DictConfig) -> Protocol:
+def protocol_for(suite: Suite, config: DictConfig) -> EvaluationProtocol:
     """The named protocol, or the suite's own, with what the configuration changes in it."""
     values = {key: value for key, value in plain(config.protocol).items() if value != OWN}
     values |= {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
-    return Protocol(**values) if "name" in values else load_protocol(suite.protocol, **values)
+    return EvaluationProtocol(**values) if "name" in values else load_protocol(suite.protocol, **values)
 
 
 def _shard(text: str | None) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from accelerate import PartialState
 from omegaconf import DictConfig
 
 from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import Report
 from cogvla.envs.recording.demonstration import ExpertFailedError
@@ -199,7 +199,7 @@ def _evaluate(
     )
 
 
-def _protocol(settings: dict[str, Any], own: str) -> Protocol:
+def _protocol(settings: dict[str, Any], own: str) -> EvaluationProtocol:
     """The named protocol, or the suite's own, with what the evaluation's settings change in it."""
     changes = {key: value for key, value in settings.items() if key not in ("protocol", "workers", "videos")}
     try:

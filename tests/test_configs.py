@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from cogvla.envs import TABLETOP_SUITES
-from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.recording.demonstration import Demonstrator, DemonstratorSettings
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import get_suite
@@ -52,7 +52,7 @@ GROUPS: dict[str, Callable[..., Any]] = {
     "lerobot": LeRobotSettings,
     "libero": LiberoSettings,
     "objective": ObjectiveConfig,
-    "protocol": Protocol,
+    "protocol": EvaluationProtocol,
     "request_keys": RequestKeys,
     "topics": RosTopics,
     "training": TrainingConfig,

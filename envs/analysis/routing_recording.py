@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.evaluation.protocol import Protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.suite import Suite
@@ -80,7 +80,9 @@ class Episode:
     moments: tuple[Moment, ...]
 
 
-def play(policy: CogVLAPolicy, suite: Suite, protocol: Protocol, tasks: Sequence[int], state: int) -> list[Episode]:
+def play(
+    policy: CogVLAPolicy, suite: Suite, protocol: EvaluationProtocol, tasks: Sequence[int], state: int
+) -> list[Episode]:
     """One episode of each task, in this process.
 
     Raises:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EpisodeLog, VideoChoice, write_atomic
-from cogvla.envs.evaluation.protocol import Protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
@@ -34,7 +34,7 @@ PROBE_CALLS = 100
 def evaluate(
     policy: Policy,
     suite: Suite | str,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     output: Path | str,
     *,
     workers: int = 2,
@@ -168,7 +168,7 @@ class _Progress:
         self._bar.update()
 
 
-def _probe(policy: Policy, suite: Suite, spec: EpisodeSpec, protocol: Protocol, workers: int) -> list[float]:
+def _probe(policy: Policy, suite: Suite, spec: EpisodeSpec, protocol: EvaluationProtocol, workers: int) -> list[float]:
     """Milliseconds of `PROBE_CALLS` calls with one observation each, while nothing else runs.
 
     The observations come from an episode of its own, so that a resumed evaluation measures the same.

@@ -15,7 +15,7 @@ from cogvla.envs.suite import Suite
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """How a suite is evaluated. The named ones are `configs/protocol/*.yaml`.
 
     Attributes:
@@ -48,7 +48,7 @@ class Protocol:
         for limit in self.max_steps.values() if isinstance(self.max_steps, Mapping) else [self.max_steps]:
             self._rollout_settings(limit)
 
-    def for_suite(self, suite: Suite) -> Protocol:
+    def for_suite(self, suite: Suite) -> EvaluationProtocol:
         """This protocol with the number of steps of that suite."""
         limit = self.max_steps.get(suite.name) if isinstance(self.max_steps, Mapping) else self.max_steps
         return replace(self, max_steps=limit or suite.max_steps)
@@ -104,11 +104,11 @@ def protocol_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
-def load_protocol(name: str, **changes: Any) -> Protocol:
+def load_protocol(name: str, **changes: Any) -> EvaluationProtocol:
     """The protocol of `configs/protocol/NAME.yaml` with some values changed; ValueError lists what exists."""
     if name not in protocol_names():
         raise ValueError(f"unknown protocol {name!r}; one of {', '.join(protocol_names())}")
     text = (resources.files("cogvla.configs") / "protocol" / f"{name}.yaml").read_text()
     values = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(values, dict), f"configs/protocol/{name}.yaml holds a mapping"
-    return Protocol(**{str(key): value for key, value in values.items()} | changes)
+    return EvaluationProtocol(**{str(key): value for key, value in values.items()} | changes)

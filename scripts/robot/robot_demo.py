@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.evaluate import write_report
-from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import ControlTiming, Report, build_report
 from cogvla.envs.evaluation.statistics import latency, success_rate
@@ -127,7 +127,7 @@ def _play(
 
 def _report(
     suite: Suite,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     results: Sequence[EpisodeResult],
     remote: RemotePolicy,
     bridge: Bridge,
@@ -159,7 +159,7 @@ def _report(
 
 
 def _directly(
-    remote: RemotePolicy, suite: Suite, specs: Sequence[EpisodeSpec], protocol: Protocol
+    remote: RemotePolicy, suite: Suite, specs: Sequence[EpisodeSpec], protocol: EvaluationProtocol
 ) -> Iterator[EpisodeResult]:
     """The same episodes by the rollout loop, with the same server: only the robot's wire is left out."""
     return rollout(remote, suite, specs, settings=protocol.rollout_settings())

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EpisodeLog
 from cogvla.envs.evaluation.evaluate import write_report
-from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import ControlTiming, Report, build_report
 from cogvla.envs.evaluation.statistics import latency, success_rate
@@ -168,7 +168,7 @@ def summary(suite: Suite, results: Sequence[EpisodeResult]) -> str:
     return "\n".join(lines)
 
 
-def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> tuple[Suite, Protocol]:
+def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> tuple[Suite, EvaluationProtocol]:
     """Which trials: of a simulated suite, or of the operator's instructions."""
     steps = robot.loop.execute_steps or embodiment.chunk
     if config.scene == "simulated":
@@ -184,7 +184,7 @@ def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> t
         raise ValueError(f"limit_s must be at least one control period, got {config.limit_s}")
     tasks = tuple(Task(f"instruction {number}", text) for number, text in enumerate(instructions))
     suite = Suite(f"trials on {robot.name}", tasks, limit, _no_simulation, int(config.trials), "trials")
-    return suite, Protocol("trials", int(config.trials), execute_steps=steps, max_steps=limit)
+    return suite, EvaluationProtocol("trials", int(config.trials), execute_steps=steps, max_steps=limit)
 
 
 def _no_simulation(**_: Any) -> gym.Env:
@@ -229,7 +229,7 @@ def _say(line: str) -> None:
 
 def _report(
     suite: Suite,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     results: Sequence[EpisodeResult],
     measured: Measurements,
     embodiment: Embodiment,

@@ -17,14 +17,14 @@ from hydra import compose, initialize_config_module
 
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import Protocol, load_protocol, protocol_names
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol, protocol_names
 from cogvla.envs.evaluation.report import Report
 from cogvla.scripts.command import MISTAKES
 from cogvla.scripts.eval_libero import run as run_command
 from cogvla.scripts.eval_libero import suites
 from cogvla.tests.support.point_suite import TASKS, ToyPolicy, solvable, toy_suite
 
-PROTOCOL = Protocol("toy", episodes_per_task=6)
+PROTOCOL = EvaluationProtocol("toy", episodes_per_task=6)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,9 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
 
 
-def run(output: Path, protocol: Protocol = PROTOCOL, policy: ToyPolicy | None = None, **options: Any) -> Report:
+def run(
+    output: Path, protocol: EvaluationProtocol = PROTOCOL, policy: ToyPolicy | None = None, **options: Any
+) -> Report:
     faults = options.pop("faults", {})
     defaults: dict[str, Any] = {"workers": 0, "videos": 0, "progress": False}
     return evaluate(policy or ToyPolicy(), toy_suite(**faults), protocol, output, **{**defaults, **options})
@@ -86,7 +88,7 @@ def test_results_do_not_depend_on_where_the_run_was_cut(tmp_path: Path) -> None:
 
 
 def test_more_episodes_and_tasks_are_added(tmp_path: Path) -> None:
-    run(tmp_path, Protocol("toy", episodes_per_task=2), tasks=[0, 2])
+    run(tmp_path, EvaluationProtocol("toy", episodes_per_task=2), tasks=[0, 2])
     report = run(tmp_path)
     assert len(report.episodes) == len(lines(tmp_path)) == 18
     assert len(run(tmp_path, tasks=[1]).episodes) == 6, "a part of them can be reported"
@@ -95,8 +97,8 @@ def test_more_episodes_and_tasks_are_added(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"protocol": Protocol("toy", 6, execute_steps=2)}, r"protocol\.execute_steps: 4 there, 2 now"),
-        ({"protocol": Protocol("toy", 6, seed=1)}, r"protocol\.seed"),
+        ({"protocol": EvaluationProtocol("toy", 6, execute_steps=2)}, r"protocol\.execute_steps: 4 there, 2 now"),
+        ({"protocol": EvaluationProtocol("toy", 6, seed=1)}, r"protocol\.seed"),
         ({"policy": ToyPolicy(name="other")}, r"policy\.preset: point there, other now"),
         ({"identity": {"weights_sha256": "abc"}}, r"policy\.weights_sha256"),
         ({"asked": "swap"}, "asked: own task there, swap now"),
@@ -120,7 +122,7 @@ def test_errors_are_counted_apart_and_tried_again(tmp_path: Path) -> None:
 
 
 def test_videos_keep_failures_first(tmp_path: Path) -> None:
-    report = run(tmp_path, Protocol("toy", 9), tasks=[0], videos=3)
+    report = run(tmp_path, EvaluationProtocol("toy", 9), tasks=[0], videos=3)
     assert [solvable(n) for n in range(9)].count(False) == 3
     kept = sorted(path.name for path in (tmp_path / "videos").iterdir())
     assert kept == [f"task00_state0{n}_failure.mp4" for n in (0, 4, 8)]
@@ -128,7 +130,7 @@ def test_videos_keep_failures_first(tmp_path: Path) -> None:
     html = (tmp_path / "report.html").read_text()
     assert html.count('class="sheet"') == html.count("<video") == 3
 
-    run(tmp_path / "few", Protocol("toy", 4), tasks=[0], videos=3)
+    run(tmp_path / "few", EvaluationProtocol("toy", 4), tasks=[0], videos=3)
     outcome = sorted(path.stem.rpartition("_")[2] for path in (tmp_path / "few" / "videos").iterdir())
     assert outcome == ["failure", "success", "success"]
 
@@ -168,13 +170,13 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 def test_protocol_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"50 initial states.*lower episodes_per_task"):
-        run(tmp_path, Protocol("toy", 51))
+        run(tmp_path, EvaluationProtocol("toy", 51))
     with pytest.raises(ValueError, match="tasks 0 to 2"):
         run(tmp_path, tasks=[3])
     with pytest.raises(ValueError, match="predicts 4 actions"):
-        run(tmp_path, Protocol("toy", execute_steps=5))
+        run(tmp_path, EvaluationProtocol("toy", execute_steps=5))
     with pytest.raises(ValueError, match="at least one episode"):
-        Protocol("toy", 0)
+        EvaluationProtocol("toy", 0)
     with pytest.raises(ValueError, match=r"unknown protocol 'nonsense'; one of .*tabletop"):
         load_protocol("nonsense")
 
@@ -205,9 +207,9 @@ EVALUATE_SLOWLY = """
 import sys
 from pathlib import Path
 from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import Protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.tests.support.point_suite import ToyPolicy, toy_suite
-evaluate(ToyPolicy(), toy_suite(sleep_s=0.01), Protocol("toy", 20), Path(sys.argv[1]), workers=2, videos=0)
+evaluate(ToyPolicy(), toy_suite(sleep_s=0.01), EvaluationProtocol("toy", 20), Path(sys.argv[1]), workers=2, videos=0)
 """
 
 
@@ -235,9 +237,9 @@ def test_a_stopped_run_loses_nothing(tmp_path: Path, stop: signal.Signals) -> No
     assert 5 <= done < 60
     assert not (output / "report.html").exists()
 
-    resumed = run(output, Protocol("toy", 20))
+    resumed = run(output, EvaluationProtocol("toy", 20))
     assert len(lines(output)) == 60, "the finished episodes were not played again"
-    assert outcomes(resumed) == outcomes(run(tmp_path / "whole", Protocol("toy", 20)))
+    assert outcomes(resumed) == outcomes(run(tmp_path / "whole", EvaluationProtocol("toy", 20)))
 
 
 def test_the_command_end_to_end(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import Protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.envs.evaluation.report import Report
 from cogvla.scripts.merge_evaluations import main, merge
 from cogvla.tests.support.point_suite import ToyPolicy, toy_suite
 
-PROTOCOL = Protocol("toy", episodes_per_task=5)
+PROTOCOL = EvaluationProtocol("toy", episodes_per_task=5)
 
 
 @pytest.fixture(autouse=True)

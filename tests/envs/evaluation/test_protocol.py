@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from cogvla.envs.evaluation.protocol import Protocol, load_protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.suite import Suite, Task
 from cogvla.libero.suites import PROTOCOL
 from cogvla.libero.tasks import LIBERO_SUITES, MAX_STEPS, instruction
@@ -62,7 +62,7 @@ def test_values_of_any_protocol_can_be_changed(named: tuple[str, ...]) -> None:
 
 def test_limits_are_checked() -> None:
     with pytest.raises(ValueError, match="max_steps must be positive"):
-        Protocol("wrong", max_steps={"libero_goal": 0})
+        EvaluationProtocol("wrong", max_steps={"libero_goal": 0})
 
 
 def test_all_libero_are_the_four_suites_of_the_published_tables() -> None:
