@@ -1,1 +1,1 @@
-"""Real robots: the policy server and its clients, and the control loop with its safety limits."""
+"""Run a policy on a real robot: server and clients, control loop with safety limits, ROS 2 and lerobot bridges."""

@@ -1,7 +1,9 @@
-"""One connection to a policy server. It imports neither torch nor a simulator, so that any robot's computer can run it.
+"""Async client of the policy server: one websocket connection.
 
-An answer is returned within its deadline or not at all: a connection on which anything went wrong is cut at once, so a
-late answer can never be taken for the answer to a later request.
+This module imports neither torch nor a simulator, so it runs on the robot's own computer.
+
+A call returns its answer within the deadline or raises. After any error the client cuts the connection at once, so
+that a late answer is never mistaken for the answer to a later request.
 
 Shape legend: K chunk, A action.
 """
@@ -29,25 +31,25 @@ CLOSE_S = 0.5
 
 
 class UnavailableError(ConnectionError):
-    """No answer within the deadline: the server is away, busy, shutting down or failed. Worth another try."""
+    """The server gave no answer within the deadline: it is away, busy, stopping or failed. Another try may succeed."""
 
 
 class RefusedError(ValueError):
-    """The server says that the request is wrong; the same one again will be refused again."""
+    """The server refused the request as invalid. Sending the same request again fails again."""
 
 
 @dataclass(frozen=True)
 class ClientSettings:
-    """How a client talks to its server.
+    """Settings of a connection to a policy server.
 
     Attributes:
-        robot: what the server's embodiment must fit; None: not checked.
-        api_key: of the server; None: it has none.
-        answer_s: deadline of an answer, unless the call says otherwise.
-        connect_s: deadline of a connection with its metadata.
-        ping_s: an idle connection is pinged so often, and is dead if a ping is not answered for so long.
-        certificate: PEM file to trust besides the system's, for a server with a certificate of its own.
-        max_message_mb: longer answers end the connection.
+        robot: embodiment that the server's policy must fit; None skips the check.
+        api_key: API key of the server; None if it needs none.
+        answer_s: default deadline of an answer, in seconds.
+        connect_s: deadline for connecting and receiving the server's metadata, in seconds.
+        ping_s: seconds between pings, and seconds without an answer to a ping after which the connection is lost.
+        certificate: PEM file to trust besides the system's certificates, for a server with a self-signed certificate.
+        max_message_mb: largest answer in MiB; a larger one ends the connection.
     """
 
     robot: Embodiment | None = None
@@ -64,7 +66,7 @@ class ClientSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def tls(self) -> ssl.SSLContext:
-        """Trusts the system's certificates and `certificate`."""
+        """Return a TLS context that trusts the system's certificates and `certificate`."""
         context = ssl.create_default_context()
         if self.certificate is not None:
             context.load_verify_locations(self.certificate)
@@ -73,13 +75,14 @@ class ClientSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """A chunk for one observation.
+    """Answer of a policy server: the action chunk for one observation.
 
     Attributes:
         actions: float32 [K,A] in physical units, all finite.
-        sent_s, received_s: `time.monotonic()` of this computer; an answer's age counts from `sent_s`.
-        observation_id: the one of the request.
-        timing: milliseconds by stage as the server says, and `round_trip_ms`.
+        sent_s: when the request was sent (`time.monotonic()` of this computer); the answer's age counts from here.
+        received_s: when the answer arrived (same clock).
+        observation_id: number of the request that this answers.
+        timing: milliseconds per stage as reported by the server, and `round_trip_ms`.
     """
 
     actions: np.ndarray
@@ -90,7 +93,7 @@ class Answer:
 
 
 class AsyncPolicyClient:
-    """One connection; made by `AsyncPolicyClient.connect`. One request at a time."""
+    """One connection to a policy server, with one request at a time. Create it with `AsyncPolicyClient.connect`."""
 
     def __init__(self, connection: ClientConnection, info: ServerInfo, settings: ClientSettings) -> None:
         self._connection, self.info, self._settings = connection, info, settings
@@ -103,13 +106,13 @@ class AsyncPolicyClient:
         """Connect and check that the policy fits the robot.
 
         Args:
-            uri: `ws://HOST:PORT` or `wss://HOST:PORT`.
-            settings: see there.
+            uri: address of the server, `ws://HOST:PORT` or `wss://HOST:PORT`.
+            settings: deadlines, API key and TLS; None for the defaults of `ClientSettings`.
 
         Raises:
-            UnavailableError: nobody answers there (in time).
-            ValueError: the address, the API key or the certificate is wrong, the server is of another kind, or its
-                policy is not for this robot.
+            UnavailableError: no server answers at this address within `connect_s`.
+            ValueError: the address, API key or certificate is wrong, it is no cogvla server, or its policy does not
+                fit the robot.
         """
         settings = settings or ClientSettings()
         connection: ClientConnection | None = None
@@ -141,29 +144,30 @@ class AsyncPolicyClient:
 
     @property
     def open(self) -> bool:
-        """Whether it is worth asking."""
+        """True while the connection can carry a request."""
         return self._connection.close_code is None and not self._connection.transport.is_closing()
 
     async def infer(
         self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
     ) -> Answer:
-        """The policy's chunk for an observation of batch size 1.
+        """Ask the policy for the action chunk of one observation.
 
         Args:
-            observation: images of any size; smaller ones travel faster.
-            timeout_s: deadline; None: the settings'.
-            observation_id: repeated by the answer; None: a running number.
+            observation: batch size 1, images of any size; smaller images travel faster.
+            timeout_s: deadline in seconds; None uses `ClientSettings.answer_s`.
+            observation_id: number that the answer repeats; None uses a running number.
 
         Raises:
-            UnavailableError: no answer in time; this connection is closed now.
-            RefusedError: the server says what is wrong with the request; this connection is closed now.
-            ValueError: the observation does not fit the policy; nothing was sent.
+            UnavailableError: no answer in time. The connection is closed.
+            RefusedError: the server refused the request and says why. The connection is closed.
+            ValueError: the observation does not fit the policy. Nothing was sent.
+            RuntimeError: another request of this client still waits for its answer.
         """
         timeout_s = self._settings.answer_s if timeout_s is None else timeout_s
         number = next(self._ids) if observation_id is None else observation_id
         frame = self._format.write(observation, number, timeout_s)
         if self._busy:
-            raise RuntimeError("this client waits for an answer already; every robot needs a client of its own")
+            raise RuntimeError("this client already waits for an answer; give every robot a client of its own")
         self._busy = True
         sent_s = time.monotonic()
         try:
@@ -179,7 +183,7 @@ class AsyncPolicyClient:
             self._busy = False
 
     async def close(self) -> None:
-        """Say goodbye; at once if the other side does not answer."""
+        """Close the connection, within `CLOSE_S` seconds even if the server does not answer."""
         await self._connection.close()
 
     def _read(self, frame: bytes | str, observation_id: int, sent_s: float) -> Answer:
@@ -194,7 +198,7 @@ class AsyncPolicyClient:
             or actions_KA.dtype.kind != "f"
             or not np.isfinite(actions_KA).all()
         ):
-            raise FrameError(f"the answer holds no finite actions of shape {expected}")
+            raise FrameError(f"the answer has no finite float actions of shape {expected}")
         if message.get(OBSERVATION_ID) != observation_id:
             raise FrameError(f"the answer belongs to another request: {shown(message.get(OBSERVATION_ID))}")
         timing = {**message.get("policy_timing", {}), **message.get("server_timing", {})}
@@ -203,7 +207,7 @@ class AsyncPolicyClient:
 
 
 def _binary(frame: bytes | str) -> bytes:
-    """A frame that is no error text."""
+    """Return a binary frame as it is; raise RefusedError or UnavailableError for a text frame, which is an error."""
     if isinstance(frame, bytes):
         return frame
     kind, _, text = frame.partition(": ")
@@ -213,7 +217,7 @@ def _binary(frame: bytes | str) -> bytes:
 
 
 def _explain(error: BaseException, server: str) -> None:
-    """Raise UnavailableError if another try may help, ValueError if not; return if the error says enough already."""
+    """Raise UnavailableError if another try may help, ValueError if not; return if the error needs no rewording."""
     match error:
         case UnavailableError():
             return
@@ -224,11 +228,11 @@ def _explain(error: BaseException, server: str) -> None:
         case InvalidStatus():
             raise UnavailableError(f"{server} is busy or stopping (status {error.response.status_code})") from error
         case InvalidURI():
-            raise ValueError(f"{server} is no address; give ws://HOST:PORT or wss://HOST:PORT") from error
+            raise ValueError(f"{server!r} is no address; give ws://HOST:PORT or wss://HOST:PORT") from error
         case ssl.SSLCertVerificationError():
             raise ValueError(f"the certificate of {server} is not trusted: {error.verify_message}") from error
         case FrameError():
-            raise UnavailableError(f"{server} sent something odd: {error}") from error
+            raise UnavailableError(f"{server} sent an invalid frame: {error}") from error
         case TimeoutError():
             raise UnavailableError(f"{server} did not answer in time") from error
         case ConnectionClosed():

@@ -1,4 +1,4 @@
-"""Answers requests that arrive together with one forward pass, in one thread of its own.
+"""Dynamic batching: answer requests that arrive together with one forward pass, in one inference thread.
 
     connections:   a       b   c          d
                    |       |   |          |
@@ -26,20 +26,20 @@ _log = logging.getLogger(__name__)
 
 
 class ExpiredError(Exception):
-    """Nobody waits for this answer any more, so it was not computed."""
+    """The deadline of a request passed before its forward pass, so the policy did not compute it."""
 
 
 class PolicyError(RuntimeError):
-    """The policy raised, or answered with something that no robot may execute."""
+    """The policy raised an exception, or answered with actions that no robot may execute (wrong shape, NaN)."""
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """When a forward pass starts.
+    """Settings that decide when a forward pass starts.
 
     Attributes:
-        max_batch: most requests of one forward pass.
-        wait_ms: how long the first request of a batch waits for others, at most.
+        max_batch: largest number of requests in one forward pass.
+        wait_ms: longest time that the first request of a batch waits for others, in milliseconds.
     """
 
     max_batch: int = 8
@@ -52,7 +52,15 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class BatchAnswer:
-    """Actions float32 [K,A] of one request and how they came about."""
+    """Answer to one request.
+
+    Attributes:
+        actions_KA: float32 [K,A] in physical units, all finite.
+        timing: milliseconds per stage as reported by the policy.
+        infer_ms: duration of the forward pass, in milliseconds.
+        queue_ms: time in the queue before the forward pass, in milliseconds.
+        batch: number of requests in the forward pass.
+    """
 
     actions_KA: np.ndarray
     timing: Mapping[str, float]
@@ -70,17 +78,20 @@ class _Job:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Only images of the same sizes can be stacked."""
+        """Image shapes of the request; only requests with the same shapes can share a batch."""
         return tuple(image.shape for image in self.observation.images.values())
 
 
 class Batcher:
-    """Owns the only thread that calls the policy.
+    """Queue of requests, and the only thread that calls the policy.
 
     Args:
-        policy: what answers.
-        settings: when a forward pass starts.
-        metrics: counts batches and the queue.
+        policy: policy that answers the requests.
+        settings: batch size and waiting time.
+        metrics: counters that this object updates.
+
+    Attributes:
+        ready: future that is done after the warm-up; it holds the exception if the warm-up failed.
     """
 
     def __init__(self, policy: Policy, settings: BatchSettings, metrics: ServerMetrics) -> None:
@@ -94,26 +105,29 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
     def start(self) -> None:
-        """Start the warm-up; `ready` tells how it ended."""
+        """Start the inference thread. It warms the policy up first; wait for `ready`."""
         self._thread.start()
 
     @property
     def healthy(self) -> bool:
-        """Warm, and able to answer."""
+        """True after a successful warm-up, while the inference thread runs."""
         return self.ready.done() and self.ready.exception() is None and self._thread.is_alive() and not self._closed
 
     def count_clients(self, clients: int) -> None:
-        """How many may ask: when all of them have, nobody is waited for."""
+        """Set the number of connected clients. When all of them have asked, a batch starts without waiting."""
         with self._condition:
             self._clients = clients
             self._condition.notify()
 
     def submit(self, observation: Observation, deadline: float | None = None) -> Future[BatchAnswer]:
-        """An observation of batch size 1; cancel the future when nobody waits for it any more.
+        """Queue an observation and return the future of its answer. Cancel the future to withdraw the request.
 
         Args:
-            observation: validated already.
-            deadline: `time.monotonic()` after which it is not computed (`ExpiredError`).
+            observation: batch size 1, already validated.
+            deadline: `time.monotonic()` after which the request fails with `ExpiredError`; None for no deadline.
+
+        Raises:
+            PolicyError: the server is shutting down. The future raises it, too, if the policy fails.
         """
         job = _Job(observation, deadline)
         with self._condition:
@@ -124,7 +138,7 @@ class Batcher:
         return job.future
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Drop what waits, finish the forward pass that runs, end the thread."""
+        """Drop the waiting requests, finish the running forward pass and end the thread."""
         with self._condition:
             self._closed = True
             dropped, self._waiting = self._waiting, []
@@ -138,7 +152,7 @@ class Batcher:
     def _run(self) -> None:
         try:
             self._warm_up()
-        except Exception as error:  # whoever waits for `ready` raises it
+        except Exception as error:  # raised by `ready.result()`
             self.ready.set_exception(error)
             return
         self.ready.set_result(None)
@@ -146,14 +160,14 @@ class Batcher:
             self._answer([job for job in jobs if self._wanted(job)])
 
     def _warm_up(self) -> None:
-        """The first passes of each batch size compile and allocate."""
+        """Run every batch size once, because the first pass of a size compiles and allocates memory."""
         sizes = {self._settings.max_batch} | {2**i for i in range(self._settings.max_batch.bit_length())}
         for size in sorted(s for s in sizes if s <= self._settings.max_batch):
             if not self._closed:
                 self._policy.warm_up(size)
 
     def _collect(self) -> list[_Job]:
-        """The next batch: the oldest request and those that fit to it; empty when closed."""
+        """Wait for the next batch: the oldest request and those with the same image shapes. Empty when closed."""
         with self._condition:
             self._condition.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
@@ -191,7 +205,7 @@ class Batcher:
             if actions_BKA.shape != expected:
                 raise PolicyError(f"the policy answered with shape {actions_BKA.shape}, not {expected}")
         except Exception as error:
-            if len(jobs) > 1:  # one of them may be at fault: the others get their answer
+            if len(jobs) > 1:  # one request may be at fault: compute each alone, so that the others get their answer
                 for job in jobs:
                     self._answer([job])
                 return

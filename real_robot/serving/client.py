@@ -1,6 +1,7 @@
-"""The clients for code without an event loop: they run the async ones in a thread, so that every deadline holds.
+"""Blocking clients of the policy server, for code without an event loop.
 
-A blocking socket would not do: on a network that stalls, writing to it can block for minutes.
+They run the async clients in a thread, so that every deadline holds. A blocking socket could not keep a deadline: when
+the network stalls, a write to it can block for minutes.
 """
 
 from __future__ import annotations
@@ -28,28 +29,28 @@ class EventLoopThread:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine, and do not wait for it."""
+        """Start a coroutine and return its future without waiting."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine; on Ctrl-C it is cancelled."""
+        """Run a coroutine and return its result; cancel it on Ctrl-C."""
         future = self.submit(work)
         try:
             return future.result()
         except CancelledError:
-            raise RuntimeError("the client was closed meanwhile") from None
+            raise RuntimeError("the client was closed during this call") from None
         finally:
             future.cancel()
 
     def close(self) -> None:
-        """End the thread; nothing may run any more."""
+        """Stop the event loop and end the thread. No coroutine may be running."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
 
 class _Blocking:
-    """What both clients do with their async one."""
+    """Methods that both blocking clients share; each forwards to the async client."""
 
     _loop: EventLoopThread
     _client: AsyncPolicyClient | ReconnectingClient
@@ -57,7 +58,7 @@ class _Blocking:
     def infer(
         self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
     ) -> Answer:
-        """See `AsyncPolicyClient.infer`."""
+        """Ask the policy for the action chunk of one observation. Arguments and errors: `AsyncPolicyClient.infer`."""
         return self._loop.run(self._client.infer(observation, timeout_s=timeout_s, observation_id=observation_id))
 
     def close(self) -> None:
@@ -73,7 +74,9 @@ class _Blocking:
 
 
 class PolicyClient(_Blocking):
-    """One connection: once it is lost, every call raises UnavailableError. Arguments: `AsyncPolicyClient.connect`.
+    """Blocking client with one connection. Once it is lost, every call raises UnavailableError.
+
+    Arguments and errors: `AsyncPolicyClient.connect`.
 
     with PolicyClient("ws://127.0.0.1:8000", ClientSettings(robot=embodiment)) as client:
         answer = client.infer(observation)
@@ -93,7 +96,7 @@ class PolicyClient(_Blocking):
 
 
 class ReconnectingPolicyClient(_Blocking):
-    """`ReconnectingClient` for code without an event loop; nothing is connected before the first call."""
+    """Blocking client that connects again after a loss, see `ReconnectingClient`. It connects at the first call."""
 
     def __init__(self, uri: str, settings: ClientSettings | None = None, backoff: Backoff | None = None) -> None:
         self._loop = EventLoopThread()
@@ -101,9 +104,9 @@ class ReconnectingPolicyClient(_Blocking):
 
     @property
     def connections(self) -> int:
-        """How often it has connected."""
+        """Number of connections made so far."""
         return self._client.connections
 
     def info(self, timeout_s: float | None = None) -> ServerInfo:
-        """See `ReconnectingClient.info`."""
+        """Return the server's metadata, see `ReconnectingClient.info`."""
         return self._loop.run(self._client.info(timeout_s))

@@ -1,7 +1,7 @@
-"""A policy of this process behind the interface of a client, for robots whose computer can run it: no server needed.
+"""Run the policy in the robot's own process, without a server: the interface of a client around a local policy.
 
-The policy runs in a thread, so that ticks go on meanwhile; they share one Python, though. A server in a process of its
-own keeps time better.
+The policy runs in a thread, so the control loop goes on ticking. Both share one Python interpreter, so a server in a
+separate process keeps the control rate better.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cogvla.real_robot.serving.server_info import ServerInfo
 
 
 class LocalPolicy:
-    """See the module docstring.
+    """Policy of this process with the methods of `AsyncPolicyClient`.
 
     Args:
-        policy: any; warmed up here.
-        robot: what the policy must fit.
+        policy: any policy; the constructor warms it up.
+        robot: embodiment that the policy must fit.
 
     Raises:
-        ValueError: the policy is for another robot.
+        ValueError: the policy was trained for another robot.
     """
 
     def __init__(self, policy: Policy, robot: Embodiment) -> None:
@@ -36,7 +36,10 @@ class LocalPolicy:
     async def infer(
         self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
     ) -> Answer:
-        """See `AsyncPolicyClient.infer`; UnavailableError after the deadline, though the policy goes on with it."""
+        """Ask the policy for the action chunk of one observation, see `AsyncPolicyClient.infer`.
+
+        After the deadline it raises UnavailableError; the policy still finishes that computation before the next one.
+        """
         sent_s = time.monotonic()
         answer = asyncio.get_running_loop().run_in_executor(self._thread, self._policy.act, observation)
         try:
@@ -46,5 +49,5 @@ class LocalPolicy:
         return Answer(chunk.actions[0], sent_s, time.monotonic(), observation_id or 0, chunk.timing)
 
     async def close(self) -> None:
-        """Wait for what is computed now, and end the thread."""
+        """Wait for the running computation and end the thread."""
         self._thread.shutdown()

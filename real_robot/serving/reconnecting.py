@@ -1,4 +1,4 @@
-"""A client that outlives its server: it connects again, with growing and random pauses, within each call's deadline."""
+"""Client that reconnects to the policy server: exponential backoff with jitter, within each call's deadline."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from cogvla.real_robot.serving.server_info import ServerInfo
 
 @dataclass(frozen=True)
 class Backoff:
-    """Pauses between attempts to connect: they double, and are random so that many robots do not return at once.
+    """Pauses between attempts to connect.
+
+    They double after each failure. A random part keeps many robots from returning at the same moment.
 
     Attributes:
-        first_s: longest pause after the first failure.
-        most_s: no pause is longer.
-        jitter: share of a pause that is random.
+        first_s: longest pause after the first failure, in seconds.
+        most_s: upper limit of all pauses, in seconds.
+        jitter: random share of a pause, 0 to 1.
     """
 
     first_s: float = 0.05
@@ -31,23 +33,23 @@ class Backoff:
             raise ValueError(f"need 0 < first_s <= most_s and a jitter of 0 to 1, got {self!r}")
 
     def pause_s(self, failures: int, chance: float) -> float:
-        """The pause after so many failures in a row, with `chance` from 0 to 1."""
+        """Return the pause in seconds after `failures` failures in a row; `chance` is a random number from 0 to 1."""
         longest = min(self.first_s * 2.0 ** min(failures - 1, 32), self.most_s)
         return longest * (1 - self.jitter * chance)
 
 
 @dataclass
 class ReconnectingClient:
-    """Like `AsyncPolicyClient`, on as many connections as it takes. Nothing is connected before the first call.
+    """Like `AsyncPolicyClient`, but connects again after a loss. The first call makes the first connection.
 
-    A server that comes back must serve the same kind of robot as before, or calls raise ValueError.
+    A server that comes back must serve the same embodiment as before; otherwise calls raise ValueError.
 
     Attributes:
-        uri: of the server.
-        settings: of each connection.
-        backoff: pauses between attempts.
+        uri: address of the server.
+        settings: settings of each connection.
+        backoff: pauses between attempts to connect.
         random: source of the jitter.
-        connections: how often it has connected; more than 1 means that the server was away.
+        connections: number of connections made so far; more than 1 means that the connection was lost in between.
     """
 
     uri: str
@@ -61,14 +63,21 @@ class ReconnectingClient:
     _next_attempt_s: float = field(default=0.0, init=False)
 
     async def info(self, timeout_s: float | None = None) -> ServerInfo:
-        """The server's metadata; UnavailableError if it cannot be reached in time."""
+        """Return the server's metadata.
+
+        Raises:
+            UnavailableError: the server cannot be reached within `timeout_s` (None: `ClientSettings.connect_s`).
+        """
         last_s = time.monotonic() + (self.settings.connect_s if timeout_s is None else timeout_s)
         return (await self._connected(last_s)).info
 
     async def infer(
         self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
     ) -> Answer:
-        """See `AsyncPolicyClient.infer`; the deadline covers connecting and every attempt."""
+        """Ask the policy for the action chunk of one observation, see `AsyncPolicyClient.infer`.
+
+        The deadline covers connecting and all attempts together.
+        """
         last_s = time.monotonic() + (self.settings.answer_s if timeout_s is None else timeout_s)
         while True:
             client = await self._connected(last_s)
@@ -110,13 +119,13 @@ class ReconnectingClient:
                 continue
             self.connections += 1
             self._failures = 0
-            # whatever comes back there later must still fit what the caller has seen
+            # a server that comes back later must fit the embodiment that the caller has seen
             self.settings = replace(self.settings, robot=self.settings.robot or self._client.info.embodiment)
         return self._client
 
     def _failed(self, error: UnavailableError) -> None:
         self._failures += 1
-        # the attempt that the deadline cuts off would hide why those before it failed
+        # keep several reasons: the last attempt is often cut off by the deadline, which says nothing about the cause
         self._reasons = [*(reason for reason in self._reasons if reason != str(error)), str(error)][-3:]
         self._next_attempt_s = time.monotonic() + self.backoff.pause_s(self._failures, self.random.random())
 

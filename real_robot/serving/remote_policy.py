@@ -1,4 +1,4 @@
-"""A policy that lives in a server, behind the `Policy` contract: rollouts and evaluations play through the wire.
+"""Evaluate a policy that runs in a policy server: the `Policy` contract over a websocket.
 
 Shape legend: B batch, K chunk, A action.
 """
@@ -19,12 +19,14 @@ from cogvla.real_robot.serving.client import EventLoopThread
 
 
 class RemotePolicy:
-    """Each sample of a batch goes over a connection of its own, so the server batches them like any clients.
+    """Policy behind a policy server.
+
+    Each sample of a batch goes over its own connection, so the server batches them like requests of several robots.
 
     Args:
-        uri: `ws://HOST:PORT` or `wss://HOST:PORT`.
-        api_key: of the server; None: it has none.
-        answer_s: deadline of an answer; it should allow for a full queue.
+        uri: address of the server, `ws://HOST:PORT` or `wss://HOST:PORT`.
+        api_key: API key of the server; None if it needs none.
+        answer_s: deadline of an answer in seconds; allow for a full queue.
 
     Raises:
         UnavailableError, ValueError: see `AsyncPolicyClient.connect`.
@@ -45,18 +47,18 @@ class RemotePolicy:
         return self.info.embodiment
 
     def describe(self) -> dict[str, Any]:
-        """What the policy in the server says about itself."""
+        """Return the description of the policy as the server sent it."""
         return dict(self.info.policy)
 
     def reset(self) -> None:
-        """Nothing to forget here; the server serves others too."""
+        """Do nothing: this object keeps no state between episodes, and the server has other clients."""
 
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
-        """Open a connection for each observation; the server warmed up when it started."""
+        """Open one connection per sample. The server has warmed the policy up when it started."""
         self._loop.run(self._connect(batch))
 
     def act(self, observation: Observation) -> ActionChunk:
-        """See `Policy.act`; UnavailableError when the server is lost."""
+        """Return the action chunks [B,K,A] of a batch, see `Policy.act`; UnavailableError if the server is lost."""
         started = time.perf_counter()
         answers = self._loop.run(self._act(observation))
         timing = {
@@ -80,7 +82,7 @@ class RemotePolicy:
             client = await AsyncPolicyClient.connect(self._uri, self._settings)
             if client.info != self.info:
                 await client.close()
-                raise ValueError(f"{self._uri} serves another policy now than when this run began")
+                raise ValueError(f"{self._uri} now serves another policy than at the start of this run")
             self._clients.append(client)
 
     async def _close(self) -> None:
@@ -88,7 +90,7 @@ class RemotePolicy:
 
 
 def _row(observation: Observation, row: int) -> Observation:
-    """One sample, as a batch of size 1."""
+    """Return one sample of a batch as a batch of size 1."""
     return replace(
         observation,
         images={name: image[row : row + 1] for name, image in observation.images.items()},

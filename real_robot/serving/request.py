@@ -1,6 +1,6 @@
-"""What a request says: which key holds which camera, the state and the instruction, and what else it may carry.
+"""Request format of the policy server: the keys of the cameras, the state, the instruction and the optional entries.
 
-Server and clients use the same `RequestFormat`; the server's metadata carries it to the clients.
+Server and clients use the same `RequestFormat`; the server sends it to the clients in its metadata.
 
 Shape legend: S state dimension, H image height, W image width.
 """
@@ -23,23 +23,25 @@ OBSERVATION_ID = "observation_id"
 DEADLINE_MS = "deadline_ms"
 OPTIONAL = {
     OBSERVATION_ID: "whole number that the answer repeats",
-    DEADLINE_MS: "for how many milliseconds the client waits; the request is not computed after that",
+    DEADLINE_MS: "milliseconds that the client waits for the answer; after that the server drops the request",
 }
-"""Keys that openpi's clients leave out."""
+"""Optional keys with their meaning. openpi's clients do not send them."""
 LAYOUTS = ("hwc", "chw")
 
 
 @dataclass(frozen=True)
 class RequestKeys:
-    """Names in a request; `a/b` is the key "a/b" or the key "b" of the map "a". The named ones: configs/request_keys.
+    """Keys of a request. The ready-made sets are the files of configs/request_keys.
+
+    A key `a/b` means the key "a/b", or the key "b" in the map "a".
 
     Attributes:
-        state: of the proprioceptive state.
-        prompt: of the instruction.
-        images: camera of the embodiment -> key; None: `images/CAMERA` for every camera.
-        layout: of the images, "hwc" or "chw".
-        default_prompt: instruction of requests that have none; None: they are refused.
-        ignored: further keys that clients send and that the policy does not use, such as other cameras.
+        state: key of the proprioceptive state.
+        prompt: key of the instruction.
+        images: camera of the embodiment -> key; None for `images/CAMERA`.
+        layout: axis order of the images, "hwc" or "chw".
+        default_prompt: instruction for requests without one; None refuses such requests.
+        ignored: keys that clients send but the policy does not use, such as further cameras.
     """
 
     state: str = "state"
@@ -59,7 +61,13 @@ class RequestKeys:
 
 @dataclass(frozen=True)
 class Request:
-    """One request, checked: an observation of batch size 1, and what the optional keys said."""
+    """One checked request.
+
+    Attributes:
+        observation: observation of batch size 1.
+        observation_id: number that the answer repeats; None if the client sent none.
+        deadline_s: seconds that the client waits for the answer; None if it sent none.
+    """
 
     observation: Observation
     observation_id: int | None = None
@@ -67,7 +75,7 @@ class Request:
 
 
 class RequestFormat:
-    """Writes and reads the requests of one embodiment; ValueError if the keys do not fit its cameras."""
+    """Encoder and decoder of requests for one embodiment; ValueError if the keys do not fit its cameras."""
 
     def __init__(self, embodiment: Embodiment, keys: RequestKeys) -> None:
         self.embodiment, self.keys = embodiment, keys
@@ -86,7 +94,7 @@ class RequestFormat:
     def write(
         self, observation: Observation, observation_id: int | None = None, deadline_s: float | None = None
     ) -> bytes:
-        """An observation of batch size 1 as a frame; ValueError if it does not fit the embodiment."""
+        """Encode an observation of batch size 1 as a frame; ValueError if it does not fit the embodiment."""
         observation.validate(self.embodiment)
         if observation.batch_size != 1:
             raise ValueError(f"a request holds one observation, got a batch of {observation.batch_size}")
@@ -101,7 +109,7 @@ class RequestFormat:
         return pack(values)
 
     def read(self, frame: bytes | str) -> Request:
-        """A frame from a client; FrameError says in one line what is wrong with it."""
+        """Decode and check a frame from a client; FrameError says in one line what is wrong."""
         if isinstance(frame, str):
             raise FrameError("the request is a text frame; send msgpack in a binary frame")
         message = unpack(frame)
@@ -110,10 +118,10 @@ class RequestFormat:
         values = _flat(message)
         unknown = [key for key in values if key not in self._known and key not in self.keys.ignored]
         if unknown:
-            raise FrameError(f"unknown key {shown(unknown[0])}; accepted are {self._known}")
+            raise FrameError(f"unknown key {shown(unknown[0])}; accepted keys: {self._known}")
         missing = [key for key in self._required if key not in values]
         if missing:
-            raise FrameError(f"the request has no {missing}; needed are {self._required}")
+            raise FrameError(f"the request has no {missing}; required keys: {self._required}")
         return Request(
             Observation(
                 images={name: self._image(key, values[key])[None] for name, key in self.image_keys.items()},
@@ -125,7 +133,7 @@ class RequestFormat:
         )
 
     def _image(self, key: str, value: Any) -> np.ndarray:
-        """Uint8 [H,W,3]."""
+        """Return the image of a key as uint8 [H,W,3]."""
         channel = {"hwc": 2, "chw": 0}[self.keys.layout]
         if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3 or value.shape[channel] != 3:
             wanted = {"hwc": "[H,W,3]", "chw": "[3,H,W]"}[self.keys.layout]
@@ -133,19 +141,19 @@ class RequestFormat:
         return value if channel == 2 else np.moveaxis(value, 0, -1)
 
     def _state(self, value: Any) -> np.ndarray:
-        """Float32 [S]."""
+        """Return the state as float32 [S]."""
         size = self.embodiment.state_dim
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fi" or value.shape != (size,):
             raise FrameError(f"{self.keys.state} must be an array of {size} numbers, got {_described(value)}")
         with np.errstate(over="ignore"):
             state_S = value.astype(np.float32)
         if not np.isfinite(state_S).all():
-            raise FrameError(f"{self.keys.state} holds NaN or infinite values; check the robot's joint states")
+            raise FrameError(f"{self.keys.state} has NaN or infinite values; check the robot's joint states")
         return state_S
 
 
 def _flat(message: dict[Any, Any], prefix: str = "", depth: int = 1) -> dict[str, Any]:
-    """Nested maps with joined keys."""
+    """Flatten nested maps: `{"a": {"b": x}}` becomes `{"a/b": x}`."""
     if depth > MAX_NESTING:
         raise FrameError(f"maps are nested more than {MAX_NESTING} deep")
     values: dict[str, Any] = {}

@@ -1,12 +1,12 @@
-"""Serves a policy over openpi's websocket protocol: one client per robot, one inference thread for all.
+"""Policy server: serve a policy over openpi's websocket protocol, with one inference thread for all clients.
 
     connect            -> metadata (`ServerInfo`)
     request, binary    -> {"actions": float32 [K,A], "server_timing": {...}, "policy_timing": {...}}
-    a bad request      -> one line of text, then close code 1011; other clients notice nothing
+    invalid request    -> one line of text, then close code 1011; other clients are not affected
     GET /healthz       -> 200 after the warm-up, 503 before it and while shutting down
     GET /metrics       -> Prometheus
 
-The event loop only moves and checks frames, so pings are answered while the policy computes.
+The event loop only checks and forwards frames, so it answers pings while the policy computes.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ from cogvla.real_robot.serving.wire import FrameError, pack
 
 HEALTH, METRICS = "/healthz", "/metrics"
 CLOSE_S = 2.0
-"""How long a client may take to answer that the connection is closed."""
+"""Seconds that a client has to confirm the end of a connection."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where the server listens and what it lets through.
+    """Address, access and limits of a policy server.
 
     Attributes:
-        host: address to bind; the default is this machine only.
-        port: 0 takes a free one.
-        api_key: clients must send it (`Authorization: Api-Key ...`); None: everyone may ask.
-        certificate, private_key: PEM files for TLS; None: plain.
-        max_message_mb: longer requests end the connection.
-        max_clients: further connections are refused with 503.
-        ping_s: a client that does not answer a ping for so long is cut off.
-        shutdown_s: how long requests may still be answered after the server was told to stop.
+        host: address to bind; the default accepts connections from this machine only.
+        port: TCP port; 0 takes a free one.
+        api_key: key that clients must send (`Authorization: Api-Key ...`); None lets everyone in.
+        certificate: PEM file with the TLS certificate; None for no TLS.
+        private_key: PEM file with its private key; None for no TLS.
+        max_message_mb: largest request in MiB; a larger one ends the connection.
+        max_clients: largest number of connections; further ones are refused with status 503.
+        ping_s: seconds between pings, and seconds without an answer to a ping after which a client is cut off.
+        shutdown_s: longest time to finish pending requests after the server was told to stop, in seconds.
     """
 
     host: str = "127.0.0.1"
@@ -76,7 +77,7 @@ class ServerSettings:
             raise ValueError("TLS needs both tls.cert and tls.key")
 
     def tls(self) -> ssl.SSLContext | None:
-        """The server's side of TLS; ValueError if the files are missing or are not a certificate and its key."""
+        """Return the server's TLS context, None without TLS; ValueError if the files are no certificate and key."""
         if self.certificate is None or self.private_key is None:
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -88,15 +89,19 @@ class ServerSettings:
 
 
 class PolicyServer:
-    """See the module docstring.
+    """Server of one policy for many clients. The protocol is in the docstring of this module.
 
     Args:
-        policy: what answers; only the inference thread calls it.
-        settings: where to listen.
+        policy: policy that answers the requests; only the inference thread calls it.
+        settings: address, access and limits.
         batching: when a forward pass starts.
-        keys: what requests look like.
-        identity: added to the policy's description: what tells its weights from others of the same description.
-        metrics: counts; read it to observe the server from the same process.
+        keys: keys of the requests.
+        identity: entries added to the policy's description that identify its weights, such as a hash.
+        metrics: counters that the server updates; read them to observe it from the same process.
+
+    Attributes:
+        metrics: the counters.
+        info: the metadata that every client receives first.
     """
 
     def __init__(
@@ -126,15 +131,16 @@ class PolicyServer:
         self._stopping = False
 
     async def run(self, stop: asyncio.Event, listening: Callable[[int], None] = lambda _: None) -> None:
-        """Serve until `stop` is set, then answer what was asked already and close.
+        """Serve until `stop` is set, then answer the pending requests and close.
 
         Args:
-            stop: ends the server.
-            listening: called with the port, before the warm-up: who connects now waits for it.
+            stop: event that ends the server.
+            listening: called with the port once clients can connect. The warm-up comes after it, so the first
+                requests wait for the warm-up.
 
         Raises:
             OSError: the address cannot be bound.
-            Exception: whatever the policy's warm-up raised.
+            Exception: an exception of the policy's warm-up.
         """
         try:
             async with serve(
@@ -143,10 +149,10 @@ class PolicyServer:
                 self._settings.port,
                 process_request=self._http,
                 ssl=self._settings.tls(),
-                origins=[None],  # no web page may use a visitor's browser to get here
+                origins=[None],  # refuse browsers, so that no web page can reach the server through a visitor
                 compression=None,
                 max_size=self.info.max_message_bytes,
-                max_queue=1,  # one request at a time: more of one client stay in its socket
+                max_queue=1,  # one request per client at a time: further ones wait in its socket
                 ping_interval=self._settings.ping_s,
                 ping_timeout=self._settings.ping_s,
                 close_timeout=CLOSE_S,
@@ -174,7 +180,7 @@ class PolicyServer:
             self.metrics.ready.set(1)
 
     def _http(self, connection: ServerConnection, request: Request) -> Response | None:
-        """What is answered before the websocket handshake; None goes on with it."""
+        """Answer a plain HTTP request or refuse a connection; return None to go on with the websocket handshake."""
         if request.path == HEALTH:
             healthy = self._batcher.healthy and not self._stopping
             if healthy:
@@ -234,7 +240,7 @@ class PolicyServer:
     async def _answer(
         self, frame: str | bytes, gone: asyncio.Future[None], last_ms: float | None
     ) -> bytes | str | None:
-        """The frame to send back: an answer, or text that says what is wrong; None if the client has left."""
+        """Return the frame to send back: the answer, or an error text. None if the client has left."""
         outcome: Outcome = "failed"
         try:
             request = self._format.read(frame)
@@ -243,7 +249,7 @@ class PolicyServer:
             future = asyncio.wrap_future(job)
             await _first(future, gone)
             if not future.done():
-                job.cancel()  # itself: `future` passes that on only in the loop's next round
+                job.cancel()  # directly, because cancelling `future` reaches the job only in the loop's next round
                 future.cancel()
                 outcome = "abandoned"
                 return None
@@ -265,7 +271,10 @@ class PolicyServer:
 
 
 def _message(answer: BatchAnswer, last_ms: float | None) -> dict[str, Any]:
-    """As openpi's server answers; `actions` is the only array, because its ActionChunkBroker slices every array."""
+    """Build the answer as openpi's server does.
+
+    `actions` is the only array, because openpi's ActionChunkBroker slices every array along the chunk.
+    """
     server_timing: dict[str, float] = {
         "infer_ms": answer.infer_ms,
         "queue_ms": answer.queue_ms,

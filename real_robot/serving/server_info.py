@@ -1,4 +1,4 @@
-"""The first frame of a connection: what the policy is for, so that a client checks before it moves anything."""
+"""Metadata of a policy server, the first frame of a connection. Clients check it before they move a robot."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cogvla.real_robot.serving.wire import shown
 SERVER = "cogvla"
 PROTOCOL_VERSION = 1
 CHECKED = ("state_dim", "action_dim", "chunk", "control_hz", "gripper_index", "gripper_open", "gripper_close")
-"""What must agree between a robot and a policy, besides the cameras' names."""
+"""Fields of `Embodiment` that must be equal for robot and policy, besides the camera names."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """The metadata of a policy server.
+    """Metadata of a policy server.
 
     Attributes:
-        embodiment: the robot that the policy was trained for.
-        keys: what requests look like.
-        policy: the policy's own description, with what tells its weights from others.
-        max_message_bytes: longer requests end the connection.
-        max_batch: requests that are answered by one forward pass.
+        embodiment: robot that the policy was trained for.
+        keys: keys of the requests.
+        policy: description of the policy, with entries that identify its weights.
+        max_message_bytes: largest request in bytes; a larger one ends the connection.
+        max_batch: largest number of requests in one forward pass.
     """
 
     embodiment: Embodiment
@@ -36,7 +36,7 @@ class ServerInfo:
     max_batch: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For the wire: maps, lists, text and numbers only."""
+        """Return the metadata as maps, lists, text and numbers, ready to send."""
         values = {
             "server": SERVER,
             "protocol_version": PROTOCOL_VERSION,
@@ -53,7 +53,7 @@ class ServerInfo:
 
     @staticmethod
     def from_dict(values: Any) -> ServerInfo:
-        """What a server sent; ValueError if it is another kind of server, or of another version."""
+        """Read the metadata that a server sent; ValueError if it is no cogvla server or has another version."""
         if not isinstance(values, dict) or values.get("server") != SERVER:
             raise ValueError("this is no cogvla policy server: its metadata does not describe the embodiment")
         if values.get("protocol_version") != PROTOCOL_VERSION:
@@ -72,7 +72,7 @@ class ServerInfo:
         return info
 
     def check(self, robot: Embodiment) -> None:
-        """ValueError that lists every difference between the policy's embodiment and this robot."""
+        """Raise a ValueError with every difference between the policy's embodiment and this robot, if there are any."""
         ours, theirs = robot, self.embodiment
         differences = [
             f"{name}: robot {getattr(ours, name)}, policy {getattr(theirs, name)}"

@@ -1,4 +1,4 @@
-"""Numbers of the policy server for Prometheus (`GET /metrics`)."""
+"""Prometheus metrics of the policy server (`GET /metrics`)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class ServerMetrics:
-    """One registry per server, so that two servers in a process do not mix.
+    """Metrics of one server. Each server has its own registry, so two servers in a process do not mix.
 
     Args:
-        gpu_bytes: asks for the GPU memory in use; None where there is no GPU.
+        gpu_bytes: returns the GPU memory in use, in bytes; None without a GPU.
     """
 
     def __init__(self, gpu_bytes: Callable[[], float] | None = None) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("cogvla_requests", "Requests by outcome", ["outcome"], registry=registry)
         for outcome in OUTCOMES:
-            self._requests.labels(outcome)  # a series that starts at 0 shows its first event as an increase
+            self._requests.labels(outcome)  # start the series at 0, so that its first event shows as an increase
         self.latency = Histogram(
             "cogvla_request_seconds", "From the request's arrival to its answer", buckets=SECONDS, registry=registry
         )
@@ -41,5 +41,5 @@ class ServerMetrics:
         self._requests.labels(outcome).inc()
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

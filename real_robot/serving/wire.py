@@ -1,10 +1,10 @@
-"""What travels over the websocket: msgpack with numpy arrays, bit by bit as openpi-client 0.1.2 writes and reads it.
+"""Wire format of the policy server: msgpack with numpy arrays, byte for byte that of openpi-client 0.1.2.
 
     array    {b"__ndarray__": True, b"data": raw bytes, b"dtype": dtype.str, b"shape": [...]}
     scalar   {b"__npgeneric__": True, b"data": value, b"dtype": dtype.str}
 
-Frames come from anyone who can connect, so `unpack` believes nothing: numbers only (never objects, never a pickle), the
-shape must account for every byte, and a small frame cannot unfold into much memory.
+Anyone who can connect can send a frame, so `unpack` checks everything: it accepts arrays of numbers only (no objects,
+no pickles), the shape must match the number of bytes, and a small frame cannot expand into much memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 MAX_DIMENSIONS = 8
 MAX_CONTAINERS = 256
 MAX_LENGTH = 1024
-"""Entries of one list or map. Bulk belongs in arrays, so real frames stay far below these three."""
+"""Most entries of one list or map. Large data travels in arrays, so real frames stay far below these three limits."""
 MAX_TEXT_BYTES = 8192
 
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
@@ -29,25 +29,25 @@ _NUMBER = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 
 
 class FrameError(ValueError):
-    """A frame that is not what the protocol says; the text is one line that may be shown to the other side."""
+    """A frame violates the protocol. The message is one line and safe to send to the other side."""
 
 
 def shown(value: object, length: int = 60) -> str:
-    """Something that the other side sent, for an error text: one line, not long, no control characters."""
+    """Format a value from the other side for an error message: one short line without control characters."""
     text = repr(value) if isinstance(value, str | bytes | int | float | bool | None) else type(value).__name__
     return text if len(text) <= length else text[:length] + "..."
 
 
 def pack(value: Any) -> bytes:
-    """A dict with arrays of numbers as one frame; ValueError for arrays of anything else."""
+    """Encode a dict with arrays of numbers as one frame; ValueError for arrays of another kind."""
     return msgpack.packb(value, default=_pack_numpy)
 
 
 def unpack(frame: bytes) -> Any:
-    """The value of a frame; its arrays are read-only views of one copy of the data.
+    """Decode a frame. Its arrays are read-only views of one copy of the data.
 
     Raises:
-        FrameError: anything that `pack` would not write, or that is larger than the limits of this module.
+        FrameError: `pack` would not write such a frame, or it exceeds the limits of this module.
     """
     hooks = _Hooks()
     try:
@@ -71,14 +71,14 @@ def _pack_numpy(value: Any) -> Any:
     if not isinstance(value, np.ndarray | np.generic):
         raise ValueError(f"cannot send a {type(value).__name__}")
     if not _NUMBER.fullmatch(value.dtype.str):
-        raise ValueError(f"cannot send an array of dtype {value.dtype}; only numbers travel")
+        raise ValueError(f"cannot send an array of dtype {value.dtype}; send numbers only")
     if isinstance(value, np.ndarray):
         return {_ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
 
 
 class _Hooks:
-    """Called by msgpack for every map and list of one frame, innermost first."""
+    """Callbacks of msgpack for every map and list of one frame, innermost first."""
 
     def __init__(self) -> None:
         self._containers = 0
