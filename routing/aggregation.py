@@ -1,5 +1,5 @@
-"""Encoder-FiLM aggregation (EFA): few learned tokens collect what the instruction asks for, and the instruction weighs
-the two vision streams.
+"""Encoder-FiLM aggregation (EFA, stage 1): a few learned tokens per view collect what the instruction asks for, and the
+instruction sets the mixing weights of the two vision streams.
 
 Shape legend: B batch, V views, M aggregation tokens per view, N tokens per view, W tower width, D language width.
 """
@@ -15,34 +15,39 @@ FUSIONS = ("mix", "sum", "concat")
 
 
 class AggregationTokens(nn.Module):
-    """M learned tokens appended after the patches of every view; they have no positional embedding."""
+    """M learned tokens that are appended to the patches of every view. They have no positional embedding.
+
+    Args:
+        count: M.
+        width: W.
+    """
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.randn(count, width))
 
     def append_to(self, x_BNW: Tensor) -> Tensor:
-        """[B,N,W] to [B,N+M,W]."""
+        """Append the learned tokens: [B,N,W] to [B,N+M,W]."""
         return torch.cat((x_BNW, self.tokens.expand(len(x_BNW), -1, -1)), dim=1)
 
     def take_from(self, x_BNW: Tensor) -> Tensor:
-        """The M tokens back from [B,N+M,W]."""
+        """Return the M learned tokens, which are the last ones of [B,N+M,W]."""
         return x_BNW[:, -len(self.tokens) :]
 
 
 def two_layer(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Linear, GELU, Linear."""
+    """Build an MLP: linear, GELU, linear."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
 
 
 class StreamFusion(nn.Module):
-    """Project both streams to the language width and bring them together.
+    """Project both vision streams to the language width and combine them.
 
     Args:
-        widths: tower widths, first then second stream.
+        widths: tower widths of the first and the second stream.
         width: D.
-        kind: `mix`, weights from the instruction (the paper); `sum`; `concat`, channels joined before one three-layer
-            projector (OpenVLA, and the ablation).
+        kind: `mix`: sum with weights from the instruction (the paper). `sum`: plain sum. `concat`: join the channels
+            before one projector of three layers (OpenVLA; also the ablation).
     """
 
     def __init__(self, widths: Sequence[int], width: int, kind: str = "mix") -> None:
@@ -61,16 +66,20 @@ class StreamFusion(nn.Module):
             self.weigher = two_layer(width, width, len(widths))
 
     def weights(self, summary_BD: Tensor) -> Tensor | None:
-        """Stream weights [B,2] of an instruction; None unless `kind` is mix."""
+        """Return the stream weights [B,2] for the instruction summaries [B,D]; None unless `kind` is `mix`."""
         return self.weigher(summary_BD).softmax(-1) if self.kind == "mix" else None
 
     def forward(self, streams: Sequence[Tensor], weights_B2: Tensor | None) -> Tensor:
-        """Streams [B,N,W] each to [B,N,D]."""
+        """Combine two streams [B,N,W], each with its own W, into [B,N,D].
+
+        Raises:
+            ValueError: `kind` is `concat` and the streams have different numbers of tokens.
+        """
         if self.kind == "concat":
             if streams[0].shape[:-1] != streams[1].shape[:-1]:
                 raise ValueError(
-                    f"joining channels needs towers with the same number of tokens, got {streams[0].shape[1]} and "
-                    f"{streams[1].shape[1]}; choose patch sizes that divide the image alike"
+                    f"routing.fusion=concat needs towers with the same number of tokens, got {streams[0].shape[1]} and "
+                    f"{streams[1].shape[1]}; choose towers with the same patch size"
                 )
             return self.project(torch.cat(list(streams), dim=-1))
         first, second = (project(stream) for project, stream in zip(self.projectors, streams, strict=True))

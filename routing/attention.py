@@ -1,9 +1,9 @@
-"""Attention masks over the token layout (CAtten).
+"""Attention masks of the language model (CAtten, stage 3).
 
-    coupled        causal over vision, state and text; the action block (actions and stop) sees everything and itself
-                   in both directions, so that a chunk is decoded in one pass
-    causal         plain causal, the ablation
-    bidirectional  everything sees everything, as in OpenVLA-OFT
+    coupled        causal over vision, state and text; the action block (actions and stop) attends to everything before
+                   it, and to itself in both directions, so that one pass decodes a chunk
+    causal         causal everywhere (ablation)
+    bidirectional  every token attends to every token, as in OpenVLA-OFT
 
 Shape legend: B batch, S sequence.
 """
@@ -19,10 +19,16 @@ ATTENTION = ("coupled", "causal", "bidirectional")
 
 
 def attention_mask(layout: TokenLayout, valid_BS: Tensor, kind: str = "coupled") -> Tensor:
-    """Mask bool [B,1,S,S]: True where the row (query) may attend to the column (key). Padding is never attended.
+    """Build the mask bool [B,1,S,S]: True where the query (row) may attend to the key (column).
 
-    Vision tokens that pruning leaves keep their order and are never padding, so the mask of a pruned sequence is that
-    of `layout.with_vision(count)`, which is the full mask without its first rows and columns: nothing is gathered.
+    Nothing attends to padding. Vision tokens that pruning keeps stay in order and are never padding. So the mask of a
+    pruned sequence is the mask of `layout.with_vision(count)`: the full mask without its first rows and columns.
+    Nothing has to be gathered.
+
+    Args:
+        layout: segments of the sequence.
+        valid_BS: bool; False on padding.
+        kind: one of `ATTENTION`.
     """
     if kind not in ATTENTION:
         raise ValueError(f"unknown attention {kind!r}; one of {', '.join(ATTENTION)}")
@@ -37,5 +43,8 @@ def attention_mask(layout: TokenLayout, valid_BS: Tensor, kind: str = "coupled")
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers to add to attention logits: 0 or -inf. Made once, where a boolean is converted per call."""
+    """Convert a boolean mask to numbers that are added to attention logits: 0 or -inf.
+
+    Attention converts a boolean mask in every call; this does it once.
+    """
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

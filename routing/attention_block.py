@@ -1,6 +1,6 @@
-"""A small pre-norm transformer block that reads from other tokens, for routers that are trained.
+"""A small pre-norm transformer block with self- or cross-attention, for routers that are trained.
 
-Shape legend: B rows, Q tokens that ask, N tokens that are read, D width, h heads, e head width.
+Shape legend: B rows, Q query tokens, N tokens that they read, D width, h heads, e head width.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 class AttentionBlock(nn.Module):
-    """x + attention(norm(x), norm(read)); then x + mlp(norm(x)).
+    """Compute x + attention(norm(x), norm(read)), then x + mlp(norm(x)).
 
     Args:
         width: D.
         heads: h.
-        read_width: of the tokens that are read; None: tokens read each other.
-        mlp: width of the hidden layer in D.
+        read_width: width of the tokens to read; None: self-attention.
+        mlp: hidden width of the MLP as a multiple of D.
     """
 
     def __init__(self, width: int, heads: int, read_width: int | None = None, mlp: float = 2.0) -> None:
@@ -32,7 +32,13 @@ class AttentionBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x_BQD: Tensor, read_BND: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Tokens that ask, those that they read, and where they may look, bool [B|1,Q|1,N]."""
+        """Update the queries.
+
+        Args:
+            x_BQD: queries.
+            read_BND: tokens to read, of `read_width`; None for self-attention.
+            mask: bool [B|1,Q|1,N], True where a query may attend; None: everywhere.
+        """
         asking_BQD = self.norm(x_BQD)
         assert (read_BND is None) == (self.read_norm is None)
         read_BND = asking_BQD if self.read_norm is None else self.read_norm(read_BND)

@@ -1,4 +1,6 @@
-"""Numbers that say what token routing does, from tensors alone. `effective_rank` is in `routing.selection`.
+"""Measures of what a token router does: entropy, flicker, dead and sink tokens, information per layer.
+
+All of them take tensors only. `effective_rank` is in `routing.selection`.
 
 Shape legend: F frames, N tokens, K kept tokens, P patches, D width, W words, Q queries, L layers.
 """
@@ -13,17 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ALIVE, DEAD, SINK = 0, 1, 2
-"""Kinds of tokens, see `token_kinds`."""
+"""Kinds of tokens; see `token_kinds`."""
 
 
 def attention_entropy(attention_QN: Tensor) -> Tensor:
-    """Entropy in nats [Q] of attention, whose rows need not sum to 1: log N is uniform, 0 is one token."""
+    """Return the entropy [Q] of attention, in nats: log N for uniform attention, 0 for attention to one token.
+
+    Rows need not sum to 1.
+    """
     share_QN = attention_QN.float() / attention_QN.float().sum(-1, keepdim=True).clamp_min(1e-12)
     return torch.special.entr(share_QN).sum(-1)
 
 
 def flicker(kept: Sequence[Sequence[int]]) -> list[float]:
-    """Jaccard distance between the sets of neighbouring control steps: 0 the same tokens, 1 no token in common."""
+    """Return the Jaccard distances between the kept sets of neighbouring control steps.
+
+    0: the same tokens; 1: no token in common.
+
+    Args:
+        kept: indices of the kept tokens, for each control step.
+    """
     distances = []
     for before, now in pairwise(kept):
         both = set(before) | set(now)
@@ -32,14 +43,14 @@ def flicker(kept: Sequence[Sequence[int]]) -> list[float]:
 
 
 def kept_share(kept_N: Tensor, looks_NP: Tensor, marked_P: Tensor) -> float | None:
-    """Share of what all tokens see of the marked patches that the kept ones see; None where none of them is seen.
+    """Return the kept tokens' share of all attention to the marked patches; None if no token attends to them.
 
-    For tokens that are patches themselves (`looks_NP` is the identity) it is the share of marked patches kept.
+    For tokens that are patches themselves (`looks_NP` is the identity), it is the share of marked patches kept.
 
     Args:
-        kept_N: bool.
-        looks_NP: how much each token sees of each patch.
-        marked_P: bool, for instance the patches of an object.
+        kept_N: bool, tokens that are kept.
+        looks_NP: attention of each token to each patch.
+        marked_P: bool, for example the patches of an object.
     """
     seen_N = looks_NP.float() @ marked_P.float()
     total = float(seen_N.sum())
@@ -49,18 +60,20 @@ def kept_share(kept_N: Tensor, looks_NP: Tensor, marked_P: Tensor) -> float | No
 def token_kinds(
     tokens_FND: Tensor, attention_FN: Tensor, scene_F: Tensor, similarity: float = 0.99, share: float = 0.9
 ) -> Tensor | None:
-    """Kinds [F,N] of tokens after EmbedLens: `ALIVE`, or the same in nearly every scene, so that they tell nothing.
+    """Classify tokens as `ALIVE`, `DEAD` or `SINK` [F,N] (after EmbedLens); None if there is only one scene.
 
-    A token tells nothing of its scene if in at least `share` of the other scenes some token is more than `similarity`
-    (cosine) like it. Of these, those that get more attention than the mean token of their frame are a `SINK`, the
-    others are `DEAD`. The similarity is the paper's; what separates the two kinds is our choice (there: words of one
-    model's vocabulary).
+    A token carries no information about its scene if it is nearly the same in other scenes: if at least `share` of the
+    other scenes have a token whose cosine with it is above `similarity`. Such a token is a `SINK` if it gets more
+    attention than the mean token of its frame, otherwise it is `DEAD`. All others are `ALIVE`. The threshold of the
+    similarity is the paper's. Separating the two kinds by attention is our choice; the paper uses words of one model's
+    vocabulary.
 
     Args:
-        tokens_FND: before routing.
-        attention_FN: that they get.
-        scene_F: number of each frame's scene; None is answered where there is only one.
-        similarity, share: see above.
+        tokens_FND: tokens before routing.
+        attention_FN: attention that each token gets.
+        scene_F: number of each frame's scene.
+        similarity: cosine above which two tokens count as the same.
+        share: share of the other scenes, 0 to 1.
     """
     scenes = scene_F.unique()
     if len(scenes) < 2:
@@ -77,24 +90,31 @@ def token_kinds(
 
 
 def nearest(tokens_ND: Tensor, bank_WD: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-    """Indices and cosines [N,count] of the nearest states of a bank, the nearest first (LatentLens)."""
+    """Return indices and cosines [N,count] of the nearest states in a bank, the nearest first (LatentLens)."""
     cosine_NW = F.normalize(tokens_ND.float(), dim=-1) @ F.normalize(bank_WD.float(), dim=-1).mT
     best = cosine_NW.topk(min(count, bank_WD.shape[0]), dim=-1)
     return best.indices, best.values
 
 
 def information(change_L: Tensor) -> Tensor:
-    """1 - exp(-change) [L]: what vision tokens still tell from a layer on, as the probability that removing them costs.
+    """Return the visual information 1 - exp(-change) [L] that each layer and those after it still use.
+
+    It is the loss of probability when vision tokens are removed. The answer with all tokens stands for the truth:
+    p = exp(-change), and p is 1 with all tokens.
 
     Args:
-        change_L: mean absolute change of the normalised actions when all vision tokens go before this layer. With the
-            answer of all tokens in the place of the truth, p = exp(-change), and p of all tokens is 1.
+        change_L: mean absolute change of the normalised actions when all vision tokens are removed before this layer.
     """
     return 1 - torch.exp(-change_L)
 
 
 def information_horizon(information_L: Tensor, share: float = 0.05) -> int:
-    """The first layer from which on vision tokens tell less than this share of what they tell in all; L if none."""
+    """Return the first layer from which on the visual information stays at most `share` of that at layer 0; L if none.
+
+    Args:
+        information_L: see `information`.
+        share: 0 to 1.
+    """
     little_L = information_L <= share * information_L[:1].clamp_min(1e-12)
     after_L = little_L.flip(0).cumprod(0).flip(0)
     return int(len(information_L) - after_L.sum())

@@ -1,5 +1,7 @@
-"""Random numbers that are a function of one seed per sample: the same alone and in a batch, on every device, without a
-state to save (SplitMix64 of Steele et al., "Fast splittable pseudorandom number generators", counted from the seed).
+"""Random numbers that depend only on one seed per sample.
+
+A sample gets the same numbers alone, in a batch and on every device, and there is no state to save. The generator is
+SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators"), counted from the seed.
 
 Shape legend: B samples.
 """
@@ -12,31 +14,36 @@ import torch
 from torch import Tensor
 
 _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685  # as signed numbers
-_BITS = 24  # what a float32 holds
+_BITS = 24  # significant bits of a float32
 
 
 def uniform(draw_B: Tensor, *shape: int) -> Tensor:
-    """Numbers [B,*shape] in [0,1), float32, from seeds int64 [B]."""
+    """Draw numbers [B,*shape] uniformly from [0,1), float32, from the seeds int64 [B]."""
     counter = torch.arange(1, math.prod(shape) + 1, device=draw_B.device)
     mixed = _mix(_mix(draw_B)[:, None] + counter * _STEP)
     return (((mixed >> (64 - _BITS)) & (2**_BITS - 1)).float() / 2**_BITS).unflatten(1, shape)
 
 
 def normal(draw_B: Tensor, *shape: int) -> Tensor:
-    """Numbers [B,*shape] from the standard normal distribution, float32."""
+    """Draw numbers [B,*shape] from the standard normal distribution, float32, from the seeds int64 [B]."""
     inside = (uniform(draw_B, *shape) + 2.0 ** -(_BITS + 1)).clamp(max=1 - 2.0**-_BITS)
     return torch.erfinv(2 * inside - 1) * math.sqrt(2)
 
 
 def seeds_of(x_BS: Tensor, seed: int) -> Tensor:
-    """One seed [B] per sample from what it holds: another observation draws anew, the same one draws the same."""
+    """Return one seed per sample, int64 [B], from its content: equal observations get equal seeds.
+
+    Args:
+        x_BS: the samples' numbers.
+        seed: added to all seeds.
+    """
     bits_BS = x_BS.float().contiguous().view(torch.int32).long()
     order_S = torch.arange(1, bits_BS.shape[1] + 1, device=x_BS.device)
     return _mix(bits_BS + order_S * _STEP).sum(1) + seed
 
 
 def children(draw_B: Tensor, count: int) -> Tensor:
-    """So many seeds [B,count] from each seed, for instance one per view."""
+    """Derive `count` seeds [B,count] from each seed, for example one per view."""
     return _mix(draw_B[:, None] + torch.arange(1, count + 1, device=draw_B.device) * _FIRST)
 
 
@@ -47,5 +54,5 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """To the right, filled with zeros."""
+    """Shift to the right and fill with zeros."""
     return (z >> bits) & (2 ** (64 - bits) - 1)

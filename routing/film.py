@@ -1,4 +1,4 @@
-"""Feature-wise linear modulation: the instruction scales and shifts features (EFA step 1).
+"""Feature-wise linear modulation (FiLM): the instruction scales and shifts features (EFA step 1).
 
 Shape legend: B batch, V views, X = B*V, N tokens, E summary width, W feature width, L blocks.
 """
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 class FiLM(nn.Module):
-    """`x * (1 + W_s e) + W_b e` for a stack of blocks, all blocks' parameters from one matrix product.
+    """Scale and shift of `x * (1 + W_s e) + W_b e`, for all blocks of a stack with one matrix product.
 
     Args:
         summary_width: E.
         width: W.
         blocks: L.
-        init: standard deviation of scale and shift at the start for a summary of unit variance; 0 is the identity,
-            None is PyTorch's default for linear layers.
+        init: standard deviation of scale and shift before training, for a summary of unit variance. 0: the identity;
+            None: PyTorch's default for linear layers.
     """
 
     def __init__(self, summary_width: int, width: int, blocks: int, init: float | None = None) -> None:
@@ -30,7 +30,7 @@ class FiLM(nn.Module):
             nn.init.zeros_(self.project.bias)
 
     def forward(self, summary_BE: Tensor) -> tuple[Tensor, Tensor]:
-        """Summary [B,E] to `1 + scale` and shift, both [L,B,1,W]."""
+        """Return `1 + scale` and shift, both [L,B,1,W], for the summaries [B,E]."""
         film_2LB1W = rearrange(
             self.project(summary_BE), "b (l two w) -> two l b 1 w", two=2, l=self.blocks, w=self.width
         )
@@ -38,6 +38,6 @@ class FiLM(nn.Module):
 
 
 def modulate(x_XNW: Tensor, scale_B1W: Tensor, shift_B1W: Tensor) -> Tensor:
-    """`x * scale + shift` for tokens [B*V,N,W] of all views; `scale` already holds the one."""
+    """Return `x * scale + shift` for the tokens [B*V,N,W] of all views; `scale` already includes the 1."""
     x_BVNW = x_XNW.unflatten(0, (len(scale_B1W), -1))
     return torch.addcmul(shift_B1W[:, None], x_BVNW, scale_B1W[:, None]).flatten(0, 1)

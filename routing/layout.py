@@ -1,4 +1,4 @@
-"""Where everything is in the language model's sequence. The only source of slices.
+"""The segments of the language model's sequence. All slices come from here.
 
     [ bos | vision x N | state | text x T (padded) | action x J | stop ]
 
@@ -33,7 +33,7 @@ class TokenLayout:
 
     @property
     def length(self) -> int:
-        """S, tokens in the sequence."""
+        """S, the number of tokens in the sequence."""
         return self.stop.stop
 
     @property
@@ -62,25 +62,29 @@ class TokenLayout:
 
     @property
     def rest(self) -> slice:
-        """Everything after the vision tokens."""
+        """All tokens after the vision tokens."""
         return slice(self.visual.stop, self.length)
 
     @property
     def context(self) -> slice:
-        """State and text: what the pruning router sums up."""
+        """State and text; the pruning router averages them."""
         return slice(self.state.start, self.words.stop)
 
     @property
     def answer(self) -> slice:
-        """Actions and stop: the block that attends in both directions."""
+        """Actions and stop, the block that attends in both directions."""
         return slice(self.actions.start, self.length)
 
     def with_vision(self, count: int) -> TokenLayout:
-        """The same sequence with only `count` vision tokens left."""
+        """Return the layout of the same sequence with `count` vision tokens."""
         return replace(self, vision=count)
 
     def valid(self, text_mask_BT: Tensor) -> Tensor:
-        """Mask bool [B,S]: True where a token is real, False on text padding."""
+        """Return a mask bool [B,S]: True for real tokens, False for text padding.
+
+        Raises:
+            ValueError: the text mask has another length than the layout's text.
+        """
         if text_mask_BT.shape[-1] != self.text:
             raise ValueError(f"text mask has {text_mask_BT.shape[-1]} tokens, the layout {self.text}")
         valid_BS = text_mask_BT.new_ones((len(text_mask_BT), self.length), dtype=torch.bool)
@@ -88,5 +92,5 @@ class TokenLayout:
         return valid_BS
 
     def positions(self, valid_BS: Tensor) -> Tensor:
-        """Position ids int64 [B,S] that skip padding, so that a padded sample gets those of the sample alone."""
+        """Return position ids int64 [B,S] that skip padding, so that padding does not change a sample's positions."""
         return (valid_BS.long().cumsum(1) - 1).clamp_min(0)

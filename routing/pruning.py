@@ -1,4 +1,4 @@
-"""Language-FiLM pruning (LFP): per layer, the instruction decides which vision tokens take part.
+"""Language-FiLM pruning (LFP, stage 2): at each layer the instruction decides which vision tokens are processed.
 
 Shape legend: B batch, S sequence, N vision tokens, K kept vision tokens, D language width.
 """
@@ -21,14 +21,14 @@ SCALES = ("all", "visual_only", "values")
 
 @dataclass(frozen=True)
 class Selection:
-    """What one routed layer works on.
+    """The tokens that one routed layer processes.
 
     Attributes:
-        kept_BK: vision tokens kept, int64, ascending, counted from the first vision token of the layer's input.
-        rows: kept tokens of the whole batch as rows of the flattened [B*S,D] sequence.
-        layout: the layout of the kept sequence.
-        factor_BS1: the router's probability for every kept vision token, [B,S',1]; for the other tokens 1, or their own
-            probability where the router scores them too. None: 1 for all.
+        kept_BK: kept vision tokens, int64, ascending, counted from the first vision token of the layer's input.
+        rows: kept tokens of the whole batch, as rows of the flattened [B*S,D] sequence.
+        layout: layout of the kept sequence.
+        factor_BS1: factors [B,S',1]: the router's probability for each kept vision token; 1 for the other tokens, or
+            their own probability if the router scores them too. None: 1 for all.
     """
 
     kept_BK: Tensor
@@ -38,11 +38,11 @@ class Selection:
 
 
 class FiLMRouter(nn.Module):
-    """Scores vision tokens, modulated by a summary of state and text; two logits per token: skip, take part.
+    """Score vision tokens that are modulated by a summary of state and text: two logits per token, skip and keep.
 
     Args:
         width: D.
-        score_all: give the other tokens a probability as well, from their unmodulated state (the published code).
+        score_all: also give the other tokens a probability, from their unmodulated states (the published code).
     """
 
     def __init__(self, width: int, score_all: bool = False) -> None:
@@ -53,21 +53,21 @@ class FiLMRouter(nn.Module):
         self.logits = nn.Linear(width, 2)
 
     def score(self, h_BND: Tensor, summary_B1D: Tensor) -> Tensor:
-        """By how much each vision token should rather take part than not, [B,N]."""
+        """Return the logit of keeping minus the logit of skipping for each vision token, [B,N]."""
         scale_B1D, shift_B1D = self.scale(summary_B1D), self.shift(summary_B1D)
         logits_BN2 = self.logits(torch.addcmul(shift_B1D, h_BND, 1 + scale_B1D))
-        # The difference of two logits orders like their softmax, but it does not saturate into ties.
+        # The difference of two logits gives the same order as their softmax, but does not saturate into ties.
         return logits_BN2[..., 1] - logits_BN2[..., 0]
 
     def forward(self, h_BSD: Tensor, layout: TokenLayout, context_B1T: Tensor, count: int) -> Selection:
-        """Choose `count` vision tokens; bos and everything after the vision tokens always stay.
+        """Choose `count` vision tokens; bos and all tokens after the vision tokens always stay.
 
-        No host synchronisation and no loop over samples: the count is fixed, so all shapes are.
+        The count is fixed, so all shapes are: there is no host synchronisation and no loop over samples.
 
         Args:
             h_BSD: normalised input of the layer.
-            layout: its layout.
-            context_B1T: weights of state and text in their mean, see `context_weights`.
+            layout: layout of that input.
+            context_B1T: weights of state and text in their mean; see `context_weights`.
             count: K.
         """
         summary_B1D = context_B1T @ h_BSD[:, layout.context]
@@ -86,23 +86,23 @@ class FiLMRouter(nn.Module):
 
 
 def context_weights(layout: TokenLayout, valid_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights [B,1,T] that make the mean over state and text, leaving padding out."""
+    """Return the weights [B,1,T] of the mean over state and text, without padding."""
     context_BT = valid_BS[:, layout.context].to(dtype)
     return (context_BT / context_BT.sum(1, keepdim=True))[:, None]
 
 
 def rows_of(layout: TokenLayout, kept_BK: Tensor) -> Tensor:
-    """Rows of the flattened batch that stay when of the vision tokens only these do."""
+    """Return the rows of the flattened batch [B*S] that remain if only these vision tokens are kept."""
     row_BS = torch.arange(len(kept_BK) * layout.length, device=kept_BK.device).view(-1, layout.length)
     kept_row_BK = row_BS[:, layout.visual].gather(1, kept_BK)
     return torch.cat((row_BS[:, layout.bos], kept_row_BK, row_BS[:, layout.rest]), dim=1).flatten()
 
 
 def take_rows(x_BSD: Tensor, rows: Tensor) -> Tensor:
-    """Rows of the flattened batch as [B,S',D]; cheaper than `gather` with an expanded index."""
+    """Return rows of the flattened batch as [B,S',D]; cheaper than `gather` with an expanded index."""
     return x_BSD.flatten(0, 1).index_select(0, rows).unflatten(0, (len(x_BSD), -1))
 
 
 def put_rows(x_BSD: Tensor, rows: Tensor, updated_BSD: Tensor) -> Tensor:
-    """`x` with those rows replaced; the others pass bit for bit."""
+    """Return `x` with these rows replaced; the other rows are unchanged to the bit."""
     return x_BSD.flatten(0, 1).index_copy(0, rows, updated_BSD.flatten(0, 1)).view_as(x_BSD)

@@ -1,4 +1,4 @@
-"""Every router by its name in `routing.router.name`. A new one is a file in `routing/routers` and a line here."""
+"""The token routers by name (`routing.router.name`). To add one, write a file in `routing/routers` and a line here."""
 
 from __future__ import annotations
 
@@ -73,23 +73,23 @@ ROUTERS: dict[str, type[TokenRouter]] = {
 
 
 def build_router(name: str, sizes: RouterSizes, options: Mapping[str, Any] | None = None) -> TokenRouter:
-    """The router of this name.
+    """Build the router with this name.
 
     Args:
         name: one of `ROUTERS`.
-        sizes: what it is built for.
-        options: keywords of its constructor.
+        sizes: sizes of the tokens.
+        options: keyword arguments of its constructor.
 
     Raises:
-        ValueError: an unknown name or option, or sizes that this router cannot work with.
+        ValueError: unknown name or option, or sizes that this router does not support.
     """
     if name not in ROUTERS:
         raise ValueError(f"unknown router {name!r}; one of {', '.join(sorted(ROUTERS))}")
     if sizes.grid is None and "grid" in ROUTERS[name].needs:
         gridless = ", ".join(sorted(known for known, kind in ROUTERS.items() if "grid" not in kind.needs))
         raise ValueError(
-            f"router {name!r} needs patches of a grid, and these tokens are none (routing.efa=false gives patches of "
-            f"each view, router.joint=false keeps views apart); without a grid work: {gridless}"
+            f"router {name!r} needs tokens that are patches of a grid, and these are not: set routing.efa=false "
+            f"(patches, no aggregation tokens) and router.joint=false (views apart), or use one of {gridless}"
         )
     valid = [p.name for p in inspect.signature(ROUTERS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(options or {}) - set(valid)):

@@ -1,14 +1,14 @@
-"""What a token router is: vision tokens of a view in, fewer of them out. The catalogue is `routing/registry.py`.
+"""The interface of token routers, which reduce the vision tokens of a view. `routing/registry.py` lists all routers.
 
-    RouterContext  what the policy knows about these tokens; only the items that a router `needs` are computed
+    RouterContext  facts about the tokens; the policy computes only the items that a router `needs`
     TokenRouter    tokens [B,N,D] + context -> RoutedTokens
-    RoutedTokens   tokens [B,K,D], where they come from and where they are placed
+    RoutedTokens   tokens [B,K,D], with their origin and their place in the sequence
 
-Rules that hold for all of them, and that `tests/routing/test_routers_contract.py` checks:
+All routers keep these rules, and `tests/routing/test_routers_contract.py` checks them:
 
-- K is exact, chosen tokens keep their order, synthetic ones are placed among them
-- a sample is routed alike alone and in a batch: there is no loop over samples, and what is random is drawn per sample
-- scores are float32 whatever the precision of the tokens, and ties go to the earlier token
+- K is exact; chosen tokens keep their order; synthetic tokens are placed among them
+- a sample gets the same result alone and in a batch: no loop over samples, and random numbers are drawn per sample
+- scores are float32 whatever the precision of the tokens, and of equal scores the earlier token wins
 
 Shape legend: B rows to route (samples, or samples times views), N tokens in, K tokens out, D token width, H x W grid of
 a view, T text tokens, E language width, L vision layers asked for, C width of keys, W width of encoder tokens,
@@ -33,27 +33,28 @@ POSITIONS = ("keep", "compact", "v2pe")
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Which router a policy has, and how many tokens it leaves.
+    """A policy's token router, and the number of tokens that it keeps.
 
     Attributes:
-        name: one of `routing.registry.ROUTERS`; None is no router.
-        budget: tokens left of each view. A whole number counts them, a number with a point is a share (1 is one token,
-            1.0 are all).
-        stage: where: `encoder_out` (both streams joined, before projection), `projector_out`, or `llm_layer`, which is
-            at `layers` only; None is the router's own.
-        options: of the router by name, e.g. {variant: maxsum}; None is its defaults.
-        mode: what happens at a language layer: tokens not kept are gone (`drop`) or skip that layer only (`bypass`).
-        position: of tokens left: their own (`keep`), numbered anew (`compact`), or their own in steps of
-            `position_step` (`v2pe`).
+        name: one of `routing.registry.ROUTERS`; None: no router.
+        budget: tokens to keep of each view. An integer is a number of tokens, a float is a share: 1 keeps one token,
+            1.0 keeps all.
+        stage: place of the router: `encoder_out` (streams joined, before the projection), `projector_out`, or
+            `llm_layer` (at `layers` only); None: the router's default.
+        options: options of the router by name, e.g. {variant: maxsum}; None: its defaults.
+        mode: treatment of the other tokens at a language layer: removed from there on (`drop`), or skip only this layer
+            (`bypass`).
+        position: position ids of the kept tokens: their own (`keep`), consecutive numbers (`compact`), or their own
+            multiplied by `position_step` (`v2pe`).
         position_step: see `position`.
-        joint: all views compete for V*K places; otherwise each view keeps K.
-        layers: language layers, from 0, before which tokens are routed once more, or for the first time.
-        layer_router: name of the router there; None is `name`.
-        layer_budgets: tokens left at each of `layers`, as `budget`, of all tokens that the vision towers gave; () is
-            `budget` at each.
-        train_budgets: budgets of which every training step draws one (TokenFLEX); () is `budget` only.
-        seed: of what is random.
-        resample: whether other observations draw anew; False takes the same draw for all.
+        joint: let all views compete for V*K places; otherwise keep K of each view.
+        layers: language layers, from 0, before which tokens are routed (again, if `stage` is an earlier one).
+        layer_router: name of the router at `layers`; None: `name`.
+        layer_budgets: budgets at each of `layers`, as `budget`; shares are of all tokens that the vision towers give.
+            (): `budget` at each.
+        train_budgets: budgets from which every training step draws one (TokenFLEX); (): only `budget`.
+        seed: seed of random draws.
+        resample: draw anew for every new observation; False: use the same draw for all.
     """
 
     name: str | None = None
@@ -91,28 +92,36 @@ class RouterConfig:
 
 
 def count_of(budget: int | float, tokens: int | None) -> int:
-    """K of a budget (see `RouterConfig`) of so many tokens; None only checks that it is one."""
+    """Return K for a budget (see `RouterConfig`) and a number of tokens.
+
+    Args:
+        budget: number of tokens (int), or share (float).
+        tokens: tokens that there are; None: only check the budget, and return 0.
+
+    Raises:
+        ValueError: not a budget, or above the number of tokens.
+    """
     whole = isinstance(budget, int) and not isinstance(budget, bool)
     if not isinstance(budget, int | float) or isinstance(budget, bool) or budget <= 0 or (not whole and budget > 1):
         raise ValueError(
-            f"a router's budget is a whole number of tokens or a share in (0, 1], such as 16 or 0.25; got {budget!r}"
+            f"a router's budget is a number of tokens or a share in (0, 1], for example 16 or 0.25; got {budget!r}"
         )
     if tokens is None:
         return 0
     if whole and budget > tokens:
-        raise ValueError(f"a router's budget of {budget} is above the {tokens} tokens there are; give 1 to {tokens}")
+        raise ValueError(f"a router's budget is {budget}, but there are only {tokens} tokens; choose 1 to {tokens}")
     return int(budget) if whole else max(1, round(budget * tokens))
 
 
 @dataclass(frozen=True)
 class RouterSizes:
-    """What a router is built for.
+    """Sizes that a router is built for.
 
     Attributes:
         tokens: N.
         width: D.
         text_width: E.
-        grid: (H, W); None where tokens are no grid.
+        grid: (H, W); None if the tokens are not a grid.
         budget: K, or the largest of several.
     """
 
@@ -125,28 +134,29 @@ class RouterSizes:
 
 @dataclass(frozen=True)
 class RouterContext:
-    """What a policy knows about the tokens. A router reads only what it `needs`; the rest is None.
+    """Facts about the tokens. Only the items that the router `needs` are there; the others are None.
 
     Attributes:
         budget: K.
-        training: whether the policy is being trained.
-        draw_B: int64, one number per row, which all randomness follows from (`routing.draws`).
-        grid: (H, W), tokens are patches of one view in row order.
-        text_BTE: the instruction's words in the language model's space, with `text_mask_BT`, False on padding.
-        text_mask_BT: comes with `text_BTE`.
-        projector: tokens of this stage [...,D] to the language width [...,E].
-        encoder_BNW: tokens as the towers gave them, where the routed ones are projected already.
-        attention_LBN: attention that every token gets: in a tower from [CLS], mean over heads, or where there is none
-            the mean over patches; in the language model from the action tokens.
-        received_BN: attention that every token gets from vision tokens, mean over heads and queries.
-        attention_BNN: head-mean attention among vision tokens; rows are queries.
-        keys_BNC: head-mean keys.
-        pixels_B3HW: the picture, 0 to 255.
-        score_BN: scores that the router before the language model gave the tokens still there.
-        growth_BN: by how much the attention from the action tokens grew since the layer before.
-        share_B2: of the attention of words and actions, the share that goes to vision tokens; and the converse.
+        training: True while the policy is trained.
+        draw_B: random seeds int64, one per row, for `routing.draws`.
+        grid: (H, W); the tokens are patches of one view in row order.
+        text_BTE: instruction tokens in the language model's space.
+        text_mask_BT: bool, False on padding; comes with `text_BTE`.
+        projector: function from tokens of this stage [...,D] to the language width [...,E].
+        encoder_BNW: output of the vision towers, for routers after the projector.
+        attention_LBN: attention that each token gets. In a tower: from [CLS], mean over heads; without [CLS], mean over
+            heads and patches. In the language model: from the action tokens.
+        received_BN: attention that each token gets from vision tokens, mean over heads and queries.
+        attention_BNN: attention among vision tokens, mean over heads; rows are queries.
+        keys_BNC: attention keys, mean over heads.
+        pixels_B3HW: image, 0 to 255.
+        score_BN: scores from the router before the language model, of the tokens that are left.
+        growth_BN: increase of the attention from the action tokens since the layer before.
+        share_B2: share of the text and action tokens' attention that goes to vision tokens, and share of the vision
+            tokens' attention that goes to text and action tokens.
         neurons_BNF: bool, neurons of the language layer's MLP that each vision token activates.
-        text_neurons_BTF: the same of the words.
+        text_neurons_BTF: bool, the same for instruction tokens.
         history_BFND: tokens of F earlier observations, the oldest first.
     """
 
@@ -172,22 +182,23 @@ class RouterContext:
 
 
 ITEMS = frozenset(f.name for f in fields(RouterContext)) - {"budget", "training", "text_mask_BT"}
-"""What a router can need."""
+"""Names of the items that a router can need."""
 
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """What is left.
+    """The result of a router.
 
     Attributes:
-        tokens_BKD: in the precision of the tokens.
-        index_BK: int64, which token each one is; -1 for a synthetic one.
-        place_BK: where each stands among the N tokens, as a position: its index, or that of a synthetic token.
-        score_BN: float32, higher is more worth keeping; None for a router that scores nothing.
-        owner_BN: int64, the place in K that took a token in, -1 where it is lost; None where nothing is merged.
-        mask_BK: False hides a token from all others, where the content decides how many stay (at language layers only);
-            None: all are seen.
-        losses: auxiliary objectives by name, already weighted; empty outside of training.
+        tokens_BKD: kept or synthetic tokens, in the precision of the input.
+        index_BK: int64, index of each token among the N input tokens; -1 for a synthetic token.
+        place_BK: position of each token among the N input tokens: its index, or a place for a synthetic token.
+        score_BN: float32 scores of the input tokens, higher is more worth keeping; None if the router has no scores.
+        owner_BN: int64, for each input token the output token that contains it, -1 if it is lost; None if nothing is
+            merged.
+        mask_BK: bool, False hides a token from all others; for routers whose number of tokens depends on the content
+            (at language layers only). None: nothing is hidden.
+        losses: weighted auxiliary losses by name; empty unless training.
     """
 
     tokens_BKD: Tensor
@@ -200,39 +211,43 @@ class RoutedTokens:
 
 
 class TokenRouter(nn.Module, ABC):
-    """Base of all routers. A subclass says what it needs and writes `route`; options are keywords of its constructor.
+    """Base class of all routers. A subclass sets `needs` and implements `route`; its options are keyword arguments.
 
     Args:
-        sizes: see there.
+        sizes: see `RouterSizes`.
     """
 
     needs: frozenset[str] = frozenset()
-    """Items of `RouterContext`."""
+    """Items of `RouterContext` that the router reads."""
     stage: ClassVar[str] = "encoder_out"
-    """Where it works if nothing else is said."""
+    """Default stage."""
     stages: ClassVar[tuple[str, ...]] = STAGES
-    """Where it can work."""
+    """Stages that the router supports."""
     selects: ClassVar[bool] = True
-    """Whether what it leaves are tokens that came in, and not new ones."""
+    """True if every output token is an input token, False if the router can make new ones."""
 
     def __init__(self, sizes: RouterSizes) -> None:
         super().__init__()
         self.sizes = sizes
 
     def leaves(self, budget: int) -> int:
-        """Tokens that are left for a budget; ValueError where this router cannot keep to it."""
+        """Return the number of tokens that the router leaves for a budget.
+
+        Raises:
+            ValueError: the router does not support this budget.
+        """
         return budget
 
     def attention_blocks(self, depth: int) -> range:
-        """Which of so many vision blocks `attention_LBN` is asked of."""
+        """Return the vision blocks, of `depth`, whose attention `attention_LBN` holds."""
         return range(depth - 1, depth)
 
     @abstractmethod
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
-        """See `forward`."""
+        """Reduce tokens [B,N,D] to [B,K,D]; called by `forward` with autocast off."""
 
     def forward(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
-        """Route; autocast is off inside, so that scores are float32."""
+        """Call `route` with autocast off, so that scores are float32."""
         assert all(getattr(context, name) is not None for name in self.needs), f"{type(self).__name__} lacks context"
         with torch.autocast(tokens_BND.device.type, enabled=False):
             routed = self.route(tokens_BND, context)

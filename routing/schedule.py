@@ -1,7 +1,8 @@
-"""How many vision tokens each layer of the language model keeps (LFP).
+"""Keep schedules: the share of vision tokens that each layer of the language model keeps (LFP).
 
-The published schedule is the shifted cosine: the keep ratio of layer l is `cos(pi * l / period) / 2 + mean`, floored at
-`lo`; a layer is routed only where the ratio is at most `hi`. All other schedules are the reference's alternatives.
+The published schedule is the shifted cosine: the keep ratio of layer l is `cos(pi * l / period) / 2 + mean`, but at
+least `lo`. A layer is routed only if its ratio is at most `hi`. The other schedules are alternatives in the published
+code.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ _DECAY = re.compile(r"shifted(cos|linear)_decay(?:_([0-9.]+)_([0-9.]+))?")
 
 
 def keep_ratios(schedule: str, depth: int, mean: float = 0.5, period: int | None = None) -> tuple[float | None, ...]:
-    """Keep ratio per layer; None where the layer is not routed.
+    """Return the keep ratio of each layer; None for a layer that is not routed.
 
     Args:
         schedule: one of `SCHEDULES`, e.g. `shiftedcos_decay_0.85_0.15`.
-        depth: layers of the language model.
+        depth: number of layers of the language model.
         mean: shift of the decays, and the constant ratio of the other schedules.
-        period: layers over which a decay runs; None is `depth - 1`. The published code always divides by 31.
+        period: number of layers over which a decay runs; None: `depth - 1`. The published code always uses 31.
 
     Raises:
-        ValueError: unknown schedule, or numbers outside their range.
+        ValueError: unknown schedule, or a number out of range.
     """
     if depth < 1 or not 0 < mean <= 1 or (period is not None and period < 1):
-        raise ValueError(f"needs depth >= 1, 0 < mean <= 1 and period >= 1, got {depth=}, {mean=}, {period=}")
+        raise ValueError(
+            f"a keep schedule needs depth >= 1, 0 < mean <= 1 and period >= 1, got {depth=}, {mean=}, {period=}"
+        )
     if match := _DECAY.fullmatch(schedule):
         kind, hi_text, lo_text = match.groups()
         if kind == "cos" and hi_text is None:
@@ -58,11 +61,11 @@ def keep_ratios(schedule: str, depth: int, mean: float = 0.5, period: int | None
 
 
 def keep_count(tokens: int, ratio: float) -> int:
-    """Tokens kept of `tokens`: rounded down, so that few tokens at a low ratio can be none at all, as published."""
+    """Return the number of tokens to keep, rounded down as in the published code: it can be 0."""
     return math.floor(tokens * ratio)
 
 
-# Written as the published code rounds, since a count is rounded down from them.
+# Same order of operations as the published code: counts are rounded down, so the last bit matters.
 def _cosine(layer: int, steps: int) -> float:
     return math.cos(layer * math.pi / steps) / 2
 

@@ -1,10 +1,11 @@
-"""VFlowOpt's offline search: which share of the vision tokens to keep before the language model and at some of its
-layers, so that a mean budget is met and the answers change least.
+"""Offline search of keep schedules (VFlowOpt): find the shares of vision tokens to keep before the language model and
+at some of its layers, for a given mean share, such that the policy's answers change least.
 
-The shares fall: s_0 of the tokens enter, s_1 are left from layer l_1 on, and so on. Their mean over the layers is the
-budget; the last share follows from the others. The paper searches with a Gaussian process (27 points to begin with, 300
-evaluations); here it is as many random points, then steps around the best one that become smaller, which is enough for
-three to five numbers. Numbers of the router itself, such as a threshold, can be searched with them.
+Shares decrease: s_0 of the tokens enter the language model, s_1 are left from layer l_1 on, and so on. Their mean over
+the layers is the budget, so the last share follows from the others. The paper searches with a Gaussian process (27
+initial points, 300 evaluations). Here the same number of random points comes first, then random steps around the best
+point, which become smaller; that is enough for three to five numbers. Options of the router, such as a threshold, can
+be searched at the same time.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ FIRST_POINTS, STEP, LEAST = 27, 0.3, 0.01
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is searched for.
+    """Shares of vision tokens to keep, and options of the router.
 
     Attributes:
-        layers: before which tokens are left out, ascending.
-        shares: s_0 before the language model, then one for each layer.
-        options: numbers of the router.
+        layers: language layers before which tokens are removed, ascending.
+        shares: s_0 before the language model, then one for each of `layers`.
+        options: numerical options of the router.
     """
 
     layers: tuple[int, ...]
@@ -33,12 +34,12 @@ class Schedule:
     options: Mapping[str, float] = field(default_factory=dict)
 
     def mean(self, depth: int) -> float:
-        """Mean share over so many layers."""
+        """Return the mean share over all `depth` layers."""
         spans = zip(self.shares, (0, *self.layers), (*self.layers, depth), strict=True)
         return sum(share * (end - start) for share, start, end in spans) / depth
 
     def applied(self, router: RouterConfig) -> RouterConfig:
-        """A router's configuration with this schedule."""
+        """Return the router's configuration with this schedule."""
         options = {**(router.options or {}), **self.options}
         return replace(
             router, budget=self.shares[0], layers=self.layers, layer_budgets=self.shares[1:], options=options or None
@@ -48,7 +49,17 @@ class Schedule:
 def completed(
     layers: tuple[int, ...], shares: tuple[float, ...], depth: int, budget: float
 ) -> tuple[float, ...] | None:
-    """All shares, the last one such that their mean is the budget; None where no falling shares have it."""
+    """Append the last share, such that the mean over all layers is the budget.
+
+    Args:
+        layers: see `Schedule`.
+        shares: all shares but the last.
+        depth: number of layers of the language model.
+        budget: mean share.
+
+    Returns:
+        All shares, or None if the last one would be larger than the one before it, or too small.
+    """
     spent = sum(share * (end - start) for share, start, end in zip(shares, (0, *layers[:-1]), layers, strict=True))
     last = (budget * depth - spent) / (depth - layers[-1])
     return (*shares, last) if LEAST <= last <= shares[-1] + 1e-9 else None
@@ -63,22 +74,27 @@ def search(
     evaluations: int = 300,
     seed: int = 0,
 ) -> tuple[Schedule, float]:
-    """The best schedule found, and its value.
+    """Search for the best schedule; return it and its value.
 
     Args:
-        objective: how good a schedule is, higher is better; the cosine of the states of the action tokens with and
-            without routing, for instance (`policy.model.schedule_objective`).
-        layers: where tokens are left out, see `Schedule`.
-        depth: layers of the language model.
+        objective: value of a schedule, higher is better. For example the cosine between the states of the action tokens
+            with and without routing (`policy.model.schedule_objective`).
+        layers: see `Schedule`.
+        depth: number of layers of the language model.
         budget: mean share of tokens over all layers.
-        options: numbers of the router with their ranges.
-        evaluations: calls of the objective.
-        seed: of the random points.
+        options: ranges of numerical router options that are searched too.
+        evaluations: number of calls of the objective.
+        seed: seed of the random points.
+
+    Raises:
+        ValueError: layers, budget or evaluations out of range.
     """
     if not layers or list(layers) != sorted(set(layers)) or not 0 < layers[0] <= layers[-1] < depth:
-        raise ValueError(f"layers must rise within 1 to {depth - 1}, got {layers}")
+        raise ValueError(f"layers must increase, from 1 to at most {depth - 1}, got {layers}")
     if not LEAST < budget < 1 or evaluations < 1:
-        raise ValueError(f"needs a budget between {LEAST} and 1 and evaluations, got {budget} and {evaluations}")
+        raise ValueError(
+            f"the budget must be between {LEAST} and 1, and evaluations at least 1; got {budget} and {evaluations}"
+        )
     draw, ranges = random.Random(seed), dict(options or {})
     flat = Schedule(layers, (budget,) * (len(layers) + 1), {name: (a + b) / 2 for name, (a, b) in ranges.items()})
     best, value = flat, objective(flat)
@@ -98,7 +114,7 @@ def _near(
     ranges: Mapping[str, tuple[float, float]],
     draw: random.Random,
 ) -> Schedule:
-    """A random schedule that keeps to the budget, anywhere or around the best one."""
+    """Draw a random schedule with the given budget: around the best one, or anywhere if `spread` is None."""
     while True:
         free = best.shares[:-1]
         drawn = [draw.uniform(LEAST, 1) if spread is None else s + draw.gauss(0, spread) for s in free]

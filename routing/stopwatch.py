@@ -1,4 +1,4 @@
-"""How long parts of a forward pass take, without a profiler that slows them down."""
+"""A stopwatch for parts of a forward pass, without the overhead of a profiler."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the wall time of the blocks it is put around: `with stopwatch: ...`. Waits for the GPU at both ends.
+    """Add up the wall time of blocks: `with stopwatch: ...`. It waits for the GPU at both ends.
 
     Attributes:
-        seconds: so far; set it to 0 to begin again.
+        seconds: sum so far; set it to 0 to start again.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,13 @@
-"""AgilePruner: attention decides the order, similarity removes doubles, and how much is a double follows from how
-complex the picture is, measured by the effective rank of its tokens.
+"""AgilePruner: take tokens in order of attention and remove near-duplicates, with a threshold that adapts to the
+complexity of the picture (effective rank of its tokens).
 
-Candidates in order of attention; the token of rank i (from 1) stays and removes later ones nearer than
-tau_i = min(0.01 * i * erank / mean erank, tau_max) in cosine distance. erank = exp(entropy of the singular values).
+Tokens are visited in order of attention. The token of rank i (from 1) stays and removes later tokens whose cosine
+distance to it is less than tau_i = min(0.01 * i * erank / mean erank, tau_max). erank = exp(entropy of the singular
+values).
 
-Our choices, since neither code nor these values are published: the token matrix is not centred; ranks are those before
-any removal; tau_max = 0.5; where candidates run out, removed ones fill the budget in order of attention; without a
-measured `mean_erank`, it is 0.16 N, about what the paper reports for 576 tokens. Measure it on your own pictures.
+Our choices, since neither the code nor these values are published: the token matrix is not centred; ranks are those
+before any removal; tau_max = 0.5; if too few tokens stay, removed ones fill the budget in order of attention; the
+default of `mean_erank` is 0.16 N, about what the paper reports for 576 tokens. Measure it on your own pictures.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ USUAL = 0.16
 
 
 class AdaptiveErank(TokenRouter):
-    """Keeps what is attended to, without doubles.
+    """Keep the tokens with the most attention, without near-duplicates.
 
     Args:
         sizes: see `RouterSizes`.
-        mean_erank: of the policy's pictures; None: 0.16 N.
-        step: growth of the distance with the rank.
-        limit: tau_max, the largest distance that still makes a double.
+        mean_erank: mean effective rank of the policy's pictures; None: 0.16 N.
+        step: growth of the distance threshold with the rank.
+        limit: tau_max, the largest distance threshold.
     """
 
     needs = frozenset({"attention_LBN"})
@@ -44,7 +45,7 @@ class AdaptiveErank(TokenRouter):
         assert context.attention_LBN is not None
         score_BN, tokens = context.attention_LBN.float().sum(0), tokens_BND.shape[1]
         order_BN = ranked(score_BN)
-        x_BND = take(unit(tokens_BND), order_BN)  # from here on, the place of a token is its rank
+        x_BND = take(unit(tokens_BND), order_BN)  # from here on, a token's index is its rank
         growth_B1 = self.step * effective_rank(tokens_BND)[:, None] / self.mean_erank
         rank_N = torch.arange(1, tokens + 1, device=x_BND.device)
         near_BN = (growth_B1 * rank_N).clamp_max(self.limit)

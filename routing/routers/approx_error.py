@@ -1,13 +1,14 @@
-"""ApET: keep what a few basis tokens cannot
-explain, and the basis. It asks for no attention, so it works with fused kernels at every stage.
+"""ApET: keep a few basis tokens, and the tokens that the basis approximates worst. It needs no attention, so it works
+with fused kernels at every stage.
 
-A basis of k tokens by farthest-point sampling in squared distance; least squares (B B^T + 1e-5 I) in float32; the error
-of a token is what is left of it. The K-k largest errors stay as informative tokens, every other token is averaged into
-the informative one of the greatest cosine, and the k basis tokens stay as they are: their own error is 0, so they would
-never be among the largest, and with them the main content of the picture would go.
+Farthest-point sampling in squared distance gives a basis of k tokens. Least squares with (B B^T + 1e-5 I), in float32,
+approximates every token by the basis; the error of a token is the length of the residual. The K-k tokens with the
+largest errors stay as informative tokens, and every other token is averaged into the informative token with the largest
+cosine. The k basis tokens stay unchanged: their error is 0, so they would never be among the largest, and the main
+content of the picture would be lost with them.
 
 Our choices: k is at most half of the budget (the paper's 10 are for 96 tokens and more); basis tokens are not averaged
-into others; the start of the sampling is drawn.
+into others; the first basis token is drawn at random.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ RIDGE = 1e-5
 
 
 class ApproxError(TokenRouter):
-    """Keeps a basis and what it cannot express.
+    """Keep a basis, and the tokens that it approximates worst.
 
     Args:
         sizes: see `RouterSizes`.
-        basis: k, at most half of the budget is used.
+        basis: k; limited to half of the budget.
     """
 
     needs = frozenset({"draw_B"})
@@ -61,7 +62,7 @@ class ApproxError(TokenRouter):
         both_BKD = torch.cat((total_BID / count_BI1, take(x_BND, basis_BK)), dim=1).to(tokens_BND.dtype)
         place_BK, order_BK = kept_BK.sort(dim=1)
         merged_BK = order_BK < informative_BI.shape[1]
-        slot_BK = order_BK.argsort(dim=1)  # where each of `kept_BK` went
+        slot_BK = order_BK.argsort(dim=1)  # output place of each of `kept_BK`
         owner_BN = torch.zeros_like(error_BN, dtype=torch.int64).scatter_(1, kept_BK, slot_BK)
         owner_BN.scatter_(1, rest_BR, slot_BK.gather(1, owner_BR))
         return RoutedTokens(
@@ -70,7 +71,13 @@ class ApproxError(TokenRouter):
 
 
 def sample_far(x_BND: Tensor, first_B: Tensor, count: int) -> Tensor:
-    """Farthest-point sampling, indices [B,count] in the order taken."""
+    """Sample the farthest points; return their indices [B,count] in the order of choice.
+
+    Args:
+        x_BND: points.
+        first_B: index of the first point of each row.
+        count: number of points.
+    """
     chosen_B1 = first_B[:, None]
     distance_BN, found = torch.full_like(x_BND[..., 0], float("inf")), [chosen_B1]
     for _ in range(count - 1):
@@ -82,7 +89,7 @@ def sample_far(x_BND: Tensor, first_B: Tensor, count: int) -> Tensor:
 
 
 def approximation_error(x_BND: Tensor, basis_BKD: Tensor) -> Tensor:
-    """Length of what the span of the basis leaves of each token, float32 [B,N]."""
+    """Return the length of each token's residual after projection on the span of the basis, float32 [B,N]."""
     gram_BKK = basis_BKD @ basis_BKD.mT + RIDGE * torch.eye(basis_BKD.shape[1], device=x_BND.device)
     weights_BKN = torch.linalg.solve(gram_BKK, basis_BKD @ x_BND.mT)
     return (x_BND - weights_BKN.mT @ basis_BKD).norm(dim=-1)

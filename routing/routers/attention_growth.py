@@ -1,9 +1,11 @@
 """CATP, second stage: inside the language model, keep the tokens to which attention grows from one layer to the next.
 
-score = max(0, A_l - A_{l-1}) + 0.6 cos(hidden, mean hidden of the words), A the attention that a token gets at a layer.
+score = max(0, A_l - A_{l-1}) + 0.6 cos(hidden, mean hidden of the words); A_l is the attention that a token gets at
+layer l.
 
-Our choices: attention from the action tokens in place of the last prompt token; one layer instead of two, and all
-vision tokens alike, since policies here see one moment (the paper treats context pictures first, then the query's).
+Our choices: attention comes from the action tokens instead of the last prompt token; one layer instead of two, and no
+difference between vision tokens, since policies here see one moment (the paper prunes the context pictures first, then
+the query's).
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from cogvla.routing.selection import best, kept, unit
 
 
 class AttentionGrowth(TokenRouter):
-    """Keeps what is being noticed.
+    """Keep the tokens to which attention grows.
 
     Args:
         sizes: see `RouterSizes`.
-        text: weight of the similarity to the words.
+        text: weight of the similarity to the mean word.
     """
 
     needs = frozenset({"growth_BN", "text_BTE"})

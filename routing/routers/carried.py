@@ -1,6 +1,6 @@
-"""The scores of the router before the language model once more: VFlowOpt prunes inside the language model by the same
-importance, so that no attention has to be computed there. Use it as `router.layer_router=carried` with `router.layers`
-and `router.layer_budgets`; `routing.schedule_search` finds the budgets.
+"""Reuse the scores of the router before the language model at language layers, as VFlowOpt does: no attention has to be
+computed there. Set `router.layer_router=carried` with `router.layers` and `router.layer_budgets`;
+`routing.schedule_search` finds the budgets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from cogvla.routing.selection import best, kept
 
 
 class Carried(TokenRouter):
-    """Keeps the best of those that are left, by the first router's scores."""
+    """Keep the best of the remaining tokens, by the scores of the router before the language model."""
 
     needs = frozenset({"score_BN"})
     stage = "llm_layer"

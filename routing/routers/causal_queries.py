@@ -1,7 +1,8 @@
-"""SEED's causal Q-Former without its codebook: K learned queries read the tokens, and each query sees only those before
-it. So the first k of them are a shorter answer, and one training with `router.train_budgets` gives all budgets.
+"""SEED's causal Q-Former without its codebook: K learned queries read the tokens, and each query attends only to the
+queries before it. So the first k queries are a valid shorter result, and one training with `router.train_budgets`
+covers all budgets.
 
-Our choices: two blocks of (causal self-attention, cross-attention), since the paper's is a whole Q-Former; queries are
+Our choices: two blocks of causal self-attention and cross-attention, where the paper uses a whole Q-Former; queries are
 spread evenly over the places of the tokens.
 """
 
@@ -16,12 +17,12 @@ from cogvla.routing.selection import synthetic
 
 
 class CausalQueries(TokenRouter):
-    """A resampler whose tokens are ordered by importance.
+    """Resample the tokens with learned queries, the most important ones first.
 
     Args:
         sizes: see `RouterSizes`.
-        blocks: pairs of self- and cross-attention.
-        heads: of each.
+        blocks: number of pairs of self- and cross-attention.
+        heads: attention heads.
     """
 
     selects = False

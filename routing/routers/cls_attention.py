@@ -1,12 +1,13 @@
-"""Attention of [CLS]: FasterVLM ("[CLS] Attention is All You Need...") with one layer, VTC-CLS ("[CLS] Token Tells
-Everything...") with several.
+"""Keep the patches with the most [CLS] attention: FasterVLM ("[CLS] Attention is All You Need...") with one layer,
+VTC-CLS ("[CLS] Token Tells Everything...") with several.
 
-The score of a patch is the head-mean attention that [CLS] gives it, softmax over everything and not normalised again,
-at the layer whose output is used; VTC-CLS sums the last layers. The K best stay in their spatial order.
+The score of a patch is the attention that it gets from [CLS], mean over heads, at the layer whose output is used. The
+softmax is over all tokens, and scores are not normalised again. VTC-CLS sums the last layers. The K best patches stay
+in their spatial order.
 
-Our choices: `layers` counts from the layer that feeds the projector backwards, since VTC-CLS gives no default; a tower
-without [CLS] gives the mean attention that a patch receives (the context says so); `outliers` takes out registers in
-disguise, tokens longer than so many medians (the effect that DAMRO warns of), off by default.
+Our choices: `layers` counts backwards from the layer that feeds the projector, since VTC-CLS gives no default; with a
+tower without [CLS], the score is the mean attention that a patch gets from all patches; `outliers` (off by default)
+moves very long tokens behind all others, because they act as registers (the effect that DAMRO warns of).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from cogvla.routing.selection import best, kept
 
 
 class ClsAttention(TokenRouter):
-    """Keeps what [CLS] looks at.
+    """Keep the tokens with the most [CLS] attention.
 
     Args:
         sizes: see `RouterSizes`.
-        layers: how many of the last layers are summed.
-        outliers: tokens longer than so many times the median norm are not kept before the others; None: no limit.
+        layers: number of last layers whose attention is summed.
+        outliers: tokens with a norm above this multiple of the median norm are kept last; None: no limit.
     """
 
     needs = frozenset({"attention_LBN"})

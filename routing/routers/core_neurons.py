@@ -1,12 +1,12 @@
-"""CoreMatching: tokens that activate the neurons which the instruction activates.
+"""CoreMatching: keep the tokens that activate the same MLP neurons as the instruction.
 
-At a language layer, b_i says which neurons of the gated MLP token i switches on (SiLU(gate) * up > 0), b_core which
-ones the words do; the overlap b_i . b_core is the score. `knee` cuts where the sorted overlaps bend, at the largest
-distance from their chord, but never keeps more than the budget.
+At a language layer, b_i marks the neurons of the gated MLP that token i activates (SiLU(gate) * up > 0), and b_core
+those that the words activate. The score of token i is the overlap b_i . b_core. With `knee`, only tokens above the knee
+of the sorted scores are seen, at most K; the knee is the point farthest from the line between the ends.
 
 Our choices: core neurons are those that more than half of the words activate; activations are those of this layer's MLP
-without the attention before it, since the layer has not run yet; without `knee` exactly K stay. Tokens below the knee
-are hidden, not removed, since shapes may not depend on the content.
+without the attention before it, since the layer has not run yet; without `knee` exactly K tokens stay. Tokens below the
+knee are hidden, not removed, since shapes must not depend on the content.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from cogvla.routing.selection import best, kept
 
 
 class CoreNeurons(TokenRouter):
-    """Keeps what excites the same neurons as the words.
+    """Keep the tokens that activate the same neurons as the words.
 
     Args:
         sizes: see `RouterSizes`.
-        knee: cut at the bend of the scores too.
+        knee: also hide the tokens below the knee of the scores.
     """
 
     needs = frozenset({"neurons_BNF", "text_neurons_BTF", "text_BTE"})
@@ -52,7 +52,7 @@ class CoreNeurons(TokenRouter):
 
 
 def bend(score_BN: Tensor) -> Tensor:
-    """The score [B,1] at which the sorted scores are farthest from the line between their ends."""
+    """Return the score [B,1] at which the sorted scores are farthest from the line between their ends."""
     falling_BN = score_BN.sort(dim=1, descending=True).values
     along_N = torch.linspace(0, 1, falling_BN.shape[1], device=score_BN.device)
     chord_BN = falling_BN[:, :1] + (falling_BN[:, -1:] - falling_BN[:, :1]) * along_N

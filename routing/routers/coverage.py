@@ -1,8 +1,9 @@
-"""MMTok: the tokens that together cover the words of the instruction and the other vision tokens.
+"""MMTok: keep the tokens that together cover the words of the instruction and the other vision tokens.
 
-P = softmax over tokens of (word . projected token / 0.02), divided by the words; Q = softmax of (token . token / 0.2)
-in the tower's features, divided by N; U = [P; alpha Q], alpha = 0.5. Greedily take the column that adds most to the
-sum over rows of the largest entry taken, which is within 1 - 1/e of the best set.
+P = softmax over tokens of (word . projected token / 0.02), divided by the number of words; Q = softmax of (token .
+token / 0.2) in the tower's features, divided by N; U = [P; alpha Q], alpha = 0.5. The coverage of a set of columns is
+the sum over rows of the largest entry in the set. The router greedily adds the column that increases it most, which
+reaches at least 1 - 1/e of the best coverage.
 
 Our choice: all words count; the authors strip the text to keywords.
 """
@@ -19,11 +20,11 @@ TEXT_TEMPERATURE, VISION_TEMPERATURE = 0.02, 0.2
 
 
 class Coverage(TokenRouter):
-    """Keeps tokens that cover words and picture.
+    """Keep the tokens that cover words and picture best.
 
     Args:
         sizes: see `RouterSizes`.
-        alpha: weight of the picture beside the words.
+        alpha: weight of the picture relative to the words.
     """
 
     needs = frozenset({"text_BTE", "encoder_BNW"})
@@ -50,7 +51,12 @@ class Coverage(TokenRouter):
 
 
 def cover(utility_BUN: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Greedy maximum coverage: columns [B,count] in the order of choice, and what each added."""
+    """Solve maximum coverage greedily; return columns [B,count] in the order of choice, and the gain of each.
+
+    Args:
+        utility_BUN: how well each column (token) covers each row.
+        count: number of columns to choose.
+    """
     best_BU1 = torch.zeros_like(utility_BUN[..., :1])
     taken_BN = torch.zeros_like(utility_BUN[:, 0], dtype=torch.bool)
     found, gains = [], []

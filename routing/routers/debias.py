@@ -1,8 +1,8 @@
-"""Attention Debiasing: attention to later tokens is larger because they are later; divide the trend out before another
-router reads it.
+"""Attention Debiasing: later tokens get more attention just because of their position; remove this trend before another
+router reads the attention.
 
-The authors' fitted trends are exp(rate * i) in the token's number i, with rates of 0.0011 to 0.0046 for 576 tokens, so
-every attention score is multiplied by exp(-rate * i). `fit_rate` finds the rate in a mean attention profile.
+The authors' fitted trends are exp(rate * i) for token number i, with rates of 0.0011 to 0.0046 for 576 tokens, so every
+attention score is multiplied by exp(-rate * i). `fit_rate` fits the rate to a mean attention profile.
 
 Our choices: the rate scales with 576 / N; their step for padded pictures is left out, since pictures here are not
 padded. In an encoder, which is not causal, expect a rate near 0.
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 
-TOKENS = 576  # that the authors' rates are for
+TOKENS = 576  # the authors' rates are for this many tokens
 
 
 class Debias(TokenRouter):
-    """Another router with attention freed from its trend.
+    """Run another router on attention without the trend.
 
     Args:
         sizes: see `RouterSizes`.
-        base: name of the other router, one that reads attention.
-        base_options: of it.
-        rate: of the trend per token of 576.
+        base: name of the other router; it must read attention.
+        base_options: options of that router.
+        rate: rate of the trend per token, for 576 tokens.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Debias(TokenRouter):
         rate: float = 0.002,
     ) -> None:
         super().__init__(sizes)
-        from cogvla.routing.registry import build_router  # which lists this router too
+        from cogvla.routing.registry import build_router  # here, since the registry imports this file
 
         self.base, self.rate = build_router(base, sizes, base_options), rate * TOKENS / sizes.tokens
         self.needs, self.selects = self.base.needs, self.base.selects  # type: ignore[misc]
@@ -63,7 +63,7 @@ class Debias(TokenRouter):
 
 
 def fit_rate(profile_N: Tensor) -> float:
-    """The rate of `Debias` for a mean attention profile: least squares of its logarithm over the tokens' numbers."""
+    """Fit `Debias`'s rate to a mean attention profile [N], by least squares of its logarithm over the token number."""
     number_N = torch.arange(len(profile_N), dtype=torch.float64, device=profile_N.device)
     number_N, log_N = number_N - number_N.mean(), profile_N.double().log()
     slope = (number_N @ (log_N - log_N.mean())) / (number_N @ number_N)

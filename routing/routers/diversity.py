@@ -1,11 +1,12 @@
-"""ToDRE: tokens that are as different from each other as possible.
+"""ToDRE: keep tokens that are as different from each other as possible.
 
-On projected tokens of length 1, starting at the token with the most [CLS] attention, take K-1 times the token with the
-least similarity to those taken: to the nearest of them (`kcenter`, version 1 of the paper) or to all in sum (`maxsum`,
-version 2). The two give different sets. The paper's exit from the language model is `late_exit`.
+Projected tokens are scaled to length 1. The first one is the token with the most [CLS] attention; then the token least
+similar to those already taken is added K-1 times. Similarity is that to the nearest of them (`kcenter`, version 1 of
+the paper) or the sum over all (`maxsum`, version 2); the two give different sets. The paper's exit from the language
+model is `late_exit`.
 
-Our choice: where there is no attention to ask for, `pivot: random` starts anywhere, which the paper finds nearly as
-good. K rounds of O(N D), all samples together.
+Our choice: `pivot: random` starts at a random token, for towers without attention; the paper finds that nearly as good.
+The cost is K rounds of O(N D), for all samples together.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ VARIANTS, PIVOTS = ("kcenter", "maxsum"), {"attention": "attention_LBN", "random
 
 
 class Diversity(TokenRouter):
-    """Keeps tokens that differ.
+    """Keep tokens that differ from each other.
 
     Args:
         sizes: see `RouterSizes`.
         variant: `kcenter` or `maxsum`.
-        pivot: the first token: most `attention`, or `random`.
+        pivot: first token: the one with the most `attention`, or a `random` one.
     """
 
     stage = "projector_out"
@@ -55,7 +56,14 @@ class Diversity(TokenRouter):
 
 
 def farthest(unit_BND: Tensor, first_B: Tensor, count: int, summed: bool = False) -> Tensor:
-    """Indices [B,count] in the order in which they are taken, each least similar to those before it."""
+    """Choose tokens one by one, each the least similar to those before; return indices [B,count] in that order.
+
+    Args:
+        unit_BND: tokens of length 1.
+        first_B: index of the first token of each row.
+        count: number of tokens to choose.
+        summed: add the similarities to all chosen tokens; otherwise take the largest.
+    """
     chosen_B1 = first_B[:, None]
     found, nearness_BN = [chosen_B1], None
     for _ in range(count - 1):

@@ -1,7 +1,7 @@
-"""CATP, first stage: tokens that represent all others and agree with the instruction.
+"""CATP, first stage: keep tokens that represent all others and match the instruction (facility location).
 
-Greedily maximise sum_x max_{y in Y} sim(x, y) + 0.7 sum_{y in Y} sim(y, mean word), sim = cosine mapped to [0, 1]. The
-second stage, inside the language model, is `attention_growth`.
+The router greedily maximises sum_x max_{y in Y} sim(x, y) + 0.7 sum_{y in Y} sim(y, mean word), where sim is the cosine
+mapped to [0, 1]. The second stage, inside the language model, is `attention_growth`.
 
 Our choice: all words count in the mean.
 """
@@ -16,11 +16,11 @@ from cogvla.routing.selection import kept, take, unit
 
 
 class FacilityLocation(TokenRouter):
-    """Keeps representatives that fit the words.
+    """Keep representative tokens that match the words.
 
     Args:
         sizes: see `RouterSizes`.
-        text: weight of the words.
+        text: weight of the similarity to the mean word.
     """
 
     needs = frozenset({"text_BTE"})
@@ -46,7 +46,7 @@ class FacilityLocation(TokenRouter):
 
 
 def mean_word(context: RouterContext) -> Tensor:
-    """Mean of the instruction's words, float32 [B,E]."""
+    """Return the mean of the instruction's words, float32 [B,E]."""
     assert context.text_BTE is not None
     assert context.text_mask_BT is not None
     weight_BT1 = context.text_mask_BT.float()[..., None]

@@ -1,10 +1,11 @@
 """CogVLA's EFA as a router: K learned tokens collect from the patches what the instruction asks for.
 
-In the policy's own stage 1 (`routing.efa`, `routing/aggregation.py`) such tokens go through every block of the towers,
-which the instruction modulates by FiLM. Here they read the towers' last features only, in blocks of attention, FiLM and
-an MLP, so that the towers stay as they are and the cost of looking for K tokens can be compared with the others'.
+In the policy's own stage 1 (`routing.efa`, `routing/aggregation.py`), such tokens pass through all blocks of the
+towers, and the instruction modulates these blocks by FiLM. Here the tokens only read the last features of the towers,
+in blocks of attention, MLP and FiLM. The towers stay unchanged, so cost and quality can be compared with other routers.
 
-Our choices: two blocks; FiLM from the mean of the words, starting at the identity; tokens stand evenly spread.
+Our choices: two blocks; FiLM from the mean of the words, initialised to the identity; places of the tokens are evenly
+spread.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from cogvla.routing.selection import synthetic
 
 
 class FiLMAggregation(TokenRouter):
-    """Learned tokens that look for what is asked.
+    """Replace the tokens by K learned tokens that read them, modulated by the instruction.
 
     Args:
         sizes: see `RouterSizes`.
-        blocks: how often they look.
-        heads: of the attention.
+        blocks: number of blocks.
+        heads: attention heads.
     """
 
     needs = frozenset({"text_BTE"})

@@ -1,11 +1,11 @@
 """CogVLA's LFP as a router: the instruction modulates vision tokens, a linear layer scores them, the best stay.
 
-In the policy's own stage 2 (`routing.lfp`, `routing/pruning.py`) every layer does this with its own keep ratio, and the
-probability scales what a kept token computes. Here it is one decision at one place, with the same module, so that it
-can be compared with the others at the same budget.
+In the policy's own stage 2 (`routing.lfp`, `routing/pruning.py`), every routed layer does this with its own keep ratio,
+and the probability scales a kept token's output of the layer. Here the same module decides once, so that it can be
+compared with other routers at the same budget.
 
-Our choices: the summary is the mean of the words, without the state; kept tokens are multiplied by 1 with the gradient
-of their probability (straight through), since a router does not see what a layer computes.
+Our choices: the summary is the mean of the words, without the state; kept tokens are multiplied by 1, with the gradient
+of their probability (straight-through), since a router has no access to a layer's output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cogvla.routing.selection import best, kept, straight_through
 
 
 class FiLMPruning(TokenRouter):
-    """Keeps what the instruction asks for, by a trained score."""
+    """Keep the tokens that a trained score, modulated by the instruction, finds best."""
 
     needs = frozenset({"text_BTE"})
     stage = "projector_out"

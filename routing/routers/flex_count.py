@@ -1,9 +1,9 @@
-"""TokenFLEX: one policy for any number of vision tokens. The grid is pooled to h x w = K, and a SwiGLU layer follows;
-in training `router.train_budgets` draws K anew at every step, afterwards `router.budget` is free.
+"""TokenFLEX: one policy for any number of vision tokens. The grid is pooled to h x w = K, and a SwiGLU layer follows.
+Each training step draws K from `router.train_budgets`; after training, choose any `router.budget`.
 
-Our choices: budgets are drawn uniformly, since the paper's probabilities are not known; the SwiGLU layer stands before
-the policy's own projector and adds to the pooled tokens, starting at nothing, so that it can be put into a trained
-policy. Any other router can be trained with `train_budgets` too.
+Our choices: budgets are drawn uniformly, since the paper's probabilities are not known; the SwiGLU layer comes before
+the policy's own projector, with a residual connection, and its output is 0 at first, so that it can be added to a
+trained policy. Any other router can be trained with `train_budgets` too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from cogvla.routing.selection import grid_shape
 
 
 class FlexCount(TokenRouter):
-    """Pooling to any size, with one set of weights.
+    """Pool the grid to any size, with one set of weights.
 
     Args:
         sizes: see `RouterSizes`.
-        growth: hidden width of the SwiGLU layer in token widths.
+        growth: hidden width of the SwiGLU layer as a multiple of the token width.
     """
 
     needs = frozenset({"grid"})

@@ -1,10 +1,11 @@
-"""Fourier-VLM, now Fourier Compressor: the low frequencies of the token grid, as a smaller grid.
+"""Fourier-VLM (later Fourier Compressor): reduce the token grid to a smaller one by keeping its low frequencies.
 
-Orthonormal DCT-II of the H x W grid in every channel, its h x w corner, inverse DCT at the small size. That multiplies
-the mean by sqrt(HW / hw), which the authors' fine-tuning takes up; without it, `rescale` divides it out.
+The orthonormal DCT-II of the H x W grid is computed in every channel; the inverse DCT of its h x w corner gives the
+small grid. This multiplies the mean by sqrt(HW / hw). The authors fine-tune with this factor; `rescale` divides it out
+for use without fine-tuning.
 
-Our choices: rescaling by default; two small matrix products instead of an FFT; tokens stand in the middle of their
-cells. On smooth pictures this is nearly average pooling (`spatial_pool`).
+Our choices: rescaling by default; two small matrix products instead of an FFT; a token's place is the middle of its
+cell. On smooth pictures the result is nearly that of average pooling (`spatial_pool`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from cogvla.routing.selection import cells, grid_shape
 
 
 class Frequency(TokenRouter):
-    """Low frequencies of the picture.
+    """Reduce the grid to its low frequencies.
 
     Args:
         sizes: see `RouterSizes`.
-        rescale: keep the mean of the tokens.
+        rescale: preserve the mean of the tokens.
     """
 
     needs = frozenset({"grid"})
@@ -44,7 +45,7 @@ class Frequency(TokenRouter):
         assert context.grid is not None
         grid, shape = context.grid, grid_shape(context.grid, context.budget)
         x_BHWD = rearrange(tokens_BND.float(), "b (h w) d -> b h w d", h=grid[0])
-        # There and back in one matrix per side.
+        # DCT and inverse DCT in one matrix per side.
         maps = [
             dct(small, x_BHWD.device).T @ dct(large, x_BHWD.device)[:small]
             for small, large in zip(shape, grid, strict=True)
@@ -59,7 +60,7 @@ class Frequency(TokenRouter):
 
 
 def dct(size: int, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II as a matrix, float32 [size,size]; its transpose is the inverse."""
+    """Return the orthonormal DCT-II as a matrix, float32 [size,size]; its transpose is the inverse."""
     position_S = torch.arange(size, device=device, dtype=torch.float32) + 0.5
     wave_SS = torch.cos(math.pi / size * torch.arange(size, device=device)[:, None] * position_S)
     return (

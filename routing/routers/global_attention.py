@@ -1,14 +1,15 @@
-"""VFlowOpt's selection: what the global tokens of the tower look at is important, and what goes is recycled.
+"""VFlowOpt's selection: keep the tokens that the tower's global tokens attend to, and recycle the others.
 
-Global tokens are patches that receive more than `threshold` times the mean attention. Importance of a token is the mean
-attention that they give it, plus `entropy` times the softmax of the patches' Shannon entropy (of a grey histogram of
-256 bins). Of the K places, M = N / cell^2 hold recycled tokens: importance-weighted means of tokens that go, each
-standing at the most important one of its cell.
+Global tokens are patches that get more than `threshold` times the mean attention. The importance of a token is the mean
+attention that it gets from them, plus `entropy` times the softmax of the patches' Shannon entropy (of a grey histogram
+of 256 bins). M = N / cell^2 of the K tokens are recycled tokens: importance-weighted means of removed tokens, each at
+the place of the most important removed token of a cell.
 
-The paper's search found entropy = 0 every time, so that is the default. Our choices: exactly M recycled tokens, at most
-K/2, to which each token that goes contributes by nearness (theirs are as many as there are cells with such tokens);
-`threshold` and `cell` are for small grids (they found 28.7 to 39.3, and 11.8 to 17.4, for 27 x 27 patches); where no
-token is global, the most attended one is. Pruning in the language model is `carried`, the search `schedule_search`.
+The paper's search found entropy = 0 every time, so that is the default. Our choices: there are exactly M recycled
+tokens, at most K/2, and each removed token contributes to the nearest one (in the paper there is one recycled token for
+each cell that has removed tokens); the defaults of `threshold` and `cell` are for small grids (the paper found 28.7 to
+39.3, and 11.8 to 17.4, for 27 x 27 patches); if no token is global, the one with the most attention counts as global.
+Pruning inside the language model is `carried`; the search is `schedule_search`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ GREY, BINS = (0.299, 0.587, 0.114), 256
 
 
 class GlobalAttention(TokenRouter):
-    """Keeps what global tokens look at, and recycles some of the rest.
+    """Keep the tokens that global tokens attend to, and merge the others into recycled tokens.
 
     Args:
         sizes: see `RouterSizes`.
-        threshold: how many times the mean attention a global token receives.
-        cell: side, in patches, of the cells of recycled tokens; 0 recycles nothing.
+        threshold: least attention that a global token gets, as a multiple of the mean.
+        cell: side of the cells of recycled tokens, in patches; 0: no recycled tokens.
         entropy: weight of the patches' entropy.
     """
 
@@ -54,7 +55,7 @@ class GlobalAttention(TokenRouter):
         rest_BR = remaining(whole_BK, tokens)
         target_BM = rest_BR[:, :count]
         if count:
-            # The most important one of each cell comes first; if there are fewer such cells than M, others follow.
+            # The most important removed token of each cell comes first; if there are fewer cells than M, others follow.
             target_BM = rest_BR.gather(1, best(self._first_of_cells(score_BN, rest_BR, context.grid), count))
         place_BK, order_BK = torch.cat((whole_BK, target_BM), dim=1).sort(dim=1)
         slot_BK = order_BK.argsort(dim=1)
@@ -72,7 +73,7 @@ class GlobalAttention(TokenRouter):
         return RoutedTokens(take(both_BKD, order_BK), index_BK, place_BK, score_BN, owner_BN)
 
     def importance(self, context: RouterContext) -> Tensor:
-        """Scores [B,N]."""
+        """Return the importance of each token, float32 [B,N]."""
         assert context.attention_BNN is not None
         attention_BNN = context.attention_BNN.float()
         received_BN = attention_BNN.mean(1)
@@ -86,7 +87,7 @@ class GlobalAttention(TokenRouter):
         return score_BN
 
     def _first_of_cells(self, score_BN: Tensor, rest_BR: Tensor, grid: tuple[int, int]) -> Tensor:
-        """For the tokens that go, their scores, raised above all others for the best of each cell."""
+        """Return the scores of the removed tokens, with the best one of each cell raised above all others."""
         cell_N2 = (_where(grid, score_BN.device) / max(self.cell, 1)).long()
         cell_N = cell_N2[:, 0] * (grid[1] + 1) + cell_N2[:, 1]
         score_BR, cell_BR = score_BN.gather(1, rest_BR), cell_N[rest_BR]
@@ -96,7 +97,7 @@ class GlobalAttention(TokenRouter):
 
 
 def patch_entropy(pixels_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Shannon entropy in bits [B,N] of the grey values, 0 to 255, of each patch."""
+    """Return the Shannon entropy of each patch's grey values (0 to 255), in bits [B,N]."""
     grey_BHW = (pixels_B3HW * pixels_B3HW.new_tensor(GREY)[:, None, None]).sum(1).round().clamp(0, BINS - 1).long()
     grey_BNP = rearrange(grey_BHW, "b (h p) (w q) -> b (h w) (p q)", h=grid[0], w=grid[1])
     counts_BNG = pixels_B3HW.new_zeros(*grey_BNP.shape[:2], BINS).scatter_add_(
@@ -106,6 +107,6 @@ def patch_entropy(pixels_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _where(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Row and column of each patch, float32 [N,2]."""
+    """Return row and column of each patch, float32 [N,2]."""
     number_N = torch.arange(grid[0] * grid[1], device=device)
     return torch.stack((number_N // grid[1], number_N % grid[1]), dim=1).float()

@@ -1,8 +1,8 @@
-"""Control: the picture is cut into K cells, and the patch in the middle of each stays. Even coverage without a look at
+"""Control: keep a regular grid of patches, the middle one of each of K cells. It covers the picture evenly and ignores
 the content.
 
-The budget must be a product h*w of nearly the grid's shape. Where the middle falls between patches, the later one is
-taken: our choice.
+The budget must be h*w for a grid h x w of nearly the same shape. Our choice: if the middle falls between two patches,
+the later one is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cogvla.routing.selection import cells, grid_shape, kept
 
 
 class GridStride(TokenRouter):
-    """Keeps a regular grid of patches."""
+    """Keep a regular grid of patches."""
 
     needs = frozenset({"grid"})
     stages = ("encoder_out", "projector_out")

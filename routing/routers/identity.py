@@ -1,4 +1,4 @@
-"""Control: all tokens stay, whatever the budget. What the interface itself costs."""
+"""Control: keep all tokens and ignore the budget. It measures the cost of the interface itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cogvla.routing.selection import kept
 
 
 class Identity(TokenRouter):
-    """Keeps everything."""
+    """Keep all tokens."""
 
     def leaves(self, budget: int) -> int:
         return self.sizes.tokens

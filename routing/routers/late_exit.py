@@ -1,11 +1,13 @@
-"""ToDRE's second half: late in the language model, vision tokens are not read any more and can go altogether.
+"""ToDRE, second stage: remove all vision tokens late in the language model, where nothing attends to them any more.
 
-At layer 7L/8 the paper removes all vision tokens when the share of attention from text to vision and that from vision
-to text are both below a threshold, which it does not give. For a policy, action tokens read too, so they count as text.
+At layer 7L/8 the paper removes all vision tokens if the share of attention from text to vision and that from vision to
+text are both below a threshold, whose value it does not give. In a policy, action tokens also attend to vision, so they
+count as text.
 
-Our choices: without a `threshold` all tokens go at this layer, which really shortens the sequence: find the layer by
-the actions that must not change. With one, each sample decides for itself, and its tokens are hidden, not removed,
-since shapes may not depend on the content; that shows what the rule does, and saves no time.
+Our choices: without a `threshold`, all vision tokens are removed at this layer, which really shortens the sequence;
+choose the layer such that the actions do not change. With a threshold, the rule is applied to each sample, and its
+tokens are hidden, not removed, since shapes must not depend on the content; this shows the effect of the rule, but
+saves no time.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from cogvla.routing.selection import kept
 
 
 class LateExit(TokenRouter):
-    """No vision tokens from here on.
+    """Remove or hide all vision tokens.
 
     Args:
         sizes: see `RouterSizes`.
-        threshold: attention shares below which vision tokens are hidden; None: they always go.
+        threshold: attention share (0 to 1) below which vision tokens are hidden; None: always remove them.
     """
 
     stage = "llm_layer"

@@ -1,12 +1,12 @@
 """CoViPAL: a small plug-in classifier scores vision tokens from vision and instruction; the best stay.
 
-The paper trains it in two stages: first to predict the attention that tokens receive deeper in the model, then end to
-end with the task. Its module could not be read, so this one is ours: LayerNorm, linear to `hidden`, one block that
-reads the words, one among the tokens, one logit.
+The paper trains it in two stages: first to predict the attention that tokens get deeper in the model, then end to end
+with the task. Its code was not available, so this module is ours: LayerNorm, linear to `hidden`, a block that reads the
+words, a block of self-attention among the tokens, one logit.
 
-Our choices: `guide` weighs the first stage, KL(attention || softmax of logits) with the attention that the policy gives
-at this stage; end to end, kept tokens are multiplied by 1 with the gradient of their probability (straight through),
-and 0.1 (mean probability - K/N)^2 holds the probabilities where the budget is.
+Our choices: `guide` is the weight of the first stage's loss, KL(attention || softmax of logits), with the policy's
+attention at this stage; end to end, kept tokens are multiplied by 1, with the gradient of their probability
+(straight-through); the loss 0.1 (mean probability - K/N)^2 keeps the mean probability at the budget.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ BUDGET_WEIGHT = 0.1
 
 
 class LearnedPruner(TokenRouter):
-    """Keeps what a trained score says.
+    """Keep the tokens with the best trained scores.
 
     Args:
         sizes: see `RouterSizes`.
         hidden: width of the scorer.
-        heads: of its attention.
-        guide: weight of the first stage's loss, 0 for none.
+        heads: attention heads of the scorer.
+        guide: weight of the first stage's loss; 0: none.
     """
 
     stage = "projector_out"

@@ -1,11 +1,12 @@
-"""PVC (Progressive Visual token Compression): of a history of frames, every frame adds what the earlier ones missed.
+"""PVC (Progressive Visual token Compression): keep what is new in this frame compared with a history of frames.
 
-Tokens of the present attend to those of earlier frames at the same place; what they already knew is taken out, and the
-remainder is pooled to h x w = K tokens. A picture alone is a video that stands still.
+Tokens of the present frame attend to tokens of earlier frames at the same place. What the earlier frames already
+contain is subtracted, and the rest is pooled to h x w = K tokens. A single picture counts as a video without motion.
 
-PVC trains its encoder for this, and that code is not published: the block is ours, with one attention over time per
-place and a gate that starts half open. It needs a policy that is given earlier frames; the contract of policies here
-(`policy.interface.Observation`) has one moment only, so that `progressive_video` says so when it is asked for.
+PVC trains its encoder for this, and that code is not published. So the block is ours: attention over time at each
+place, and a gate that starts half open. The router needs earlier frames. A policy's observation here
+(`policy.interface.Observation`) has only one moment, so a policy refuses `progressive_video` with an error that says
+so.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from cogvla.routing.selection import grid_shape
 
 
 class ProgressiveVideo(TokenRouter):
-    """What is new in this frame.
+    """Subtract what earlier frames contain, and pool the rest.
 
     Args:
         sizes: see `RouterSizes`.
-        heads: of the attention over time.
+        heads: attention heads over time.
     """
 
     needs = frozenset({"history_BFND", "grid"})

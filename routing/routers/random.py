@@ -1,8 +1,8 @@
 """Control: tokens drawn at random ("All You Need Are Random Visual Tokens?", also "When Token Pruning is Worse than
 Random", CVPR 2026). A router that does not beat it has learned nothing about what matters.
 
-Our choice: which tokens are drawn follows from the observation (`router.resample`), so that an evaluation averages over
-many draws and yet repeats exactly. At a language layer it is the paper's deep random pruning.
+Our choice: the draw depends on the observation (`router.resample`), so that an evaluation averages over many draws and
+still repeats exactly. At a language layer this is the paper's deep random pruning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cogvla.routing.selection import best, kept
 
 
 class Random(TokenRouter):
-    """Every subset of K tokens is equally likely."""
+    """Keep K random tokens; every subset is equally likely."""
 
     needs = frozenset({"draw_B"})
 

@@ -1,11 +1,11 @@
-"""LaVIT's dynamic tokenizer without its codebook: a selector decides which patches stay, a merger lets them take in
-what the others held.
+"""LaVIT's dynamic tokenizer without its codebook: a selector chooses the patches that stay, and a merger adds the
+content of the dropped patches to them.
 
-Selector: an MLP with two logits per token; in training Gumbel noise is added, and kept tokens are multiplied by 1 with
-the gradient of the keep probability (straight through). Merger: kept tokens, causal among themselves, read the dropped
-ones by cross-attention. A regulariser holds the mean keep probability at the budget.
+Selector: an MLP with two logits per token. In training Gumbel noise is added, and kept tokens are multiplied by 1, with
+the gradient of the keep probability (straight-through). Merger: kept tokens use causal self-attention, then read the
+dropped ones by cross-attention. A regulariser keeps the mean keep probability at the budget.
 
-Our choices: exactly K tokens stay, the best by the difference of the logits, where LaVIT's number varies; one block
+Our choices: exactly K tokens stay, those with the largest difference of logits (the number varies in LaVIT); one block
 each; the regulariser's weight is 2.
 """
 
@@ -24,11 +24,11 @@ RATE_WEIGHT = 2.0
 
 
 class SelectorMerger(TokenRouter):
-    """Keeps the best tokens and merges the others into them.
+    """Keep the best tokens and merge the others into them.
 
     Args:
         sizes: see `RouterSizes`.
-        heads: of the merger.
+        heads: attention heads of the merger.
     """
 
     needs = frozenset({"draw_B"})

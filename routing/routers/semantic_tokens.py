@@ -1,12 +1,12 @@
-"""STViT ("Making Vision Transformers Efficient from A Token Sparsification View"): few semantic tokens that gather what
-belongs together, in place of the patches.
+"""STViT ("Making Vision Transformers Efficient from A Token Sparsification View"): replace the patches by a few
+semantic tokens, which act as cluster centres.
 
-S0 = adaptive max pool of the grid to g x g = K; S1 = S0 + scale * attention of S0 to [S0; X], then an MLP; S2 the same
-from S1 + G with K learned vectors G (truncated normal, 0.02). LayerScale starts at 1e-5.
+S0 = adaptive max pool of the grid to g x g = K; S1 = S0 + scale * attention of S0 to [S0; X], then an MLP; S2 is
+computed in the same way from S1 + G, with K learned vectors G (truncated normal, 0.02). LayerScale starts at 1e-5.
 
-Our choices: the whole picture is one window; blocks are `AttentionBlock`s and the LayerScale is one vector per block on
-all that it adds. `variant: free` needs no training and is ours: average pooling, then one step of soft k-means
-(softmax of cosines at temperature 0.1), for plugging in.
+Our choices: the whole picture is one window; blocks are `AttentionBlock`s, and LayerScale is one vector per block that
+multiplies all that the block adds. `variant: free` is ours and needs no training: average pooling, then one step of
+soft k-means (softmax of cosines at temperature 0.1).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ VARIANTS, TEMPERATURE, LAYER_SCALE = ("trained", "free"), 0.1, 1e-5
 
 
 class SemanticTokens(TokenRouter):
-    """Cluster centres of the patches.
+    """Replace the patches by cluster centres.
 
     Args:
         sizes: see `RouterSizes`.
         variant: `trained` or `free`.
-        heads: of the attention.
+        heads: attention heads.
     """
 
     needs = frozenset({"grid"})

@@ -1,10 +1,10 @@
-"""Slot-MLLM's slots without its codebook and decoder: K slots compete for the tokens, so that each gathers an object.
+"""Slot-MLLM's slots without its codebook and decoder: K slots compete for the tokens, so that each gathers one object.
 
-Slot attention: attention is softmax over slots, then normalised over tokens; a GRU updates the slots with the weighted
-means, an MLP follows; three iterations.
+Slot attention: attention is a softmax over slots, then normalised over tokens; a GRU updates the slots with the
+weighted means, and an MLP follows; three iterations.
 
-Our choices: slots start from learned vectors, one each, and not from draws, so that an observation always gives the
-same answer; they stand evenly spread.
+Our choices: each slot starts from a learned vector, not from a random draw, so that an observation always gives the
+same result; places of the slots are evenly spread.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ LEAST = 1e-6
 
 
 class SlotAttention(TokenRouter):
-    """Object-centric tokens.
+    """Replace the tokens by object-centric slots.
 
     Args:
         sizes: see `RouterSizes`.
-        iterations: of the competition.
+        iterations: number of iterations of slot attention.
     """
 
     selects = False

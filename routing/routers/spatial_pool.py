@@ -1,7 +1,7 @@
 """Control: adaptive average pooling of the grid to h x w = K tokens (the pooling of TokenFLEX without its projector).
 
-A pooled token stands at the patch in the middle of its cell: our choice. At the overlap of cells that do not divide the
-grid, patches count for both, as in PyTorch; `owner_BN` then names one of them.
+Our choice: a pooled token's place is the patch in the middle of its cell. If the cells do not divide the grid, they
+overlap, and a patch in the overlap counts for both, as in PyTorch; `owner_BN` names one of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cogvla.routing.selection import cells, grid_shape
 
 
 class SpatialPool(TokenRouter):
-    """Means of blocks of patches."""
+    """Pool the grid to means of blocks of patches."""
 
     needs = frozenset({"grid"})
     stages = ("encoder_out", "projector_out")
@@ -35,7 +35,13 @@ class SpatialPool(TokenRouter):
 
 
 def pooled(tokens_BND: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> RoutedTokens:
-    """Tokens [B,H*W,D] to the means of h*w cells, computed in float32."""
+    """Pool tokens [B,H*W,D] to the means of h*w cells, in float32.
+
+    Args:
+        tokens_BND: tokens in row order.
+        grid: (H, W).
+        shape: (h, w).
+    """
     x_BDHW = rearrange(tokens_BND.float(), "b (h w) d -> b d h w", h=grid[0])
     means_BKD = rearrange(F.adaptive_avg_pool2d(x_BDHW, shape), "b d h w -> b (h w) d")
     cell_N, middle_K = cells(grid, shape, tokens_BND.device)

@@ -1,14 +1,18 @@
-"""FlashVLM: attention of the tower times similarity to the instruction; half of the budget for what is important, half
-for what is different.
+"""FlashVLM: score tokens by the tower's attention and by similarity to the instruction; half of the budget goes to the
+best tokens, half to tokens that differ.
 
-1. a = minmax(attention), 2. m_ij = cosine of the projected token i with word j, 3. pooled over words by a softmax at
-temperature 0.05, 4. q = minmax(softmax_i(pooled / 0.01) ^ 2.5), 5. s = exp((1-eta) log a + eta log q), eta = 0.5;
-6. the best K/2 by s stay; 7. of the rest, in order of s, every second token is compared with those between, and the 8
-most similar to one of them go, until K - K/2 are left.
+1. a = minmax(attention)
+2. m_ij = cosine of the projected token i with word j
+3. pooled_i = sum_j m_ij softmax_j(m_ij / 0.05)
+4. q = minmax(softmax_i(pooled / 0.01) ^ 2.5)
+5. s = exp((1-eta) log a + eta log q), eta = 0.5
+6. the best K/2 tokens by s stay
+7. the rest is sorted by s, and every second token is compared with the tokens between; the 8 that are most similar to
+   one of these are removed; this is repeated until K - K/2 are left
 
-Formulas as described, not as in the released code, which overwrites two of these steps. Our choice: all words of the
-instruction count, none is stripped; they are the same in all steps of an episode. Without [CLS] the context gives
-received attention. Step 7 takes (N-K)/8 rounds.
+The formulas are those of the paper, not of the released code, which overwrites two of these steps. Our choice: all
+words of the instruction count, none is stripped; they are the same in all steps of an episode. If the tower has no
+[CLS], attention is the mean that a patch gets from all patches. Step 7 takes (N-K)/8 rounds.
 """
 
 from __future__ import annotations
@@ -23,12 +27,12 @@ LEAST, WORD_TEMPERATURE, TOKEN_TEMPERATURE, SHARPNESS, AT_ONCE = 1e-6, 0.05, 0.0
 
 
 class TextGuided(TokenRouter):
-    """Keeps what the tower and the instruction find important, and some of what is different from it.
+    """Keep the tokens that the tower and the instruction find important, and some different ones.
 
     Args:
         sizes: see `RouterSizes`.
-        text: eta, the weight of the text from 0 to 1.
-        important: share of the budget that goes by the score alone.
+        text: eta, weight of the text, 0 to 1.
+        important: share of the budget for the best scores, 0 to 1; the rest is for different tokens.
     """
 
     needs = frozenset({"attention_LBN", "text_BTE", "projector"})
@@ -52,7 +56,7 @@ class TextGuided(TokenRouter):
 
 
 def relevance(tokens_BND: Tensor, context: RouterContext) -> Tensor:
-    """Similarity to the instruction, sharpened, from 0 to 1 [B,N]."""
+    """Return the sharpened similarity of each token to the instruction [B,N], 0 to 1 (steps 2 to 4)."""
     assert context.projector is not None
     assert context.text_BTE is not None
     assert context.text_mask_BT is not None
@@ -63,7 +67,16 @@ def relevance(tokens_BND: Tensor, context: RouterContext) -> Tensor:
 
 
 def diverse(unit_BND: Tensor, order_BR: Tensor, count: int) -> Tensor:
-    """Of the tokens in `order_BR`, best first, so many [B,count] that are not alike."""
+    """Choose `count` tokens that differ from each other (step 7).
+
+    Args:
+        unit_BND: all tokens, of length 1.
+        order_BR: indices of the tokens to choose from, the best first.
+        count: number of tokens to choose.
+
+    Returns:
+        Indices [B,count].
+    """
     while order_BR.shape[1] > count:
         a_BA, b_BA = order_BR[:, ::2], order_BR[:, 1::2]
         likeness_BA = (take(unit_BND, a_BA) @ take(unit_BND, b_BA).mT).amax(-1)

@@ -1,4 +1,6 @@
-"""Control: the longest tokens stay. Attention and sensitivity scores often follow the norm, so it has to be beaten."""
+"""Control: keep the tokens with the largest norm. Attention and sensitivity scores often follow the norm, so a good
+router must be better than this one.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from cogvla.routing.selection import best, kept
 
 
 class TokenNorm(TokenRouter):
-    """Keeps the tokens of the largest Euclidean norm."""
+    """Keep the tokens with the largest Euclidean norm."""
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         score_BN = tokens_BND.float().norm(dim=-1)

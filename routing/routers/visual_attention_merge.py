@@ -1,13 +1,14 @@
-"""VisionDrop ("Rethinking Visual Token Reduction..."): keep what vision tokens attend to, merge the rest into a few
-contextual tokens.
+"""VisionDrop ("Rethinking Visual Token Reduction..."): keep the tokens that get most attention from vision tokens, and
+merge the rest into a few contextual tokens.
 
-The d dominant tokens are those that receive most attention. Of the others, in order, every |E|/c-th is a target; each
-remaining one joins the target with the most similar key: target + mean of those that joined (`sum_mean`, faithful: its
-norm is about twice a token's) or the mean of all (`mean`). Dominant tokens come first, then contextual ones.
+The d tokens that get most attention are dominant. Every |E|/c-th of the other tokens E, in order, is a target, and each
+token that is left joins the target with the most similar key. A contextual token is its target plus the mean of the
+tokens that joined it (`sum_mean`, as in the paper; its norm is about twice a token's), or the mean of them all
+(`mean`). Dominant tokens come first, then contextual ones.
 
-Our choices: c is a share of the budget (the paper's 42+6, 30+5, 22+4 and 16+3 are near 1/8); the same score, attention
-received from vision tokens, at every stage (the authors take [CLS] in the encoder: `score: cls`); contextual tokens
-stand where their targets did.
+Our choices: c is a share of the budget (the paper's 42+6, 30+5, 22+4 and 16+3 are near 1/8); the score is the attention
+from vision tokens at every stage (the authors use [CLS] in the encoder: `score: cls`); a contextual token has the place
+of its target.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NORMS = ("sum_mean", "mean")
 
 
 class VisualAttentionMerge(TokenRouter):
-    """Dominant tokens, and contextual ones that the others are merged into.
+    """Keep dominant tokens, and merge the others into contextual ones.
 
     Args:
         sizes: see `RouterSizes`.

@@ -1,13 +1,13 @@
 """ZOO-Prune: keep tokens to which the projector is sensitive (by zeroth-order differences) and which differ from each
 other.
 
-Along m random unit directions u, the same for all tokens of a picture, the central difference
-|P(x + hu) - P(x - hu)| / 2h; its mean is the sensitivity S. Starting at the largest, take K times the token of the
-largest minmax(S) * (1 - largest cosine to those taken).
+The sensitivity S of a token x is the mean of the central differences |P(x + hu) - P(x - hu)| / 2h along m random unit
+directions u, which are the same for all tokens of a picture. The first token taken is the one with the largest S; each
+next one has the largest minmax(S) * (1 - largest cosine to those already taken).
 
-m = 64 and h = 0.01 are the paper's. In bfloat16 such a step is lost in rounding, so the projector is asked in float32.
-With a linear projector S is the same for all tokens, and only diversity is left. The score often follows `token_norm`:
-compare with it. Our choice: several directions at a time, 2 m N projected rows in all.
+m = 64 and h = 0.01 are the paper's values. In bfloat16 such a step is lost in rounding, so the projector runs in
+float32. With a linear projector S is the same for all tokens, and only diversity counts. The score often follows
+`token_norm`; compare with it. Our choice: several directions at a time, 2 m N projected rows in all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AT_ONCE = 8
 
 
 class ZerothOrder(TokenRouter):
-    """Keeps what changes the projector's answer.
+    """Keep diverse tokens to which the projector is sensitive.
 
     Args:
         sizes: see `RouterSizes`.
@@ -48,7 +48,7 @@ class ZerothOrder(TokenRouter):
 
     @torch.no_grad()
     def choose(self, tokens_BND: Tensor, context: RouterContext) -> tuple[Tensor, Tensor]:
-        """Indices [B,K] in the order in which they are taken, and all sensitivities from 0 to 1."""
+        """Choose K tokens; return indices [B,K] in the order of choice, and sensitivities [B,N] from 0 to 1."""
         score_BN = minmax(self.sensitivity(tokens_BND.float(), context))
         x_BND = unit(tokens_BND)
         nearest_BN, taken_BN = torch.zeros_like(score_BN), torch.zeros_like(score_BN, dtype=torch.bool)
@@ -63,7 +63,7 @@ class ZerothOrder(TokenRouter):
         return torch.cat(found, dim=1), score_BN
 
     def sensitivity(self, x_BND: Tensor, context: RouterContext) -> Tensor:
-        """Mean length of the directional derivatives [B,N]."""
+        """Return the mean length of the directional derivatives, float32 [B,N]."""
         assert context.draw_B is not None
         assert context.projector is not None
         direction_BMD = F.normalize(normal(context.draw_B, self.directions, x_BND.shape[-1]), dim=-1)

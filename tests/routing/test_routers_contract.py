@@ -195,14 +195,14 @@ def test_mistakes_say_what_is_possible() -> None:
         build_router("randm", sizes_for(4))
     with pytest.raises(ValueError, match="has no option speed; it has variant, pivot"):
         build_router("diversity", sizes_for(4), {"speed": 1})
-    with pytest.raises(ValueError, match=r"5 tokens are no grid .* possible budgets: 1, 2, 4, 6, 8, 9, 12, 16"):
+    with pytest.raises(ValueError, match=r"5 tokens do not form a grid .* possible budgets: 1, 2, 4, 6, 8, 9, 12, 16"):
         build_router("grid_stride", sizes_for(5))
-    with pytest.raises(ValueError, match=r"needs patches of a grid.*without a grid work: .*random"):
+    with pytest.raises(ValueError, match=r"needs tokens that are patches of a grid.*or use one of .*random"):
         build_router("spatial_pool", RouterSizes(16, 12, 10, None, 4))
-    with pytest.raises(ValueError, match="above the 16 tokens there are; give 1 to 16"):
+    with pytest.raises(ValueError, match="is 17, but there are only 16 tokens; choose 1 to 16"):
         count_of(17, 16)
     for wrong in (0, -1, 1.5, 0.0, True, "all"):
-        with pytest.raises(ValueError, match="whole number of tokens or a share"):
+        with pytest.raises(ValueError, match="is a number of tokens or a share"):
             count_of(wrong, 16)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be one of null, encoder_out"):
         RouterConfig(stage="somewhere")  # type: ignore[arg-type]

@@ -200,7 +200,7 @@ def test_the_search_finds_numbers_of_the_router_too() -> None:
 
 def test_impossible_searches() -> None:
     for layers in ((), (3, 3), (0, 2), (2, 9)):
-        with pytest.raises(ValueError, match="must rise within 1 to 3"):
+        with pytest.raises(ValueError, match="must increase, from 1 to at most 3"):
             search(lambda s: 0.0, layers, 4, 0.5)
-    with pytest.raises(ValueError, match="budget between"):
+    with pytest.raises(ValueError, match="budget must be between"):
         search(lambda s: 0.0, (1,), 4, 1.5)
