@@ -1,13 +1,14 @@
-"""One gymnasium class that plays any task of any LIBERO suite.
+"""Gymnasium environment for any task of any LIBERO suite.
 
-Observation: `agentview` and `wrist` uint8 [H,W,3], turned as the training data of OpenVLA, CogVLA and LeRobot is;
-`state` float32 [8] = gripper position in the world frame (3), axis-angle of its quaternion as robosuite gives it (3,
-the angle is in [0, 2 pi], it is not folded into [0, pi]), two finger joints (2).
+Observation: `agentview` and `wrist` uint8 [H,W,3], in the orientation of the training data of OpenVLA, CogVLA and
+LeRobot; `state` float32 [8] = gripper position in the world frame in metres (3), axis-angle of the gripper's quaternion
+as robosuite gives it in radians (3; the angle is in [0, 2 pi], not folded into [0, pi]), two finger joints in metres
+(2).
 Action: float32 [7] in [-1,1] at 20 Hz = position delta (1.0 is 0.05 m), rotation delta (axis-angle, 1.0 is 0.5 rad),
 gripper (-1 open, +1 close).
 
-Initial states 0..49 of a task are LIBERO's fixed ones. Higher numbers are drawn from the task's own sampler, which made
-the fixed ones too; recorders use those.
+Initial states 0..49 of a task are LIBERO's fixed states. Higher numbers are seeds of the task's own sampler, which also
+made the fixed states; recorders use those.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ if TYPE_CHECKING:
     from cogvla.libero.simulation import Scene
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
-"""Names of the observation's images, and of the model's cameras."""
+"""Name of the image in the observation -> name of the camera in the model."""
 KEPT_SCENES = 2
-"""Compiled scenes that an environment keeps; building one takes about as long as 20 control steps."""
+"""Number of compiled scenes that an environment keeps. Building one takes about as long as 20 control steps."""
 
 
 @dataclass(frozen=True)
 class LiberoSettings:
-    """How LIBERO is simulated; the defaults are what published numbers were measured with.
+    """Settings of LIBERO's simulation. Published numbers were measured with the defaults.
 
     Attributes:
-        assets: folder with meshes and textures; None: COGVLA_LIBERO_ASSETS, else from the hub.
-        lean: render without multisampling and shadows, several times faster on a CPU; allows the following.
-        reflections: draw reflecting surfaces; only `lean` rendering can do without.
-        robot_meshes: folder with lighter meshes of the robot and a `map.json`, for `lean` rendering.
-        extra_passes: simulate with robosuite's three forward passes for each physics step; only `lean` simulation can
-            do with one, which is a third faster. Trajectories differ in the last digits of the contact solver.
+        assets: folder with meshes and textures; None: the folder in COGVLA_LIBERO_ASSETS, or else from the hub.
+        lean: render without multisampling and shadows, several times faster on a CPU. The next three settings need it.
+        reflections: draw reflecting surfaces. False needs `lean`.
+        robot_meshes: folder with lighter meshes of the robot and a `map.json`. Needs `lean`.
+        extra_passes: make robosuite's three forward passes for each physics step. False makes one, is a third faster,
+            and needs `lean`; trajectories then differ in the last digits of the contact solver.
     """
 
     assets: str | None = None
@@ -59,32 +60,35 @@ class LiberoSettings:
     def __post_init__(self) -> None:
         if not self.lean and (self.robot_meshes is not None or not self.reflections or not self.extra_passes):
             raise ValueError(
-                "libero.robot_meshes, libero.reflections=false and libero.extra_passes=false are for libero.lean=true"
+                "libero.robot_meshes, libero.reflections=false and libero.extra_passes=false need libero.lean=true"
             )
         if self.robot_meshes is not None and not (Path(self.robot_meshes) / "map.json").is_file():
-            raise ValueError(f"libero.robot_meshes: there is no {Path(self.robot_meshes) / 'map.json'}")
+            raise ValueError(f"libero.robot_meshes: {Path(self.robot_meshes) / 'map.json'} does not exist")
 
 
 def axis_angle(quat_4: np.ndarray) -> np.ndarray:
-    """Axis times angle [3] of a quaternion (x, y, z, w). The angle is 2 acos(w), so that q and -q differ."""
+    """Convert a quaternion (x, y, z, w) to axis times angle [3] in radians.
+
+    The angle is 2 acos(w), in [0, 2 pi], so that q and -q give different results, as in robosuite.
+    """
     w = float(np.clip(quat_4[3], -1.0, 1.0))
     sine = np.sqrt(1.0 - w * w)
     return np.zeros(3) if sine < 1e-12 else quat_4[:3] * (2.0 * np.arccos(w) / sine)
 
 
 class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
-    """Plays any task of one LIBERO suite; see `cogvla.envs.suite.Suite` for the contract.
+    """Environment for all tasks of one LIBERO suite; see `cogvla.envs.suite.Suite` for the contract.
 
     Args:
         suite: one of `LIBERO_SUITES`.
-        settings: see `LiberoSettings`.
+        settings: settings of the simulation; None: the defaults.
         image_size: height and width of the images in pixels.
-        render: False: black images, and no OpenGL.
+        render: False: images stay black, and OpenGL is not used.
 
     Attributes:
-        scene: the simulation of the task that was reset last; experts read the truth there.
-        problem: what the BDDL file of that task says.
-        goal: predicates of the task that was asked for, in this scene.
+        scene: simulation of the scene of the last reset; experts read the true state there.
+        problem: contents of the BDDL file of that scene's task.
+        goal: goal predicates of the task that the instruction asks for, in this scene.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -132,21 +136,30 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._goals[self._asked]
 
     def goals_for(self, task: int) -> tuple[Predicate, ...]:
-        """Predicates of any task that is possible in this scene; ValueError lists them."""
+        """Return the goal predicates of a task in the current scene.
+
+        Raises:
+            ValueError: the task is not possible in this scene; the message lists the possible tasks.
+        """
         if task not in self._goals:
             raise ValueError(f"task {task} cannot be carried out in this scene; possible: {sorted(self._goals)}")
         return self._goals[task]
 
     def task_success(self, task: int) -> bool:
-        """Whether that task of the current scene is done now."""
+        """Return True if the given task is done now in the current scene."""
         return self.scene.holds(self.goals_for(task))
 
     def labels(self) -> dict[str, np.ndarray]:
-        """`target` and `goal`, float32 [3] each, of the task asked for: what to manipulate, and where it should go."""
+        """Return the positions of the object to manipulate and of its goal, for the current task.
+
+        Returns:
+            `target`: position of the object to manipulate; `goal`: position where it should go. Both float32 [3], in
+            metres, world frame.
+        """
         return self.labels_for(self._asked)
 
     def labels_for(self, task: int) -> dict[str, np.ndarray]:
-        """The same for any task that is possible in this scene: of its first predicate that does not hold yet."""
+        """Return `labels` for any task that is possible in this scene: of its first predicate that does not hold yet."""
         goals = self.goals_for(task)
         predicate = next((p for p in goals if not self.scene.holds([p])), goals[-1])
         target, goal = self.scene.position(predicate[1]), self.scene.position(predicate[-1])
@@ -156,7 +169,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return problem(self.suite, self.tasks[task].name)
 
     def _possible_goals(self, task: int) -> dict[int, tuple[Predicate, ...]]:
-        """Goals, in this task's scene, of the tasks whose instruction is true there (see `goal_in_scene`)."""
+        """Return task -> goal for all tasks that are possible in this task's scene (see `goal_in_scene`)."""
         own = self._problem(task)
         goals = {task: own.goal}
         for other, asked in enumerate(self.tasks):
@@ -168,7 +181,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return goals
 
     def _prepare(self, task: int) -> Scene:
-        """The scene of a task: one that is there, or a new one in place of the one used longest ago."""
+        """Return the scene of a task: a kept one, or a new one, which replaces the least recently used."""
         from cogvla.libero.simulation import Scene
 
         problem = self._problem(task)
@@ -180,7 +193,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             del self._scenes[oldest]
             if oldest in self._renderers:
                 self._renderers.pop(oldest).close()
-            gc.collect()  # robosuite's objects know each other, and Python does not see how large a scene is
+            gc.collect()  # robosuite's objects form reference cycles, and Python does not know how large a scene is
         meshes = None if self.settings.robot_meshes is None else Path(self.settings.robot_meshes)
         render = partial(self._sampled_image, problem.scene) if self._rendering else None
         self._scenes[problem.scene] = Scene(
@@ -193,10 +206,16 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Set up the initial state (`options` "task", "initial_state"; random ones where missing).
+        """Start an episode in an initial state.
 
-        `options["asked"]` swaps the instruction: the scene is the task's, but instruction and success are those of the
-        task `asked`, which must be possible in the scene.
+        Args:
+            seed: seed of the random choice of a missing option.
+            options: "task" and "initial_state" (random where missing). "asked" swaps the instruction: the scene is that
+                of "task", but instruction and success are those of task "asked", which must be possible in the scene.
+
+        Returns:
+            the observation, and the info of `step` with `alternative_tasks` and `alternatives`: indices and
+            instructions of the other tasks that are possible here and not done yet.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -225,9 +244,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
         Args:
             state: time, positions and velocities, as MuJoCo flattens them.
-            task: start anew with this task, so that actions can follow; None: only the state changes.
-            fixtures: body -> position and quaternion [7]: they are no part of the state. None: as evaluations have
-                them.
+            task: reset to this task first, so that actions can follow; None: only the state changes.
+            fixtures: body -> position and quaternion (w, x, y, z) [7] of fixtures; the state does not hold them. None:
+                fixtures stay as in evaluations.
         """
         if task is not None:
             skip, self.skip_images = self.skip_images, True
@@ -242,7 +261,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._states[task]
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """One control step of 50 ms. Reward is 1 on success, else 0."""
+        """Make one control step of 50 ms. The reward is 1 on success, else 0."""
         scene = self.scene
         values = np.asarray(action, dtype=np.float64)
         if values.shape != (7,):
@@ -272,21 +291,21 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     # --- images ------------------------------------------------------------------------------------------------------
 
     def _sampled_image(self, scene: str, name: str) -> np.ndarray:
-        """What robosuite is given when it samples a camera."""
+        """Return the image when robosuite samples a camera: a new one, or the last one while images are skipped."""
         if not self.skip_images and scene in self._scenes:
             self._images[name] = self._image(scene, name, self._image_size, self._image_size)
         return self._images[name]
 
     def render_camera(self, name: str, height: int, width: int) -> np.ndarray:
-        """An image uint8 [H,W,3] of the current state at any size, turned as observations are."""
+        """Render the current state at any size, uint8 [H,W,3], in the orientation of the observations."""
         return self._image(self.problem.scene, name, height, width)
 
     def _image(self, scene: str, name: str, height: int, width: int) -> np.ndarray:
         if scene not in self._renderers:
             self._renderers[scene] = self._renderer(self._scenes[scene])
         upright = self._renderers[scene].render(self._scenes[scene].data, CAMERAS[name], height, width)
-        # robosuite hands out rows from the bottom up, and everyone turns that by 180 degrees: left and right are
-        # mirrored in all published data.
+        # robosuite returns rows from the bottom up, and all published data turns that by 180 degrees. Compared with the
+        # upright image, left and right are mirrored.
         return np.ascontiguousarray(upright[:, ::-1])
 
     def _renderer(self, scene: Scene) -> SceneRenderer:
@@ -303,9 +322,10 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return SceneRenderer(scene.model, effects, hidden_groups=(0,), sites=True)  # group 0: collision geometry
 
     def camera_projection(self, name: str) -> np.ndarray:
-        """Float32 [3,4]: homogenous world points to `(u*d, v*d, d)` in the (mirrored) image.
+        """Return the projection matrix float32 [3,4] of a camera: homogeneous world point -> `(u*d, v*d, d)`.
 
-        u right and v down are in [0,1] over a square image, d is the depth in metres (negative behind the camera).
+        u (right) and v (down) are in [0,1] over the square, mirrored image. d is the depth in metres, negative behind
+        the camera.
         """
         model, data = self.scene.model, self.scene.data
         camera = model.camera(CAMERAS[name]).id
@@ -316,7 +336,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return (intrinsic @ extrinsic).astype(np.float32)
 
     def render(self) -> np.ndarray:
-        """The agentview image at 256x256."""
+        """Render the agentview image at 256x256."""
         return self.render_camera("agentview", 256, 256)
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
-"""The installed LIBERO (extra `libero`): its tasks, their initial states, what their BDDL files say, and its assets.
+"""Read the installed LIBERO (extra `libero`): task names, initial states, BDDL files and assets.
 
 What is unusual here, and why:
 
-- LIBERO asks a question on the terminal when its configuration is missing. It is written first, into a folder of ours
-  (`~/.cache/cogvla/libero`, or where LIBERO_CONFIG_PATH says); `~/.libero` is neither read nor written.
-- torch is not imported: environment processes stay small.
+- LIBERO asks a question on the terminal when its configuration file is missing. We write that file before the import,
+  into the folder of LIBERO_CONFIG_PATH, or else into `~/.cache/cogvla/libero`. We do not read or write `~/.libero`.
+- This module does not import torch, so that environment processes stay small.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONFIG_VARIABLE = "LIBERO_CONFIG_PATH"
 INSTALL = "LIBERO is not installed: `uv sync --extra libero`, or `pip install 'cogvla[libero]'`"
 
 Predicate = tuple[str, ...]
-"""For example ("in", "milk_1", "basket_1_contain_region")."""
+"""A predicate of a BDDL file and its arguments, for example ("in", "milk_1", "basket_1_contain_region")."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class Problem:
 
     Attributes:
         file: the BDDL file.
-        kind: LIBERO's class for the place, e.g. `libero_floor_manipulation`.
-        objects, fixtures: names by category.
-        things: every name that a goal may speak of: objects, fixtures, and regions of them.
-        start, goal: predicates that hold at the beginning, and that make a success.
-        scene: equal for problems that differ in nothing but the goal: they share a compiled model.
+        kind: name of LIBERO's class for the scene, e.g. `libero_floor_manipulation`.
+        objects, fixtures: category -> names.
+        things: every name that a goal may use: objects, fixtures and their regions.
+        start: predicates that hold at the beginning.
+        goal: predicates that must hold for success.
+        scene: key of the scene. Problems that differ only in their goal have the same key and share a compiled model.
     """
 
     file: Path
@@ -59,7 +60,11 @@ class Problem:
 
 
 def package_folder() -> Path:
-    """Where LIBERO is installed; ValueError says how to install it."""
+    """Return the folder of the installed LIBERO.
+
+    Raises:
+        ValueError: LIBERO or robosuite is not installed.
+    """
     try:
         spec = importlib.util.find_spec("libero.libero")
     except ModuleNotFoundError:
@@ -70,27 +75,27 @@ def package_folder() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Those of the simulators: success rates change with them."""
+    """Return the versions of the simulators. Success rates change with them."""
     return {name: importlib.metadata.version(name) for name in ("mujoco", "robosuite", "hf-libero")}
 
 
 def task_names(suite: str) -> tuple[str, ...]:
-    """The names of a suite's tasks, in the order of their indices; they are the stems of its files."""
+    """Return the names of a suite's tasks in the order of their indices. A name is also the stem of a task's files."""
     table = runpy.run_path(str(package_folder() / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"]
     return tuple(table[suite])
 
 
 def initial_states(suite: str, name: str) -> np.ndarray:
-    """The fixed initial states of a task, float64 [50, time + positions + velocities]."""
+    """Read the fixed initial states of a task, float64 [50, time + positions + velocities]."""
     path = package_folder() / "init_files" / suite / f"{name}.pruned_init"
-    with zipfile.ZipFile(path) as archive:  # written by torch.save, but the content is one numpy array
+    with zipfile.ZipFile(path) as archive:  # torch.save wrote the file, but it holds one numpy array
         member = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
         states = _ArrayUnpickler(io.BytesIO(archive.read(member))).load()
     return np.asarray(states, np.float64)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and nothing else."""
+    """Unpickles numpy arrays and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode") or module.partition(".")[0] == "numpy":
@@ -99,19 +104,20 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def assets_folder(wanted: str | None = None) -> Path:
-    """The folder with LIBERO's meshes and textures.
+    """Return the folder with LIBERO's meshes and textures; download it if necessary.
 
     Args:
-        wanted: the folder; None: environment variable COGVLA_LIBERO_ASSETS, else hf-libero's download from the hub.
+        wanted: the folder. None: the folder in environment variable COGVLA_LIBERO_ASSETS, or else hf-libero's download
+            from the hub.
 
     Raises:
-        ValueError: there is none; says both ways to get one.
+        ValueError: the folder has no assets, or the download failed.
     """
     given = wanted or os.environ.get(ASSETS_VARIABLE)
     if given:
         folder = Path(given).expanduser().resolve()
         if not (folder / "scenes").is_dir():
-            raise ValueError(f"{folder} has no LIBERO assets (no folder `scenes` in it); set libero.assets to another")
+            raise ValueError(f"{folder} has no LIBERO assets (no folder `scenes`): set libero.assets to another folder")
         return folder
     libero_module()
     from libero.libero.utils.download_utils import download_assets_from_huggingface
@@ -119,16 +125,16 @@ def assets_folder(wanted: str | None = None) -> Path:
     try:
         with redirect_stdout(io.StringIO()):
             return Path(download_assets_from_huggingface())
-    except Exception as error:  # whatever the hub's client raises, the ways out are the same
+    except Exception as error:  # the user can do the same two things, whatever the hub's client raises
         raise ValueError(
-            f"LIBERO's meshes and textures could not be downloaded from the hub ({error}). Run once with a connection, "
-            f"or give a folder that has them: libero.assets=FOLDER, or {ASSETS_VARIABLE}=FOLDER"
+            f"could not download LIBERO's meshes and textures from the hub ({error}). Run once with a connection, "
+            f"or name a folder that has them: libero.assets=FOLDER, or {ASSETS_VARIABLE}=FOLDER"
         ) from error
 
 
 @functools.cache
 def libero_module() -> Any:
-    """The module `libero.libero`, imported without its question."""
+    """Import and return the module `libero.libero`, without its question on the terminal."""
     folder = package_folder()
     home = os.environ.get(CONFIG_VARIABLE)
     config = (Path(home) if home else _cache() / "cogvla" / "libero") / "config.yaml"
@@ -140,7 +146,7 @@ def libero_module() -> Any:
         partial.write_text(json.dumps(values))  # JSON is YAML
         os.replace(partial, config)
     os.environ[CONFIG_VARIABLE] = str(config.parent)
-    # Without a file of private settings, which nobody needs, robosuite warns three times in every process.
+    # robosuite warns three times in every process that it has no file of private settings. Nobody needs that file.
     logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
     return importlib.import_module("libero.libero")
 
@@ -151,7 +157,7 @@ def _cache() -> Path:
 
 @functools.cache
 def problem(suite: str, name: str) -> Problem:
-    """What a task's BDDL file says."""
+    """Parse the BDDL file of a task."""
     folder = package_folder()
     libero_module()
     from libero.libero.envs import bddl_utils
@@ -175,10 +181,10 @@ def problem(suite: str, name: str) -> Problem:
 
 
 def goal_in_scene(scene: Problem, other: Problem) -> tuple[Predicate, ...] | None:
-    """The goal of another task in this scene; None when its instruction would not be true of anything there.
+    """Return the goal of another task in this scene, or None if that task is not possible here.
 
-    Tasks of one goal differ by where their object is ("the bowl on the stove"). Such a task is possible where a second
-    object of the kind stands at that very place; the goal is then that of the second one.
+    Some tasks have the same goal and differ only in where their object stands ("the bowl on the stove"). Such a task is
+    possible if this scene has a second object of that kind at that place. The goal then names the second object.
     """
     if not {name for predicate in other.goal for name in predicate[1:]} <= scene.things:
         return None

@@ -1,14 +1,14 @@
-"""LIBERO's scenes as robosuite and MuJoCo simulate them.
+"""Simulate LIBERO's scenes with robosuite and MuJoCo.
 
 What is unusual here, and why:
 
-- Scenes are made directly, not through LIBERO's `ControlEnv`: its `reset` swallows every exception and tries for ever.
-- Images are rendered by `cogvla.envs.rendering`. robosuite's own OpenGL context is never made, so that physics alone
-  needs none and nothing is left to be freed when the interpreter ends. Cameras are observables of robosuite all the
-  same: it samples all of them one physics step before the end of a control step, and published data has that.
-- A reset keeps the compiled model (0.1 s instead of 1 to 2) and starts numpy's global generator at a fixed seed: the
-  sampler moves fixtures, which are part of no saved state. What robosuite forgets to reset is reset here.
-- torch is not imported: environment processes stay small.
+- We build scenes directly, not through LIBERO's `ControlEnv`: its `reset` catches every exception and tries for ever.
+- `cogvla.envs.rendering` renders the images. robosuite never makes its own OpenGL context: physics alone needs no
+  OpenGL, and no context is left to free when the interpreter ends. Cameras are still observables of robosuite, because
+  robosuite samples all observables one physics step before the end of a control step, and published data was made so.
+- A reset keeps the compiled model (0.1 s instead of 1 to 2) and seeds numpy's global generator: the sampler moves
+  fixtures, and no saved state holds their poses. A reset here also resets what robosuite's reset forgets.
+- This module does not import torch, so that environment processes stay small.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from cogvla.libero.installation import Predicate, Problem, libero_module
 CONTROL_HZ = 20
 PLACEMENT_TRIES = 200
 POSTURE_NOISE = {"magnitude": 0.02, "type": "gaussian"}
-"""Radians at each joint: what the fixed initial states were made with."""
+"""Noise on each joint angle in radians. The fixed initial states were made with it."""
 _STATE = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 
 
 def lighter_meshes(xml: str, folder: Path) -> str:
-    """The model with the robot's visual meshes replaced by those of `folder`, whose `map.json` says which by which."""
+    """Return the model's XML with the robot's visual meshes replaced by the lighter ones of `folder`.
+
+    `map.json` in `folder` maps robosuite's mesh files to the files in `folder`.
+    """
     replacements = json.loads((folder / "map.json").read_text())
     root = str(Path(importlib.util.find_spec("robosuite").origin).parent / "models" / "assets")  # type: ignore
 
@@ -48,7 +51,7 @@ def lighter_meshes(xml: str, folder: Path) -> str:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draws of robosuite come from numpy's global generator: whoever else uses it must not notice."""
+    """Seed numpy's global generator, which robosuite draws from, and restore its state afterwards for other users."""
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
     try:
@@ -58,17 +61,18 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def one_pass_simulation(sim: Any) -> Any:
-    """The simulation of robosuite, which within `control_step()` goes through the dynamics once for each physics step.
+    """Return a robosuite simulation that computes the dynamics once for each physics step inside `control_step()`.
 
-    robosuite asks for a forward pass before its controller, its controller asks for another, and the step makes a
-    third. Nothing moves in between, so a step can be finished where it was begun. Trajectories are equal but for the
-    solver, which starts from the last step's solution and not from the same step's: the last digits differ, and after
-    hundreds of steps with contacts more than these.
+    robosuite makes three forward passes for each physics step: one before its controller, one in its controller, and
+    one in the step. Nothing moves between them, so one pass is enough: `forward` does the first half of a step, and
+    `step` does the second half. Trajectories differ only through the contact solver, which then starts from the
+    solution of the last step and not of the same step: the last digits differ, and more digits after hundreds of steps
+    with contacts.
     """
     from robosuite.utils.binding_utils import MjSim
 
     class OnePassSim(MjSim):
-        begun: bool | None = None  # None: outside of control steps, where anything may change between two calls
+        begun: bool | None = None  # None: outside control steps, where anything may change between two calls
 
         @contextmanager
         def control_step(self) -> Iterator[None]:
@@ -98,15 +102,16 @@ def one_pass_simulation(sim: Any) -> Any:
 
 
 class Scene:
-    """A compiled scene with the robot in it, for all tasks that happen in it.
+    """A compiled scene with the robot, shared by all tasks of that scene.
 
     Args:
         task: any task of this scene.
-        assets: see `assets_folder`.
-        robot_meshes: a folder for `lighter_meshes`, or None.
-        extra_passes: simulate as robosuite does, with three forward passes for each physics step; False: with one.
-        cameras: of the observation, by their names in the model; each is asked of `render(camera)`.
-        render: called when robosuite samples an image.
+        assets: folder with meshes and textures, see `assets_folder`.
+        robot_meshes: folder for `lighter_meshes`, or None.
+        extra_passes: True makes three forward passes for each physics step, as robosuite does; False makes one.
+        cameras: cameras of the observation, by their names in the model.
+        render: function of a camera's name, called when robosuite samples that camera; returns the image. None: no
+            images.
     """
 
     def __init__(
@@ -119,7 +124,7 @@ class Scene:
         render: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         libero = libero_module()
-        libero._assets_path_cache = str(assets)  # hf-libero has no other way to be told
+        libero._assets_path_cache = str(assets)  # hf-libero has no public way to set the folder
         from libero.libero.envs import TASK_MAPPING
         from robosuite.controllers import load_controller_config
         from robosuite.utils.observables import Observable, sensor
@@ -127,12 +132,12 @@ class Scene:
         place: Any = TASK_MAPPING[task.kind]
 
         class Place(place):
-            """LIBERO's class of the place; success is asked for from outside."""
+            """LIBERO's class of the scene, without its own check of success: `Scene.holds` does that."""
 
             sim: Any
 
             def _assert_problem_name(self) -> None:
-                """The class was chosen by that name."""
+                """Do nothing: we chose the class by that name."""
 
             def _check_success(self) -> bool:
                 return False
@@ -145,7 +150,7 @@ class Scene:
                 self.compiled = self.sim.model.body_pos.copy(), self.sim.model.body_quat.copy()
 
             def _reset_internal(self) -> None:
-                # Its sampler puts objects on fixtures as if those stood where they were compiled, at the origin.
+                # LIBERO's sampler puts objects on fixtures as if the fixtures still stood where they were compiled.
                 self.sim.model.body_pos[:], self.sim.model.body_quat[:] = self.compiled
                 super()._reset_internal()
 
@@ -175,21 +180,21 @@ class Scene:
 
     @property
     def model(self) -> mujoco.MjModel:
-        """MuJoCo's own model, without robosuite's wrapper."""
+        """MuJoCo's model, without robosuite's wrapper."""
         return self.env.sim.model._model
 
     @property
     def data(self) -> mujoco.MjData:
-        """MuJoCo's own data, without robosuite's wrapper."""
+        """MuJoCo's data, without robosuite's wrapper."""
         return self.env.sim.data._data
 
     def reset(self, state: np.ndarray | None, seed: int = 0) -> dict[str, np.ndarray]:
-        """Start anew.
+        """Start an episode.
 
         Args:
-            state: a row of `initial_states`; None: the objects are placed by the task's own sampler, and the arm is a
-                little off its usual posture, as in the fixed states.
-            seed: of the sampler, which places the fixtures even where a state is given.
+            state: a row of `initial_states`. None: the task's own sampler places the objects, and the arm's posture
+                gets a little noise, as in the fixed states.
+            seed: seed of the sampler, which also places the fixtures when a state is given.
 
         Returns:
             robosuite's observation: `robot0_eef_pos` [3], `robot0_eef_quat` [4] (x, y, z, w), `robot0_gripper_qpos`
@@ -202,32 +207,36 @@ class Scene:
             self._place(seed)
             robot.initialization_noise = still
             state = self.env.sim.get_state().flatten()
-        # With a state too: the seed decides the fixtures, and the controller remembers the posture without noise.
-        robot.gripper.current_action = np.zeros(robot.gripper.dof)  # robosuite keeps the last episode's
+        # Place with a given state too: the seed decides the fixtures, and the controller keeps a posture without noise.
+        robot.gripper.current_action = np.zeros(robot.gripper.dof)  # robosuite keeps the last episode's action
         self._place(seed)
         return self.restore(state)
 
     def restore(self, state: np.ndarray, fixtures: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        """Put everything where a recorded state says; the controller is not told (`reset` does that).
+        """Put the scene into a recorded state. Does not reset the controller; `reset` does.
 
         Args:
             state: time, positions and velocities.
-            fixtures: body -> position and quaternion w, x, y, z [7]: they are no part of the state. None: as they are.
+            fixtures: body -> position and quaternion (w, x, y, z) [7] of fixtures; the state does not hold them. None:
+                fixtures stay where they are.
 
         Returns:
             the observation, as from `reset`.
+
+        Raises:
+            ValueError: the state or the fixtures are of another scene.
         """
         model = self.env.sim.model
         if len(state) != 1 + model.nq + model.nv:
             raise ValueError(
-                f"a state of this scene has {1 + model.nq + model.nv} numbers, the recorded one has {len(state)}: "
-                "it was recorded with another scene, or with another version of LIBERO"
+                f"a state of this scene has {1 + model.nq + model.nv} numbers, the recorded state has {len(state)}: "
+                "it was recorded in another scene, or with another version of LIBERO"
             )
         for name, pose in (fixtures or {}).items():
             body = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, name)
             if body < 0:
                 raise ValueError(
-                    f"this scene has no {name}, which the recorded one has: it was recorded with another one"
+                    f"the recorded scene has a fixture {name}, this scene has not: they are different scenes"
                 )
             self.model.body_pos[body], self.model.body_quat[body] = pose[:3], pose[3:]
         self.env.sim.set_state_from_flattened(np.asarray(state, np.float64))
@@ -249,12 +258,16 @@ class Scene:
         raise RuntimeError(f"no room for the objects of {self.env.bddl_file_name} in {PLACEMENT_TRIES} tries")
 
     def step(self, action_A: np.ndarray) -> dict[str, np.ndarray]:
-        """One control step of 50 ms; the observation as from `reset`."""
+        """Make one control step of 50 ms; return the observation, as from `reset`."""
         with self._control_step():
             return self.env.step(action_A)[0]
 
     def position(self, name: str) -> np.ndarray:
-        """Where something that predicates speak of is [3]: a region's centre, a knob or hinge, or a body's origin."""
+        """Return the position [3] of a name in a predicate, in metres, world frame.
+
+        That is the centre of a region, the first joint of an object that has joints (knob, hinge), or else the origin
+        of the body.
+        """
         body = self.env.obj_body_id.get(name)
         if body is None:
             return self.data.site(name).xpos.copy()
@@ -262,5 +275,5 @@ class Scene:
         return (self.data.joint(joints[0]).xanchor if joints else self.data.xpos[body]).copy()
 
     def holds(self, goal: Sequence[Predicate]) -> bool:
-        """Whether all of these predicates are true now."""
+        """Return True if all these predicates hold now."""
         return all(self.env._eval_predicate(list(predicate)) for predicate in goal)

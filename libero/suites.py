@@ -1,4 +1,4 @@
-"""LIBERO behind the suite interface; `libero/env.py` plays its tasks."""
+"""Register LIBERO's suites, with their settings and expert; `libero/env.py` is their environment."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from cogvla.libero.experts.expert import LiberoExpert
 
 PROTOCOL = "openvla_oft"
-"""The protocol when none is named: the one that most published numbers follow."""
+"""Default protocol. Most published numbers follow it."""
 SETTLING_STEPS = 10
-"""Initial states hold objects a little above the table; the published protocols wait as long."""
+"""Control steps without motion at the start, as in the published protocols: initial states hold objects a little above
+the table."""
 
 
 def libero_suite(name: str, settings: LiberoSettings | None = None) -> Suite:
-    """One of `LIBERO_SUITES`; ValueError when LIBERO or its assets are missing, with what to do about it."""
+    """Build one of `LIBERO_SUITES`.
+
+    Raises:
+        ValueError: LIBERO or its assets are missing.
+    """
     settings = settings or LiberoSettings()
     listed = tasks(name)
     assets = assets_folder(settings.assets)
@@ -47,12 +52,12 @@ def libero_suite(name: str, settings: LiberoSettings | None = None) -> Suite:
 
 
 def configured_suite(name: str, libero: Mapping[str, Any]) -> Suite:
-    """A registered suite; those of LIBERO with the settings of a configuration (keys of `LiberoSettings`)."""
+    """Return a registered suite. `libero` (keys of `LiberoSettings`) configures LIBERO's suites; others ignore it."""
     return get_suite(name, {"libero": libero})
 
 
 def _identity(settings: LiberoSettings, assets: Path) -> dict[str, Any]:
-    """What decides an episode apart from the protocol, whatever machine the folders are on."""
+    """Return everything besides the protocol that changes an episode. The paths of folders are not part of it."""
     identity: dict[str, Any] = {
         **versions(),
         "assets": _digest(assets),
@@ -67,21 +72,26 @@ def _identity(settings: LiberoSettings, assets: Path) -> dict[str, Any]:
 
 @cache
 def _digest(folder: Path) -> str:
-    """Tells one set of files from another by their names and sizes, without reading them."""
+    """Hash the names and sizes of a folder's files, without reading the files."""
     files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file())
-    files = [file for file in files if not file[0].startswith(".")]  # what a download leaves behind
+    files = [file for file in files if not file[0].startswith(".")]  # a download leaves hidden files behind
     return f"{hashlib.sha256(repr(files).encode()).hexdigest()[:12]} ({len(files)} files)"
 
 
 def libero_expert(env: gym.Env, rng: np.random.Generator, noise: float = 0.0) -> LiberoExpert:
-    """The scripted expert for the task that `env` has been reset to."""
+    """Build the scripted expert for the task that `env` was last reset to."""
     from cogvla.libero.experts.expert import LiberoExpert
 
     return LiberoExpert(env, rng, noise)
 
 
 def make_env(suite: str, **options: Any) -> gym.Env:
-    """Entry point of the gymnasium ids `cogvla/<suite>-v0`: keys of `LiberoSettings`, `image_size`, `render`."""
+    """Build an environment for gymnasium id `cogvla/<suite>-v0`.
+
+    Args:
+        suite: one of `LIBERO_SUITES`.
+        options: fields of `LiberoSettings`, and `image_size` and `render` of `LiberoEnv`.
+    """
     settings = {f.name: options.pop(f.name) for f in fields(LiberoSettings) if f.name in options}
     return LiberoEnv(suite, LiberoSettings(**settings), **options)
 

@@ -1,4 +1,4 @@
-"""The tasks of LIBERO's suites, in words."""
+"""List the tasks of LIBERO's suites, with their instructions and step limits."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ MAX_STEPS = {
     "libero_10": 520,
     "libero_90": 400,
 }
-"""Control steps of OpenVLA-OFT's evaluation, about 1.5 times the longest demonstration."""
+"""Step limit of an episode, from OpenVLA-OFT's evaluation: about 1.5 times the longest demonstration."""
 LIBERO_SUITES = tuple(MAX_STEPS)
 
 
 def tasks(name: str) -> tuple[Task, ...]:
-    """The tasks of a LIBERO suite; needs LIBERO, but no assets."""
+    """Return the tasks of a LIBERO suite. Needs an installed LIBERO, but no assets."""
     return tuple(Task(task, instruction(task)) for task in task_names(name))
 
 
 def instruction(task: str) -> str:
-    """What the policy is told: the task's name in words, as published evaluations do (BDDL files word it differently).
+    """Return the instruction of a task: its name with spaces, without the scene prefix (see `place`).
 
-    The place at the beginning of names of libero_10 and libero_90 (`KITCHEN_SCENE3_`) is left out.
+    Published evaluations use this text; the BDDL files word it differently.
     """
     return task.removeprefix(place(task)).replace("_", " ")
 
 
 def place(task: str) -> str:
-    """The beginning of a task's name that says which scene it happens in, or an empty text."""
+    """Return the scene prefix of a task's name in libero_10 and libero_90 (`KITCHEN_SCENE3_`), or an empty string."""
     found = re.match(r"[A-Z_]+SCENE\d+_", task)
     return found[0] if found else ""

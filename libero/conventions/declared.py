@@ -1,4 +1,4 @@
-"""What a data set says about its conventions by itself: gripper, statistics, versions, instructions, control rate.
+"""Check a data set's conventions without simulation: gripper, statistics, versions, instructions, control rate.
 
 Shape legend: N frames, T steps, A action, S state, D either.
 """
@@ -20,15 +20,15 @@ Verdict = Literal["ok", "mismatch", "note", "not checked"]
 SIMULATORS = ("mujoco", "robosuite", "hf-libero")
 FINGERS = slice(6, 8)
 LEVEL = 0.05
-"""Commands of the gripper that are this much of their range apart are the same level."""
+"""Fraction of the range: gripper commands closer than this to an end of the range count as that end."""
 RESPONSE_STEPS = 4
 QUANTILES = {"min": 0.0, "q01": 0.01, "q99": 0.99, "max": 1.0}
 TAIL = 0.02
-"""Of a range: quantiles that are closer to the extremes cannot be told from them."""
+"""Fraction of the range: quantiles closer to the extremes than this cannot be told from them."""
 EQUAL = 1e-3
-"""Of a range: numbers that are closer are the same."""
+"""Fraction of the range: numbers closer than this are equal."""
 FAR = 0.1
-"""Of a range: statistics of a part of the data are not farther off than this."""
+"""Fraction of the range: statistics further away than this cannot be those of a part of the data."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        check: its name.
-        verdict: `note` is worth knowing and no mistake.
-        text: what was found.
-        advice: what to do about it.
-        measured: the numbers behind it.
+        check: name of the check.
+        verdict: `ok`, `mismatch`, `not checked`, or `note` for something that is good to know but no mistake.
+        text: the result in words.
+        advice: what the user can do about it.
+        measured: the numbers that the verdict rests on.
     """
 
     check: str
@@ -51,26 +51,26 @@ class Finding:
 
 
 def gripper(episodes: Sequence[Episode], embodiment: Embodiment) -> tuple[Finding, Gripper | None]:
-    """Which recorded values open and close the gripper, seen from how the fingers answer when the command changes.
+    """Find the recorded values that open and close the gripper, from the fingers' response to changes of the command.
 
     Returns:
-        the finding, and the meaning of the values where it is clear.
+        the finding, and the meaning of the values, or None if it is not clear.
     """
     index = embodiment.gripper_index
     if index is None:
-        return Finding("gripper", "not checked", "the embodiment has none"), None
+        return Finding("gripper", "not checked", "the embodiment has no gripper"), None
     values_N = np.concatenate([episode.actions_TA[:, index] for episode in episodes])
     low, high = float(values_N.min()), float(values_N.max())
     between = float(np.mean((values_N > low + LEVEL * (high - low)) & (values_N < high - LEVEL * (high - low))))
     measured: dict[str, Any] = {"low": low, "high": high, "between": between}
     answers = [answer for episode in episodes for answer in _answers(episode, index, (low + high) / 2)]
     if low == high or not answers:
-        text = f"its command never changes while the fingers are seen (values {low:g} to {high:g})"
+        text = f"its command never changes while the fingers are observed (values {low:g} to {high:g})"
         return Finding("gripper", "not checked", text, measured=measured), None
     wider_when_high = float(np.median(answers))
     measured |= {"changes": len(answers), "width_change_when_high_m": wider_when_high}
     if abs(wider_when_high) < 1e-3:
-        return Finding("gripper", "not checked", "the fingers do not answer its command", measured=measured), None
+        return Finding("gripper", "not checked", "the fingers do not follow its command", measured=measured), None
     opened, closed = (high, low) if wider_when_high > 0 else (low, high)
     expected = (embodiment.gripper_open, embodiment.gripper_close)
     meaning = Gripper(index, (opened, closed), expected)
@@ -78,13 +78,13 @@ def gripper(episodes: Sequence[Episode], embodiment: Embodiment) -> tuple[Findin
         return Finding("gripper", "ok", f"{opened:g} opens, {closed:g} closes", measured=measured), meaning
     wrong = []
     if (opened < closed) != (expected[0] < expected[1]):
-        wrong.append("its sign is inverted")
+        wrong.append("the sign is inverted")
     if not np.allclose(sorted((opened, closed)), sorted(expected), atol=0.02):
-        wrong.append(f"its range is {low:g} to {high:g}")
+        wrong.append(f"the range is {low:g} to {high:g}")
     return Finding(
         "gripper",
         "mismatch",
-        f"{' and '.join(wrong)}: {opened:g} opens and {closed:g} closes it, "
+        f"{' and '.join(wrong)}: in the data {opened:g} opens and {closed:g} closes, "
         f"in the simulator {expected[0]:g} opens and {expected[1]:g} closes",
         f"map it with data.gripper={{index: {index}, open: {opened:g}, close: {closed:g}}}",
         measured,
@@ -92,7 +92,10 @@ def gripper(episodes: Sequence[Episode], embodiment: Embodiment) -> tuple[Findin
 
 
 def _answers(episode: Episode, index: int, middle: float) -> list[float]:
-    """How much wider the fingers get (m) soon after a command changed to its high level, or the negative for low."""
+    """Return the changes of the fingers' width (m) `RESPONSE_STEPS` after each change of the command.
+
+    The sign is that of a change to the high level: changes after a change to the low level are negated.
+    """
     if episode.states_TS is None:
         return []
     high_T = episode.actions_TA[:, index] > middle
@@ -111,13 +114,13 @@ def statistics(
     actual: Mapping[str, np.ndarray],
     embodiment: Embodiment,
 ) -> Finding:
-    """Whether stored statistics are what they are called: quantiles, extremes, of these data.
+    """Check that stored quantiles and extremes have the right names and belong to these data.
 
     Args:
         check: name of the finding.
         stored: feature (`action`, `state`) -> `min`, `max`, `q01`, `q99` -> numbers.
         actual: feature -> all frames [N,D].
-        embodiment: which dimensions are normalised, and by what.
+        embodiment: the robot; says which dimensions are normalised, and how.
     """
     known = {
         name: {key: stored[name][key] for key in QUANTILES if key in stored[name]} for name in actual if name in stored
@@ -142,7 +145,7 @@ def statistics(
             check,
             "mismatch",
             "; ".join(wrong),
-            f"actions are normalised by {embodiment.action_normalisation}: compute the statistics anew from these data",
+            f"actions are normalised by {embodiment.action_normalisation}: compute the statistics of these data",
             measured,
         )
     return Finding(check, "ok", "quantiles and extremes are those of the data", measured=measured)
@@ -155,7 +158,7 @@ def _named_wrongly(
     actual = {name: np.quantile(values_ND, q, axis=0) for name, q in QUANTILES.items()}
     given = {name: np.asarray(numbers, np.float64).reshape(-1)[mask] for name, numbers in stored.items()}
     size = np.maximum(actual["max"] - actual["min"], 1e-6)
-    # Where a quantile is the extreme, nothing can be told.
+    # A dimension tells nothing if its quantiles are its extremes.
     apart = ((actual["max"] - actual["q99"]) > TAIL * size) & ((actual["q01"] - actual["min"]) > TAIL * size)
 
     def off(name: str, reference: str) -> float:
@@ -166,31 +169,31 @@ def _named_wrongly(
     wrong = []
     numbers = {name: {"stored": list(given[name]), "data": list(actual[name])} for name in given}
     if max(off("q01", "min"), off("q99", "max")) < EQUAL:
-        wrong.append("what is stored as q01 and q99 is the minimum and maximum")
+        wrong.append("the stored q01 and q99 are the minimum and maximum")
     elif max(off("min", "q01"), off("max", "q99")) < EQUAL:
-        wrong.append("what is stored as minimum and maximum is q01 and q99")
+        wrong.append("the stored minimum and maximum are q01 and q99")
     else:
-        # lerobot averages the quantiles of episodes, so that extremes are asked first
+        # Extremes first: lerobot averages the quantiles of episodes, so that its quantiles are not exact.
         pairs = [pair for pair in (("min", "max"), ("q01", "q99")) if pair[0] in given and pair[1] in given]
         if pairs and max(float((np.abs(given[name] - actual[name]) / size).max()) for name in pairs[0]) > FAR:
             wrong.append(f"{' and '.join(pairs[0])} are not those of the data")
     full = np.isclose(np.abs(values_ND), 1.0, atol=1e-6)
     if (full & (values_ND > 0)).any(0).all() and (full & (values_ND < 0)).any(0).all() and (actual["max"] <= 1).all():
-        wrong.append("all dimensions reach exactly from -1 to 1, as if they were normalised already")
+        wrong.append("all dimensions range exactly from -1 to 1, as if they were normalised already")
     return wrong, numbers
 
 
 def versions(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Finding:
-    """Whether the simulators are those that the data set was recorded with."""
+    """Check that the installed simulators have the versions that recorded the data set."""
     known = {name: str(recorded[name]) for name in SIMULATORS if name in recorded}
     installed = {name: str(here[name]) for name in SIMULATORS if name in here}
     measured = {"recorded": known, "installed": installed}
     if not known:
-        text = f"the data set does not say what it was recorded with; here: {_listed(installed)}"
+        text = f"the data set does not name the versions that recorded it; installed here: {_listed(installed)}"
         return Finding("versions", "not checked", text, measured=measured)
     other = {name: value for name, value in known.items() if installed.get(name) != value}
     if not other and recorded.get("assets", here.get("assets")) != here.get("assets"):
-        text = f"{_listed(known)}; images are of other meshes or textures ({recorded['assets']})"
+        text = f"{_listed(known)}; the images show other meshes or textures ({recorded['assets']})"
         return Finding("versions", "note", text, "evaluate with the assets of the recording", measured)
     if not other:
         return Finding("versions", "ok", _listed(known), measured=measured)
@@ -199,7 +202,7 @@ def versions(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Finding:
         "versions",
         "mismatch",
         f"recorded with {different}",
-        "success rates drift with the simulator's version: install that one, or record or convert the data anew",
+        "success rates depend on the simulator's version: install the recorded one, or make the data again",
         measured,
     )
 
@@ -209,7 +212,7 @@ def _listed(versions: Mapping[str, str]) -> str:
 
 
 def instructions(episodes: Sequence[Episode], known: Sequence[str], elsewhere: Collection[str] = ()) -> Finding:
-    """Whether what was asked is worded as the suite words it, or as other suites (`elsewhere`) do."""
+    """Check that the instructions are those of the suite's tasks (`known`), or of other suites (`elsewhere`)."""
     asked = {episode.instruction for episode in episodes}
     unknown = sorted(asked - set(known) - set(elsewhere))
     others = asked - set(known) - set(unknown)
@@ -219,8 +222,8 @@ def instructions(episodes: Sequence[Episode], known: Sequence[str], elsewhere: C
         return Finding(
             "instructions",
             "mismatch",
-            f"{len(unknown)} are not the suite's, for example {unknown[0]!r}; the suite says {close[0]!r}",
-            "policies are evaluated with the suite's wording: rename the tasks, or choose the suite of the data",
+            f"{len(unknown)} are not instructions of the suite, e.g. {unknown[0]!r}; the suite says {close[0]!r}",
+            "evaluation uses the suite's instructions: rename the tasks, or choose the suite of the data",
             measured,
         )
     wrong = [e for e in episodes if e.start is not None and known[e.start.task] != e.instruction]
@@ -229,23 +232,23 @@ def instructions(episodes: Sequence[Episode], known: Sequence[str], elsewhere: C
             "instructions",
             "mismatch",
             f"{wrong[0].name} was recorded in the scene of {known[wrong[0].start.task]!r} "  # type: ignore[union-attr]
-            f"and asks {wrong[0].instruction!r}",
-            "the order of tasks or their texts were mixed up",
+            f"but its instruction is {wrong[0].instruction!r}",
+            "the order of the tasks or their instructions were mixed up",
             {"episodes": [episode.name for episode in wrong]},
         )
     said = f"{len(asked & set(known))} of {len(known)} tasks"
     if others:
         text = f"{said}; {len(others)} are of other suites"
-        return Finding("instructions", "note", text, "their episodes are not played again: check each suite", measured)
+        return Finding("instructions", "note", text, "their episodes were not replayed: check each suite", measured)
     return Finding("instructions", "ok", said, measured=measured)
 
 
 def control_rate(recordings: Recordings, embodiment: Embodiment) -> Finding:
-    """Whether the data set's frames per second are the control rate."""
+    """Check that the data set's frames per second are the embodiment's control rate."""
     stored, expected = recordings.control_hz, embodiment.control_hz
     if stored is None:
-        return Finding("control rate", "not checked", "the data set does not say it")
+        return Finding("control rate", "not checked", "the data set does not state its rate")
     if stored == expected:
         return Finding("control rate", "ok", f"{stored:g} Hz")
-    text = f"the data set says {stored:g} Hz, the robot is controlled at {expected:g} Hz"
-    return Finding("control rate", "note", text, "nothing here uses it; see whether the motion check agrees")
+    text = f"the data set states {stored:g} Hz, but the robot is controlled at {expected:g} Hz"
+    return Finding("control rate", "note", text, "nothing here uses the stated rate; see if the motion check is ok")

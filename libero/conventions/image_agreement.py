@@ -1,4 +1,4 @@
-"""Whether recorded images are turned as the simulator's are, and of the right camera, seen by playing actions again."""
+"""Compare recorded with simulated images: orientation, camera and colour order."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ TURNS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 THUMBNAIL = 32
 CLEARLY, UNLIKE = 0.1, 0.4
-"""Correlations: how much better another turn must be, and below which two images show something else."""
+"""Correlations: least advantage of another orientation, and least value for two images of the same thing."""
 
 
 def images(recordings: Recordings, traces: Sequence[Trace]) -> list[Finding]:
-    """One finding for each camera."""
+    """Check the images; return one finding for each camera."""
     pairs = {camera: _pairs(recordings, traces, camera) for camera in recordings.cameras}
     return [_image_finding(camera, pairs, recordings.turn) for camera in recordings.cameras]
 
 
 def _pairs(recordings: Recordings, traces: Sequence[Trace], camera: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(recorded, simulated) thumbnails [32,32,3], float."""
+    """Return pairs (recorded, simulated) of thumbnails float64 [32,32,3]."""
     found = []
     for trace in traces:
         steps = [step for step in PICTURED_STEPS if step in trace.images[camera]]
@@ -48,14 +48,14 @@ def _thumbnail(image_HWC: np.ndarray) -> np.ndarray:
 
 
 def _likeness(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of two thumbnails' brightness, whatever the light; 0 for an image of one brightness."""
+    """Return the correlation of two thumbnails' brightness; 0 for an image without contrast."""
     bright_a, bright_b = (image.mean(axis=2) - image.mean() for image in (a, b))
     size = float(np.sqrt((bright_a**2).sum() * (bright_b**2).sum()))
     return float((bright_a * bright_b).sum()) / size if size > 0 else 0.0
 
 
 def _image_finding(camera: str, pairs: Mapping[str, list[tuple[np.ndarray, np.ndarray]]], expected: str) -> Finding:
-    """The recorded images' turn is what brings the simulator's onto them."""
+    """Find the turn that makes the simulator's images agree best with the recorded ones, and judge it."""
     check = f"images of {camera}"
     agreement = {name: _mean(_likeness(a, turn(b)) for a, b in pairs[camera]) for name, turn in TURNS.items()}
     others = {
@@ -72,28 +72,28 @@ def _image_finding(camera: str, pairs: Mapping[str, list[tuple[np.ndarray, np.nd
     said = f"agreement {agreement[best]:.2f}"
     for other, value in others.items():
         if value > agreement[best] + CLEARLY and agreement[best] < UNLIKE + CLEARLY:
-            text = f"they look like those of {other} (agreement {value:.2f}, with {camera} {agreement[best]:.2f})"
+            text = f"they look like images of {other} (agreement {value:.2f}, with {camera} {agreement[best]:.2f})"
             return Finding(check, "mismatch", text, f"exchange {camera} and {other} in data.cameras", measured)
     if agreement[best] < UNLIKE:
         text = f"they look like the simulator's in no orientation ({said}, {best})"
-        advice = "another scene, task order, camera or crop: look at both"
+        advice = "the scene, task order, camera or crop may differ: look at both images"
         return Finding(check, "mismatch", text, advice, measured)
     if best != expected and agreement[best] > agreement[expected] + CLEARLY:
-        found = "not turned against the simulator's" if best == AS_IT_IS else best
+        found = "oriented as in the simulator" if best == AS_IT_IS else best
         text = f"they are {found} ({said}); {expected}: {agreement[expected]:.2f}"
         return Finding(check, "mismatch", text, _turn_advice(best, expected), measured)
     if colours < 0:
         text = "red and blue are exchanged"
         return Finding(check, "mismatch", text, "the images are BGR: reverse their last axis", measured)
-    where = "as the simulator gives them" if expected == AS_IT_IS else f"{expected}, as such files have them"
+    where = "oriented as in the simulator" if expected == AS_IT_IS else f"{expected}, as in all files of this kind"
     return Finding(check, "ok", f"{where}, {said}", measured=measured)
 
 
 def _turn_advice(best: str, expected: str) -> str:
     if expected != AS_IT_IS:
-        return f"files of this kind have images {expected}: were they converted already?"
+        return f"images in files of this kind are {expected}: were these converted already?"
     turn = {"rotated 180": "image[::-1, ::-1]", "flipped vertically": "image[::-1]"}.get(best, "image[:, ::-1]")
-    return f"policies see images as published training data has them: store {turn} instead"
+    return f"policies see images oriented as in published training data: store {turn} instead"
 
 
 def _red(image_HWC: np.ndarray) -> np.ndarray:

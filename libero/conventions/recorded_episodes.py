@@ -1,8 +1,8 @@
-"""Episodes of a data set as training sees them, and from where each can be played again.
+"""Read the episodes of a data set as training sees them, with their initial states to play them again.
 
-Two kinds of data set: a LeRobotDataset v3, mapped as in training (`DataConfig`), and LIBERO's HDF5 files. Where an
-episode begins is known for what `record_demonstrations` and `convert_libero` wrote, and for HDF5 files; other data sets
-do not say it.
+A data set is either a LeRobotDataset v3, mapped as in training (`DataConfig`), or LIBERO's HDF5 files. Initial states
+are known for data sets of `record_demonstrations` and `convert_libero`, and for HDF5 files; other data sets do not have
+them.
 
 Shape legend: N frames of the data set, T steps, S state, A action, F chosen frames.
 """
@@ -34,14 +34,14 @@ EXECUTED, TASK, INITIAL_STATE = "label.executed_action", "label.task", "label.in
 
 @dataclass(frozen=True)
 class Start:
-    """How an episode began.
+    """Where an episode began: `initial_state` or `state` is given.
 
     Attributes:
-        task: the suite's task.
-        initial_state: one of the suite's, or None.
-        state: else the simulator's state, for LIBERO.
-        fixtures: body -> pose of what stands still, for LIBERO.
-        waiting_steps: without motion, before the first action; None: as many as the suite's recordings have.
+        task: index of the task in its suite.
+        initial_state: index of an initial state of the suite, or None.
+        state: state of the simulator (time, positions, velocities), for LIBERO only; or None.
+        fixtures: body -> position and quaternion (w, x, y, z) [7] of fixtures, for LIBERO only.
+        waiting_steps: control steps without motion before the first action; None: the settling steps of the suite.
     """
 
     task: int
@@ -56,13 +56,13 @@ class Episode:
     """One recorded episode.
 
     Attributes:
-        name: for messages.
-        index: for `Recordings.images`.
-        instruction: what was asked.
-        actions_TA: what is learned, in the embodiment's convention if the mapping is right.
-        executed_TA: what was executed, if that is known to be something else.
-        states_TS: what the policy was shown; None where it is missing.
-        start: None: the data set does not say.
+        name: name of the episode in messages.
+        index: index of the episode for `Recordings.images`.
+        instruction: instruction of the episode.
+        actions_TA: actions to learn, in the embodiment's convention if the mapping is right.
+        executed_TA: executed actions; equal to `actions_TA` unless the data set has them separately.
+        states_TS: observed states, or None if none are recorded.
+        start: where the episode began; None: the data set does not say.
     """
 
     name: str
@@ -78,14 +78,14 @@ class Recordings(Protocol):
     """A data set of episodes.
 
     Attributes:
-        name: for messages.
-        suite: which suite it was recorded in, or None.
-        cameras: of the embodiment, which it has images of.
-        turn: how images are turned against the simulator's when all is well (`TURNS` of `image_agreement`).
-        delay: control steps by which observations are late when all is well.
-        simulation: what it was recorded with, e.g. {"mujoco": "3.3.2"}; empty where that is unknown.
-        statistics: feature -> statistic -> numbers, as stored; feature is `action` or `state`.
-        control_hz: as stored, or None.
+        name: name of the data set in messages.
+        suite: name of the suite that it was recorded in, or None.
+        cameras: names of the embodiment's cameras that it has images of.
+        turn: expected orientation of its images relative to the simulator's: a key of `image_agreement.TURNS`.
+        delay: expected control steps by which its observations are late.
+        simulation: package -> version that recorded it, e.g. {"mujoco": "3.3.2"}; empty if unknown.
+        statistics: feature (`action` or `state`) -> statistic -> numbers, as stored.
+        control_hz: control rate as stored, or None.
     """
 
     name: str
@@ -101,15 +101,21 @@ class Recordings(Protocol):
     def episodes(self) -> Sequence[Episode]: ...
 
     def images(self, episode: Episode, camera: str, steps: Sequence[int]) -> np.ndarray:
-        """uint8 [F,H,W,3]."""
+        """Return the images of a camera at some steps of an episode, uint8 [F,H,W,3]."""
         ...
 
 
 def open_recordings(source: str, config: DataConfig, embodiment: Embodiment, suite: str | None = None) -> Recordings:
-    """The data set at a path, or of that name on the hub; `suite` where it does not say which one it is of.
+    """Open a data set: HDF5 files, the folder of a LeRobotDataset, or a name on the hub.
+
+    Args:
+        source: path or name.
+        config: mapping of a LeRobotDataset's columns, as in training.
+        embodiment: the robot.
+        suite: suite of HDF5 files; None: the suite that the files name.
 
     Raises:
-        ValueError: there is none, or it does not fit the mapping; says what to do.
+        ValueError: there is no data set, or it does not fit the mapping.
     """
     path = Path(source)
     if path.exists() and hdf5_reader.is_hdf5(path):
@@ -120,7 +126,7 @@ def open_recordings(source: str, config: DataConfig, embodiment: Embodiment, sui
 
 
 class Hdf5Recordings:
-    """LIBERO's own files: that their images are upside down and observations one step late is as it should be."""
+    """LIBERO's own HDF5 files. By design, their images are rotated by 180 degrees and observations are a step late."""
 
     turn = "rotated 180"
     statistics: Mapping[str, Mapping[str, Sequence[float]]] = {}
@@ -159,7 +165,7 @@ class Hdf5Recordings:
 
 
 class LeRobotRecordings:
-    """A LeRobotDataset v3, mapped as training maps it."""
+    """A LeRobotDataset v3, mapped as in training."""
 
     turn, delay = "as it is", 0
 
@@ -207,7 +213,7 @@ class LeRobotRecordings:
 
     @cached_property
     def _first_rows(self) -> np.ndarray:
-        """Of each episode, and the number of frames."""
+        """Indices of the first row of each episode, and then the number of frames."""
         episode_N = self._columns[0]["episode"]
         return np.concatenate([[0], np.flatnonzero(np.diff(episode_N)) + 1, [len(episode_N)]])
 

@@ -1,4 +1,4 @@
-"""Recorded actions played open loop in the simulator, for comparison with what was recorded.
+"""Replay recorded actions open loop in the simulator, to compare its states and images with the recorded ones.
 
 Shape legend: T steps, S state.
 """
@@ -14,21 +14,21 @@ import numpy as np
 from cogvla.libero.conventions.recorded_episodes import Episode, Start
 
 PICTURED_STEPS = (0, 10)
-"""Steps of an episode whose images are compared: its beginning, and when the arm has moved but not yet diverged."""
+"""Steps of an episode whose images are compared: the first, and one where the arm has moved but not yet diverged."""
 APPROACH = 40
-"""Steps that are played of an episode whose beginning is not known: until about the first contact."""
+"""Steps that are replayed of an episode with unknown initial state: about until the first contact."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What the simulator did with an episode's actions.
+    """Result of one replayed episode.
 
     Attributes:
-        episode: as it was recorded.
-        exact: it began where the recording began; else in an initial state of the same task.
-        states_TS: float32 [T+1,S], before each action and after the last one.
-        images: camera -> step of the recording -> uint8 [H,W,3].
-        success: the task was done at some time.
+        episode: the recorded episode.
+        exact: True if the replay began in the recorded initial state, False if in another one of the same task.
+        states_TS: simulated states float32 [T+1,S], before each action and after the last one.
+        images: camera -> step of the recording -> simulated image uint8 [H,W,3].
+        success: True if the task was done at any step.
     """
 
     episode: Episode
@@ -40,14 +40,20 @@ class Trace:
 
 @dataclass(frozen=True)
 class Gripper:
-    """What the recorded values of the gripper mean: those that open and close it, and the simulator's."""
+    """Meaning of recorded gripper values.
+
+    Attributes:
+        index: index of the gripper in an action.
+        recorded: recorded values that open and close the gripper.
+        simulated: values that open and close it in the simulator.
+    """
 
     index: int
     recorded: tuple[float, float]
     simulated: tuple[float, float]
 
     def mapped(self, actions_TA: np.ndarray) -> np.ndarray:
-        """The actions as the simulator takes them."""
+        """Return actions [T,A] with the gripper values converted to the simulator's."""
         (opened, closed), (to_open, to_close) = self.recorded, self.simulated
         mapped_TA = actions_TA.copy()
         mapped_TA[:, self.index] = to_open + (actions_TA[:, self.index] - opened) / (closed - opened) * (
@@ -66,17 +72,17 @@ def replay(
     delay: int = 0,
     waiting_steps: int = 0,
 ) -> Trace:
-    """Play the executed actions of an episode.
+    """Replay the executed actions of an episode.
 
     Args:
-        env: the suite's gymnasium environment.
-        episode: what is played.
-        task: of an episode whose beginning is not known.
-        cameras: whose images are wanted.
-        gripper: how its values are mapped; None: not at all.
-        rest_A: the action that moves nothing.
-        delay: control steps by which recorded observations are late.
-        waiting_steps: before the first action, where the episode does not say.
+        env: gymnasium environment of the suite.
+        episode: the episode to replay.
+        task: index of its task, for an episode with unknown initial state.
+        cameras: names of the cameras to render.
+        gripper: conversion of the gripper values; None: no conversion.
+        rest_A: action that moves nothing.
+        delay: control steps by which the recorded observations are late.
+        waiting_steps: control steps before the first action, for an episode that does not say.
     """
     exact = episode.start is not None
     start = episode.start or Start(task, initial_state=0)

@@ -1,4 +1,4 @@
-"""Where recorded states and the simulator's disagree, seen by playing the actions again: state, time, motion, success.
+"""Compare recorded with simulated states of replayed episodes: representation, timing, motion and success.
 
 Shape legend: N frames of all traces, T steps, S state.
 """
@@ -16,18 +16,19 @@ from cogvla.libero.env import axis_angle
 
 AS_IT_IS = "as it is"
 EARLY = {True: 20, False: 5}
-"""Steps in which states are compared, for traces that began as the recording did and for others."""
+"""`Trace.exact` -> number of steps whose states are compared."""
 POSITION, ROTATION, FINGERS = slice(0, 3), slice(3, 6), slice(6, 8)
 NEAR_M = {True: 0.01, False: 0.08}
 WINDOW, MOVING = 5, 40
 AXES = {"x": 0.003, "y": 0.003, "z": 0.003, "turn x": 0.03, "turn y": 0.03, "turn z": 0.03}
-"""What an axis must move in a window (m, rad), root mean square, to tell something."""
+"""Axis -> least motion in a window (m or rad, root mean square) for a comparison of that axis."""
 SUCCESS = 0.5
-"""Of LIBERO's own demonstrations the published regeneration could replay 1,693 of 2,000, and fewest of libero_10."""
+"""Least share of replays that succeed. Of LIBERO's own demonstrations the published regeneration could replay 1,693 of
+2,000; the share was lowest in libero_10."""
 
 
 def _turned_otherwise(vector_N3: np.ndarray) -> np.ndarray:
-    """The same rotations by the other sign of their quaternions: 2 pi minus the angle, about the opposite axis."""
+    """Return the same rotations for the other sign of the quaternion: 2 pi minus the angle, about the opposite axis."""
     angle_N1 = np.maximum(np.linalg.norm(vector_N3, axis=1, keepdims=True), 1e-9)
     return vector_N3 * (1 - 2 * np.pi / angle_N1)
 
@@ -38,7 +39,7 @@ def _folded(vector_N3: np.ndarray) -> np.ndarray:
 
 
 def _w_first(vector_N3: np.ndarray) -> np.ndarray:
-    """Axis and angle of a quaternion w, x, y, z that was read as x, y, z, w."""
+    """Return axis times angle of quaternions w, x, y, z that were read as x, y, z, w."""
     angle_N1 = np.maximum(np.linalg.norm(vector_N3, axis=1, keepdims=True), 1e-9)
     quaternion_N4 = np.concatenate([np.cos(angle_N1 / 2), vector_N3 / angle_N1 * np.sin(angle_N1 / 2)], axis=1)
     return np.stack([axis_angle(quaternion) for quaternion in quaternion_N4])
@@ -68,7 +69,7 @@ GRIPS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def states(traces: Sequence[Trace], delay: int) -> list[Finding]:
-    """Position, rotation and fingers of the recorded states against the simulator's, early in the episodes."""
+    """Compare position, rotation and fingers of recorded and simulated states, early in the episodes."""
     exact = all(trace.exact for trace in traces)
     pairs = [_aligned(trace, delay, EARLY[trace.exact]) for trace in traces if trace.episode.states_TS is not None]
     if not pairs:
@@ -82,9 +83,9 @@ def states(traces: Sequence[Trace], delay: int) -> list[Finding]:
 
 
 def _aligned(trace: Trace, delay: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Recorded and simulated states [T,S] of the same moments."""
+    """Return recorded and simulated states [T,S] of the same moments."""
     recorded_TS = trace.episode.states_TS
-    assert recorded_TS is not None, "only asked for where states are recorded"
+    assert recorded_TS is not None, "callers filter episodes without states"
     first = max(0, -delay)
     count = min(steps, len(recorded_TS) - first, len(trace.states_TS) - first - delay)
     return recorded_TS[first : first + count], trace.states_TS[first + delay : first + delay + count]
@@ -95,10 +96,10 @@ def _position(difference_N3: np.ndarray, exact: bool) -> Finding:
     distance = float(np.linalg.norm(offset_3))
     measured = {"offset_m": offset_3.tolist(), "spread_m": spread}
     if distance < NEAR_M[exact]:
-        return Finding("position", "ok", f"the simulator's, {1000 * distance:.0f} mm apart", measured=measured)
+        return Finding("position", "ok", f"as in the simulator, {1000 * distance:.0f} mm apart", measured=measured)
     where = ", ".join(f"{value:+.3f}" for value in offset_3)
     text = f"off by ({where}) m, spread {spread:.3f} m"
-    advice = "a constant offset is another frame: positions must be in the world frame, as the simulator has them"
+    advice = "a constant offset means another frame: positions must be in the simulator's world frame"
     return Finding("position", "mismatch", text, advice, measured)
 
 
@@ -109,27 +110,27 @@ def _representation(
     candidates: Mapping[str, Callable[[np.ndarray], np.ndarray]],
     margin: float,
 ) -> Finding:
-    """Which way of writing the simulator's numbers gives the recorded ones."""
+    """Find the representation of the simulator's numbers that agrees best with the recorded ones, and judge it."""
     errors = {
         name: float(np.linalg.norm(recorded - change(simulated), axis=1).mean()) for name, change in candidates.items()
     }
     best, plain = min(errors, key=lambda name: errors[name]), errors[AS_IT_IS]
     unit = "rad" if check == "rotation" else "m"
     if plain - errors[best] > margin and errors[best] < 0.5 * plain:
-        text = f"the recorded numbers are {best} (error {errors[best]:.3f} {unit}, as the simulator has it {plain:.3f})"
-        advice = "policies are shown the simulator's own at evaluation: store those, see Conventions in docs/libero.md"
+        text = f"the recorded numbers are {best} (error {errors[best]:.3f} {unit}; unconverted {plain:.3f} {unit})"
+        advice = "evaluation shows policies the simulator's numbers: store those, see Conventions in docs/libero.md"
         return Finding(check, "mismatch", text, advice, {"errors": errors})
     if plain > 6 * margin:
-        text = f"the recorded numbers are the simulator's in no known way (error {plain:.3f} {unit})"
+        text = f"the recorded numbers agree with the simulator's in no known representation (error {plain:.3f} {unit})"
         return Finding(check, "mismatch", text, "see Conventions in docs/libero.md", {"errors": errors})
-    return Finding(check, "ok", f"the simulator's, error {plain:.3f} {unit}", measured={"errors": errors})
+    return Finding(check, "ok", f"as in the simulator, error {plain:.3f} {unit}", measured={"errors": errors})
 
 
 def timing(traces: Sequence[Trace], delay: int) -> tuple[Finding, int]:
-    """By how many control steps observations are late, and the delay that fits best."""
+    """Check by how many control steps the observations are late; return the finding and the best delay."""
     usable = [trace for trace in traces if trace.exact and trace.episode.states_TS is not None]
     if not usable:
-        return Finding("time", "not checked", "needs episodes whose beginning is known, with states"), delay
+        return Finding("time", "not checked", "needs episodes with states and a known initial state"), delay
     errors = {}
     for shift in range(-2, 3):
         pairs = [_aligned(trace, shift, MOVING) for trace in usable]
@@ -139,19 +140,19 @@ def timing(traces: Sequence[Trace], delay: int) -> tuple[Finding, int]:
     if best != delay and errors[best] < 0.6 * errors[delay] and errors[delay] - errors[best] > 1e-3:
         late = f"{abs(best - delay)} step(s) {'late' if best > delay else 'early'}"
         text = (
-            f"observations are {late}: {1000 * errors[best]:.1f} mm off then, {1000 * errors[delay]:.1f} mm as stored"
+            f"observations are {late}: error {1000 * errors[delay]:.1f} mm, {1000 * errors[best]:.1f} mm when shifted"
         )
-        return Finding("time", "mismatch", text, "a row must be what was seen before its action", measured), best
-    text = "a row is what was seen " + (
-        "before its action" if delay == 0 else "after its action, as such files have it"
+        return Finding("time", "mismatch", text, "each row must be observed before its action", measured), best
+    text = "each row was observed " + (
+        "before its action" if delay == 0 else "after its action, as in all files of this kind"
     )
     return Finding("time", "ok", text, measured=measured), delay
 
 
 def motion(traces: Sequence[Trace], delay: int, turns: bool = True) -> Finding:
-    """How far and in which direction the recorded arm moved, against the simulator's for the same actions.
+    """Compare distance and direction of the arm's motion, recorded and simulated, for the same actions.
 
-    `turns` are compared only where the recorded rotations are understood.
+    `turns`: compare rotations too; False if the representation of the recorded rotations is unknown.
     """
     pairs = [_aligned(trace, delay, MOVING) for trace in traces if trace.episode.states_TS is not None]
     if not pairs:
@@ -161,23 +162,23 @@ def motion(traces: Sequence[Trace], delay: int, turns: bool = True) -> Finding:
     for axis, (name, least) in enumerate(list(AXES.items())[: 6 if turns else 3]):
         a, b = a_N6[:, axis], b_N6[:, axis]
         if not len(b) or np.sqrt(np.mean(b * b)) < least:
-            continue  # hardly moves: nothing to be told
+            continue  # moves too little to tell anything
         ratio, alike = float(a @ b / (b @ b)), float(a @ b / np.sqrt((a @ a) * (b @ b) + 1e-12))
         measured[name] = {"ratio": ratio, "likeness": alike}
         if alike < -0.5:
-            wrong.append(f"{name} goes the other way")
+            wrong.append(f"{name} goes the opposite way")
         elif alike > 0.8 and not 0.7 < ratio < 1.4:
             wrong.append(f"{name} goes {ratio:.2f} times as far")
         elif alike < 0.3:
-            wrong.append(f"{name} goes elsewhere")
+            wrong.append(f"{name} does not follow the simulator's")
     if wrong:
-        advice = "actions are deltas for the controller in [-1, 1]: not normalised, not metres, in the world's axes"
+        advice = "actions must be deltas in [-1, 1] for the controller, in the world frame: not normalised, not metres"
         return Finding("motion", "mismatch", f"for the same actions the recorded {', '.join(wrong)}", advice, measured)
-    return Finding("motion", "ok", f"as the simulator moves ({', '.join(measured) or 'hardly any'})", measured=measured)
+    return Finding("motion", "ok", f"as in the simulator ({', '.join(measured) or 'hardly any'})", measured=measured)
 
 
 def _moves(state_TS: np.ndarray) -> np.ndarray:
-    """Displacement and turn over windows of a few steps, [n,6]."""
+    """Return displacement (m) and rotation vector (rad) over windows of `WINDOW` steps, [n,6]."""
     pairs = [(state_TS[t], state_TS[t + WINDOW]) for t in range(0, len(state_TS) - WINDOW, WINDOW)]
     rows = []
     for before, after in pairs:
@@ -187,11 +188,11 @@ def _moves(state_TS: np.ndarray) -> np.ndarray:
 
 
 def replays(traces: Sequence[Trace], delay: int) -> Finding:
-    """How many episodes succeed again, and how far states drift from the recorded ones."""
+    """Count the replayed episodes that succeed again, and measure the drift from the recorded states."""
     exact = [trace for trace in traces if trace.exact]
     if not exact:
-        text = "the data set does not say how its episodes began, so that they cannot be played again"
-        return Finding("replay", "not checked", text, "success and drift are known for what this package records")
+        text = "the data set does not say how its episodes began, so they cannot be replayed exactly"
+        return Finding("replay", "not checked", text, "data sets that this package records have initial states")
     succeeded = sum(trace.success for trace in exact)
     drift = {f"{part} %": _drift(exact, delay, part / 100) for part in (0, 25, 50, 75, 100)}
     measured = {"episodes": len(exact), "succeeded": succeeded, "position_error_m": drift}
@@ -200,7 +201,7 @@ def replays(traces: Sequence[Trace], delay: int) -> Finding:
     if first is not None and last is not None:
         text += f"; position error {1000 * first['median']:.0f} mm at the start, {1000 * last['median']:.0f} at the end"
     if succeeded < SUCCESS * len(exact):
-        advice = "if nothing else is named: other physics (versions), another controller, or changed actions"
+        advice = "if no other check fails: other versions of the physics, another controller, or changed actions"
         return Finding("replay", "mismatch", text, advice, measured)
     return Finding("replay", "ok", text, measured=measured)
 

@@ -1,10 +1,10 @@
-"""Scripted experts for LIBERO, on privileged state: every goal that `plan` can read is a sequence of skills.
+"""Scripted expert for LIBERO, on privileged state: it splits a goal into subgoals and solves each with a skill.
 
-OSC_POSE follows slowly (a fifth of the command in a control step), so an action is no small step to be added up: it is
-the way that is left to the aim, clipped at full speed, and measured again at every step.
+The controller OSC_POSE follows slowly (a fifth of the command in one control step). An action is therefore not a small
+step of a planned path: it is the remaining way to the aim, clipped to full speed, and measured again at every step.
 
-An expert remembers little: which grasp it has chosen, and whether it is closing its hand. Whatever goes wrong is seen
-in the state: what was lost is taken again, a grasp that failed is given up for another one.
+The expert remembers little: the grasp that it chose, and that it is closing its hand. It sees mistakes in the state: it
+takes a lost object again, and tries another grasp after one that failed.
 """
 
 from __future__ import annotations
@@ -20,43 +20,44 @@ from cogvla.libero.experts.skills import PHASES, carry_out, is_done
 from cogvla.libero.experts.view import View
 
 POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
-"""Metres and radians at action 1.0."""
+"""Metres and radians of an action of 1.0."""
 GAIN = 1.4
 _STILL = 0.0015
-"""Metres in a control step, below which a hand that should move stands still."""
+"""Metres in one control step: a hand that moves less stands still."""
 _PRESS, _HARDEST = 0.25, 4.0
-"""A hand that stands still beside its aim is told to move ever further: the controller itself has no integral part."""
+"""Factor on the action of a hand that stands still beside its aim: its growth in each step, and its limit. The
+controller has no integral part, so the expert adds one."""
 
 
 class LiberoExpert:
-    """Solves the task that `env` has been reset to.
+    """Expert that solves the task that `env` was last reset to.
 
     Args:
-        env: an environment of a LIBERO suite, possibly wrapped.
-        rng: draws the execution noise.
-        noise: scale of that noise; 0 is none, 1 is what demonstrations are recorded with.
+        env: environment of a LIBERO suite, possibly wrapped.
+        rng: generator of the execution noise.
+        noise: scale of that noise: 0 is none, 1 is the noise of recorded demonstrations.
     """
 
     def __init__(self, env: object, rng: np.random.Generator, noise: float = 0.0) -> None:
         unwrapped = getattr(env, "unwrapped", env)
         if not isinstance(unwrapped, LiberoEnv):
-            raise ValueError(f"this expert plays LIBERO, got {type(unwrapped).__name__}")
+            raise ValueError(f"this expert plays LIBERO only, got an environment {type(unwrapped).__name__}")
         self._view = View(unwrapped.scene)
         self._subgoals = subgoals(unwrapped.goal)
         self._hand = Hand(self._view)
         self.noisy = ExecutionNoise(rng, noise)
         self._before, self._press = self._view.gripper, 1.0
         self.phase = 0
-        """Index into `PHASES` of the last action."""
+        """Index into `PHASES` for the last action."""
 
     def act(self) -> np.ndarray:
-        """The clean action float32 [7] for the current state."""
+        """Return the action without noise, float32 [7], for the current state."""
         move = carry_out(self._hand, self._current())
         self.phase = PHASES.index(move.phase)
         return self._action(move)
 
     def _current(self) -> Subgoal:
-        """The first subgoal that is not reached yet; the last one once all are."""
+        """Return the first subgoal that is not reached yet, or the last one if all are reached."""
         for subgoal in self._subgoals[:-1]:
             if not is_done(self._hand, subgoal):
                 return subgoal
@@ -77,5 +78,5 @@ class LiberoExpert:
 
 
 def _clip_norm(vector: np.ndarray) -> np.ndarray:
-    """Shorten to length 1 where longer, so that straight lines stay straight."""
+    """Scale a longer vector down to length 1. Unlike clipping each number, this keeps the direction."""
     return vector / max(float(np.linalg.norm(vector)), 1.0)

@@ -1,4 +1,4 @@
-"""What experts do to drawers, doors, knobs and plates."""
+"""Skills of the LIBERO expert for drawers, doors, knobs and plates."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cogvla.libero.experts.view import Joint
 
 _UP = np.array([0.0, 0.0, 1.0])
 _PULL = 0.07
-"""Metres ahead of the hand that a drawer is pulled to."""
+"""Metres from the drawer's bar to the aim while the hand pulls."""
 _TURN = 0.9
-"""Radians ahead of the hand that a knob is turned to."""
+"""Radians from the hand's rotation to the aim while the hand turns a knob."""
 _KNOB_DEPTH = 0.02
 _BEFORE = 0.06
-"""Metres in front of a drawer or door, from where it is pushed."""
+"""Metres in front of a drawer or door where a push starts."""
 _DOOR_SIDE = 0.85
-"""Where a door is pushed: from its hinge to its other side."""
+"""Point where a door is pushed, as a fraction of the way from its hinge to its far side."""
 _PUSH = 0.06
 _PRESS_DEPTH = 0.006
 _PLATE_DEPTH = 0.006
@@ -76,7 +76,7 @@ def close(hand: Hand, name: str) -> Move:
 
 
 def push(hand: Hand, item: str, where: str) -> Move:
-    """Press the fist lightly onto a plate and take it along: pressed hard, it would stick to the table."""
+    """Press the fist lightly onto a plate and drag it to a place. Pressed hard, the plate would stick to the table."""
     view = hand.view
     way = (place_for(view, where).point - view.position(item))[:2]
     left = float(np.hypot(*way))

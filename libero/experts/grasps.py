@@ -1,7 +1,7 @@
-"""Where to take an object: between the fingers where it is narrow enough, else by its rim.
+"""Choose a grasp for an object: around it if it is narrow enough, or else by its rim.
 
-All grasps point straight down. What a hand needs around them is known: two fingers as wide apart as they go, and the
-palm above; grasps that would hit something are avoided.
+All grasps point straight down. The footprint of the hand is two open fingers, with the palm above them; grasps where
+it would hit something cost more.
 
 Shape legend: P points, O obstacles, F points of a footprint.
 """
@@ -15,18 +15,19 @@ import numpy as np
 from cogvla.libero.experts.view import Obstacles, View
 
 WIDEST = 0.072
-"""Metres across, what the fingers still go around."""
+"""Largest width in metres that fits between the fingers."""
 _UNDER_TOP = 0.035
-"""The palm is that far above the fingertips' middle, a little less."""
+"""Metres from the top of an object down to the grasp. The palm is a little higher than this above the fingertips."""
 _LOWEST = 0.012
-"""Above the ground: the fingers reach 9 mm further than their middle."""
+"""Least height of a grasp above the ground in metres: the fingers reach 9 mm below their middle."""
 _RIM_DEPTH = 0.018
 _RIM_INWARD = (0.004, 0.016, 0.028)
-"""From the rim to the middle of the hand: further in where there is little room outside; closing pulls the rim in."""
+"""Metres from the rim inwards to the middle of the hand. Larger values are for rims with little room outside; the
+closing fingers then pull the rim in."""
 _ABOVE, _BELOW = 0.012, 0.004
-"""What of an object the pads touch, around the height of the grasp."""
+"""Metres above and below the grasp that the finger pads touch."""
 _STRETCHED = 0.62
-"""From the shoulder to the wrist: further out, the elbow comes near its stop, and the arm gets stuck there."""
+"""Metres from the shoulder to the wrist; beyond, the elbow comes near its stop and the arm gets stuck."""
 _YAWS = 24
 _PALM = np.array([(x, y) for x in np.linspace(-0.10, 0.10, 11) for y in (-0.03, 0.0, 0.03)])
 _FINGERS = np.array([(s * x, y) for s in (-1, 1) for x in (0.040, 0.048, 0.056) for y in (-0.012, 0.0, 0.012)])
@@ -36,12 +37,12 @@ _SAFETY = 0.008
 
 @dataclass(frozen=True)
 class Grasp:
-    """A grasp of a thing, in the frame of its body.
+    """A grasp of a thing, in the frame of the thing's body.
 
     Attributes:
-        offset: from the body's origin to the point between the fingertips [3].
+        offset: vector from the body's origin to the point between the fingertips [3], in metres.
         closing: unit vector along which the fingers close [3].
-        rim: by the rim.
+        rim: True if the hand takes the thing by its rim.
     """
 
     offset: np.ndarray
@@ -50,12 +51,12 @@ class Grasp:
 
 
 def candidates(view: View, item: str, place: np.ndarray | None = None) -> list[tuple[float, Grasp]]:
-    """All grasps of a thing where it is now, the best first, each with its cost.
+    """Return all grasps of a thing in its present pose with their costs, the best first.
 
     Args:
-        view: what there is.
-        item: a thing.
-        place: where it goes [3]: the arm should not be stretched out there, nor here.
+        view: state of the simulation.
+        item: name of the thing.
+        place: where the thing goes [3], or None. A grasp costs more if the arm is stretched out at either end.
     """
     points_P3 = view.points(item)
     low, high = points_P3.min(0), points_P3.max(0)
@@ -98,12 +99,12 @@ def candidates(view: View, item: str, place: np.ndarray | None = None) -> list[t
                         12.0 * inward,
                         True,
                     )
-    assert found, f"nothing to take {item} by"
+    assert found, f"no grasp for {item}"
     return sorted(found, key=lambda pair: pair[0])
 
 
 def _blocked(point: np.ndarray, closing: np.ndarray, obstacles: Obstacles) -> float:
-    """The part of the hand that has something in its way, between 0 and 2."""
+    """Return the share of the palm's footprint that hits obstacles, plus that of the fingers: between 0 and 2."""
     axes = np.array([closing[:2], (-closing[1], closing[0])])
     share = 0.0
     for footprint_F2, height in ((_PALM, point[2] + _PALM_HEIGHT), (_FINGERS, point[2] - _FINGER_DEPTH)):

@@ -1,4 +1,4 @@
-"""The hand of an expert: what it remembers, and how it takes things and puts them down."""
+"""The hand of the LIBERO expert: it takes and puts objects, grips fixtures, and remembers grasps that failed."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from cogvla.libero.experts.places import Place, place_for
 from cogvla.libero.experts.view import FINGER_OPEN, View
 
 NEAR = 0.008
-"""Metres from the grasp at which the hand closes."""
+"""Largest distance in metres from the grasp at which the hand closes."""
 _LOST = 0.035
 WIDE = 2 * FINGER_OPEN - 0.008
-"""Fingers this far apart are open."""
+"""Metres between the fingers: the hand is open if they are further apart."""
 _SHUT = 0.004
-"""Fingers this close have nothing between them."""
+"""Metres between the fingers: the hand is empty if they are closer."""
 _STALLED = 0.01
 _PATIENCE = 12
-"""Control steps that a hand takes at most to close on something."""
+"""Most control steps that the hand takes to close on something."""
 _GRIPPED = 9
-"""Control steps until the fingers hold a handle tight."""
+"""Control steps until the fingers hold a handle tightly."""
 _BACK_OFF = 0.06
 _STUCK = 35
-"""Control steps that a hand may hang over a grasp without getting there."""
+"""Control steps that the hand may stay close to a grasp without reaching it."""
 _RETREAT = 0.06
 
 
 class Hand:
-    """The hand, and what it remembers."""
+    """The expert's hand, with its memory: the item, the chosen grasp, and the grasps that failed."""
 
     def __init__(self, view: View) -> None:
         self.view = view
         self.closing = 0
-        """Control steps since it began to close; 0 is open."""
+        """Control steps since the hand began to close; 0: it is open."""
         self.fixture: str | None = None
-        """What the hand has gripped and not left yet."""
+        """Name of the fixture that the hand gripped and has not left yet."""
         self._left: np.ndarray | None = None
         self._item = ""
         self._grasp: Grasp | None = None
@@ -46,18 +46,18 @@ class Hand:
     # --- what has been reached ---------------------------------------------------------------------------------------
 
     def holds(self, item: str) -> bool:
-        """Whether an item is in the hand: the hand is closing, both fingers touch it and have come to rest."""
+        """Return True if the hand holds an item: it is closing, and both fingers touch the item and have stopped."""
         if not self.closing or item != self._item:
             return False
         left, right = self.view.touching(item)
         return left and right and (self.view.finger_speed < _STALLED or self.closing > _PATIENCE)
 
     def has(self, item: str) -> bool:
-        """Whether the hand is closing on an item, or has not come off it yet."""
+        """Return True if the hand is closing on an item or still touches it."""
         return (self.closing > 0 and item == self._item) or any(self.view.touching(item))
 
     def grips(self, name: str, point: np.ndarray, body: str) -> bool:
-        """Whether the hand has closed on a part of a fixture at a point [3]."""
+        """Return True if the hand has closed on a part (`body`) of a fixture at a point [3]."""
         near = float(np.linalg.norm(point - self.view.gripper)) < _LOST
         if not self.closing or name != self._item or not near or not any(self.view.touching(body)):
             return False
@@ -67,7 +67,7 @@ class Hand:
     # --- fixtures ----------------------------------------------------------------------------------------------------
 
     def grip(self, name: str, point: np.ndarray, rotation: np.ndarray, aim: np.ndarray) -> Move:
-        """Close on a part of a fixture at a point [3]; `aim` is where to be next on the way there [3]."""
+        """Close on a part of a fixture at `point` [3]. `aim` [3] is the next position on the way there."""
         view = self.view
         if name != self._item:
             self._forget(name)
@@ -82,7 +82,7 @@ class Hand:
         return Move("approach" if offset > 0.03 else "descend", aim, rotation, OPEN)
 
     def leave(self) -> Move | None:
-        """Let go of a fixture and back off, the way the hand points; None when that is done."""
+        """Let go of a fixture and move back, against the direction that the hand points; None when that is done."""
         view = self.view
         if self.fixture is None:
             return None
@@ -101,18 +101,18 @@ class Hand:
         return self.view.opening > WIDE
 
     def fist(self) -> float:
-        """Close for pushing, but not while still around something."""
+        """Forget the item and return the gripper command that closes the hand for a push."""
         self._item, self.closing = "", 0
         return CLOSE
 
     def _forget(self, item: str) -> None:
-        """A new item: nothing has been tried yet."""
+        """Forget grasps and failures, and start with a new item."""
         self._item, self._grasp, self._failures, self.closing, self._stuck = item, None, [], 0, 0
 
     # --- taking ------------------------------------------------------------------------------------------------------
 
     def take(self, item: str, place: np.ndarray | None = None) -> Move:
-        """Go to an item and close on it; `place` [3] is where it goes then."""
+        """Go to an item and close on it. `place` [3], where the item goes next, decides which grasp is good."""
         view = self.view
         if item != self._item:
             self._forget(item)
@@ -141,7 +141,7 @@ class Hand:
             if self._stuck > _STUCK:
                 self._give_up(grasp)
         aim = over(view, point, rotation, without=(item,))
-        if not self.is_open:  # open before going down
+        if not self.is_open:  # open the hand before it goes down
             aim[2] = max(aim[2], min(point[2] + 0.06, view.gripper[2] + 0.02))
         return Move("approach" if distance > 0.03 else "descend", aim, rotation, OPEN)
 
@@ -158,13 +158,13 @@ class Hand:
     # --- putting -----------------------------------------------------------------------------------------------------
 
     def put(self, item: str, where: str, side: int = 0) -> Move:
-        """Take an item, carry it to a place (or one side of it) and let go of it there."""
+        """Take an item, carry it to a place (`side`: -1 or 1 for one side of it), and let go of it there."""
         view = self.view
         place = place_for(view, where, side)
         low, _ = view.box(item)
         bottom = np.array([*view.position(item)[:2], low[2]])
         aim = place.point.copy()
-        if place.walls is not None:  # the fingers stay above them
+        if place.walls is not None:  # the fingers stay above the walls
             aim[2] = max(aim[2], place.walls - (view.gripper[2] - low[2]))
         offset = aim - bottom
         distance = float(np.hypot(offset[0], offset[1]))
@@ -186,7 +186,7 @@ class Hand:
         return self.take(item, place.point)
 
     def level(self) -> np.ndarray:
-        """The hand's rotation, straightened to point down."""
+        """Return the hand's rotation [3,3], straightened so that the hand points down."""
         now = self.view.rotation
         closing = now[:, 0] * (1.0, 1.0, 0.0)
         return pointing(DOWN, closing / np.linalg.norm(closing), now)
@@ -198,7 +198,7 @@ class Hand:
 
 
 def _alike(one: Grasp, other: Grasp) -> float:
-    """1 for the same grasp, 0 for one that is 60 degrees away from it or more."""
+    """Return the likeness of two grasps: 1 for the same direction of closing, 0 for 60 degrees apart or more."""
     cosine = float(one.closing @ other.closing)
     angle = float(np.arccos(np.clip(cosine if one.rim else abs(cosine), -1.0, 1.0)))
     return max(0.0, 1.0 - angle / 1.05)

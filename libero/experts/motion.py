@@ -1,7 +1,7 @@
-"""How the hand gets somewhere: a funnel above its aim, and over everything that stands in the way.
+"""Move the hand of the LIBERO expert: through a funnel above its aim, and over everything in its way.
 
-The higher the hand is above its aim, the further it may be beside it. While it is too low it rises before it moves
-sideways. Turning counts as being beside: the hand comes down when it points the right way.
+The higher the hand is above its aim, the further beside it it may be. While it is too low, it rises before it moves
+sideways. A wrong rotation counts like a distance: the hand comes down when it is turned the right way.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ _STAND_OFF = 0.08
 _ASIDE, _SLIGHTLY = 0.05, 0.01
 _CLEARANCE = 0.025
 _REACH = 0.055
-"""From the middle of the open hand to its side, at the height of the fingers."""
+"""Metres from the middle of the open hand to its side, at the height of the fingers."""
 _FINGERTIP = 0.010
 _OVER_AIM = 0.035
-"""Obstacles closer to the aim than this are those that it stands among."""
+"""Metres around the aim where obstacles are ignored: the aim stands among them."""
 _TURN_WEIGHT = 0.08
-"""Metres beside the aim that a radian is worth."""
+"""Metres beside the aim that count as much as one radian of wrong rotation."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """Where the hand should be next.
+    """The next pose of the hand.
 
     Attributes:
-        phase: name of what is being done.
-        position: of the gripper [3].
-        rotation: columns as in `View.rotation` [3,3].
+        phase: one of `skills.PHASES`.
+        position: position of the gripper [3], in metres, world frame.
+        rotation: rotation of the hand [3,3], columns as in `View.rotation`.
         gripper: `OPEN` or `CLOSE`.
     """
 
@@ -47,18 +47,21 @@ class Move:
 
 
 def pointing(way: np.ndarray, closing: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """The rotation [3,3] of a hand that points along `way` and closes along `closing`, whichever way round is nearer.
+    """Return the rotation [3,3] of a hand that points along `way` and closes along `closing` or its opposite.
+
+    Of the two rotations, it is the one that is nearer to `now`.
 
     Args:
-        way, closing: unit vectors [3], at right angles.
-        now: the rotation that it has now [3,3].
+        way: unit vector [3].
+        closing: unit vector [3], perpendicular to `way`.
+        now: present rotation of the hand [3,3].
     """
     both = [np.column_stack([opens, np.cross(way, opens), way]) for opens in (closing, -closing)]
     return max(both, key=lambda rotation: float(np.trace(rotation @ now.T)))
 
 
 def turn_left(view: View, rotation: np.ndarray) -> np.ndarray:
-    """Rotation vector [3], world frame, from how the hand is turned to how it should be."""
+    """Return the rotation that the hand still has to make to reach `rotation`: a rotation vector [3], world frame."""
     return rotation_vector(rotation @ view.rotation.T)
 
 
@@ -71,14 +74,15 @@ def over(
     carried: str | None = None,
     tolerance: float = 0.006,
 ) -> np.ndarray:
-    """Where to move the hand [3] on its way to `point`, from above.
+    """Return the next position [3] of the hand on its way to `point`, from above.
 
     Args:
-        point: where the gripper should arrive [3].
-        rotation: how it should be turned there.
-        without: things that are not in the way.
-        carried: what hangs in the hand.
-        tolerance: metres beside the aim from which it may come down all the way.
+        view: state of the simulation.
+        point: aim of the gripper [3].
+        rotation: rotation of the hand at the aim [3,3].
+        without: names of things that are not obstacles.
+        carried: name of the thing in the hand, or None.
+        tolerance: distance beside the aim in metres below which the hand may come down all the way.
     """
     hand = view.gripper
     offset = point - hand
@@ -100,7 +104,10 @@ def over(
 
 
 def along(view: View, point: np.ndarray, way: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """The same for an aim that is reached along a way [3]: the closer to that line, the further along it."""
+    """Return the next position [3] of the hand on its way to `point`, along the direction `way` [3] (unit vector).
+
+    The closer the hand is to that line, the closer it may come to the point.
+    """
     offset = point - view.gripper
     aside = float(np.linalg.norm(offset - (offset @ way) * way))
     aside += _TURN_WEIGHT * max(float(np.linalg.norm(turn_left(view, rotation))) - 0.1, 0.0)
@@ -108,7 +115,7 @@ def along(view: View, point: np.ndarray, way: np.ndarray, rotation: np.ndarray) 
 
 
 def _from_below(view: View, carried: str, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
-    """Which way to go [3] with something that has an open drawer above it; None where it may be lifted."""
+    """Return the step [3] sideways for a carried thing under an open drawer; None if nothing is above the thing."""
     obstacles = view.obstacles(carried)
     middle = (low + high) / 2
     over_G = obstacles.under(middle[None, :2], float((high - low)[:2].max()) / 2)[0] & (obstacles.bottom_G > high[2])
@@ -120,7 +127,7 @@ def _from_below(view: View, carried: str, low: np.ndarray, high: np.ndarray) -> 
 
 
 def _tallest(view: View, hand: np.ndarray, point: np.ndarray, reach: float, without: tuple[str, ...]) -> float:
-    """The height that the lowest part of the hand needs to get over what is on the way."""
+    """Return the height in metres that the lowest part of the hand needs to pass over all obstacles on the way."""
     obstacles = view.obstacles(*without)
     way = point[:2] - hand[:2]
     length = float(np.hypot(*way))

@@ -1,4 +1,4 @@
-"""Where things are put: the point on which the lower end of an object should come to rest, and how exactly."""
+"""Compute where the LIBERO expert puts an object: the point for its lower end, and the tolerance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from cogvla.libero.experts.view import View
 
 _UP_THE_SLOPE, _ALONG_THE_RACK = 0.05, 0.05
-"""On a wine rack, away from the post in its middle."""
+"""Metres on a wine rack from the region's centre, away from the post in its middle."""
 _BESIDE = 0.05
 _INTO_DRAWER = 0.02
 _INTO_BOWL = 0.015
@@ -17,14 +17,14 @@ _INTO_BOWL = 0.015
 
 @dataclass(frozen=True)
 class Place:
-    """Where an object is put.
+    """A place to put an object.
 
     Attributes:
-        point: where the middle of its lower end should be [3].
-        tolerance: metres off to the side that are good enough.
-        drop: metres above the point from which it is let go.
-        walls: height of what stands around the place, over which the fingers do not reach down; None: nothing does.
-        fixture: the thing that it is put on or in, if it is one.
+        point: aim for the middle of the object's lower end [3], in metres, world frame.
+        tolerance: largest distance to the side, in metres.
+        drop: largest height above the point to let go, in metres.
+        walls: height of the walls around the place in metres, world frame; the fingers stay above them. None: no walls.
+        fixture: name of the thing that carries or contains the place, or None.
     """
 
     point: np.ndarray
@@ -35,12 +35,12 @@ class Place:
 
 
 def place_for(view: View, name: str, side: int = 0) -> Place:
-    """The place that a goal speaks of: a region, or a thing to put something on.
+    """Return the place for a name in a goal: a region, or a thing to put something on.
 
     Args:
-        view: what there is.
-        name: of the region or thing.
-        side: -1 or 1 where something else goes on the same surface, else 0.
+        view: state of the simulation.
+        name: name of the region or thing.
+        side: -1 or 1 if two objects go on the same surface, else 0.
     """
     if view.is_thing(name):
         low, high = view.box(name)
@@ -60,7 +60,7 @@ def place_for(view: View, name: str, side: int = 0) -> Place:
         point = centre + _INTO_DRAWER * joint.out
         return Place(np.array([point[0], point[1], low[2] + 0.012]), 0.02, 0.03, walls=high[2], fixture=owner)
     frame = view.region_frame(name)
-    if abs(frame[2, 2]) < 0.9:  # a slope, and the region's third axis leads up it
+    if abs(frame[2, 2]) < 0.9:  # a slope; the region's third axis points up along it
         up = frame[:, 2] * np.sign(frame[2, 2])
         return Place(centre + _UP_THE_SLOPE * up + _ALONG_THE_RACK * frame[:, 0], 0.008, 0.004, fixture=owner)
     centre = centre + side * _BESIDE * frame[:, 0]

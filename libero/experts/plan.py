@@ -1,4 +1,4 @@
-"""From a BDDL goal to what an expert does, in order. Names and predicates only: no simulator is needed.
+"""Translate a BDDL goal into an ordered list of subgoals. Works on names and predicates; needs no simulator.
 
 in(bowl, cabinet_top_region)        open(cabinet_top_region), put(bowl, cabinet_top_region)
 turnon(stove), on(pot, stove_...)   turnon(stove), put(pot, stove_...)
@@ -12,21 +12,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 VERBS = ("open", "turnon", "put", "push", "close")
-"""In the order in which they are done."""
+"""Verbs of subgoals, in the order in which the expert carries them out."""
 _PREDICATES = {"in": "put", "on": "put", "open": "open", "close": "close", "turnon": "turnon"}
 _DRAWER = re.compile(r".*cabinet_\d+_(top|middle|bottom)_region$")
 
 
 @dataclass(frozen=True)
 class Subgoal:
-    """One thing to do.
+    """One step of a plan.
 
     Attributes:
         verb: one of `VERBS`.
-        item: what is manipulated: an object, a fixture, or the region of a drawer.
-        place: where it goes, for put and push.
-        until: the predicates that make further work on it unnecessary.
-        side: of a place that two things are put on, -1 or 1; 0 is its middle.
+        item: name of the manipulated object, fixture, or drawer region.
+        place: where the item goes, for put and push; otherwise empty.
+        until: predicates; the subgoal is done when all hold.
+        side: -1 or 1: side of a place that gets two objects; 0: its middle.
     """
 
     verb: str
@@ -37,10 +37,10 @@ class Subgoal:
 
 
 def subgoals(goal: Iterable[tuple[str, ...]]) -> tuple[Subgoal, ...]:
-    """What a goal asks for, with what has to be done before it.
+    """Return the subgoals of a goal in order, including those that must come first, such as opening a drawer.
 
     Raises:
-        ValueError: a predicate that no skill brings about.
+        ValueError: no skill can reach a predicate of the goal.
     """
     found: list[Subgoal] = []
     goal = list(goal)
@@ -48,7 +48,7 @@ def subgoals(goal: Iterable[tuple[str, ...]]) -> tuple[Subgoal, ...]:
     for predicate in goal:
         name, item, *place = predicate
         if name not in _PREDICATES:
-            raise ValueError(f"no expert brings about {predicate}; only {', '.join(sorted(_PREDICATES))}")
+            raise ValueError(f"the expert cannot reach {predicate}; it knows {', '.join(sorted(_PREDICATES))}")
         verb = "push" if name == "on" and item.startswith("plate_") else _PREDICATES[name]
         if verb == "put" and (door := door_of(place[0])) is not None:
             found.append(Subgoal("open", door, until=(predicate,)))
@@ -60,7 +60,7 @@ def subgoals(goal: Iterable[tuple[str, ...]]) -> tuple[Subgoal, ...]:
 
 
 def door_of(place: str) -> str | None:
-    """The drawer or door that has to be open before something goes into a place."""
+    """Return the drawer or door that must be open before something can go into a place; None if there is none."""
     if _DRAWER.match(place):
         return place
     return place.removesuffix("_heating_region") if place.endswith("_heating_region") else None

@@ -1,4 +1,4 @@
-"""Which skill brings a subgoal about, and when a subgoal is reached."""
+"""Choose the skill for a subgoal, and decide when the subgoal is done."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cogvla.libero.experts.plan import Subgoal
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "turn")
 
 _STILL_OPEN = 0.7
-"""Of its travel: a drawer that was open and has been pushed in so far is still open enough."""
+"""Fraction of a drawer's travel. The expert does not open a drawer again that something pushed in to this point."""
 
 
 def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
-    """The next move for a subgoal."""
+    """Return the next move for a subgoal."""
     if hand.fixture not in (None, subgoal.item):
         leaving = hand.leave()
         if leaving is not None:
@@ -34,7 +34,7 @@ def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
 
 
 def is_done(hand: Hand, subgoal: Subgoal) -> bool:
-    """Whether there is nothing left to do for a subgoal."""
+    """Return True if a subgoal is done."""
     view = hand.view
     if subgoal.verb == "open":
         joint = view.joint(subgoal.item)

@@ -1,6 +1,6 @@
-"""What the scripted experts see: the truth of the simulation, in the terms that skills need.
+"""Privileged state of a LIBERO scene for the scripted expert: hand, objects, regions, joints and obstacles.
 
-Positions are in metres, in the world frame. Geometry is that of collision, as boxes: a box per collision geom.
+Positions are in metres, in the world frame. Geometry is one box for each collision geom.
 
 Shape legend: G collision geoms, P points.
 """
@@ -16,12 +16,12 @@ from cogvla.libero.installation import Predicate
 from cogvla.libero.simulation import Scene
 
 FINGER_OPEN = 0.04
-"""Of each finger, from the middle."""
+"""Metres from the middle to each finger of the open hand."""
 _CORNERS_83 = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
 _WRIST_BACK, _WRIST_UP, _SHOULDER = 0.088, 0.204, 0.333
-"""Of a Panda: from the fingertips to its wrist, and from its base to its shoulder, in metres."""
+"""Geometry of a Panda in metres: from the fingertips back and up to the wrist, and from its base up to its shoulder."""
 _FLOOR_LIKE = 0.4
-"""Metres across, from which a geom is something to stand on, and no obstacle."""
+"""Width in metres; a wider geom is something to stand on and no obstacle."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Joint:
     """A drawer, door or knob.
 
     Attributes:
-        name: in the model.
-        axis, pivot: in the world [3].
-        out: the axis, towards where its travel is longer: the way a drawer opens, or a knob turns on [3].
-        travel: the part of that travel that it has made, 0 to 1.
+        name: name of the joint in the model.
+        axis: axis in the world frame, unit vector [3].
+        pivot: point on the axis in the world frame [3].
+        out: the axis, signed towards the longer travel [3]: where a drawer opens to, or a knob turns on.
+        travel: present fraction of that travel, 0 to 1.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class Obstacles:
-    """Boxes: centres and half sizes [G,3], rotations [G,3,3], and the heights of their tops and lower ends [G]."""
+    """Boxes to avoid: centres and half sizes [G,3], rotations [G,3,3], heights of their upper and lower ends [G]."""
 
     centre_G3: np.ndarray
     half_G3: np.ndarray
@@ -53,14 +54,14 @@ class Obstacles:
     bottom_G: np.ndarray
 
     def under(self, spots_P2: np.ndarray, margin: float = 0.0) -> np.ndarray:
-        """Which box is under (or over) which point of the plane, with a margin around it: bool [P,G]."""
+        """Return bool [P,G]: the point of the plane lies under or over the box, with `margin` metres around the box."""
         offset_PG2 = spots_P2[:, None] - self.centre_G3[:, :2]
         local_PG3 = np.einsum("pgi,gij->pgj", offset_PG2, self.rotation_G33[:, :2])
         return (np.abs(local_PG3) < self.half_G3 + margin).all(-1)
 
 
 class View:
-    """Reads one scene; everything is of this very moment."""
+    """Read access to one scene. Every answer is about the present state."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -93,7 +94,7 @@ class View:
 
     @property
     def rotation(self) -> np.ndarray:
-        """Columns [3,3]: the way the fingers open, the hand's side, and the way it points."""
+        """The hand's rotation [3,3]; columns: direction of the fingers' opening, the hand's side, where it points."""
         return self.scene.data.site_xmat[self._site].reshape(3, 3).copy()
 
     @property
@@ -107,7 +108,7 @@ class View:
         return float(np.abs(self.scene.data.qvel[self._finger_velocities]).max())
 
     def touching(self, thing: str) -> tuple[bool, bool]:
-        """Whether each finger touches a thing (or one body of it)."""
+        """Return, for each of the two fingers, True if it touches a thing (or one body of a thing)."""
         geoms = set(self._geoms_of(thing))
         pairs = self.scene.data.contact.geom
         touched = {(int(a) if int(b) in geoms else int(b)) for a, b in pairs if (int(a) in geoms) != (int(b) in geoms)}
@@ -115,42 +116,42 @@ class View:
         return left, right
 
     def in_contact(self, one: str, other: str) -> bool:
-        """Whether two things touch."""
+        """Return True if two things touch."""
         ours, theirs = set(self._geoms_of(one)), set(self._geoms_of(other))
         return any((a in ours and b in theirs) or (b in ours and a in theirs) for a, b in self.scene.data.contact.geom)
 
     # --- things ------------------------------------------------------------------------------------------------------
 
     def holds(self, *predicates: Predicate) -> bool:
-        """Whether these predicates are true now."""
+        """Return True if all these predicates hold now."""
         return self.scene.holds(predicates)
 
     def is_thing(self, name: str) -> bool:
-        """Whether it is an object or a fixture, not a region."""
+        """Return True for an object or a fixture, False for a region."""
         return name in self.scene.env.obj_body_id
 
     def position(self, name: str) -> np.ndarray:
-        """Origin of a thing's body, or the centre of a region [3]."""
+        """Return the origin of a thing's body, or the centre of a region [3]."""
         if self.is_thing(name):
             return self.scene.data.xpos[self._body(name)].copy()
         return self.scene.data.site(name).xpos.copy()
 
     def owner(self, region: str) -> str | None:
-        """The thing that a region belongs to; None for places on the table."""
+        """Return the thing that a region belongs to, or None for places on the table."""
         parent = self.scene.env.object_sites_dict[region].parent_name
         return parent if self.is_thing(parent) else None
 
     def region_half(self, region: str) -> np.ndarray:
-        """Half the size of a region along the world's axes [3]."""
+        """Return half the size of a region along the world's axes [3]."""
         size = np.asarray(self.scene.env.object_sites_dict[region].size, float)
         return np.abs(self.scene.data.site(region).xmat.reshape(3, 3) @ size)
 
     def region_frame(self, region: str) -> np.ndarray:
-        """Columns [3,3]: the axes of a region."""
+        """Return the axes of a region, as columns [3,3]."""
         return self.scene.data.site(region).xmat.reshape(3, 3).copy()
 
     def joint(self, name: str) -> Joint | None:
-        """The first joint of a region or fixture; None where nothing moves."""
+        """Return the first joint of a region or fixture, or None if it has no joint."""
         env, data, model = self.scene.env, self.scene.data, self.scene.model
         holder: Any = env.get_object(name) if self.is_thing(name) else env.object_sites_dict[name]
         if not holder.joints:
@@ -163,51 +164,51 @@ class View:
         return Joint(joint.name, axis, data.xanchor[joint.id].copy(), out, position / furthest)
 
     def joint_body(self, joint: Joint) -> str:
-        """The body that a joint moves."""
+        """Return the name of the body that a joint moves."""
         model = self.scene.model
         return model.body(model.joint(joint.name).bodyid[0]).name
 
     def box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest corner [3] of a thing or body, along the world's axes."""
+        """Return the lowest and highest corner [3] of a thing or body, along the world's axes."""
         low_G3, high_G3 = self.boxes()
         chosen_G = self._mask(name)
         return low_G3[chosen_G].min(0), high_G3[chosen_G].max(0)
 
     def frame(self, thing: str) -> np.ndarray:
-        """Columns [3,3]: the axes of a thing's body."""
+        """Return the axes of a thing's body, as columns [3,3]."""
         return self.scene.data.xmat[self._body(thing)].reshape(3, 3).copy()
 
     def outermost(self, name: str, way: np.ndarray) -> np.ndarray:
-        """Centre [3] of the box of a thing or body that is furthest along a way [3]."""
+        """Return the centre [3] of the box of a thing or body that lies furthest in a direction [3]."""
         self._refresh()
         centre_G3 = self._world_G83[self._mask(name)].mean(1)
         return centre_G3[(centre_G3 @ way).argmax()]
 
     def points_between(self, name: str, low: float, high: float) -> np.ndarray:
-        """Corners [P,3] of those boxes of a thing that are partly between two heights."""
+        """Return the corners [P,3] of the boxes of a thing that lie at least partly between two heights."""
         self._refresh()
         chosen_G = self._mask(name) & (self._low_G3[:, 2] < high) & (self._high_G3[:, 2] > low)
         return self._world_G83[chosen_G].reshape(-1, 3)
 
     def top_at(self, name: str, spot: np.ndarray) -> float:
-        """Height of the highest box of a thing over a point [2]; its lower end where there is none."""
+        """Return the height of the highest box of a thing over a point [2], or of its lower end if no box is there."""
         low_G3, high_G3 = self.boxes()
         mask_G = self._mask(name)
         over_G = mask_G & (low_G3[:, :2] < spot).all(1) & (high_G3[:, :2] > spot).all(1)
         return float(high_G3[over_G, 2].max() if over_G.any() else low_G3[mask_G, 2].min())
 
     def points(self, name: str) -> np.ndarray:
-        """Corners [P,3] of the boxes of a thing or body."""
+        """Return the corners [P,3] of the boxes of a thing or body."""
         self._refresh()
         return self._world_G83[self._mask(name)].reshape(-1, 3)
 
     def boxes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest corners [G,3] of all collision geoms, along the world's axes."""
+        """Return the lowest and highest corners [G,3] of all collision geoms, along the world's axes."""
         self._refresh()
         return self._low_G3, self._high_G3
 
     def obstacles(self, *without: str) -> Obstacles:
-        """What one can bump into: not the robot, not what things stand on, and not what is named."""
+        """Return everything that the hand can hit, except the robot, the ground, and the named things."""
         self._refresh()
         chosen_G = self._obstacle_G.copy()
         for name in without:
@@ -219,7 +220,7 @@ class View:
         )
 
     def stretch(self, point: np.ndarray) -> float:
-        """Metres from the shoulder to the wrist when the hand is at a point [3] and points down; the most is 0.7."""
+        """Return the metres from shoulder to wrist with the hand at a point [3], pointing down. The arm reaches 0.7."""
         way = point - self._base
         return float(np.hypot(np.hypot(way[0], way[1]) - _WRIST_BACK, way[2] + _WRIST_UP - _SHOULDER))
 
@@ -237,7 +238,7 @@ class View:
         return int(self.scene.model.body(name).id if found is None else found)
 
     def _mask(self, name: str) -> np.ndarray:
-        """Which of the collision geoms belong to a thing, or to a body of one, and what hangs on it [G]."""
+        """Return bool [G]: the collision geom belongs to a thing or body, or to a child of its body."""
         if name not in self._masks:
             model, body = self.scene.model, self._body(name)
             below = np.zeros(model.nbody, bool)

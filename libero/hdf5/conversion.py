@@ -1,4 +1,4 @@
-"""A folder of LIBERO's HDF5 demonstrations as a LeRobotDataset: replayed by processes, put together in one."""
+"""Convert LIBERO's HDF5 demonstrations to a LeRobotDataset: worker processes replay them, this process writes them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from cogvla.libero.suites import libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES
 
 CONVERSION = "meta/conversion.json"
-"""In a finished data set: what it was made of, with the numbers of the statistics page."""
+"""File in a finished data set: its sources, its settings, and the numbers of the statistics page."""
 INITIAL_STATES = "meta/initial_states.json"
-"""In a finished data set: from where each episode can be played again."""
+"""File in a finished data set: the initial state of each episode, to play the episode again."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is converted, and how.
+    """A planned conversion.
 
     Attributes:
-        settings: of the replays.
+        settings: settings of the replays.
         jobs: all demonstrations, task after task.
-        request: what decides the result, for the folder of an interrupted conversion.
-        instructions: of the suite's tasks.
+        request: everything that changes the result. An interrupted conversion goes on only with an equal request.
+        instructions: instructions of the suite's tasks.
     """
 
     settings: ReplaySettings
@@ -45,16 +45,16 @@ class Conversion:
 
     @classmethod
     def of(cls, source: Path, suite_name: str | None, libero: LiberoSettings, **options: Any) -> Conversion:
-        """All demonstrations of a file or folder.
+        """Plan the conversion of all demonstrations in a file or folder.
 
         Args:
             source: a `TASK_demo.hdf5`, or a folder of them.
-            suite_name: one of LIBERO's; None: as the files say.
-            libero: how it is simulated.
+            suite_name: one of LIBERO's suites; None: the suite that the files name.
+            libero: settings of the simulation.
             options: `replay`, `image_size`, `keep_noops` of `ReplaySettings`.
 
         Raises:
-            ValueError: the suite is not known, or a file is of no task of it.
+            ValueError: the suite is unknown, or has no task for one of the files.
         """
         files = demonstrations(source)
         if suite_name is None:
@@ -62,14 +62,14 @@ class Conversion:
             suite_name = named.pop() if len(named) == 1 else None
         if suite_name not in LIBERO_SUITES:
             raise ValueError(
-                f"the files in {source} do not all say which suite they are of: give suite=NAME, "
+                f"the files in {source} do not all name the same LIBERO suite: give suite=NAME, "
                 f"one of {', '.join(LIBERO_SUITES)}"
             )
         suite = libero_suite(suite_name, libero)
         indices = {task.name: index for index, task in enumerate(suite.tasks)}
         unknown = [file.path.name for file in files if file.task not in indices]
         if unknown:
-            raise ValueError(f"{suite_name} has no task for {', '.join(unknown)}; give another suite=NAME")
+            raise ValueError(f"{suite_name} has no task for {', '.join(unknown)}: give another suite=NAME")
         files.sort(key=lambda file: indices[file.task])
         settings = ReplaySettings(suite_name, libero, **options)
         request = {
@@ -87,17 +87,18 @@ class Conversion:
 def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool = True, video: bool = False) -> Path:
     """Replay all demonstrations, write those that succeed, and return the data set's folder.
 
-    Does nothing when the folder already holds this data set.
+    Does nothing if the folder already holds this data set.
 
     Args:
-        conversion: what and how.
+        conversion: demonstrations and settings.
         output: folder of the data set.
-        workers: processes; 0 replays in this one.
-        resume: go on with what an interrupted conversion left; False starts anew.
-        video: store views as videos instead of images.
+        workers: number of worker processes; 0 replays in this process.
+        resume: True goes on with an interrupted conversion; False starts from the beginning.
+        video: True stores the cameras as videos, False as images.
 
     Raises:
-        ValueError: a file is damaged or does not fit, or the folder holds something else, or nothing can be kept.
+        ValueError: a file is damaged or does not fit the suite, the folder holds something else, or no demonstration
+            can be kept.
     """
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
@@ -112,13 +113,13 @@ def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool 
 
 
 def _write(conversion: Conversion, outcomes: list[Outcome], root: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Put the kept episodes together, in order, with the statistics page; returns its numbers."""
-    from cogvla.envs.recording.dataset_writer import DatasetWriter  # imports lerobot, which takes seconds
+    """Write the kept episodes in order, and the statistics page; return the page's numbers."""
+    from cogvla.envs.recording.dataset_writer import DatasetWriter  # here, because importing lerobot takes seconds
 
     kept = [(job, outcome) for job, outcome in zip(conversion.jobs, outcomes, strict=True) if outcome.kept]
     if not kept:
         reasons = ", ".join(sorted({str(outcome.reason) for outcome in outcomes}))
-        raise ValueError(f"none of the {len(outcomes)} demonstrations can be kept ({reasons})")
+        raise ValueError(f"none of the {len(outcomes)} demonstrations can be kept: {reasons}")
     arrays: dict[str, list[np.ndarray]] = {"observation.state": [], "action": []}
     with ExitStack() as stack:
         writer: DatasetWriter | None = None

@@ -1,4 +1,4 @@
-"""Many demonstrations replayed by processes; what became of each is on disk at once, so that nothing is done twice."""
+"""Replay many demonstrations in worker processes. Each result is saved at once, so that a restart repeats nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cogvla.libero.hdf5.replay import Replayer, ReplaySettings
 
 @dataclass(frozen=True)
 class Job:
-    """One demonstration: its file, its key there, and the index of its task."""
+    """One demonstration to replay: its file, its key in the file, and the index of its task in the suite."""
 
     path: Path
     key: str
@@ -33,7 +33,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Start:
-    """From where it can be played again: the first state, and body -> pose of fixtures that were placed."""
+    """Where an episode begins, to play it again.
+
+    Attributes:
+        state: first state: time, positions and velocities.
+        fixtures: body -> position and quaternion (w, x, y, z) of the fixtures that the replay placed.
+    """
 
     state: list[float]
     fixtures: dict[str, list[float]]
@@ -41,14 +46,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a demonstration.
+    """Result of one replay, as saved on disk.
 
     Attributes:
-        reason: why it was dropped; None: it is kept.
-        steps: of the episode; 0 when it was dropped.
-        noops: steps that were left out.
-        start: see `Start`.
-        path: the episode's file, or None.
+        reason: why the demonstration was dropped; None: it is kept.
+        steps: number of steps of the episode; 0 if it was dropped.
+        noops: number of no-op steps that were left out.
+        start: where the episode begins.
+        path: file of the episode, or None if it was dropped.
     """
 
     reason: str | None
@@ -63,11 +68,11 @@ class Outcome:
 
 
 def play(settings: ReplaySettings, jobs: Sequence[Job], folder: Path, workers: int) -> list[Outcome]:
-    """Replay what is not in the folder yet, and return the outcomes of all, in order.
+    """Replay the demonstrations that have no result in `folder` yet, and return all outcomes in order.
 
     Raises:
         ValueError: a demonstration cannot be read or does not fit its task.
-        RuntimeError: a worker died.
+        RuntimeError: a worker process died.
     """
     missing = [index for index in range(len(jobs)) if not _result(folder, index).exists()]
     dropped = 0
@@ -80,7 +85,7 @@ def play(settings: ReplaySettings, jobs: Sequence[Job], folder: Path, workers: i
 
 
 def _played(settings: ReplaySettings, missing: Sequence[tuple[Job, int]], folder: Path, workers: int) -> Iterator[bool]:
-    """Replay them, in processes or in this one; yields whether one more is kept."""
+    """Replay the missing demonstrations; yield True for each that is kept, False for each that is dropped."""
     if workers == 0 or len(missing) < 2:
         if missing:
             with closing(Replayer(settings)) as replayer:
@@ -94,14 +99,15 @@ def _played(settings: ReplaySettings, missing: Sequence[tuple[Job, int]], folder
                 yield future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a worker died (often: not enough memory); use fewer workers, the same command goes on where it stopped"
+                "a worker process died (often: not enough memory): use fewer workers; the same command then goes on "
+                "where it stopped"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start() -> None:
-    """In a worker: Ctrl-C is for the parent, and the processes share the cores."""
+    """Prepare a worker process: leave Ctrl-C to the parent, and use one thread, as the processes share the cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
@@ -109,7 +115,7 @@ def _start() -> None:
 
 @functools.cache
 def _replayer(settings: ReplaySettings) -> Replayer:
-    """The one environment of a worker."""
+    """Return this worker's only environment; build it at the first call."""
     return Replayer(settings)
 
 
@@ -118,7 +124,7 @@ def _replay_there(settings: ReplaySettings, job: Job, index: int, folder: Path) 
 
 
 def _replay(replayer: Replayer, job: Job, folder: Path, index: int) -> bool:
-    """Replay one demonstration, put its outcome into the folder, and say whether it is kept."""
+    """Replay one demonstration, save its outcome, and return True if it is kept."""
     recording = read(job.path, job.key)
     try:
         replayed = replayer.replay(job.task, recording)
@@ -139,7 +145,7 @@ def _outcome(folder: Path, index: int) -> Outcome:
     path = _episode(folder, index)
     if values["reason"] is None and not Demonstration.is_complete(path):
         _result(folder, index).unlink()
-        raise ValueError(f"{path} is damaged; the same command makes it anew")
+        raise ValueError(f"{path} is damaged: run the same command again to make it anew")
     return Outcome(
         values["reason"], values["steps"], values["noops"], Start(**values["start"]), path if path.exists() else None
     )

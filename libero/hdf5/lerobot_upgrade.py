@@ -1,7 +1,7 @@
-"""A LeRobotDataset v2.1 to v3, by lerobot's own converter.
+"""Convert a LeRobotDataset v2.1 to v3 with lerobot's own converter.
 
-The converter works in place and takes its folder apart by name. It is given a link to the source, which is neither
-changed nor copied, in a folder of its own; the result is put in place by one rename.
+The converter works in place, and finds the data set by the name of its folder. We give it a link to the source in a
+working folder, so that it does not change or copy the source. One rename puts the result in place.
 """
 
 from __future__ import annotations
@@ -18,26 +18,30 @@ OLD, NEW = "v2.1", "v3"
 
 
 def is_old_lerobot(source: Path) -> bool:
-    """Whether this is the folder of a LeRobotDataset v2.1; ValueError for other versions, saying what to do."""
+    """Return True for the folder of a LeRobotDataset v2.1, False for a folder that is no LeRobotDataset.
+
+    Raises:
+        ValueError: a LeRobotDataset of another version; the message says what to do.
+    """
     info = source / "meta" / "info.json"
     if not info.is_file():
         return False
     version = str(json.loads(info.read_text()).get("codebase_version"))
     if version.startswith(NEW):
-        raise ValueError(f"{source} is a LeRobotDataset {version} already; train on it with data.root={source}")
+        raise ValueError(f"{source} is a LeRobotDataset {version} already: train on it with data.root={source}")
     if version != OLD:
-        raise ValueError(f"{source} is a LeRobotDataset {version}; bring it to {OLD} with a lerobot of its time first")
+        raise ValueError(f"{source} is a LeRobotDataset {version}: convert it to {OLD} with an old lerobot first")
     return True
 
 
 def upgrade(source: Path, output: Path) -> Path:
-    """Write the v3 of `source` to `output` and return it.
+    """Write the data set `source` as v3 to `output`, and return `output`.
 
     Raises:
-        ValueError: `output` exists, or lerobot cannot convert it; what it says is in the message.
+        ValueError: `output` exists, or lerobot's converter failed; the message holds the last line of its output.
     """
     if output.exists():
-        raise ValueError(f"{output} exists; choose another output, or delete it")
+        raise ValueError(f"{output} exists: choose another output, or delete it")
     work = output.with_name(output.name + ".converting")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

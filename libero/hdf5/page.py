@@ -1,4 +1,4 @@
-"""The numbers of a conversion, and the page that shows them: README.md of the data set."""
+"""Summarise a conversion, and write the summary as the data set's README.md."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ DIMENSIONS = {
 def summary(
     instructions: Sequence[str], outcomes: Sequence[tuple[int, Outcome]], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Plain numbers: `total` and `tasks` (kept, dropped, lengths, no-ops), and `features` (ranges and quantiles).
+    """Return the numbers of a conversion, ready for JSON.
 
     Args:
-        instructions: of all tasks of the suite.
+        instructions: instructions of all tasks of the suite.
         outcomes: (task, outcome) of every demonstration.
-        arrays: feature -> all frames that were kept, [N,D].
+        arrays: feature -> all kept frames [N,D].
+
+    Returns:
+        `total` and `tasks`: demonstrations kept and dropped, lengths, no-ops; `features`: ranges and quantiles.
     """
     present = sorted({task for task, _ in outcomes})
     tasks = [
@@ -56,16 +59,16 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def page(request: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """The page, in markdown."""
+    """Return the page in Markdown, from the request of the conversion and its `summary`."""
     total, simulation = found["total"], request["simulation"]
     lines = [
         f"# {request['suite']}",
         "",
-        f"LIBERO's demonstrations, replayed by their {request['replay']} at {request['image_size']} x "
-        f"{request['image_size']} by `convert_libero`. LeRobotDataset v3.",
+        f"LIBERO's demonstrations as a LeRobotDataset v3. `convert_libero` replayed their {request['replay']} with "
+        f"images of {request['image_size']} x {request['image_size']} pixels.",
         "",
-        f"{total['kept']} demonstrations with {total['frames']} frames are kept, {total['dropped']} were dropped. "
-        + ("Steps without action were kept." if request["keep_noops"] else f"No-ops left out: {total['noops']}."),
+        f"{total['kept']} demonstrations with {total['frames']} frames were kept, {total['dropped']} were dropped. "
+        + ("No-op steps were kept." if request["keep_noops"] else f"{total['noops']} no-op steps were left out."),
         "",
         "| | task | kept | dropped | frames | steps min / median / max | no-ops |",
         "|---|---|---|---|---|---|---|",
@@ -87,9 +90,9 @@ def page(request: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     lines += [f"| {key} | {value} |" for key, value in simulation.items()]
     lines += [
         "",
-        "Images are turned by 180 degrees against robosuite's; the gripper is -1 open, +1 close; states are position, "
-        "axis-angle and two finger joints. `meta/conversion.json` has these numbers and where each episode comes from; "
-        "`meta/initial_states.json` says from which state it can be played again.",
+        "Images are rotated by 180 degrees from robosuite's images. Gripper actions: -1 opens, +1 closes. States are "
+        "position, axis-angle and two finger joints. `meta/conversion.json` holds these numbers and the source of each "
+        "episode; `meta/initial_states.json` holds the initial state of each episode, to play it again.",
     ]
     return "\n".join(lines) + "\n"
 

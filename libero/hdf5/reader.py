@@ -1,18 +1,18 @@
-"""The original LIBERO demonstrations: one HDF5 file per task, as the project distributes them.
+"""Read the original LIBERO demonstrations: one HDF5 file for each task, as the LIBERO project distributes them.
 
     TASK_demo.hdf5
       data                    problem_info (JSON), bddl_file_name, env_args (JSON), num_demos, total
         demo_N                num_samples, model_file (XML), init_state
           actions [T,7]       position, rotation, gripper (-1 open, +1 close)
-          states [T,D]        time, positions, velocities: *before* the action of the same row
+          states [T,D]        time, positions, velocities, *before* the action of the same row
           robot_states [T,9]  fingers (2), position (3), quaternion x, y, z, w (4)
           rewards, dones [T]
-          obs                 each row is what was seen *after* the action of the same row
+          obs                 each row was observed *after* the action of the same row
             agentview_rgb, eye_in_hand_rgb [T,128,128,3]  rows from the bottom up
             ee_pos [T,3], ee_ori [T,3], ee_states [T,6], gripper_states [T,2], joint_states [T,7]
 
-Files of the published regeneration are read too. They have no attributes and images of 256, observations are before the
-action, and between the first state and the first action ten waiting steps have passed.
+This module also reads the files of the published regeneration. They have no attributes, images of 256 x 256 pixels,
+observations from before the action, and ten waiting steps between the first state and the first action.
 
 Shape legend: T steps, D numbers of the flattened MuJoCo state.
 """
@@ -35,7 +35,7 @@ ACTIONS, STATES = "actions", "states"
 IMAGES = {"agentview": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}
 POSITION, ROTATION, FINGERS = "obs/ee_pos", "obs/ee_ori", "obs/gripper_states"
 VERSION_ATTRIBUTES = {"mujoco": "mujoco_version", "robosuite": "robosuite_version"}
-"""Where a file may say what it was recorded with; the original ones do not."""
+"""Package -> attribute with the version that recorded the file. The original files do not have these attributes."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Demonstrations:
 
     Attributes:
         path: the file.
-        task: the task's name in the suite.
-        suite: as the file has it, or None.
+        task: name of the task in its suite.
+        suite: name of the suite, or None if the file does not name it.
         keys: `demo_0`, `demo_1`, ...
-        regenerated: the file is of the published regeneration, see above.
-        versions: of the simulators, by package, if the file has them.
+        regenerated: True for a file of the published regeneration, see above.
+        versions: package -> version of the simulator; empty if the file does not say.
     """
 
     path: Path
@@ -66,9 +66,9 @@ class Recording:
     Attributes:
         actions_TA: float64 [T,7].
         states_TD: float64 [T,D].
-        observed_TS: float32 [T,8], position, axis-angle and fingers as they were stored; None where they are missing.
-        fixtures: body -> position and quaternion [7] of what stands still; it is part of the recorded model, not of
-            the state. Empty where the file has no model.
+        observed_TS: float32 [T,8], position, axis-angle and fingers as stored; None if one of them is missing.
+        fixtures: body -> position and quaternion (w, x, y, z) [7] of fixtures, from the recorded model; the state does
+            not hold them. Empty if the file has no model.
     """
 
     actions_TA: np.ndarray
@@ -78,15 +78,15 @@ class Recording:
 
 
 def is_hdf5(source: Path) -> bool:
-    """Whether this is a file or a folder of such demonstrations."""
+    """Return True if this is an HDF5 file, or a folder with LIBERO demonstrations."""
     return source.name.endswith(".hdf5") if source.is_file() else any(source.glob(f"*{SUFFIX}"))
 
 
 def demonstrations(source: Path) -> list[Demonstrations]:
-    """What there is in a file, or in all files of a folder.
+    """List the demonstrations in a file, or in all files of a folder.
 
     Raises:
-        ValueError: there are none, or one of them cannot be read.
+        ValueError: there is no file of demonstrations, or one cannot be read.
     """
     files = [source] if source.is_file() else sorted(source.glob(f"*{SUFFIX}"))
     if not files:
@@ -119,17 +119,17 @@ def _suite(bddl_file: str) -> str | None:
 def _versions(attributes: dict[str, Any]) -> dict[str, str]:
     found = {package: str(attributes[key]) for package, key in VERSION_ATTRIBUTES.items() if key in attributes}
     try:
-        recorded = json.loads(attributes.get("env_args", "{}")).get("env_version")  # as robomimic's files have it
+        recorded = json.loads(attributes.get("env_args", "{}")).get("env_version")  # robomimic's files have this key
     except (ValueError, AttributeError):
         recorded = None
     return ({"robosuite": str(recorded)} if recorded else {}) | found
 
 
 def read(path: Path, key: str) -> Recording:
-    """One demonstration.
+    """Read one demonstration without its images.
 
     Raises:
-        ValueError: the file is damaged, something is missing, or lengths or values make no sense.
+        ValueError: the file is damaged, a part is missing, lengths differ, or values are not finite.
     """
     with _opened(path) as file:
         demo = file["data"][key]
@@ -140,23 +140,27 @@ def read(path: Path, key: str) -> Recording:
             observed_TS = np.concatenate([demo[name][()] for name in named], axis=1).astype(np.float32)
         model = demo.attrs.get("model_file")
     if actions_TA.ndim != 2 or actions_TA.shape[1] != 7 or not len(actions_TA):
-        raise ValueError(f"{path}: {key} must have actions of shape [T,7], it has {actions_TA.shape}")
+        raise ValueError(f"{path}: {key} must have actions of shape [T,7], got {actions_TA.shape}")
     for name, values in (("states", states_TD), ("observations", observed_TS)):
         if values is not None and len(values) != len(actions_TA):
             raise ValueError(f"{path}: {key} has {len(actions_TA)} actions and {len(values)} {name}")
     if not (np.isfinite(actions_TA).all() and np.isfinite(states_TD).all()):
-        raise ValueError(f"{path}: {key} holds NaN or infinite values; leave that demonstration out")
+        raise ValueError(f"{path}: {key} holds NaN or infinite values: delete this demonstration from the file")
     return Recording(actions_TA, states_TD, observed_TS, {} if model is None else _fixtures(model))
 
 
 def read_images(path: Path, key: str, camera: str, rows: list[int]) -> np.ndarray:
-    """Some images of `agentview` or `wrist` as they are stored, uint8 [F,H,W,3]; ValueError where there are none."""
+    """Read some images of `agentview` or `wrist` as stored, uint8 [F,H,W,3].
+
+    Raises:
+        ValueError: the file has no images of this camera.
+    """
     with _opened(path) as file:
         return np.stack([file["data"][key][IMAGES[camera]][row] for row in rows])
 
 
 def _fixtures(model: str | bytes) -> dict[str, np.ndarray]:
-    """Roots of LIBERO's things are called NAME_main; those that move have a joint."""
+    """Return body -> pose [7] of the fixtures in a model's XML: bodies NAME_main without a joint."""
     found = {}
     for body in ElementTree.fromstring(model).iterfind("worldbody/body"):
         name, joints = str(body.get("name")), [part for part in body if part.tag in ("joint", "freejoint")]
@@ -170,5 +174,5 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except (OSError, KeyError) as error:  # both are what h5py raises for damaged or other files
-        raise ValueError(f"{path} is no file of LIBERO demonstrations, or it is damaged ({error})") from error
+    except (OSError, KeyError) as error:  # h5py raises both for files that are damaged or have other contents
+        raise ValueError(f"{path} is damaged or is not a file of LIBERO demonstrations ({error})") from error

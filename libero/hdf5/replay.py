@@ -1,15 +1,14 @@
-"""Plays LIBERO's HDF5 demonstrations again in the simulator, to see them at another size and with today's renderer.
+"""Replay LIBERO's HDF5 demonstrations in the simulator, to render them at another size with the present renderer.
 
-Two ways, and what is different:
+There are two ways:
 
-- `states`: the recorded states are shown one after the other. Images and states are those of the demonstration,
-  whatever the physics of this simulator. Fixtures stand where the recorded model has them.
-- `actions`: as published training data was made. The simulator starts in the first state, waits ten steps, and executes
-  the actions; what is no action is left out and not executed. Images and states are those of this simulator. Fixtures
-  stand as in evaluations.
+- `states` restores the recorded states one after the other. Images and states are those of the demonstration, whatever
+  the physics of this simulator. Fixtures stand as in the recorded model.
+- `actions` executes the recorded actions, as published training data was made: it starts in the first state, waits ten
+  steps, and executes all actions but the no-ops. Images and states are those of this simulator. Fixtures stand as in
+  evaluations.
 
-In both, steps that are no action (`is_noop`) are left out, and a demonstration whose goal does not hold at the end is
-dropped.
+Both leave out no-op steps (`is_noop`), and drop a demonstration whose goal does not hold at the end.
 
 Shape legend: T steps.
 """
@@ -30,22 +29,23 @@ from cogvla.libero.hdf5.reader import Recording
 Replay = Literal["states", "actions"]
 NOOP_THRESHOLD = 1e-4
 WAITING_STEPS = {"states": 0, "actions": 10}
-"""Steps between the first recorded state and the first action."""
+"""Way of replay -> control steps between the first recorded state and the first action."""
 WAIT = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 CONTROL_HZ = 20
 
 
 def is_noop(action_A: np.ndarray, previous_A: np.ndarray | None) -> bool:
-    """Whether an action moves nothing: no motion, and the gripper's command is that of the last action that was kept.
+    """Return True for an action without motion and with the same gripper command as the last kept action.
 
-    The published rule: the norm of the first six numbers is below 1e-4; the first action is judged by that alone.
+    This is the rule of the published data: no motion means that the norm of the first six numbers is below 1e-4. The
+    gripper of the first action does not count (`previous_A` is None).
     """
     still = float(np.linalg.norm(action_A[:-1])) < NOOP_THRESHOLD
     return still and (previous_A is None or bool(action_A[-1] == previous_A[-1]))
 
 
 def kept_steps(actions_TA: np.ndarray) -> list[int]:
-    """The steps that are actions."""
+    """Return the indices of the steps that are not no-ops."""
     kept: list[int] = []
     for step, action_A in enumerate(actions_TA):
         if not is_noop(action_A, actions_TA[kept[-1]] if kept else None):
@@ -55,14 +55,14 @@ def kept_steps(actions_TA: np.ndarray) -> list[int]:
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """How demonstrations are replayed.
+    """Settings of a replay.
 
     Attributes:
-        suite: one of LIBERO's.
-        libero: how it is simulated.
+        suite: name of a LIBERO suite.
+        libero: settings of the simulation.
         replay: `states` or `actions`, see above.
-        image_size: height and width of the images, in pixels.
-        keep_noops: leave the steps in that are no action.
+        image_size: height and width of the images in pixels.
+        keep_noops: True keeps no-op steps.
     """
 
     suite: str
@@ -78,13 +78,13 @@ class ReplaySettings:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What became of a demonstration.
+    """Result of one replay, in memory.
 
     Attributes:
-        episode: what is kept, or None.
-        reason: why it is dropped, or None.
-        noops: steps that were left out.
-        recorded_steps: as many as the demonstration had.
+        episode: the episode, or None if it was dropped.
+        reason: why it was dropped, or None.
+        noops: number of no-op steps that were left out.
+        recorded_steps: number of steps of the demonstration.
     """
 
     episode: Demonstration | None
@@ -101,27 +101,27 @@ class Replayer:
         self.env = LiberoEnv(settings.suite, settings.libero, settings.image_size)
 
     def close(self) -> None:
-        """Free the environment."""
+        """Close the environment."""
         self.env.close()
 
     def replay(self, task: int, recording: Recording) -> Replayed:
-        """One demonstration of a task (its index)."""
+        """Replay one demonstration of a task, given by its index in the suite."""
         total = len(recording.actions_TA)
         kept = list(range(total)) if self.settings.keep_noops else kept_steps(recording.actions_TA)
         noops = total - len(kept)
         if not kept:
-            return Replayed(None, "no step is an action", noops, total)
+            return Replayed(None, "all steps are no-ops", noops, total)
         by_states = self.settings.replay == "states"
         steps: dict[str, list[np.ndarray]] = defaultdict(list)
         for step, observation in (self._shown if by_states else self._executed)(task, recording, kept):
             for name, value in self._row(task, observation, recording.actions_TA[step]).items():
                 steps[name].append(value)
         if not self.env.task_success(task):
-            return Replayed(None, f"the goal does not hold after the last of its {self.settings.replay}", noops, total)
+            return Replayed(None, f"the goal does not hold at the end of its {self.settings.replay}", noops, total)
         return Replayed(pack(self.env.tasks[task].instruction, CONTROL_HZ, steps), None, noops, total)
 
     def _shown(self, task: int, recording: Recording, kept: list[int]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Each kept step with what is seen before its action; leaves the scene in the last recorded state."""
+        """Yield each kept step and its restored observation; leave the scene in the last recorded state."""
         self.env.skip_images = True
         self.env.restore(recording.states_TD[0], task, recording.fixtures)
         self.env.skip_images = False
@@ -133,7 +133,7 @@ class Replayer:
     def _executed(
         self, task: int, recording: Recording, kept: list[int]
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Each kept step with what is seen before its action; leaves the scene after the last action."""
+        """Execute the kept actions; yield each step and the observation before it; leave the scene after the last."""
         self.env.skip_images = True
         self.env.restore(recording.states_TD[0], task)
         for _ in range(WAITING_STEPS["actions"] - 1):

@@ -79,8 +79,8 @@ def mismatches(findings: dict[str, Finding]) -> list[str]:
 def test_the_original_files_are_right_as_they_are(demos: list[Demo], tmp_path: Path) -> None:
     findings, code = check(save(tmp_path / "right", demos))
     assert (mismatches(findings), code) == ([], 0)
-    assert findings["images of agentview"].text.startswith("rotated 180, as such files have them")
-    assert findings["time"].text == "a row is what was seen after its action, as such files have it"
+    assert findings["images of agentview"].text.startswith("rotated 180, as in all files of this kind")
+    assert findings["time"].text == "each row was observed after its action, as in all files of this kind"
     assert findings["replay"].text.startswith("2 of 2 recorded episodes succeed again")
     assert findings["replay"].measured["position_error_m"]["100 %"]["max"] < 0.003
     assert findings["motion"].measured.keys() >= {"x", "y", "z"}
@@ -96,7 +96,7 @@ MISTAKES: dict[str, tuple[Callable[[Demo], Demo], list[str], str]] = {
     "images turned already": (
         lambda demo: replace(demo, images={k: v[:, ::-1, ::-1] for k, v in demo.images.items()}),
         ["images of agentview", "images of wrist"],
-        "not turned against the simulator's",
+        "they are oriented as in the simulator",
     ),
     "agentview flipped": (
         lambda demo: replace(demo, images={**demo.images, "agentview": demo.images["agentview"][:, ::-1]}),
@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[Callable[[Demo], Demo], list[str], str]] = {
     "gripper as in RLDS": (
         lambda demo: replace(demo, actions=np.column_stack([demo.actions[:, :6], (1 - demo.actions[:, 6]) / 2])),
         ["gripper"],
-        "1 opens and 0 closes it",
+        "1 opens and 0 closes",
     ),
 }
 
@@ -133,7 +133,7 @@ def test_fixtures_stand_where_they_were_recorded(demos: list[Demo], tmp_path: Pa
         places.append(env.scene.data.body("wooden_cabinet_1_main").xpos.copy())
     assert places[1] - places[0] == pytest.approx([0.05, 0, 0], abs=0.03), "up to where evaluations have it"
     assert places[1] == pytest.approx(recording.fixtures["wooden_cabinet_1_main"][:3])
-    with pytest.raises(ValueError, match="this scene has no washing_machine_1_main"):
+    with pytest.raises(ValueError, match="has a fixture washing_machine_1_main, this scene has not"):
         env.restore(recording.states_TD[0], 7, {"washing_machine_1_main": np.zeros(7)})
     env.close()
 

@@ -155,22 +155,22 @@ MISTAKES: dict[str, tuple[Change, list[str], str]] = {
         pictures(np.zeros_like, WRIST), ["images of wrist"], "they look like the simulator's in no orientation",
     ),
     "cameras exchanged": (
-        exchanged, ["images of agentview", "images of wrist"], "they look like those of wrist",
+        exchanged, ["images of agentview", "images of wrist"], "they look like images of wrist",
     ),
     "gripper inverted": (
         arrays(action=gripper(np.negative), executed=gripper(np.negative)), ["gripper"],
-        "its sign is inverted: 1 opens and -1 closes it",
+        "the sign is inverted: in the data 1 opens and -1 closes",
     ),
     "gripper of the learned action only": (
-        arrays(action=gripper(np.negative)), ["gripper"], "its sign is inverted",
+        arrays(action=gripper(np.negative)), ["gripper"], "the sign is inverted",
     ),
     "gripper 0 to 1": (
         arrays(action=gripper(lambda g: (g + 1) / 2), executed=gripper(lambda g: (g + 1) / 2)), ["gripper"],
-        "its range is 0 to 1: 0 opens and 1 closes it",
+        "the range is 0 to 1: in the data 0 opens and 1 closes",
     ),
     "gripper as in RLDS": (
         arrays(action=gripper(lambda g: (1 - g) / 2), executed=gripper(lambda g: (1 - g) / 2)), ["gripper"],
-        "its sign is inverted and its range is 0 to 1: 1 opens and 0 closes it",
+        "the sign is inverted and the range is 0 to 1: in the data 1 opens and 0 closes",
     ),
     "other quaternion sign": (
         arrays(state=rotation(other_sign)), ["rotation"], "are of the other quaternion sign",
@@ -222,7 +222,7 @@ def test_changed_actions_do_not_lead_where_the_recording_went(recorded: list[Dem
     findings, code = check(write(tmp_path / "mirrored", [mirrored(episode) for episode in recorded]))
     assert code == 1
     assert mismatches(findings) == ["motion", "replay"]
-    assert "the recorded y goes the other way" in findings["motion"].text
+    assert "the recorded y goes the opposite way" in findings["motion"].text
     halved = arrays(action=lambda a: a * ([0.4] * 6 + [1]), executed=lambda a: a * ([0.4] * 6 + [1]))
     findings, _ = check(write(tmp_path / "halved", [halved(episode) for episode in recorded]))
     assert "motion" in mismatches(findings)
@@ -281,8 +281,8 @@ def of_other_data(statistics: dict, actions: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (extremes_for_quantiles, "action: what is stored as q01 and q99 is the minimum and maximum"),
-        (quantiles_for_extremes, "action: what is stored as minimum and maximum is q01 and q99"),
+        (extremes_for_quantiles, "action: the stored q01 and q99 are the minimum and maximum"),
+        (quantiles_for_extremes, "action: the stored minimum and maximum are q01 and q99"),
         (of_other_data, "action: min and max are not those of the data"),
     ],
 )

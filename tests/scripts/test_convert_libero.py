@@ -82,7 +82,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / f"{STOVE}_demo.hdf5", [made_up(actions(1, 1))])
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(ValueError, match=f"{STOVE}_demo.hdf5 is no file of LIBERO demonstrations"):
+    with pytest.raises(ValueError, match=f"{STOVE}_demo.hdf5 is damaged or is not a file of LIBERO"):
         demonstrations(tmp_path)
     path.write_bytes(whole)
     for change, message in (
@@ -158,7 +158,7 @@ def test_mistakes_of_the_user_are_explained(tmp_path: Path) -> None:
     path = write(tmp_path / f"{STOVE}_demo.hdf5", [made_up(actions(1))], suite="other")
     with pytest.raises(ValueError, match="give suite=NAME"):
         run(tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"demo_0: a state of this scene has \d+ numbers, the recorded one has 20"):
+    with pytest.raises(ValueError, match=r"demo_0: a state of this scene has \d+ numbers, the recorded state has 20"):
         run(path, tmp_path / "out", "suite=libero_goal", "workers=0", "image_size=32")
 
 
@@ -221,7 +221,7 @@ def test_states_are_shown_again(stove: Path, tmp_path: Path) -> None:
     assert "flat_stove_1_main" in starts[0]["fixtures"]
     text = (root / "README.md").read_text()
     assert "| 7 | turn on the stove | 2 | 1 | 12 | 6 / 6 / 6 | 4 |" in text
-    assert "- 1: the goal does not hold after the last of its states" in text
+    assert "- 1: the goal does not hold at the end of its states" in text
     assert not (tmp_path / "out.converting").exists()
     assert run(stove, tmp_path / "out", "workers=0", "image_size=64") == root, "it is there already"
     with pytest.raises(ValueError, match="was converted with image_size=64"):
@@ -234,7 +234,7 @@ def test_actions_are_executed_as_published_data_was_made(stove: Path, tmp_path: 
     columns, _, _ = dataset(root)
     assert np.bincount(columns["episode"]).tolist() == [6], "turning the knob by hand is no action"
     conversion = json.loads((root / CONVERSION).read_text())
-    assert conversion["total"]["reasons"] == {"the goal does not hold after the last of its actions": 2}
+    assert conversion["total"]["reasons"] == {"the goal does not hold at the end of its actions": 2}
     assert json.loads((root / INITIAL_STATES).read_text())["episodes"][0]["waiting_steps"] == 10
 
     demo = read(stove / f"{STOVE}_demo.hdf5", "demo_2")
@@ -371,14 +371,14 @@ def test_version_2_1_is_converted_by_lerobot(tmp_path: Path) -> None:
         for rows, images in reader.decode(part)
     }
     assert np.array_equal(seen[1, 4], frames[1, 1])
-    with pytest.raises(ValueError, match="exists; choose another output"):
+    with pytest.raises(ValueError, match="exists: choose another output"):
         run(source, tmp_path / "new")
-    with pytest.raises(ValueError, match=r"is a LeRobotDataset v3\.0 already; train on it with data\.root="):
+    with pytest.raises(ValueError, match=r"is a LeRobotDataset v3\.0 already: train on it with data\.root="):
         run(root, tmp_path / "newer")
 
 
 def test_what_lerobot_cannot_convert_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is a LeRobotDataset v2\.0; bring it to v2\.1"):
+    with pytest.raises(ValueError, match=r"is a LeRobotDataset v2\.0: convert it to v2\.1"):
         run(old_lerobot(tmp_path / "older", "v2.0"), tmp_path / "new")
     damaged = old_lerobot(tmp_path / "damaged")
     (damaged / "meta" / "episodes.jsonl").unlink()
