@@ -159,7 +159,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self.labels_for(self._asked)
 
     def labels_for(self, task: int) -> dict[str, np.ndarray]:
-        """Return `labels` for any task that is possible in this scene: of its first predicate that does not hold yet."""
+        """Return `labels` for any task that is possible in this scene, for its first predicate that does not hold."""
         goals = self.goals_for(task)
         predicate = next((p for p in goals if not self.scene.holds([p])), goals[-1])
         target, goal = self.scene.position(predicate[1]), self.scene.position(predicate[-1])
