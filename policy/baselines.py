@@ -1,4 +1,4 @@
-"""Policies that learn nothing, to compare with."""
+"""Baseline policies without training, to compare with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 
 
 class RandomPolicy:
-    """Uniform actions in [-1, 1], the same ones for the same observation, whatever the batch it comes in."""
+    """Return random actions, uniform in [-1, 1]. The same observation always gives the same actions, in any batch."""
 
     def __init__(self, embodiment: Embodiment, seed: int = 0) -> None:
         self._embodiment = embodiment
@@ -28,10 +28,10 @@ class RandomPolicy:
         return {"preset": "random", "parameters": 0, "seed": self._seed, "embodiment": self._embodiment.name}
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """Do nothing: there is no memory."""
 
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
-        """Nothing to prepare."""
+        """Do nothing: there is nothing to prepare."""
 
     def act(self, observation: Observation) -> ActionChunk:
         """See `Policy.act`."""

@@ -1,12 +1,12 @@
-"""One checkpoint format: a folder with everything that a policy needs.
+"""Save and load checkpoints. A checkpoint is a folder with everything that a policy needs.
 
-    config.json          model, embodiment, tokenizer, what is done to pictures, and where it came from
+    config.json          model, embodiment, tokenizer, image preprocessing and provenance
     model.safetensors    weights
     statistics.json      normalisation statistics of state and action
-    float8.json          what 8-bit layers need to know, once `calibrate_policy` has measured it
-    training.pt          optimiser, step and EMA, only in checkpoints to resume from
+    float8.json          calibration of 8-bit layers, if `calibrate_policy` has measured it
+    training.pt          optimiser, step and EMA; only in checkpoints to resume from
 
-A folder appears whole or not at all: it is written beside its place and renamed.
+Saving is atomic: the folder is written under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ FLOAT8 = "float8.json"
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` when the block ends without an error.
+    """Yield a temporary folder, which replaces `folder` if the block ends without an error.
 
-    Raises OSError with the free space when writing fails, as on a full disk; `folder` is then as it was.
+    Raises:
+        OSError: writing failed, for example because the disk is full; the message gives the free space. `folder` is
+            unchanged then.
     """
     draft, previous = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
         draft.mkdir()
         yield draft
         for file in draft.iterdir():
@@ -89,11 +91,14 @@ def save_checkpoint(
     """Write a checkpoint folder atomically.
 
     Args:
-        folder: where; an existing checkpoint there is replaced.
-        weights: the model's state dict, as it shall be used for inference (EMA).
-        config, preprocessor, statistics: what rebuilds the policy.
+        folder: checkpoint folder; an existing checkpoint there is replaced.
+        weights: the model's state dict for inference (EMA).
+        config, preprocessor, statistics: everything that is needed to rebuild the policy.
         description: provenance for reports (step, data set, seed, versions).
-        training: state to resume from (tensors, numbers and containers of them).
+        training: state to resume from (tensors, numbers and containers of them); None: for inference only.
+
+    Raises:
+        OSError: see `atomic_folder`.
     """
     with atomic_folder(Path(folder)) as draft:
         body = {
@@ -109,7 +114,7 @@ def save_checkpoint(
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
         with _write_errors():
             save_file(tensors, draft / WEIGHTS)
-        (draft / WEIGHTS).chmod((draft / CONFIG).stat().st_mode)  # safetensors hides it from other users
+        (draft / WEIGHTS).chmod((draft / CONFIG).stat().st_mode)  # safetensors makes it unreadable for other users
         if isinstance(preprocessor.tokenizer, PretrainedTokenizer):
             preprocessor.tokenizer.save(draft)
         if training is not None:
@@ -119,7 +124,7 @@ def save_checkpoint(
 
 @contextmanager
 def _write_errors() -> Iterator[None]:
-    """Neither library raises OSError when the disk is full."""
+    """Raise OSError if the disk is full; neither library does."""
     try:
         yield
     except (safetensors.SafetensorError, RuntimeError) as error:
@@ -127,12 +132,18 @@ def _write_errors() -> Iterator[None]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint, or a ValueError that says what is wrong with the folder."""
+    """Read `config.json` of a checkpoint.
+
+    Raises:
+        ValueError: the folder is missing, incomplete, damaged, or of another format.
+    """
     if not folder.is_dir():
         raise ValueError(f"no checkpoint folder at {folder}; train one with `train_policy` or give checkpoint=FOLDER")
     missing = [name for name in (CONFIG, WEIGHTS, STATISTICS) if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is not a whole checkpoint: {', '.join(missing)} missing")
+        raise ValueError(
+            f"{folder} is not a complete checkpoint: {', '.join(missing)} missing; give the folder of another one"
+        )
     body = _read_json(folder / CONFIG)
     if body.get("format") != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {body.get('format')!r}; this version reads {FORMAT}")
@@ -145,12 +156,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
     if not isinstance(body, dict):
-        raise ValueError(f"{path} is damaged (it holds no mapping); use another checkpoint")
+        raise ValueError(f"{path} is damaged (it is not a JSON object); use another checkpoint")
     return body
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint; a truncated file is a ValueError."""
+    """Load the weights of a checkpoint.
+
+    Raises:
+        ValueError: the file is damaged or truncated.
+    """
     try:
         return load_file(folder / WEIGHTS)
     except (safetensors.SafetensorError, OSError) as error:
@@ -158,15 +173,16 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | None = None) -> CogVLAPolicy:
-    """The policy in a checkpoint folder, ready to act on `device` in the precision in which it was saved.
+    """Load the policy in a checkpoint folder, in the precision in which it was saved.
 
     Args:
-        folder: the checkpoint.
-        device: of torch.
-        router: a token router in place of the one that the policy was trained with, or without; None: that one.
+        folder: checkpoint folder.
+        device: torch device.
+        router: token router to use instead of the one that the policy was trained with (if any); None: do not change
+            it.
 
     Raises:
-        ValueError: the folder is missing, incomplete, damaged, or its weights do not fit its configuration; or the
+        ValueError: the folder is missing, incomplete or damaged, its weights do not fit its configuration, or the
             router does not fit the policy.
     """
     folder = Path(folder)
@@ -175,7 +191,7 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
     try:
         embodiment = Embodiment(**body["embodiment"])
         tokenizer = tokenizer_from_dict(body["tokenizer"], folder)
-        # Checkpoints from before there was augmentation say nothing about pictures: theirs are whole.
+        # Checkpoints that are older than augmentation have no "pictures" entry: their images are not cropped.
         preprocessor = Preprocessor(embodiment, tokenizer, statistics, **body.get("pictures", {}))
         config, description = CogVLAConfig.from_dict(body["model"]), dict(body["description"])
     except (KeyError, TypeError, ValueError) as error:
@@ -190,8 +206,8 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
         description["router"] = asdict(config.routing.router)
     model = empty_model(config, embodiment)
     try:
-        # Of a mapped file, tensors are copied: products differ in the last digits where memory is not aligned. One
-        # after the other, so that a large model is not in memory twice.
+        # Tensors of the memory-mapped file are copied, since products differ in the last digits if memory is not
+        # aligned. They are copied one by one, so that a large model is not in memory twice.
         weights = load_weights(folder)
         if router is not None:
             weights = _for_router(weights, model, router)
@@ -203,7 +219,11 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
 
 
 def save_calibration(folder: Path, calibration: Calibration) -> None:
-    """Add it to a checkpoint, in place of an older one; OSError when that cannot be written."""
+    """Save a calibration in a checkpoint folder; it replaces an older one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     draft = folder / f".{FLOAT8}.partial"
     try:
         draft.write_text(json.dumps(asdict(calibration), indent=2) + "\n")
@@ -224,13 +244,13 @@ def _load_calibration(folder: Path) -> Calibration | None:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 of the weights, which tells them from others."""
+    """Return the SHA-256 of the weights file, which identifies the weights."""
     with (folder / WEIGHTS).open("rb") as weights:
         return hashlib.file_digest(weights, "sha256").hexdigest()
 
 
 def _for_router(weights: dict[str, Tensor], model: CogVLA, router: RouterConfig) -> dict[str, Tensor]:
-    """The weights without those of a router that was taken out."""
+    """Return the weights without those of the router that was replaced."""
     wanted = model.state_dict().keys()
     if any(name.startswith(ROUTER_WEIGHTS) and name not in weights for name in wanted):
         raise ValueError(
@@ -248,14 +268,20 @@ def open_policy(
     router: RouterConfig | None = None,
     beside: int = 0,
 ) -> tuple[CogVLAPolicy, dict[str, str]]:
-    """What commands do with `checkpoint=FOLDER`: the policy, and the hash that tells its weights from others.
+    """Open a policy as commands do for `checkpoint=FOLDER`: load it, build its engine and set torch's threads.
 
     Args:
         folder: see `load_policy`.
-        device: None: cuda where there is one, else cpu.
+        device: torch device; None: cuda if available, otherwise cpu.
         threads, beside: see `use_threads`.
-        engine: what runs it; None: the default one.
+        engine: engine to run it; None: the default.
         router: see `load_policy`.
+
+    Returns:
+        The policy, and `{"weights_sha256": ...}`, which identifies its weights.
+
+    Raises:
+        ValueError: see `load_policy`; or its 8-bit calibration was measured on other weights.
     """
     use_threads(threads, beside)
     policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router)
@@ -268,13 +294,17 @@ def open_policy(
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `training`; ValueError when this checkpoint is for inference only."""
+    """Load the `training` state that `save_checkpoint` saved.
+
+    Raises:
+        ValueError: the checkpoint is for inference only, or damaged.
+    """
     if not (folder / TRAINING).is_file():
-        raise ValueError(f"{folder} has no {TRAINING}: it can be evaluated, but training cannot go on from it")
+        raise ValueError(f"{folder} has no {TRAINING}: it can be evaluated, but training cannot resume from it")
     try:
         return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make torch raise almost anything
         raise ValueError(
-            f"{folder / TRAINING} is damaged or truncated ({type(error).__name__}: {error}); delete {folder} to go on "
-            "from the checkpoint before it, or from the start"
+            f"{folder / TRAINING} is damaged or truncated ({type(error).__name__}: {error}); delete {folder} to resume "
+            "from the checkpoint before it, or to start again"
         ) from error

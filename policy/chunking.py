@@ -1,8 +1,8 @@
-"""What turns predicted chunks into the actions that are executed, one per control tick.
+"""Action chunking: turn predicted chunks into one action per control tick (open loop, temporal ensemble).
 
-A chunker is asked every `steps` ticks: it is given the newest chunk of each robot that waits for one and answers the
-actions of that robot's next `steps` ticks. It keeps its memory by robot ("slot"), so one object serves any number of
-robots that run out of step with each other.
+A chunker is called every `steps` ticks. It receives the newest chunk of each robot that needs one, and returns the
+actions of that robot's next `steps` ticks. Its memory is separate for each robot ("slot"), so one object serves any
+number of robots, which need not run in step.
 
 Shape legend: N slots in this call, K chunk length, A action dimension, T ticks until the next call (`steps`),
 C chunks that overlap one tick.
@@ -17,24 +17,28 @@ import numpy as np
 
 
 class Chunker(Protocol):
-    """See the module docstring."""
+    """Interface of all chunkers; see the module docstring."""
 
     @property
     def steps(self) -> int:
-        """Ticks between two chunks."""
+        """The number of ticks between two chunks."""
         ...
 
     def reset(self, slot: Hashable) -> None:
-        """Forget one robot's chunks, because a new episode starts there."""
+        """Forget the chunks of one robot; call it at the start of an episode."""
         ...
 
     def plan(self, slots: Sequence[Hashable], chunks_NKA: np.ndarray) -> np.ndarray:
-        """The actions [N,T,A] of the next `steps` ticks, given the newest chunk of each slot."""
+        """Return the actions [N,T,A] of the next `steps` ticks, given the newest chunk of each slot.
+
+        Raises:
+            ValueError: the number of chunks is not that of the slots, or chunks are shorter than `steps`.
+        """
         ...
 
 
 class OpenLoop:
-    """Executes the first `steps` actions of every chunk and drops the rest."""
+    """Execute the first `steps` actions of every chunk and drop the rest."""
 
     def __init__(self, steps: int) -> None:
         if steps < 1:
@@ -42,22 +46,22 @@ class OpenLoop:
         self.steps = steps
 
     def reset(self, slot: Hashable) -> None:
-        """Nothing to forget."""
+        """Do nothing: there is no memory."""
 
     def plan(self, slots: Sequence[Hashable], chunks_NKA: np.ndarray) -> np.ndarray:
-        """See `Chunker.plan`; ValueError when the chunk is shorter than `steps`."""
+        """See `Chunker.plan`."""
         _check(slots, chunks_NKA, self.steps)
         return chunks_NKA[:, : self.steps]
 
 
 class TemporalEnsemble:
-    """Averages all chunks that cover a tick, weighted exp(-m * i) with i = 0 for the oldest (Zhao et al. 2023, ACT).
+    """Average all chunks that cover a tick, with weights exp(-m * i), i = 0 for the oldest (Zhao et al. 2023, ACT).
 
-    Positive `m` trusts old predictions more, negative `m` new ones, 0 all the same.
+    A positive `m` gives old predictions more weight, a negative `m` new ones, 0 gives all the same weight.
 
     Args:
         m: decay of the weights.
-        steps: ticks between two chunks; 1 asks the policy at every tick, as in the paper.
+        steps: ticks between two chunks; 1 calls the policy at every tick, as in the paper.
     """
 
     def __init__(self, m: float = 0.01, steps: int = 1) -> None:
@@ -74,10 +78,10 @@ class TemporalEnsemble:
         self._history.pop(slot, None)
 
     def plan(self, slots: Sequence[Hashable], chunks_NKA: np.ndarray) -> np.ndarray:
-        """See `Chunker.plan`; ValueError when the chunk is shorter than `steps`."""
+        """See `Chunker.plan`."""
         _check(slots, chunks_NKA, self.steps)
         _, chunk, action_dim = chunks_NKA.shape
-        capacity = -(-chunk // self.steps)  # a chunk that began c * steps ticks ago still covers now if c < capacity
+        capacity = -(-chunk // self.steps)  # a chunk of c * steps ticks ago covers this tick if c < capacity
         history_NCKA = np.zeros((len(slots), capacity, chunk, action_dim), np.float64)
         filled_N = np.empty(len(slots), int)
         for row, (slot, chunk_KA) in enumerate(zip(slots, chunks_NKA, strict=True)):

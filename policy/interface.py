@@ -1,8 +1,8 @@
-"""The contract between a policy and everything that uses it: environments, evaluation, robots and servers.
+"""The interface of policies: the contract between a policy and environments, evaluation, robots and servers.
 
 Shape legend: B batch, K action-chunk length, A action dimension, S state dimension, H image height, W image width.
 
-This file imports numpy only, so that a robot process can speak the contract without torch.
+This file imports only numpy, so that a robot process can use the contract without torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NORMALISATIONS = ("q99", "min_max", "mean_std", "identity")
 
 @dataclass(frozen=True)
 class Camera:
-    """One RGB camera: the key it has in an `Observation`, and the size in pixels that the policy was trained on."""
+    """One RGB camera: its key in an `Observation`, and the image size in pixels that the policy was trained on."""
 
     name: str
     height: int
@@ -31,19 +31,19 @@ class Camera:
 
 @dataclass(frozen=True)
 class Embodiment:
-    """The robot as the policy sees it. Each of these numbers exists once, here; everything else reads it.
+    """The robot from the policy's point of view. These numbers are defined only here; all other code reads them.
 
     Attributes:
-        name: what the robot is called in reports.
-        cameras: the views, in the order in which the policy receives them.
+        name: name of the robot in reports.
+        cameras: views, in the policy's order.
         state_dim: S, size of the proprioceptive state.
         action_dim: A, size of one action.
-        chunk: K, actions predicted by one forward pass.
-        control_hz: rate at which actions are executed.
+        chunk: K, number of actions that one forward pass predicts.
+        control_hz: rate at which actions are executed, in Hz.
         state_normalisation, action_normalisation: one of `NORMALISATIONS`.
-        action_normalise_mask: per action dimension, False where the value passes unnormalised (the gripper).
-        gripper_index: which action dimension is the gripper, or None.
-        gripper_open, gripper_close: the environment's values for that dimension.
+        action_normalise_mask: one flag per action dimension; False: not normalised (the gripper).
+        gripper_index: action dimension of the gripper; None: no gripper.
+        gripper_open, gripper_close: the environment's values of that dimension.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Embodiment:
         return tuple(camera.name for camera in self.cameras)
 
     def fake_observation(self, batch: int = 1, seed: int = 0) -> Observation:
-        """A random observation of the right shapes, for tests, warm-up and benchmarks."""
+        """Return a random observation of the right shapes, for tests, warm-up and benchmarks."""
         rng = np.random.default_rng(seed)
         return Observation(
             images={c.name: rng.integers(0, 256, (batch, c.height, c.width, 3), dtype=np.uint8) for c in self.cameras},
@@ -96,10 +96,10 @@ class Embodiment:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy is given. Images are the right way up, as a person would look at them.
+    """The input of a policy. Images are upright, as a person sees the scene.
 
     Attributes:
-        images: camera name -> uint8 [B,H,W,3] RGB.
+        images: for each camera name, uint8 [B,H,W,3] RGB.
         state: float32 [B,S] in physical units.
         instruction: B strings.
     """
@@ -113,7 +113,11 @@ class Observation:
         return len(self.instruction)
 
     def validate(self, embodiment: Embodiment) -> None:
-        """Raise ValueError, saying what to do, unless this observation fits the embodiment (images of any size)."""
+        """Check that this observation fits the embodiment; images may have any size.
+
+        Raises:
+            ValueError: it does not fit; the message says what to do.
+        """
         if isinstance(self.instruction, str):
             raise ValueError("instruction must be a list with one string per sample, not a single string")
         batch = self.batch_size
@@ -134,11 +138,11 @@ class Observation:
                 f"state must have shape [B={batch},S={embodiment.state_dim}], got {tuple(self.state.shape)}"
             )
         if not np.isfinite(self.state).all():
-            raise ValueError("state holds NaN or infinite values; check the robot's joint states")
+            raise ValueError("state contains NaN or infinite values; check the robot's joint states")
 
     @staticmethod
     def stack(observations: Sequence[Observation]) -> Observation:
-        """Concatenate along the batch; all must have the same cameras and image sizes."""
+        """Concatenate observations along the batch; all must have the same cameras and image sizes."""
         first = observations[0]
         return Observation(
             images={name: np.concatenate([o.images[name] for o in observations]) for name in first.images},
@@ -149,9 +153,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class ActionChunk:
-    """What the policy answers: actions float32 [B,K,A] in the environment's units, and how long it took.
+    """The output of a policy.
 
-    `timing` holds milliseconds by stage (`preprocess_ms`, `inference_ms`, `postprocess_ms`).
+    Attributes:
+        actions: float32 [B,K,A] in the environment's units.
+        timing: time of each stage in milliseconds (`preprocess_ms`, `inference_ms`, `postprocess_ms`).
     """
 
     actions: np.ndarray
@@ -160,26 +166,28 @@ class ActionChunk:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Anything that turns observations into action chunks. Stateless between calls, except for caches."""
+    """Interface of all policies: observations in, action chunks out. No state between calls, except for caches."""
 
     @property
     def embodiment(self) -> Embodiment: ...
 
     def describe(self) -> dict[str, Any]:
-        """What a report needs to name this policy (preset, parameters, checkpoint, training step, data set)."""
+        """Return the facts that identify this policy in a report (preset, parameters, checkpoint, step, data set)."""
         ...
 
     def reset(self) -> None:
-        """Forget caches that belong to an episode."""
+        """Clear the caches of an episode."""
         ...
 
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
-        """Be ready to answer that many observations at once without delay; may take seconds.
+        """Prepare for batches of this size, so that `act` answers without delay; may take seconds.
 
-        `instructions` are those to expect, where they are known.
+        Args:
+            batch: number of observations per call.
+            instructions: expected instructions, if they are known.
         """
         ...
 
     def act(self, observation: Observation) -> ActionChunk:
-        """One batched forward pass: [B] observations to [B,K,A] actions."""
+        """Predict actions [B,K,A] for B observations in one batched forward pass."""
         ...

@@ -1,4 +1,4 @@
-"""A trained CogVLA behind the `Policy` contract."""
+"""A trained CogVLA network as a `Policy`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
 
 
 class CogVLAPolicy:
-    """Preprocess, one batched forward pass, unnormalise.
+    """Preprocess observations, run one batched forward pass, and unnormalise the actions.
 
     Args:
         model: the network, on its device.
-        preprocessor: the one it was trained with.
-        description: what reports say about it (checkpoint, step, data set); preset and parameters are added here.
-        engine: runs the network; None is the model itself, operation by operation.
-        calibration: of this model, for engines that compute in 8 bits; None: there is none.
+        preprocessor: the preprocessor that it was trained with.
+        description: facts for reports (checkpoint, step, data set); the number of parameters, device, precision and
+            engine are added.
+        engine: engine that runs the network; None: run the model itself, operation by operation.
+        calibration: the model's calibration, for engines that compute in 8 bits; None: not calibrated.
     """
 
     def __init__(
@@ -37,19 +38,21 @@ class CogVLAPolicy:
         calibration: Calibration | None = None,
     ) -> None:
         self.model = model.eval()
-        device = next(p.device for p in model.parameters() if not p.is_meta)  # an engine may have taken weights
+        device = next(p.device for p in model.parameters() if not p.is_meta)  # an engine may have taken some weights
         self.preprocessor = preprocessor.to(device)
         self.engine, self.calibration = engine, calibration
         self._description = description or {}
         self._text: tuple[tuple[str, ...], TextFeatures | EncodedText] | None = None
 
     def with_engine(self, config: EngineConfig, release: bool = False) -> CogVLAPolicy:
-        """The same policy, run as the configuration says; `auto` leaves a model plain that cannot be fused.
+        """Return the same policy with an engine; with `auto`, a model that cannot be fused runs without one.
 
-        With `release`, the model gives its weights to the engine, and this policy cannot act any more.
+        Args:
+            config: configuration of the engine.
+            release: let the engine take the model's weights; this policy cannot act any more then.
 
         Raises:
-            ValueError: see `Engine`; or the model stays plain, which cannot change its precision.
+            ValueError: see `Engine`; or another precision is asked for, and the model runs without an engine.
         """
         reason = not_fusible(self.model) if config.kind == "auto" else None
         if config.kind != "plain" and reason is None:
@@ -68,7 +71,7 @@ class CogVLAPolicy:
         return self.preprocessor.embodiment
 
     def describe(self) -> dict[str, Any]:
-        """Checkpoint, parameters, device, precision and engine, for reports."""
+        """Return checkpoint, parameters, device, precision and engine, for reports."""
         own = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         precision = own if self.engine is None else self.engine.precision
         measured = self.calibration if precision == "float8" else None
@@ -83,12 +86,12 @@ class CogVLAPolicy:
         }
 
     def reset(self) -> None:
-        """Forget the instruction of the episode."""
+        """Forget the encoded instruction of the episode."""
         self._text = None
 
     @torch.inference_mode()
     def act(self, observation: Observation) -> ActionChunk:
-        """[B] observations to actions float32 [B,K,A] in physical units, with the time of each stage in ms."""
+        """Predict actions float32 [B,K,A] in physical units for B observations, with the time of each stage in ms."""
         start = time.perf_counter()
         inputs = self.preprocessor.observation(observation)
         ready = time.perf_counter()
@@ -100,14 +103,17 @@ class CogVLAPolicy:
 
     @torch.inference_mode()
     def to_float8(self, observations: Sequence[Observation], smallest: int = 256) -> None:
-        """Compute the engine's large layers in 8 bits from now on, by what these observations show.
+        """Calibrate the engine on these observations, and run its large layers in 8 bits from now on.
 
         Args:
-            observations: recorded ones, see `Engine.calibrate`.
-            smallest: see there.
+            observations: recorded observations, see `Engine.calibrate`.
+            smallest: see `Engine.calibrate`.
+
+        Raises:
+            ValueError: the policy has no engine.
         """
         if self.engine is None:
-            raise ValueError("8-bit layers belong to an engine: take `policy.with_engine` first")
+            raise ValueError("8-bit layers need an engine: call `policy.with_engine` first")
         inputs = [self.preprocessor.observation(observation) for observation in observations]
         self.calibration = self.engine.calibrate(inputs, smallest)
         self.engine.to_float8(self.calibration)
@@ -125,14 +131,15 @@ class CogVLAPolicy:
         self.reset()
 
     def normalised_actions(self, inputs: ModelInput) -> Tensor:
-        """What the network answers, [B,K,A]; nothing is kept of the instructions."""
+        """Return the network's normalised actions [B,K,A]; the encoded instructions are not cached."""
         if self.engine is None:
             return self.model(inputs).actions
         return self.engine.run(inputs, self.engine.encode(inputs.text_ids, inputs.text_mask))
 
     def _run(self, observation: Observation, inputs: ModelInput) -> Tensor:
-        """Normalised actions [B,K,A]; what depends on the instructions is kept as long as they stay, mostly a whole
-        episode.
+        """Return normalised actions [B,K,A].
+
+        The encoded instructions are cached until they change, which usually is a whole episode.
         """
         instructions = tuple(observation.instruction)
         if self._text is None or self._text[0] != instructions:
@@ -140,6 +147,6 @@ class CogVLAPolicy:
             self._text = (instructions, encode(inputs.text_ids, inputs.text_mask))
         text = self._text[1]
         if isinstance(text, EncodedText):
-            assert self.engine is not None, "it encoded the text"
+            assert self.engine is not None, "only an engine gives EncodedText"
             return self.engine.run(inputs, text)
         return self.model(inputs, text).actions

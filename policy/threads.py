@@ -1,4 +1,4 @@
-"""How many threads torch gets."""
+"""Set the number of torch's CPU threads."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 def use_threads(wanted: int | None, beside: int = 0) -> None:
-    """Give torch its threads.
+    """Set the number of torch's CPU threads.
 
     Args:
-        wanted: how many; None: torch's own choice, without the cores of the processes beside it. Threads that have to
-            wait for a core hold up all others of an operation: beside two environments on two cores, rollouts were
-            1.6 times as fast with one thread as with two (docs/benchmarks.md).
-        beside: processes that keep a core busy each.
+        wanted: number of threads; None: torch's choice, minus the cores that other processes keep busy. A thread that
+            waits for a core delays all other threads of an operation: with two environments on two cores, rollouts
+            were 1.6 times as fast with one thread as with two (docs/benchmarks.md).
+        beside: number of other processes that keep one core busy each.
     """
     if wanted is None and beside:
         wanted = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - beside))

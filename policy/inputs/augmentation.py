@@ -1,10 +1,10 @@
-"""Image augmentation of training, and the crop at test time that belongs to it.
+"""Image augmentation in training (random crop, colour jitter), and the centre crop at test time that belongs to it.
 
-As OpenVLA and CogVLA train: each view is cut out at random to `crop_area` of its area and resized back, then its
-colours are changed. At test time the same share is cut out of the centre. All of it is batched on the device of the
-pixels; what is random is drawn beforehand, for the whole step (`policy.training.batches`).
+As in OpenVLA and CogVLA, a random crop of `crop_area` of each view is resized back, then the colours are changed. At
+test time, a crop of the same area is taken from the centre. All images of a batch are processed together, on the device
+of the pixels. The random numbers are drawn before, for the whole step (`policy.training.batches`).
 
-A crop samples from its corner pixels to its corner pixels, as TensorFlow's `crop_and_resize` does, with which the
+Corner pixels of a crop become corner pixels of the result, as in TensorFlow's `crop_and_resize`, with which the
 published policies were trained and are evaluated.
 
 Shape legend: B batch, V views, X = B*V, H, W image.
@@ -25,14 +25,14 @@ HUE, SATURATION, CONTRAST, BRIGHTNESS = range(4)
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """How pictures are changed in training; the defaults change nothing.
+    """Image augmentation in training. The defaults change nothing.
 
     Attributes:
-        crop_area: share of the area of each view that is cut out at random, and from the centre at test time; 1 is off.
-        brightness: largest change that is added, of values in [0,1].
-        contrast: range of the factor on the distance to the mean of each channel; (1, 1) is off.
-        saturation: range of the factor on the saturation (HSV); (1, 1) is off.
-        hue: largest rotation of the hue, as a share of the circle.
+        crop_area: area of the crop as a share of the view (random in training, centred at test time); 1: no crop.
+        brightness: largest brightness that is added or subtracted, for pixel values in [0,1].
+        contrast: range of the factor on the distance to the mean of each channel; (1, 1): off.
+        saturation: range of the factor on the saturation (HSV); (1, 1): off.
+        hue: largest rotation of the hue, as a share of a full turn.
     """
 
     crop_area: float = 1.0
@@ -53,7 +53,7 @@ class AugmentationConfig:
 
     @property
     def jitters(self) -> bool:
-        """Whether colours change."""
+        """True if colours are changed."""
         return (self.brightness, self.contrast, self.saturation, self.hue) != (0, (1, 1), (1, 1), 0)
 
     @property
@@ -63,11 +63,12 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class Changes:
-    """What happens to each picture of a batch.
+    """The drawn augmentation of each image of a batch.
 
     Attributes:
-        corner_BV2: upper left corner (right, down) of the crop, in [0,1] from the first to the last pixel; None: whole.
-        jitter_BV4: hue rotation, saturation factor, contrast factor, added brightness; None: colours stay.
+        corner_BV2: upper left corner (right, down) of the crop, in [0,1] from the first to the last pixel; None: no
+            crop.
+        jitter_BV4: hue rotation, saturation factor, contrast factor, added brightness; None: no change of colours.
     """
 
     corner_BV2: Tensor | None = None
@@ -75,13 +76,13 @@ class Changes:
 
 
 def check_crop_area(area: float) -> None:
-    """Raises ValueError for a share that leaves nothing or adds something."""
+    """Raise ValueError unless `area` is in (0,1]."""
     if not 0 < area <= 1:
-        raise ValueError(f"crop_area must be in (0,1], got {area}; 1 is off, 0.9 is what OpenVLA and CogVLA use")
+        raise ValueError(f"crop_area must be in (0,1], got {area}; 1 is no crop, OpenVLA and CogVLA use 0.9")
 
 
 def draw_changes(config: AugmentationConfig, samples: int, views: int, generator: torch.Generator) -> Changes:
-    """Random changes of B samples with V views each, from the generator alone."""
+    """Draw the changes of B samples with V views each; they depend only on the generator."""
     corner_BV2 = jitter_BV4 = None
     if config.crops:
         corner_BV2 = torch.rand(samples, views, 2, generator=generator) * (1 - math.sqrt(config.crop_area))
@@ -99,12 +100,12 @@ def draw_changes(config: AugmentationConfig, samples: int, views: int, generator
 
 
 def centre(area: float, samples: int, views: int) -> Changes:
-    """The crop of `area` in the middle of every view."""
+    """Return the changes for a centre crop of `area` in every view."""
     return Changes(torch.full((samples, views, 2), (1 - math.sqrt(area)) / 2)) if area < 1 else Changes()
 
 
 def change(pixels_BVCHW: Tensor, area: float, changes: Changes) -> Tensor:
-    """Uint8 pictures cropped to `area`, resized back and with their colours changed, as uint8 on the same device."""
+    """Crop uint8 images [B,V,3,H,W] to `area`, resize them back and change their colours; the result is uint8 too."""
     if changes.corner_BV2 is None and changes.jitter_BV4 is None:
         return pixels_BVCHW
     device = pixels_BVCHW.device
@@ -118,7 +119,7 @@ def change(pixels_BVCHW: Tensor, area: float, changes: Changes) -> Tensor:
 
 
 def move_points(points_BV22: Tensor, area: float, changes: Changes, image_size: tuple[int, int]) -> Tensor:
-    """Where points of the picture, (right, down) in [0,1] from edge to edge, are after the crop."""
+    """Return the positions of image points [B,V,2,2] after the crop: (right, down), in [0,1] from edge to edge."""
     if changes.corner_BV2 is None:
         return points_BV22
     height, width = image_size
@@ -129,7 +130,7 @@ def move_points(points_BV22: Tensor, area: float, changes: Changes, image_size: 
 
 
 def _crop(x_XCHW: Tensor, corner_X2: Tensor, side: float) -> Tensor:
-    """Cut out windows of `side` times the height and width, bilinearly resized back."""
+    """Crop windows of `side` times the height and width, and resize them back bilinearly."""
     height, width = x_XCHW.shape[-2:]
     along_H, along_W = (torch.linspace(0, side, count, device=x_XCHW.device) for count in (height, width))
     column_XHW = (corner_X2[:, :1] + along_W)[:, None].expand(-1, height, -1)
@@ -139,7 +140,7 @@ def _crop(x_XCHW: Tensor, corner_X2: Tensor, side: float) -> Tensor:
 
 
 def _jitter(x_XCHW: Tensor, jitter_X4: Tensor) -> Tensor:
-    """Brightness, contrast, saturation, hue, in this order; values stay in [0,1] after each."""
+    """Change brightness, contrast, saturation and hue, in this order; values are clamped to [0,1] after each."""
     by_X411 = rearrange(jitter_X4, "x four -> four x 1 1")
     x_XCHW = (x_XCHW + by_X411[BRIGHTNESS][:, None]).clamp(0, 1)
     mean_XC11 = x_XCHW.mean(dim=(-2, -1), keepdim=True)
@@ -150,7 +151,7 @@ def _jitter(x_XCHW: Tensor, jitter_X4: Tensor) -> Tensor:
 
 
 def _hsv(x_XCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """RGB in [0,1] to hue (one turn is 1), saturation and value, each [X,H,W]."""
+    """Convert RGB in [0,1] to hue (a full turn is 1), saturation and value, each [X,H,W]."""
     red, green, blue = x_XCHW.unbind(1)
     value, least = x_XCHW.amax(1), x_XCHW.amin(1)
     chroma = value - least
@@ -164,7 +165,7 @@ def _hsv(x_XCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rgb(hue_XHW: Tensor, saturation_XHW: Tensor, value_XHW: Tensor) -> Tensor:
-    """Back to RGB [X,3,H,W]; any whole number of turns may be added to the hue."""
+    """Convert HSV back to RGB [X,3,H,W]; the hue may be outside [0,1]."""
     start_3 = torch.tensor([5.0, 3.0, 1.0], device=hue_XHW.device)  # where red, green and blue begin to fall
     k_X3HW = (start_3[:, None, None] + 6 * hue_XHW[:, None]) % 6
     fall_X3HW = torch.minimum(k_X3HW, 4 - k_X3HW).clamp(0, 1)

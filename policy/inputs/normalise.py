@@ -1,7 +1,7 @@
-"""Normalisation of states and actions, kept with the weights.
+"""Normalisation of states and actions. Its statistics are saved with the weights.
 
-The LIBERO convention of OpenVLA and CogVLA is `q99`: `2*(x-q01)/(q99-q01) - 1`, clipped to [-1,1]; ALOHA uses the same
-with minimum and maximum. Dimensions whose mask is False (the gripper) pass unchanged.
+For LIBERO, OpenVLA and CogVLA use `q99`: `2*(x-q01)/(q99-q01) - 1`, clipped to [-1,1]. For ALOHA they use the same
+with minimum and maximum (`min_max`). Dimensions whose mask is False (the gripper) are not changed.
 
 Shape legend: D state or action dimension; inputs are [...,D].
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cogvla.policy.interface import NORMALISATIONS, Embodiment
 
 CONSTANT = 1e-6
-"""A dimension with a smaller range than this carries no information: it is normalised to 0."""
+"""A dimension whose range is smaller carries no information and is normalised to 0."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Statistics:
             if len(values) != len(self.q01):
                 raise ValueError(f"statistic {f.name!r} has {len(values)} dimensions, q01 has {len(self.q01)}")
             if not np.isfinite(values).all():
-                raise ValueError(f"statistic {f.name!r} holds NaN or infinite values")
+                raise ValueError(f"statistic {f.name!r} contains NaN or infinite values; check the data set")
 
     @classmethod
     def of(cls, values_ND: np.ndarray) -> Statistics:
-        """Statistics of samples [N,D]."""
+        """Compute the statistics of samples [N,D]."""
         x = np.asarray(values_ND, dtype=np.float64)
         q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
         return cls(*(tuple(v) for v in (q01, q99, x.min(0), x.max(0), x.mean(0), x.std(0))))
@@ -58,7 +58,15 @@ class Statistics:
 
 
 class Normaliser(nn.Module):
-    """An affine map per dimension and its inverse, as buffers so that it moves with the policy's device."""
+    """An affine map per dimension and its inverse.
+
+    The parameters are buffers, so that they move to the policy's device.
+
+    Args:
+        kind: one of `NORMALISATIONS`.
+        statistics: statistics of the data set.
+        mask: one flag per dimension, False: do not normalise; None: normalise all.
+    """
 
     shift_D: Tensor
     scale_D: Tensor
@@ -88,14 +96,14 @@ class Normaliser(nn.Module):
         self.limit_D: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Physical units [...,D] to normalised; quantile and range kinds are clipped to [-1,1]."""
+        """Normalise values [...,D] in physical units; `q99` and `min_max` are clipped to [-1,1]."""
         self._check(x)
         scale_D = torch.where(self.constant_D, torch.ones_like(self.scale_D), self.scale_D)
         y = torch.where(self.constant_D, torch.zeros_like(x), (x - self.shift_D) / scale_D)
         return torch.clamp(y, -self.limit_D, self.limit_D)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Normalised [...,D] to physical units (not clipped: what the policy says is what it means)."""
+        """Convert normalised values [...,D] back to physical units, without clipping."""
         self._check(y)
         return y * self.scale_D + self.shift_D
 
@@ -105,12 +113,20 @@ class Normaliser(nn.Module):
 
 
 def normalisers(embodiment: Embodiment, statistics: dict[str, Any]) -> tuple[Normaliser, Normaliser]:
-    """The state's and the action's normaliser from `{"state": Statistics|dict, "action": Statistics|dict}`."""
+    """Build the normalisers of state and action.
+
+    Args:
+        embodiment: sizes and kinds of normalisation.
+        statistics: `{"state": Statistics|dict, "action": Statistics|dict}`.
+
+    Raises:
+        ValueError: the statistics are missing, or have another size than the embodiment.
+    """
     parsed = {k: v if isinstance(v, Statistics) else Statistics(**v) for k, v in statistics.items()}
     for key, dim in (("state", embodiment.state_dim), ("action", embodiment.action_dim)):
         if key not in parsed or parsed[key].dim != dim:
             found = parsed[key].dim if key in parsed else "none"
-            raise ValueError(f"statistics for {key!r} must have {dim} dimensions as the embodiment has; found {found}")
+            raise ValueError(f"statistics of {key!r} must have the embodiment's {dim} dimensions; found {found}")
     return (
         Normaliser(embodiment.state_normalisation, parsed["state"]),
         Normaliser(embodiment.action_normalisation, parsed["action"], embodiment.action_normalise_mask),

@@ -1,4 +1,4 @@
-"""One preprocessor for training and inference: the policy sees the same numbers in both.
+"""Preprocessing of observations, the same for training and inference, so that the policy sees the same numbers.
 
 Shape legend: B batch, V views, H, W image, S state, K chunk, A action, T text.
 """
@@ -24,16 +24,19 @@ INSTRUCTION_CACHE = 4096
 
 
 class Preprocessor(nn.Module):
-    """Observation to `ModelInput`, and normalised actions back to physical units.
+    """Convert observations to `ModelInput`, and normalised actions back to physical units.
 
     Args:
         embodiment: cameras, sizes and normalisation kinds.
-        tokenizer: turns instructions into ids.
+        tokenizer: tokenizer of the instructions.
         statistics: `{"state": Statistics, "action": Statistics}` of the training data.
-        crop_area: share of each view that is cut out of its centre, for a policy that was trained with random crops of
-            that size; 1 is off.
-        resize_kernel: how views are brought to the policy's size, see `policy.inputs.resize`. Both are saved with the
-            weights, so that whoever plays the policy cannot get them wrong.
+        crop_area: area of the centre crop as a share of each view, for a policy that was trained with random crops of
+            that area; 1: no crop. Saved with the weights, so that it cannot differ at inference.
+        resize_kernel: kernel that resizes views to the policy's image size, see `policy.inputs.resize`; saved with the
+            weights, too.
+
+    Raises:
+        ValueError: the cameras have different sizes, or a value does not fit.
     """
 
     def __init__(
@@ -49,7 +52,9 @@ class Preprocessor(nn.Module):
         check_kernel(resize_kernel)
         sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
         if len(sizes) != 1:
-            raise ValueError(f"the policy takes all views at one size; embodiment {embodiment.name!r} has {sizes}")
+            raise ValueError(
+                f"all cameras of a policy must have the same image size; embodiment {embodiment.name!r} has {sizes}"
+            )
         self.embodiment, self.tokenizer = embodiment, tokenizer
         self.crop_area, self.resize_kernel = crop_area, resize_kernel
         self.image_size = sizes.pop()
@@ -61,7 +66,7 @@ class Preprocessor(nn.Module):
         return self.state_normaliser.shift_D.device
 
     def text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids [B,T] and mask [B,T] of B instructions, padded to the longest; each instruction is encoded once."""
+        """Return ids [B,T] and mask [B,T] of B instructions, padded to the longest; known instructions are cached."""
         new = set(instructions) - self._text.keys()
         if len(self._text) + len(new) > INSTRUCTION_CACHE:
             self._text.clear()
@@ -75,29 +80,36 @@ class Preprocessor(nn.Module):
         return ids_BT.to(self.device), mask_BT.to(self.device)
 
     def pixels(self, images_BHWC: Sequence[Tensor]) -> Tensor:
-        """V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size, cropped."""
+        """Resize and crop V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size."""
         whole = [rearrange(image_BHWC, "b h w c -> b c h w") for image_BHWC in images_BHWC]
         views = [resize(view_BCHW, self.image_size, self.resize_kernel) for view_BCHW in whole]
         pixels_BVCHW = torch.stack(views, dim=1)
         return change(pixels_BVCHW, self.crop_area, centre(self.crop_area, *pixels_BVCHW.shape[:2]))
 
     def observation(self, observation: Observation) -> ModelInput:
-        """A validated observation to model input on the policy's device."""
+        """Check an observation and convert it to model input on the policy's device.
+
+        Raises:
+            ValueError: see `Observation.validate`.
+        """
         observation.validate(self.embodiment)
         images = [_tensor(observation.images[name]).to(self.device) for name in self.embodiment.camera_names]
         state_BS = _tensor(observation.state).to(self.device, torch.float32)
         return self.model_input(self.pixels(images), state_BS, observation.instruction)
 
     def model_input(self, pixels_BVCHW: Tensor, state_BS: Tensor, instructions: Sequence[str]) -> ModelInput:
-        """Pixels uint8 [B,V,3,H,W], cropped, state [B,S] in physical units and B instructions to model input."""
+        """Build model input from cropped pixels uint8 [B,V,3,H,W], states [B,S] in physical units, B instructions."""
         text_ids_BT, text_mask_BT = self.text(instructions)
         return ModelInput(pixels_BVCHW, text_ids_BT, text_mask_BT, self.state_normaliser(state_BS))
 
     def actions(self, normalised_BKA: Tensor) -> Tensor:
-        """Normalised actions [B,K,A] to physical units."""
+        """Convert normalised actions [B,K,A] to physical units."""
         return self.action_normaliser.inverse(normalised_BKA)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """Torch takes neither arrays that run backwards (a flipped image) nor, without a warning, read-only ones."""
+    """Convert an array to a tensor.
+
+    It is copied if needed: torch refuses negative strides (a flipped image) and warns about read-only arrays.
+    """
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))

@@ -1,10 +1,10 @@
-"""Images to the policy's size, on the device where they are.
+"""Resize images to the policy's size, on the device where they are.
 
-Two kernels, both widened when an image shrinks, so that it is averaged and not sampled:
+There are two kernels. Both become wider when an image shrinks, so that pixels are averaged (antialiasing):
 
-    bilinear   a triangle; what we train with
-    lanczos3   a windowed sinc over three pixels to each side, as TensorFlow's `image.resize` computes it, through which
-               the published OpenVLA, OpenVLA-OFT and CogVLA policies see their images
+    bilinear   a triangle; used for our training
+    lanczos3   a windowed sinc over three pixels to each side, as in TensorFlow's `image.resize`; used by the published
+               OpenVLA, OpenVLA-OFT and CogVLA policies
 
 Shape legend: B batch, H, W of the input, h, w of the output.
 """
@@ -22,13 +22,13 @@ _LOBES = 3
 
 
 def check_kernel(kernel: str) -> None:
-    """Raise ValueError for a name that is no kernel."""
+    """Raise ValueError for an unknown kernel."""
     if kernel not in KERNELS:
         raise ValueError(f"unknown resize kernel {kernel!r}; one of {', '.join(KERNELS)}")
 
 
 def resize(view_BCHW: Tensor, size: tuple[int, int], kernel: str = "bilinear") -> Tensor:
-    """Uint8 images to this height and width; images of that size are returned as they are."""
+    """Resize uint8 images to (height, width) = `size`; images of that size are returned unchanged."""
     if view_BCHW.shape[-2:] == size:
         return view_BCHW
     if kernel == "bilinear":
@@ -42,7 +42,7 @@ def resize(view_BCHW: Tensor, size: tuple[int, int], kernel: str = "bilinear") -
 
 @lru_cache(maxsize=64)
 def lanczos3(inputs: int, outputs: int, device: torch.device) -> Tensor:
-    """Weights [outputs,inputs], each row summing to one."""
+    """Return the weights [outputs,inputs] of the Lanczos kernel; each row sums to 1."""
     stretch = max(inputs / outputs, 1.0)
     centre_o = (torch.arange(outputs, dtype=torch.float64) + 0.5) * inputs / outputs
     pixel_i = torch.arange(inputs, dtype=torch.float64) + 0.5

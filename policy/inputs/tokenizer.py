@@ -1,7 +1,7 @@
-"""Instructions to token ids.
+"""Tokenizers: instructions to token ids.
 
-Two tokenizers behind one method: a word tokenizer for policies trained from scratch, whose vocabulary is the words of
-the training data, and a wrapper for the tokenizer of a pretrained language model, with the paper's prompt.
+There are two: a word tokenizer for policies that are trained from scratch, whose vocabulary is the words of the
+training data; and a wrapper of a pretrained language model's tokenizer, with the paper's prompt.
 
 Shape legend: B batch, T text length.
 """
@@ -19,28 +19,30 @@ from torch import Tensor
 PAD, UNKNOWN = "<pad>", "<unk>"
 PAPER_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 EMPTY_TOKEN = 29871
-"""Llama's empty token: OpenVLA, and what follows it, puts it after the prompt."""
+"""Llama's empty token. OpenVLA, and the policies that build on it, put it after the prompt."""
 
 
 class WordTokenizer:
-    """Lower-case words and nothing else: enough for a closed set of instructions, and readable in a checkpoint.
+    """Split instructions into lower-case words: enough for a fixed set of instructions, and readable in a checkpoint.
 
-    Words that training never saw become `<unk>`.
+    Words that are not in the vocabulary become `<unk>`.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         if list(words[:2]) != [PAD, UNKNOWN] or len(set(words)) != len(words):
-            raise ValueError(f"a vocabulary starts with {PAD}, {UNKNOWN} and has no word twice; got {list(words)[:4]}…")
+            raise ValueError(
+                f"a vocabulary must start with {PAD}, {UNKNOWN} and have no word twice; got {list(words)[:4]}…"
+            )
         self.words = tuple(words)
         self._ids = {word: i for i, word in enumerate(self.words)}
 
     @classmethod
     def from_instructions(cls, instructions: Iterable[str]) -> WordTokenizer:
-        """The vocabulary of these instructions, in alphabetical order so that it does not depend on theirs."""
+        """Build a tokenizer for the words of these instructions, in alphabetical order."""
         return cls([PAD, UNKNOWN, *sorted({word for text in instructions for word in _split(text)})])
 
     def with_words_of(self, instructions: Iterable[str]) -> WordTokenizer:
-        """The same with the words that are new in these instructions at the end: the others keep their ids."""
+        """Return a tokenizer that also knows the words of these instructions; known words keep their ids."""
         new = {word for text in instructions for word in _split(text)} - set(self.words)
         return WordTokenizer([*self.words, *sorted(new)])
 
@@ -48,14 +50,18 @@ class WordTokenizer:
         return len(self.words)
 
     def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B instructions to ids int64 [B,T] and mask bool [B,T] (True = a word), padded to the longest."""
+        """Encode B instructions as ids int64 [B,T] and mask bool [B,T] (True: a word), padded on the right.
+
+        Raises:
+            ValueError: an instruction without words.
+        """
         rows = [[self._ids.get(word, 1) for word in _split(text)] for text in instructions]
         for text, row in zip(instructions, rows, strict=True):
             _check_not_empty(text, row)
         return _pad(rows, pad_id=0)
 
     def spelled(self, ids: Sequence[int]) -> list[str]:
-        """What stands for each id; <unk> for ids that are no word."""
+        """Return the word of each id; `<unk>` for unknown ids."""
         return [self.words[i] if i < len(self.words) else UNKNOWN for i in ids]
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,8 +71,13 @@ class WordTokenizer:
 class PretrainedTokenizer:
     """The tokenizer of a pretrained language model, with the prompt of OpenVLA and CogVLA.
 
-    BOS is left out: the token layout places it. `empty_token` is the id that OpenVLA appends after the prompt when it
-    is not there already (29871 for Llama-2).
+    BOS is left out, since the token layout adds it.
+
+    Args:
+        source: hub repository or folder of the tokenizer.
+        prompt: text with `{instruction}`.
+        empty_token: id to append to the prompt unless it is there already, as OpenVLA does (29871 for Llama-2); None:
+            nothing.
     """
 
     def __init__(self, source: str, prompt: str = PAPER_PROMPT, empty_token: int | None = None) -> None:
@@ -81,7 +92,11 @@ class PretrainedTokenizer:
         return len(self._tokenizer)
 
     def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B instructions to ids int64 [B,T] and mask bool [B,T] (True = a token), padded on the right."""
+        """Encode B instructions as ids int64 [B,T] and mask bool [B,T] (True: a token), padded on the right.
+
+        Raises:
+            ValueError: an instruction without words.
+        """
         rows = []
         for text in instructions:
             _check_not_empty(text, text.split())
@@ -93,11 +108,11 @@ class PretrainedTokenizer:
         return _pad(rows, pad_id=self._tokenizer.pad_token_id or 0)
 
     def spelled(self, ids: Sequence[int]) -> list[str]:
-        """What stands for each id."""
+        """Return the text of each id."""
         return [self._tokenizer.decode([i]).strip() for i in ids]
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, so that the checkpoint needs no hub."""
+        """Save the tokenizer's files in a checkpoint, so that it can be loaded without the hub."""
         self._tokenizer.save_pretrained(folder)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +143,7 @@ def tokenizer_from_dict(description: dict[str, Any], folder: Path | None = None)
 
 def _check_not_empty(text: str, words: Sequence[Any]) -> None:
     if not words:
-        raise ValueError(f"instruction {text!r} holds no word; give the robot something to do")
+        raise ValueError(f"instruction {text!r} has no words; give the robot something to do")
 
 
 def _split(text: str) -> list[str]:

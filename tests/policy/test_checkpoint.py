@@ -152,14 +152,14 @@ def shorten(name: str, share: float) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda folder: (folder / WEIGHTS).unlink(), f"is not a whole checkpoint: {WEIGHTS} missing"),
-        (lambda folder: (folder / STATISTICS).unlink(), f"is not a whole checkpoint: {STATISTICS} missing"),
+        (lambda folder: (folder / WEIGHTS).unlink(), f"is not a complete checkpoint: {WEIGHTS} missing"),
+        (lambda folder: (folder / STATISTICS).unlink(), f"is not a complete checkpoint: {STATISTICS} missing"),
         (shorten(WEIGHTS, 0.5), rf"{WEIGHTS} is damaged or truncated .*use another checkpoint"),
         (shorten(WEIGHTS, 0.0), rf"{WEIGHTS} is damaged or truncated .*use another checkpoint"),
         (shorten(CONFIG, 0.5), rf"{CONFIG} is damaged .*use another checkpoint"),
         (shorten(STATISTICS, 0.5), rf"{STATISTICS} is damaged .*use another checkpoint"),
         (lambda folder: (folder / CONFIG).write_bytes(b"\x00\xff\xfe"), rf"{CONFIG} is damaged .*use another"),
-        (lambda folder: (folder / CONFIG).write_text("[]"), rf"{CONFIG} is damaged \(it holds no mapping\)"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), rf"{CONFIG} is damaged \(it is not a JSON object\)"),
         (rewrite(CONFIG, lambda body: body.update(format=99)), "has checkpoint format 99; this version reads 1"),
         (rewrite(CONFIG, lambda body: body.pop("embodiment")), r"is damaged \(no 'embodiment'\); use another"),
         (rewrite(CONFIG, lambda body: body["embodiment"].update(wheels=4)), r"is damaged .*'wheels'.*use another"),
@@ -168,7 +168,7 @@ def shorten(name: str, share: float) -> Callable[[Path], None]:
             rewrite(STATISTICS, lambda body: body["state"]["q01"].pop()),
             r"'q99' has 3 dim.*q01 has 2.*use another",
         ),
-        (rewrite(STATISTICS, lambda body: body.pop("action")), r"'action' must have 4 dimensions.*use another"),
+        (rewrite(STATISTICS, lambda body: body.pop("action")), r"'action' must have the embodiment's 4 dimensions.*use another"),
         (
             rewrite(CONFIG, lambda body: body["model"]["language"].update(intermediate=32)),
             rf"the weights in .* do not fit its {CONFIG}",
@@ -188,12 +188,12 @@ def test_a_missing_folder_is_explained(tmp_path: Path) -> None:
 
 def test_a_policy_without_training_state_cannot_be_resumed(tmp_path: Path) -> None:
     save(tmp_path / "it", small_policy())
-    with pytest.raises(ValueError, match="it can be evaluated, but training cannot go on from it"):
+    with pytest.raises(ValueError, match="it can be evaluated, but training cannot resume from it"):
         load_training_state(tmp_path / "it")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_truncated_training_state_is_explained(saved: Path, share: float) -> None:
     shorten(TRAINING, share)(saved)
-    with pytest.raises(ValueError, match=rf"{TRAINING} is damaged or truncated .*delete .*best to go on"):
+    with pytest.raises(ValueError, match=rf"{TRAINING} is damaged or truncated .*delete .*best to resume"):
         load_training_state(saved)

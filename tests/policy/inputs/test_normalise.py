@@ -94,8 +94,8 @@ def test_statistics_of_known_data_and_their_round_trip() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"q99": (float("nan"),)}, "'q99' holds NaN"),
-        ({"std": (float("inf"),)}, "'std' holds NaN or infinite"),
+        ({"q99": (float("nan"),)}, "'q99' contains NaN"),
+        ({"std": (float("inf"),)}, "'std' contains NaN or infinite"),
         ({"mean": (1.0, 2.0)}, "'mean' has 2 dimensions, q01 has 1"),
     ],
 )
@@ -117,7 +117,7 @@ def test_normalisers_of_an_embodiment() -> None:
     state, action = normalisers(robot, {"state": KNOWN, "action": both.to_dict()})
     assert state(torch.tensor([10.0])).item() == 0  # min_max
     assert action(torch.tensor([7.5, 0.3])).tolist() == pytest.approx([0.5, 0.3])
-    with pytest.raises(ValueError, match="'action' must have 2 dimensions as the embodiment has; found 1"):
+    with pytest.raises(ValueError, match="'action' must have the embodiment's 2 dimensions; found 1"):
         normalisers(robot, {"state": KNOWN, "action": KNOWN})
-    with pytest.raises(ValueError, match="'state' must have 1 dimensions as the embodiment has; found none"):
+    with pytest.raises(ValueError, match="'state' must have the embodiment's 1 dimensions; found none"):
         normalisers(robot, {"action": both})

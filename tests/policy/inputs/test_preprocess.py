@@ -106,7 +106,7 @@ def test_cached_text_follows_the_policy_to_another_device() -> None:
 def test_views_of_different_sizes_are_refused() -> None:
     robot = replace(ROBOT, cameras=(Camera("front", 32, 32), Camera("wrist", 16, 16)))
     preprocessor = small_preprocessor()
-    with pytest.raises(ValueError, match="takes all views at one size"):
+    with pytest.raises(ValueError, match="must have the same image size"):
         Preprocessor(robot, preprocessor.tokenizer, small_data().statistics())
 
 
@@ -125,7 +125,7 @@ GOOD = ROBOT.fake_observation(2)
         (replace(GOOD, images={**GOOD.images, "front": GOOD.images["front"][0]}), r"uint8 \[B=2,H,W,3\]"),
         (replace(GOOD, images={**GOOD.images, "front": GOOD.images["front"].transpose(0, 3, 1, 2)}), r"H,W,3\]"),
         (replace(GOOD, state=np.zeros((2, 8), np.float32)), r"state must have shape \[B=2,S=3\], got \(2, 8\)"),
-        (replace(GOOD, state=np.full((2, 3), np.nan, np.float32)), "state holds NaN or infinite values"),
+        (replace(GOOD, state=np.full((2, 3), np.nan, np.float32)), "state contains NaN or infinite values"),
         (replace(GOOD, instruction="touch the red square"), "must be a list with one string per sample"),
     ],
 )

@@ -64,13 +64,13 @@ def test_known_words_come_back(sentences: list[list[str]]) -> None:
 
 @pytest.mark.parametrize("empty", ["", "   ", "?!"])
 def test_an_empty_instruction_is_explained(empty: str) -> None:
-    with pytest.raises(ValueError, match="holds no word; give the robot something to do"):
+    with pytest.raises(ValueError, match="has no words; give the robot something to do"):
         WordTokenizer.from_instructions(INSTRUCTIONS).encode(["open the drawer", empty])
 
 
 @pytest.mark.parametrize("words", [["a", "b"], [PAD, UNKNOWN, "a", "a"], []])
 def test_bad_vocabularies(words: list[str]) -> None:
-    with pytest.raises(ValueError, match="a vocabulary starts with <pad>, <unk>"):
+    with pytest.raises(ValueError, match="a vocabulary must start with <pad>, <unk>"):
         WordTokenizer(words)
 
 
@@ -110,5 +110,5 @@ def test_a_pretrained_tokenizer_is_kept_in_the_checkpoint(pretrained_folder: Pat
 def test_pretrained_bad_input(pretrained_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"must contain \{instruction\}"):
         PretrainedTokenizer(str(pretrained_folder), "do something")
-    with pytest.raises(ValueError, match="holds no word"):
+    with pytest.raises(ValueError, match="has no words"):
         PretrainedTokenizer(str(pretrained_folder), PROMPT).encode(["open", " "])

@@ -107,8 +107,8 @@ def test_eval_libero_plays_with_a_router(tmp_path: Path, monkeypatch: pytest.Mon
     ("overrides", "message"),
     [
         (["router.name=randm"], "unknown router 'randm'; one of"),
-        (["router.name=random", "router.budget=9"], "give 1 to 8"),
-        (["router.name=spatial_pool"], "without a grid work: "),
+        (["router.name=random", "router.budget=9"], "choose 1 to 8"),
+        (["router.name=spatial_pool"], "or use one of "),
         (["router.name=random", "router.options={speed: 1}"], "has no option speed"),
         (["router.name=random", "router.mode=skip"], "must be one of bypass, drop"),
         (["router.name=random", "+router.speed=1"], "configuration router: .*speed"),

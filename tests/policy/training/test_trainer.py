@@ -230,7 +230,7 @@ def test_a_truncated_checkpoint_is_explained(tmp_path: Path) -> None:
     damaged = tmp_path / "checkpoints" / "step_0000008" / "training.pt"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     with pytest.raises(
-        ValueError, match=r"damaged or truncated .*delete .*step_0000008 to go on from the checkpoint be"
+        ValueError, match=r"damaged or truncated .*delete .*step_0000008 to resume from the checkpoint be"
     ):
         small_trainer(tmp_path, settings(steps=8)).run()
 
