@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+
+from cogvla.plugins import import_plugins
 
 EVALUATION_STATES = 50
 """Initial states 0..49 of every task are for evaluation; recorders start at `FIRST_TRAINING_STATE`."""
@@ -69,36 +71,41 @@ class Suite:
 
 
 _SUITES: dict[str, tuple[Callable[..., Suite], str | None]] = {}
-_ELSEWHERE = ("cogvla.libero.suites",)
-"""Modules outside of `envs` that register suites, by name: `envs` works without them."""
 
 
 def register_suite(name: str, factory: Callable[..., Suite], group: str | None = None) -> None:
-    """Add a suite.
+    """Register a suite.
 
     Args:
         name: what it is asked for by.
-        factory: runs when the suite is asked for, so that registering imports no simulator.
+        factory: builds the suite when it is asked for, so that registering imports no simulator.
         group: of the configuration, whose values the factory takes as keywords.
+
+    Raises:
+        ValueError: another suite has this name.
     """
     if name in _SUITES:
-        raise ValueError(f"suite {name!r} is registered twice")
+        factories = (each.func if isinstance(each, partial) else each for each in (_SUITES[name][0], factory))
+        both = " and ".join(f"{each.__module__}.{each.__qualname__}" for each in factories)
+        raise ValueError(f"two suites have the name {name!r}: {both}")
     _SUITES[name] = factory, group
 
 
 def suite_names() -> list[str]:
-    """All registered suites."""
-    for module in _ELSEWHERE:
-        importlib.import_module(module)
+    """Return the names of all registered suites, in alphabetical order."""
+    import_plugins("cogvla.suites")
     return sorted(_SUITES)
 
 
 def get_suite(name: str, configuration: Mapping[str, Any] | None = None) -> Suite:
-    """The suite of that name; ValueError lists what exists.
+    """Build the suite of that name.
 
     Args:
         name: of a registered suite.
         configuration: of a command; a suite with settings finds them under the name of its group.
+
+    Raises:
+        ValueError: there is no such suite, or it cannot be built here.
     """
     if name not in suite_names():
         raise ValueError(f"unknown suite {name!r}; one of {', '.join(suite_names())}")

@@ -36,7 +36,7 @@ class RouterConfig:
     """A policy's token router, and the number of tokens that it keeps.
 
     Attributes:
-        name: one of `routing.registry.ROUTERS`; None: no router.
+        name: one of `routing.registry.registered_routers()`; None: no router.
         budget: tokens to keep of each view. An integer is a number of tokens, a float is a share: 1 keeps one token,
             1.0 keeps all.
         stage: place of the router: `encoder_out` (streams joined, before the projection), `projector_out`, or

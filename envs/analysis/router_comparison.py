@@ -24,7 +24,7 @@ from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.token_router import PolicyRouter
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.routing.registry import ROUTERS
+from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RouterConfig
 from cogvla.routing.stopwatch import Stopwatch
 
@@ -140,13 +140,14 @@ def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) 
         ValueError: an unknown name or value, or the same router twice.
     """
     found: dict[str, RouterConfig] = {}
-    items: Sequence[str | Mapping[str, Any]] = (*ROUTERS, *VARIANTS) if names is None else names
+    known = registered_routers()
+    items: Sequence[str | Mapping[str, Any]] = (*known, *VARIANTS) if names is None else names
     for item in items:
         values: dict[str, Any] = {"name": item} if isinstance(item, str) else dict(item)
         name = values.get("name")
-        if name not in ROUTERS:
-            raise ValueError(f"routers names {name!r}; possible are {', '.join(sorted(ROUTERS))}")
-        if ROUTERS[name].stages == ("llm_layer",):
+        if name not in known:
+            raise ValueError(f"routers names {name!r}; possible are {', '.join(known)}")
+        if known[name].stages == ("llm_layer",):
             values = {"layers": (layer,), **values}
         try:
             router = RouterConfig(**values)

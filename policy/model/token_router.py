@@ -32,7 +32,7 @@ from cogvla.policy.model.layer_router import FROM_LANGUAGE, LayerPass
 from cogvla.policy.model.vision import WHITE, DualVision
 from cogvla.routing.aggregation import StreamFusion
 from cogvla.routing.draws import children, seeds_of
-from cogvla.routing.registry import ROUTERS, build_router
+from cogvla.routing.registry import build_router, registered_routers
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter, count_of
 from cogvla.routing.stopwatch import Stopwatch
 
@@ -85,7 +85,8 @@ class PolicyRouter(nn.Module):
         towers = [tower for _, tower in vision.named_towers()]
         self.widths = [tower.width for tower in towers]
         self.blocks, self.prefix, self.has_cls = towers[0].computed, towers[0].prefix, towers[0].has_cls
-        self.stage = config.stage or (ROUTERS[config.name].stage if config.name in ROUTERS else "encoder_out")
+        known = registered_routers()
+        self.stage = config.stage or (known[config.name].stage if config.name in known else "encoder_out")
         self.before: TokenRouter | None = None
         self.tokens = self.all_tokens
         if self.stage != "llm_layer":
@@ -123,7 +124,9 @@ class PolicyRouter(nn.Module):
         if stage not in router.stages:
             raise ValueError(f"router {name!r} works at {', '.join(router.stages)}, not at {stage}: set router.stage")
         if missing := sorted(router.needs - given):
-            possible = sorted(known for known, kind in ROUTERS.items() if kind.needs <= given and stage in kind.stages)
+            possible = [
+                other for other, kind in registered_routers().items() if kind.needs <= given and stage in kind.stages
+            ]
             raise ValueError(
                 f"router {name!r} needs {', '.join(missing)}, which this policy cannot give at {stage}"
                 f"{'' if self.patches else ' (routing.efa=false would keep the patches)'}; "

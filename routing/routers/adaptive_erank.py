@@ -15,12 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import effective_rank, kept, ranked, take, unit
 
 USUAL = 0.16
 
 
+@register_router("adaptive_erank")
 class AdaptiveErank(TokenRouter):
     """Keep the tokens with the most attention, without near-duplicates.
 

@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import best, remaining, take, unit
 
 RIDGE = 1e-5
 
 
+@register_router("approx_error")
 class ApproxError(TokenRouter):
     """Keep a basis, and the tokens that it approximates worst.
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.routers.facility_location import mean_word
 from cogvla.routing.selection import best, kept, unit
 
 
+@register_router("attention_growth")
 class AttentionGrowth(TokenRouter):
     """Keep the tokens to which attention grows.
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 from cogvla.routing.selection import best, kept
 
 
+@register_router("carried")
 class Carried(TokenRouter):
     """Keep the best of the remaining tokens, by the scores of the router before the language model."""
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from cogvla.routing.attention_block import AttentionBlock
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import synthetic
 
 
+@register_router("causal_queries")
 class CausalQueries(TokenRouter):
     """Resample the tokens with learned queries, the most important ones first.
 

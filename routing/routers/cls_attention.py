@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import best, kept
 
 
+@register_router("cls_attention")
 class ClsAttention(TokenRouter):
     """Keep the tokens with the most [CLS] attention.
 

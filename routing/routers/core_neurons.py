@@ -14,10 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import best, kept
 
 
+@register_router("core_neurons")
 class CoreNeurons(TokenRouter):
     """Keep the tokens that activate the same neurons as the words.
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import kept, unit
 
 TEXT_TEMPERATURE, VISION_TEMPERATURE = 0.02, 0.2
 
 
+@register_router("coverage")
 class Coverage(TokenRouter):
     """Keep the tokens that cover words and picture best.
 

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogvla.routing.registry import build_router, register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 
 TOKENS = 576  # the authors' rates are for this many tokens
 
 
+@register_router("debias")
 class Debias(TokenRouter):
     """Run another router on attention without the trend.
 
@@ -41,8 +43,6 @@ class Debias(TokenRouter):
         rate: float = 0.002,
     ) -> None:
         super().__init__(sizes)
-        from cogvla.routing.registry import build_router  # here, since the registry imports this file
-
         self.base, self.rate = build_router(base, sizes, base_options), rate * TOKENS / sizes.tokens
         self.needs, self.selects = self.base.needs, self.base.selects  # type: ignore[misc]
         self.stage, self.stages = self.base.stage, self.base.stages  # type: ignore[misc]

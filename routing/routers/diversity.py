@@ -14,12 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import kept, unit
 
 VARIANTS, PIVOTS = ("kcenter", "maxsum"), {"attention": "attention_LBN", "random": "draw_B"}
 
 
+@register_router("diversity")
 class Diversity(TokenRouter):
     """Keep tokens that differ from each other.
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import kept, take, unit
 
 
+@register_router("facility_location")
 class FacilityLocation(TokenRouter):
     """Keep representative tokens that match the words.
 

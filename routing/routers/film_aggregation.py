@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from cogvla.routing.attention_block import AttentionBlock
 from cogvla.routing.film import FiLM, modulate
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.routers.facility_location import mean_word
 from cogvla.routing.selection import synthetic
 
 
+@register_router("film_aggregation")
 class FiLMAggregation(TokenRouter):
     """Replace the tokens by K learned tokens that read them, modulated by the instruction.
 

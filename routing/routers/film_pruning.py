@@ -13,11 +13,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from cogvla.routing.pruning import FiLMRouter
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.routers.facility_location import mean_word
 from cogvla.routing.selection import best, kept, straight_through
 
 
+@register_router("film_pruning")
 class FiLMPruning(TokenRouter):
     """Keep the tokens that a trained score, modulated by the instruction, finds best."""
 

@@ -13,11 +13,13 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.routers.spatial_pool import pooled
 from cogvla.routing.selection import grid_shape
 
 
+@register_router("flex_count")
 class FlexCount(TokenRouter):
     """Pool the grid to any size, with one set of weights.
 

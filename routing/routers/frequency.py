@@ -16,10 +16,12 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import cells, grid_shape
 
 
+@register_router("frequency")
 class Frequency(TokenRouter):
     """Reduce the grid to its low frequencies.
 

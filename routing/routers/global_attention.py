@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import best, remaining, take
 
 GREY, BINS = (0.299, 0.587, 0.114), 256
 
 
+@register_router("global_attention")
 class GlobalAttention(TokenRouter):
     """Keep the tokens that global tokens attend to, and merge the others into recycled tokens.
 

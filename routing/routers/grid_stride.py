@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import cells, grid_shape, kept
 
 
+@register_router("grid_stride")
 class GridStride(TokenRouter):
     """Keep a regular grid of patches."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 from cogvla.routing.selection import kept
 
 
+@register_router("identity")
 class Identity(TokenRouter):
     """Keep all tokens."""
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import kept
 
 
+@register_router("late_exit")
 class LateExit(TokenRouter):
     """Remove or hide all vision tokens.
 

@@ -17,12 +17,14 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from cogvla.routing.attention_block import AttentionBlock
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import best, kept, straight_through
 
 BUDGET_WEIGHT = 0.1
 
 
+@register_router("learned_pruner")
 class LearnedPruner(TokenRouter):
     """Keep the tokens with the best trained scores.
 

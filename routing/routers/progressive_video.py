@@ -16,11 +16,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cogvla.routing.attention_block import AttentionBlock
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.routers.spatial_pool import pooled
 from cogvla.routing.selection import grid_shape
 
 
+@register_router("progressive_video")
 class ProgressiveVideo(TokenRouter):
     """Subtract what earlier frames contain, and pool the rest.
 

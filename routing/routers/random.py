@@ -10,10 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from cogvla.routing.draws import uniform
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 from cogvla.routing.selection import best, kept
 
 
+@register_router("random")
 class Random(TokenRouter):
     """Keep K random tokens; every subset is equally likely."""
 

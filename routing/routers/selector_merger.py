@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from cogvla.routing.attention_block import AttentionBlock
 from cogvla.routing.draws import uniform
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import best, kept, straight_through
 
 RATE_WEIGHT = 2.0
 
 
+@register_router("selector_merger")
 class SelectorMerger(TokenRouter):
     """Keep the best tokens and merge the others into them.
 

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cogvla.routing.attention_block import AttentionBlock
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.routers.spatial_pool import pooled
 from cogvla.routing.selection import grid_shape, unit
@@ -24,6 +25,7 @@ from cogvla.routing.selection import grid_shape, unit
 VARIANTS, TEMPERATURE, LAYER_SCALE = ("trained", "free"), 0.1, 1e-5
 
 
+@register_router("semantic_tokens")
 class SemanticTokens(TokenRouter):
     """Replace the patches by cluster centres.
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import synthetic
 
 LEAST = 1e-6
 
 
+@register_router("slot_attention")
 class SlotAttention(TokenRouter):
     """Replace the tokens by object-centric slots.
 

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import cells, grid_shape
 
 
+@register_router("spatial_pool")
 class SpatialPool(TokenRouter):
     """Pool the grid to means of blocks of patches."""
 

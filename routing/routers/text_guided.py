@@ -20,12 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import kept, minmax, ranked, take, unit
 
 LEAST, WORD_TEMPERATURE, TOKEN_TEMPERATURE, SHARPNESS, AT_ONCE = 1e-6, 0.05, 0.01, 2.5, 8
 
 
+@register_router("text_guided")
 class TextGuided(TokenRouter):
     """Keep the tokens that the tower and the instruction find important, and some different ones.
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 from cogvla.routing.selection import best, kept
 
 
+@register_router("token_norm")
 class TokenNorm(TokenRouter):
     """Keep the tokens with the largest Euclidean norm."""
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import best, remaining, take, unit
 
@@ -24,6 +25,7 @@ SCORES = {"received": "received_BN", "cls": "attention_LBN"}
 NORMS = ("sum_mean", "mean")
 
 
+@register_router("visual_attention_merge")
 class VisualAttentionMerge(TokenRouter):
     """Keep dominant tokens, and merge the others into contextual ones.
 

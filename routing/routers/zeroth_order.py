@@ -18,12 +18,14 @@ from einops import rearrange
 from torch import Tensor
 
 from cogvla.routing.draws import normal
+from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import kept, minmax, take, unit
 
 AT_ONCE = 8
 
 
+@register_router("zeroth_order")
 class ZerothOrder(TokenRouter):
     """Keep diverse tokens to which the projector is sensitive.
 

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.routing.registry import ROUTERS, build_router
+from cogvla.routing.registry import build_router, registered_routers
 from cogvla.routing.router import RouterConfig
 from cogvla.tests.support.router_contexts import context_for, everything, sizes_for
 
@@ -75,7 +75,7 @@ def preset() -> tuple[CogVLA, ModelInput]:
 def policy_ms(name: str, model: CogVLA, inputs: ModelInput, args: argparse.Namespace) -> float | None:
     """A whole forward pass with this router keeping a quarter; None where the policy cannot give its context."""
     router = RouterConfig(name, 0.25)
-    if ROUTERS[name].stages == ("llm_layer",):
+    if registered_routers()[name].stages == ("llm_layer",):
         router = RouterConfig("random", 1.0, layers=(1,), layer_router=name, layer_budgets=(0.25,))
         if name == "carried":
             router = replace(router, name="token_norm")
@@ -109,7 +109,7 @@ def main() -> None:
     )
     columns = [f"ms, {batch} view(s)" for batch in args.batches] + (["ms, policy"] if model is not None else [])
     print("| router | " + " | ".join(columns) + " |\n|---|" + "--:|" * len(columns))
-    for name in ROUTERS:
+    for name in registered_routers():
         row = [f"{router_ms(name, batch, args):.2f}" for batch in args.batches]
         if model is not None and inputs is not None:
             whole = policy_ms(name, model, inputs, args)

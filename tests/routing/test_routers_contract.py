@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogvla.routing.draws import children, normal, seeds_of, uniform
-from cogvla.routing.registry import ROUTERS, build_router
+from cogvla.routing.registry import build_router, register_router, registered_routers
 from cogvla.routing.router import (
     ITEMS,
     STAGES,
@@ -27,6 +27,7 @@ from cogvla.routing.selection import best, kept
 from cogvla.tests.support.paths import ROOT
 from cogvla.tests.support.router_contexts import NAMES, context_for, everything, router_of, sample, sizes_for, tokens_of
 
+ROUTERS = registered_routers()
 SELECTING = [name for name in NAMES if ROUTERS[name].selects]
 ALL = 16
 
@@ -193,6 +194,11 @@ def test_the_documentation_lists_every_router() -> None:
 def test_mistakes_say_what_is_possible() -> None:
     with pytest.raises(ValueError, match=r"unknown router 'randm'; one of .*random, .*token_norm"):
         build_router("randm", sizes_for(4))
+    with pytest.raises(ValueError, match=r"name 'random': .*routers\.random\.Random and .*test_routers_contract.*Mine"):
+
+        @register_router("random")
+        class Mine(TokenRouter): ...
+
     with pytest.raises(ValueError, match="has no option speed; it has variant, pivot"):
         build_router("diversity", sizes_for(4), {"speed": 1})
     with pytest.raises(ValueError, match=r"5 tokens do not form a grid .* possible budgets: 1, 2, 4, 6, 8, 9, 12, 16"):

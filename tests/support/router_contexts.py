@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvla.routing.registry import ROUTERS, build_router
+from cogvla.routing.registry import build_router, registered_routers
 from cogvla.routing.router import RouterContext, RouterSizes, TokenRouter
 
 GRID = (4, 4)
 WIDTH = 12
 TEXT = 5
-NAMES = sorted(ROUTERS)
+NAMES = list(registered_routers())
 
 
 def sizes_for(budget: int, grid: tuple[int, int] = GRID, width: int = WIDTH) -> RouterSizes:

@@ -33,7 +33,7 @@ from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.routing.registry import ROUTERS
+from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RouterConfig
 from cogvla.scripts import compare_routers
 from cogvla.scripts.analyse_routing import run as analyse
@@ -100,7 +100,8 @@ def test_cells_are_compared_by_the_episodes_that_both_have_played() -> None:
 def test_every_router_is_played_or_left_out_for_a_reason() -> None:
     model = point_policy(**PLAIN).model
     cells, left_out = cells_for(model, wanted_routers(None, layer=1), [0.5, 0.25], trained=False)
-    assert {cell.label.split()[0] for cell in cells} | {name.split()[0] for name in left_out} == set(ROUTERS)
+    labels = [*(cell.label for cell in cells), *left_out]
+    assert {label.split()[0] for label in labels} == set(registered_routers())
     assert "has weights of its own" in left_out["learned_pruner"]
     assert "history_BFND" in left_out["progressive_video"]
     _, partly = cells_for(model, wanted_routers(["spatial_pool"], layer=1), [0.5, 7], trained=False)

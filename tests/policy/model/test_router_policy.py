@@ -18,7 +18,7 @@ from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.language_layer import attention_rows, normed
 from cogvla.policy.model.schedule_objective import schedule_objective
 from cogvla.policy.model.token_router import PolicyRouter
-from cogvla.routing.registry import ROUTERS
+from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RouterConfig, RouterContext
 from cogvla.routing.schedule_search import search
 from cogvla.tests.support.tiny_model import alone, tiny_config, tiny_input, tiny_model
@@ -26,7 +26,7 @@ from cogvla.tests.support.tiny_model import alone, tiny_config, tiny_input, tiny
 PATCHES, VIEWS = 16, 2
 EVERYWHERE = [
     (name, stage)
-    for name, kind in ROUTERS.items()
+    for name, kind in registered_routers().items()
     for stage in kind.stages
     if name not in ("progressive_video", "carried") and not (stage == "llm_layer" and name == "debias")
 ]
@@ -185,7 +185,7 @@ def test_attention_is_computed_for_those_who_ask_only(monkeypatch: pytest.Monkey
     monkeypatch.setattr(layer_router, "attention_rows", lambda *_: calls.append(1) or pytest.fail("not asked for"))
     for name in ("random", "token_norm", "approx_error", "late_exit"):
         routed(config(name, "llm_layer"))(inputs)
-    for name, kind in ROUTERS.items():
+    for name, kind in registered_routers().items():
         if "encoder_out" in kind.stages and name not in ("progressive_video",):
             router = routed(config(name, "encoder_out")).router
             assert router is not None
