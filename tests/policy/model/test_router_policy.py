@@ -315,7 +315,7 @@ def test_flops_of_what_is_left_are_what_torch_counts(router: RouterConfig) -> No
 def test_mistakes_say_what_is_possible() -> None:
     wrong: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"name": "randm"}, {}, "unknown router 'randm'; one of"),
-        ({"name": "random", "budget": 17}, {}, "above the 16 tokens there are"),
+        ({"name": "random", "budget": 17}, {}, "only 16 tokens; choose 1 to 16"),
         ({"name": "spatial_pool", "budget": 5}, {}, "possible budgets: 1, 2, 4"),
         ({"name": "spatial_pool"}, {"efa": True}, "routing.efa=false gives patches"),
         ({"name": "spatial_pool", "joint": True}, {}, "router.joint=false keeps views apart"),
