@@ -1,4 +1,4 @@
-"""The actions that are known for the coming control ticks.
+"""Queue of action chunks for asynchronous inference: one action per control tick, with blending of overlapping chunks.
 
     tick      10  11  12  13  14  15  16  17  18  19
     chunk a   a0  a1  a2  a3  a4  a5  a6  a7               observed at tick 10
@@ -6,20 +6,22 @@
     executed  a0  a1  a2  a3  a4  a5  |  b2 ..             b0 and b1 are dropped: their ticks have passed
                                       |<-overlap->|
 
-A control tick looks up its index and never waits. What happens in the overlap:
+A control tick looks up its action and never waits. Three ways to treat the overlap:
 
-- "replace": the newest chunk counts.
-- "ensemble": all chunks that cover a tick are averaged, weighted exp(-m * i) with i = 0 for the oldest; the definition
-  of `cogvla.policy.chunking.TemporalEnsemble`, for chunks that arrive at any tick.
-- "real_time": `soft_mask` fades from the old plan to the new chunk (Black et al. 2025, Real-time execution of action
-  chunking flow policies, eq. 5).
+- "replace": take the actions of the newest chunk.
+- "ensemble": average all chunks that cover a tick, with weights exp(-m * i), i = 0 for the oldest chunk. This is
+  `cogvla.policy.chunking.TemporalEnsemble` for chunks that arrive at any tick.
+- "real_time": fade from the old plan to the new chunk with `soft_mask` (Black et al. 2025, Real-time execution of
+  action chunking flow policies, eq. 5).
 
-Real-time chunking has two halves. The paper's is at the policy: a flow or diffusion head denoises the new chunk under
-guidance towards the old plan, with this same mask; for it a `Request` carries the old plan (`committed_NA`) and how
-many of its ticks will pass (`delay_ticks`). Such chunks continue the old plan already, so the queue must not fade once
-more: use "replace" with a head that does this. A regression head cannot be guided. For it only the other half is
-possible, the fade in this queue: "real_time". In both, the ticks that pass during inference are executed from the old
-plan, because they have passed when the answer arrives.
+Which one to use for real-time chunking depends on the action head:
+
+- A flow or diffusion head can do it in the policy, as in the paper: it denoises the new chunk with guidance towards
+  the old plan, with the same mask. A `Request` carries what it needs: the old plan (`committed_NA`) and the number of
+  its ticks that will pass (`delay_ticks`). Such a chunk already continues the old plan, so use "replace".
+- A regression head cannot be guided. Use "real_time", the fade in this queue.
+
+Both execute the old plan during inference, because these ticks have passed when the answer arrives.
 
 Shape legend: K chunk length, A action dimension, N ticks of the plan.
 """
@@ -29,18 +31,18 @@ from __future__ import annotations
 import numpy as np
 
 KEEP_PASSED = 32
-"""Ticks that stay in the plan after they passed, because the observation of a request may be that old."""
+"""Number of past ticks that the plan keeps, because the observation of a request may be that old."""
 
 
 def soft_mask(length: int, delay: int, horizon: int) -> np.ndarray:
-    """How much of the old plan goes into each action of a new chunk, float64 [K].
+    """Return the weight of the old plan in each action of a new chunk, float64 [K], from 1 (old) to 0 (new).
 
     Args:
-        length: K.
-        delay: d, the first so many actions pass during inference: weight 1.
-        horizon: H - s, actions from this index on are not in the old plan: weight 0.
+        length: chunk length K.
+        delay: number of actions that pass during inference, d in the paper; their weight is 1.
+        horizon: first index that the old plan does not cover, H - s in the paper; the weight is 0 from there on.
 
-    In between, c * (e^c - 1) / (e - 1) with c = (horizon - i) / (horizon - delay + 1).
+    Between them, action i has the weight c * (e^c - 1) / (e - 1) with c = (horizon - i) / (horizon - delay + 1).
     """
     index_K = np.arange(length)
     ramp_K = np.clip((horizon - index_K) / max(horizon - delay + 1, 1), 0.0, 1.0)
@@ -49,7 +51,13 @@ def soft_mask(length: int, delay: int, horizon: int) -> np.ndarray:
 
 
 class ChunkQueue:
-    """See the module docstring. Ticks are absolute: they count calls of `ControlLoop.tick` and never start again."""
+    """Actions of the coming control ticks. Ticks are absolute: they count all calls of `ControlLoop.tick`.
+
+    Args:
+        action_dim: action dimension A.
+        overlap: "replace", "ensemble" or "real_time", see the module docstring.
+        ensemble_m: decay m of the ensemble's weights.
+    """
 
     def __init__(self, action_dim: int, overlap: str = "replace", ensemble_m: float = 0.01) -> None:
         self._overlap = overlap
@@ -58,35 +66,36 @@ class ChunkQueue:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all actions and chunks."""
         self._start = 0
         self._plan_NA = self._empty_NA
         self._chunks: list[tuple[int, np.ndarray]] = []
 
     def get(self, tick: int) -> np.ndarray | None:
-        """The action [A] of this tick, or None."""
+        """Return the action [A] of a tick, or None if there is none."""
         index = tick - self._start
         return self._plan_NA[index] if 0 <= index < len(self._plan_NA) else None
 
     def remaining(self, tick: int) -> int:
-        """How many actions there are for this tick and the following ones."""
+        """Return the number of actions for this tick and the following ones."""
         return max(0, self._start + len(self._plan_NA) - tick)
 
     def plan(self, tick: int) -> np.ndarray:
-        """The plan [N,A] from this tick on; N is 0 where the tick is not in it."""
+        """Return the plan [N,A] from this tick on; N is 0 if the plan does not contain the tick."""
         index = tick - self._start
         return self._plan_NA[index:] if index >= 0 else self._empty_NA
 
     def add(self, actions_KA: np.ndarray, observed: int, tick: int) -> int:
-        """Take a chunk.
+        """Add a chunk and blend it with the plan.
 
         Args:
-            actions_KA: action i belongs to tick `observed` + i.
+            actions_KA: actions [K,A]; action i belongs to tick `observed` + i.
             observed: tick of the chunk's observation.
-            tick: the next tick to be executed, not before `observed`.
+            tick: next tick to execute, not before `observed`.
 
         Returns:
-            How many of the chunk's actions can still be executed; 0: the whole chunk is late and changes nothing.
+            Number of the chunk's actions that can still be executed. 0 means that the whole chunk is late; it changes
+            nothing then.
         """
         assert observed <= tick, f"an observation cannot be of tick {observed}, the next one is {tick}"
         passed = tick - observed
@@ -105,7 +114,7 @@ class ChunkQueue:
             case _:
                 future_NA = fresh_NA
         executed_NA = self._plan_NA[max(0, tick - self._start - KEEP_PASSED) : max(0, tick - self._start)]
-        if self._start + len(self._plan_NA) < tick:  # starved in between: what was executed does not reach this tick
+        if self._start + len(self._plan_NA) < tick:  # the queue ran empty before this tick: the old plan has a gap
             executed_NA = self._empty_NA
         self._start = tick - len(executed_NA)
         self._plan_NA = np.concatenate([executed_NA, future_NA])
@@ -117,7 +126,7 @@ class ChunkQueue:
         end = max(start + len(chunk) for start, chunk in self._chunks)
         sum_NA = np.zeros((end - tick, actions_KA.shape[1]))
         total_N1 = np.zeros((end - tick, 1))
-        rank_N1 = np.zeros((end - tick, 1))  # how many older chunks cover the tick
+        rank_N1 = np.zeros((end - tick, 1))  # number of older chunks that cover the tick
         for start, chunk_KA in self._chunks:
             first, last = max(start, tick) - tick, start + len(chunk_KA) - tick
             weight_N1 = np.exp(-self._m * rank_N1[first:last])

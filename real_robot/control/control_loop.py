@@ -1,4 +1,6 @@
-"""From observations to commands: the one object that a robot front end drives. No I/O, no threads, no clock of its own.
+"""Control loop of a robot: turn observations and action chunks into one safe command per tick.
+
+`ControlLoop` is the only object that a robot's front end calls. It has no I/O, no threads and no clock of its own.
 
       front end                                   ControlLoop                                    policy client
     camera, joints  --observe_image/_state-->  Observations --+
@@ -7,21 +9,21 @@
     every period    --tick------------------>     |
     controller      <--Command---------------  SafetyLimiter        Watchdog: activate, deactivate, estop, reset
 
-A front end's life; `now` is one monotonic clock in seconds:
+How a front end uses it; `now` is the time of one monotonic clock in seconds:
 
     loop = ControlLoop(embodiment, config.limits, config.loop)
     loop.set_instruction("pick up the red cube")
     loop.activate()
-    # whenever something arrives:  loop.observe_image("wrist", image, stamp, now); loop.observe_state(state, stamp, now)
+    # when a sample arrives:       loop.observe_image("wrist", image, stamp, now); loop.observe_state(state, stamp, now)
     # after that, and every tick:  request = loop.request_due(now); if request is not None, give it to the policy client
     # when the client answers:     loop.deliver(chunk, request, now), or loop.fail(request, reason, now)
     # control_hz times a second:   command = loop.tick(now); if command.action_A is not None, send it
 
-All calls come from one thread, or under one lock. None of them waits or does I/O, so an e-stop is never behind anything
-slow. Every call with an image keeps that array: do not write into it afterwards.
+Make all calls from one thread or under one lock. No call waits or does I/O, so an e-stop takes effect at once. The loop
+keeps the image arrays that it receives: do not write into them afterwards.
 
-Epochs. Activate, deactivate, reset, e-stop, a fault, a new instruction, a stale sensor and a jump of the clock start a
-new epoch: what was planned is forgotten and a chunk in flight is discarded when it arrives.
+Epochs: activate, deactivate, reset, e-stop, a fault, a new instruction, a stale sensor and a jump of the clock start a
+new epoch. The loop then forgets its plan, and discards a chunk that was asked for in an older epoch.
 
 Shape legend: A action dimension, N ticks of the old plan, S state dimension, H, W image size, K chunk length.
 """
@@ -48,16 +50,18 @@ __all__ = ["Command", "ControlLoop", "Kind", "Request", "State"]
 
 
 class ControlLoop:
-    """See the module docstring.
+    """Control loop of one robot. The module docstring shows how to use it.
 
     Args:
-        embodiment: the robot as the policy sees it. Images must have its cameras' sizes, so a robot whose images are
-            resized by the policy gets an embodiment with the robot's sizes.
-        limits: for every command.
-        settings: see `LoopSettings`.
+        embodiment: robot as the policy sees it, but with the image sizes that the cameras send; the policy may resize
+            them.
+        limits: safety limits of every command.
+        settings: timing, blending and limits of the loop; None for the defaults.
 
     Attributes:
-        measurements: counters and samples, for reports.
+        embodiment: as given.
+        settings: as given.
+        measurements: counters and latency samples for reports.
     """
 
     def __init__(self, embodiment: Embodiment, limits: SafetyLimits, settings: LoopSettings | None = None) -> None:
@@ -81,38 +85,48 @@ class ControlLoop:
         self._clock = TickClock(self._period, settings.clock_gap_s)
         self._instruction = ""
         self._epoch = 0
-        self._sent_epoch = -1  # of the last action that was sent
+        self._sent_epoch = -1  # epoch of the last action that was sent
         self._requests = 0
-        self._observed_tick = 0  # of the newest chunk
-        self._rests_at = -math.inf  # when the last action of the policy has taken effect
+        self._observed_tick = 0  # tick of the newest chunk's observation
+        self._rests_at = -math.inf  # time at which the last action of the policy has taken effect
         self._held_since = 0.0
         self._last_failure: str | None = None
         self._stale = False
-        self._unsent_stamp: float | None = None  # observation of a chunk of which nothing was sent yet
+        self._unsent_stamp: float | None = None  # stamp of the newest chunk's observation, until it is used
 
-    # --- what the front end tells -------------------------------------------------------------------------------------
+    # --- calls of the front end ---------------------------------------------------------------------------------------
 
     def observe_image(self, camera: str, image_HW3: np.ndarray, stamp: float, now: float) -> str | None:
-        """Take an image, uint8 [H,W,3] RGB, the right way up; answers why it was refused, or None."""
+        """Add an image, uint8 [H,W,3] RGB, upright. Return the reason if it is refused, else None.
+
+        Args:
+            camera: name of the camera in the embodiment.
+            image_HW3: the image; kept, not copied.
+            stamp: when it was taken, in seconds on the loop's clock.
+            now: time of this call.
+        """
         return self._observations.add_image(camera, image_HW3, stamp, self._at(now))
 
     def observe_state(self, state_S: np.ndarray, stamp: float, now: float) -> str | None:
-        """Take a joint state [S] in physical units; answers why it was refused, or None."""
+        """Add a joint state [S] in physical units. Return the reason if it is refused, else None."""
         return self._observations.add_state(state_S, stamp, self._at(now))
 
     def refuse(self, sensor: str, kind: str, reason: str) -> str:
-        """Count a sample that the front end could not even read, and answer the reason."""
+        """Count a sample that the front end could not read, and return the reason with the sensor's name."""
         return self._observations.refuse(sensor, kind, reason)
 
     def set_instruction(self, text: str) -> None:
-        """What to do from now on; empty: hold, without a time limit. The same text again changes nothing."""
+        """Set the instruction and start a new epoch. Empty text holds the arm without a time limit.
+
+        The same text again changes nothing.
+        """
         text = text.strip()
         if text != self._instruction:
             self._instruction = text
             self._new_epoch()
 
     def activate(self) -> bool:
-        """Start to ask and to command; False where a fault must be reset first."""
+        """Start to ask the policy and to send commands. Return False if a fault must be reset first."""
         if self.state is State.IDLE:
             self._new_epoch()
             self._limiter.forget()
@@ -120,26 +134,29 @@ class ControlLoop:
         return self._watchdog.on(Event.ACTIVATE) is not State.STOPPED
 
     def deactivate(self) -> None:
-        """Send nothing any more; a fault stays."""
+        """Stop sending commands. A fault stays."""
         self._watchdog.on(Event.DEACTIVATE)
         self._new_epoch()
 
     def estop(self, engaged: bool = True) -> None:
-        """Engage: nothing is sent from this moment on. Release: the fault stays until the reset."""
+        """Engage or release the emergency stop.
+
+        Once engaged, the loop sends nothing. After the release the fault stays until the reset.
+        """
         self._watchdog.set_estop(engaged)
         if engaged:
             self._counts["faults"] += 1
             self._new_epoch()
 
     def reset(self) -> bool:
-        """Clear a fault and end in idle, from any state; False while the e-stop is engaged."""
+        """Clear a fault and go to IDLE, from any state. Return False while the e-stop is engaged."""
         self._new_epoch()
         return self._watchdog.on(Event.RESET) is State.IDLE
 
     # --- the policy ---------------------------------------------------------------------------------------------------
 
     def request_due(self, now: float) -> Request | None:
-        """What to ask the policy now, or None. Call it after observations, answers and ticks."""
+        """Return the request to send to the policy now, or None. Call it after observations, answers and ticks."""
         now = self._at(now)
         self._expire(now)
         if self.state not in (State.HOLDING, State.RUNNING) or not self._instruction:
@@ -175,15 +192,15 @@ class ControlLoop:
         return request
 
     def deliver(self, chunk: ActionChunk, request: Request, now: float) -> str | None:
-        """Take the policy's answer, actions [1,K,A]; answers why it is not used, or None."""
+        """Add the policy's answer, actions [1,K,A]. Return the reason if it is not used, else None."""
         now = self._at(now)
         self._expire(now)
         latency = self._prefetch.answered(request, now)
         if latency is None:
-            return self._discard("unexpected_chunks", f"nobody waits for request {request.id} any more")
+            return self._discard("unexpected_chunks", f"request {request.id} was answered or given up before")
         self.measurements.inference_ms.append(latency * 1e3)
         if request.epoch != self._epoch:
-            return self._discard("old_epoch_chunks", f"asked in epoch {request.epoch}, now is {self._epoch}")
+            return self._discard("old_epoch_chunks", f"asked in epoch {request.epoch}, now it is epoch {self._epoch}")
         actions, action_dim = chunk.actions, self.embodiment.action_dim
         if actions.ndim != 3 or len(actions) != 1 or actions.shape[2] != action_dim:
             return self._discard("refused_chunks", f"expected actions [1,K,A={action_dim}], got {actions.shape}")
@@ -191,7 +208,7 @@ class ControlLoop:
             return self._discard("refused_chunks", f"actions are NaN, infinite or not floating point ({actions.dtype})")
         actions_KA = actions[0].astype(np.float64)
         next_tick = self._clock.next_tick
-        if self._pauses:  # the arm rests where the observation shows it, so nothing of the chunk has passed
+        if self._pauses:  # the arm has not moved since the observation, so no action of the chunk has passed
             actions_KA = actions_KA[: self.settings.execute_steps]
             self._queue.clear()
             self._queue.add(actions_KA, next_tick, next_tick)
@@ -207,7 +224,7 @@ class ControlLoop:
         return None
 
     def fail(self, request: Request, reason: str, now: float) -> None:
-        """The policy client gave the request up; it is asked again after `retry_s`."""
+        """Report that the policy client gave up a request. The loop asks again after `retry_s`."""
         now = self._at(now)
         if self._prefetch.failed(request, now):
             self._counts["failures"] += 1
@@ -216,7 +233,7 @@ class ControlLoop:
     # --- the control tick ---------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> Command:
-        """What to send at this tick. Call it `control_hz` times a second; never waits."""
+        """Return the command of this tick. Call it `control_hz` times a second; it never waits."""
         now = self._at(now)
         self._expire(now)
         tick = self._clock.next_tick
@@ -245,10 +262,10 @@ class ControlLoop:
         if action_A is None:
             if state is State.RUNNING and self._sent_epoch == self._epoch and not self._pauses:
                 self._counts["starvations"] += 1
-            missing = "the policy is thinking" if self._pauses else "no action for this tick"
+            missing = "waiting for the policy" if self._pauses else "no action for this tick"
             return self._hold(tick, now, missing if self._instruction else "no instruction")
         state_S = self._observations.newest_state
-        assert state_S is not None, "a state that is not stale exists"
+        assert state_S is not None, "no sensor is stale, so there is a state"
         try:
             sent_A = self._limiter.move(action_A, state_S)
         except LimitError as error:
@@ -268,7 +285,7 @@ class ControlLoop:
             self._held_since = now
         self._watchdog.on(Event.HOLD)
         sent_A = self._limiter.hold(self._observations.newest_state)
-        if sent_A is None:  # the arm is still in other hands: there is nothing to hold and no hurry
+        if sent_A is None:  # the loop has not moved the arm yet: nothing to hold, and the time limit does not start
             self._held_since = now
             return Command(Kind.NONE, tick, None, reason)
         if now - self._held_since > self.settings.hold_limit_s:
@@ -281,7 +298,7 @@ class ControlLoop:
         self._new_epoch()
         return Command(Kind.NONE, tick, None, fault)
 
-    # --- inside -------------------------------------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
@@ -289,7 +306,7 @@ class ControlLoop:
 
     @property
     def fault(self) -> str | None:
-        """Why the loop stopped; None unless it did."""
+        """Reason why the loop stopped, or None."""
         return self._watchdog.fault
 
     @property
@@ -302,16 +319,16 @@ class ControlLoop:
 
     @property
     def newest_images(self) -> dict[str, np.ndarray]:
-        """The newest image, uint8 [H,W,3], of each camera that has sent one."""
+        """Newest image of each camera that has sent one, uint8 [H,W,3]."""
         return self._observations.newest_images
 
     @property
     def newest_state(self) -> np.ndarray | None:
-        """The newest joint state [S], or None."""
+        """Newest joint state [S], or None."""
         return self._observations.newest_state
 
     def diagnostics(self, now: float) -> dict[str, Any]:
-        """Everything that an operator may want to see, as plain values."""
+        """Return the state of the loop, sensor ages, counters and latency percentiles as plain values."""
         return {
             "state": self.state.value,
             "fault": self.fault,
@@ -335,13 +352,13 @@ class ControlLoop:
         return self.settings.ask == "after"
 
     def _at(self, now: float) -> float:
-        """The time of a call; it never goes back, or everything known is void."""
+        """Tell the clock the time of a call and return the loop's time, which never goes back except after a jump."""
         if self._clock.tell(now):
             self._void()
         return self._clock.now
 
     def _void(self) -> None:
-        """The clock jumped: nobody knows how old anything is, or where the arm went meanwhile."""
+        """Forget samples, requests and plan after a jump of the clock, because their ages are unknown."""
         self._counts["clock_jumps"] += 1
         self._held_since = self._clock.now
         self._rests_at = -math.inf

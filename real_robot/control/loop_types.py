@@ -1,4 +1,4 @@
-"""What goes out of a control loop: commands to the controller, and requests to the policy.
+"""Output types of the control loop: commands to the controller, and requests to the policy.
 
 Shape legend: A action dimension, N ticks of the old plan.
 """
@@ -14,7 +14,7 @@ from cogvla.policy.interface import Observation
 
 
 class Kind(Enum):
-    """What a tick sends: an action of the policy, a command that brings the arm to rest and keeps it there, nothing."""
+    """Kind of a command: an action of the policy, a hold (come to rest and stay there), or nothing to send."""
 
     ACTION = "action"
     HOLD = "hold"
@@ -23,12 +23,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Command:
-    """What is sent at one tick.
+    """Command of one tick.
 
     Attributes:
-        kind: see `Kind`.
-        tick: absolute number of this tick.
-        action_A: float64 [A], what to send, inside of all limits; None exactly where nothing is to be sent.
+        kind: action, hold or nothing.
+        tick: absolute number of the tick.
+        action_A: command to send, float64 [A], within all limits; None if nothing is to be sent.
         reason: why this is no action of the policy; empty for an action.
     """
 
@@ -40,17 +40,19 @@ class Command:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Request:
-    """What the policy is asked, and what its answer is matched with.
+    """Request to the policy. The loop matches the answer with it. All times are seconds on the loop's clock.
 
     Attributes:
-        id: counts requests.
-        epoch: an answer is used in this epoch only.
-        observation: batch of one.
+        id: running number of the request.
+        epoch: epoch of the request; the loop uses the answer in this epoch only.
+        observation: observation of batch size 1.
         stamp: time of the observation.
-        tick: the control tick of the observation, which action 0 of the chunk belongs to.
-        asked_at, deadline: times; after the deadline an answer is not used.
-        committed_NA: what the queue holds from `tick` on, N may be 0; for real-time chunking at the policy.
-        delay_ticks: so many actions of the chunk will have passed when it arrives; for the same.
+        tick: control tick of the observation; action 0 of the chunk belongs to it.
+        asked_at: time of the request.
+        deadline: time after which the loop does not use the answer.
+        committed_NA: plan [N,A] from `tick` on, N may be 0; for real-time chunking in the policy.
+        delay_ticks: expected number of actions that pass before the answer arrives; for real-time chunking in the
+            policy.
     """
 
     id: int

@@ -1,4 +1,4 @@
-"""What a control loop counted and measured, for diagnostics and reports."""
+"""Counters and latency percentiles of a control loop, for diagnostics and reports."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from typing import Any
 import numpy as np
 
 KEPT = 100_000
-"""Samples of each kind; older ones are dropped (83 minutes of ticks at 20 Hz)."""
+"""Largest number of samples of each kind; older ones are dropped (83 minutes of ticks at 20 Hz)."""
 RECENT = 1000
-"""Samples that live diagnostics look at: enough for percentiles, and few enough to sort between two ticks."""
+"""Number of samples in live diagnostics: enough for percentiles, and few enough to sort between two ticks."""
 
 
 class Measurements:
-    """Samples in milliseconds, and counters.
+    """Latency samples in milliseconds, and counters.
 
     Attributes:
-        loop_ms: stamp of the observation to the first command of its chunk, one sample per chunk.
-        inference_ms: request to answer, one sample per answer.
-        jitter_ms: distance of the time between two ticks from the control period, one sample per tick.
-        counts: how often each of these happened:
+        loop_ms: time from the observation's stamp to the first command of its chunk, one sample per chunk.
+        inference_ms: time from request to answer, one sample per answer.
+        jitter_ms: absolute difference between a tick's interval and the control period, one sample per tick.
+        counts: number of events by name:
             action, hold, none: commands by kind; limited_*: actions that a safety limit changed;
-            requests, chunks, late_chunks (no action left), late_actions (dropped from the front of a chunk),
-            old_epoch_chunks, unexpected_chunks (answers that nobody waits for, such as duplicates), refused_chunks;
-            deadline_misses, failures (requests); starvations (running out of actions in motion), stale (holds because
-            of a sensor), clock_jumps, faults, epochs; of a `Bridge`: late_ticks (more than a period late; the ticks
-            between are left out), dry_run (commands that were only shown).
+            requests: requests to the policy; deadline_misses, failures: requests without an answer;
+            chunks: chunks in use; late_actions: actions dropped from the front of a chunk; late_chunks: chunks whose
+            actions were all too late; old_epoch_chunks: answers to a request of an older epoch;
+            unexpected_chunks: answers to a request that was answered or given up before; refused_chunks: answers with
+            a wrong shape or NaN;
+            starvations: no action left while the arm moved; stale: holds because of a sensor;
+            clock_jumps, faults, epochs;
+            of a `Bridge`: late_ticks: ticks more than a period late (the missed ticks are skipped); dry_run: commands
+            that were only shown.
     """
 
     def __init__(self) -> None:
@@ -38,7 +42,7 @@ class Measurements:
         self.counts: Counter[str] = Counter()
 
     def summary(self, newest: int = KEPT) -> dict[str, Any]:
-        """Counters, and percentiles of the newest samples of each kind (`percentiles`)."""
+        """Return the counters, and the `percentiles` of the newest samples of each kind."""
         return {
             "counts": dict(sorted(self.counts.items())),
             **{
@@ -49,7 +53,7 @@ class Measurements:
 
 
 def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
-    """`count`, `p50`, `p95`, `p99` and `max`, by linear interpolation; None without samples."""
+    """Return `count`, `p50`, `p95`, `p99` and `max` of samples, linearly interpolated; None without samples."""
     values = np.fromiter(samples, dtype=float)
     if not values.size:
         return None
@@ -58,7 +62,7 @@ def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
 
 
 def latency_table(measurements: Measurements, control_hz: float) -> str:
-    """What was measured, as lines for a terminal."""
+    """Return a table of latencies and counters for a terminal."""
     rows = {
         "observation to command": measurements.loop_ms,
         "request to answer": measurements.inference_ms,

@@ -1,11 +1,12 @@
-"""What the sensors said last, how old it is, and one observation whose parts belong together.
+"""Buffer sensor samples, check their age, and synchronise cameras and joint state into one observation.
 
-    agentview   --o-----o-----o-----o---->        newest common time: the slowest sensor's newest stamp (here wrist's);
-    wrist       ----o-----o-----X------->         of every other sensor the sample nearest to it is taken (X),
-    state       -o-o-o-o-o-o-o-oXo-o-o-o->        and none may be further away than the tolerance
+    agentview   --o-----o-----o-----o---->        common time: the newest stamp of the slowest sensor (here wrist);
+    wrist       ----o-----o-----X------->         each other sensor gives its sample nearest to it (X),
+    state       -o-o-o-o-o-o-o-oXo-o-o-o->        no further away than the tolerance
 
-All times are seconds on the loop's clock. A front end converts a sensor's stamp by its age: `now` minus (sensor clock
-minus stamp), so that a step of the sensors' clock shows as a stamp from the future, or as a stale one, and is refused.
+All times are seconds on the loop's clock. A front end converts a sensor's stamp to `now` minus its age, where the age
+is the sensor's clock minus the stamp. After a step of the sensor's clock, stamps lie in the future or are stale, and
+the sample is refused.
 
 Shape legend: H, W image size, S state dimension.
 """
@@ -22,15 +23,21 @@ from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import LoopSettings
 
 STATE = "state"
-"""Name of the joint state among the sensors."""
+"""Sensor name of the joint state."""
 IMAGES_KEPT = 8
 STATES_KEPT = 256
-"""Joint states come at up to 1 kHz, and the camera that they are matched with may be 0.2 s late."""
+"""Enough for joint states at up to 1 kHz, matched with a camera image that is 0.2 s old."""
 
 
 @dataclass(frozen=True, eq=False)
 class Synchronised:
-    """Samples that belong together: `stamp` is their common time; images uint8 [H,W,3] by camera, state [S]."""
+    """Synchronised samples of all sensors.
+
+    Attributes:
+        stamp: common time of the samples, in seconds.
+        images: camera -> image, uint8 [H,W,3].
+        state_S: joint state [S].
+    """
 
     stamp: float
     images: dict[str, np.ndarray]
@@ -38,28 +45,28 @@ class Synchronised:
 
 
 class _Sensor:
-    """The last samples of one sensor, in the order of their stamps."""
+    """Newest samples of one sensor, in the order of their stamps."""
 
     def __init__(self, kept: int, age_s: float) -> None:
         self.age_s = age_s
         self.samples: deque[tuple[float, np.ndarray]] = deque(maxlen=kept)
 
     def refusal(self, stamp: float, now: float, future_s: float) -> tuple[str, str] | None:
-        """What is wrong with a stamp, as a kind to count and as text."""
+        """Return why a stamp is refused, as a name to count and as text; None if it is accepted."""
         if not math.isfinite(stamp):
-            return "bad_stamp", f"stamp {stamp} is no time"
+            return "bad_stamp", f"stamp {stamp} is not a finite time"
         if stamp > now + future_s:
             return "future", f"stamp lies {stamp - now:.3f} s in the future; are the clocks synchronised?"
         if stamp < now - self.age_s:
-            return "stale", f"{now - stamp:.3f} s old on arrival, allowed are {self.age_s:g} s"
+            return "stale", f"{now - stamp:.3f} s old on arrival, at most {self.age_s:g} s are allowed"
         if self.samples and stamp == self.samples[-1][0]:
-            return "duplicate", "the same stamp twice"
+            return "duplicate", "same stamp as the sample before"
         if self.samples and stamp < self.samples[-1][0]:
             return "out_of_order", f"{self.samples[-1][0] - stamp:.3f} s older than the sample before"
         return None
 
     def nearest(self, stamp: float) -> tuple[float, np.ndarray]:
-        """The sample next to a time; of two equally near ones the newer."""
+        """Return the sample nearest to a time; the newer one of two equally near samples."""
         best = self.samples[-1]
         for sample in reversed(self.samples):
             if abs(sample[0] - stamp) < abs(best[0] - stamp):
@@ -70,11 +77,11 @@ class _Sensor:
 
 
 class Observations:
-    """Buffers of all cameras and the joint state.
+    """Sample buffers of all cameras and the joint state.
 
     Attributes:
-        refusals: how many samples were refused, by "sensor: kind".
-        last_refusal: sensor -> why its last sample was refused; no entry when it was taken.
+        refusals: number of refused samples by "sensor: kind".
+        last_refusal: sensor -> reason why its last sample was refused; no entry if it was accepted.
     """
 
     def __init__(self, embodiment: Embodiment, settings: LoopSettings) -> None:
@@ -89,27 +96,27 @@ class Observations:
 
     @property
     def newest_state(self) -> np.ndarray | None:
-        """The newest joint state [S], or None."""
+        """Newest joint state [S], or None."""
         samples = self._sensors[STATE].samples
         return samples[-1][1] if samples else None
 
     @property
     def newest_images(self) -> dict[str, np.ndarray]:
-        """The newest image [H,W,3] of each camera that has sent one."""
+        """Newest image of each camera that has sent one, uint8 [H,W,3]."""
         return {name: s.samples[-1][1] for name, s in self._sensors.items() if s.samples and name != STATE}
 
     def clear(self) -> None:
-        """Forget all samples, because the clock that stamped them is no longer this one."""
+        """Forget all samples. Call it after a jump of the clock, which makes their stamps meaningless."""
         for sensor in self._sensors.values():
             sensor.samples.clear()
         self._same_since.clear()
         self.last_refusal.clear()
 
     def add_image(self, camera: str, image_HW3: np.ndarray, stamp: float, now: float) -> str | None:
-        """Keep an image (not a copy) and answer None, or refuse it and say why."""
+        """Add an image, uint8 [H,W,3], without copying it. Return the reason if it is refused, else None."""
         shape = self._shapes.get(camera)
         if shape is None:
-            return self.refuse(camera, "unknown", f"no such camera; there are {', '.join(self._shapes)}")
+            return self.refuse(camera, "unknown", f"no such camera; the cameras are {', '.join(self._shapes)}")
         if not isinstance(image_HW3, np.ndarray) or image_HW3.dtype != np.uint8 or image_HW3.shape != shape:
             is_array = isinstance(image_HW3, np.ndarray)
             found = f"{image_HW3.dtype} {image_HW3.shape}" if is_array else type(image_HW3).__name__
@@ -117,7 +124,7 @@ class Observations:
         return self._add(camera, image_HW3, stamp, now)
 
     def add_state(self, state_S: np.ndarray, stamp: float, now: float) -> str | None:
-        """Copy a joint state and answer None, or refuse it and say why."""
+        """Add a copy of a joint state [S]. Return the reason if it is refused, else None."""
         try:
             copy_S = np.array(state_S, dtype=np.float64)
         except (TypeError, ValueError):
@@ -140,7 +147,7 @@ class Observations:
         return None
 
     def _compare(self, name: str, value: np.ndarray, stamp: float) -> None:
-        """Remember since when a camera shows the same image, and where the robot was when it began to."""
+        """Track since when a camera sends the same image, and the joint state at that time."""
         if name == STATE:
             for camera, (since, then_S) in self._same_since.items():
                 if then_S is None and stamp >= since:
@@ -152,23 +159,23 @@ class Observations:
             self._same_since[name] = (stamp, states.nearest(stamp)[1] if known else None)
 
     def refuse(self, name: str, kind: str, reason: str) -> str:
-        """Count a sample that is not taken, and answer why."""
+        """Count a refused sample and return the reason with the sensor's name."""
         self.refusals[f"{name}: {kind}"] += 1
         self.last_refusal[name] = f"{name}: {reason}"
         return self.last_refusal[name]
 
     def ages(self, now: float) -> dict[str, float | None]:
-        """Seconds since the newest stamp of each sensor; None before the first sample."""
+        """Return the age of each sensor's newest sample in seconds; None before the first sample."""
         return {name: now - s.samples[-1][0] if s.samples else None for name, s in self._sensors.items()}
 
     def stale(self, now: float) -> str | None:
-        """Which sensor is missing, too old or frozen, and by how much; None when all are fresh."""
+        """Return which sensor is missing, too old or frozen, as text; None if all are fresh."""
         for name, sensor in self._sensors.items():
             if not sensor.samples:
                 return self.last_refusal.get(name, f"{name}: nothing received yet")
             age = now - sensor.samples[-1][0]
             if age > sensor.age_s:
-                return f"{name}: {age:.3f} s old, allowed are {sensor.age_s:g} s"
+                return f"{name}: {age:.3f} s old, at most {sensor.age_s:g} s are allowed"
         return self._frozen() if self._same_since else None
 
     def _frozen(self) -> str | None:
@@ -183,7 +190,7 @@ class Observations:
         return None
 
     def synchronised(self) -> Synchronised | str:
-        """The newest samples that belong together, or why there are none. Their age is the business of `stale`."""
+        """Return the newest synchronised samples, or the reason why there are none. `stale` checks their age."""
         missing = [name for name, sensor in self._sensors.items() if not sensor.samples]
         if missing:
             return f"nothing received yet from {', '.join(missing)}"
@@ -194,7 +201,7 @@ class Observations:
             if abs(stamp - common) > self._settings.sync_tolerance_s:
                 return (
                     f"{name}: nearest sample is {abs(stamp - common):.3f} s from the others, "
-                    f"allowed are {self._settings.sync_tolerance_s:g} s"
+                    f"at most {self._settings.sync_tolerance_s:g} s are allowed"
                 )
         state_S = values.pop(STATE)
         return Synchronised(common, values, state_S)

@@ -1,6 +1,6 @@
-"""When to ask for the next chunk, so that it is there before the last action is executed.
+"""Decide when to ask for the next chunk, so that it arrives before the queue runs empty.
 
-    queue   |#########........|        # actions left
+    queue   |#########........|        # = actions left
                   ^ ask here: remaining <= ceil(p95 of the latency * rate) + margin
                   |--- request in flight, one at a time, each with a deadline ---> answer
 
@@ -16,13 +16,13 @@ from typing import Protocol
 import numpy as np
 
 WINDOW = 64
-"""Latencies that the running percentile is taken of."""
+"""Number of latest latencies in the running percentile."""
 ENOUGH = 8
-"""Latencies from which on the percentile is the measured one."""
+"""Number of latencies after which the measured percentile replaces the assumed one."""
 
 
 class InFlight(Protocol):
-    """What a request is to this file."""
+    """Fields of a request that `Prefetch` reads: its number, and the times of request and deadline in seconds."""
 
     @property
     def id(self) -> int: ...
@@ -35,7 +35,14 @@ class InFlight(Protocol):
 
 
 class LatencyEstimate:
-    """Running 95th percentile of request to answer, in seconds; `assumed` until `ENOUGH` were measured."""
+    """Running 95th percentile of the time from request to answer.
+
+    Args:
+        assumed: value in seconds until `ENOUGH` latencies were measured.
+
+    Attributes:
+        p95: 95th percentile in seconds.
+    """
 
     def __init__(self, assumed: float) -> None:
         self._samples: deque[float] = deque(maxlen=WINDOW)
@@ -48,11 +55,15 @@ class LatencyEstimate:
 
 
 class Prefetch:
-    """Decides when to ask, and keeps the one request in flight.
+    """Schedule of requests, and the one request in flight.
 
     Args:
         rate: control ticks per second.
         latency_s, margin_ticks, retry_s, execute_steps: as in `LoopSettings`.
+
+    Attributes:
+        latency: estimate of the time from request to answer.
+        in_flight: request that waits for its answer, or None.
     """
 
     def __init__(
@@ -68,21 +79,21 @@ class Prefetch:
 
     @property
     def latency_ticks(self) -> int:
-        """Ticks that pass while a request is answered, at the 95th percentile."""
+        """Ticks that pass during one request, at the 95th percentile of the latency."""
         return math.ceil(self.latency.p95 * self._rate - 1e-9)
 
     @property
     def threshold(self) -> int:
-        """Ask when so many actions or fewer remain."""
+        """Number of remaining actions at which to ask for the next chunk."""
         return self.latency_ticks + self._margin
 
     def due(self, remaining: int, since_observed: int, now: float) -> bool:
-        """Whether to ask now.
+        """Return True if it is time to ask.
 
         Args:
-            remaining: actions in the queue.
+            remaining: number of actions in the queue.
             since_observed: ticks since the observation of the newest chunk.
-            now: seconds.
+            now: time in seconds.
         """
         if self.in_flight is not None or now < self._retry_at:
             return False
@@ -91,7 +102,7 @@ class Prefetch:
         )
 
     def answered(self, request: InFlight, now: float) -> float | None:
-        """The latency in seconds if this is the answer that is waited for, else None."""
+        """Record an answer. Return its latency in seconds, or None if `request` is not the one in flight."""
         if self.in_flight is None or self.in_flight.id != request.id:
             return None
         self.in_flight = None
@@ -100,7 +111,7 @@ class Prefetch:
         return seconds
 
     def failed(self, request: InFlight, now: float) -> bool:
-        """The request will not be answered; False: nobody waited for it. Says nothing about the latency."""
+        """Record a failure, without a latency sample. Return False if `request` is not the one in flight."""
         if self.in_flight is None or self.in_flight.id != request.id:
             return False
         self.in_flight = None
@@ -108,7 +119,10 @@ class Prefetch:
         return True
 
     def expire(self, now: float) -> bool:
-        """Give up a request past its deadline; True if that happened just now. At least so slow is the policy."""
+        """Give up the request in flight if its deadline has passed; return True if so.
+
+        The time that it waited counts as a latency sample, because the policy takes at least that long.
+        """
         request = self.in_flight
         if request is None or now <= request.deadline:
             return False
@@ -117,6 +131,6 @@ class Prefetch:
         return True
 
     def forget(self) -> None:
-        """Wait for nothing, because times of another clock mean nothing."""
+        """Drop the request in flight and the pause after a failure. Call it after a jump of the clock."""
         self.in_flight = None
         self._retry_at = -math.inf

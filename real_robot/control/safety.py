@@ -1,21 +1,22 @@
-"""The last thing before the wire: every command is finite and inside the limits, whatever was wanted.
+"""Safety limiter, the last step before a command is sent: it keeps every command finite and within the limits.
 
     wanted action --scale--> displacement u of this tick, from the reference position r
-        |u - u_before| <= acceleration * dt^2          no jerk to full speed, and none to a halt
+        |u - u_before| <= acceleration * dt^2          start and stop smoothly
         |u|            <= step, velocity * dt
         low <= r + u <= high                           and u so small that braking still ends inside
     sent: u / scale (delta) or r + u (absolute)
 
-The reference is the last command (absolute targets), or for deltas the commanded position as the robot's controller
-keeps it: the running sum of what was sent, at most `lead` away from the measured position.
+The reference r of absolute targets is the last command. For deltas it is the commanded position as the robot's
+controller keeps it: the running sum of the commands, at most `lead` away from the measured position.
 
-Braking distance. With displacement u now and at most b = acceleration * dt^2 less at each following tick, the arm comes
-to rest after u + (u - b) + (u - 2b) + ...; the largest u whose sum fits into the distance d to the limit is
-(d + b k (k+1) / 2) / (k + 1), where k is the largest integer with b k (k+1) / 2 <= d. Keeping u below it means that
-acceleration and position limits never contradict each other. For absolute targets both hold always. For deltas the
-measured position may move against the limit by itself; then the position wins over the acceleration.
+Braking distance: the displacement is u now and shrinks by at most b = acceleration * dt^2 at each following tick, so
+the arm needs u + (u - b) + (u - 2b) + ... to come to rest. The largest u whose sum fits into the distance d to the
+limit is (d + b k (k+1) / 2) / (k + 1), where k is the largest integer with b k (k+1) / 2 <= d. With this bound on u,
+the acceleration and position limits of absolute targets never contradict each other. For deltas the measured position
+may move towards the limit by itself; then the position limit takes precedence over the acceleration limit.
 
-The gripper is apart: it is clamped to the embodiment's range, changes by at most `gripper_step`, and is never braked.
+The gripper is separate: it is clamped to the embodiment's range, changes by at most `gripper_step` per tick, and is
+never braked.
 
 Shape legend: A action dimension, D arm dimensions (the action without its gripper), S state dimension.
 """
@@ -28,18 +29,22 @@ from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import PerDimension, SafetyLimits
 
 FAR = 1e9
-"""Stands for "no limit": finite, so that the arithmetic needs no special cases."""
+"""Value that means "no limit"; finite, so that the arithmetic needs no special cases."""
 SEED_TOLERANCE = 0.01
-"""An arm at its mechanical stop may measure so much (m or rad) outside of its limits."""
+"""Distance in m or rad by which an arm at its mechanical stop may measure outside its limits."""
 _SLACK = 1e-9
 
 
 class LimitError(Exception):
-    """The command must not be sent, and the loop must stop; the text is the fault."""
+    """No safe command exists, so the loop must stop. The message becomes the loop's fault."""
 
 
 class SafetyLimiter:
-    """Turns wanted actions into commands; see the module docstring. It is stateful: one object per robot.
+    """Limiter of one robot's commands. It remembers the last command, so every robot needs its own.
+
+    Args:
+        embodiment: robot, for the sizes, the control rate and the gripper.
+        limits: limits of every command; ValueError if they do not fit the embodiment.
 
     Attributes:
         limited: names of the limits that changed the last command.
@@ -70,24 +75,25 @@ class SafetyLimiter:
         self.forget()
 
     def forget(self) -> None:
-        """The arm may be anywhere, at rest: what was sent before says nothing about it any more."""
+        """Forget the last command. Call it when the arm, at rest, may have been moved by others."""
         self._reference_D: np.ndarray | None = None
         self._grip: float | None = None
         self.halt()
 
     def halt(self) -> None:
-        """The arm came to rest where it was told to be."""
+        """Set the arm's displacement per tick to zero: it has come to rest at the commanded position."""
         self._moved_D = np.zeros(len(self._arm))
 
     def move(self, action_A: np.ndarray, state_S: np.ndarray) -> np.ndarray:
-        """The command [A] for this tick, nearest to the wanted action.
+        """Return the allowed command [A] of this tick that is nearest to the wanted action.
 
         Args:
-            action_A: what the policy wants.
-            state_S: the newest joint state.
+            action_A: action [A] of the policy.
+            state_S: newest joint state [S].
 
         Raises:
-            LimitError: not finite, past a limit that rejects, or an arm that is not where it should be.
+            LimitError: the action is not finite or exceeds a limit named in `SafetyLimits.reject`; or the arm starts
+                outside its limits or does not follow its commands.
         """
         if not np.isfinite(action_A).all():
             raise LimitError(f"an action is not finite: {action_A}")
@@ -107,10 +113,10 @@ class SafetyLimiter:
         return self._commanded(moved_D, reference_D)
 
     def hold(self, state_S: np.ndarray | None) -> np.ndarray | None:
-        """The command [A] that brings the arm to rest and keeps it there; None: nothing was commanded yet.
+        """Return the command [A] that brings the arm to rest and keeps it there; None before the first command.
 
         Args:
-            state_S: the newest joint state, if any is known.
+            state_S: newest joint state [S], or None.
         """
         if self._reference_D is None:
             return None
@@ -119,19 +125,19 @@ class SafetyLimiter:
         return self._commanded(self._clamp(np.zeros_like(reference_D), reference_D), reference_D)
 
     def _locate(self, state_S: np.ndarray) -> np.ndarray:
-        """Where displacements start from [D]."""
+        """Return the reference position [D], from which displacements start."""
         measured_D = np.where(self._measured_D, state_S[self._index_D], 0.0)
         if self._reference_D is None:
             outside_D = np.maximum(measured_D - self._high_D, self._low_D - measured_D)
             if self._absolute and (outside_D > SEED_TOLERANCE).any():
                 names = [f"{d}: {measured_D[d]:.4f}" for d in np.flatnonzero(outside_D > SEED_TOLERANCE)]
-                raise LimitError(f"the arm is outside of its joint limits ({', '.join(names)}); move it back by hand")
+                raise LimitError(f"the arm is outside its joint limits ({', '.join(names)}); move it back by hand")
             return np.clip(measured_D, self._low_D, self._high_D) if self._absolute else measured_D
         ahead_D = np.where(self._measured_D, self._reference_D - measured_D, 0.0)
         if not self._absolute:
             return np.where(self._measured_D, measured_D + np.clip(ahead_D, -self._lead_D, self._lead_D), 0.0)
         if (np.abs(ahead_D) > self._lead_D).any():
-            raise LimitError(f"the arm does not follow: measured {np.round(-ahead_D, 4)} away from the command")
+            raise LimitError(f"the arm does not follow: measured minus commanded is {np.round(-ahead_D, 4)}")
         return self._reference_D
 
     def _clamp(self, wanted_D: np.ndarray, reference_D: np.ndarray) -> np.ndarray:
@@ -141,13 +147,13 @@ class SafetyLimiter:
         return np.minimum(np.maximum(moved_D, -down_D), up_D)
 
     def _brakeable(self, distance_D: np.ndarray) -> np.ndarray:
-        """The largest displacement from which the arm comes to rest within a distance; 0 past the limit."""
+        """Return the largest displacement [D] from which the arm can brake within a distance [D]; 0 past the limit."""
         distance_D = np.maximum(distance_D, 0.0)
         k_D = np.floor((np.sqrt(1.0 + 8.0 * distance_D / self._change_D) - 1.0) / 2.0)
         return (distance_D + self._change_D * k_D * (k_D + 1.0) / 2.0) / (k_D + 1.0)
 
     def _exceeded(self, wanted_D: np.ndarray, reference_D: np.ndarray) -> tuple[str, ...]:
-        """Names of the limits that the wanted motion is past."""
+        """Return the names of the limits that the wanted motion exceeds."""
         target_D = reference_D + wanted_D
         past = {
             "position": np.maximum(target_D - self._high_D, self._low_D - target_D),
@@ -166,13 +172,13 @@ class SafetyLimiter:
 
     def _commanded(self, moved_D: np.ndarray, reference_D: np.ndarray) -> np.ndarray:
         position_D = reference_D + moved_D
-        if self._absolute:  # rounding must not carry a target past its limit
+        if self._absolute:  # rounding errors must not move a target past its limit
             position_D = np.minimum(np.maximum(position_D, self._low_D), self._high_D)
         self._moved_D, self._reference_D = moved_D, position_D
         command_A = np.empty(len(self._arm) + (self._gripper is not None))
         command_A[self._arm] = position_D if self._absolute else moved_D / self._scale_D
         if self._gripper is not None:
-            assert self._grip is not None, "the gripper is commanded with the first action"
+            assert self._grip is not None, "the first action sets the gripper"
             command_A[self._gripper] = self._grip
         return command_A
 

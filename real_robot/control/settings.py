@@ -1,6 +1,6 @@
-"""What a robot may be told to do (`SafetyLimits`) and how its control loop runs (`LoopSettings`): configs/robot/*.yaml.
+"""Settings of configs/robot/*.yaml: safety limits of a robot (`SafetyLimits`) and its control loop (`LoopSettings`).
 
-Shape legend: A action dimension, D arm dimensions: the action without its gripper, in order; S state dimension.
+Shape legend: A action dimension, D arm dimensions (the action without its gripper, in order), S state dimension.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ PerDimension = tuple[float | None, ...] | None
 
 @dataclass(frozen=True)
 class SafetyLimits:
-    """Every command stays inside of these, whatever the policy says. One number per arm dimension, in physical units.
+    """Safety limits of every command. Each [D] entry has one number per arm dimension, in physical units (m, rad).
 
-    None, for one dimension or for all, is no limit. A wanted motion past a limit is clamped to it; where the limit is
-    named in `reject`, it latches a fault instead. Braking into a hold is always clamped.
+    None, for one dimension or for all, means no limit. An action past a limit is clamped to it. If `reject` names the
+    limit, such an action stops the loop with a fault instead. The braking of a hold is always clamped.
 
     Attributes:
-        kind: "delta", actions are displacements per control tick; "absolute", actions are positions (joint targets).
-        scale: [D] physical units of action 1.0; None: actions are in physical units. Only for deltas.
-        state_index: [D] which entry of the state measures this dimension's position; None: none does.
-        position_low, position_high: [D] workspace (deltas) or joint limits (absolute).
+        kind: "delta" for actions that are displacements per control tick, "absolute" for positions (joint targets).
+        scale: [D] physical displacement of action value 1.0; None if actions are in physical units. For deltas only.
+        state_index: [D] index of the state entry that measures the dimension's position; None if it is not measured.
+        position_low: [D] lower workspace limit (deltas) or joint limit (absolute).
+        position_high: [D] upper workspace limit (deltas) or joint limit (absolute).
         step: [D] largest displacement per control tick.
-        velocity: [D] per second, over one tick.
-        acceleration: [D] per second squared, over two ticks.
-        lead: [D] how far the commanded position may run ahead of the measured one. For deltas it is the "leash" of the
-            robot's own controller (None: the controller starts from the measured position); for absolute targets a
-            larger distance is a fault: the arm does not follow.
-        gripper_step: largest change of the gripper's value per tick; its range is the embodiment's open to close.
-        reject: which of "position", "step", "velocity", "acceleration" latch a fault.
+        velocity: [D] largest speed per second, measured over one tick.
+        acceleration: [D] largest acceleration per second squared, measured over two ticks.
+        lead: [D] largest distance between commanded and measured position. For deltas it describes the robot's own
+            controller, which limits its target in this way (None: its target starts from the measured position). For
+            absolute targets a larger distance is a fault: the arm does not follow.
+        gripper_step: largest change of the gripper's value per tick. Its range is the embodiment's open to close.
+        reject: limits that cause a fault: "position", "step", "velocity", "acceleration".
     """
 
     kind: str
@@ -75,7 +76,7 @@ class SafetyLimits:
             raise ValueError("limits: absolute targets have no scale; remove it")
 
     def check(self, embodiment: Embodiment) -> None:
-        """ValueError unless the limits have the sizes of this robot."""
+        """Raise ValueError if the limits do not fit the embodiment's sizes, or lack a `state_index` that they need."""
         dims = embodiment.action_dim - (embodiment.gripper_index is not None)
         for name in (
             "scale",
@@ -112,27 +113,32 @@ class SafetyLimits:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """When observations count, when chunks are asked for and blended, when the loop gives up. Times in seconds.
+    """Settings of the control loop: age of observations, requests to the policy, blending, time limits.
+
+    Times are in seconds.
 
     Attributes:
-        image_age_s, state_age_s: an older camera image or joint state is stale: the loop holds and does not ask.
-        sync_tolerance_s: largest distance of the stamps of one observation.
-        future_tolerance_s: how far a stamp may lie ahead of the loop's clock.
-        frozen_after_s: a camera that shows exactly the same image for so long, while the state changed by more than
-            `frozen_motion`, is frozen and counts as stale; None: not checked.
-        frozen_motion: change of any state entry that the image must show.
-        overlap: "replace", "ensemble" or "real_time"; see `cogvla.real_robot.control.chunk_queue`.
-        ensemble_m: decay of the ensemble's weights exp(-m * i), i = 0 the oldest.
-        ask: "ahead", while the last chunk is executed, so that the arm never pauses; "after", once `execute_steps` of
-            it have been, with the arm at rest: for policies whose chunks are good at their beginning only.
-        execute_steps: ahead: also ask when so many ticks have passed since the last chunk's observation (None: only
-            when the queue runs low); after: so many actions of a chunk are executed (None: all).
-        latency_s: assumed 95th percentile of request to answer until enough was measured.
-        margin_ticks: actions left when the answer arrives at that percentile.
-        deadline_s: a request without an answer for so long has failed.
+        image_age_s: largest age of a camera image; with an older one the loop holds and does not ask the policy.
+        state_age_s: largest age of the joint state; with an older one the loop holds and does not ask the policy.
+        sync_tolerance_s: largest difference between the stamps of one observation.
+        future_tolerance_s: largest time by which a stamp may lie ahead of the loop's clock.
+        frozen_after_s: time after which a camera counts as frozen (stale) if it sends exactly the same image although
+            the state changed by more than `frozen_motion`; None for no check.
+        frozen_motion: largest change of any state entry during which a camera may send the same image.
+        overlap: treatment of overlapping chunks: "replace", "ensemble" or "real_time", see
+            `cogvla.real_robot.control.chunk_queue`.
+        ensemble_m: decay m of the ensemble's weights exp(-m * i), i = 0 for the oldest chunk.
+        ask: when to ask for the next chunk. "ahead": while the last one is executed, so that the arm never pauses.
+            "after": once `execute_steps` actions of it were executed and the arm is at rest, for policies whose chunks
+            are good only at their beginning.
+        execute_steps: with "ahead", ticks since the last chunk's observation after which to ask in any case (None: ask
+            only when the queue runs low); with "after", number of actions of a chunk to execute (None: all).
+        latency_s: assumed 95th percentile of the time from request to answer, until enough requests were measured.
+        margin_ticks: number of actions that should be left when an answer arrives at that percentile.
+        deadline_s: time after which a request without an answer has failed.
         retry_s: pause after a failed request.
-        hold_limit_s: a hold in motion that lasts longer stops the loop with a fault.
-        clock_gap_s: a gap between two ticks, or a step back of the clock, from which on everything known is too old.
+        hold_limit_s: longest hold during motion; a longer one stops the loop with a fault.
+        clock_gap_s: gap between two ticks, or step back of the clock, after which the loop discards all samples.
     """
 
     image_age_s: float = 0.2
@@ -177,9 +183,9 @@ class RobotConfig:
     """One file of configs/robot.
 
     Attributes:
-        name: of the robot, for reports.
-        limits: see `SafetyLimits`.
-        loop: see `LoopSettings`.
+        name: name of the robot in reports.
+        limits: safety limits of every command.
+        loop: settings of the control loop.
     """
 
     name: str
@@ -192,7 +198,7 @@ class RobotConfig:
 
 
 def _built(kind: type, values: Any) -> Any:
-    """The dataclass itself, or one of the mapping that a YAML file holds."""
+    """Build the dataclass `kind` from a mapping of a YAML file; return a value that is already built as it is."""
     if not isinstance(values, Mapping):
         return values
     known = [f.name for f in fields(kind)]

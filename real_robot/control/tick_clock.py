@@ -1,8 +1,7 @@
-"""The time that a control loop was told, and the ticks that really happened in it.
+"""Clock of the control loop: count ticks, detect jumps, and find the tick of an observation.
 
-Ticks are counted, not estimated from the time: a late tick delays the plan, it does not skip actions that nobody
-executed. When the time itself cannot be trusted (a step back, or a gap in which the process was suspended), that is a
-jump, and everything that is known about the robot is void.
+Ticks are counted, not computed from the time. So a late tick delays the plan; it does not skip actions. A step back of
+the clock, or a long gap in which the process was suspended, is a jump: the loop discards what it knows about the robot.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from cogvla.real_robot.control.chunk_queue import KEEP_PASSED
 
 
 class TickClock:
-    """Times in seconds.
+    """Clock and tick counter. All times are seconds.
 
     Args:
-        period_s: of the control loop.
+        period_s: period of the control loop.
         gap_s: `LoopSettings.clock_gap_s`.
 
     Attributes:
-        now: the newest time that was told.
+        now: newest time passed to `tell`.
         next_tick: absolute number of the next tick.
     """
 
@@ -33,7 +32,10 @@ class TickClock:
         self.next_tick = 0
 
     def tell(self, now: float) -> bool:
-        """Take the time of a call; True for a jump back. By less than `gap_s` it never goes back, it stands still."""
+        """Set the time and return True if it jumped back by more than `gap_s`.
+
+        The clock ignores a smaller step back: `now` stays the same.
+        """
         if not math.isfinite(now):
             raise ValueError(f"now must be a time in seconds, got {now}")
         jumped = now < self.now - self._gap_s
@@ -43,7 +45,7 @@ class TickClock:
         return jumped
 
     def tick(self) -> float | None:
-        """Count a tick at `now`; seconds since the one before, None where there is none to compare with."""
+        """Count a tick at `now`. Return the seconds since the last tick; None for the first one after a pause."""
         gap = self.now - self._ticked_at[-1] if self._ticked_at else None
         if gap is not None and gap > self._gap_s:
             self._ticked_at.clear()
@@ -52,14 +54,14 @@ class TickClock:
         return gap
 
     def pause(self) -> None:
-        """The next tick follows none."""
+        """Forget the times of past ticks, so that the next tick is compared with none."""
         self._ticked_at.clear()
 
     def tick_of(self, stamp: float) -> int:
-        """The tick nearest to a time, for times after the last tick the next one if it is nearer.
+        """Return the tick nearest to a time, which may be the next one.
 
-        Half a period is the least that an action can be off. "The first tick after the stamp" would let an observation
-        that is made just after a tick wait for the next one, although it shows nothing of what that tick has sent yet.
+        The nearest tick is at most half a period off. The first tick after the stamp would be a worse choice: an
+        observation made just after a tick does not yet show the effect of that tick's command, so it belongs to it.
         """
         tick = self.next_tick
         due = self._ticked_at[-1] + self._period_s if self._ticked_at else stamp

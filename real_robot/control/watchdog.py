@@ -1,4 +1,4 @@
-"""The states of a control loop, and every way from one to another.
+"""State machine of the control loop: idle, holding, running, stopped.
 
                 activate                  a command is due
         IDLE --------------> HOLDING <----------------------> RUNNING
@@ -7,9 +7,9 @@
          |  reset              v                                 v
          +---------------- STOPPED <---- e-stop from anywhere ---+        deactivate: IDLE, but not from STOPPED
 
-IDLE sends nothing. HOLDING keeps the arm where it was told to be and recovers by itself. STOPPED sends nothing, keeps
-its first fault, and is left by the operator's reset only, once the e-stop is released; then the loop must be activated
-again. A reset is also allowed everywhere else, and ends in IDLE too.
+IDLE sends nothing. HOLDING keeps the arm at its commanded position and recovers by itself. STOPPED sends nothing and
+keeps its first fault; only the operator's reset leaves it, after the e-stop is released, and the loop must then be
+activated again. A reset is allowed in every state and leads to IDLE.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from enum import Enum
 
 
 class State(Enum):
-    """See the module docstring."""
+    """State of the control loop, see the module docstring."""
 
     IDLE = "idle"
     HOLDING = "holding"
@@ -27,7 +27,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What may happen in every state."""
+    """Events of the state machine. Every event is allowed in every state."""
 
     ACTIVATE = "activate"
     DEACTIVATE = "deactivate"
@@ -74,12 +74,12 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
 
 
 class Watchdog:
-    """Where the loop is, and the fault that stopped it.
+    """State of a control loop, and the fault that stopped it.
 
     Attributes:
-        state: see the module docstring.
-        fault: why the loop stopped, the first reason; None unless stopped.
-        estop: whether the emergency stop is engaged.
+        state: current state.
+        fault: first reason why the loop stopped; None unless stopped.
+        estop: True while the emergency stop is engaged.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Watchdog:
         self.estop = False
 
     def on(self, event: Event, reason: str = "") -> State:
-        """Take the event and answer the new state. A reset while the e-stop is engaged changes nothing."""
+        """Apply an event and return the new state. A reset while the e-stop is engaged changes nothing."""
         if event is Event.RESET and self.estop:
             return self.state
         before, self.state = self.state, TRANSITIONS[self.state][event]
@@ -99,7 +99,7 @@ class Watchdog:
         return self.state
 
     def set_estop(self, engaged: bool) -> None:
-        """Engage (a latched fault) or release (the fault stays until the reset)."""
+        """Engage the e-stop, which is a fault, or release it; the fault stays until the reset."""
         self.estop = engaged
         if engaged:
             self.on(Event.FAULT, "emergency stop")

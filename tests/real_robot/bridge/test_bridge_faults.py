@@ -238,7 +238,7 @@ def test_nan_from_the_server_is_refused(robot: Robot) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         robot.proxy.lead_to(f"ws://127.0.0.1:{listener.getsockname()[1]}")
         robot.proxy.cut()
-        operator.state("holding", "no finite actions")
+        operator.state("holding", "no finite float actions")
         robot.proxy.lead_to(f"ws://127.0.0.1:{robot.port}")
         robot.proxy.cut()
         server.shutdown()

@@ -54,7 +54,7 @@ def test_the_tolerance_is_the_limit(distance: float) -> None:
     found = filled(front=[0.5, 0.9], wrist=[0.5 + distance], state=[0.5 + distance]).synchronised()
     assert isinstance(found, Synchronised) == (distance < 0.03)
     if isinstance(found, str):
-        assert found == "front: nearest sample is 0.031 s from the others, allowed are 0.03 s"
+        assert found == "front: nearest sample is 0.031 s from the others, at most 0.03 s are allowed"
 
 
 def test_what_is_missing_is_named() -> None:
@@ -64,12 +64,12 @@ def test_what_is_missing_is_named() -> None:
 @pytest.mark.parametrize(
     ("stamp", "kind", "words"),
     [
-        (0.79, "stale", "0.210 s old on arrival, allowed are 0.2 s"),
+        (0.79, "stale", "0.210 s old on arrival, at most 0.2 s are allowed"),
         (1.02, "future", "0.020 s in the future"),
         (0.95, "duplicate", "same stamp"),
         (0.90, "out_of_order", "0.050 s older"),
-        (float("nan"), "bad_stamp", "no time"),
-        (float("inf"), "bad_stamp", "no time"),
+        (float("nan"), "bad_stamp", "not a finite time"),
+        (float("inf"), "bad_stamp", "not a finite time"),
     ],
 )
 def test_bad_stamps_are_refused_and_change_nothing(stamp: float, kind: str, words: str) -> None:
@@ -108,7 +108,8 @@ def test_bad_images_are_refused(picture: Any, words: str) -> None:
 
 
 def test_a_camera_that_does_not_exist_is_named_with_those_that_do() -> None:
-    assert observations().add_image("top", image("front"), 1.0, 1.0) == "top: no such camera; there are front, wrist"
+    refusal = observations().add_image("top", image("front"), 1.0, 1.0)
+    assert refusal == "top: no such camera; the cameras are front, wrist"
 
 
 @pytest.mark.parametrize(
@@ -144,9 +145,9 @@ def test_staleness_names_the_sensor_and_ends_with_a_new_sample() -> None:
     seen.add_state(STATE, 1.0, 1.0)
     assert seen.stale(1.0) is None
     assert seen.stale(1.099) is None
-    assert seen.stale(1.15) == "state: 0.150 s old, allowed are 0.1 s"
+    assert seen.stale(1.15) == "state: 0.150 s old, at most 0.1 s are allowed"
     seen.add_state(STATE, 1.25, 1.25)
-    assert seen.stale(1.25) == "front: 0.250 s old, allowed are 0.2 s"
+    assert seen.stale(1.25) == "front: 0.250 s old, at most 0.2 s are allowed"
 
 
 def test_sensors_whose_clock_jumps_are_refused_until_it_is_right_again() -> None:

@@ -108,7 +108,7 @@ def test_outside_of_the_workspace_only_the_way_back_is_open() -> None:
 
 def test_an_arm_outside_of_its_joint_limits_is_not_moved() -> None:
     guard = limiter(ABSOLUTE, position_low=(-1, -1), position_high=(1, 1))
-    with pytest.raises(LimitError, match=r"outside of its joint limits \(1: 1\.2000\)"):
+    with pytest.raises(LimitError, match=r"outside its joint limits \(1: 1\.2000\)"):
         guard.move(act(0), np.array([0, 1.2, 0]))
     assert guard.move(act(0.9, 0, 0.9), np.array([0.9, 1.005, 0]))[2] == 0.9, "within the tolerance"
 
@@ -252,7 +252,7 @@ def embodiment_of(config: RobotConfig) -> Embodiment:
     return Embodiment("pose", camera, 8, 7, 8, HZ, gripper_index=6)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ROBOTS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_robot_file_lists_every_key_and_makes_a_loop(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
     config = RobotConfig(**values)
