@@ -2,7 +2,7 @@
 
 All of them take tensors only. `effective_rank` is in `routing.selection`.
 
-Shape legend: F frames, N tokens, K kept tokens, P patches, D width, W words, Q queries, L layers.
+Shape legend: F frames, N tokens, n kept tokens, P patches, D width, W words, Q queries, L layers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Language-FiLM pruning (LFP, stage 2): at each layer the instruction decides which vision tokens are processed.
 
-Shape legend: B batch, S sequence, N vision tokens, K kept vision tokens, D language width.
+Shape legend: B batch, S sequence, N vision tokens, n kept vision tokens, D language width.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Selection:
     """The tokens that one routed layer processes.
 
     Attributes:
-        kept_BK: kept vision tokens, int64, ascending, counted from the first vision token of the layer's input.
+        kept_Bn: kept vision tokens, int64, ascending, counted from the first vision token of the layer's input.
         rows: kept tokens of the whole batch, as rows of the flattened [B*S,D] sequence.
         layout: layout of the kept sequence.
         factor_BS1: factors [B,S',1]: the router's probability for each kept vision token; 1 for the other tokens, or
             their own probability if the router scores them too. None: 1 for all.
     """
 
-    kept_BK: Tensor
+    kept_Bn: Tensor
     rows: Tensor
     layout: TokenLayout
     factor_BS1: Tensor | None = None
@@ -68,21 +68,21 @@ class FiLMRouter(nn.Module):
             h_BSD: normalised input of the layer.
             layout: layout of that input.
             context_B1T: weights of state and text in their mean; see `context_weights`.
-            count: K.
+            count: n.
         """
         summary_B1D = context_B1T @ h_BSD[:, layout.context]
         score_BN = self.score(h_BSD[:, layout.visual], summary_B1D)
-        kept_BK = score_BN.detach().topk(count, dim=1, sorted=False).indices.sort(dim=1).values
-        probability_BK1 = score_BN.gather(1, kept_BK).sigmoid()[..., None]
+        kept_Bn = score_BN.detach().topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+        probability_Bn1 = score_BN.gather(1, kept_Bn).sigmoid()[..., None]
 
-        rows = rows_of(layout, kept_BK)
+        rows = rows_of(layout, kept_Bn)
         if self.score_all:
             bos_B11, rest_BR1 = (self.logits(h_BSD[:, s]).softmax(-1)[..., 1:] for s in (layout.bos, layout.rest))
-            factor_BS1 = torch.cat((bos_B11, probability_BK1, rest_BR1), dim=1)
+            factor_BS1 = torch.cat((bos_B11, probability_Bn1, rest_BR1), dim=1)
         else:
             after = layout.length - layout.rest.start
-            factor_BS1 = F.pad(probability_BK1, (0, 0, 1, after), value=1.0)
-        return Selection(kept_BK, rows, layout.with_vision(count), factor_BS1)
+            factor_BS1 = F.pad(probability_Bn1, (0, 0, 1, after), value=1.0)
+        return Selection(kept_Bn, rows, layout.with_vision(count), factor_BS1)
 
 
 def context_weights(layout: TokenLayout, valid_BS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,11 +91,11 @@ def context_weights(layout: TokenLayout, valid_BS: Tensor, dtype: torch.dtype) -
     return (context_BT / context_BT.sum(1, keepdim=True))[:, None]
 
 
-def rows_of(layout: TokenLayout, kept_BK: Tensor) -> Tensor:
+def rows_of(layout: TokenLayout, kept_Bn: Tensor) -> Tensor:
     """Return the rows of the flattened batch [B*S] that remain if only these vision tokens are kept."""
-    row_BS = torch.arange(len(kept_BK) * layout.length, device=kept_BK.device).view(-1, layout.length)
-    kept_row_BK = row_BS[:, layout.visual].gather(1, kept_BK)
-    return torch.cat((row_BS[:, layout.bos], kept_row_BK, row_BS[:, layout.rest]), dim=1).flatten()
+    row_BS = torch.arange(len(kept_Bn) * layout.length, device=kept_Bn.device).view(-1, layout.length)
+    kept_row_Bn = row_BS[:, layout.visual].gather(1, kept_Bn)
+    return torch.cat((row_BS[:, layout.bos], kept_row_Bn, row_BS[:, layout.rest]), dim=1).flatten()
 
 
 def take_rows(x_BSD: Tensor, rows: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
     RouterContext  facts about the tokens; the policy computes only the items that a router `needs`
     TokenRouter    tokens [B,N,D] + context -> RoutedTokens
-    RoutedTokens   tokens [B,K,D], with their origin and their place in the sequence
+    RoutedTokens   tokens [B,n,D], with their origin and their place in the sequence
 
 All routers keep these rules, and `tests/routing/test_routers_contract.py` checks them:
 
-- K is exact; chosen tokens keep their order; synthetic tokens are placed among them
+- n is exact; chosen tokens keep their order; synthetic tokens are placed among them
 - a sample gets the same result alone and in a batch: no loop over samples, and random numbers are drawn per sample
 - scores are float32 whatever the precision of the tokens, and of equal scores the earlier token wins
 
-Shape legend: B rows to route (samples, or samples times views), N tokens in, K tokens out, D token width, H x W grid of
+Shape legend: B rows to route (samples, or samples times views), N tokens in, n tokens out, D token width, H x W grid of
 a view, T text tokens, E language width, L vision layers asked for, C width of keys, W width of encoder tokens,
 F neurons of an MLP, or observations of a history.
 """
@@ -47,7 +47,7 @@ class RouterConfig:
         position: position ids of the kept tokens: their own (`keep`), consecutive numbers (`compact`), or their own
             multiplied by `position_step` (`v2pe`).
         position_step: see `position`.
-        joint: let all views compete for V*K places; otherwise keep K of each view.
+        joint: let all views compete for V*n places; otherwise keep n of each view.
         layers: language layers, from 0, before which tokens are routed (again, if `stage` is an earlier one).
         layer_router: name of the router at `layers`; None: `name`.
         layer_budgets: budgets at each of `layers`, as `budget`; shares are of all tokens that the vision towers give.
@@ -92,7 +92,7 @@ class RouterConfig:
 
 
 def count_of(budget: int | float, tokens: int | None) -> int:
-    """Return K for a budget (see `RouterConfig`) and a number of tokens.
+    """Return n for a budget (see `RouterConfig`) and a number of tokens.
 
     Args:
         budget: number of tokens (int), or share (float).
@@ -122,7 +122,7 @@ class RouterSizes:
         width: D.
         text_width: E.
         grid: (H, W); None if the tokens are not a grid.
-        budget: K, or the largest of several.
+        budget: n, or the largest of several.
     """
 
     tokens: int
@@ -137,7 +137,7 @@ class RouterContext:
     """Facts about the tokens. Only the items that the router `needs` are there; the others are None.
 
     Attributes:
-        budget: K.
+        budget: n.
         training: True while the policy is trained.
         draw_B: random seeds int64, one per row, for `routing.draws`.
         grid: (H, W); the tokens are patches of one view in row order.
@@ -190,23 +190,23 @@ class RoutedTokens:
     """The result of a router.
 
     Attributes:
-        tokens_BKD: kept or synthetic tokens, in the precision of the input.
-        index_BK: int64, index of each token among the N input tokens; -1 for a synthetic token.
-        place_BK: position of each token among the N input tokens: its index, or a place for a synthetic token.
+        tokens_BnD: kept or synthetic tokens, in the precision of the input.
+        index_Bn: int64, index of each token among the N input tokens; -1 for a synthetic token.
+        place_Bn: position of each token among the N input tokens: its index, or a place for a synthetic token.
         score_BN: float32 scores of the input tokens, higher is more worth keeping; None if the router has no scores.
         owner_BN: int64, for each input token the output token that contains it, -1 if it is lost; None if nothing is
             merged.
-        mask_BK: bool, False hides a token from all others; for routers whose number of tokens depends on the content
+        mask_Bn: bool, False hides a token from all others; for routers whose number of tokens depends on the content
             (at language layers only). None: nothing is hidden.
         losses: weighted auxiliary losses by name; empty unless training.
     """
 
-    tokens_BKD: Tensor
-    index_BK: Tensor
-    place_BK: Tensor
+    tokens_BnD: Tensor
+    index_Bn: Tensor
+    place_Bn: Tensor
     score_BN: Tensor | None = None
     owner_BN: Tensor | None = None
-    mask_BK: Tensor | None = None
+    mask_Bn: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -244,12 +244,12 @@ class TokenRouter(nn.Module, ABC):
 
     @abstractmethod
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
-        """Reduce tokens [B,N,D] to [B,K,D]; called by `forward` with autocast off."""
+        """Reduce tokens [B,N,D] to [B,n,D]; called by `forward` with autocast off."""
 
     def forward(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         """Call `route` with autocast off, so that scores are float32."""
         assert all(getattr(context, name) is not None for name in self.needs), f"{type(self).__name__} lacks context"
         with torch.autocast(tokens_BND.device.type, enabled=False):
             routed = self.route(tokens_BND, context)
-        assert routed.tokens_BKD.shape[:2] == routed.index_BK.shape == routed.place_BK.shape
+        assert routed.tokens_BnD.shape[:2] == routed.index_Bn.shape == routed.place_Bn.shape
         return routed

@@ -1,6 +1,6 @@
 """Selection of tokens: functions that routers share for choosing the best, comparing tokens, and grids.
 
-Shape legend: B rows, N tokens, K tokens kept, D width, H x W grid.
+Shape legend: B rows, N tokens, n tokens kept, D width, H x W grid.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STRETCH = 2.0
 
 
 def best(score_BN: Tensor, count: int) -> Tensor:
-    """Return the indices [B,K] of the largest scores, ascending; of equal scores the first wins."""
+    """Return the indices [B,n] of the largest scores, ascending; of equal scores the first wins."""
     return ranked(score_BN)[:, :count].sort(dim=1).values
 
 
@@ -28,21 +28,21 @@ def ranked(score_BN: Tensor) -> Tensor:
     return score_BN.sort(dim=1, descending=True, stable=True).indices
 
 
-def take(tokens_BND: Tensor, index_BK: Tensor) -> Tensor:
-    """Return the tokens [B,K,D] with these indices."""
-    return tokens_BND.gather(1, index_BK[..., None].expand(-1, -1, tokens_BND.shape[-1]))
+def take(tokens_BND: Tensor, index_Bn: Tensor) -> Tensor:
+    """Return the tokens [B,n,D] with these indices."""
+    return tokens_BND.gather(1, index_Bn[..., None].expand(-1, -1, tokens_BND.shape[-1]))
 
 
-def kept(tokens_BND: Tensor, index_BK: Tensor, score_BN: Tensor | None = None) -> RoutedTokens:
+def kept(tokens_BND: Tensor, index_Bn: Tensor, score_BN: Tensor | None = None) -> RoutedTokens:
     """Build the result of a router that chooses tokens; they keep their order."""
-    index_BK = index_BK.sort(dim=1).values
-    return RoutedTokens(take(tokens_BND, index_BK), index_BK, index_BK, score_BN)
+    index_Bn = index_Bn.sort(dim=1).values
+    return RoutedTokens(take(tokens_BND, index_Bn), index_Bn, index_Bn, score_BN)
 
 
 def straight_through(routed: RoutedTokens, probability_BN: Tensor) -> RoutedTokens:
     """Let gradients flow to the probabilities of the kept tokens; the tokens stay the same to the bit."""
-    surplus_BK1 = take((probability_BN - probability_BN.detach())[..., None], routed.index_BK)
-    return replace(routed, tokens_BKD=routed.tokens_BKD * (1 + surplus_BK1.to(routed.tokens_BKD.dtype)))
+    surplus_Bn1 = take((probability_BN - probability_BN.detach())[..., None], routed.index_Bn)
+    return replace(routed, tokens_BnD=routed.tokens_BnD * (1 + surplus_Bn1.to(routed.tokens_BnD.dtype)))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -56,10 +56,10 @@ def minmax(score_BN: Tensor) -> Tensor:
     return (score_BN - low) / (high - low).clamp_min(1e-12)
 
 
-def remaining(index_BK: Tensor, tokens: int) -> Tensor:
-    """Return the N-K indices that are not in `index_BK`, ascending; `tokens` is N."""
-    chosen_BN = torch.zeros(len(index_BK), tokens, device=index_BK.device).scatter_(1, index_BK, 1.0)
-    return best(-chosen_BN, tokens - index_BK.shape[1])
+def remaining(index_Bn: Tensor, tokens: int) -> Tensor:
+    """Return the N-n indices that are not in `index_Bn`, ascending; `tokens` is N."""
+    chosen_BN = torch.zeros(len(index_Bn), tokens, device=index_Bn.device).scatter_(1, index_Bn, 1.0)
+    return best(-chosen_BN, tokens - index_Bn.shape[1])
 
 
 def grid_shape(grid: tuple[int, int] | None, count: int) -> tuple[int, int]:
@@ -85,7 +85,7 @@ def grid_shape(grid: tuple[int, int] | None, count: int) -> tuple[int, int]:
 
 
 def cells(grid: tuple[int, int], shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return each patch's cell in the smaller grid, int64 [N], and each cell's central patch, int64 [K].
+    """Return each patch's cell in the smaller grid, int64 [N], and each cell's central patch, int64 [n].
 
     Args:
         grid: rows and columns of the patches.
@@ -108,9 +108,9 @@ def effective_rank(tokens_BND: Tensor) -> Tensor:
     return torch.special.entr(p_BM).sum(-1).exp()
 
 
-def synthetic(tokens_BKD: Tensor, tokens: int) -> RoutedTokens:
+def synthetic(tokens_BnD: Tensor, tokens: int) -> RoutedTokens:
     """Build the result of a router that makes new tokens out of `tokens`; their places are evenly spread."""
-    count = tokens_BKD.shape[1]
-    middle_K = (torch.arange(count, device=tokens_BKD.device) * 2 + 1) * tokens // (2 * count)
-    place_BK = middle_K.expand(len(tokens_BKD), -1)
-    return RoutedTokens(tokens_BKD, torch.full_like(place_BK, -1), place_BK)
+    count = tokens_BnD.shape[1]
+    middle_n = (torch.arange(count, device=tokens_BnD.device) * 2 + 1) * tokens // (2 * count)
+    place_Bn = middle_n.expand(len(tokens_BnD), -1)
+    return RoutedTokens(tokens_BnD, torch.full_like(place_Bn, -1), place_Bn)

@@ -140,7 +140,7 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
     inside = output.debug
     assert inside is not None
     entering_n, kept, new = _entering(inside, model.vision.tokens)
-    kept |= {f"layer {layer}": entering_n[index_BK[0]] for layer, index_BK in inside["kept"].items()}
+    kept |= {f"layer {layer}": entering_n[index_Bn[0]] for layer, index_Bn in inside["kept"].items()}
     others = inside["layout"].length - inside["layout"].vision
     present, after = {}, {}
     for layer, x_BSD in inside["hidden"].items():
@@ -171,9 +171,9 @@ def _entering(inside: Mapping[str, Any], tokens: int) -> tuple[Tensor, dict[str,
     routed = inside.get("routed")
     if routed is None:
         return torch.arange(tokens, device=inside["hidden"][0].device), {}, 0
-    index_K = routed.index_BK[0]
-    entering_K = torch.where(index_K < 0, routed.place_BK[0].round().long(), index_K)
-    return entering_K, {ROUTER: index_K[index_K >= 0]}, int((index_K < 0).sum())
+    index_n = routed.index_Bn[0]
+    entering_n = torch.where(index_n < 0, routed.place_Bn[0].round().long(), index_n)
+    return entering_n, {ROUTER: index_n[index_n >= 0]}, int((index_n < 0).sum())
 
 
 def _looks(model: CogVLA, inputs: ModelInput, text: TextFeatures, gaze: list[Tensor] | None) -> tuple[Tensor, float]:

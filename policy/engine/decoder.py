@@ -5,7 +5,7 @@ What is unusual, compared with `policy.model.language.RoutedDecoder`, to which t
 - the router's modulation and its two logits become one vector per instruction: its score is a single product
 - masks, rotations and row numbers come with the instruction, as tensors: nothing is looked up, every shape is static
 
-Shape legend: B batch, S sequence, N vision tokens, K kept vision tokens, J action tokens, Q query rows, D width,
+Shape legend: B batch, S sequence, N vision tokens, n of them kept, J action tokens, Q query rows, D width,
 H heads, G key/value heads, E head width, U = 2E.
 """
 
@@ -53,17 +53,17 @@ class FusedRouter(nn.Module):
         self.plain = FusedLinear(reach_D[None], constant[None], dtype)
 
     def forward(self, h_BSD: Tensor, layout: TokenLayout, summary_B1T: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The vision tokens kept, int64 [B,K] ascending, and the factor [B,S',1] of each token of the kept sequence."""
+        """The vision tokens kept, int64 [B,n] ascending, and the factor [B,S',1] of each token of the kept sequence."""
         width = h_BSD.shape[-1]
         reading_BO1 = self.score(F.gelu(self.hidden(summary_B1T @ h_BSD[:, layout.context]))).mT
         score_BN = torch.baddbmm(reading_BO1[:, width:], h_BSD[:, layout.visual], reading_BO1[:, :width])[..., 0]
-        top_BK, kept_BK = score_BN.topk(count, dim=1, sorted=False)
-        kept_BK, order_BK = kept_BK.sort(dim=1)
-        probability_BK1 = top_BK.gather(1, order_BK).sigmoid()[..., None]
+        top_Bn, kept_Bn = score_BN.topk(count, dim=1, sorted=False)
+        kept_Bn, order_Bn = kept_Bn.sort(dim=1)
+        probability_Bn1 = top_Bn.gather(1, order_Bn).sigmoid()[..., None]
         if self.score_all:
             bos_B11, rest_BR1 = (self.plain(h_BSD[:, part]).sigmoid() for part in (layout.bos, layout.rest))
-            return kept_BK, torch.cat((bos_B11, probability_BK1, rest_BR1), dim=1)
-        return kept_BK, F.pad(probability_BK1, (0, 0, 1, layout.length - layout.rest.start), value=1.0)
+            return kept_Bn, torch.cat((bos_B11, probability_Bn1, rest_BR1), dim=1)
+        return kept_Bn, F.pad(probability_Bn1, (0, 0, 1, layout.length - layout.rest.start), value=1.0)
 
 
 class FusedLayer(nn.Module):
@@ -185,9 +185,9 @@ class FusedDecoder(nn.Module):
                 x_BSD = layer(x_BSD, h_BSD, text[f"mask{layout.vision}"], turn_BSU, None, first)
                 continue
             assert layer.router is not None
-            kept_BK, factor_BS1 = layer.router(h_BSD, layout, text["summary"], count)
+            kept_Bn, factor_BS1 = layer.router(h_BSD, layout, text["summary"], count)
             bos_B1 = text[f"bos{layout.vision}"]
-            rows = torch.cat((bos_B1, kept_BK + (bos_B1 + 1), text[f"rest{layout.vision}"]), dim=1).flatten()
+            rows = torch.cat((bos_B1, kept_Bn + (bos_B1 + 1), text[f"rest{layout.vision}"]), dim=1).flatten()
             pruned = layout.with_vision(count)
             if self.renumber and pruned.vision < self.vision_tokens:
                 pruned_turn_BSU = text[f"turn{count}"]

@@ -225,7 +225,7 @@ class CogVLA(nn.Module):
             routed = self.router(
                 streams, self.vision.fusion, weights_B2, words_BTD, mask_BT, pixels, draw_B, probe, budget
             )
-            vision_BND = routed.vision_BKD
+            vision_BND = routed.vision_BnD
         if change is not None:
             vision_BND = change(vision_BND)
         output = self.decide(vision_BND, inputs.state, text, debug, decode, routed)
@@ -247,11 +247,11 @@ class CogVLA(nn.Module):
         state_B1D = self.state(state_BS.to(dtype))[:, None]
         sequence_BSD = torch.cat((text.bos_B1D.to(dtype), vision_BND, state_B1D, text.tail_BRD.to(dtype)), dim=1)
         trace = Trace() if debug else None
-        placed = (None, None) if routed is None else (routed.position_BK, routed.layers)
+        placed = (None, None) if routed is None else (routed.position_Bn, routed.layers)
         action_BJD = self.decoder(sequence_BSD, text.context, trace, *placed)
         actions_BKA = self.head(action_BJD) if decode else action_BJD.new_empty(batch, 0, self.embodiment.action_dim)
         losses = {} if routed is None else routed.losses()
-        kept_BN = None if routed is None or routed.tokens is None else routed.tokens.index_BK
+        kept_BN = None if routed is None or routed.tokens is None else routed.tokens.index_Bn
         if trace is None:
             return ModelOutput(actions_BKA, vision_BND, action_BJD, kept=kept_BN, losses=losses)
         inside = {**vars(trace), "layout": text.context.layout}

@@ -5,7 +5,7 @@ What is unusual:
 - no KV cache and no output vocabulary: a chunk of actions is read from one forward pass
 - the last layer computes queries and MLP only for the rows that are read, those of the actions
 
-Shape legend: B batch, S sequence, T text, J action tokens, Q query rows, N vision tokens, K kept vision tokens,
+Shape legend: B batch, S sequence, T text, J action tokens, Q query rows, N vision tokens, n of them kept,
 D width, H heads, G key/value heads, E head width, U = 2E.
 """
 
@@ -57,7 +57,7 @@ class Trace:
 
     Attributes:
         hidden: [B,S',D] after the layer.
-        kept: vision tokens of routed layers, int64 [B,K], counted from the first vision token of the whole sequence.
+        kept: vision tokens of routed layers, int64 [B,n], counted from the first vision token of the whole sequence.
         present: the vision tokens in the sequence of the layer, counted alike; None: all.
         attention: [B,N'] that those get in the layer from the action tokens, mean over heads and action tokens.
     """
@@ -131,23 +131,23 @@ class RoutedDecoder(nn.Module):
         current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
         for index, layer in enumerate(self.llm.layers):
             if routing is not None:
-                x_BSD, now, left_BK = routing.shorten(layer, index, x_BSD, now, context)
-                if trace is not None and left_BK is not None:
-                    current_BN = trace.kept[index] = left_BK if current_BN is None else current_BN.gather(1, left_BK)
+                x_BSD, now, left_Bn = routing.shorten(layer, index, x_BSD, now, context)
+                if trace is not None and left_Bn is not None:
+                    current_BN = trace.kept[index] = left_Bn if current_BN is None else current_BN.gather(1, left_Bn)
             if trace is not None:
                 h_BSD = normed(layer.input_layernorm, x_BSD)
                 read_BN = attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
                 trace.present[index], trace.attention[index] = current_BN, read_BN
             # A traced pass wants every row of every layer.
-            x_BSD, now, kept_BK = call(
+            x_BSD, now, kept_Bn = call(
                 self.recompute, self._routed, index, x_BSD, now, context, trace is not None, routing
             )
             if trace is not None:
                 trace.hidden[index] = x_BSD
-            if trace is not None and kept_BK is not None:
-                kept_BK = kept_BK if current_BN is None else current_BN.gather(1, kept_BK)
-                trace.kept[index] = kept_BK
-                current_BN = kept_BK if self.routing.mode == "drop" else current_BN
+            if trace is not None and kept_Bn is not None:
+                kept_Bn = kept_Bn if current_BN is None else current_BN.gather(1, kept_Bn)
+                trace.kept[index] = kept_Bn
+                current_BN = kept_Bn if self.routing.mode == "drop" else current_BN
         read_BQD = x_BSD if trace is None else x_BSD[:, self.read_rows(now.layout)]
         return normed(self.llm.norm, self._action_states(read_BQD, context))
 
@@ -181,8 +181,8 @@ class RoutedDecoder(nn.Module):
             rows=read and read(frame.layout),
         )
         if self.routing.mode == "drop" or read:
-            return out_BSD, frame, chosen.kept_BK
-        return put_rows(x_BSD, chosen.rows, out_BSD), now, chosen.kept_BK
+            return out_BSD, frame, chosen.kept_Bn
+        return put_rows(x_BSD, chosen.rows, out_BSD), now, chosen.kept_Bn
 
     def read_rows(self, layout: TokenLayout) -> slice:
         """Rows that the last layer has to compute."""
@@ -247,7 +247,7 @@ class DecoderContext:
             frame = self._numbered(chosen.layout, fewer, self._masks[fewer])
         else:
             frame = Frame(chosen.layout, self._masks[fewer], take_rows(before.turn_BSU, chosen.rows))
-        return frame if before.seen_BN is None else frame.hiding(before.seen_BN.gather(1, chosen.kept_BK))
+        return frame if before.seen_BN is None else frame.hiding(before.seen_BN.gather(1, chosen.kept_Bn))
 
     def _numbered(self, layout: TokenLayout, fewer: int, mask_B1SS: Tensor) -> Frame:
         position_BS = self.position_BS[:, fewer:] - fewer

@@ -2,7 +2,7 @@
 
 The vision tokens of all views are one sequence here, and compete for all places.
 
-Shape legend: B batch, S sequence, N vision tokens now, K kept, D width, C width of attention keys.
+Shape legend: B batch, S sequence, N vision tokens now, n of them kept, D width, C width of attention keys.
 """
 
 from __future__ import annotations
@@ -61,34 +61,34 @@ class LayerPass:
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
     ) -> tuple[Tensor, Frame, Tensor | None]:
-        place_BK = None
+        place_Bn = None
         with self.timer:
             if index in self.routers and not self.bypass:
-                x_BSD, now, place_BK = self._without(layer, index, x_BSD, now, context)
+                x_BSD, now, place_Bn = self._without(layer, index, x_BSD, now, context)
             after = self.routers.get(index + 1)
             if after is not None and "growth_BN" in after[0].needs:
                 self.earlier_BN = _read(layer, normed(layer.input_layernorm, x_BSD), now)
-        return x_BSD, now, place_BK
+        return x_BSD, now, place_Bn
 
     def _without(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
     ) -> tuple[Tensor, Frame, Tensor]:
         """The sequence without the tokens that go here, and the places of those that stay."""
         routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
-        place_BK, layout = routed.place_BK.round().long(), now.layout
-        chosen = Selection(place_BK, rows_of(layout, place_BK), layout.with_vision(place_BK.shape[1]))
+        place_Bn, layout = routed.place_Bn.round().long(), now.layout
+        chosen = Selection(place_Bn, rows_of(layout, place_Bn), layout.with_vision(place_Bn.shape[1]))
         if self.score_BN is not None:
-            self.score_BN = self.score_BN.gather(1, place_BK)
-        x_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BKD, x_BSD[:, layout.rest]), dim=1)
+            self.score_BN = self.score_BN.gather(1, place_Bn)
+        x_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BnD, x_BSD[:, layout.rest]), dim=1)
         frame = context.pruned(chosen, before=now, renumber=self.compact)
-        return x_BSD, frame if routed.mask_BK is None else frame.hiding(routed.mask_BK), place_BK
+        return x_BSD, frame if routed.mask_Bn is None else frame.hiding(routed.mask_Bn), place_Bn
 
     def choose(self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext) -> Selection | None:
         if not self.bypass or index not in self.routers:
             return None
         with self.timer:
-            kept_BK = self._route(layer, index, h_BSD, h_BSD, now, context).index_BK
-            return Selection(kept_BK, rows_of(now.layout, kept_BK), now.layout.with_vision(kept_BK.shape[1]))
+            kept_Bn = self._route(layer, index, h_BSD, h_BSD, now, context).index_Bn
+            return Selection(kept_Bn, rows_of(now.layout, kept_Bn), now.layout.with_vision(kept_Bn.shape[1]))
 
     def _route(
         self, layer: Any, index: int, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: DecoderContext

@@ -8,7 +8,7 @@
 Each view is routed on its own, as a row of the batch, unless views are `joint`. Whatever a router needs of the towers
 is computed beside them and only then, so that the others keep the fused kernels.
 
-Shape legend: B batch, V views, X = B*V (or B with joint views), N tokens of a row, K kept of a row, W width of both
+Shape legend: B batch, V views, X = B*V (or B with joint views), N tokens of a row, n of them kept, W width of both
 streams, D language width, T text tokens, S state.
 """
 
@@ -42,14 +42,14 @@ class Routed:
     """What enters the language model.
 
     Attributes:
-        vision_BKD: vision tokens of all views.
-        position_BK: in the sequence, may be fractions; None: simply numbered.
+        vision_BnD: vision tokens of all views.
+        position_Bn: in the sequence, may be fractions; None: simply numbered.
         layers: for the decoder; None without routers in it.
         tokens: what the router answered, views one after the other; None where it did not route before.
     """
 
-    vision_BKD: Tensor
-    position_BK: Tensor | None
+    vision_BnD: Tensor
+    position_Bn: Tensor | None
     layers: LayerPass | None
     tokens: RoutedTokens | None
 
@@ -147,7 +147,7 @@ class PolicyRouter(nn.Module):
         return frozenset(given)
 
     def _count(self, budget: int | float) -> int:
-        """K of a row, which is one view, or all of them."""
+        """Return n of a row, which is one view, or all of them."""
         return self.views // self.rows * count_of(budget, self.all_tokens // self.views)
 
     def leaves(self, budget: int | float) -> int:
@@ -223,9 +223,9 @@ class PolicyRouter(nn.Module):
             budget: instead of the configured one.
         """
         routed: RoutedTokens | None = None
-        position_BK: Tensor | None = None
+        position_Bn: Tensor | None = None
         if self.before is None:
-            vision_BKD = fusion(streams, weights_B2)
+            vision_BnD = fusion(streams, weights_B2)
         else:
             joined_BNW = torch.cat(list(streams), dim=-1)
             weights_X2 = None if weights_B2 is None else weights_B2.repeat_interleave(self.rows, dim=0)
@@ -242,11 +242,11 @@ class PolicyRouter(nn.Module):
                 items = self._items(words_BTD, text_mask_BT, pixels_BVCHW, draw_B, probe)
                 items |= {"encoder_BNW": joined_XNW} if self.stage == "projector_out" else {"projector": asked}
                 routed = cast(RoutedTokens, self.before(x_XNC, RouterContext(count, self.training, **items)))
-            x_XKD = project(routed.tokens_BKD) if self.stage == "encoder_out" else routed.tokens_BKD
-            vision_BKD = rearrange(x_XKD, "(b r) k d -> b (r k) d", r=self.rows)
-            routed = self._together(routed, vision_BKD)
+            x_XnD = project(routed.tokens_BnD) if self.stage == "encoder_out" else routed.tokens_BnD
+            vision_BnD = rearrange(x_XnD, "(b r) k d -> b (r k) d", r=self.rows)
+            routed = self._together(routed, vision_BnD)
             if self.config.position != "compact":
-                position_BK = 1 + (routed.place_BK if self._step == 1 else self._step * routed.place_BK)
+                position_Bn = 1 + (routed.place_Bn if self._step == 1 else self._step * routed.place_Bn)
         layers = None
         if self.layers:
             routers = {
@@ -254,10 +254,10 @@ class PolicyRouter(nn.Module):
             }
             score_BN = None
             if routed is not None and routed.score_BN is not None:
-                score_BN = routed.score_BN.gather(1, routed.place_BK.round().long())
+                score_BN = routed.score_BN.gather(1, routed.place_Bn.round().long())
             compact = self.config.position == "compact"
             layers = LayerPass(routers, self.bypass, compact, draw_B, score_BN, self.training, self.stopwatch)
-        return Routed(vision_BKD, position_BK, layers, routed)
+        return Routed(vision_BnD, position_Bn, layers, routed)
 
     def _items(
         self,
@@ -286,20 +286,20 @@ class PolicyRouter(nn.Module):
             items[name] = value
         return items
 
-    def _together(self, routed: RoutedTokens, vision_BKD: Tensor) -> RoutedTokens:
+    def _together(self, routed: RoutedTokens, vision_BnD: Tensor) -> RoutedTokens:
         """The answers of all rows of a sample as one, numbered through."""
-        row_tokens, kept = self.all_tokens // self.rows, routed.index_BK.shape[1]
-        row_X1 = torch.arange(self.rows, device=vision_BKD.device).repeat(len(vision_BKD))[:, None]
+        row_tokens, kept = self.all_tokens // self.rows, routed.index_Bn.shape[1]
+        row_X1 = torch.arange(self.rows, device=vision_BnD.device).repeat(len(vision_BnD))[:, None]
 
         def joined(x_XN: Tensor) -> Tensor:
             return rearrange(x_XN, "(b r) n -> b (r n)", r=self.rows)
 
-        index_XK, owner_XN = routed.index_BK, routed.owner_BN
+        index_Xn, owner_XN = routed.index_Bn, routed.owner_BN
         return replace(
             routed,
-            tokens_BKD=vision_BKD,
-            index_BK=joined(torch.where(index_XK < 0, -1, index_XK + row_X1 * row_tokens)),
-            place_BK=joined(routed.place_BK + row_X1 * row_tokens),
+            tokens_BnD=vision_BnD,
+            index_Bn=joined(torch.where(index_Xn < 0, -1, index_Xn + row_X1 * row_tokens)),
+            place_Bn=joined(routed.place_Bn + row_X1 * row_tokens),
             score_BN=None if routed.score_BN is None else joined(routed.score_BN),
             owner_BN=None if owner_XN is None else joined(torch.where(owner_XN < 0, -1, owner_XN + row_X1 * kept)),
         )

@@ -57,5 +57,5 @@ class AdaptiveErank(TokenRouter):
             distance_BN = (1 - (x_BND @ take(x_BND, head_B1).mT)[..., 0]).clamp_min(0)
             double_BN = distance_BN < near_BN.gather(1, head_B1)
             late_BN = torch.maximum(late_BN, double_BN.to(late_BN)).scatter(1, head_B1, 2.0)
-        index_BK = order_BN.gather(1, (late_BN == 2).int().sort(dim=1, descending=True, stable=True).indices)
-        return kept(tokens_BND, index_BK[:, : context.budget], score_BN)
+        index_Bn = order_BN.gather(1, (late_BN == 2).int().sort(dim=1, descending=True, stable=True).indices)
+        return kept(tokens_BND, index_Bn[:, : context.budget], score_BN)

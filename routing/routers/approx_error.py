@@ -2,7 +2,7 @@
 with fused kernels at every stage.
 
 Farthest-point sampling in squared distance gives a basis of k tokens. Least squares with (B B^T + 1e-5 I), in float32,
-approximates every token by the basis; the error of a token is the length of the residual. The K-k tokens with the
+approximates every token by the basis; the error of a token is the length of the residual. The n-k tokens with the
 largest errors stay as informative tokens, and every other token is averaged into the informative token with the largest
 cosine. The k basis tokens stay unchanged: their error is 0, so they would never be among the largest, and the main
 content of the picture would be lost with them.
@@ -51,24 +51,24 @@ class ApproxError(TokenRouter):
         assert context.draw_B is not None
         x_BND, tokens = tokens_BND.float(), tokens_BND.shape[1]
         count = min(self.basis, context.budget // 2)
-        basis_BK = sample_far(x_BND, context.draw_B % tokens, count)
-        error_BN = approximation_error(x_BND, take(x_BND, basis_BK)).scatter(1, basis_BK, -1.0)
+        basis_Bn = sample_far(x_BND, context.draw_B % tokens, count)
+        error_BN = approximation_error(x_BND, take(x_BND, basis_Bn)).scatter(1, basis_Bn, -1.0)
         informative_BI = best(error_BN, context.budget - count)
-        kept_BK = torch.cat((informative_BI, basis_BK), dim=1)
-        rest_BR = remaining(kept_BK, tokens)
+        kept_Bn = torch.cat((informative_BI, basis_Bn), dim=1)
+        rest_BR = remaining(kept_Bn, tokens)
         unit_BND = unit(x_BND)
         owner_BR = (take(unit_BND, rest_BR) @ take(unit_BND, informative_BI).mT).argmax(-1)
         joins_BRI = F.one_hot(owner_BR, informative_BI.shape[1]).float()
         total_BID = take(x_BND, informative_BI) + joins_BRI.mT @ take(x_BND, rest_BR)
         count_BI1 = 1 + joins_BRI.sum(1)[..., None]
-        both_BKD = torch.cat((total_BID / count_BI1, take(x_BND, basis_BK)), dim=1).to(tokens_BND.dtype)
-        place_BK, order_BK = kept_BK.sort(dim=1)
-        merged_BK = order_BK < informative_BI.shape[1]
-        slot_BK = order_BK.argsort(dim=1)  # output place of each of `kept_BK`
-        owner_BN = torch.zeros_like(error_BN, dtype=torch.int64).scatter_(1, kept_BK, slot_BK)
-        owner_BN.scatter_(1, rest_BR, slot_BK.gather(1, owner_BR))
+        both_BnD = torch.cat((total_BID / count_BI1, take(x_BND, basis_Bn)), dim=1).to(tokens_BND.dtype)
+        place_Bn, order_Bn = kept_Bn.sort(dim=1)
+        merged_Bn = order_Bn < informative_BI.shape[1]
+        slot_Bn = order_Bn.argsort(dim=1)  # output place of each of `kept_Bn`
+        owner_BN = torch.zeros_like(error_BN, dtype=torch.int64).scatter_(1, kept_Bn, slot_Bn)
+        owner_BN.scatter_(1, rest_BR, slot_Bn.gather(1, owner_BR))
         return RoutedTokens(
-            take(both_BKD, order_BK), torch.where(merged_BK, -1, place_BK), place_BK, error_BN.clamp_min(0), owner_BN
+            take(both_BnD, order_Bn), torch.where(merged_Bn, -1, place_Bn), place_Bn, error_BN.clamp_min(0), owner_BN
         )
 
 
@@ -90,8 +90,8 @@ def sample_far(x_BND: Tensor, first_B: Tensor, count: int) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def approximation_error(x_BND: Tensor, basis_BKD: Tensor) -> Tensor:
+def approximation_error(x_BND: Tensor, basis_BnD: Tensor) -> Tensor:
     """Return the length of each token's residual after projection on the span of the basis, float32 [B,N]."""
-    gram_BKK = basis_BKD @ basis_BKD.mT + RIDGE * torch.eye(basis_BKD.shape[1], device=x_BND.device)
-    weights_BKN = torch.linalg.solve(gram_BKK, basis_BKD @ x_BND.mT)
-    return (x_BND - weights_BKN.mT @ basis_BKD).norm(dim=-1)
+    gram_Bnn = basis_BnD @ basis_BnD.mT + RIDGE * torch.eye(basis_BnD.shape[1], device=x_BND.device)
+    weights_BnN = torch.linalg.solve(gram_Bnn, basis_BnD @ x_BND.mT)
+    return (x_BND - weights_BnN.mT @ basis_BnD).norm(dim=-1)

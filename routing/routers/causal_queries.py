@@ -1,4 +1,4 @@
-"""SEED's causal Q-Former without its codebook: K learned queries read the tokens, and each query attends only to the
+"""SEED's causal Q-Former without its codebook: n learned queries read the tokens, and each query attends only to the
 queries before it. So the first k queries are a valid shorter result, and one training with `router.train_budgets`
 covers all budgets.
 
@@ -42,8 +42,8 @@ class CausalQueries(TokenRouter):
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         x_BND = tokens_BND.to(self.queries.dtype)
-        q_BKD = self.queries[: context.budget].expand(len(x_BND), -1, -1)
-        before_1KK = torch.ones(context.budget, context.budget, dtype=torch.bool, device=x_BND.device).tril()[None]
+        q_BnD = self.queries[: context.budget].expand(len(x_BND), -1, -1)
+        before_1nn = torch.ones(context.budget, context.budget, dtype=torch.bool, device=x_BND.device).tril()[None]
         for among, reading in zip(self.among, self.reading, strict=True):
-            q_BKD = reading(among(q_BKD, mask=before_1KK), x_BND)
-        return synthetic(q_BKD.to(tokens_BND.dtype), tokens_BND.shape[1])
+            q_BnD = reading(among(q_BnD, mask=before_1nn), x_BND)
+        return synthetic(q_BnD.to(tokens_BND.dtype), tokens_BND.shape[1])

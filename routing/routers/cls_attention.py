@@ -2,7 +2,7 @@
 VTC-CLS ("[CLS] Token Tells Everything...") with several.
 
 The score of a patch is the attention that it gets from [CLS], mean over heads, at the layer whose output is used. The
-softmax is over all tokens, and scores are not normalised again. VTC-CLS sums the last layers. The K best patches stay
+softmax is over all tokens, and scores are not normalised again. VTC-CLS sums the last layers. The n best patches stay
 in their spatial order.
 
 Our choices: `layers` counts backwards from the layer that feeds the projector, since VTC-CLS gives no default; with a

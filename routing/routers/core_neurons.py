@@ -2,10 +2,10 @@
 
 At a language layer, b_i marks the neurons of the gated MLP that token i activates (SiLU(gate) * up > 0), and b_core
 those that the words activate. The score of token i is the overlap b_i . b_core. With `knee`, only tokens above the knee
-of the sorted scores are seen, at most K; the knee is the point farthest from the line between the ends.
+of the sorted scores are seen, at most n; the knee is the point farthest from the line between the ends.
 
 Our choices: core neurons are those that more than half of the words activate; activations are those of this layer's MLP
-without the attention before it, since the layer has not run yet; without `knee` exactly K tokens stay. Tokens below the
+without the attention before it, since the layer has not run yet; without `knee` exactly n tokens stay. Tokens below the
 knee are hidden, not removed, since shapes must not depend on the content.
 """
 
@@ -47,10 +47,10 @@ class CoreNeurons(TokenRouter):
         routed = kept(tokens_BND, best(score_BN, context.budget), score_BN)
         if not self.knee:
             return routed
-        mask_BK = score_BN.gather(1, routed.index_BK) > bend(score_BN)
+        mask_Bn = score_BN.gather(1, routed.index_Bn) > bend(score_BN)
         # At least the best token stays visible.
-        mask_BK = mask_BK | (score_BN.gather(1, routed.index_BK) == score_BN.amax(1, keepdim=True))
-        return RoutedTokens(routed.tokens_BKD, routed.index_BK, routed.place_BK, score_BN, mask_BK=mask_BK)
+        mask_Bn = mask_Bn | (score_BN.gather(1, routed.index_Bn) == score_BN.amax(1, keepdim=True))
+        return RoutedTokens(routed.tokens_BnD, routed.index_Bn, routed.place_Bn, score_BN, mask_Bn=mask_Bn)
 
 
 def bend(score_BN: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ class Coverage(TokenRouter):
         weight_BT1 = (context.text_mask_BT / context.text_mask_BT.sum(1, keepdim=True).clamp_min(1))[..., None]
         words_BTN = (unit(context.text_BTE) @ x_BND.mT / TEXT_TEMPERATURE).softmax(-1) * weight_BT1
         picture_BNN = (c_BNW @ c_BNW.mT / VISION_TEMPERATURE).softmax(-1) / tokens_BND.shape[1]
-        index_BK, gain_BK = cover(torch.cat((words_BTN, self.alpha * picture_BNN), dim=1), context.budget)
-        score_BN = torch.zeros_like(x_BND[..., 0]).scatter_(1, index_BK, gain_BK)
-        return kept(tokens_BND, index_BK, score_BN)
+        index_Bn, gain_Bn = cover(torch.cat((words_BTN, self.alpha * picture_BNN), dim=1), context.budget)
+        score_BN = torch.zeros_like(x_BND[..., 0]).scatter_(1, index_Bn, gain_Bn)
+        return kept(tokens_BND, index_Bn, score_BN)
 
 
 def cover(utility_BUN: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,12 @@
 """ToDRE: keep tokens that are as different from each other as possible.
 
 Projected tokens are scaled to length 1. The first one is the token with the most [CLS] attention; then the token least
-similar to those already taken is added K-1 times. Similarity is that to the nearest of them (`kcenter`, version 1 of
+similar to those already taken is added n-1 times. Similarity is that to the nearest of them (`kcenter`, version 1 of
 the paper) or the sum over all (`maxsum`, version 2); the two give different sets. The paper's exit from the language
 model is `late_exit`.
 
 Our choice: `pivot: random` starts at a random token, for towers without attention; the paper finds that nearly as good.
-The cost is K rounds of O(N D), for all samples together.
+The cost is n rounds of O(N D), for all samples together.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Diversity(TokenRouter):
         else:
             assert context.draw_B is not None
             first_B = context.draw_B % tokens
-        index_BK = farthest(x_BND, first_B, context.budget, summed=self.variant == "maxsum")
-        order_K = torch.arange(context.budget, 0, -1, device=x_BND.device, dtype=torch.float32)
-        score_BN = torch.zeros_like(x_BND[..., 0]).scatter_(1, index_BK, order_K.expand_as(index_BK))
-        return kept(tokens_BND, index_BK, score_BN)
+        index_Bn = farthest(x_BND, first_B, context.budget, summed=self.variant == "maxsum")
+        order_n = torch.arange(context.budget, 0, -1, device=x_BND.device, dtype=torch.float32)
+        score_BN = torch.zeros_like(x_BND[..., 0]).scatter_(1, index_Bn, order_n.expand_as(index_Bn))
+        return kept(tokens_BND, index_Bn, score_BN)
 
 
 def farthest(unit_BND: Tensor, first_B: Tensor, count: int, summed: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""CogVLA's EFA as a router: K learned tokens collect from the patches what the instruction asks for.
+"""CogVLA's EFA as a router: n learned tokens collect from the patches what the instruction asks for.
 
 In the policy's own stage 1 (`routing.efa`, `routing/aggregation.py`), such tokens pass through all blocks of the
 towers, and the instruction modulates these blocks by FiLM. Here the tokens only read the last features of the towers,
@@ -23,7 +23,7 @@ from cogvla.routing.selection import synthetic
 
 @register_router("film_aggregation")
 class FiLMAggregation(TokenRouter):
-    """Replace the tokens by K learned tokens that read them, modulated by the instruction.
+    """Replace the tokens by n learned tokens that read them, modulated by the instruction.
 
     Args:
         sizes: see `RouterSizes`.
@@ -48,7 +48,7 @@ class FiLMAggregation(TokenRouter):
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         x_BND = tokens_BND.to(self.tokens.dtype)
         scale_LB1D, shift_LB1D = self.film(mean_word(context).to(x_BND.dtype))
-        y_BKD = self.tokens.expand(len(x_BND), -1, -1)
+        y_BnD = self.tokens.expand(len(x_BND), -1, -1)
         for block, scale_B1D, shift_B1D in zip(self.blocks, scale_LB1D, shift_LB1D, strict=True):
-            y_BKD = modulate(block(y_BKD, x_BND), scale_B1D, shift_B1D)
-        return synthetic(y_BKD.to(tokens_BND.dtype), tokens_BND.shape[1])
+            y_BnD = modulate(block(y_BnD, x_BND), scale_B1D, shift_B1D)
+        return synthetic(y_BnD.to(tokens_BND.dtype), tokens_BND.shape[1])

@@ -1,5 +1,5 @@
-"""TokenFLEX: one policy for any number of vision tokens. The grid is pooled to h x w = K, and a SwiGLU layer follows.
-Each training step draws K from `router.train_budgets`; after training, choose any `router.budget`.
+"""TokenFLEX: one policy for any number of vision tokens. The grid is pooled to h x w = n, and a SwiGLU layer follows.
+Each training step draws n from `router.train_budgets`; after training, choose any `router.budget`.
 
 Our choices: budgets are drawn uniformly, since the paper's probabilities are not known; the SwiGLU layer comes before
 the policy's own projector, with a residual connection, and its output is 0 at first, so that it can be added to a
@@ -48,6 +48,6 @@ class FlexCount(TokenRouter):
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.grid is not None
         routed = pooled(tokens_BND, context.grid, grid_shape(context.grid, context.budget))
-        x_BKD = routed.tokens_BKD.to(self.gate.weight.dtype)
-        x_BKD = x_BKD + self.down(F.silu(self.gate(x_BKD)) * self.up(x_BKD))
-        return replace(routed, tokens_BKD=x_BKD.to(tokens_BND.dtype))
+        x_BnD = routed.tokens_BnD.to(self.gate.weight.dtype)
+        x_BnD = x_BnD + self.down(F.silu(self.gate(x_BnD)) * self.up(x_BnD))
+        return replace(routed, tokens_BnD=x_BnD.to(tokens_BND.dtype))

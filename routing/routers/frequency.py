@@ -55,10 +55,10 @@ class Frequency(TokenRouter):
         y_BhwD = einsum(x_BHWD, maps[0], maps[1], "b rows columns d, h rows, w columns -> b h w d")
         if self.rescale:
             y_BhwD = y_BhwD * math.sqrt(context.budget / (grid[0] * grid[1]))
-        cell_N, middle_K = cells(grid, shape, tokens_BND.device)
-        place_BK, owner_BN = (x.expand(len(tokens_BND), -1) for x in (middle_K, cell_N))
-        tokens_BKD = rearrange(y_BhwD, "b h w d -> b (h w) d").to(tokens_BND.dtype)
-        return RoutedTokens(tokens_BKD, torch.full_like(place_BK, -1), place_BK, None, owner_BN)
+        cell_N, middle_n = cells(grid, shape, tokens_BND.device)
+        place_Bn, owner_BN = (x.expand(len(tokens_BND), -1) for x in (middle_n, cell_N))
+        tokens_BnD = rearrange(y_BhwD, "b h w d -> b (h w) d").to(tokens_BND.dtype)
+        return RoutedTokens(tokens_BnD, torch.full_like(place_Bn, -1), place_Bn, None, owner_BN)
 
 
 def dct(size: int, device: torch.device) -> Tensor:

@@ -2,11 +2,11 @@
 
 Global tokens are patches that get more than `threshold` times the mean attention. The importance of a token is the mean
 attention that it gets from them, plus `entropy` times the softmax of the patches' Shannon entropy (of a grey histogram
-of 256 bins). M = N / cell^2 of the K tokens are recycled tokens: importance-weighted means of removed tokens, each at
+of 256 bins). M = N / cell^2 of the n tokens are recycled tokens: importance-weighted means of removed tokens, each at
 the place of the most important removed token of a cell.
 
 The paper's search found entropy = 0 every time, so that is the default. Our choices: there are exactly M recycled
-tokens, at most K/2, and each removed token contributes to the nearest one (in the paper there is one recycled token for
+tokens, at most n/2, and each removed token contributes to the nearest one (in the paper there is one recycled token for
 each cell that has removed tokens); the defaults of `threshold` and `cell` are for small grids (the paper found 28.7 to
 39.3, and 11.8 to 17.4, for 27 x 27 patches); if no token is global, the one with the most attention counts as global.
 Pruning inside the language model is `carried`; the search is `schedule_search`.
@@ -52,16 +52,16 @@ class GlobalAttention(TokenRouter):
         score_BN, tokens = self.importance(context), tokens_BND.shape[1]
         wanted = int(tokens / self.cell**2) if self.cell else 0
         count = min(wanted, context.budget // 2, tokens - context.budget)
-        whole_BK = best(score_BN, context.budget - count)
+        whole_Bn = best(score_BN, context.budget - count)
         owner_BN = torch.full_like(score_BN, -1, dtype=torch.int64)
-        rest_BR = remaining(whole_BK, tokens)
+        rest_BR = remaining(whole_Bn, tokens)
         target_BM = rest_BR[:, :count]
         if count:
             # The most important removed token of each cell comes first; if there are fewer cells than M, others follow.
             target_BM = rest_BR.gather(1, best(self._first_of_cells(score_BN, rest_BR, context.grid), count))
-        place_BK, order_BK = torch.cat((whole_BK, target_BM), dim=1).sort(dim=1)
-        slot_BK = order_BK.argsort(dim=1)
-        owner_BN.scatter_(1, whole_BK, slot_BK[:, : whole_BK.shape[1]])
+        place_Bn, order_Bn = torch.cat((whole_Bn, target_BM), dim=1).sort(dim=1)
+        slot_Bn = order_Bn.argsort(dim=1)
+        owner_BN.scatter_(1, whole_Bn, slot_Bn[:, : whole_Bn.shape[1]])
         recycled_BMD = take(tokens_BND, target_BM).float()
         if count:
             where_N2 = _where(context.grid, tokens_BND.device)
@@ -69,10 +69,10 @@ class GlobalAttention(TokenRouter):
             nearest_BR = distance_BRM.argmin(-1)
             weight_BRM = F.one_hot(nearest_BR, count) * score_BN.gather(1, rest_BR).clamp_min(1e-12)[..., None]
             recycled_BMD = (weight_BRM / weight_BRM.sum(1, keepdim=True)).mT @ take(tokens_BND, rest_BR).float()
-            owner_BN.scatter_(1, rest_BR, slot_BK[:, whole_BK.shape[1] :].gather(1, nearest_BR))
-        both_BKD = torch.cat((take(tokens_BND, whole_BK), recycled_BMD.to(tokens_BND.dtype)), dim=1)
-        index_BK = torch.where(order_BK < whole_BK.shape[1], place_BK, -1)
-        return RoutedTokens(take(both_BKD, order_BK), index_BK, place_BK, score_BN, owner_BN)
+            owner_BN.scatter_(1, rest_BR, slot_Bn[:, whole_Bn.shape[1] :].gather(1, nearest_BR))
+        both_BnD = torch.cat((take(tokens_BND, whole_Bn), recycled_BMD.to(tokens_BND.dtype)), dim=1)
+        index_Bn = torch.where(order_Bn < whole_Bn.shape[1], place_Bn, -1)
+        return RoutedTokens(take(both_BnD, order_Bn), index_Bn, place_Bn, score_BN, owner_BN)
 
     def importance(self, context: RouterContext) -> Tensor:
         """Return the importance of each token, float32 [B,N]."""

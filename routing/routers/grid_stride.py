@@ -1,4 +1,4 @@
-"""Control: keep a regular grid of patches, the middle one of each of K cells. It covers the picture evenly and ignores
+"""Control: keep a regular grid of patches, the middle one of each of n cells. It covers the picture evenly and ignores
 the content.
 
 The budget must be h*w for a grid h x w of nearly the same shape. Our choice: if the middle falls between two patches,
@@ -31,5 +31,5 @@ class GridStride(TokenRouter):
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.grid is not None
-        _, middle_K = cells(context.grid, grid_shape(context.grid, context.budget), tokens_BND.device)
-        return kept(tokens_BND, middle_K.expand(len(tokens_BND), -1))
+        _, middle_n = cells(context.grid, grid_shape(context.grid, context.budget), tokens_BND.device)
+        return kept(tokens_BND, middle_n.expand(len(tokens_BND), -1))

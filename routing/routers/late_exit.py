@@ -42,10 +42,10 @@ class LateExit(TokenRouter):
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         count = 0 if self.threshold is None else tokens_BND.shape[1]
-        index_BK = torch.arange(count, device=tokens_BND.device).expand(len(tokens_BND), -1)
-        routed = kept(tokens_BND, index_BK)
+        index_Bn = torch.arange(count, device=tokens_BND.device).expand(len(tokens_BND), -1)
+        routed = kept(tokens_BND, index_Bn)
         if self.threshold is None:
             return routed
         assert context.share_B2 is not None
         stays_B1 = (context.share_B2 >= self.threshold).any(1, keepdim=True)
-        return RoutedTokens(routed.tokens_BKD, index_BK, index_BK, mask_BK=stays_B1.expand_as(index_BK))
+        return RoutedTokens(routed.tokens_BnD, index_Bn, index_Bn, mask_Bn=stays_B1.expand_as(index_Bn))

@@ -6,7 +6,7 @@ words, a block of self-attention among the tokens, one logit.
 
 Our choices: `guide` is the weight of the first stage's loss, KL(attention || softmax of logits), with the policy's
 attention at this stage; end to end, kept tokens are multiplied by 1, with the gradient of their probability
-(straight-through); the loss 0.1 (mean probability - K/N)^2 keeps the mean probability at the budget.
+(straight-through); the loss 0.1 (mean probability - n/N)^2 keeps the mean probability at the budget.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PVC (Progressive Visual token Compression): keep what is new in this frame compared with a history of frames.
 
 Tokens of the present frame attend to tokens of earlier frames at the same place. What the earlier frames already
-contain is subtracted, and the rest is pooled to h x w = K tokens. A single picture counts as a video without motion.
+contain is subtracted, and the rest is pooled to h x w = n tokens. A single picture counts as a video without motion.
 
 PVC trains its encoder for this, and that code is not published. So the block is ours: attention over time at each
 place, and a gate that starts half open. The router needs earlier frames. A policy's observation here

@@ -17,7 +17,7 @@ from cogvla.routing.selection import best, kept
 
 @register_router("random")
 class Random(TokenRouter):
-    """Keep K random tokens; every subset is equally likely."""
+    """Keep n random tokens; every subset is equally likely."""
 
     needs = frozenset({"draw_B"})
 

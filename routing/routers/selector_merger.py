@@ -5,7 +5,7 @@ Selector: an MLP with two logits per token. In training Gumbel noise is added, a
 the gradient of the keep probability (straight-through). Merger: kept tokens use causal self-attention, then read the
 dropped ones by cross-attention. A regulariser keeps the mean keep probability at the budget.
 
-Our choices: exactly K tokens stay, those with the largest difference of logits (the number varies in LaVIT); one block
+Our choices: exactly n tokens stay, those with the largest difference of logits (the number varies in LaVIT); one block
 each; the regulariser's weight is 2.
 """
 
@@ -53,17 +53,17 @@ class SelectorMerger(TokenRouter):
             logit_BN2 = logit_BN2 - (-noise_BN2.log()).log()
         score_BN = logit_BN2[..., 1] - logit_BN2[..., 0]
         probability_BN = score_BN.sigmoid()
-        index_BK = best(score_BN.detach(), context.budget)
-        kept_BN = torch.zeros_like(score_BN, dtype=torch.bool).scatter_(1, index_BK, True)
-        y_BKD = straight_through(kept(x_BND, index_BK), probability_BN).tokens_BKD
-        before_1KK = torch.ones(context.budget, context.budget, dtype=torch.bool, device=x_BND.device).tril()[None]
-        y_BKD = self.among(y_BKD, mask=before_1KK)
+        index_Bn = best(score_BN.detach(), context.budget)
+        kept_BN = torch.zeros_like(score_BN, dtype=torch.bool).scatter_(1, index_Bn, True)
+        y_BnD = straight_through(kept(x_BND, index_Bn), probability_BN).tokens_BnD
+        before_1nn = torch.ones(context.budget, context.budget, dtype=torch.bool, device=x_BND.device).tril()[None]
+        y_BnD = self.among(y_BnD, mask=before_1nn)
         if context.budget < x_BND.shape[1]:
-            y_BKD = self.reading(y_BKD, x_BND, ~kept_BN[:, None])
+            y_BnD = self.reading(y_BnD, x_BND, ~kept_BN[:, None])
         losses = {}
         if context.training:
             rate = context.budget / x_BND.shape[1]
             losses["rate"] = RATE_WEIGHT * F.mse_loss(probability_BN.mean(), probability_BN.new_tensor(rate))
         return RoutedTokens(
-            y_BKD.to(tokens_BND.dtype), torch.full_like(index_BK, -1), index_BK, score_BN, losses=losses
+            y_BnD.to(tokens_BND.dtype), torch.full_like(index_Bn, -1), index_Bn, score_BN, losses=losses
         )

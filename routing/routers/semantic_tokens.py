@@ -1,8 +1,8 @@
 """STViT ("Making Vision Transformers Efficient from A Token Sparsification View"): replace the patches by a few
 semantic tokens, which act as cluster centres.
 
-S0 = adaptive max pool of the grid to g x g = K; S1 = S0 + scale * attention of S0 to [S0; X], then an MLP; S2 is
-computed in the same way from S1 + G, with K learned vectors G (truncated normal, 0.02). LayerScale starts at 1e-5.
+S0 = adaptive max pool of the grid to g x g = n; S1 = S0 + scale * attention of S0 to [S0; X], then an MLP; S2 is
+computed in the same way from S1 + G, with n learned vectors G (truncated normal, 0.02). LayerScale starts at 1e-5.
 
 Our choices: the whole picture is one window; blocks are `AttentionBlock`s, and LayerScale is one vector per block that
 multiplies all that the block adds. `variant: free` is ours and needs no training: average pooling, then one step of
@@ -64,12 +64,12 @@ class SemanticTokens(TokenRouter):
         means = pooled(tokens_BND, context.grid, shape)
         if not self.trained:
             x_BND = tokens_BND.float()
-            share_BKN = (unit(means.tokens_BKD) @ unit(x_BND).mT / TEMPERATURE).softmax(-1)
-            return RoutedTokens((share_BKN @ x_BND).to(tokens_BND.dtype), means.index_BK, means.place_BK)
+            share_BnN = (unit(means.tokens_BnD) @ unit(x_BND).mT / TEMPERATURE).softmax(-1)
+            return RoutedTokens((share_BnN @ x_BND).to(tokens_BND.dtype), means.index_Bn, means.place_Bn)
         x_BND = tokens_BND.to(self.centres.dtype)
         x_BDHW = rearrange(x_BND, "b (h w) d -> b d h w", h=context.grid[0])
-        s_BKD = rearrange(F.adaptive_max_pool2d(x_BDHW, shape), "b d h w -> b (h w) d")
+        s_BnD = rearrange(F.adaptive_max_pool2d(x_BDHW, shape), "b d h w -> b (h w) d")
         for number, (block, scale_D) in enumerate(zip(self.blocks, self.scales, strict=True)):
-            asking_BKD = s_BKD + self.centres if number else s_BKD
-            s_BKD = s_BKD + scale_D * (block(asking_BKD, torch.cat((s_BKD, x_BND), dim=1)) - asking_BKD)
-        return RoutedTokens(s_BKD.to(tokens_BND.dtype), means.index_BK, means.place_BK)
+            asking_BnD = s_BnD + self.centres if number else s_BnD
+            s_BnD = s_BnD + scale_D * (block(asking_BnD, torch.cat((s_BnD, x_BND), dim=1)) - asking_BnD)
+        return RoutedTokens(s_BnD.to(tokens_BND.dtype), means.index_Bn, means.place_Bn)

@@ -1,4 +1,4 @@
-"""Slot-MLLM's slots without its codebook and decoder: K slots compete for the tokens, so that each gathers one object.
+"""Slot-MLLM's slots without its codebook and decoder: n slots compete for the tokens, so that each gathers one object.
 
 Slot attention: attention is a softmax over slots, then normalised over tokens; a GRU updates the slots with the
 weighted means, and an MLP follows; three iterations.
@@ -47,11 +47,11 @@ class SlotAttention(TokenRouter):
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         k_BND, v_BND = self.kv(self.norm(tokens_BND.to(self.slots.dtype))).chunk(2, dim=-1)
-        slots_BKD = self.slots.expand(len(tokens_BND), -1, -1)
+        slots_BnD = self.slots.expand(len(tokens_BND), -1, -1)
         for _ in range(self.iterations):
-            logits_BKN = self.q(self.slot_norm(slots_BKD)) @ k_BND.mT * k_BND.shape[-1] ** -0.5
-            share_BKN = logits_BKN.softmax(1) + LEAST
-            means_BKD = (share_BKN / share_BKN.sum(-1, keepdim=True)) @ v_BND
-            slots_BKD = self.update(means_BKD.flatten(0, 1), slots_BKD.flatten(0, 1)).unflatten(0, slots_BKD.shape[:2])
-            slots_BKD = slots_BKD + self.mlp(self.mlp_norm(slots_BKD))
-        return synthetic(slots_BKD.to(tokens_BND.dtype), tokens_BND.shape[1])
+            logits_BnN = self.q(self.slot_norm(slots_BnD)) @ k_BND.mT * k_BND.shape[-1] ** -0.5
+            share_BnN = logits_BnN.softmax(1) + LEAST
+            means_BnD = (share_BnN / share_BnN.sum(-1, keepdim=True)) @ v_BND
+            slots_BnD = self.update(means_BnD.flatten(0, 1), slots_BnD.flatten(0, 1)).unflatten(0, slots_BnD.shape[:2])
+            slots_BnD = slots_BnD + self.mlp(self.mlp_norm(slots_BnD))
+        return synthetic(slots_BnD.to(tokens_BND.dtype), tokens_BND.shape[1])

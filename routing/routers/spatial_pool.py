@@ -1,4 +1,4 @@
-"""Control: adaptive average pooling of the grid to h x w = K tokens (the pooling of TokenFLEX without its projector).
+"""Control: adaptive average pooling of the grid to h x w = n tokens (the pooling of TokenFLEX without its projector).
 
 Our choice: a pooled token's place is the patch in the middle of its cell. If the cells do not divide the grid, they
 overlap, and a patch in the overlap counts for both, as in PyTorch; `owner_BN` names one of them.
@@ -45,7 +45,7 @@ def pooled(tokens_BND: Tensor, grid: tuple[int, int], shape: tuple[int, int]) ->
         shape: (h, w).
     """
     x_BDHW = rearrange(tokens_BND.float(), "b (h w) d -> b d h w", h=grid[0])
-    means_BKD = rearrange(F.adaptive_avg_pool2d(x_BDHW, shape), "b d h w -> b (h w) d")
-    cell_N, middle_K = cells(grid, shape, tokens_BND.device)
-    place_BK, owner_BN = middle_K.expand(len(tokens_BND), -1), cell_N.expand(len(tokens_BND), -1)
-    return RoutedTokens(means_BKD.to(tokens_BND.dtype), place_BK.new_full(place_BK.shape, -1), place_BK, None, owner_BN)
+    means_BnD = rearrange(F.adaptive_avg_pool2d(x_BDHW, shape), "b d h w -> b (h w) d")
+    cell_N, middle_n = cells(grid, shape, tokens_BND.device)
+    place_Bn, owner_BN = middle_n.expand(len(tokens_BND), -1), cell_N.expand(len(tokens_BND), -1)
+    return RoutedTokens(means_BnD.to(tokens_BND.dtype), place_Bn.new_full(place_Bn.shape, -1), place_Bn, None, owner_BN)

@@ -6,13 +6,13 @@ best tokens, half to tokens that differ.
 3. pooled_i = sum_j m_ij softmax_j(m_ij / 0.05)
 4. q = minmax(softmax_i(pooled / 0.01) ^ 2.5)
 5. s = exp((1-eta) log a + eta log q), eta = 0.5
-6. the best K/2 tokens by s stay
+6. the best n/2 tokens by s stay
 7. the rest is sorted by s, and every second token is compared with the tokens between; the 8 that are most similar to
-   one of these are removed; this is repeated until K - K/2 are left
+   one of these are removed; this is repeated until n - n/2 are left
 
 The formulas are those of the paper, not of the released code, which overwrites two of these steps. Our choice: all
 words of the instruction count, none is stripped; they are the same in all steps of an episode. If the tower has no
-[CLS], attention is the mean that a patch gets from all patches. Step 7 takes (N-K)/8 rounds.
+[CLS], attention is the mean that a patch gets from all patches. Step 7 takes (N-n)/8 rounds.
 """
 
 from __future__ import annotations

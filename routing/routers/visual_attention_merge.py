@@ -56,14 +56,14 @@ class VisualAttentionMerge(TokenRouter):
         assert context.keys_BNC is not None
         score_BN = score_BN.float() if score_BN.ndim == 2 else score_BN.float().sum(0)
         tokens, merged = tokens_BND.shape[1], round(self.contextual * context.budget)
-        dominant_BK = best(score_BN, context.budget - merged)
+        dominant_Bn = best(score_BN, context.budget - merged)
         owner_BN = torch.full(score_BN.shape, -1, device=score_BN.device)
         owner_BN.scatter_(
-            1, dominant_BK, torch.arange(dominant_BK.shape[1], device=score_BN.device).expand_as(dominant_BK)
+            1, dominant_Bn, torch.arange(dominant_Bn.shape[1], device=score_BN.device).expand_as(dominant_Bn)
         )
         if not merged:
-            return RoutedTokens(take(tokens_BND, dominant_BK), dominant_BK, dominant_BK, score_BN, owner_BN)
-        rest_BE = remaining(dominant_BK, tokens)
+            return RoutedTokens(take(tokens_BND, dominant_Bn), dominant_Bn, dominant_Bn, score_BN, owner_BN)
+        rest_BE = remaining(dominant_Bn, tokens)
         target_BC = rest_BE[:, :: rest_BE.shape[1] // merged][:, :merged]
         key_BNC = unit(context.keys_BNC)
         nearest_BE = (take(key_BNC, rest_BE) @ take(key_BNC, target_BC).mT).argmax(-1)
@@ -76,11 +76,11 @@ class VisualAttentionMerge(TokenRouter):
         else:
             context_BCD = own_BCD + total_BCD / count_BC1.clamp_min(1)
         slot_BE = torch.where(is_target_BE, (rest_BE[..., None] == target_BC[:, None]).int().argmax(-1), nearest_BE)
-        owner_BN.scatter_(1, rest_BE, slot_BE + dominant_BK.shape[1])
+        owner_BN.scatter_(1, rest_BE, slot_BE + dominant_Bn.shape[1])
         return RoutedTokens(
-            torch.cat((take(tokens_BND, dominant_BK), context_BCD.to(tokens_BND.dtype)), dim=1),
-            torch.cat((dominant_BK, torch.full_like(target_BC, -1)), dim=1),
-            torch.cat((dominant_BK, target_BC), dim=1),
+            torch.cat((take(tokens_BND, dominant_Bn), context_BCD.to(tokens_BND.dtype)), dim=1),
+            torch.cat((dominant_Bn, torch.full_like(target_BC, -1)), dim=1),
+            torch.cat((dominant_Bn, target_BC), dim=1),
             score_BN,
             owner_BN,
         )

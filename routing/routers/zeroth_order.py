@@ -45,12 +45,12 @@ class ZerothOrder(TokenRouter):
         self.directions, self.step = directions, step
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
-        index_BK, score_BN = self.choose(tokens_BND, context)
-        return kept(tokens_BND, index_BK, score_BN)
+        index_Bn, score_BN = self.choose(tokens_BND, context)
+        return kept(tokens_BND, index_Bn, score_BN)
 
     @torch.no_grad()
     def choose(self, tokens_BND: Tensor, context: RouterContext) -> tuple[Tensor, Tensor]:
-        """Choose K tokens; return indices [B,K] in the order of choice, and sensitivities [B,N] from 0 to 1."""
+        """Choose n tokens; return indices [B,n] in the order of choice, and sensitivities [B,N] from 0 to 1."""
         score_BN = minmax(self.sensitivity(tokens_BND.float(), context))
         x_BND = unit(tokens_BND)
         nearest_BN, taken_BN = torch.zeros_like(score_BN), torch.zeros_like(score_BN, dtype=torch.bool)

@@ -65,9 +65,9 @@ def test_tokens_repeated_within_a_scene_are_alive() -> None:
 
 def test_nearest_words_by_direction() -> None:
     bank_WD = torch.eye(4)
-    index_NK, cosine_NK = nearest(torch.tensor([[0.0, 5.0, 1.0, 0.0]]), bank_WD, 2)
-    assert index_NK.tolist() == [[1, 2]]
-    torch.testing.assert_close(cosine_NK, torch.tensor([[5.0, 1.0]]) / math.sqrt(26))
+    index_Nn, cosine_Nn = nearest(torch.tensor([[0.0, 5.0, 1.0, 0.0]]), bank_WD, 2)
+    assert index_Nn.tolist() == [[1, 2]]
+    torch.testing.assert_close(cosine_Nn, torch.tensor([[5.0, 1.0]]) / math.sqrt(26))
     assert nearest(torch.ones(1, 4), bank_WD, 9)[0].shape == (1, 4)
 
 

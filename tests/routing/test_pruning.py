@@ -31,14 +31,14 @@ def test_kept_tokens_are_exactly_the_best_in_their_order(vision: int, data: st.D
     h, layout, router = choose(vision, count, seed=data.draw(st.integers(0, 99)))
     chosen = router(h, layout, whole_context(layout, 3), count)
     assert chosen.layout == layout.with_vision(count)
-    assert chosen.kept_BK.shape == (3, count)
+    assert chosen.kept_Bn.shape == (3, count)
     text = h[:, layout.context].mean(1, keepdim=True)
     p = router.logits(h[:, layout.visual] * (1 + router.scale(text)) + router.shift(text)).softmax(-1)[..., 1]
-    for row, kept in enumerate(chosen.kept_BK):
+    for row, kept in enumerate(chosen.kept_Bn):
         assert (kept.diff() > 0).all()
         assert set(kept.tolist()) == set(p[row].argsort(descending=True)[:count].tolist())
     torch.testing.assert_close(
-        chosen.factor_BS1[:, chosen.layout.visual, 0], p.gather(1, chosen.kept_BK), rtol=1e-5, atol=1e-6
+        chosen.factor_BS1[:, chosen.layout.visual, 0], p.gather(1, chosen.kept_Bn), rtol=1e-5, atol=1e-6
     )
     assert (chosen.factor_BS1[:, chosen.layout.rest] == 1).all()
 
@@ -50,7 +50,7 @@ def test_everything_that_is_not_vision_stays() -> None:
     assert torch.equal(kept[:, 0], h[:, 0])
     assert torch.equal(kept[:, chosen.layout.rest], h[:, layout.rest])
     for row in range(3):
-        assert torch.equal(kept[row, chosen.layout.visual], h[row, layout.visual][chosen.kept_BK[row]])
+        assert torch.equal(kept[row, chosen.layout.visual], h[row, layout.visual][chosen.kept_Bn[row]])
 
 
 def test_put_rows_changes_only_those_rows() -> None:
@@ -71,7 +71,7 @@ def test_padding_does_not_reach_the_summary() -> None:
     before = router(h, layout, context_weights(layout, layout.valid(mask), torch.float32), 3)
     h[:, layout.words.start + 2 : layout.words.stop] = 100.0
     after = router(h, layout, context_weights(layout, layout.valid(mask), torch.float32), 3)
-    assert torch.equal(before.kept_BK, after.kept_BK)
+    assert torch.equal(before.kept_Bn, after.kept_Bn)
     assert torch.equal(before.factor_BS1, after.factor_BS1)
 
 

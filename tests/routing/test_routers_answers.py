@@ -43,28 +43,28 @@ def route(name: str, x: torch.Tensor, budget: int, options: dict | None = None, 
 
 def test_random_keeps_every_token_equally_often() -> None:
     x = torch.zeros(4000, 16, 2)
-    index = route("random", x, 4, draw_B=torch.arange(4000)).index_BK
+    index = route("random", x, 4, draw_B=torch.arange(4000)).index_Bn
     share = torch.bincount(index.flatten(), minlength=16) / 4000
     assert (share - 4 / 16).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 4000)
 
 
 def test_grid_stride_takes_the_middle_of_each_cell() -> None:
     x = tokens_of()
-    assert route("grid_stride", x, 4).index_BK[0].tolist() == [5, 7, 13, 15]
-    assert route("grid_stride", x, 1).index_BK[0].tolist() == [10]
-    assert route("grid_stride", x, 16).index_BK[0].tolist() == list(range(16))
+    assert route("grid_stride", x, 4).index_Bn[0].tolist() == [5, 7, 13, 15]
+    assert route("grid_stride", x, 1).index_Bn[0].tolist() == [10]
+    assert route("grid_stride", x, 16).index_Bn[0].tolist() == list(range(16))
 
 
 def test_spatial_pool_is_the_mean_of_blocks() -> None:
     ramp = torch.arange(16.0)[None, :, None]
-    assert route("spatial_pool", ramp, 4).tokens_BKD[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
-    assert (route("spatial_pool", torch.ones(1, 16, 3), 8).tokens_BKD == 1).all()
+    assert route("spatial_pool", ramp, 4).tokens_BnD[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert (route("spatial_pool", torch.ones(1, 16, 3), 8).tokens_BnD == 1).all()
 
 
 def test_token_norm_keeps_the_longest() -> None:
     x = tokens_of() * 0.01
     x[:, [3, 9]] += 5
-    assert route("token_norm", x, 2).index_BK[1].tolist() == [3, 9]
+    assert route("token_norm", x, 2).index_Bn[1].tolist() == [3, 9]
 
 
 def test_small_grids() -> None:
@@ -81,15 +81,15 @@ def test_small_grids() -> None:
 
 def test_cls_attention_keeps_a_planted_row() -> None:
     x = tokens_of()
-    assert route("cls_attention", x, 3, attention_LBN=planted(1, 7, 12)).index_BK[0].tolist() == [1, 7, 12]
+    assert route("cls_attention", x, 3, attention_LBN=planted(1, 7, 12)).index_Bn[0].tolist() == [1, 7, 12]
     several = planted(1, 7, 12).expand(5, -1, -1)
-    assert route("cls_attention", x, 3, {"layers": 5}, attention_LBN=several).index_BK[0].tolist() == [1, 7, 12]
+    assert route("cls_attention", x, 3, {"layers": 5}, attention_LBN=several).index_Bn[0].tolist() == [1, 7, 12]
 
 
 def test_outliers_are_not_kept_first() -> None:
     x = tokens_of()
     x[:, 7] *= 50
-    assert route("cls_attention", x, 2, {"outliers": 5.0}, attention_LBN=planted(1, 7, 12)).index_BK[0].tolist() == [
+    assert route("cls_attention", x, 2, {"outliers": 5.0}, attention_LBN=planted(1, 7, 12)).index_Bn[0].tolist() == [
         1,
         12,
     ]
@@ -97,7 +97,7 @@ def test_outliers_are_not_kept_first() -> None:
 
 def test_text_guided_without_text_is_attention_and_diversity() -> None:
     x, seen = tokens_of(), torch.rand(1, 3, 16, generator=torch.Generator().manual_seed(3))
-    found = route("text_guided", x, 6, {"text": 0.0}, attention_LBN=seen).index_BK
+    found = route("text_guided", x, 6, {"text": 0.0}, attention_LBN=seen).index_Bn
     order = ranked(seen[0])
     expected = torch.cat((order[:, :3], diverse(unit(x), order[:, 3:], 3)), dim=1).sort(1).values
     assert torch.equal(found, expected)
@@ -111,7 +111,7 @@ def test_text_guided_by_text_alone_keeps_the_token_that_is_a_word() -> None:
     context = RouterContext(2, attention_LBN=planted(1), text_BTE=words, text_mask_BT=mask, projector=lambda t: t)
     assert (relevance(x, context).argmax(1) == 11).all()
     router = build_router("text_guided", RouterSizes(16, WIDTH, WIDTH, None, 2), {"text": 1.0})
-    assert (router(x, context).index_BK == 11).any(1).all()
+    assert (router(x, context).index_Bn == 11).any(1).all()
 
 
 def test_diverse_removes_doubles_first() -> None:
@@ -124,7 +124,7 @@ def test_visual_attention_without_merging_is_the_best() -> None:
     x, received = tokens_of(), planted(0, 5, 9)[0]
     keys = torch.randn(3, 16, 6)
     routed = route("visual_attention_merge", x, 3, {"contextual": 0.0}, received_BN=received, keys_BNC=keys)
-    assert routed.index_BK[0].tolist() == [0, 5, 9]
+    assert routed.index_Bn[0].tolist() == [0, 5, 9]
 
 
 @pytest.mark.parametrize(("norm", "length"), [("sum_mean", 2.0), ("mean", 1.0)])
@@ -132,10 +132,10 @@ def test_merged_tokens_of_equal_ones(norm: str, length: float) -> None:
     x = torch.ones(1, 16, 4)
     routed = route("visual_attention_merge", x, 8, {"contextual": 0.25, "norm": norm},
                    received_BN=planted(2, 3, 4, 5, 6, 7, batch=1)[0], keys_BNC=torch.ones(1, 16, 6))  # fmt: skip
-    assert routed.index_BK[0].tolist() == [2, 3, 4, 5, 6, 7, -1, -1]
-    assert (routed.tokens_BKD[0, :6] == 1).all()
-    torch.testing.assert_close(routed.tokens_BKD[0, 6], torch.full((4,), length))  # all others joined the first target
-    assert (routed.tokens_BKD[0, 7] == 1).all()
+    assert routed.index_Bn[0].tolist() == [2, 3, 4, 5, 6, 7, -1, -1]
+    assert (routed.tokens_BnD[0, :6] == 1).all()
+    torch.testing.assert_close(routed.tokens_BnD[0, 6], torch.full((4,), length))  # all others joined the first target
+    assert (routed.tokens_BnD[0, 7] == 1).all()
     assert routed.owner_BN is not None
     assert (routed.owner_BN >= 0).all(), "nothing is lost"
 
@@ -145,8 +145,8 @@ def test_debias_takes_the_trend_out() -> None:
     profile = trend.clone()
     profile[4] *= 1.5
     x, rate = tokens_of(), 0.3 * 16 / 576
-    biased = route("cls_attention", x, 1, attention_LBN=profile.expand(1, 3, -1)).index_BK
-    freed = route("debias", x, 1, {"rate": rate}, attention_LBN=profile.expand(1, 3, -1)).index_BK
+    biased = route("cls_attention", x, 1, attention_LBN=profile.expand(1, 3, -1)).index_Bn
+    freed = route("debias", x, 1, {"rate": rate}, attention_LBN=profile.expand(1, 3, -1)).index_Bn
     assert (biased[0].item(), freed[0].item()) == (15, 4)
     noisy = torch.exp(0.002 * torch.arange(576.0)) * (
         1 + 0.01 * torch.randn(576, generator=torch.Generator().manual_seed(0))
@@ -168,8 +168,8 @@ def clusters(count: int = 4, each: int = 4) -> torch.Tensor:
 
 def test_kcenter_takes_one_token_of_every_cluster_and_the_pivot() -> None:
     routed = route("diversity", clusters(), 4, attention_LBN=planted(6, batch=1))
-    assert (routed.index_BK[0] // 4).tolist() == [0, 1, 2, 3]
-    assert 6 in routed.index_BK[0].tolist()
+    assert (routed.index_Bn[0] // 4).tolist() == [0, 1, 2, 3]
+    assert 6 in routed.index_Bn[0].tolist()
 
 
 def test_the_two_variants_by_hand() -> None:
@@ -199,7 +199,7 @@ def test_coverage_without_the_picture_starts_at_the_word() -> None:
     x = tokens_of(1)
     words, mask = x[:, 11:12].clone(), torch.tensor([[True]])
     routed = route("coverage", x, 1, {"alpha": 0.0}, text_BTE=words, text_mask_BT=mask, encoder_BNW=x)
-    assert routed.index_BK.tolist() == [[11]]
+    assert routed.index_Bn.tolist() == [[11]]
 
 
 def test_effective_rank() -> None:
@@ -210,12 +210,12 @@ def test_effective_rank() -> None:
 def test_adaptive_erank_without_a_limit_is_attention_and_with_one_keeps_no_doubles() -> None:
     x, seen = tokens_of(), torch.rand(1, 3, 16, generator=torch.Generator().manual_seed(4))
     x[:, 5], x[:, 8] = x[:, 2], x[:, 2]
-    plain = route("adaptive_erank", x, 5, {"limit": 0.0}, attention_LBN=seen).index_BK
+    plain = route("adaptive_erank", x, 5, {"limit": 0.0}, attention_LBN=seen).index_Bn
     assert torch.equal(plain, best(seen[0], 5))
     seen[:, :, [2, 5, 8]] = torch.tensor([0.9, 0.8, 0.7]) + 1
-    kept = route("adaptive_erank", x, 5, {"limit": 0.1}, attention_LBN=seen).index_BK
+    kept = route("adaptive_erank", x, 5, {"limit": 0.1}, attention_LBN=seen).index_Bn
     assert ((kept == 2) | (kept == 5) | (kept == 8)).sum(1).tolist() == [1, 1, 1]
-    everything = route("adaptive_erank", torch.ones(1, 16, 4), 3, attention_LBN=planted(2, 9, 4, batch=1)).index_BK
+    everything = route("adaptive_erank", torch.ones(1, 16, 4), 3, attention_LBN=planted(2, 9, 4, batch=1)).index_Bn
     assert everything[0].tolist() == [2, 4, 9], "doubles fill the budget in order of attention"
 
 
@@ -232,8 +232,8 @@ def test_approximation_error_finds_the_outlier() -> None:
     assert error.argmax().item() == 9
     assert error.topk(2).values[0, 1] < 1e-3 * error.max()
     routed = route("approx_error", x, 4, {"basis": 2}, draw_B=torch.tensor([0]))
-    assert 9 in routed.place_BK[0].tolist()
-    assert (routed.index_BK >= 0).sum() == 2, "two of the basis, as they were"
+    assert 9 in routed.place_Bn[0].tolist()
+    assert (routed.index_Bn >= 0).sum() == 2, "two of the basis, as they were"
     assert routed.owner_BN is not None
     assert (routed.owner_BN >= 0).all(), "nothing is lost"
     grams = approximation_error(x, x.gather(1, basis[..., None].expand(-1, -1, WIDTH))).gather(1, basis)
@@ -244,11 +244,11 @@ def test_frequency() -> None:
     matrix = dct(7, torch.device("cpu"))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(7), rtol=0, atol=1e-5)
     x = tokens_of()
-    torch.testing.assert_close(route("frequency", x, 16).tokens_BKD, x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(route("frequency", x, 16).tokens_BnD, x, rtol=1e-4, atol=1e-5)
     flat = torch.full((1, 16, 3), 1.7)
-    torch.testing.assert_close(route("frequency", flat, 4).tokens_BKD, torch.full((1, 4, 3), 1.7))
+    torch.testing.assert_close(route("frequency", flat, 4).tokens_BnD, torch.full((1, 4, 3), 1.7))
     large = Frequency(RouterSizes(576, 3, 3, (24, 24), 144), rescale=False)
-    doubled = large(torch.ones(1, 576, 3), RouterContext(144, grid=(24, 24))).tokens_BKD
+    doubled = large(torch.ones(1, 576, 3), RouterContext(144, grid=(24, 24))).tokens_BnD
     torch.testing.assert_close(doubled, torch.full((1, 144, 3), 2.0), rtol=1e-4, atol=1e-4)
 
 
@@ -273,9 +273,9 @@ def test_global_attention_follows_the_global_token_and_recycles_the_rest() -> No
     spread[:, :, 3] = 0.5  # everyone looks at 3
     spread[:, 3, 8], spread[:, 3, 14] = 0.9, 0.8  # which looks at 8 and 14
     routed = route("global_attention", x, 3, {"cell": 0}, attention_BNN=spread, grid=(4, 4))
-    assert routed.index_BK[0].tolist() == [3, 8, 14]
+    assert routed.index_Bn[0].tolist() == [3, 8, 14]
     recycled = route("global_attention", x, 4, {"cell": 4.0}, attention_BNN=spread, grid=(4, 4))
-    assert (recycled.index_BK < 0).sum() == 1
+    assert (recycled.index_Bn < 0).sum() == 1
     assert recycled.owner_BN is not None
     assert (recycled.owner_BN >= 0).all(), "nothing is lost"
 
@@ -292,9 +292,9 @@ def test_patch_entropy() -> None:
 
 def test_late_exit() -> None:
     x = tokens_of(2)
-    assert route("late_exit", x, 4).tokens_BKD.shape == (2, 0, WIDTH)
+    assert route("late_exit", x, 4).tokens_BnD.shape == (2, 0, WIDTH)
     share = torch.tensor([[0.01, 0.02], [0.3, 0.0]])
-    mask = route("late_exit", x, 4, {"threshold": 0.1}, share_B2=share).mask_BK
+    mask = route("late_exit", x, 4, {"threshold": 0.1}, share_B2=share).mask_Bn
     assert mask is not None
     assert mask.all(1).tolist() == [False, True]
     assert mask.any(1).tolist() == [False, True]
@@ -312,10 +312,10 @@ def test_core_neurons_keep_what_the_words_switch_on_and_cut_at_the_knee() -> Non
         "text_BTE": torch.zeros(1, 3, WIDTH),
         "text_mask_BT": mask,
     }
-    assert route("core_neurons", x, 2, **items).index_BK[0].tolist() == [4, 6]
+    assert route("core_neurons", x, 2, **items).index_Bn[0].tolist() == [4, 6]
     cut = route("core_neurons", x, 8, {"knee": True}, **items)
-    assert cut.mask_BK is not None
-    assert cut.index_BK[0][cut.mask_BK[0]].tolist() == [4, 6]
+    assert cut.mask_Bn is not None
+    assert cut.index_Bn[0][cut.mask_Bn[0]].tolist() == [4, 6]
     assert bend(torch.tensor([[10.0, 9.0, 1.0, 0.5, 0.0]])).item() == 1.0
 
 
@@ -324,16 +324,16 @@ def test_attention_growth_counts_growth_only() -> None:
     growth[0, [2, 13]] = 0.1
     mask = torch.tensor([[True]])
     found = route("attention_growth", x, 2, {"text": 0.0}, growth_BN=growth, text_BTE=x[:, :1], text_mask_BT=mask)
-    assert found.index_BK[0].tolist() == [2, 13]
+    assert found.index_Bn[0].tolist() == [2, 13]
 
 
 def test_facility_location_takes_representatives_and_listens_to_the_words() -> None:
     x, mask = clusters(), torch.tensor([[True]])
     plain = route("facility_location", x, 4, {"text": 0.0}, text_BTE=x[:, :1], text_mask_BT=mask)
-    assert (plain.index_BK[0] // 4).tolist() == [0, 1, 2, 3]
+    assert (plain.index_Bn[0] // 4).tolist() == [0, 1, 2, 3]
     asked = route("facility_location", x, 1, {"text": 100.0}, text_BTE=x[:, 9:10], text_mask_BT=mask)
-    assert asked.index_BK.tolist() == [[9]]
+    assert asked.index_Bn.tolist() == [[9]]
 
 
 def test_carried_scores_decide() -> None:
-    assert route("carried", tokens_of(1), 2, score_BN=planted(3, 11, batch=1)[0]).index_BK[0].tolist() == [3, 11]
+    assert route("carried", tokens_of(1), 2, score_BN=planted(3, 11, batch=1)[0]).index_Bn[0].tolist() == [3, 11]

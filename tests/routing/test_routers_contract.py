@@ -33,9 +33,9 @@ ALL = 16
 
 
 def equal(one: RoutedTokens, other: RoutedTokens) -> None:
-    assert torch.equal(one.index_BK, other.index_BK)
-    torch.testing.assert_close(one.place_BK, other.place_BK)
-    torch.testing.assert_close(one.tokens_BKD, other.tokens_BKD, rtol=1e-4, atol=1e-5)
+    assert torch.equal(one.index_Bn, other.index_Bn)
+    torch.testing.assert_close(one.place_Bn, other.place_Bn)
+    torch.testing.assert_close(one.tokens_BnD, other.tokens_BnD, rtol=1e-4, atol=1e-5)
     if one.score_BN is not None:
         torch.testing.assert_close(one.score_BN, other.score_BN, rtol=1e-4, atol=1e-5)
 
@@ -47,17 +47,17 @@ def test_exactly_k_tokens_in_order(name: str, budget: int) -> None:
     routed = router(x, context_for(router, budget=budget))
     kept = router.leaves(budget)
     assert kept == (ALL if name == "identity" else 0 if name == "late_exit" else budget)
-    assert routed.tokens_BKD.shape == (3, kept, x.shape[-1])
-    assert routed.tokens_BKD.isfinite().all()
-    assert ((routed.place_BK >= 0) & (routed.place_BK <= ALL - 1)).all()
+    assert routed.tokens_BnD.shape == (3, kept, x.shape[-1])
+    assert routed.tokens_BnD.isfinite().all()
+    assert ((routed.place_Bn >= 0) & (routed.place_Bn <= ALL - 1)).all()
     for row in range(3):
-        chosen = routed.index_BK[row] >= 0
-        index = routed.index_BK[row][chosen]
+        chosen = routed.index_Bn[row] >= 0
+        index = routed.index_Bn[row][chosen]
         assert (index.diff() > 0).all(), "in order, each once"
-        assert torch.equal(routed.tokens_BKD[row][chosen], x[row][index]), "bit for bit"
-        assert torch.equal(routed.place_BK[row][chosen].long(), index)
+        assert torch.equal(routed.tokens_BnD[row][chosen], x[row][index]), "bit for bit"
+        assert torch.equal(routed.place_Bn[row][chosen].long(), index)
     if router.selects:
-        assert (routed.index_BK >= 0).all()
+        assert (routed.index_Bn >= 0).all()
     if routed.owner_BN is not None:
         assert routed.owner_BN.shape == (3, ALL)
         assert ((routed.owner_BN >= -1) & (routed.owner_BN < kept)).all()
@@ -67,8 +67,8 @@ def test_exactly_k_tokens_in_order(name: str, budget: int) -> None:
 def test_deterministic_under_a_generator(name: str) -> None:
     router, x = router_of(name, 4), tokens_of()
     first, again = (router(x, context_for(router, **everything(seed=5))) for _ in range(2))
-    assert torch.equal(first.index_BK, again.index_BK)
-    assert torch.equal(first.tokens_BKD, again.tokens_BKD)
+    assert torch.equal(first.index_Bn, again.index_Bn)
+    assert torch.equal(first.tokens_BnD, again.tokens_BnD)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,8 +80,8 @@ def test_a_batch_equals_its_samples(name: str) -> None:
         alone = router(x[row : row + 1], sample(context, row))
         pick = slice(row, row + 1)
         score = None if together.score_BN is None else together.score_BN[pick]
-        equal(replace(together, tokens_BKD=together.tokens_BKD[pick], index_BK=together.index_BK[pick],
-                      place_BK=together.place_BK[pick], score_BN=score), alone)  # fmt: skip
+        equal(replace(together, tokens_BnD=together.tokens_BnD[pick], index_Bn=together.index_Bn[pick],
+                      place_Bn=together.place_Bn[pick], score_BN=score), alone)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +89,7 @@ def test_half_precision_comes_out_as_it_went_in_and_scores_are_float32(name: str
     router, x = router_of(name, 4), tokens_of()
     context = context_for(router)
     whole, half = router(x, context), router(x.bfloat16(), context)
-    assert half.tokens_BKD.dtype == torch.bfloat16
+    assert half.tokens_BnD.dtype == torch.bfloat16
     for routed in (whole, half):
         assert routed.score_BN is None or routed.score_BN.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -100,9 +100,9 @@ def test_half_precision_comes_out_as_it_went_in_and_scores_are_float32(name: str
 def test_gradients_reach_tokens_and_weights(name: str) -> None:
     router, x = router_of(name, 4).train(), tokens_of().requires_grad_()
     routed = router(x, context_for(router, training=True))
-    if not routed.tokens_BKD.numel():
+    if not routed.tokens_BnD.numel():
         return
-    total = (routed.tokens_BKD * torch.randn_like(routed.tokens_BKD)).sum() + sum(routed.losses.values())
+    total = (routed.tokens_BnD * torch.randn_like(routed.tokens_BnD)).sum() + sum(routed.losses.values())
     total.backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
@@ -117,7 +117,7 @@ def test_a_budget_of_everything_keeps_everything(name: str) -> None:
     if name == "late_exit":
         return
     router, x = router_of(name, ALL), tokens_of()
-    assert torch.equal(router(x, context_for(router, budget=ALL)).tokens_BKD, x)
+    assert torch.equal(router(x, context_for(router, budget=ALL)).tokens_BnD, x)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,8 +133,8 @@ def test_any_size_and_budget(name: str, rows: int, columns: int, batch: int, dat
         return
     routed = router(tokens_of(batch, grid, seed), context_for(router, **everything(batch, budget, grid, seed)))
     kept = router.leaves(budget)
-    assert routed.index_BK.shape == (batch, kept)
-    for index in routed.index_BK:
+    assert routed.index_Bn.shape == (batch, kept)
+    for index in routed.index_Bn:
         assert (index[index >= 0].diff() > 0).all()
 
 
@@ -151,8 +151,8 @@ def test_the_order_of_tokens_does_not_matter_where_places_are_not_read(name: str
         dim = 2 if item == "attention_LBN" else 1
         moved[item] = items[item].index_select(dim, order)
     moved["attention_BNN"] = items["attention_BNN"][:, order][:, :, order]
-    before = router(x, context_for(router, **items)).index_BK[0].tolist()
-    after = router(x[:, order], context_for(router, **moved)).index_BK[0]
+    before = router(x, context_for(router, **items)).index_Bn[0].tolist()
+    after = router(x[:, order], context_for(router, **moved)).index_Bn[0]
     assert sorted(order[after].tolist()) == before
 
 
@@ -183,7 +183,7 @@ def test_the_router_of_the_documentation_is_one() -> None:
     exec("from __future__ import annotations\n" + code[: code.index("```")], names)
     router, x = names["MostDifferent"](sizes_for(2)), tokens_of() * 0.01  # type: ignore[operator]
     x[:, [3, 9]] += 5
-    assert router(x, RouterContext(2)).index_BK.tolist() == [[3, 9]] * 3
+    assert router(x, RouterContext(2)).index_Bn.tolist() == [[3, 9]] * 3
 
 
 def test_the_documentation_lists_every_router() -> None:

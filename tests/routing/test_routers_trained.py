@@ -38,15 +38,15 @@ def test_the_learned_pruner_finds_the_tokens_that_the_word_asks_for() -> None:
         optimiser.step()
     x, word, chosen = matching(32, 10_000)
     context = RouterContext(4, text_BTE=word, text_mask_BT=mask, attention_LBN=chosen.float()[None])
-    recall = chosen.gather(1, router.eval()(x, context).index_BK).float().mean()
+    recall = chosen.gather(1, router.eval()(x, context).index_Bn).float().mean()
     assert recall > 0.95
 
 
 def test_kept_tokens_teach_the_learned_pruner_though_they_are_not_changed() -> None:
     x, router = tokens_of(), router_of("learned_pruner", 4)
     trained, plain = (router(x, context_for(router, training=training)) for training in (True, False))
-    assert torch.equal(trained.tokens_BKD, plain.tokens_BKD)
-    trained.tokens_BKD.sum().backward()
+    assert torch.equal(trained.tokens_BnD, plain.tokens_BnD)
+    trained.tokens_BnD.sum().backward()
     assert router.logit.weight.grad is not None  # type: ignore[union-attr]
     assert router.logit.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
     assert plain.losses == {}
@@ -62,18 +62,18 @@ def test_film_pruning_is_lfps_score_of_the_words() -> None:
     for row in range(3):
         summary = context.text_BTE[row][context.text_mask_BT[row]].mean(0)
         p = scorer.logits(x[row] * (1 + scorer.scale(summary)) + scorer.shift(summary)).softmax(-1)[:, 1]
-        assert router(x, context).index_BK[row].tolist() == p.topk(4).indices.sort().values.tolist()
+        assert router(x, context).index_Bn[row].tolist() == p.topk(4).indices.sort().values.tolist()
 
 
 def test_aggregation_depends_on_the_instruction_through_film_only() -> None:
     x, router = tokens_of(1), router_of("film_aggregation", 4)
     mask = torch.tensor([[True]])
     words = [torch.randn(1, 1, WIDTH) for _ in range(2)]
-    asked = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BKD for word in words]
+    asked = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BnD for word in words]
     assert not torch.allclose(*asked)
     with torch.no_grad():
         router.film.project.weight.zero_()  # type: ignore[union-attr]
-    deaf = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BKD for word in words]
+    deaf = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BnD for word in words]
     torch.testing.assert_close(*deaf)
 
 
@@ -83,14 +83,14 @@ def test_semantic_tokens_start_at_the_maximum_of_each_cell() -> None:
     router = build_router("semantic_tokens", RouterSizes(16, WIDTH, WIDTH, (4, 4), 4))
     routed = router(x, context_for(router))
     corner = x[:, [0, 1, 4, 5]].amax(1)
-    torch.testing.assert_close(routed.tokens_BKD[:, 0], corner, rtol=0, atol=1e-3)  # LayerScale is 1e-5
+    torch.testing.assert_close(routed.tokens_BnD[:, 0], corner, rtol=0, atol=1e-3)  # LayerScale is 1e-5
     moved = x.clone()
     moved[:, [0, 5]] = x[:, [5, 0]]  # within a cell
-    torch.testing.assert_close(router(moved, context_for(router)).tokens_BKD, routed.tokens_BKD)
+    torch.testing.assert_close(router(moved, context_for(router)).tokens_BnD, routed.tokens_BnD)
     free = build_router("semantic_tokens", RouterSizes(16, WIDTH, WIDTH, (4, 4), 4), {"variant": "free"})
     assert not list(free.parameters())
     torch.testing.assert_close(
-        free(torch.ones(1, 16, 3), RouterContext(4, grid=(4, 4))).tokens_BKD, torch.ones(1, 4, 3)
+        free(torch.ones(1, 16, 3), RouterContext(4, grid=(4, 4))).tokens_BnD, torch.ones(1, 4, 3)
     )
 
 
@@ -101,15 +101,15 @@ def test_flex_count_starts_as_pooling_and_learns_all_sizes_together() -> None:
     target = {budget: torch.randn(WIDTH, WIDTH) for budget in (1, 4, 16)}[4]  # one map for all sizes
 
     def error(router: torch.nn.Module, budget: int) -> torch.Tensor:
-        pooled = build_router("spatial_pool", sizes)(x, RouterContext(budget, grid=(4, 4))).tokens_BKD
-        answer = router(x, RouterContext(budget, grid=(4, 4), training=True)).tokens_BKD
+        pooled = build_router("spatial_pool", sizes)(x, RouterContext(budget, grid=(4, 4))).tokens_BnD
+        answer = router(x, RouterContext(budget, grid=(4, 4), training=True)).tokens_BnD
         scale = pooled.std()  # pooled tokens are shorter
         return F.mse_loss(answer / scale, (pooled @ target).tanh() / scale)
 
     def trained(budgets: tuple[int, ...]) -> torch.nn.Module:
         torch.manual_seed(1)
         router = build_router("flex_count", sizes, {"growth": 4.0})
-        torch.testing.assert_close(router(x, RouterContext(4, grid=(4, 4))).tokens_BKD, pool.tokens_BKD)
+        torch.testing.assert_close(router(x, RouterContext(4, grid=(4, 4))).tokens_BnD, pool.tokens_BnD)
         optimiser = torch.optim.Adam(router.parameters(), 1e-2)
         for step in range(90):
             optimiser.zero_grad()
@@ -124,8 +124,8 @@ def test_flex_count_starts_as_pooling_and_learns_all_sizes_together() -> None:
 
 def test_the_first_causal_queries_do_not_see_the_others() -> None:
     x, router = tokens_of(), router_of("causal_queries", 8)
-    whole = router(x, context_for(router, budget=8)).tokens_BKD
-    torch.testing.assert_close(router(x, context_for(router, budget=3)).tokens_BKD, whole[:, :3])
+    whole = router(x, context_for(router, budget=8)).tokens_BnD
+    torch.testing.assert_close(router(x, context_for(router, budget=3)).tokens_BnD, whole[:, :3])
     with pytest.raises(ValueError, match="has 8 queries"):
         router.leaves(9)
 
@@ -134,8 +134,8 @@ def test_slots_compete_for_tokens() -> None:
     """Every token's attention is shared out among the slots: with one slot, it takes the mean of all."""
     router, x = router_of("slot_attention", 1), tokens_of()
     order = torch.randperm(16)
-    torch.testing.assert_close(router(x, context_for(router, budget=1)).tokens_BKD,
-                               router(x[:, order], context_for(router, budget=1)).tokens_BKD)  # fmt: skip
+    torch.testing.assert_close(router(x, context_for(router, budget=1)).tokens_BnD,
+                               router(x[:, order], context_for(router, budget=1)).tokens_BnD)  # fmt: skip
     with pytest.raises(ValueError, match="learns 4 slots"):
         router_of("slot_attention", 4).leaves(5)
 
@@ -143,24 +143,24 @@ def test_slots_compete_for_tokens() -> None:
 def test_the_merger_hands_dropped_tokens_on() -> None:
     router, x = router_of("selector_merger", 4), tokens_of(1)
     before = router(x, context_for(router, draw_B=torch.tensor([1])))
-    dropped = next(i for i in range(16) if i not in before.place_BK[0].tolist())
+    dropped = next(i for i in range(16) if i not in before.place_Bn[0].tolist())
     changed = x.clone()
     changed[0, dropped] = changed[0, dropped] * 1.01
     after = router(changed, context_for(router, draw_B=torch.tensor([1])))
-    assert torch.equal(before.place_BK, after.place_BK)
-    assert not torch.equal(before.tokens_BKD, after.tokens_BKD)
+    assert torch.equal(before.place_Bn, after.place_Bn)
+    assert not torch.equal(before.tokens_BnD, after.tokens_BnD)
 
 
 def test_a_still_video_holds_nothing_new_for_an_open_gate() -> None:
     router, x = router_of("progressive_video", 4), tokens_of(2)
     still, moving = (x[:, None].expand(-1, 3, -1, -1), torch.randn(2, 3, 16, WIDTH))
-    answers = [router(x, context_for(router, history_BFND=history)).tokens_BKD for history in (still, moving)]
+    answers = [router(x, context_for(router, history_BFND=history)).tokens_BnD for history in (still, moving)]
     assert not torch.allclose(*answers)
     with torch.no_grad():
         router.gate.fill_(-100.0)
     pool = router_of("spatial_pool", 4)
     torch.testing.assert_close(
-        router(x, context_for(router, history_BFND=moving)).tokens_BKD, pool(x, context_for(pool)).tokens_BKD
+        router(x, context_for(router, history_BFND=moving)).tokens_BnD, pool(x, context_for(pool)).tokens_BnD
     )
 
 

@@ -23,10 +23,10 @@ The teacher is a checkpoint of the same policy for the same data, with its token
 2 stay as they were trained. For a teacher with really all tokens in all layers, train it with routing=patches. It is
 frozen, and not part of what is saved; training goes on from a checkpoint only with the same teacher.
 
-Tokens that a router makes anew (-1 in `RoutedTokens.index_BK`) are nowhere in the teacher: with pooling, attention is
+Tokens that a router makes anew (-1 in `RoutedTokens.index_Bn`) are nowhere in the teacher: with pooling, attention is
 0. The student computes every row of its last layer, so that its attention can be read.
 
-Shape legend: B batch, K vision tokens of the student, N of the teacher, k those of a layer, J action tokens.
+Shape legend: B batch, N vision tokens of the teacher, n of them in the student, k those of a layer, J action tokens.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def attention_match(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> T
         # From a layer's tokens to those that entered the language model, and on to those that the towers gave.
         index_Bk = student["present"][layer]
         if routed is not None:
-            index_Bk = routed.index_BK if index_Bk is None else routed.index_BK.gather(1, index_Bk)
+            index_Bk = routed.index_Bn if index_Bk is None else routed.index_Bn.gather(1, index_Bk)
         taught_BN, present_Bn = teacher["attention"][layer], teacher["present"][layer]
         if present_Bn is not None:
             taught_BN = taught_BN.new_zeros(len(taught_BN), tokens).scatter(1, present_Bn, taught_BN)

@@ -94,20 +94,20 @@ def test_tokens_of_views_stay_apart_and_keep_their_places() -> None:
     inputs = tiny_input()
     model = routed(config("token_norm"))
     answer = model(inputs, debug=True).debug["routed"]
-    assert ((answer.index_BK // PATCHES) == torch.arange(VIEWS).repeat_interleave(4)).all()
+    assert ((answer.index_Bn // PATCHES) == torch.arange(VIEWS).repeat_interleave(4)).all()
     assert model.router is not None
     gap = model.router.gap(8)
     assert gap == 32 - 8
     context = model.encode_text(inputs.text_ids, inputs.text_mask).context
     layout = context.layout
     assert torch.equal(context.position_BS[0, layout.rest][:2], torch.tensor([33, 34]))
-    frame = context.placed(1 + answer.place_BK)
-    assert torch.equal(frame.turn_BSU[0, layout.visual], context.turn_SU[1 + answer.place_BK[0]])
+    frame = context.placed(1 + answer.place_Bn)
+    assert torch.equal(frame.turn_BSU[0, layout.visual], context.turn_SU[1 + answer.place_Bn[0]])
     joint = routed(config("token_norm", joint=True))
     assert joint.vision_tokens == VIEWS * 4
-    joint_index = joint(inputs, debug=True).debug["routed"].index_BK
+    joint_index = joint(inputs, debug=True).debug["routed"].index_Bn
     assert joint_index.shape == (3, VIEWS * 4)
-    assert not torch.equal(joint_index, answer.index_BK), "views may have unequal shares"
+    assert not torch.equal(joint_index, answer.index_Bn), "views may have unequal shares"
 
 
 @torch.inference_mode()
@@ -130,7 +130,7 @@ def test_positions() -> None:
 def test_both_towers_lose_the_same_patches() -> None:
     model, inputs = routed(config("token_norm")), tiny_input()
     output = model(inputs, debug=True)
-    index = output.debug["routed"].index_BK[..., None]
+    index = output.debug["routed"].index_Bn[..., None]
     picked = [stream.gather(1, index.expand(-1, -1, stream.shape[-1])) for stream in output.debug["streams"]]
     torch.testing.assert_close(output.vision, model.vision.fusion(picked, None))
 
@@ -248,7 +248,7 @@ def test_hidden_tokens_are_as_good_as_gone() -> None:
 def test_carried_scores_prune_in_the_language_model() -> None:
     router = RouterConfig("token_norm", 8, layers=(1, 2), layer_router="carried", layer_budgets=(5, 2))
     inside = routed(router)(tiny_input(), debug=True).debug
-    score, index = inside["routed"].score_BN, inside["routed"].index_BK
+    score, index = inside["routed"].score_BN, inside["routed"].index_Bn
     for layer, count in ((1, 10), (2, 4)):
         found = index.gather(1, inside["kept"][layer])
         expected = score.gather(1, index).topk(count, dim=1).indices.sort(1).values
@@ -261,7 +261,7 @@ def test_random_draws_follow_the_observation() -> None:
     other = replace(inputs, state=inputs.state + 1)
 
     def chosen(model: CogVLA, given: Any) -> torch.Tensor:
-        return model(given, debug=True).debug["routed"].index_BK
+        return model(given, debug=True).debug["routed"].index_Bn
 
     fresh, fixed = routed(config("random")), routed(config("random", resample=False))
     assert torch.equal(chosen(fresh, inputs), chosen(fresh, inputs))

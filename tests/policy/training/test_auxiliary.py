@@ -285,7 +285,7 @@ EXPECTED = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
 def test_attention_is_matched_on_the_tokens_that_both_have(
     index: list[list[int]] | None, attention: list[list[float]], present: list[list[int]] | None
 ) -> None:
-    more = {} if index is None else {"routed": SimpleNamespace(index_BK=torch.tensor(index))}
+    more = {} if index is None else {"routed": SimpleNamespace(index_Bn=torch.tensor(index))}
     assert attention_match(inside(attention, present, **more), TEACHER).item() == pytest.approx(EXPECTED, rel=1e-5)
 
 
@@ -297,7 +297,7 @@ def test_a_teacher_that_drops_tokens_gives_them_no_attention() -> None:
 
 
 def test_nothing_is_matched_where_all_tokens_are_new() -> None:
-    student = inside([[0.2, 0.2]], routed=SimpleNamespace(index_BK=torch.tensor([[-1, -1]])))
+    student = inside([[0.2, 0.2]], routed=SimpleNamespace(index_Bn=torch.tensor([[-1, -1]])))
     assert attention_match(student, TEACHER).item() == 0
 
 
