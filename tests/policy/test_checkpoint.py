@@ -168,7 +168,10 @@ def shorten(name: str, share: float) -> Callable[[Path], None]:
             rewrite(STATISTICS, lambda body: body["state"]["q01"].pop()),
             r"'q99' has 3 dim.*q01 has 2.*use another",
         ),
-        (rewrite(STATISTICS, lambda body: body.pop("action")), r"'action' must have the embodiment's 4 dimensions.*use another"),
+        (
+            rewrite(STATISTICS, lambda body: body.pop("action")),
+            r"'action' must have the embodiment's 4 dimensions.*use another",
+        ),
         (
             rewrite(CONFIG, lambda body: body["model"]["language"].update(intermediate=32)),
             rf"the weights in .* do not fit its {CONFIG}",
