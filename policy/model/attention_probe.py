@@ -1,4 +1,4 @@
-"""Attention of a vision tower for routers that ask for it, computed beside the fused kernels and only where it is read.
+"""Attention of a vision tower for routers that need it; the tower itself keeps its fused kernels.
 
 Shape legend: X rows (samples times views), N patches, S tokens with the prefix, h heads, C head width, W width.
 """
@@ -14,18 +14,19 @@ from einops import rearrange
 from torch import Tensor
 
 FROM_VISION = frozenset({"attention_LBN", "received_BN", "attention_BNN", "keys_BNC"})
-"""Items of `RouterContext` that this gives."""
+"""Items of `RouterContext` that the probe provides."""
 
 
 class AttentionProbe:
-    """Is shown the blocks of a tower and keeps what was asked for, without gradients.
+    """Compute and store attention and keys when the tower calls it with a block; without gradients.
 
     Args:
-        needs: which of `FROM_VISION`.
-        blocks: whose attention `attention_LBN` is; the other items are of the last of them.
-        prefix: tokens before the patches.
-        has_cls: whether the first of these is a [CLS] token; otherwise patches take its place.
-        timer: is put around what is computed.
+        needs: items to store, of `FROM_VISION`.
+        blocks: blocks whose attention is stored in `attention_LBN`; the other items are from the last of them.
+        prefix: number of tokens before the patches.
+        has_cls: True if the first of these is a [CLS] token; otherwise attention from the patches replaces that of
+            [CLS].
+        timer: context manager that times the work of the probe.
     """
 
     def __init__(
@@ -64,19 +65,19 @@ class AttentionProbe:
             self.found["keys_BNC"] = k_XhSC[:, :, patches].mean(1)
 
     def items(self) -> dict[str, Tensor]:
-        """What was asked for, with X rows in place of B."""
+        """Return the stored items, with X rows instead of B."""
         rows = {"attention_LBN": torch.stack(self.rows)} if self.rows else {}
         return {name: value for name, value in {**self.found, **rows}.items() if name in self.needs}
 
 
 def mean_attention(block: Any, x_XSW: Tensor, rows: slice) -> Tensor:
-    """Attention float32 [X,Q,S] with which these rows look at everything in a timm block, mean over heads."""
+    """Return the attention float32 [X,Q,S] from these rows to all tokens in a timm block, mean over heads."""
     q_XhSC, k_XhSC = _queries_and_keys(block, x_XSW)
     return _attention(q_XhSC[:, :, rows], k_XhSC)
 
 
 def _queries_and_keys(block: Any, x_XSW: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled queries and keys of all tokens, float32 [X,h,S,C]."""
+    """Return scaled queries and keys of all tokens, float32 [X,h,S,C]."""
     attention = block.attn
     qkv_XSQ = attention.qkv(block.norm1(x_XSW))
     q, k, _ = rearrange(qkv_XSQ, "x s (three h c) -> three x h s c", three=3, h=attention.num_heads)
@@ -84,5 +85,5 @@ def _queries_and_keys(block: Any, x_XSW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention(q_XhQC: Tensor, k_XhSC: Tensor) -> Tensor:
-    """Mean over heads, [X,Q,S]."""
+    """Return the attention [X,Q,S], mean over heads."""
     return (q_XhQC @ k_XhSC.mT).softmax(-1).mean(1)

@@ -1,4 +1,4 @@
-"""CogVLA: instruction-driven routing and sparsification, from pixels to a chunk of actions in one pass.
+"""The CogVLA network: instruction-driven routing and sparsification, from pixels to a chunk of actions in one pass.
 
 Shape legend: B batch, V views, M aggregation tokens per view, N = V*M, T text tokens, S state dimension, K chunk,
 A action dimension, J action tokens, D language width.
@@ -28,15 +28,15 @@ from cogvla.routing.router import RouterConfig
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What the network eats.
+    """The input of the network.
 
     Attributes:
         pixels: [B,V,3,H,W], uint8, or float in [0,1].
         text_ids: int64 [B,T], without bos and stop.
         text_mask: bool [B,T], False on padding.
         state: float [B,S], normalised.
-        draw: int64 [B,2], what a token router's randomness follows from in training: a seed for every sample, and one
-            that all samples of a step share; None otherwise.
+        draw: random seeds int64 [B,2] of token routers in training: one per sample, and one that all samples of a step
+            share; None outside of training.
     """
 
     pixels: Tensor
@@ -54,14 +54,18 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What it answers: normalised actions [B,K,A] ([B,0,A] where they were not asked for), the vision tokens [B,N,D]
-    that the language model was given, and the states [B,J,D] of the action tokens that the head reads.
+    """The output of the network.
 
-    `gaze`, if asked for: per tower the logarithm of the aggregation tokens' attention to the patches, [B*V,h,M,P].
-    `debug` holds, if asked for: what `policy.model.language.Trace` remembers of each layer, the `layout`, `streams`
-    (tower outputs), `stream_weights` [B,2], and with a token router before the language model its answer as `routed`.
-    `kept` tells which of the towers' tokens each vision token is, int64 [B,N], -1 for new ones; None: all in order.
-    `losses` are the auxiliary objectives of token routers, already weighted.
+    Attributes:
+        actions: normalised actions [B,K,A]; [B,0,A] if they were not decoded.
+        vision: vision tokens [B,N,D] at the input of the language model.
+        states: states [B,J,D] of the action tokens, which the head reads.
+        debug: intermediate results, if asked for: the fields of `policy.model.language.Trace`, `layout`, `streams`
+            (tower outputs), `stream_weights` [B,2], and `routed`, the result of a token router before the language
+            model.
+        gaze: if asked for, for each tower the logarithm of the aggregation tokens' attention to patches, [B*V,h,M,P].
+        kept: index of each vision token among the towers' tokens, int64 [B,N], -1 for new ones; None: all, in order.
+        losses: weighted auxiliary losses of token routers.
     """
 
     actions: Tensor
@@ -75,7 +79,7 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Everything that depends on the instruction only; can be kept while it does not change."""
+    """All values that depend only on the instruction; can be reused while it does not change."""
 
     bos_B1D: Tensor
     tail_BRD: Tensor  # words, action placeholders and stop
@@ -107,8 +111,11 @@ class CogVLA(nn.Module):
         states of the J action tokens -> head -> actions [B,K,A]
 
     Args:
-        config: the network.
+        config: configuration of the network.
         embodiment: the robot; gives views, image size, S, A and K.
+
+    Raises:
+        ValueError: the configuration does not fit the embodiment.
     """
 
     special_ids: Tensor
@@ -125,7 +132,7 @@ class CogVLA(nn.Module):
         kind, blocks, steps = config.head.kind, config.head.blocks, config.head.steps
         if kind == "discrete" and embodiment.action_normalisation == "mean_std":
             raise ValueError(
-                "head.kind=discrete cuts normalised actions at -1 and 1, where mean_std does not end: choose "
+                "head.kind=discrete clips normalised actions to [-1, 1], which mean_std can exceed: choose "
                 "action_normalisation q99 or min_max in the embodiment, or another head"
             )
         self.head = HEADS[kind](HeadSizes(width, embodiment.chunk, embodiment.action_dim, per_step, blocks, steps))
@@ -137,13 +144,13 @@ class CogVLA(nn.Module):
         self.register_buffer("special_ids", ids, persistent=False)
 
     def recompute_blocks(self, on: bool) -> None:
-        """Gradient checkpointing of every block of towers and language model, see `policy.model.recompute`."""
+        """Switch gradient checkpointing of all blocks of towers and language model; see `policy.model.recompute`."""
         self.decoder.recompute = on
         for _, tower in self.vision.named_towers():
             tower.recompute = on
 
     def with_router(self, router: RouterConfig) -> CogVLA:
-        """The same network with another token router, or without one; all other weights are shared, not copied."""
+        """Return the same network with another token router, or none; all other weights are shared, not copied."""
         other = copy.copy(self)
         other._modules = dict(self._modules)
         other.config = replace(self.config, routing=replace(self.config.routing, router=router))
@@ -159,15 +166,15 @@ class CogVLA(nn.Module):
 
     @property
     def vision_tokens(self) -> int:
-        """N, vision tokens of all views in the language model's sequence."""
+        """N, the number of vision tokens of all views in the language model's sequence."""
         return self.vision.tokens if self.router is None else self.router.tokens
 
     def encode_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor, budget: int | float | None = None) -> TextFeatures:
-        """Embeddings, FiLM parameters, stream weights, mask and positions of an instruction.
+        """Compute embeddings, FiLM parameters, stream weights, mask and positions for the instructions.
 
         Args:
             text_ids_BT, text_mask_BT: see `ModelInput`.
-            budget: of the token router, instead of the configured one.
+            budget: budget of the token router; None: the configured one.
         """
         embedded_BTD = self.decoder.embed(text_ids_BT)
         weight_BT1 = text_mask_BT[..., None].to(embedded_BTD.dtype)
@@ -197,16 +204,16 @@ class CogVLA(nn.Module):
         change: Callable[[Tensor], Tensor] | None = None,
         observer: Observer | None = None,
     ) -> ModelOutput:
-        """One parallel pass.
+        """Run one parallel pass.
 
         Args:
             inputs: see `ModelInput`.
-            text: of an earlier `encode_text` for the same instructions, to save the work.
-            debug: also return what is inside (slower: every row of every layer is computed).
-            watch: also return where the aggregation tokens look.
-            decode: False leaves out the actions; training asks the head for its error on the states instead.
-            change: of the vision tokens [B,N,D] on their way into the language model, for training.
-            observer: is shown every block of both towers.
+            text: result of an earlier `encode_text` for the same instructions, to save time.
+            debug: also return intermediate results (slower, since all rows of all layers are computed).
+            watch: also return the attention of the aggregation tokens (`gaze`).
+            decode: decode actions; False in training, which computes the head's error from the states.
+            change: function applied to the vision tokens [B,N,D] before the language model, for training.
+            observer: function called with every block of both towers, see `policy.model.vision.Observer`.
         """
         gaze: list[Tensor] | None = [] if watch else None
         routed: Routed | None = None
@@ -242,7 +249,7 @@ class CogVLA(nn.Module):
         decode: bool = True,
         routed: Routed | None = None,
     ) -> ModelOutput:
-        """From mixed vision tokens, normalised state and instruction to actions: stages 2 and 3 and the head."""
+        """Run stages 2 and 3 and the head: mixed vision tokens, normalised states and instructions to actions."""
         batch, dtype = len(state_BS), vision_BND.dtype
         state_B1D = self.state(state_BS.to(dtype))[:, None]
         sequence_BSD = torch.cat((text.bos_B1D.to(dtype), vision_BND, state_B1D, text.tail_BRD.to(dtype)), dim=1)

@@ -1,6 +1,6 @@
-"""The model's configuration: plain data, validated where it is built.
+"""Configuration of the model: plain data, checked when it is built.
 
-What belongs to the robot (views, image size, chunk, action and state dimension) is not here but in the `Embodiment`.
+Facts about the robot (views, image size, chunk, action and state dimension) are in `Embodiment`, not here.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class TowerConfig:
     """One vision transformer.
 
     Attributes:
-        patch_size: pixels per side of a patch; must divide the image.
-        timm: name of a timm model that gives the architecture (and, on request, pretrained weights); the sizes below
-            are then left out.
-        width, depth, heads, mlp_ratio: sizes of a transformer of our own. The last block's output is not used (the
-            features are those of the last block but one), so `depth` counts one block more than is computed.
-        class_token, registers: extra tokens in front, as DINOv2 has them.
-        layer_scale: initial value of LayerScale on both branches, or None for none.
+        patch_size: side of a patch in pixels; must divide the image size.
+        timm: name of a timm model that gives the architecture (and pretrained weights, if asked for); leave out the
+            sizes below then.
+        width, depth, heads, mlp_ratio: sizes of a new transformer. Features are taken from the last block but one, so
+            `depth` includes one block that is not computed.
+        class_token, registers: extra tokens before the patches, as in DINOv2.
+        layer_scale: initial value of LayerScale on both branches; None: no LayerScale.
         mean, std: normalisation of RGB values in [0,1].
     """
 
@@ -57,17 +57,17 @@ class TowerConfig:
         elif self.width % self.heads or self.depth < 2:  # type: ignore[operator]
             raise ValueError(f"tower: width must be divisible by heads and depth at least 2, got {sizes}")
         if self.patch_size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError("a tower needs a positive patch_size and three means and three positive stds")
+            raise ValueError("a tower needs a positive patch_size, three means and three positive stds")
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Two towers, and how many aggregation tokens each of them has per view.
+    """The two vision towers.
 
     Attributes:
-        dinov2, siglip: the towers; the names say which published weights they can hold.
-        aggregation_tokens: M.
-        drop_last_block: leave the block whose output is not used out of the model.
+        dinov2, siglip: towers; each can load the published weights of its name.
+        aggregation_tokens: M, aggregation tokens per view in each tower.
+        drop_last_block: build the model without the last block, whose output is not used.
     """
 
     dinov2: TowerConfig
@@ -86,13 +86,14 @@ class LanguageConfig:
 
     Attributes:
         architecture: `llama` or `qwen2` (biases on q, k and v).
-        vocab_size, width, intermediate, layers, heads, kv_heads: sizes; kv_heads None means as many as heads.
-        bos_token, stop_token: ids whose embeddings open and close the sequence.
+        vocab_size, width, intermediate, layers, heads, kv_heads: sizes; kv_heads None: the same as heads.
+        bos_token, stop_token: ids of the first and the last token of the sequence.
         rms_norm_eps, rope_theta: as in transformers.
-        init_std: standard deviation of the linear layers at the start.
-        embedding_std: that of the token embeddings; None is `init_std`. From scratch it should be near 1, or FiLM,
-            which reads the mean embedding, hardly sees the instruction for thousands of steps.
-        hub: repository of pretrained weights that fit these sizes, or None.
+        init_std: initial standard deviation of the linear layers.
+        embedding_std: initial standard deviation of the token embeddings; None: `init_std`. For training from scratch
+            use about 1: FiLM reads the mean embedding, and with small embeddings it hardly sees the instruction for
+            thousands of steps.
+        hub: hub repository of pretrained weights with these sizes; None: no such repository.
     """
 
     vocab_size: int
@@ -122,17 +123,17 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class ActionHeadConfig:
-    """Action placeholders and the head that reads them.
+    """Action placeholders, and the head that reads their states.
 
     Attributes:
         kind: `l1` (regression, the paper), `diffusion` (DDIM), `flow` (flow matching) or `discrete` (256 tokens per
-            dimension); see `policy/heads`.
+            dimension); see `policy/model/heads`.
         tokens_per_step: `one` placeholder per step of the chunk, or one per `action_dim`ension (the paper, K*A).
         placeholder: `learned` embeddings, or `zero` vectors (the paper).
-        blocks: residual blocks of the head.
-        steps: from noise to action, of `diffusion` and `flow`.
-        shifted: read action i from the state one token earlier, the first one from the last word, as in next-token
-            prediction (the published code); otherwise from its own placeholder.
+        blocks: number of residual blocks of the head.
+        steps: number of steps from noise to action, for `diffusion` and `flow`.
+        shifted: read each action from the state of the token before it, and the first action from the last word, as in
+            next-token prediction (the published code); otherwise from its own placeholder.
     """
 
     kind: str = "l1"
@@ -145,28 +146,31 @@ class ActionHeadConfig:
     def __post_init__(self) -> None:
         _one_of("head.kind", self.kind, tuple(HEADS))
         if self.blocks < 0 or self.steps < 1:
-            raise ValueError(f"head: blocks cannot be negative and steps must be positive, got {self}")
+            raise ValueError(f"head: blocks must be at least 0 and steps at least 1, got {self}")
         _one_of("head.tokens_per_step", self.tokens_per_step, ("one", "action_dim"))
         _one_of("head.placeholder", self.placeholder, ("learned", "zero"))
 
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """The three stages of the paper, each with a switch.
+    """The three stages of the paper, each with a switch. `faithful` means: as in the published code.
 
     Attributes:
         efa: stage 1. Off: plain patch tokens, channels of both towers joined, one projector.
-        film: without stage 1, the instruction modulates the towers all the same, whose patches stay (OpenVLA-OFT+).
-        fusion: how streams that know the instruction are brought together, `mix`, `sum` or `concat`.
-        summary: what the instruction's summary is the mean of: `words`, or `faithful` (bos and stop included).
+        film: without stage 1, let the instruction still modulate the towers, and keep the patches (OpenVLA-OFT+).
+        fusion: combination of the two streams with `efa` or `film`: `mix`, `sum` or `concat`, see
+            `routing.aggregation.StreamFusion`.
+        summary: tokens whose mean is the instruction's summary: `words`, or `faithful` (with bos and stop).
         film_init: see `routing.film.FiLM`.
-        lfp: stage 2. Off: every layer sees all vision tokens.
+        lfp: stage 2. Off: every layer processes all vision tokens.
         schedule, mean_keep, period: see `routing.schedule.keep_ratios`.
-        mode: `bypass` (tokens not kept skip the layer and come back) or `drop` (they are gone).
+        mode: treatment of vision tokens that a layer does not keep: skip only this layer (`bypass`), or removed from
+            there on (`drop`).
         position_policy: `keep` the positions of kept tokens, or `renumber` them in routed layers (faithful).
-        scale: what the router's probability multiplies, which is how the router learns: the MLP output of `all`
-            tokens (faithful) or of `visual_only` vision tokens, or for vision tokens also the attention `values`. Only
-            the last one teaches the router of the last layer, where nothing reads a vision token's MLP output.
+        scale: values that the router's probability multiplies; the router learns through them. MLP outputs of `all`
+            tokens (faithful), of vision tokens (`visual_only`), or of vision tokens together with their attention
+            `values`. Only the last one trains the router of the last layer, where nothing reads a vision token's MLP
+            output.
         attention: stage 3, `coupled`; `causal` and `bidirectional` are ablations.
         router: another router of vision tokens, alone or together with these stages, see `routing.router`.
     """
@@ -196,21 +200,21 @@ class RoutingConfig:
         keep_ratios(self.schedule, 2, self.mean_keep, self.period)
         router = self.router
         if router.name is not None and router.mode == "bypass" and router.layers and self.lfp:
-            raise ValueError("a router that bypasses layers takes the place of LFP: set routing.lfp=false")
+            raise ValueError("a router that bypasses layers replaces LFP: set routing.lfp=false")
         if router.name is not None and self.position_policy == "renumber" and router.position != "compact":
             raise ValueError(
-                f"routing.position_policy=renumber numbers tokens anew in every layer, which does not go with "
+                f"routing.position_policy=renumber renumbers tokens in every layer, which contradicts "
                 f"router.position={router.position}: set router.position=compact"
             )
 
     def keep_ratios(self, layers: int) -> tuple[float | None, ...]:
-        """Keep ratio per layer, None where the layer is not routed."""
+        """Return the keep ratio of each layer; None for a layer that is not routed."""
         return keep_ratios(self.schedule if self.lfp else "none", layers, self.mean_keep, self.period)
 
 
 @dataclass(frozen=True)
 class CogVLAConfig:
-    """Everything about the network that does not belong to the robot."""
+    """The whole network, without the facts about the robot."""
 
     vision: VisionConfig
     language: LanguageConfig
@@ -219,15 +223,15 @@ class CogVLAConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CogVLAConfig:
-        """From nested plain data, as YAML or JSON give it.
+        """Build the configuration from nested plain data, as from YAML or JSON.
 
         Raises:
-            ValueError: unknown or missing keys (the message lists the valid ones), or values that make no sense.
+            ValueError: unknown or missing keys (the message lists the valid ones), or invalid values.
         """
         return _build(cls, data, "model")
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain data that `from_dict` takes back."""
+        """Return nested plain data for `from_dict`."""
         return asdict(self)
 
 

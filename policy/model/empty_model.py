@@ -1,4 +1,4 @@
-"""A model without memory for its parameters, to be filled from a file: large ones load in the space they take."""
+"""Build a model without allocating its parameters, so that a large checkpoint needs memory only once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cogvla.policy.model.config import CogVLAConfig
 
 
 def empty_model(config: CogVLAConfig, embodiment: Embodiment) -> CogVLA:
-    """The model with its parameters on the meta device and its buffers, which no checkpoint has, as they should be.
+    """Build the model with its parameters on the meta device; buffers, which checkpoints do not have, are ready.
 
     Fill it with `load_parameters`, or with `load_state_dict(assign=True)`.
     """
@@ -24,12 +24,12 @@ def empty_model(config: CogVLAConfig, embodiment: Embodiment) -> CogVLA:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their memory as soon as a module gets them, before anything is written into it."""
+    """Move each parameter to the meta device as soon as a module registers it, before its memory is written."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # torch allows answers
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # torch allows a result
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: keep the input of a block only, and compute the block again in the backward pass."""
+"""Gradient checkpointing: store only the input of a block, and compute the block again in the backward pass."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def call(recompute: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`; with `recompute`, what it computes inside is not kept for the backward pass.
+    """Call `function(*args)`; with `recompute`, intermediate results are not stored for the backward pass.
 
-    Gradients are the same. Whatever the function returns counts; what it changes in passing happens twice.
+    Gradients are the same. The function runs twice then, so it must not have side effects.
     """
     if recompute and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
