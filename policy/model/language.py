@@ -28,7 +28,7 @@ from cogvla.routing.schedule import keep_count
 
 
 def build_language_model(config: LanguageConfig) -> Any:
-    """The transformers model whose layers the decoder drives, randomly initialised."""
+    """Build the transformers model whose layers the decoder runs, with random weights."""
     config_class, model_class = {"llama": (LlamaConfig, LlamaModel), "qwen2": (Qwen2Config, Qwen2Model)}[
         config.architecture
     ]
@@ -53,7 +53,7 @@ def build_language_model(config: LanguageConfig) -> Any:
 
 @dataclass
 class Trace:
-    """What a debug forward pass remembers, by layer.
+    """Intermediate results of a debug forward pass, by layer.
 
     Attributes:
         hidden: [B,S',D] after the layer.
@@ -74,10 +74,10 @@ class LayerRouting(Protocol):
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
     ) -> tuple[Tensor, Frame, Tensor | None]:
-        """The sequence before layer `index`: what is left of it, its frame, and the vision tokens kept, if any went."""
+        """Return the sequence before layer `index`, its frame, and the kept vision tokens (None: all)."""
 
     def choose(self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext) -> Selection | None:
-        """The tokens that take part in layer `index`; None: all."""
+        """Return the tokens that layer `index` processes; None: all."""
 
 
 class RoutedDecoder(nn.Module):
@@ -103,11 +103,11 @@ class RoutedDecoder(nn.Module):
         )
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids to embeddings."""
+        """Return the embeddings of token ids."""
         return self.llm.embed_tokens(ids)
 
     def context(self, layout: TokenLayout, text_mask_BT: Tensor, gap: int = 0) -> DecoderContext:
-        """What the layers need to know about a sequence besides its embeddings, see `DecoderContext`."""
+        """Build mask and positions of a sequence, see `DecoderContext`."""
         return DecoderContext(self, layout, text_mask_BT, gap)
 
     def forward(
@@ -160,7 +160,7 @@ class RoutedDecoder(nn.Module):
         every_row: bool,
         routing: LayerRouting | None = None,
     ) -> tuple[Tensor, Frame, Tensor | None]:
-        """Layer number `index`: its output, the frame of the output, and the vision tokens kept, if it is routed."""
+        """Run layer `index`; return its output, the frame of the output, and the kept vision tokens (None: all)."""
         layer, ratio, last = self.llm.layers[index], self.ratios[index], index == len(self.llm.layers) - 1
         read = self.read_rows if last and not every_row else None
         h_BSD = normed(layer.input_layernorm, x_BSD)
@@ -185,7 +185,7 @@ class RoutedDecoder(nn.Module):
         return put_rows(x_BSD, chosen.rows, out_BSD), now, chosen.kept_Bn
 
     def read_rows(self, layout: TokenLayout) -> slice:
-        """Rows that the last layer has to compute."""
+        """Return the rows that the last layer has to compute."""
         return slice(layout.state.start, layout.length) if self.shifted else layout.answer
 
     def _action_states(self, read_BQD: Tensor, context: DecoderContext) -> Tensor:
@@ -231,14 +231,14 @@ class DecoderContext:
         self._masks: dict[int, Tensor] = {}
 
     def placed(self, position_BN: Tensor) -> Frame:
-        """The whole sequence with its vision tokens at these positions, which may be fractions."""
+        """Return the frame of the whole sequence, with vision tokens at these positions (may be fractions)."""
         turn_BSU, layout = self.whole.turn_BSU, self.layout
         vision_BNU = self._rotary(position_BN)
         turn_BSU = torch.cat((turn_BSU[:, layout.bos], vision_BNU, turn_BSU[:, layout.rest]), dim=1)
         return Frame(layout, self.mask_B1SS, turn_BSU)
 
     def pruned(self, chosen: Selection, before: Frame, renumber: bool = False) -> Frame:
-        """The frame of the tokens chosen from `before`."""
+        """Return the frame of the tokens chosen from `before`."""
         # Vision tokens are alike to the mask and follow bos, so leaving any of them out is leaving out the first rows.
         fewer = self.layout.vision - chosen.layout.vision
         if fewer not in self._masks:

@@ -31,7 +31,7 @@ class Frame:
     seen_BN: Tensor | None = None
 
     def hiding(self, seen_BN: Tensor) -> Frame:
-        """The same frame in which nothing attends to the vision tokens that are not seen."""
+        """Return the same frame, in which nothing attends to vision tokens with `seen_BN` False."""
         layout, size = self.layout, self.layout.length
         seen_BS = F.pad(seen_BN, (layout.visual.start, size - layout.visual.stop), value=True)
         mask_B1SS = self.mask_B1SS.masked_fill(~seen_BS[:, None, None], float("-inf"))
@@ -48,7 +48,7 @@ def run_layer(
     scale_values: bool = False,
     rows: slice | None = None,
 ) -> Tensor:
-    """One transformer layer on residual `x` and its normalised form `h`; of the output, only `rows` are computed."""
+    """Run one transformer layer on residual `x` and its normalised form `h`; only the output `rows` are computed."""
     rows = rows or slice(None)
     attention = layer.self_attn
     head_width, split = frame.turn_BSU.shape[-1] // 2, "b s (h e) -> b h s e"
@@ -64,7 +64,7 @@ def run_layer(
 
 
 def _queries_and_keys(attention: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> tuple[Tensor, Tensor]:
-    """Rotated queries of some rows and keys of all."""
+    """Return the rotated queries of some rows, and the rotated keys of all."""
     cos_B1SE, sin_B1SE = frame.turn_BSU[:, None].chunk(2, dim=-1)
     head_width, split = cos_B1SE.shape[-1], "b s (h e) -> b h s e"
     q_BHQE = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
@@ -73,7 +73,7 @@ def _queries_and_keys(attention: Any, h_BSD: Tensor, frame: Frame, rows: slice) 
 
 
 def attention_rows(layer: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> Tensor:
-    """Attention [B,Q,S], float32 mean over heads, with which these rows would look at everything in this layer."""
+    """Return the attention [B,Q,S], float32 mean over heads, from these rows to all tokens in this layer."""
     q_BHQE, k_BGSE = _queries_and_keys(layer.self_attn, h_BSD, frame, rows)
     k_BHSE = k_BGSE.repeat_interleave(q_BHQE.shape[1] // k_BGSE.shape[1], dim=1)
     logits_BHQS = (q_BHQE @ k_BHSE.mT).float() * math.sqrt(1 / q_BHQE.shape[-1])
@@ -81,18 +81,18 @@ def attention_rows(layer: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> Tens
 
 
 def joined_turn(cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
-    """Cosine and sine as one, the first half of the sine negated, as layers read it."""
+    """Join cosine and sine in one tensor, with the first half of the sine negated."""
     first_BSF, second_BSF = sin_BSE.chunk(2, dim=-1)
     return torch.cat((cos_BSE, -first_BSF, second_BSF), dim=-1)
 
 
 def normed(norm: Any, x: Tensor) -> Tensor:
-    """The layer's own RMSNorm, in one operation where weight and input have one precision (autocast mixes them)."""
+    """Apply RMSNorm, in one operation if weight and input have the same precision (not under autocast)."""
     if norm.weight.dtype != x.dtype:
         return norm(x)
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in Llama's half-split form; `sin` has its first half negated."""
+    """Apply the rotary embedding in Llama's half-split form; `sin` has its first half negated."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -73,7 +73,7 @@ class LayerPass:
     def _without(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
     ) -> tuple[Tensor, Frame, Tensor]:
-        """The sequence without the tokens that go here, and the places of those that stay."""
+        """Return the sequence without the removed tokens, its frame, and the places of those that stay."""
         routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
         place_Bn, layout = routed.place_Bn.round().long(), now.layout
         chosen = Selection(place_Bn, rows_of(layout, place_Bn), layout.with_vision(place_Bn.shape[1]))
@@ -111,7 +111,7 @@ class LayerPass:
 def language_items(
     needs: Collection[str], layer: Any, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: DecoderContext
 ) -> dict[str, Any]:
-    """What the layer that comes next says about vision tokens; attention only if it is asked for."""
+    """Compute the context items that the next layer gives; attention only if it is needed."""
     layout, items = now.layout, {}
     visual, rest = layout.visual, layout.rest
     if "text_BTE" in needs:
@@ -140,11 +140,11 @@ def language_items(
 
 @torch.no_grad()
 def _read(layer: Any, h_BSD: Tensor, now: Frame) -> Tensor:
-    """Attention [B,N] that vision tokens get from the action tokens."""
+    """Return the attention [B,N] from the action tokens to vision tokens."""
     return attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
 
 
 def _active(layer: Any, x_BND: Tensor) -> Tensor:
-    """Neurons of the MLP that these tokens would activate without the attention before it."""
+    """Return the MLP neurons that these tokens activate, bool, without the attention before the MLP."""
     h_BND = normed(layer.post_attention_layernorm, x_BND)
     return layer.mlp.act_fn(layer.mlp.gate_proj(h_BND)) * layer.mlp.up_proj(h_BND) > 0

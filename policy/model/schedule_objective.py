@@ -1,4 +1,4 @@
-"""How little a token schedule changes what a policy does: the objective for `routing.schedule_search.search`.
+"""The objective of a keep schedule (how little it changes the policy) for `routing.schedule_search.search`.
 
     objective = schedule_objective(policy.model, inputs, RouterConfig("global_attention", layer_router="carried"))
     schedule, value = search(objective, layers=(1, 2), depth=3, budget=0.25)
@@ -19,7 +19,7 @@ from cogvla.routing.schedule_search import Schedule
 
 
 def schedule_objective(model: CogVLA, inputs: ModelInput, router: RouterConfig) -> Callable[[Schedule], float]:
-    """Mean cosine between the action tokens' states with the router on a schedule, and without a router.
+    """Return a function: the mean cosine of the action tokens' states with a schedule and without a router.
 
     Args:
         model: a trained policy's network; its weights are shared, not copied.

@@ -54,7 +54,7 @@ class Routed:
     tokens: RoutedTokens | None
 
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary objectives of all routers, known after the decoder has run."""
+        """Return the auxiliary losses of all routers; call it after the decoder has run."""
         before = {} if self.tokens is None else dict(self.tokens.losses)
         return before if self.layers is None else {**before, **self.layers.losses}
 
@@ -135,7 +135,7 @@ class PolicyRouter(nn.Module):
         return router
 
     def _given(self, stage: str) -> frozenset[str]:
-        """Items of the context that there are at a stage."""
+        """Return the context items that are available at a stage."""
         if stage == "llm_layer":
             scored = self.before is not None
             return FROM_LANGUAGE - (set() if scored else {"score_BN"})
@@ -151,22 +151,22 @@ class PolicyRouter(nn.Module):
         return self.views // self.rows * count_of(budget, self.all_tokens // self.views)
 
     def leaves(self, budget: int | float) -> int:
-        """Tokens of all views that enter the language model."""
+        """Return the number of tokens, of all views, that enter the language model."""
         if self.before is None:
             return self.all_tokens
         return self.rows * self.before.leaves(self._count(budget))
 
     def left(self, layer: int) -> int | None:
-        """Vision tokens that this language layer works on; None where nothing is routed."""
+        """Return the number of vision tokens that this language layer processes; None if it is not routed."""
         return cast(TokenRouter, self.layers[str(layer)]).leaves(self.counts[layer]) if layer in self.counts else None
 
     @property
     def bypass(self) -> bool:
-        """Whether tokens not kept at a language layer skip it; otherwise they are gone."""
+        """True if tokens that a language layer does not keep skip only this layer; otherwise they are removed."""
         return self.config.mode == "bypass"
 
     def gap(self, tokens: int) -> int:
-        """Positions that stay free after so many vision tokens, see `DecoderContext`."""
+        """Return the number of free positions after `tokens` vision tokens, see `DecoderContext`."""
         if self.before is None or self.config.position == "compact":
             return 0
         return math.ceil(self._step * self.all_tokens) - tokens
@@ -176,14 +176,14 @@ class PolicyRouter(nn.Module):
         return self.config.position_step if self.config.position == "v2pe" else 1.0
 
     def probe(self) -> AttentionProbe | None:
-        """What has to watch the first tower; None where nothing of it is read."""
+        """Return the probe for the first tower; None if the router needs nothing from it."""
         if self.before is None or not self.before.needs & FROM_VISION:
             return None
         blocks = self.before.attention_blocks(self.blocks)
         return AttentionProbe(self.before.needs, blocks, self.prefix, self.has_cls, self.stopwatch)
 
     def draws(self, state_BS: Tensor) -> Tensor:
-        """Seeds [B] for observations with these states."""
+        """Return the seeds [B] for observations with these states."""
         if self.config.resample and any("draw_B" in router.needs for router in self._routers()):
             return seeds_of(state_BS, self.config.seed)
         return torch.full((len(state_BS),), self.config.seed, dtype=torch.int64, device=state_BS.device)
@@ -193,7 +193,7 @@ class PolicyRouter(nn.Module):
         return before + [cast(TokenRouter, router) for router in self.layers.values()]
 
     def drawn_budget(self, draw_B2: Tensor | None) -> int | float | None:
-        """The budget of this training step; None: the configured one."""
+        """Return the budget of this training step; None: the configured one."""
         if draw_B2 is None or not self.config.train_budgets:
             return None
         return self.config.train_budgets[int(draw_B2[0, 1]) % len(self.config.train_budgets)]
@@ -210,7 +210,7 @@ class PolicyRouter(nn.Module):
         probe: AttentionProbe | None,
         budget: int | float | None = None,
     ) -> Routed:
-        """From the towers' streams [B,V*N,W] to what enters the language model.
+        """Route the towers' streams [B,V*N,W] and project them for the language model.
 
         Args:
             streams: one per tower.
@@ -267,7 +267,7 @@ class PolicyRouter(nn.Module):
         draw_B: Tensor,
         probe: AttentionProbe | None,
     ) -> dict[str, Any]:
-        """The context of the rows, as far as the router needs it."""
+        """Build the context items that the router needs."""
         assert self.before is not None
         needs, rows = self.before.needs, self.rows
         items: dict[str, Any] = {"grid": self.grid}
@@ -287,7 +287,7 @@ class PolicyRouter(nn.Module):
         return items
 
     def _together(self, routed: RoutedTokens, vision_BnD: Tensor) -> RoutedTokens:
-        """The answers of all rows of a sample as one, numbered through."""
+        """Join the results of all rows of a sample; indices count through all its rows."""
         row_tokens, kept = self.all_tokens // self.rows, routed.index_Bn.shape[1]
         row_X1 = torch.arange(self.rows, device=vision_BnD.device).repeat(len(vision_BnD))[:, None]
 
@@ -306,7 +306,7 @@ class PolicyRouter(nn.Module):
 
 
 def _asked(fusion: StreamFusion, widths: list[int], weights_X2: Tensor | None, x_XNW: Tensor) -> Tensor:
-    """What the fusion would make of these tokens, in float32 where tokens and weights differ in precision."""
+    """Apply the fusion to tokens, in float32 if tokens and weights differ in precision."""
     if all(parameter.dtype == x_XNW.dtype for parameter in fusion.parameters()):
         return fusion(x_XNW.split(widths, dim=-1), weights_X2)
     weights = {name: parameter.float() for name, parameter in fusion.named_parameters()}

@@ -1,4 +1,4 @@
-"""Two vision transformers that look for what the instruction asks (EFA, stage 1).
+"""The vision encoder: two transformers that are modulated by the instruction (EFA, stage 1).
 
 What is unusual:
 - the blocks are timm's, unmodified; FiLM goes between their attention and their MLP, so they are driven from here
@@ -32,13 +32,13 @@ from cogvla.routing.film import FiLM, modulate
 
 WHITE = 255.0  # of a byte
 Probe = Callable[[int, Any, Tensor], None]
-"""Is shown the number of a block, the block, and its input [X,P',W] with all prefix tokens."""
+"""Function that is called with the number of a block, the block, and its input [X,P',W] with all prefix tokens."""
 Observer = Callable[["VisionTower", int, Tensor], None]
-"""Is shown a tower, the number of a block and the block's input [X,P',W] with all tokens, EFA or not."""
+"""Function that is called with a tower, the number of a block, and its input [X,P',W], with or without EFA."""
 
 
 def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> Any:
-    """A timm vision transformer without the parts whose output is never used (pooling, head, final norm)."""
+    """Build a timm vision transformer without the unused parts (pooling, head, final norm)."""
     sizes = {"img_size": image_size, "patch_size": config.patch_size, "num_classes": 0}
     if config.timm is not None:
         vit = timm.create_model(config.timm, **sizes)
@@ -65,7 +65,7 @@ def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block:
 
 
 def _initialise(vit: Any) -> None:
-    """For towers of our own: signals keep their size from layer to layer, and positions are readable from the start.
+    """Initialise a new tower such that signals keep their size across layers and positions can be read from the start.
 
     timm's initialisation (standard deviation 0.02) suits wide towers and long training; narrow ones need thousands of
     steps before anything moves.
@@ -81,7 +81,7 @@ def _initialise(vit: Any) -> None:
 
 
 def _position_code(rows: int, columns: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, [1,rows*columns,width]."""
+    """Return sines and cosines of row and column, [1,rows*columns,width]."""
     frequency_F = 100.0 ** -(torch.arange(width // 4) / (width // 4))
     y_P, x_P = (t.flatten().float() for t in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
     angles = [position_P[:, None] * frequency_F for position_P in (y_P, x_P)]
@@ -125,7 +125,7 @@ class VisionTower(nn.Module):
             self.aggregation = AggregationTokens(config.aggregation_tokens, self.width)
 
     def embedding(self) -> tuple[Tensor, Tensor]:
-        """Weight [W,C] and bias [W] from bytes of patches to tokens: normalisation and patch convolution in one."""
+        """Return weight [W,C] and bias [W] from patch bytes to tokens: normalisation and patch convolution in one."""
         projection = self.vit.patch_embed.proj
         dtype = projection.weight.dtype
         weight_WcK = projection.weight.float().flatten(2)
@@ -140,7 +140,7 @@ class VisionTower(nn.Module):
         probe: Probe | None = None,
         observer: Observer | None = None,
     ) -> Tensor:
-        """Embedded patches [X,P,W], and `1 + scale` and shift [L,B,1,W] (None without FiLM), to tokens [X,N,W].
+        """Compute tokens [X,N,W] from embedded patches [X,P,W] and FiLM's `1 + scale` and shift [L,B,1,W] (or None).
 
         A list given as `gaze` receives where the aggregation tokens look in the last block: the logarithm of their
         attention to the patches, [X,h,M,P]. Without EFA, a `probe` is shown every block; an `observer` always is.
@@ -172,7 +172,7 @@ class VisionTower(nn.Module):
     def _block(
         self, index: int, x_XNW: Tensor, scale_B1W: Tensor, shift_B1W: Tensor, watch: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Block number `index` with FiLM; if asked for, also where the aggregation tokens look."""
+        """Run block `index` with FiLM; with `watch`, also return the aggregation tokens' log attention."""
         block, x, log_attention_XhMP = self.vit.blocks[index], x_XNW, None
         attended = block.norm1(x)
         if self.aggregation is not None and index == self.computed - 1:
@@ -188,7 +188,7 @@ class VisionTower(nn.Module):
 
 
 def cut_patches(pixels_BVCHW: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Pixels, uint8 or float in [0,1], to patches [X,P,C] of the values of bytes.
+    """Cut pixels, uint8 or float in [0,1], into patches [X,P,C] with values 0 to 255.
 
     Bytes are cut as bytes, a quarter of the memory traffic of floats, and where patches allow it eight at a time.
     """
@@ -202,14 +202,14 @@ def cut_patches(pixels_BVCHW: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _outputs(linear: Any, x: Tensor, first: int, end: int) -> Tensor:
-    """Some of the outputs of a linear layer. With an adapter around it, all are computed."""
+    """Compute some outputs of a linear layer; with an adapter around it, all are computed."""
     if type(linear) is not nn.Linear:
         return linear(x)[..., first:end]
     return F.linear(x, linear.weight[first:end], None if linear.bias is None else linear.bias[first:end])
 
 
 def _attend_last(attention: Any, h_XNW: Tensor, rows: int, watch: bool) -> tuple[Tensor, Tensor | None]:
-    """Attention of the last `rows` tokens to all tokens, with the weights of a timm module.
+    """Compute attention of the last `rows` tokens to all tokens, with the weights of a timm module.
 
     Returns:
         What it gives, [X,rows,W], and if watched the logarithm of its weights, [X,h,rows,N].
@@ -266,7 +266,7 @@ class DualVision(nn.Module):
         self.tokens = len(embodiment.cameras) * (config.aggregation_tokens if routing.efa else patches)
 
     def condition(self, summary_BD: Tensor) -> VisionCondition:
-        """All that vision needs of the instruction; may be kept as long as the instruction stays."""
+        """Compute all that vision needs of the instruction; reuse it while the instruction does not change."""
         embeddings = tuple(tower.embedding() for tower in self._towers())
         films = tuple(tower.film(summary_BD) if tower.film is not None else None for tower in self._towers())
         return VisionCondition(embeddings, films, self.fusion.weights(summary_BD))
@@ -279,7 +279,7 @@ class DualVision(nn.Module):
         probe: Probe | None = None,
         observer: Observer | None = None,
     ) -> list[Tensor]:
-        """Pixels, uint8 or float in [0,1], to the tokens of each tower before projection, [B,V*N,W].
+        """Run both towers on pixels, uint8 or float in [0,1]; return the tokens of each before projection, [B,V*N,W].
 
         `gaze` receives one entry per tower, see `VisionTower.forward`; `probe` is shown the first tower,
         `observer` both.
@@ -296,11 +296,11 @@ class DualVision(nn.Module):
         return streams
 
     def forward(self, pixels_BVCHW: Tensor, condition: VisionCondition) -> Tensor:
-        """Pixels, uint8 or float in [0,1], to mixed vision tokens [B,V*N,D]."""
+        """Compute mixed vision tokens [B,V*N,D] from pixels, uint8 or float in [0,1]."""
         return self.fusion(self.streams(pixels_BVCHW, condition), condition.weights_B2)
 
     def named_towers(self) -> list[tuple[str, VisionTower]]:
-        """The towers with their names, in the order of the streams."""
+        """Return the towers with their names, in the order of the streams."""
         return [(name, cast(VisionTower, tower)) for name, tower in self.towers.items()]
 
     def _towers(self) -> list[VisionTower]:

@@ -34,7 +34,7 @@ NOISE_SEED = 0
 
 
 def time_features(time: Tensor) -> Tensor:
-    """Times [...] to sines and cosines [...,E] of periods from 8 down to 1/8, float32."""
+    """Convert times [...] to sines and cosines [...,E] with periods from 8 down to 1/8, float32."""
     frequency_e = torch.logspace(-3, 3, TIME_FEATURES // 2, base=2.0, device=time.device)
     angle = 2 * math.pi * time[..., None].float() * frequency_e
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
@@ -52,7 +52,7 @@ class DenoisingBlock(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Velocity of a noisy chunk, given what the policy sees.
+    """Predict the velocity of a noisy chunk from the states of the action tokens.
 
     An MLP for each step of the chunk. It is given the noise of the whole chunk, so that all steps take the same way.
     """
@@ -68,11 +68,11 @@ class Denoiser(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sizes.action_dim))
 
     def embed_time(self, time: Tensor) -> Tensor:
-        """Times [...] to [...,D]."""
+        """Embed times [...] as [...,D]."""
         return self.time(time_features(time).to(self.action.weight.dtype))
 
     def forward(self, seen: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """What `see` gives [...,K,D], noisy actions [...,K,A] and `embed_time` [...,D] to velocities [...,K,A]."""
+        """Predict velocities [...,K,A] from `see` [...,K,D], noisy actions and `embed_time` [...,D]."""
         noisy = noisy.to(self.action.weight.dtype)
         whole = self.chunk(rearrange(noisy, "... k a -> ... 1 (k a)"))
         return self.out(self.blocks(seen + self.action(noisy) + whole + time[..., None, :])).float()
@@ -98,20 +98,20 @@ class DenoisingHead(ActionHead):
     @staticmethod
     @abstractmethod
     def training_time(uniform: Tensor) -> Tensor:
-        """Uniform draws from [0,1) to the times to train on."""
+        """Convert uniform draws from [0,1) to training times."""
 
     @staticmethod
     @abstractmethod
     def mixture(action: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy action at a time, and its velocity."""
+        """Return the noisy action at a time, and its velocity."""
 
     @staticmethod
     @abstractmethod
     def follow(noisy: Tensor, velocity: Tensor, time: float, until: float) -> Tensor:
-        """From the noisy action at a time to that at an earlier one."""
+        """Step from the noisy action at `time` to the one at `until`, which is nearer to the action."""
 
     def decode(self, states_BJD: Tensor, noise_BKA: Tensor | None = None) -> Tensor:
-        """The actions float32 [B,K,A] at the end of the path that starts at this noise; None is the head's own."""
+        """Decode actions float32 [B,K,A], starting from this noise; None: the head's fixed noise."""
         seen_BKD = self.denoiser.see(self.join(states_BJD))
         time_SD = self.denoiser.embed_time(self.left_S / self.sizes.steps)
         x_BKA = self.noise_KA.float().expand(len(seen_BKD), -1, -1) if noise_BKA is None else noise_BKA
@@ -122,7 +122,7 @@ class DenoisingHead(ActionHead):
     def error(
         self, states_BJD: Tensor, expert_BKA: Tensor, noise_BRKA: Tensor | None = None, time_BR: Tensor | None = None
     ) -> Tensor:
-        """Mean squared error of the velocity, over draws and the action's dimensions."""
+        """Return the mean squared error of the velocity [B,K], over draws and the action's dimensions."""
         assert noise_BRKA is not None
         assert time_BR is not None
         time_BR = self.training_time(time_BR)
@@ -155,7 +155,7 @@ class FlowHead(DenoisingHead):
 
     @staticmethod
     def training_time(uniform: Tensor) -> Tensor:
-        """From the distribution Beta(1.5, 1), by the inverse of its distribution function."""
+        """Sample Beta(1.5, 1) by the inverse of its distribution function."""
         return uniform ** (1 / 1.5)
 
     @staticmethod

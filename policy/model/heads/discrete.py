@@ -23,12 +23,12 @@ TOKENS = 256
 
 
 def encode(values: Tensor) -> Tensor:
-    """Values to tokens, int64 of the same shape; what is outside of [-1,1] belongs to the token at that end."""
+    """Convert values to tokens, int64 of the same shape; values outside [-1,1] are clamped."""
     return ((values.clamp(-1, 1) + 1) * ((TOKENS - 1) / 2)).floor().long()
 
 
 def decode(tokens: Tensor) -> Tensor:
-    """Tokens to values, float32 of the same shape."""
+    """Convert tokens to values, float32 of the same shape."""
     return (2 * tokens.clamp(max=TOKENS - 2).float() + 1) / (TOKENS - 1) - 1
 
 
@@ -42,7 +42,7 @@ class DiscreteHead(ActionHead):
         self.net = residual_mlp(sizes, sizes.action_dim * TOKENS)
 
     def logits(self, states_BJD: Tensor) -> Tensor:
-        """Of every token, float32 [B,K,A,N]."""
+        """Return the logits of all tokens, float32 [B,K,A,N]."""
         return rearrange(self.net(self.join(states_BJD)), "b k (a n) -> b k a n", n=TOKENS).float()
 
     def decode(self, states_BJD: Tensor) -> Tensor:
@@ -51,6 +51,6 @@ class DiscreteHead(ActionHead):
     def error(
         self, states_BJD: Tensor, expert_BKA: Tensor, noise_BRKA: Tensor | None = None, time_BR: Tensor | None = None
     ) -> Tensor:
-        """Mean cross-entropy over the action's dimensions, in units of that of equally probable tokens."""
+        """Return the cross-entropy [B,K], mean over action dimensions, divided by that of a uniform prediction."""
         logits_BNKA = rearrange(self.logits(states_BJD), "b k a n -> b n k a")
         return F.cross_entropy(logits_BNKA, encode(expert_BKA), reduction="none").mean(-1) / math.log(TOKENS)

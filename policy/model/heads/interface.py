@@ -1,4 +1,4 @@
-"""What an action head is: states of the action tokens in, a chunk of normalised actions out.
+"""The interface of action heads: states of the action tokens in, a chunk of normalised actions out.
 
 Shape legend: B batch, K chunk, A action dimension, J action tokens (K or K*A), D width, R random draws per sample.
 """
@@ -19,7 +19,7 @@ DRAWS = 8
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """What a head is built from.
+    """Sizes of a head.
 
     Attributes:
         width: D.
@@ -50,7 +50,7 @@ class ActionHead(nn.Module, ABC):
     """
 
     error_name: ClassVar[str]
-    """What `error` measures; metrics call it `action_{error_name}`."""
+    """Name of the loss; its metric is `action_{error_name}`."""
 
     def __init__(self, sizes: HeadSizes) -> None:
         super().__init__()
@@ -58,14 +58,15 @@ class ActionHead(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, states_BJD: Tensor) -> Tensor:
-        """The actions [B,K,A]."""
+        """Decode the normalised actions [B,K,A]."""
 
     @abstractmethod
     def error(
         self, states_BJD: Tensor, expert_BKA: Tensor, noise_BRKA: Tensor | None = None, time_BR: Tensor | None = None
     ) -> Tensor:
-        """What training minimises, for each action [B,K]. It has the same scale in every head, 0.5 to 1.5 before it has
-        learned anything, so that the other parts of the objective keep their weights.
+        """Return the training loss of each action [B,K].
+
+        Before training it is 0.5 to 1.5 in every head, so that the weights of the other losses need no change.
 
         Args:
             states_BJD: of the action tokens.
@@ -78,5 +79,5 @@ class ActionHead(nn.Module, ABC):
         return self.decode(states_BJD)
 
     def join(self, states_BJD: Tensor) -> Tensor:
-        """The tokens of each step side by side, [B,K,D or A*D]."""
+        """Concatenate the tokens of each step, [B,K,D or A*D]."""
         return rearrange(states_BJD, "b (k a) d -> b k (a d)", k=self.sizes.chunk)

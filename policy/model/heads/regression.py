@@ -24,7 +24,7 @@ class ResidualBlock(nn.Module):
 
 
 def residual_mlp(sizes: HeadSizes, outputs: int) -> nn.Sequential:
-    """Tokens of one step -> LayerNorm, Linear, ReLU, residual blocks, LayerNorm, Linear -> `outputs` numbers."""
+    """Build the MLP: LayerNorm, Linear, ReLU, residual blocks, LayerNorm, Linear to `outputs` numbers."""
     return nn.Sequential(
         nn.LayerNorm(sizes.joined),
         nn.Linear(sizes.joined, sizes.width),
@@ -36,7 +36,7 @@ def residual_mlp(sizes: HeadSizes, outputs: int) -> nn.Sequential:
 
 
 class L1Head(ActionHead):
-    """One number per action dimension; trained to the median of what experts do."""
+    """Predict one number per action dimension; L1 trains it to the median of the experts' actions."""
 
     error_name: ClassVar[str] = "l1"
 
@@ -50,5 +50,5 @@ class L1Head(ActionHead):
     def error(
         self, states_BJD: Tensor, expert_BKA: Tensor, noise_BRKA: Tensor | None = None, time_BR: Tensor | None = None
     ) -> Tensor:
-        """Mean absolute error over the action's dimensions."""
+        """Return the absolute error [B,K], mean over action dimensions."""
         return (self.decode(states_BJD).float() - expert_BKA).abs().mean(dim=-1)
