@@ -1,4 +1,4 @@
-"""Tabletop benchmark on MuJoCo: registers its suites and their gymnasium ids without importing the simulator."""
+"""Register the tabletop suites and their gymnasium ids, without importing the simulator."""
 
 from __future__ import annotations
 

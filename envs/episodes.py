@@ -1,4 +1,4 @@
-"""What an episode is asked to be, and what became of it."""
+"""Specification and result of one episode."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class EpisodeSpec:
     """One episode to play.
 
     Attributes:
-        task: the task whose scene is set up.
-        initial_state: which of the task's fixed initial states.
-        asked: the task whose instruction is given instead, which must be possible in that scene; "swap" draws one of
-            the scene's alternatives, always the same one for the same task, initial state and seed.
-        seed: of whatever is random in the episode; given to `env.reset`.
+        task: index of the task whose scene is set up.
+        initial_state: index of one of the task's fixed initial states.
+        asked: index of another task, possible in that scene, whose instruction the policy gets instead; "swap" draws
+            one of the scene's alternatives, always the same one for the same task, initial state and seed.
+        seed: seed of everything random in the episode; given to `env.reset`.
     """
 
     task: int
@@ -28,30 +28,32 @@ class EpisodeSpec:
 
     def __post_init__(self) -> None:
         if self.task < 0 or self.initial_state < 0:
-            raise ValueError(f"task and initial state are counted from 0, got {self.task} and {self.initial_state}")
+            raise ValueError(f"task and initial_state must be at least 0, got {self.task} and {self.initial_state}")
         if not (self.asked is None or self.asked == "swap" or (isinstance(self.asked, int) and self.asked >= 0)):
-            raise ValueError(f"asked must be None, a task's index or 'swap', got {self.asked!r}")
+            raise ValueError(f"asked must be None, the index of a task, or 'swap', got {self.asked!r}")
 
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """One episode that was played, or that could not be (`error`).
+    """Result of one episode, or the error that stopped it.
 
     Attributes:
-        task, initial_state, seed: as in the spec.
-        asked: index of the task that was asked for instead of `task`, or None.
-        instruction: what the policy was told.
-        success: the task that was asked for (`task`, when `asked` is None) succeeded.
-        scene_task_success: whether `task` itself succeeded although another one was asked for; None without `asked`.
-        steps: control steps executed, without the waiting steps.
+        task, initial_state, seed: as in `EpisodeSpec`.
+        asked: index of the task whose instruction the policy got instead of that of `task`, or None.
+        instruction: instruction that the policy got.
+        success: True if the task of the instruction succeeded.
+        scene_task_success: True if `task` succeeded although the instruction was that of `asked`; None without `asked`.
+        steps: number of executed control steps, without the waiting steps.
         reward: sum of the environment's rewards.
-        error: traceback or reason why the episode could not be played to its end; such an episode is no failure.
-        attempts: how often it was started (2 when it was repeated after an error).
-        reset_s, environment_s, wall_s: seconds in `reset`, in `step` (with rendering), and from start to end.
-        inference_ms: wall time of `policy.act` for each chunk of this episode.
-        loop_ms: for each chunk, from the observation ready in the environment's process to the first action there:
+        error: traceback or reason if the episode did not reach its end; such an episode does not count as a failure.
+        attempts: number of starts; 2 if it was repeated after an error.
+        reset_s: seconds in `reset`.
+        environment_s: seconds in `step`, with rendering.
+        wall_s: seconds from start to end.
+        inference_ms: wall time of `policy.act` for each chunk.
+        loop_ms: time for each chunk from the finished observation to the first action in the environment's process:
             transfer, waiting for the batch, preprocessing, inference.
-        batch: for each chunk, how many environments shared the forward pass.
+        batch: number of environments that shared the forward pass, for each chunk.
         video: path of the mp4, or None.
     """
 
@@ -75,12 +77,12 @@ class EpisodeResult:
     video: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EpisodeResult:
-        """The inverse of `to_dict`, also after a way through JSON."""
+        """Build a result from the values of `to_dict`, also after a round trip through JSON."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         for name in ("inference_ms", "loop_ms", "batch"):
             known[name] = tuple(known.get(name, ()))

@@ -1,7 +1,7 @@
-"""Off-screen images of a scene: one OpenGL context per process, nothing drawn that the policy does not need.
+"""Render images of a MuJoCo scene off screen, with one OpenGL context per process and only the requested effects.
 
-The backend is `MUJOCO_GL` where that is set (egl, osmesa or glfw); otherwise EGL, then OSMesa, whichever can be
-loaded.
+The environment variable `MUJOCO_GL` (egl, osmesa or glfw) chooses the backend. Without it, the backend is EGL, or else
+OSMesa.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HELP = (
 
 
 def _egl_works() -> bool:
-    """Whether libEGL loads and offers at least one device (the software one counts)."""
+    """Return True if libEGL loads and has at least one device (a software device counts)."""
     try:
         egl = ctypes.CDLL("libEGL.so.1")
     except OSError:
@@ -48,7 +48,14 @@ def _osmesa_works() -> bool:
 
 
 def choose_backend(requested: str = "") -> str:
-    """`egl`, `osmesa` or `glfw`; RuntimeError, naming the packages to install, where none can work."""
+    """Return the backend for rendering: `egl`, `osmesa` or `glfw`.
+
+    Args:
+        requested: value of MUJOCO_GL; empty: the first backend that works.
+
+    Raises:
+        RuntimeError: no backend works, or rendering is switched off; the message names the packages to install.
+    """
     requested = requested.lower().strip()
     if requested in ("egl", "osmesa", "glfw"):
         return requested
@@ -63,7 +70,7 @@ def choose_backend(requested: str = "") -> str:
 
 @functools.cache
 def _context(process: int) -> Any:
-    """The OpenGL context of this process (a fork must not share its parent's)."""
+    """Return the OpenGL context of this process. The argument keeps a fork from sharing its parent's context."""
     del process
     backend = choose_backend(os.environ.get("MUJOCO_GL", ""))
     try:
@@ -76,7 +83,7 @@ def _context(process: int) -> Any:
         context = GLContext(256, 256)
     except (ImportError, AttributeError, RuntimeError) as error:
         raise RuntimeError(f"rendering with {backend} failed ({error}). {_HELP}") from error
-    atexit.register(context.free)  # while the interpreter still has what freeing needs
+    atexit.register(context.free)  # later, the interpreter has already removed modules that freeing needs
     return context
 
 
@@ -85,13 +92,13 @@ EVERYTHING = ("shadow", "reflection", "skybox", "haze", "cull_face")
 
 
 class SceneRenderer:
-    """Renders cameras of one model. Images are uint8 [H,W,3], the right way up.
+    """Renderer for the cameras of one model. Images are uint8 [H,W,3], upright.
 
     Args:
-        model: what is rendered; its `vis` decides sizes of buffers and multisampling.
-        effects: names of MuJoCo's rendering flags.
-        hidden_groups: groups of geoms that are not drawn, beyond MuJoCo's defaults.
-        sites: draw sites that are visible in the model.
+        model: the model; its `vis` sets buffer sizes and multisampling.
+        effects: names of MuJoCo's rendering flags to switch on; all others are off.
+        hidden_groups: groups of geoms to hide, in addition to MuJoCo's defaults.
+        sites: True draws the sites that are visible in the model.
     """
 
     def __init__(
@@ -120,11 +127,11 @@ class SceneRenderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mujoco_context)
 
     def render(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
-        """One image uint8 [H,W,3]."""
+        """Render one image uint8 [H,W,3]."""
         return self._pixels(data, camera, height, width)
 
     def bodies(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
-        """Which body each pixel shows, int64 [H,W]; -1 where there is none."""
+        """Return the index of the body that each pixel shows, int64 [H,W]; -1 for pixels without a body."""
         flags = [mujoco.mjtRndFlag.mjRND_SEGMENT.value, mujoco.mjtRndFlag.mjRND_IDCOLOR.value]
         before = self._scene.flags.copy()
         self._scene.flags[flags] = 1
@@ -132,7 +139,7 @@ class SceneRenderer:
             colours_HW3 = self._pixels(data, camera, height, width).astype(np.int64)
         finally:
             self._scene.flags[:] = before
-        number_HW = colours_HW3 @ np.array([1, 256, 65536]) - 1  # of what is drawn; black is the background
+        number_HW = colours_HW3 @ np.array([1, 256, 65536]) - 1  # number of the drawn geom; black is the background
         drawn = self._scene.geoms[: self._scene.ngeom]
         body_G = [self._model.geom_bodyid[g.objid] if g.objtype == mujoco.mjtObj.mjOBJ_GEOM else -1 for g in drawn]
         number_G = [g.segid for g in drawn]
@@ -158,6 +165,6 @@ class SceneRenderer:
         return np.ascontiguousarray(pixels[::-1])
 
     def close(self) -> None:
-        """Free what this model holds on the GPU; the process keeps its context."""
+        """Free the GPU memory of this model. The process keeps its OpenGL context."""
         self._gl.make_current()
         self._mujoco_context.free()

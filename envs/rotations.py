@@ -1,4 +1,4 @@
-"""Rotations as axis-angle vectors and as matrices, by MuJoCo's own conversions."""
+"""Convert rotations between axis-angle vectors and matrices, with MuJoCo's own functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def rotation_vector(rotation: np.ndarray) -> np.ndarray:
-    """Axis-angle [3] of a rotation matrix [3,3]; angle in [0, pi]."""
+    """Convert a rotation matrix [3,3] to an axis-angle vector [3] with an angle in [0, pi]."""
     quat = np.empty(4)
     vector = np.empty(3)
     mujoco.mju_mat2Quat(quat, rotation.reshape(9))
@@ -16,7 +16,7 @@ def rotation_vector(rotation: np.ndarray) -> np.ndarray:
 
 
 def rotation_matrix(vector: np.ndarray) -> np.ndarray:
-    """Rotation matrix [3,3] of an axis-angle vector [3]."""
+    """Convert an axis-angle vector [3] to a rotation matrix [3,3]."""
     angle = float(np.sqrt(vector @ vector))
     quat = np.array([1.0, 0.0, 0.0, 0.0])
     if angle > 1e-12:

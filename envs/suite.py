@@ -77,9 +77,9 @@ def register_suite(name: str, factory: Callable[..., Suite], group: str | None =
     """Register a suite.
 
     Args:
-        name: what it is asked for by.
-        factory: builds the suite when it is asked for, so that registering imports no simulator.
-        group: of the configuration, whose values the factory takes as keywords.
+        name: name of the suite.
+        factory: function that builds the suite. `get_suite` calls it, so that registering imports no simulator.
+        group: group of the configuration whose values the factory gets as keywords; None: the factory gets none.
 
     Raises:
         ValueError: another suite has this name.
@@ -101,11 +101,11 @@ def get_suite(name: str, configuration: Mapping[str, Any] | None = None) -> Suit
     """Build the suite of that name.
 
     Args:
-        name: of a registered suite.
-        configuration: of a command; a suite with settings finds them under the name of its group.
+        name: name of a registered suite.
+        configuration: configuration of a command; a suite with settings reads them under the name of its group.
 
     Raises:
-        ValueError: there is no such suite, or it cannot be built here.
+        ValueError: no suite has this name (the message lists all names), or it cannot be built here.
     """
     if name not in suite_names():
         raise ValueError(f"unknown suite {name!r}; one of {', '.join(suite_names())}")
@@ -114,10 +114,12 @@ def get_suite(name: str, configuration: Mapping[str, Any] | None = None) -> Suit
 
 
 def chosen_start(options: Mapping[str, Any], tasks: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Task and initial state that the options of `reset` ask for; what they leave out is drawn, states for training.
+    """Return the task and the initial state from the options of `reset`.
+
+    A missing task is drawn from all tasks, a missing initial state from the training states.
 
     Raises:
-        ValueError: an unknown option, or a task or state that does not exist.
+        ValueError: an option is unknown, or the task or state does not exist.
     """
     unknown = set(options) - {"task", "initial_state", "asked"}
     if unknown:

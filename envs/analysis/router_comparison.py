@@ -1,7 +1,7 @@
-"""What a comparison of token routers is made of: its cells, their cost, and what the outcomes say about each other.
+"""Compare token routers: the cells to play, their cost, and their results against each other.
 
-Routers play the same episodes, so that two of them are compared episode by episode (`against`), which needs far fewer
-episodes than comparing two rates.
+All routers play the same episodes. Two routers are compared episode by episode (`against`), which needs far fewer
+episodes than a comparison of two rates.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from cogvla.routing.router import RouterConfig
 from cogvla.routing.stopwatch import Stopwatch
 
 CONTROLS = ("random", "spatial_pool")
-"""What every router has to beat."""
+"""Baselines that every router is compared with."""
 ALL_TOKENS = "identity"
 VARIANTS: tuple[Mapping[str, Any], ...] = (
     {"name": "diversity", "options": {"variant": "maxsum"}},
     {"name": "semantic_tokens", "options": {"variant": "free"}},
 )
-"""Compared besides every router with its defaults."""
+"""Routers to compare, in addition to every router with its defaults."""
 ROUNDS = 5
-"""Times are taken in turns, so that a busy minute of the machine does not hit one router only."""
+"""Rounds of timing. Routers take turns, so that a busy minute of the machine does not affect one router only."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Cell:
     """One router at one budget.
 
     Attributes:
-        label: of the router, in tables: its name and options.
-        router: what the policy is given.
-        budgeted: False where the budget changes nothing, as for `identity`.
+        label: label of the router in tables: its name and options.
+        router: configuration of the router.
+        budgeted: False if the budget changes nothing, as for `identity`.
     """
 
     label: str
@@ -56,21 +56,21 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Name of its folder."""
+        """The name of the cell's folder."""
         safe = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in self.label)
         return f"{safe}_{self.router.budget}" if self.budgeted else safe
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a chunk costs at batch 1 with a known instruction.
+    """Cost of a chunk at batch size 1 with a known instruction.
 
     Attributes:
-        latency: of `Policy.act`.
-        router_ms: the router's own part in it, with what is computed for it only; median.
-        flops: of one pass as torch counts its matrix products, the router's own included.
-        router_flops: the router's own, with what is computed for it only.
-        tokens: vision tokens that enter the language model.
+        latency: latency of `Policy.act`.
+        router_ms: median time of the router in ms, including everything that is computed only for it.
+        flops: FLOPs of one pass, as torch counts its matrix products, including those of the router.
+        router_flops: FLOPs of the router, including everything that is computed only for it.
+        tokens: number of vision tokens that enter the language model.
     """
 
     latency: Latency
@@ -86,12 +86,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell's episodes were.
+    """Results of a cell's episodes.
 
     Attributes:
-        success: of all.
-        errors: episodes that could not be played.
-        episodes: "task/initial state" to success.
+        success: success rate of all episodes.
+        errors: number of episodes that could not be played.
+        episodes: "task/initial state" -> success.
     """
 
     success: Rate
@@ -105,7 +105,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Paired:
-    """A cell against another one: episodes that only the one or the other solved, and a sign test of the two."""
+    """Comparison of two cells: episodes that only the first (wins) or the second (losses) solved, and a sign test."""
 
     wins: int
     losses: int
@@ -113,14 +113,17 @@ class Paired:
 
 
 def against(outcome: Outcome, other: Outcome) -> Paired:
-    """By the episodes that both have played."""
+    """Compare two outcomes, over the episodes that both have played."""
     both = [(outcome.episodes[key], other.episodes[key]) for key in outcome.episodes if key in other.episodes]
     wins, losses = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
     return Paired(wins, losses, sign_test(wins, losses))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of (cost, success) to which no other point is at least as good in both and better in one."""
+    """Return the indices of the Pareto front of points (cost, success).
+
+    No other point is at least as good in both numbers and better in one.
+    """
 
     def dominated(index: int) -> bool:
         cost, success = points[index]
@@ -130,14 +133,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) -> dict[str, RouterConfig]:
-    """Routers by label, without their budget; None is every registered one, and `VARIANTS`.
+    """Return label -> router without its budget.
 
     Args:
-        names: names, or values of `RouterConfig`.
-        layer: language layer of those that work there only.
+        names: names, or values of `RouterConfig`; None: all registered routers, and `VARIANTS`.
+        layer: language layer for routers that work only in a language layer.
 
     Raises:
-        ValueError: an unknown name or value, or the same router twice.
+        ValueError: a name or value is unknown, or a router is listed twice.
     """
     found: dict[str, RouterConfig] = {}
     known = registered_routers()
@@ -164,13 +167,13 @@ def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) 
 def cells_for(
     model: CogVLA, routers: Mapping[str, RouterConfig], budgets: Sequence[int | float], trained: bool
 ) -> tuple[list[Cell], dict[str, str]]:
-    """The cells that this policy can play, budget after budget, and why the other routers are left out.
+    """Return the cells that this policy can play, ordered by budget, and router -> reason for those left out.
 
     Args:
-        model: without a router.
-        routers: by label.
-        budgets: of each.
-        trained: routers with weights of their own can be compared, since they are trained first.
+        model: model without a router.
+        routers: label -> router.
+        budgets: budgets for each router.
+        trained: True if routers are trained first, so that routers with weights can be compared.
     """
     cells: list[Cell] = []
     left_out: dict[str, str] = {}
@@ -200,12 +203,12 @@ def _built(model: CogVLA, config: RouterConfig) -> PolicyRouter:
 
 
 def _kept(router: PolicyRouter) -> tuple[int | None, ...]:
-    """Tokens that enter the language model, and that its routed layers work on."""
+    """Return the numbers of tokens that enter the language model, and that each routed layer processes."""
     return (router.tokens, *(router.left(layer) for layer in router.config.layers))
 
 
 def first_observations(suite: Suite, embodiment: Embodiment, count: int) -> list[Observation]:
-    """What the cameras see at the beginning of so many tasks, one observation each."""
+    """Return the first observation of each of the first `count` tasks, batch size 1."""
     size = max(max(camera.height, camera.width) for camera in embodiment.cameras)
     env, observations = suite.make(image_size=size), []
     try:
@@ -221,13 +224,13 @@ def first_observations(suite: Suite, embodiment: Embodiment, count: int) -> list
 def costs(
     policy: CogVLAPolicy, cells: Sequence[Cell], observations: Sequence[Observation], calls: int
 ) -> dict[str, Cost]:
-    """The cost of every cell by its key, all measured in one sitting, in turns.
+    """Measure the cost of all cells in turns; return key of the cell -> cost.
 
     Args:
-        policy: without a router; its weights are shared by all. Times do not depend on weights.
-        cells: to measure.
-        observations: given one after the other.
-        calls: timed ones of each cell, at least; rounded up to whole rounds.
+        policy: policy without a router, whose weights all cells share. Times do not depend on weights.
+        cells: the cells to measure.
+        observations: observations to use in turns.
+        calls: least number of timed calls of each cell; rounded up to whole rounds.
     """
     routed = {
         cell.key: CogVLAPolicy(policy.model.with_router(cell.router).eval(), policy.preprocessor) for cell in cells
@@ -244,7 +247,7 @@ def costs(
             for call in range(-1, math.ceil(calls / ROUNDS)):
                 stopwatches[key].seconds, started = 0.0, time.perf_counter()
                 each.act(observations[0])
-                if call >= 0:  # the first one finds other weights in the cache, and meets a new instruction
+                if call >= 0:  # the first call has other weights in the cache, and a new instruction
                     samples[key].append(1e3 * (time.perf_counter() - started))
                     own[key].append(1e3 * stopwatches[key].seconds)
         observations = [*observations[1:], observations[0]]
@@ -261,12 +264,12 @@ def costs(
 
 @torch.no_grad()
 def _flops(policy: CogVLAPolicy, observation: Observation) -> tuple[int, int]:
-    """FLOPs of a pass with a known instruction: as counted by torch, and as the network without the router's own."""
+    """Return the FLOPs of a pass with a known instruction: as torch counts them, and without those of the router."""
     inputs, model = policy.preprocessor.observation(observation), policy.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:  # torch's counter stumbles over modules that are given one
+    for parameter in trained:  # torch's counter fails for modules with parameters that need gradients
         parameter.requires_grad_(False)
-    # The fused CPU attention is not in torch's table; the unfused one is.
+    # torch's counter knows the unfused attention, but not the fused one for CPUs.
     with sdpa_kernel(SDPBackend.MATH):
         text = model.encode_text(inputs.text_ids, inputs.text_mask)
         with FlopCounterMode(display=False) as counter:
@@ -280,7 +283,7 @@ def _flops(policy: CogVLAPolicy, observation: Observation) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Row:
-    """A cell with all that is known of it; `outcome` is None until it has been played."""
+    """A line of the table: a cell with its cost and results; `outcome` is None until it has been played."""
 
     cell: Cell
     cost: Cost
@@ -288,7 +291,7 @@ class Row:
     controls: Mapping[str, Paired]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Convert to plain values for JSON."""
         paired = {name: asdict(value) for name, value in self.controls.items()}
         outcome = None if self.outcome is None else asdict(self.outcome)
         return {
@@ -298,7 +301,7 @@ class Row:
 
 
 def rows(cells: Sequence[Cell], cost: Mapping[str, Cost], outcomes: Mapping[str, Outcome]) -> list[Row]:
-    """The table; every cell is held against `CONTROLS` at its own budget."""
+    """Build the table. Each cell is compared with `CONTROLS` at the same budget."""
     table = []
     for cell in cells:
         outcome = outcomes.get(cell.key)

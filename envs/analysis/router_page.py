@@ -1,4 +1,4 @@
-"""The page of a comparison of token routers: tables and Pareto plots in one file that needs nothing else."""
+"""Render a comparison of token routers as one self-contained HTML file, with tables and Pareto plots."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from cogvla.envs.evaluation.report import template
 
 @dataclass(frozen=True)
 class Budget:
-    """The rows of one budget, the best first; `share` is None for routers that have none."""
+    """The rows of one budget, the best first; `share` is None for routers without a budget."""
 
     share: int | float | None
     rows: tuple[Row, ...]
 
 
 def render_comparison(rows: Sequence[Row], data: Mapping[str, Any]) -> str:
-    """The page.
+    """Return the HTML page.
 
     Args:
-        rows: of all cells, also those that have not been played.
-        data: what is in `comparison.json`.
+        rows: rows of all cells, including those that have not been played.
+        data: contents of `comparison.json`.
     """
     played = [row for row in rows if row.outcome is not None and row.outcome.success.value is not None]
     fastest = {row.cell.key for row in _front(played, _milliseconds)}
@@ -85,7 +85,7 @@ def _budgets(rows: Sequence[Row]) -> list[Budget]:
 
 
 def _matrix(rows: Sequence[Row]) -> tuple[list[int | float], list[tuple[str, list[Row | None]]]]:
-    """Routers by budgets."""
+    """Return the budgets, and for each router its label and its rows in the order of the budgets."""
     shares = sorted({row.cell.router.budget for row in rows if row.cell.budgeted}, reverse=True)
     lines = []
     for label in dict.fromkeys(row.cell.label for row in rows):

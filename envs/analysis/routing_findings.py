@@ -1,4 +1,4 @@
-"""The numbers of `analyse_routing`, from what `routing_recording` has seen.
+"""Compute the numbers of `analyse_routing` from the episodes of `routing_recording`.
 
 Shape legend: F moments, N tokens before routing, n tokens now, L language layers, D language width.
 """
@@ -40,13 +40,13 @@ KINDS = {"sink": SINK, "dead": DEAD, "alive": ALIVE}
 def findings(
     policy: CogVLAPolicy, episodes: Sequence[Episode], instructions: Sequence[str], few: int
 ) -> dict[str, Any]:
-    """All numbers, as plain values for JSON.
+    """Compute all numbers, as plain values for JSON.
 
     Args:
-        policy: that has played.
-        episodes: what it has played.
-        instructions: all of the suite, for the words.
-        few: how many moments are read word by word, and whose layers are emptied.
+        policy: policy that played the episodes.
+        episodes: the played episodes.
+        instructions: all instructions of the suite, for `readings`.
+        few: number of moments for the slow analyses, `readings` and `horizon`.
     """
     moments = [moment for episode in episodes for moment in episode.moments]
     some = [moments[i] for i in sorted(set(np.linspace(0, len(moments) - 1, min(few, len(moments))).astype(int)))]
@@ -67,7 +67,7 @@ def findings(
 
 
 def over_time(episode: Episode) -> dict[str, Any]:
-    """Per stage, decision after decision: share of the target kept, and flicker."""
+    """Return the share of the target that is kept, and the flicker, for each stage and decision."""
     stages = list(episode.moments[0].kept)
     return {
         "target_kept": {stage: [target_share(m, stage) for m in episode.moments] for stage in stages},
@@ -76,7 +76,7 @@ def over_time(episode: Episode) -> dict[str, Any]:
 
 
 def target_share(moment: Moment, stage: str) -> float | None:
-    """Share of the target's patches that the tokens kept at a stage see, of what all tokens see of them."""
+    """Return how much the tokens kept at a stage see of the target, as a share of what all tokens see of it."""
     if moment.target_P is None:
         return None
     kept_N = torch.zeros(len(moment.looks_NP), dtype=torch.bool, device=moment.looks_NP.device)
@@ -85,7 +85,7 @@ def target_share(moment: Moment, stage: str) -> float | None:
 
 
 def stage_numbers(episodes: Sequence[Episode], stage: str) -> dict[str, Any]:
-    """Of a stage, over all moments: tokens kept, share of the target kept, and how far the sets change."""
+    """Return the means over all moments of a stage: tokens kept, share of the target kept, and flicker."""
     moments = [moment for episode in episodes for moment in episode.moments]
     targets = [target_share(moment, stage) for moment in moments]
     changes = [d for e in episodes for d in flicker([m.kept[stage].tolist() for m in e.moments])]
@@ -99,7 +99,7 @@ def stage_numbers(episodes: Sequence[Episode], stage: str) -> dict[str, Any]:
 
 
 def ranks(moments: Sequence[Moment]) -> dict[str, float | None]:
-    """Effective rank of the vision tokens: before routing, as they enter the language model, and after each layer."""
+    """Return the effective rank of the vision tokens before routing, after each routing stage, and after each layer."""
     found = {"before routing": mean([_rank(m.tokens_ND) for m in moments])}
     for stage in moments[0].kept:
         found[f"kept at {stage}"] = mean([_rank(m.tokens_ND[m.kept[stage]]) for m in moments])
@@ -111,7 +111,7 @@ def _rank(tokens_nD: Tensor) -> float | None:
 
 
 def entropies(moments: Sequence[Moment]) -> dict[str, float | None]:
-    """Entropy of attention in nats: in the towers, and of the action tokens' to the vision tokens in each layer."""
+    """Return the entropy of attention in nats: in the towers, and in each layer from action to vision tokens."""
     found = {"towers": mean([m.entropy for m in moments])}
     for layer in moments[0].attention:
         entropy = [float(attention_entropy(m.attention[layer][None])[0]) for m in moments if len(m.attention[layer])]
@@ -120,9 +120,9 @@ def entropies(moments: Sequence[Moment]) -> dict[str, float | None]:
 
 
 def kinds(episodes: Sequence[Episode]) -> dict[str, Any] | None:
-    """Shares of sink, dead and alive tokens before routing, and among those kept at each stage.
+    """Return the shares of sink, dead and alive tokens before routing, and among the tokens kept at each stage.
 
-    The first and the middle moment of every episode are compared, episodes being the scenes. None for one episode.
+    Uses the first and the middle moment of every episode, and takes each episode as one scene. None for one episode.
     """
     chosen = [(n, e.moments[i]) for n, e in enumerate(episodes) for i in sorted({0, len(e.moments) // 2})]
     moments = [moment for _, moment in chosen]
@@ -139,7 +139,7 @@ def kinds(episodes: Sequence[Episode]) -> dict[str, Any] | None:
 
 
 def _attention_before(moment: Moment) -> Tensor:
-    """Attention [N] in the first language layer; 0 for tokens that do not come there."""
+    """Return the attention [N] in the first language layer; 0 for tokens that do not reach it."""
     attention_N = torch.zeros(len(moment.tokens_ND), device=moment.tokens_ND.device)
     return attention_N.index_add_(0, moment.present[0], moment.attention[0].float())
 
@@ -153,7 +153,7 @@ def _shares(kinds_n: Tensor) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Bank:
-    """States of words in sentences without any picture: names, layers and states [W,D]."""
+    """Words, and their states [W,D] in sentences without an image."""
 
     words: tuple[str, ...]
     states_WD: Tensor
@@ -161,7 +161,7 @@ class Bank:
 
 @torch.inference_mode()
 def word_bank(policy: CogVLAPolicy, instructions: Sequence[str]) -> Bank:
-    """Every word of every instruction, in the state after every layer (LatentLens, with the policy's own sentences)."""
+    """Return the states of all words of all instructions after every layer (LatentLens, with the suite's sentences)."""
     model, words, states = policy.model, [], []
     for instruction in dict.fromkeys(instructions):
         ids_BT, mask_BT = policy.preprocessor.text([instruction])
@@ -182,9 +182,9 @@ def word_bank(policy: CogVLAPolicy, instructions: Sequence[str]) -> Bank:
 
 
 def readings(policy: CogVLAPolicy, moments: Sequence[Moment], instructions: Sequence[str]) -> dict[str, Any]:
-    """The nearest word of every vision token, by layer: the most frequent ones, and how often it is a telling one.
+    """Find the nearest word of each vision token in each layer: the most frequent words, and shares of telling words.
 
-    Telling are the words of the moment's instruction that are not in every instruction of the suite.
+    A word is telling if it is in the moment's instruction, but not in every instruction of the suite.
     """
     bank = word_bank(policy, instructions)
     usual = set.intersection(*(set(_words(policy, text)) for text in instructions))
@@ -218,7 +218,7 @@ def _words(policy: CogVLAPolicy, instruction: str) -> list[str]:
 
 
 def _groups(moment: Moment, layer: int, token: int) -> list[str]:
-    """What is said of a token: that it looks at the target or elsewhere, that the layer's router kept it or not."""
+    """Return a token's groups: `target` or `elsewhere` by where it looks, `kept` or `gone` by the layer's router."""
     groups = []
     if moment.target_P is not None:
         looks_P = moment.looks_NP[token]
@@ -233,7 +233,10 @@ def _groups(moment: Moment, layer: int, token: int) -> list[str]:
 
 @torch.inference_mode()
 def horizon(model: CogVLA, moments: Sequence[Moment]) -> dict[str, Any]:
-    """By how much actions change if all vision tokens go before a layer, and from which layer on that is little."""
+    """Measure the change of the actions if all vision tokens are dropped before a layer, and find the horizon.
+
+    The horizon is the first layer from which on the change is small.
+    """
     layers = range(model.config.language.layers)
     changes = torch.zeros(len(layers))
     emptied = [without_vision_from(model, layer) for layer in layers]
@@ -251,18 +254,18 @@ def horizon(model: CogVLA, moments: Sequence[Moment]) -> dict[str, Any]:
 
 
 def without_vision_from(model: CogVLA, layer: int) -> CogVLA:
-    """The same network whose vision tokens all go before this language layer."""
+    """Return the same network, but with all vision tokens dropped before this language layer."""
     own = model.config.routing.router
     changes: dict[str, Any] = {"layers": (layer,), "layer_router": "late_exit", "layer_budgets": (), "mode": "drop"}
     if own.name is None:
         changes |= {"name": "identity", "budget": 1.0, "stage": None, "options": None}
     other = model.with_router(replace(own, **changes)).eval()
-    if model.router is not None and other.router is not None:  # what a router has learned comes along
+    if model.router is not None and other.router is not None:  # keep the trained weights of the router
         other.router.load_state_dict(model.router.state_dict(), strict=False)
     return other
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Of those that there are."""
+    """Return the mean of the values that are not None; None if all are."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

@@ -1,7 +1,7 @@
-"""Pictures of which patches reach a policy: strips of an episode, and its video.
+"""Draw which image patches reach a policy: strips of an episode, and a video.
 
-What is kept is bright, what is not is dark. For tokens that are patches that is all or nothing; aggregation tokens look
-at many patches, and brightness is how much the kept ones see of each. The object to be handled is outlined.
+Kept patches are bright, others dark. If tokens are patches, a patch is either kept or not. Aggregation tokens look at
+many patches; the brightness then shows how much the kept tokens see of each patch. The target object is outlined.
 
 Shape legend: V views, P patches of all views, H x W pixels.
 """
@@ -21,25 +21,25 @@ from cogvla.envs.rollout.video import VideoWriter
 
 CAMERA, ALL = "camera", "all tokens"
 SIDE, GAP, BAND = 144, 4, 18
-"""Pixels of a picture, between pictures, and of a line of text."""
+"""Sizes in pixels: side of a picture, gap between pictures, height of a line of text."""
 DARK, OUTLINE = 0.22, (255, 60, 200)
 
 
 def shown_stages(moment: Moment) -> list[str]:
-    """The rows of a strip: the picture, where all tokens look if they are no patches, and each stage that routes."""
+    """Return the rows of a strip: the camera image, all tokens (unless tokens are patches), and each routing stage."""
     patches = moment.looks_NP.shape[0] == moment.looks_NP.shape[1]
     return [CAMERA, *([] if patches else [ALL]), *moment.kept]
 
 
 def kept_map(moment: Moment, stage: str) -> Tensor:
-    """Brightness of each patch [P], from 0 to 1."""
+    """Return the brightness of each patch [P], from 0 to 1."""
     kept_NP = moment.looks_NP if stage == ALL else moment.looks_NP[moment.kept[stage]]
     seen_P = kept_NP.sum(0)
     return seen_P / seen_P.max().clamp_min(1e-12) if len(kept_NP) else seen_P
 
 
 def picture(moment: Moment, stage: str, view: int, grid: tuple[int, int]) -> Image.Image:
-    """One view at one stage, `SIDE` pixels wide."""
+    """Draw one view at one stage, `SIDE` pixels wide."""
     image = Image.fromarray(moment.pictures_VHW3[view]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     count = grid[0] * grid[1]
     part = slice(view * count, (view + 1) * count)
@@ -70,7 +70,7 @@ def _outline(image: Image.Image, marked_HW: np.ndarray) -> None:
 
 
 def strip(episode: Episode, grid: tuple[int, int], count: int, views: Sequence[str]) -> bytes:
-    """PNG: moments from left to right; below each other the views, each at every stage."""
+    """Draw a PNG: a column for each chosen moment, a row for each view and stage."""
     total, label = len(episode.moments), 96
     chosen = sorted(set(np.linspace(0, total - 1, min(count, total)).astype(int).tolist()))
     stages = shown_stages(episode.moments[0])
@@ -92,7 +92,7 @@ def strip(episode: Episode, grid: tuple[int, int], count: int, views: Sequence[s
 
 
 def film(episode: Episode, grid: tuple[int, int], path: Path, views: int, per_second: float = 3.0) -> None:
-    """An mp4 with one frame for every decision: a row for each view, a column for each stage."""
+    """Write an mp4 with one frame for each decision: a row for each view, a column for each stage."""
     stages = shown_stages(episode.moments[0])
     with VideoWriter(path, per_second) as video:
         for moment in episode.moments:

@@ -1,7 +1,7 @@
-"""Plays episodes and keeps what is inside of the policy at every decision.
+"""Play episodes and record the policy's tokens, attention and states at every decision.
 
-Vision tokens are numbered as they come out of the towers, all views one after the other, whatever happens to them
-later: N = V * (patches of a view), or with EFA V * (aggregation tokens). Patches are numbered alike, P = V * H * W.
+A vision token keeps the number that it has when it leaves the towers, all views one after the other: N = V * (patches
+of a view), or with EFA V * (aggregation tokens). Patches are numbered in the same way, P = V * H * W.
 
 Shape legend: V views, N tokens before routing, n tokens now, P patches of all views, D language width, M aggregation
 tokens of a view, h heads.
@@ -33,7 +33,7 @@ from cogvla.routing.diagnostics import attention_entropy
 ROUTER = "router"
 """The stage before the language model; its layers are the stages `layer 0`, `layer 1` and so on."""
 COVERED = 0.1
-"""A patch belongs to an object that covers this share of it."""
+"""Least share of a patch that an object must cover for the patch to belong to it."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Moment:
     """One decision of the policy.
 
     Attributes:
-        inputs: what the network was given.
-        instruction: in words.
-        pictures_VHW3: uint8, what the towers see.
-        tokens_ND: before routing, in the language width.
-        looks_NP: how much each token sees of each patch; the identity where tokens are patches.
-        entropy: in nats, of where the aggregation tokens look, or of the attention that patches get in the first tower.
-        kept: by stage that routes, the tokens kept there; new tokens, which are no token of before, are left out.
-        new: how many of the tokens after the router are new ones.
-        present: by language layer, the tokens that come to it; a new one is named by the place where it stands.
-        attention: by language layer, what each of those gets from the action tokens [n].
-        after: by language layer, the tokens that come out of it.
-        hidden: by language layer, the states of those [n,D].
-        target_P: bool, patches of the object to be handled; None where the environment does not say.
+        inputs: inputs of the network.
+        instruction: instruction of the episode.
+        pictures_VHW3: images uint8, as the towers see them.
+        tokens_ND: vision tokens before routing, in the language width.
+        looks_NP: how much each token sees of each patch; the identity if tokens are patches.
+        entropy: entropy in nats of the aggregation tokens' gaze, or of the patches' attention in the first tower.
+        kept: routing stage -> numbers of the tokens kept there, without new tokens, which combine earlier ones.
+        new: number of new tokens after the router.
+        present: language layer -> numbers of the tokens that enter it; a new token has the number of its place.
+        attention: language layer -> attention [n] of those tokens from the action tokens.
+        after: language layer -> numbers of the tokens that leave it.
+        hidden: language layer -> states [n,D] of those tokens.
+        target_P: bool, patches of the target object; None if the environment does not say.
     """
 
     inputs: ModelInput
@@ -73,7 +73,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Episode:
-    """An episode, decision after decision."""
+    """An episode with a moment for each decision."""
 
     name: str
     result: EpisodeResult
@@ -83,7 +83,7 @@ class Episode:
 def play(
     policy: CogVLAPolicy, suite: Suite, protocol: EvaluationProtocol, tasks: Sequence[int], state: int
 ) -> list[Episode]:
-    """One episode of each task, in this process.
+    """Play one episode of each task, in this process.
 
     Raises:
         RuntimeError: an episode could not be played.
@@ -112,20 +112,20 @@ def play(
 
 
 def _target(policy: CogVLAPolicy, env: gym.Env, observation: Observation) -> Tensor | None:
-    """`target_P` of a moment."""
+    """Return `target_P` of a moment."""
     if not hasattr(env.unwrapped, "target_mask"):
         return None
     masks = {}
     for name, image_BHWC in observation.images.items():
         mask_HW = env.unwrapped.target_mask(name, *image_BHWC.shape[1:3])
         masks[name] = np.repeat(mask_HW[None, :, :, None], 3, axis=3).astype(np.uint8) * 255
-    # The preprocessor crops and scales masks as it does pictures.
+    # The preprocessor crops and scales masks like images.
     pixels_VHW = policy.preprocessor.observation(replace(observation, images=masks)).pixels[0, :, 0]
     return covered(pixels_VHW > 127, policy.model.vision.grid)
 
 
 def covered(mask_VHW: Tensor, grid: tuple[int, int], share: float = COVERED) -> Tensor:
-    """Patches, bool [P], of which a mask covers at least this share; if there is none, those covered most."""
+    """Return the patches, bool [P], that a mask covers by at least `share`; if there are none, those it covers most."""
     part_P = F.adaptive_avg_pool2d(mask_VHW.float()[:, None], grid).flatten()
     enough_P = part_P >= share
     return enough_P if enough_P.any() else (part_P == part_P.max()) & (part_P > 0)
@@ -133,7 +133,7 @@ def covered(mask_VHW: Tensor, grid: tuple[int, int], share: float = COVERED) -> 
 
 @torch.inference_mode()
 def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
-    """Everything but the target, for one observation."""
+    """Run the policy on one observation and return the moment, without its target."""
     model, inputs = policy.model, policy.preprocessor.observation(observation)
     text = model.encode_text(inputs.text_ids, inputs.text_mask)
     output = model(inputs, text, debug=True, watch=True)
@@ -146,7 +146,7 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
     for layer, x_BSD in inside["hidden"].items():
         index_Bn = inside["present"][layer]
         present[layer] = entering_n if index_Bn is None else entering_n[index_Bn[0]]
-        # LFP that drops shortens the sequence inside of the layer.
+        # LFP in mode `drop` shortens the sequence inside the layer.
         shorter = x_BSD.shape[1] - others < len(present[layer])
         after[layer] = kept[f"layer {layer}"] if shorter else present[layer]
     looks_NP, entropy = _looks(model, inputs, text, output.gaze)
@@ -167,7 +167,7 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
 
 
 def _entering(inside: Mapping[str, Any], tokens: int) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Tokens that enter the language model, those of them that a router before it kept, and how many are new ones."""
+    """Return the tokens that enter the language model, those that a router kept, and the number of new tokens."""
     routed = inside.get("routed")
     if routed is None:
         return torch.arange(tokens, device=inside["hidden"][0].device), {}, 0
@@ -177,8 +177,8 @@ def _entering(inside: Mapping[str, Any], tokens: int) -> tuple[Tensor, dict[str,
 
 
 def _looks(model: CogVLA, inputs: ModelInput, text: TextFeatures, gaze: list[Tensor] | None) -> tuple[Tensor, float]:
-    """`looks_NP` and `entropy` of a moment."""
-    if gaze:  # towers may have other patches than the first one, whose grid is the policy's
+    """Return `looks_NP` and `entropy` of a moment."""
+    if gaze:  # use only towers with the patches of the first tower, whose grid is that of the policy
         same = [tower for tower in gaze if tower.shape[-1] == gaze[0].shape[-1]]
         looks_VMP = torch.stack([tower.exp().mean(1) for tower in same]).mean(0)
         return torch.block_diag(*looks_VMP), float(attention_entropy(looks_VMP.flatten(0, 1)).mean())

@@ -1,8 +1,8 @@
-"""The folder of an evaluation: results that survive a crash, what they were made with, and the videos worth keeping.
+"""Log of an evaluation: a folder with results that survive a crash, their configuration, and a choice of videos.
 
-run.json          what decides the numbers (suite, protocol, policy), and every session that worked on it
-episodes.jsonl    one line per finished episode, on disk before the next one counts
-videos/           per task a few, failures first
+run.json          fingerprint (everything that changes the numbers: suite, protocol, policy), and all sessions
+episodes.jsonl    one line for each finished episode, on disk before the next episode counts
+videos/           a few for each task, failures first
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ Key = tuple[int, int]
 
 
 class EpisodeLog:
-    """Reads what is there and appends to it. Use it as a context manager: it locks the folder.
+    """Log that reads earlier results and appends new ones. Use it as a context manager: it locks the folder.
 
     Args:
-        folder: made when missing.
-        fingerprint: everything that decides an episode's numbers, as plain values.
-        session: who works on it now (time, command line, versions); for the report.
-        resume: go on with what is there; otherwise delete earlier results of this folder.
+        folder: folder of the evaluation; made if missing.
+        fingerprint: everything that changes an episode's numbers, as plain values.
+        session: present session (time, command line, versions), for the report.
+        resume: True goes on with the results in the folder; False deletes them.
 
     Raises:
-        ValueError: the folder holds results of another fingerprint, or something else than an evaluation, or another
-            process is writing to it.
+        ValueError: the folder holds results of another fingerprint or no evaluation, or another process writes to it.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class EpisodeLog:
         write_atomic(run, json.dumps({"fingerprint": self._fingerprint, "sessions": self.sessions}, indent=2) + "\n")
 
     def _read(self) -> dict[Key, EpisodeResult]:
-        """The finished episodes. Errors are left out, and so tried again. A torn last line (a crash) is cut off."""
+        """Read the finished episodes but not the errors, which are tried again; cut off an incomplete last line."""
         assert self._file is not None, "the log is open inside its context"
         self._file.seek(0)
         text = self._file.read()
@@ -104,7 +103,7 @@ class EpisodeLog:
         return {key: result for key, result in results.items() if result.error is None}
 
     def append(self, result: EpisodeResult) -> None:
-        """Write one result to disk before returning; its video's path becomes relative to the folder."""
+        """Write one result to disk, and make the path of its video relative to the folder."""
         assert self._file is not None, "the log is open inside its context"
         if result.video is not None:
             result = replace(result, video=str(Path(result.video).relative_to(self.folder)))
@@ -115,7 +114,7 @@ class EpisodeLog:
 
 
 class VideoChoice:
-    """Which episodes to film: up to `per_task` failures, and successes as long as there are fewer."""
+    """Choice of the episodes to film: for each task up to `per_task`, failures before successes."""
 
     def __init__(self, log: EpisodeLog, per_task: int) -> None:
         if per_task < 0:
@@ -128,7 +127,7 @@ class VideoChoice:
                 self._chosen.setdefault(result.task, []).append(result.success)
 
     def __call__(self, result: EpisodeResult) -> Path | None:
-        """Where to film this episode, or None (see `cogvla.envs.rollout.rollout.rollout`)."""
+        """Return the path for the video of this episode, or None (see `cogvla.envs.rollout.rollout.rollout`)."""
         chosen = self._chosen.setdefault(result.task, [])
         rivals = chosen if result.success else [success for success in chosen if not success]
         if len(rivals) >= self._per_task:
@@ -139,12 +138,12 @@ class VideoChoice:
         return self._log.folder / VIDEOS / name
 
     def path(self, result: EpisodeResult) -> Path | None:
-        """The video of an episode, if it has one that still exists."""
+        """Return the path of an episode's video, or None if there is no video or it was deleted."""
         path = None if result.video is None else self._log.folder / result.video
         return path if path is not None and path.exists() else None
 
     def prune(self) -> None:
-        """Delete the successes for which failures have come since."""
+        """Delete videos of successes that later failures have replaced."""
         for task in {result.task for result in self._log.results.values()}:
             filmed = [r for r in self._log.results.values() if r.task == task and self.path(r) is not None]
             for result in sorted(filmed, key=lambda r: (r.success, r.initial_state))[self._per_task :]:
@@ -154,7 +153,7 @@ class VideoChoice:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """The file has either its old or its new content, whatever happens meanwhile."""
+    """Write a file so that it always has either its old or its new content, even after a crash."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -167,19 +166,23 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Fingerprint and sessions of an evaluation's folder; ValueError when it is none, or a damaged one."""
+    """Read the fingerprint and the sessions of an evaluation's folder.
+
+    Raises:
+        ValueError: the folder is not of an evaluation, or the file is damaged.
+    """
     run = folder / RUN
     try:
         known = json.loads(run.read_text())
         return known["fingerprint"], known["sessions"]
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no folder of an evaluation: it has no {RUN}") from error
+        raise ValueError(f"{folder} is not the folder of an evaluation: it has no {RUN}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{run} is damaged ({error}); choose another output, or resume=false") from error
 
 
 def read_episodes(path: Path) -> dict[Key, EpisodeResult]:
-    """The last result of each episode, errors too, but an error never replaces a result."""
+    """Read the last result of each episode. Errors are included, but an error never replaces a result."""
     results: dict[Key, EpisodeResult] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
@@ -195,7 +198,7 @@ def read_episodes(path: Path) -> dict[Key, EpisodeResult]:
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """The values in which two nested mappings differ, in words."""
+    """List the values that differ between two nested mappings, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted({*old, *new})
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{name}.{k}" if name else k)]

@@ -1,4 +1,4 @@
-"""Evaluates a policy on a suite under a protocol, into a folder with all that there is to know about the result."""
+"""Evaluate a policy on a suite with a protocol: play the episodes, and write report, data and videos to a folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cogvla.envs.suite import Suite, get_suite
 from cogvla.policy.interface import Embodiment, Observation, Policy
 
 PROBE_CALLS = 100
-"""Calls of `Policy.act` that measure the latency at batch 1."""
+"""Number of calls of `Policy.act` that measure the latency at batch size 1."""
 
 
 def evaluate(
@@ -50,28 +50,28 @@ def evaluate(
 ) -> Report:
     """Play the protocol's episodes and write `report.html`, `report.json`, `episodes.parquet` and videos.
 
-    Every finished episode is on disk at once (`episodes.jsonl`). Called again with the same policy, suite and protocol
-    it plays what is missing: after a crash, or with more tasks or episodes per task.
+    Every finished episode is on disk at once (`episodes.jsonl`). Another call with the same policy, suite and protocol
+    plays only the missing episodes: after a crash, or with more tasks or more episodes for each task.
 
     Args:
-        policy: what is evaluated.
+        policy: the policy to evaluate.
         suite: a suite, or its name.
-        protocol: how.
+        protocol: the evaluation protocol.
         output: folder of this evaluation.
-        workers: environment processes; 0 plays in this process.
-        start_worker: starts one of them, see `rollout`.
-        tasks: indices of some tasks; None: all.
+        workers: number of environment processes; 0 plays in this process.
+        start_worker: function that starts an environment process, see `rollout`.
+        tasks: indices of the tasks to play; None: all.
         asked: "swap" gives another instruction that is possible in the same scene, and measures success on both tasks.
         shard: (i, n) plays every n-th episode from the i-th on, i in 1..n.
-        videos: per task, failures first.
-        resume: False deletes what an earlier run left in `output`.
+        videos: number of videos for each task, failures first.
+        resume: False deletes earlier results in `output`.
         command: command line that repeats this evaluation, for the report.
-        identity: added to the policy's description: what tells these weights from others of the same description.
-        progress: show a bar with the running success rate.
+        identity: additions to the policy's description that identify its weights.
+        progress: show a bar with the present success rate.
 
     Raises:
-        ValueError: an unknown suite, a protocol that the suite or policy cannot follow, or an `output` that holds
-            results of another configuration.
+        ValueError: the suite is unknown, the protocol does not fit the suite or the policy, or `output` holds results
+            of another configuration.
     """
     suite = get_suite(suite) if isinstance(suite, str) else suite
     output = Path(output)
@@ -92,7 +92,7 @@ def evaluate(
     with EpisodeLog(output, fingerprint, session, resume) as log:
         missing = [spec for spec in specs if (spec.task, spec.initial_state) not in log.results]
         choice = VideoChoice(log, videos)
-        # The first calls compile and allocate; that is no latency of the control loop.
+        # The first calls compile and allocate memory; the latency of the control loop must not include that.
         for batch in sorted({1, max(workers, 1)}):
             policy.warm_up(batch, [task.instruction for task in suite.tasks])
         started = time.perf_counter()
@@ -135,14 +135,14 @@ def evaluate(
 
 
 def write_report(report: Report, suite: Suite, output: Path) -> None:
-    """All files that say what was found: `episodes.parquet`, `report.json`, `report.html`."""
+    """Write `episodes.parquet`, `report.json` and `report.html`."""
     write_parquet(output / "episodes.parquet", report.episodes, suite)
     write_atomic(output / "report.json", report_json(report))
     write_atomic(output / "report.html", render_html(report, output))
 
 
 class _Progress:
-    """A bar over all episodes, with the success rate so far."""
+    """Progress bar over all episodes, with the present success rate."""
 
     def __init__(self, log: EpisodeLog, specs: Sequence[EpisodeSpec], show: bool) -> None:
         done = [log.results[key] for s in specs if (key := (s.task, s.initial_state)) in log.results]
@@ -169,9 +169,9 @@ class _Progress:
 
 
 def _probe(policy: Policy, suite: Suite, spec: EpisodeSpec, protocol: EvaluationProtocol, workers: int) -> list[float]:
-    """Milliseconds of `PROBE_CALLS` calls with one observation each, while nothing else runs.
+    """Measure `PROBE_CALLS` calls of the policy with one observation each, in milliseconds, while nothing else runs.
 
-    The observations come from an episode of its own, so that a resumed evaluation measures the same.
+    The observations come from a separate episode, so that a resumed evaluation measures the same.
     """
     observations: list[Observation] = []
     watched = WatchedPolicy(policy, observations.append)
@@ -191,7 +191,7 @@ def _timed_calls(policy: Policy, observations: Sequence[Observation]) -> Iterato
 
 
 def write_parquet(path: Path, episodes: Sequence[EpisodeResult], suite: Suite) -> None:
-    """One row per episode; lists hold one value per chunk."""
+    """Write the episodes as Parquet: one row for each episode; lists hold one value for each chunk."""
     rows: list[Mapping[str, Any]] = [
         {"suite": suite.name, "task_name": suite.tasks[r.task].name, **r.to_dict()} for r in episodes
     ]

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG text. Colours are those of `report.html.j2`."""
+"""Draw the figures of a report as SVG text, and one as PNG. The colours are those of `report.html.j2`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 GOOD, BAD, ACCENT, SECOND, GRID, TEXT = "#1a9d6b", "#d9534a", "#3461c9", "#b4782a", "#e3e7ee", "#3b4252"
 
 WIDE = 4
-"""Costs that differ more than this times are drawn on a logarithmic axis."""
+"""Ratio of the largest to the smallest cost above which the axis is logarithmic."""
 
 
 def latency_curves(curves: Sequence[tuple[str, Sequence[float]]], budget_ms: float) -> str:
-    """The share of chunks that took at most so long, for several kinds of latency, on a logarithmic axis.
+    """Draw the cumulative distribution of several kinds of latency, on a logarithmic axis.
 
     Args:
-        curves: name and samples in ms.
-        budget_ms: how long a chunk's actions last on the robot.
+        curves: name and samples in ms of each kind.
+        budget_ms: duration of a chunk's actions on the robot.
     """
     figure, axes = _figure(7.2, 3.4)
     for (name, samples), colour in zip(curves, (ACCENT, SECOND, GOOD), strict=False):
@@ -44,7 +44,7 @@ def latency_curves(curves: Sequence[tuple[str, Sequence[float]]], budget_ms: flo
 
 
 def length_histogram(successes: Sequence[int], failures: Sequence[int], max_steps: int) -> str:
-    """Control steps of successes and failures."""
+    """Draw a histogram of the control steps of successes and failures."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(7.2, 3.4)
@@ -64,13 +64,13 @@ def length_histogram(successes: Sequence[int], failures: Sequence[int], max_step
 def pareto(
     points: Sequence[tuple[str, float, float, float, float]], front: Sequence[int], cost: str, reference: float | None
 ) -> bytes:
-    """Success against cost as PNG.
+    """Draw success against cost as PNG.
 
     Args:
-        points: name of the router, cost, success, and the ends of its interval, all rates in [0,1].
-        front: indices of the points that no other one beats; their line and their names are drawn.
-        cost: label of the axis.
-        reference: success of the policy with all its tokens, as a line.
+        points: name of the router, cost, success, lower and upper end of its interval; rates in [0,1].
+        front: indices of the points of the Pareto front, which a line connects.
+        cost: label of the cost axis.
+        reference: success in [0,1] of the policy with all tokens, drawn as a line; None: no line.
     """
     figure, axes = _figure(7.2, 4.6)
     names = list(dict.fromkeys(name for name, *_ in points))
@@ -108,12 +108,12 @@ def lines(
     limits: tuple[float, float] | None = None,
     start: int = 1,
 ) -> str:
-    """Values against their number, one line each; what is None is left out.
+    """Draw values against their number, one line for each curve; None values are left out.
 
     Args:
-        curves: by name; an unnamed one gets no legend.
-        across, up: labels of the axes.
-        limits: of the values.
+        curves: name -> values; a curve with an empty name gets no legend.
+        across, up: labels of the horizontal and the vertical axis.
+        limits: lowest and highest value of the vertical axis; None: automatic.
         start: number of the first value.
     """
     from matplotlib.ticker import MaxNLocator
@@ -134,7 +134,7 @@ def lines(
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # takes longer to import than anything else here, and is needed at the end
+    from matplotlib.figure import Figure  # here, because its import is slow and only the end of an evaluation needs it
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()

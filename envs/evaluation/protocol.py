@@ -1,4 +1,4 @@
-"""An evaluation protocol: everything that decides what a success rate means, apart from the suite and the policy."""
+"""Evaluation protocol: everything that changes a success rate, apart from the suite and the policy."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from cogvla.envs.suite import Suite
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """How a suite is evaluated. The named ones are `configs/protocol/*.yaml`.
+    """Rules for the evaluation of a suite. `configs/protocol/*.yaml` holds the named protocols.
 
     Attributes:
-        name: for the report.
-        episodes_per_task: initial states `first_initial_state` and the following ones.
-        first_initial_state: index of the first initial state of each task.
-        execute_steps: actions executed per chunk; None: the whole chunk.
+        name: name of the protocol in reports.
+        episodes_per_task: number of episodes for each task, each with its own initial state.
+        first_initial_state: index of the first initial state of each task; the following episodes use the next ones.
+        execute_steps: number of actions to execute of each chunk; None: the whole chunk.
         temporal_ensemble: decay m of the temporal ensemble; None: open loop.
-        waiting_steps: steps without motion after each reset, not counted as control steps.
-        max_steps: control steps before an episode is a failure: a number, or one for each suite by its name; None,
-            and for suites without a number: the suite's own limit.
-        seed: given to every reset, and to the draw of swapped instructions.
+        waiting_steps: control steps without motion after each reset; they do not count as control steps.
+        max_steps: number of control steps after which an episode is a failure, or suite -> number; None, and for
+            suites without a number: the suite's own limit.
+        seed: seed of every reset, and of the choice of swapped instructions.
     """
 
     name: str
@@ -49,13 +49,13 @@ class EvaluationProtocol:
             self._rollout_settings(limit)
 
     def for_suite(self, suite: Suite) -> EvaluationProtocol:
-        """This protocol with the number of steps of that suite."""
+        """Return this protocol with the step limit for one suite."""
         limit = self.max_steps.get(suite.name) if isinstance(self.max_steps, Mapping) else self.max_steps
         return replace(self, max_steps=limit or suite.max_steps)
 
     def rollout_settings(self) -> RolloutSettings:
-        """The part of the protocol that the rollout loop carries out; use `for_suite` first."""
-        assert not isinstance(self.max_steps, Mapping), "a protocol with limits by suite is resolved before it is used"
+        """Return the settings for the rollout loop. Call `for_suite` first."""
+        assert not isinstance(self.max_steps, Mapping), "call `for_suite` first: this protocol has limits by suite"
         return self._rollout_settings(self.max_steps)
 
     def _rollout_settings(self, max_steps: int | None) -> RolloutSettings:
@@ -73,12 +73,16 @@ class EvaluationProtocol:
         asked: Literal["swap"] | None = None,
         shard: tuple[int, int] = (1, 1),
     ) -> list[EpisodeSpec]:
-        """The episodes of some tasks (None: all), task after task last: every task is reached early.
+        """Return the episodes to play. Tasks take turns, so that every task is played early.
 
-        `shard` (i, n) is every n-th of them from the i-th on, i in 1..n: n machines play all of them, none twice.
+        Args:
+            suite: the suite.
+            tasks: indices of the tasks; None: all.
+            asked: see `EpisodeSpec`.
+            shard: (i, n) selects every n-th episode from the i-th on, i in 1..n, to share them among n machines.
 
         Raises:
-            ValueError: a task, an initial state or a shard that does not exist.
+            ValueError: a task, an initial state or the shard does not exist.
         """
         chosen = range(len(suite.tasks)) if tasks is None else list(dict.fromkeys(tasks))
         unknown = [task for task in chosen if not 0 <= task < len(suite.tasks)]
@@ -99,13 +103,17 @@ class EvaluationProtocol:
 
 
 def protocol_names() -> list[str]:
-    """All named protocols."""
+    """Return the names of all protocols in `configs/protocol`."""
     folder = resources.files("cogvla.configs") / "protocol"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def load_protocol(name: str, **changes: Any) -> EvaluationProtocol:
-    """The protocol of `configs/protocol/NAME.yaml` with some values changed; ValueError lists what exists."""
+    """Load the protocol `configs/protocol/NAME.yaml`, with some values changed.
+
+    Raises:
+        ValueError: no protocol has this name; the message lists all names.
+    """
     if name not in protocol_names():
         raise ValueError(f"unknown protocol {name!r}; one of {', '.join(protocol_names())}")
     text = (resources.files("cogvla.configs") / "protocol" / f"{name}.yaml").read_text()

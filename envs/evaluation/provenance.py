@@ -1,4 +1,4 @@
-"""What reproduces a result: versions, commit and machine."""
+"""Collect the versions, the git commit and the machine, to reproduce a result."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ENVIRONMENT = ("MUJOCO_GL", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREAD
 
 
 def provenance() -> dict[str, Any]:
-    """All of it, as plain values for JSON."""
+    """Return versions, commit and machine, as plain values for JSON."""
     return {"versions": versions(), "commit": commit(), "machine": machine()}
 
 
 def versions() -> dict[str, str]:
-    """Python and those of `PACKAGES` that are installed."""
+    """Return the versions of Python and of the installed packages among `PACKAGES`."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -34,9 +34,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any] | None:
-    """The git commit of this package and whether tracked files differ from it; None where it is no git checkout."""
+    """Return the git commit of this package, and whether tracked files differ from it; None without a git checkout."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an installed package inside somebody else's repository is not that repository
+    if not (root / ".git").exists():  # an installed package may lie inside another project's repository
         return None
     head = _git(root, "rev-parse", "HEAD")
     if head is None:
@@ -53,7 +53,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that may be used, memory, threads, GPUs, system and the environment variables that matter."""
+    """Return processor, usable cores, memory, threads, GPUs, system, and the environment variables in `ENVIRONMENT`."""
     found: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -63,7 +63,7 @@ def machine() -> dict[str, Any]:
         "torch_threads": None,
         "gpus": [],
     }
-    torch = sys.modules.get("torch")  # a policy that does not need torch is not made to import it
+    torch = sys.modules.get("torch")  # do not import torch for a policy that does not need it
     if torch is not None:
         found["torch_threads"] = torch.get_num_threads()
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What an evaluation found, as numbers (`Report`, JSON) and as one HTML file that can be sent around."""
+"""Build the report of an evaluation: numbers (`Report`, JSON) and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ from cogvla.envs.rollout.video import contact_sheet
 from cogvla.envs.suite import Suite
 
 EMBED_BYTES = 6_000_000
-"""Videos are put into the report itself up to this total; the others are linked."""
+"""Bytes of videos that the HTML file embeds; it links to the other videos."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One task, or all of them. Errors are episodes that could not be played; they are in no rate.
+    """Results of one task, or of all tasks. No rate includes errors, the episodes that could not be played.
 
     Attributes:
-        name, instruction: of the task.
-        success: on the task that was asked for.
-        scene_task: success on the scene's own task although another one was asked for; no trials when none was.
-        errors, repeated: episodes that ended in an error, and that needed a second attempt.
-        steps, steps_to_success: mean control steps of all episodes and of the successful ones.
-        inference: wall time of `Policy.act`, one sample per chunk.
-        loop: observation ready to first action, one sample per chunk.
+        name, instruction: name and instruction of the task.
+        success: success rate on the task of the instruction.
+        scene_task: success rate on the scene's own task with a swapped instruction; no trials without a swap.
+        errors: number of episodes that ended in an error.
+        repeated: number of episodes that needed a second attempt.
+        steps: mean control steps of all episodes.
+        steps_to_success: mean control steps of the successful episodes.
+        inference: wall time of `Policy.act`, one sample for each chunk.
+        loop: time from the finished observation to the first action, one sample for each chunk.
     """
 
     name: str
@@ -51,12 +53,11 @@ class Row:
 
 @dataclass(frozen=True)
 class ControlTiming:
-    """How well a robot's control loop kept time.
+    """Timing of a robot's control loop.
 
     Attributes:
-        jitter: distance of the time between two ticks from the control period, one sample per tick.
-        counts: what `cogvla.real_robot.control.measurements` counted: holds, deadline misses, starvations, faults and
-        so on.
+        jitter: difference between the time of a tick and the control period, one sample for each tick.
+        counts: counters of `cogvla.real_robot.control.measurements`: holds, deadline misses, starvations, faults etc.
     """
 
     jitter: Latency | None
@@ -65,19 +66,21 @@ class ControlTiming:
 
 @dataclass(frozen=True)
 class Report:
-    """See `Row` for the parts.
+    """All results of an evaluation.
 
     Attributes:
-        suite: its name.
-        tasks, total: the results.
-        inference_batch_1: `Policy.act` with one observation while nothing else runs.
-        chunk_ms: how long the executed part of a chunk lasts on the robot; the loop must be faster.
-        batch: how many chunks were computed in a batch of which size.
-        environment_ms: mean time of one control step in the environment with its share of rendering.
-        max_steps: control steps before an episode is a failure.
-        reproduce: all that repeats this evaluation.
-        episodes: every result.
-        control: of a robot in real time; None for rollouts, which wait for the policy.
+        suite: name of the suite.
+        tasks: results of each task.
+        total: results of all tasks together.
+        inference_batch_1: latency of `Policy.act` with one observation while nothing else runs.
+        batch_1_ms: its samples in ms.
+        chunk_ms: duration of the executed part of a chunk on the robot, in ms; the loop must be faster.
+        batch: batch size -> number of chunks computed in batches of that size.
+        environment_ms: mean time of one control step in the environment, with rendering, in ms.
+        max_steps: number of control steps after which an episode is a failure.
+        reproduce: everything that repeats this evaluation.
+        episodes: results of all episodes.
+        control: timing of a robot in real time; None for rollouts, which wait for the policy.
     """
 
     suite: str
@@ -95,7 +98,7 @@ class Report:
 
     @property
     def swapped(self) -> bool:
-        """Whether another instruction than the scene's own was given."""
+        """True if the instructions were swapped."""
         return self.reproduce["asked"] == "swap"
 
 
@@ -106,7 +109,15 @@ def build_report(
     control_hz: float,
     reproduce: Mapping[str, Any],
 ) -> Report:
-    """Count and average. `reproduce` must hold "asked" and the "protocol" with its resolved steps."""
+    """Build the report from the results of episodes.
+
+    Args:
+        suite: the suite.
+        results: results of all episodes.
+        batch_1_ms: latencies of `Policy.act` with one observation, in ms.
+        control_hz: control rate of the robot.
+        reproduce: everything that repeats the evaluation; must hold "asked", and "protocol" with resolved steps.
+    """
     played = [r for r in results if r.error is None]
     steps = sum(r.steps for r in played)
     protocol = reproduce["protocol"]
@@ -151,7 +162,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def report_json(report: Report) -> str:
-    """All numbers; per episode without the latency samples, which are in `episodes.parquet`."""
+    """Return all numbers as JSON, without the latency samples of each episode, which are in `episodes.parquet`."""
     values = asdict(report)
     for episode in values["episodes"]:
         for name in ("inference_ms", "loop_ms", "batch"):
@@ -160,7 +171,7 @@ def report_json(report: Report) -> str:
 
 
 def render_html(report: Report, folder: Path) -> str:
-    """The report as one HTML file; `folder` holds the videos and is where the links lead from."""
+    """Return the report as one HTML file. `folder` holds the videos; links are relative to it."""
     played = [r for r in report.episodes if r.error is None]
     figures = {
         "latency": latency_curves(
@@ -185,12 +196,12 @@ def render_html(report: Report, folder: Path) -> str:
 
 
 def render_index(reports: Mapping[str, Report]) -> str:
-    """One page over several reports, by the folder that each is in, relative to the page."""
+    """Return an HTML page over several reports. Keys are their folders, relative to the page."""
     return template("index.html.j2").render(reports=reports)
 
 
 def template(name: str) -> Template:
-    """A page of this folder, with the filters that pages use."""
+    """Load a template of the folder `templates`, with the filters that templates use."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -203,7 +214,7 @@ def template(name: str) -> Template:
 
 
 def _sections(report: Report) -> list[tuple[str, Mapping[str, Any]]]:
-    """What reproduces the numbers, by heading."""
+    """Return (heading, values) of everything that reproduces the numbers."""
     found = report.reproduce
     run = {name: found[name] for name in ("started", "sessions", "workers")}
     run |= {f"{name} in the last session": value for name, value in found["run"].items()}
@@ -226,13 +237,13 @@ class _Video:
 
 
 def _videos(report: Report, folder: Path) -> list[_Video]:
-    """Failures first; as many as fit are embedded."""
+    """Return the videos, failures first, and embed as many as fit into `EMBED_BYTES`."""
     filmed = [r for r in report.episodes if r.video is not None and (folder / r.video).exists()]
     names = {task: row.name for task, row in zip(sorted({r.task for r in report.episodes}), report.tasks, strict=True)}
     budget = EMBED_BYTES
     videos = []
     for result in sorted(filmed, key=lambda r: (r.success, r.task, r.initial_state)):
-        assert result.video is not None, "only filmed episodes are shown"
+        assert result.video is not None, "episodes without a video are filtered out"
         path = folder / result.video
         content = path.read_bytes() if path.stat().st_size <= budget else None
         budget -= len(content or b"")
@@ -254,7 +265,7 @@ def _data(content: str | bytes, kind: str) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as lines of a table."""
+    """Convert nested values to lines of a table."""
     lines: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):

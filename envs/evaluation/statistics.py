@@ -1,4 +1,4 @@
-"""Success rates with intervals, latency percentiles and rates."""
+"""Statistics of an evaluation: success rates with confidence intervals, a sign test, latency percentiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rate:
-    """`successes` of `trials`, with the Wilson score interval; `value`, `low`, `high` are None without trials."""
+    """A success rate: `successes` of `trials`, with its 95 % Wilson interval.
+
+    Attributes:
+        successes, trials: counts.
+        value: the rate in [0,1]; None without trials.
+        low, high: ends of the interval in [0,1]; None without trials.
+    """
 
     successes: int
     trials: int
@@ -22,7 +28,9 @@ class Rate:
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a binomial proportion (E. B. Wilson, JASA 22, 1927), which stays inside [0, 1].
+    """Return the Wilson score interval of a binomial proportion, which lies inside [0, 1].
+
+    Source: E. B. Wilson, JASA 22, 1927.
 
     Raises:
         ValueError: no trials, more successes than trials, or a confidence outside (0, 1).
@@ -36,13 +44,13 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     centre = p + z * z / (2 * trials)
     half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    low = 0.0 if successes == 0 else (centre - half) / scale  # exactly, not but for rounding
+    low = 0.0 if successes == 0 else (centre - half) / scale  # exactly 0, without rounding errors
     high = 1.0 if successes == trials else (centre + half) / scale
     return low, high
 
 
 def success_rate(outcomes: Iterable[bool]) -> Rate:
-    """The share of True, with its 95 % interval."""
+    """Return the share of True, with its 95 % interval."""
     outcomes = list(outcomes)
     successes, trials = sum(outcomes), len(outcomes)
     if not trials:
@@ -51,7 +59,10 @@ def success_rate(outcomes: Iterable[bool]) -> Rate:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of so many wins and losses if both were equally likely (exact binomial; McNemar's test)."""
+    """Return the two-sided p-value of wins and losses under the hypothesis that both are equally likely.
+
+    This is the exact binomial form of McNemar's test.
+    """
     if min(wins, losses) < 0:
         raise ValueError(f"wins and losses are counts, got {wins} and {losses}")
     trials = wins + losses
@@ -61,7 +72,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds: percentiles and mean of `count` samples; `rate_hz` is how many per second (1000 / mean)."""
+    """Percentiles and mean of `count` latencies in milliseconds; `rate_hz` = 1000 / mean."""
 
     count: int
     p50: float
@@ -72,7 +83,7 @@ class Latency:
 
 
 def latency(samples_ms: Iterable[float]) -> Latency | None:
-    """Percentiles by linear interpolation; None without samples."""
+    """Return percentiles (with linear interpolation) and mean of samples in milliseconds; None without samples."""
     samples = np.asarray(list(samples_ms), dtype=float)
     if not samples.size:
         return None

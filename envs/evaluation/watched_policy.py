@@ -1,4 +1,4 @@
-"""A policy with someone who looks on."""
+"""Wrap a policy so that a function sees all its observations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy
 
 
 class WatchedPolicy:
-    """Passes everything on to a policy.
+    """Policy that passes each observation to a function and then to the wrapped policy.
 
     Args:
-        policy: who answers.
-        watch: is given each observation before that.
+        policy: the wrapped policy.
+        watch: function that gets each observation first.
     """
 
     def __init__(self, policy: Policy, watch: Callable[[Observation], None]) -> None:

@@ -1,11 +1,11 @@
-"""A data set that takes long to make: it appears in one piece, and nothing that was done is done again.
+"""Working folder of a data set that takes long to make: resumes after an interruption, publishes in one piece.
 
-OUTPUT.recording/lock             held by the one process that works there
-OUTPUT.recording/settings.json    what is being made; a different request is refused
-OUTPUT.recording/episodes/        what is done, each file put in place by one rename
-OUTPUT.recording/dataset/         the data set being put together, from episode 0 at every start
-OUTPUT/                           the data set, put in place by one rename at the end
-OUTPUT.recording/before/          a shorter one that was there, from the end until OUTPUT.recording is deleted
+OUTPUT.recording/lock             lock of the one process that works there
+OUTPUT.recording/settings.json    the request; a different request is refused
+OUTPUT.recording/episodes/        finished episodes, each file put in place by one rename
+OUTPUT.recording/dataset/         the unfinished data set, written from episode 0 at every start
+OUTPUT/                           the finished data set, put in place by one rename
+OUTPUT.recording/before/          the shorter data set that it replaces, until OUTPUT.recording is deleted
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ LOCK = "lock"
 
 @dataclass
 class DatasetFolder:
-    """Where a data set is made, and where it will be.
+    """Working folder and final folder of a data set.
 
     Attributes:
         output: folder of the finished data set.
-        activity, made: for names and messages, e.g. `recording` and `recorded`.
-        record: file of the finished data set that holds (at least) what was requested.
+        activity: name of the activity in file names and messages, e.g. `recording`.
+        made: its past participle for messages, e.g. `recorded`.
+        record: path, relative to `output`, of the JSON file that holds at least the request.
     """
 
     output: Path
@@ -39,7 +40,7 @@ class DatasetFolder:
 
     @property
     def work(self) -> Path:
-        """Holds everything until the data set is finished."""
+        """The working folder; it holds everything until the data set is finished."""
         return self.output.with_name(f"{self.output.name}.{self.activity}")
 
     @property
@@ -52,7 +53,7 @@ class DatasetFolder:
 
     @property
     def existing(self) -> dict[str, Any] | None:
-        """What the finished data set says about itself; None: there is none. ValueError: there is something else."""
+        """The record of the finished data set, or None if there is none; ValueError if `output` is something else."""
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return None
         found = self.output / self.record
@@ -61,7 +62,11 @@ class DatasetFolder:
         return json.loads(found.read_text())
 
     def is_finished(self, request: dict[str, Any]) -> bool:
-        """Whether the data set is there; ValueError when the folder holds another one, or something else."""
+        """Return True if the requested data set is finished.
+
+        Raises:
+            ValueError: `output` holds a data set of another request, or something else.
+        """
         if (existing := self.existing) is None:
             return False
         changed = _changed(existing, request)
@@ -73,9 +78,14 @@ class DatasetFolder:
         return True
 
     def prepare(self, request: dict[str, Any], resume: bool) -> None:
-        """Make the folder of work, or keep the one that is there.
+        """Lock the working folder and make it ready for work.
 
-        ValueError when that is of another request, or when another process works there.
+        Args:
+            request: everything that changes the data set.
+            resume: True keeps finished episodes; False deletes everything in the folder first.
+
+        Raises:
+            ValueError: the folder is of another request, or another process works there.
         """
         self._hold()
         if not resume:
@@ -100,7 +110,7 @@ class DatasetFolder:
         os.replace(temporary, path)
 
     def _hold(self) -> None:
-        """Until this process ends, however it ends, or `publish`."""
+        """Lock the working folder until `publish`, or until this process ends in any way."""
         self.work.mkdir(parents=True, exist_ok=True)
         lock = (self.work / LOCK).open("w")
         try:
@@ -111,12 +121,12 @@ class DatasetFolder:
         self._lock = lock
 
     def publish(self, record: dict[str, Any], instead: bool = False) -> None:
-        """Put the finished data set in its place; with `instead`, the one that is there makes room."""
+        """Write the record and move the finished data set to `output`; `instead` replaces the data set there."""
         (self.dataset / self.record).write_text(json.dumps(record, indent=1))
         if instead:
             os.replace(self.output, self.work / "before")
         elif self.output.is_dir():
-            self.output.rmdir()  # empty, or `is_finished` would have refused it
+            self.output.rmdir()  # it is empty, because `is_finished` refuses other folders
         os.replace(self.dataset, self.output)
         shutil.rmtree(self.work)
         if self._lock is not None:
@@ -124,5 +134,5 @@ class DatasetFolder:
 
 
 def _changed(existing: dict[str, Any], request: dict[str, Any]) -> list[str]:
-    wanted = json.loads(json.dumps(request))  # what was read has lists for tuples
+    wanted = json.loads(json.dumps(request))  # JSON turns tuples into lists
     return [key for key in wanted if existing.get(key) != wanted[key]]

@@ -1,9 +1,9 @@
-"""Demonstrations to a LeRobotDataset v3, through lerobot's own metadata, schema and statistics.
+"""Write demonstrations as a LeRobotDataset v3, with lerobot's own metadata, schema and statistics.
 
-With image features, what is unusual is that no image passes through the disk on its way: lerobot's `add_frame` writes a
-PNG file per image, `save_episode` reads all of them again for statistics and a third time to embed them, 1.0 s of one
-core per episode of 60 frames and two views. Here the PNG files come from the workers and go into the table as they are,
-0.05 s. A test holds the two ways equal. Videos go lerobot's way.
+Images do not pass through the disk here. lerobot's `add_frame` writes a PNG file for each image; `save_episode` reads
+all files for the statistics, and again to embed them: 1.0 s of one core for an episode of 60 frames and two views. Here
+the workers encode the PNG files, and they go into the table unchanged, in 0.05 s. A test compares the two ways. Videos
+are written by lerobot.
 
 Shape legend: T steps.
 """
@@ -31,7 +31,7 @@ BYTES_PER_MB = 1024**2
 
 
 def features(episode: Demonstration, video: bool) -> dict[str, dict[str, Any]]:
-    """The description, as lerobot wants it, of what an episode holds."""
+    """Return lerobot's description of an episode's features."""
     kind = "video" if video else "image"
     return {
         camera: {"dtype": kind, "shape": episode.image_shape(camera), "names": ["height", "width", "channels"]}
@@ -43,20 +43,20 @@ def features(episode: Demonstration, video: bool) -> dict[str, dict[str, Any]]:
 
 
 class DatasetWriter:
-    """Appends episodes to a new data set in `root`.
+    """Writer that appends episodes to a new data set.
 
     Args:
-        root: folder that does not exist yet.
-        repo_id: the data set's name.
-        example: an episode like those to come; says what the features and the control rate are.
-        robot_type: the robot's name.
-        video: store views as videos instead of images.
+        root: folder of the data set; must not exist yet.
+        repo_id: name of the data set.
+        example: episode with the features and the control rate of all episodes.
+        robot_type: name of the robot.
+        video: True stores the cameras as videos, False as images.
     """
 
     def __init__(self, root: Path, repo_id: str, example: Demonstration, robot_type: str, video: bool = False) -> None:
         self.video = video
         self._bars_were_enabled = is_progress_bar_enabled()
-        disable_progress_bar()  # one bar per episode would fight with ours
+        disable_progress_bar()  # a bar for each episode would disturb ours
         self._dataset = LeRobotDataset.create(
             repo_id,
             example.fps,
@@ -81,7 +81,7 @@ class DatasetWriter:
             self._add_images(episode)
 
     def close(self) -> None:
-        """Write what is buffered; without this the data set cannot be read."""
+        """Write buffered data and the footers. Without this call the data set cannot be read."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -118,7 +118,7 @@ class DatasetWriter:
         if self._writer is None:
             path = meta.root / meta.data_path.format(chunk_index=self._chunk, file_index=self._file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            # As lerobot does, but without statistics of images: they would put two into the footer per episode.
+            # As in lerobot, but without statistics of images, which would put two images per episode into the footer.
             self._writer = pq.ParquetWriter(
                 path,
                 table.schema,
@@ -155,10 +155,10 @@ class DatasetWriter:
 
 
 def _column(kind: pa.DataType, values: Any) -> pa.Array:
-    """Images as dicts, or an array [T,...], as a column of this type."""
+    """Convert images (dicts) or an array [T,...] to a column of the given type."""
     if not isinstance(values, np.ndarray):
         return pa.array(values, kind)
     lists = numpy_to_pyarrow_listarray(values) if values.ndim > 1 else pa.array(values)
-    if isinstance(kind, pa.ExtensionType):  # how `datasets` stores arrays of two and more dimensions
+    if isinstance(kind, pa.ExtensionType):  # `datasets` stores arrays of two and more dimensions like this
         return pa.ExtensionArray.from_storage(kind, lists.cast(kind.storage_type))
     return lists.cast(kind)

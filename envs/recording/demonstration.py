@@ -1,4 +1,4 @@
-"""One recorded episode: how an expert plays it, and the file it is kept in until the data set is put together.
+"""Record one demonstration with a scripted expert, and save and load it as a file.
 
 Shape legend: T steps, A action dimension, S state dimension, N tasks of the suite, H and W image size.
 """
@@ -22,11 +22,11 @@ from cogvla.envs.suite import FIRST_TRAINING_STATE
 
 IMAGE_PREFIX = "observation.images."
 MAX_ATTEMPTS = 10
-"""Initial states an expert may fail on before recording gives up on an episode."""
+"""Number of initial states that an expert may fail on before recording gives up on an episode."""
 SEED_STRIDE = 1_000_000
 """Distance between the initial states of two seeds."""
 STEPS_AFTER_SUCCESS = 4
-"""Letting go is the shortest phase and the end of the episode: without these steps it is hardly ever seen."""
+"""Control steps recorded after success. Without them, data would hardly show the release, the shortest phase."""
 DEFAULT_FPS = 20
 OPEN_HAND = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 PNG_LEVEL = 1  # level 6, which lerobot uses, takes three times as long for files 10 % smaller
@@ -39,11 +39,11 @@ class Demonstration:
     """A successful episode.
 
     Attributes:
-        instruction: what was asked.
-        fps: control rate.
-        arrays: feature name -> [T,...]; one-element features are [T,1].
+        instruction: instruction of the task.
+        fps: control rate in Hz.
+        arrays: feature name -> array [T,...]; one-element features are [T,1].
         images: camera -> T PNG files.
-        image_statistics: camera -> statistic -> [3], of values in [0,255].
+        image_statistics: camera -> statistic -> array [3], of pixel values in [0,255].
     """
 
     instruction: str
@@ -56,12 +56,12 @@ class Demonstration:
         return len(next(iter(self.arrays.values())))
 
     def image_shape(self, camera: str) -> tuple[int, int, int]:
-        """(H, W, 3)."""
+        """Return the shape (H, W, 3) of a camera's images."""
         with Image.open(io.BytesIO(self.images[camera][0])) as image:
             return image.height, image.width, 3
 
     def save(self, path: Path) -> None:
-        """Write atomically: the file is there in full or not at all."""
+        """Write the file atomically: it exists completely or not at all."""
         content: dict[str, Any] = {"instruction": np.array(self.instruction), "fps": np.array(self.fps)}
         content |= {f"array/{name}": array for name, array in self.arrays.items()}
         for camera, files in self.images.items():
@@ -79,7 +79,7 @@ class Demonstration:
 
     @classmethod
     def load(cls, path: Path) -> Demonstration:
-        """Read what `save` wrote."""
+        """Read a file of `save`."""
         with np.load(path, allow_pickle=False) as content:
             keyed: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
             for key in content.files:
@@ -99,22 +99,22 @@ class Demonstration:
 
     @staticmethod
     def is_complete(path: Path) -> bool:
-        """Whether there is a file whose end is not cut off."""
+        """Return True if the file exists and its end is not cut off."""
         return path.is_file() and zipfile.is_zipfile(path)
 
 
 @dataclass(frozen=True)
 class DemonstratorSettings:
-    """How every episode is played.
+    """Settings of all episodes of a recording.
 
     Attributes:
-        make: builds the environment (`Suite.make`); importable, so that a process can be given it.
-        expert: builds the expert, `expert(env, rng, noise=...)`; importable.
-        instructions: of the suite's tasks, in order.
-        max_steps: control steps before an attempt has failed.
-        image_size: height and width of the images, in pixels.
-        noise: strength of the expert's noise.
-        seed: decides initial states and noise.
+        make: function that builds the environment (`Suite.make`); must be picklable for other processes.
+        expert: function `expert(env, rng, noise=...)` that builds the expert; must be picklable.
+        instructions: instructions of the suite's tasks, in order.
+        max_steps: control steps after which an attempt has failed.
+        image_size: height and width of the images in pixels.
+        noise: scale of the expert's execution noise.
+        seed: seed of initial states and noise.
         settling_steps: control steps with an open hand before the expert begins; they are not recorded.
     """
 
@@ -128,11 +128,11 @@ class DemonstratorSettings:
     settling_steps: int = 0
 
     def task(self, slot: int) -> int:
-        """The task of the slot-th episode of the data set: tasks take turns."""
+        """Return the task of episode `slot` of the data set. Tasks take turns."""
         return slot % len(self.instructions)
 
     def initial_state(self, slot: int, attempt: int) -> int:
-        """A pure function of its arguments, so that any number of workers records the same data."""
+        """Return the initial state of an attempt. It depends only on the seed and the arguments, not on the workers."""
         episode_of_task = slot // len(self.instructions)
         return FIRST_TRAINING_STATE + self.seed * SEED_STRIDE + episode_of_task * MAX_ATTEMPTS + attempt
 
@@ -142,7 +142,7 @@ class ExpertFailedError(RuntimeError):
 
 
 class Demonstrator:
-    """Plays experts in one environment."""
+    """Records episodes of a scripted expert in one environment."""
 
     def __init__(self, settings: DemonstratorSettings) -> None:
         self.settings = settings
@@ -150,10 +150,10 @@ class Demonstrator:
         self.fps = round(self.env.metadata.get("render_fps", DEFAULT_FPS))
 
     def record(self, slot: int) -> tuple[Demonstration, int]:
-        """The slot-th episode of the data set, and how many attempts it took.
+        """Record episode `slot` of the data set; return it with the number of attempts.
 
         Raises:
-            ExpertFailedError: the expert cannot do the task.
+            ExpertFailedError: the expert failed on `MAX_ATTEMPTS` initial states.
         """
         for attempt in range(MAX_ATTEMPTS):
             episode = self._play(self.settings.task(slot), self.settings.initial_state(slot, attempt))
@@ -163,11 +163,11 @@ class Demonstrator:
         first = self.settings.initial_state(slot, 0)
         raise ExpertFailedError(
             f"the expert failed on all of the initial states {first} to {first + MAX_ATTEMPTS - 1} of task {task} "
-            f"({self.settings.instructions[task]!r}); lower `noise`, or see `expert_table` for which tasks it solves"
+            f"({self.settings.instructions[task]!r}); lower `noise`, or run `expert_table` to see which tasks it solves"
         )
 
     def close(self) -> None:
-        """Free the environment."""
+        """Close the environment."""
         self.env.close()
 
     def _play(self, task: int, initial_state: int) -> Demonstration | None:
@@ -178,7 +178,7 @@ class Demonstrator:
             options={"task": task, "initial_state": initial_state},
         )
         instruction = str(info["instruction"])
-        others = [int(other) for other in info.get("alternative_tasks", ())]  # `step` does not say them again
+        others = [int(other) for other in info.get("alternative_tasks", ())]  # only `reset` returns them
         for _ in range(self.settings.settling_steps):
             observation, _, _, _, info = env.step(OPEN_HAND)
         possible_N = np.zeros(len(self.settings.instructions), bool)
@@ -228,7 +228,7 @@ def _cameras(observation: dict[str, np.ndarray]) -> list[str]:
 
 
 def pack(instruction: str, fps: int, steps: dict[str, list[np.ndarray]]) -> Demonstration:
-    """A demonstration from its steps: feature name -> one value per step; images are uint8 [H,W,3]."""
+    """Build a demonstration from `steps`: feature name -> one value for each step; images are uint8 [H,W,3]."""
     cameras = [name for name in steps if name.startswith(IMAGE_PREFIX)]
     return pack_encoded(
         instruction,
@@ -241,19 +241,25 @@ def pack(instruction: str, fps: int, steps: dict[str, list[np.ndarray]]) -> Demo
 def pack_encoded(
     instruction: str, fps: int, arrays: dict[str, np.ndarray], images: dict[str, list[bytes]]
 ) -> Demonstration:
-    """Like `pack`, of arrays [T,...] and PNG files: minutes of a robot's cameras do not fit into memory as pixels."""
+    """Build a demonstration from arrays [T,...] and PNG files.
+
+    For robots: minutes of camera images do not fit into memory as pixels.
+    """
     return Demonstration(instruction, fps, arrays, images, {name: _statistics(files) for name, files in images.items()})
 
 
 def encode_png(image_HWC: np.ndarray) -> bytes:
-    """An image, uint8 [H,W,3], as a PNG file."""
+    """Encode an image uint8 [H,W,3] as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 
 def _statistics(files: Sequence[bytes]) -> dict[str, np.ndarray]:
-    """Per channel, over a few frames and every fourth pixel: all of them would take longer than the episode itself."""
+    """Compute statistics for each channel, over a few frames and every fourth pixel in each direction.
+
+    Statistics of all pixels would take longer than the episode itself.
+    """
     chosen = np.linspace(0, len(files) - 1, min(len(files), STATISTICS_FRAMES)).round().astype(int)
     pixels_P3 = np.concatenate(
         [np.asarray(Image.open(io.BytesIO(files[i])))[::STATISTICS_STRIDE, ::STATISTICS_STRIDE] for i in chosen]

@@ -1,8 +1,8 @@
-"""Plays the missing episodes of a recording, in processes of their own or in this one.
+"""Record the missing episodes of a data set in worker processes, or in this process.
 
-A process is started as `python -c`, so that it imports the environment and not the parent's main module with torch. It
-builds its environment, says `_Ready`, and then answers every episode's number with `_Recorded`. It ends when the other
-end of the pipe closes, also when the recorder was killed.
+A worker starts with `python -c`, so that it imports the environment but not the parent's main module with torch. It
+builds its environment, sends `_Ready`, and then answers each number of an episode with `_Recorded`. It ends when the
+other end of the pipe closes, even if the recorder was killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Ready:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """An episode is in its file."""
+    """An episode was saved to its file."""
 
     slot: int
     attempts: int
@@ -37,14 +37,14 @@ class _Recorded:
 
 @dataclass(frozen=True)
 class _Failed:
-    """The worker ends; `error` is None when only its text could be sent."""
+    """The worker failed and ends; `error` is None if only its text is sent."""
 
     error: Exception | None
     text: str
 
 
 class DemonstrationPool:
-    """Plays the missing episodes, in order, in processes or (without workers) in this one."""
+    """Records the missing episodes in order, in `workers` processes; in this process if `workers` is 0."""
 
     def __init__(self, settings: DemonstratorSettings, paths: list[Path], missing: list[int], workers: int) -> None:
         self.pending = set(missing)
@@ -71,18 +71,18 @@ class DemonstrationPool:
                 [sys.executable, "-P", "-c", command],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **single, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # Ctrl-C is for the parent, which then closes its workers
+                start_new_session=True,  # Ctrl-C goes to the parent only, which then ends its workers
             )
             theirs.close()
             ours.send_bytes(payload)
         return self
 
     def ready(self) -> bool:
-        """Whether `next` would not wait."""
+        """Return True if `next` would return without waiting."""
         return bool(wait(list(self._processes), timeout=0))
 
     def next(self) -> None:
-        """Wait until one more episode is in its file."""
+        """Wait until one more episode is saved."""
         if self._count:
             self._receive()
             return
@@ -129,7 +129,7 @@ class DemonstrationPool:
         try:
             connection.send(self._queue.pop())
         except (BrokenPipeError, ConnectionResetError):
-            return  # the process died, which receiving from it will report
+            return  # the process died; the next receive reports it
 
     def _close(self, connection: Connection) -> None:
         process = self._processes.pop(connection)
@@ -142,7 +142,7 @@ class DemonstrationPool:
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes.values():
-            process.kill()  # an episode that is not finished is worth nothing
+            process.kill()  # unfinished episodes are of no use
         for connection in list(self._processes):
             self._close(connection)
         if self._demonstrator is not None:
@@ -150,7 +150,7 @@ class DemonstrationPool:
 
 
 def _play(demonstrator: Demonstrator, slot: int, path: str) -> int:
-    """Play an episode, put it into its file, and return the number of attempts."""
+    """Record and save an episode; return the number of attempts."""
     with _not_of_the_output():
         episode, attempts = demonstrator.record(slot)
     episode.save(Path(path))
@@ -159,7 +159,7 @@ def _play(demonstrator: Demonstrator, slot: int, path: str) -> int:
 
 @contextmanager
 def _not_of_the_output() -> Iterator[None]:
-    """An environment that misses a file is another matter than an output that cannot be written, an OSError too."""
+    """Turn an OSError of the environment into a RuntimeError; the recorder reports an OSError as a full disk."""
     try:
         yield
     except OSError as error:
@@ -167,7 +167,7 @@ def _not_of_the_output() -> Iterator[None]:
 
 
 def serve(descriptor: int) -> None:
-    """Main loop of a worker, until the other end of the pipe closes."""
+    """Run the main loop of a worker, until the other end of the pipe closes."""
     connection = Connection(descriptor)
     try:
         settings, paths = pickle.loads(connection.recv_bytes())
@@ -178,8 +178,8 @@ def serve(descriptor: int) -> None:
             slot = connection.recv()
             connection.send(_Recorded(slot, _play(demonstrator, slot, paths[slot])))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the recorder is gone, or has no more work
-    except Exception as error:  # whatever goes wrong here is raised again in the recorder
+        return  # the recorder has ended, or has no more work
+    except Exception as error:  # the recorder raises it again
         connection.send(
             _Failed(error if isinstance(error, OSError | ExpertFailedError) else None, traceback.format_exc())
         )

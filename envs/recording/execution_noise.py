@@ -1,4 +1,4 @@
-"""What experts execute instead of their clean actions (DART, Laskey et al. 2017)."""
+"""Execution noise of scripted experts (DART, Laskey et al. 2017)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 class ExecutionNoise:
-    """Small Gaussian noise all the time and, now and then, a burst of a constant offset or an opened gripper.
+    """Small Gaussian noise at each step and, sometimes, a burst of a constant offset or an opened gripper.
 
-    Data then shows how to get back from where a policy's own errors lead. The clean action stays the label.
+    The data then shows how to recover from errors like those of a policy. The clean action remains the label.
 
     Args:
-        rng: draws the noise.
-        scale: 0 is none, 1 is what demonstrations are recorded with.
+        rng: generator of the noise.
+        scale: strength of the noise: 0 is none, 1 is the noise of recorded demonstrations.
     """
 
     def __init__(self, rng: np.random.Generator, scale: float) -> None:
@@ -24,7 +24,7 @@ class ExecutionNoise:
         self._offset = np.zeros(7)
 
     def __call__(self, action: np.ndarray) -> np.ndarray:
-        """What to execute instead of a clean action, float32 [7]."""
+        """Return the noisy action to execute, float32 [7], for a clean action."""
         if self._scale == 0.0:
             return action
         rng, scale = self._rng, self._scale
@@ -37,7 +37,7 @@ class ExecutionNoise:
                 self._offset[:3] = rng.uniform(-0.5, 0.5, 3) * scale
                 self._offset[3:6] = rng.uniform(-0.2, 0.2, 3) * scale
                 if rng.random() < 0.05:
-                    self._offset[6] = -2.0  # lets go, whatever it holds
+                    self._offset[6] = -2.0  # opens the gripper in any case
         executed = action + self._offset
         executed[:6] += rng.normal(0.0, 0.05 * scale, 6)
         return np.clip(executed, -1.0, 1.0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Reads back what `DatasetWriter` wrote with image features: the same demonstrations, byte for byte.
+"""Read the demonstrations of a data set that `DatasetWriter` wrote with images: the same ones, byte for byte.
 
 Shape legend: T steps.
 """
@@ -19,7 +19,11 @@ from cogvla.envs.recording.demonstration import Demonstration, pack_encoded
 
 
 def recorded_episodes(root: Path) -> Iterator[Demonstration]:
-    """The episodes of a data set, in order; ValueError where its files are damaged, or hold something else."""
+    """Yield the episodes of a data set in order.
+
+    Raises:
+        ValueError: the files are damaged, or are not of `DatasetWriter`.
+    """
     try:
         info = json.loads((root / "meta" / "info.json").read_text())
         instructions = {int(row.task_index): str(task) for task, row in load_tasks(root).iterrows()}

@@ -1,10 +1,11 @@
-"""Records demonstrations: worker processes play the scripted expert, this process writes a LeRobotDataset v3.
+"""Record demonstrations of a scripted expert as a LeRobotDataset v3.
 
-Nothing is lost when recording is interrupted, `kill -9` included, and a reader never sees half a data set: finished
-episodes wait in `OUTPUT.recording/episodes/N.npz` until all are there (`dataset_folder`).
+Worker processes play the expert; this process writes the data set. An interruption, even `kill -9`, loses no finished
+episode, and a reader never sees an incomplete data set: finished episodes wait in `OUTPUT.recording/episodes/N.npz`
+until all are there (`dataset_folder`).
 
-Which episode is which depends on its number only, so any number of workers gives the same data set, and one that is
-finished can grow: its episodes are the first of a longer one.
+An episode depends on its number only. Any number of workers therefore gives the same data set, and a finished data set
+can grow: its episodes are the first ones of a longer data set.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 ROBOT_TYPE = "panda"
 RECORDING_FILE = "meta/recording.json"
-"""In a finished data set: what it was recorded with."""
+"""File in a finished data set: the settings that it was recorded with."""
 
 
 def record(
@@ -48,25 +49,25 @@ def record(
 ) -> Path:
     """Record successful episodes of the suite's expert, spread evenly over its tasks, and return the data set's folder.
 
-    Does nothing when the folder already holds this data set.
+    Does nothing if the folder already holds this data set.
 
     Args:
         suite: a suite, or its name.
-        episodes: how many, in total.
+        episodes: total number of episodes.
         output: folder of the data set.
-        image_size: height and width of the images, in pixels.
-        workers: processes that play episodes; 0 plays them in this one.
-        noise: strength of the expert's noise; the clean action is what is learned.
-        seed: decides initial states and noise.
-        resume: go on with what an interrupted recording left; False starts anew.
-        video: store views as videos: smaller on disk, slower to write and read, not lossless.
-        grow: add to a finished data set that has fewer episodes; what is trained on it cannot go on then.
-        expert: `expert(env, rng, noise=...)`; None: the suite's own.
+        image_size: height and width of the images in pixels.
+        workers: number of processes that play episodes; 0 plays them in this process.
+        noise: scale of the expert's execution noise; the clean action is the one to learn.
+        seed: seed of initial states and noise.
+        resume: True goes on with an interrupted recording; False starts from the beginning.
+        video: store the cameras as videos: smaller on disk, slower to write and read, not lossless.
+        grow: add episodes to a finished data set that has fewer; a training on that data set cannot go on afterwards.
+        expert: function `expert(env, rng, noise=...)`; None: the suite's own expert.
 
     Raises:
-        ValueError: what was asked makes no sense, or the folder holds something else.
-        OSError: the folder cannot be written, or the disk is full; what was recorded is kept.
-        ExpertFailedError: the expert cannot do a task.
+        ValueError: an argument is out of its range, the suite has no expert, or the folder holds something else.
+        OSError: the folder cannot be written, or the disk is full; finished episodes are kept.
+        ExpertFailedError: the expert failed on `MAX_ATTEMPTS` initial states of a task.
     """
     if episodes < 1 or image_size < 1 or workers < 0 or seed < 0 or noise < 0:
         raise ValueError(
@@ -119,7 +120,7 @@ def record(
 
 @contextmanager
 def _explained(folder: DatasetFolder) -> Iterator[None]:
-    """Say what an interruption means for the data."""
+    """Add to Ctrl-C and to an OSError how many episodes are kept, and that the same command goes on."""
 
     def kept() -> str:
         count = len(list(folder.episodes.glob("[0-9]*"))) if folder.episodes.is_dir() else 0
@@ -140,7 +141,7 @@ def _explained(folder: DatasetFolder) -> Iterator[None]:
 
 
 def _take_over(finished: Path, paths: list[Path]) -> None:
-    """Put the episodes of a finished data set where episodes wait."""
+    """Save the episodes of a finished data set to the files of waiting episodes."""
     from cogvla.envs.recording.recorded_dataset import recorded_episodes
 
     episodes = tqdm(recorded_episodes(finished), f"{finished.name} grows", len(paths), unit="episode")
@@ -152,7 +153,7 @@ def _take_over(finished: Path, paths: list[Path]) -> None:
 def _assemble(
     folder: DatasetFolder, settings: DemonstratorSettings, paths: list[Path], workers: int, video: bool, name: str
 ) -> None:
-    """Have the missing episodes played, and write all of them in order."""
+    """Record the missing episodes, and write all episodes in order."""
     episodes = len(paths)
     missing = [slot for slot, path in enumerate(paths) if not Demonstration.is_complete(path)]
     with ExitStack() as stack:
@@ -162,7 +163,7 @@ def _assemble(
         writer: DatasetWriter | None = None
         written = 0
         while written < episodes:
-            # Receiving goes first: a process gets its next episode when its last one is received.
+            # Receive before writing: a worker gets its next episode only when its last one is received.
             if written in pool.pending or (pool.pending and (not loading.done() or pool.ready())):
                 pool.next()
                 bar.update()
@@ -177,7 +178,7 @@ def _assemble(
 
 
 def _load_writer() -> type[DatasetWriter]:
-    """In a thread: importing lerobot takes seconds, in which the first episodes are already played."""
+    """Import the writer. Runs in a thread, because importing lerobot takes seconds; workers play in that time."""
     from cogvla.envs.recording.dataset_writer import DatasetWriter
 
     return DatasetWriter

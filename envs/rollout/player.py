@@ -1,10 +1,10 @@
-"""Plays one episode at a time in one environment, and speaks the messages between a rollout and its environments.
+"""Play one episode at a time in one environment; defines the messages between a rollout and its environments.
 
-One request gets one reply, in turns:
+Each request gets one reply:
 
     Play(spec)         -> Observed | Failed              reset, waiting steps
-    Advance(actions)   -> Observed | Finished | Failed   one chunk; only its last observation is rendered
-    Record(path, ...)  -> Recorded | Failed              plays the last episode's actions again and films them
+    Advance(actions)   -> Observed | Finished | Failed   execute one chunk; render only its last observation
+    Record(path, ...)  -> Recorded | Failed              replay and film the last episode's actions
 
 Shape legend: T actions per message, A action dimension, H and W image size, S state dimension.
 """
@@ -27,17 +27,17 @@ from cogvla.envs.rollout.video import VideoWriter, annotate
 
 @dataclass(frozen=True)
 class PlayerSettings:
-    """How every episode of a rollout is played.
+    """Settings of all episodes of a rollout.
 
     Attributes:
-        make: builds the environment (`Suite.make`); must be importable, so that a process can be given it.
-        image_size: height and width of the observations' images, in pixels.
-        cameras: which images the policy needs.
-        max_steps: control steps before the episode ends, without the waiting steps. Takes the place of the
+        make: function that builds the environment (`Suite.make`); must be picklable for other processes.
+        image_size: height and width of the observations' images in pixels.
+        cameras: names of the images that the policy needs.
+        max_steps: number of control steps after which the episode ends, without the waiting steps. Replaces the
             environment's own limit (`truncated`), because the limit belongs to the protocol.
-        waiting_steps: steps with `waiting_action` after the reset, for objects to settle.
-        waiting_action: float32 [A].
-        video_size: height and width of recorded frames, where the environment can render them.
+        waiting_steps: number of steps with `waiting_action` after the reset, for objects to settle.
+        waiting_action: action without motion, float32 [A].
+        video_size: height and width of recorded frames in pixels, if the environment can render any size.
         fps: frames per second of a video: the control rate.
     """
 
@@ -53,21 +53,21 @@ class PlayerSettings:
 
 @dataclass(frozen=True)
 class Play:
-    """Start this episode."""
+    """Request: start this episode."""
 
     spec: EpisodeSpec
 
 
 @dataclass(frozen=True)
 class Advance:
-    """Execute actions_TA, float32 [T,A], one per control step."""
+    """Request: execute actions_TA, float32 [T,A], one in each control step."""
 
     actions_TA: np.ndarray
 
 
 @dataclass(frozen=True)
 class Record:
-    """Film the episode that just ended, with its outcome written on it."""
+    """Request: film the episode that just ended, with its outcome as a caption."""
 
     path: Path
     success: bool
@@ -75,7 +75,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Ready:
-    """The environment is built: the shapes of its observations by key, and of its actions."""
+    """Reply: the environment is built. Holds key -> shape of its observations, and the shape of its actions."""
 
     observation: dict[str, tuple[int, ...]]
     action: tuple[int, ...]
@@ -83,7 +83,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Observed:
-    """The episode goes on and waits for a chunk: camera -> uint8 [H,W,3], float32 [S], and the instruction."""
+    """Reply: the episode waits for a chunk. Holds images (camera -> uint8 [H,W,3]), state float32 [S], instruction."""
 
     images: dict[str, np.ndarray]
     state: np.ndarray
@@ -92,7 +92,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Finished:
-    """The episode has ended; the fields are those of `EpisodeResult`."""
+    """Reply: the episode has ended. The fields are those of `EpisodeResult`."""
 
     asked: int | None
     instruction: str
@@ -107,14 +107,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The video is complete."""
+    """Reply: the video is complete."""
 
     path: Path
 
 
 @dataclass(frozen=True)
 class Failed:
-    """An exception, or the death of the process (`died`)."""
+    """Reply: an exception was raised, or the process died (`died`)."""
 
     text: str
     died: bool = False
@@ -125,7 +125,7 @@ Reply = Ready | Observed | Finished | Recorded | Failed
 
 
 class Player:
-    """One environment, one episode at a time."""
+    """Player of one episode at a time in one environment."""
 
     def __init__(self, settings: PlayerSettings) -> None:
         self._settings = settings
@@ -136,7 +136,7 @@ class Player:
         return self._guarded(self._ready)
 
     def handle(self, request: Request) -> Reply:
-        """Do what is asked. Any exception becomes a `Failed` with its traceback, and a fresh environment follows."""
+        """Carry out a request. Any exception becomes a `Failed` with its traceback, and the environment is rebuilt."""
         match request:
             case Play(spec):
                 return self._guarded(lambda: self._play(spec))
@@ -146,7 +146,7 @@ class Player:
                 return self._guarded(lambda: self._record(path, success))
 
     def close(self) -> None:
-        """Free the environment, and its rendering context with it."""
+        """Close the environment and its rendering context."""
         if self._env is not None:
             env, self._env = self._env, None
             env.close()
@@ -154,7 +154,7 @@ class Player:
     def _guarded(self, do: Callable[[], Reply]) -> Reply:
         try:
             return do()
-        except Exception:  # whatever an environment raises is an error in the report, with its traceback
+        except Exception:  # any exception of an environment becomes an error in the report, with its traceback
             text = traceback.format_exc()
         try:
             self.close()
@@ -249,7 +249,7 @@ class Player:
         )
 
     def _record(self, path: Path, success: bool) -> Recorded:
-        """Environments are deterministic, so that only episodes worth keeping cost the time to film them."""
+        """Replay and film the last episode. Environments are deterministic, so only filmed episodes cost this time."""
         observation, info = self._reset(self._spec)
         self._skip_images(hasattr(self._environment().unwrapped, "render_camera"))
         total = len(self._actions)

@@ -1,7 +1,7 @@
-"""Players as actors of a Ray cluster: the same rollout, with environments on many machines.
+"""Workers of a rollout in a Ray cluster: environments on many machines.
 
-The policy stays in the process of the rollout. Every machine of the cluster needs this package and the suite; nothing
-else is shared, not even a file system: videos come back over the wire.
+The policy stays in the process of the rollout. Every machine of the cluster needs this package and the suite. No shared
+file system is necessary: videos come back over the network.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cogvla.envs.rollout.workers import ONE_THREAD
 
 UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 LOCAL = "local"
-"""Instead of an address: a cluster of this machine alone, which ends with the rollout."""
+"""Address for a cluster of this machine alone, which ends with the rollout."""
 
 
 @contextmanager
 def ray_cluster(address: str) -> Iterator[Callable[[PlayerSettings], RayWorker]]:
-    """Connect, and give what starts a worker.
+    """Connect to a cluster and yield a function that starts a worker, for `rollout`.
 
     Args:
         address: `auto` (the cluster that this machine belongs to), HOST:PORT, ray://HOST:PORT, or `local`.
@@ -33,7 +33,7 @@ def ray_cluster(address: str) -> Iterator[Callable[[PlayerSettings], RayWorker]]
     Raises:
         ValueError: Ray is not installed, or no cluster answers there.
     """
-    # Otherwise Ray starts its workers with `uv run` if this process was: without the extras, and into the same .venv.
+    # If this process runs under `uv run`, Ray would start its workers so too: without extras, and in the same .venv.
     os.environ.setdefault(UV_HOOK, "0")
     try:
         import ray
@@ -59,18 +59,18 @@ class RayWorker:
     def __init__(self, settings: PlayerSettings) -> None:
         import ray
 
-        # It asks for hardly any CPU, so that a worker that is lost with its machine finds a place on another one.
+        # It requests almost no CPU, so that the replacement of a worker on a lost machine fits on another machine.
         environment = {"env_vars": {**ONE_THREAD, **_gl()}}
         actor: Any = ray.remote(num_cpus=0.01, scheduling_strategy="SPREAD", runtime_env=environment)
         self._ray: Any = ray
         self._actor: Any = actor(_Remote).remote(settings)
-        # One byte arrives when the answer is there, so that `wait` serves actors as it serves processes.
+        # One byte arrives when the reply is ready, so that `wait` works for actors as for processes.
         self.connection, self._done = Pipe()
         self._path: Path | None = None
         self._ask(self._actor.ready.remote())
 
     def send(self, request: Request) -> None:
-        """Hand the request over and return."""
+        """Send a request and return at once."""
         self._path = request.path if isinstance(request, Record) else None
         self._ask(self._actor.handle.remote(request))
 
@@ -83,7 +83,7 @@ class RayWorker:
             self._done.send_bytes(b"\0")
 
     def receive(self) -> Reply:
-        """Wait for the answer to the last request; `Failed` with `died` when the actor is gone."""
+        """Wait for the reply to the last request; `Failed` with `died` if the actor has died."""
         self.connection.recv_bytes()
         try:
             reply, video = self._ray.get(self._answer)
@@ -105,14 +105,14 @@ class RayWorker:
         self._ray.kill(self._actor)
 
     def close(self) -> None:
-        """End the actor, and its environment with it."""
+        """End the actor and its environment."""
         self._ray.kill(self._actor)
         self._done.close()
         self.connection.close()
 
 
 class _Remote:
-    """What runs in the actor: a player, whose videos are handed over as bytes."""
+    """The actor: a player that returns its videos as bytes."""
 
     def __init__(self, settings: PlayerSettings) -> None:
         self._player = Player(settings)
@@ -130,5 +130,5 @@ class _Remote:
 
 
 def _gl() -> dict[str, str]:
-    """How to render, where it was chosen."""
+    """Return the environment variables of this process that choose the rendering backend."""
     return {name: os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if name in os.environ}

@@ -1,12 +1,12 @@
-"""The one rollout loop: many environments, one policy, batched inference without lock-step.
+"""Play episodes: the rollout loop for many environments and one policy, with batched inference and no lock-step.
 
         worker 1: | reset | chunk of steps | wait | chunk of steps | ...
         worker 2:   | reset | chunk of steps | wait | chunk ...             each plays its episodes one after the other
         policy:              [1]          [2]      [1,2] ...                a batch is half of the workers, or more
 
-While one half of the workers is answered, the other half plays; nobody is kept waiting for longer than an inference
-takes. Evaluation, rollouts during training and benchmarks all go through `rollout`. Which environments share a batch
-depends on timing; the numbers of an episode do not, but for the rounding of batched arithmetic.
+While the policy answers one half of the workers, the other half plays; no worker waits longer than an inference takes.
+Evaluation, rollouts during training and benchmarks all use `rollout`. Timing decides which environments share a batch.
+It changes the numbers of an episode only by the rounding of batched arithmetic.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ __all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "patience", "rollo
 
 _log = logging.getLogger(__name__)
 ATTEMPTS = 2
-"""An episode that ends in an error is started once more; then it counts as an error."""
+"""Number of attempts at an episode that ends in an error. After the last one it counts as an error."""
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How episodes are played; the defaults are the suite's and the policy's own.
+    """Settings of a rollout; the defaults are those of the suite and of the policy.
 
     Attributes:
-        execute_steps: actions executed per chunk; None: the whole chunk, or 1 with `temporal_ensemble`.
+        execute_steps: number of actions to execute of each chunk; None: the whole chunk, or 1 with `temporal_ensemble`.
         temporal_ensemble: decay m of `TemporalEnsemble`; None: open loop.
-        max_steps: control steps before an episode is a failure; None: the suite's limit.
+        max_steps: number of control steps after which an episode is a failure; None: the suite's limit.
         waiting_steps: steps without motion and with an open gripper after each reset; not counted in `max_steps`.
         video_size: height and width of recorded frames in pixels.
-        timeout_s: a worker that does not answer for so long is ended, and its episode is an error.
+        timeout_s: seconds after which a worker that does not answer is killed; its episode is an error.
     """
 
     execute_steps: int | None = None
@@ -76,7 +76,7 @@ class RolloutSettings:
             raise ValueError(f"waiting_steps must not be negative, got {self.waiting_steps}")
 
     def chunker(self, chunk: int) -> Chunker:
-        """What executes chunks of this length; ValueError when fewer actions are predicted than executed."""
+        """Build the chunker for chunks of `chunk` actions; ValueError if `execute_steps` is larger than that."""
         if self.execute_steps is not None and self.execute_steps > chunk:
             raise ValueError(f"execute_steps is {self.execute_steps}, but the policy predicts {chunk} actions at once")
         if self.temporal_ensemble is not None:
@@ -95,18 +95,18 @@ def rollout(
     choose_video: Callable[[EpisodeResult], Path | None] | None = None,
     on_result: Callable[[EpisodeResult], None] | None = None,
 ) -> Iterator[EpisodeResult]:
-    """Play the episodes and yield each result as it is known, in no fixed order.
+    """Play the episodes and yield each result at once, in no fixed order.
 
     Args:
-        policy: asked for chunks in batches of 1 to `workers`.
-        suite: whose environment is played.
-        episodes: what to play.
-        workers: environment processes; 0 plays in this process, one episode at a time.
-        start_worker: starts one of them; see `envs.rollout.ray_worker` for those of a cluster.
+        policy: policy that computes chunks in batches of 1 to `workers`.
+        suite: suite that builds the environments.
+        episodes: the episodes to play.
+        workers: number of environment processes; 0 plays in this process, one episode at a time.
+        start_worker: function that starts a worker; see `envs.rollout.ray_worker` for workers in a cluster.
         settings: see `RolloutSettings`.
-        choose_video: told each result that is no error; answers where to film it, or None. Filming plays the episode's
-            actions again, so it costs time for filmed episodes only and changes no measurement.
-        on_result: called with each result before it is yielded.
+        choose_video: function that gets each result without an error, and returns the path for its video, or None. To
+            film, the episode's actions are played again: only filmed episodes cost time, and no measurement changes.
+        on_result: function that gets each result before it is yielded.
 
     Raises:
         ValueError: policy, suite and settings do not fit together.
@@ -141,7 +141,7 @@ def _run(
 
 @dataclass
 class _Slot:
-    """One worker, and what the episode that it plays has measured so far."""
+    """One worker, with its present episode and the measurements of that episode."""
 
     worker: Worker
     spec: EpisodeSpec | None = None
@@ -150,7 +150,7 @@ class _Slot:
     asked_at: float = field(default_factory=time.perf_counter)
     inference_ms: list[float] = field(default_factory=list)
     batch: list[int] = field(default_factory=list)
-    observed: Observed | None = None  # waits for a chunk
+    observed: Observed | None = None  # the worker waits for a chunk
     result: EpisodeResult | None = None  # the episode is over and is being filmed
     idle: bool = False
 
@@ -193,8 +193,9 @@ class _Loop:
         self._start_worker = start_worker
         self._workers = min(workers, len(episodes))
         self._slots: list[_Slot] = []
-        self._built, self._lost_starts = False, 0  # an environment could be built; workers lost before theirs was
-        self._inference_s = 0.0  # of the last batch
+        # `_built`: an environment could be built. `_lost_starts`: workers that died before they had built theirs.
+        self._built, self._lost_starts = False, 0
+        self._inference_s = 0.0  # duration of the last batch
 
     def start(self) -> None:
         for _ in range(self._workers):
@@ -239,7 +240,7 @@ class _Loop:
         return patience(since, busy, self._inference_s, time.perf_counter()) if since else 1.0
 
     def _replies(self) -> list[tuple[_Slot, Reply]]:
-        """Every reply that has arrived by now; at least one, unless that takes longer than there is patience."""
+        """Return all replies that have arrived. Wait for the first one, but not longer than `_patience` allows."""
         playing = [slot for slot in self._slots if not slot.idle and slot.observed is None]
         connections = [slot.worker.connection for slot in playing if slot.worker.connection is not None]
         if not connections:
@@ -293,7 +294,7 @@ class _Loop:
         finite_N = np.isfinite(planned_NTA).all(axis=(1, 2))
         for slot, planned_TA, finite in zip(waiting, planned_NTA, finite_N, strict=True):
             slot.observed = None
-            if finite:  # first send everything, so that no robot waits for the bookkeeping
+            if finite:  # send everything first, so that no environment waits for the bookkeeping
                 slot.send(Advance(planned_TA))
         for slot, finite in zip(waiting, finite_N, strict=True):
             slot.inference_ms.append(self._inference_s * 1e3)
@@ -306,7 +307,7 @@ class _Loop:
         if slot.spec is None:
             self._lost_starts += reply.died
             if not (reply.died and self._built and self._lost_starts < ATTEMPTS * len(self._slots)):
-                # Not even an environment: every episode would end like this.
+                # The environment cannot even be built, so every episode would fail in the same way.
                 raise RuntimeError(f"the environment of suite {self._suite.name!r} cannot be built:\n{reply.text}")
             _log.warning("a worker was lost while it started: %s", _last_line(reply.text))
         elif slot.result is not None:
@@ -356,16 +357,16 @@ class _Loop:
 
 
 def patience(waiting_since: Sequence[float], playing: int, inference_s: float, now: float) -> float:
-    """Seconds for which a larger batch may be waited for; 0 or less: act now.
+    """Return the seconds to wait for a larger batch; 0 or less: act now.
 
-    With half of them waiting, the policy and the environments never wait for each other. With fewer, a larger batch is
-    worth as long a wait as an inference takes: waiting and not waiting cost at most twice the better of the two.
+    If half of the environments wait, act now: then the policy and the environments never wait for each other. If fewer
+    wait, wait at most as long as an inference takes: this costs at most twice as much as the better choice.
 
     Args:
-        waiting_since: when those that wait for a chunk began to, in seconds; at least one.
-        playing: environments that play, those that wait among them.
-        inference_s: how long the last batch took.
-        now: on the same clock.
+        waiting_since: times at which the waiting environments began to wait, in seconds; at least one.
+        playing: number of environments that have work, including those that wait.
+        inference_s: duration of the last batch in seconds.
+        now: present time on the same clock.
     """
     return 0.0 if 2 * len(waiting_since) >= playing else min(waiting_since) + inference_s - now
 

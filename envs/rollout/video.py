@@ -1,4 +1,4 @@
-"""Episodes as mp4 files with the instruction, the step and the outcome written above the picture."""
+"""Write episodes as mp4 files, with instruction, step and outcome in a caption above the picture."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _TEXT = (236, 238, 242)
 
 
 def annotate(frame_HWC: np.ndarray, instruction: str, progress: str, status: str = "") -> np.ndarray:
-    """The frame with a caption band above it: the instruction in at most two lines, below it progress and status.
+    """Add a caption above a frame: the instruction in at most two lines, and a line with progress and status.
 
     Args:
-        frame_HWC: uint8 [H,W,3].
-        instruction: the sentence given to the policy; what does not fit in two lines is cut.
-        progress: for instance "step 12 / 200".
-        status: "", or a word that begins with a key of `STATUS_COLOURS`.
+        frame_HWC: frame, uint8 [H,W,3].
+        instruction: instruction of the episode; cut if it needs more than two lines.
+        progress: text such as "step 12 / 200".
+        status: empty, or a text whose first word is a key of `STATUS_COLOURS`.
 
     Returns:
-        uint8 [H',W',3] with even sides, as h264 needs them; the picture itself is not covered.
+        frame uint8 [H',W',3] with even sides, as h264 needs; the caption does not cover the picture.
     """
     height, width = frame_HWC.shape[:2]
     size = max(10, round(width / 20))
@@ -57,9 +57,9 @@ def annotate(frame_HWC: np.ndarray, instruction: str, progress: str, status: str
 
 
 class VideoWriter:
-    """Writes frames to an mp4 (h264, else mpeg4) that appears under its name only when it is complete.
+    """Writer for an mp4 (h264, or else mpeg4) that gets its name only when it is complete.
 
-    Use it as a context manager; when the block raises, nothing is left behind.
+    Use it as a context manager. If the block raises an exception, no file remains.
     """
 
     def __init__(self, path: Path | str, fps: float = 20.0) -> None:
@@ -68,7 +68,7 @@ class VideoWriter:
         self.path = Path(path)
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
         self._fps = Fraction(fps).limit_denominator(1000)
-        self._output: tuple[OutputContainer, VideoStream] | None = None  # opened by the first frame, which has the size
+        self._output: tuple[OutputContainer, VideoStream] | None = None  # opened at the first frame, for its size
 
     def __enter__(self) -> VideoWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ class VideoWriter:
 
 
 def contact_sheet(path: Path | str, frames: int = 6, height: int = 150) -> bytes:
-    """A PNG with `frames` pictures of the video side by side, the first and the last one included.
+    """Return a PNG with `frames` pictures of a video side by side, from the first to the last.
 
     Raises:
         ValueError: the file holds no readable video.
@@ -136,8 +136,8 @@ def contact_sheet(path: Path | str, frames: int = 6, height: int = 150) -> bytes
         sheet.paste(thumbnail, (left, 0))
         left += thumbnail.width + gap
     buffer = io.BytesIO()
-    # A palette makes the report four times smaller. Maximum coverage keeps the colours of small things, which is what
-    # instructions are about; the median cut, Pillow's default, shows a yellow cube as orange.
+    # A palette makes the report four times smaller. Maximum coverage keeps the colours of small things, which
+    # instructions often name; Pillow's default, the median cut, shows a yellow cube as orange.
     sheet.quantize(128, Image.Quantize.MAXCOVERAGE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 

@@ -1,4 +1,4 @@
-"""Where players run: in this process, or each in a process of its own.
+"""Workers of a rollout: run a player in this process or in a separate process.
 
 Processes are started as `python -c` and spoken to over a pipe instead of with `multiprocessing.Process`, which would
 import the parent's main module, and torch with it, in every environment process. Images go through the pipe: with two
@@ -21,19 +21,19 @@ from typing import Protocol
 from cogvla.envs.rollout.player import Failed, Player, PlayerSettings, Reply, Request
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"), "1")
-"""Environment variables of a worker. Mesa's software renderer (LP) would take every core in every process."""
+"""Environment variables of a worker. Without them, Mesa's software renderer (LP) uses every core in every process."""
 
 
 class Worker(Protocol):
-    """Whatever plays: takes one request at a time and answers it."""
+    """Interface of a worker: it takes one request at a time and answers it."""
 
     @property
     def connection(self) -> Connection | None:
-        """Becomes readable when the answer is there; None: it is there as soon as `send` returns."""
+        """Connection that becomes readable when the reply is ready; None: the reply is ready when `send` returns."""
         ...
 
     def send(self, request: Request) -> None:
-        """Hand the request over."""
+        """Send a request."""
         ...
 
     def receive(self) -> Reply:
@@ -59,23 +59,23 @@ class LocalWorker:
         self._reply: Reply = self._player.ready()
 
     def send(self, request: Request) -> None:
-        """Carry the request out at once; `receive` gives the answer."""
+        """Carry out the request at once; `receive` returns the reply."""
         self._reply = self._player.handle(request)
 
     def receive(self) -> Reply:
-        """The answer to the last request."""
+        """Return the reply to the last request."""
         return self._reply
 
     def kill(self) -> None:
-        """Nothing to end: it has always answered."""
+        """Do nothing: this worker has always replied."""
 
     def close(self) -> None:
-        """Free the environment."""
+        """Close the environment."""
         self._player.close()
 
 
 class ProcessWorker:
-    """A player in a process of its own, which ends when this object is closed or this process dies."""
+    """A player in a separate process, which ends when this object is closed or this process dies."""
 
     def __init__(self, settings: PlayerSettings) -> None:
         try:
@@ -92,13 +92,13 @@ class ProcessWorker:
             [sys.executable, "-P", "-c", command],
             pass_fds=[theirs.fileno()],
             env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # Ctrl-C is for the parent, which then closes its workers in order
+            start_new_session=True,  # Ctrl-C goes to the parent only, which then closes its workers in order
         )
         theirs.close()
         self._send_bytes(payload)
 
     def send(self, request: Request) -> None:
-        """Hand the request over and return."""
+        """Send a request and return at once."""
         self._send_bytes(pickle.dumps(request))
 
     def _send_bytes(self, payload: bytes) -> None:
@@ -108,7 +108,7 @@ class ProcessWorker:
             logging.getLogger(__name__).debug("worker %d is gone: %s", self.process.pid, error)  # `receive` reports it
 
     def receive(self) -> Reply:
-        """Wait for the answer to the last request; `Failed` with `died` when the process is gone."""
+        """Wait for the reply to the last request; `Failed` with `died` if the process has died."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -125,7 +125,7 @@ class ProcessWorker:
         self.process.kill()
 
     def close(self) -> None:
-        """End the process; it frees its environment when the pipe closes."""
+        """End the process; it closes its environment when the pipe closes."""
         self.connection.close()
         try:
             self.process.wait(timeout=3)
@@ -135,7 +135,7 @@ class ProcessWorker:
 
 
 def serve(descriptor: int) -> None:
-    """Main loop of an environment's process, until the other end of the pipe closes."""
+    """Run the main loop of a worker process, until the other end of the pipe closes."""
     connection = Connection(descriptor)
     try:
         player = Player(pickle.loads(connection.recv_bytes()))
@@ -147,6 +147,6 @@ def serve(descriptor: int) -> None:
         while True:
             connection.send(player.handle(pickle.loads(connection.recv_bytes())))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is done, or gone
+        return  # the parent has finished or died
     finally:
         player.close()

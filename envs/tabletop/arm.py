@@ -1,8 +1,8 @@
-"""A Franka Emika Panda with its parallel gripper, as MJCF text made of primitives.
+"""Build the MJCF model of a Franka Emika Panda with its parallel gripper, from primitive shapes.
 
 Joint frames, joint limits and link masses are those of the real arm (Franka's published DH parameters and the
-identified masses); the geometry is capsules and boxes, which render in a tenth of the time of the original meshes.
-Only the fingers and the hand collide: the links above never come near the table inside the workspace.
+identified masses). The geometry is capsules and boxes, which render in a tenth of the time of the original meshes.
+Only the fingers and the hand collide: inside the workspace, the links above never come near the table.
 
 Frames: the base stands at the world's origin, the table top is z = 0, x points away from the robot. The site `tcp` is
 the gripper centre, between the finger pads. At the nominal top-down grasp pose the hand's axes are x = world x, y =
@@ -18,7 +18,7 @@ FINGER_JOINTS = ("finger_left", "finger_right")
 FINGER_OPEN = 0.04
 """Travel of one finger in metres; 0 is closed."""
 HOME = np.array([0.0, 0.1, 0.0, -2.2, 0.0, 2.3, 0.7854])
-"""The posture towards which the redundant elbow is pulled, gripper at about (0.5, 0, 0.25)."""
+"""Joint angles in radians that inverse kinematics pulls the redundant elbow to; gripper at about (0.5, 0, 0.25)."""
 NOMINAL_ROTATION = np.diag([1.0, -1.0, -1.0])
 """Rotation matrix of the site `tcp` at the top-down grasp pose."""
 
@@ -48,7 +48,7 @@ _WHITE, _GREY, _DARK = "0.86 0.87 0.9 1", "0.62 0.64 0.68 1", "0.3 0.33 0.38 1"
 
 
 def _finger(side: str, y_sign: int) -> str:
-    """One finger; its pad's inner face is at y = 0 of the hand when the joint is at 0."""
+    """Return the MJCF of one finger. With its joint at 0, the inner face of its pad is at y = 0 of the hand."""
     return f"""
 <body name="{side}" pos="0 0 0.0584" gravcomp="1">
   <inertial pos="0 {0.006 * y_sign} 0.03" mass="0.05" diaginertia="2e-5 2e-5 1e-5"/>
@@ -61,7 +61,7 @@ def _finger(side: str, y_sign: int) -> str:
 
 
 def arm_body() -> str:
-    """The kinematic tree, to be placed inside `<worldbody>`."""
+    """Return the MJCF of the arm's kinematic tree, for `<worldbody>`."""
     opening, closing = [], []
     for i, (pos, quat, mass, com, capsules) in enumerate(_LINKS, start=1):
         low, high = _LIMITS[i - 1]
@@ -91,7 +91,7 @@ def arm_body() -> str:
 
 
 def arm_actuators() -> str:
-    """Motors for the joints, position servos for the fingers, and the coupling that keeps the fingers symmetric."""
+    """Return the MJCF of the joints' motors, the fingers' position servos, and the coupling of the two fingers."""
     motors = "".join(f'<motor name="motor{i + 1}" joint="{joint}"/>' for i, joint in enumerate(ARM_JOINTS))
     fingers = "".join(f'<position name="servo_{joint}" joint="{joint}" kp="800" kv="20"/>' for joint in FINGER_JOINTS)
     left, right = FINGER_JOINTS
@@ -100,5 +100,5 @@ def arm_actuators() -> str:
 
 
 def arm_only_xml() -> str:
-    """The arm alone: the small model on which inverse kinematics runs."""
+    """Return the MJCF of the arm alone, a small model for inverse kinematics."""
     return f'<mujoco><compiler angle="radian"/><worldbody>{arm_body()}</worldbody></mujoco>'

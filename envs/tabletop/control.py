@@ -1,15 +1,15 @@
-"""From actions to joints: the commanded gripper pose, differential inverse kinematics, torques.
+"""Control the tabletop arm: from actions to a commanded gripper pose, joint angles and torques.
 
-Convention. An action moves the *commanded* pose, not the measured one: the commanded pose is the running sum of all
-deltas, so a chunk that is executed open loop ends where its deltas add up to, whatever the arm's small tracking error
-along the way. The commanded pose never runs further than `LEASH` ahead of the measured one (a blocked arm must not
-wind up) and stays inside `WORKSPACE`. Position and rotation deltas are in the world frame.
+An action moves the *commanded* pose, not the measured pose. The commanded pose is the running sum of all deltas, so a
+chunk that is executed open loop ends at the sum of its deltas, in spite of the arm's small tracking error. The
+commanded pose is never more than `LEASH` ahead of the measured pose, so that a blocked arm does not wind up, and it
+stays inside `WORKSPACE`. Position and rotation deltas are in the world frame.
 
-Within a control step the joint velocity changes linearly from the last delta's to the new one's, so the arm runs half
-a step (25 ms) behind the commanded pose and reaches it half a step after the last delta. Computed torque (inertia
-matrix times reference acceleration plus a spring and a damper on the error) keeps it within millimetres of that
-reference. It is explicit on purpose: with stiff servos under implicit integration the contact solver sees other
-accelerations than the arm makes, and held objects creep out of the grip.
+Within a control step the joint velocity changes linearly from that of the last delta to that of the new one. The arm
+therefore follows half a step (25 ms) behind the commanded pose. Computed torque (inertia matrix times reference
+acceleration, plus a spring and a damper on the error) keeps the arm within millimetres of that reference. The torque is
+explicit on purpose: with stiff servos under implicit integration, the contact solver sees other accelerations than the
+arm makes, and held objects creep out of the grip.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from cogvla.envs.tabletop.arm import FINGER_OPEN, HOME, NOMINAL_ROTATION, arm_on
 
 CONTROL_HZ = 20.0
 POSITION_SCALE = 0.05
-"""Metres per control step at action 1.0 (1 m/s)."""
+"""Metres per control step of an action of 1.0 (1 m/s)."""
 ROTATION_SCALE = 0.2
-"""Radians per control step at action 1.0 (4 rad/s, axis-angle in the world frame)."""
+"""Radians per control step of an action of 1.0 (4 rad/s, axis-angle in the world frame)."""
 FINGER_SPEED = 0.2
-"""Metres per second of one finger."""
+"""Speed of one finger in metres per second."""
 WORKSPACE = np.array([[0.28, -0.30, 0.012], [0.74, 0.30, 0.40]])
-"""Lowest and highest gripper-centre position. At the lowest z the fingertips are 3 mm above the table."""
+"""Lowest and highest position of the gripper centre in metres. At the lowest z, fingertips are 3 mm above the table."""
 MAX_TILT = 0.8
 """Largest rotation away from the nominal grasp pose, in radians."""
 LEASH = 0.04
@@ -49,9 +49,15 @@ def _clip_norm(vector: np.ndarray, limit: float) -> np.ndarray:
 
 
 class ArmController:
-    """Keeps the commanded pose and drives a model whose first seven actuators are the arm's motors, then the fingers'.
+    """Controller of the arm. The model's first seven actuators must be the arm's motors; the fingers' servos follow.
 
-    `position` [3] and `rotation` [3,3] are the commanded pose of the site `tcp`; `joints` [7] its solution.
+    Attributes:
+        position: commanded position of the site `tcp` [3] in metres, world frame.
+        rotation: commanded rotation of the site `tcp` [3,3].
+        joints: joint angles [7] in radians for the commanded pose.
+        finger: commanded position of each finger in metres.
+        substeps: number of simulation steps in a control step.
+        timestep: duration of a simulation step in seconds.
     """
 
     def __init__(self, timestep: float) -> None:
@@ -74,7 +80,7 @@ class ArmController:
         self._inertia = np.zeros((self._model.nv, self._model.nv))
 
     def _solve(self, iterations: int) -> None:
-        """Damped least squares towards the commanded pose, with the spare degree of freedom pulled to `HOME`."""
+        """Move `joints` towards the commanded pose by damped least squares; the redundant joint is pulled to `HOME`."""
         data, jacobian, error = self._data, self._jacobian[:, :7], np.empty(6)
         low, high = self._limits
         for _ in range(iterations):
@@ -90,7 +96,12 @@ class ArmController:
             self.joints = np.minimum(np.maximum(self.joints + change, low), high)
 
     def reset(self, position: np.ndarray, rotation_offset: np.ndarray) -> np.ndarray:
-        """Command a pose from scratch (axis-angle offset from the nominal grasp pose); returns its joints [7]."""
+        """Start at a pose and return its joint angles [7].
+
+        Args:
+            position: gripper centre [3] in metres, world frame.
+            rotation_offset: axis-angle [3] from the nominal grasp pose, world frame.
+        """
         self.position = np.clip(position, *WORKSPACE)
         self.rotation = rotation_matrix(rotation_offset) @ NOMINAL_ROTATION
         self.joints = HOME.copy()
@@ -103,7 +114,7 @@ class ArmController:
     def command(
         self, action: np.ndarray, measured_position: np.ndarray, measured_rotation: np.ndarray, measured_finger: float
     ) -> None:
-        """Take one action [7] in [-1,1]: move the commanded pose and solve for the joints."""
+        """Move the commanded pose by one action [7] in [-1,1], and solve for the joints."""
         lead = _clip_norm(self.position - measured_position, LEASH)
         self.position = np.clip(measured_position + lead + POSITION_SCALE * action[:3], *WORKSPACE)
         lead = _clip_norm(rotation_vector(self.rotation @ measured_rotation.T), LEASH_ROTATION)
@@ -116,12 +127,12 @@ class ArmController:
         if action[6] > 0:
             self._previous_finger = self.finger
             self.finger = max(self.finger - travel, 0.0)
-        else:  # from where the fingers are: a firm grip is a target far inside, and letting go must not wait for it
+        else:  # from the measured fingers: the target of a firm grip is far inside, and opening must not wait for it
             self._previous_finger = max(self.finger, measured_finger)
             self.finger = min(self._previous_finger + travel, FINGER_OPEN)
 
     def run(self, model: mujoco.MjModel, data: mujoco.MjData, watch: Callable[[], None] | None = None) -> None:
-        """Simulate one control step; `watch` is called after each evaluation of the torque (100 Hz)."""
+        """Simulate one control step; call `watch` after each evaluation of the torque (100 Hz)."""
         ticks, tick = self.substeps // _STEPS_PER_TICK, _STEPS_PER_TICK * self.timestep
         velocity = (self.joints - self._previous_joints) * CONTROL_HZ
         acceleration = (velocity - self._velocity) * CONTROL_HZ  # constant in the step: jerks shake objects loose
@@ -140,7 +151,7 @@ class ArmController:
         self._reference, self._velocity = position, velocity
 
     def _inertia_matrix(self) -> np.ndarray:
-        """The arm's joint-space inertia [7,7] (gravity is compensated in the model)."""
+        """Return the arm's joint-space inertia [7,7]. The model compensates gravity."""
         mujoco.mj_crb(self._model, self._data)
         mujoco.mj_fullM(self._model, self._inertia, self._data.qM)
         return self._inertia[:7, :7]

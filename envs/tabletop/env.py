@@ -1,13 +1,13 @@
-"""The tabletop environment: one gymnasium class that plays any task of any tabletop suite.
+"""Gymnasium environment for any task of any tabletop suite.
 
-Observation: `agentview` and `wrist` uint8 [H,W,3]; `state` float32 [8] = gripper-centre position in the world frame
-(3, m), axis-angle of the gripper *relative to the nominal top-down grasp pose* in the world frame (3, rad; pointing
-straight down with the fingers opening along y is zero, so the discontinuity at pi is never near), the two finger
-positions (2, 0 closed to 0.04 m open).
+Observation: `agentview` and `wrist` uint8 [H,W,3]; `state` float32 [8] = position of the gripper centre in the world
+frame (3, metres), axis-angle of the gripper *relative to the nominal top-down grasp pose* in the world frame (3,
+radians; it is zero when the gripper points straight down and the fingers open along y, so the discontinuity at pi is
+never near), positions of the two fingers (2, metres; 0 closed, 0.04 open).
 
 Action: float32 [7] in [-1,1] = position delta (1.0 is 0.05 m), axis-angle delta in the world frame (1.0 is 0.2 rad),
-gripper (> 0 closes, otherwise opens). Values outside are clipped; NaN, infinity or another shape is a ValueError. How
-deltas add up: `cogvla.envs.tabletop.control`.
+gripper (> 0 closes, otherwise opens). Values outside are clipped; NaN, infinity or another shape is a ValueError.
+`cogvla.envs.tabletop.control` explains how deltas add up.
 
 `agentview` looks at the table from the front, towards the robot: the robot is at the top, image right is world +y.
 `wrist` looks down past the fingers: image up is world +x (away from the robot), image right is world -y.
@@ -35,19 +35,19 @@ from cogvla.envs.tabletop.scene import TIMESTEP, Scene
 
 CAMERAS = ("agentview", "wrist")
 START_REGION = np.array([[0.40, -0.20, 0.15], [0.60, 0.20, 0.30]])
-"""Box of the gripper centre in initial states."""
+"""Lowest and highest position of the gripper centre in initial states, in metres."""
 START_YAW = 0.3
 START_TILT = 0.08
 
 
 class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
-    """One scene at a time of one family.
+    """Environment for all tasks of one family; see `cogvla.envs.suite.Suite` for the contract.
 
     Attributes:
-        skip_images: when True, observations repeat the last images instead of rendering (nobody looks at them).
-        watch: called a hundred times per simulated second, within steps; for robots in real time.
+        skip_images: True: observations repeat the last images, to save the time of rendering.
+        watch: function that `step` calls a hundred times per simulated second; for robots in real time.
         scene: the model, its data and the items.
-        goals: the goals of the instruction in force.
+        goals: goals of the current instruction.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": int(CONTROL_HZ)}
@@ -81,22 +81,22 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     @property
     def gripper_position(self) -> np.ndarray:
-        """Gripper centre [3], world frame."""
+        """The gripper centre [3] in metres, world frame."""
         return self.scene.data.site_xpos[self._site].copy()
 
     @property
     def gripper_rotation(self) -> np.ndarray:
-        """Axis-angle [3] relative to the nominal grasp pose, world frame."""
+        """The gripper's axis-angle [3] relative to the nominal grasp pose, world frame."""
         return rotation_vector(self._gripper_matrix() @ NOMINAL_ROTATION.T)
 
     @property
     def fingers(self) -> np.ndarray:
-        """Positions of the two fingers [2]."""
+        """The positions of the two fingers [2] in metres."""
         return self.scene.data.qpos[self._fingers]
 
     @property
     def state(self) -> np.ndarray:
-        """What observations hold, float32 [8]."""
+        """The state of the observation, float32 [8]."""
         return np.concatenate([self.gripper_position, self.gripper_rotation, self.fingers]).astype(np.float32)
 
     @property
@@ -114,7 +114,11 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self.goals_for(self._asked)
 
     def goals_for(self, task_index: int) -> tuple[Goal, ...]:
-        """Goals of any task that can be carried out in this scene; ValueError lists them."""
+        """Return the goals of a task in the current scene.
+
+        Raises:
+            ValueError: the task is not possible in this scene; the message lists the possible tasks.
+        """
         goals = self._current_layout().goals
         if task_index not in goals:
             raise ValueError(f"task {task_index} cannot be carried out in this scene; possible: {sorted(goals)}")
@@ -126,7 +130,10 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._layout
 
     def current_goal(self, task_index: int | None = None) -> Goal:
-        """The first goal of a task that does not hold yet (the last one once all do); default: the task asked for."""
+        """Return the first goal of a task that does not hold yet, or the last goal if all hold.
+
+        `task_index`: index of the task; None: the task of the instruction.
+        """
         goals = self.goals if task_index is None else self.goals_for(task_index)
         for goal in goals[:-1]:
             if not self._holds(goal):
@@ -137,15 +144,20 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return holds(self.scene, goal, self.fingers, self.gripper_position)
 
     def task_success(self, task_index: int) -> bool:
-        """Whether that task of the current scene is done now."""
+        """Return True if the given task is done now in the current scene."""
         return all(self._holds(goal) for goal in self.goals_for(task_index))
 
     def labels(self) -> dict[str, np.ndarray]:
-        """`target` and `goal`, float32 [3] each, of the current goal of the task asked for."""
+        """Return the positions of the object to manipulate and of its goal, for the current task.
+
+        Returns:
+            `target`: position of the object to manipulate; `goal`: position where it should go. Both float32 [3], in
+            metres, world frame.
+        """
         return self.labels_for(self._asked)
 
     def labels_for(self, task_index: int) -> dict[str, np.ndarray]:
-        """The same for any task that can be carried out in this scene."""
+        """Return `labels` for any task that is possible in this scene."""
         return labels(self.scene, self.current_goal(task_index))
 
     # --- gymnasium ---------------------------------------------------------------------------------------------------
@@ -153,10 +165,16 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Draw the initial state (`options` "task", "initial_state"; random ones where missing).
+        """Start an episode in an initial state.
 
-        `options["asked"]` swaps the instruction: the scene is the task's, but instruction and success are those of the
-        task `asked`, which must be possible in the scene.
+        Args:
+            seed: seed of the random choice of a missing option.
+            options: "task" and "initial_state" (random where missing). "asked" swaps the instruction: the scene is that
+                of "task", but instruction and success are those of task "asked", which must be possible in the scene.
+
+        Returns:
+            the observation, and the info of `step` with `alternative_tasks` and `alternatives`: indices and
+            instructions of the other tasks that are possible here and have other goals.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -174,7 +192,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         data.qpos[:7] = self._arm.reset(rng.uniform(*START_REGION), turn)
         data.qpos[self._fingers] = data.ctrl[7:9] = FINGER_OPEN
         mujoco.mj_forward(self.scene.model, data)
-        # Two instructions of a scene may mean the same ("leftmost", "on the red mat"): that is no alternative.
+        # Two instructions may mean the same object ("leftmost", "on the red mat"); the second is then no alternative.
         others = [i for i in sorted(layout.goals) if layout.goals[i] != layout.goals[self._asked]]
         info = self._info()
         info["alternative_tasks"] = others
@@ -182,7 +200,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._observe(), info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """One control step of 50 ms. Reward is 1 on success, else 0."""
+        """Make one control step of 50 ms. The reward is 1 on success, else 0."""
         self._current_layout()
         values = np.asarray(action, dtype=np.float64)
         if values.shape != (7,):
@@ -215,22 +233,22 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return {**{name: image.copy() for name, image in self._images.items()}, "state": self.state}
 
     def render_camera(self, name: str, height: int, width: int) -> np.ndarray:
-        """An image uint8 [H,W,3] of the current state at any size, e.g. for videos."""
+        """Render the current state at any size, uint8 [H,W,3], e.g. for videos."""
         if self._renderer is None:
             self._renderer = SceneRenderer(self.scene.model)
         return self._renderer.render(self.scene.data, name, height, width)
 
     def target_mask(self, name: str, height: int, width: int) -> np.ndarray:
-        """Which pixels of a camera show the item of the current goal, bool [H,W]."""
+        """Return the mask of the pixels that show the item of the current goal, bool [H,W]."""
         if self._renderer is None:
             self._renderer = SceneRenderer(self.scene.model)
         bodies_HW = self._renderer.bodies(self.scene.data, name, height, width)
         return np.isin(bodies_HW, self.scene.bodies(self.current_goal().item))
 
     def camera_projection(self, name: str) -> np.ndarray:
-        """Float32 [3,4]: homogenous world points to `(u*d, v*d, d)`.
+        """Return the projection matrix float32 [3,4] of a camera: homogeneous world point -> `(u*d, v*d, d)`.
 
-        u right and v down are in [0,1] over a square image, d is the depth in metres (negative behind the camera).
+        u (right) and v (down) are in [0,1] over a square image. d is the depth in metres, negative behind the camera.
         """
         camera = self.scene.model.camera(name).id
         rotation = self.scene.data.cam_xmat[camera].reshape(3, 3).T  # rows: right, up, backward
@@ -240,7 +258,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return (intrinsic @ extrinsic).astype(np.float32)
 
     def render(self) -> np.ndarray:
-        """The agentview image at 256x256."""
+        """Render the agentview image at 256x256."""
         return self.render_camera("agentview", 256, 256)
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""Scripted experts: waypoint controllers on privileged state, one skill per verb, shared by all suites.
+"""Scripted expert for the tabletop suites: a waypoint controller on privileged state, with one skill for each verb.
 
-`act` is a function of the current state alone (no timers, no memory), so it recovers from whatever happened: a lost
-object is picked up again, a missed grasp is repeated. Motion is proportional to the error and clipped at full speed.
-Heights follow a funnel: the closer the gripper is to the line above its aim, the lower it may go; while it is too low
-it rises before it moves sideways.
+`act` depends on the current state only (no timers, no memory), so it recovers from any mistake: it picks up a lost
+object again, and repeats a missed grasp. Motion is proportional to the error and clipped to full speed. Heights follow
+a funnel: the closer the gripper is to the line above its aim, the lower it may go. While it is too low, it rises before
+it moves sideways.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from cogvla.envs.tabletop.goals import Goal, destination_point, in_place
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "press")
 GAIN = 0.4
 HOVER = 0.12
-"""Height of the gripper centre on the way to an item, and with one in hand."""
+"""Height of the gripper centre in metres on the way to an item or with an item."""
 OPEN, CLOSE = -1.0, 1.0
 _SLOPE = 8.0
 _GRASP_ZONE = 0.010
 _WIDE_ZONE = 0.018
 _CLOSING = 0.036
-"""A finger further in than this is closing, or has not opened yet."""
+"""Metres of finger position: a finger below this is closing, or has not opened yet."""
 _STALLED = 0.01
-"""Metres per second below which a closing finger has met something."""
+"""Metres per second: a closing finger slower than this has met something."""
 _LOWEST = 0.018
 _DROP, _STACK_DROP = 0.015, 0.007
-"""Height from which an item is let go, onto something wide and onto a cube."""
+"""Height in metres from which the expert lets an item go: above something wide, and above a cube."""
 _RETREAT = 0.04
 _HANDLE_GRIPPED = 0.018
-"""Fingers closer than this, around the handle, hold it (it is 12 mm to each side)."""
+"""Metres of finger position: fingers below this hold the handle, which is 12 mm wide to each side."""
 _PUSH_HEIGHT = 0.016
 _PUSHER = 0.0115
-"""Half the width of the closed fingers."""
+"""Half the width of the closed fingers in metres."""
 _RELEASE = {"tray": (0.030, 3.0), "plate": (0.025, 3.0), "cube": (0.007, 8.0)}
-"""Per kind of destination: how far off centre the gripper may let go, and the slope of the funnel."""
+"""Kind of destination -> largest distance in metres off its centre to let go, and slope of the funnel."""
 
 
 class Expert:
-    """Solves the task that `env` has been reset to.
+    """Expert that solves the task that `env` was last reset to.
 
     Args:
-        env: a tabletop environment, possibly wrapped.
-        rng: draws the execution noise.
-        noise: scale of that noise; 0 is none, 1 is what demonstrations are recorded with.
+        env: tabletop environment, possibly wrapped.
+        rng: generator of the execution noise.
+        noise: scale of that noise: 0 is none, 1 is the noise of recorded demonstrations.
     """
 
     def __init__(self, env: object, rng: np.random.Generator, noise: float = 0.0) -> None:
@@ -57,10 +57,10 @@ class Expert:
         self._scene = unwrapped.scene
         self.noisy = ExecutionNoise(rng, noise)
         self.phase = 0
-        """Index into `PHASES` of the last action."""
+        """Index into `PHASES` for the last action."""
 
     def act(self) -> np.ndarray:
-        """The clean action float32 [7] for the current state."""
+        """Return the action without noise, float32 [7], for the current state."""
         goal = self._env.current_goal()
         skills = {"put": self._put, "push": self._push, "open": self._open, "press": self._press}
         aim, gripper = skills[goal.verb](goal)
@@ -83,7 +83,7 @@ class Expert:
         reference: np.ndarray | None = None,
         slope: float = _SLOPE,
     ) -> np.ndarray:
-        """Where to move the gripper [3] so that `reference` (default: the gripper itself) comes down onto `point`."""
+        """Return the next gripper position [3], so that `reference` (None: the gripper) comes down onto `point` [3]."""
         gripper = self._env.gripper_position
         error = point - (gripper if reference is None else reference)
         distance = float(np.hypot(error[0], error[1]))
@@ -94,7 +94,7 @@ class Expert:
         return np.array([*(gripper[:2] + across), height])
 
     def _gripped(self, item: str) -> bool:
-        """Whether both pads hold the item: they touch it, and have come to rest or it is off the table already."""
+        """Return True if both pads touch the item, and have stopped or lifted the item off the table."""
         thing = self._scene.items[item]
         lifted = thing.free and self._scene.position(item)[2] > thing.rest_height + 0.005
         if self._env.finger_speed > _STALLED and not lifted:
@@ -106,7 +106,7 @@ class Expert:
         return all(model.geom(f"{side}_pad").id in touching for side in ("finger_left", "finger_right"))
 
     def _take(self, item: str) -> tuple[np.ndarray, float]:
-        """Go to an item and close on it."""
+        """Go to an item and close on it; return the next position [3] and the gripper command."""
         point = self._scene.contact_point(item)
         gripper, finger = self._env.gripper_position, float(self._env.fingers.min())
         offset = point - gripper
@@ -117,7 +117,7 @@ class Expert:
             self._set_phase("grasp")
             return gripper + np.array([offset[0], offset[1], depth]), CLOSE
         aim = self._funnel(point, 0.006, HOVER)
-        if finger < _CLOSING:  # open before going down
+        if finger < _CLOSING:  # open the fingers before going down
             wait = float(np.clip((_CLOSING - finger) / 0.02, 0.0, 1.0))
             aim[2] = max(aim[2], point[2] + 0.06 * wait)
         self._set_phase("approach" if distance > 0.03 else "descend")
@@ -146,14 +146,14 @@ class Expert:
         return self._funnel(goes_to + np.array([0.0, 0.0, above]), 0.6 * tolerance, HOVER, item, slope), CLOSE
 
     def _push(self, goal: Goal) -> tuple[np.ndarray, float]:
-        """From behind, with closed fingers, steering sideways so that the contact normal points to the destination."""
+        """Push an item from behind with closed fingers; steer so that the contact normal points to the destination."""
         gripper, item = self._env.gripper_position, self._scene.position(goal.item)
         way = (self._scene.position(goal.destination) - item)[:2]
         left = float(np.hypot(*way))
         ahead = way / max(left, 1e-6)
         aside = np.array([-ahead[1], ahead[0]])
-        # Where the closed fingers, a small square block, touch the round item opposite to the way ahead: at a face for
-        # ways along an axis, at a corner for oblique ones.
+        # The closed fingers are a small square block behind the round item. They touch it with a face if the way ahead
+        # is along an axis, and with a corner if it is oblique.
         reach = self._scene.items[goal.item].half[0] * ahead + _PUSHER * np.clip(ahead / 0.15, -1.0, 1.0)
         offset = gripper[:2] - (item[:2] - reach)
         behind, off = -float(offset @ ahead), float(offset @ aside)
@@ -181,11 +181,11 @@ class Expert:
         return self._funnel(point - (0.0, 0.0, 0.012), 0.008, HOVER), self._make_fist(distance)
 
     def _make_fist(self, distance: float) -> float:
-        """Close for pushing and pressing, but not while still low over something that was just let go."""
+        """Return the command that closes the hand to push or press, or opens it while low over an item just let go."""
         return CLOSE if distance < 0.06 or self._env.gripper_position[2] > HOVER - 0.02 else OPEN
 
 
 def _clip_norm(vector: np.ndarray, limit: float = 1.0) -> np.ndarray:
-    """Shorten to length `limit` where longer, so that straight lines stay straight."""
+    """Scale a longer vector down to length `limit`. Unlike clipping each number, this keeps the direction."""
     length = float(np.linalg.norm(vector))
     return vector if length <= limit else vector * (limit / length)

@@ -1,4 +1,4 @@
-"""All that tells one tabletop suite from another."""
+"""Definition of one tabletop suite: its tasks, items and random scenes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cogvla.envs.tabletop.scene import Item
 
 @dataclass(frozen=True)
 class Family:
-    """All that tells one suite from another.
+    """Definition of one tabletop suite.
 
     Attributes:
         name, tasks, max_steps: as in `Suite`.
-        seed: first entry of every initial state's seed.
-        items: everything that may stand on the table.
-        draw: (rng, task) -> the layout of one scene; `layout.goals` holds the task and all its alternatives.
+        seed: first number of the seed of every initial state.
+        items: all items that may stand on the table.
+        draw: function (rng, task) -> layout of one scene; `layout.goals` has the task and its alternatives.
     """
 
     name: str

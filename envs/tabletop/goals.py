@@ -1,6 +1,6 @@
-"""What a task asks for, as data: a verb, an item and where it should go; when it holds, and its labels.
+"""Goals of tabletop tasks as data: a verb, an item and its destination, with their success test and labels.
 
-A task is one goal, or two in a row. Success, labels and experts are defined once per verb and shared by all suites.
+A task has one goal, or two in a row. Success, labels and skills are defined once for each verb, for all suites.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from cogvla.envs.tabletop.scene import PLATE_HEIGHT, TRAY_FLOOR, TRAY_WALL, Pose
 
 VERBS = ("put", "push", "open", "press")
 RELEASED_OPENING = 0.8 * FINGER_OPEN
-"""A finger further out than this has let go."""
+"""Metres of finger position: a finger above this has let go."""
 OPENED = 0.07
-"""Metres of travel from which a drawer counts as open."""
+"""Metres of travel beyond which a drawer counts as open."""
 PULL_TO = 0.09
 RELEASE_GAP = 0.008
-"""How far above its support an item may still be when the gripper lets go."""
+"""Largest gap in metres between an item and its support when the gripper lets go."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """`put` item in, on or onto destination; `push` item to destination; `open` or `press` item."""
+    """One goal: `put` item in or on destination, `push` item to destination, `open` item, or `press` item."""
 
     verb: str
     item: str
@@ -35,19 +35,19 @@ class Goal:
         if self.verb not in VERBS:
             raise ValueError(f"unknown verb {self.verb!r}; one of {', '.join(VERBS)}")
         if bool(self.destination) != (self.verb in ("put", "push")):
-            raise ValueError(f"goal {self!r}: put and push need a destination, open and press have none")
+            raise ValueError(f"goal {self!r}: put and push need a destination, open and press must have none")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One drawn scene: where the items stand, and the goals of every task that can be carried out in it."""
+    """One drawn scene: item -> pose, and task -> goals for every task that is possible in it."""
 
     poses: dict[str, Pose]
     goals: Mapping[int, tuple[Goal, ...]]
 
 
 def destination_point(scene: Scene, goal: Goal) -> np.ndarray:
-    """Where the item's centre should come to rest [3]; for open and press, where the handle or button ends."""
+    """Return the final position [3] of the item's centre; for `open` and `press`, of the handle or button."""
     if goal.verb == "open":
         return scene.contact_point(goal.item) + np.array([PULL_TO - scene.travel(goal.item), 0.0, 0.0])
     if goal.verb == "press":
@@ -65,7 +65,7 @@ def destination_point(scene: Scene, goal: Goal) -> np.ndarray:
 
 
 def in_place(scene: Scene, goal: Goal) -> bool:
-    """Whether the item is where it should be, held or not."""
+    """Return True if the item is at its goal, even if the gripper still holds it."""
     if goal.verb == "open":
         return scene.travel(goal.item) > OPENED
     if goal.verb == "press":
@@ -84,7 +84,10 @@ def in_place(scene: Scene, goal: Goal) -> bool:
 
 
 def holds(scene: Scene, goal: Goal, fingers: np.ndarray, gripper: np.ndarray) -> bool:
-    """Whether the goal is reached: in place and, for what was carried, let go. `fingers` [2], `gripper` centre [3]."""
+    """Return True if the goal is reached: the item is in place and, for `put`, the gripper has let go.
+
+    `fingers` [2]: finger positions; `gripper` [3]: gripper centre; both in metres.
+    """
     if not in_place(scene, goal):
         return False
     if goal.verb != "put":
@@ -94,7 +97,7 @@ def holds(scene: Scene, goal: Goal, fingers: np.ndarray, gripper: np.ndarray) ->
 
 
 def labels(scene: Scene, goal: Goal) -> dict[str, np.ndarray]:
-    """`target` float32 [3], what to manipulate, and `goal` float32 [3], where it should end, in the world frame."""
+    """Return `target`, the point to manipulate, and `goal`, its final point: float32 [3], metres, world frame."""
     return {
         "target": scene.contact_point(goal.item).astype(np.float32),
         "goal": destination_point(scene, goal).astype(np.float32),

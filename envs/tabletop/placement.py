@@ -1,7 +1,7 @@
-"""Drawing collision-free places on the table.
+"""Draw collision-free places on the table.
 
-`Placer` holds what is already there as ellipses (wider along y, the direction in which the fingers open) and draws
-further places by vectorised rejection: one batch of candidates per item.
+`Placer` keeps the occupied places as ellipses (wider along y, where the fingers open) and draws new places by
+vectorised rejection, with one batch of candidates for each item.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from cogvla.envs.tabletop.scene import Pose
 Drawn = TypeVar("Drawn")
 
 REGION = np.array([[0.36, -0.21], [0.66, 0.21]])
-"""Lowest and highest (x, y) of an item's centre: what the arm reaches and `agentview` shows."""
+"""Lowest and highest (x, y) of an item's centre in metres: the arm reaches this region, and `agentview` shows it."""
 CLEARANCE = (0.012, 0.040)
-"""Free space between two items along x and y that an open gripper needs around the one that it takes."""
+"""Free space in metres along x and y that an open gripper needs around an item."""
 _BATCH = 64
 _TRIES = 300
 
 
 class NoRoomError(Exception):
-    """A batch of candidates held no valid place; the caller draws the scene again."""
+    """No candidate in a batch is a valid place; the caller draws the scene again."""
 
 
 class Placer:
-    """Draws places inside `region` [2,2] that keep clear of all earlier ones."""
+    """Draws places inside `region` [2,2] that are clear of all earlier places."""
 
     def __init__(self, rng: np.random.Generator, region: np.ndarray = REGION) -> None:
         self._rng = rng
@@ -40,7 +40,7 @@ class Placer:
         self._places.append((x, y, radius))
 
     def free(self, candidates: np.ndarray, radius: float) -> np.ndarray:
-        """Mask [N] of the candidate centres [N,2] at which a disc of this radius keeps clear of everything."""
+        """Return bool [N]: a disc of this radius at the candidate centre [N,2] is clear of all occupied places."""
         mask = np.ones(len(candidates), dtype=bool)
         for x, y, other in self._places:
             reach = radius + other
@@ -50,12 +50,22 @@ class Placer:
         return mask
 
     def candidates(self, margin: float = 0.0) -> np.ndarray:
-        """Uniform points [N,2] in the region, `margin` inside its border."""
+        """Draw uniform points [N,2] in the region, at least `margin` metres inside its border."""
         low, high = self._region[0] + margin, self._region[1] - margin
         return self._rng.uniform(low, high, (_BATCH, 2))
 
     def draw(self, radius: float, *, margin: float = 0.0, turn: float = np.pi, also: np.ndarray | None = None) -> Pose:
-        """A free place with a yaw in [-turn, turn]; `also` [N,2] replaces the candidates. Raises `NoRoomError`."""
+        """Draw and occupy a free place with a yaw in [-turn, turn] radians.
+
+        Args:
+            radius: radius of the item in metres.
+            margin: least distance from the region's border in metres.
+            turn: largest yaw in radians.
+            also: candidates [N,2] to use instead of uniform ones.
+
+        Raises:
+            NoRoomError: no candidate is free.
+        """
         points = self.candidates(margin) if also is None else also
         valid = np.flatnonzero(self.free(points, radius))
         if not len(valid):
@@ -66,10 +76,10 @@ class Placer:
 
 
 def until_drawn(draw: Callable[[], Drawn]) -> Drawn:
-    """Call `draw` until it finds room."""
+    """Call `draw` until it finds room; RuntimeError after `_TRIES` calls."""
     for _ in range(_TRIES):
         try:
             return draw()
         except NoRoomError:
             continue
-    raise RuntimeError(f"no valid layout in {_TRIES} draws; the items do not fit the region")
+    raise RuntimeError(f"no valid layout in {_TRIES} draws: the items do not fit into the region")

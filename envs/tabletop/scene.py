@@ -1,9 +1,8 @@
-"""The table and everything on it, as MJCF text, and the handle by which tasks move and read it.
+"""Build the MuJoCo model of the table and its items, and place and read the items.
 
-One model is compiled per suite and holds every item of the suite; a scene is made by placing some items and parking
-the others below the table (weightless, without contacts, out of sight). Free items are bodies with six degrees of
-freedom; fixed ones (tray, plate, mat, zone, drawer, button) are mocap bodies, which can be placed anywhere but do not
-move.
+One compiled model holds all items of a suite. A scene places some of them on the table and parks the others below it
+(weightless, without contacts, out of sight). Free items are bodies with six degrees of freedom. Fixed items (tray,
+plate, mat, zone, drawer, button) are mocap bodies, which a scene can place anywhere and which do not move afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ TRAY_WALL = 0.004
 PLATE_HEIGHT = 0.008
 DRAWER_TRAVEL = 0.11
 HANDLE_OFFSET = 0.082
-"""From the drawer's origin to its closed handle, along x."""
+"""Metres along x from the drawer's origin to its closed handle."""
 HANDLE_HEIGHT = 0.035
 BUTTON_HEIGHT = 0.034
 BUTTON_TRAVEL = 0.010
@@ -45,14 +44,14 @@ _NONE = 'contype="0" conaffinity="0"'
 
 @dataclass(frozen=True)
 class Item:
-    """A thing that a scene may hold.
+    """An item that a scene may hold.
 
     Attributes:
-        name: its body's name, unique in the suite.
-        phrase: how instructions call it, e.g. `red cube`.
+        name: name of its body, unique in the suite.
+        phrase: name in instructions, e.g. `red cube`.
         kind: one of `FREE_KINDS` or `FIXED_KINDS`.
         rgba: colour as MJCF text.
-        half: half extents in metres along x, y, z (round things: x is the radius).
+        half: half extents along x, y, z in metres; x is the radius of round items.
     """
 
     name: str
@@ -71,13 +70,13 @@ class Item:
 
     @property
     def rest_height(self) -> float:
-        """Height of the body's origin when it stands on the table."""
+        """The height in metres of the body's origin when the item stands on the table."""
         return self.half[2] if self.free else 0.0
 
 
 @dataclass(frozen=True)
 class Pose:
-    """Where an item stands on the table: metres and radians, world frame."""
+    """Pose of an item on the table: x, y in metres, yaw in radians, world frame."""
 
     x: float
     y: float
@@ -89,10 +88,10 @@ def _free_geoms(item: Item) -> str:
     look = f'rgba="{item.rgba}"'
     if item.kind == "cube":
         return f'<geom name="{item.name}" type="box" size="{x} {y} {z}" {look} mass="0.08" friction="0.7" {_OBJECT}/>'
-    # The puck is slippery, also on the fingers' pads, so that it slides along what pushes it.
+    # The puck is slippery, on the fingers' pads too, so that it slides along the fingers that push it.
     feel = 'mass="0.1" friction="0.3" priority="2"' if item.kind == "puck" else 'mass="0.08" friction="0.7"'
     body = f'name="{item.name}" type="cylinder" size="{x} {z}" {feel} {_OBJECT}'
-    if item.kind == "ball":  # looks like a ball, stands like a cylinder: a ball would roll away
+    if item.kind == "ball":  # it looks like a ball but stands like a cylinder: a real ball would roll away
         return f'<geom {body} rgba="0 0 0 0"/><geom type="sphere" size="{x}" {look} mass="0" {_NONE}/>'
     return f"<geom {body} {look}/>"
 
@@ -126,7 +125,7 @@ def _fixed_geoms(item: Item) -> str:
 </body>"""
         ring = f'type="cylinder" size="{x + 0.008} 0.008" pos="0 0 0.008"'
         return f'<geom name="{item.name}_ring" {ring} rgba="0.3 0.3 0.33 1" {_STATIC}/>{cap}'
-    # The drawer: a cabinet that opens towards +x, and a box in it with an upright handle in front.
+    # The drawer is a cabinet that is open towards +x, with a box in it that has an upright handle in front.
     top, side = 0.004, 0.005
     wood = f'rgba="{item.rgba}" {_STATIC}'
     return f"""
@@ -147,7 +146,7 @@ def _fixed_geoms(item: Item) -> str:
 
 
 def build_model(items: Sequence[Item]) -> mujoco.MjModel:
-    """Compile the arm, the table, the cameras and these items."""
+    """Compile the model of the arm, the table, the cameras and these items."""
     bodies = []
     for i, item in enumerate(items):
         parked = f'pos="{0.2 * (i % 8) - 0.7} {0.2 * (i // 8)} -1"'
@@ -179,7 +178,7 @@ def build_model(items: Sequence[Item]) -> mujoco.MjModel:
 
 
 class Scene:
-    """A compiled model with its data: places and parks items, reads where they are."""
+    """A compiled model with its data: it places and parks items, and reads their poses."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = {item.name: item for item in items}
@@ -200,12 +199,12 @@ class Scene:
         self._contype, self._conaffinity = self.model.geom_contype.copy(), self.model.geom_conaffinity.copy()
         self.placed: frozenset[str] = frozenset()
         self.latched: set[str] = set()
-        """Buttons pressed in this episode; a pressed button stays lit."""
+        """Names of the buttons that were pressed in this episode; a pressed button stays lit."""
 
     def place(self, poses: dict[str, Pose]) -> None:
-        """Reset, put these items on the table at rest, park all others. Call `mj_forward` afterwards."""
+        """Reset, put these items on the table at rest, and park all others. Call `mj_forward` afterwards."""
         model, data = self.model, self.data
-        mujoco.mj_resetData(model, data)  # every item is parked, weightless, by default
+        mujoco.mj_resetData(model, data)  # parks all items, weightless
         model.geom_rgba[:] = self._colours
         self.latched.clear()
         self.placed = frozenset(poses)
@@ -213,14 +212,14 @@ class Scene:
             if not self.items[name].free:
                 continue
             model.body_gravcomp[body] = 0.0 if name in poses else 1.0
-            geoms = model.geom_bodyid == body  # the table is a half-space: below it, what is parked must not collide
+            geoms = model.geom_bodyid == body  # the table is a half-space: items parked below it must not collide
             model.geom_contype[geoms] = self._contype[geoms] * (name in poses)
             model.geom_conaffinity[geoms] = self._conaffinity[geoms] * (name in poses)
         for name, pose in poses.items():
             self.move(name, (pose.x, pose.y, self.items[name].rest_height), pose.yaw)
 
     def move(self, name: str, position: Sequence[float], yaw: float = 0.0) -> None:
-        """Put one item's origin at `position` [3], upright."""
+        """Put the origin of an item at `position` [3], upright, with a yaw in radians."""
         quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))
         if name in self._qpos:
             start = self._qpos[name]
@@ -233,11 +232,11 @@ class Scene:
             self.data.mocap_quat[self._mocap[name]] = quat
 
     def position(self, name: str) -> np.ndarray:
-        """Origin of an item [3]; a free item's origin is its centre, a fixed one's lies on the table."""
+        """Return the origin of an item [3]: the centre of a free item, a point on the table for a fixed item."""
         return self.data.xpos[self._body[name]].copy()
 
     def bodies(self, name: str) -> list[int]:
-        """The bodies that an item is made of: its own, and what moves in it."""
+        """Return the indices of an item's bodies: its own, and the bodies that move in it."""
         parents, found = self.model.body_parentid, [self._body[name]]
         for body in range(found[0] + 1, self.model.nbody):  # children come after their parents
             if parents[body] in found:
@@ -245,7 +244,7 @@ class Scene:
         return found
 
     def contact_point(self, name: str) -> np.ndarray:
-        """What a gripper goes for [3]: a free item's centre, the drawer's handle, the button's top."""
+        """Return the point [3] that the gripper goes to: a free item's centre, a drawer's handle, a button's top."""
         item = self.items[name]
         if item.free:
             return self.position(name)
@@ -256,15 +255,15 @@ class Scene:
         return self.position(name)
 
     def travel(self, name: str) -> float:
-        """How far a drawer is open or a button is down, in metres."""
+        """Return how far a drawer is open or a button is pressed, in metres."""
         return float(self.data.qpos[self._joint[name]])
 
     def set_travel(self, name: str, value: float) -> None:
-        """Open a drawer or press a button by hand."""
+        """Set how far a drawer is open or a button is pressed, in metres."""
         self.data.qpos[self._joint[name]] = value
 
     def latch_buttons(self) -> None:
-        """Remember, and show by a lit ring, which buttons have been pressed."""
+        """Remember the buttons that are pressed now, and light their rings."""
         for name, item in self.items.items():
             if item.kind == "button" and name not in self.latched and self.travel(name) > 0.6 * BUTTON_TRAVEL:
                 self.latched.add(name)

@@ -1,4 +1,4 @@
-"""Puts a family, the environment that plays it and the expert that solves it together."""
+"""Build a tabletop suite from a family, its environment and its expert."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cogvla.envs.tabletop.family import Family
 
 
 def tabletop_suite(family: Family) -> Suite:
-    """Return the suite that the registry hands out."""
-    # a partial and no closure: rollouts send it to their environment processes
+    """Build the suite of a family."""
+    # A partial and no closure, because rollouts pickle it for their environment processes.
     return Suite(family.name, family.tasks, family.max_steps, partial(TabletopEnv, family), expert=Expert)
 
 
 def make_env(suite: str, image_size: int = 128, render: bool = True) -> gym.Env:
-    """Build an environment: the entry point of the gymnasium ids `cogvla/<suite>-v0`."""
+    """Build an environment for gymnasium id `cogvla/<suite>-v0`."""
     return get_suite(suite).make(image_size=image_size, render=render)

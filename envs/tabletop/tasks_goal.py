@@ -1,8 +1,8 @@
-"""`tabletop_goal`: always the same things on the table, the instruction says what to do.
+"""Suite `tabletop_goal`: the table always holds the same items, and the instruction says what to do.
 
-Two cubes, a puck, a plate, a tray, a green zone, a drawer and two buttons. The drawer and the buttons stand at the
-robot's side of the table with small random offsets (the buttons swap places at random); everything else is anywhere
-in front of them. All ten tasks can be carried out in every scene.
+The items are two cubes, a puck, a plate, a tray, a green zone, a drawer and two buttons. The drawer and the buttons
+stand at the robot's side of the table with small random offsets (the buttons swap places at random); everything else
+stands anywhere in front of them. All ten tasks are possible in every scene.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ITEMS = (RED, BLUE, PUCK, PLATE, TRAY, ZONE, DRAWER, WHITE, BLACK)
 REGION = np.array([[0.41, -0.21], [0.68, 0.21]])
 PUSH_LENGTH = (0.09, 0.20)
 _RUN_UP = 0.075
-"""How far behind the puck the pusher needs room."""
+"""Metres behind the puck that the pusher needs free."""
 
 TASKS: tuple[tuple[Task, Goal], ...] = (
     (Task("red_on_plate", "put the red cube on the plate"), Goal("put", RED.name, PLATE.name)),
@@ -47,7 +47,7 @@ TASKS: tuple[tuple[Task, Goal], ...] = (
 
 
 def draw_poses(rng: np.random.Generator) -> dict[str, Pose]:
-    """Places of everything."""
+    """Draw the poses of all items."""
     jitter = rng.uniform(-0.015, 0.015, (3, 2))
     fixtures = {DRAWER.name: Pose(0.275 + jitter[0, 0], -0.19 + jitter[0, 1])}
     for i, button in enumerate((WHITE, BLACK) if rng.random() < 0.5 else (BLACK, WHITE)):
@@ -57,7 +57,7 @@ def draw_poses(rng: np.random.Generator) -> dict[str, Pose]:
         poses = dict(fixtures)
         placer = Placer(rng, REGION)
         handle = fixtures[DRAWER.name]
-        for reach in (0.11, 0.17):  # the drawer opens into this room
+        for reach in (0.11, 0.17):  # the drawer opens into this space
             placer.add(handle.x + reach, handle.y, 0.045)
         poses[ZONE.name] = placer.draw(0.060, margin=0.01, turn=0.0)
         poses[PUCK.name] = _puck(placer, poses[ZONE.name])
@@ -71,7 +71,7 @@ def draw_poses(rng: np.random.Generator) -> dict[str, Pose]:
 
 
 def _puck(placer: Placer, zone: Pose) -> Pose:
-    """A place from which the puck can be pushed to the zone; the path and the run-up are kept free."""
+    """Draw a place from where the puck can be pushed to the zone, and keep the path and the run-up free."""
     centre = np.array([zone.x, zone.y])
     points = placer.candidates()
     way = centre - points
@@ -89,11 +89,11 @@ def _puck(placer: Placer, zone: Pose) -> Pose:
 
 
 def draw(rng: np.random.Generator, task: int) -> Layout:
-    """One scene; the task does not matter, all are possible."""
+    """Draw one scene. The task does not matter, because all tasks are possible in every scene."""
     del task
     return Layout(draw_poses(rng), {i: (goal,) for i, (_, goal) in enumerate(TASKS)})
 
 
 def family() -> Family:
-    """The suite's definition; the expert takes 23 steps on average, at most 37 (about 80 with noise)."""
+    """Return the suite's definition. The expert needs 23 steps on average and at most 37 (about 80 with noise)."""
     return Family("tabletop_goal", tuple(task for task, _ in TASKS), 120, 3, ITEMS, draw)

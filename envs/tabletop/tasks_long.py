@@ -1,4 +1,4 @@
-"""`tabletop_long`: two goals of `tabletop_goal` in a row, in its scenes. Success is when both hold at the same time."""
+"""Suite `tabletop_long`: two goals of `tabletop_goal` in a row, in the same scenes. Both must hold at the same time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _BY_NAME = {task.name: (task, goal) for task, goal in TASKS}
 
 
 def draw(rng: np.random.Generator, task: int) -> Layout:
-    """One scene; the task does not matter, all are possible."""
+    """Draw one scene. The task does not matter, because all tasks are possible in every scene."""
     del task
     goals = {i: tuple(_BY_NAME[name][1] for name in pair) for i, pair in enumerate(PAIRS)}
     return Layout(draw_poses(rng), goals)
 
 
 def family() -> Family:
-    """The suite's definition; the expert takes 45 steps on average, at most 71 (about 160 with noise)."""
+    """Return the suite's definition. The expert needs 45 steps on average and at most 71 (about 160 with noise)."""
     tasks = tuple(
         Task(f"{first}_then_{second}", f"{_BY_NAME[first][0].instruction}, then {_BY_NAME[second][0].instruction}")
         for first, second in PAIRS

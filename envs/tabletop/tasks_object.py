@@ -1,6 +1,6 @@
-"""`tabletop_object`: the same skill and destination, the instruction says which object.
+"""Suite `tabletop_object`: the skill and the destination are always the same, and the instruction names the object.
 
-Every scene holds the target, five other objects of the ten, and a tray, all anywhere on the reachable table.
+Every scene holds the target, five of the other nine objects, and a tray, anywhere on the reachable table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRAY_RADIUS = 0.085
 
 
 def draw(rng: np.random.Generator, task: int) -> Layout:
-    """The target, `OTHERS` distractors and the tray."""
+    """Draw one scene: the target, `OTHERS` distractors and the tray."""
     others = rng.permutation([i for i in range(len(OBJECTS)) if i != task])[:OTHERS]
     present = [task, *(int(i) for i in others)]
 
@@ -51,6 +51,6 @@ def draw(rng: np.random.Generator, task: int) -> Layout:
 
 
 def family() -> Family:
-    """The suite's definition; the expert takes 28 steps on average, at most 35 (about 75 with noise)."""
+    """Return the suite's definition. The expert needs 28 steps on average and at most 35 (about 75 with noise)."""
     tasks = tuple(Task(f"{item.name}_in_tray", f"put the {item.phrase} in the tray") for item in OBJECTS)
     return Family("tabletop_object", tasks, 100, 1, (*OBJECTS, TRAY), draw)

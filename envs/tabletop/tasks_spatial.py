@@ -1,9 +1,8 @@
-"""`tabletop_spatial`: identical grey cubes, the instruction says which one by where it is.
+"""Suite `tabletop_spatial`: all cubes look the same, and the instruction names one by its place.
 
-Every scene holds four cubes, three of them on coloured mats, and a plate. A cube is named by its mat or by a
-relation: leftmost and rightmost as seen in `agentview` (left is smaller y), nearest to and farthest from the robot.
-Scenes in which a relation is not clear by `MARGIN` are not drawn, so all four relations and the three mats are
-possible in each.
+Every scene holds four grey cubes, three of them on coloured mats, and a plate. An instruction names a cube by its mat
+or by a relation: leftmost or rightmost as seen in `agentview` (left is smaller y), nearest to or farthest from the
+robot. In every scene each relation is clear by at least `MARGIN`, so all four relations and three mats are possible.
 """
 
 from __future__ import annotations
@@ -30,15 +29,18 @@ MATS = (
 PLATE = Item("plate", "plate", "plate", "1 1 1 1", (0.065, 0.065, 0.004))
 RELATIONS = ("leftmost", "rightmost", "nearest to the robot", "farthest from the robot")
 MARGIN = 0.03
-"""Metres by which the extreme cube is further out than the next one."""
+"""Least distance in metres between the extreme cube of a relation and the next cube."""
 MATS_IN_SCENE = 3
 CUBE_RADIUS, MAT_RADIUS, PLATE_RADIUS = 0.030, 0.052, 0.068
 
 
 def extremes(points: np.ndarray) -> list[int]:
-    """Indices of the cubes [N,2] that `RELATIONS` name; raises `NoRoomError` where one is not clear.
+    """Return the index of the cube for each of `RELATIONS`, from the cubes' positions [N,2].
 
-    Near and far must agree whether measured along the table (x) or from the robot's base.
+    Nearest and farthest must be the same along the table (x) and by the distance from the robot's base.
+
+    Raises:
+        NoRoomError: a relation is not clear.
     """
     named = []
     distance = np.hypot(points[:, 0], points[:, 1])
@@ -56,7 +58,7 @@ def extremes(points: np.ndarray) -> list[int]:
 
 
 def draw(rng: np.random.Generator, task: int) -> Layout:
-    """Four cubes, three mats (the task's among them) and the plate."""
+    """Draw one scene: four cubes, three mats (with that of the task) and the plate."""
     others = [int(i) for i in rng.permutation(len(MATS)) if i != task]
     mats = [task, *others][:MATS_IN_SCENE] if task < len(MATS) else others[:MATS_IN_SCENE]
 
@@ -80,7 +82,7 @@ def draw(rng: np.random.Generator, task: int) -> Layout:
 
 
 def family() -> Family:
-    """The suite's definition; the expert takes 28 steps on average, at most 35 (about 90 with noise)."""
+    """Return the suite's definition. The expert needs 28 steps on average and at most 35 (about 90 with noise)."""
     tasks = [Task(f"cube_on_{mat.name}", f"put the cube on the {mat.phrase} on the plate") for mat in MATS]
     tasks += [Task(f"{r.split()[0]}_cube", f"put the {_relative(r)} on the plate") for r in RELATIONS]
     return Family("tabletop_spatial", tuple(tasks), 100, 2, (*CUBES, *MATS, PLATE), draw)

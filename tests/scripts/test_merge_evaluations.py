@@ -98,7 +98,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["a", "b"], "must be output=FOLDER"), (["nowhere", "output=x"], "is no folder of an evaluation")],
+    [(["a", "b"], "must be output=FOLDER"), (["nowhere", "output=x"], "is not the folder of an evaluation")],
 )
 def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
     with pytest.raises(SystemExit, match=said):
