@@ -213,7 +213,7 @@ def test_mistakes_are_named() -> None:
         play(suite=replace(toy_suite(), make=lambda **_: ToyEnv()), workers=1)
     with pytest.raises(ValueError, match="max_steps must be positive"):
         RolloutSettings(max_steps=0)
-    with pytest.raises(ValueError, match="counted from 0"):
+    with pytest.raises(ValueError, match="must be at least 0"):
         EpisodeSpec(-1, 0)
     other = ToyPolicy()
     other.embodiment = replace(EMBODIMENT, cameras=(Camera("front", 32, 32),))
