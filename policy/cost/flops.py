@@ -67,7 +67,7 @@ class Work:
         return Work(self.macs + other.macs, self.weights + other.weights, self.activations + other.activations)
 
     def for_samples(self, count: int) -> Work:
-        """The same weights on so many inputs."""
+        """Return the cost of the same weights for several inputs."""
         return Work(count * self.macs, self.weights, count * self.activations)
 
 
@@ -98,7 +98,7 @@ class StageCost:
 
 
 def build_on_meta(config: CogVLAConfig, embodiment: Embodiment) -> CogVLA:
-    """The model without storage: shapes only, whatever its size."""
+    """Build the model without storage: only shapes, for models of any size."""
     with torch.device("meta"):
         return CogVLA(config, embodiment)
 

@@ -51,7 +51,7 @@ class TrainingMemory:
 def training_memory(
     config: CogVLAConfig, embodiment: Embodiment, training: TrainingConfig, gpus: int = 1
 ) -> tuple[TrainingMemory, str]:
-    """The memory of a run in bfloat16 on so many GPUs, and a line about what is trained."""
+    """Compute the memory of a bfloat16 run on several GPUs, and a line that says what is trained."""
     with torch.device("meta"):
         model = CogVLA(config, embodiment)
     adapters.prepare(model, training.finetune)
@@ -116,7 +116,7 @@ def _given(value: Any) -> Any:
 
 
 def report(memory: TrainingMemory, gpus: int, said: str) -> str:
-    """A table in GB for one GPU of several, without and with sharding."""
+    """Format a table in GB for one GPU of several, without and with sharding."""
     lines = [said, f"{'GB per GPU':>24} {'DDP':>8} {f'FSDP x{gpus}':>9}"]
     for name in ("frozen", "trained", "gradients", "moments", "average"):
         value = getattr(memory, name)

@@ -42,7 +42,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU of this name, however it is spelt.
+    """Find the GPU with this name, in any spelling.
 
     Raises:
         ValueError: it is not in the table.
@@ -61,7 +61,7 @@ def floors(costs: Sequence[StageCost], gpu: GPU) -> list[float]:
 
 
 def format_table(costs: Sequence[StageCost], gpus: Sequence[GPU] = ()) -> str:
-    """The table as text: a line per stage, with the least time on each GPU."""
+    """Format the table as text: a line per stage, with the least possible time on each GPU."""
     names = ("parameters M", "GFLOP", "share", "weights MB", "activations MB", "FLOP/byte")
     lines = [f"{'stage':<26}" + header(names, gpus, "ms at least")]
     whole = max(next(cost.flops for cost in costs if cost.stage == TOTAL), 1)

@@ -98,7 +98,7 @@ def machine_peaks(device: str, precision: str) -> Peaks:
 
 
 def _product(device: str, precision: str, size: int) -> Callable[[], object]:
-    """A product of two square matrices; in 8 bits as the engine does it, with the scaling of its inputs."""
+    """Multiply two square matrices; in 8 bits as the engine does, with the scaling of its inputs."""
     kind = torch.bfloat16 if precision in ("bfloat16", "float8") else torch.float32
     a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
     if precision == "float8":

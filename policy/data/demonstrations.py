@@ -221,7 +221,7 @@ class TrainingBatches:
         self._epochs: dict[int, Tensor] = {}
 
     def rows(self, step: int) -> Tensor:
-        """The frames of the step-th batch, long [B]."""
+        """Return the frames of batch number `step`, int64 [B]."""
         size = len(self._rows)
         position_B = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epoch_B = position_B // size
@@ -231,7 +231,7 @@ class TrainingBatches:
         return self._rows[torch.cat(parts)]
 
     def gather(self, rows_B: Tensor) -> dict[str, Any]:
-        """The samples that start at these frames.
+        """Return the samples that start at these frames.
 
         Returns:
             `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the last is repeated),
@@ -242,7 +242,7 @@ class TrainingBatches:
         return {"pixels": torch.from_numpy(pixels_BVCHW), **self.columns(rows_B)}
 
     def columns(self, rows_B: Tensor) -> dict[str, Any]:
-        """What `gather` returns, without the pixels."""
+        """Return the samples of `gather` without the pixels."""
         data = self.data
         index_BK = rows_B[:, None] + torch.arange(data.chunk)
         end_B1 = self._end_N[rows_B][:, None]
@@ -263,7 +263,7 @@ class TrainingBatches:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """What is needed to go on."""
+        """Return the state that is needed to resume."""
         return {"step": self.step, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

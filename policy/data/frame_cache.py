@@ -46,7 +46,7 @@ class FrameCache:
 def open_cache(
     root: Path, mapping: Mapping, image_size: tuple[int, int], folder: Path, progress: bool = True
 ) -> FrameCache:
-    """The data set's cache in `folder`, made if it is not there.
+    """Open the data set's cache in `folder`; make it if it does not exist.
 
     Args:
         root: of the data set.

@@ -71,7 +71,7 @@ class Part:
 
 
 def local_root(root: str | None, repo_id: str | None, revision: str | None) -> Path:
-    """The data set's folder, downloaded if there is a `repo_id` and nothing in the folder.
+    """Return the data set's folder; download it if `repo_id` is given and the folder is empty.
 
     Raises:
         ValueError: there is none, and nowhere to get it from.
@@ -87,7 +87,7 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> P
 
 
 def _from_hub(root: str | None, repo_id: str, revision: str | None) -> Path:
-    """The folder of a data set of the hub; the network is used only for what is not there yet."""
+    """Return the folder of a data set on the hub; download only the files that are missing."""
     from huggingface_hub.errors import HfHubHTTPError
     from lerobot.datasets.backward_compatibility import CompatibilityError
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
@@ -128,7 +128,7 @@ class LeRobotReader:
         self._check_keys()
 
     def fingerprint(self, extra: str) -> str:
-        """Changes with any file of the data set, with the mapping, and with `extra`."""
+        """Return a fingerprint that changes with any file of the data set, the mapping, and `extra`."""
         files = [self.root / "meta" / "info.json", *self._data_files(), *sorted((self.root / "videos").rglob("*.mp4"))]
         digest = hashlib.sha256(json.dumps([asdict(self.mapping), extra]).encode())
         for path in files:
@@ -255,7 +255,7 @@ class LeRobotReader:
 
     @lru_cache(maxsize=64)  # noqa: B019  the reader lives no longer than its cache is needed
     def _footer(self, path: Path) -> pq.FileMetaData:
-        """Parsed once: there is a row group per episode, and each is read on its own."""
+        """Read the footer once: a file has a row group per episode, and each is read separately."""
         return pq.read_metadata(path)
 
     def _data_files(self) -> list[Path]:
@@ -317,7 +317,7 @@ def _parquet(
     row_group: int | None = None,
     footer: pq.FileMetaData | None = None,
 ) -> pa.Table:
-    """A parquet file's columns, or those of one row group."""
+    """Read columns of a parquet file, or of one row group."""
     try:
         file = pq.ParquetFile(path, metadata=footer)
         return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)

@@ -53,7 +53,7 @@ class FusedRouter(nn.Module):
         self.plain = FusedLinear(reach_D[None], constant[None], dtype)
 
     def forward(self, h_BSD: Tensor, layout: TokenLayout, summary_B1T: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The vision tokens kept, int64 [B,n] ascending, and the factor [B,S',1] of each token of the kept sequence."""
+        """Choose vision tokens; return indices int64 [B,n] ascending and the kept tokens' factors [B,S',1]."""
         width = h_BSD.shape[-1]
         reading_BO1 = self.score(F.gelu(self.hidden(summary_B1T @ h_BSD[:, layout.context]))).mT
         score_BN = torch.baddbmm(reading_BO1[:, width:], h_BSD[:, layout.visual], reading_BO1[:, :width])[..., 0]
@@ -150,7 +150,7 @@ class FusedDecoder(nn.Module):
         self.register_buffer("final_gain", decoder.llm.norm.weight.detach().clone(), persistent=False)
 
     def prepare(self, context: DecoderContext) -> dict[str, Tensor]:
-        """What the layers need of the instructions."""
+        """Compute all that the layers need of the instructions."""
         layout, position_BS = context.layout, context.position_BS
         batch, device = len(position_BS), position_BS.device
         tensors = {
@@ -204,7 +204,7 @@ class FusedDecoder(nn.Module):
         return F.rms_norm(self._read(x_BSD, text, words), (width,), self.final_gain, self.eps)
 
     def first_read(self, layout: TokenLayout) -> int:
-        """The first row that is read of the last layer."""
+        """Return the first row of the last layer that is read."""
         return layout.state.start if self.shifted else layout.answer.start
 
     def _read(self, x_BQD: Tensor, text: Tensors, words: int) -> Tensor:

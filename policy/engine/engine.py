@@ -148,11 +148,11 @@ class Engine:
                 to_int8(self.network, config.smallest)
 
     def bucket(self, words: int) -> int:
-        """The length to which an instruction of this many tokens is padded."""
+        """Return the length to which an instruction of this many tokens is padded."""
         return next((bucket for bucket in self.buckets if bucket >= words), words)
 
     def encode(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> EncodedText:
-        """What depends on the instructions only; keep it while they stay."""
+        """Compute all that depends only on the instructions; reuse it while they do not change."""
         words = self.bucket(text_ids_BT.shape[1])
         missing = (0, words - text_ids_BT.shape[1])
         text = self._model.encode_text(F.pad(text_ids_BT, missing), F.pad(text_mask_BT, missing))

@@ -85,7 +85,7 @@ class FusedNetwork(nn.Module):
         return self.decoder(sequence_BSD, inputs)
 
     def streams(self, pixels_BVCHW: Tensor, text: Tensors) -> list[Tensor]:
-        """The tokens of each tower before projection, [B,V*N,W]."""
+        """Compute the tokens of each tower before projection, [B,V*N,W]."""
         streams: list[Tensor] = []
         patches: dict[int, Tensor] = {}
         with _Aside(pixels_BVCHW.is_cuda and len(self.towers) > 1) as aside:
@@ -128,7 +128,7 @@ class _Aside:
 
 
 def not_fusible(model: CogVLA) -> str | None:
-    """What in a model cannot be fused, or None."""
+    """Return the reason why a model cannot be fused; None if it can."""
     if model.router is not None:
         return f"the router {model.router.config.name!r}, which the engine does not know"
     if (router := model.config.routing.router.name) is not None:

@@ -26,7 +26,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def record(kind: str, function: Run, inputs: Tensors) -> Run:
-    """The function for inputs of these shapes; see the module's docstring for the kinds.
+    """Record the function for inputs of these shapes; the module docstring lists the kinds.
 
     Raises:
         RuntimeError: what was recorded does not compute what the function does.

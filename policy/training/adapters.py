@@ -109,7 +109,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the policy without adapters that computes the same; the model stays as it is.
+    """Return the state dict of an equal policy without adapters; the model is not changed.
 
     It has one precision: bfloat16 if frozen weights have it, although what is trained has another one.
     """
@@ -156,7 +156,7 @@ def _merged(layer: Any) -> Tensor:
 
 
 def fingerprint(module: nn.Module) -> Tensor:
-    """The beginning of every frozen tensor: training goes on from a checkpoint only on the same frozen weights."""
+    """Return the beginning of every frozen tensor, to check that training resumes on the same frozen weights."""
     frozen = [p.detach().flatten()[:FINGERPRINT].float().cpu() for p in module.parameters() if not p.requires_grad]
     return torch.cat([torch.empty(0), *frozen])
 

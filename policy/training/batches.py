@@ -131,7 +131,7 @@ class BatchBuilder:
             self.blind = BlindWeights(config.blind, config.prior, preprocessor, data.instructions)
 
     def training(self, samples: dict[str, Any], generator: torch.Generator) -> Batch:
-        """A whole step's samples as one batch to learn from."""
+        """Build one batch from all samples of a step."""
         return self.build(samples, self.choose(samples, generator))
 
     def choose(self, samples: dict[str, Any], generator: torch.Generator) -> Choices:
@@ -164,7 +164,7 @@ class BatchBuilder:
         return replace(choices, noise_BRKA=noise_BRKA, time_BR=time_BR, draw_B2=draw_B2)
 
     def evaluation(self, samples: dict[str, Any], instruction_B: Tensor | None = None) -> Batch:
-        """The samples as the policy will see them, or with these instructions instead of their own."""
+        """Build a batch without random changes, for evaluation, with the samples' own instructions or these."""
         chosen_B = samples["instruction_id"] if instruction_B is None else instruction_B
         weight_BK = (~samples["action_is_pad"]).float()
         keep_B = torch.ones(len(chosen_B), dtype=torch.bool)
@@ -172,7 +172,7 @@ class BatchBuilder:
         return self.build(samples, self._weighted(samples, chosen_B, keep_B, weight_BK, self.points(samples), changes))
 
     def build(self, samples: dict[str, Any], choices: Choices) -> Batch:
-        """The batch of these samples, on the policy's device."""
+        """Build the batch of these samples, on the policy's device."""
         device = self.preprocessor.device
 
         def there(x: Tensor | None) -> Tensor | None:

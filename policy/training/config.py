@@ -83,7 +83,7 @@ class TrainingConfig:
             raise ValueError("learning_rate and clip_norm must be positive")
 
     def _build(self, name: str, kind: Callable[..., Any]) -> None:
-        """A part that is still plain data, as YAML gives it, becomes its dataclass."""
+        """Convert parts that are still plain data, as from YAML, to their dataclasses."""
         value = getattr(self, name)
         if isinstance(value, Mapping):
             try:

@@ -30,7 +30,7 @@ class Interruption:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A part of the block, in which Ctrl-C raises KeyboardInterrupt as usual."""
+        """Let Ctrl-C raise KeyboardInterrupt as usual within a part of the block."""
         self.__exit__()
         try:
             yield

@@ -61,7 +61,7 @@ class MetricsFile:
         self.path = path
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raises OSError, with what to do, when the disk is full."""
+        """Raise OSError if the disk is full; the message says what to do."""
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -262,7 +262,7 @@ class Objective(nn.Module):
         return losses
 
     def _change(self, draw_B2: Tensor | None, vision_BND: Tensor) -> Tensor:
-        """The vision tokens as training hides them; in evaluation, where nothing is drawn, as they are."""
+        """Hide vision tokens in training; in evaluation, where nothing is drawn, return them unchanged."""
         if draw_B2 is None:
             return vision_BND
         if self.mask is not None:

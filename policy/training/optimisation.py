@@ -37,7 +37,7 @@ def adamw(module: nn.Module, learning_rate: float, weight_decay: float, kind: st
 
 
 def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.02) -> float:
-    """The share of the peak learning rate at a step: a linear warm-up, then a cosine down to `floor` at `steps`."""
+    """Return the share of the peak learning rate: linear warm-up, then a cosine down to `floor` at `steps`."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))

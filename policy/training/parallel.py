@@ -69,7 +69,7 @@ class ParallelGradients:
         torch.set_num_threads(1)
 
     def give(self, parts: Iterable[Any]) -> None:
-        """What the next call computes, instead of what was given before.
+        """Set the work of the next call; it replaces the earlier one.
 
         Args:
             parts: as many as processes, of one size; each is sent on before the next one is asked for.
@@ -189,7 +189,7 @@ class _Other:
 
 
 def serve(descriptor: int, memory: int) -> None:
-    """Main loop of another process, until the other end of the pipe closes."""
+    """Run the main loop of another process, until the other end of the pipe closes."""
     torch.set_num_threads(1)
     keep_freed_memory()
     connection = Connection(descriptor)
@@ -220,7 +220,7 @@ def serve(descriptor: int, memory: int) -> None:
 
 
 def _file_in_memory() -> IO[bytes]:
-    """A file without a name; not in /dev/shm, which containers keep small: writing beyond its end kills a process."""
+    """Open a file without a name, not in /dev/shm: it is small in containers, and overfilling it kills a process."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("gradients"), "w+b")
     return tempfile.TemporaryFile()

@@ -83,7 +83,7 @@ class TrainedWeights:
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
 
     def averaged(self) -> Objective:
-        """The policy and its heads with averaged weights: a copy, which shares what is frozen.
+        """Return a copy of the policy and its heads with averaged weights; frozen weights are shared.
 
         Where weights are sharded every process must call this; only the first one gets them.
         """

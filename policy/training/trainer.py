@@ -150,11 +150,11 @@ class Trainer:
         return self.policy()
 
     def averaged(self) -> Objective:
-        """The policy and its heads with the averaged weights, see `TrainedWeights.averaged`."""
+        """Return the policy and its heads with averaged weights, see `TrainedWeights.averaged`."""
         return self.weights.averaged()
 
     def policy(self) -> CogVLAPolicy:
-        """The policy with the averaged weights, without adapters."""
+        """Return the policy with averaged weights, without adapters."""
         return self._policy(self.averaged())
 
     def _policy(self, objective: Objective) -> CogVLAPolicy:
@@ -218,7 +218,7 @@ class Trainer:
         return self.config.seed * 1_000_003 + step
 
     def _evaluate(self) -> None:
-        """Validation and rollouts, if they are due; the other processes wait at the next step."""
+        """Run validation and rollouts if they are due; the other processes wait at the next step."""
         validates = self._due(self.config.validate_every) and len(self.held_out) > 0
         plays = self.evaluate is not None and self._due(self.config.rollout_every)
         if not (validates or plays) or not (self.weights.sharded or self.accelerator.is_main_process):
@@ -262,7 +262,7 @@ class Trainer:
             self.given = step, number
 
     def _batches(self, step: int, number: int) -> Iterator[Batch]:
-        """What is computed at once of a step's part `number` by this process, in `cpu_parts` batches if it is on CPUs.
+        """Yield the batches of a step's part `number` for this process: `cpu_parts` of them on CPUs, otherwise one.
 
         Choices are made for the whole step, and once.
         """

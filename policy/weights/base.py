@@ -28,7 +28,7 @@ def is_own(source: str | Path) -> bool:
 
 
 def base_tokenizer(source: str) -> Tokenizer:
-    """The tokenizer that the base was trained with.
+    """Return the tokenizer that the base was trained with.
 
     Raises:
         ValueError: there is none.
@@ -67,5 +67,5 @@ def load_own(model: CogVLA, folder: Path | str) -> list[str]:
 
 
 def _parts(names: list[str]) -> list[str]:
-    """The modules that these tensors are in."""
+    """Return the modules that contain these tensors."""
     return sorted({name.rpartition(".")[0] or name for name in names})

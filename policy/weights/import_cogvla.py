@@ -40,7 +40,7 @@ def load_cogvla(model: CogVLA, source: Mapping[str, Tensor], dtype: torch.dtype 
 
 
 def cogvla_names(model: CogVLA) -> Names:
-    """Published names of the parameters of this model."""
+    """Return the published names of this model's parameters."""
     blocks = {name: tower.computed for name, tower in model.vision.named_towers()}
     last = 3 + model.config.head.blocks
 
@@ -66,7 +66,7 @@ def cogvla_names(model: CogVLA) -> Names:
 
 
 def vit_name(ours: str, wrapped: bool) -> str:
-    """A parameter of a timm tower as published: LayerScale's is renamed, and FiLM has wrapped the blocks."""
+    """Return the published name of a timm tower's parameter: LayerScale is renamed, and FiLM wraps the blocks."""
     theirs = re.sub(r"\.(ls\d)\.gamma$", r".\1.scale_factor", ours)
     return re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.block.", theirs) if wrapped else theirs
 
@@ -147,7 +147,7 @@ def cogvla_weights(
 
 
 def lora_scale(adapter: Path) -> float:
-    """What the product of an adapter's matrices is multiplied by, from its `adapter_config.json`.
+    """Return the factor of the product of an adapter's matrices, from its `adapter_config.json`.
 
     Raises:
         ValueError: the file is missing or damaged, or describes more than plain LoRA.
@@ -164,7 +164,7 @@ def lora_scale(adapter: Path) -> float:
 
 
 def one_file(folder: Path, name: str, required: bool) -> Path | None:
-    """The file `NAME--N_checkpoint.pt`."""
+    """Find the file `NAME--N_checkpoint.pt`."""
     found = sorted(folder.glob(f"{name}--*checkpoint.pt"))
     if len(found) > 1:
         raise ValueError(f"{folder} has several {name}--*_checkpoint.pt: leave the one of the step that you want")

@@ -23,7 +23,7 @@ _PRISMATIC_TOWERS = {"dino_featurizer.": "featurizer.", "siglip_featurizer.": "f
 
 
 def openvla_names(model: CogVLA) -> Names:
-    """Published names of the parameters of this model; none where OpenVLA has nothing like it."""
+    """Return the published names of this model's parameters; none for those that OpenVLA does not have."""
     as_in_cogvla = cogvla_names(model)
 
     def names(ours: str) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def openvla_names(model: CogVLA) -> Names:
 
 
 def openvla_weights(folder: Path) -> Mapping[str, Tensor]:
-    """The weights of an OpenVLA in the hub's layout (safetensors), or of a Prismatic run (`checkpoints/*.pt`).
+    """Open the weights of an OpenVLA in the hub's layout (safetensors) or a Prismatic run (`checkpoints/*.pt`).
 
     Raises:
         ValueError: the folder holds neither, or a file is damaged.
@@ -59,7 +59,7 @@ def openvla_weights(folder: Path) -> Mapping[str, Tensor]:
 
 
 def prismatic_name(theirs: str) -> str | None:
-    """A name of the Prismatic training code in the hub's naming; None for what is not a weight of the model."""
+    """Convert a name of the Prismatic training code to the hub's naming; None: not a weight of the model."""
     area, _, rest = theirs.removeprefix("model.").partition(".")
     if area == "projector" and (match := re.fullmatch(r"(?:projector\.)?(\d)\.(\w+)", rest)):
         return f"projector.{_PROJECTOR[match[1]]}.{match[2]}"

@@ -137,7 +137,7 @@ class Renamed(Mapping[str, Tensor]):
 
 
 def read_pt(path: Path) -> dict[str, Tensor]:
-    """A state dict saved by `torch.save`, without running code from it; `module.` of parallel training is taken off.
+    """Read a `torch.save` state dict without running code from it; the prefix `module.` (DDP) is removed.
 
     Raises:
         ValueError: the file is damaged, or holds anything but names and tensors (nested ones are joined by dots).

@@ -92,7 +92,7 @@ def load_reference(folder: Path) -> Reference:
 
 
 def text_ids(expected_length: int, input_ids_BT: Tensor, model: CogVLA, vision_tokens: int) -> Tensor:
-    """The words [B,T] of a prompt: without bos, which the layout places, and with the empty token at their end.
+    """Return the tokens [B,T] of a prompt, without bos (the layout adds it), with the empty token at the end.
 
     Args:
         expected_length: of the reference's sequence, which says whether its prompt already ends with the empty token.

@@ -50,11 +50,11 @@ class Release:
     weights: Mapping[str, Tensor]
 
     def names(self, model: CogVLA) -> Names:
-        """The names of the model's parameters in `weights`."""
+        """Return the names of the model's parameters in `weights`."""
         return cogvla_names(model) if self.kind == "cogvla" else openvla_names(model)
 
     def configure(self, config: CogVLAConfig) -> CogVLAConfig:
-        """The configuration with what `config.json` says about sizes, towers and routing.
+        """Return the configuration with the sizes, towers and routing of `config.json`.
 
         Raises:
             ValueError: the release is a variant of CogVLA that has no aggregation tokens, FiLM or stream weights.
@@ -114,7 +114,7 @@ class Release:
 def open_release(
     source: str | Path, kind: str = "auto", base: str | Path | None = None, merge_adapter: bool | None = None
 ) -> Release:
-    """A published checkpoint.
+    """Open a published checkpoint.
 
     Args:
         source: a folder, or the id of a repository on the hub, which is then downloaded.
@@ -138,7 +138,7 @@ def open_release(
 
 
 def checkpoint_folder(source: str | Path) -> Path:
-    """The folder, or where the files of a repository on the hub have been downloaded to.
+    """Return the folder; download the files first if it is a repository on the hub.
 
     Raises:
         ValueError: no such folder, and the hub has no such repository or cannot be reached.
@@ -157,7 +157,7 @@ def checkpoint_folder(source: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A mapping from a JSON file; ValueError where it is damaged."""
+    """Read a mapping from a JSON file; a damaged file is a ValueError."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -66,19 +66,19 @@ class Distillation(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> Distillation:
-        """A teacher is never in training."""
+        """Ignore the mode: a teacher is never in training mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, inputs: ModelInput) -> tuple[Tensor, Mapping[str, Any]]:
-        """The teacher's normalised actions [B,K,A], and what is inside of it."""
+        """Return the teacher's normalised actions [B,K,A], and its intermediate results."""
         output = self.teacher(inputs, debug=True)
         assert output.debug is not None
         return output.actions.float(), output.debug
 
 
 def attention_match(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Tensor:
-    """The loss of IVA from what is inside of student and teacher, see `ModelOutput.debug`."""
+    """Compute the loss of IVA from intermediate results of student and teacher, see `ModelOutput.debug`."""
     routed, tokens = student.get("routed"), teacher["layout"].vision
     terms: list[Tensor] = []
     for layer, read_Bk in student["attention"].items():

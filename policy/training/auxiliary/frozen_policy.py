@@ -19,7 +19,7 @@ TOLERANCE = 1e-3
 
 
 def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions: Sequence[str]) -> CogVLA:
-    """The network of a checkpoint without its token router, frozen, in evaluation mode.
+    """Load the network of a checkpoint without its token router, frozen, in evaluation mode.
 
     Args:
         folder: of the checkpoint.
