@@ -4,6 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _test_this_checkout() -> None:
+    """Make `cogvla`, here and in the processes that tests start, this checkout, wherever it is installed from.
+
+    What `pip install .` installs has no `cogvla.tests`, and what `pip install --editable` installed may be another
+    checkout.
+    """
+    installed = find_spec("cogvla")
+    if installed is not None and installed.origin is not None and Path(installed.origin).resolve().parent == ROOT:
+        return
+    link = ROOT / ".cache" / "types" / "cogvla"  # type checkers follow it, too
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        link.symlink_to(Path("..", ".."))
+    except FileExistsError:  # of an earlier run, or of another process of this one
+        assert link.resolve() == ROOT
+    sys.path.insert(0, str(link.parent))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(link.parent), os.environ.get("PYTHONPATH"))))
+
+
+_test_this_checkout()
 
 # A shell that runs tests in the background has them ignore Ctrl-C, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import h5py
 import numpy as np
 
 SUFFIX = "_demo.hdf5"
@@ -170,7 +169,11 @@ def _fixtures(model: str | bytes) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ValueError("HDF5 files need h5py: install the extra `libero`") from error
     try:
         with h5py.File(path, "r") as file:
             yield file

@@ -19,8 +19,7 @@ from typing import Any, Protocol
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.control.control_loop import State
-from cogvla.real_robot.ros.dds import DdsNode
-from cogvla.real_robot.ros.node import STRING, Delivery
+from cogvla.real_robot.ros.node import STRING, Delivery, RosNode
 from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus
 
 POLL_S = 0.01
@@ -53,7 +52,7 @@ class SimulatedScene:
         timeout_s: for setting up a scene.
     """
 
-    def __init__(self, node: DdsNode, robot: str = "/sim_robot", timeout_s: float = 30.0) -> None:
+    def __init__(self, node: RosNode, robot: str = "/sim_robot", timeout_s: float = 30.0) -> None:
         self._timeout_s = timeout_s
         self._numbers = count(1)
         self._condition = threading.Condition()

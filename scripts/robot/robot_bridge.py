@@ -27,6 +27,7 @@ from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings, UnavailableError
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
+from cogvla.scripts.robot.robots import dds_node
 
 POLL_S = 0.2
 
@@ -104,12 +105,7 @@ def _node(config: DictConfig) -> Any:
         raise ValueError(
             f"transport must be dds, got {config.transport!r}; for rclpy, start the node of real_robot/ros/package"
         )
-    try:
-        from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
-    except ModuleNotFoundError as error:
-        raise ValueError(f"transport=dds needs {error.name}: install the extra `dds`") from error
-
-    return DdsNode(config.node, DdsSettings(**plain(config.dds)))
+    return dds_node(config.node, **plain(config.dds))
 
 
 if __name__ == "__main__":

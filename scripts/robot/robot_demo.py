@@ -40,13 +40,13 @@ from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.bridge.live_view import RerunView, VideoView, choose_view
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
 from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.real_robot.serving.remote_policy import RemotePolicy
 from cogvla.real_robot.trials.trials import SimulatedScene, play
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.robot.robots import dds_node
 
 START_S = 180.0
 """How long a server may take to load its policy on a busy machine."""
@@ -94,7 +94,7 @@ def _play(
     timeout_s = 2 * suite.max_steps / embodiment.control_hz + MARGIN_S
     results = []
     with ExitStack() as open_things:
-        node = DdsNode("/cogvla_bridge", DdsSettings(domain=config.domain))
+        node = dds_node("/cogvla_bridge", domain=config.domain)
         shown: VideoView | RerunView | None = None
         if view != "none":
             shown = (

@@ -37,16 +37,28 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
         return LeRobotFrontEnd(stack.enter_context(connected(robot)), settings, embodiment), None
     if config.transport != "dds":
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {config.transport!r}")
-    try:
-        from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
-    except ModuleNotFoundError as error:
-        raise ValueError(f"transport=dds needs {error.name}: install the extra `dds`") from error
     from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
 
-    node = DdsNode(config.node, DdsSettings(**plain(config.dds)))
+    node = dds_node(config.node, **plain(config.dds))
     front_end = RosFrontEnd(node, RosTopics(**plain(config.topics)), embodiment)
     stack.enter_context(node)
     return front_end, node
+
+
+def dds_node(name: str, **settings: Any) -> Any:
+    """Return a `DdsNode` that is not started yet; `settings` are those of `DdsSettings`.
+
+    Raises:
+        ValueError: the extra `dds` is not installed, or a setting is wrong.
+    """
+    try:
+        from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"ROS 2 over DDS needs {error.name}: install the extra `dds` (x86-64 only); elsewhere, with ROS 2 "
+            "installed, use the node of real_robot/ros/package"
+        ) from error
+    return DdsNode(name, DdsSettings(**settings))
 
 
 def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[AsksPolicy, Mapping[str, Any]]:

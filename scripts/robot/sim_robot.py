@@ -24,13 +24,13 @@ import numpy as np
 from omegaconf import DictConfig
 
 from cogvla.envs.suite import get_suite
-from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
 from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.ros.messages import compressed_image_fields, image_fields, joint_state_fields
-from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, Delivery
+from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, Delivery, RosNode
 from cogvla.real_robot.simulated.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus, SimulatedArm
 from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
+from cogvla.scripts.robot.robots import dds_node
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def run(config: DictConfig) -> None:
     """Simulate until SIGINT or SIGTERM."""
     stop = stop_event()
     topics = RosTopics(**plain(config.topics))
-    with DdsNode(config.node, DdsSettings(**plain(config.dds))) as node:
+    with dds_node(config.node, **plain(config.dds)) as node:
         robot = SimRobot(node, topics, config.suite, config.image_size, config.max_steps)
         robot.arm.set_scene(SceneStart(0, config.task, config.initial_state))
         print(f"{node.name} plays {config.suite}", flush=True)
@@ -69,7 +69,7 @@ class SimRobot:
     """
 
     def __init__(
-        self, node: DdsNode, topics: RosTopics, suite: str, image_size: int, max_steps: int | None = None
+        self, node: RosNode, topics: RosTopics, suite: str, image_size: int, max_steps: int | None = None
     ) -> None:
         self._node = node
         self._faults = SensorFaults()

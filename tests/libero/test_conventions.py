@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 
 from cogvla.libero.conventions.declared import Finding
-from cogvla.libero.env import LiberoEnv, LiberoSettings
+from cogvla.libero.env import LiberoEnv
 from cogvla.libero.hdf5.reader import read
 from cogvla.scripts import check_conventions as command
 from cogvla.scripts.convert_libero import Conversion, convert
-from cogvla.tests.support.libero_files import ASSETS, MESHES, Demo, needs_assets, write
+from cogvla.tests.support.extras import needs
+from cogvla.tests.support.libero_assets import ASSETS, LEAN, MESHES, needs_assets
+
+pytest.importorskip("h5py", reason=needs("libero"))
+
+from cogvla.tests.support.libero_files import Demo, write
 
 pytestmark = needs_assets
-LEAN = LiberoSettings(assets=ASSETS, lean=True, reflections=False, robot_meshes=MESHES)
 STOVE, STEPS = "turn_on_the_stove", 45
 
 

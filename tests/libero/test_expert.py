@@ -5,9 +5,7 @@ Success over all tasks and initial states is measured by `expert_table suite=lib
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,22 +18,8 @@ from cogvla.libero.experts.plan import VERBS, Subgoal, subgoals
 from cogvla.libero.experts.view import Obstacles, View
 from cogvla.libero.suites import libero_expert, libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES
-from cogvla.tests.support.paths import SHARED
+from cogvla.tests.support.libero_assets import ASSETS, MESHES, needs_assets, needs_libero
 
-LIBERO_ASSETS = SHARED / "libero_assets"
-ASSETS = os.environ.get("COGVLA_LIBERO_ASSETS") or str(LIBERO_ASSETS / "assets")
-MESHES = str(LIBERO_ASSETS / "robot_lite") if (LIBERO_ASSETS / "robot_lite").is_dir() else None
-
-try:
-    import robosuite  # noqa: F401
-except ImportError:
-    installed = False
-else:
-    installed = True
-needs_libero = pytest.mark.skipif(not installed, reason="the extra libero is not installed")
-needs_assets = pytest.mark.skipif(
-    not (installed and (Path(ASSETS) / "scenes").is_dir()), reason=f"no extra libero, or no LIBERO assets at {ASSETS}"
-)
 NOMINAL = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 """How the hand is turned at the beginning: it points down and opens along y."""
 

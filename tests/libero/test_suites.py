@@ -1,7 +1,7 @@
 """LIBERO's suites: conventions by known answers, the environment contract, and what is said where something is missing.
 
-Needs the extra `libero`, and assets: COGVLA_LIBERO_ASSETS, or a folder `shared/libero_assets` beside the checkout. All
-tasks of all suites are played by `pytest -m slow tests/libero/test_suites.py`, in several minutes.
+Most of them need the extra `libero` and its assets (`support/libero_assets.py`). All tasks of all suites are played by
+`pytest -m slow tests/libero/test_suites.py`, in several minutes.
 """
 
 from __future__ import annotations
@@ -27,33 +27,20 @@ from cogvla.libero.env import KEPT_SCENES, LiberoEnv, LiberoSettings
 from cogvla.libero.suites import libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES, tasks
 from cogvla.policy.baselines import RandomPolicy
+from cogvla.tests.support.libero_assets import ASSETS, LEAN, needs_assets, needs_libero
 from cogvla.tests.support.paths import SHARED
 from cogvla.tests.support.point_suite import EMBODIMENT
 
-ASSETS = os.environ.get("COGVLA_LIBERO_ASSETS") or str(SHARED / "libero_assets" / "assets")
 FIXTURE = SHARED / "fixtures" / "libero_observation"
-LITE = SHARED / "libero_assets" / "robot_lite"
-MESHES = str(LITE) if LITE.is_dir() else None
-LEAN = LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
+FAST = replace(LEAN, extra_passes=False)
 WAIT = np.array([0, 0, 0, 0, 0, 0, -1.0])
 FOUR = tuple(name for name in LIBERO_SUITES if name != "libero_90")
-
-try:
-    import robosuite  # noqa: F401
-except ImportError:
-    installed = False
-else:
-    installed = True
-needs_libero = pytest.mark.skipif(not installed, reason="the extra libero is not installed")
-needs_assets = pytest.mark.skipif(
-    not (installed and (Path(ASSETS) / "scenes").is_dir()), reason=f"no extra libero, or no LIBERO assets at {ASSETS}"
-)
 
 
 @pytest.fixture(scope="module")
 def goal() -> Iterator[LiberoEnv]:
     """All ten tasks of libero_goal share one scene, so that one is built for most tests."""
-    env = LiberoEnv("libero_goal", LEAN, image_size=32)
+    env = LiberoEnv("libero_goal", FAST, image_size=32)
     yield env
     env.close()
 
@@ -146,7 +133,7 @@ def test_a_file_of_initial_states_can_run_no_code(tmp_path: Path) -> None:
 @needs_assets
 def test_alternatives_are_true_of_the_scene() -> None:
     """LIBERO-goal: everything is possible everywhere. Spatial: what is said of the bowl must be true of the other."""
-    possible = {name: LiberoEnv(name, LEAN, 32)._possible_goals for name in FOUR}
+    possible = {name: LiberoEnv(name, FAST, 32)._possible_goals for name in FOUR}
     assert all(len(possible["libero_goal"](task)) == 10 for task in range(10))
     milk = [task.instruction for task in tasks("libero_object")].index("pick up the milk and place it in the basket")
     assert sorted(goal[0][1] for goal in possible["libero_object"](milk).values()) == sorted(
@@ -275,7 +262,7 @@ def test_same_state_same_bytes_and_other_state_differs(goal: LiberoEnv, state: i
     assert play(goal, 4, state + 1) != first
     assert np.array_equal(np.random.get_state()[1], before), "the global generator is left as it was"  # noqa: NPY002
     assert play(goal, 2, state) == first
-    rebuilt = LiberoEnv("libero_goal", LEAN, image_size=32)
+    rebuilt = LiberoEnv("libero_goal", FAST, image_size=32)
     assert play(rebuilt, 2, state) == first
     rebuilt.close()
 
@@ -287,7 +274,7 @@ def test_one_forward_pass_gives_the_same_trajectory() -> None:
     states = {}
     passes: list[Any] = []
     for extra_passes in (True, False):
-        env = LiberoEnv("libero_goal", replace(LEAN, extra_passes=extra_passes), 32, render=False)
+        env = LiberoEnv("libero_goal", replace(FAST, extra_passes=extra_passes), 32, render=False)
         env.reset(options={"task": 0, "initial_state": 0})
         states[extra_passes] = [env.step(action)[0]["state"] for action in actions]
         with pytest.MonkeyPatch.context() as patch:
@@ -298,6 +285,7 @@ def test_one_forward_pass_gives_the_same_trajectory() -> None:
     assert np.ptp(states[True], axis=0)[:3].max() > 0.03
 
 
+@needs_assets
 def test_bad_actions_and_options_are_refused(goal: LiberoEnv) -> None:
     reset(goal, 0, 0)
     for action in (np.zeros(6), np.zeros((1, 7)), np.array([np.nan, 0, 0, 0, 0, 0, 0]), np.full(7, np.inf)):
@@ -307,7 +295,7 @@ def test_bad_actions_and_options_are_refused(goal: LiberoEnv) -> None:
         with pytest.raises(ValueError, match=r"task|initial_state|options"):
             goal.reset(options=options)
     with pytest.raises(ValueError, match="reset"):
-        LiberoEnv("libero_goal", LEAN, 32).step(WAIT)
+        LiberoEnv("libero_goal", FAST, 32).step(WAIT)
 
 
 @needs_assets
@@ -323,14 +311,14 @@ def test_images_on_demand(goal: LiberoEnv) -> None:
     third, *_ = goal.step(np.array([1, 1, -1, 0, 0, 0, -1.0]))
     assert not np.array_equal(third["wrist"], second["wrist"])
     assert goal.render_camera("wrist", 48, 64).shape == (48, 64, 3)
-    blind = LiberoEnv("libero_goal", LEAN, 32, render=False)
+    blind = LiberoEnv("libero_goal", FAST, 32, render=False)
     assert not reset(blind, 0, 0)[0]["agentview"].any()
     blind.close()
 
 
 @needs_assets
 def test_scenes_in_memory_are_bounded() -> None:
-    env = LiberoEnv("libero_object", LEAN, 32, render=False)
+    env = LiberoEnv("libero_object", FAST, 32, render=False)
     first, _ = reset(env, 0, 0)
     oldest = weakref.ref(env.scene)
     for task in range(1, KEPT_SCENES + 1):
@@ -362,7 +350,7 @@ def drawn_like_fixed(env: LiberoEnv, task: int) -> None:
 
 @needs_assets
 def test_drawn_states_put_things_on_fixtures() -> None:
-    env = LiberoEnv("libero_spatial", LEAN, image_size=32)
+    env = LiberoEnv("libero_spatial", FAST, image_size=32)
     env.skip_images = True
     drawn_like_fixed(env, task=7)  # one bowl on the stove, one on the cabinet
     env.close()
@@ -370,7 +358,7 @@ def test_drawn_states_put_things_on_fixtures() -> None:
 
 @needs_assets
 def test_a_process_of_the_rollout_plays_it() -> None:
-    suite = libero_suite("libero_goal", LEAN)
+    suite = libero_suite("libero_goal", FAST)
     assert suite.settings["rendering"] == "lean"
     assert suite.settings["mujoco"]
     settings = RolloutSettings(max_steps=2, waiting_steps=1)
@@ -384,7 +372,7 @@ def test_a_process_of_the_rollout_plays_it() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", FOUR)
 def test_every_task_is_played(name: str) -> None:
-    env = LiberoEnv(name, LEAN, image_size=64)
+    env = LiberoEnv(name, FAST, image_size=64)
     for task in range(10):
         for state in (0, 49):
             env.skip_images = False

@@ -1,6 +1,6 @@
 """LIBERO's HDF5 demonstrations and LeRobotDatasets v2.1: reading, replaying, converting.
 
-What needs the simulator is skipped without the extra `libero` and assets.
+They need the extra `libero`; those that replay also need its assets.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +23,15 @@ from cogvla.libero.hdf5.reader import demonstrations, is_hdf5, read, read_images
 from cogvla.libero.hdf5.replay import ReplaySettings, is_noop, kept_steps
 from cogvla.policy.data.reader import LeRobotReader, Mapping
 from cogvla.scripts import convert_libero as command
-from cogvla.tests.support.libero_files import ASSETS, MESHES, Demo, made_up, needs_assets, write
+from cogvla.tests.support.extras import needs
+from cogvla.tests.support.libero_assets import ASSETS, LEAN, MESHES, needs_assets
 
-LEAN = LiberoSettings(assets=ASSETS, lean=True, reflections=False, robot_meshes=MESHES)
+pytest.importorskip("h5py", reason=needs("libero"))
+
+import h5py
+
+from cogvla.tests.support.libero_files import Demo, made_up, write
+
 STOVE = "turn_on_the_stove"
 CAMERAS = ("observation.images.agentview", "observation.images.wrist")
 

@@ -1,32 +1,15 @@
-"""LIBERO's HDF5 files as the project distributes them, written by tests, and where tests find LIBERO's assets."""
+"""LIBERO's HDF5 files as the project distributes them, written by tests."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
-import pytest
 
-from cogvla.tests.support.paths import SHARED
-
-ASSETS = os.environ.get("COGVLA_LIBERO_ASSETS") or str(SHARED / "libero_assets" / "assets")
-LITE = SHARED / "libero_assets" / "robot_lite"
-MESHES = str(LITE) if LITE.is_dir() else None
-
-try:
-    import robosuite  # noqa: F401
-except ImportError:
-    installed = False
-else:
-    installed = True
-needs_assets = pytest.mark.skipif(
-    not (installed and (Path(ASSETS) / "scenes").is_dir()), reason=f"no extra libero, or no LIBERO assets at {ASSETS}"
-)
 MODEL = """<mujoco><worldbody>
 <body name="table"/>
 <body name="wooden_cabinet_1_main" pos="0.1 -0.2 0.9" quat="0 0 0 1"><body name="drawer"><joint/></body></body>

@@ -14,9 +14,10 @@ from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.ray_worker import UV_HOOK, RayWorker, ray_cluster
 from cogvla.envs.rollout.rollout import rollout
+from cogvla.tests.support.extras import needs
 from cogvla.tests.support.point_suite import ToyPolicy, solvable, toy_suite
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: `uv sync --extra ray`")
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason=needs("ray"))
 
 SPECS = [EpisodeSpec(task, state) for task in range(3) for state in range(4)]
 Start = Callable[[PlayerSettings], RayWorker]

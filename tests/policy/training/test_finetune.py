@@ -26,6 +26,7 @@ from cogvla.policy.training.adapters import FinetuneConfig
 from cogvla.policy.training.optimisation import adamw
 from cogvla.tests.policy.training.test_trainer import KILLED, assert_same_run, rows
 from cogvla.tests.support import small_data as small
+from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import CONFIGS
 from cogvla.tests.support.small_data import ROBOT, settings, small_trainer
 from cogvla.tests.support.tiny_model import tiny_input, tiny_model
@@ -265,7 +266,7 @@ def test_recomputing_keeps_less() -> None:
 
 
 def test_eight_bit_moments_resume_exactly(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason=needs("adamw8bit"))
     config = settings(steps=4, checkpoint_every=2, validate_every=0, optimiser="adamw8bit")
     trainer = small_trainer(tmp_path, config)
     trainer.run()
@@ -278,7 +279,7 @@ def test_eight_bit_moments_resume_exactly(tmp_path: Path) -> None:
 
 
 def test_large_matrices_have_eight_bit_moments() -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason=needs("adamw8bit"))
     layer = torch.nn.Linear(64, 128)
     optimiser = adamw(layer, 1e-2, 0.0, "adamw8bit")
     before = layer.weight.detach().clone()

@@ -19,10 +19,11 @@ from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
 from cogvla.real_robot.serving.wire import pack, unpack
+from cogvla.tests.support.extras import needs
 from cogvla.tests.support.policy_servers import StallingProxy, free_port, get, until
 
-pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
-pytest.importorskip("rosbags", reason="needs the extra `dds`")
+pytest.importorskip("cyclonedds", reason=needs("dds"))
+pytest.importorskip("rosbags", reason=needs("dds"))
 
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 

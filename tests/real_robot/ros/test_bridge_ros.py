@@ -28,6 +28,7 @@ from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd, RosTopics
 from cogvla.real_robot.ros.node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.scripts.robot import robot_bridge
+from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import ROOT
 from cogvla.tests.support.policy_servers import SumPolicy, free_port, serving
 
@@ -280,14 +281,14 @@ def test_named_configs_list_what_there_is(tmp_path: Path) -> None:
         (["transport=rclpy"], "transport must be dds, got 'rclpy'"),
         (["dds.domain=400"], "dds.domain must be from 0 to 232"),
         (["dds.distro=foxy"], "distro must be one of humble, iron, jazzy"),
-        ([], "transport=dds needs cogvla.real_robot.ros.dds: install the extra `dds`"),
+        ([], "ROS 2 over DDS needs cogvla.real_robot.ros.dds: install the extra `dds`"),
     ],
 )
 def test_mistakes_of_the_command_are_explained(changes: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not changes:
         monkeypatch.setitem(sys.modules, "cogvla.real_robot.ros.dds", None)  # as if it could not be imported
     elif changes[0].startswith("dds"):
-        pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
+        pytest.importorskip("cyclonedds", reason=needs("dds"))
     with initialize_config_module("cogvla.configs", version_base="1.3"):
         config = compose("robot_bridge", changes)
     with pytest.raises(ValueError, match=words):

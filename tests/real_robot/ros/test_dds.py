@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
-pytest.importorskip("rosbags", reason="needs the extra `dds`")
+from cogvla.tests.support.extras import needs
+
+pytest.importorskip("cyclonedds", reason=needs("dds"))
+pytest.importorskip("rosbags", reason=needs("dds"))
 
 from cyclonedds.builtin import BuiltinDataReader, BuiltinTopicDcpsPublication
 from cyclonedds.core import Policy

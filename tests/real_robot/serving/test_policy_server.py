@@ -13,10 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import trustme
-from openpi_client import msgpack_numpy
-from openpi_client.action_chunk_broker import ActionChunkBroker
-from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -27,6 +23,7 @@ from cogvla.real_robot.serving.client import PolicyClient
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
 from cogvla.real_robot.serving.server_metrics import Outcome, ServerMetrics
+from cogvla.tests.support.extras import NEEDS_TEST_GROUP
 from cogvla.tests.support.policy_servers import (
     LIBERO_KEYS,
     ROBOT,
@@ -37,6 +34,14 @@ from cogvla.tests.support.policy_servers import (
     serving,
     until,
 )
+
+pytest.importorskip("trustme", reason=NEEDS_TEST_GROUP)
+pytest.importorskip("openpi_client", reason=NEEDS_TEST_GROUP)
+
+import trustme
+from openpi_client import msgpack_numpy
+from openpi_client.action_chunk_broker import ActionChunkBroker
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 PATIENT = ClientSettings(answer_s=60.0, connect_s=20.0)
 

@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from openpi_client import msgpack_numpy
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from cogvla.real_robot.serving.request import Request, RequestFormat, RequestKeys
 from cogvla.real_robot.serving.wire import FrameError, pack, unpack
+from cogvla.tests.support.extras import NEEDS_TEST_GROUP
 from cogvla.tests.support.policy_servers import LIBERO_KEYS, ROBOT, SumPolicy, libero_request, observation, serving
+
+pytest.importorskip("openpi_client", reason=NEEDS_TEST_GROUP)
+
+from openpi_client import msgpack_numpy
 
 READER = RequestFormat(ROBOT, LIBERO_KEYS)
 GOOD = msgpack_numpy.packb(libero_request())

@@ -14,8 +14,10 @@ from hydra import compose, initialize_config_module
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from omegaconf import OmegaConf
 
-pytest.importorskip("rosbags", reason="needs the extra `dds`")
-pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
+from cogvla.tests.support.extras import needs
+
+pytest.importorskip("rosbags", reason=needs("dds"))
+pytest.importorskip("cyclonedds", reason=needs("dds"))
 
 from rosbags.rosbag2 import StoragePlugin, Writer
 

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_module
 from cogvla.envs.suite import get_suite
 from cogvla.real_robot.simulated.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated.simulated_arm import STATE_NAMES, SceneStart, SceneStatus, SimulatedArm
+from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import toy_suite
 from cogvla.tests.support.policy_servers import free_port, get, until
@@ -174,7 +175,7 @@ def test_unknown_faults_are_refused(text: str) -> None:
 
 def test_the_shipped_policy_does_its_task_over_the_wire() -> None:
     """sim_robot -> DDS -> robot_bridge -> websocket -> policy_server -> trajectories of displacements -> arm."""
-    pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
+    pytest.importorskip("cyclonedds", reason=needs("dds"))
     from cogvla.tests.support.robot_processes import Operator, Process
 
     port = free_port()
@@ -214,7 +215,7 @@ def episode(operator: Any, number: int, task: int) -> dict[str, Any]:
 
 
 def test_the_demo_reports_as_an_evaluation_does(tmp_path: Path) -> None:
-    pytest.importorskip("cyclonedds", reason="needs the extra `dds`")
+    pytest.importorskip("cyclonedds", reason=needs("dds"))
     from cogvla.envs.rollout.video import contact_sheet
     from cogvla.scripts.robot.robot_demo import run
 
