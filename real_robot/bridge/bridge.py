@@ -1,4 +1,4 @@
-"""Between a robot, of whatever kind, and a policy server: runs a `ControlLoop` in real time.
+"""Bridge between a robot and a policy server: run a `ControlLoop` in real time, for any kind of robot.
 
     front end (DDS, rclpy, lerobot, ...)              Bridge                                  policy server
       any thread:   observe_image, observe_state --> +------------------+ -- infer --> thread "policy client"
@@ -6,11 +6,11 @@
       send, show    <------------------------------- | under one lock   |
                                                      +------------------+ <-- thread "control ticks", control_hz
 
-A robot is a `FrontEnd`. It needs to know nothing about policies, chunks or time; it hands over what its sensors say and
-does what it is told. `run_trials`, recorders and displays watch through `on_tick`.
+A robot is a `FrontEnd`: it hands over its sensors' samples and sends the commands. It knows nothing about policies,
+chunks or time. `run_trials`, recorders and displays observe the bridge through `on_tick`.
 
-Sending happens under the lock. So once `estop` has returned, nothing is sent any more. A front end's `send` must
-therefore be quick and must not wait for the robot.
+The bridge sends under the lock, so it sends nothing after `estop` has returned. For this reason a front end's `send`
+must be quick and must not wait for the robot.
 
 Shape legend: A action dimension, S state dimension, H, W image size.
 """
@@ -37,27 +37,30 @@ from cogvla.real_robot.serving.client import EventLoopThread
 
 
 class FrontEnd(Protocol):
-    """A robot: its sensors, its controller, and its operator's buttons."""
+    """Interface of a robot: its sensors, its controller and its operator's buttons."""
 
     def start(self, bridge: Bridge) -> None:
-        """From now on call the bridge with whatever arrives, from any thread."""
+        """Start to call the bridge with every sample and every button, from any thread."""
         ...
 
     def send(self, action_A: np.ndarray, dry_run: bool) -> None:
-        """Send a command [A] to the controller, or only show it in a dry run. Quick; called under the bridge's lock."""
+        """Send a command [A] to the controller; in a dry run only show it.
+
+        The bridge calls this under its lock, so it must be quick.
+        """
         ...
 
     def show(self, diagnostics: Mapping[str, Any]) -> None:
-        """Publish `Bridge.diagnostics`."""
+        """Publish the values of `Bridge.diagnostics`."""
         ...
 
     def close(self) -> None:
-        """Call the bridge no more, and leave the robot as it is."""
+        """Stop calling the bridge, and leave the robot as it is."""
         ...
 
 
 class AsksPolicy(Protocol):
-    """`ReconnectingClient`, or a stand-in."""
+    """Interface of a policy client: `ReconnectingClient`, `LocalPolicy` or a stand-in of a test."""
 
     async def infer(
         self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
@@ -68,12 +71,12 @@ class AsksPolicy(Protocol):
 
 @dataclass(frozen=True)
 class BridgeSettings:
-    """How a bridge runs.
+    """Settings of a bridge.
 
     Attributes:
-        dry_run: commands are computed, checked and shown, and never sent.
-        activate: start to ask and to command at once, instead of when `activate` is called.
-        diagnostics_s: diagnostics are shown so often.
+        dry_run: compute, check and show commands, but never send them.
+        activate: activate the loop at the start, without a call of `Bridge.activate`.
+        diagnostics_s: seconds between two diagnostics.
     """
 
     dry_run: bool = True
@@ -87,14 +90,14 @@ class BridgeSettings:
 
 @dataclass(frozen=True, eq=False)
 class Tick:
-    """What a tick saw and did, for recorders.
+    """Record of one control tick, for recorders and displays.
 
     Attributes:
-        command: what was sent; see `Command`.
-        images: newest image, uint8 [H,W,3], of each camera.
-        state_S: newest joint state, or None.
-        instruction: in force.
-        now: of the bridge's clock.
+        command: command of the tick.
+        images: camera -> newest image, uint8 [H,W,3].
+        state_S: newest joint state [S], or None.
+        instruction: current instruction.
+        now: time of the tick, in seconds on the bridge's clock.
     """
 
     command: Command
@@ -105,16 +108,16 @@ class Tick:
 
 
 class Bridge:
-    """See the module docstring. Use it as a context manager, or `start` and `close` it.
+    """Real-time driver of one robot. Use it as a context manager, or call `start` and `close`.
 
     Args:
-        robot: limits and settings.
-        embodiment: as the policy has it, with the sizes of the robot's images.
-        client: asks the policy server.
+        robot: safety limits and settings of the control loop.
+        embodiment: embodiment of the policy, but with the image sizes that the robot's cameras send.
+        client: client that asks the policy.
         front_end: the robot.
-        settings: see `BridgeSettings`.
-        on_tick: told every tick, on the thread that ticks: it must be quick.
-        clock: monotonic seconds, in which `observe_*` takes its stamps.
+        settings: settings of the bridge; None for the defaults, which are a dry run.
+        on_tick: callback with every tick; it runs in the control thread, so it must be quick.
+        clock: monotonic clock in seconds; the stamps of `observe_*` are times of this clock.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class Bridge:
         self.settings = settings or BridgeSettings()
         self.now = clock
         self.embodiment = embodiment
-        # an arm that is not moved does not follow its commands, and that is no fault
+        # in a dry run the arm does not follow the commands, which must not count as a fault
         limits = replace(robot.limits, lead=None) if self.settings.dry_run else robot.limits
         self._loop = ControlLoop(embodiment, limits, robot.loop)
         self._client, self._front_end, self._on_tick = client, front_end, on_tick
@@ -142,7 +145,7 @@ class Bridge:
         self._policy_thread: EventLoopThread | None = None
         self._tick_thread = threading.Thread(target=self._run, name="control ticks", daemon=True)
 
-    # --- life ---------------------------------------------------------------------------------------------------------
+    # --- start and end ------------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
         """Start the threads and the front end."""
@@ -155,14 +158,14 @@ class Bridge:
         return self
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Whether the bridge has ended by then; raises what ended it."""
+        """Wait for the end of the bridge. Return False after the timeout; raise the error that ended it."""
         with suppress(TimeoutError):
             self._ended.result(timeout_s)
             return True
         return False
 
     def close(self) -> None:
-        """Send nothing more, and end."""
+        """Stop sending commands, and end threads, front end and client."""
         self._stop.set()
         with self._lock:
             self._loop.deactivate()
@@ -180,40 +183,47 @@ class Bridge:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- what the front end says, from any thread ---------------------------------------------------------------------
+    # --- calls of the front end, from any thread ----------------------------------------------------------------------
 
     def observe_image(self, camera: str, image_HW3: np.ndarray, stamp: float) -> str | None:
-        """An image, uint8 [H,W,3] RGB, taken at `stamp` of this bridge's clock; answers why it is refused, or None."""
+        """Add an image, uint8 [H,W,3] RGB, upright, taken at `stamp` on the bridge's clock (seconds).
+
+        Return the reason if it is refused, else None. The bridge keeps the array: do not write into it afterwards.
+        """
         with self._lock:
             refusal = self._loop.observe_image(camera, image_HW3, stamp, self.now())
             self._ask_if_due()
         return refusal
 
     def observe_state(self, state_S: np.ndarray, stamp: float) -> str | None:
-        """A joint state [S] in physical units; answers why it is refused, or None."""
+        """Add a joint state [S] in physical units. Return the reason if it is refused, else None."""
         with self._lock:
             refusal = self._loop.observe_state(state_S, stamp, self.now())
             self._ask_if_due()
         return refusal
 
     def refuse(self, sensor: str, kind: str, reason: str) -> None:
-        """A sample of a camera or of "state" that could not be read."""
+        """Count a sample that could not be read; `sensor` is a camera or "state"."""
         with self._lock:
             self._loop.refuse(sensor, kind, reason)
 
     def fail(self, error: BaseException) -> None:
-        """The robot is lost: nothing more is sent, and `wait` raises the error."""
+        """Report that the robot is lost. The bridge stops sending, and `wait` raises the error."""
         if self._failure is None:
             self._failure = error
             self._stop.set()
 
     def instruct(self, text: str) -> None:
-        """What to do from now on; empty: hold."""
+        """Set the instruction; empty text holds the arm."""
         with self._lock:
             self._loop.set_instruction(text)
 
     def activate(self, active: bool = True) -> tuple[bool, str]:
-        """Start, or stop without a fault; answers whether it worked, and the state or what is in the way."""
+        """Activate the loop, or deactivate it without a fault.
+
+        Returns:
+            True if it worked, and the new state as text; or False, and the reason.
+        """
         with self._lock:
             if not active:
                 self._loop.deactivate()
@@ -223,18 +233,21 @@ class Bridge:
             return False, f"stopped: {self._loop.fault}; reset first"
 
     def estop(self, engaged: bool) -> tuple[bool, str]:
-        """Engage (nothing is sent once this has returned) or release the emergency stop; answers as `activate`."""
+        """Engage or release the emergency stop; returns like `activate`.
+
+        The bridge sends nothing after this has returned, until the stop is released, reset and activated again.
+        """
         with self._lock:
             self._loop.estop(engaged)
             return True, "engaged" if engaged else f"released; {self._loop.state.value}, reset to go on"
 
     def reset(self) -> tuple[bool, str]:
-        """Clear a fault; the bridge is idle then. Answers as `activate`."""
+        """Clear a fault, after which the loop is idle; returns like `activate`."""
         with self._lock:
             done = self._loop.reset()
         return done, "idle; activate to go on" if done else "the emergency stop is engaged"
 
-    # --- what may be asked, from any thread ---------------------------------------------------------------------------
+    # --- state, from any thread ---------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
@@ -246,16 +259,16 @@ class Bridge:
 
     @property
     def fault(self) -> str | None:
-        """Why the loop stopped; None unless it did."""
+        """Reason why the loop stopped, or None."""
         return self._loop.fault
 
     @property
     def measurements(self) -> Measurements:
-        """Of the whole run; grows meanwhile."""
+        """Counters and latency samples of the whole run; the control thread goes on adding to them."""
         return self._loop.measurements
 
     def diagnostics(self) -> dict[str, Any]:
-        """Everything that an operator may want to see, as plain values; see `ControlLoop.diagnostics`."""
+        """Return the state for an operator as plain values, see `ControlLoop.diagnostics`."""
         with self._lock:
             return {"dry_run": self.settings.dry_run, **self._loop.diagnostics(self.now())}
 
@@ -264,7 +277,7 @@ class Bridge:
     def _run(self) -> None:
         try:
             self._tick_until_stopped()
-        except BaseException as error:  # raised again where somebody waits; nothing is sent any more
+        except BaseException as error:  # `wait` raises it; the bridge sends nothing more
             self._ended.set_exception(error)
         else:
             if self._failure is None:
@@ -273,7 +286,7 @@ class Bridge:
                 self._ended.set_exception(self._failure)
 
     def _tick_until_stopped(self) -> None:
-        """Absolute deadlines: a tick that is late does not delay the following ones, and lost ones are left out."""
+        """Tick at absolute times: a late tick does not delay the following ones, and missed ticks are skipped."""
         period = 1.0 / self.embodiment.control_hz
         due = self.now() + period
         while not self._stop.wait(max(due - self.now(), 0.0)):
@@ -294,7 +307,7 @@ class Bridge:
                 self._on_tick(seen)
 
     def _ask_if_due(self) -> None:
-        """Under the lock."""
+        """Send a request to the policy if one is due. Call it under the lock."""
         if self._policy_thread is None or self._stop.is_set():
             return
         request = self._loop.request_due(self.now())
@@ -302,18 +315,18 @@ class Bridge:
             self._submit(self._ask(request))
 
     def _submit(self, work: Coroutine[Any, Any, None]) -> None:
-        assert self._policy_thread is not None, "the bridge runs"
+        assert self._policy_thread is not None, "the bridge has started"
         self._policy_thread.submit(work).add_done_callback(self._check)
 
     def _check(self, done: Future[None]) -> None:
-        """Whatever goes wrong in the other thread ends the bridge, and `wait` raises it."""
+        """End the bridge with an error of the policy thread; `wait` raises it."""
         error = None if done.cancelled() else done.exception()
         if error is not None:
             self.fail(error)
 
     async def _ask(self, request: Request) -> None:
         self._asking = self._asking or asyncio.Lock()
-        async with self._asking:  # a request that was given up may still wait for its own deadline
+        async with self._asking:  # one at a time: a request that the loop gave up may still wait for its deadline
             left_s = request.deadline - self.now()
             try:
                 answer = await self._client.infer(

@@ -1,4 +1,4 @@
-"""Single keys of the operator: at a terminal without Enter, else (a pipe) as they come."""
+"""Read single keys of the operator: from a terminal without Enter, or from a pipe."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Self
 
 
 class Keyboard:
-    """Calls back with every key, from a thread of its own, while its context is open.
+    """Context manager that calls back with every key, from its own thread.
 
     Args:
-        on_key: told one character at a time, but no line ends from a pipe.
-        descriptor: of the input; None: standard input.
+        on_key: callback with one character; line ends from a pipe are left out.
+        descriptor: file descriptor of the input; None for standard input.
     """
 
     def __init__(self, on_key: Callable[[str], None], descriptor: int | None = None) -> None:
@@ -50,7 +50,7 @@ class Keyboard:
             if self._wake in ready:
                 return
             pressed = os.read(self._input, 64).decode(errors="replace")
-            if not pressed:  # the pipe has been closed: there is nobody any more
+            if not pressed:  # the pipe was closed
                 return
             for key in pressed:
                 if terminal or key not in "\r\n":

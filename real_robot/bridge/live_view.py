@@ -1,4 +1,4 @@
-"""What the robot sees and does, while it does it: in rerun's window, or as a video where there is no screen."""
+"""Live view of cameras and commands: in a window of rerun, or as an mp4 video on a machine without a screen."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ _HEIGHT = 256
 
 
 class View(Protocol):
-    """Shows ticks; `show` is quick, so that it can be a bridge's `on_tick`."""
+    """Interface of a live view."""
 
-    def show(self, tick: Tick) -> None: ...
+    def show(self, tick: Tick) -> None:
+        """Show a tick. It is quick, so that it can be a bridge's `on_tick`."""
+        ...
 
     def note(self, text: str) -> None:
-        """What is written beside the following ticks, such as the outcome of an episode."""
+        """Set the text shown with the following ticks, such as the outcome of an episode."""
         ...
 
 
 def choose_view(view: str) -> str:
-    """What `auto` is on this machine; ValueError for something unknown."""
+    """Return the view to use: for "auto" rerun if this machine has it and a screen, else video.
+
+    Raises:
+        ValueError: `view` is none of `VIEWS`.
+    """
     if view not in VIEWS:
         raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
     if view != "auto":
@@ -40,11 +46,11 @@ def choose_view(view: str) -> str:
 
 
 class VideoView(WritingThread[tuple[Tick, str]]):
-    """All cameras side by side, with instruction, state and note above them, at the rate of the ticks.
+    """Video of all cameras side by side, with instruction, state and note above them, one frame per tick.
 
     Args:
-        path: of the mp4, which is there when the view is closed.
-        fps: control rate.
+        path: path of the mp4; the file is complete when the context is left.
+        fps: frames per second, the control rate.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
@@ -71,7 +77,11 @@ class VideoView(WritingThread[tuple[Tick, str]]):
 
 
 class RerunView:
-    """Cameras, commands and states as streams of rerun, in its own window."""
+    """Window of rerun with streams of cameras, commands and states.
+
+    Args:
+        name: name of the recording in rerun.
+    """
 
     def __init__(self, name: str) -> None:
         import rerun

@@ -1,4 +1,4 @@
-"""Files of `configs/` without Hydra, for programs that get their parameters from elsewhere."""
+"""Read a file of `configs/` without Hydra, for programs with parameters of their own, such as the ROS 2 node."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 
 def named_config(group: str, name: str) -> dict[str, Any]:
-    """The values of `configs/GROUP/NAME.yaml`, or of the file `name` if it ends in .yaml.
+    """Return the values of `configs/GROUP/NAME.yaml`, or of the file `name` if it ends in .yaml or .yml.
 
     Raises:
-        ValueError: there is no such name (the text lists them), or no mapping in the file.
+        ValueError: there is no such name (the message lists them), or the file holds no mapping.
     """
     folder = resources.files("cogvla.configs") / group
     names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))

@@ -1,4 +1,4 @@
-"""A thread that writes what the control loop hands over, so that the loop never waits for a disk or an encoder."""
+"""Writer thread with a queue, so that the control loop never waits for a disk or a video encoder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ T = TypeVar("T")
 
 
 class WritingThread(ABC, Generic[T]):
-    """Runs `_write` in a thread while the context is open, on what is put into `_waiting` meanwhile.
+    """Context manager that runs `_write` in a thread, on the items that are put into `_waiting`.
 
-    What `_write` raises ends it, stands in `_failure`, and is raised where the context is left without another error.
+    An exception of `_write` ends the writing. It is kept in `_failure`, and raised when the context is left without
+    another error.
 
     Args:
-        name: of the thread.
-        room: how many items may wait; 0: any number.
+        name: name of the thread.
+        room: largest number of waiting items; 0 for no limit.
     """
 
     def __init__(self, name: str, room: int = 0) -> None:
@@ -29,7 +30,7 @@ class WritingThread(ABC, Generic[T]):
 
     @abstractmethod
     def _write(self, items: Iterator[T]) -> None:
-        """Write all of them; there are no more when the context is left."""
+        """Write all items; the iterator ends when the context is left."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -47,7 +48,7 @@ class WritingThread(ABC, Generic[T]):
         items = iter(self._waiting.get, None)
         try:
             self._write(items)
-        except BaseException as error:  # raised again where the context is left
+        except BaseException as error:  # raised when the context is left
             self._failure = error
-            for _ in items:  # so that nobody waits for room
+            for _ in items:  # empty the queue, so that no `put` waits for room
                 pass

@@ -1,14 +1,14 @@
-"""Any robot of `lerobot` (SO-101, Koch, ALOHA, ...) as a `FrontEnd`, in lerobot's own units.
+"""Drive any robot of `lerobot` (SO-101, Koch, ALOHA, ...): a `FrontEnd` in lerobot's own units.
 
     bridge, every tick --send--> newest command --+
                                                   v
                      thread "robot":  robot.send_action, or else  robot.get_observation --> bridge.observe_*
 
-One thread alone talks to the robot, because a bus of motors carries one message at a time. A command goes first. It is
-dropped when it has become older than a control period (the robot was busy), or when the bridge has stopped meanwhile:
-so after an e-stop at most the message that is being written at that moment reaches the motors.
+Only one thread talks to the robot, because a motor bus carries one message at a time. Commands go before observations.
+The thread drops a command that is older than a control period (the robot was busy), or if the bridge has stopped. So
+after an e-stop, at most the message that is being written at that moment reaches the motors.
 
-An observation is stamped with the time before it was read: it is never older than it seems.
+The stamp of an observation is the time before reading it, so the observation is never older than its stamp says.
 
 Shape legend: A action dimension, S state dimension.
 """
@@ -38,15 +38,16 @@ JOIN_S = 5.0
 
 @dataclass(frozen=True)
 class LeRobotSettings:
-    """Which robot, and which of its features is which part of an observation. The named ones: configs/lerobot/*.yaml.
+    """A robot of lerobot, and the mapping of its features to the embodiment. Ready-made ones: configs/lerobot/*.yaml.
 
     Attributes:
-        type: name under which lerobot knows the robot, e.g. so101_follower.
-        modules: modules that register this type and those of its cameras; of your own robot, too.
-        config: fields of lerobot's configuration of this type (id, port, cameras, ...), as its commands take them.
+        type: lerobot's name of the robot type, e.g. so101_follower.
+        modules: Python modules that register this type and the types of its cameras; they may be your own.
         cameras: camera of the embodiment -> key in the robot's observation.
-        state: [S] key in the robot's observation of each entry of the embodiment's state.
-        action: [A] key of the robot's action for each entry of the embodiment's action.
+        state: [S] keys in the robot's observation, one per entry of the embodiment's state.
+        action: [A] keys of the robot's action, one per entry of the embodiment's action.
+        config: fields of lerobot's configuration of this type (id, port, cameras, ...), as lerobot's commands take
+            them.
     """
 
     type: str
@@ -61,7 +62,7 @@ class LeRobotSettings:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def check(self, embodiment: Embodiment) -> None:
-        """ValueError unless these features make up an observation and an action of this embodiment."""
+        """Raise ValueError if the cameras, state or action keys do not match the embodiment."""
         if set(self.cameras) != set(embodiment.camera_names):
             raise ValueError(
                 f"lerobot.cameras has {sorted(self.cameras)}, embodiment {embodiment.name!r} has "
@@ -75,13 +76,13 @@ class LeRobotSettings:
                 )
 
     def check_robot(self, robot: Robot, embodiment: Embodiment) -> None:
-        """ValueError unless the robot has these features, and its images the embodiment's sizes."""
+        """Raise ValueError if the robot lacks one of these features or sends images of another size."""
         there, wanted = robot.observation_features, robot.action_features
         missing = [key for key in (*self.cameras.values(), *self.state) if key not in there]
         if missing:
             raise ValueError(f"{robot.name} observes no {', '.join(missing)}; it observes {', '.join(there)}")
         if set(wanted) != set(self.action):
-            raise ValueError(f"lerobot.action must name all of the robot's action: {', '.join(wanted)}")
+            raise ValueError(f"lerobot.action must name all keys of the robot's action: {', '.join(wanted)}")
         for camera in embodiment.cameras:
             shape = there[self.cameras[camera.name]]
             if tuple(shape) != (camera.height, camera.width, 3):
@@ -92,7 +93,7 @@ class LeRobotSettings:
 
 
 def make_robot(settings: LeRobotSettings) -> Robot:
-    """The robot, not connected; ValueError if lerobot does not know it, or not with this configuration."""
+    """Build the robot without connecting it; ValueError if lerobot does not know the type or refuses its config."""
     import draccus
     from lerobot.robots import RobotConfig, make_robot_from_config
 
@@ -113,11 +114,11 @@ def make_robot(settings: LeRobotSettings) -> Robot:
 
 @contextmanager
 def connected(robot: Robot) -> Iterator[Robot]:
-    """Connect, without calibrating; disconnect at the end.
+    """Connect the robot without calibrating it, and disconnect it at the end.
 
     Raises:
         ValueError: the robot has not been calibrated.
-        ConnectionError: it is not there.
+        ConnectionError: the robot cannot be reached.
     """
     robot.connect(calibrate=False)
     try:
@@ -129,12 +130,15 @@ def connected(robot: Robot) -> Iterator[Robot]:
 
 
 class LeRobotFrontEnd:
-    """See the module docstring.
+    """Front end of a lerobot robot.
 
     Args:
-        robot: connected; it belongs to whoever connected it.
-        settings: checked against robot and embodiment here.
-        embodiment: the bridge's.
+        robot: connected robot; the caller disconnects it.
+        settings: mapping of its features; the constructor checks it against robot and embodiment.
+        embodiment: embodiment of the bridge.
+
+    Raises:
+        ValueError: robot, settings and embodiment do not match.
     """
 
     def __init__(self, robot: Robot, settings: LeRobotSettings, embodiment: Embodiment) -> None:
@@ -162,7 +166,7 @@ class LeRobotFrontEnd:
                 self._condition.notify()
 
     def show(self, diagnostics: Mapping[str, Any]) -> None:
-        """Whoever runs the bridge prints them."""
+        """Do nothing: the program that runs the bridge prints the diagnostics."""
 
     def close(self) -> None:
         """See `FrontEnd.close`."""
@@ -187,7 +191,7 @@ class LeRobotFrontEnd:
                 else:
                     self._observe(bridge)
                     due = max(due + self._period_s, self._now() - self._period_s)
-        except BaseException as error:  # raised again where somebody waits for the bridge
+        except BaseException as error:  # `Bridge.wait` raises it
             bridge.fail(error)
 
     def _act(self, bridge: Bridge, action_A: np.ndarray, wanted: float) -> None:
@@ -196,7 +200,10 @@ class LeRobotFrontEnd:
             self._robot.send_action(dict(zip(self._settings.action, values, strict=True)))
 
     def _observe(self, bridge: Bridge) -> None:
-        """A robot that cannot be read now may be in a moment: what is missing becomes stale meanwhile."""
+        """Read the sensors and hand them to the bridge.
+
+        A failed read is no error: it may work a moment later, and until then the sensor becomes stale.
+        """
         stamp = self._now()
         try:
             seen = self._robot.get_observation()
