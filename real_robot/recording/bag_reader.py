@@ -1,12 +1,12 @@
-"""Episodes in a ROS 2 bag (MCAP or SQLite): what the robot saw and was told, on the ticks of its control rate.
+"""Read training episodes from a ROS 2 bag (MCAP or SQLite), resampled to the control rate.
 
-    camera   ---o-----o-----o-----o---          of every sensor the newest sample that was there at the tick,
+    camera   ---o-----o-----o-----o---          each sensor gives its newest sample at the tick,
     joints   -o-o-o-o-o-o-o-o-o-o-o-o-
     command  ----x----x----x-----x----          and the command nearest to it; ticks begin with the first command
     tick     ----|----|----|----|----
 
-Nothing is read twice but images, and those one episode at a time: first the times of everything, then the pictures that
-are needed.
+The reader needs little memory: it first reads the times of all images, and later decodes the images of one episode at a
+time.
 
 Shape legend: A action dimension, S state dimension.
 """
@@ -36,31 +36,36 @@ from cogvla.real_robot.ros.node import COMPRESSED_IMAGE, seconds_of
 from cogvla.real_robot.ros.types import DISTROS
 
 SKEW_S = 10.0
-"""Stamps that are further from the time of recording are of another clock."""
+"""Largest difference between a stamp and the time of recording, in seconds; more means that the clocks differ."""
 PAUSE_TICKS = 10
-"""So many ticks without a command end an episode; in shorter pauses the arm was held."""
+"""Number of ticks without a command that end an episode; in shorter pauses the arm was held."""
 
 
 @dataclass
 class Samples:
-    """Of one topic, in the order of their times: `values` are states [S], commands, texts, or numbers of messages."""
+    """Samples of one topic, in the order of their times.
+
+    Attributes:
+        times: times in seconds.
+        values: states [S], commands, texts, or (for images) indices of messages.
+    """
 
     times: list[float] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
 
     def sort(self) -> None:
-        """Messages may be recorded in another order than they were stamped."""
+        """Sort by time, because messages may be recorded in another order than that of their stamps."""
         order = sorted(range(len(self.times)), key=self.times.__getitem__)
         self.times = [self.times[i] for i in order]
         self.values = [self.values[i] for i in order]
 
     def newest(self, when: float, age_s: float = float("inf")) -> Any | None:
-        """The newest value at that time, if it is not older than `age_s`."""
+        """Return the newest value at time `when`, or None if it is older than `age_s` seconds."""
         index = bisect_right(self.times, when) - 1
         return self.values[index] if index >= 0 and when - self.times[index] <= age_s else None
 
     def nearest(self, when: float, within_s: float) -> Any | None:
-        """The value nearest to that time."""
+        """Return the value nearest to time `when`, or None if it is more than `within_s` seconds away."""
         after = bisect_right(self.times, when)
         near = [i for i in (after - 1, after) if 0 <= i < len(self.times)]
         best = min(near, key=lambda i: abs(self.times[i] - when), default=None)
@@ -69,12 +74,13 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class BagEpisode:
-    """One episode, without its pictures.
+    """One episode of a bag, without its images.
 
     Attributes:
-        instruction: what was asked.
-        states, actions: one per tick.
-        images: camera -> number of the message of its topic, per tick.
+        instruction: instruction of the episode.
+        states: states [S], one per tick.
+        actions: actions [A], one per tick.
+        images: camera -> index of the message in its topic, one per tick.
     """
 
     instruction: str
@@ -88,7 +94,7 @@ class BagEpisode:
 
 @dataclass(frozen=True, eq=False)
 class _Bag:
-    """All that a bag holds, but the pictures."""
+    """Samples of all topics of a bag, without the images."""
 
     texts: Samples
     states: Samples
@@ -99,7 +105,7 @@ class _Bag:
 
 @dataclass(frozen=True, eq=False)
 class _Frame:
-    """One tick of an episode; `images` are numbers of messages."""
+    """One tick of an episode; `images` are indices of messages, `is_held` tells a tick without a command."""
 
     instruction: str
     state_S: np.ndarray
@@ -109,17 +115,21 @@ class _Frame:
 
 
 class BagReader:
-    """One bag. Use it as a context manager.
+    """Reader of one bag. Use it as a context manager.
 
     Args:
         path: folder of the bag, or an MCAP file.
-        embodiment: of the robot, with the cameras' sizes in the bag.
-        robot: limits (how commands are held in a pause) and ages at which sensors are stale.
-        topics: which topic is what.
-        distro: ROS 2 distribution, for messages whose definition the bag does not hold.
+        embodiment: robot, with the image sizes in the bag.
+        robot: kind of the commands (for pauses), and the ages from which samples are stale.
+        topics: mapping of topics to cameras, joints and commands.
+        distro: ROS 2 distribution, for message types that the bag does not define.
 
     Attributes:
-        skipped: ticks that are in no episode, by reason.
+        skipped: number of ticks that belong to no episode, by reason.
+
+    Raises:
+        ValueError: topics, robot and embodiment do not match; or, when the context is entered, the bag is missing,
+            cannot be read, or lacks a topic.
     """
 
     def __init__(
@@ -154,13 +164,14 @@ class BagReader:
         self._open.close()
 
     def episodes(self, instruction: str | None = None) -> list[BagEpisode]:
-        """What can be learned from, in order.
+        """Return the episodes of the bag, in order.
 
         Args:
-            instruction: of the whole bag; None: what its instruction topic says, every new text a new episode.
+            instruction: instruction of the whole bag; None reads the instruction topic, where every new text starts a
+                new episode.
 
         Raises:
-            ValueError: nobody says what was asked for, or samples of a topic cannot be used.
+            ValueError: there is no instruction or no command, or the samples of a topic cannot be used.
         """
         bag = _Bag(
             self._instructions(instruction),
@@ -193,13 +204,19 @@ class BagReader:
         return found
 
     def pictures(self, episode: BagEpisode) -> dict[str, list[bytes]]:
-        """PNG files of an episode, by camera; ValueError for a size that is not the embodiment's."""
+        """Return the images of an episode as PNG files: camera -> files. ValueError if their size is wrong."""
         return {camera: self._pictures(camera, numbers) for camera, numbers in episode.images.items()}
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _frame(self, bag: _Bag, when: float, last_A: np.ndarray | None) -> _Frame | str:
-        """What was there at a tick, or why there is nothing to learn from it; `last_A` is held without a command."""
+        """Return the frame of a tick, or the reason why there is none.
+
+        Args:
+            bag: samples of the bag.
+            when: time of the tick in seconds.
+            last_A: action [A] to hold if there is no command; None to hold nothing.
+        """
         loop = self._robot.loop
         text = bag.texts.newest(when)
         if not text:
@@ -230,7 +247,7 @@ class BagReader:
             )
 
     def _messages(self, topic: str, numbers: Sequence[int] | None = None) -> Iterator[tuple[int, float, Any]]:
-        """Number, time of recording and message, of all or of some."""
+        """Yield index, time of recording in seconds and message, of all messages of a topic or of some."""
         connection: Connection = self._connections[topic]
         wanted = None if numbers is None else set(numbers)
         for number, (_, nanoseconds, raw) in enumerate(self._reader.messages([connection])):
@@ -240,7 +257,7 @@ class BagReader:
                 return
 
     def _samples(self, topic: str) -> Samples:
-        """Joint states, or commands."""
+        """Read the joint states or the commands of a topic."""
         samples = Samples()
         is_state = topic == self._topics.joint_states
         for _, recorded, message in self._messages(topic):
@@ -270,7 +287,7 @@ class BagReader:
         for _, recorded, message in self._messages(self._topics.instruction):
             texts.times.append(recorded)
             texts.values.append(message.data.strip())
-        if texts.times:  # the topic is latched: what was said first was in force when recording began
+        if texts.times:  # the topic is latched: the first text was already valid when recording began
             texts.times[0] = float("-inf")
         return texts
 
@@ -294,7 +311,7 @@ class BagReader:
         return stamp
 
     def _action(self, commands: Samples, gripper: Samples | None, when: float) -> np.ndarray | None:
-        """What was commanded at a tick [A]; a gripper of its own keeps its last command."""
+        """Return the action [A] of a tick, or None; a gripper with its own topic keeps its last command."""
         half_s = 0.5 / self._embodiment.control_hz
         command = commands.nearest(when, half_s)
         if command is None or gripper is None:
@@ -312,7 +329,7 @@ class BagReader:
         return action_A
 
     def _hold(self, action_A: np.ndarray) -> np.ndarray:
-        """What keeps the arm where it is: the same target, or no displacement."""
+        """Return the action [A] that keeps the arm still: the same target, or no displacement."""
         if self._robot.limits.kind == "absolute":
             return action_A
         held_A = np.zeros_like(action_A)

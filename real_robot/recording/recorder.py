@@ -1,4 +1,4 @@
-"""What a robot did, as a LeRobotDataset v3 to train on.
+"""Record a robot's episodes as a LeRobotDataset v3 for training.
 
     Bridge.on_tick --> Recorder: one frame per tick (newest images and state, the command that was sent with them)
                           |  thread: PNG files
@@ -7,8 +7,8 @@
                           v  assemble
     OUTPUT/                                      the data set, with all of them
 
-An episode begins with the first command after the robot was activated, and ends when nothing is sent any more or
-another instruction is given. While the arm is held in between, the holding commands are part of it.
+An episode begins with the first command after the robot was activated. It ends when the bridge stops sending or gets
+another instruction. Commands that hold the arm in between are part of the episode.
 
 Features: observation.images.CAMERA, observation.state [S], action [A], in the robot's own units.
 
@@ -36,24 +36,24 @@ from cogvla.real_robot.bridge.writing_thread import WritingThread
 RECORD_FILE = "recording.json"
 STATE_FEATURE, ACTION_FEATURE = "observation.state", "action"
 QUEUED = 600
-"""Ticks that may wait to be encoded: with two cameras of 640x480 about 1 GB."""
+"""Largest number of ticks that wait for encoding; about 1 GB with two cameras of 640x480."""
 SHORTEST = 2
-"""Frames; less is no episode."""
+"""Smallest number of frames of an episode."""
 
 
 class RecordingFolder:
-    """Where episodes wait until they become a data set; `DatasetFolder` says what is where.
+    """Folder of finished episodes, which `assemble` turns into a data set; the layout is that of `DatasetFolder`.
 
     Args:
-        output: of the data set.
-        embodiment: of the robot; its control rate must be a whole number, as LeRobotDatasets have it.
-        robot: name, for the data set.
-        video: images become videos.
-        resume: keep the episodes that an interrupted recording left there.
-        source: where the episodes come from, as plain values.
+        output: folder of the data set.
+        embodiment: robot; its control rate must be a whole number, because LeRobotDatasets need one.
+        robot: name of the robot in the data set.
+        video: store images as videos.
+        resume: keep the episodes of an interrupted recording.
+        source: origin of the episodes, as plain values.
 
     Raises:
-        ValueError: there is a data set already, or an unfinished one of another robot or source.
+        ValueError: the folder holds a data set, or an unfinished one of another robot or source.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class RecordingFolder:
         self._folder = DatasetFolder(output, "recording", "recorded", RECORD_FILE)
         self._fps, self._robot, self._video = round(embodiment.control_hz), robot, video
         self._request = {"robot": robot, "embodiment": asdict(embodiment), "video": video, "source": source}
-        self._folder.prepare(self._request, resume and bool(self.numbers()))  # nothing done yet binds nobody
+        self._folder.prepare(self._request, resume and bool(self.numbers()))  # an empty folder fits any recording
 
     def numbers(self) -> list[int]:
-        """Of the episodes that are complete, in order."""
+        """Return the numbers of the complete episodes, in order."""
         paths = self._folder.episodes.glob("[0-9]*.npz")
         return sorted(int(path.stem) for path in paths if Demonstration.is_complete(path))
 
@@ -87,18 +87,18 @@ class RecordingFolder:
         actions: list[np.ndarray],
         images: dict[str, list[bytes]],
     ) -> None:
-        """Put an episode on disk: T states [S], actions [A], and PNG files of each camera."""
+        """Save an episode: T states [S], T actions [A], and T PNG files of each camera."""
         arrays = {STATE_FEATURE: np.stack(states).astype(np.float32)}
         arrays[ACTION_FEATURE] = np.stack(actions).astype(np.float32)
         named = {IMAGE_PREFIX + camera: files for camera, files in images.items()}
         pack_encoded(instruction, self._fps, arrays, named).save(self._path(number))
 
     def remove(self, number: int) -> None:
-        """Take an episode back."""
+        """Delete an episode."""
         self._path(number).unlink()
 
     def assemble(self) -> int:
-        """Make the data set of all episodes; answers how many. Without one nothing is made."""
+        """Build the data set of all episodes and return their number; without episodes build none."""
         numbers = self.numbers()
         if not numbers:
             return 0
@@ -120,19 +120,19 @@ class RecordingFolder:
 
 
 class Recorder(WritingThread[Tick | str]):
-    """See the module docstring; `show` is a bridge's `on_tick`. Use it as a context manager around the bridge.
+    """Recorder of a bridge: pass `show` as `on_tick`, and use it as a context manager around the bridge.
 
-    Leaving the context puts the data set together; when an error leaves it, the episodes wait for the next run.
+    Leaving the context builds the data set. After an error it does not, and the next run continues with the episodes.
 
     Args:
         output: folder of the data set.
-        embodiment: of the bridge.
-        robot: name, for the data set.
-        video: images become videos.
-        resume: see `RecordingFolder`.
+        embodiment: embodiment of the bridge.
+        robot: name of the robot in the data set.
+        video: store images as videos.
+        resume: keep the episodes of an interrupted recording.
 
     Attributes:
-        episodes: how many there are now, those of earlier runs included.
+        episodes: number of episodes so far, including those of earlier runs.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Recorder(WritingThread[Tick | str]):
         return len(self._numbers)
 
     def show(self, tick: Tick) -> None:
-        """Take a tick; what ended the recording is raised: a full disk, or a machine that is too slow."""
+        """Queue a tick for recording; raise the error that ended it, such as a full disk or a full queue."""
         if self._failure is not None:
             raise self._failure
         try:
@@ -162,7 +162,7 @@ class Recorder(WritingThread[Tick | str]):
             ) from None
 
     def end_episode(self, keep: bool = True) -> None:
-        """End the running episode and keep it, or drop it; without a running one, drop the last that was kept."""
+        """End the running episode and keep or drop it; to drop without a running one deletes the last episode."""
         self._waiting.put("end" if keep else "drop")
 
     def __exit__(

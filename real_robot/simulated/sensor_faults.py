@@ -1,4 +1,4 @@
-"""What may go wrong with a robot's sensors, on request: built into the simulated robot, for tests and rehearsals."""
+"""Inject sensor faults into the simulated robot, for tests and rehearsals."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ FAULTS = ("none", "silent", "frozen", "small", "late", "out_of_order", "clock")
 
 @dataclass
 class SensorFaults:
-    """The fault in force.
+    """The active fault.
 
     Attributes:
         fault: one of
-            silent: the sensor sends nothing; frozen: a camera repeats its last image, with new stamps;
+            none: no fault;
+            silent: the sensor sends nothing; frozen: a camera repeats its last image with new stamps;
             small: a camera sends images of half the size; late: stamps are `seconds` in the past;
-            out_of_order: every other sample is stamped `seconds` in the past; clock: like late, for all sensors.
-        sensor: a camera, or "state"; None: all.
-        seconds: see there; negative for a clock that is ahead.
+            out_of_order: every other stamp is `seconds` in the past; clock: like late, for all sensors.
+        sensor: a camera or "state"; None for all sensors.
+        seconds: shift of the stamps in seconds; negative for a clock that is ahead.
     """
 
     fault: str = "none"
@@ -39,14 +40,14 @@ class SensorFaults:
 
     @staticmethod
     def from_json(text: str) -> SensorFaults:
-        """Such as `{"fault": "silent", "sensor": "wrist"}`; ValueError says what is wrong."""
+        """Read a fault from JSON such as `{"fault": "silent", "sensor": "wrist"}`; ValueError if it is wrong."""
         try:
             return SensorFaults(**json.loads(text))
         except TypeError as error:
             raise ValueError(f"a fault is a map of fault, sensor and seconds: {error}") from error
 
     def image(self, camera: str, image_HW3: np.ndarray, stamp: float, send: Callable[[np.ndarray, float], Any]) -> None:
-        """Send an image, or what the fault makes of it."""
+        """Send an image, changed by the fault."""
         if self._hits(camera):
             if self.fault == "frozen":
                 image_HW3 = self._last.setdefault(camera, image_HW3)
@@ -55,7 +56,7 @@ class SensorFaults:
         self._send(camera, image_HW3, stamp, send)
 
     def state(self, value: Any, stamp: float, send: Callable[[Any, float], Any]) -> None:
-        """Send a joint state, or what the fault makes of it."""
+        """Send a joint state, changed by the fault."""
         self._send(STATE, value, stamp, send)
 
     def _send(self, sensor: str, value: Any, stamp: float, send: Callable[[Any, float], Any]) -> None:

@@ -1,11 +1,11 @@
-"""The tabletop arm in real time: takes displacements when they come, shows joints at 100 Hz and cameras at 20 Hz.
+"""Simulate the tabletop arm in real time: displacements in, joints at 100 Hz and cameras at 20 Hz out.
 
-    command  |--- control step, 50 ms ---|  the next command, or a pause of its own
+    command  |--- control step, 50 ms ---|  next command, or a pause
     joints   ^   ^   ^   ^   ^                 measured every 10 ms
     cameras                              ^     rendered at the end of each step
 
-A command is executed for one control step from the moment it is there. Two that come close together are executed one
-after the other. When none comes, the arm keeps its pose: as a robot does whose bridge is gone.
+The arm executes a command for one control step, starting when it arrives. It executes commands that arrive close
+together one after the other. Without a command it keeps its pose, like a robot that has lost its bridge.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from cogvla.envs.suite import Suite
 from cogvla.envs.tabletop.env import CAMERAS, TabletopEnv
 
 STATE_NAMES = ("tcp_x", "tcp_y", "tcp_z", "tcp_rx", "tcp_ry", "tcp_rz", "finger_left", "finger_right")
-"""What the entries of the state are called among the joints."""
+"""Joint names of the state entries."""
 GRIPPER = 6
 WAITING = 4
-"""Commands that wait at most; of more, the oldest are lost, as on any robot."""
+"""Largest number of waiting commands; the oldest are dropped, as on a real robot."""
 
 
 @dataclass(frozen=True)
 class SceneStart:
-    """Which scene: `number` counts them, so that its result can be told from the one before; else as `EpisodeSpec`."""
+    """Request for a scene. `number` identifies it in `SceneStatus`; the other fields are those of `EpisodeSpec`."""
 
     number: int
     task: int
@@ -40,22 +40,22 @@ class SceneStart:
     asked: int | None = None
 
     def options(self) -> dict[str, Any]:
-        """Options of the environment's `reset`."""
+        """Return the options of the environment's `reset`."""
         options = {"task": self.task, "initial_state": self.initial_state}
         return options if self.asked is None else options | {"asked": self.asked}
 
 
 @dataclass(frozen=True)
 class SceneStatus:
-    """What became of a scene so far.
+    """Progress of a scene.
 
     Attributes:
-        number: of its `SceneStart`.
-        instruction: of the task that is asked for.
-        steps: control steps since the first command.
-        success: whether the task asked for has been done.
-        scene_task_success: whether the scene's own task has been done.
-        over: success, or no step is left.
+        number: number of its `SceneStart`.
+        instruction: instruction of the task that is asked for.
+        steps: number of control steps since the first command.
+        success: True once the task that is asked for is done.
+        scene_task_success: True once the scene's own task is done.
+        over: True after success, or when no step is left.
     """
 
     number: int
@@ -67,16 +67,20 @@ class SceneStatus:
 
 
 class SimulatedArm:
-    """See the module docstring. `step` is called by one thread, over and over; everything else by any.
+    """Simulated arm. Call `step` in a loop from one thread; any thread may call the other methods.
 
     Args:
         suite: a tabletop suite.
-        image_size: of the cameras, in pixels.
-        max_steps: control steps until a scene is over, pauses included.
-        on_joints: told the joints by name, in m and rad.
-        on_images: told the images, uint8 [H,W,3], by camera, and how many seconds old they are.
-        on_status: told every new `SceneStatus`.
-        clock, sleep: monotonic seconds.
+        image_size: width and height of the images in pixels.
+        max_steps: number of control steps after which a scene is over, including pauses.
+        on_joints: callback with joint name -> position in m or rad.
+        on_images: callback with camera -> image, uint8 [H,W,3], and the age of the images in seconds.
+        on_status: callback with every new `SceneStatus`.
+        clock: monotonic clock in seconds.
+        sleep: function that waits for a number of seconds.
+
+    Raises:
+        ValueError: `suite` is no tabletop suite.
     """
 
     def __init__(
@@ -102,13 +106,13 @@ class SimulatedArm:
         self._start: SceneStart | None = SceneStart(0, 0, 0)
         self._gripper = -1.0
         self._due = self._measured = 0.0
-        self._followed = False  # the last step was commanded, so the next command is about to come
+        self._followed = False  # True if the last step had a command, so that the next one will come soon
         self._arm_joints = [(f"joint{i}", int(env.scene.model.joint(f"joint{i}").qposadr[0])) for i in range(1, 8)]
         self._env.watch = self._watch
         self.status = SceneStatus(0, "")
 
     def command(self, action_A: np.ndarray) -> None:
-        """Displacement [6] and gripper, as the environment's action; ValueError for another size or NaN."""
+        """Queue a command [7], displacement [6] and gripper as in the environment; ValueError if it is invalid."""
         action_A = np.asarray(action_A, float)
         if action_A.shape != self._env.action_space.shape or not np.isfinite(action_A).all():
             raise ValueError(f"a command is {self._env.action_space.shape[0]} finite numbers, got {action_A}")
@@ -117,7 +121,7 @@ class SimulatedArm:
             self._condition.notify()
 
     def set_scene(self, start: SceneStart) -> None:
-        """Set up another scene, with the arm at its start; commands that wait are dropped. ValueError: no such task."""
+        """Set up another scene with the arm at its start, and drop waiting commands; ValueError without such a task."""
         if not 0 <= start.task < self._tasks or start.initial_state < 0:
             raise ValueError(f"there are tasks 0 to {self._tasks - 1} and initial states from 0, got {start}")
         with self._condition:
@@ -126,7 +130,7 @@ class SimulatedArm:
             self._condition.notify()
 
     def step(self) -> None:
-        """One control step in real time: wait for a command, but not for long; then move, measure and look."""
+        """Run one control step in real time: wait a short time for a command, then move, measure and render."""
         with self._condition:
             patience = 0.5 * self._period if self._followed else 0.0
             waited = not self._commands
@@ -144,13 +148,13 @@ class SimulatedArm:
         self._gripper = float(action_A[GRIPPER])
         now = self._clock()
         if (self._followed and waited) or not now - self._period < self._due <= now:
-            self._due = now  # else the schedule goes on, and the time that pictures took is caught up with
+            self._due = now  # otherwise keep the schedule, which makes up for the time that rendering took
         observation, *_, info = self._env.step(action_A)
         self._on_images({name: observation[name] for name in CAMERAS}, self._clock() - self._measured)
         self._count(info)
 
     def render(self, height: int, width: int) -> np.ndarray:
-        """What the first camera sees, for a picture of another size; only between steps."""
+        """Render the first camera in another size, uint8 [H,W,3]. Call it only between steps."""
         return self._env.render_camera(CAMERAS[0], height, width)
 
     def close(self) -> None:
@@ -166,7 +170,7 @@ class SimulatedArm:
         self._on_status(self.status)
 
     def _watch(self) -> None:
-        """Within a control step, every 10 ms of it; commands that wait make the arm hurry."""
+        """Publish the joints every 10 ms of a control step, in real time; faster if commands wait."""
         self._due += 0.01
         left = self._due - self._clock()
         if left > 0 and not self._commands:

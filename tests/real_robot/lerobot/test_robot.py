@@ -86,7 +86,7 @@ def test_a_robot_of_lerobot_is_made_from_a_file_and_checked_before_it_is_connect
         ({"config": {"high": True}}, r"camera 'top' of plane_arm gives \(16, 12, 3\), .* has 8x12 for 'front'"),
         ({"cameras": {"front": "top"}}, r"lerobot.cameras has \['front'\]"),
         ({"state": JOINTS[:2]}, "lerobot.state names 2 features, the state of 'plane_arm' has 3"),
-        ({"action": ("shoulder.pos", "elbow.pos", "wrist.pos")}, "must name all keys of the robot's action: .*gripper.pos"),
+        ({"action": ("shoulder.pos", "elbow.pos", "wrist.pos")}, "name all keys of the robot's action: .*gripper.pos"),
     ],
 )
 def test_a_robot_that_does_not_fit_is_refused_with_what_to_change(changes: dict[str, Any], message: str) -> None:
