@@ -207,7 +207,7 @@ class BagReader:
         """Return the images of an episode as PNG files: camera -> files. ValueError if their size is wrong."""
         return {camera: self._pictures(camera, numbers) for camera, numbers in episode.images.items()}
 
-    # --- inside -------------------------------------------------------------------------------------------------------
+    # --- internals ----------------------------------------------------------------------------------------------------
 
     def _frame(self, bag: _Bag, when: float, last_A: np.ndarray | None) -> _Frame | str:
         """Return the frame of a tick, or the reason why there is none.

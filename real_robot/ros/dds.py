@@ -1,11 +1,11 @@
-"""A ROS 2 node without ROS 2, over Eclipse Cyclone DDS: other nodes see, hear and call it as one of their own.
+"""ROS 2 node without an installation of ROS 2, over Eclipse Cyclone DDS. ROS 2 nodes see it as one of their own.
 
     topic /x          rt/x, package::msg::dds_::Type_, XCDR1
-    service /x        rq/xRequest and rr/xReply, each sample led by the client's id and a sequence number; this is how
-                      rmw_cyclonedds_cpp does it, and other middlewares do not
-    node list         ros_discovery_info says which readers and writers belong to which node
+    service /x        rq/xRequest and rr/xReply, where each sample starts with the client's id and a sequence number;
+                      rmw_cyclonedds_cpp uses this format, other middlewares do not
+    node list         ros_discovery_info lists the readers and writers of each node
 
-It hears this machine only, unless it is told to use a network: `DdsSettings.interface`.
+The node communicates only within this machine unless `DdsSettings.interface` names a network.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _log = logging.getLogger(__name__)
 LOOPBACK = "lo"
 DISCOVERY_INFO = "rmw_dds_common/msg/ParticipantEntitiesInfo"
 _TAKEN = 64
-"""Samples that are taken from a reader at once."""
+"""Number of samples taken from a reader at once."""
 _BLOCKING = duration(milliseconds=10)
-"""How long a reliable writer may wait for a slow reader. A control loop must not, for long."""
+"""Longest time that a reliable writer waits for a slow reader; short, because the control loop waits with it."""
 
 
 @dataclass(frozen=True)
 class DdsSettings:
-    """Which network, and which ROS 2.
+    """Network and ROS 2 distribution.
 
     Attributes:
         domain: ROS_DOMAIN_ID of the robot.
-        interface: network interface; "lo" is this machine only, without multicast. None: what CYCLONEDDS_URI says.
+        interface: network interface; "lo" for this machine only, without multicast; None to use CYCLONEDDS_URI.
         distro: ROS 2 distribution of the robot, one of `ros_types.DISTROS`.
     """
 
@@ -60,7 +60,7 @@ class DdsSettings:
             raise ValueError(f"dds.domain must be from 0 to 232, got {self.domain}")
 
     def configuration(self) -> str | None:
-        """Configuration of Cyclone DDS; None: its own way of finding it."""
+        """Return the configuration of Cyclone DDS as XML, or None to let Cyclone DDS find its own."""
         if self.interface is None:
             return None
         loopback = self.interface == LOOPBACK
@@ -91,14 +91,14 @@ def _qos(delivery: Delivery, type_hash: str | None = None) -> Qos:
 
 
 class DdsNode:
-    """See the module docstring; a `RosNode`. Callbacks come from one thread, which starts with `start`.
+    """`RosNode` over Cyclone DDS. All callbacks run in one thread, which `start` starts.
 
     Args:
-        name: fully qualified, such as `/cogvla_bridge`.
-        settings: which network, and which ROS 2.
+        name: fully qualified name, such as `/cogvla_bridge`.
+        settings: network and ROS 2 distribution; None for the defaults.
 
     Attributes:
-        failure: what a callback raised; nothing calls back any more then.
+        failure: exception of a callback, after which there are no more callbacks; else None.
     """
 
     def __init__(self, name: str, settings: DdsSettings | None = None) -> None:
@@ -124,13 +124,13 @@ class DdsNode:
         self.failure: BaseException | None = None
 
     def start(self) -> Self:
-        """Say who is here, and start to call back."""
+        """Announce the node to others and start the callbacks."""
         self._announce()
         self._thread.start()
         return self
 
     def close(self) -> None:
-        """Leave; nothing calls back any more."""
+        """End the callbacks and leave the network."""
         self._closed.set()
         self._wake.set(True)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
@@ -171,21 +171,21 @@ class DdsNode:
 
         self._reader(f"rq{name}Request", f"{kind}_Request", Delivery.EVENTS, answer, hashed=False)
 
-    # --- what operators and tests need besides ------------------------------------------------------------------------
+    # --- further methods for operators and tests ----------------------------------------------------------------------
 
     def advertise_raw(self, topic: str, kind: str, delivery: Delivery) -> Callable[[bytes], None]:
-        """Like `advertise`, for messages that are serialised already, such as those of a bag."""
+        """Return a function that publishes serialised messages, such as those of a bag."""
         writer = self._writer("rt" + resolve(topic, self.name), kind, delivery)
         return lambda cdr: self._write(writer, cdr)
 
     def subscribe_raw(
         self, topic: str, kind: str, delivery: Delivery, callback: Callable[[bytes, float], None]
     ) -> None:
-        """Like `subscribe`, for messages as they came, with the time (seconds, as `now`) at which they were sent."""
+        """Subscribe to serialised messages; the callback also gets the time of sending, in seconds as `now`."""
         self._add("rt" + resolve(topic, self.name), kind, delivery, callback)
 
     def call(self, service: str, kind: str, data: bool = True, timeout_s: float = 5.0) -> Answer:
-        """Ask a `SET_BOOL` or `TRIGGER` service of another node; TimeoutError if nobody answers."""
+        """Call a `SET_BOOL` or `TRIGGER` service of another node; TimeoutError if none answers in time."""
         name = resolve(service, self.name)
         deadline = time.monotonic() + timeout_s
         with self._lock:
@@ -200,7 +200,7 @@ class DdsNode:
         try:
             while not writer.get_matched_subscriptions() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            time.sleep(0.02 if sequence == 1 else 0)  # the way back is discovered on its own
+            time.sleep(0.02 if sequence == 1 else 0)  # discovery of the reply topic takes longer
             self._write(writer, self.types.to_cdr(f"{kind}_Request", fields))
             return answer.result(max(deadline - time.monotonic(), 0))
         except TimeoutError:
@@ -209,7 +209,7 @@ class DdsNode:
             with self._lock:
                 del self._calls[sequence]
 
-    # --- inside -------------------------------------------------------------------------------------------------------
+    # --- internals ----------------------------------------------------------------------------------------------------
 
     def _answered(self, response: Any) -> None:
         with self._lock:
@@ -271,8 +271,8 @@ class DdsNode:
         self._wake.set(True)
 
     def _announce(self) -> None:
-        """The node with its readers and writers, for `ros2 node list` and `ros2 node info`."""
-        assert self._discovery is not None, "the writer of discovery information is the first one"
+        """Publish the node with its readers and writers, for `ros2 node list` and `ros2 node info`."""
+        assert self._discovery is not None, "the writer of discovery information is created first"
         namespace, _, name = self.name.rpartition("/")
         with self._lock:
             node = {
@@ -296,10 +296,10 @@ class DdsNode:
                     listening = list(self._listening)
                 for reader, deliver in listening:
                     for sample in reader.take(_TAKEN):
-                        if isinstance(sample, Sample) and sample.cdr:  # else: a writer has left
+                        if isinstance(sample, Sample) and sample.cdr:  # without data, a writer has left
                             info: Any = sample.sample_info  # type: ignore[attr-defined]
                             deliver(sample.cdr, info.source_timestamp * 1e-9)
-        except BaseException as error:  # whoever owns the node raises it
+        except BaseException as error:  # the owner of the node raises it
             self.failure = error
 
 
@@ -308,7 +308,7 @@ _CONFIGURING = threading.Lock()
 
 @contextmanager
 def _configured(configuration: str | None) -> Iterator[None]:
-    """CYCLONEDDS_URI while a participant is made, which is when Cyclone DDS reads it; None: as it is."""
+    """Set CYCLONEDDS_URI while a participant is created, because Cyclone DDS reads it then; None changes nothing."""
     if configuration is None:
         yield
         return

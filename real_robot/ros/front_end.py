@@ -1,10 +1,10 @@
-"""A robot with ROS 2 topics as a `FrontEnd`, over any `RosNode`: the one behind `transport=dds` and behind rclpy.
+"""Drive a robot over ROS 2 topics: a `FrontEnd` on any `RosNode`, for `transport=dds` and for rclpy.
 
     in    cameras (Image or CompressedImage), joint states, instruction
     out   commands (Float64MultiArray or JointTrajectory), in a dry run on ~/dry_run instead; /diagnostics
     ~/estop, ~/reset, ~/activate    as services (SetBool, Trigger, SetBool) and as topics (Bool, Empty, Bool)
 
-Services of Cyclone DDS and of other middlewares do not reach each other; topics always do.
+Services do not work between Cyclone DDS and other middlewares; topics do.
 
 Shape legend: A action dimension, S state dimension.
 """
@@ -48,25 +48,26 @@ from cogvla.real_robot.ros.node import (
 COMMANDS = {"array": ARRAY, "trajectory": TRAJECTORY}
 STAMPS = ("header", "arrival")
 DRIFT_S = 1e-3
-"""Clocks that differ by more than before have drifted, or one was set."""
+"""Change of a clock offset, in seconds, from which on the clocks have drifted or one was set."""
 
 
 @dataclass(frozen=True)
 class RosTopics:
-    """Which topic is which part of an observation, and where commands go. The named ones: configs/topics/*.yaml.
+    """Topics of a robot: its sensors, its instruction and its controller. Ready-made ones: configs/topics/*.yaml.
 
     Attributes:
-        cameras: camera of the embodiment -> topic; of a CompressedImage if it ends in `/compressed`.
-        joint_states: topic of a JointState.
-        joints: [S] name in the joint state of each entry of the embodiment's state.
-        instruction: topic of a String: what to do; empty: hold.
+        cameras: camera of the embodiment -> topic with an Image, or a CompressedImage if it ends in `/compressed`.
+        joint_states: topic with a JointState.
+        joints: [S] joint names in the JointState, one per entry of the embodiment's state.
+        instruction: topic with the instruction as a String; empty text holds the arm.
         command: topic of the controller.
-        command_type: "array", a Float64MultiArray with the action as it is; "trajectory", a JointTrajectory with one
-            point, a control period ahead.
-        command_joints: names in a trajectory, in the order of the action (without its gripper, if that goes apart).
-        gripper: topic of a Float64MultiArray that gets the gripper's action alone; None: it is part of the command.
-        stamps: "header", when the sensor says that it measured; "arrival", when the message came: for replays, and for
-            drivers that do not fill in stamps.
+        command_type: "array" for a Float64MultiArray with the action; "trajectory" for a JointTrajectory with one
+            point, one control period ahead.
+        command_joints: joint names of a trajectory in the order of the action, without the gripper if it has its own
+            topic.
+        gripper: topic with a Float64MultiArray for the gripper's action alone; None if the command contains it.
+        stamps: "header" for the sensor's own stamps; "arrival" for the time of arrival, for replays and for drivers
+            that do not fill in stamps.
     """
 
     cameras: Mapping[str, str]
@@ -91,7 +92,7 @@ class RosTopics:
             raise ValueError("topics.command_joints names the joints of a trajectory; an array has none")
 
     def check(self, embodiment: Embodiment) -> None:
-        """ValueError unless these topics make up an observation and an action of this robot."""
+        """Raise ValueError if cameras, joints or commands do not match the embodiment."""
         if set(self.cameras) != set(embodiment.camera_names):
             raise ValueError(
                 f"topics.cameras has {sorted(self.cameras)}, embodiment {embodiment.name!r} has "
@@ -110,12 +111,12 @@ class RosTopics:
 
 
 class RosFrontEnd:
-    """See the module docstring.
+    """Front end of a robot with ROS 2 topics.
 
     Args:
-        node: not yet started, or already: either is fine.
-        topics: checked against the embodiment here.
-        embodiment: the bridge's.
+        node: ROS 2 node, started or not.
+        topics: topics of the robot; the constructor checks them against the embodiment.
+        embodiment: embodiment of the bridge.
     """
 
     def __init__(self, node: RosNode, topics: RosTopics, embodiment: Embodiment) -> None:
@@ -133,7 +134,7 @@ class RosFrontEnd:
         self._closed = False
 
     def start(self, bridge: Bridge) -> None:
-        """Subscribe and serve."""
+        """Subscribe to the topics and offer the services."""
         node, topics = self._node, self._topics
         for camera, topic in topics.cameras.items():
             compressed = topic.endswith("/compressed")
@@ -168,7 +169,7 @@ class RosFrontEnd:
         self._diagnostics(diagnostics_fields(diagnostics, self._node.name, self._node.now()))
 
     def close(self) -> None:
-        """The node belongs to whoever made it."""
+        """Stop calling the bridge. The caller closes the node."""
         self._closed = True
 
     def _on(self, topic: str, kind: str, do: Callable[[Any], Any], delivery: Delivery = Delivery.EVENTS) -> None:
@@ -203,20 +204,20 @@ class RosFrontEnd:
         return take
 
     def _stamp(self, bridge: Bridge, message: Any) -> float:
-        """On the bridge's clock: now, less the sample's age on the ROS clock."""
+        """Return a message's stamp on the bridge's clock: now minus the sample's age on the ROS clock."""
         if self._topics.stamps == "arrival":
             return bridge.now()
         return seconds_of(message.header.stamp) + self._offset(bridge.now, self._node.now)
 
 
 class ClockOffset:
-    """Seconds from one clock to another. It stays as it is until the clocks drift, so that equal stamps stay equal."""
+    """Offset between two clocks in seconds. It stays constant until they drift, so that equal stamps stay equal."""
 
     def __init__(self) -> None:
         self._offset: float | None = None
 
     def __call__(self, to: Callable[[], float], of: Callable[[], float]) -> float:
-        """What must be added to a time of the clock `of`."""
+        """Return the seconds to add to a time of the clock `of` to get a time of the clock `to`."""
         offset = min((self._measured(to, of) for _ in range(3)), key=lambda measured: measured[1])[0]
         if self._offset is None or abs(offset - self._offset) > DRIFT_S:
             self._offset = offset
@@ -224,6 +225,6 @@ class ClockOffset:
 
     @staticmethod
     def _measured(to: Callable[[], float], of: Callable[[], float]) -> tuple[float, float]:
-        """The offset, and how uncertain it is: another thread may have run between two readings."""
+        """Measure the offset and its uncertainty; another thread may run between two readings."""
         before, other, after = to(), of(), to()
         return (before + after) / 2 - other, after - before

@@ -1,7 +1,7 @@
-"""ROS 2 messages to the arrays of an observation, and actions to messages. No ROS 2 in here, and no DDS.
+"""Convert ROS 2 messages to images and states, and actions to ROS 2 messages. Needs neither ROS 2 nor DDS.
 
-Messages in are anything with the fields of their definition as attributes, so rclpy's as well as rosbags'. Messages out
-are plain nested values.
+Incoming messages are objects with the fields as attributes, such as those of rclpy and rosbags. Outgoing messages are
+plain nested values (`Fields`).
 
 Shape legend: H, W image size, S state dimension, A action dimension.
 """
@@ -26,14 +26,14 @@ _CHANNELS: dict[str, tuple[int, tuple[int, ...]]] = {
     "mono8": (1, (0, 0, 0)),
     "8UC3": (3, (2, 1, 0)),
 }
-"""Encoding -> bytes per pixel, and which of them are red, green and blue. 8UC3 is OpenCV's order by convention."""
+"""Encoding -> bytes per pixel, and the positions of red, green and blue. 8UC3 means OpenCV's order, BGR."""
 
 
 def image_of(message: Any) -> np.ndarray:
-    """A sensor_msgs/Image as uint8 [H,W,3] RGB, contiguous and in memory of its own.
+    """Convert a sensor_msgs/Image to uint8 [H,W,3] RGB, contiguous and a copy.
 
     Raises:
-        ValueError: an encoding that is no colour picture of 8 bits, or less data than the size says.
+        ValueError: the encoding is not supported, or there is less data than the size requires.
     """
     if message.encoding not in _CHANNELS:
         raise ValueError(f"encoding {message.encoding!r} is not supported; one of {', '.join(_CHANNELS)}")
@@ -47,7 +47,7 @@ def image_of(message: Any) -> np.ndarray:
 
 
 def compressed_image_of(message: Any) -> np.ndarray:
-    """A sensor_msgs/CompressedImage (JPEG or PNG) as uint8 [H,W,3] RGB; ValueError if it cannot be read."""
+    """Convert a sensor_msgs/CompressedImage (JPEG, PNG) to uint8 [H,W,3] RGB; ValueError if it cannot be read."""
     try:
         with Image.open(io.BytesIO(bytes(message.data))) as picture:
             return np.array(picture.convert("RGB"))
@@ -56,7 +56,7 @@ def compressed_image_of(message: Any) -> np.ndarray:
 
 
 def state_of(message: Any, joints: Sequence[str]) -> np.ndarray:
-    """The positions [S] of these joints of a sensor_msgs/JointState, which may hold others, in any order.
+    """Return the positions [S] of `joints` in a sensor_msgs/JointState, which may hold more joints in any order.
 
     Raises:
         ValueError: a joint is missing or has no position.
@@ -69,7 +69,7 @@ def state_of(message: Any, joints: Sequence[str]) -> np.ndarray:
 
 
 def image_fields(image_HW3: np.ndarray, stamp: float, frame: str) -> Fields:
-    """A sensor_msgs/Image."""
+    """Return the fields of a sensor_msgs/Image from an image, uint8 [H,W,3] RGB."""
     height, width = image_HW3.shape[:2]
     return {
         "header": {"stamp": stamp_of(stamp), "frame_id": frame},
@@ -82,7 +82,7 @@ def image_fields(image_HW3: np.ndarray, stamp: float, frame: str) -> Fields:
 
 
 def compressed_image_fields(image_HW3: np.ndarray, stamp: float, frame: str, quality: int = 95) -> Fields:
-    """A sensor_msgs/CompressedImage, JPEG."""
+    """Return the fields of a sensor_msgs/CompressedImage, JPEG, from an image, uint8 [H,W,3] RGB."""
     buffer = io.BytesIO()
     Image.fromarray(image_HW3).save(buffer, "JPEG", quality=quality)
     header = {"stamp": stamp_of(stamp), "frame_id": frame}
@@ -94,7 +94,7 @@ def compressed_image_fields(image_HW3: np.ndarray, stamp: float, frame: str, qua
 
 
 def joint_state_fields(positions: Mapping[str, float], stamp: float) -> Fields:
-    """A sensor_msgs/JointState."""
+    """Return the fields of a sensor_msgs/JointState."""
     return {
         "header": {"stamp": stamp_of(stamp)},
         "name": list(positions),
@@ -103,26 +103,26 @@ def joint_state_fields(positions: Mapping[str, float], stamp: float) -> Fields:
 
 
 def array_fields(action_A: np.ndarray) -> Fields:
-    """A std_msgs/Float64MultiArray."""
+    """Return the fields of a std_msgs/Float64MultiArray from an action [A]."""
     dimension = {"label": "action", "size": len(action_A), "stride": len(action_A)}
     return {"layout": {"dim": [dimension]}, "data": np.asarray(action_A, float)}
 
 
 def trajectory_fields(action_A: np.ndarray, joints: Sequence[str], period_s: float) -> Fields:
-    """A trajectory_msgs/JointTrajectory of one point, to be reached in one control period from now.
+    """Return the fields of a trajectory_msgs/JointTrajectory with one point, to reach in one control period.
 
-    Stamp 0 means now. Without velocities the controller interpolates between positions and ends at rest.
+    The stamp is 0, which means now. Without velocities the controller interpolates positions and ends at rest.
     """
     point = {"positions": np.asarray(action_A, float), "time_from_start": stamp_of(period_s)}
     return {"joint_names": list(joints), "points": [point]}
 
 
 LEVELS = {"idle": 0, "running": 0, "holding": 1, "stopped": 2}
-"""diagnostic_msgs/DiagnosticStatus: OK, WARN, ERROR."""
+"""State of the loop -> level of diagnostic_msgs/DiagnosticStatus: 0 OK, 1 WARN, 2 ERROR."""
 
 
 def diagnostics_fields(values: Mapping[str, Any], node: str, stamp: float) -> Fields:
-    """`Bridge.diagnostics` as diagnostic_msgs/DiagnosticArray with one status."""
+    """Return the fields of a diagnostic_msgs/DiagnosticArray with one status from `Bridge.diagnostics`."""
     reason = values["fault"] or values["stale"] or values["last_failure"] or ""
     status = {
         "level": LEVELS[values["state"]],
@@ -135,7 +135,7 @@ def diagnostics_fields(values: Mapping[str, Any], node: str, stamp: float) -> Fi
 
 
 def diagnostics_of(message: Any) -> dict[str, Any]:
-    """The inverse of `diagnostics_fields`, of a message: key -> value, nested keys with dots."""
+    """Read a message made by `diagnostics_fields`: key -> value, nested keys joined with dots."""
     return {pair.key: json.loads(pair.value) for status in message.status for pair in status.values}
 
 

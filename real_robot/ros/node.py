@@ -1,4 +1,4 @@
-"""What the robot's front end needs of a ROS 2 node, whoever provides it: `dds.DdsNode`, or rclpy in `package/`."""
+"""Interface of a ROS 2 node as the front end needs it; implemented by `dds.DdsNode` and with rclpy in `package/`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 Fields = Mapping[str, Any]
-"""Field name -> value of a message; nested messages are mappings, too; what is left out is zero, empty or false."""
+"""Field name -> value of a message. Nested messages are mappings; missing fields are zero, empty or false."""
 Answer = tuple[bool, str]
 """`success` and `message` of a service's response."""
 
@@ -26,7 +26,7 @@ TRIGGER = "std_srvs/srv/Trigger"
 
 
 class Delivery(Enum):
-    """The four ways in which messages are delivered here; a best-effort writer never reaches a reliable reader."""
+    """Quality of service of a topic. A best-effort writer never reaches a reliable reader."""
 
     SENSOR = "best effort, volatile, keep last 5"
     COMMAND = "reliable, volatile, keep last 1"
@@ -35,15 +35,15 @@ class Delivery(Enum):
 
 
 class RosNode(Protocol):
-    """Callbacks come from threads of the node, one at a time per topic or service."""
+    """Interface of a ROS 2 node. Its own threads make the callbacks, one at a time per topic or service."""
 
     @property
     def name(self) -> str:
-        """Fully qualified, such as `/cogvla_bridge`; what `~` stands for."""
+        """Fully qualified name, such as `/cogvla_bridge`; `~` in a topic stands for it."""
         ...
 
     def now(self) -> float:
-        """Seconds of the ROS clock, which stamps messages: the system's clock."""
+        """Return the time of the ROS clock, which stamps messages, in seconds."""
         ...
 
     def subscribe(self, topic: str, kind: str, delivery: Delivery, callback: Callable[[Any], None]) -> None:
@@ -51,28 +51,28 @@ class RosNode(Protocol):
         ...
 
     def advertise(self, topic: str, kind: str, delivery: Delivery) -> Callable[[Fields], None]:
-        """What publishes a message of these fields."""
+        """Return a function that publishes a message with the given fields."""
         ...
 
     def serve(self, service: str, kind: str, callback: Callable[[bool], Answer]) -> None:
-        """Answer a `SET_BOOL` or `TRIGGER` service; the callback is given `data` (True for a trigger)."""
+        """Offer a `SET_BOOL` or `TRIGGER` service; the callback receives `data` (True for a trigger)."""
         ...
 
 
 def resolve(name: str, node: str) -> str:
-    """A topic's full name: `~/x` is below the node, `x` is `/x`."""
+    """Return the full name of a topic: `~/x` is below the node, `x` is `/x`."""
     if name.startswith("~"):
         return node + name[1:]
     return name if name.startswith("/") else "/" + name
 
 
 def stamp_of(seconds: float) -> Fields:
-    """A time as `builtin_interfaces/msg/Time`."""
-    whole = math.floor(seconds)  # apart, because all of it in nanoseconds is more than a float holds
+    """Convert a time in seconds to the fields of `builtin_interfaces/msg/Time`."""
+    whole = math.floor(seconds)  # separate, because a float cannot hold such a time in nanoseconds exactly
     carry, nanosec = divmod(round((seconds - whole) * 1e9), 10**9)
     return {"sec": whole + carry, "nanosec": nanosec}
 
 
 def seconds_of(stamp: Any) -> float:
-    """The inverse of `stamp_of`, of a message."""
+    """Convert a `builtin_interfaces/msg/Time` message to seconds."""
     return stamp.sec + stamp.nanosec * 1e-9

@@ -1,6 +1,6 @@
-"""ROS 2 messages without ROS 2: definitions and CDR from rosbags, and what discovery must be told about each type.
+"""ROS 2 message types without ROS 2: definitions and CDR serialisation from rosbags, type names and hashes for DDS.
 
-Messages are dataclasses of rosbags. To send one, its fields are given as plain nested values (`Fields`).
+Received messages are dataclasses of rosbags. To send a message, give its fields as plain nested values (`Fields`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SERVICES = {
     "std_srvs/srv/Trigger_Response": "bool success\nstring message",
 }
 _REQUEST_HEADER = "uint64 client\nint64 sequence\n"
-"""What rmw_cyclonedds writes before the fields of a request, and repeats before those of the response."""
+"""Fields that rmw_cyclonedds puts before the fields of a request and of its response."""
 _IDL = {
     "bool": bool,
     "byte": idl.uint8,
@@ -45,10 +45,10 @@ _IDL = {
 
 
 class RosTypes:
-    """The messages of one ROS 2 distribution.
+    """Message types of one ROS 2 distribution.
 
     Args:
-        distro: one of `DISTROS`; they differ in the size of the ids in `ros_discovery_info` only.
+        distro: one of `DISTROS`; for this project they differ only in the size of the ids in `ros_discovery_info`.
     """
 
     def __init__(self, distro: str) -> None:
@@ -58,7 +58,7 @@ class RosTypes:
         self._samples: dict[str, type[Sample]] = {}
 
     def build(self, name: str, fields: Fields) -> Any:
-        """The message; ValueError for a field that it does not have."""
+        """Build a message from its fields; ValueError for an unknown field."""
         known = dict(self._store.fielddefs[name][1])
         unknown = sorted(set(fields) - set(known))
         if unknown:
@@ -66,36 +66,36 @@ class RosTypes:
         return self._store.types[name](**{key: self._value(kind, fields.get(key)) for key, kind in known.items()})
 
     def to_cdr(self, name: str, fields: Fields) -> bytes:
-        """What travels: XCDR1, little endian, with its header."""
+        """Serialise a message as XCDR1, little endian, with header."""
         return bytes(self._store.serialize_cdr(self.build(name, fields), name))
 
     def from_cdr(self, name: str, cdr: bytes) -> Any:
-        """The message of bytes that came from the wire."""
+        """Deserialise a message."""
         return self._store.deserialize_cdr(cdr, name)
 
     def sample_type(self, name: str) -> type[Sample]:
-        """What cyclonedds sends and receives as this type."""
+        """Return the class with which cyclonedds sends and receives this type."""
         if name not in self._samples:
             fields = {key: self._idl(kind) for key, kind in self._store.fielddefs[name][1]}
             made: Any = make_idl_struct(_dds_name(name), _dds_name(name), fields, dataclassify=False, bases=(Sample,))
-            made.__idl_annotations__["extensibility"] = "final"  # else it travels as XCDR2, which ROS 2 does not read
+            made.__idl_annotations__["extensibility"] = "final"  # the default XCDR2 is not read by ROS 2
             self._samples[name] = made
         return self._samples[name]
 
     def type_hash(self, name: str) -> str:
-        """RIHS01 hash, which ROS 2 compares from Iron on."""
+        """Return the RIHS01 hash of a type, which ROS 2 compares since Iron."""
         return self._store.hash_rihs01(name)
 
     @property
     def gid_size(self) -> int:
-        """Bytes of the ids in `ros_discovery_info`."""
+        """Number of bytes of the ids in `ros_discovery_info`."""
         fields: Any = self._store.fielddefs["rmw_dds_common/msg/Gid"][1]
         [(_, (_, (_, size)))] = fields
         return int(size)
 
     @property
     def store(self) -> Typestore:
-        """For bags."""
+        """Type store of rosbags, to read and write bags."""
         return self._store
 
     def _value(self, kind: Any, value: Any) -> Any:
@@ -130,7 +130,7 @@ _NUMPY = {"byte": "uint8", "char": "uint8"}
 
 
 class Sample(IdlStruct):
-    """Bytes of a message. cyclonedds' own serialiser would take 95 ms for an image of 640x480."""
+    """Serialised message. It bypasses cyclonedds' own serialiser, which takes 95 ms for an image of 640x480."""
 
     def __init__(self, cdr: bytes) -> None:
         self.cdr = cdr
@@ -156,6 +156,6 @@ def _dds_name(name: str) -> str:
 def _store(store: Stores) -> Typestore:
     typestore = get_typestore(store)
     for name, definition in _SERVICES.items():
-        parsed = get_types_from_msg(_REQUEST_HEADER + definition, name)  # it renames what is no msg
+        parsed = get_types_from_msg(_REQUEST_HEADER + definition, name)  # it renames types that are no msg
         typestore.register({name: next(iter(parsed.values()))})
     return typestore

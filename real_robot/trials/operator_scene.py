@@ -1,9 +1,9 @@
-"""A scene in a room: the operator sets it up, and judges with a key, or with a service or topic of the robot's node.
+"""Scene of a real robot: the operator sets it up and judges each trial, with a key, a service or a topic.
 
     waiting      g go (after a countdown)                       q end the session
-    running      y success   n failure   x take the trial back  q end the session
+    running      y success   n failure   x discard the trial    q end the session
 
-Nothing said until the time is up is a failure.
+A trial without a judgement within the time limit is a failure.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from cogvla.real_robot.trials.trials import EpisodeAbortedError
 
 GO, SUCCESS, FAILURE, ABORT, QUIT = "g", "y", "n", "x", "q"
 WORDS = {"go": GO, "success": SUCCESS, "failure": FAILURE, "abort": ABORT, "quit": QUIT}
-"""What the topic `~/trial` takes; the services are `~/trial/WORD`."""
+"""Words of the topic `~/trial` with their keys; the services are `~/trial/WORD`."""
 CHECK_S = 0.2
 
 
 class SessionEndedError(Exception):
-    """The operator wants to go on another time."""
+    """The operator ended the session; it can be continued later."""
 
 
 class OperatorScene:
-    """See the module docstring. `press` is called by any thread, the rest by the one that plays.
+    """`Scene` judged by an operator. Any thread may call `press`; one thread makes the other calls.
 
     Args:
-        instructions: by task.
-        limit_s: a trial lasts no longer.
+        instructions: instruction of each task.
+        limit_s: longest duration of a trial in seconds.
         countdown_s: seconds between `g` and the first motion.
-        say: shows the operator a line.
+        say: function that shows the operator a line.
     """
 
     def __init__(
@@ -50,29 +50,29 @@ class OperatorScene:
         self._started: float | None = None
 
     def press(self, key: str) -> None:
-        """One of the keys; others are ignored."""
+        """Handle a key of the operator; other keys are ignored."""
         if key in WORDS.values():
             with self._condition:
                 self._pressed = key
                 self._condition.notify_all()
 
     def set_up(self, spec: EpisodeSpec) -> SceneStatus:
-        """See `Scene.set_up`: waits for the operator, for as long as it takes; SessionEndedError after `q`."""
+        """Wait without a time limit until the operator starts the trial; SessionEndedError after `q`."""
         instruction = self._instructions[spec.task]
         self._status, self._started = SceneStatus(self._status.number + 1, instruction), None
         self._say(f"\n{instruction!r}, trial {spec.initial_state + 1}: set up the scene, then g (q: end the session)")
         while True:
             if self._take(None) == GO and self._count_down():
-                self._say("running: y success, n failure, x take it back, space emergency stop")
+                self._say("running: y success, n failure, x discard, space emergency stop")
                 return self._status
 
     def status(self) -> SceneStatus:
-        """See `Scene.status`; SessionEndedError after `q`."""
+        """Return the operator's judgement so far; EpisodeAbortedError after `x`, SessionEndedError after `q`."""
         now = time.monotonic()
         self._started = now if self._started is None else self._started
         key = self._take(0.0)
         if key == ABORT:
-            raise EpisodeAbortedError("taken back by the operator")
+            raise EpisodeAbortedError("discarded by the operator")
         over = key in (SUCCESS, FAILURE) or now - self._started > self._limit_s
         if over:
             number, instruction = self._status.number, self._status.instruction
@@ -80,22 +80,22 @@ class OperatorScene:
         return self._status
 
     def _count_down(self) -> bool:
-        """Whether nobody has taken it back meanwhile."""
+        """Count down; return False if the operator discards the trial."""
         for left in range(self._countdown_s, 0, -1):
             self._say(f"{left} ...")
             until = time.monotonic() + 1.0
             while (remaining := until - time.monotonic()) > 0:
                 if self._take(remaining) == ABORT:
-                    self._say("put off; g when it is ready")
+                    self._say("stopped; press g when the scene is ready")
                     return False
         return True
 
     def _take(self, timeout_s: float | None) -> str:
-        """The key that was pressed last, at once or within the time (None: however long); "" if none was."""
+        """Wait for a key and return it, or "" after `timeout_s` (None waits without limit); SessionEndedError for q."""
         last = None if timeout_s is None else time.monotonic() + timeout_s
         with self._condition:
             while not self._pressed and (last is None or time.monotonic() < last):
-                self._condition.wait(CHECK_S if last is None else max(last - time.monotonic(), 0))  # Ctrl-C must get in
+                self._condition.wait(CHECK_S if last is None else max(last - time.monotonic(), 0))  # lets Ctrl-C in
             key, self._pressed = self._pressed, ""
         if key == QUIT:
             raise SessionEndedError
@@ -103,7 +103,7 @@ class OperatorScene:
 
 
 def listen(node: Any, scene: OperatorScene) -> None:
-    """Let a node's services `~/trial/success` and so on, and its topic `~/trial` (String), do what the keys do."""
+    """Serve `~/trial/WORD` and subscribe to the topic `~/trial` (String), as other ways to press the keys."""
 
     def service(word: str) -> Callable[[bool], Answer]:
         def press(_: bool) -> Answer:

@@ -1,7 +1,7 @@
-"""What a session of trials leaves on disk besides the episodes: how the control loop kept time, and the films.
+"""Log the timing of the control loop and videos for each trial on a robot.
 
 control.jsonl     one line per attempt: samples and counters of the control loop while the robot was driven
-videos/           one per trial, all cameras side by side
+videos/           one video per trial, all cameras side by side
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VIDEOS = "videos"
 
 @dataclass(frozen=True)
 class AttemptTiming:
-    """One line of `control.jsonl`; see `Measurements` for the samples and counters."""
+    """Timing of one attempt, a line of `control.jsonl`. `Measurements` explains the samples and counters."""
 
     task: int
     initial_state: int
@@ -37,11 +37,14 @@ class AttemptTiming:
 
 
 class ControlLog:
-    """Appends to `control.jsonl` and adds up what is there, of earlier sessions too.
+    """Writer of `control.jsonl`; it also reads the attempts of earlier sessions.
 
     Args:
-        folder: of the trials.
-        resume: False deletes what is there.
+        folder: folder of the trials.
+        resume: keep the attempts of earlier sessions; False deletes them.
+
+    Attributes:
+        attempts: all attempts, including those of earlier sessions.
     """
 
     def __init__(self, folder: Path, resume: bool = True) -> None:
@@ -50,7 +53,7 @@ class ControlLog:
             self._path.unlink(missing_ok=True)
         self.attempts: list[AttemptTiming] = []
         text = self._path.read_text() if self._path.exists() else ""
-        whole = text.rfind("\n") + 1  # a crash may have torn the last line
+        whole = text.rfind("\n") + 1  # a crash may have left half a line at the end
         if whole < len(text):
             os.truncate(self._path, len(text[:whole].encode()))
         for line in text[:whole].splitlines():
@@ -58,14 +61,14 @@ class ControlLog:
         self._before: Counter[str] = Counter()
 
     def begin(self, bridge: Bridge) -> None:
-        """The robot is about to move: what was measured until now was waiting."""
+        """Start an attempt: drop what was measured while the robot waited."""
         measured = bridge.measurements
         for samples in (measured.jitter_ms, measured.loop_ms, measured.inference_ms):
             samples.clear()
         self._before = measured.counts.copy()
 
     def end(self, bridge: Bridge, result: EpisodeResult) -> None:
-        """Write the attempt to disk before returning."""
+        """End an attempt and write it to disk before returning."""
         measured = bridge.measurements
         timing = AttemptTiming(
             result.task,
@@ -83,7 +86,7 @@ class ControlLog:
             os.fsync(file.fileno())
 
     def measurements(self) -> Measurements:
-        """Of all attempts together; `safety_stops` counts those that the safety layer ended."""
+        """Return the measurements of all attempts; `safety_stops` counts attempts that the control loop stopped."""
         total = Measurements()
         for attempt in self.attempts:
             total.jitter_ms.extend(attempt.jitter_ms)
@@ -101,11 +104,11 @@ def _timing(values: dict[str, Any]) -> AttemptTiming:
 
 
 class Film:
-    """Films one attempt after the other; `show` is a bridge's `on_tick`.
+    """Video recorder of attempts, one video each; pass `show` as a bridge's `on_tick`.
 
     Args:
-        folder: of the trials; None: nothing is filmed.
-        fps: control rate.
+        folder: folder of the trials; None records nothing.
+        fps: frames per second, the control rate.
     """
 
     def __init__(self, folder: Path | None, fps: float) -> None:
@@ -114,19 +117,19 @@ class Film:
         self._view: VideoView | None = None
 
     def show(self, tick: Tick) -> None:
-        """Take a tick: quick."""
+        """Add a tick to the video; returns quickly."""
         view = self._view
         if view is not None:
             view.show(tick)
 
     def begin(self) -> None:
-        """The next ticks are a new attempt."""
+        """Start the video of a new attempt."""
         if self._folder is not None:
             self._view = VideoView(self._folder / VIDEOS / f".running.{os.getpid()}.mp4", self._fps)
             self._view.__enter__()
 
     def end(self, result: EpisodeResult | None) -> str | None:
-        """End the film and name it after the result; its path, or None where nothing is to be seen."""
+        """End the video, name it after the result and return its path; None without a result or without frames."""
         view, self._view = self._view, None
         if view is None or self._folder is None:
             return None

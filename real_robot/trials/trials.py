@@ -1,9 +1,9 @@
-"""Episodes on a robot that a `Bridge` drives, one after the other, each as an `EpisodeResult` like those of rollouts.
+"""Play evaluation episodes on a robot that a `Bridge` drives; each gives an `EpisodeResult` like a simulated rollout.
 
     hold -> set up the scene -> look -> instruct, activate -> ... -> over, or a fault -> hold
 
-What sets the scene up and says when it is over is a `Scene`: here the simulated robot, over its topics; for a robot in
-a room see `operator_scene`.
+A `Scene` sets up the episode and judges it: `SimulatedScene` for the simulated robot, over its topics;
+`operator_scene.OperatorScene` for a real robot.
 """
 
 from __future__ import annotations
@@ -24,32 +24,36 @@ from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus
 
 POLL_S = 0.01
 STOPPED = "stopped: "
-"""How the error of an episode begins that the safety layer ended."""
+"""Prefix of an episode's error if a fault of the control loop ended it."""
 
 
 class EpisodeAbortedError(RuntimeError):
-    """Whoever judges the episode takes it back: it says nothing about the policy."""
+    """The judge discarded the episode, so it must not count for or against the policy."""
 
 
 class Scene(Protocol):
-    """Who sets up a scene and judges what the robot does in it."""
+    """Interface of a scene: it sets up episodes and judges them."""
 
     def set_up(self, spec: EpisodeSpec) -> SceneStatus:
-        """Bring scene and arm to their start, and say what is asked for; TimeoutError if that does not happen."""
+        """Bring scene and arm to their start, and return the status with the instruction; TimeoutError if it fails."""
         ...
 
     def status(self) -> SceneStatus:
-        """What has become of it; `steps` 0 if it does not count them. EpisodeAbortedError if it shall not count."""
+        """Return the progress of the episode; `steps` is 0 if the scene does not count them.
+
+        Raises:
+            EpisodeAbortedError: the episode must not count.
+        """
         ...
 
 
 class SimulatedScene:
-    """The scene of a `sim_robot`.
+    """Scene of a simulated robot (`sim_robot`), controlled over its topics.
 
     Args:
-        node: any node on its network.
-        robot: name of its node.
-        timeout_s: for setting up a scene.
+        node: any node on the robot's network.
+        robot: name of the robot's node.
+        timeout_s: longest time to set up a scene, in seconds.
     """
 
     def __init__(self, node: RosNode, robot: str = "/sim_robot", timeout_s: float = 30.0) -> None:
@@ -66,8 +70,8 @@ class SimulatedScene:
             self._condition.notify()
 
     def set_up(self, spec: EpisodeSpec) -> SceneStatus:
-        """See `Scene.set_up`."""
-        assert spec.asked != "swap", "the alternative is drawn by whoever makes the episodes"
+        """Ask the robot for a scene and wait for it; TimeoutError after `timeout_s`."""
+        assert spec.asked != "swap", "the caller must replace swap by a task"
         start = SceneStart(next(self._numbers), spec.task, spec.initial_state, spec.seed, spec.asked)
         last = time.monotonic() + self._timeout_s
         with self._condition:
@@ -79,7 +83,7 @@ class SimulatedScene:
             return self._status
 
     def status(self) -> SceneStatus:
-        """See `Scene.status`."""
+        """Return the last status that the robot sent."""
         with self._condition:
             return self._status
 
@@ -91,9 +95,16 @@ def play(
     timeout_s: float,
     on_start: Callable[[SceneStatus], None] = lambda _: None,
 ) -> EpisodeResult:
-    """One episode; a fault of the bridge, or no end within `timeout_s`, is an error and not a failure.
+    """Play one episode. A fault of the bridge, or no end within `timeout_s`, is an error and not a failure.
 
-    `on_start` is told the scene when the arm is about to move. Whatever is raised, the arm is left idle.
+    The loop is deactivated at the end, also after an exception.
+
+    Args:
+        bridge: bridge of the robot, started.
+        scene: sets up and judges the episode.
+        spec: task, initial state and seed.
+        timeout_s: limit in seconds, first for new samples of all sensors, then for the episode.
+        on_start: callback with the status of the scene, just before the arm moves.
     """
     bridge.activate(False)
     bridge.instruct("")
@@ -140,7 +151,7 @@ def play(
 
 
 def _follow(bridge: Bridge, scene: Scene, status: SceneStatus, timeout_s: float) -> tuple[SceneStatus, str | None]:
-    """The scene when it is over, and what is wrong if it is not by then."""
+    """Wait until the scene is over. Return its status, and the error that ended the episode or None."""
     last = time.monotonic() + timeout_s
     try:
         while not (status := scene.status()).over:
@@ -162,7 +173,7 @@ def _commands(bridge: Bridge) -> int:
 
 
 def _look(bridge: Bridge, began: float, timeout_s: float) -> str | None:
-    """Wait until every sensor has shown the new scene; what is wrong if it does not."""
+    """Wait until every sensor has sent a sample of the new scene. Return an error after the timeout, else None."""
     while True:
         ages: dict[str, float | None] = bridge.diagnostics()["ages_s"]
         since = bridge.now() - began

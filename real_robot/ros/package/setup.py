@@ -1,4 +1,4 @@
-"""For colcon: `colcon build --packages-select cogvla_bridge`."""
+"""Build file of the ROS 2 package for colcon: `colcon build --packages-select cogvla_bridge`."""
 
 from setuptools import setup
 

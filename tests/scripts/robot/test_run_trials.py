@@ -133,7 +133,7 @@ def test_errors_and_safety_stops_are_no_failures_and_are_tried_again(tmp_path: P
         (1, 1): (False, "the scene was not set up", 2),
     }
     errors = [attempt.error for attempt in control.attempts]
-    assert errors == [None, "stopped: emergency stop", None, None, "taken back by the operator", errors[-1]]
+    assert errors == [None, "stopped: emergency stop", None, None, "discarded by the operator", errors[-1]]
     measured = control.measurements()
     assert measured.counts["safety_stops"] == 1
     assert measured.counts["action"] >= 9
@@ -167,7 +167,7 @@ def test_what_was_interrupted_goes_on_and_tries_errors_again(tmp_path: Path) -> 
         (0, 1): True,
         (1, 1): True,
     }
-    assert [attempt.error for attempt in control.attempts] == [None, "taken back by the operator", None, None, None]
+    assert [attempt.error for attempt in control.attempts] == [None, "discarded by the operator", None, None, None]
     for line in (tmp_path / CONTROL).read_text().splitlines():
         json.loads(line)
     assert not list((tmp_path / "videos").glob(".*")), "the film of the interrupted trial is left"
@@ -230,7 +230,7 @@ def test_a_countdown_can_be_put_off_and_keys_do_not_shorten_it() -> None:
     press_later(scene, "g", "x", "g", "y")
     scene.set_up(EpisodeSpec(0, 0))
     assert said.count("1 ...") == 2
-    assert "put off; g when it is ready" in said
+    assert "stopped; press g when the scene is ready" in said
     assert time.monotonic() - began > 1.2
     assert not scene.status().over, "what was pressed before the trial does not judge it"
 

@@ -1,1 +1,1 @@
-"""The bridge of cogvla as a ROS 2 lifecycle node."""
+"""Bridge between a robot and a cogvla policy server, as a ROS 2 lifecycle node."""

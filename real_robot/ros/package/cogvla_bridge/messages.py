@@ -1,4 +1,4 @@
-"""Plain nested values into messages of rclpy; this file needs no ROS 2."""
+"""Fill messages of rclpy from plain nested values. This file does not import ROS 2."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ _ELEMENT = re.compile(r"sequence<(\w+)/(\w+)>")
 
 
 def fill(message: Any, fields: Mapping[str, Any], message_type: Callable[[str], Any]) -> Any:
-    """The message with these fields set; the others keep their defaults.
+    """Set the fields of a message and return it; the other fields keep their values.
 
     Args:
-        message: of rclpy.
-        fields: nested messages are mappings, sequences of them lists of mappings, numbers also numpy arrays.
-        message_type: the class of a name such as `std_msgs/msg/Header`, for elements of sequences.
+        message: message of rclpy.
+        fields: field name -> value; a mapping for a nested message, a list of mappings for a sequence of messages, a
+            list or numpy array for numbers.
+        message_type: function from a name such as `std_msgs/msg/Header` to its class, for elements of sequences.
     """
     for name, value in fields.items():
         present = getattr(message, name)

@@ -1,9 +1,9 @@
-"""The lifecycle node: configure connects, activate lets the policy act, deactivate stops it, cleanup disconnects.
+"""ROS 2 lifecycle node of the bridge: configure connects, activate starts the policy, deactivate stops it.
 
     unconfigured --configure--> inactive --activate--> active
          ^--------cleanup---------'  ^---deactivate------'
 
-There is no logic here: `cogvla.real_robot.bridge.bridge.Bridge` has it, and this file gives it a `RosNode` made of
+Cleanup disconnects. The logic is in `cogvla.real_robot.bridge.bridge.Bridge`; this file implements its `RosNode` with
 rclpy.
 """
 
@@ -29,7 +29,7 @@ DEPTH = {Delivery.SENSOR: 5, Delivery.EVENTS: 10}
 
 
 def qos(delivery: Delivery) -> QoSProfile:
-    """As rclpy has it."""
+    """Return the QoS profile of rclpy for a delivery."""
     sensor, latched = delivery is Delivery.SENSOR, delivery is Delivery.LATCHED
     return QoSProfile(
         history=HistoryPolicy.KEEP_LAST,
@@ -40,7 +40,7 @@ def qos(delivery: Delivery) -> QoSProfile:
 
 
 class RclpyNode:
-    """A `RosNode` of an rclpy node; `destroy` takes back what it has made."""
+    """`RosNode` on a node of rclpy. `destroy` removes its subscriptions, publishers and services."""
 
     def __init__(self, node: LifecycleNode) -> None:
         self._node = node
@@ -48,7 +48,7 @@ class RclpyNode:
         self.name = node.get_fully_qualified_name()
 
     def now(self) -> float:
-        """See `RosNode.now`; simulated time where `use_sim_time` is set."""
+        """Return the time of the ROS clock in seconds; simulated time if `use_sim_time` is set."""
         return self._node.get_clock().now().nanoseconds * 1e-9
 
     def subscribe(self, topic: str, kind: str, delivery: Delivery, callback: Callable[[Any], None]) -> None:
@@ -74,13 +74,13 @@ class RclpyNode:
         self._destroy.append(lambda: self._node.destroy_service(made))
 
     def destroy(self) -> None:
-        """Leave the graph."""
+        """Remove all subscriptions, publishers and services."""
         while self._destroy:
             self._destroy.pop()()
 
 
 class BridgeNode(LifecycleNode):
-    """See the module docstring."""
+    """Lifecycle node of the bridge. The module docstring shows its states."""
 
     def __init__(self) -> None:
         super().__init__("cogvla_bridge")
@@ -90,7 +90,7 @@ class BridgeNode(LifecycleNode):
         self._ros: RclpyNode | None = None
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Check the parameters and connect; nothing is sent."""
+        """Check the parameters and connect, without sending commands."""
         values = {name: self.get_parameter(name).value for name in PARAMETERS}
         try:
             made = parts(values)
@@ -106,7 +106,7 @@ class BridgeNode(LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Let the policy act; fails while a fault is latched."""
+        """Let the policy act; fail until a fault is reset."""
         assert self._bridge is not None, "configured"
         done, message = self._bridge.activate()
         if not done:
@@ -115,7 +115,7 @@ class BridgeNode(LifecycleNode):
         return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Send nothing any more."""
+        """Stop sending commands."""
         assert self._bridge is not None, "configured"
         self._bridge.activate(False)
         return super().on_deactivate(state)
@@ -131,7 +131,7 @@ class BridgeNode(LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     def disconnect(self) -> None:
-        """Send nothing any more, and leave."""
+        """Stop sending commands and disconnect."""
         if self._bridge is not None:
             self._bridge.close()
         if self._ros is not None:

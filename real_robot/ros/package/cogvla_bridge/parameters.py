@@ -1,4 +1,4 @@
-"""The node's parameters, and what they make; this file needs no ROS 2."""
+"""Parameters of the ROS 2 node, and the settings built from them. This file does not import ROS 2."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from cogvla.real_robot.serving.async_client import ClientSettings
 
 PARAMETERS: dict[str, tuple[Any, str]] = {
     "server": ("ws://127.0.0.1:8000", "address of the policy server"),
-    "api_key": ("", "of the policy server; empty: it has none"),
-    "certificate": ("", "PEM file to trust, for a server with a certificate of its own"),
+    "api_key": ("", "API key of the policy server; empty if it needs none"),
+    "certificate": ("", "PEM file to trust, for a server with a self-signed certificate"),
     "robot": ("tabletop", "limits and loop: a name in configs/robot, or a YAML file"),
     "embodiment": ("tabletop", "cameras and sizes: a name in configs/embodiment, or a YAML file"),
     "topics": ("tabletop", "topics: a name in configs/topics, or a YAML file"),
-    "dry_run": (True, "commands go to ~/dry_run and move nothing"),
-    "instruction": ("", "what to do until the topic says something else"),
-    "diagnostics_s": (1.0, "diagnostics are published so often"),
+    "dry_run": (True, "send commands to ~/dry_run instead of the controller"),
+    "instruction": ("", "instruction until the topic gives another one"),
+    "diagnostics_s": (1.0, "seconds between two diagnostics"),
 }
-"""Name -> default and description."""
+"""Parameter name -> default and description."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a bridge is made of, checked."""
+    """Checked settings of a bridge."""
 
     robot: RobotConfig
     embodiment: Embodiment
@@ -40,7 +40,7 @@ class Parts:
 
 
 def parts(values: Mapping[str, Any]) -> Parts:
-    """From the values of `PARAMETERS`; ValueError says which one is wrong."""
+    """Build the settings of a bridge from the values of `PARAMETERS`; ValueError says which one is wrong."""
     embodiment = Embodiment(**named_config("embodiment", values["embodiment"]))
     topics = RosTopics(**named_config("topics", values["topics"]))
     topics.check(embodiment)

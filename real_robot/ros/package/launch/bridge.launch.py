@@ -1,4 +1,4 @@
-"""Starts the bridge, configured and inactive: `ros2 lifecycle set /cogvla_bridge activate` lets the policy act."""
+"""Launch the bridge, configured but inactive. `ros2 lifecycle set /cogvla_bridge activate` then starts the policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lifecycle_msgs.msg import Transition
 
 
 def generate_launch_description() -> LaunchDescription:
-    """Arguments: `params`, a file of parameters; `dry_run`."""
+    """Return the launch description. Arguments: `params`, a YAML file of parameters; `dry_run`, true or false."""
     default = PathJoinSubstitution([FindPackageShare("cogvla_bridge"), "config", "tabletop.yaml"])
     bridge = LifecycleNode(
         package="cogvla_bridge",
