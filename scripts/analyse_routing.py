@@ -23,12 +23,12 @@ from cogvla.envs.analysis.routing_recording import Episode, play
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.plots import lines
 from cogvla.envs.evaluation.protocol import load_protocol
-from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import template
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.provenance import provenance
 from cogvla.routing.router import RouterConfig
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 

@@ -42,12 +42,12 @@ from cogvla.envs.analysis.router_page import render_comparison
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
-from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import Report
 from cogvla.envs.suite import Suite
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
 from cogvla.scripts.eval_libero import STOPPED

@@ -25,7 +25,6 @@ from omegaconf import DictConfig
 
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
-from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import Report
 from cogvla.envs.recording.demonstration import ExpertFailedError
 from cogvla.envs.recording.recorder import record
@@ -39,6 +38,7 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.training.config import TrainingConfig

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EpisodeLog, VideoChoice, write_atomic
 from cogvla.envs.evaluation.protocol import EvaluationProtocol
-from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.rollout.player import PlayerSettings
@@ -26,6 +25,7 @@ from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.policy.interface import Embodiment, Observation, Policy
+from cogvla.policy.provenance import provenance
 
 PROBE_CALLS = 100
 """Number of calls of `Policy.act` that measure the latency at batch size 1."""

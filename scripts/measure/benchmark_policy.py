@@ -5,15 +5,7 @@ r"""`benchmark_policy`: how long a chunk of actions takes, stage by stage, and h
     benchmark_policy --checkpoint checkpoints/tabletop_object      (rows plain, engine, float8, int8)
     benchmark_policy --preset small --rows drop --profile           (traces for Perfetto or chrome://tracing)
 
-Weights are random unless a checkpoint is given; that changes no time. Every row is one network and one way to run it:
-
-    all off               no stage of CogVLA, the model operation by operation: what OpenVLA-OFT computes
-    faithful              CogVLA as published, operation by operation
-    faithful, engine      the same network in the inference engine
-    bypass, drop          CogVLA with our choices, in the engine; `drop` leaves pruned tokens out for good
-    without stage 1, 2    ablations, in the engine
-    drop, float8          large layers in 8 bits, on GPUs
-    drop, int8            the same on CPUs
+Weights are random unless a checkpoint is given; that changes no time. `policy/cost/variants.py` says what each row is.
 
 Needs torch, transformers, timm, einops, safetensors and numpy, and no installation of this package:
 
@@ -27,77 +19,34 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from torch import nn
 
-from cogvla.envs.evaluation.provenance import provenance
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.cost.flops import REPEATED, count_flops
 from cogvla.policy.cost.timing import Measured, machine_peaks, measure, profile
-from cogvla.policy.engine.engine import EngineConfig
-from cogvla.policy.inputs.normalise import Statistics
-from cogvla.policy.inputs.preprocess import Preprocessor
-from cogvla.policy.inputs.tokenizer import WordTokenizer
-from cogvla.policy.interface import Embodiment, Observation
+from cogvla.policy.cost.variants import (
+    AS_TRAINED,
+    DTYPES,
+    INSTRUCTION,
+    VARIANTS,
+    NotMeasuredError,
+    Variant,
+    observe,
+    random_policy,
+    run_as,
+)
+from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.model.empty_model import empty_model
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.provenance import provenance
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-INSTRUCTION = "put the red cube in the tray"
-CALIBRATION = 8
-"""Observations that the ranges of 8-bit inputs are taken from."""
-
-
-class NotMeasuredError(ValueError):
-    """A row in 8 bits that this machine, precision or model does not have; the others are measured."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is measured: a file of configs/routing (None: as the checkpoint has it), changes to it, how it is run.
-
-    `eight_bits` is the precision of large layers, float8 or int8; None: that of the others.
-    """
-
-    routing: str | None
-    engine: bool = True
-    changes: dict[str, Any] = field(default_factory=dict)
-    eight_bits: str | None = None
-
-    def check(self, device: str, dtype: str) -> None:
-        """NotMeasuredError if this row cannot be had there, or beside this precision."""
-        if self.eight_bits == "float8" and dtype != "bfloat16":
-            raise NotMeasuredError("float8 layers compute beside bfloat16 ones (--dtype bfloat16)")
-        if self.eight_bits == "int8" and (device.startswith("cuda") or dtype != "float32"):
-            raise NotMeasuredError("int8 layers compute beside float32 ones on a CPU (--device cpu --dtype float32)")
-
-
-ROWS = {
-    "all off": Row("none", engine=False, changes={"attention": "bidirectional"}),
-    "faithful": Row("faithful", engine=False),
-    "faithful, engine": Row("faithful"),
-    "bypass": Row("cogvla", changes={"mode": "bypass"}),
-    "drop": Row("cogvla", changes={"mode": "drop"}),
-    "without stage 1": Row("no_efa"),
-    "without stage 2": Row("no_lfp"),
-    "drop, float8": Row("cogvla", changes={"mode": "drop"}, eight_bits="float8"),
-    "drop, int8": Row("cogvla", changes={"mode": "drop"}, eight_bits="int8"),
-}
-
-AS_TRAINED = {
-    "plain": Row(None, engine=False),
-    "engine": Row(None),
-    "float8": Row(None, eight_bits="float8"),
-    "int8": Row(None, eight_bits="int8"),
-}
-"""Rows of a checkpoint."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,23 +71,23 @@ def run(options: argparse.Namespace) -> list[Measured]:
           f"copies {usual.bandwidth / 1e9:.3g} GB/s (measured now)")  # fmt: skip
     print(header())
     results: list[Measured] = []
-    rows = ROWS if options.checkpoint is None else AS_TRAINED
-    if unknown := [name for name in options.rows or () if name not in rows]:
-        raise ValueError(f"no row {unknown[0]!r} here; there are {', '.join(map(repr, rows))}")
-    for name in options.rows or rows:
-        row = rows[name]
+    variants = VARIANTS if options.checkpoint is None else AS_TRAINED
+    if unknown := [name for name in options.rows or () if name not in variants]:
+        raise ValueError(f"no row {unknown[0]!r} here; there are {', '.join(map(repr, variants))}")
+    for name in options.rows or variants:
+        variant = variants[name]
         try:
-            row.check(options.device, options.dtype)
-            policy, plain_actions = _policy(row, options)
+            variant.check(options.device, options.dtype)
+            policy, plain_actions = run_as(variant, _plain(variant, options), options.engine, options.smallest)
         except NotMeasuredError as error:
             print(f"{name:<20} not measured: {error}")
             continue
         peaks = usual
-        if row.eight_bits is not None:
-            peaks = machine_peaks(options.device, row.eight_bits)
-            print(f"{name:<20} large products {peaks.flops / 1e12:.3g} TFLOP/s in {row.eight_bits}")
+        if variant.eight_bits is not None:
+            peaks = machine_peaks(options.device, variant.eight_bits)
+            print(f"{name:<20} large products {peaks.flops / 1e12:.3g} TFLOP/s in {variant.eight_bits}")
         for batch in options.batches:
-            observation = _observation(policy.embodiment, batch)
+            observation = observe(policy.embodiment, batch)
             costs = count_flops(policy.model.config, policy.embodiment, len(INSTRUCTION.split()), batch)
             cost = next(cost for cost in costs if cost.stage == REPEATED)
             measured = measure(policy, observation, options.calls, name, cost, peaks, INSTRUCTION)
@@ -232,80 +181,23 @@ def _compare(results: Sequence[Measured]) -> None:
             print(f"{result.row}, batch {result.batch}: {slow.p50 / result.p50:.2f} times as fast as {slow.row}")
 
 
-def _policy(
-    row: Row, options: argparse.Namespace
-) -> tuple[CogVLAPolicy, Callable[[CogVLAPolicy], tuple[float, float]] | None]:
-    """The policy of a row, and what compares it with the same model operation by operation."""
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
-    if row.routing is None:
-        plain = load_policy(options.checkpoint, options.device)
-        model, preprocessor = plain.model, plain.preprocessor
-    else:
-        config, embodiment = preset(row, options)
-        model = empty_model(config, embodiment)
-        _fill(model, torch.device(options.device), dtype)
-        preprocessor = _preprocessor(embodiment)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    plain = CogVLAPolicy(model, preprocessor)
-    if not row.engine:
-        return plain, None
-    seen = [_observation(plain.embodiment, 1, seed) for seed in range(CALIBRATION)]
-    expected = [torch.from_numpy(plain.act(observation).actions) for observation in seen]
-    plain.reset()
-    int8 = "int8" if row.eight_bits == "int8" else None
-    try:
-        policy = plain.with_engine(EngineConfig(options.engine, dtype=int8, smallest=options.smallest), release=True)
-        if row.eight_bits == "float8":
-            policy.to_float8(seen, options.smallest)
-    except ValueError as error:
-        if row.eight_bits is None:
-            raise
-        raise NotMeasuredError(str(error)) from error
-
-    def deviation(policy: CogVLAPolicy) -> tuple[float, float]:
-        found = [torch.from_numpy(policy.act(observation).actions) for observation in seen]
-        difference = torch.stack([(a - b).abs() for a, b in zip(found, expected, strict=True)])
-        return float(difference.mean()), float(difference.max())
-
-    return policy, deviation
+def _plain(variant: Variant, options: argparse.Namespace) -> CogVLAPolicy:
+    """Return the network of a row operation by operation, in the precision that the options ask for."""
+    if variant.routing is not None:
+        return random_policy(*preset(variant, options), options.device, options.dtype)
+    policy = load_policy(options.checkpoint, options.device)
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.to(DTYPES[options.dtype])
+    return CogVLAPolicy(policy.model, policy.preprocessor)
 
 
-def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Random weights of a usual size, made on the device: no time is spent on initialisation."""
-    generator = torch.Generator(device).manual_seed(0)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            tensor = torch.empty(parameter.shape, device=device, dtype=dtype)
-            if parameter.dim() < 2:
-                tensor.fill_(1.0 if "norm" in type(module).__name__.lower() and name == "weight" else 0.0)
-            else:
-                tensor.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
-            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-    model.to(device)
-
-
-def _preprocessor(embodiment: Embodiment) -> Preprocessor:
-    span = {"state": embodiment.state_dim, "action": embodiment.action_dim}
-    low, high = -1.0, 1.0
-    statistics = {
-        key: Statistics((low,) * dim, (high,) * dim, (low,) * dim, (high,) * dim, (0.0,) * dim, (1.0,) * dim)
-        for key, dim in span.items()
-    }
-    return Preprocessor(embodiment, WordTokenizer.from_instructions([INSTRUCTION]), statistics)
-
-
-def _observation(embodiment: Embodiment, batch: int, seed: int = 0) -> Observation:
-    return replace(embodiment.fake_observation(batch, seed), instruction=[INSTRUCTION] * batch)
-
-
-def preset(row: Row, options: argparse.Namespace) -> tuple[CogVLAConfig, Embodiment]:
-    """The network of a row of `ROWS`, and a robot with LIBERO's numbers and the views that the options ask for."""
-    assert row.routing is not None, "rows of a checkpoint have no preset"
+def preset(variant: Variant, options: argparse.Namespace) -> tuple[CogVLAConfig, Embodiment]:
+    """Return the network of a variant, and a robot with LIBERO's numbers and the views that the options ask for."""
+    assert variant.routing is not None, "rows of a checkpoint have no preset"
     values = _yaml("embodiment", "libero")
     size = options.size or (128 if options.preset == "tiny" else 224)
     cameras = [{"name": f"view{index}", "height": size, "width": size} for index in range(options.views)]
-    routing = {**_yaml("routing", row.routing), **row.changes}
+    routing = {**_yaml("routing", variant.routing), **variant.changes}
     config = CogVLAConfig.from_dict({**_yaml("policy", options.preset), "routing": routing})
     return config, Embodiment(**{**values, "cameras": cameras})
 

@@ -22,12 +22,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from cogvla.envs.evaluation.provenance import provenance
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import Batch, ObjectiveConfig

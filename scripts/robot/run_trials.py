@@ -26,11 +26,11 @@ from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EpisodeLog
 from cogvla.envs.evaluation.evaluate import write_report
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
-from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import ControlTiming, Report, build_report
 from cogvla.envs.evaluation.statistics import latency, success_rate
 from cogvla.envs.suite import Suite, Task, get_suite
 from cogvla.policy.interface import Embodiment
+from cogvla.policy.provenance import provenance
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.bridge.keyboard import Keyboard
 from cogvla.real_robot.control.measurements import Measurements, latency_table

@@ -16,11 +16,11 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from cogvla.envs.evaluation.provenance import machine
 from cogvla.envs.evaluation.statistics import latency
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.envs.tabletop.env import CAMERAS
 from cogvla.envs.tabletop.expert import Expert
+from cogvla.policy.provenance import machine
 
 RENDER_EVERY = 5
 """Control steps between two images: a step right after one is slower, because rendering empties the caches."""

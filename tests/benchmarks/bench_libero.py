@@ -18,8 +18,8 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from cogvla.envs.evaluation.provenance import machine
 from cogvla.libero.suites import configured_suite
+from cogvla.policy.provenance import machine
 
 DEFAULTS = {
     "defaults": ["_self_", {"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}],

@@ -20,9 +20,9 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from cogvla.envs.evaluation.provenance import machine
 from cogvla.envs.evaluation.statistics import latency
 from cogvla.policy.interface import Camera
+from cogvla.policy.provenance import machine
 from cogvla.real_robot.serving.async_client import Answer, AsyncPolicyClient, ClientSettings
 
 DEFAULTS = {

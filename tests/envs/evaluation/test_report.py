@@ -13,10 +13,10 @@ import pytest
 
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.evaluation import report as report_module
-from cogvla.envs.evaluation.provenance import provenance
 from cogvla.envs.evaluation.report import Report, build_report, render_html, render_index, report_json
 from cogvla.envs.evaluation.statistics import wilson_interval
 from cogvla.envs.rollout.video import VideoWriter
+from cogvla.policy.provenance import provenance
 from cogvla.tests.support.point_suite import TASKS, toy_suite
 
 

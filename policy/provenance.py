@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> dict[str, Any] | None:
     """Return the git commit of this package, and whether tracked files differ from it; None without a git checkout."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # an installed package may lie inside another project's repository
         return None
     head = _git(root, "rev-parse", "HEAD")

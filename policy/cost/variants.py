@@ -1,0 +1,159 @@
+"""The networks that benchmarks compare, with random weights, and the ways to run them.
+
+all off               no stage of CogVLA, the model operation by operation: what OpenVLA-OFT computes
+faithful              CogVLA as published, operation by operation
+faithful, engine      the same network in the inference engine
+bypass, drop          CogVLA with our choices, in the engine; `drop` leaves pruned tokens out for good
+without stage 1, 2    ablations, in the engine
+drop, float8          large layers in 8 bits, on GPUs
+drop, int8            the same on CPUs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.inputs.normalise import Statistics
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.tokenizer import WordTokenizer
+from cogvla.policy.interface import Embodiment, Observation
+from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.empty_model import empty_model
+from cogvla.policy.policy import CogVLAPolicy
+
+INSTRUCTION = "put the red cube in the tray"
+CALIBRATION = 8
+"""Observations that set the input ranges of 8-bit layers."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NotMeasuredError(ValueError):
+    """Raised for a variant in 8 bits that this machine, precision or model does not have."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network and one way to run it.
+
+    Attributes:
+        routing: name of a file in configs/routing; None: as the checkpoint has it.
+        engine: run it in the inference engine; False: operation by operation.
+        changes: to that routing.
+        eight_bits: precision of large layers, `float8` or `int8`; None: that of the others.
+    """
+
+    routing: str | None
+    engine: bool = True
+    changes: dict[str, Any] = field(default_factory=dict)
+    eight_bits: str | None = None
+
+    def check(self, device: str, dtype: str) -> None:
+        """Raise NotMeasuredError if the device does not have this variant, or not beside this precision."""
+        if self.eight_bits == "float8" and dtype != "bfloat16":
+            raise NotMeasuredError("float8 layers compute beside bfloat16 ones (--dtype bfloat16)")
+        if self.eight_bits == "int8" and (device.startswith("cuda") or dtype != "float32"):
+            raise NotMeasuredError("int8 layers compute beside float32 ones on a CPU (--device cpu --dtype float32)")
+
+
+VARIANTS = {
+    "all off": Variant("none", engine=False, changes={"attention": "bidirectional"}),
+    "faithful": Variant("faithful", engine=False),
+    "faithful, engine": Variant("faithful"),
+    "bypass": Variant("cogvla", changes={"mode": "bypass"}),
+    "drop": Variant("cogvla", changes={"mode": "drop"}),
+    "without stage 1": Variant("no_efa"),
+    "without stage 2": Variant("no_lfp"),
+    "drop, float8": Variant("cogvla", changes={"mode": "drop"}, eight_bits="float8"),
+    "drop, int8": Variant("cogvla", changes={"mode": "drop"}, eight_bits="int8"),
+}
+
+AS_TRAINED = {
+    "plain": Variant(None, engine=False),
+    "engine": Variant(None),
+    "float8": Variant(None, eight_bits="float8"),
+    "int8": Variant(None, eight_bits="int8"),
+}
+"""Variants of a checkpoint."""
+
+Deviation = Callable[[CogVLAPolicy], tuple[float, float]]
+"""Mean and largest difference of a policy's actions from those of the same model run operation by operation."""
+
+
+def random_policy(config: CogVLAConfig, embodiment: Embodiment, device: str, dtype: str) -> CogVLAPolicy:
+    """Build a policy with random weights on the device, run operation by operation; a trained one takes as long."""
+    model = empty_model(config, embodiment)
+    _fill(model, torch.device(device), DTYPES[dtype])
+    return CogVLAPolicy(model, _preprocessor(embodiment))
+
+
+def run_as(
+    variant: Variant, plain: CogVLAPolicy, engine: str = "auto", smallest: int = 256
+) -> tuple[CogVLAPolicy, Deviation | None]:
+    """Return the policy as a variant runs it, and what measures its deviation from `plain` (None: it is `plain`).
+
+    Args:
+        variant: one that `check` accepts.
+        plain: the policy operation by operation; its weights may be taken over.
+        engine: `EngineConfig.kind`.
+        smallest: inputs and outputs that a layer in 8 bits has at least.
+
+    Raises:
+        NotMeasuredError: the machine or the model does not have it in 8 bits.
+        ValueError: the engine cannot run this model.
+    """
+    if not variant.engine:
+        return plain, None
+    seen = [observe(plain.embodiment, 1, seed) for seed in range(CALIBRATION)]
+    expected = [torch.from_numpy(plain.act(observation).actions) for observation in seen]
+    plain.reset()
+    int8 = "int8" if variant.eight_bits == "int8" else None
+    try:
+        policy = plain.with_engine(EngineConfig(engine, dtype=int8, smallest=smallest), release=True)
+        if variant.eight_bits == "float8":
+            policy.to_float8(seen, smallest)
+    except ValueError as error:
+        if variant.eight_bits is None:
+            raise
+        raise NotMeasuredError(str(error)) from error
+
+    def deviation(policy: CogVLAPolicy) -> tuple[float, float]:
+        found = [torch.from_numpy(policy.act(observation).actions) for observation in seen]
+        difference = torch.stack([(a - b).abs() for a, b in zip(found, expected, strict=True)])
+        return float(difference.mean()), float(difference.max())
+
+    return policy, deviation
+
+
+def observe(embodiment: Embodiment, batch: int, seed: int = 0) -> Observation:
+    """Return a made-up observation of `batch` robots with the benchmark's instruction."""
+    return replace(embodiment.fake_observation(batch, seed), instruction=[INSTRUCTION] * batch)
+
+
+def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make random weights of a usual size on the device; no time is spent on initialisation."""
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            tensor = torch.empty(parameter.shape, device=device, dtype=dtype)
+            if parameter.dim() < 2:
+                tensor.fill_(1.0 if "norm" in type(module).__name__.lower() and name == "weight" else 0.0)
+            else:
+                tensor.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    model.to(device)
+
+
+def _preprocessor(embodiment: Embodiment) -> Preprocessor:
+    span = {"state": embodiment.state_dim, "action": embodiment.action_dim}
+    low, high = -1.0, 1.0
+    statistics = {
+        key: Statistics((low,) * dim, (high,) * dim, (low,) * dim, (high,) * dim, (0.0,) * dim, (1.0,) * dim)
+        for key, dim in span.items()
+    }
+    return Preprocessor(embodiment, WordTokenizer.from_instructions([INSTRUCTION]), statistics)
