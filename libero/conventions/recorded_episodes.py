@@ -34,7 +34,7 @@ EXECUTED, TASK, INITIAL_STATE = "label.executed_action", "label.task", "label.in
 
 @dataclass(frozen=True)
 class Start:
-    """Where an episode began: `initial_state` or `state` is given.
+    """The start of an episode: `initial_state` or `state` is given.
 
     Attributes:
         task: index of the task in its suite.

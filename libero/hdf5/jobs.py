@@ -33,7 +33,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Start:
-    """Where an episode begins, to play it again.
+    """The start of an episode, to play it again.
 
     Attributes:
         state: first state: time, positions and velocities.

@@ -1,4 +1,4 @@
-"""What a configuration costs, stage by stage, without allocating a weight.
+"""Count parameters, FLOPs and bytes of a configuration, stage by stage, without allocating a weight.
 
 Counted are matrix products, as `torch.utils.flop_counter` does, which a test holds this against; element-wise work is
 left out. Of each product:
@@ -40,7 +40,7 @@ INSTRUCTION = "instruction"
 
 @dataclass(frozen=True)
 class Counting:
-    """What is counted. The defaults are what this model computes; the rest is for comparison with other code.
+    """The work that is counted. The defaults are what this model computes; the rest compares with other code.
 
     Attributes:
         attention: products of queries with keys and of attention with values; without them, linear layers only.

@@ -1,4 +1,4 @@
-"""What training takes of a GPU's memory, from the model's shapes alone: nothing is computed.
+"""Estimate the GPU memory of training from the model's shapes alone: nothing is computed.
 
 Weights, gradients and optimiser state are exact. Activations are those that autograd keeps of a forward pass on the
 meta device in bfloat16: an estimate, as kernels keep a little more or less.

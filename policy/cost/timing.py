@@ -30,7 +30,7 @@ WIDTHS = {"float32": (4, 4), "bfloat16": (2, 2), "float8": (1, 2), "int8": (1, 4
 
 @dataclass(frozen=True)
 class Peaks:
-    """What one machine reaches: FLOP/s in a large product, and bytes/s in a large copy, both in this precision."""
+    """Measured peaks of one machine: FLOP/s in a large product, bytes/s in a large copy, both in this precision."""
 
     name: str
     flops: float
@@ -75,7 +75,7 @@ class Measured:
 
     @property
     def times_floor(self) -> float:
-        """How many times the floor the median is."""
+        """The median as a multiple of the floor."""
         return self.p50 / self.floor
 
 

@@ -39,7 +39,7 @@ class GripperConvention:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where a data set is and what its keys mean.
+    """The place of a data set and the meaning of its keys.
 
     Attributes:
         cameras: the embodiment's camera name -> the data set's key.
@@ -171,7 +171,7 @@ class DemonstrationData:
         return dict(self.provenance)
 
     def statistics(self) -> dict[str, Statistics]:
-        """Of states and actions over this part's frames."""
+        """Return statistics of states and actions over this part's frames."""
         return {
             "state": Statistics.of(self._part(self.state_NS).numpy()),
             "action": Statistics.of(self._part(self.action_NA).numpy()),

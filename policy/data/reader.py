@@ -1,4 +1,4 @@
-"""What is in a LeRobotDataset v3: its columns as arrays, and its frames one part at a time.
+"""Read a LeRobotDataset v3: its columns as arrays, and its frames one part at a time.
 
 The files are read directly (parquet by pyarrow): opening a folder needs neither lerobot, which takes seconds to import,
 nor the copy that `datasets` makes of all images. lerobot itself is used for what it alone knows: downloading, and
@@ -30,7 +30,7 @@ VIDEO_CHUNK = 64
 
 @dataclass(frozen=True)
 class Mapping:
-    """Which keys are read, and what the embodiment expects of them.
+    """The keys that are read, and the sizes that the embodiment expects.
 
     Attributes:
         cameras: keys, in the order of the embodiment's cameras.

@@ -22,12 +22,12 @@ from cogvla.policy.model.cogvla import CogVLA, ModelInput
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16, "int8": torch.float32}
-"""Of what is not in 8 bits."""
+"""Precision of the layers that are not in 8 bits."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a trained policy is run.
+    """Settings of the inference engine.
 
     Attributes:
         kind: `plain` runs the model as it was trained. The others run `FusedNetwork`: `eager`, or recorded for each
@@ -164,7 +164,7 @@ class Engine:
         return run({"pixels": inputs.pixels, "state": inputs.state, **text.tensors})
 
     def calibrate(self, observations: Iterable[ModelInput], smallest: int = 256) -> Calibration:
-        """How large the inputs of large layers get.
+        """Measure how large the inputs of large layers get.
 
         Args:
             observations: recorded ones.

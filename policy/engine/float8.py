@@ -62,7 +62,7 @@ class Float8Linear(nn.Module):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What recorded observations say about a network, so that it can compute in 8 bits.
+    """Input ranges of a network's large layers, measured on recorded observations, for 8 bits.
 
     Attributes:
         largest_inputs: name of a layer of the fused network -> largest absolute value that it read.

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from cogvla.policy.engine.linear import FusedLinear, large_linears, put
 
 LEVELS = 63
-"""Of an input on each side of zero, which is level `LEVELS + 1` of 0 to 127."""
+"""Levels of an input on each side of zero, which is level `LEVELS + 1` of 0 to 127."""
 WEIGHT_LEVELS = 127
 LIBRARY = "fbgemm"
-"""Of PyTorch's quantised kernels: the one whose product takes and gives float32."""
+"""Backend of PyTorch's quantised kernels whose product takes and gives float32."""
 
 
 class Int8Linear(nn.Module):

@@ -20,7 +20,7 @@ from cogvla.routing.layout import TokenLayout
 
 @dataclass(frozen=True)
 class Frame:
-    """What attention needs for one set of tokens; `turn` is cosine and sine, which carries the rotation's sign.
+    """Mask and positions of one set of tokens; `turn` is cosine and sine, which carries the rotation's sign.
 
     `seen` is False for vision tokens that a router hides; None: all are seen.
     """

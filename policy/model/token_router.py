@@ -39,7 +39,7 @@ from cogvla.routing.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class Routed:
-    """What enters the language model.
+    """The tokens that enter the language model.
 
     Attributes:
         vision_BnD: vision tokens of all views.

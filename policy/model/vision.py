@@ -232,7 +232,7 @@ def _attend_last(attention: Any, h_XNW: Tensor, rows: int, watch: bool) -> tuple
 
 @dataclass(frozen=True)
 class VisionCondition:
-    """What the towers need besides pixels, and what the instruction says to them.
+    """The instruction as the towers read it, beside the pixels.
 
     Attributes:
         embeddings: per tower, see `VisionTower.embedding`.

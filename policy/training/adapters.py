@@ -1,4 +1,4 @@
-"""What fine-tuning trains of a policy: which parts fully, which through LoRA adapters (peft), and which not at all.
+"""Choose the parts that fine-tuning trains: fully, through LoRA adapters (peft), or not at all.
 
 Adapters are in memory and in `training.pt` only. A policy that is saved has them folded into its weights: the
 checkpoint is the same one `model.safetensors` with and without them.
@@ -24,7 +24,7 @@ FINGERPRINT = 64
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What is trained; the default is everything.
+    """The parts of a policy that are trained; the default is everything.
 
     Parts are named as in the checkpoint, e.g. `decoder.llm` or `vision.towers.*.film`; `*` stands for anything.
 
@@ -162,7 +162,7 @@ def fingerprint(module: nn.Module) -> Tensor:
 
 
 def summary(model: nn.Module) -> str:
-    """How many parameters are trained fully, are in adapters and are frozen, for the log."""
+    """Return the numbers of parameters that are trained fully, in adapters, and frozen, for the log."""
     full = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

@@ -29,7 +29,7 @@ ALTERNATIVE_LABELS = ("alternatives", "possible", "task")
 
 @dataclass(frozen=True)
 class Choices:
-    """What each sample of a step is asked, and how much it counts.
+    """The instruction and the weight of each sample of a step, drawn at random.
 
     Attributes:
         instruction_B: index of its instruction.
@@ -53,7 +53,7 @@ class Choices:
     draw_B2: Tensor | None = None
 
     def part(self, index_b: Tensor) -> Choices:
-        """Those of some samples."""
+        """Return the choices of some samples."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         parts: dict[str, Any] = {name: None if value is None else value[index_b] for name, value in values.items()}
         return Choices(**parts)
@@ -220,7 +220,7 @@ class BatchBuilder:
         return torch.cat([labels["target"], labels["goal"]], dim=-1) if self.has_positions else None
 
     def project(self, samples: dict[str, Any], points_BG: Tensor) -> Tensor | None:
-        """Where the points are in each view, [B,V,2,2]; points behind a camera are far outside."""
+        """Project the points into each view, [B,V,2,2]; points behind a camera land far outside."""
         if not self.has_projections:
             return None
         projection_BV34 = torch.stack([samples["labels"][name] for name in self.projections], dim=1)

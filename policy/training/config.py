@@ -1,4 +1,4 @@
-"""How to train: plain data, validated where it is built."""
+"""The configuration of training: plain data, validated where it is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train.
+    """Steps, optimiser, precision, validation and checkpoints of a training run.
 
     Attributes:
         steps: of the optimiser, in all.

@@ -1,4 +1,4 @@
-"""What a run measures: the losses of the last steps, and a file that is the same after a resumed run."""
+"""Metrics of a run: the mean losses of the last steps, and a file that is the same after a resumed run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LossWindow:
         self._steps: list[dict[str, Tensor]] = []
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Of one step, and of this process's part of the batch."""
+        """Add the losses of one step, over this process's part of the batch."""
         self._steps.append(losses)
 
     def settle(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What training minimises: the head's error on the action chunk (masked L1 for the paper's head), where the simulator
+"""The training objective: the head's error on the action chunk (masked L1 for the paper's head), where the simulator
 gives labels, grounding, and further objectives by switches, each in its own file in `policy/auxiliary`.
 
 Behaviour cloning alone learns the arm's habits long before it looks at the instruction. Three things mend that:

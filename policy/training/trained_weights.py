@@ -99,7 +99,7 @@ class TrainedWeights:
         return objective.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of what is trained; every process must call this, and the first one gets it."""
+        """Return the state of everything trained. Every process must call this; the first one gets the state."""
         objective, optimiser = get_state_dict(self.objective, self.optimiser.optimizer, options=TRAINED)
         return {
             "objective": objective,

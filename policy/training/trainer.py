@@ -47,7 +47,7 @@ from cogvla.policy.training.validation import validate
 AVERAGED_STEPS = 20
 """Training metrics are means over so many steps."""
 PATIENCE = timedelta(hours=4)
-"""How long processes wait for the first one, which plays the rollouts."""
+"""Longest time that processes wait for the first one, which plays the rollouts."""
 
 
 class Trainer:
@@ -280,7 +280,7 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def _stop_requested(self) -> bool:
-        """Whether any process was asked to stop; with several, they agree only now and then, which is cheap."""
+        """Return True if any process was asked to stop. Several processes agree now and then only, which is cheap."""
         requested = self.interruption.requested
         if self.accelerator.num_processes == 1:
             return requested
@@ -295,7 +295,7 @@ class Trainer:
         raise KeyboardInterrupt
 
     def _learning_rate(self) -> float:
-        """Of the step that comes next."""
+        """Return the learning rate of the next step."""
         return self.config.learning_rate * warmup_cosine(self.step, self.config.warmup_steps, self.config.steps)
 
     def _record(self, metrics: dict[str, float], volatile: dict[str, float]) -> None:

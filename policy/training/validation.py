@@ -1,4 +1,4 @@
-"""What a loss alone does not tell: held-out error by phase, under a wrong instruction, and where the policy looks."""
+"""Validation: held-out error by phase, error under a wrong instruction, and where the policy looks."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ from cogvla.policy.inputs.tokenizer import (
 from cogvla.policy.model.cogvla import CogVLA
 
 BACKBONES = ("decoder.llm.*", "vision.towers.*.vit.*")
-"""What a base must have. The rest may be new: another robot has another head, another routing other routers."""
+"""Parts that a base must have. The rest may be new: another robot has another head, another routing other routers."""
 
 
 def is_own(source: str | Path) -> bool:
-    """Whether this is a checkpoint folder of ours; otherwise it is published weights."""
+    """Return True for a checkpoint folder of ours, False for published weights."""
     path = Path(source) / CONFIG
     return path.is_file() and '"embodiment"' in path.read_text()
 

@@ -15,7 +15,7 @@ from cogvla.policy.weights.base import is_own
 from cogvla.routing.router import RouterConfig
 
 TOLERANCE = 1e-3
-"""Of normalisation, as a share of each dimension's range: two recordings of the same experts differ by less."""
+"""Largest difference of normalisation, as a share of each range; two recordings of the same experts differ by less."""
 
 
 def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions: Sequence[str]) -> CogVLA:

@@ -55,7 +55,7 @@ def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor, weight_BV2: T
 
 
 def patch_weights(points_X22: Tensor, rows: int, columns: int) -> Tensor:
-    """How much of a point each patch has, [X,2,P]: bilinear in the distance to the centres of patches, 1 in all.
+    """Return the share of a point that each patch has, [X,2,P]: bilinear in the distance to its centre; they sum to 1.
 
     Args:
         points_X22: (right, down) in [0,1]; at the border, the border's patches have all of it.
