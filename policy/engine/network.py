@@ -116,7 +116,7 @@ class _Aside:
         return self
 
     def stream(self, index: int) -> AbstractContextManager[Any]:
-        """Return the place of piece number `index`."""
+        """Return the context in which piece number `index` runs."""
         if not self._on or index > 0:
             return nullcontext()
         self._there.wait_stream(self._here)
