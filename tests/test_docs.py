@@ -21,8 +21,9 @@ def missing(page: Path, text: str) -> list[str]:
     """Relative links, and paths of the repository in backticks, that lead nowhere."""
     links = re.findall(r"\]\(([^)#\s]+)", text)
     found = [link for link in links if "://" not in link and not (page.parent / link).exists()]
-    paths = re.findall(r"`([\w.-]+/[\w./-]+\.(?:py|yaml))`", text)
-    return found + [path for path in paths if path.split("/")[0] in (*FOLDERS, "docs") and not (ROOT / path).exists()]
+    folders = "|".join((*FOLDERS, "tests", "docs", "examples"))
+    paths = re.findall(rf"`((?:{folders})/[\w./-]*)`", text)
+    return found + [path for path in paths if not (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -31,8 +32,9 @@ def test_pages_lead_to_what_exists(page: Path) -> None:
 
 
 def test_what_leads_nowhere_is_found() -> None:
-    text = "[a](data.md#here) [b](nowhere.md) [c](https://example.org/x.md) `policy/gone.py` `my_configs/data/x.yaml`"
-    assert missing(ROOT / "docs" / "data.md", text) == ["nowhere.md", "policy/gone.py"]
+    text = "[a](data.md#here) [b](nowhere.md) [c](https://example.org/x.md) `my_configs/data/x.yaml`"
+    text += " `policy/gone.py` `policy/gone/` `policy/policy.py`"
+    assert missing(ROOT / "docs" / "data.md", text) == ["nowhere.md", "policy/gone.py", "policy/gone/"]
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
