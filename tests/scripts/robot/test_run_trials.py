@@ -92,7 +92,7 @@ class Script:
         if self.bridge.measurements.counts["action"] < self.enough:
             return now
         if self.line == "abort":
-            raise EpisodeAbortedError("taken back by the operator")
+            raise EpisodeAbortedError("discarded by the operator")
         if self.line == "kill":
             raise KeyboardInterrupt
         if self.line == "estop":
