@@ -208,7 +208,7 @@ def _simulator(config: DictConfig) -> Iterator[None]:
 @contextmanager
 def _process(name: str, arguments: Sequence[str], config: DictConfig) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, "ROS_DOMAIN_ID": str(config.domain), "OMP_NUM_THREADS": str(config.threads)}
-    command = [sys.executable, "-m", f"cogvla.real_robot.{name}", *arguments]
+    command = [sys.executable, "-m", f"cogvla.scripts.robot.{name}", *arguments]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         yield process

@@ -156,9 +156,9 @@ def test_training_weighs_its_error_and_keeps_the_other_losses(kind: str) -> None
 def test_mistakes_are_explained() -> None:
     with pytest.raises(ValueError, match=r"head\.kind is 'fast'; it must be one of l1, diffusion, flow, discrete"):
         tiny_config({"kind": "fast"})
-    with pytest.raises(ValueError, match="steps must be positive"):
+    with pytest.raises(ValueError, match="steps at least 1"):
         tiny_config({"kind": "flow", "steps": 0})
-    with pytest.raises(ValueError, match=r"head\.kind=discrete cuts .* choose action_normalisation q99 or min_max"):
+    with pytest.raises(ValueError, match=r"head\.kind=discrete clips .* choose action_normalisation q99 or min_max"):
         CogVLA(tiny_config({"kind": "discrete"}), replace(TOY, action_normalisation="mean_std"))
 
 

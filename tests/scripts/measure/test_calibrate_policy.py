@@ -19,6 +19,8 @@ from cogvla.scripts.measure import calibrate_policy
 from cogvla.tests.support.paths import SHIPPED
 
 FLOAT8 = EngineConfig("eager", dtype="float8")
+ROUNDING = 2**-4
+"""Largest relative error of a number in float8_e4m3fn."""
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,9 @@ def test_a_calibrated_checkpoint_runs_in_eight_bits(
     assert found.about["data_set"]["episodes"] == 10
     assert found.about["versions"]["torch"]
     moved, error = found.about["from_bfloat16"], found.about["action_l1"]
-    assert 0 < moved["mean"] < moved["max"] < 0.5
-    assert abs(error["float8"] - error["saved"]) < 0.03 < error["saved"] < 0.3, "the policy still does what experts do"
+    # The largest change is the processor's. The mean is bounded by the format: three bits of fraction round by 2**-4.
+    assert 0 < moved["mean"] < min(moved["max"], ROUNDING)
+    assert abs(error["float8"] - error["bfloat16"]) <= moved["mean"] + 1e-6, "the triangle inequality"
 
     policy, identity = open_policy(checkpoint, "cpu", engine=FLOAT8)
     described = policy.describe()
@@ -71,7 +74,7 @@ def test_a_calibrated_checkpoint_runs_in_eight_bits(
     assert sum(m.weight.dtype == torch.float8_e4m3fn for m in layers) == len(found.largest_inputs)
     seen = policy.embodiment.fake_observation(2)
     exact = load_policy(checkpoint).act(seen).actions
-    assert 0 < np.abs(policy.act(seen).actions - exact).mean() < 0.05 * np.abs(exact).max()
+    assert 0 < np.abs(policy.act(seen).actions - exact).mean() < ROUNDING * np.abs(exact).max()
 
 
 def test_the_choice_of_frames_is_drawn_once(recorded: Path, checkpoint: Path) -> None:
