@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvla.envs.rollout.player import Failed, Player, PlayerSettings, Record, Recorded, Reply, Request
-from cogvla.envs.rollout.workers import ONE_THREAD
+from cogvla.processes import ONE_THREAD
 
 UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 LOCAL = "local"

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +14,7 @@ from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.libero.hdf5.reader import read
 from cogvla.libero.hdf5.replay import Replayer, ReplaySettings
+from cogvla.processes import Pool
 
 
 @dataclass(frozen=True)
@@ -86,41 +81,17 @@ def play(settings: ReplaySettings, jobs: Sequence[Job], folder: Path, workers: i
 
 def _played(settings: ReplaySettings, missing: Sequence[tuple[Job, int]], folder: Path, workers: int) -> Iterator[bool]:
     """Replay the missing demonstrations; yield True for each that is kept, False for each that is dropped."""
-    if workers == 0 or len(missing) < 2:
-        if missing:
-            with closing(Replayer(settings)) as replayer:
-                for job, index in missing:
-                    yield _replay(replayer, job, folder, index)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing)), context, _start) as pool:
-        try:
-            for future in as_completed([pool.submit(_replay_there, settings, *job, folder) for job in missing]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process died (often: not enough memory): use fewer workers; the same command then goes on "
-                "where it stopped"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    workers = workers if len(missing) > 1 else 0
+    with Pool(_replaying, (settings, folder), missing, workers, (ValueError, OSError)) as pool:
+        for _ in missing:
+            yield pool.next()
 
 
-def _start() -> None:
-    """Prepare a worker process: leave Ctrl-C to the parent, and use one thread, as the processes share the cores."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
-
-
-@functools.cache
-def _replayer(settings: ReplaySettings) -> Replayer:
-    """Return this worker's only environment; build it at the first call."""
-    return Replayer(settings)
-
-
-def _replay_there(settings: ReplaySettings, job: Job, index: int, folder: Path) -> bool:
-    return _replay(_replayer(settings), job, folder, index)
+@contextmanager
+def _replaying(arguments: tuple[ReplaySettings, Path]) -> Iterator[Callable[[tuple[Job, int]], bool]]:
+    settings, folder = arguments
+    with closing(Replayer(settings)) as replayer:
+        yield lambda item: _replay(replayer, item[0], folder, item[1])
 
 
 def _replay(replayer: Replayer, job: Job, folder: Path, index: int) -> bool:

@@ -14,21 +14,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import pickle
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+from cogvla.processes import Child, ProcessDiedError, send
+
 START = None  # a message to another process; all others are parts of a batch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT, LARGEST = 1 << 30, 32 << 20  # bytes; glibc takes no larger threshold
@@ -82,7 +79,7 @@ class ParallelGradients:
             while len(self.others) < self.parts - 1:
                 self.others.append(_Other(self.objective, self.compiled))
             for other in self.others:
-                other.send(next(left))
+                other.child.send(next(left))
             self.own = next(left)
 
     def __call__(self, scale: float = 1.0, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
@@ -137,86 +134,59 @@ class _Other:
     """Another process as this one sees it."""
 
     def __init__(self, objective: nn.Module, compiled: bool) -> None:
-        parameters = _trained(objective)
         self.memory = _file_in_memory()
-        self.weights, self.gradients = _views(self.memory.fileno(), parameters)
-        connection, theirs = Pipe()
-        self.connection: Connection = connection
-        command = f"from cogvla.policy.training.parallel import serve; serve({theirs.fileno()}, {self.memory.fileno()})"
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", command],
-            pass_fds=[theirs.fileno(), self.memory.fileno()],
-            env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # Ctrl-C is for this process, which then ends the others in order
-        )
-        theirs.close()
-        self.send((objective, compiled))
+        self.weights, self.gradients = _views(self.memory.fileno(), _trained(objective))
+        self.child = Child(serve, (objective, compiled), [self.memory.fileno()])
 
     def start(self, parameters: Sequence[Tensor]) -> None:
         """Have it compute what was sent last, with these weights."""
         with torch.no_grad():
             torch._foreach_copy_(self.weights, list(parameters))
-        self.send(START)
-
-    def send(self, content: Any) -> None:
-        try:
-            self.connection.send_bytes(pickle.dumps(content))
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise RuntimeError(f"a process of training.cpu_parts is gone (exit code {self.process.wait()})") from error
+        self.child.send(START)
 
     def receive(self) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         try:
-            answer = pickle.loads(self.connection.recv_bytes())
-        except (EOFError, ConnectionResetError) as error:
-            code = self.process.wait()
+            answer = self.child.receive()
+        except ProcessDiedError as error:
             raise RuntimeError(
-                f"a process of training.cpu_parts is gone (exit code {code}; -9 is mostly a lack of memory): the same "
-                "command resumes, training.cpu_parts=1 does without"
-            ) from error
+                f"a process of training.cpu_parts is gone: {error}. The same command resumes, "
+                "training.cpu_parts=1 does without"
+            ) from None
         if isinstance(answer, str):
             raise RuntimeError(f"a process of training.cpu_parts failed:\n{answer}")
         losses, there = answer
         return losses, [gradient if given else None for gradient, given in zip(self.gradients, there, strict=True)]
 
     def close(self) -> None:
-        self.connection.close()
-        try:
-            self.process.wait(timeout=3)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.child.close()
         self.memory.close()
 
 
-def serve(descriptor: int, memory: int) -> None:
+def serve(connection: Connection, memory: int) -> None:
     """Run the main loop of another process, until the other end of the pipe closes."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    connection = Connection(descriptor)
-    try:
-        objective, compiled = pickle.loads(connection.recv_bytes())
-        parameters = _trained(objective)
-        weights, memory_of_gradients = _views(memory, parameters)
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.data = weight
-        forward = torch.compile(objective) if compiled else objective
-        part = None
-        while True:
-            message = pickle.loads(connection.recv_bytes())
-            if message is not START:
-                part = message
-                continue
-            try:
-                losses, gradients = _losses_and_gradients(forward, parameters, part)
-            except Exception:
-                connection.send_bytes(pickle.dumps(traceback.format_exc()))
-                continue
-            for given, gradient in zip(memory_of_gradients, gradients, strict=True):
-                if gradient is not None:
-                    given.copy_(gradient)
-            connection.send_bytes(pickle.dumps((losses, [gradient is not None for gradient in gradients])))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is done, or gone
+    objective, compiled = connection.recv()
+    parameters = _trained(objective)
+    weights, memory_of_gradients = _views(memory, parameters)
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
+    forward = torch.compile(objective) if compiled else objective
+    part = None
+    while True:
+        message = connection.recv()
+        if message is not START:
+            part = message
+            continue
+        try:
+            losses, gradients = _losses_and_gradients(forward, parameters, part)
+        except Exception:
+            send(connection, traceback.format_exc())
+            continue
+        for given, gradient in zip(memory_of_gradients, gradients, strict=True):
+            if gradient is not None:
+                given.copy_(gradient)
+        send(connection, (losses, [gradient is not None for gradient in gradients]))
 
 
 def _file_in_memory() -> IO[bytes]:

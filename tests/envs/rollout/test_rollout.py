@@ -209,7 +209,7 @@ def test_mistakes_are_named() -> None:
         play([EpisodeSpec(3, 0)])
     with pytest.raises(ValueError, match="predicts 4 actions"):
         play(settings=RolloutSettings(execute_steps=5))
-    with pytest.raises(ValueError, match="function of a module"):
+    with pytest.raises(ValueError, match="function or class of a module"):
         play(suite=replace(toy_suite(), make=lambda **_: ToyEnv()), workers=1)
     with pytest.raises(ValueError, match="max_steps must be positive"):
         RolloutSettings(max_steps=0)

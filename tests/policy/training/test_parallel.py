@@ -106,7 +106,7 @@ def test_nothing_is_left_running(parallel: Callable[..., ParallelGradients]) -> 
     two()
     (other,) = two.others
     two.close()
-    assert other.process.returncode == 0
+    assert other.child.process.returncode == 0
 
 
 def test_kept_memory_changes_no_result() -> None:
