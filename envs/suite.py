@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
+from cogvla.envs.contract import Expert, SuiteEnv
 from cogvla.plugins import import_plugins
 
 EVALUATION_STATES = 50
@@ -32,41 +32,29 @@ class Task:
 class Suite:
     """A named list of tasks.
 
-    The environment that `make` builds plays any task of the suite:
-
-    - `make(image_size: int = 128, render: bool = True) -> gym.Env` (one per process; `render=False`: black images)
-    - `env.reset(seed=None, options={"task": int, "initial_state": int})` is deterministic in (task, initial_state)
-    - observation: `agentview`, `wrist` uint8 [H,W,3]; `state` float32 [8]
-    - action: float32 [7] in [-1,1], gripper -1 open, +1 close
-    - `info`: `success` bool, `instruction` str; after `reset` also `alternatives` and `alternative_tasks`: the
-      instructions and indices of the suite's other tasks that can be carried out in the same scene and ask for
-      something else
-    - `options["asked"]`, one of those indices, swaps the instruction: `success` is then that task's, and
-      `info["scene_task_success"]` that of `task`
-    - `step` returns terminated=True on success and truncated=True at `max_steps`
-    - optional, to save time: the attribute `skip_images` (True: observations may hold old images), and
-      `render_camera(name, height, width)` for videos
-
     Attributes:
         name: registry key, e.g. `tabletop_object`.
         tasks: in a fixed order; their index is the task's id.
         max_steps: control steps before an episode is a failure.
-        make: builds the environment; a function of a module or a partial of one, so that processes can be sent it.
+        make: `make(image_size: int = 128, render: bool = True)` builds an environment that plays any of the tasks
+            (`envs/contract.py`), with black images if `render` is False. It is a function of a module or a partial of
+            one, so that processes can be sent it.
         initial_states: how many fixed initial states the protocol has per task.
         protocol: name of the evaluation protocol that is taken when none is named.
         settings: what else decides the numbers (rendering, assets); reports and recordings say it.
-        expert: builds the scripted expert, `expert(env, rng, noise=...)`; importable, like `make`; None: there is none.
+        expert: `expert(env, rng, noise=...)` builds the scripted expert for the scene that `env` was reset to. It is
+            importable, like `make`; None: there is none.
         settling_steps: control steps with an open hand before an expert begins, for things to come to rest.
     """
 
     name: str
     tasks: tuple[Task, ...]
     max_steps: int
-    make: Callable[..., gym.Env]
+    make: Callable[..., SuiteEnv]
     initial_states: int = EVALUATION_STATES
     protocol: str = "tabletop"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    expert: Callable[..., Any] | None = None
+    expert: Callable[..., Expert] | None = None
     settling_steps: int = 0
 
 

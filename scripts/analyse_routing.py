@@ -9,7 +9,6 @@ Plays one episode of each task and writes `routing.html`, a page with pictures t
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.routing.router import RouterConfig
-from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
 
 DATA, PAGE = "routing.json", "routing.html"
 
@@ -45,8 +44,7 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Play, measure, write; returns what it writes to `routing.json`."""
     values = plain(config)
-    for module in values["imports"]:
-        importlib.import_module(module)
+    import_modules(values["imports"])
     suite = configured_suite(values["suite"], values["libero"])
     tasks = list(range(len(suite.tasks))) if values["tasks"] is None else values["tasks"]
     if not tasks or not all(0 <= task < len(suite.tasks) for task in tasks):

@@ -37,6 +37,7 @@ from cogvla.libero.conventions.replayed_episodes import Trace, replay
 from cogvla.libero.tasks import LIBERO_SUITES, tasks
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.interface import Embodiment
+from cogvla.scripts.command import import_modules
 
 IMAGE_SIZE = 128
 WIDTH = 118
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(dataset: str, config: DictConfig) -> list[Finding]:
     """Check, print the table and write the JSON report."""
+    import_modules(config.imports)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     embodiment = Embodiment(**plain["embodiment"])

@@ -10,13 +10,15 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
+
+from cogvla.plugins import import_plugin
 
 MISTAKES: tuple[type[Exception], ...] = (ValueError, OSError, MissingMandatoryValue)
 """What commands raise for what their user can mend."""
@@ -49,6 +51,12 @@ def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config, DictConfig):
         config = cast(Any, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     return {str(key): value for key, value in config.items()}
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Import the modules of the key `imports`, which register suites or routers; ValueError names one that fails."""
+    for module in modules:
+        import_plugin(module, "imports")
 
 
 def as_typed(command: str) -> str:

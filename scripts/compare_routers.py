@@ -12,7 +12,6 @@ The two regimes are two comparisons, in folders of their own.
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 import subprocess
@@ -49,7 +48,7 @@ from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
-from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
 from cogvla.scripts.eval_libero import STOPPED
 
 REGIMES = ("plug_in", "fine_tuned")
@@ -79,8 +78,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         raise ValueError(f"regime must be {' or '.join(REGIMES)}, got {values['regime']!r}")
     if not values["budgets"]:
         raise ValueError("budgets is empty; give shares of the tokens, such as [0.5,0.25]")
-    for module in values["imports"]:
-        importlib.import_module(module)
+    import_modules(values["imports"])
     use_threads(values["threads"], values["evaluation"]["workers"])
     suite = configured_suite(values["suite"], values["libero"])
     changes = {key: value for key, value in values["evaluation"].items() if key not in ("protocol", "workers")}
@@ -194,7 +192,12 @@ class _Comparison:
         own = {key: value for key, value in asdict(self.policy.model.config.routing).items() if key != "router"}
         overrides += [f"routing.{key}={_written(value)}" for key, value in own.items()]
         overrides += [f"routing.router.{key}={_written(value)}" for key, value in asdict(cell.router).items()]
-        overrides += ["evaluation=null", f"output={folder}", *self.values["recipe"]]
+        overrides.append(f"imports={_written(self.values['imports'])}")
+        overrides += [
+            "evaluation=null",
+            f"output={folder}",
+            *self.values["recipe"],
+        ]
         done = subprocess.run([sys.executable, "-m", "cogvla.scripts.train_policy", *overrides], check=False)
         if done.returncode:
             raise ValueError(f"training failed; by itself it is: {shlex.join(['train_policy', *overrides])}")

@@ -13,8 +13,6 @@ The same command again goes on where it was stopped. `merge_evaluations` puts sh
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +31,7 @@ from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, suite_names
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.interface import Embodiment, Policy
-from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
 
 ALL = {"all_tabletop": "tabletop_", "all_libero": "libero_"}
 """Names for all suites that begin alike; libero_90 has to be named."""
@@ -58,10 +56,7 @@ def run(config: DictConfig, command: str) -> list[Report]:
 
 
 def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSettings], Worker]) -> list[Report]:
-    for module in config.imports:
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"imports: no module named {module!r}")
-        importlib.import_module(module)
+    import_modules(config.imports)
     played = [configured_suite(name, plain(config.libero)) for name in suites(config.suite)]
     protocols = [protocol_for(suite, config) for suite in played]
     shard = _shard(config.shard)

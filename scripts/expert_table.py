@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cogvla.envs.recording.demonstration import OPEN_HAND
 from cogvla.envs.suite import Suite, get_suite, suite_names
-from cogvla.scripts.command import mistakes_in_one_line, plain
+from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain
 
 ALL = "all"
 
@@ -66,6 +66,7 @@ def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> Row:
 
 def run(config: DictConfig) -> list[Row]:
     """Print the table of each suite asked for; returns all rows."""
+    import_modules(config.imports)
     names = [n for n in suite_names() if n.startswith("tabletop_")] if config.suite == ALL else [config.suite]
     if config.states < 1 or config.first_state < 0:
         raise ValueError(

@@ -47,7 +47,7 @@ from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE, Trainer
 from cogvla.policy.weights.base import base_tokenizer, is_own, load_own
 from cogvla.policy.weights.pretrained import load_backbones, load_base
-from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
 from cogvla.scripts.eval_libero import summary
 
 T = TypeVar("T")
@@ -63,6 +63,7 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Record, train, evaluate; returns what it writes to `output/summary.json`."""
     values = plain(config)
+    import_modules(values["imports"])
     use_threads(values["threads"])
     output = Path(values["output"])
     # Everything that can be wrong with the configuration is said before anything takes time.

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogvla.envs.contract import SuiteEnv, TargetMasks, offered
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
@@ -88,10 +88,10 @@ def play(
     Raises:
         RuntimeError: an episode could not be played.
     """
-    envs: list[gym.Env] = []
+    envs: list[SuiteEnv] = []
     moments: list[Moment] = []
 
-    def make(**options: Any) -> gym.Env:
+    def make(**options: Any) -> SuiteEnv:
         envs.append(suite.make(**options))
         return envs[-1]
 
@@ -111,13 +111,13 @@ def play(
     return episodes
 
 
-def _target(policy: CogVLAPolicy, env: gym.Env, observation: Observation) -> Tensor | None:
+def _target(policy: CogVLAPolicy, env: SuiteEnv, observation: Observation) -> Tensor | None:
     """Return `target_P` of a moment."""
-    if not hasattr(env.unwrapped, "target_mask"):
+    if (scene := offered(env, TargetMasks)) is None:
         return None
     masks = {}
     for name, image_BHWC in observation.images.items():
-        mask_HW = env.unwrapped.target_mask(name, *image_BHWC.shape[1:3])
+        mask_HW = scene.target_mask(name, *image_BHWC.shape[1:3])
         masks[name] = np.repeat(mask_HW[None, :, :, None], 3, axis=3).astype(np.uint8) * 255
     # The preprocessor crops and scales masks like images.
     pixels_VHW = policy.preprocessor.observation(replace(observation, images=masks)).pixels[0, :, 0]

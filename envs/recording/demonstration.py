@@ -9,15 +9,15 @@ import io
 import os
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from PIL import Image
 
+from cogvla.envs.contract import Expert, Labels, SuiteEnv, required
 from cogvla.envs.suite import FIRST_TRAINING_STATE
 
 IMAGE_PREFIX = "observation.images."
@@ -118,8 +118,8 @@ class DemonstratorSettings:
         settling_steps: control steps with an open hand before the expert begins; they are not recorded.
     """
 
-    make: Callable[..., gym.Env]
-    expert: Callable[..., Any]
+    make: Callable[..., SuiteEnv]
+    expert: Callable[..., Expert]
     instructions: tuple[str, ...]
     max_steps: int
     image_size: int
@@ -171,7 +171,7 @@ class Demonstrator:
         self.env.close()
 
     def _play(self, task: int, initial_state: int) -> Demonstration | None:
-        env, scene = self.env, self.env.unwrapped
+        env, scene = self.env, required(self.env, Labels, "recording")
         seed = [self.settings.seed, task, initial_state]
         observation, info = env.reset(
             seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
@@ -183,7 +183,8 @@ class Demonstrator:
             observation, _, _, _, info = env.step(OPEN_HAND)
         possible_N = np.zeros(len(self.settings.instructions), bool)
         possible_N[[task, *others]] = True
-        expert = self.settings.expert(env, np.random.default_rng(seed), noise=self.settings.noise)
+        built = self.settings.expert(env, np.random.default_rng(seed), noise=self.settings.noise)
+        expert = required(built, Expert, "recording")
         steps: dict[str, list[np.ndarray]] = defaultdict(list)
         success, left = False, self.settings.max_steps
         while left > 0:
@@ -219,7 +220,7 @@ class Demonstrator:
         return pack(instruction, self.fps, steps) if success else None
 
 
-def _positions(labels: dict[str, np.ndarray]) -> np.ndarray:
+def _positions(labels: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([labels["target"], labels["goal"]]).astype(np.float32)
 
 

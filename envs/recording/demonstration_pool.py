@@ -6,8 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cogvla.envs.contract import ContractError
 from cogvla.envs.recording.demonstration import Demonstrator, DemonstratorSettings, ExpertFailedError
 from cogvla.processes import Pool
+
+
+PASSED_ON = (OSError, ExpertFailedError, ContractError)
+"""Mistakes of the user: they need no traceback of the worker."""
 
 
 class DemonstrationPool:
@@ -16,7 +21,7 @@ class DemonstrationPool:
     def __init__(self, settings: DemonstratorSettings, paths: list[Path], missing: list[int], workers: int) -> None:
         self.pending = set(missing)
         self.attempts = self.successes = 0
-        self._pool = Pool(_demonstrator, (settings, paths), missing, workers, (OSError, ExpertFailedError))
+        self._pool = Pool(_demonstrator, (settings, paths), missing, workers, PASSED_ON)
 
     def __enter__(self) -> DemonstrationPool:
         self._pool.__enter__()

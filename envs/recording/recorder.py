@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from cogvla.envs.contract import Expert
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.demonstration import Demonstration, DemonstratorSettings
 from cogvla.envs.recording.demonstration_pool import DemonstrationPool
@@ -45,7 +46,7 @@ def record(
     resume: bool = True,
     video: bool = False,
     grow: bool = False,
-    expert: Callable[..., Any] | None = None,
+    expert: Callable[..., Expert] | None = None,
 ) -> Path:
     """Record successful episodes of the suite's expert, spread evenly over its tasks, and return the data set's folder.
 
@@ -68,6 +69,7 @@ def record(
         ValueError: an argument is out of its range, the suite has no expert, or the folder holds something else.
         OSError: the folder cannot be written, or the disk is full; finished episodes are kept.
         ExpertFailedError: the expert failed on `MAX_ATTEMPTS` initial states of a task.
+        ContractError: the environment or the expert lacks what recording needs.
     """
     if episodes < 1 or image_size < 1 or workers < 0 or seed < 0 or noise < 0:
         raise ValueError(

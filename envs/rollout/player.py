@@ -21,6 +21,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from cogvla.envs.contract import Cameras, ImageSkipping, SuiteEnv, offered
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.rollout.video import VideoWriter, annotate
 
@@ -162,15 +163,15 @@ class Player:
             text += "\nand closing the environment failed:\n" + traceback.format_exc()
         return Failed(text)
 
-    def _environment(self) -> gym.Env:
+    def _environment(self) -> SuiteEnv:
         if self._env is None:
             self._env = self._settings.make(image_size=self._settings.image_size)
         return self._env
 
     def _ready(self) -> Ready:
         env = self._environment()
-        spaces = getattr(env.observation_space, "spaces", {})
-        return Ready({name: tuple(space.shape or ()) for name, space in spaces.items()}, tuple(env.action_space.shape))
+        spaces = env.observation_space.spaces.items()
+        return Ready({name: tuple(space.shape or ()) for name, space in spaces}, tuple(env.action_space.shape))
 
     def _reset(self, spec: EpisodeSpec) -> tuple[dict[str, Any], dict[str, Any]]:
         options: dict[str, Any] = {"task": spec.task, "initial_state": spec.initial_state}
@@ -251,7 +252,7 @@ class Player:
     def _record(self, path: Path, success: bool) -> Recorded:
         """Replay and film the last episode. Environments are deterministic, so only filmed episodes cost this time."""
         observation, info = self._reset(self._spec)
-        self._skip_images(hasattr(self._environment().unwrapped, "render_camera"))
+        self._skip_images(offered(self._environment(), Cameras) is not None)
         total = len(self._actions)
         with VideoWriter(path, self._settings.fps) as video:
             for step in range(total + 1):
@@ -268,8 +269,8 @@ class Player:
 
     def _frame(self, observation: Mapping[str, Any]) -> np.ndarray:
         camera, size = self._settings.cameras[0], self._settings.video_size
-        render_camera = getattr(self._environment().unwrapped, "render_camera", None)
-        return np.asarray(observation[camera] if render_camera is None else render_camera(camera, size, size))
+        cameras = offered(self._environment(), Cameras)
+        return np.asarray(observation[camera] if cameras is None else cameras.render_camera(camera, size, size))
 
     def _clip(self, actions_TA: np.ndarray) -> np.ndarray:
         space = self._environment().action_space
@@ -277,6 +278,5 @@ class Player:
         return np.clip(actions_TA, space.low, space.high).astype(space.dtype)
 
     def _skip_images(self, skip: bool) -> None:
-        env = self._environment().unwrapped
-        if hasattr(env, "skip_images"):
+        if (env := offered(self._environment(), ImageSkipping)) is not None:
             env.skip_images = skip

@@ -8,6 +8,7 @@ it moves sideways.
 
 from __future__ import annotations
 
+import gymnasium as gym
 import numpy as np
 
 from cogvla.envs.recording.execution_noise import ExecutionNoise
@@ -49,8 +50,8 @@ class Expert:
         noise: scale of that noise: 0 is none, 1 is the noise of recorded demonstrations.
     """
 
-    def __init__(self, env: object, rng: np.random.Generator, noise: float = 0.0) -> None:
-        unwrapped = getattr(env, "unwrapped", env)
+    def __init__(self, env: gym.Env, rng: np.random.Generator, noise: float = 0.0) -> None:
+        unwrapped = env.unwrapped
         if not isinstance(unwrapped, TabletopEnv):
             raise ValueError(f"the scripted expert plays tabletop suites, got {type(unwrapped).__name__}")
         self._env = unwrapped

@@ -9,6 +9,7 @@ takes a lost object again, and tries another grasp after one that failed.
 
 from __future__ import annotations
 
+import gymnasium as gym
 import numpy as np
 
 from cogvla.envs.recording.execution_noise import ExecutionNoise
@@ -38,8 +39,8 @@ class LiberoExpert:
         noise: scale of that noise: 0 is none, 1 is the noise of recorded demonstrations.
     """
 
-    def __init__(self, env: object, rng: np.random.Generator, noise: float = 0.0) -> None:
-        unwrapped = getattr(env, "unwrapped", env)
+    def __init__(self, env: gym.Env, rng: np.random.Generator, noise: float = 0.0) -> None:
+        unwrapped = env.unwrapped
         if not isinstance(unwrapped, LiberoEnv):
             raise ValueError(f"this expert plays LIBERO only, got an environment {type(unwrapped).__name__}")
         self._view = View(unwrapped.scene)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from cogvla.plugins import import_plugin
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.cost.flops import REPEATED, count_flops
 from cogvla.policy.cost.timing import Measured, machine_peaks, measure, profile
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
+        for module in options.imports:
+            import_plugin(module, "--imports")
         results = run(options)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -220,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", default="tiny", help="of configs/policy: tiny, small or cogvla_7b")
     add("--checkpoint", type=Path, help="a trained policy instead of a preset with random weights")
+    add("--imports", nargs="+", default=[], metavar="MODULE", help="modules to import first, which register routers")
     add("--rows", nargs="+", metavar="ROW", help="default: all")
     add("--batches", nargs="+", type=int, default=[1, 8], help="samples in one pass")
     add("--calls", type=int, default=200, help="timed calls, after a warm-up")

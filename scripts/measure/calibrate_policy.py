@@ -31,7 +31,7 @@ from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import Batch, ObjectiveConfig
-from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
 
 BATCH = 8
 """Frames that are run at once."""
@@ -50,6 +50,7 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig, command: str) -> Calibration:
     """Measure, write, and print how far actions move; returns what is written."""
     values = plain(config)
+    import_modules(values["imports"])
     for name in ("observations", "checked"):
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")

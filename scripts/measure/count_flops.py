@@ -71,6 +71,7 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
         values: the configuration, see `configs/count_flops.yaml`.
         name: what the model is called, to find what the paper says of it.
     """
+    import_modules(values["imports"])
     gpus = [find_gpu(gpu) for gpu in values["gpu"]]
     if values["checkpoint"] is not None:
         folder = Path(values["checkpoint"])

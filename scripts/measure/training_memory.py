@@ -14,7 +14,7 @@ from cogvla.policy.cost.memory import report, training_memory
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training.config import TrainingConfig
-from cogvla.scripts.command import mistakes_in_one_line, plain
+from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain
 
 
 @hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="train_policy")
@@ -27,6 +27,7 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig) -> str:
     """The table for a configuration of `train_policy`, and `gpus`, which is 1 when it is left out."""
     values = plain(config)
+    import_modules(values["imports"])
     gpus = int(values.get("gpus", 1))
     training = TrainingConfig(**values["training"])
     if gpus < 1 or training.batch_size % (gpus * training.accumulation):

@@ -23,7 +23,7 @@ from cogvla.real_robot.bridge.keyboard import Keyboard
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.recording.recorder import Recorder
-from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
+from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain, stop_event
 from cogvla.scripts.robot.robot_bridge import watch
 from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 
@@ -40,6 +40,7 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig, keyboard: int | None = None) -> None:
     """Drive until `q`, SIGINT or SIGTERM; keys come from the descriptor `keyboard`, None: standard input."""
     stop = stop_event()
+    import_modules(config.imports)
     robot = RobotConfig(**plain(config.robot))
     embodiment = Embodiment(**plain(config.embodiment))
     settings = BridgeSettings(bool(config.dry_run), bool(config.activate))

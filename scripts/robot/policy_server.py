@@ -23,7 +23,7 @@ from cogvla.real_robot.serving.batching import BatchSettings
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
 from cogvla.real_robot.serving.server_metrics import ServerMetrics
-from cogvla.scripts.command import mistakes_in_one_line, plain
+from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain
 
 RANDOM = "random"
 
@@ -37,6 +37,7 @@ def main(config: DictConfig) -> None:
 
 def run(config: DictConfig) -> None:
     """Serve until SIGINT or SIGTERM."""
+    import_modules(config.imports)
     settings = ServerSettings(
         host=config.host,
         port=config.port,

@@ -45,7 +45,7 @@ from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.real_robot.serving.remote_policy import RemotePolicy
 from cogvla.real_robot.trials.trials import SimulatedScene, play
-from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
 from cogvla.scripts.robot.robots import dds_node
 
 START_S = 180.0
@@ -63,6 +63,7 @@ def main(config: DictConfig) -> None:
 
 def run(config: DictConfig, command: str) -> Report:
     """Play, print, write; answers the report."""
+    import_modules(config.imports)
     suite = get_suite(config.suite)
     protocol = load_protocol(suite.protocol, episodes_per_task=config.episodes_per_task).for_suite(suite)
     specs = protocol.episodes(suite, None if config.tasks is None else list(config.tasks))
@@ -208,7 +209,8 @@ def _simulator(config: DictConfig) -> Iterator[None]:
 @contextmanager
 def _process(name: str, arguments: Sequence[str], config: DictConfig) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, "ROS_DOMAIN_ID": str(config.domain), "OMP_NUM_THREADS": str(config.threads)}
-    command = [sys.executable, "-m", f"cogvla.scripts.robot.{name}", *arguments]
+    shared = f"imports=[{','.join(config.imports)}]"
+    command = [sys.executable, "-m", f"cogvla.scripts.robot.{name}", *arguments, shared]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         yield process

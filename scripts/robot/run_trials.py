@@ -38,7 +38,7 @@ from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.trials.operator_scene import OperatorScene, SessionEndedError, listen
 from cogvla.real_robot.trials.trial_log import ControlLog, Film
 from cogvla.real_robot.trials.trials import STOPPED, Scene, SimulatedScene, play
-from cogvla.scripts.command import as_typed, mistakes_in_one_line, plain
+from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
 from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 
 SCENES = ("operator", "simulated")
@@ -58,6 +58,7 @@ def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report
 
     `keyboard` is the descriptor that keys are read from; None: standard input.
     """
+    import_modules(config.imports)
     robot = RobotConfig(**plain(config.robot))
     embodiment = Embodiment(**plain(config.embodiment))
     suite, protocol = _trials(config, robot, embodiment)

@@ -29,7 +29,7 @@ from cogvla.real_robot.ros.messages import compressed_image_fields, image_fields
 from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, Delivery, RosNode
 from cogvla.real_robot.simulated.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus, SimulatedArm
-from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
+from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain, stop_event
 from cogvla.scripts.robot.robots import dds_node
 
 _log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig) -> None:
     """Simulate until SIGINT or SIGTERM."""
     stop = stop_event()
+    import_modules(config.imports)
     topics = RosTopics(**plain(config.topics))
     with dds_node(config.node, **plain(config.dds)) as node:
         robot = SimRobot(node, topics, config.suite, config.image_size, config.max_steps)

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 from cogvla.envs.recording.recorder import record
-from cogvla.envs.suite import Suite, Task, register_suite, suite_names
+from cogvla.envs.suite import Suite, Task, chosen_start, register_suite, suite_names
 
 PLACES = np.array([[0.5, 0.0, 0.1], [0.0, 0.5, 0.2], [-0.5, 0.0, 0.3]], np.float32)
 INSTRUCTIONS = ("go right", "go up", "go left")
@@ -23,7 +23,7 @@ class ToyEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 10}
 
     def __init__(self, image_size: int = 16, render: bool = True) -> None:
-        self.size = image_size
+        self.size, self.rendered = image_size, render
         box = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         state = gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)
         self.observation_space = gym.spaces.Dict({"agentview": box, "wrist": box, "state": state})
@@ -40,29 +40,41 @@ class ToyEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        assert options is not None
-        self.task, self.initial_state = options["task"], options["initial_state"]
-        self.rng = np.random.default_rng([self.task, self.initial_state])
+        options = options or {}
+        self.scene, self.initial_state = chosen_start(options, 3, self.np_random)
+        others = [i for i in range(3) if i != self.scene][: 1 + self.initial_state % 2]
+        self.task = options.get("asked", self.scene)
+        if self.task not in (self.scene, *others):
+            raise ValueError(f"task {self.task} cannot be carried out in this scene")
+        self.rng = np.random.default_rng([self.scene, self.initial_state])
         self.position, self.steps = self.rng.uniform(-0.2, 0.2, 3), 0
-        others = [i for i in range(3) if i != self.task][: 1 + self.initial_state % 2]
         return self._observe(), {**self._info(), "alternative_tasks": others}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if np.shape(action) != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is 7 finite numbers, got {action}")
         self.position += 0.1 * action[:3]
         self.steps += 1
         info = self._info()
-        return self._observe(), 0.0, info["success"], self.steps >= 40, info
+        return self._observe(), float(info["success"]), info["success"], self.steps >= 40, info
 
     def _info(self) -> dict[str, Any]:
-        success = bool(np.linalg.norm(self.position - PLACES[self.task]) < 0.1)
-        return {"success": success, "instruction": INSTRUCTIONS[self.task]}
+        there = np.linalg.norm(self.position - PLACES, axis=1) < 0.1
+        return {
+            "success": bool(there[self.task]),
+            "scene_task_success": bool(there[self.scene]),
+            "instruction": INSTRUCTIONS[self.task],
+        }
 
     def _observe(self) -> dict[str, np.ndarray]:
-        picture = np.full((self.size, self.size, 3), 40 * self.task, np.uint8)
-        x, y = (np.clip(self.position[:2] + 0.5, 0, 0.99) * self.size).astype(int)
-        picture[x, y] = 255
         state = np.zeros(8, np.float32)
         state[:3] = self.position
+        picture = np.zeros((self.size, self.size, 3), np.uint8)
+        if not self.rendered:
+            return {"agentview": picture, "wrist": picture, "state": state}
+        picture += np.uint8(40 * self.scene)
+        x, y = (np.clip(self.position[:2] + 0.5, 0, 0.99) * self.size).astype(int)
+        picture[x, y] = 255
         return {"agentview": picture, "wrist": picture[::-1].copy(), "state": state}
 
 
@@ -125,12 +137,38 @@ class FullDiskExpert(ToyExpert):
         return super().act()
 
 
+class HalfLabelled(ToyEnv):
+    """Forgot the cameras."""
+
+    @property
+    def camera_projection(self) -> Any:
+        raise AttributeError
+
+
+class Unlabelled(HalfLabelled):
+    """Knows nothing of labels."""
+
+    @property
+    def labels(self) -> Any:
+        raise AttributeError
+
+    labels_for = labels
+
+
+class Noiseless(ToyExpert):
+    """Forgot the noise."""
+
+    @property
+    def noisy(self) -> Any:
+        raise AttributeError
+
+
 def make(image_size: int = 16, render: bool = True) -> gym.Env:
     return ToyEnv(image_size, render)
 
 
 def suite() -> Suite:
-    return Suite(NAME, tuple(Task(text, text) for text in INSTRUCTIONS), 40, make)
+    return Suite(NAME, tuple(Task(text, text) for text in INSTRUCTIONS), 40, make, expert=ToyExpert)
 
 
 def register() -> None:

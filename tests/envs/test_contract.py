@@ -1,0 +1,244 @@
+"""Every registered suite keeps to envs/contract.py, in the parts that it offers. A new one is tested by being there.
+
+Of LIBERO's suites, which are one class, only `libero_goal` is played without `-m slow`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from cogvla.envs.contract import (
+    Cameras,
+    ContractError,
+    Expert,
+    ImageSkipping,
+    Labels,
+    SuiteEnv,
+    TargetMasks,
+    offered,
+    required,
+)
+from cogvla.envs.recording.recorder import record
+from cogvla.envs.suite import Suite, get_suite, suite_names
+from cogvla.tests.support import toy_suite
+from cogvla.tests.support.libero_assets import LEAN, needs_assets
+
+toy_suite.register()
+SIZE = 32
+CAMERAS = ("agentview", "wrist")
+WAIT = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
+Played = tuple[Suite, Any]
+
+
+def played(name: str) -> Any:
+    if not name.startswith("libero_"):
+        return name
+    return pytest.param(name, marks=[needs_assets, *([] if name == "libero_goal" else [pytest.mark.slow])])
+
+
+@pytest.fixture(scope="module", params=[played(name) for name in suite_names()])
+def suite(request: pytest.FixtureRequest) -> Suite:
+    return get_suite(request.param, {"libero": asdict(replace(LEAN, extra_passes=False))})
+
+
+@pytest.fixture(scope="module")
+def built(suite: Suite) -> Iterator[Any]:
+    env = suite.make(image_size=SIZE)
+    yield env
+    env.close()
+
+
+@pytest.fixture
+def env(built: Any) -> Any:
+    """Nothing is left over from the test before."""
+    if (skipping := offered(built, ImageSkipping)) is not None:
+        skipping.skip_images = False
+    return built
+
+
+def reset(env: Any, task: int, state: int, **options: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    return env.reset(options={"task": task, "initial_state": state, **options})
+
+
+def rollout(env: Any, task: int, state: int, steps: int = 4) -> list[bytes]:
+    """Observations under random actions."""
+    observation, _ = reset(env, task, state)
+    rng, seen = np.random.default_rng(3), []
+    for _ in range(steps):
+        seen.append(b"".join(observation[key].tobytes() for key in sorted(observation)))
+        observation, *_ = env.step(rng.uniform(-1, 1, 7).astype(np.float32))
+    return seen
+
+
+def test_a_suite_names_its_tasks(suite: Suite) -> None:
+    assert suite.tasks
+    assert suite.max_steps > 0
+    assert len({task.name for task in suite.tasks}) == len(suite.tasks)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # infinite bounds of the state
+def test_required_members_and_types(suite: Suite, env: Any) -> None:
+    assert offered(env, SuiteEnv) is not None
+    check_env(env.unwrapped, skip_render_check=True)
+    observation, info = reset(env, 0, 0)
+    assert env.observation_space.contains(observation)
+    assert {name: observation[name].shape for name in observation} == {
+        **dict.fromkeys(CAMERAS, (SIZE, SIZE, 3)),
+        "state": (8,),
+    }
+    assert all(observation[name].dtype == np.uint8 and observation[name].std() > 0 for name in CAMERAS)
+    assert observation["state"].dtype == np.float32
+    assert (env.action_space.shape, env.action_space.low.min(), env.action_space.high.max()) == ((7,), -1, 1)
+    assert info["instruction"] == suite.tasks[0].instruction
+    _, reward, terminated, truncated, after = env.step(WAIT)
+    assert isinstance(reward, float)
+    for value in (terminated, truncated, info["success"], after["success"]):
+        assert value is False
+
+
+def test_task_and_initial_state_decide_everything(suite: Suite, env: Any) -> None:
+    """In an environment with a past, with another past, and without one; for evaluation and for training states."""
+    for task, state in ((0, 5), (1, 1234)):
+        first = rollout(env, task, state)
+        before = np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
+        assert rollout(env, task, state + 1) != first
+        assert np.array_equal(np.random.get_state()[1], before), "the global generator is left as it was"  # noqa: NPY002
+        assert rollout(env, task, state) == first
+    rebuilt = suite.make(image_size=SIZE)
+    assert rollout(rebuilt, task, state) == first
+    rebuilt.close()
+
+
+def test_seed_decides_what_options_leave_open(env: Any) -> None:
+    first, again, other = (env.reset(seed=seed)[0]["state"] for seed in (11, 11, 12))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_bad_actions_and_options_are_refused(suite: Suite, env: Any) -> None:
+    reset(env, 0, 0)
+    for action in (np.zeros(6), np.zeros((1, 7)), np.array([np.nan, 0, 0, 0, 0, 0, 0]), np.full(7, np.inf)):
+        with pytest.raises(ValueError, match="action"):
+            env.step(action)
+    for options in ({"task": len(suite.tasks)}, {"initial_state": -1}, {"tasks": 1}):
+        with pytest.raises(ValueError, match=r"task|initial_state|options"):
+            env.reset(options=options)
+
+
+def test_asked_swaps_the_instruction_but_not_the_scene(suite: Suite, env: Any) -> None:
+    plain, info = reset(env, 0, 7)
+    others = info.get("alternative_tasks", [])
+    assert 0 not in others
+    for other in others[:2]:
+        swapped, swapped_info = reset(env, 0, 7, asked=other)
+        assert swapped_info["instruction"] == suite.tasks[other].instruction != info["instruction"]
+        assert all(np.array_equal(plain[name], swapped[name]) for name in CAMERAS)
+        _, _, terminated, _, after = env.step(WAIT)
+        assert after["scene_task_success"] is after["success"] is terminated is False
+    with pytest.raises(ValueError, match="cannot be carried out"):
+        reset(env, 0, 7, asked=len(suite.tasks))
+
+
+def test_truncated_at_the_limit(suite: Suite) -> None:
+    env = suite.make(image_size=SIZE, render=False)
+    observation, _ = reset(env, 0, 0)
+    assert not any(observation[name].any() for name in CAMERAS)
+    ends = [env.step(np.zeros(7, np.float32))[2:4] for _ in range(suite.max_steps)]
+    assert ends == [(False, False)] * (suite.max_steps - 1) + [(False, True)]
+    env.close()
+
+
+def test_the_expert_ends_an_episode(suite: Suite, env: Any) -> None:
+    if suite.expert is None:
+        pytest.skip("no expert")
+    if (skipping := offered(env, ImageSkipping)) is not None:
+        skipping.skip_images = True
+    reset(env, 0, 0)
+    for _ in range(suite.settling_steps):
+        env.step(WAIT)
+    expert = required(suite.expert(env, np.random.default_rng(0)), Expert, "this test")
+    for _ in range(suite.max_steps):
+        action = expert.act()
+        assert (action.dtype, action.shape, np.abs(action).max() <= 1) == (np.float32, (7,), True)
+        assert isinstance(expert.phase, int)
+        assert np.array_equal(expert.noisy(action), action), "no noise was asked for"
+        _, _, terminated, _, info = env.step(action)
+        assert terminated is info["success"]
+        if terminated:
+            break
+    assert terminated
+    noisy = suite.expert(env, np.random.default_rng(0), noise=1.0)
+    assert not np.array_equal(noisy.noisy(action), action)
+
+
+def test_labels(suite: Suite, env: Any) -> None:
+    labels = offered(env, Labels)
+    if labels is None:
+        pytest.skip("not offered")
+    _, info = reset(env, 0, 2)
+    tasks = [0, *info["alternative_tasks"]]
+    for task in tasks:
+        values = labels.labels_for(task)
+        assert all(values[name].dtype == np.float32 and values[name].shape == (3,) for name in ("target", "goal"))
+        reset(env, 0, 2, asked=task)
+        assert all(np.array_equal(values[name], labels.labels()[name]) for name in ("target", "goal"))
+    for camera in CAMERAS:
+        matrix = labels.camera_projection(camera)
+        assert (matrix.dtype, matrix.shape) == (np.float32, (3, 4))
+
+
+def test_target_masks(env: Any) -> None:
+    masks = offered(env, TargetMasks)
+    if masks is None:
+        pytest.skip("not offered")
+    reset(env, 0, 0)
+    for camera in CAMERAS:
+        mask = masks.target_mask(camera, 24, 40)
+        assert (mask.dtype, mask.shape) == (bool, (24, 40))
+
+
+def test_cameras(env: Any) -> None:
+    cameras = offered(env, Cameras)
+    if cameras is None:
+        pytest.skip("not offered")
+    observation, _ = reset(env, 0, 0)
+    for camera in CAMERAS:
+        image = cameras.render_camera(camera, 24, 40)
+        assert (image.dtype, image.shape) == (np.uint8, (24, 40, 3))
+        assert np.array_equal(cameras.render_camera(camera, SIZE, SIZE), observation[camera])
+
+
+def test_skipped_images_are_the_last_ones(env: Any) -> None:
+    skipping = offered(env, ImageSkipping)
+    if skipping is None:
+        pytest.skip("not offered")
+    action = np.array([1, 1, -1, 0, 0, 0, -1], np.float32)
+    first, _ = reset(env, 0, 0)
+    skipping.skip_images = True
+    second, *_ = env.step(action)
+    assert np.array_equal(first["wrist"], second["wrist"])
+    assert not np.array_equal(first["state"], second["state"])
+    skipping.skip_images = False
+    third, *_ = env.step(action)
+    assert not np.array_equal(third["wrist"], second["wrist"])
+
+
+def test_a_part_that_lacks_a_member_is_refused(tmp_path: Any) -> None:
+    assert offered(toy_suite.ToyEnv(), Labels) is not None
+    assert offered(toy_suite.Unlabelled(), Labels) is None
+    with pytest.raises(ContractError, match=r"^HalfLabelled lacks camera_projection of Labels \(envs/contract\.py\)$"):
+        offered(toy_suite.HalfLabelled(), Labels)
+    cases = [(toy_suite.HalfLabelled, toy_suite.ToyExpert, "HalfLabelled lacks camera_projection of Labels"),
+             (toy_suite.Unlabelled, toy_suite.ToyExpert, "recording needs Labels .*Unlabelled lacks camera_projection, labels"),
+             (toy_suite.ToyEnv, toy_suite.Noiseless, "Noiseless lacks noisy of Expert")]  # fmt: skip
+    for (make, expert, said), workers in itertools.product(cases, (0, 1)):
+        broken = Suite("broken", toy_suite.suite().tasks, 40, make, expert=expert)
+        with pytest.raises(ContractError, match=said):
+            record(broken, 1, tmp_path / "data", image_size=16, workers=workers)
