@@ -193,11 +193,7 @@ class _Comparison:
         overrides += [f"routing.{key}={_written(value)}" for key, value in own.items()]
         overrides += [f"routing.router.{key}={_written(value)}" for key, value in asdict(cell.router).items()]
         overrides.append(f"imports={_written(self.values['imports'])}")
-        overrides += [
-            "evaluation=null",
-            f"output={folder}",
-            *self.values["recipe"],
-        ]
+        overrides += ["evaluation=null", f"output={folder}", *self.values["recipe"]]
         done = subprocess.run([sys.executable, "-m", "cogvla.scripts.train_policy", *overrides], check=False)
         if done.returncode:
             raise ValueError(f"training failed; by itself it is: {shlex.join(['train_policy', *overrides])}")

@@ -294,4 +294,4 @@ def test_demonstrations_recorded_beforehand_are_those_that_training_asks_for() -
 def test_recording_takes_what_train_policy_gives() -> None:
     taken = set(inspect.signature(record).parameters)
     assert composed("train_policy")["demonstrations"].keys() <= taken
-    assert composed("record_demonstrations").keys() - {"suite", "libero"} <= taken
+    assert composed("record_demonstrations").keys() - {"suite", "libero", "imports"} <= taken

@@ -26,7 +26,7 @@ from cogvla.policy.cost.flops import TOTAL, Counting, StageCost, count_flops
 from cogvla.policy.cost.roofline import GPU, find_gpu, floors, format_table, header
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
-from cogvla.scripts.command import mistakes_in_one_line, plain
+from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain
 
 
 def summary(variants: dict[str, list[StageCost]], gpus: Sequence[GPU], paper: dict[str, Any] | None) -> str:
