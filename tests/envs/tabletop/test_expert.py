@@ -12,6 +12,7 @@ from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.control import POSITION_SCALE
 from cogvla.envs.tabletop.expert import PHASES, Expert
 from cogvla.scripts.expert_table import play, run
+from cogvla.tests.support import toy_suite
 
 
 @pytest.mark.parametrize("name", TABLETOP_SUITES)
@@ -96,7 +97,7 @@ def test_rotation_vectors():
 
 def test_expert_refuses_other_environments():
     with pytest.raises(ValueError, match="tabletop"):
-        Expert(object(), np.random.default_rng(0))
+        Expert(toy_suite.ToyEnv(), np.random.default_rng(0))
 
 
 def test_expert_table_prints_and_checks_its_input(capsys):
