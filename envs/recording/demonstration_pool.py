@@ -10,7 +10,6 @@ from cogvla.envs.contract import ContractError
 from cogvla.envs.recording.demonstration import Demonstrator, DemonstratorSettings, ExpertFailedError
 from cogvla.processes import Pool
 
-
 PASSED_ON = (OSError, ExpertFailedError, ContractError)
 """Mistakes of the user: they need no traceback of the worker."""
 
