@@ -96,3 +96,7 @@ def main(config: DictConfig) -> None:
     poor = [row.instruction for row in table if row.rate < config.required]
     if poor:
         raise SystemExit(f"under {config.required:.0%}: {'; '.join(poor)}")
+
+
+if __name__ == "__main__":
+    main()

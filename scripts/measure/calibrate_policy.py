@@ -132,3 +132,7 @@ def _summary(folder: Path, about: dict[str, Any]) -> str:
         f"float8 {error['float8']:.4f}\n"
         f"{folder}: engine.dtype=float8 works from now on"
     )
+
+
+if __name__ == "__main__":
+    main()

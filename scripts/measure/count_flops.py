@@ -114,3 +114,7 @@ def main(config: DictConfig) -> None:
     choices = HydraConfig.get().runtime.choices
     with mistakes_in_one_line():
         run(plain(config), f"{choices['policy']} on {choices['embodiment']}")
+
+
+if __name__ == "__main__":
+    main()
