@@ -2,6 +2,8 @@
 
 The environment variable `MUJOCO_GL` (egl, osmesa or glfw) chooses the backend. Without it, the backend is EGL, or else
 OSMesa.
+
+Shape legend: G geoms of the model.
 """
 
 from __future__ import annotations

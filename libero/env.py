@@ -30,7 +30,7 @@ from cogvla.libero.tasks import MAX_STEPS, place, tasks
 
 if TYPE_CHECKING:
     from cogvla.envs.rendering import SceneRenderer
-    from cogvla.libero.simulation import Scene
+    from cogvla.libero.simulation import LiberoScene
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """Name of the image in the observation -> name of the camera in the model."""
@@ -106,7 +106,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._assets = assets_folder(self.settings.assets)
         self._image_size = image_size
         self._rendering = render
-        self._scenes: OrderedDict[str, Scene] = OrderedDict()
+        self._scenes: OrderedDict[str, LiberoScene] = OrderedDict()
         self._renderers: dict[str, SceneRenderer] = {}
         self._images = {name: np.zeros((image_size, image_size, 3), np.uint8) for name in CAMERAS}
         self._states: dict[int, np.ndarray] = {}
@@ -122,7 +122,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     # --- tasks -------------------------------------------------------------------------------------------------------
 
     @property
-    def scene(self) -> Scene:
+    def scene(self) -> LiberoScene:
         return self._scenes[self.problem.scene]
 
     @property
@@ -180,9 +180,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
                 goals[other] = goal
         return goals
 
-    def _prepare(self, task: int) -> Scene:
+    def _prepare(self, task: int) -> LiberoScene:
         """Return the scene of a task: a kept one, or a new one, which replaces the least recently used."""
-        from cogvla.libero.simulation import Scene
+        from cogvla.libero.simulation import LiberoScene
 
         problem = self._problem(task)
         if problem.scene in self._scenes:
@@ -196,7 +196,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             gc.collect()  # robosuite's objects form reference cycles, and Python does not know how large a scene is
         meshes = None if self.settings.robot_meshes is None else Path(self.settings.robot_meshes)
         render = partial(self._sampled_image, problem.scene) if self._rendering else None
-        self._scenes[problem.scene] = Scene(
+        self._scenes[problem.scene] = LiberoScene(
             problem, self._assets, meshes, self.settings.extra_passes, tuple(CAMERAS), render
         )
         return self._scenes[problem.scene]
@@ -308,7 +308,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         # upright image, left and right are mirrored.
         return np.ascontiguousarray(upright[:, ::-1])
 
-    def _renderer(self, scene: Scene) -> SceneRenderer:
+    def _renderer(self, scene: LiberoScene) -> SceneRenderer:
         from cogvla.envs.rendering import EVERYTHING, SceneRenderer
 
         quality, buffers = scene.model.vis.quality, scene.model.vis.global_

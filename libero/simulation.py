@@ -101,7 +101,7 @@ def one_pass_simulation(sim: Any) -> Any:
     return one_pass
 
 
-class Scene:
+class LiberoScene:
     """A compiled scene with the robot, shared by all tasks of that scene.
 
     Args:
@@ -132,7 +132,7 @@ class Scene:
         place: Any = TASK_MAPPING[task.kind]
 
         class Place(place):
-            """LIBERO's class of the scene, without its own check of success: `Scene.holds` does that."""
+            """LIBERO's class of the scene, without its own check of success: `LiberoScene.holds` does that."""
 
             sim: Any
 

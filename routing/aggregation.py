@@ -1,7 +1,7 @@
 """Encoder-FiLM aggregation (EFA, stage 1): a few learned tokens per view collect what the instruction asks for, and the
 instruction sets the mixing weights of the two vision streams.
 
-Shape legend: B batch, V views, M aggregation tokens per view, N tokens per view, W tower width, D language width.
+Shape legend: B batch, V views, M aggregation tokens per view, N tokens per view, F tower width, D language width.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class AggregationTokens(nn.Module):
         super().__init__()
         self.tokens = nn.Parameter(torch.randn(count, width))
 
-    def append_to(self, x_BNW: Tensor) -> Tensor:
-        """Append the learned tokens: [B,N,W] to [B,N+M,W]."""
-        return torch.cat((x_BNW, self.tokens.expand(len(x_BNW), -1, -1)), dim=1)
+    def append_to(self, x_BNF: Tensor) -> Tensor:
+        """Append the learned tokens: [B,N,F] to [B,N+M,F]."""
+        return torch.cat((x_BNF, self.tokens.expand(len(x_BNF), -1, -1)), dim=1)
 
-    def take_from(self, x_BNW: Tensor) -> Tensor:
-        """Return the M learned tokens, which are the last ones of [B,N+M,W]."""
-        return x_BNW[:, -len(self.tokens) :]
+    def take_from(self, x_BNF: Tensor) -> Tensor:
+        """Return the M learned tokens, which are the last ones of [B,N+M,F]."""
+        return x_BNF[:, -len(self.tokens) :]
 
 
 def two_layer(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -70,7 +70,7 @@ class StreamFusion(nn.Module):
         return self.weigher(summary_BD).softmax(-1) if self.kind == "mix" else None
 
     def forward(self, streams: Sequence[Tensor], weights_B2: Tensor | None) -> Tensor:
-        """Combine two streams [B,N,W], each with its own W, into [B,N,D].
+        """Combine two streams [B,N,F], each with its own F, into [B,N,D].
 
         Raises:
             ValueError: `kind` is `concat` and the streams have different numbers of tokens.

@@ -1,6 +1,6 @@
 """Feature-wise linear modulation (FiLM): the instruction scales and shifts features (EFA step 1).
 
-Shape legend: B batch, V views, X = B*V, N tokens, E summary width, W feature width, L blocks.
+Shape legend: B batch, V views, X = B*V, N tokens, E summary width, F feature width, L blocks.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class FiLM(nn.Module):
             nn.init.zeros_(self.project.bias)
 
     def forward(self, summary_BE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `1 + scale` and shift, both [L,B,1,W], for the summaries [B,E]."""
-        film_2LB1W = rearrange(
+        """Return `1 + scale` and shift, both [L,B,1,F], for the summaries [B,E]."""
+        film_2LB1F = rearrange(
             self.project(summary_BE), "b (l two w) -> two l b 1 w", two=2, l=self.blocks, w=self.width
         )
-        return film_2LB1W[0] + 1, film_2LB1W[1]
+        return film_2LB1F[0] + 1, film_2LB1F[1]
 
 
-def modulate(x_XNW: Tensor, scale_B1W: Tensor, shift_B1W: Tensor) -> Tensor:
-    """Return `x * scale + shift` for the tokens [B*V,N,W] of all views; `scale` already includes the 1."""
-    x_BVNW = x_XNW.unflatten(0, (len(scale_B1W), -1))
-    return torch.addcmul(shift_B1W[:, None], x_BVNW, scale_B1W[:, None]).flatten(0, 1)
+def modulate(x_XNF: Tensor, scale_B1F: Tensor, shift_B1F: Tensor) -> Tensor:
+    """Return `x * scale + shift` for the tokens [B*V,N,F] of all views; `scale` already includes the 1."""
+    x_BVNF = x_XNF.unflatten(0, (len(scale_B1F), -1))
+    return torch.addcmul(shift_B1F[:, None], x_BVNF, scale_B1F[:, None]).flatten(0, 1)

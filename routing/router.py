@@ -11,8 +11,8 @@ All routers keep these rules, and `tests/routing/test_routers_contract.py` check
 - scores are float32 whatever the precision of the tokens, and of equal scores the earlier token wins
 
 Shape legend: B rows to route (samples, or samples times views), N tokens in, n tokens out, D token width, H x W grid of
-a view, T text tokens, E language width, L vision layers asked for, C width of keys, W width of encoder tokens,
-F neurons of an MLP, or observations of a history.
+a view, T text tokens, E language width, L vision layers asked for, C width of keys, F width of encoder tokens,
+I neurons of an MLP, O observations of a history.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class RouterContext:
         text_BTE: instruction tokens in the language model's space.
         text_mask_BT: bool, False on padding; comes with `text_BTE`.
         projector: function from tokens of this stage [...,D] to the language width [...,E].
-        encoder_BNW: output of the vision towers, for routers after the projector.
+        encoder_BNF: output of the vision towers, for routers after the projector.
         attention_LBN: attention that each token gets. In a tower: from [CLS], mean over heads; without [CLS], mean over
             heads and patches. In the language model: from the action tokens.
         received_BN: attention that each token gets from vision tokens, mean over heads and queries.
@@ -155,9 +155,9 @@ class RouterContext:
         growth_BN: increase of the attention from the action tokens since the layer before.
         share_B2: share of the text and action tokens' attention that goes to vision tokens, and share of the vision
             tokens' attention that goes to text and action tokens.
-        neurons_BNF: bool, neurons of the language layer's MLP that each vision token activates.
-        text_neurons_BTF: bool, the same for instruction tokens.
-        history_BFND: tokens of F earlier observations, the oldest first.
+        neurons_BNI: bool, neurons of the language layer's MLP that each vision token activates.
+        text_neurons_BTI: bool, the same for instruction tokens.
+        history_BOND: tokens of O earlier observations, the oldest first.
     """
 
     budget: int
@@ -167,7 +167,7 @@ class RouterContext:
     text_BTE: Tensor | None = None
     text_mask_BT: Tensor | None = None
     projector: Callable[[Tensor], Tensor] | None = None
-    encoder_BNW: Tensor | None = None
+    encoder_BNF: Tensor | None = None
     attention_LBN: Tensor | None = None
     received_BN: Tensor | None = None
     attention_BNN: Tensor | None = None
@@ -176,9 +176,9 @@ class RouterContext:
     score_BN: Tensor | None = None
     growth_BN: Tensor | None = None
     share_B2: Tensor | None = None
-    neurons_BNF: Tensor | None = None
-    text_neurons_BTF: Tensor | None = None
-    history_BFND: Tensor | None = None
+    neurons_BNI: Tensor | None = None
+    text_neurons_BTI: Tensor | None = None
+    history_BOND: Tensor | None = None
 
 
 ITEMS = frozenset(f.name for f in fields(RouterContext)) - {"budget", "training", "text_mask_BT"}

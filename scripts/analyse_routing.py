@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from cogvla.envs.analysis.routing_findings import findings
 from cogvla.envs.analysis.routing_pictures import film, strip
-from cogvla.envs.analysis.routing_recording import Episode, play
+from cogvla.envs.analysis.routing_recording import WatchedEpisode, play
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.plots import lines
 from cogvla.envs.evaluation.protocol import load_protocol
@@ -70,7 +70,9 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     return data
 
 
-def page(policy: CogVLAPolicy, episodes: list[Episode], data: dict[str, Any], folder: Path, pictures: int) -> str:
+def page(
+    policy: CogVLAPolicy, episodes: list[WatchedEpisode], data: dict[str, Any], folder: Path, pictures: int
+) -> str:
     """The page; videos are also left in `folder`."""
     grid, views = policy.model.vision.grid, policy.embodiment.camera_names
     shown = []

@@ -7,6 +7,8 @@
 
 Recorded actions are played open loop from the recorded beginning. What follows the data set is a list of KEY=VALUE for
 configs/check_conventions.yaml. Exit status: 0 no mismatch, 1 mismatches, 2 it could not be checked.
+
+Shape legend: T steps.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.libero.conventions import declared, image_agreement, state_agreement
 from cogvla.libero.conventions.declared import Finding
-from cogvla.libero.conventions.recorded_episodes import Episode, Recordings, open_recordings
-from cogvla.libero.conventions.replayed_episodes import Trace, replay
+from cogvla.libero.conventions.recorded_episodes import RecordedEpisode, Recordings, open_recordings
+from cogvla.libero.conventions.replayed_episodes import ReplayTrace, replay
 from cogvla.libero.tasks import LIBERO_SUITES, tasks
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.interface import Embodiment
@@ -141,7 +143,9 @@ def check(
     return findings
 
 
-def _traces(recordings: Recordings, suite: Suite, embodiment: Embodiment, count: int, progress: bool) -> list[Trace]:
+def _traces(
+    recordings: Recordings, suite: Suite, embodiment: Embodiment, count: int, progress: bool
+) -> list[ReplayTrace]:
     """The chosen episodes, played again in one environment."""
     known = {task.instruction: index for index, task in enumerate(suite.tasks)}
     playable = [e for e in recordings.episodes if e.start is not None or e.instruction in known]
@@ -175,7 +179,7 @@ def _traces(recordings: Recordings, suite: Suite, embodiment: Embodiment, count:
         env.close()
 
 
-def _task(episode: Episode, known: dict[str, int]) -> int:
+def _task(episode: RecordedEpisode, known: dict[str, int]) -> int:
     return known[episode.instruction] if episode.start is None else episode.start.task
 
 

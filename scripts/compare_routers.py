@@ -29,8 +29,8 @@ from omegaconf import DictConfig
 from cogvla.envs.analysis.router_comparison import (
     ROUNDS,
     Cell,
+    CellOutcome,
     Cost,
-    Outcome,
     cells_for,
     costs,
     first_observations,
@@ -151,7 +151,7 @@ class _Comparison:
         }  # fmt: skip
         return json.loads(json.dumps(values))
 
-    def _finished(self, cell: Cell) -> Outcome | None:
+    def _finished(self, cell: Cell) -> CellOutcome | None:
         file = self.output / cell.key / OUTCOME
         if not file.is_file():
             return None
@@ -159,9 +159,9 @@ class _Comparison:
         if (settings := self._settings(cell)) != saved["settings"]:
             changed = ", ".join(key for key in settings if settings[key] != saved["settings"].get(key))
             raise ValueError(f"{file.parent} holds results with another {changed}: choose another output, or delete it")
-        return Outcome.from_dict(saved["outcome"])
+        return CellOutcome.from_dict(saved["outcome"])
 
-    def _play(self, cell: Cell) -> Outcome:
+    def _play(self, cell: Cell) -> CellOutcome:
         folder = self.output / cell.key
         if self.trained:
             policy = load_policy(self._train(cell, folder / "training"), self.device)
@@ -199,7 +199,7 @@ class _Comparison:
             raise ValueError(f"training failed; by itself it is: {shlex.join(['train_policy', *overrides])}")
         return folder / "policy"
 
-    def _write(self, cost: Mapping[str, Cost], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    def _write(self, cost: Mapping[str, Cost], outcomes: Mapping[str, CellOutcome]) -> dict[str, Any]:
         table = rows(self.cells, cost, outcomes)
         protocol = replace(self.protocol.for_suite(self.suite), name=self.protocol.name)
         data = {
@@ -214,10 +214,10 @@ class _Comparison:
         return data
 
 
-def outcome_of(report: Report) -> Outcome:
+def outcome_of(report: Report) -> CellOutcome:
     """The part of a report that routers are compared by."""
     played = {f"{r.task}/{r.initial_state}": r.success for r in report.episodes if r.error is None}
-    return Outcome(report.total.success, report.total.errors, played)
+    return CellOutcome(report.total.success, report.total.errors, played)
 
 
 def _written(value: Any) -> str:

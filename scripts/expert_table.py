@@ -22,7 +22,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Row:
+class ExpertResult:
     """What the expert did on one task: which initial states it did not solve, and its steps where it did."""
 
     instruction: str
@@ -41,7 +41,7 @@ class Row:
         return f"{self.instruction:78s} {solved:>7s} {100 * self.rate:6.1f} %  {mean:6.1f} {longest:5d}{failed}"
 
 
-def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> Row:
+def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> ExpertResult:
     """Let the expert play one task from these initial states, without rendering."""
     if suite.expert is None:
         raise ValueError(f"{suite.name} has no scripted expert")
@@ -61,10 +61,10 @@ def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> Row:
         else:
             failed.append(state)
     env.close()
-    return Row(suite.tasks[task].instruction, len(states), tuple(failed), tuple(steps))
+    return ExpertResult(suite.tasks[task].instruction, len(states), tuple(failed), tuple(steps))
 
 
-def run(config: DictConfig) -> list[Row]:
+def run(config: DictConfig) -> list[ExpertResult]:
     """Print the table of each suite asked for; returns all rows."""
     import_modules(config.imports)
     names = [n for n in suite_names() if n.startswith("tabletop_")] if config.suite == ALL else [config.suite]
@@ -73,7 +73,7 @@ def run(config: DictConfig) -> list[Row]:
             f"states must be at least 1 and first_state at least 0, got {config.states}, {config.first_state}"
         )
     states = range(config.first_state, config.first_state + config.states)
-    table: list[Row] = []
+    table: list[ExpertResult] = []
     for name in names:
         suite = get_suite(name, plain(config))
         tasks = range(len(suite.tasks)) if config.tasks is None else list(config.tasks)

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class FinishedEvaluation:
     """What one evaluation has left in its folder."""
 
     folder: Path
@@ -61,7 +61,7 @@ class Part:
     results: dict[Key, EpisodeResult]
 
     @classmethod
-    def read(cls, folder: Path) -> Part:
+    def read(cls, folder: Path) -> FinishedEvaluation:
         """ValueError when the evaluation is not complete."""
         fingerprint, sessions = read_run(folder)
         if not (folder / "report.json").is_file():
@@ -81,7 +81,7 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
     """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty: choose another output")
-    parts = [Part.read(folder) for folder in folders]
+    parts = [FinishedEvaluation.read(folder) for folder in folders]
     first = parts[0]
     results: dict[Key, EpisodeResult] = {}
     for part in parts:
@@ -114,7 +114,7 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
     return report
 
 
-def _suite(parts: Sequence[Part]) -> Suite:
+def _suite(parts: Sequence[FinishedEvaluation]) -> Suite:
     """The played tasks with their names, as the reports say: the suite itself may not be installed here."""
     tasks: dict[int, Task] = {}
     for part in parts:
@@ -128,7 +128,7 @@ def _not_played(**_: Any) -> Any:
     raise AssertionError("a merged evaluation plays nothing")
 
 
-def _reproduce(parts: Sequence[Part], command: str) -> dict[str, Any]:
+def _reproduce(parts: Sequence[FinishedEvaluation], command: str) -> dict[str, Any]:
     """The first part's, with numbers of all; what differs between the parts is given for each."""
     each = [part.report["reproduce"] for part in parts]
 

@@ -150,7 +150,7 @@ for name in {blocked!r}:
 import torch
 import cogvla.policy.checkpoint, cogvla.policy.cost.flops, cogvla.policy.policy
 import cogvla.policy.weights.pretrained, cogvla.policy.inputs.tokenizer
-from cogvla.routing import aggregation, attention, film, layout, pruning, schedule
+from cogvla.routing import aggregation, attention, film, keep_schedule, layout, pruning
 from cogvla.tests.support.tiny_model import tiny_input, tiny_model
 
 with torch.inference_mode():

@@ -85,7 +85,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellOutcome:
     """Results of a cell's episodes.
 
     Attributes:
@@ -99,7 +99,7 @@ class Outcome:
     episodes: Mapping[str, bool]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
+    def from_dict(cls, values: Mapping[str, Any]) -> CellOutcome:
         return cls(**{**values, "success": Rate(**values["success"])})
 
 
@@ -112,7 +112,7 @@ class Paired:
     p: float
 
 
-def against(outcome: Outcome, other: Outcome) -> Paired:
+def against(outcome: CellOutcome, other: CellOutcome) -> Paired:
     """Compare two outcomes, over the episodes that both have played."""
     both = [(outcome.episodes[key], other.episodes[key]) for key in outcome.episodes if key in other.episodes]
     wins, losses = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
@@ -282,12 +282,12 @@ def _flops(policy: CogVLAPolicy, observation: Observation) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Row:
+class CellReport:
     """A line of the table: a cell with its cost and results; `outcome` is None until it has been played."""
 
     cell: Cell
     cost: Cost
-    outcome: Outcome | None
+    outcome: CellOutcome | None
     controls: Mapping[str, Paired]
 
     def to_dict(self) -> dict[str, Any]:
@@ -300,7 +300,7 @@ class Row:
         }  # fmt: skip
 
 
-def rows(cells: Sequence[Cell], cost: Mapping[str, Cost], outcomes: Mapping[str, Outcome]) -> list[Row]:
+def rows(cells: Sequence[Cell], cost: Mapping[str, Cost], outcomes: Mapping[str, CellOutcome]) -> list[CellReport]:
     """Build the table. Each cell is compared with `CONTROLS` at the same budget."""
     table = []
     for cell in cells:
@@ -315,5 +315,5 @@ def rows(cells: Sequence[Cell], cost: Mapping[str, Cost], outcomes: Mapping[str,
             and cell.budgeted
             and other.router.budget == cell.router.budget
         }
-        table.append(Row(cell, cost[cell.key], outcome, controls))
+        table.append(CellReport(cell, cost[cell.key], outcome, controls))
     return table

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cogvla.envs.analysis.router_comparison import ALL_TOKENS, CONTROLS, Row, pareto_front
+from cogvla.envs.analysis.router_comparison import ALL_TOKENS, CONTROLS, CellReport, pareto_front
 from cogvla.envs.evaluation.plots import pareto
 from cogvla.envs.evaluation.report import template
 
@@ -16,10 +16,10 @@ class Budget:
     """The rows of one budget, the best first; `share` is None for routers without a budget."""
 
     share: int | float | None
-    rows: tuple[Row, ...]
+    rows: tuple[CellReport, ...]
 
 
-def render_comparison(rows: Sequence[Row], data: Mapping[str, Any]) -> str:
+def render_comparison(rows: Sequence[CellReport], data: Mapping[str, Any]) -> str:
     """Return the HTML page.
 
     Args:
@@ -43,25 +43,25 @@ def render_comparison(rows: Sequence[Row], data: Mapping[str, Any]) -> str:
     )
 
 
-def _milliseconds(row: Row) -> float:
+def _milliseconds(row: CellReport) -> float:
     return row.cost.latency.p50
 
 
-def _gflop(row: Row) -> float:
+def _gflop(row: CellReport) -> float:
     return row.cost.flops / 1e9
 
 
-def _value(row: Row) -> float:
+def _value(row: CellReport) -> float:
     assert row.outcome is not None
     assert row.outcome.success.value is not None
     return row.outcome.success.value
 
 
-def _front(rows: Sequence[Row], cost: Any) -> list[Row]:
+def _front(rows: Sequence[CellReport], cost: Any) -> list[CellReport]:
     return [rows[index] for index in pareto_front([(cost(row), _value(row)) for row in rows])]
 
 
-def _figure(rows: Sequence[Row], cost: Any, label: str) -> bytes | None:
+def _figure(rows: Sequence[CellReport], cost: Any, label: str) -> bytes | None:
     if not rows:
         return None
     points = []
@@ -73,18 +73,18 @@ def _figure(rows: Sequence[Row], cost: Any, label: str) -> bytes | None:
     return pareto(points, pareto_front([point[1:3] for point in points]), label, reference)
 
 
-def _budgets(rows: Sequence[Row]) -> list[Budget]:
-    by_share: dict[int | float | None, list[Row]] = {}
+def _budgets(rows: Sequence[CellReport]) -> list[Budget]:
+    by_share: dict[int | float | None, list[CellReport]] = {}
     for row in rows:
         by_share.setdefault(row.cell.router.budget if row.cell.budgeted else None, []).append(row)
 
-    def best_first(row: Row) -> tuple[float, float]:
+    def best_first(row: CellReport) -> tuple[float, float]:
         return (-_value(row) if row.outcome and row.outcome.success.trials else 1.0, row.cost.latency.p50)
 
     return [Budget(share, tuple(sorted(same, key=best_first))) for share, same in by_share.items()]
 
 
-def _matrix(rows: Sequence[Row]) -> tuple[list[int | float], list[tuple[str, list[Row | None]]]]:
+def _matrix(rows: Sequence[CellReport]) -> tuple[list[int | float], list[tuple[str, list[CellReport | None]]]]:
     """Return the budgets, and for each router its label and its rows in the order of the budgets."""
     shares = sorted({row.cell.router.budget for row in rows if row.cell.budgeted}, reverse=True)
     lines = []

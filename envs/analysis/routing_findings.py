@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvla.envs.analysis.routing_recording import Episode, Moment
+from cogvla.envs.analysis.routing_recording import Moment, WatchedEpisode
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.model.language import Trace
+from cogvla.policy.model.language import DecoderTrace
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.diagnostics import (
     ALIVE,
@@ -38,7 +38,7 @@ KINDS = {"sink": SINK, "dead": DEAD, "alive": ALIVE}
 
 
 def findings(
-    policy: CogVLAPolicy, episodes: Sequence[Episode], instructions: Sequence[str], few: int
+    policy: CogVLAPolicy, episodes: Sequence[WatchedEpisode], instructions: Sequence[str], few: int
 ) -> dict[str, Any]:
     """Compute all numbers, as plain values for JSON.
 
@@ -66,7 +66,7 @@ def findings(
     }
 
 
-def over_time(episode: Episode) -> dict[str, Any]:
+def over_time(episode: WatchedEpisode) -> dict[str, Any]:
     """Return the share of the target that is kept, and the flicker, for each stage and decision."""
     stages = list(episode.moments[0].kept)
     return {
@@ -84,7 +84,7 @@ def target_share(moment: Moment, stage: str) -> float | None:
     return kept_share(kept_N, moment.looks_NP, moment.target_P)
 
 
-def stage_numbers(episodes: Sequence[Episode], stage: str) -> dict[str, Any]:
+def stage_numbers(episodes: Sequence[WatchedEpisode], stage: str) -> dict[str, Any]:
     """Return the means over all moments of a stage: tokens kept, share of the target kept, and flicker."""
     moments = [moment for episode in episodes for moment in episode.moments]
     targets = [target_share(moment, stage) for moment in moments]
@@ -119,7 +119,7 @@ def entropies(moments: Sequence[Moment]) -> dict[str, float | None]:
     return found
 
 
-def kinds(episodes: Sequence[Episode]) -> dict[str, Any] | None:
+def kinds(episodes: Sequence[WatchedEpisode]) -> dict[str, Any] | None:
     """Return the shares of sink, dead and alive tokens before routing, and among the tokens kept at each stage.
 
     Uses the first and the middle moment of every episode, and takes each episode as one scene. None for one episode.
@@ -168,7 +168,7 @@ def word_bank(policy: CogVLAPolicy, instructions: Sequence[str]) -> Bank:
         text = model.encode_text(ids_BT, mask_BT)
         layout = TokenLayout(vision=0, text=ids_BT.shape[1], action=model.action_tokens)
         state_B1D = model.state(torch.zeros(1, model.embodiment.state_dim, device=ids_BT.device))[:, None]
-        trace = Trace()
+        trace = DecoderTrace()
         model.decoder(
             torch.cat((text.bos_B1D, state_B1D.to(text.bos_B1D.dtype), text.tail_BRD), dim=1),
             model.decoder.context(layout, mask_BT),

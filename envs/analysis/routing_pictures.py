@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cogvla.envs.analysis.routing_recording import Episode, Moment
+from cogvla.envs.analysis.routing_recording import Moment, WatchedEpisode
 from cogvla.envs.rollout.video import VideoWriter
 
 CAMERA, ALL = "camera", "all tokens"
@@ -69,7 +69,7 @@ def _outline(image: Image.Image, marked_HW: np.ndarray) -> None:
                 draw.line(line, OUTLINE, 2)
 
 
-def strip(episode: Episode, grid: tuple[int, int], count: int, views: Sequence[str]) -> bytes:
+def strip(episode: WatchedEpisode, grid: tuple[int, int], count: int, views: Sequence[str]) -> bytes:
     """Draw a PNG: a column for each chosen moment, a row for each view and stage."""
     total, label = len(episode.moments), 96
     chosen = sorted(set(np.linspace(0, total - 1, min(count, total)).astype(int).tolist()))
@@ -91,7 +91,7 @@ def strip(episode: Episode, grid: tuple[int, int], count: int, views: Sequence[s
     return buffer.getvalue()
 
 
-def film(episode: Episode, grid: tuple[int, int], path: Path, views: int, per_second: float = 3.0) -> None:
+def film(episode: WatchedEpisode, grid: tuple[int, int], path: Path, views: int, per_second: float = 3.0) -> None:
     """Write an mp4 with one frame for each decision: a row for each view, a column for each stage."""
     stages = shown_stages(episode.moments[0])
     with VideoWriter(path, per_second) as video:

@@ -72,7 +72,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Episode:
+class WatchedEpisode:
     """An episode with a moment for each decision."""
 
     name: str
@@ -82,7 +82,7 @@ class Episode:
 
 def play(
     policy: CogVLAPolicy, suite: Suite, protocol: EvaluationProtocol, tasks: Sequence[int], state: int
-) -> list[Episode]:
+) -> list[WatchedEpisode]:
     """Play one episode of each task, in this process.
 
     Raises:
@@ -107,7 +107,7 @@ def play(
         (result,) = rollout(watched, replace(suite, make=make), [spec], settings=settings)
         if result.error is not None:
             raise RuntimeError(f"task {task} could not be played:\n{result.error}")
-        episodes.append(Episode(suite.tasks[task].name, result, tuple(moments)))
+        episodes.append(WatchedEpisode(suite.tasks[task].name, result, tuple(moments)))
     return episodes
 
 

@@ -24,7 +24,7 @@ EMBED_BYTES = 6_000_000
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskSummary:
     """Results of one task, or of all tasks. No rate includes errors, the episodes that could not be played.
 
     Attributes:
@@ -84,8 +84,8 @@ class Report:
     """
 
     suite: str
-    tasks: tuple[Row, ...]
-    total: Row
+    tasks: tuple[TaskSummary, ...]
+    total: TaskSummary
     inference_batch_1: Latency | None
     batch_1_ms: tuple[float, ...]
     chunk_ms: float
@@ -139,9 +139,9 @@ def build_report(
     )
 
 
-def _row(name: str, instruction: str, results: Sequence[EpisodeResult]) -> Row:
+def _row(name: str, instruction: str, results: Sequence[EpisodeResult]) -> TaskSummary:
     played = [r for r in results if r.error is None]
-    return Row(
+    return TaskSummary(
         name=name,
         instruction=instruction,
         success=success_rate(r.success for r in played),

@@ -121,8 +121,8 @@ class Failed:
     died: bool = False
 
 
-Request = Play | Advance | Record
-Reply = Ready | Observed | Finished | Recorded | Failed
+PlayerRequest = Play | Advance | Record
+PlayerReply = Ready | Observed | Finished | Recorded | Failed
 
 
 class Player:
@@ -132,11 +132,11 @@ class Player:
         self._settings = settings
         self._env: gym.Env | None = None
 
-    def ready(self) -> Reply:
+    def ready(self) -> PlayerReply:
         """Build the environment."""
         return self._guarded(self._ready)
 
-    def handle(self, request: Request) -> Reply:
+    def handle(self, request: PlayerRequest) -> PlayerReply:
         """Carry out a request. Any exception becomes a `Failed` with its traceback, and the environment is rebuilt."""
         match request:
             case Play(spec):
@@ -152,7 +152,7 @@ class Player:
             env, self._env = self._env, None
             env.close()
 
-    def _guarded(self, do: Callable[[], Reply]) -> Reply:
+    def _guarded(self, do: Callable[[], PlayerReply]) -> PlayerReply:
         try:
             return do()
         except Exception:  # any exception of an environment becomes an error in the report, with its traceback
@@ -184,7 +184,7 @@ class Player:
             observation, _, _, _, info = env.step(self._settings.waiting_action)
         return observation, info
 
-    def _play(self, spec: EpisodeSpec) -> Reply:
+    def _play(self, spec: EpisodeSpec) -> PlayerReply:
         started = time.perf_counter()
         if spec.asked == "swap":
             spec = replace(spec, asked=self._draw_alternative(spec))
@@ -207,7 +207,7 @@ class Player:
             raise ValueError(f"no other task is possible in the scene of task {spec.task}: it cannot be swapped")
         return int(np.random.default_rng([spec.seed, spec.task, spec.initial_state]).choice(sorted(alternatives)))
 
-    def _advance(self, actions_TA: np.ndarray) -> Reply:
+    def _advance(self, actions_TA: np.ndarray) -> PlayerReply:
         started = time.perf_counter()
         self._loop_ms.append((started - self._observed_at) * 1e3)
         env, limit = self._environment(), self._settings.max_steps

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from cogvla.envs.rollout.player import Failed, Player, PlayerSettings, Record, Recorded, Reply, Request
+from cogvla.envs.rollout.player import Failed, Player, PlayerReply, PlayerRequest, PlayerSettings, Record, Recorded
 from cogvla.processes import ONE_THREAD
 
 UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
@@ -69,7 +69,7 @@ class RayWorker:
         self._path: Path | None = None
         self._ask(self._actor.ready.remote())
 
-    def send(self, request: Request) -> None:
+    def send(self, request: PlayerRequest) -> None:
         """Send a request and return at once."""
         self._path = request.path if isinstance(request, Record) else None
         self._ask(self._actor.handle.remote(request))
@@ -82,7 +82,7 @@ class RayWorker:
         if not self._done.closed:
             self._done.send_bytes(b"\0")
 
-    def receive(self) -> Reply:
+    def receive(self) -> PlayerReply:
         """Wait for the reply to the last request; `Failed` with `died` if the actor has died."""
         self.connection.recv_bytes()
         try:
@@ -117,10 +117,10 @@ class _Remote:
     def __init__(self, settings: PlayerSettings) -> None:
         self._player = Player(settings)
 
-    def ready(self) -> tuple[Reply, None]:
+    def ready(self) -> tuple[PlayerReply, None]:
         return self._player.ready(), None
 
-    def handle(self, request: Request) -> tuple[Reply, bytes | None]:
+    def handle(self, request: PlayerRequest) -> tuple[PlayerReply, bytes | None]:
         if not isinstance(request, Record):
             return self._player.handle(request), None
         with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,8 @@
 While the policy answers one half of the workers, the other half plays; no worker waits longer than an inference takes.
 Evaluation, rollouts during training and benchmarks all use `rollout`. Timing decides which environments share a batch.
 It changes the numbers of an episode only by the rounding of batched arithmetic.
+
+Shape legend: N slots that are answered together, T actions of each until the next chunk.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from cogvla.envs.rollout.player import (
     Finished,
     Observed,
     Play,
+    PlayerReply,
+    PlayerRequest,
     PlayerSettings,
     Ready,
     Record,
     Recorded,
-    Reply,
-    Request,
 )
 from cogvla.envs.rollout.workers import LocalWorker, ProcessWorker, Worker
 from cogvla.envs.suite import Suite
@@ -154,7 +156,7 @@ class _Slot:
     result: EpisodeResult | None = None  # the episode is over and is being filmed
     idle: bool = False
 
-    def send(self, request: Request) -> None:
+    def send(self, request: PlayerRequest) -> None:
         self.asked_at = time.perf_counter()
         self.worker.send(request)
 
@@ -239,7 +241,7 @@ class _Loop:
         busy = sum(not slot.idle for slot in self._slots)
         return patience(since, busy, self._inference_s, time.perf_counter()) if since else 1.0
 
-    def _replies(self) -> list[tuple[_Slot, Reply]]:
+    def _replies(self) -> list[tuple[_Slot, PlayerReply]]:
         """Return all replies that have arrived. Wait for the first one, but not longer than `_patience` allows."""
         playing = [slot for slot in self._slots if not slot.idle and slot.observed is None]
         connections = [slot.worker.connection for slot in playing if slot.worker.connection is not None]

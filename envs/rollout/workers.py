@@ -12,7 +12,7 @@ from contextlib import closing
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from cogvla.envs.rollout.player import Failed, Player, PlayerSettings, Reply, Request
+from cogvla.envs.rollout.player import Failed, Player, PlayerReply, PlayerRequest, PlayerSettings
 from cogvla.processes import Child, ProcessDiedError, send
 
 
@@ -24,11 +24,11 @@ class Worker(Protocol):
         """Connection that becomes readable when the reply is ready; None: the reply is ready when `send` returns."""
         ...
 
-    def send(self, request: Request) -> None:
+    def send(self, request: PlayerRequest) -> None:
         """Send a request."""
         ...
 
-    def receive(self) -> Reply:
+    def receive(self) -> PlayerReply:
         """Wait for the answer to the last request."""
         ...
 
@@ -48,13 +48,13 @@ class LocalWorker:
 
     def __init__(self, settings: PlayerSettings) -> None:
         self._player = Player(settings)
-        self._reply: Reply = self._player.ready()
+        self._reply: PlayerReply = self._player.ready()
 
-    def send(self, request: Request) -> None:
+    def send(self, request: PlayerRequest) -> None:
         """Carry out the request at once; `receive` returns the reply."""
         self._reply = self._player.handle(request)
 
-    def receive(self) -> Reply:
+    def receive(self) -> PlayerReply:
         """Return the reply to the last request."""
         return self._reply
 
@@ -73,11 +73,11 @@ class ProcessWorker:
         self._child = Child(serve, settings)
         self.process, self.connection = self._child.process, self._child.connection
 
-    def send(self, request: Request) -> None:
+    def send(self, request: PlayerRequest) -> None:
         """Send a request and return at once."""
         self._child.send(request)
 
-    def receive(self) -> Reply:
+    def receive(self) -> PlayerReply:
         """Wait for the reply to the last request; `Failed` with `died` if the process has died."""
         try:
             return self._child.receive()

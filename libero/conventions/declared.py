@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cogvla.libero.conventions.recorded_episodes import Episode, Recordings
+from cogvla.libero.conventions.recorded_episodes import RecordedEpisode, Recordings
 from cogvla.libero.conventions.replayed_episodes import Gripper
 from cogvla.policy.interface import Embodiment
 
@@ -50,7 +50,7 @@ class Finding:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
 
-def gripper(episodes: Sequence[Episode], embodiment: Embodiment) -> tuple[Finding, Gripper | None]:
+def gripper(episodes: Sequence[RecordedEpisode], embodiment: Embodiment) -> tuple[Finding, Gripper | None]:
     """Find the recorded values that open and close the gripper, from the fingers' response to changes of the command.
 
     Returns:
@@ -91,7 +91,7 @@ def gripper(episodes: Sequence[Episode], embodiment: Embodiment) -> tuple[Findin
     ), meaning
 
 
-def _answers(episode: Episode, index: int, middle: float) -> list[float]:
+def _answers(episode: RecordedEpisode, index: int, middle: float) -> list[float]:
     """Return the changes of the fingers' width (m) `RESPONSE_STEPS` after each change of the command.
 
     The sign is that of a change to the high level: changes after a change to the low level are negated.
@@ -211,7 +211,7 @@ def _listed(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in versions.items())
 
 
-def instructions(episodes: Sequence[Episode], known: Sequence[str], elsewhere: Collection[str] = ()) -> Finding:
+def instructions(episodes: Sequence[RecordedEpisode], known: Sequence[str], elsewhere: Collection[str] = ()) -> Finding:
     """Check that the instructions are those of the suite's tasks (`known`), or of other suites (`elsewhere`)."""
     asked = {episode.instruction for episode in episodes}
     unknown = sorted(asked - set(known) - set(elsewhere))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cogvla.libero.conventions.declared import Finding
 from cogvla.libero.conventions.recorded_episodes import Recordings
-from cogvla.libero.conventions.replayed_episodes import PICTURED_STEPS, Trace
+from cogvla.libero.conventions.replayed_episodes import PICTURED_STEPS, ReplayTrace
 
 AS_IT_IS = "as it is"
 TURNS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -24,13 +24,13 @@ CLEARLY, UNLIKE = 0.1, 0.4
 """Correlations: least advantage of another orientation, and least value for two images of the same thing."""
 
 
-def images(recordings: Recordings, traces: Sequence[Trace]) -> list[Finding]:
+def images(recordings: Recordings, traces: Sequence[ReplayTrace]) -> list[Finding]:
     """Check the images; return one finding for each camera."""
     pairs = {camera: _pairs(recordings, traces, camera) for camera in recordings.cameras}
     return [_image_finding(camera, pairs, recordings.turn) for camera in recordings.cameras]
 
 
-def _pairs(recordings: Recordings, traces: Sequence[Trace], camera: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def _pairs(recordings: Recordings, traces: Sequence[ReplayTrace], camera: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return pairs (recorded, simulated) of thumbnails float64 [32,32,3]."""
     found = []
     for trace in traces:

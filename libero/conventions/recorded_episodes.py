@@ -25,7 +25,7 @@ from cogvla.libero.hdf5.conversion import CONVERSION, INITIAL_STATES
 from cogvla.libero.hdf5.replay import WAITING_STEPS
 from cogvla.libero.tasks import LIBERO_SUITES, instruction, tasks
 from cogvla.policy.data.demonstrations import DataConfig, convert_gripper
-from cogvla.policy.data.reader import LeRobotReader, Part, local_root
+from cogvla.policy.data.reader import FrameGroup, LeRobotReader, local_root
 from cogvla.policy.data.reader import Mapping as ReaderMapping
 from cogvla.policy.interface import Embodiment
 
@@ -33,7 +33,7 @@ EXECUTED, TASK, INITIAL_STATE = "label.executed_action", "label.task", "label.in
 
 
 @dataclass(frozen=True)
-class Start:
+class EpisodeStart:
     """The start of an episode: `initial_state` or `state` is given.
 
     Attributes:
@@ -52,7 +52,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Episode:
+class RecordedEpisode:
     """One recorded episode.
 
     Attributes:
@@ -71,7 +71,7 @@ class Episode:
     actions_TA: np.ndarray
     executed_TA: np.ndarray
     states_TS: np.ndarray | None
-    start: Start | None
+    start: EpisodeStart | None
 
 
 class Recordings(Protocol):
@@ -98,9 +98,9 @@ class Recordings(Protocol):
     control_hz: float | None
 
     @property
-    def episodes(self) -> Sequence[Episode]: ...
+    def episodes(self) -> Sequence[RecordedEpisode]: ...
 
-    def images(self, episode: Episode, camera: str, steps: Sequence[int]) -> np.ndarray:
+    def images(self, episode: RecordedEpisode, camera: str, steps: Sequence[int]) -> np.ndarray:
         """Return the images of a camera at some steps of an episode, uint8 [F,H,W,3]."""
         ...
 
@@ -144,22 +144,22 @@ class Hdf5Recordings:
         self._places = [(file, key) for file in self._files for key in file.keys]
 
     @cached_property
-    def episodes(self) -> Sequence[Episode]:
+    def episodes(self) -> Sequence[RecordedEpisode]:
         return [self._episode(index) for index in range(len(self._places))]
 
-    def _episode(self, index: int) -> Episode:
+    def _episode(self, index: int) -> RecordedEpisode:
         file, key = self._places[index]
         read = hdf5_reader.read(file.path, key)
         start = None
         if file.task in self._tasks:
             waiting = WAITING_STEPS["actions"] if file.regenerated else 0
-            start = Start(self._tasks.index(file.task), None, read.states_TD[0], read.fixtures, waiting)
+            start = EpisodeStart(self._tasks.index(file.task), None, read.states_TD[0], read.fixtures, waiting)
         actions_TA = read.actions_TA.astype(np.float32)
-        return Episode(
+        return RecordedEpisode(
             f"{key} of {file.path.name}", index, instruction(file.task), actions_TA, actions_TA, read.observed_TS, start
         )
 
-    def images(self, episode: Episode, camera: str, steps: Sequence[int]) -> np.ndarray:
+    def images(self, episode: RecordedEpisode, camera: str, steps: Sequence[int]) -> np.ndarray:
         file, key = self._places[episode.index]
         return hdf5_reader.read_images(file.path, key, camera, list(steps))
 
@@ -208,7 +208,7 @@ class LeRobotRecordings:
         return columns, instructions
 
     @cached_property
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> list[FrameGroup]:
         return list(self._reader.parts())
 
     @cached_property
@@ -218,7 +218,7 @@ class LeRobotRecordings:
         return np.concatenate([[0], np.flatnonzero(np.diff(episode_N)) + 1, [len(episode_N)]])
 
     @cached_property
-    def episodes(self) -> Sequence[Episode]:
+    def episodes(self) -> Sequence[RecordedEpisode]:
         columns, instructions = self._columns
         starts = _json(self._root / INITIAL_STATES).get("episodes")
         found = []
@@ -226,7 +226,7 @@ class LeRobotRecordings:
             rows = slice(first, end)
             number = int(columns["episode"][first])
             found.append(
-                Episode(
+                RecordedEpisode(
                     name=f"episode {number}",
                     index=index,
                     instruction=instructions[int(columns["instruction"][first])],
@@ -238,12 +238,12 @@ class LeRobotRecordings:
             )
         return found
 
-    def _start(self, row: int) -> Start | None:
+    def _start(self, row: int) -> EpisodeStart | None:
         columns = self._columns[0]
         task, state = columns.get(f"label/{TASK}"), columns.get(f"label/{INITIAL_STATE}")
-        return None if task is None or state is None else Start(int(task[row]), initial_state=int(state[row]))
+        return None if task is None or state is None else EpisodeStart(int(task[row]), initial_state=int(state[row]))
 
-    def images(self, episode: Episode, camera: str, steps: Sequence[int]) -> np.ndarray:
+    def images(self, episode: RecordedEpisode, camera: str, steps: Sequence[int]) -> np.ndarray:
         rows = [int(self._first_rows[episode.index]) + step for step in steps]
         found: dict[int, np.ndarray] = {}
         for part in self._parts:
@@ -255,8 +255,8 @@ class LeRobotRecordings:
         return np.stack([found[row] for row in rows])
 
 
-def _start(values: Mapping[str, Any]) -> Start:
-    return Start(
+def _start(values: Mapping[str, Any]) -> EpisodeStart:
+    return EpisodeStart(
         int(values["task"]),
         state=np.array(values["state"]),
         fixtures={body: np.array(pose) for body, pose in values["fixtures"].items()},

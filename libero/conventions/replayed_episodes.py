@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.libero.conventions.recorded_episodes import Episode, Start
+from cogvla.libero.conventions.recorded_episodes import EpisodeStart, RecordedEpisode
 
 PICTURED_STEPS = (0, 10)
 """Steps of an episode whose images are compared: the first, and one where the arm has moved but not yet diverged."""
@@ -20,7 +20,7 @@ APPROACH = 40
 
 
 @dataclass(frozen=True)
-class Trace:
+class ReplayTrace:
     """Result of one replayed episode.
 
     Attributes:
@@ -31,7 +31,7 @@ class Trace:
         success: True if the task was done at any step.
     """
 
-    episode: Episode
+    episode: RecordedEpisode
     exact: bool
     states_TS: np.ndarray
     images: dict[str, dict[int, np.ndarray]]
@@ -64,14 +64,14 @@ class Gripper:
 
 def replay(
     env: Any,
-    episode: Episode,
+    episode: RecordedEpisode,
     task: int,
     cameras: Sequence[str],
     gripper: Gripper | None,
     rest_A: np.ndarray,
     delay: int = 0,
     waiting_steps: int = 0,
-) -> Trace:
+) -> ReplayTrace:
     """Replay the executed actions of an episode.
 
     Args:
@@ -85,7 +85,7 @@ def replay(
         waiting_steps: control steps before the first action, for an episode that does not say.
     """
     exact = episode.start is not None
-    start = episode.start or Start(task, initial_state=0)
+    start = episode.start or EpisodeStart(task, initial_state=0)
     waiting_steps = waiting_steps if start.waiting_steps is None else start.waiting_steps
     actions_TA = episode.executed_TA if gripper is None else gripper.mapped(episode.executed_TA)
     actions_TA = actions_TA if exact else actions_TA[:APPROACH]
@@ -109,10 +109,10 @@ def replay(
         observation, _, _, _, info = env.step(actions_TA[moment])
         states.append(observation["state"])
         success = success or bool(info["success"])
-    return Trace(episode, exact, np.stack(states), images, success)
+    return ReplayTrace(episode, exact, np.stack(states), images, success)
 
 
-def _begin(env: Any, start: Start) -> dict[str, np.ndarray]:
+def _begin(env: Any, start: EpisodeStart) -> dict[str, np.ndarray]:
     if start.state is None:
         observation, _ = env.reset(options={"task": start.task, "initial_state": start.initial_state})
         return observation

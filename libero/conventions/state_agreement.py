@@ -11,12 +11,12 @@ import numpy as np
 
 from cogvla.envs.rotations import rotation_matrix, rotation_vector
 from cogvla.libero.conventions.declared import Finding
-from cogvla.libero.conventions.replayed_episodes import Trace
+from cogvla.libero.conventions.replayed_episodes import ReplayTrace
 from cogvla.libero.env import axis_angle
 
 AS_IT_IS = "as it is"
 EARLY = {True: 20, False: 5}
-"""`Trace.exact` -> number of steps whose states are compared."""
+"""`ReplayTrace.exact` -> number of steps whose states are compared."""
 POSITION, ROTATION, FINGERS = slice(0, 3), slice(3, 6), slice(6, 8)
 NEAR_M = {True: 0.01, False: 0.08}
 WINDOW, MOVING = 5, 40
@@ -68,7 +68,7 @@ GRIPS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def states(traces: Sequence[Trace], delay: int) -> list[Finding]:
+def states(traces: Sequence[ReplayTrace], delay: int) -> list[Finding]:
     """Compare position, rotation and fingers of recorded and simulated states, early in the episodes."""
     exact = all(trace.exact for trace in traces)
     pairs = [_aligned(trace, delay, EARLY[trace.exact]) for trace in traces if trace.episode.states_TS is not None]
@@ -82,7 +82,7 @@ def states(traces: Sequence[Trace], delay: int) -> list[Finding]:
     ]
 
 
-def _aligned(trace: Trace, delay: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def _aligned(trace: ReplayTrace, delay: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Return recorded and simulated states [T,S] of the same moments."""
     recorded_TS = trace.episode.states_TS
     assert recorded_TS is not None, "callers filter episodes without states"
@@ -126,7 +126,7 @@ def _representation(
     return Finding(check, "ok", f"as in the simulator, error {plain:.3f} {unit}", measured={"errors": errors})
 
 
-def timing(traces: Sequence[Trace], delay: int) -> tuple[Finding, int]:
+def timing(traces: Sequence[ReplayTrace], delay: int) -> tuple[Finding, int]:
     """Check by how many control steps the observations are late; return the finding and the best delay."""
     usable = [trace for trace in traces if trace.exact and trace.episode.states_TS is not None]
     if not usable:
@@ -149,7 +149,7 @@ def timing(traces: Sequence[Trace], delay: int) -> tuple[Finding, int]:
     return Finding("time", "ok", text, measured=measured), delay
 
 
-def motion(traces: Sequence[Trace], delay: int, turns: bool = True) -> Finding:
+def motion(traces: Sequence[ReplayTrace], delay: int, turns: bool = True) -> Finding:
     """Compare distance and direction of the arm's motion, recorded and simulated, for the same actions.
 
     `turns`: compare rotations too; False if the representation of the recorded rotations is unknown.
@@ -187,7 +187,7 @@ def _moves(state_TS: np.ndarray) -> np.ndarray:
     return np.array(rows).reshape(-1, 6)
 
 
-def replays(traces: Sequence[Trace], delay: int) -> Finding:
+def replays(traces: Sequence[ReplayTrace], delay: int) -> Finding:
     """Count the replayed episodes that succeed again, and measure the drift from the recorded states."""
     exact = [trace for trace in traces if trace.exact]
     if not exact:
@@ -206,7 +206,7 @@ def replays(traces: Sequence[Trace], delay: int) -> Finding:
     return Finding("replay", "ok", text, measured=measured)
 
 
-def _drift(traces: Sequence[Trace], delay: int, part: float) -> dict[str, float] | None:
+def _drift(traces: Sequence[ReplayTrace], delay: int, part: float) -> dict[str, float] | None:
     errors = []
     for trace in traces:
         if trace.episode.states_TS is not None:

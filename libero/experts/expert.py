@@ -18,7 +18,7 @@ from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import Move, turn_left
 from cogvla.libero.experts.plan import Subgoal, subgoals
 from cogvla.libero.experts.skills import PHASES, carry_out, is_done
-from cogvla.libero.experts.view import View
+from cogvla.libero.experts.view import SceneView
 
 POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
 """Metres and radians of an action of 1.0."""
@@ -43,7 +43,7 @@ class LiberoExpert:
         unwrapped = env.unwrapped
         if not isinstance(unwrapped, LiberoEnv):
             raise ValueError(f"this expert plays LIBERO only, got an environment {type(unwrapped).__name__}")
-        self._view = View(unwrapped.scene)
+        self._view = SceneView(unwrapped.scene)
         self._subgoals = subgoals(unwrapped.goal)
         self._hand = Hand(self._view)
         self.noisy = ExecutionNoise(rng, noise)

@@ -1,4 +1,7 @@
-"""Skills of the LIBERO expert for drawers, doors, knobs and plates."""
+"""Skills of the LIBERO expert for drawers, doors, knobs and plates.
+
+Shape legend: P points.
+"""
 
 from __future__ import annotations
 

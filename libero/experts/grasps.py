@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cogvla.libero.experts.view import Obstacles, View
+from cogvla.libero.experts.view import Obstacles, SceneView
 
 WIDEST = 0.072
 """Largest width in metres that fits between the fingers."""
@@ -50,7 +50,7 @@ class Grasp:
     rim: bool
 
 
-def candidates(view: View, item: str, place: np.ndarray | None = None) -> list[tuple[float, Grasp]]:
+def candidates(view: SceneView, item: str, place: np.ndarray | None = None) -> list[tuple[float, Grasp]]:
     """Return all grasps of a thing in its present pose with their costs, the best first.
 
     Args:

@@ -7,7 +7,7 @@ import numpy as np
 from cogvla.libero.experts.grasps import Grasp, candidates
 from cogvla.libero.experts.motion import CLOSE, DOWN, OPEN, Move, over, pointing, turn_left
 from cogvla.libero.experts.places import Place, place_for
-from cogvla.libero.experts.view import FINGER_OPEN, View
+from cogvla.libero.experts.view import FINGER_OPEN, SceneView
 
 NEAR = 0.008
 """Largest distance in metres from the grasp at which the hand closes."""
@@ -30,7 +30,7 @@ _RETREAT = 0.06
 class Hand:
     """The expert's hand, with its memory: the item, the chosen grasp, and the grasps that failed."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: SceneView) -> None:
         self.view = view
         self.closing = 0
         """Control steps since the hand began to close; 0: it is open."""

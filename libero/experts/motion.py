@@ -2,6 +2,8 @@
 
 The higher the hand is above its aim, the further beside it it may be. While it is too low, it rises before it moves
 sideways. A wrong rotation counts like a distance: the hand comes down when it is turned the right way.
+
+Shape legend: G collision geoms.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cogvla.envs.rotations import rotation_vector
-from cogvla.libero.experts.view import View
+from cogvla.libero.experts.view import SceneView
 
 OPEN, CLOSE = -1.0, 1.0
 DOWN = np.array([0.0, 0.0, -1.0])
@@ -36,7 +38,7 @@ class Move:
     Attributes:
         phase: one of `skills.PHASES`.
         position: position of the gripper [3], in metres, world frame.
-        rotation: rotation of the hand [3,3], columns as in `View.rotation`.
+        rotation: rotation of the hand [3,3], columns as in `SceneView.rotation`.
         gripper: `OPEN` or `CLOSE`.
     """
 
@@ -60,13 +62,13 @@ def pointing(way: np.ndarray, closing: np.ndarray, now: np.ndarray) -> np.ndarra
     return max(both, key=lambda rotation: float(np.trace(rotation @ now.T)))
 
 
-def turn_left(view: View, rotation: np.ndarray) -> np.ndarray:
+def turn_left(view: SceneView, rotation: np.ndarray) -> np.ndarray:
     """Return the rotation that the hand still has to make to reach `rotation`: a rotation vector [3], world frame."""
     return rotation_vector(rotation @ view.rotation.T)
 
 
 def over(
-    view: View,
+    view: SceneView,
     point: np.ndarray,
     rotation: np.ndarray,
     *,
@@ -103,7 +105,7 @@ def over(
     return np.array([*(hand[:2] + sideways * offset[:2]), height])
 
 
-def along(view: View, point: np.ndarray, way: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+def along(view: SceneView, point: np.ndarray, way: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     """Return the next position [3] of the hand on its way to `point`, along the direction `way` [3] (unit vector).
 
     The closer the hand is to that line, the closer it may come to the point.
@@ -114,7 +116,7 @@ def along(view: View, point: np.ndarray, way: np.ndarray, rotation: np.ndarray) 
     return point - float(np.clip(_SLOPE * (aside - 0.008), 0.0, _STAND_OFF)) * way
 
 
-def _from_below(view: View, carried: str, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
+def _from_below(view: SceneView, carried: str, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
     """Return the step [3] sideways for a carried thing under an open drawer; None if nothing is above the thing."""
     obstacles = view.obstacles(carried)
     middle = (low + high) / 2
@@ -126,7 +128,7 @@ def _from_below(view: View, carried: str, low: np.ndarray, high: np.ndarray) -> 
     return _ASIDE * way / max(float(np.linalg.norm(way)), 1e-6) + np.array([0.0, 0.0, _SLIGHTLY])
 
 
-def _tallest(view: View, hand: np.ndarray, point: np.ndarray, reach: float, without: tuple[str, ...]) -> float:
+def _tallest(view: SceneView, hand: np.ndarray, point: np.ndarray, reach: float, without: tuple[str, ...]) -> float:
     """Return the height in metres that the lowest part of the hand needs to pass over all obstacles on the way."""
     obstacles = view.obstacles(*without)
     way = point[:2] - hand[:2]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cogvla.libero.experts.view import View
+from cogvla.libero.experts.view import SceneView
 
 _UP_THE_SLOPE, _ALONG_THE_RACK = 0.05, 0.05
 """Metres on a wine rack from the region's centre, away from the post in its middle."""
@@ -34,7 +34,7 @@ class Place:
     fixture: str | None = None
 
 
-def place_for(view: View, name: str, side: int = 0) -> Place:
+def place_for(view: SceneView, name: str, side: int = 0) -> Place:
     """Return the place for a name in a goal: a region, or a thing to put something on.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cogvla.libero.installation import Predicate
-from cogvla.libero.simulation import Scene
+from cogvla.libero.simulation import LiberoScene
 
 FINGER_OPEN = 0.04
 """Metres from the middle to each finger of the open hand."""
@@ -60,10 +60,10 @@ class Obstacles:
         return (np.abs(local_PG3) < self.half_G3 + margin).all(-1)
 
 
-class View:
+class SceneView:
     """Read access to one scene. Every answer is about the present state."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: LiberoScene) -> None:
         self.scene = scene
         env, model = scene.env, scene.model
         (robot,) = env.robots

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.libero.env import LiberoSettings
-from cogvla.libero.hdf5.jobs import Job, Outcome, play
+from cogvla.libero.hdf5.jobs import Job, ReplayOutcome, play
 from cogvla.libero.hdf5.page import page, summary
 from cogvla.libero.hdf5.reader import demonstrations
 from cogvla.libero.hdf5.replay import WAITING_STEPS, ReplaySettings
@@ -112,7 +112,9 @@ def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool 
     return output
 
 
-def _write(conversion: Conversion, outcomes: list[Outcome], root: Path, request: dict[str, Any]) -> dict[str, Any]:
+def _write(
+    conversion: Conversion, outcomes: list[ReplayOutcome], root: Path, request: dict[str, Any]
+) -> dict[str, Any]:
     """Write the kept episodes in order, and the statistics page; return the page's numbers."""
     from cogvla.envs.recording.dataset_writer import DatasetWriter  # here, because importing lerobot takes seconds
 

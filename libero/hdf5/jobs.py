@@ -1,4 +1,7 @@
-"""Replay many demonstrations in worker processes. Each result is saved at once, so that a restart repeats nothing."""
+"""Replay many demonstrations in worker processes. Each result is saved at once, so that a restart repeats nothing.
+
+Shape legend: T steps, D numbers of the flattened MuJoCo state.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Start:
+class ReplayStart:
     """The start of an episode, to play it again.
 
     Attributes:
@@ -40,7 +43,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReplayOutcome:
     """Result of one replay, as saved on disk.
 
     Attributes:
@@ -54,7 +57,7 @@ class Outcome:
     reason: str | None
     steps: int
     noops: int
-    start: Start
+    start: ReplayStart
     path: Path | None = None
 
     @property
@@ -62,7 +65,7 @@ class Outcome:
         return self.reason is None
 
 
-def play(settings: ReplaySettings, jobs: Sequence[Job], folder: Path, workers: int) -> list[Outcome]:
+def play(settings: ReplaySettings, jobs: Sequence[Job], folder: Path, workers: int) -> list[ReplayOutcome]:
     """Replay the demonstrations that have no result in `folder` yet, and return all outcomes in order.
 
     Raises:
@@ -104,21 +107,25 @@ def _replay(replayer: Replayer, job: Job, folder: Path, index: int) -> bool:
     if replayed.episode is not None:
         replayed.episode.save(_episode(folder, index))
     fixtures = recording.fixtures if replayer.settings.replay == "states" else {}
-    start = Start(recording.states_TD[0].tolist(), {body: pose.tolist() for body, pose in fixtures.items()})
+    start = ReplayStart(recording.states_TD[0].tolist(), {body: pose.tolist() for body, pose in fixtures.items()})
     steps = 0 if replayed.episode is None else len(replayed.episode)
-    outcome = Outcome(replayed.reason, steps, replayed.noops, start)
+    outcome = ReplayOutcome(replayed.reason, steps, replayed.noops, start)
     write_atomic(_result(folder, index), json.dumps(asdict(outcome) | {"path": None}))
     return outcome.kept
 
 
-def _outcome(folder: Path, index: int) -> Outcome:
+def _outcome(folder: Path, index: int) -> ReplayOutcome:
     values = json.loads(_result(folder, index).read_text())
     path = _episode(folder, index)
     if values["reason"] is None and not Demonstration.is_complete(path):
         _result(folder, index).unlink()
         raise ValueError(f"{path} is damaged: run the same command again to make it anew")
-    return Outcome(
-        values["reason"], values["steps"], values["noops"], Start(**values["start"]), path if path.exists() else None
+    return ReplayOutcome(
+        values["reason"],
+        values["steps"],
+        values["noops"],
+        ReplayStart(**values["start"]),
+        path if path.exists() else None,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.libero.hdf5.jobs import Outcome
+from cogvla.libero.hdf5.jobs import ReplayOutcome
 
 QUANTILES = {"min": 0.0, "q01": 0.01, "median": 0.5, "q99": 0.99, "max": 1.0}
 DIMENSIONS = {
@@ -18,7 +18,7 @@ DIMENSIONS = {
 
 
 def summary(
-    instructions: Sequence[str], outcomes: Sequence[tuple[int, Outcome]], arrays: Mapping[str, np.ndarray]
+    instructions: Sequence[str], outcomes: Sequence[tuple[int, ReplayOutcome]], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """Return the numbers of a conversion, ready for JSON.
 
@@ -46,7 +46,7 @@ def summary(
     return {"total": _counts([outcome for _, outcome in outcomes]), "tasks": tasks, "features": features}
 
 
-def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _counts(outcomes: Sequence[ReplayOutcome]) -> dict[str, Any]:
     lengths = [outcome.steps for outcome in outcomes if outcome.kept]
     return {
         "kept": len(lengths),

@@ -28,9 +28,9 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.vision import VisionTower
+from cogvla.routing.keep_schedule import keep_count
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter
-from cogvla.routing.schedule import keep_count
 
 BYTES = 2
 TOTAL, REPEATED = "total", "total, same instruction"

@@ -48,7 +48,7 @@ class TrainingMemory:
         return state // shards + self.activations * self.samples
 
 
-def training_memory(
+def estimate_memory(
     config: CogVLAConfig, embodiment: Embodiment, training: TrainingConfig, gpus: int = 1
 ) -> tuple[TrainingMemory, str]:
     """Compute the memory of a bfloat16 run on several GPUs, and a line that says what is trained."""

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cogvla.policy.data.reader import LeRobotReader, Mapping, Part
+from cogvla.policy.data.reader import FrameGroup, LeRobotReader, Mapping
 from cogvla.policy.inputs.resize import resize
 
 FORMAT = 1
@@ -108,8 +108,8 @@ def _build(reader: LeRobotReader, image_size: tuple[int, int], path: Path, progr
         raise
 
 
-def _decode(reader: LeRobotReader, parts: list[Part], frames_NVCHW: np.ndarray, progress: bool) -> None:
-    def work(part: Part) -> int:
+def _decode(reader: LeRobotReader, parts: list[FrameGroup], frames_NVCHW: np.ndarray, progress: bool) -> None:
+    def work(part: FrameGroup) -> int:
         for rows, frames_fCHW in reader.decode(part):
             resized = resize(torch.from_numpy(np.ascontiguousarray(frames_fCHW)), frames_NVCHW.shape[-2:])
             frames_NVCHW[rows, part.view] = resized.numpy()

@@ -50,7 +50,7 @@ class Mapping:
 
 
 @dataclass(frozen=True)
-class Part:
+class FrameGroup:
     """Frames that are decoded together: a row group of images, or an episode's piece of one video.
 
     Attributes:
@@ -173,12 +173,12 @@ class LeRobotReader:
         )
         return columns, instructions
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[FrameGroup]:
         """All frames of all cameras, in parts."""
         for view, key in enumerate(self.mapping.cameras):
             yield from self._video_parts(view, key) if self._kind(key) == "video" else self._image_parts(view)
 
-    def decode(self, part: Part, only: Collection[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def decode(self, part: FrameGroup, only: Collection[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Pairs of places [f] in the data set and frames uint8 [f,3,H,W] as they were recorded.
 
         `only` some places of the data set, where not all are wanted.
@@ -208,7 +208,7 @@ class LeRobotReader:
                 ) from error
             yield np.array([row]), frame_HWC.transpose(2, 0, 1)[None]
 
-    def _decode_video(self, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _decode_video(self, part: FrameGroup) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         from lerobot.datasets.video_utils import decode_video_frames
 
         assert part.timestamps is not None
@@ -224,16 +224,16 @@ class LeRobotReader:
                 ) from error
             yield part.rows[chosen], (frames * 255).round().byte().numpy()
 
-    def _image_parts(self, view: int) -> Iterator[Part]:
+    def _image_parts(self, view: int) -> Iterator[FrameGroup]:
         start = 0
         for path in self._data_files():
             metadata = self._footer(path)
             for group in range(metadata.num_row_groups):
                 rows = self.index["row"][start : start + metadata.row_group(group).num_rows]
-                yield Part(view, rows, path, group, None, int(self.index["episode"][start]) if len(rows) else 0)
+                yield FrameGroup(view, rows, path, group, None, int(self.index["episode"][start]) if len(rows) else 0)
                 start += len(rows)
 
-    def _video_parts(self, view: int, key: str) -> Iterator[Part]:
+    def _video_parts(self, view: int, key: str) -> Iterator[FrameGroup]:
         names = ["episode_index", *(f"videos/{key}/{c}" for c in ("chunk_index", "file_index", "from_timestamp"))]
         for path in sorted((self.root / "meta" / "episodes").glob("*/*.parquet")):
             for episode, chunk, file, first in zip(*_parquet(path, names).to_pydict().values(), strict=True):
@@ -242,7 +242,7 @@ class LeRobotReader:
                     raise ValueError(f"{source} is missing; record or download the data set again")
                 here = np.flatnonzero(self.index["episode"] == episode)
                 timestamps = tuple(float(first + t) for t in self.index["timestamp"][here])
-                yield Part(view, self.index["row"][here], source, None, timestamps, int(episode))
+                yield FrameGroup(view, self.index["row"][here], source, None, timestamps, int(episode))
 
     def _kind(self, key: str) -> str:
         return str(self.features[key]["dtype"])

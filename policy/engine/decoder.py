@@ -6,7 +6,7 @@ What is unusual, compared with `policy.model.language.RoutedDecoder`, to which t
 - masks, rotations and row numbers come with the instruction, as tensors: nothing is looked up, every shape is static
 
 Shape legend: B batch, S sequence, N vision tokens, n of them kept, J action tokens, Q query rows, D width,
-H heads, G key/value heads, E head width, U = 2E.
+h heads, g key/value heads, e head width, U = 2e, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from cogvla.policy.engine.linear import FusedLinear, fused
 from cogvla.policy.engine.recording import Tensors
 from cogvla.policy.model.language import DecoderContext, RoutedDecoder
+from cogvla.routing.keep_schedule import keep_count
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
-from cogvla.routing.schedule import keep_count
 
 
 class FusedRouter(nn.Module):
@@ -99,18 +99,18 @@ class FusedLayer(nn.Module):
         v_BSD = qkv_BSO[..., turning:]
         if self.scale_values and factor_BS1 is not None:
             v_BSD = v_BSD * factor_BS1
-        qk_BSHE = qkv_BSO[..., :turning].unflatten(-1, (-1, self.head_width))
-        cos_BS1E, sin_BS1E = turn_BSU[:, :, None].chunk(2, dim=-1)
-        qk_BSHE = torch.addcmul(qk_BSHE * cos_BS1E, qk_BSHE.roll(self.head_width // 2, dims=-1), sin_BS1E)
-        q_BHQE, k_BGSE = qk_BSHE.transpose(1, 2).split((self.heads, self.groups), dim=1)
-        v_BGSE = v_BSD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        qk_BShe = qkv_BSO[..., :turning].unflatten(-1, (-1, self.head_width))
+        cos_BS1e, sin_BS1e = turn_BSU[:, :, None].chunk(2, dim=-1)
+        qk_BShe = torch.addcmul(qk_BShe * cos_BS1e, qk_BShe.roll(self.head_width // 2, dims=-1), sin_BS1e)
+        q_BhQe, k_BgSe = qk_BShe.transpose(1, 2).split((self.heads, self.groups), dim=1)
+        v_BgSe = v_BSD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
         if self.groups != self.heads:
-            k_BGSE, v_BGSE = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k_BGSE, v_BGSE))
+            k_BgSe, v_BgSe = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k_BgSe, v_BgSe))
         if first:
-            q_BHQE, mask_B1SS, x_BSD = q_BHQE[:, :, first:], mask_B1SS[:, :, first:], x_BSD[:, first:]
+            q_BhQe, mask_B1SS, x_BSD = q_BhQe[:, :, first:], mask_B1SS[:, :, first:], x_BSD[:, first:]
             factor_BS1 = None if factor_BS1 is None else factor_BS1[:, first:]
-        o_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BGSE, v_BGSE, attn_mask=mask_B1SS)
-        x_BQD = x_BSD + self.output(rearrange(o_BHQE, "b h q e -> b q (h e)"))
+        o_BhQe = F.scaled_dot_product_attention(q_BhQe, k_BgSe, v_BgSe, attn_mask=mask_B1SS)
+        x_BQD = x_BSD + self.output(rearrange(o_BhQe, "b h q e -> b q (h e)"))
         gate_BQI, up_BQI = self.gate_up(F.rms_norm(x_BQD, (width,), eps=self.eps)).chunk(2, dim=-1)
         out_BQD = self.down(F.silu(gate_BQI) * up_BQI)
         return x_BQD + out_BQD if factor_BS1 is None else torch.addcmul(x_BQD, out_BQD, factor_BS1)

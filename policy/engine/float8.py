@@ -5,6 +5,8 @@ nothing waits for a maximum while the policy runs. Products are summed in float3
 read few numbers stay as they were, and so do routers: they cost nothing and lose most.
 
 Needs a GPU of compute capability 8.9 or later to be fast (Ada, Hopper, Blackwell); on CPUs it computes the same slowly.
+
+Shape legend: R rows, I inputs, O outputs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A trained CogVLA as one function of tensors: pixels, state and what the instruction says in, actions out.
 
 Shape legend: B batch, V views, X = B*V, N vision tokens, S state dimension, K chunk, A action dimension, L blocks,
-W tower width, D language width.
+F tower width, D language width, G towers run as one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FusedNetwork(nn.Module):
         if films:
             per_tower = [[t.repeat_interleave(self.views, dim=1) for t in film] for film in films]
             groups = [per_tower] if len(self.towers) == 1 else [[film] for film in per_tower]
-            for index, group in enumerate(groups):  # [L,G,X,1,W]
+            for index, group in enumerate(groups):  # [L,G,X,1,F]
                 tensors[f"scale{index}"], tensors[f"shift{index}"] = (
                     torch.stack([film[which] for film in group], dim=1) for which in (0, 1)
                 )
@@ -81,11 +81,11 @@ class FusedNetwork(nn.Module):
     def decide(self, vision_BND: Tensor, inputs: Tensors) -> Tensor:
         """Stages 2 and 3: the states of the action tokens [B,J,D]."""
         state_B1D = self.state(inputs["state"].to(vision_BND.dtype))[:, None]
-        sequence_BSD = torch.cat((inputs["bos"], vision_BND, state_B1D, inputs["tail"]), dim=1)
-        return self.decoder(sequence_BSD, inputs)
+        sequence = (inputs["bos"], vision_BND, state_B1D, inputs["tail"])
+        return self.decoder(torch.cat(sequence, dim=1), inputs)
 
     def streams(self, pixels_BVCHW: Tensor, text: Tensors) -> list[Tensor]:
-        """Compute the tokens of each tower before projection, [B,V*N,W]."""
+        """Compute the tokens of each tower before projection, [B,V*N,F]."""
         streams: list[Tensor] = []
         patches: dict[int, Tensor] = {}
         with _Aside(pixels_BVCHW.is_cuda and len(self.towers) > 1) as aside:
@@ -96,8 +96,8 @@ class FusedNetwork(nn.Module):
                     patches[size] = cut_patches(pixels_BVCHW, size, towers.positions.dtype)
                 films = (text[f"scale{index}"], text[f"shift{index}"]) if f"scale{index}" in text else None
                 with aside.stream(index):
-                    x_GXNW = towers(patches[size], films)
-                streams += rearrange(x_GXNW, "g (b v) n w -> g b (v n) w", v=self.views).unbind(0)
+                    x_GXNF = towers(patches[size], films)
+                streams += rearrange(x_GXNF, "g (b v) n w -> g b (v n) w", v=self.views).unbind(0)
         return streams
 
 

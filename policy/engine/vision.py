@@ -6,7 +6,7 @@ What is unusual, compared with `policy.model.vision`, to which tests hold it equ
 - the last block computes keys and values of all tokens, and queries and MLP only of the aggregation tokens
 
 Shape legend: G towers run as one, X images (B*V), P patches per image, N tokens per image, M aggregation tokens,
-C bytes per patch, W tower width, L blocks, h heads, e head width.
+C bytes per patch, F tower width, L blocks, h heads, e head width, R rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _linear(parts: Sequence[FusedLinear]) -> nn.Module:
 
 
 class FusedBlock(nn.Module):
-    """One block of G towers of one shape, tokens [G,X*N,W].
+    """One block of G towers of one shape, tokens [G,X*N,F].
 
     Args:
         blocks: of timm, one per tower.
@@ -70,9 +70,9 @@ class FusedBlock(nn.Module):
         self.outer = _linear([fused([b.mlp.fc2], scale_O=_layer_scale(b.ls2)) for b in blocks])
 
     def forward(self, x: Tensor, film: tuple[Tensor, Tensor] | None, images: int, rows: int | None) -> Tensor:
-        """Tokens [...,X*N,W] to [...,X*rows,W], the last `rows` of each image, or all with None.
+        """Tokens [...,X*N,F] to [...,X*rows,F], the last `rows` of each image, or all with None.
 
-        `film` is `1 + scale` and shift, [...,X,1,W].
+        `film` is `1 + scale` and shift, [...,X,1,F].
         """
         width = x.shape[-1]
         qkv = self.qkv(F.layer_norm(x, (width,), eps=self.eps[0]))
@@ -86,8 +86,8 @@ class FusedBlock(nn.Module):
         o = rearrange(o, "(g x) h n e -> g (x n) (h e)", x=images)
         x = x + self.attended(o if x.dim() == 3 else o[0])
         if film is not None:
-            scale_X1W, shift_X1W = film
-            x = torch.addcmul(shift_X1W, x.unflatten(-2, (images, -1)), scale_X1W).flatten(-3, -2)
+            scale_X1F, shift_X1F = film
+            x = torch.addcmul(shift_X1F, x.unflatten(-2, (images, -1)), scale_X1F).flatten(-3, -2)
         return x + self.outer(self.act(self.inner(F.layer_norm(x, (width,), eps=self.eps[1]))))
 
 
@@ -119,26 +119,26 @@ class FusedTowers(nn.Module):
                 tower.vit.blocks.to("meta")
         constants = [_constants(tower) for tower in towers]
         for name, tensors in zip(("before", "positions", "behind"), zip(*constants, strict=True), strict=True):
-            self.register_buffer(name, torch.stack(tensors).detach()[:, None], persistent=False)  # [G,1,n,W]
+            self.register_buffer(name, torch.stack(tensors).detach()[:, None], persistent=False)  # [G,1,n,F]
         self.norms = nn.ModuleList(tower.vit.norm_pre for tower in towers)
         self.normed = any(not isinstance(norm, nn.Identity) for norm in self.norms)
 
     def forward(self, patches_XPC: Tensor, films: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Patches as bytes' values to tokens [G,X,N,W]; `films` are `1 + scale` and shift [L,G,X,1,W]."""
+        """Patches as bytes' values to tokens [G,X,N,F]; `films` are `1 + scale` and shift [L,G,X,1,F]."""
         images = patches_XPC.shape[0]
         patches_RC = patches_XPC.flatten(0, 1)
         alone = self.towers == 1
         x = self.embed(patches_RC if alone else patches_RC.expand(self.towers, -1, -1))
-        x_GXPW = x.unflatten(-2, (images, -1)).view(self.towers, images, patches_XPC.shape[1], -1) + self.positions
-        before_GXnW, behind_GXMW = (t.expand(-1, images, -1, -1) for t in (self.before, self.behind))
+        x_GXPF = x.unflatten(-2, (images, -1)).view(self.towers, images, patches_XPC.shape[1], -1) + self.positions
+        before_GXnF, behind_GXMF = (t.expand(-1, images, -1, -1) for t in (self.before, self.behind))
         if self.normed:
-            x_GXPW = torch.cat((before_GXnW, x_GXPW), dim=2)
-            x_GXPW = torch.stack([norm(part) for norm, part in zip(self.norms, x_GXPW, strict=True)])
-            parts = [x_GXPW, behind_GXMW]
+            x_GXPF = torch.cat((before_GXnF, x_GXPF), dim=2)
+            x_GXPF = torch.stack([norm(part) for norm, part in zip(self.norms, x_GXPF, strict=True)])
+            parts = [x_GXPF, behind_GXMF]
         else:
-            parts = [before_GXnW, x_GXPW, behind_GXMW]
-        x_GXNW = torch.cat([part for part in parts if part.shape[2]], dim=2)
-        x = x_GXNW.flatten(1, 2)
+            parts = [before_GXnF, x_GXPF, behind_GXMF]
+        x_GXNF = torch.cat([part for part in parts if part.shape[2]], dim=2)
+        x = x_GXNF.flatten(1, 2)
         x = x[0] if alone else x
         for index, block in enumerate(self.blocks):
             film = None
@@ -146,8 +146,8 @@ class FusedTowers(nn.Module):
                 film = (films[0][index], films[1][index])
                 film = (film[0][0], film[1][0]) if alone else film
             x = block(x, film, images, self.rows if index == len(self.blocks) - 1 else None)
-        x_GXNW = (x[None] if alone else x).unflatten(1, (images, -1))
-        return x_GXNW if self.rows is not None else x_GXNW[:, :, self.prefix :]
+        x_GXNF = (x[None] if alone else x).unflatten(1, (images, -1))
+        return x_GXNF if self.rows is not None else x_GXNF[:, :, self.prefix :]
 
 
 _NORMS = (nn.LayerNorm, LayerNorm)
@@ -188,12 +188,12 @@ def _layer_scale(scale: Any) -> Tensor | None:
 
 
 def _constants(tower: VisionTower) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens in front of the patches, what is added to the patches, and tokens behind them, each [n,W]."""
+    """Tokens in front of the patches, what is added to the patches, and tokens behind them, each [n,F]."""
     vit = tower.vit
-    position_PW = vit.pos_embed[0].detach()
-    none_0W = position_PW[:0]
+    position_PF = vit.pos_embed[0].detach()
+    none_0F = position_PF[:0]
     prefix = [token[0].detach() for token in (vit.cls_token, vit.reg_token) if token is not None]
-    before_nW = torch.cat(prefix) if prefix else none_0W
+    before_nF = torch.cat(prefix) if prefix else none_0F
     if prefix and not vit.no_embed_class:
-        before_nW, position_PW = before_nW + position_PW[: len(before_nW)], position_PW[len(before_nW) :]
-    return before_nW, position_PW, none_0W if tower.aggregation is None else tower.aggregation.tokens.detach()
+        before_nF, position_PF = before_nF + position_PF[: len(before_nF)], position_PF[len(before_nF) :]
+    return before_nF, position_PF, none_0F if tower.aggregation is None else tower.aggregation.tokens.detach()

@@ -1,6 +1,6 @@
 """Attention of a vision tower for routers that need it; the tower itself keeps its fused kernels.
 
-Shape legend: X rows (samples times views), N patches, S tokens with the prefix, h heads, C head width, W width.
+Shape legend: X rows (samples times views), N patches, S tokens with the prefix, h heads, C head width, F tower width.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class AttentionProbe:
         self.found: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, index: int, block: Any, x_XSW: Tensor) -> None:
+    def __call__(self, index: int, block: Any, x_XSF: Tensor) -> None:
         if not self.needs or index not in self.blocks:
             return
         with self.timer:
-            self._watch(index, block, x_XSW)
+            self._watch(index, block, x_XSF)
 
-    def _watch(self, index: int, block: Any, x_XSW: Tensor) -> None:
-        q_XhSC, k_XhSC = _queries_and_keys(block, x_XSW)
+    def _watch(self, index: int, block: Any, x_XSF: Tensor) -> None:
+        q_XhSC, k_XhSC = _queries_and_keys(block, x_XSF)
         patches, last = slice(self.prefix, None), index == self.blocks[-1]
         if "attention_LBN" in self.needs and self.has_cls:
             self.rows.append(_attention(q_XhSC[:, :, :1], k_XhSC)[:, 0, patches])
@@ -70,16 +70,16 @@ class AttentionProbe:
         return {name: value for name, value in {**self.found, **rows}.items() if name in self.needs}
 
 
-def mean_attention(block: Any, x_XSW: Tensor, rows: slice) -> Tensor:
+def mean_attention(block: Any, x_XSF: Tensor, rows: slice) -> Tensor:
     """Return the attention float32 [X,Q,S] from these rows to all tokens in a timm block, mean over heads."""
-    q_XhSC, k_XhSC = _queries_and_keys(block, x_XSW)
+    q_XhSC, k_XhSC = _queries_and_keys(block, x_XSF)
     return _attention(q_XhSC[:, :, rows], k_XhSC)
 
 
-def _queries_and_keys(block: Any, x_XSW: Tensor) -> tuple[Tensor, Tensor]:
+def _queries_and_keys(block: Any, x_XSF: Tensor) -> tuple[Tensor, Tensor]:
     """Return scaled queries and keys of all tokens, float32 [X,h,S,C]."""
     attention = block.attn
-    qkv_XSQ = attention.qkv(block.norm1(x_XSW))
+    qkv_XSQ = attention.qkv(block.norm1(x_XSF))
     q, k, _ = rearrange(qkv_XSQ, "x s (three h c) -> three x h s c", three=3, h=attention.num_heads)
     return attention.q_norm(q).float() * attention.scale, attention.k_norm(k).float()
 

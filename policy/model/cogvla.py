@@ -18,7 +18,7 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.heads.interface import HeadSizes
 from cogvla.policy.model.heads.registry import HEADS
-from cogvla.policy.model.language import DecoderContext, RoutedDecoder, Trace
+from cogvla.policy.model.language import DecoderContext, DecoderTrace, RoutedDecoder
 from cogvla.policy.model.token_router import PolicyRouter, Routed
 from cogvla.policy.model.vision import DualVision, Observer, VisionCondition
 from cogvla.routing.aggregation import two_layer
@@ -252,10 +252,10 @@ class CogVLA(nn.Module):
         """Run stages 2 and 3 and the head: mixed vision tokens, normalised states and instructions to actions."""
         batch, dtype = len(state_BS), vision_BND.dtype
         state_B1D = self.state(state_BS.to(dtype))[:, None]
-        sequence_BSD = torch.cat((text.bos_B1D.to(dtype), vision_BND, state_B1D, text.tail_BRD.to(dtype)), dim=1)
-        trace = Trace() if debug else None
+        sequence = (text.bos_B1D.to(dtype), vision_BND, state_B1D, text.tail_BRD.to(dtype))
+        trace = DecoderTrace() if debug else None
         placed = (None, None) if routed is None else (routed.position_Bn, routed.layers)
-        action_BJD = self.decoder(sequence_BSD, text.context, trace, *placed)
+        action_BJD = self.decoder(torch.cat(sequence, dim=1), text.context, trace, *placed)
         actions_BKA = self.head(action_BJD) if decode else action_BJD.new_empty(batch, 0, self.embodiment.action_dim)
         losses = {} if routed is None else routed.losses()
         kept_BN = None if routed is None or routed.tokens is None else routed.tokens.index_Bn

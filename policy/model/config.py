@@ -13,9 +13,9 @@ from typing import Any, Literal
 from cogvla.policy.model.heads.registry import HEADS
 from cogvla.routing.aggregation import FUSIONS
 from cogvla.routing.attention import ATTENTION
+from cogvla.routing.keep_schedule import keep_ratios
 from cogvla.routing.pruning import MODES, POSITION_POLICIES, SCALES
 from cogvla.routing.router import RouterConfig
-from cogvla.routing.schedule import keep_ratios
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -163,7 +163,7 @@ class RoutingConfig:
         summary: tokens whose mean is the instruction's summary: `words`, or `faithful` (with bos and stop).
         film_init: see `routing.film.FiLM`.
         lfp: stage 2. Off: every layer processes all vision tokens.
-        schedule, mean_keep, period: see `routing.schedule.keep_ratios`.
+        schedule, mean_keep, period: see `routing.keep_schedule.keep_ratios`.
         mode: treatment of vision tokens that a layer does not keep: skip only this layer (`bypass`), or removed from
             there on (`drop`).
         position_policy: `keep` the positions of kept tokens, or `renumber` them in routed layers (faithful).

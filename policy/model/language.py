@@ -6,7 +6,7 @@ What is unusual:
 - the last layer computes queries and MLP only for the rows that are read, those of the actions
 
 Shape legend: B batch, S sequence, T text, J action tokens, Q query rows, N vision tokens, n of them kept,
-D width, H heads, G key/value heads, E head width, U = 2E.
+D width, h heads, g key/value heads, e head width, U = 2e.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cogvla.policy.model.config import LanguageConfig, RoutingConfig
 from cogvla.policy.model.language_layer import Frame, attention_rows, joined_turn, normed, run_layer
 from cogvla.policy.model.recompute import call
 from cogvla.routing.attention import additive, attention_mask
+from cogvla.routing.keep_schedule import keep_count
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter, Selection, context_weights, put_rows, take_rows
-from cogvla.routing.schedule import keep_count
 
 
 def build_language_model(config: LanguageConfig) -> Any:
@@ -52,7 +52,7 @@ def build_language_model(config: LanguageConfig) -> Any:
 
 
 @dataclass
-class Trace:
+class DecoderTrace:
     """Intermediate results of a debug forward pass, by layer.
 
     Attributes:
@@ -114,7 +114,7 @@ class RoutedDecoder(nn.Module):
         self,
         x_BSD: Tensor,
         context: DecoderContext,
-        trace: Trace | None = None,
+        trace: DecoderTrace | None = None,
         position_BN: Tensor | None = None,
         routing: LayerRouting | None = None,
     ) -> Tensor:

@@ -1,7 +1,7 @@
 """One layer of an unmodified transformers Llama or Qwen2, with our mask, our positions and only the rows that are read.
 
-Shape legend: B batch, S sequence, Q query rows, N vision tokens, D width, H heads, G key/value heads, E head width,
-F = E/2, U = 2E.
+Shape legend: B batch, S sequence, Q query rows, N vision tokens, D width, h heads, g key/value heads, e head width,
+F = e/2, U = 2e.
 """
 
 from __future__ import annotations
@@ -52,38 +52,38 @@ def run_layer(
     rows = rows or slice(None)
     attention = layer.self_attn
     head_width, split = frame.turn_BSU.shape[-1] // 2, "b s (h e) -> b h s e"
-    q_BHQE, k_BGSE = _queries_and_keys(attention, h_BSD, frame, rows)
+    q_BhQe, k_BgSe = _queries_and_keys(attention, h_BSD, frame, rows)
     v_BSD = attention.v_proj(h_BSD)
-    v_BGSE = rearrange(v_BSD * factor_BS1 if scale_values and factor_BS1 is not None else v_BSD, split, e=head_width)
-    if groups := q_BHQE.shape[1] // k_BGSE.shape[1] - 1:
-        k_BGSE, v_BGSE = (t.repeat_interleave(groups + 1, dim=1) for t in (k_BGSE, v_BGSE))
-    o_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BGSE, v_BGSE, attn_mask=frame.mask_B1SS[:, :, rows])
-    x_BQD = x_BSD[:, rows] + attention.o_proj(rearrange(o_BHQE, "b h q e -> b q (h e)"))
+    v_BgSe = rearrange(v_BSD * factor_BS1 if scale_values and factor_BS1 is not None else v_BSD, split, e=head_width)
+    if groups := q_BhQe.shape[1] // k_BgSe.shape[1] - 1:
+        k_BgSe, v_BgSe = (t.repeat_interleave(groups + 1, dim=1) for t in (k_BgSe, v_BgSe))
+    o_BhQe = F.scaled_dot_product_attention(q_BhQe, k_BgSe, v_BgSe, attn_mask=frame.mask_B1SS[:, :, rows])
+    x_BQD = x_BSD[:, rows] + attention.o_proj(rearrange(o_BhQe, "b h q e -> b q (h e)"))
     out_BQD = layer.mlp(normed(layer.post_attention_layernorm, x_BQD))
     return x_BQD + out_BQD if factor_BS1 is None else torch.addcmul(x_BQD, out_BQD, factor_BS1[:, rows])
 
 
 def _queries_and_keys(attention: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> tuple[Tensor, Tensor]:
     """Return the rotated queries of some rows, and the rotated keys of all."""
-    cos_B1SE, sin_B1SE = frame.turn_BSU[:, None].chunk(2, dim=-1)
-    head_width, split = cos_B1SE.shape[-1], "b s (h e) -> b h s e"
-    q_BHQE = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
-    k_BGSE = rearrange(attention.k_proj(h_BSD), split, e=head_width)
-    return _rotate(q_BHQE, cos_B1SE[:, :, rows], sin_B1SE[:, :, rows]), _rotate(k_BGSE, cos_B1SE, sin_B1SE)
+    cos_B1Se, sin_B1Se = frame.turn_BSU[:, None].chunk(2, dim=-1)
+    head_width, split = cos_B1Se.shape[-1], "b s (h e) -> b h s e"
+    q_BhQe = rearrange(attention.q_proj(h_BSD[:, rows]), split, e=head_width)
+    k_BgSe = rearrange(attention.k_proj(h_BSD), split, e=head_width)
+    return _rotate(q_BhQe, cos_B1Se[:, :, rows], sin_B1Se[:, :, rows]), _rotate(k_BgSe, cos_B1Se, sin_B1Se)
 
 
 def attention_rows(layer: Any, h_BSD: Tensor, frame: Frame, rows: slice) -> Tensor:
     """Return the attention [B,Q,S], float32 mean over heads, from these rows to all tokens in this layer."""
-    q_BHQE, k_BGSE = _queries_and_keys(layer.self_attn, h_BSD, frame, rows)
-    k_BHSE = k_BGSE.repeat_interleave(q_BHQE.shape[1] // k_BGSE.shape[1], dim=1)
-    logits_BHQS = (q_BHQE @ k_BHSE.mT).float() * math.sqrt(1 / q_BHQE.shape[-1])
-    return (logits_BHQS + frame.mask_B1SS[:, :, rows].float()).softmax(-1).mean(1)
+    q_BhQe, k_BgSe = _queries_and_keys(layer.self_attn, h_BSD, frame, rows)
+    k_BhSe = k_BgSe.repeat_interleave(q_BhQe.shape[1] // k_BgSe.shape[1], dim=1)
+    logits_BhQS = (q_BhQe @ k_BhSe.mT).float() * math.sqrt(1 / q_BhQe.shape[-1])
+    return (logits_BhQS + frame.mask_B1SS[:, :, rows].float()).softmax(-1).mean(1)
 
 
-def joined_turn(cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
+def joined_turn(cos_BSe: Tensor, sin_BSe: Tensor) -> Tensor:
     """Join cosine and sine in one tensor, with the first half of the sine negated."""
-    first_BSF, second_BSF = sin_BSE.chunk(2, dim=-1)
-    return torch.cat((cos_BSE, -first_BSF, second_BSF), dim=-1)
+    first_BSF, second_BSF = sin_BSe.chunk(2, dim=-1)
+    return torch.cat((cos_BSe, -first_BSF, second_BSF), dim=-1)
 
 
 def normed(norm: Any, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 FROM_LANGUAGE = frozenset(
     {
         "draw_B", "text_BTE", "attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "score_BN", "growth_BN",
-        "share_B2", "neurons_BNF", "text_neurons_BTF",
+        "share_B2", "neurons_BNI", "text_neurons_BTI",
     }
 )  # fmt: skip
 """Items of `RouterContext` that a language layer can give."""
@@ -130,10 +130,10 @@ def language_items(
             head_width = now.turn_BSU.shape[-1] // 2
             keys_BND = layer.self_attn.k_proj(h_BSD[:, visual])
             items["keys_BNC"] = rearrange(keys_BND, "b n (h c) -> b n h c", c=head_width).float().mean(2)
-        if {"neurons_BNF", "text_neurons_BTF"} & set(needs):
+        if {"neurons_BNI", "text_neurons_BTI"} & set(needs):
             items |= {
-                "neurons_BNF": _active(layer, x_BSD[:, visual]),
-                "text_neurons_BTF": _active(layer, x_BSD[:, layout.words]),
+                "neurons_BNI": _active(layer, x_BSD[:, visual]),
+                "text_neurons_BTI": _active(layer, x_BSD[:, layout.words]),
             }
     return items
 

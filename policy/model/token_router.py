@@ -2,13 +2,13 @@
 
 ::
 
-    towers -> streams joined [B,V*N,W] -> ROUTER (encoder_out) -> fusion -> ROUTER (projector_out) -> language model
+    towers -> streams joined [B,V*N,F] -> ROUTER (encoder_out) -> fusion -> ROUTER (projector_out) -> language model
                                                                        ROUTERS at `layers` (policy.layer_router) -^
 
 Each view is routed on its own, as a row of the batch, unless views are `joint`. Whatever a router needs of the towers
 is computed beside them and only then, so that the others keep the fused kernels.
 
-Shape legend: B batch, V views, X = B*V (or B with joint views), N tokens of a row, n of them kept, W width of both
+Shape legend: B batch, V views, X = B*V (or B with joint views), N tokens of a row, n of them kept, F width of both
 streams, D language width, T text tokens, S state.
 """
 
@@ -139,7 +139,7 @@ class PolicyRouter(nn.Module):
         if stage == "llm_layer":
             scored = self.before is not None
             return FROM_LANGUAGE - (set() if scored else {"score_BN"})
-        given = {"draw_B", "text_BTE", "projector" if stage == "encoder_out" else "encoder_BNW"}
+        given = {"draw_B", "text_BTE", "projector" if stage == "encoder_out" else "encoder_BNF"}
         if self.patches:
             given |= FROM_VISION - ({"attention_BNN"} if self.config.joint else set())
         if self.grid is not None:
@@ -210,7 +210,7 @@ class PolicyRouter(nn.Module):
         probe: AttentionProbe | None,
         budget: int | float | None = None,
     ) -> Routed:
-        """Route the towers' streams [B,V*N,W] and project them for the language model.
+        """Route the towers' streams [B,V*N,F] and project them for the language model.
 
         Args:
             streams: one per tower.
@@ -227,20 +227,20 @@ class PolicyRouter(nn.Module):
         if self.before is None:
             vision_BnD = fusion(streams, weights_B2)
         else:
-            joined_BNW = torch.cat(list(streams), dim=-1)
+            joined_BNF = torch.cat(list(streams), dim=-1)
             weights_X2 = None if weights_B2 is None else weights_B2.repeat_interleave(self.rows, dim=0)
 
-            def project(x_XNW: Tensor) -> Tensor:
-                return fusion(x_XNW.split(self.widths, dim=-1), weights_X2)
+            def project(x_XNF: Tensor) -> Tensor:
+                return fusion(x_XNF.split(self.widths, dim=-1), weights_X2)
 
             asked = partial(_asked, fusion, self.widths, weights_X2)
             count = self._count(self.config.budget if budget is None else budget)
-            x_XNC = joined_XNW = rearrange(joined_BNW, "b (r n) w -> (b r) n w", r=self.rows)
+            x_XNC = joined_XNF = rearrange(joined_BNF, "b (r n) w -> (b r) n w", r=self.rows)
             if self.stage == "projector_out":
-                x_XNC = project(joined_XNW)
+                x_XNC = project(joined_XNF)
             with self.stopwatch or nullcontext():
                 items = self._items(words_BTD, text_mask_BT, pixels_BVCHW, draw_B, probe)
-                items |= {"encoder_BNW": joined_XNW} if self.stage == "projector_out" else {"projector": asked}
+                items |= {"encoder_BNF": joined_XNF} if self.stage == "projector_out" else {"projector": asked}
                 routed = cast(RoutedTokens, self.before(x_XNC, RouterContext(count, self.training, **items)))
             x_XnD = project(routed.tokens_BnD) if self.stage == "encoder_out" else routed.tokens_BnD
             vision_BnD = rearrange(x_XnD, "(b r) k d -> b (r k) d", r=self.rows)
@@ -305,9 +305,9 @@ class PolicyRouter(nn.Module):
         )
 
 
-def _asked(fusion: StreamFusion, widths: list[int], weights_X2: Tensor | None, x_XNW: Tensor) -> Tensor:
+def _asked(fusion: StreamFusion, widths: list[int], weights_X2: Tensor | None, x_XNF: Tensor) -> Tensor:
     """Apply the fusion to tokens, in float32 if tokens and weights differ in precision."""
-    if all(parameter.dtype == x_XNW.dtype for parameter in fusion.parameters()):
-        return fusion(x_XNW.split(widths, dim=-1), weights_X2)
+    if all(parameter.dtype == x_XNF.dtype for parameter in fusion.parameters()):
+        return fusion(x_XNF.split(widths, dim=-1), weights_X2)
     weights = {name: parameter.float() for name, parameter in fusion.named_parameters()}
-    return functional_call(fusion, weights, (x_XNW.float().split(widths, dim=-1), weights_X2))
+    return functional_call(fusion, weights, (x_XNF.float().split(widths, dim=-1), weights_X2))

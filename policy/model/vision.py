@@ -7,7 +7,7 @@ What is unusual:
 - pixel normalisation is folded into the patch projection, and both towers share the cut into patches
 
 Shape legend: B batch, V views, X = B*V, P patches per view, M aggregation tokens per view, N tokens per view,
-C channels*patch^2, W tower width, D language width, L blocks.
+C channels*patch^2, F tower width, D language width, L blocks, G frequencies, p pixels of a patch.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from cogvla.routing.film import FiLM, modulate
 
 WHITE = 255.0  # of a byte
 Probe = Callable[[int, Any, Tensor], None]
-"""Function that is called with the number of a block, the block, and its input [X,P',W] with all prefix tokens."""
+"""Function that is called with the number of a block, the block, and its input [X,P',F] with all prefix tokens."""
 Observer = Callable[["VisionTower", int, Tensor], None]
-"""Function that is called with a tower, the number of a block, and its input [X,P',W], with or without EFA."""
+"""Function that is called with a tower, the number of a block, and its input [X,P',F], with or without EFA."""
 
 
 def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block: bool) -> Any:
@@ -82,15 +82,15 @@ def _initialise(vit: Any) -> None:
 
 def _position_code(rows: int, columns: int, width: int) -> Tensor:
     """Return sines and cosines of row and column, [1,rows*columns,width]."""
-    frequency_F = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    frequency_G = 100.0 ** -(torch.arange(width // 4) / (width // 4))
     y_P, x_P = (t.flatten().float() for t in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
-    angles = [position_P[:, None] * frequency_F for position_P in (y_P, x_P)]
-    code_PW = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    return F.pad(code_PW, (0, width - code_PW.shape[1]))[None]
+    angles = [position_P[:, None] * frequency_G for position_P in (y_P, x_P)]
+    code_PF = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return F.pad(code_PF, (0, width - code_PF.shape[1]))[None]
 
 
 class VisionTower(nn.Module):
-    """One stream. With EFA aggregation tokens [X,M,W] come out, without it the patch tokens [X,P,W].
+    """One stream. With EFA aggregation tokens [X,M,F] come out, without it the patch tokens [X,P,F].
 
     `recompute` saves memory in training, see `policy.model.recompute`.
     """
@@ -125,28 +125,28 @@ class VisionTower(nn.Module):
             self.aggregation = AggregationTokens(config.aggregation_tokens, self.width)
 
     def embedding(self) -> tuple[Tensor, Tensor]:
-        """Return weight [W,C] and bias [W] from patch bytes to tokens: normalisation and patch convolution in one."""
+        """Return weight [F,C] and bias [F] from patch bytes to tokens: normalisation and patch convolution in one."""
         projection = self.vit.patch_embed.proj
         dtype = projection.weight.dtype
-        weight_WcK = projection.weight.float().flatten(2)
-        bias_W = projection.bias.float() - weight_WcK.sum(2) @ self.offset.float()
-        return (weight_WcK * (self.gain[:, None] / WHITE)).flatten(1).to(dtype), bias_W.to(dtype)
+        weight_F3p = projection.weight.float().flatten(2)
+        bias_F = projection.bias.float() - weight_F3p.sum(2) @ self.offset.float()
+        return (weight_F3p * (self.gain[:, None] / WHITE)).flatten(1).to(dtype), bias_F.to(dtype)
 
     def forward(
         self,
-        x_XPW: Tensor,
+        x_XPF: Tensor,
         film: tuple[Tensor, Tensor] | None,
         gaze: list[Tensor] | None = None,
         probe: Probe | None = None,
         observer: Observer | None = None,
     ) -> Tensor:
-        """Compute tokens [X,N,W] from embedded patches [X,P,W] and FiLM's `1 + scale` and shift [L,B,1,W] (or None).
+        """Compute tokens [X,N,F] from embedded patches [X,P,F] and FiLM's `1 + scale` and shift [L,B,1,F] (or None).
 
         A list given as `gaze` receives where the aggregation tokens look in the last block: the logarithm of their
         attention to the patches, [X,h,M,P]. Without EFA, a `probe` is shown every block; an `observer` always is.
         """
         vit = self.vit
-        x = x_XPW
+        x = x_XPF
         prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
         if vit.no_embed_class or not prefix:
             x = torch.cat((*prefix, x + vit.pos_embed), dim=1) if prefix else x + vit.pos_embed
@@ -170,10 +170,10 @@ class VisionTower(nn.Module):
         return x if self.aggregation is not None else x[:, vit.num_prefix_tokens :]
 
     def _block(
-        self, index: int, x_XNW: Tensor, scale_B1W: Tensor, shift_B1W: Tensor, watch: bool
+        self, index: int, x_XNF: Tensor, scale_B1F: Tensor, shift_B1F: Tensor, watch: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run block `index` with FiLM; with `watch`, also return the aggregation tokens' log attention."""
-        block, x, log_attention_XhMP = self.vit.blocks[index], x_XNW, None
+        block, x, log_attention_XhMP = self.vit.blocks[index], x_XNF, None
         attended = block.norm1(x)
         if self.aggregation is not None and index == self.computed - 1:
             x = self.aggregation.take_from(x)
@@ -183,7 +183,7 @@ class VisionTower(nn.Module):
         else:
             attended = block.attn(attended)
         x = x + block.drop_path1(block.ls1(attended))
-        x = modulate(x, scale_B1W, shift_B1W)
+        x = modulate(x, scale_B1F, shift_B1F)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), log_attention_XhMP
 
 
@@ -208,23 +208,23 @@ def _outputs(linear: Any, x: Tensor, first: int, end: int) -> Tensor:
     return F.linear(x, linear.weight[first:end], None if linear.bias is None else linear.bias[first:end])
 
 
-def _attend_last(attention: Any, h_XNW: Tensor, rows: int, watch: bool) -> tuple[Tensor, Tensor | None]:
+def _attend_last(attention: Any, h_XNF: Tensor, rows: int, watch: bool) -> tuple[Tensor, Tensor | None]:
     """Compute attention of the last `rows` tokens to all tokens, with the weights of a timm module.
 
     Returns:
-        What it gives, [X,rows,W], and if watched the logarithm of its weights, [X,h,rows,N].
+        What it gives, [X,rows,F], and if watched the logarithm of its weights, [X,h,rows,N].
     """
     known = type(attention) is Attention
     if not (known or watch):
-        return attention(h_XNW)[:, -rows:], None
+        return attention(h_XNF)[:, -rows:], None
     split = attention.qkv.out_features // 3
-    q, kv = _outputs(attention.qkv, h_XNW[:, -rows:], 0, split), _outputs(attention.qkv, h_XNW, split, 3 * split)
+    q, kv = _outputs(attention.qkv, h_XNF[:, -rows:], 0, split), _outputs(attention.qkv, h_XNF, split, 3 * split)
     q = attention.q_norm(rearrange(q, "x n (h e) -> x h n e", h=attention.num_heads))
     k, v = rearrange(kv, "x n (two h e) -> two x h n e", two=2, h=attention.num_heads).unbind(0)
     k = attention.k_norm(k)
     log_XhRN = ((q * attention.scale) @ k.mT).log_softmax(-1) if watch else None
     if not known:
-        return attention(h_XNW)[:, -rows:], log_XhRN
+        return attention(h_XNF)[:, -rows:], log_XhRN
     attend = F.scaled_dot_product_attention
     out = attend(q, k, v, scale=attention.scale) if log_XhRN is None else log_XhRN.exp() @ v
     return attention.proj_drop(attention.proj(attention.norm(rearrange(out, "x h n e -> x n (h e)")))), log_XhRN
@@ -236,7 +236,7 @@ class VisionCondition:
 
     Attributes:
         embeddings: per tower, see `VisionTower.embedding`.
-        films: per tower `1 + scale` and shift [L,B,1,W]; None without FiLM.
+        films: per tower `1 + scale` and shift [L,B,1,F]; None without FiLM.
         weights_B2: stream weights; None unless streams are mixed.
     """
 
@@ -279,7 +279,7 @@ class DualVision(nn.Module):
         probe: Probe | None = None,
         observer: Observer | None = None,
     ) -> list[Tensor]:
-        """Run both towers on pixels, uint8 or float in [0,1]; return the tokens of each before projection, [B,V*N,W].
+        """Run both towers on pixels, uint8 or float in [0,1]; return the tokens of each before projection, [B,V*N,F].
 
         `gaze` receives one entry per tower, see `VisionTower.forward`; `probe` is shown the first tower,
         `observer` both.
@@ -291,8 +291,8 @@ class DualVision(nn.Module):
             size = tower.patch_size
             if size not in patches:
                 patches[size] = cut_patches(pixels_BVCHW, size, tower.vit.patch_embed.proj.weight.dtype)
-            x_XNW = tower(F.linear(patches[size], *embedding), film, gaze, None if streams else probe, observer)
-            streams.append(rearrange(x_XNW, "(b v) n w -> b (v n) w", v=views))
+            x_XNF = tower(F.linear(patches[size], *embedding), film, gaze, None if streams else probe, observer)
+            streams.append(rearrange(x_XNF, "(b v) n w -> b (v n) w", v=views))
         return streams
 
     def forward(self, pixels_BVCHW: Tensor, condition: VisionCondition) -> Tensor:

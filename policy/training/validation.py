@@ -1,4 +1,7 @@
-"""Validation: held-out error by phase, error under a wrong instruction, and where the policy looks."""
+"""Validation: held-out error by phase, error under a wrong instruction, and where the policy looks.
+
+Shape legend: G = 6 (target xyz, goal xyz).
+"""
 
 from __future__ import annotations
 

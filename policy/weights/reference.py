@@ -147,15 +147,15 @@ def _place_prefix_tokens(model: dict[str, Tensor], patches: int) -> None:
     """
     for theirs in TOWERS.values():
         prefix = f"vision_backbone.vision_backbone.{theirs}."
-        position_1PW = model[f"{prefix}pos_embed"]
-        extra = position_1PW.shape[1] - patches
+        position_1PF = model[f"{prefix}pos_embed"]
+        extra = position_1PF.shape[1] - patches
         tokens = [f"{prefix}{name}" for name in ("cls_token", "reg_token") if f"{prefix}{name}" in model]
         if extra > 0 and extra == sum(model[name].shape[1] for name in tokens):
-            model[f"{prefix}pos_embed"] = position_1PW[:, extra:]
+            model[f"{prefix}pos_embed"] = position_1PF[:, extra:]
             start = 0
             for name in tokens:
                 stop = start + model[name].shape[1]
-                model[name] = model[name] + position_1PW[:, start:stop]
+                model[name] = model[name] + position_1PF[:, start:stop]
                 start = stop
 
 

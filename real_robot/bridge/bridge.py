@@ -29,7 +29,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
-from cogvla.real_robot.control.control_loop import Command, ControlLoop, Request, State
+from cogvla.real_robot.control.control_loop import ChunkRequest, Command, ControlLoop, State
 from cogvla.real_robot.control.measurements import Measurements
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig
 from cogvla.real_robot.serving.async_client import Answer, UnavailableError
@@ -324,7 +324,7 @@ class Bridge:
         if error is not None:
             self.fail(error)
 
-    async def _ask(self, request: Request) -> None:
+    async def _ask(self, request: ChunkRequest) -> None:
         self._asking = self._asking or asyncio.Lock()
         async with self._asking:  # one at a time: a request that the loop gave up may still wait for its deadline
             left_s = request.deadline - self.now()

@@ -19,7 +19,7 @@ VIEWS = ("auto", "rerun", "video", "none")
 _HEIGHT = 256
 
 
-class View(Protocol):
+class LiveView(Protocol):
     """Interface of a live view."""
 
     def show(self, tick: Tick) -> None:
@@ -60,12 +60,12 @@ class VideoView(WritingThread[tuple[Tick, str]]):
         self._note = ""
 
     def show(self, tick: Tick) -> None:
-        """See `View`."""
+        """See `LiveView`."""
         if tick.instruction and tick.images:
             self._waiting.put((tick, self._note))
 
     def note(self, text: str) -> None:
-        """See `View`."""
+        """See `LiveView`."""
         self._note = text
 
     def _write(self, items: Iterator[tuple[Tick, str]]) -> None:
@@ -90,7 +90,7 @@ class RerunView:
         rerun.init(name, spawn=True)
 
     def show(self, tick: Tick) -> None:
-        """See `View`."""
+        """See `LiveView`."""
         rr = self._rerun
         rr.set_time("control", duration=tick.now)
         for camera, image_HW3 in tick.images.items():
@@ -101,7 +101,7 @@ class RerunView:
             rr.log("state", rr.Scalars(tick.state_S))
 
     def note(self, text: str) -> None:
-        """See `View`."""
+        """See `LiveView`."""
         self._rerun.log("episodes", self._rerun.TextLog(text))
 
     def __enter__(self) -> Self:

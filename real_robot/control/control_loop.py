@@ -37,7 +37,7 @@ import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.real_robot.control.chunk_queue import ChunkQueue
-from cogvla.real_robot.control.loop_types import Command, Kind, Request
+from cogvla.real_robot.control.loop_types import ChunkRequest, Command, Kind
 from cogvla.real_robot.control.measurements import RECENT, Measurements
 from cogvla.real_robot.control.observations import Observations
 from cogvla.real_robot.control.prefetch import Prefetch
@@ -46,7 +46,7 @@ from cogvla.real_robot.control.settings import LoopSettings, SafetyLimits
 from cogvla.real_robot.control.tick_clock import TickClock
 from cogvla.real_robot.control.watchdog import Event, State, Watchdog
 
-__all__ = ["Command", "ControlLoop", "Kind", "Request", "State"]
+__all__ = ["ChunkRequest", "Command", "ControlLoop", "Kind", "State"]
 
 
 class ControlLoop:
@@ -155,7 +155,7 @@ class ControlLoop:
 
     # --- the policy ---------------------------------------------------------------------------------------------------
 
-    def request_due(self, now: float) -> Request | None:
+    def request_due(self, now: float) -> ChunkRequest | None:
         """Return the request to send to the policy now, or None. Call it after observations, answers and ticks."""
         now = self._at(now)
         self._expire(now)
@@ -173,7 +173,7 @@ class ControlLoop:
         tick = self._clock.tick_of(found.stamp)
         self._requests += 1
         self._counts["requests"] += 1
-        request = Request(
+        request = ChunkRequest(
             id=self._requests,
             epoch=self._epoch,
             observation=Observation(
@@ -191,7 +191,7 @@ class ControlLoop:
         self._prefetch.in_flight = request
         return request
 
-    def deliver(self, chunk: ActionChunk, request: Request, now: float) -> str | None:
+    def deliver(self, chunk: ActionChunk, request: ChunkRequest, now: float) -> str | None:
         """Add the policy's answer, actions [1,K,A]. Return the reason if it is not used, else None."""
         now = self._at(now)
         self._expire(now)
@@ -223,7 +223,7 @@ class ControlLoop:
         self._unsent_stamp = request.stamp
         return None
 
-    def fail(self, request: Request, reason: str, now: float) -> None:
+    def fail(self, request: ChunkRequest, reason: str, now: float) -> None:
         """Report that the policy client gave up a request. The loop asks again after `retry_s`."""
         now = self._at(now)
         if self._prefetch.failed(request, now):

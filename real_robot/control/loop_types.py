@@ -39,7 +39,7 @@ class Command:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Request:
+class ChunkRequest:
     """Request to the policy. The loop matches the answer with it. All times are seconds on the loop's clock.
 
     Attributes:

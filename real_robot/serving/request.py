@@ -60,7 +60,7 @@ class RequestKeys:
 
 
 @dataclass(frozen=True)
-class Request:
+class PolicyRequest:
     """One checked request.
 
     Attributes:
@@ -108,7 +108,7 @@ class RequestFormat:
             values[DEADLINE_MS] = 1e3 * deadline_s
         return pack(values)
 
-    def read(self, frame: bytes | str) -> Request:
+    def read(self, frame: bytes | str) -> PolicyRequest:
         """Decode and check a frame from a client; FrameError says in one line what is wrong."""
         if isinstance(frame, str):
             raise FrameError("the request is a text frame; send msgpack in a binary frame")
@@ -122,7 +122,7 @@ class RequestFormat:
         missing = [key for key in self._required if key not in values]
         if missing:
             raise FrameError(f"the request has no {missing}; required keys: {self._required}")
-        return Request(
+        return PolicyRequest(
             Observation(
                 images={name: self._image(key, values[key])[None] for name, key in self.image_keys.items()},
                 state=self._state(values[self.keys.state])[None],

@@ -2,7 +2,7 @@
 
     hold -> set up the scene -> look -> instruct, activate -> ... -> over, or a fault -> hold
 
-A `Scene` sets up the episode and judges it: `SimulatedScene` for the simulated robot, over its topics;
+A `TrialScene` sets up the episode and judges it: `SimulatedScene` for the simulated robot, over its topics;
 `operator_scene.OperatorScene` for a real robot.
 """
 
@@ -31,7 +31,7 @@ class EpisodeAbortedError(RuntimeError):
     """The judge discarded the episode, so it must not count for or against the policy."""
 
 
-class Scene(Protocol):
+class TrialScene(Protocol):
     """Interface of a scene: it sets up episodes and judges them."""
 
     def set_up(self, spec: EpisodeSpec) -> SceneStatus:
@@ -90,7 +90,7 @@ class SimulatedScene:
 
 def play(
     bridge: Bridge,
-    scene: Scene,
+    scene: TrialScene,
     spec: EpisodeSpec,
     timeout_s: float,
     on_start: Callable[[SceneStatus], None] = lambda _: None,
@@ -150,7 +150,7 @@ def play(
     )
 
 
-def _follow(bridge: Bridge, scene: Scene, status: SceneStatus, timeout_s: float) -> tuple[SceneStatus, str | None]:
+def _follow(bridge: Bridge, scene: TrialScene, status: SceneStatus, timeout_s: float) -> tuple[SceneStatus, str | None]:
     """Wait until the scene is over. Return its status, and the error that ended the episode or None."""
     last = time.monotonic() + timeout_s
     try:

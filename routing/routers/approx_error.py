@@ -9,6 +9,8 @@ content of the picture would be lost with them.
 
 Our choices: k is at most half of the budget (the paper's 10 are for 96 tokens and more); basis tokens are not averaged
 into others; the first basis token is drawn at random.
+
+Shape legend: I informative tokens, R the rest.
 """
 
 from __future__ import annotations

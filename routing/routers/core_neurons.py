@@ -7,6 +7,8 @@ of the sorted scores are seen, at most n; the knee is the point farthest from th
 Our choices: core neurons are those that more than half of the words activate; activations are those of this layer's MLP
 without the attention before it, since the layer has not run yet; without `knee` exactly n tokens stay. Tokens below the
 knee are hidden, not removed, since shapes must not depend on the content.
+
+Shape legend: I neurons of the layer's MLP.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class CoreNeurons(TokenRouter):
         knee: also hide the tokens below the knee of the scores.
     """
 
-    needs = frozenset({"neurons_BNF", "text_neurons_BTF", "text_BTE"})
+    needs = frozenset({"neurons_BNI", "text_neurons_BTI", "text_BTE"})
     stage = "llm_layer"
     stages = ("llm_layer",)
 
@@ -37,13 +39,13 @@ class CoreNeurons(TokenRouter):
         self.knee = knee
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
-        assert context.neurons_BNF is not None
-        assert context.text_neurons_BTF is not None
+        assert context.neurons_BNI is not None
+        assert context.text_neurons_BTI is not None
         assert context.text_mask_BT is not None
         real_BT1 = context.text_mask_BT[..., None].float()
-        often_BF = (context.text_neurons_BTF.float() * real_BT1).sum(1) / real_BT1.sum(1).clamp_min(1)
-        core_BF1 = (often_BF > 0.5).float()[..., None]
-        score_BN = (context.neurons_BNF.float() @ core_BF1)[..., 0]
+        often_BI = (context.text_neurons_BTI.float() * real_BT1).sum(1) / real_BT1.sum(1).clamp_min(1)
+        core_BI1 = (often_BI > 0.5).float()[..., None]
+        score_BN = (context.neurons_BNI.float() @ core_BI1)[..., 0]
         routed = kept(tokens_BND, best(score_BN, context.budget), score_BN)
         if not self.knee:
             return routed

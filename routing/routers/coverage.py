@@ -6,6 +6,8 @@ the sum over rows of the largest entry in the set. The router greedily adds the 
 reaches at least 1 - 1/e of the best coverage.
 
 Our choice: all words count; the authors strip the text to keywords.
+
+Shape legend: U rows of the utility: T words and N tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Coverage(TokenRouter):
         alpha: weight of the picture relative to the words.
     """
 
-    needs = frozenset({"text_BTE", "encoder_BNW"})
+    needs = frozenset({"text_BTE", "encoder_BNF"})
     stage = "projector_out"
     stages = ("projector_out",)
 
@@ -42,11 +44,11 @@ class Coverage(TokenRouter):
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.text_BTE is not None
         assert context.text_mask_BT is not None
-        assert context.encoder_BNW is not None
-        x_BND, c_BNW = unit(tokens_BND), unit(context.encoder_BNW)
+        assert context.encoder_BNF is not None
+        x_BND, c_BNF = unit(tokens_BND), unit(context.encoder_BNF)
         weight_BT1 = (context.text_mask_BT / context.text_mask_BT.sum(1, keepdim=True).clamp_min(1))[..., None]
         words_BTN = (unit(context.text_BTE) @ x_BND.mT / TEXT_TEMPERATURE).softmax(-1) * weight_BT1
-        picture_BNN = (c_BNW @ c_BNW.mT / VISION_TEMPERATURE).softmax(-1) / tokens_BND.shape[1]
+        picture_BNN = (c_BNF @ c_BNF.mT / VISION_TEMPERATURE).softmax(-1) / tokens_BND.shape[1]
         index_Bn, gain_Bn = cover(torch.cat((words_BTN, self.alpha * picture_BNN), dim=1), context.budget)
         score_BN = torch.zeros_like(x_BND[..., 0]).scatter_(1, index_Bn, gain_Bn)
         return kept(tokens_BND, index_Bn, score_BN)

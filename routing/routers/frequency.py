@@ -6,6 +6,8 @@ for use without fine-tuning.
 
 Our choices: rescaling by default; two small matrix products instead of an FFT; a token's place is the middle of its
 cell. On smooth pictures the result is nearly that of average pooling (`spatial_pool`).
+
+Shape legend: H x W and h x w grids, S rows or columns of a grid.
 """
 
 from __future__ import annotations

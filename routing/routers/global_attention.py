@@ -10,6 +10,8 @@ tokens, at most n/2, and each removed token contributes to the nearest one (in t
 each cell that has removed tokens); the defaults of `threshold` and `cell` are for small grids (the paper found 28.7 to
 39.3, and 11.8 to 17.4, for 27 x 27 patches); if no token is global, the one with the most attention counts as global.
 Pruning inside the language model is `carried`; the search is `schedule_search`.
+
+Shape legend: R tokens that are not kept whole, M recycled tokens, C cells, P pixels of a patch, G bins of grey.
 """
 
 from __future__ import annotations

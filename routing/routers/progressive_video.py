@@ -7,6 +7,8 @@ PVC trains its encoder for this, and that code is not published. So the block is
 place, and a gate that starts half open. The router needs earlier frames. A policy's observation here
 (`policy.interface.Observation`) has only one moment, so a policy refuses `progressive_video` with an error that says
 so.
+
+Shape legend: X rows times places, O earlier observations.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class ProgressiveVideo(TokenRouter):
         heads: attention heads over time.
     """
 
-    needs = frozenset({"history_BFND", "grid"})
+    needs = frozenset({"history_BOND", "grid"})
     stages = ("encoder_out", "projector_out")
     selects = False
 
@@ -46,11 +48,11 @@ class ProgressiveVideo(TokenRouter):
         return budget
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
-        assert context.history_BFND is not None
+        assert context.history_BOND is not None
         assert context.grid is not None
         x_BND = tokens_BND.to(self.gate.dtype)
-        past_XFD = rearrange(context.history_BFND.to(self.gate.dtype), "b f n d -> (b n) f d")
-        known_X1D = self.time(rearrange(x_BND, "b n d -> (b n) 1 d"), past_XFD)
+        past_XOD = rearrange(context.history_BOND.to(self.gate.dtype), "b f n d -> (b n) f d")
+        known_X1D = self.time(rearrange(x_BND, "b n d -> (b n) 1 d"), past_XOD)
         known_BND = rearrange(known_X1D, "(b n) 1 d -> b n d", b=len(x_BND)) - x_BND
         new_BND = x_BND - self.gate.sigmoid() * known_BND
         return pooled(new_BND.to(tokens_BND.dtype), context.grid, grid_shape(context.grid, context.budget))

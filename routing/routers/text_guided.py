@@ -13,6 +13,8 @@ best tokens, half to tokens that differ.
 The formulas are those of the paper, not of the released code, which overwrites two of these steps. Our choice: all
 words of the instruction count, none is stripped; they are the same in all steps of an episode. If the tower has no
 [CLS], attention is the mean that a patch gets from all patches. Step 7 takes (N-n)/8 rounds.
+
+Shape legend: R tokens to choose from, A those of every second place.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ tokens that joined it (`sum_mean`, as in the paper; its norm is about twice a to
 Our choices: c is a share of the budget (the paper's 42+6, 30+5, 22+4 and 16+3 are near 1/8); the score is the attention
 from vision tokens at every stage (the authors use [CLS] in the encoder: `score: cls`); a contextual token has the place
 of its target.
+
+Shape legend: E tokens that are not dominant, C contextual tokens.
 """
 
 from __future__ import annotations

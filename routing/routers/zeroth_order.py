@@ -8,6 +8,8 @@ next one has the largest minmax(S) * (1 - largest cosine to those already taken)
 m = 64 and h = 0.01 are the paper's values. In bfloat16 such a step is lost in rounding, so the projector runs in
 float32. With a linear projector S is the same for all tokens, and only diversity counts. The score often follows
 `token_norm`; compare with it. Our choice: several directions at a time, 2 m N projected rows in all.
+
+Shape legend: M directions, m of them at once, Q projected rows, E width of the projector's output.
 """
 
 from __future__ import annotations

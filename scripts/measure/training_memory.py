@@ -10,7 +10,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from cogvla.policy.cost.memory import report, training_memory
+from cogvla.policy.cost.memory import estimate_memory, report
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training.config import TrainingConfig
@@ -33,7 +33,7 @@ def run(config: DictConfig) -> str:
     if gpus < 1 or training.batch_size % (gpus * training.accumulation):
         raise ValueError(f"batch_size {training.batch_size} is not a multiple of {gpus} GPUs x {training.accumulation}")
     model = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
-    memory, said = training_memory(model, Embodiment(**values["embodiment"]), training, gpus)
+    memory, said = estimate_memory(model, Embodiment(**values["embodiment"]), training, gpus)
     return report(memory, gpus, said)
 
 

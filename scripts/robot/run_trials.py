@@ -37,7 +37,7 @@ from cogvla.real_robot.control.measurements import Measurements, latency_table
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.trials.operator_scene import OperatorScene, SessionEndedError, listen
 from cogvla.real_robot.trials.trial_log import ControlLog, Film
-from cogvla.real_robot.trials.trials import STOPPED, Scene, SimulatedScene, play
+from cogvla.real_robot.trials.trials import STOPPED, SimulatedScene, TrialScene, play
 from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
 from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 
@@ -113,7 +113,7 @@ class Session:
     def __init__(
         self,
         bridge: Bridge,
-        scene: Scene,
+        scene: TrialScene,
         log: EpisodeLog,
         control: ControlLog,
         film: Film,
@@ -194,8 +194,8 @@ def _no_simulation(**_: Any) -> gym.Env:
 
 def _scene(
     config: DictConfig, suite: Suite, node: Any, bridge: Bridge, keyboard: int | None, stack: ExitStack
-) -> Scene:
-    scene: Scene
+) -> TrialScene:
+    scene: TrialScene
     if config.scene == "simulated":
         if node is None:
             raise ValueError("scene=simulated is a `sim_robot`, which is reached with transport=dds")

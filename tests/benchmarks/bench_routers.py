@@ -48,7 +48,7 @@ def router_ms(name: str, batch: int, args: argparse.Namespace) -> float:
     """A router alone, given its context."""
     grid = (args.side, args.side)
     items = everything(batch, args.budget, grid, width=args.width)
-    tokens = items["encoder_BNW"].clone()
+    tokens = items["encoder_BNF"].clone()
     router = build_router(name, sizes_for(args.budget, grid, args.width)).eval().to(args.device)
     there = {k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in items.items()}
     there["projector"].first, there["projector"].second = (

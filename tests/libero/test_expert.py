@@ -15,7 +15,7 @@ from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.experts.motion import DOWN, pointing
 from cogvla.libero.experts.plan import VERBS, Subgoal, subgoals
-from cogvla.libero.experts.view import Obstacles, View
+from cogvla.libero.experts.view import Obstacles, SceneView
 from cogvla.libero.suites import libero_expert, libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES
 from cogvla.tests.support.libero_assets import ASSETS, MESHES, needs_assets, needs_libero
@@ -121,7 +121,7 @@ def test_what_falls_out_of_the_hand_is_taken_again(env: LiberoEnv) -> None:
     for _ in range(10):
         env.step(OPEN_HAND)
     expert = libero_expert(env, np.random.default_rng(0))
-    view, dropped, success = View(env.scene), 0, False
+    view, dropped, success = SceneView(env.scene), 0, False
     for _ in range(280):
         action = expert.act()
         if view.gripper[2] > 0.1 and dropped < 8 and action[6] > 0:

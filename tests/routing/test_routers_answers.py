@@ -198,7 +198,7 @@ def test_coverage_is_greedy_and_near_the_best() -> None:
 def test_coverage_without_the_picture_starts_at_the_word() -> None:
     x = tokens_of(1)
     words, mask = x[:, 11:12].clone(), torch.tensor([[True]])
-    routed = route("coverage", x, 1, {"alpha": 0.0}, text_BTE=words, text_mask_BT=mask, encoder_BNW=x)
+    routed = route("coverage", x, 1, {"alpha": 0.0}, text_BTE=words, text_mask_BT=mask, encoder_BNF=x)
     assert routed.index_Bn.tolist() == [[11]]
 
 
@@ -307,8 +307,8 @@ def test_core_neurons_keep_what_the_words_switch_on_and_cut_at_the_knee() -> Non
     mask = torch.tensor([[True, True, False]])
     neurons[:, [4, 6], :9], neurons[:, 1, 10:] = True, True
     items = {
-        "neurons_BNF": neurons,
-        "text_neurons_BTF": words,
+        "neurons_BNI": neurons,
+        "text_neurons_BTI": words,
         "text_BTE": torch.zeros(1, 3, WIDTH),
         "text_mask_BT": mask,
     }

@@ -147,7 +147,7 @@ def test_the_order_of_tokens_does_not_matter_where_places_are_not_read(name: str
     router, x, order = router_of(name, 4), tokens_of(1), torch.randperm(ALL, generator=torch.Generator().manual_seed(3))
     items = everything(1)
     moved = dict(items)
-    for item in ("encoder_BNW", "attention_LBN", "received_BN", "keys_BNC", "score_BN", "growth_BN"):
+    for item in ("encoder_BNF", "attention_LBN", "received_BN", "keys_BNC", "score_BN", "growth_BN"):
         dim = 2 if item == "attention_LBN" else 1
         moved[item] = items[item].index_select(dim, order)
     moved["attention_BNN"] = items["attention_BNN"][:, order][:, :, order]

@@ -154,13 +154,13 @@ def test_the_merger_hands_dropped_tokens_on() -> None:
 def test_a_still_video_holds_nothing_new_for_an_open_gate() -> None:
     router, x = router_of("progressive_video", 4), tokens_of(2)
     still, moving = (x[:, None].expand(-1, 3, -1, -1), torch.randn(2, 3, 16, WIDTH))
-    answers = [router(x, context_for(router, history_BFND=history)).tokens_BnD for history in (still, moving)]
+    answers = [router(x, context_for(router, history_BOND=history)).tokens_BnD for history in (still, moving)]
     assert not torch.allclose(*answers)
     with torch.no_grad():
         router.gate.fill_(-100.0)
     pool = router_of("spatial_pool", 4)
     torch.testing.assert_close(
-        router(x, context_for(router, history_BFND=moving)).tokens_BnD, pool(x, context_for(pool)).tokens_BnD
+        router(x, context_for(router, history_BOND=moving)).tokens_BnD, pool(x, context_for(pool)).tokens_BnD
     )
 
 

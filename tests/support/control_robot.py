@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Camera, Embodiment
-from cogvla.real_robot.control.control_loop import Command, ControlLoop, Request
+from cogvla.real_robot.control.control_loop import ChunkRequest, Command, ControlLoop
 from cogvla.real_robot.control.settings import LoopSettings, SafetyLimits
 
 HZ = 20.0
@@ -73,14 +73,14 @@ class Driver:
         self.now += PERIOD
         return command
 
-    def ask(self) -> Request:
+    def ask(self) -> ChunkRequest:
         """A request that must be due now, of an observation made now."""
         self.observe()
         request = self.loop.request_due(self.now)
         assert request is not None, self.loop.diagnostics(self.now)
         return request
 
-    def give(self, chunk: ActionChunk | None = None) -> Request:
+    def give(self, chunk: ActionChunk | None = None) -> ChunkRequest:
         """Ask and answer at once."""
         request = self.ask()
         assert self.loop.deliver(constant(0.1) if chunk is None else chunk, request, self.now) is None

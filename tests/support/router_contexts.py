@@ -66,7 +66,7 @@ def everything(
         "text_BTE": torch.randn(batch, TEXT, width, generator=draw),
         "text_mask_BT": mask,
         "projector": Projector(width),
-        "encoder_BNW": torch.randn(batch, tokens, width, generator=draw),
+        "encoder_BNF": torch.randn(batch, tokens, width, generator=draw),
         "attention_LBN": torch.rand(2, batch, tokens, generator=draw),
         "received_BN": logits.softmax(-1).mean(1),
         "attention_BNN": logits.softmax(-1),
@@ -75,9 +75,9 @@ def everything(
         "score_BN": torch.rand(batch, tokens, generator=draw),
         "growth_BN": torch.randn(batch, tokens, generator=draw),
         "share_B2": torch.rand(batch, 2, generator=draw),
-        "neurons_BNF": torch.rand(batch, tokens, 20, generator=draw) > 0.5,
-        "text_neurons_BTF": torch.rand(batch, TEXT, 20, generator=draw) > 0.5,
-        "history_BFND": torch.randn(batch, 2, tokens, width, generator=draw),
+        "neurons_BNI": torch.rand(batch, tokens, 20, generator=draw) > 0.5,
+        "text_neurons_BTI": torch.rand(batch, TEXT, 20, generator=draw) > 0.5,
+        "history_BOND": torch.randn(batch, 2, tokens, width, generator=draw),
     }
 
 

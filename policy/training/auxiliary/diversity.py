@@ -15,7 +15,7 @@ changes the network and is not here.
 The attention is computed beside the fused kernels, n x n numbers per head and block: this is the dear one of the
 objectives in `policy/auxiliary`. With `training.gradient_checkpointing` it is not kept for the backward pass.
 
-Shape legend: X rows (samples times views), S tokens with all prefixes, Q rows of the attention, W tower width.
+Shape legend: X rows (samples times views), S tokens with all prefixes, Q rows of the attention, F tower width.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class AttentionDiversity:
     def __init__(self) -> None:
         self.terms: list[Tensor] = []
 
-    def __call__(self, tower: VisionTower, index: int, x_XSW: Tensor) -> None:
-        rows = x_XSW.shape[1]
+    def __call__(self, tower: VisionTower, index: int, x_XSF: Tensor) -> None:
+        rows = x_XSF.shape[1]
         if tower.aggregation is not None and index == tower.computed - 1:
             rows = len(tower.aggregation.tokens)
-        self.terms.append(call(tower.recompute, _block_similarity, tower.vit.blocks[index], x_XSW, rows))
+        self.terms.append(call(tower.recompute, _block_similarity, tower.vit.blocks[index], x_XSF, rows))
 
     def loss(self) -> Tensor:
         """Mean over the blocks of both towers, between 0 and 1."""
@@ -75,5 +75,5 @@ def check_readable(vision: DualVision) -> None:
                 )
 
 
-def _block_similarity(block: Any, x_XSW: Tensor, rows: int) -> Tensor:
-    return row_similarity(mean_attention(block, x_XSW, slice(x_XSW.shape[1] - rows, None)))
+def _block_similarity(block: Any, x_XSF: Tensor, rows: int) -> Tensor:
+    return row_similarity(mean_attention(block, x_XSF, slice(x_XSF.shape[1] - rows, None)))

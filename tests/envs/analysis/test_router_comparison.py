@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_module
 
 from cogvla.envs.analysis.router_comparison import (
     ROUNDS,
-    Outcome,
+    CellOutcome,
     against,
     cells_for,
     costs,
@@ -85,8 +85,8 @@ def test_figures_are_drawn_of_one_point_and_of_gaps() -> None:
     assert "<svg" in lines({"": [None, 0.5], "other": []}, "layer", "share", (0, 1))
 
 
-def outcome(**episodes: bool) -> Outcome:
-    return Outcome(success_rate(episodes.values()), 0, episodes)
+def outcome(**episodes: bool) -> CellOutcome:
+    return CellOutcome(success_rate(episodes.values()), 0, episodes)
 
 
 def test_cells_are_compared_by_the_episodes_that_both_have_played() -> None:
@@ -103,7 +103,7 @@ def test_every_router_is_played_or_left_out_for_a_reason() -> None:
     labels = [*(cell.label for cell in cells), *left_out]
     assert {label.split()[0] for label in labels} == set(registered_routers())
     assert "has weights of its own" in left_out["learned_pruner"]
-    assert "history_BFND" in left_out["progressive_video"]
+    assert "history_BOND" in left_out["progressive_video"]
     _, partly = cells_for(model, wanted_routers(["spatial_pool"], layer=1), [0.5, 7], trained=False)
     assert list(partly) == ["spatial_pool at 7"], "7 tokens are no grid"
     assert cells[0].key == "identity"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogvla.policy.model.config import LanguageConfig, RoutingConfig
-from cogvla.policy.model.language import RoutedDecoder, Trace
+from cogvla.policy.model.language import DecoderTrace, RoutedDecoder
 from cogvla.routing.layout import TokenLayout
 
 LAYOUT = TokenLayout(vision=10, text=5, action=4)
@@ -36,7 +36,7 @@ def sequence(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, LAYOUT.length, 32), torch.arange(5) < torch.tensor([[5], [2], [3]])[:batch]
 
 
-def run(ours: RoutedDecoder, x: torch.Tensor, mask: torch.Tensor, trace: Trace | None = None) -> torch.Tensor:
+def run(ours: RoutedDecoder, x: torch.Tensor, mask: torch.Tensor, trace: DecoderTrace | None = None) -> torch.Tensor:
     return ours(x, ours.context(LAYOUT, mask), trace)
 
 
@@ -69,14 +69,14 @@ ROUTED = [
 def test_the_short_last_layer_equals_the_whole_one(routing: RoutingConfig, shifted: bool) -> None:
     ours = decoder(routing, shifted=shifted)
     x, mask = sequence()
-    torch.testing.assert_close(run(ours, x, mask), run(ours, x, mask, Trace()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(ours, x, mask), run(ours, x, mask, DecoderTrace()), rtol=1e-5, atol=1e-6)
 
 
 @torch.inference_mode()
 def test_bypassed_tokens_pass_bit_for_bit() -> None:
     ours = decoder(RoutingConfig())
     x, mask = sequence()
-    trace = Trace()
+    trace = DecoderTrace()
     run(ours, x, mask, trace)
     assert list(trace.kept) == [1, 2, 3]
     for layer, kept in trace.kept.items():
@@ -90,7 +90,7 @@ def test_bypassed_tokens_pass_bit_for_bit() -> None:
 def test_dropped_tokens_are_gone() -> None:
     ours = decoder(RoutingConfig(mode="drop"))
     x, mask = sequence()
-    trace = Trace()
+    trace = DecoderTrace()
     run(ours, x, mask, trace)
     counts = {layer: kept.shape[1] for layer, kept in trace.kept.items()}
     assert counts == {1: 7, 2: 2, 3: 1}
@@ -124,7 +124,7 @@ def test_one_layer_by_hand() -> None:
     )
     ours = decoder(routing, language(layers=2))
     x, _ = sequence(batch=1)
-    trace = Trace()
+    trace = DecoderTrace()
     run(ours, x, torch.ones(1, 5, dtype=torch.bool), trace)
     x, layer, router = trace.hidden[0], ours.llm.layers[1], ours.routers["1"]
     h = layer.input_layernorm(x)
@@ -150,7 +150,7 @@ def test_position_policies_differ_only_where_tokens_were_left_out() -> None:
     x, mask = sequence()
     traces = []
     for policy in ("keep", "renumber"):
-        trace = Trace()
+        trace = DecoderTrace()
         run(decoder(RoutingConfig(position_policy=policy)), x, mask, trace)  # type: ignore[arg-type]
         traces.append(trace)
     assert torch.equal(traces[0].hidden[0], traces[1].hidden[0])

@@ -320,7 +320,7 @@ def test_mistakes_say_what_is_possible() -> None:
         ({"name": "spatial_pool"}, {"efa": True}, "set routing.efa=false .patches"),
         ({"name": "spatial_pool", "joint": True}, {}, "router.joint=false .views apart"),
         ({"name": "cls_attention"}, {"efa": True}, "cannot give at encoder_out .*with which these work: .*random"),
-        ({"name": "progressive_video"}, {}, "needs history_BFND, which this policy cannot give"),
+        ({"name": "progressive_video"}, {}, "needs history_BOND, which this policy cannot give"),
         ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),
         ({"name": "random", "stage": "llm_layer", "layers": (9,)}, {}, "has layers 0 to 3"),
         ({"name": "carried", "stage": "llm_layer", "layers": (1,)}, {}, "needs score_BN"),

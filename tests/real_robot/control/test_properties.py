@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cogvla.policy.interface import ActionChunk
-from cogvla.real_robot.control.control_loop import Command, ControlLoop, Kind, Request, State
+from cogvla.real_robot.control.control_loop import ChunkRequest, Command, ControlLoop, Kind, State
 from cogvla.real_robot.control.settings import LoopSettings, SafetyLimits
 from cogvla.tests.support.control_robot import HZ, PERIOD, ROBOT, Driver, constant, image
 
@@ -56,7 +56,7 @@ class Anything(RuleBasedStateMachine):
         self.arm = np.zeros(2)
         self.moved: np.ndarray | None = None  # in the last tick; None where nothing was sent before
         self.last: Command | None = None
-        self.asked: list[Request] = []
+        self.asked: list[ChunkRequest] = []
         self.answered: set[int] = set()
         self.usable: set[int] = set()  # epochs of which a good chunk was taken
         self.dead = False  # e-stopped or deactivated, and not activated since
@@ -249,7 +249,7 @@ def test_it_never_starves_while_the_latency_bound_holds(
     driver = Driver(loop).start()
     rng = np.random.default_rng(seed)
     driver.give()
-    pending: tuple[Request, float] | None = None
+    pending: tuple[ChunkRequest, float] | None = None
     for _ in range(80):
         driver.observe()
         if pending is not None and driver.now >= pending[1] - 1e-6:
@@ -269,7 +269,7 @@ def test_one_tick_more_than_the_bound_starves(excess: int) -> None:
     """So the property above is as strong as it can be."""
     driver = Driver(LoopSettings(latency_s=2 * PERIOD, margin_ticks=1)).start()
     driver.give()
-    pending: tuple[Request, float] | None = None
+    pending: tuple[ChunkRequest, float] | None = None
     for _ in range(20):
         driver.observe()
         if pending is not None and driver.now >= pending[1] - 1e-6:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from cogvla.real_robot.serving.request import Request, RequestFormat, RequestKeys
+from cogvla.real_robot.serving.request import PolicyRequest, RequestFormat, RequestKeys
 from cogvla.real_robot.serving.wire import FrameError, pack, unpack
 from cogvla.tests.support.extras import NEEDS_TEST_GROUP
 from cogvla.tests.support.policy_servers import LIBERO_KEYS, ROBOT, SumPolicy, libero_request, observation, serving
@@ -142,7 +142,7 @@ def test_requests_survive_the_wire() -> None:
         RequestFormat(ROBOT, RequestKeys(images={"agentview": "state", "wrist": "images/wrist"}))
 
 
-def outcome(frame: bytes | str) -> Request | str:
+def outcome(frame: bytes | str) -> PolicyRequest | str:
     """What a frame is taken for: a request that a policy can be given, or the error text of one line."""
     try:
         request = READER.read(frame)
@@ -191,7 +191,7 @@ HEADERS = [
 def test_fuzz_of_changed_frames() -> None:
     rng = random.Random(0)
     outcomes = [outcome(mutated(rng)) for _ in range(80_000)]
-    accepted = [each for each in outcomes if isinstance(each, Request)]
+    accepted = [each for each in outcomes if isinstance(each, PolicyRequest)]
     assert 1_000 < len(accepted) < 60_000, "changed pixels are fine, most other changes are not"
     assert len({re.sub(r"[^a-z ]+", "", text)[:25] for text in outcomes if isinstance(text, str)}) > 15
 
@@ -235,7 +235,7 @@ def test_fuzz_over_the_wire(toy: str) -> None:
             client.recv(30)
             client.send(frame)
             answer = client.recv(30)
-            if isinstance(taken, Request):
+            if isinstance(taken, PolicyRequest):
                 actions = SumPolicy().act(taken.observation).actions[0]
                 np.testing.assert_array_equal(msgpack_numpy.unpackb(answer)["actions"], actions)
             else:

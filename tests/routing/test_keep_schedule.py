@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogvla.routing.schedule import keep_count, keep_ratios
+from cogvla.routing.keep_schedule import keep_count, keep_ratios
 
 PAPER = "shiftedcos_decay_0.85_0.15"
 
