@@ -60,9 +60,9 @@ class ModelOutput:
         actions: normalised actions [B,K,A]; [B,0,A] if they were not decoded.
         vision: vision tokens [B,N,D] at the input of the language model.
         states: states [B,J,D] of the action tokens, which the head reads.
-        debug: intermediate results, if asked for: the fields of `policy.model.language.Trace`, `layout`, `streams`
-            (tower outputs), `stream_weights` [B,2], and `routed`, the result of a token router before the language
-            model.
+        debug: intermediate results, if asked for: the fields of `policy.model.language.DecoderTrace`, `layout`,
+            `streams` (tower outputs), `stream_weights` [B,2], and `routed`, the result of a token router before the
+            language model.
         gaze: if asked for, for each tower the logarithm of the aggregation tokens' attention to patches, [B*V,h,M,P].
         kept: index of each vision token among the towers' tokens, int64 [B,N], -1 for new ones; None: all, in order.
         losses: weighted auxiliary losses of token routers.

@@ -29,7 +29,7 @@ class SessionEndedError(Exception):
 
 
 class OperatorScene:
-    """`Scene` judged by an operator. Any thread may call `press`; one thread makes the other calls.
+    """`TrialScene` judged by an operator. Any thread may call `press`; one thread makes the other calls.
 
     Args:
         instructions: instruction of each task.
