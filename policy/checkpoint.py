@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cogvla.configs.build import build
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -189,7 +190,7 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
     body = read_config(folder)
     statistics = _read_json(folder / STATISTICS)
     try:
-        embodiment = Embodiment(**body["embodiment"])
+        embodiment = build(Embodiment, body["embodiment"], "embodiment")
         tokenizer = tokenizer_from_dict(body["tokenizer"], folder)
         # Checkpoints that are older than augmentation have no "pictures" entry: their images are not cropped.
         preprocessor = Preprocessor(embodiment, tokenizer, statistics, **body.get("pictures", {}))

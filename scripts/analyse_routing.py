@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build
 from cogvla.envs.analysis.routing_findings import findings
 from cogvla.envs.analysis.routing_pictures import film, strip
 from cogvla.envs.analysis.routing_recording import WatchedEpisode, play
@@ -29,16 +29,15 @@ from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.routing.router import RouterConfig
-from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
+from cogvla.scripts import console
+from cogvla.scripts.command import as_typed, import_modules, plain
 
 DATA, PAGE = "routing.json", "routing.html"
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="analyse_routing")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line():
-        run(config, as_typed("analyse_routing"))
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config, as_typed("analyse_routing"))
 
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
@@ -52,10 +51,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     for name in ("pictures", "readings"):
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")
-    try:
-        router = None if values["router"]["name"] is None else RouterConfig(**values["router"])
-    except TypeError as error:
-        raise ValueError(f"configuration router: {error}") from error
+    router = None if values["router"]["name"] is None else build(RouterConfig, values["router"], "router")
     folder = Path(values["checkpoint"])
     policy, _ = open_policy(folder, values["device"], values["threads"], EngineConfig("plain"), router)
     named = folder.resolve().name + ("" if router is None else f"_{router.name}_{router.budget}")
@@ -103,4 +99,4 @@ def page(
 
 
 if __name__ == "__main__":
-    main()
+    console.analyse_routing()

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from cogvla.configs.build import build
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.libero.conventions import declared, image_agreement, state_agreement
@@ -39,7 +39,7 @@ from cogvla.libero.conventions.replayed_episodes import ReplayTrace, replay
 from cogvla.libero.tasks import LIBERO_SUITES, tasks
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.interface import Embodiment
-from cogvla.scripts.command import import_modules
+from cogvla.scripts.command import compose, import_modules
 
 IMAGE_SIZE = 128
 WIDTH = 118
@@ -52,9 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="see configs/check_conventions.yaml")
     options = parser.parse_args(arguments)
     try:
-        with initialize_config_module("cogvla.configs", version_base="1.3"):
-            config = compose("check_conventions", options.overrides)
-        findings = run(options.dataset, config)
+        findings = run(options.dataset, compose("check_conventions", options.overrides))
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -69,8 +67,10 @@ def run(dataset: str, config: DictConfig) -> list[Finding]:
     import_modules(config.imports)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    embodiment = Embodiment(**plain["embodiment"])
-    recordings = open_recordings(dataset, DataConfig(**plain["data"] | {"root": dataset}), embodiment, config.suite)
+    embodiment = build(Embodiment, plain["embodiment"], "embodiment")
+    recordings = open_recordings(
+        dataset, build(DataConfig, plain["data"] | {"root": dataset}, "data"), embodiment, config.suite
+    )
     name = config.suite or recordings.suite
     if name is None:
         raise ValueError("the data set does not say which suite it was recorded in: give suite=NAME")

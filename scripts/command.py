@@ -12,12 +12,17 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
+import hydra
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from cogvla.configs.schema import DATACLASSES, defaults
 from cogvla.plugins import import_plugin
 
 MISTAKES: tuple[type[Exception], ...] = (ValueError, OSError, MissingMandatoryValue)
@@ -44,6 +49,21 @@ def mistakes_in_one_line(*others: type[Exception], stopped: str | None = None) -
         if stopped is not None:
             print(f"\n{stopped}", file=sys.stderr)
         raise SystemExit(130) from error
+
+
+@cache
+def register() -> None:
+    """Let Hydra know the defaults of all dataclasses, so that the files of configs can build on them."""
+    for group, dataclasses in DATACLASSES.items():
+        for dotted in dataclasses:
+            ConfigStore.instance().store(dotted.rpartition(".")[2], defaults(dotted), group or None)
+
+
+def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Return the configuration of a command with some values changed, as on its command line."""
+    register()
+    with initialize_config_module("cogvla.configs", version_base="1.3"):
+        return hydra.compose(command, list(overrides))
 
 
 def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

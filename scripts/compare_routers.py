@@ -22,7 +22,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 
@@ -40,7 +39,7 @@ from cogvla.envs.analysis.router_comparison import (
 from cogvla.envs.analysis.router_page import render_comparison
 from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report
 from cogvla.envs.suite import Suite
 from cogvla.libero.suites import configured_suite
@@ -48,8 +47,8 @@ from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
-from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
-from cogvla.scripts.eval_libero import STOPPED
+from cogvla.scripts import console
+from cogvla.scripts.command import as_typed, import_modules, plain
 
 REGIMES = ("plug_in", "fine_tuned")
 QUICK: dict[str, Any] = {
@@ -61,11 +60,9 @@ QUICK: dict[str, Any] = {
 COSTS, OUTCOME, DATA, PAGE = "costs.json", "outcome.json", "comparison.json", "comparison.html"
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="compare_routers")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line(stopped=STOPPED):
-        run(config, as_typed("compare_routers"))
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config, as_typed("compare_routers"))
 
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
@@ -82,10 +79,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     use_threads(values["threads"], values["evaluation"]["workers"])
     suite = configured_suite(values["suite"], values["libero"])
     changes = {key: value for key, value in values["evaluation"].items() if key not in ("protocol", "workers")}
-    try:
-        protocol = load_protocol(values["evaluation"]["protocol"] or suite.protocol, **changes)
-    except TypeError as error:
-        raise ValueError(f"configuration evaluation: {error}") from error
+    protocol = protocol_for(suite, values["evaluation"]["protocol"], changes)
     return _Comparison(values, suite, protocol, command).run()
 
 
@@ -230,4 +224,4 @@ def _written(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    console.compare_routers()

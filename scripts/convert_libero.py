@@ -13,22 +13,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build
 from cogvla.libero.env import LiberoSettings
 from cogvla.libero.hdf5.conversion import Conversion, convert
 from cogvla.libero.hdf5.lerobot_upgrade import is_old_lerobot, upgrade
 from cogvla.libero.hdf5.reader import is_hdf5
-from cogvla.scripts.command import mistakes_in_one_line, plain
+from cogvla.scripts import console
+from cogvla.scripts.command import plain
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="convert_libero")
 def main(config: DictConfig) -> None:
     """Convert `config.source`; see configs/convert_libero.yaml."""
-    stopped = "stopped; what was converted is kept: the same command goes on from there"
-    with mistakes_in_one_line(RuntimeError, stopped=stopped):
-        print(f"data set: {run(config)}")
+    print(f"data set: {run(config)}")
 
 
 def run(config: DictConfig) -> Path:
@@ -44,7 +42,7 @@ def run(config: DictConfig) -> Path:
     conversion = Conversion.of(
         source,
         config.suite,
-        LiberoSettings(**plain(config.libero)),
+        build(LiberoSettings, plain(config.libero), "libero"),
         replay=config.replay,
         image_size=config.image_size,
         keep_noops=config.keep_noops,
@@ -53,4 +51,4 @@ def run(config: DictConfig) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    console.convert_libero()

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import hydra
 import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from cogvla.envs.recording.demonstration import OPEN_HAND
 from cogvla.envs.suite import Suite, get_suite, suite_names
-from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain
+from cogvla.scripts import console
+from cogvla.scripts.command import import_modules, plain
 
 ALL = "all"
 
@@ -88,15 +88,13 @@ def run(config: DictConfig) -> list[ExpertResult]:
     return table
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="expert_table")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line():
-        table = run(config)
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    table = run(config)
     poor = [row.instruction for row in table if row.rate < config.required]
     if poor:
         raise SystemExit(f"under {config.required:.0%}: {'; '.join(poor)}")
 
 
 if __name__ == "__main__":
-    main()
+    console.expert_table()

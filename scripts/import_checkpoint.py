@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
+from cogvla.configs.build import build
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -30,7 +30,7 @@ from cogvla.policy.model.empty_model import empty_model
 from cogvla.policy.weights.import_cogvla import load_cogvla
 from cogvla.policy.weights.pretrained import load_base
 from cogvla.policy.weights.release import Release, open_release
-from cogvla.scripts.command import mistakes_in_one_line, plain
+from cogvla.scripts.command import compose, mistakes_in_one_line, plain
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("options", nargs="*", metavar="output=FOLDER", help="see configs/import_checkpoint.yaml")
     given = parser.parse_args(arguments)
     with mistakes_in_one_line(HydraException, OmegaConfBaseException):
-        with initialize_config_module("cogvla.configs", version_base="1.3"):
-            config = compose("import_checkpoint", given.options)
+        config = compose("import_checkpoint", given.options)
         config.source = given.source
         for line in run(plain(config)):
             print(line)
@@ -60,7 +59,7 @@ def run(values: dict[str, Any]) -> list[str]:
     dtype = DTYPES[values["dtype"]]
     release = open_release(values["source"], values["kind"], values["base"], values["merge_adapter"])
     config = release.configure(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
-    embodiment = Embodiment(**values["embodiment"])
+    embodiment = build(Embodiment, values["embodiment"], "embodiment")
     embodiment, statistics, said = _statistics(release, embodiment, values["dataset"])
     tokenizer = PretrainedTokenizer(values["tokenizer"] or str(release.folder), PAPER_PROMPT, values["empty_token"])
     preprocessor = Preprocessor(embodiment, tokenizer, statistics, values["crop_area"], values["resize_kernel"])

@@ -29,10 +29,9 @@ from cogvla.envs.evaluation.episode_log import (
     write_atomic,
 )
 from cogvla.envs.evaluation.evaluate import write_report
-from cogvla.envs.evaluation.report import Report, build_report
+from cogvla.envs.evaluation.report import Report, build_report, summary
 from cogvla.envs.suite import Suite, Task
 from cogvla.scripts.command import mistakes_in_one_line
-from cogvla.scripts.eval_libero import summary
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,17 +16,16 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import hydra
 import torch
 from accelerate import PartialState
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build
 from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
-from cogvla.envs.evaluation.report import Report
-from cogvla.envs.recording.demonstration import ExpertFailedError
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
+from cogvla.envs.evaluation.report import Report, summary
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.policy.checkpoint import load_policy
@@ -47,17 +46,13 @@ from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE, Trainer
 from cogvla.policy.weights.base import base_tokenizer, is_own, load_own
 from cogvla.policy.weights.pretrained import load_backbones, load_base
-from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
-from cogvla.scripts.eval_libero import summary
-
-T = TypeVar("T")
+from cogvla.scripts import console
+from cogvla.scripts.command import as_typed, import_modules, plain
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="train_policy")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line(FloatingPointError, ExpertFailedError):
-        run(config, as_typed("train_policy"))
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config, as_typed("train_policy"))
 
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
@@ -67,16 +62,16 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     use_threads(values["threads"])
     output = Path(values["output"])
     # Everything that can be wrong with the configuration is said before anything takes time.
-    embodiment = _built(Embodiment, values, "embodiment")
+    embodiment = build(Embodiment, values["embodiment"], "embodiment")
     model_config = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
-    data_config = _built(DataConfig, values, "data")
-    objective_config = _built(ObjectiveConfig, values, "objective")
-    training_config = _built(TrainingConfig, values, "training")
-    engine_config = EngineConfig.from_dict(values["engine"])
+    data_config = build(DataConfig, values["data"], "data")
+    objective_config = build(ObjectiveConfig, values["objective"], "objective")
+    training_config = build(TrainingConfig, values["training"], "training")
+    engine_config = build(EngineConfig, values["engine"], "engine")
     engine_config.check_trained(model_config.routing.router.name)
     suite = None if values["suite"] is None else get_suite(values["suite"], values)
     if suite is not None and values["evaluation"] is not None:
-        _protocol(values["evaluation"], suite.protocol)
+        _protocol(values["evaluation"], suite)
 
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     seconds: dict[str, float] = {}
@@ -191,7 +186,7 @@ def _evaluate(
     return evaluate(
         policy,
         suite,
-        _protocol(settings, suite.protocol),
+        _protocol(settings, suite),
         output / "evaluation",
         workers=settings["workers"],
         videos=settings["videos"],
@@ -200,21 +195,9 @@ def _evaluate(
     )
 
 
-def _protocol(settings: dict[str, Any], own: str) -> EvaluationProtocol:
-    """The named protocol, or the suite's own, with what the evaluation's settings change in it."""
+def _protocol(settings: dict[str, Any], suite: Suite) -> EvaluationProtocol:
     changes = {key: value for key, value in settings.items() if key not in ("protocol", "workers", "videos")}
-    try:
-        return load_protocol(settings["protocol"] or own, **changes)
-    except TypeError as error:
-        raise ValueError(f"configuration evaluation: {error}") from error
-
-
-def _built(kind: Callable[..., T], values: dict[Any, Any], group: str) -> T:
-    """The dataclass of a group of the configuration."""
-    try:
-        return kind(**values[group])
-    except TypeError as error:  # an unknown key, a missing one, or a text where a number should be
-        raise ValueError(f"configuration {group}: {error}") from error
+    return protocol_for(suite, settings["protocol"], changes)
 
 
 class _timed:  # noqa: N801 - reads as a statement
@@ -231,4 +214,4 @@ class _timed:  # noqa: N801 - reads as a statement
 
 
 if __name__ == "__main__":
-    main()
+    console.train_policy()

@@ -49,6 +49,6 @@ def test_every_folder_is_in_the_architecture() -> None:
     packages = [path.parent.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).glob("**/*.py")]
     inside = {package for package in packages if "package" not in package.parts}
     assert not [str(package) for package in inside if f"`{package}/`" not in ARCHITECTURE]
-    (row,) = [line for line in ARCHITECTURE.splitlines() if line.startswith("| `configs/`")]
+    row = next(line for line in ARCHITECTURE.splitlines() if line.startswith("| `configs/`"))
     groups = {path.parent.name for path in (ROOT / "configs").glob("*/*.yaml")}
     assert not [group for group in groups if not re.search(rf"\b{group}\b", row)]

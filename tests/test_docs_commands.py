@@ -25,11 +25,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from cogvla.scripts.command import register
 from cogvla.tests.support.paths import CONFIGS, ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-MODULES = {module.partition(":")[0]: name for name, module in SCRIPTS.items()}
+FILES = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "scripts").rglob("*.py") if path.stem in SCRIPTS]
+MODULES = {".".join(("cogvla", *file.parts)): file.name for file in FILES}
+CONSOLE = ROOT / "scripts" / "console.py"
 FLAGS = {"-m", "--multirun", "--help"}
 WITH_VALUE = {"--config-dir", "--cfg"}
 SEPARATORS = {"&&", "||", "|", "&", ";", "do"}
@@ -89,6 +92,7 @@ def understand(name: str, arguments: list[str], folder: Path, monkeypatch: pytes
             raise ValueError(f"{name} has no {word}")
     if "--config-dir" in arguments:
         overrides.append(f"hydra.searchpath=[file://{folder}]")
+    register()
     with initialize_config_module("cogvla.configs", version_base="1.3"):
         for combination in combinations(overrides):
             compose(config, combination)
@@ -97,8 +101,7 @@ def understand(name: str, arguments: list[str], folder: Path, monkeypatch: pytes
 
 def configuration(name: str) -> str | None:
     """The YAML file that a command composes; None if it knows nothing of Hydra."""
-    source = (ROOT / SCRIPTS[name].partition(":")[0].removeprefix("cogvla.").replace(".", "/")).with_suffix(".py")
-    found = re.search(r'config_name="(\w+)"', source.read_text())
+    found = re.search(rf'^{name} = _command\(.*config="(\w+)"', CONSOLE.read_text(), re.MULTILINE)
     return found[1] if found else name if (CONFIGS / f"{name}.yaml").is_file() else None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogvla.configs.build import build
 from cogvla.envs.evaluation.statistics import Latency, Rate, latency, sign_test
 from cogvla.envs.suite import Suite
 from cogvla.policy.cost.flops import REPEATED, count_flops
@@ -152,10 +153,7 @@ def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) 
             raise ValueError(f"routers names {name!r}; possible are {', '.join(known)}")
         if known[name].stages == ("llm_layer",):
             values = {"layers": (layer,), **values}
-        try:
-            router = RouterConfig(**values)
-        except TypeError as error:
-            raise ValueError(f"routers: {error}") from error
+        router = build(RouterConfig, values, "routers")
         shown = {k: v for k, v in values.items() if k not in ("name", "options")} | dict(router.options or {})
         label = " ".join([name, *(f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in shown.items())])
         if label in found:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
+from cogvla.configs.build import build
+from cogvla.configs.load import load
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.rollout.rollout import RolloutSettings
 from cogvla.envs.suite import Suite
@@ -102,21 +101,22 @@ class EvaluationProtocol:
         return specs[part - 1 :: parts]
 
 
-def protocol_names() -> list[str]:
-    """Return the names of all protocols in `configs/protocol`."""
-    folder = resources.files("cogvla.configs") / "protocol"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-
-
 def load_protocol(name: str, **changes: Any) -> EvaluationProtocol:
-    """Load the protocol `configs/protocol/NAME.yaml`, with some values changed.
+    """Return the protocol of `configs/protocol/NAME.yaml` with some values changed; ValueError lists what exists."""
+    return build(EvaluationProtocol, load("protocol", name) | changes, "protocol")
+
+
+def protocol_for(suite: Suite, name: str | None, changes: Mapping[str, Any]) -> EvaluationProtocol:
+    """Return the protocol of that name, or the suite's own, with some values changed.
+
+    Args:
+        suite: what is evaluated.
+        name: a file of `configs/protocol`; None: the suite's own.
+        changes: values by key; with a `name` among them they are the whole protocol.
 
     Raises:
-        ValueError: no protocol has this name; the message lists all names.
+        ValueError: there is no such protocol or key; the message lists those that exist.
     """
-    if name not in protocol_names():
-        raise ValueError(f"unknown protocol {name!r}; one of {', '.join(protocol_names())}")
-    text = (resources.files("cogvla.configs") / "protocol" / f"{name}.yaml").read_text()
-    values = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(values, dict), f"configs/protocol/{name}.yaml holds a mapping"
-    return EvaluationProtocol(**{str(key): value for key, value in values.items()} | changes)
+    if "name" in changes:
+        return build(EvaluationProtocol, changes, "protocol")
+    return load_protocol(name or suite.protocol, **changes)

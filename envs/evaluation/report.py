@@ -170,6 +170,27 @@ def report_json(report: Report) -> str:
     return json.dumps(values, indent=2, default=str) + "\n"
 
 
+def summary(report: Report) -> str:
+    """Return what was found as one line for a terminal."""
+    total, probe = report.total, report.inference_batch_1
+    rate = total.success
+    if rate.value is None or rate.low is None or rate.high is None:
+        line = f"{report.suite}: no episode could be played"
+    else:
+        mode = ", another task asked for" if report.swapped else ""
+        line = (
+            f"{report.suite}{mode}: success {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] "
+            f"of {rate.trials} episodes, {total.errors} errors"
+        )
+    if total.scene_task.value is not None:
+        line += f"; own task of the scene {total.scene_task.value:.1%}"
+    if probe is not None:
+        line += f"; inference p50 {probe.p50:.1f} ms, p95 {probe.p95:.1f} ms at batch 1"
+    if total.loop is not None:
+        line += f"; control loop p50 {total.loop.p50:.1f} ms, p95 {total.loop.p95:.1f} ms"
+    return line
+
+
 def render_html(report: Report, folder: Path) -> str:
     """Return the report as one HTML file. `folder` holds the videos; links are relative to it."""
     played = [r for r in report.episodes if r.error is None]

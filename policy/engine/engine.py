@@ -6,9 +6,8 @@ Shape legend: B batch, T text tokens, K chunk, A action dimension.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +44,6 @@ class EngineConfig:
     text_buckets: tuple[int, ...] = (8, 16, 32)
     dtype: str | None = None
     smallest: int = 256
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> EngineConfig:
-        """From plain data, as YAML gives it."""
-        try:
-            return cls(**data)
-        except TypeError as error:  # an unknown key, or something that is no list of lengths
-            raise ValueError(f"configuration engine: {error}") from error
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text_buckets", tuple(self.text_buckets))

@@ -5,11 +5,11 @@ Facts about the robot (views, image size, chunk, action and state dimension) are
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from cogvla.configs.build import build
 from cogvla.policy.model.heads.registry import HEADS
 from cogvla.routing.aggregation import FUSIONS
 from cogvla.routing.attention import ATTENTION
@@ -179,7 +179,7 @@ class RoutingConfig:
     film: bool = False
     fusion: Literal["mix", "sum", "concat"] = "mix"
     summary: Literal["words", "faithful"] = "words"
-    film_init: float | None = None
+    film_init: float | None = 1.0
     lfp: bool = True
     schedule: str = "shiftedcos_decay_0.85_0.15"
     mean_keep: float = 0.5
@@ -228,7 +228,7 @@ class CogVLAConfig:
         Raises:
             ValueError: unknown or missing keys (the message lists the valid ones), or invalid values.
         """
-        return _build(cls, data, "model")
+        return build(cls, data, "model")
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain data for `from_dict`."""
@@ -238,24 +238,3 @@ class CogVLAConfig:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-
-
-def _build(cls: type, data: Mapping[str, Any], path: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{path} must be a mapping of {', '.join(f.name for f in fields(cls))}; got {data!r}")
-    hints = typing.get_type_hints(cls)
-    valid = [f.name for f in fields(cls)]
-    if unknown := sorted(str(key) for key in data if key not in valid):
-        raise ValueError(f"unknown key {', '.join(unknown)} in {path}; valid keys are {', '.join(valid)}")
-    values = {
-        key: _build(hints[key], value, f"{path}.{key}")
-        if is_dataclass(hints[key])
-        else tuple(value)
-        if isinstance(value, list)
-        else value
-        for key, value in data.items()
-    }
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}; valid keys are {', '.join(valid)}") from error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.training.adapters import FinetuneConfig
@@ -41,15 +39,15 @@ class TrainingConfig:
         augmentation: how pictures are changed, see `policy.inputs.augmentation`.
     """
 
-    steps: int = 3000
-    batch_size: int = 64
+    steps: int = 4000
+    batch_size: int = 32
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     optimiser: str = "adamw"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     accumulation: int = 1
-    cpu_parts: int = 1
+    cpu_parts: int = 2
     ema_decay: float = 0.998
     precision: str = "auto"
     compile: bool = False
@@ -57,15 +55,13 @@ class TrainingConfig:
     seed: int = 0
     validation_fraction: float = 0.03
     validate_every: int = 500
-    checkpoint_every: int = 500
+    checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     rollout_every: int = 0
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     def __post_init__(self) -> None:
-        self._build("finetune", FinetuneConfig)
-        self._build("augmentation", AugmentationConfig)
         if min(self.steps, self.batch_size, self.accumulation, self.checkpoint_every, self.keep_checkpoints) < 1:
             raise ValueError(
                 "steps, batch_size, accumulation, checkpoint_every and keep_checkpoints must be at least 1"
@@ -81,12 +77,3 @@ class TrainingConfig:
             raise ValueError(f"unknown optimiser {self.optimiser!r}; one of {', '.join(OPTIMISERS)}")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise ValueError("learning_rate and clip_norm must be positive")
-
-    def _build(self, name: str, kind: Callable[..., Any]) -> None:
-        """Convert parts that are still plain data, as from YAML, to their dataclasses."""
-        value = getattr(self, name)
-        if isinstance(value, Mapping):
-            try:
-                object.__setattr__(self, name, kind(**value))
-            except TypeError as error:
-                raise ValueError(f"configuration {name}: {error}") from error

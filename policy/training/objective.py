@@ -70,13 +70,13 @@ class ObjectiveConfig:
     What is behind the last ten, and where it comes from, is in `policy/auxiliary`, a file for each.
     """
 
-    grounding: float = 1.0
+    grounding: float = 0.5
     reading: float = 0.5
     pointing: float = 0.1
-    counterfactual: float = 0.25
-    gripper_state: tuple[int, ...] = ()
-    state_dropout: float = 0.5
-    phase_weights: tuple[float, ...] = ()
+    counterfactual: float = 0.2
+    gripper_state: tuple[int, ...] = (0, 1, 2)
+    state_dropout: float = 0.25
+    phase_weights: tuple[float, ...] = (2, 1, 1, 1.5, 1, 1, 1, 1, 1)
     pointer: float = 0.0
     contrast: float = 0.0
     diversity: float = 0.0

@@ -6,9 +6,7 @@ Shape legend: A action dimension, D arm dimensions (the action without its gripp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from cogvla.policy.interface import Embodiment
 
@@ -191,18 +189,3 @@ class RobotConfig:
     name: str
     limits: SafetyLimits
     loop: LoopSettings = field(default_factory=LoopSettings)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "limits", _built(SafetyLimits, self.limits))
-        object.__setattr__(self, "loop", _built(LoopSettings, self.loop))
-
-
-def _built(kind: type, values: Any) -> Any:
-    """Build the dataclass `kind` from a mapping of a YAML file; return a value that is already built as it is."""
-    if not isinstance(values, Mapping):
-        return values
-    known = [f.name for f in fields(kind)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"{kind.__name__} has no {unknown}; it has {', '.join(known)}")
-    return kind(**values)

@@ -39,14 +39,14 @@ class BatchSettings:
 
     Attributes:
         max_batch: largest number of requests in one forward pass.
-        wait_ms: longest time that the first request of a batch waits for others, in milliseconds.
+        batch_wait_ms: longest time that the first request of a batch waits for others, in milliseconds.
     """
 
     max_batch: int = 8
-    wait_ms: float = 2.0
+    batch_wait_ms: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1 or not self.wait_ms >= 0:
+        if self.max_batch < 1 or not self.batch_wait_ms >= 0:
             raise ValueError(f"max_batch must be at least 1 and batch_wait_ms at least 0, got {self!r}")
 
 
@@ -172,7 +172,7 @@ class Batcher:
             self._condition.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return []
-            until = self._waiting[0].arrived + self._settings.wait_ms / 1e3
+            until = self._waiting[0].arrived + self._settings.batch_wait_ms / 1e3
             while len(self._waiting) < min(self._settings.max_batch, self._clients) and not self._closed:
                 left = until - time.monotonic()
                 if left <= 0 or not self._condition.wait(left):

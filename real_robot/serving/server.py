@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -40,6 +39,34 @@ CLOSE_S = 2.0
 
 
 @dataclass(frozen=True)
+class TlsFiles:
+    """Certificate of a server.
+
+    Attributes:
+        cert: PEM file with the certificate; None for no TLS.
+        key: PEM file with its private key; None for no TLS.
+    """
+
+    cert: str | None = None
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("TLS needs both tls.cert and tls.key")
+
+    def context(self) -> ssl.SSLContext | None:
+        """Return the server's TLS context, None without TLS; ValueError if the files are no certificate and key."""
+        if self.cert is None or self.key is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.cert, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f"cannot use tls.cert={self.cert} with tls.key: {error}") from error
+        return context
+
+
+@dataclass(frozen=True)
 class ServerSettings:
     """Address, access and limits of a policy server.
 
@@ -47,8 +74,7 @@ class ServerSettings:
         host: address to bind; the default accepts connections from this machine only.
         port: TCP port; 0 takes a free one.
         api_key: key that clients must send (`Authorization: Api-Key ...`); None lets everyone in.
-        certificate: PEM file with the TLS certificate; None for no TLS.
-        private_key: PEM file with its private key; None for no TLS.
+        tls: certificate of the server, see `TlsFiles`.
         max_message_mb: largest request in MiB; a larger one ends the connection.
         max_clients: largest number of connections; further ones are refused with status 503.
         ping_s: seconds between pings, and seconds without an answer to a ping after which a client is cut off.
@@ -58,8 +84,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)
-    certificate: Path | None = None
-    private_key: Path | None = None
+    tls: TlsFiles = field(default_factory=TlsFiles)
     max_message_mb: float = 16.0
     max_clients: int = 64
     ping_s: float = 20.0
@@ -73,19 +98,6 @@ class ServerSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip() == self.api_key != ""):
             raise ValueError("api_key must be plain text without spaces around it; null switches it off")
-        if (self.certificate is None) != (self.private_key is None):
-            raise ValueError("TLS needs both tls.cert and tls.key")
-
-    def tls(self) -> ssl.SSLContext | None:
-        """Return the server's TLS context, None without TLS; ValueError if the files are no certificate and key."""
-        if self.certificate is None or self.private_key is None:
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(self.certificate, self.private_key)
-        except (OSError, ssl.SSLError) as error:
-            raise ValueError(f"cannot use tls.cert={self.certificate} with tls.key: {error}") from error
-        return context
 
 
 class PolicyServer:
@@ -148,7 +160,7 @@ class PolicyServer:
                 self._settings.host,
                 self._settings.port,
                 process_request=self._http,
-                ssl=self._settings.tls(),
+                ssl=self._settings.tls.context(),
                 origins=[None],  # refuse browsers, so that no web page can reach the server through a visitor
                 compression=None,
                 max_size=self.info.max_message_bytes,

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 
+from cogvla.configs.build import build
+from cogvla.configs.load import load
 from cogvla.plugins import import_plugin
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.cost.flops import REPEATED, count_flops
@@ -46,8 +47,6 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -197,23 +196,12 @@ def _plain(variant: Variant, options: argparse.Namespace) -> CogVLAPolicy:
 def preset(variant: Variant, options: argparse.Namespace) -> tuple[CogVLAConfig, Embodiment]:
     """Return the network of a variant, and a robot with LIBERO's numbers and the views that the options ask for."""
     assert variant.routing is not None, "rows of a checkpoint have no preset"
-    values = _yaml("embodiment", "libero")
+    values = load("embodiment", "libero")
     size = options.size or (128 if options.preset == "tiny" else 224)
     cameras = [{"name": f"view{index}", "height": size, "width": size} for index in range(options.views)]
-    routing = {**_yaml("routing", variant.routing), **variant.changes}
-    config = CogVLAConfig.from_dict({**_yaml("policy", options.preset), "routing": routing})
-    return config, Embodiment(**{**values, "cameras": cameras})
-
-
-def _yaml(group: str, name: str) -> dict[str, Any]:
-    """One file of configs, and those that it builds on; Hydra, which does this elsewhere, may not be here."""
-    path = CONFIGS / group / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise ValueError(f"no {group} called {name!r}; one of {known}")
-    values = yaml.safe_load(path.read_text())
-    defaults = values.pop("defaults", [])
-    return {**{key: value for default in defaults for key, value in _yaml(group, default).items()}, **values}
+    routing = {**load("routing", variant.routing), **variant.changes}
+    config = CogVLAConfig.from_dict({**load("policy", options.preset), "routing": routing})
+    return config, build(Embodiment, {**values, "cameras": cameras}, "embodiment")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from cogvla.configs.build import build
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig
@@ -31,19 +31,20 @@ from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import Batch, ObjectiveConfig
-from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
+from cogvla.scripts import console
+from cogvla.scripts.command import as_typed, import_modules, plain
 
 BATCH = 8
 """Frames that are run at once."""
-NO_LABELS = ObjectiveConfig(grounding=0.0, reading=0.0, pointing=0.0, counterfactual=0.0)
+NO_LABELS = ObjectiveConfig(
+    grounding=0.0, reading=0.0, pointing=0.0, counterfactual=0.0, gripper_state=(), state_dropout=0.5, phase_weights=()
+)
 """What is asked of the data set beside frames, states and actions: nothing."""
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="calibrate_policy")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line():
-        run(config, as_typed("calibrate_policy"))
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config, as_typed("calibrate_policy"))
 
 
 @torch.inference_mode()
@@ -57,11 +58,7 @@ def run(config: DictConfig, command: str) -> Calibration:
     use_threads(values["threads"])
     folder = Path(values["checkpoint"])
     policy = load_policy(folder, values["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        data_config = DataConfig(**values["data"])
-    except TypeError as error:
-        raise ValueError(f"configuration data: {error}") from error
-    data = DemonstrationData.open(data_config, policy.embodiment)
+    data = DemonstrationData.open(build(DataConfig, values["data"], "data"), policy.embodiment)
     count = values["observations"] + values["checked"]
     if count > len(data):
         raise ValueError(
@@ -135,4 +132,4 @@ def _summary(folder: Path, about: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    console.calibrate_policy()

@@ -17,16 +17,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build
 from cogvla.policy.checkpoint import read_config
 from cogvla.policy.cost.flops import TOTAL, Counting, StageCost, count_flops
 from cogvla.policy.cost.roofline import GPU, find_gpu, floors, format_table, header
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
-from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain
+from cogvla.scripts import console
+from cogvla.scripts.command import import_modules, plain
 
 
 def summary(variants: dict[str, list[StageCost]], gpus: Sequence[GPU], paper: dict[str, Any] | None) -> str:
@@ -76,12 +77,12 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
     if values["checkpoint"] is not None:
         folder = Path(values["checkpoint"])
         body = read_config(folder)
-        base, embodiment = CogVLAConfig.from_dict(body["model"]), Embodiment(**body["embodiment"])
+        base, embodiment = CogVLAConfig.from_dict(body["model"]), build(Embodiment, body["embodiment"], "embodiment")
         name = f"checkpoint {folder.name}"
     else:
         base = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
-        embodiment = Embodiment(**values["embodiment"])
-    text, batch, counting = values["text_length"], values["batch"], Counting(**values["counting"])
+        embodiment = build(Embodiment, values["embodiment"], "embodiment")
+    text, batch, counting = values["text_length"], values["batch"], build(Counting, values["counting"], "counting")
     counted = ", ".join(f"{key}={value}" for key, value in asdict(counting).items())
     print(f"{name}: {batch} sample(s), {len(embodiment.cameras)} views, {text} text tokens; counted: {counted}")
     variants: dict[str, list[StageCost]] = {}
@@ -108,13 +109,11 @@ def _changed(routing: RoutingConfig, changes: dict[str, Any]) -> RoutingConfig:
     return replace(routing, **changes)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="count_flops")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
+    """Run the command, whose entry point is in `scripts/console.py`."""
     choices = HydraConfig.get().runtime.choices
-    with mistakes_in_one_line():
-        run(plain(config), f"{choices['policy']} on {choices['embodiment']}")
+    run(plain(config), f"{choices['policy']} on {choices['embodiment']}")
 
 
 if __name__ == "__main__":
-    main()
+    console.count_flops()

@@ -11,21 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.recording.recorder import SHORTEST, RecordingFolder
 from cogvla.real_robot.ros.front_end import RosTopics
-from cogvla.scripts.command import mistakes_in_one_line, plain
+from cogvla.scripts import console
+from cogvla.scripts.command import plain
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="bag_to_dataset")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line():
-        run(config)
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config)
 
 
 def run(config: DictConfig) -> None:
@@ -34,9 +33,9 @@ def run(config: DictConfig) -> None:
         from cogvla.real_robot.recording.bag_reader import BagReader
     except ModuleNotFoundError as error:
         raise ValueError(f"bags need {error.name}: install the extra `dds`") from error
-    robot = RobotConfig(**plain(config.robot))
-    embodiment = Embodiment(**plain(config.embodiment))
-    topics = RosTopics(**plain(config.topics))
+    robot = build(RobotConfig, plain(config.robot), "robot")
+    embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
+    topics = build(RosTopics, plain(config.topics), "topics")
     bags = [Path(bag) for bag in config.bags]
     if not bags:
         raise ValueError("give bags='[FOLDER, ...]'")
@@ -64,4 +63,4 @@ def run(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.bag_to_dataset()

@@ -14,36 +14,35 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build, take
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.bridge.keyboard import Keyboard
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.recording.recorder import Recorder
-from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain, stop_event
+from cogvla.scripts import console
+from cogvla.scripts.command import import_modules, plain, stop_event
 from cogvla.scripts.robot.robot_bridge import watch
 from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 
 KEYS = "a activate, s stop, space emergency stop, r reset, d drop the last recorded episode, q quit"
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="drive_robot")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line():
-        run(config)
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config)
 
 
 def run(config: DictConfig, keyboard: int | None = None) -> None:
     """Drive until `q`, SIGINT or SIGTERM; keys come from the descriptor `keyboard`, None: standard input."""
     stop = stop_event()
     import_modules(config.imports)
-    robot = RobotConfig(**plain(config.robot))
-    embodiment = Embodiment(**plain(config.embodiment))
-    settings = BridgeSettings(bool(config.dry_run), bool(config.activate))
+    robot = build(RobotConfig, plain(config.robot), "robot")
+    embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
+    settings = take(BridgeSettings, plain(config))
     if config.record is not None and settings.dry_run:
         raise ValueError("in a dry run the robot does nothing that could be recorded: give dry_run=false with record")
     client, described = open_policy_client(config, embodiment)
@@ -93,4 +92,4 @@ class Keys:
 
 
 if __name__ == "__main__":
-    main()
+    console.drive_robot()

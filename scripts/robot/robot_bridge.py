@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build, take
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.control.measurements import latency_table
@@ -26,25 +26,24 @@ from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings, UnavailableError
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
-from cogvla.scripts.command import mistakes_in_one_line, plain, stop_event
+from cogvla.scripts import console
+from cogvla.scripts.command import plain, stop_event
 from cogvla.scripts.robot.robots import dds_node
 
 POLL_S = 0.2
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="robot_bridge")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line():
-        run(config)
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config)
 
 
 def run(config: DictConfig) -> None:
     """Bridge until SIGINT or SIGTERM."""
     stop = stop_event()
-    robot = RobotConfig(**plain(config.robot))
-    embodiment = Embodiment(**plain(config.embodiment))
-    settings = BridgeSettings(bool(config.dry_run), bool(config.activate), float(config.diagnostics_s))
+    robot = build(RobotConfig, plain(config.robot), "robot")
+    embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
+    settings = take(BridgeSettings, plain(config))
     asking = ClientSettings(
         robot=embodiment,
         api_key=None if config.api_key is None else str(config.api_key),
@@ -53,7 +52,7 @@ def run(config: DictConfig) -> None:
     asyncio.run(_check_server(config.server, asking))
     client = ReconnectingClient(config.server, asking)
     node = _node(config)
-    front_end = RosFrontEnd(node, RosTopics(**plain(config.topics)), embodiment)
+    front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment)
     with node, Bridge(robot, embodiment, client, front_end, settings) as bridge:
         if config.instruction is not None:
             bridge.instruct(config.instruction)
@@ -109,4 +108,4 @@ def _node(config: DictConfig) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    console.robot_bridge()

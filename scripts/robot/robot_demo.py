@@ -23,10 +23,10 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
-import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from cogvla.configs.build import build
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.evaluate import write_report
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
@@ -45,7 +45,8 @@ from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.real_robot.serving.remote_policy import RemotePolicy
 from cogvla.real_robot.trials.trials import SimulatedScene, play
-from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
+from cogvla.scripts import console
+from cogvla.scripts.command import as_typed, import_modules, plain
 from cogvla.scripts.robot.robots import dds_node
 
 START_S = 180.0
@@ -54,11 +55,9 @@ MARGIN_S = 20.0
 """How much longer than its control steps an episode may take."""
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="robot_demo")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line():
-        run(config, as_typed("robot_demo"))
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config, as_typed("robot_demo"))
 
 
 def run(config: DictConfig, command: str) -> Report:
@@ -90,7 +89,7 @@ def run(config: DictConfig, command: str) -> Report:
 def _play(
     config: DictConfig, uri: str, specs: Sequence[EpisodeSpec], suite: Suite, view: str, output: Path
 ) -> tuple[list[EpisodeResult], Bridge, str]:
-    embodiment = Embodiment(**plain(config.embodiment))
+    embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
     began = datetime.now(UTC).isoformat(timespec="seconds")
     timeout_s = 2 * suite.max_steps / embodiment.control_hz + MARGIN_S
     results = []
@@ -103,10 +102,10 @@ def _play(
             )
             open_things.enter_context(shown)
         bridge = Bridge(
-            RobotConfig(**plain(config.robot)),
+            build(RobotConfig, plain(config.robot), "robot"),
             embodiment,
             ReconnectingClient(uri, ClientSettings(robot=embodiment)),
-            RosFrontEnd(node, RosTopics(**plain(config.topics)), embodiment),
+            RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment),
             BridgeSettings(dry_run=False),
             on_tick=None if shown is None else shown.show,
         )
@@ -223,4 +222,4 @@ def _process(name: str, arguments: Sequence[str], config: DictConfig) -> Iterato
 
 
 if __name__ == "__main__":
-    main()
+    console.robot_demo()

@@ -10,12 +10,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import AsksPolicy, FrontEnd
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.scripts.command import plain
+from cogvla.scripts.policies import open_any_policy
 
 TRANSPORTS = ("dds", "lerobot")
 
@@ -30,7 +32,7 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
     if config.transport == "lerobot":
         from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
 
-        settings = LeRobotSettings(**plain(config.lerobot))
+        settings = build(LeRobotSettings, plain(config.lerobot), "lerobot")
         settings.check(embodiment)
         robot = make_robot(settings)
         settings.check_robot(robot, embodiment)  # before anything is connected
@@ -40,7 +42,7 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
     from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
 
     node = dds_node(config.node, **plain(config.dds))
-    front_end = RosFrontEnd(node, RosTopics(**plain(config.topics)), embodiment)
+    front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment)
     stack.enter_context(node)
     return front_end, node
 
@@ -58,7 +60,7 @@ def dds_node(name: str, **settings: Any) -> Any:
             f"ROS 2 over DDS needs {error.name}: install the extra `dds` (x86-64 only); elsewhere, with ROS 2 "
             "installed, use the node of real_robot/ros/package"
         ) from error
-    return DdsNode(name, DdsSettings(**settings))
+    return DdsNode(name, build(DdsSettings, settings, "dds"))
 
 
 def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[AsksPolicy, Mapping[str, Any]]:
@@ -77,9 +79,7 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
         return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
     if not Path(config.checkpoint).is_dir():
         raise ValueError(f"no checkpoint folder at {config.checkpoint}; or give server=ws://HOST:PORT")
-    from cogvla.policy.checkpoint import open_policy
-
-    policy, identity = open_policy(config.checkpoint, config.device, config.threads)
+    policy, identity = open_any_policy(str(config.checkpoint), device=config.device, threads=config.threads)
     return LocalPolicy(policy, embodiment), {**policy.describe(), **identity}
 
 

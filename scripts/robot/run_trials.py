@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import hydra
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EpisodeLog
 from cogvla.envs.evaluation.evaluate import write_report
@@ -38,7 +38,8 @@ from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.trials.operator_scene import OperatorScene, SessionEndedError, listen
 from cogvla.real_robot.trials.trial_log import ControlLog, Film
 from cogvla.real_robot.trials.trials import STOPPED, SimulatedScene, TrialScene, play
-from cogvla.scripts.command import as_typed, import_modules, mistakes_in_one_line, plain
+from cogvla.scripts import console
+from cogvla.scripts.command import as_typed, import_modules, plain
 from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 
 SCENES = ("operator", "simulated")
@@ -46,11 +47,9 @@ MARGIN_S = 20.0
 """How much longer than its limit a trial may take before it is an error."""
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="run_trials")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line():
-        run(config, as_typed("run_trials"))
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config, as_typed("run_trials"))
 
 
 def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report | None:
@@ -59,8 +58,8 @@ def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report
     `keyboard` is the descriptor that keys are read from; None: standard input.
     """
     import_modules(config.imports)
-    robot = RobotConfig(**plain(config.robot))
-    embodiment = Embodiment(**plain(config.embodiment))
+    robot = build(RobotConfig, plain(config.robot), "robot")
+    embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
     suite, protocol = _trials(config, robot, embodiment)
     specs = protocol.episodes(suite, None if config.tasks is None else list(config.tasks))
     output = Path(config.output)
@@ -260,4 +259,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    main()
+    console.run_trials()

@@ -19,34 +19,33 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import hydra
 import numpy as np
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build
 from cogvla.envs.suite import get_suite
 from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.ros.messages import compressed_image_fields, image_fields, joint_state_fields
 from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, Delivery, RosNode
 from cogvla.real_robot.simulated.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus, SimulatedArm
-from cogvla.scripts.command import import_modules, mistakes_in_one_line, plain, stop_event
+from cogvla.scripts import console
+from cogvla.scripts.command import import_modules, plain, stop_event
 from cogvla.scripts.robot.robots import dds_node
 
 _log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name="sim_robot")
 def main(config: DictConfig) -> None:
-    """Console entry point."""
-    with mistakes_in_one_line():
-        run(config)
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config)
 
 
 def run(config: DictConfig) -> None:
     """Simulate until SIGINT or SIGTERM."""
     stop = stop_event()
     import_modules(config.imports)
-    topics = RosTopics(**plain(config.topics))
+    topics = build(RosTopics, plain(config.topics), "topics")
     with dds_node(config.node, **plain(config.dds)) as node:
         robot = SimRobot(node, topics, config.suite, config.image_size, config.max_steps)
         robot.arm.set_scene(SceneStart(0, config.task, config.initial_state))
@@ -134,4 +133,4 @@ class SimRobot:
 
 
 if __name__ == "__main__":
-    main()
+    console.sim_robot()

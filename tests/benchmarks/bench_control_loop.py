@@ -10,8 +10,9 @@ import argparse
 import time
 
 import numpy as np
-import yaml
 
+from cogvla.configs.build import build
+from cogvla.configs.load import load
 from cogvla.policy.interface import ActionChunk, Camera, Embodiment
 from cogvla.real_robot.control.control_loop import ControlLoop, Kind
 from cogvla.real_robot.control.measurements import percentiles
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--ticks", type=int, default=5000)
     parser.add_argument("--image-size", type=int, default=128)
     asked = parser.parse_args()
-    samples = measure(RobotConfig(**yaml.safe_load(CONFIG.read_text())), asked.image_size, asked.ticks)
+    samples = measure(build(RobotConfig, load("robot", "tabletop"), "robot"), asked.image_size, asked.ticks)
     print(f"{'microseconds':<28}{'calls':>8}{'least':>9}" + "".join(f"{name:>9}" for name in COLUMNS))
     for name, values in sorted(samples.items()):
         found = percentiles(values)

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from cogvla.configs.build import build
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -33,6 +33,7 @@ from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.heads.interface import DRAWS
 from cogvla.policy.training.auxiliary.blind_weights import BlindWeights
 from cogvla.policy.training.objective import Batch, Objective, ObjectiveConfig
+from cogvla.scripts.command import compose
 
 TEXT = "put the red block into the bowl"
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -92,10 +93,9 @@ def statistics(dimensions: int) -> Statistics:
 
 def measure(routing: str, folder: Path) -> dict[str, float]:
     """Seconds per step by switch; of `prior`, what comes before it."""
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        composed = compose("train_policy", [f"routing={routing}", *options.overrides])
+    composed = compose("train_policy", [f"routing={routing}", *options.overrides])
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
-    embodiment = Embodiment(**values["embodiment"])
+    embodiment = build(Embodiment, values["embodiment"], "embodiment")
     config = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
     data = {"state": statistics(embodiment.state_dim), "action": statistics(embodiment.action_dim)}
     preprocessor = Preprocessor(embodiment, WordTokenizer.from_instructions([TEXT]), data)
@@ -106,7 +106,9 @@ def measure(routing: str, folder: Path) -> dict[str, float]:
         random_batch(embodiment, preprocessor),
     )
     save_checkpoint(folder, teacher.state_dict(), config, preprocessor, data, {})
-    off = ObjectiveConfig(grounding=0, reading=0, pointing=0, counterfactual=0, state_dropout=0)
+    off = ObjectiveConfig(
+        grounding=0, reading=0, pointing=0, counterfactual=0, gripper_state=(), state_dropout=0, phase_weights=()
+    )
     steps: dict[str, Callable[[], Any]] = {}
     for name, change in SWITCHES.items():
         objective = Objective(model, replace(off, **change), model.vision_tokens, config.language.width, teacher)

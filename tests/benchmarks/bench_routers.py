@@ -17,14 +17,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from cogvla.configs.build import build
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.routing.registry import build_router, registered_routers
 from cogvla.routing.router import RouterConfig
+from cogvla.scripts.command import compose
 from cogvla.tests.support.router_contexts import context_for, everything, sizes_for
 
 WARM_UP = 3
@@ -60,10 +61,9 @@ def router_ms(name: str, batch: int, args: argparse.Namespace) -> float:
 
 def preset() -> tuple[CogVLA, ModelInput]:
     """The tiny policy with patches, and one observation for it."""
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        composed = compose("train_policy", ["routing=router", "routing.router.name=identity"])
-        values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
-    robot = Embodiment(**values["embodiment"])
+    composed = compose("train_policy", ["routing=router", "routing.router.name=identity"])
+    values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    robot = build(Embodiment, values["embodiment"], "embodiment")
     torch.manual_seed(0)
     model = CogVLA(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}), robot).eval()
     size = (robot.cameras[0].height, robot.cameras[0].width)

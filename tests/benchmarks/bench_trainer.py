@@ -14,15 +14,14 @@ import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
-
+from cogvla.configs.build import build
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
-from cogvla.scripts.command import plain
+from cogvla.scripts.command import compose, plain
 from cogvla.scripts.train_policy import build_trainer
 
 WARM_UP = 40
@@ -31,15 +30,17 @@ parser.add_argument("overrides", nargs="*", help="of train_policy")
 parser.add_argument("--steps", type=int, default=160, help=f"timed, after {WARM_UP} others")
 options = parser.parse_intermixed_args()
 
-with initialize_config_module("cogvla.configs", version_base="1.3"):
-    values = plain(compose("train_policy", options.overrides))
+values = plain(compose("train_policy", options.overrides))
 use_threads(values["threads"])
-embodiment, config = Embodiment(**values["embodiment"]), TrainingConfig(**values["training"])
+embodiment, config = (
+    build(Embodiment, values["embodiment"], "embodiment"),
+    build(TrainingConfig, values["training"], "training"),
+)
 model = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
-data = DemonstrationData.open(DataConfig(**values["data"]), embodiment)
+data = DemonstrationData.open(build(DataConfig, values["data"], "data"), embodiment)
 times: list[float] = []
 with tempfile.TemporaryDirectory() as folder:
-    objective = ObjectiveConfig(**values["objective"])
+    objective = build(ObjectiveConfig, values["objective"], "objective")
     trainer = build_trainer(config, model, objective, embodiment, data, Path(folder), lambda metrics, step: None)
     with nullcontext() if trainer.parallel is None else closing(trainer.parallel):
         for _ in range(WARM_UP + options.steps):

@@ -162,7 +162,7 @@ def shorten(name: str, share: float) -> Callable[[Path], None]:
         (lambda folder: (folder / CONFIG).write_text("[]"), rf"{CONFIG} is damaged \(it is not a JSON object\)"),
         (rewrite(CONFIG, lambda body: body.update(format=99)), "has checkpoint format 99; this version reads 1"),
         (rewrite(CONFIG, lambda body: body.pop("embodiment")), r"is damaged \(no 'embodiment'\); use another"),
-        (rewrite(CONFIG, lambda body: body["embodiment"].update(wheels=4)), r"is damaged .*'wheels'.*use another"),
+        (rewrite(CONFIG, lambda body: body["embodiment"].update(wheels=4)), r"is damaged .*wheels.*use another"),
         (rewrite(CONFIG, lambda body: body["model"].update(wheels=4)), "unknown key wheels in model; valid keys are"),
         (
             rewrite(STATISTICS, lambda body: body["state"]["q01"].pop()),

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_module
 from PIL import Image
 
 from cogvla.libero.env import LiberoEnv, LiberoSettings
@@ -23,6 +22,7 @@ from cogvla.libero.hdf5.reader import demonstrations, is_hdf5, read, read_images
 from cogvla.libero.hdf5.replay import ReplaySettings, is_noop, kept_steps
 from cogvla.policy.data.reader import LeRobotReader, Mapping
 from cogvla.scripts import convert_libero as command
+from cogvla.scripts.command import compose
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.libero_assets import ASSETS, LEAN, MESHES, needs_assets
 
@@ -138,8 +138,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 def run(source: Path, output: Path, *overrides: str) -> Path:
     settings = ["libero.lean=true", "libero.reflections=false", f"libero.assets={ASSETS}"]
     settings += [f"libero.robot_meshes={MESHES}"] if MESHES else []
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        config = compose("convert_libero", [f"source={source}", f"output={output}", *settings, *overrides])
+    config = compose("convert_libero", [f"source={source}", f"output={output}", *settings, *overrides])
     return command.run(config)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_module
 
+from cogvla.configs.load import names
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol, protocol_names
+from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.evaluation.report import Report
-from cogvla.scripts.command import MISTAKES
+from cogvla.scripts.command import MISTAKES, compose
 from cogvla.scripts.eval_libero import run as run_command
 from cogvla.scripts.eval_libero import suites
 from cogvla.tests.support.point_suite import TASKS, ToyPolicy, solvable, toy_suite
@@ -177,11 +177,11 @@ def test_protocol_mistakes_are_named(tmp_path: Path) -> None:
         run(tmp_path, EvaluationProtocol("toy", execute_steps=5))
     with pytest.raises(ValueError, match="at least one episode"):
         EvaluationProtocol("toy", 0)
-    with pytest.raises(ValueError, match=r"unknown protocol 'nonsense'; one of .*tabletop"):
+    with pytest.raises(ValueError, match=r"protocol 'nonsense' is neither a YAML file nor one of .*tabletop"):
         load_protocol("nonsense")
 
 
-@pytest.mark.parametrize("name", protocol_names())
+@pytest.mark.parametrize("name", names("protocol"))
 def test_named_protocols_are_valid(name: str) -> None:
     protocol = load_protocol(name, seed=3)
     assert (protocol.name, protocol.seed) == (name, 3)
@@ -295,7 +295,6 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_explained(tmp_path: Path, overrides: list[str], said: str) -> None:
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        config = compose("eval_libero", [f"output={tmp_path}", *overrides])
+    config = compose("eval_libero", [f"output={tmp_path}", *overrides])
     with pytest.raises(MISTAKES, match=said):
         run_command(config, "")

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from cogvla.configs.load import load
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
@@ -25,8 +24,8 @@ from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.empty_model import empty_model
 from cogvla.policy.weights.pretrained import load_base
 from cogvla.policy.weights.release import open_release
+from cogvla.scripts.command import compose
 from cogvla.scripts.import_checkpoint import main, run
-from cogvla.tests.support.paths import CONFIGS
 from cogvla.tests.support.plain_cogvla import PlainCogVLA, norm_stats, unnormalise
 from cogvla.tests.support.published_layouts import (
     SIZES,
@@ -69,15 +68,14 @@ MODEL: dict[str, Any] = {
         "aggregation_tokens": 64,
     },
     # Sizes of the language model, tokens and schedule are the paper's: the release's config.json corrects them.
-    "language": yaml.safe_load((CONFIGS / "policy" / "cogvla_7b.yaml").read_text())["language"],
+    "language": load("policy", "cogvla_7b")["language"],
     "head": {"tokens_per_step": "action_dim", "placeholder": "zero", "shifted": True},
 }
 
 
 def imported(source: Path, output: Path, **options: Any) -> list[str]:
     """The command with small sizes in place of the presets' and without a crop."""
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        values = OmegaConf.to_container(compose("import_checkpoint"))
+    values = OmegaConf.to_container(compose("import_checkpoint"))
     assert isinstance(values, dict)
     plain = {"policy": MODEL, "embodiment": asdict(ROBOT), "dtype": "float32", "crop_area": 1.0, "empty_token": None}
     return run({**values, **plain, "source": str(source), "output": str(output), **options})

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,7 +21,8 @@ from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training.run_log import RunLog
-from cogvla.scripts import train_policy
+from cogvla.scripts import console, train_policy
+from cogvla.scripts.command import compose
 from cogvla.tests.support.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 
 CAMERAS = "[{name:agentview,height:32,width:32},{name:wrist,height:32,width:32}]"
@@ -55,8 +55,7 @@ def overrides(root: Path, *more: str) -> list[str]:
 
 
 def run(root: Path, *more: str) -> dict[str, Any]:
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        config = compose("train_policy", overrides(root, *more))
+    config = compose("train_policy", overrides(root, *more))
     return train_policy.run(config, "train_policy")
 
 
@@ -151,7 +150,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
     GlobalHydra.instance().clear()
     try:
         with pytest.raises(SystemExit) as ended:
-            train_policy.main()
+            console.train_policy()
     finally:
         GlobalHydra.instance().clear()
     return ended.value.code
@@ -162,18 +161,18 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
     [
         (["suite=tabletop_objects"], r"error: unknown suite 'tabletop_objects'.*tabletop_object"),
         (["training.batch_size=7", "training.accumulation=2"], "error: batch_size 7 is not a multiple"),
-        (["training.steps=many"], "error: configuration training: .*"),
-        (["+training.stepss=5"], "error: configuration training: .*unexpected keyword argument 'stepss'"),
+        (["training.steps=many"], "error: training: .*"),
+        (["+training.stepss=5"], "error: unknown key stepss in training; valid keys are steps, .*"),
         (["+routing.efaa=true"], r"error: unknown key efaa in model\.routing; valid keys are efa, "),
         (["routing.attention=sideways"], r"error: routing\.attention is 'sideways'; it must be one of coupled, causal"),
-        (["evaluation.protocol=libero_x"], "error: unknown protocol 'libero_x'; one of "),
+        (["evaluation.protocol=libero_x"], "error: protocol 'libero_x' is neither a YAML file nor one of "),
         (["data.cameras.wrist=observation.images.hand"], r"error: .*no camera 'observation\.images\.hand'; it has "),
         (["embodiment.state_dim=7"], r"error: 'observation\.state' has shape \(8,\) .*state_dim is 7; choose"),
         (["data.state=state"], r"error: .* has no 'state'; it has observation\.state, "),
         (["suite=null", "data.root=/nowhere"], "error: there is no LeRobotDataset in /nowhere: record one with"),
         (["demonstrations.episodes=11"], "error: .* was recorded with episodes=10; choose another output, or delete"),
         (["policy.language.bos_token=9"], r"error: the data has \d+ words, there is room for 9 before .*raise both"),
-        (["+evaluation.speed=2"], "error: configuration evaluation: .*unexpected keyword argument 'speed'"),
+        (["+evaluation.speed=2"], "error: unknown key speed in protocol; valid keys are name, .*"),
         (["routing=router", "engine.dtype=bfloat16"], "error: the engine does not know .*'random'"),
         (["wandb.mode=loud"], "error: wandb.mode is 'loud'; it must be one of auto, online"),
         (["routing=no_efa"], "error: .* was trained with another policy or routing; choose another output, or delete"),
@@ -228,7 +227,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train_policy"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ZeroDivisionError):
-        train_policy.main()
+        console.train_policy()
     GlobalHydra.instance().clear()
 
 

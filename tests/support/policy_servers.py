@@ -115,7 +115,7 @@ def serving(
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
     loop, stop, port = started.result(10)
-    scheme = "ws" if settings.certificate is None else "wss"
+    scheme = "ws" if settings.tls.cert is None else "wss"
     uri = f"{scheme}://127.0.0.1:{port}"
     try:
         if wait:

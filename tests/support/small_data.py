@@ -51,8 +51,8 @@ MODEL: dict[str, Any] = {
         "embedding_std": 1.0,
     },
 }
-LABELLED = ObjectiveConfig(grounding=1.0, pointing=0.1, counterfactual=0.25, state_dropout=0.25)
-IMITATION = ObjectiveConfig(grounding=0.0, reading=0.0, pointing=0.0, counterfactual=0.0, state_dropout=0.0)
+LABELLED = ObjectiveConfig(grounding=1.0, counterfactual=0.25, gripper_state=(), phase_weights=())
+IMITATION = replace(LABELLED, grounding=0.0, reading=0.0, pointing=0.0, counterfactual=0.0, state_dropout=0.0)
 
 
 def small_data(episodes: int = 8, labels: bool = True, seed: int = 0) -> DemonstrationData:
@@ -119,6 +119,7 @@ def settings(**changes: Any) -> TrainingConfig:
     default = TrainingConfig(
         steps=10,
         batch_size=8,
+        cpu_parts=1,
         learning_rate=3e-3,
         warmup_steps=2,
         ema_decay=0.5,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 
 from cogvla.envs.analysis.router_comparison import (
     ROUNDS,
@@ -37,6 +36,7 @@ from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RouterConfig
 from cogvla.scripts import compare_routers
 from cogvla.scripts.analyse_routing import run as analyse
+from cogvla.scripts.command import compose
 from cogvla.tests.support.point_suite import EMBODIMENT, TASKS
 from cogvla.tests.support.small_data import MODEL
 
@@ -140,8 +140,7 @@ def test_options_are_told_apart_and_mistakes_are_explained() -> None:
 
 
 def command(name: str, *overrides: str) -> Any:
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        return compose(name, ["imports=[cogvla.tests.support.point_suite]", "suite=point", "threads=1", *overrides])
+    return compose(name, ["imports=[cogvla.tests.support.point_suite]", "suite=point", "threads=1", *overrides])
 
 
 @pytest.fixture
@@ -211,8 +210,7 @@ def test_fine_tuning_gives_each_router_to_training(
     monkeypatch.setattr(compare_routers, "subprocess", SimpleNamespace(run=train))
     learned = ["regime=fine_tuned", "routers=[{name: learned_pruner, options: {hidden: 8}}]"]
     data = compare_routers.run(command("compare_routers", *comparison, *learned, "tasks=[0]"), "...")
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        composed = compose("train_policy", asked[0])
+    composed = compose("train_policy", asked[0])
     assert RouterConfig(**composed.routing.router).options == {"hidden": 8}
     assert composed.routing.router.budget == 0.25
     assert composed.training.steps == 500

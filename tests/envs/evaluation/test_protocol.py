@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.suite import Suite, Task
 from cogvla.libero.suites import PROTOCOL
 from cogvla.libero.tasks import LIBERO_SUITES, MAX_STEPS, instruction
-from cogvla.scripts.command import MISTAKES
-from cogvla.scripts.eval_libero import protocol_for, run, suites
+from cogvla.scripts.command import MISTAKES, compose
+from cogvla.scripts.eval_libero import protocol_of, run, suites
 from cogvla.tests.support.point_suite import toy_suite
 
 
@@ -24,8 +23,7 @@ def libero(name: str) -> Suite:
 
 
 def config(*overrides: str) -> DictConfig:
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        return compose("eval_libero", ["checkpoint=random", *overrides])
+    return compose("eval_libero", ["checkpoint=random", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -47,16 +45,16 @@ def test_published_limits(protocol: str, limits: tuple[int, ...]) -> None:
 
 def test_the_suites_own_protocol_is_taken_unless_one_is_named() -> None:
     goal, tabletop = libero("libero_goal"), toy_suite()
-    assert protocol_for(goal, config()) == load_protocol("openvla_oft")
-    assert protocol_for(tabletop, config()) == load_protocol("tabletop")
-    assert protocol_for(goal, config("protocol=cogvla")) == load_protocol("cogvla")
-    assert protocol_for(tabletop, config("protocol=cogvla")).name == "cogvla"
+    assert protocol_of(goal, config()) == load_protocol("openvla_oft")
+    assert protocol_of(tabletop, config()) == load_protocol("tabletop")
+    assert protocol_of(goal, config("protocol=cogvla")) == load_protocol("cogvla")
+    assert protocol_of(tabletop, config("protocol=cogvla")).name == "cogvla"
 
 
 @pytest.mark.parametrize("named", [(), ("protocol=openvla_oft",)])
 def test_values_of_any_protocol_can_be_changed(named: tuple[str, ...]) -> None:
     changes = ("protocol.execute_steps=null", "protocol.max_steps=24", "episodes_per_task=3", "seed=5")
-    protocol = protocol_for(libero("libero_goal"), config(*named, *changes))
+    protocol = protocol_of(libero("libero_goal"), config(*named, *changes))
     assert protocol == load_protocol("openvla_oft", execute_steps=None, max_steps=24, episodes_per_task=3, seed=5)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
 
 from cogvla.envs import TABLETOP_SUITES
 from cogvla.envs.rotations import rotation_matrix, rotation_vector
 from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.control import POSITION_SCALE
 from cogvla.envs.tabletop.expert import PHASES, Expert
+from cogvla.scripts.command import compose
 from cogvla.scripts.expert_table import play, run
 from cogvla.tests.support import toy_suite
 
@@ -101,12 +101,11 @@ def test_expert_refuses_other_environments():
 
 
 def test_expert_table_prints_and_checks_its_input(capsys):
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        config = compose("expert_table", ["states=1", "tasks=[8]", "suite=tabletop_goal"])
-        (row,) = run(config)
-        assert row.rate == 1.0
-        assert "press the white button" in capsys.readouterr().out
-        with pytest.raises(ValueError, match=r"tasks 0\.\.9"):
-            run(compose("expert_table", ["tasks=[10]"]))
-        with pytest.raises(ValueError, match="unknown suite"):
-            run(compose("expert_table", ["suite=tabletop_nothing"]))
+    config = compose("expert_table", ["states=1", "tasks=[8]", "suite=tabletop_goal"])
+    (row,) = run(config)
+    assert row.rate == 1.0
+    assert "press the white button" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"tasks 0\.\.9"):
+        run(compose("expert_table", ["tasks=[10]"]))
+    with pytest.raises(ValueError, match="unknown suite"):
+        run(compose("expert_table", ["suite=tabletop_nothing"]))

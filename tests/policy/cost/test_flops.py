@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogvla.configs.load import load
 from cogvla.policy.cost.flops import REPEATED, TOTAL, Counting, StageCost, Work, build_on_meta, count_flops
 from cogvla.policy.cost.roofline import GPUS, find_gpu, floors, format_table
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.tests.policy.model.test_config import CONFIGS, routing_yaml
 from cogvla.tests.support.tiny_model import ROBOT, alone, tiny_config, tiny_input, tiny_model
 
 LIBERO = Embodiment("libero", (Camera("agentview", 224, 224), Camera("wrist", 224, 224)), 8, 7, 8, 20.0)
@@ -125,8 +124,8 @@ def test_routing_saves() -> None:
 
 
 def paper(text: int = 30, counting: Counting | None = None, **changes: Any) -> dict[str, StageCost]:
-    body = yaml.safe_load((CONFIGS / "policy" / "cogvla_7b.yaml").read_text())
-    config = CogVLAConfig.from_dict({**body, "routing": {**routing_yaml("faithful"), **changes}})
+    body = load("policy", "cogvla_7b")
+    config = CogVLAConfig.from_dict({**body, "routing": {**load("routing", "faithful"), **changes}})
     return by_stage(count_flops(config, LIBERO, text, counting=counting))
 
 
@@ -137,9 +136,7 @@ PAPER = [({}, 2.72), ({"efa": False}, 5.38), ({"lfp": False}, 3.52), ({"efa": Fa
 def test_the_papers_numbers_come_out(changes: dict[str, Any], reported: float) -> None:
     """Within 10 % of what this model computes, and within 1 % of what a counter of linear layers would have seen."""
     assert paper(**changes)[TOTAL].flops == pytest.approx(reported * 1e12, rel=0.1)
-    as_counted = Counting(
-        **yaml.safe_load((CONFIGS / "counting" / "published.yaml").read_text()) | {"attention": False}
-    )
+    as_counted = Counting(**load("counting", "published") | {"attention": False})
     assert paper(7, as_counted, **changes)[TOTAL].flops == pytest.approx(reported * 1e12, rel=0.01)
 
 
@@ -152,8 +149,8 @@ def test_the_7b_preset_without_a_single_weight() -> None:
 
 
 def test_the_small_preset_is_half_a_billion() -> None:
-    body = yaml.safe_load((CONFIGS / "policy" / "small.yaml").read_text())
-    model = build_on_meta(CogVLAConfig.from_dict({**body, "routing": routing_yaml("cogvla")}), LIBERO)
+    body = load("policy", "small")
+    model = build_on_meta(CogVLAConfig.from_dict({**body, "routing": load("routing", "cogvla")}), LIBERO)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.537e9, rel=0.01)
     assert all(p.is_meta for p in model.parameters())
 

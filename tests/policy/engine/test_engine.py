@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import cogvla.tests.support.small_data as small
+from cogvla.configs.build import build
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import Engine, EngineConfig
 from cogvla.policy.engine.float8 import Float8Linear
@@ -379,12 +380,12 @@ def test_what_cannot_be_fused_is_said() -> None:
         ({"dtype": "int8", "smallest": 0}, "engine.smallest must be at least 1"),
         ({"text_buckets": [8, 4]}, "increasing"),
         ({"text_buckets": [0, 4]}, "increasing positive"),
-        ({"threads": 3}, "configuration engine"),
+        ({"threads": 3}, "unknown key threads in engine; valid keys are kind"),
     ],
 )
 def test_wrong_settings_are_said(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EngineConfig.from_dict(values)
+        build(EngineConfig, values, "engine")
 
 
 def test_a_graph_needs_a_gpu() -> None:

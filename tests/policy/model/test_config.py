@@ -1,40 +1,33 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
-import yaml
 
-from cogvla.policy.model.config import CogVLAConfig, TowerConfig
-from cogvla.tests.support.paths import CONFIGS
+from cogvla.configs.build import build
+from cogvla.configs.load import load, names
+from cogvla.policy.model.config import CogVLAConfig, RoutingConfig, TowerConfig
 from cogvla.tests.support.tiny_model import MODEL, tiny_config
 
 
-def routing_yaml(name: str) -> dict[str, Any]:
-    body = yaml.safe_load((CONFIGS / "routing" / f"{name}.yaml").read_text())
-    merged: dict[str, Any] = {}
-    for base in body.pop("defaults", []):
-        merged |= routing_yaml(base)
-    return merged | body
-
-
-@pytest.mark.parametrize("routing", sorted(p.stem for p in (CONFIGS / "routing").glob("*.yaml")))
-@pytest.mark.parametrize("policy", sorted(p.stem for p in (CONFIGS / "policy").glob("*.yaml")))
+@pytest.mark.parametrize("routing", names("routing"))
+@pytest.mark.parametrize("policy", names("policy"))
 def test_every_preset_composes_and_survives_a_round_trip(policy: str, routing: str) -> None:
-    body = yaml.safe_load((CONFIGS / "policy" / f"{policy}.yaml").read_text())
-    config = CogVLAConfig.from_dict({**body, "routing": routing_yaml(routing)})
+    config = CogVLAConfig.from_dict({**load("policy", policy), "routing": load("routing", routing)})
     assert CogVLAConfig.from_dict(config.to_dict()) == config
 
 
 def test_faithful_is_the_published_behaviour() -> None:
-    config = CogVLAConfig.from_dict({**MODEL, "routing": routing_yaml("faithful")}).routing
+    config = CogVLAConfig.from_dict({**MODEL, "routing": load("routing", "faithful")}).routing
     assert (config.period, config.position_policy, config.scale, config.summary) == (31, "renumber", "all", "faithful")
 
 
 def test_ablations_switch_off_one_stage_each() -> None:
-    full = routing_yaml("cogvla")
+    full = build(RoutingConfig, load("routing", "cogvla"), "routing")
     for name, changed in {"no_efa": "efa", "no_lfp": "lfp", "no_catten": "attention", "cogvla_drop": "mode"}.items():
-        assert {key for key, value in routing_yaml(name).items() if value != full[key]} == {changed}
+        routing = build(RoutingConfig, load("routing", name), "routing")
+        assert [f.name for f in fields(full) if getattr(routing, f.name) != getattr(full, f.name)] == [changed]
 
 
 @pytest.mark.parametrize(

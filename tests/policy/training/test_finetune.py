@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from cogvla.configs.load import load
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.training import adapters
@@ -27,11 +27,10 @@ from cogvla.policy.training.optimisation import adamw
 from cogvla.tests.policy.training.test_trainer import KILLED, assert_same_run, rows
 from cogvla.tests.support import small_data as small
 from cogvla.tests.support.extras import needs
-from cogvla.tests.support.paths import CONFIGS
 from cogvla.tests.support.small_data import ROBOT, settings, small_trainer
 from cogvla.tests.support.tiny_model import tiny_input, tiny_model
 
-PAPER = yaml.safe_load((CONFIGS / "finetune" / "lora.yaml").read_text())
+PAPER = load("finetune", "lora")
 LORA = FinetuneConfig(**{**PAPER, "rank": 4, "alpha": 2.0})
 HEAD_ONLY = FinetuneConfig(train=("head",))
 
@@ -75,8 +74,8 @@ def test_the_papers_choice_of_what_is_trained() -> None:
     linear = r"(attn\.(qkv|proj)|mlp\.fc[12]|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     assert layers.keys() == {name[:-7] for name in everything if re.search(linear + r"\.weight$", name)}
     assert all(layer.scaling["default"] == 0.5 for layer in layers.values()), "alpha / rank, as in the paper"
-    assert PAPER["rank"] == 32
-    assert PAPER["alpha"] == 16
+    paper = FinetuneConfig(**PAPER)
+    assert (paper.rank, paper.alpha) == (32, 16)
 
 
 def test_fresh_adapters_change_nothing() -> None:

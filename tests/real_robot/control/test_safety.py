@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvla.configs.build import build
+from cogvla.configs.load import load, names
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.control.control_loop import ControlLoop
 from cogvla.real_robot.control.safety import LimitError, SafetyLimiter
-from cogvla.real_robot.control.settings import LoopSettings, RobotConfig, SafetyLimits
+from cogvla.real_robot.control.settings import RobotConfig, SafetyLimits
 from cogvla.tests.support.control_robot import ABSOLUTE, DELTA, HZ, PERIOD, ROBOT
 from cogvla.tests.support.paths import CONFIGS
 
@@ -252,15 +252,12 @@ def embodiment_of(config: RobotConfig) -> Embodiment:
     return Embodiment("pose", camera, 8, 7, 8, HZ, gripper_index=6)
 
 
-@pytest.mark.parametrize("path", sorted(ROBOTS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_robot_file_lists_every_key_and_makes_a_loop(path: Path) -> None:
-    values = yaml.safe_load(path.read_text())
-    config = RobotConfig(**values)
-    assert values["limits"].keys() == SafetyLimits.__dataclass_fields__.keys()
-    assert values["loop"].keys() == LoopSettings.__dataclass_fields__.keys()
+@pytest.mark.parametrize("name", names("robot"))
+def test_every_robot_file_makes_a_loop(name: str) -> None:
+    config = build(RobotConfig, load("robot", name), "robot")
     assert ControlLoop(embodiment_of(config), config.limits, config.loop).fault is None
 
 
 def test_an_unknown_key_of_a_robot_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"SafetyLimits has no \['speed'\]; it has kind, scale"):
-        RobotConfig("x", {"kind": "delta", "speed": 3})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"unknown key speed in robot\.limits; valid keys are kind, scale"):
+        build(RobotConfig, {"name": "x", "limits": {"kind": "delta", "speed": 3}}, "robot")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from omegaconf import DictConfig
 
@@ -24,6 +23,7 @@ from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, co
 from cogvla.real_robot.recording.recorder import Recorder
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.request import RequestKeys
+from cogvla.scripts.command import compose
 from cogvla.scripts.robot.drive_robot import run
 from cogvla.tests.support.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
 from cogvla.tests.support.policy_servers import serving, until
@@ -231,8 +231,7 @@ def test_a_machine_that_cannot_record_as_fast_says_so(tmp_path: Path, robot: Pla
 
 def command(uri: str, *overrides: str) -> DictConfig:
     """`drive_robot` for the plane arm."""
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        config = compose("drive_robot", [f"server={uri}", f"instruction={INSTRUCTION}", *overrides])
+    config = compose("drive_robot", [f"server={uri}", f"instruction={INSTRUCTION}", *overrides])
     return configured(config)
 
 

@@ -18,15 +18,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
-from hydra import compose, initialize_config_module
 
+from cogvla.configs.build import build
+from cogvla.configs.load import load
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.bridge.named_config import named_config
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros import messages as messages
 from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd, RosTopics
 from cogvla.real_robot.ros.node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
 from cogvla.real_robot.serving.async_client import ClientSettings
+from cogvla.scripts.command import compose
 from cogvla.scripts.robot import robot_bridge
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import ROOT
@@ -158,8 +159,8 @@ class Bridge:
 
 def front(name: str, **changes: Any) -> tuple[Remembers, Bridge, RosFrontEnd, Embodiment]:
     node, bridge = Remembers(), Bridge()
-    embodiment = Embodiment(**named_config("embodiment", name))
-    made = RosFrontEnd(node, RosTopics(**named_config("topics", name) | changes), embodiment)
+    embodiment = build(Embodiment, load("embodiment", name), "embodiment")
+    made = RosFrontEnd(node, build(RosTopics, load("topics", name) | changes, "topics"), embodiment)
     made.start(bridge)  # type: ignore[arg-type]
     return node, bridge, made, embodiment
 
@@ -167,7 +168,7 @@ def front(name: str, **changes: Any) -> tuple[Remembers, Bridge, RosFrontEnd, Em
 def test_sensors_reach_the_bridge_on_its_own_clock() -> None:
     node, bridge, _, embodiment = front("tabletop")
     image = np.zeros((128, 128, 3), np.uint8)
-    joints = dict.fromkeys(RosTopics(**named_config("topics", "tabletop")).joints, 0.5)
+    joints = dict.fromkeys(build(RosTopics, load("topics", "tabletop"), "topics").joints, 0.5)
     first = bridge.now()
     node.subscribed["/wrist/image_raw"](as_message(messages.image_fields(image, node.now() - 0.25, "wrist")))
     node.subscribed["/joint_states"](as_message(messages.joint_state_fields(joints, node.now() - 0.1)))
@@ -260,19 +261,19 @@ def test_topics_that_do_not_fit_the_robot_are_refused(changes: dict[str, Any], w
 
 @pytest.mark.parametrize("name", ["tabletop", "six_joints"])
 def test_the_files_of_a_robot_fit_together(name: str) -> None:
-    embodiment = Embodiment(**named_config("embodiment", name))
-    RobotConfig(**named_config("robot", name)).limits.check(embodiment)
-    RosTopics(**named_config("topics", name)).check(embodiment)
+    embodiment = build(Embodiment, load("embodiment", name), "embodiment")
+    build(RobotConfig, load("robot", name), "robot").limits.check(embodiment)
+    build(RosTopics, load("topics", name), "topics").check(embodiment)
 
 
 def test_named_configs_list_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"topics 'nothing' is neither a YAML file nor one of six_joints, tabletop"):
-        named_config("topics", "nothing")
+        load("topics", "nothing")
     (tmp_path / "mine.yaml").write_text("a: 1\n")
-    assert named_config("topics", str(tmp_path / "mine.yaml")) == {"a": 1}
+    assert load("topics", str(tmp_path / "mine.yaml")) == {"a": 1}
     (tmp_path / "mine.yaml").write_text("")
     with pytest.raises(ValueError, match="holds no mapping"):
-        named_config("topics", str(tmp_path / "mine.yaml"))
+        load("topics", str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -289,14 +290,13 @@ def test_mistakes_of_the_command_are_explained(changes: list[str], words: str, m
         monkeypatch.setitem(sys.modules, "cogvla.real_robot.ros.dds", None)  # as if it could not be imported
     elif changes[0].startswith("dds"):
         pytest.importorskip("cyclonedds", reason=needs("dds"))
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        config = compose("robot_bridge", changes)
+    config = compose("robot_bridge", changes)
     with pytest.raises(ValueError, match=words):
         robot_bridge._node(config)
 
 
 def test_a_policy_for_another_robot_is_refused_before_anything_starts() -> None:
-    settings = ClientSettings(robot=Embodiment(**named_config("embodiment", "tabletop")))
+    settings = ClientSettings(robot=build(Embodiment, load("embodiment", "tabletop"), "embodiment"))
     with serving(SumPolicy()) as (uri, _), pytest.raises(ValueError, match="does not fit the robot 'tabletop_panda'"):
         asyncio.run(robot_bridge._check_server(uri, settings))
 

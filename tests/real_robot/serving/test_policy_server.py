@@ -21,7 +21,7 @@ from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.batching import Batcher, BatchSettings, ExpiredError, PolicyError
 from cogvla.real_robot.serving.client import PolicyClient
 from cogvla.real_robot.serving.request import RequestKeys
-from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
+from cogvla.real_robot.serving.server import PolicyServer, ServerSettings, TlsFiles
 from cogvla.real_robot.serving.server_metrics import Outcome, ServerMetrics
 from cogvla.tests.support.extras import NEEDS_TEST_GROUP
 from cogvla.tests.support.policy_servers import (
@@ -129,7 +129,7 @@ def test_oversized() -> None:
 
 def test_a_failing_policy_fails_one_client_only(caplog: pytest.LogCaptureFixture) -> None:
     policy = SumPolicy()
-    with serving(policy, batching=BatchSettings(4, wait_ms=2000)) as (uri, _):
+    with serving(policy, batching=BatchSettings(4, batch_wait_ms=2000)) as (uri, _):
         prompts = ["pick", "raise", "nan", "place"]
         clients = [openpi(uri) for _ in prompts]
         policy.batches.clear()
@@ -162,7 +162,7 @@ def test_a_policy_of_another_shape_is_an_error() -> None:
 
 def test_requests_that_arrive_together_share_forward_passes() -> None:
     policy = SumPolicy()
-    with serving(policy, batching=BatchSettings(8, wait_ms=500)) as (uri, _):
+    with serving(policy, batching=BatchSettings(8, batch_wait_ms=500)) as (uri, _):
         clients = [openpi(uri) for _ in range(8)]
         policy.batches.clear()
         with ThreadPoolExecutor(8) as pool:
@@ -176,7 +176,7 @@ def test_requests_that_arrive_together_share_forward_passes() -> None:
 
 
 def test_one_client_does_not_wait_for_others() -> None:
-    with serving(SumPolicy(), batching=BatchSettings(8, wait_ms=30_000)) as (uri, _):
+    with serving(SumPolicy(), batching=BatchSettings(8, batch_wait_ms=30_000)) as (uri, _):
         client = openpi(uri)
         started = time.monotonic()
         client.infer(libero_request())
@@ -186,7 +186,7 @@ def test_one_client_does_not_wait_for_others() -> None:
 def test_images_of_other_sizes_are_not_stacked() -> None:
     policy = SumPolicy()
     images = [np.full((size, size, 3), 7, np.uint8) for size in (8, 20, 8)]
-    with serving(policy, batching=BatchSettings(8, wait_ms=200)) as (uri, _):
+    with serving(policy, batching=BatchSettings(8, batch_wait_ms=200)) as (uri, _):
         clients = [openpi(uri) for _ in images]
         policy.batches.clear()
         with ThreadPoolExecutor(3) as pool:
@@ -322,7 +322,7 @@ def test_tls(tmp_path: Path) -> None:
     issued = authority.issue_cert("127.0.0.1")
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
-    settings = ServerSettings(certificate=tmp_path / "server.pem", private_key=tmp_path / "server.pem")
+    settings = ServerSettings(tls=TlsFiles(cert=str(tmp_path / "server.pem"), key=str(tmp_path / "server.pem")))
     with serving(SumPolicy(), settings) as (uri, _):
         assert uri.startswith("wss://")
         with PolicyClient(uri, replace(PATIENT, certificate=tmp_path / "ca.pem")) as client:
@@ -330,9 +330,9 @@ def test_tls(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not trusted"):
             PolicyClient(uri, PATIENT)
     with pytest.raises(ValueError, match="cannot use"):
-        ServerSettings(certificate=tmp_path / "ca.pem", private_key=tmp_path / "ca.pem").tls()
+        TlsFiles(cert=str(tmp_path / "ca.pem"), key=str(tmp_path / "ca.pem")).context()
     with pytest.raises(ValueError, match="both"):
-        ServerSettings(certificate=tmp_path / "ca.pem")
+        TlsFiles(cert=str(tmp_path / "ca.pem"))
 
 
 def test_web_pages_and_too_many_clients_are_turned_away() -> None:

@@ -83,7 +83,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "no policy called 'huge'; one of cogvla_7b, small, tiny"),
+        (["--preset", "huge"], "policy 'huge' is neither a YAML file nor one of cogvla_7b, small, tiny"),
         (
             ["--checkpoint", str(SHIPPED), "--rows", "faithful"],
             "no row 'faithful' here; there are 'plain', 'engine', 'float8', 'int8'",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from cogvla.policy.cost.flops import TOTAL
+from cogvla.scripts.command import compose
 from cogvla.scripts.measure.count_flops import run
 from cogvla.tests.support.paths import SHIPPED
 
@@ -18,8 +18,7 @@ TINY = ("policy=tiny", "embodiment=tabletop")
 
 
 def values(*overrides: str) -> dict[str, Any]:
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        found = OmegaConf.to_container(compose("count_flops", list(overrides)), resolve=True)
+    found = OmegaConf.to_container(compose("count_flops", list(overrides)), resolve=True)
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items()}
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from omegaconf import OmegaConf
 
@@ -34,6 +33,7 @@ from cogvla.real_robot.ros.messages import (
 )
 from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, TRAJECTORY
 from cogvla.real_robot.ros.types import RosTypes
+from cogvla.scripts.command import compose
 from cogvla.scripts.robot.bag_to_dataset import run
 
 HZ = 10.0
@@ -240,8 +240,7 @@ def test_the_command_makes_a_dataset_and_goes_on_where_it_was(
     bag.instruct(1.95, "pull")
     bag.commands(1.0, 20)
     bag.write()
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        config = compose("bag_to_dataset", [f"bags=[{bag.path}]", f"output={tmp_path / 'made'}"])
+    config = compose("bag_to_dataset", [f"bags=[{bag.path}]", f"output={tmp_path / 'made'}"])
     OmegaConf.set_struct(config, False)
     values: tuple[tuple[str, Any], ...] = (("embodiment", ARM), ("robot", DELTA), ("topics", TOPICS))
     for group, value in values:

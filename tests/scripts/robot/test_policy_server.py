@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
 
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.interface import Camera
@@ -22,6 +21,7 @@ from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.client import PolicyClient
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.serving.server import ServerSettings
+from cogvla.scripts.command import compose
 from cogvla.scripts.eval_libero import run as eval_libero
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import ToyPolicy, solvable
@@ -109,8 +109,7 @@ def test_eval_libero_plays_through_a_server(tmp_path: Path, monkeypatch: pytest.
             "workers=0",
             "videos=0",
         ]
-        with initialize_config_module("cogvla.configs", version_base="1.3"):
-            config = compose("eval_libero", [f"checkpoint={uri}", f"output={tmp_path}", *options])
+        config = compose("eval_libero", [f"checkpoint={uri}", f"output={tmp_path}", *options])
         (report,) = eval_libero(config, "")
     assert [r.success for r in report.episodes] == [solvable(r.initial_state) for r in report.episodes]
     assert [r.error for r in report.episodes] == [None] * 6

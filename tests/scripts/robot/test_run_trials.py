@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from cogvla.envs.episodes import EpisodeSpec
@@ -30,6 +29,7 @@ from cogvla.real_robot.simulated.simulated_arm import SceneStatus
 from cogvla.real_robot.trials.operator_scene import OperatorScene, SessionEndedError, listen
 from cogvla.real_robot.trials.trial_log import CONTROL, ControlLog, Film
 from cogvla.real_robot.trials.trials import EpisodeAbortedError, play
+from cogvla.scripts.command import compose
 from cogvla.scripts.robot import run_trials
 from cogvla.scripts.robot.run_trials import Session, run, summary
 from cogvla.tests.support.planearm import LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
@@ -269,8 +269,7 @@ def test_services_and_topic_of_a_node_do_what_keys_do() -> None:
 
 def command(uri: str, output: Path, *overrides: str) -> DictConfig:
     """`run_trials` for the plane arm."""
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        config = compose("run_trials", [f"server={uri}", f"output={output}", "countdown_s=0", *overrides])
+    config = compose("run_trials", [f"server={uri}", f"output={output}", "countdown_s=0", *overrides])
     config.instructions = list(INSTRUCTIONS)
     return configured(config)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
 
 from cogvla.envs.suite import get_suite
 from cogvla.real_robot.simulated.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated.simulated_arm import STATE_NAMES, SceneStart, SceneStatus, SimulatedArm
+from cogvla.scripts.command import compose
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import toy_suite
@@ -220,8 +220,7 @@ def test_the_demo_reports_as_an_evaluation_does(tmp_path: Path) -> None:
     from cogvla.scripts.robot.robot_demo import run
 
     changes = ["tasks=[0]", "view=video", f"output={tmp_path}", f"domain={DOMAIN + 31}", f"checkpoint={SHIPPED}"]
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
-        config = compose("robot_demo", changes)
+    config = compose("robot_demo", changes)
     report = run(config, "robot_demo tasks=[0]")
     assert report.total.errors == 0
     assert report.total.success.trials == 1

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogvla.configs.build import build
+from cogvla.configs.load import load
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import BridgeSettings
-from cogvla.real_robot.bridge.named_config import named_config
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
@@ -41,10 +42,10 @@ class Parts:
 
 def parts(values: Mapping[str, Any]) -> Parts:
     """Build the settings of a bridge from the values of `PARAMETERS`; ValueError says which one is wrong."""
-    embodiment = Embodiment(**named_config("embodiment", values["embodiment"]))
-    topics = RosTopics(**named_config("topics", values["topics"]))
+    embodiment = build(Embodiment, load("embodiment", values["embodiment"]), "embodiment")
+    topics = build(RosTopics, load("topics", values["topics"]), "topics")
     topics.check(embodiment)
-    robot = RobotConfig(**named_config("robot", values["robot"]))
+    robot = build(RobotConfig, load("robot", values["robot"]), "robot")
     robot.limits.check(embodiment)
     return Parts(
         robot,

@@ -1,0 +1,63 @@
+"""Files of `configs/`, without Hydra: for what runs where Hydra is not, or gets its parameters from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from cogvla.configs.schema import DATACLASSES
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 3e-4 as a number, as Hydra does; YAML 1.1 says that it is a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def names(group: str) -> list[str]:
+    """Return the names of the files in `configs/GROUP`."""
+    folder = resources.files("cogvla.configs") / group
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load(group: str, name: str) -> dict[str, Any]:
+    """Return the values of `configs/GROUP/NAME.yaml`, or of the file `name` if it ends in .yaml.
+
+    Values of files that it builds on (`defaults:`) are included, those that are the dataclass's own are not.
+
+    Raises:
+        ValueError: there is no such name (the text lists them), or no mapping in the file.
+    """
+    if name.endswith((".yaml", ".yml")):
+        text = Path(name).read_text()
+    elif name in names(group):
+        text = (resources.files("cogvla.configs") / group / f"{name}.yaml").read_text()
+    else:
+        raise ValueError(f"{group} {name!r} is neither a YAML file nor one of {', '.join(names(group))}")
+    values = yaml.load(text, _Loader)
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"{group} {name!r} holds no mapping")
+    dataclasses = {dotted.rpartition(".")[2] for dotted in DATACLASSES.get(group, ())}
+    found: dict[str, Any] = {}
+    for default in values.pop("defaults", []):
+        if default != "_self_" and str(default).partition("@")[0] not in dataclasses:
+            found = _merged(found, load(group, default))
+    return _merged(found, values)
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings, as Hydra does; other values of `over` replace those of `under`."""
+    nested = {key: _merged(under[key], over[key]) for key in under.keys() & over.keys() if _both(under[key], over[key])}
+    return {**under, **over, **nested}
+
+
+def _both(one: Any, other: Any) -> bool:
+    return isinstance(one, Mapping) and isinstance(other, Mapping)

@@ -1,0 +1,172 @@
+"""Defaults and documentation of the dataclasses that YAML files configure, read from their sources.
+
+They are read and not imported, because importing them imports torch, and a command's `--help` should not wait for that.
+A field's default must be a literal, a constant of the same file, or another dataclass (`field(default_factory=...)`).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MISSING = "???"
+"""How YAML and OmegaConf write a value that must be given."""
+DATACLASSES: dict[str, tuple[str, ...]] = {
+    "augmentation": ("policy.inputs.augmentation.AugmentationConfig",),
+    "counting": ("policy.cost.flops.Counting",),
+    "data": ("policy.data.demonstrations.DataConfig",),
+    "dds": ("real_robot.ros.dds.DdsSettings",),
+    "embodiment": ("policy.interface.Embodiment",),
+    "engine": ("policy.engine.engine.EngineConfig",),
+    "finetune": ("policy.training.adapters.FinetuneConfig",),
+    "lerobot": ("real_robot.lerobot.robot.LeRobotSettings",),
+    "libero": ("libero.env.LiberoSettings",),
+    "objective": ("policy.training.objective.ObjectiveConfig",),
+    "policy": tuple(f"policy.model.config.{name}" for name in ("VisionConfig", "LanguageConfig", "ActionHeadConfig")),
+    "protocol": ("envs.evaluation.protocol.EvaluationProtocol",),
+    "request_keys": ("real_robot.serving.request.RequestKeys",),
+    "robot": ("real_robot.control.settings.RobotConfig",),
+    "router": ("routing.router.RouterConfig",),
+    "routing": ("policy.model.config.RoutingConfig",),
+    "topics": ("real_robot.ros.front_end.RosTopics",),
+    "training": ("policy.training.config.TrainingConfig",),
+    "": (
+        "real_robot.bridge.bridge.BridgeSettings",
+        "real_robot.serving.batching.BatchSettings",
+        "real_robot.serving.server.ServerSettings",
+    ),
+}
+"""Group of configs -> dataclasses that its files build on by name, as in `defaults: [TrainingConfig]`.
+
+Those of the group "" are parts of the configuration of whole commands.
+"""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a dataclass.
+
+    Attributes:
+        default: as plain data; `MISSING` where it has none.
+        text: what the dataclass's docstring says about it.
+        parts: its fields, where it is a dataclass itself.
+    """
+
+    default: Any
+    text: str
+    parts: dict[str, Field] | None = None
+
+
+def defaults(dotted: str) -> dict[str, Any]:
+    """Return the defaults of a dataclass, e.g. `routing.router.RouterConfig`, as nested plain data."""
+    return _defaults(read_fields(dotted))
+
+
+def _defaults(fields: dict[str, Field]) -> dict[str, Any]:
+    return {n: field.default if field.parts is None else _defaults(field.parts) for n, field in fields.items()}
+
+
+def first_line(dotted: str) -> str:
+    """Return the first line of a dataclass's docstring."""
+    return (ast.get_docstring(_class(dotted)) or "").partition("\n")[0]
+
+
+@functools.cache
+def read_fields(dotted: str) -> dict[str, Field]:
+    """Return the fields of a dataclass by name, in their order.
+
+    Raises:
+        ValueError: there is no such class, or a default is neither of what the top of this file lists.
+    """
+    module, definition = dotted.rpartition(".")[0], _class(dotted)
+    texts = attributes(ast.get_docstring(definition) or "")
+    found = {}
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+            part = _part(module, node)
+            if part is not None:
+                found[name] = Field(None, texts.get(name, ""), read_fields(part))
+            else:
+                found[name] = Field(_default(module, node.value, dotted), texts.get(name, ""))
+    return found
+
+
+def attributes(docstring: str) -> dict[str, str]:
+    """Return what the section `Attributes:` of a docstring says, by name; `a, b: text` is about both."""
+    section = docstring.partition("Attributes:\n")[2].partition("\n\n")[0]
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=    \w)", section.rstrip()):
+        names, _, text = inspect.cleandoc(entry).partition(": ")
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+
+
+def _class(dotted: str) -> ast.ClassDef:
+    module, _, name = dotted.rpartition(".")
+    for node in _tree(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node
+    raise ValueError(f"there is no class {name} in {module}")
+
+
+def _part(module: str, node: ast.AnnAssign) -> str | None:
+    """The dataclass that a field holds: the one of its `default_factory`, or that of its annotation without default."""
+    kind = node.annotation if node.value is None else _keyword(node.value, "default_factory")
+    if not isinstance(kind, ast.Name):
+        return None
+    for other in _tree(module).body:
+        if isinstance(other, ast.ClassDef) and other.name == kind.id:
+            return f"{module}.{kind.id}"
+        if isinstance(other, ast.ImportFrom) and any(alias.name == kind.id for alias in other.names):
+            prefix, _, origin = (other.module or "").partition(".")
+            return f"{origin}.{kind.id}" if prefix == "cogvla" else None
+    return None
+
+
+def _default(module: str, value: ast.expr | None, dotted: str) -> Any:
+    if isinstance(value, ast.Call):
+        factory = _keyword(value, "default_factory")
+        if isinstance(factory, ast.Name) and factory.id in ("dict", "list", "tuple"):
+            return {} if factory.id == "dict" else []
+        value = _keyword(value, "default")
+    if value is None:
+        return MISSING
+    if isinstance(value, ast.Name):
+        value = _constant(module, value.id, dotted)
+    try:
+        literal = ast.literal_eval(value)
+    except ValueError as error:
+        raise ValueError(f"{dotted}: the default {ast.unparse(value)} is no literal") from error
+    return list(literal) if isinstance(literal, tuple) else literal
+
+
+def _constant(module: str, name: str, dotted: str) -> ast.expr:
+    for node in _tree(module).body:
+        if not isinstance(node, ast.Assign):
+            continue
+        (target,) = node.targets
+        if isinstance(target, ast.Name) and target.id == name:
+            return node.value
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            for element, value in zip(target.elts, node.value.elts, strict=True):
+                if isinstance(element, ast.Name) and element.id == name:
+                    return value
+    raise ValueError(f"{dotted}: the default {name} is no constant of {module}")
+
+
+def _keyword(call: ast.expr, name: str) -> ast.expr | None:
+    assert isinstance(call, ast.expr)
+    keywords = call.keywords if isinstance(call, ast.Call) else []
+    return next((keyword.value for keyword in keywords if keyword.arg == name), None)

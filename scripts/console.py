@@ -1,0 +1,65 @@
+"""Entry points of the console commands that Hydra composes, as `[project.scripts]` of pyproject.toml names them.
+
+A command's module is imported when the command runs: `--help` and a mistake on the command line do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import hydra
+from omegaconf import DictConfig
+
+from cogvla.envs.recording.demonstration import ExpertFailedError
+from cogvla.scripts.command import mistakes_in_one_line, register
+
+STOPPED = "stopped; every finished episode is saved: the same command plays the others"
+CONVERTED = "stopped; what was converted is kept: the same command goes on from there"
+
+
+def _command(
+    module: str, *mistakes: type[Exception], config: str | None = None, stopped: str | None = None
+) -> Callable[[], None]:
+    """Return the entry point that composes a configuration and gives it to `main` of a module.
+
+    Args:
+        module: of `cogvla.scripts`; its last part is the command's name.
+        mistakes: what it raises for mistakes of its user, beside `command.MISTAKES`.
+        config: the file of configs; None: the one of the command's name.
+        stopped: what is said after Ctrl-C.
+    """
+    dotted = f"cogvla.scripts.{module}"
+
+    def task(values: DictConfig) -> None:
+        with mistakes_in_one_line(*mistakes, stopped=stopped):
+            importlib.import_module(dotted).main(values)
+
+    task.__module__ = dotted  # where Hydra takes the command's name from
+    name = config or module.rpartition(".")[2]
+    composed = hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name=name)
+
+    def start() -> None:
+        register()
+        composed(task)()
+
+    return start
+
+
+train_policy = _command("train_policy", FloatingPointError, ExpertFailedError)
+eval_libero = _command("eval_libero", stopped=STOPPED)
+compare_routers = _command("compare_routers", stopped=STOPPED)
+analyse_routing = _command("analyse_routing")
+record_demonstrations = _command("record_demonstrations", ExpertFailedError)
+expert_table = _command("expert_table")
+convert_libero = _command("convert_libero", RuntimeError, stopped=CONVERTED)
+calibrate_policy = _command("measure.calibrate_policy")
+count_flops = _command("measure.count_flops")
+training_memory = _command("measure.training_memory", TypeError, config="train_policy")
+policy_server = _command("robot.policy_server")
+robot_bridge = _command("robot.robot_bridge")
+sim_robot = _command("robot.sim_robot")
+robot_demo = _command("robot.robot_demo")
+drive_robot = _command("robot.drive_robot")
+run_trials = _command("robot.run_trials")
+bag_to_dataset = _command("robot.bag_to_dataset")

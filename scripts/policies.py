@@ -1,0 +1,63 @@
+"""Open whatever a command's key `checkpoint` names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cogvla.configs.build import build
+from cogvla.policy.interface import Embodiment, Policy
+
+RANDOM = "random"
+REMOTE = ("ws://", "wss://")
+
+
+def open_any_policy(
+    source: str,
+    *,
+    embodiment: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    api_key: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    workers: int = 0,
+    engine: Mapping[str, Any] | None = None,
+    router: Mapping[str, Any] | None = None,
+) -> tuple[Policy, dict[str, str]]:
+    """Return the policy, and what tells its weights from others (empty unless it is a checkpoint).
+
+    Args:
+        source: a checkpoint folder, "random", or the address of a policy server, ws://HOST:PORT.
+        embodiment: of "random", as `configs/embodiment` has it.
+        seed: of "random".
+        api_key: of a policy server.
+        device, threads, workers: of a checkpoint, see `open_policy`.
+        engine, router: of a checkpoint, as `configs/engine` and `RouterConfig` have them; a router without a name, or
+            None, leaves the policy as it was trained.
+
+    Raises:
+        ValueError: there is no such folder, or it does not go with these settings.
+        OSError: nobody answers at that address.
+    """
+    plugged_in = None if router is None else router["name"]
+    if plugged_in is not None and (source == RANDOM or source.startswith(REMOTE)):
+        raise ValueError(f"router.name={plugged_in} needs the folder of a checkpoint, not {source}")
+    if source == RANDOM:
+        from cogvla.policy.baselines import RandomPolicy
+
+        return RandomPolicy(build(Embodiment, embodiment, "embodiment"), seed), {}
+    if source.startswith(REMOTE):
+        from cogvla.real_robot.serving.remote_policy import RemotePolicy
+
+        return RemotePolicy(source, api_key=api_key), {}
+    if not Path(source).is_dir():  # before torch is imported, which takes seconds
+        raise ValueError(f"no checkpoint folder at {source}; train one with `train_policy`, or give random")
+
+    from cogvla.policy.checkpoint import open_policy
+    from cogvla.policy.engine.engine import EngineConfig
+    from cogvla.routing.router import RouterConfig
+
+    how = EngineConfig() if engine is None else build(EngineConfig, engine, "engine")
+    config = None if plugged_in is None else build(RouterConfig, router, "router")
+    return open_policy(source, device, threads, how, config, workers)
