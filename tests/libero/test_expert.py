@@ -19,6 +19,7 @@ from cogvla.libero.experts.view import Obstacles, SceneView
 from cogvla.libero.suites import libero_expert, libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES
 from cogvla.tests.support.libero_assets import ASSETS, MESHES, needs_assets, needs_libero
+from cogvla.tests.support.toy_suite import ToyEnv
 
 NOMINAL = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 """How the hand is turned at the beginning: it points down and opens along y."""
@@ -162,4 +163,4 @@ def test_demonstrations_are_recorded_after_things_have_settled(suite: Suite) -> 
 
 def test_the_expert_refuses_other_environments() -> None:
     with pytest.raises(ValueError, match="LIBERO"):
-        libero_expert(object(), np.random.default_rng(0))  # type: ignore[arg-type]
+        libero_expert(ToyEnv(), np.random.default_rng(0))
