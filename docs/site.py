@@ -27,8 +27,8 @@ PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.
 LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the API reference to the navigation, and lay the package out as griffe looks for it: in a folder `cogvla`.
+def on_startup(**_: object) -> None:
+    """Lay the package out as griffe looks for it, in a folder `cogvla`, before mkdocstrings leaves out missing paths.
 
     The repository itself is the package, whatever its folder is called, and holds environments and outputs besides.
     """
@@ -38,6 +38,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         for module in modules:
             (PACKAGE / folder / module.name).symlink_to(module)
         (PACKAGE / folder / "__init__.py").touch()  # libero/ has none, see docs/architecture.md
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the API reference to the navigation."""
     assert config.nav is not None
     sections: dict[str, list[dict[str, str]]] = {}
     for folder in _folders():
