@@ -1,4 +1,4 @@
-"""Defaults and documentation of the dataclasses that YAML files configure, read from their sources.
+"""Defaults of the dataclasses that YAML files configure, read from their sources.
 
 They are read and not imported, because importing them imports torch, and a command's `--help` should not wait for that.
 A field's default must be a literal, a constant of the same file, or another dataclass (`field(default_factory=...)`).
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,63 +45,20 @@ Those of the group "" are parts of the configuration of whole commands.
 """
 
 
-@dataclass(frozen=True)
-class Field:
-    """A field of a dataclass.
-
-    Attributes:
-        default: as plain data; `MISSING` where it has none.
-        text: what the dataclass's docstring says about it.
-        parts: its fields, where it is a dataclass itself.
-    """
-
-    default: Any
-    text: str
-    parts: dict[str, Field] | None = None
-
-
 def defaults(dotted: str) -> dict[str, Any]:
-    """Return the defaults of a dataclass, e.g. `routing.router.RouterConfig`, as nested plain data."""
-    return _defaults(read_fields(dotted))
+    """Return the defaults of a dataclass, e.g. `routing.router.RouterConfig`, as nested plain data in its order.
 
-
-def _defaults(fields: dict[str, Field]) -> dict[str, Any]:
-    return {n: field.default if field.parts is None else _defaults(field.parts) for n, field in fields.items()}
-
-
-def first_line(dotted: str) -> str:
-    """Return the first line of a dataclass's docstring."""
-    return (ast.get_docstring(_class(dotted)) or "").partition("\n")[0]
-
-
-@functools.cache
-def read_fields(dotted: str) -> dict[str, Field]:
-    """Return the fields of a dataclass by name, in their order.
+    A field without a default is `MISSING`; one that is a dataclass itself is a mapping.
 
     Raises:
         ValueError: there is no such class, or a default is neither of what the top of this file lists.
     """
-    module, definition = dotted.rpartition(".")[0], _class(dotted)
-    texts = attributes(ast.get_docstring(definition) or "")
-    found = {}
-    for node in definition.body:
+    module = dotted.rpartition(".")[0]
+    found: dict[str, Any] = {}
+    for node in _class(dotted).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
             part = _part(module, node)
-            if part is not None:
-                found[name] = Field(None, texts.get(name, ""), read_fields(part))
-            else:
-                found[name] = Field(_default(module, node.value, dotted), texts.get(name, ""))
-    return found
-
-
-def attributes(docstring: str) -> dict[str, str]:
-    """Return what the section `Attributes:` of a docstring says, by name; `a, b: text` is about both."""
-    section = docstring.partition("Attributes:\n")[2].partition("\n\n")[0]
-    found: dict[str, str] = {}
-    for entry in re.split(r"\n(?=    \w)", section.rstrip()):
-        names, _, text = inspect.cleandoc(entry).partition(": ")
-        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+            found[node.target.id] = _default(module, node.value, dotted) if part is None else defaults(part)
     return found
 
 

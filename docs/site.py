@@ -1,4 +1,4 @@
-"""What mkdocs cannot know by itself (a hook of mkdocs.yml).
+"""A hook of mkdocs.yml: lay out the API reference, the pages from the root, links and formulas.
 
 - README, CHANGELOG and CONTRIBUTING are pages of the site, with the links that they have in the repository.
 - Each folder of the package has a page of the API reference.

@@ -1,4 +1,4 @@
-"""What a suite's environment offers. Every environment is a `SuiteEnv`; the other parts are optional.
+"""The contract of a suite's environment, as protocols. Every environment is a `SuiteEnv`; the other parts are optional.
 
 | part | needed to |
 |---|---|
@@ -118,7 +118,7 @@ class Expert(Protocol):
     """Solve the task that the environment was reset to, from the simulator's state."""
 
     phase: int
-    """What the last action is part of; the numbers are the expert's own."""
+    """Number of the phase that the last action belongs to; the numbers are the expert's own."""
 
     def act(self) -> np.ndarray:
         """Return the clean action for the current state, float32 [7]; it is what demonstrations teach."""

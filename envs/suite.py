@@ -1,4 +1,4 @@
-"""What every benchmark suite is: tasks, an environment that can play any of them, and a protocol.
+"""A benchmark suite: tasks, an environment that can play any of them, and a protocol; and the registry of suites.
 
 `eval_libero`, the recorder and training know suites only through this file, so LIBERO and the tabletop are alike.
 """

@@ -184,7 +184,7 @@ def _task(episode: RecordedEpisode, known: dict[str, int]) -> int:
 
 
 def _statistics(path: Path) -> dict[str, Any]:
-    """Of a checkpoint's folder, or of a JSON file like its `statistics.json`."""
+    """Read the statistics of a checkpoint's folder, or of a JSON file like its `statistics.json`."""
     file = path / "statistics.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"statistics: there is no {file}")
@@ -192,7 +192,7 @@ def _statistics(path: Path) -> dict[str, Any]:
 
 
 def table(dataset: str, suite: str, findings: Sequence[Finding]) -> str:
-    """What was found, as text."""
+    """Return the findings as a table of text."""
     columns = [max(len(finding.check) for finding in findings) + 2, len("not checked") + 2]
     lines = [f"{dataset} in {suite}", ""]
     for finding in findings:

@@ -1,4 +1,4 @@
-"""What the console commands share: their configuration as plain data, and how they end.
+"""The part that all console commands share: their configuration as plain data, and how they end.
 
 Hydra composes the configuration in each command's own file, which `[project.scripts]` of pyproject.toml names.
 """
@@ -26,12 +26,12 @@ from cogvla.configs.schema import DATACLASSES, defaults
 from cogvla.plugins import import_plugin
 
 MISTAKES: tuple[type[Exception], ...] = (ValueError, OSError, MissingMandatoryValue)
-"""What commands raise for what their user can mend."""
+"""Exceptions for mistakes that the user of a command can mend."""
 
 
 @contextmanager
 def mistakes_in_one_line(*others: type[Exception], stopped: str | None = None) -> Iterator[None]:
-    """The work of a command: mistakes of its user end it with one line and status 1, Ctrl-C with status 130.
+    """End the command with one line and status 1 on a mistake of its user, with status 130 on Ctrl-C.
 
     Everything else is a bug, and keeps its traceback.
 
@@ -67,7 +67,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration, or a group of it, as plain values; MissingMandatoryValue where one is ???."""
+    """Return a configuration, or a group of it, as plain values; MissingMandatoryValue where one is ???."""
     if isinstance(config, DictConfig):
         config = cast(Any, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     return {str(key): value for key, value in config.items()}
