@@ -40,7 +40,7 @@ def take(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """A field's value; a mapping becomes the dataclass of the annotation `A` or `A | None`, a list a tuple."""
+    """Convert a field's value: a mapping to the dataclass of its annotation (`A` or `A | None`), a list to a tuple."""
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
     parts = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
     if parts and not isinstance(value, (*parts, *(NoneType for kind in kinds if kind is NoneType))):

@@ -76,7 +76,7 @@ def _class(dotted: str) -> ast.ClassDef:
 
 
 def _part(module: str, node: ast.AnnAssign) -> str | None:
-    """The dataclass that a field holds: the one of its `default_factory`, or that of its annotation without default."""
+    """Return the dataclass that a field holds, from its `default_factory`; from its annotation if it has no default."""
     kind = node.annotation if node.value is None else _keyword(node.value, "default_factory")
     if not isinstance(kind, ast.Name):
         return None

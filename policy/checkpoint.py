@@ -94,7 +94,9 @@ def save_checkpoint(
     Args:
         folder: checkpoint folder; an existing checkpoint there is replaced.
         weights: the model's state dict for inference (EMA).
-        config, preprocessor, statistics: everything that is needed to rebuild the policy.
+        config: configuration of the model.
+        preprocessor: preprocessing of observations, with tokenizer and embodiment.
+        statistics: statistics of state and action.
         description: provenance for reports (step, data set, seed, versions).
         training: state to resume from (tensors, numbers and containers of them); None: for inference only.
 
@@ -274,9 +276,10 @@ def open_policy(
     Args:
         folder: see `load_policy`.
         device: torch device; None: cuda if available, otherwise cpu.
-        threads, beside: see `use_threads`.
+        threads: torch's threads, see `use_threads`.
         engine: engine to run it; None: the default.
         router: see `load_policy`.
+        beside: processes that run at the same time, see `use_threads`.
 
     Returns:
         The policy, and `{"weights_sha256": ...}`, which identifies its weights.

@@ -69,7 +69,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
 def page(
     policy: CogVLAPolicy, episodes: list[WatchedEpisode], data: dict[str, Any], folder: Path, pictures: int
 ) -> str:
-    """The page; videos are also left in `folder`."""
+    """Render the page; its videos are also saved in `folder`/videos."""
     grid, views = policy.model.vision.grid, policy.embodiment.camera_names
     shown = []
     for number, (episode, numbers) in enumerate(zip(episodes, data["episodes"], strict=True)):

@@ -146,7 +146,7 @@ def check(
 def _traces(
     recordings: Recordings, suite: Suite, embodiment: Embodiment, count: int, progress: bool
 ) -> list[ReplayTrace]:
-    """The chosen episodes, played again in one environment."""
+    """Replay `count` episodes, spread evenly over the data set, in one environment."""
     known = {task.instruction: index for index, task in enumerate(suite.tasks)}
     playable = [e for e in recordings.episodes if e.start is not None or e.instruction in known]
     chosen = (

@@ -80,7 +80,7 @@ def import_modules(modules: Sequence[str]) -> None:
 
 
 def as_typed(command: str) -> str:
-    """The command line of the Hydra command that runs, for reports."""
+    """Return the command line of the running Hydra command, for reports."""
     return shlex.join([command, *HydraConfig.get().overrides.task])
 
 

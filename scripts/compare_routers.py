@@ -209,13 +209,13 @@ class _Comparison:
 
 
 def outcome_of(report: Report) -> CellOutcome:
-    """The part of a report that routers are compared by."""
+    """Return the numbers of a report that routers are compared by."""
     played = {f"{r.task}/{r.initial_state}": r.success for r in report.episodes if r.error is None}
     return CellOutcome(report.total.success, report.total.errors, played)
 
 
 def _written(value: Any) -> str:
-    """A value as Hydra's command line takes it."""
+    """Format a value for Hydra's command line."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):

@@ -103,7 +103,14 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
 
 
 def suites(wanted: str | Sequence[str]) -> list[str]:
-    """The suites of a name, a list of names, `all_tabletop` or `all_libero`; ValueError lists what exists."""
+    """Return the names of the chosen suites, each once.
+
+    Args:
+        wanted: a name, `all_tabletop`, `all_libero`, or a list of these.
+
+    Raises:
+        ValueError: a suite is unknown, or none is chosen.
+    """
     names: list[str] = []
     for item in [wanted] if isinstance(wanted, str) else wanted:
         names += [n for n in suite_names() if n.startswith(ALL[item]) and n != "libero_90"] if item in ALL else [item]

@@ -81,9 +81,13 @@ def run(values: dict[str, Any]) -> list[str]:
 def _statistics(
     release: Release, embodiment: Embodiment, dataset: str | None
 ) -> tuple[Embodiment, dict[str, Statistics], str]:
-    """The embodiment with the mask of the statistics, the statistics, and what to say about them.
+    """Return the embodiment with the release's normalisation mask, the statistics of state and action, and a message.
 
-    A base may have those of other robots, or none: training computes its own.
+    A base to train from may have no statistics of this robot. It then gets the range [-1, 1], which normalisation
+    leaves unchanged, and training computes its own.
+
+    Raises:
+        ValueError: a whole CogVLA or the chosen data set has no statistics that fit the embodiment.
     """
     try:
         statistics, mask = release.statistics(dataset)
@@ -105,7 +109,7 @@ def _statistics(
 
 
 def _random_model(config: CogVLAConfig, embodiment: Embodiment, dtype: torch.dtype) -> CogVLA:
-    """A new model with parameters of that type."""
+    """Build a randomly initialised model with parameters of this type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

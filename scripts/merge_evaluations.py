@@ -114,7 +114,7 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
 
 
 def _suite(parts: Sequence[FinishedEvaluation]) -> Suite:
-    """The played tasks with their names, as the reports say: the suite itself may not be installed here."""
+    """Build the suite from the tasks in the reports, since the real suite may not be installed."""
     tasks: dict[int, Task] = {}
     for part in parts:
         played = sorted({task for task, _ in part.results})
@@ -128,7 +128,7 @@ def _not_played(**_: Any) -> Any:
 
 
 def _reproduce(parts: Sequence[FinishedEvaluation], command: str) -> dict[str, Any]:
-    """The first part's, with numbers of all; what differs between the parts is given for each."""
+    """Merge the `reproduce` sections: the first part's, with summed counts, and per-part values where parts differ."""
     each = [part.report["reproduce"] for part in parts]
 
     def shared(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Open whatever a command's key `checkpoint` names."""
+"""Open the policy that a command's key `checkpoint` names."""
 
 from __future__ import annotations
 
@@ -25,20 +25,25 @@ def open_any_policy(
     engine: Mapping[str, Any] | None = None,
     router: Mapping[str, Any] | None = None,
 ) -> tuple[Policy, dict[str, str]]:
-    """Return the policy, and what tells its weights from others (empty unless it is a checkpoint).
+    """Open the policy that `source` names.
 
     Args:
         source: a checkpoint folder, "random", or the address of a policy server, ws://HOST:PORT.
-        embodiment: of "random", as `configs/embodiment` has it.
-        seed: of "random".
-        api_key: of a policy server.
-        device, threads, workers: of a checkpoint, see `open_policy`.
-        engine, router: of a checkpoint, as `configs/engine` and `RouterConfig` have them; a router without a name, or
-            None, leaves the policy as it was trained.
+        embodiment: robot of a random policy, as in `configs/embodiment`.
+        seed: seed of a random policy.
+        api_key: key of a policy server.
+        device: torch device of a checkpoint, see `open_policy`.
+        threads: torch's threads for a checkpoint, see `open_policy`.
+        workers: processes that run at the same time, see `beside` of `open_policy`.
+        engine: engine of a checkpoint, as in `configs/engine`; None: the default.
+        router: token router of a checkpoint, fields of `RouterConfig`; None, or without a name: as trained.
+
+    Returns:
+        The policy, and for a checkpoint its `weights_sha256`; otherwise an empty mapping.
 
     Raises:
-        ValueError: there is no such folder, or it does not go with these settings.
-        OSError: nobody answers at that address.
+        ValueError: there is no such folder, or the settings do not fit the policy.
+        OSError: there is no policy server at the address.
     """
     plugged_in = None if router is None else router["name"]
     if plugged_in is not None and (source == RANDOM or source.startswith(REMOTE)):

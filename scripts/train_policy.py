@@ -120,11 +120,11 @@ def build_trainer(
     log: Callable[[dict[str, float], int], None],
     base: str | None = None,
 ) -> Trainer:
-    """A model for this data, and what trains it.
+    """Build a model for this data, and its trainer.
 
-    It starts from `base` (a checkpoint folder, or published weights as a folder or hub id), else from the published
-    backbones that its configuration names, else from nothing. The words keep the numbers that they have in the base;
-    the statistics of state and action are always those of the new data.
+    The model starts from `base` (a checkpoint folder, or published weights as a folder or hub id). Without a base it
+    starts from the published backbones that its configuration names, if any. Words keep their ids of the base; the
+    statistics of state and action are always those of the new data.
     """
     tokenizer = _tokenizer(model_config.language, data.instructions, base)
     torch.manual_seed(config.seed)
@@ -148,7 +148,11 @@ def _start(model: CogVLA, base: str | None) -> list[str]:
 
 
 def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | None) -> Tokenizer:
-    """The one of the base or of the pretrained language model; from scratch, the words of the data."""
+    """Return the tokenizer of the base or of the pretrained language model; without either, the words of the data.
+
+    Raises:
+        ValueError: the vocabulary has no room for the words of the data.
+    """
     words = WordTokenizer.from_instructions(instructions)
     if base is not None:
         tokenizer = base_tokenizer(base)

@@ -112,7 +112,8 @@ def lines(
 
     Args:
         curves: name -> values; a curve with an empty name gets no legend.
-        across, up: labels of the horizontal and the vertical axis.
+        across: label of the horizontal axis.
+        up: label of the vertical axis.
         limits: lowest and highest value of the vertical axis; None: automatic.
         start: number of the first value.
     """

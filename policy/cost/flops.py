@@ -109,7 +109,8 @@ def count_flops(
     """Cost of every stage; then the total of a chunk, and that of a chunk for an instruction seen before.
 
     Args:
-        config, embodiment: the model.
+        config: configuration of the model.
+        embodiment: robot of the model.
         text_length: T, tokens of the instruction.
         batch: samples in one pass.
         counting: what is counted.

@@ -40,14 +40,15 @@ def fused(
     offset_I: Tensor | None = None,
     scale_O: Tensor | None = None,
 ) -> FusedLinear:
-    """Several linear layers of one input as one, their outputs side by side: `scale * linears(x * gain + offset)`.
+    """Fold linear layers of one input into one with concatenated outputs: `scale * linears(x * gain + offset)`.
 
     Folding is done in float32 and rounded once.
 
     Args:
-        linears: they read the same input.
-        gain_I, offset_I: weight and bias of the normalisation in front.
-        scale_O: LayerScale.
+        linears: layers that read the same input.
+        gain_I: weight of the normalisation before the layers; None: 1.
+        offset_I: bias of that normalisation; None: 0.
+        scale_O: LayerScale after the layers; None: 1.
     """
     weight_OI = torch.cat([linear.weight.detach().float() for linear in linears])
     bias_O = torch.cat([_bias(linear) for linear in linears])

@@ -173,7 +173,8 @@ class CogVLA(nn.Module):
         """Compute embeddings, FiLM parameters, stream weights, mask and positions for the instructions.
 
         Args:
-            text_ids_BT, text_mask_BT: see `ModelInput`.
+            text_ids_BT: see `ModelInput`.
+            text_mask_BT: see `ModelInput`.
             budget: budget of the token router; None: the configured one.
         """
         embedded_BTD = self.decoder.embed(text_ids_BT)

@@ -81,11 +81,15 @@ class LayerRouting(Protocol):
 
 
 class RoutedDecoder(nn.Module):
-    """Sequence [B,S,D] in, one state per action token [B,J,D] out. `recompute` saves memory in training.
+    """Language model with layer routing: a sequence [B,S,D] in, one state per action token [B,J,D] out.
 
     Args:
-        config, routing: see there.
+        config: sizes and weights of the language model.
+        routing: stages of routing; this class uses those of the language model.
         shifted: see `ActionHeadConfig`.
+
+    Attributes:
+        recompute: whether to recompute layers in the backward pass, which saves memory in training.
     """
 
     def __init__(self, config: LanguageConfig, routing: RoutingConfig, shifted: bool = False) -> None:

@@ -213,14 +213,15 @@ class PolicyRouter(nn.Module):
         """Route the towers' streams [B,V*N,F] and project them for the language model.
 
         Args:
-            streams: one per tower.
-            fusion: of the streams.
-            weights_B2: of the streams, for `fusion`.
-            words_BTD, text_mask_BT: the instruction.
-            pixels_BVCHW: what the towers saw.
+            streams: output of each tower.
+            fusion: projects and fuses the streams.
+            weights_B2: stream weights for `fusion`; None unless streams are mixed.
+            words_BTD: embedded instruction.
+            text_mask_BT: True for real tokens of the instruction.
+            pixels_BVCHW: the pictures that the towers saw.
             draw_B: seeds.
-            probe: of `probe()`, after it has watched.
-            budget: instead of the configured one.
+            probe: result of `probe()`, after the towers ran with it.
+            budget: budget that replaces the configured one; None: the configured one.
         """
         routed: RoutedTokens | None = None
         position_Bn: Tensor | None = None

@@ -119,7 +119,8 @@ def open_release(
     Args:
         source: a folder, or the id of a repository on the hub, which is then downloaded.
         kind: one of `KINDS`; `auto` looks at its files.
-        base, merge_adapter: see `cogvla_weights`.
+        base: folder or hub id of the base of an adapter, see `cogvla_weights`.
+        merge_adapter: see `cogvla_weights`.
 
     Raises:
         ValueError: there is nothing to read, or not what the kind needs.

@@ -59,7 +59,10 @@ class Prefetch:
 
     Args:
         rate: control ticks per second.
-        latency_s, margin_ticks, retry_s, execute_steps: as in `LoopSettings`.
+        latency_s: assumed latency until enough are measured, see `LoopSettings`.
+        margin_ticks: see `LoopSettings`.
+        retry_s: see `LoopSettings`.
+        execute_steps: see `LoopSettings`.
 
     Attributes:
         latency: estimate of the time from request to answer.

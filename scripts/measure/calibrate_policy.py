@@ -102,7 +102,7 @@ def run(config: DictConfig, command: str) -> Calibration:
 def _batches(
     policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor, progress: str | None = None
 ) -> Iterator[Batch]:
-    """What the policy sees of these frames, and what the expert does; `progress` names a bar."""
+    """Yield batches of these frames with the expert's actions; `progress` is the name of a progress bar."""
     batches, builder = TrainingBatches(data, BATCH, seed=0), BatchBuilder(data, policy.preprocessor, NO_LABELS)
     for rows_B in tqdm(rows_N.split(BATCH), desc=progress, unit="batch", disable=progress is None):
         yield builder.evaluation(batches.gather(rows_B))

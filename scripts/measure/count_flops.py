@@ -49,7 +49,7 @@ def summary(variants: dict[str, list[StageCost]], gpus: Sequence[GPU], paper: di
 
 
 def as_data(costs: Sequence[StageCost], gpus: Sequence[GPU]) -> list[dict[str, Any]]:
-    """The table of one variant as JSON holds it."""
+    """Return the table of one variant as plain data for JSON, one mapping per stage."""
     times = {gpu.name: floors(costs, gpu) for gpu in gpus}
     return [
         {

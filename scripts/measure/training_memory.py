@@ -24,7 +24,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> str:
-    """The table for a configuration of `train_policy`, and `gpus`, which is 1 when it is left out."""
+    """Return the memory table for a configuration of `train_policy` with an optional key `gpus` (default 1)."""
     values = plain(config)
     import_modules(values["imports"])
     gpus = int(values.get("gpus", 1))

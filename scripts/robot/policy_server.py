@@ -68,7 +68,7 @@ async def _serve(server: PolicyServer, settings: ServerSettings) -> None:
 
 
 def _gpu_bytes(device: str) -> Callable[[], float] | None:
-    """What asks for the GPU memory of a policy; None where it uses no GPU."""
+    """Return a function that reads the allocated GPU memory in bytes; None for a policy without a GPU."""
     if not device.startswith("cuda"):
         return None
     import torch

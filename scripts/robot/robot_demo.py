@@ -161,7 +161,7 @@ def _report(
 def _directly(
     remote: RemotePolicy, suite: Suite, specs: Sequence[EpisodeSpec], protocol: EvaluationProtocol
 ) -> Iterator[EpisodeResult]:
-    """The same episodes by the rollout loop, with the same server: only the robot's wire is left out."""
+    """Play the same episodes with the same server in the rollout loop, without the simulated robot and DDS."""
     return rollout(remote, suite, specs, settings=protocol.rollout_settings())
 
 
@@ -175,7 +175,7 @@ def _said(how: str, results: Sequence[EpisodeResult]) -> str:
 
 @contextmanager
 def _server(config: DictConfig) -> Iterator[str]:
-    """The policy server's process; its address, once it has warmed up."""
+    """Start the policy server in a process of its own; yield its address once it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     arguments = [f"checkpoint={config.checkpoint}", f"port={port}", f"threads={config.threads}", "batch_wait_ms=0"]

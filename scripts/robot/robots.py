@@ -23,7 +23,7 @@ TRANSPORTS = ("dds", "lerobot")
 
 
 def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack) -> tuple[FrontEnd, Any]:
-    """The robot that `config.transport` leads to, connected; and its DDS node, or None.
+    """Connect to the robot by `config.transport`; return its front end, and its DDS node or None.
 
     Raises:
         ValueError: the transport is unknown or not installed, or the robot does not fit the embodiment.

@@ -104,7 +104,9 @@ class Session:
     Args:
         bridge: running.
         scene: sets up and judges.
-        log, control, film: where everything is kept.
+        log: saves the results.
+        control: saves the timing of the control loop.
+        film: saves the videos.
         attempts: how often a trial is started that ends in an error, until it is left for another session.
         timeout_s: see `play`.
     """
@@ -220,7 +222,7 @@ def _scene(
 
 
 def _ignore(key: str) -> None:
-    """The simulator judges."""
+    """Ignore a key: with a simulator, the operator does not judge."""
 
 
 def _say(line: str) -> None:

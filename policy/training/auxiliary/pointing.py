@@ -42,7 +42,8 @@ def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor, weight_BV2: T
 
     Args:
         log_attention_XhMP: see `VisionTower.forward`; M must be even.
-        points_BV22, weight_BV2: see `Batch`.
+        points_BV22: points in the views, see `Batch`.
+        weight_BV2: weights of the points, see `Batch`.
     """
     heads, tokens, patches = log_attention_XhMP.shape[1:]
     side = round(patches**0.5)
@@ -59,7 +60,8 @@ def patch_weights(points_X22: Tensor, rows: int, columns: int) -> Tensor:
 
     Args:
         points_X22: (right, down) in [0,1]; at the border, the border's patches have all of it.
-        rows, columns: of the grid.
+        rows: rows of the grid, H.
+        columns: columns of the grid, W.
     """
     near = []
     for axis, count in ((1, rows), (0, columns)):
@@ -101,9 +103,11 @@ class Pointer(nn.Module):
         """Mean cross-entropy; a point that no token has counts as 0.
 
         Args:
-            states_BJD: of the action tokens.
-            vision_BND, kept_BN: see `ModelOutput`.
-            points_BV22, weight_BV2: see `Batch`.
+            states_BJD: states of the action tokens.
+            vision_BND: vision tokens, see `ModelOutput`.
+            kept_BN: their patches, see `ModelOutput`.
+            points_BV22: points in the views, see `Batch`.
+            weight_BV2: weights of the points, see `Batch`.
         """
         weight_X2P = patch_weights(rearrange(points_BV22, "b v two xy -> (b v) two xy"), *self.grid)
         weight_BV2P = rearrange(weight_X2P, "(b v) two p -> b v two p", b=len(points_BV22)) * weight_BV2[..., None]
