@@ -43,12 +43,12 @@ class LiberoSettings:
     """Settings of LIBERO's simulation. Published numbers were measured with the defaults.
 
     Attributes:
-        assets: folder with meshes and textures; None: the folder in COGVLA_LIBERO_ASSETS, or else from the hub.
-        lean: render without multisampling and shadows, several times faster on a CPU. The next three settings need it.
-        reflections: draw reflecting surfaces. False needs `lean`.
-        robot_meshes: folder with lighter meshes of the robot and a `map.json`. Needs `lean`.
-        extra_passes: make robosuite's three forward passes for each physics step. False makes one, is a third faster,
-            and needs `lean`; trajectories then differ in the last digits of the contact solver.
+        assets: folder with meshes and textures; None: the folder in COGVLA_LIBERO_ASSETS, or a download from the hub.
+        lean: render without multisampling and shadows, several times faster on a CPU; the next three settings need it.
+        reflections: draw reflecting surfaces; False needs `lean`.
+        robot_meshes: folder with lighter meshes of the robot and a `map.json`; needs `lean`.
+        extra_passes: make robosuite's three forward passes per physics step; False makes one and needs `lean`.
+            One pass is a third faster; trajectories then differ in the last digits of the contact solver.
     """
 
     assets: str | None = None

@@ -35,15 +35,17 @@ class Embodiment:
 
     Attributes:
         name: name of the robot in reports.
-        cameras: views, in the policy's order.
-        state_dim: S, size of the proprioceptive state.
-        action_dim: A, size of one action.
-        chunk: K, number of actions that one forward pass predicts.
-        control_hz: rate at which actions are executed, in Hz.
-        state_normalisation, action_normalisation: one of `NORMALISATIONS`.
+        cameras: cameras in the policy's order, each with name, height and width (pixels).
+        state_dim: size S of the proprioceptive state.
+        action_dim: size A of one action.
+        chunk: number K of actions that one forward pass predicts.
+        control_hz: control rate in Hz, at which actions are executed.
+        state_normalisation: normalisation of the state, one of `NORMALISATIONS`.
+        action_normalisation: normalisation of the action, one of `NORMALISATIONS`.
         action_normalise_mask: one flag per action dimension; False: not normalised (the gripper).
         gripper_index: action dimension of the gripper; None: no gripper.
-        gripper_open, gripper_close: the environment's values of that dimension.
+        gripper_open: value of that dimension for an open gripper, in the environment's units.
+        gripper_close: value of that dimension for a closed gripper, in the environment's units.
     """
 
     name: str

@@ -36,25 +36,22 @@ class RouterConfig:
     """A policy's token router, and the number of tokens that it keeps.
 
     Attributes:
-        name: one of `routing.registry.registered_routers()`; None: no router.
-        budget: tokens to keep of each view. An integer is a number of tokens, a float is a share: 1 keeps one token,
-            1.0 keeps all.
-        stage: place of the router: `encoder_out` (streams joined, before the projection), `projector_out`, or
-            `llm_layer` (at `layers` only); None: the router's default.
+        name: name of the router, one of `routing.registry.registered_routers()`; None: no router.
+        budget: tokens to keep of each view: an integer is a number, a float is a share (1: one token, 1.0: all).
+        stage: place of the router: `encoder_out`, `projector_out` or `llm_layer`; None: the router's default.
+            `encoder_out` is before the projection, with both streams joined. `llm_layer` routes at `layers` only.
         options: options of the router by name, e.g. {variant: maxsum}; None: its defaults.
-        mode: treatment of the other tokens at a language layer: removed from there on (`drop`), or skip only this layer
-            (`bypass`).
-        position: position ids of the kept tokens: their own (`keep`), consecutive numbers (`compact`), or their own
-            multiplied by `position_step` (`v2pe`).
-        position_step: see `position`.
-        joint: let all views compete for V*n places; otherwise keep n of each view.
+        mode: at a language layer, other tokens are removed from there on (`drop`), or skip this layer (`bypass`).
+        position: position ids of the kept tokens: unchanged (`keep`), consecutive (`compact`) or scaled (`v2pe`).
+        position_step: factor on the position ids, for position=v2pe.
+        joint: let all views compete for V*n tokens; False: keep n tokens of each view.
         layers: language layers, from 0, before which tokens are routed (again, if `stage` is an earlier one).
         layer_router: name of the router at `layers`; None: `name`.
-        layer_budgets: budgets at each of `layers`, as `budget`; shares are of all tokens that the vision towers give.
-            (): `budget` at each.
-        train_budgets: budgets from which every training step draws one (TokenFLEX); (): only `budget`.
-        seed: seed of random draws.
-        resample: draw anew for every new observation; False: use the same draw for all.
+        layer_budgets: budgets at each of `layers`, as `budget`; (): `budget` at each.
+            Shares are of all tokens of the vision towers.
+        train_budgets: budgets of which every training step draws one at random (TokenFLEX); (): only `budget`.
+        seed: random seed of the routers' draws.
+        resample: draw again for every new observation; False: use the same draw for all.
     """
 
     name: str | None = None

@@ -19,14 +19,14 @@ class EvaluationProtocol:
 
     Attributes:
         name: name of the protocol in reports.
-        episodes_per_task: number of episodes for each task, each with its own initial state.
+        episodes_per_task: number of episodes per task, each with its own initial state.
         first_initial_state: index of the first initial state of each task; the following episodes use the next ones.
-        execute_steps: number of actions to execute of each chunk; None: the whole chunk.
+        execute_steps: number of actions of each chunk to execute; None: the whole chunk.
         temporal_ensemble: decay m of the temporal ensemble; None: open loop.
-        waiting_steps: control steps without motion after each reset; they do not count as control steps.
-        max_steps: number of control steps after which an episode is a failure, or suite -> number; None, and for
-            suites without a number: the suite's own limit.
-        seed: seed of every reset, and of the choice of swapped instructions.
+        waiting_steps: control steps without motion after each reset; they are not counted.
+        max_steps: maximum number of control steps per episode, or suite -> number; None: the suite's own limit.
+            A longer episode is a failure. Suites without a number use their own limit.
+        seed: random seed of every reset, and of the choice of swapped instructions.
     """
 
     name: str

@@ -40,13 +40,14 @@ INSTRUCTION = "instruction"
 
 @dataclass(frozen=True)
 class Counting:
-    """The work that is counted. The defaults are what this model computes; the rest compares with other code.
+    """Operations to count. The defaults count those of this model; other values allow comparisons with other code.
 
     Attributes:
-        attention: products of queries with keys and of attention with values; without them, linear layers only.
-        every_row: all rows of the last layers, also those that nobody reads.
-        last_block: the last block of each tower, whose output is thrown away.
-        lm_head: the output vocabulary, for every token of the sequence.
+        attention: count the products of queries with keys, and of attention with values.
+            False: count linear layers only.
+        every_row: count all rows of the last layers, including rows whose results are not used.
+        last_block: count the last block of each tower, whose output is not used.
+        lm_head: count the output vocabulary for every token of the sequence.
     """
 
     attention: bool = True

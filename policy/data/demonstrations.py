@@ -42,15 +42,16 @@ class DataConfig:
     """The place of a data set and the meaning of its keys.
 
     Attributes:
-        cameras: the embodiment's camera name -> the data set's key.
-        state, action: keys.
-        repo_id: name on the hub; not needed for a folder.
-        root: the data set's folder; with a `repo_id`, where it is downloaded to (None is lerobot's own cache).
-        revision: of the hub's repository.
-        labels: name in a batch -> key; what is supervised besides the action.
-        gripper: the data set's gripper convention; None means that it is the embodiment's.
-        instruction_key: `task` for lerobot's task strings, or a string feature.
-        cache: folder for decoded frames; they are used again by every run with the same data and image size.
+        cameras: camera name of the embodiment -> key of the data set.
+        state: key of the proprioceptive state.
+        action: key of the action.
+        repo_id: name on the hub; None: use the folder `root`.
+        root: folder of the data set; with a `repo_id`, the download folder (None: lerobot's own cache).
+        revision: revision of the hub repository.
+        labels: label name in a batch -> key of the data set; labels are supervised in addition to the action.
+        gripper: gripper values of the data set (index, open, close); None: those of the embodiment.
+        instruction_key: key of the instruction: `task` (lerobot's task strings), or a string feature.
+        cache: folder for decoded frames; runs with the same data and image size share it.
     """
 
     cameras: Mapping[str, str]

@@ -29,15 +29,15 @@ class EngineConfig:
     """Settings of the inference engine.
 
     Attributes:
-        kind: `plain` runs the model as it was trained. The others run `FusedNetwork`: `eager`, or recorded for each
-            shape that was announced by `warm_up`: `trace`, `cuda_graph` or `compile`. `auto` is cuda_graph on a GPU,
-            else trace.
-        text_buckets: instructions are padded to the next of these lengths, so that few shapes cover all of them; longer
-            ones run without being recorded.
-        dtype: precision of weights and arithmetic, `float32`, `bfloat16`, `float8` (bfloat16 with large layers in 8
-            bits, for checkpoints that `calibrate_policy` has measured) or `int8` (float32 with large layers in 8 bits,
-            for CPUs); None leaves it as it was saved, and `plain` can do nothing else.
-        smallest: inputs and outputs that a layer in `int8` must have at least; smaller ones only lose by it.
+        kind: plain, eager, trace, cuda_graph, compile, or auto (cuda_graph on a GPU, else trace).
+            `plain` runs the model as it was trained. The others run `FusedNetwork`: `eager` directly; `trace`,
+            `cuda_graph` and `compile` as recorded for each shape that was announced by `warm_up`.
+        text_buckets: instruction lengths in tokens; an instruction is padded to the next of them.
+            Few shapes then cover all instructions. Longer instructions run without a recording.
+        dtype: float32, bfloat16, float8 or int8; None: as saved (the only choice for `plain`).
+            `float8` is bfloat16 with large layers in 8 bits, for checkpoints that `calibrate_policy` has measured.
+            `int8` is float32 with large layers in 8 bits, for CPUs.
+        smallest: minimum number of inputs and of outputs of a layer in `int8`; smaller layers would get slower.
     """
 
     kind: str = "auto"

@@ -28,11 +28,12 @@ class AugmentationConfig:
     """Image augmentation in training. The defaults change nothing.
 
     Attributes:
-        crop_area: area of the crop as a share of the view (random in training, centred at test time); 1: no crop.
-        brightness: largest brightness that is added or subtracted, for pixel values in [0,1].
-        contrast: range of the factor on the distance to the mean of each channel; (1, 1): off.
+        crop_area: area of the crop as a share of the image; 1: no crop.
+            The crop is random in training and centred at test time.
+        brightness: maximum brightness to add or subtract, for pixel values in [0,1].
+        contrast: range of the factor on the distance to each channel's mean; (1, 1): off.
         saturation: range of the factor on the saturation (HSV); (1, 1): off.
-        hue: largest rotation of the hue, as a share of a full turn.
+        hue: maximum rotation of the hue, as a share of a full turn.
     """
 
     crop_area: float = 1.0

@@ -26,13 +26,17 @@ class TowerConfig:
 
     Attributes:
         patch_size: side of a patch in pixels; must divide the image size.
-        timm: name of a timm model that gives the architecture (and pretrained weights, if asked for); leave out the
-            sizes below then.
-        width, depth, heads, mlp_ratio: sizes of a new transformer. Features are taken from the last block but one, so
-            `depth` includes one block that is not computed.
-        class_token, registers: extra tokens before the patches, as in DINOv2.
+        timm: timm model that gives architecture and pretrained weights; leave out the sizes below then.
+        width: width of a new transformer.
+        depth: number of blocks of a new transformer, including one that is not computed.
+            Features are taken from the last block but one.
+        heads: number of attention heads of a new transformer.
+        mlp_ratio: width of the MLP of a new transformer, as a multiple of `width`.
+        class_token: add a class token before the patches, as in DINOv2.
+        registers: number of register tokens before the patches, as in DINOv2.
         layer_scale: initial value of LayerScale on both branches; None: no LayerScale.
-        mean, std: normalisation of RGB values in [0,1].
+        mean: mean of the RGB values in [0,1], for their normalisation.
+        std: standard deviation of the RGB values in [0,1], for their normalisation.
     """
 
     patch_size: int
@@ -65,9 +69,10 @@ class VisionConfig:
     """The two vision towers.
 
     Attributes:
-        dinov2, siglip: towers; each can load the published weights of its name.
-        aggregation_tokens: M, aggregation tokens per view in each tower.
-        drop_last_block: build the model without the last block, whose output is not used.
+        dinov2: first tower; it can load the published weights of DINOv2.
+        siglip: second tower; it can load the published weights of SigLIP.
+        aggregation_tokens: number M of aggregation tokens per view in each tower.
+        drop_last_block: build the towers without the last block, whose output is not used.
     """
 
     dinov2: TowerConfig
@@ -85,15 +90,22 @@ class LanguageConfig:
     """A Llama-style decoder.
 
     Attributes:
+        vocab_size: number of tokens of the vocabulary.
+        width: width of the token embeddings.
+        intermediate: width of the MLP.
+        layers: number of layers.
+        heads: number of attention heads.
+        bos_token: id of the first token of the sequence.
+        stop_token: id of the last token of the sequence.
         architecture: `llama` or `qwen2` (biases on q, k and v).
-        vocab_size, width, intermediate, layers, heads, kv_heads: sizes; kv_heads None: the same as heads.
-        bos_token, stop_token: ids of the first and the last token of the sequence.
-        rms_norm_eps, rope_theta: as in transformers.
+        kv_heads: number of key and value heads; None: the same as `heads`.
+        rms_norm_eps: epsilon of RMSNorm, as in transformers.
+        rope_theta: base of the rotary position embedding, as in transformers.
         init_std: initial standard deviation of the linear layers.
-        embedding_std: initial standard deviation of the token embeddings; None: `init_std`. For training from scratch
-            use about 1: FiLM reads the mean embedding, and with small embeddings it hardly sees the instruction for
-            thousands of steps.
-        hub: hub repository of pretrained weights with these sizes; None: no such repository.
+        embedding_std: initial standard deviation of the token embeddings; None: `init_std`.
+            For training from scratch use about 1: FiLM reads the mean embedding, and small embeddings hide the
+            instruction from it for thousands of steps.
+        hub: hub repository of pretrained weights with these sizes; None: no pretrained weights.
     """
 
     vocab_size: int
@@ -126,14 +138,14 @@ class ActionHeadConfig:
     """Action placeholders, and the head that reads their states.
 
     Attributes:
-        kind: `l1` (regression, the paper), `diffusion` (DDIM), `flow` (flow matching) or `discrete` (256 tokens per
-            dimension); see `policy/model/heads`.
-        tokens_per_step: `one` placeholder per step of the chunk, or one per `action_dim`ension (the paper, K*A).
+        kind: `l1` (regression, the paper), `diffusion` (DDIM), `flow` (flow matching) or `discrete` (tokens).
+            `discrete` has 256 tokens per dimension. See `policy/model/heads`.
+        tokens_per_step: placeholders per step of the chunk: `one`, or one per `action_dim`ension (the paper, K*A).
         placeholder: `learned` embeddings, or `zero` vectors (the paper).
         blocks: number of residual blocks of the head.
         steps: number of steps from noise to action, for `diffusion` and `flow`.
-        shifted: read each action from the state of the token before it, and the first action from the last word, as in
-            next-token prediction (the published code); otherwise from its own placeholder.
+        shifted: read each action from the token before it (the published code); False: from its own placeholder.
+            The first action is then read from the last word, as in next-token prediction.
     """
 
     kind: str = "l1"
@@ -156,22 +168,23 @@ class RoutingConfig:
     """The three stages of the paper, each with a switch. `faithful` means: as in the published code.
 
     Attributes:
-        efa: stage 1. Off: plain patch tokens, channels of both towers joined, one projector.
-        film: without stage 1, let the instruction still modulate the towers, and keep the patches (OpenVLA-OFT+).
-        fusion: combination of the two streams with `efa` or `film`: `mix`, `sum` or `concat`, see
-            `routing.aggregation.StreamFusion`.
-        summary: tokens whose mean is the instruction's summary: `words`, or `faithful` (with bos and stop).
-        film_init: see `routing.film.FiLM`.
-        lfp: stage 2. Off: every layer processes all vision tokens.
-        schedule, mean_keep, period: see `routing.keep_schedule.keep_ratios`.
-        mode: treatment of vision tokens that a layer does not keep: skip only this layer (`bypass`), or removed from
-            there on (`drop`).
+        efa: stage 1; False: patch tokens with the channels of both towers concatenated, and one projector.
+        film: without stage 1, still modulate the towers with the instruction, and keep the patches (OpenVLA-OFT+).
+        fusion: combination of the two streams with `efa` or `film`: `mix`, `sum` or `concat`.
+            See `routing.aggregation.StreamFusion`.
+        summary: tokens whose mean is the summary of the instruction: `words`, or `faithful` (with bos and stop).
+        film_init: initial standard deviation of FiLM's scale and shift; None: PyTorch's default, see `routing.film`.
+        lfp: stage 2; False: every layer processes all vision tokens.
+        schedule: schedule of the keep ratios over the layers, see `routing.keep_schedule.keep_ratios`.
+        mean_keep: mean keep ratio of the schedule.
+        period: number of layers over which a decay runs; None: the number of layers minus 1.
+        mode: tokens that a layer does not keep skip this layer (`bypass`), or are removed from there on (`drop`).
         position_policy: `keep` the positions of kept tokens, or `renumber` them in routed layers (faithful).
-        scale: values that the router's probability multiplies; the router learns through them. MLP outputs of `all`
-            tokens (faithful), of vision tokens (`visual_only`), or of vision tokens together with their attention
-            `values`. Only the last one trains the router of the last layer, where nothing reads a vision token's MLP
-            output.
-        attention: stage 3, `coupled`; `causal` and `bidirectional` are ablations.
+        scale: values that the router's probability multiplies: `all`, `visual_only` or `values`.
+            The router learns through this product. `all`: MLP outputs of all tokens (faithful). `visual_only`: MLP
+            outputs of vision tokens. `values`: MLP outputs and attention values of vision tokens. Only `values` trains
+            the router of the last layer, because the MLP output of a vision token is not used there.
+        attention: stage 3: `coupled`; `causal` and `bidirectional` are ablations.
         router: another router of vision tokens, alone or together with these stages, see `routing.router`.
     """
 

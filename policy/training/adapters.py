@@ -24,14 +24,16 @@ FINGERPRINT = 64
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The parts of a policy that are trained; the default is everything.
+    """Parts of a policy to train. The default is all parts.
 
-    Parts are named as in the checkpoint, e.g. `decoder.llm` or `vision.towers.*.film`; `*` stands for anything.
+    Parts are named as in the checkpoint, e.g. `decoder.llm` or `vision.towers.*.film`; `*` matches any text.
 
     Attributes:
-        train: parts that are trained fully.
-        adapt: parts whose linear layers get LoRA adapters, unless `train` names them. All other weights are frozen.
-        rank, alpha, dropout: of the adapters; their output is scaled by alpha / rank.
+        train: parts to train fully; all parts in neither `train` nor `adapt` are frozen.
+        adapt: parts whose linear layers get LoRA adapters, unless `train` names them.
+        rank: rank of the LoRA adapters.
+        alpha: the output of an adapter is scaled by alpha / rank.
+        dropout: dropout rate of the adapters.
     """
 
     train: tuple[str, ...] = ("*",)

@@ -16,27 +16,29 @@ class TrainingConfig:
     """Steps, optimiser, precision, validation and checkpoints of a training run.
 
     Attributes:
-        steps: of the optimiser, in all.
+        steps: number of optimiser steps.
         batch_size: samples per step, over all processes and accumulation.
-        learning_rate: at its peak, after a linear warm-up of `warmup_steps`; then it falls as a cosine.
+        learning_rate: peak learning rate, after a linear warm-up and before a cosine decay.
+        warmup_steps: number of steps of the warm-up.
         optimiser: `adamw`, or `adamw8bit` (bitsandbytes), whose state takes a quarter of the memory.
-        weight_decay: of matrices; other parameters are not decayed.
-        clip_norm: gradients are scaled down to this norm.
-        accumulation: parts that a step's batch is computed in, one after the other, to save memory.
-        cpu_parts: parts of a batch that are computed side by side on a CPU, each by a process
-            (`policy.training.parallel`).
-        ema_decay: of the moving average of the weights, which is what is evaluated; 0 keeps the current weights.
-        precision: `float32`, `bfloat16` (autocast; frozen matrices are kept in bfloat16, all else in float32), or
-            `auto`: bfloat16 where there is a GPU.
+        weight_decay: weight decay of matrices; other parameters have none.
+        clip_norm: maximum norm of the gradients; larger gradients are scaled down.
+        accumulation: number of parts of a batch to compute in turn, to save memory.
+        cpu_parts: number of parts of a batch to compute in parallel on a CPU, each in a process.
+            See `policy.training.parallel`.
+        ema_decay: decay of the moving average of the weights, which is evaluated; 0: use the current weights.
+        precision: `float32`, `bfloat16` (autocast), or `auto` (bfloat16 if there is a GPU).
+            With `bfloat16`, frozen matrices are kept in bfloat16 and all else in float32.
         compile: use torch.compile.
-        gradient_checkpointing: compute the blocks of towers and language model again in the backward pass, instead of
-            keeping what is inside of them.
-        seed: of the weights at the start, the order of the data and everything random.
-        validation_fraction: share of the episodes that is held out; 0 for none.
-        validate_every, checkpoint_every, rollout_every: in steps; 0 is never (checkpoints are always written).
-        keep_checkpoints: how many of the newest to keep.
-        finetune: which parts are trained, and how, see `policy.training.adapters`.
-        augmentation: how pictures are changed, see `policy.inputs.augmentation`.
+        gradient_checkpointing: recompute the blocks of towers and language model in the backward pass, to save memory.
+        seed: random seed of the initial weights, the order of the data and all other random numbers.
+        validation_fraction: share of the episodes that is held out for validation; 0: none.
+        validate_every: steps between two validations; 0: never.
+        checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: number of the newest checkpoints to keep.
+        rollout_every: steps between two evaluations in simulation; 0: never.
+        finetune: parts to train, and how, see `policy.training.adapters`.
+        augmentation: image augmentation, see `policy.inputs.augmentation`.
     """
 
     steps: int = 4000

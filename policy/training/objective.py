@@ -1,5 +1,5 @@
 """The training objective: the head's error on the action chunk (masked L1 for the paper's head), where the simulator
-gives labels, grounding, and further objectives by switches, each in its own file in `policy/auxiliary`.
+gives labels, grounding, and further objectives by switches, each in its own file in `policy/training/auxiliary`.
 
 Behaviour cloning alone learns the arm's habits long before it looks at the instruction. Three things mend that:
 
@@ -43,31 +43,31 @@ GROUNDING_DIM = 6
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Loss weights and the shares of samples that are made harder.
+    """Weights of the losses, and shares of samples with hidden or changed inputs.
 
     Attributes:
-        grounding: weight of the position loss; 0 switches the head off.
-        reading: weight of the same loss on the states of the action tokens; 0 switches it off.
-        pointing: weight of the attention loss of aggregation tokens (MolmoPoint); 0 switches it off. It needs camera
-            projections among the labels.
-        counterfactual: share of samples in [0,1) with another possible instruction (needs labels).
-        gripper_state: which entries of the state are the gripper's position, in the frame of the labels. The head then
-            also predicts where they are from the gripper, which is what the next motion depends on; () is off.
+        grounding: weight of the position loss; 0: off.
+        reading: weight of the position loss on the states of the action tokens; 0: off.
+        pointing: weight of the attention loss of aggregation tokens (MolmoPoint); 0: off.
+            It needs camera projections among the labels.
+        counterfactual: share of samples in [0,1) that get another possible instruction (needs labels).
+        gripper_state: indices of the state entries with the gripper's position, in the frame of the labels; (): off.
+            The head then also predicts positions relative to the gripper, on which the next motion depends.
         state_dropout: share of samples in [0,1] whose state is hidden.
-        phase_weights: weight of the action loss by the expert's phase; empty = 1 everywhere.
-        pointer: weight of two pointing tokens (MolmoPoint), for routing=patches, where `pointing` does nothing.
-        contrast: weight of vision tokens against the words of the batch (CG-VLM; start with 0.1).
-        diversity: weight of the towers' attention diversity (ADL; 1.0 in its source).
-        masking: share of the vision tokens in [0,1] that a learned pool replaces in training (Croc; 0.75 in its
-            source).
-        mask_pool: entries of that pool.
+        phase_weights: weight of the action loss for each phase of the expert; (): 1 for all.
+        pointer: weight of the loss of two pointing tokens (MolmoPoint), for routing=patches; 0: off.
+            `pointing` has no effect there.
+        contrast: weight of the contrastive loss between vision tokens and words (CG-VLM; start with 0.1).
+        diversity: weight of the diversity loss on the towers' attention (ADL; 1.0 in its source).
+        masking: share of vision tokens in [0,1] that a learned pool replaces in training (Croc; 0.75 in its source).
+        mask_pool: number of entries of that pool.
         vision_dropout: share of samples in [0,1] whose vision tokens are hidden.
-        distillation: weight of what a policy with all tokens teaches (Align-TI).
-        teacher: its checkpoint folder; the YAML gives the run's `base`.
-        prior: how far, in [0,1], actions are weighted by the error of a policy that does not see (PRIOR).
-        blind: the checkpoint folder of that policy, which objective=blind trains.
+        distillation: weight of the distillation loss from a teacher that keeps all tokens (Align-TI).
+        teacher: checkpoint folder of the teacher; the YAML sets the run's `base`.
+        prior: strength in [0,1] of weighting actions by the error of a policy without vision (PRIOR).
+        blind: checkpoint folder of the policy without vision, which objective=blind trains.
 
-    What is behind the last ten, and where it comes from, is in `policy/auxiliary`, a file for each.
+        The last ten are explained, with their sources, in `policy/training/auxiliary`.
     """
 
     grounding: float = 0.5

@@ -25,19 +25,19 @@ class SafetyLimits:
     limit, such an action stops the loop with a fault instead. The braking of a hold is always clamped.
 
     Attributes:
-        kind: "delta" for actions that are displacements per control tick, "absolute" for positions (joint targets).
-        scale: [D] physical displacement of action value 1.0; None if actions are in physical units. For deltas only.
-        state_index: [D] index of the state entry that measures the dimension's position; None if it is not measured.
+        kind: "delta": actions are displacements per control tick; "absolute": actions are positions (joint targets).
+        scale: [D] physical displacement of action value 1.0; None: actions are in physical units. For deltas only.
+        state_index: [D] index of the state entry with the dimension's measured position; None: not measured.
         position_low: [D] lower workspace limit (deltas) or joint limit (absolute).
         position_high: [D] upper workspace limit (deltas) or joint limit (absolute).
-        step: [D] largest displacement per control tick.
-        velocity: [D] largest speed per second, measured over one tick.
-        acceleration: [D] largest acceleration per second squared, measured over two ticks.
-        lead: [D] largest distance between commanded and measured position. For deltas it describes the robot's own
-            controller, which limits its target in this way (None: its target starts from the measured position). For
-            absolute targets a larger distance is a fault: the arm does not follow.
-        gripper_step: largest change of the gripper's value per tick. Its range is the embodiment's open to close.
-        reject: limits that cause a fault: "position", "step", "velocity", "acceleration".
+        step: [D] maximum displacement per control tick.
+        velocity: [D] maximum speed per second, measured over one tick.
+        acceleration: [D] maximum acceleration per second squared, measured over two ticks.
+        lead: [D] maximum distance between commanded and measured position.
+            For deltas it describes the robot's own controller, which limits its target in this way (None: its target
+            starts from the measured position). For absolute targets a larger distance is a fault: the arm does not follow.
+        gripper_step: maximum change of the gripper's value per tick; its range is the embodiment's open to close.
+        reject: limits that cause a fault instead of clamping: "position", "step", "velocity", "acceleration".
     """
 
     kind: str
@@ -116,26 +116,26 @@ class LoopSettings:
     Times are in seconds.
 
     Attributes:
-        image_age_s: largest age of a camera image; with an older one the loop holds and does not ask the policy.
-        state_age_s: largest age of the joint state; with an older one the loop holds and does not ask the policy.
-        sync_tolerance_s: largest difference between the stamps of one observation.
-        future_tolerance_s: largest time by which a stamp may lie ahead of the loop's clock.
-        frozen_after_s: time after which a camera counts as frozen (stale) if it sends exactly the same image although
-            the state changed by more than `frozen_motion`; None for no check.
-        frozen_motion: largest change of any state entry during which a camera may send the same image.
-        overlap: treatment of overlapping chunks: "replace", "ensemble" or "real_time", see
-            `cogvla.real_robot.control.chunk_queue`.
+        image_age_s: maximum age of a camera image; with an older image the loop holds and does not call the policy.
+        state_age_s: maximum age of the joint state; with an older state the loop holds and does not call the policy.
+        sync_tolerance_s: maximum difference between the stamps of one observation.
+        future_tolerance_s: maximum time by which a stamp may lie ahead of the loop's clock.
+        frozen_after_s: time with identical images after which a camera counts as frozen (stale); None: no check.
+            Only identical images during a change of the state by more than `frozen_motion` count.
+        frozen_motion: maximum change of any state entry during which a camera may send the same image.
+        overlap: handling of overlapping chunks: "replace", "ensemble" or "real_time".
+            See `cogvla.real_robot.control.chunk_queue`.
         ensemble_m: decay m of the ensemble's weights exp(-m * i), i = 0 for the oldest chunk.
-        ask: when to ask for the next chunk. "ahead": while the last one is executed, so that the arm never pauses.
-            "after": once `execute_steps` actions of it were executed and the arm is at rest, for policies whose chunks
-            are good only at their beginning.
-        execute_steps: with "ahead", ticks since the last chunk's observation after which to ask in any case (None: ask
-            only when the queue runs low); with "after", number of actions of a chunk to execute (None: all).
+        ask: when to request the next chunk: "ahead" (during the last chunk) or "after" (with the arm at rest).
+            With "ahead" the arm never pauses. "after" waits until `execute_steps` actions were executed; it suits
+            policies that predict only the first actions of a chunk well.
+        execute_steps: "ahead": ticks between observation and next request at the latest; "after": actions to execute.
+            None means: with "ahead", request only when the queue runs low; with "after", execute all actions.
         latency_s: assumed 95th percentile of the time from request to answer, until enough requests were measured.
         margin_ticks: number of actions that should be left when an answer arrives at that percentile.
         deadline_s: time after which a request without an answer has failed.
         retry_s: pause after a failed request.
-        hold_limit_s: longest hold during motion; a longer one stops the loop with a fault.
+        hold_limit_s: maximum hold during motion; a longer one stops the loop with a fault.
         clock_gap_s: gap between two ticks, or step back of the clock, after which the loop discards all samples.
     """
 
@@ -178,7 +178,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class RobotConfig:
-    """One file of configs/robot.
+    """Settings of one robot, from a file of configs/robot.
 
     Attributes:
         name: name of the robot in reports.

@@ -42,12 +42,11 @@ class LeRobotSettings:
 
     Attributes:
         type: lerobot's name of the robot type, e.g. so101_follower.
-        modules: Python modules that register this type and the types of its cameras; they may be your own.
+        modules: Python modules that register the types of the robot and its cameras; your own are possible.
         cameras: camera of the embodiment -> key in the robot's observation.
         state: [S] keys in the robot's observation, one per entry of the embodiment's state.
         action: [A] keys of the robot's action, one per entry of the embodiment's action.
-        config: fields of lerobot's configuration of this type (id, port, cameras, ...), as lerobot's commands take
-            them.
+        config: fields of lerobot's configuration of this type (id, port, cameras, ...), as for lerobot's commands.
     """
 
     type: str

@@ -47,7 +47,7 @@ class DdsSettings:
 
     Attributes:
         domain: ROS_DOMAIN_ID of the robot.
-        interface: network interface; "lo" for this machine only, without multicast; None to use CYCLONEDDS_URI.
+        interface: network interface; "lo": this machine only, without multicast; None: use CYCLONEDDS_URI.
         distro: ROS 2 distribution of the robot, one of `ros_types.DISTROS`.
     """
 

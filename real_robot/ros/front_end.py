@@ -61,13 +61,12 @@ class RosTopics:
         joints: [S] joint names in the JointState, one per entry of the embodiment's state.
         instruction: topic with the instruction as a String; empty text holds the arm.
         command: topic of the controller.
-        command_type: "array" for a Float64MultiArray with the action; "trajectory" for a JointTrajectory with one
-            point, one control period ahead.
-        command_joints: joint names of a trajectory in the order of the action, without the gripper if it has its own
-            topic.
-        gripper: topic with a Float64MultiArray for the gripper's action alone; None if the command contains it.
-        stamps: "header" for the sensor's own stamps; "arrival" for the time of arrival, for replays and for drivers
-            that do not fill in stamps.
+        command_type: "array" (Float64MultiArray with the action) or "trajectory" (JointTrajectory).
+            The trajectory has one point, one control period ahead.
+        command_joints: joint names of a trajectory in the order of the action, without a gripper with its own topic.
+        gripper: topic with a Float64MultiArray for the gripper's action alone; None: the command contains it.
+        stamps: "header": the sensor's own time stamps; "arrival": the time of arrival.
+            Use "arrival" for replays and for drivers that do not set time stamps.
     """
 
     cameras: Mapping[str, str]

@@ -38,8 +38,8 @@ class BatchSettings:
     """Settings that decide when a forward pass starts.
 
     Attributes:
-        max_batch: largest number of requests in one forward pass.
-        batch_wait_ms: longest time that the first request of a batch waits for others, in milliseconds.
+        max_batch: maximum number of requests in one forward pass.
+        batch_wait_ms: maximum time in milliseconds that the first request of a batch waits for others.
     """
 
     max_batch: int = 8

@@ -38,9 +38,9 @@ class RequestKeys:
     Attributes:
         state: key of the proprioceptive state.
         prompt: key of the instruction.
-        images: camera of the embodiment -> key; None for `images/CAMERA`.
-        layout: axis order of the images, "hwc" or "chw".
-        default_prompt: instruction for requests without one; None refuses such requests.
+        images: camera of the embodiment -> key; None: `images/CAMERA`.
+        layout: axis order of the images: "hwc" or "chw".
+        default_prompt: instruction for requests without one; None: refuse such requests.
         ignored: keys that clients send but the policy does not use, such as further cameras.
     """
 

@@ -43,8 +43,8 @@ class TlsFiles:
     """Certificate of a server.
 
     Attributes:
-        cert: PEM file with the certificate; None for no TLS.
-        key: PEM file with its private key; None for no TLS.
+        cert: PEM file with the certificate; None: no TLS.
+        key: PEM file with its private key; None: no TLS.
     """
 
     cert: str | None = None
@@ -72,13 +72,13 @@ class ServerSettings:
 
     Attributes:
         host: address to bind; the default accepts connections from this machine only.
-        port: TCP port; 0 takes a free one.
-        api_key: key that clients must send (`Authorization: Api-Key ...`); None lets everyone in.
+        port: TCP port; 0: any free port.
+        api_key: key that clients must send (`Authorization: Api-Key ...`); None: accept all clients.
         tls: certificate of the server, see `TlsFiles`.
-        max_message_mb: largest request in MiB; a larger one ends the connection.
-        max_clients: largest number of connections; further ones are refused with status 503.
-        ping_s: seconds between pings, and seconds without an answer to a ping after which a client is cut off.
-        shutdown_s: longest time to finish pending requests after the server was told to stop, in seconds.
+        max_message_mb: maximum size of a request in MiB; a larger one ends the connection.
+        max_clients: maximum number of connections; further ones are refused with status 503.
+        ping_s: seconds between pings, and seconds without an answer after which a client is disconnected.
+        shutdown_s: maximum time in seconds to finish pending requests after the server was told to stop.
     """
 
     host: str = "127.0.0.1"
