@@ -67,7 +67,7 @@ class ObjectiveConfig:
         prior: strength in [0,1] of weighting actions by the error of a policy without vision (PRIOR).
         blind: checkpoint folder of the policy without vision, which objective=blind trains.
 
-        The last ten are explained, with their sources, in `policy/training/auxiliary`.
+    `policy/training/auxiliary` explains `pointer` and the fields below it, with their sources.
     """
 
     grounding: float = 0.5

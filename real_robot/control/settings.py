@@ -35,7 +35,8 @@ class SafetyLimits:
         acceleration: [D] maximum acceleration per second squared, measured over two ticks.
         lead: [D] maximum distance between commanded and measured position.
             For deltas it describes the robot's own controller, which limits its target in this way (None: its target
-            starts from the measured position). For absolute targets a larger distance is a fault: the arm does not follow.
+            starts from the measured position). For absolute targets a larger distance is a fault: the arm does
+            not follow.
         gripper_step: maximum change of the gripper's value per tick; its range is the embodiment's open to close.
         reject: limits that cause a fault instead of clamping: "position", "step", "velocity", "acceleration".
     """

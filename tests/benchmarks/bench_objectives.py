@@ -1,4 +1,4 @@
-"""What each switch of `policy/auxiliary` adds to a training step: forward, backward, and what is asked before the step.
+"""Measure the time that each objective of `policy/training/auxiliary` adds to a training step.
 
 python tests/benchmarks/bench_objectives.py
 python tests/benchmarks/bench_objectives.py --routing cogvla patches --batch 32 --steps 20

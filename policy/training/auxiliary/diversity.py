@@ -12,8 +12,9 @@ Ours: it is asked of both vision towers, and of all tokens in them. In the last 
 the aggregation tokens are computed, and only those count. The paper's other part, attention over pooled tokens (TAP),
 changes the network and is not here.
 
-The attention is computed beside the fused kernels, n x n numbers per head and block: this is the dear one of the
-objectives in `policy/auxiliary`. With `training.gradient_checkpointing` it is not kept for the backward pass.
+The attention is computed in addition to the fused kernels, n x n numbers per head and block. This makes it the most
+expensive objective in `policy/training/auxiliary`. With `training.gradient_checkpointing` it is not kept for the
+backward pass.
 
 Shape legend: X rows (samples times views), S tokens with all prefixes, Q rows of the attention, F tower width.
 """

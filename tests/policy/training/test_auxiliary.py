@@ -1,4 +1,4 @@
-"""The objectives of `policy/auxiliary` by answers computed by hand, and what their gradients reach."""
+"""The objectives of `policy/training/auxiliary` by answers computed by hand, and what their gradients reach."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Training with the objectives of `policy/auxiliary`: off they change nothing, on they learn, with every routing, and a
-stopped run goes on exactly."""
+"""The objectives of `policy/training/auxiliary` change nothing when off, learn when on (with every routing), and a
+stopped run resumes exactly."""
 
 from __future__ import annotations
 
