@@ -1,4 +1,4 @@
-"""`analyse_routing`: what the vision tokens of a policy hold, which are kept, and whether they are the right ones.
+"""`analyse_routing`: show which vision tokens a policy keeps, what they encode, and whether they are relevant.
 
     analyse_routing checkpoint=checkpoints/tabletop_object
     analyse_routing checkpoint=FOLDER router.name=cls_attention router.budget=0.25 tasks=[0,5]
@@ -76,18 +76,20 @@ def page(
         video = folder / "videos" / f"{number:02d}_{episode.name}.mp4"
         film(episode, grid, video, len(views))
         figures = {
-            "share of the target that kept tokens see": lines(numbers["target_kept"], "decision", "share", (0, 1)),
-            "flicker: distance from the set before": lines(numbers["flicker"], "decision", "Jaccard distance", (0, 1)),
+            "share of the target that the kept tokens cover": lines(numbers["target_kept"], "call", "share", (0, 1)),
+            "flicker: distance from the previous kept set": lines(
+                numbers["flicker"], "call", "Jaccard distance", (0, 1)
+            ),
         }
         sheet = strip(episode, grid, pictures, views)
         shown.append({"episode": episode, "sheet": sheet, "video": video.read_bytes(), "figures": figures})
     layers = [f"layer {n}" for n in range(data["information"]["layers"])]
     by_layer = {
         "entropy of the action tokens’ attention to vision tokens": (data["attention_entropy"], "nats"),
-        "effective rank of vision tokens after the layer": (
+        "effective rank of the vision tokens after the layer": (
             {name.removeprefix("after "): value for name, value in data["effective_rank"].items()}, "directions",
         ),
-        "information that vision tokens still hold": (
+        "information left in the vision tokens": (
             dict(zip(layers, data["information"]["information"], strict=True)), "1 − exp(−change of actions)",
         ),
     }  # fmt: skip

@@ -38,7 +38,7 @@ def render_comparison(rows: Sequence[CellReport], data: Mapping[str, Any]) -> st
         on_front=fastest,
         figures={
             "p50 of a chunk, ms": _figure(played, _milliseconds, "latency per chunk (p50), ms"),
-            "GFLOP": _figure(played, _gflop, "GFLOP per chunk, the router's own included"),
+            "GFLOP": _figure(played, _gflop, "GFLOP per chunk, including the router"),
         },
     )
 

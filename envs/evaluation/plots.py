@@ -32,7 +32,7 @@ def latency_curves(curves: Sequence[tuple[str, Sequence[float]]], budget_ms: flo
                 np.sort(samples), 100 * np.arange(1, len(samples) + 1) / len(samples), where="post", color=colour,
                 linewidth=1.9, label=name,
             )  # fmt: skip
-    axes.axvline(budget_ms, color=BAD, linestyle="--", linewidth=1.2, label=f"a chunk lasts {budget_ms:.0f} ms")
+    axes.axvline(budget_ms, color=BAD, linestyle="--", linewidth=1.2, label=f"duration of a chunk: {budget_ms:.0f} ms")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(0, 101)

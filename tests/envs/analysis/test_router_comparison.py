@@ -173,7 +173,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     costs = (tmp_path / "out" / "costs.json").read_text()
     partial = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [row["outcome"] is None for row in partial["rows"]] == [False, True, True]
-    assert "2 cells have not been played yet" in (tmp_path / "out" / "comparison.html").read_text()
+    assert "2 cells are not played yet" in (tmp_path / "out" / "comparison.html").read_text()
 
     stopped_at.clear()
     data = compare_routers.run(command("compare_routers", *comparison), "compare_routers ...")

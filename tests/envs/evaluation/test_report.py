@@ -136,9 +136,9 @@ def test_swapped_instructions_show_both_rates(tmp_path: Path) -> None:
 
 def test_a_modified_tree_and_mixed_commits_are_said(tmp_path: Path) -> None:
     clean = render_html(build(commit={"hash": "abc", "modified": False}), tmp_path)
-    assert "working tree differed" not in clean
+    assert "changes that are not in the commit" not in clean
     dirty = render_html(build(commit={"hash": "abc", "modified": True}, commits=["abc", "def"]), tmp_path)
-    assert "working tree differed" in dirty
+    assert "changes that are not in the commit" in dirty
     assert "abc, def" in dirty
 
 
@@ -155,4 +155,4 @@ def test_an_index_links_every_report() -> None:
     html = render_index({"point": build(), "point_swap": build(swapped, asked="swap")})
     assert re.findall(r'href="([^"]+)"', html) == ["point/report.html", "point_swap/report.html"]
     assert html.count(f"{900 / 13:.1f} %") == 2
-    assert html.count("another task of the scene was asked for") == 1
+    assert html.count("instructed with another task of the scene") == 1
