@@ -56,9 +56,9 @@ class Variant:
     def check(self, device: str, dtype: str) -> None:
         """Raise NotMeasuredError if the device does not have this variant, or not beside this precision."""
         if self.eight_bits == "float8" and dtype != "bfloat16":
-            raise NotMeasuredError("float8 layers compute beside bfloat16 ones (--dtype bfloat16)")
+            raise NotMeasuredError("float8 layers need the other layers in bfloat16 (--dtype bfloat16)")
         if self.eight_bits == "int8" and (device.startswith("cuda") or dtype != "float32"):
-            raise NotMeasuredError("int8 layers compute beside float32 ones on a CPU (--device cpu --dtype float32)")
+            raise NotMeasuredError("int8 needs a CPU and float32 (--device cpu --dtype float32)")
 
 
 VARIANTS = {

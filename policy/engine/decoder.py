@@ -1,9 +1,9 @@
-"""Stages 2 and 3 as a function of tensors: the routed decoder with everything known beforehand computed beforehand.
+"""The routed decoder (stages 2 and 3) as a function of tensors, with fused operations and static shapes.
 
-What is unusual, compared with `policy.model.language.RoutedDecoder`, to which tests hold it equal:
-- RMSNorm weights are folded into the products that follow them; q, k and v are one product, gate and up another
-- the router's modulation and its two logits become one vector per instruction: its score is a single product
-- masks, rotations and row numbers come with the instruction, as tensors: nothing is looked up, every shape is static
+Tests check that it computes the same as `policy.model.language.RoutedDecoder`. Differences:
+- RMSNorm weights are folded into the linear layers after them; q, k and v are one layer, gate and up another
+- the router's modulation and its two logits are folded into one vector, so that a score is a single product
+- masks, rotations and row numbers are computed once per instruction and passed as tensors
 
 Shape legend: B batch, S sequence, N vision tokens, n of them kept, J action tokens, Q query rows, D width,
 h heads, g key/value heads, e head width, U = 2e, I inputs, O outputs.
@@ -27,10 +27,11 @@ from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
 
 
 class FusedRouter(nn.Module):
-    """`FiLMRouter` on input without its norm's weight.
+    """`FiLMRouter` for tokens that are normalised without the norm's weight.
 
-    The score of a token h is `d . (w h (1 + scale) + shift)`, d being the difference of the two logits' weights and w
-    the norm's. So it is `g . h + c`, where g = d w (1 + scale) and c = d . shift follow from state and text.
+    The score of a token h is `d . (w h (1 + scale) + shift)`, where d is the difference of the two logits' weights and
+    w the norm's weight. This is computed as `g . h + c` with g = d w (1 + scale) and c = d . shift, which depend on
+    state and text only.
     """
 
     def __init__(self, router: FiLMRouter, gain_D: Tensor) -> None:
@@ -53,7 +54,7 @@ class FusedRouter(nn.Module):
         self.plain = FusedLinear(reach_D[None], constant[None], dtype)
 
     def forward(self, h_BSD: Tensor, layout: TokenLayout, summary_B1T: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Choose vision tokens; return indices int64 [B,n] ascending and the kept tokens' factors [B,S',1]."""
+        """Choose vision tokens; return their indices, ascending int64 [B,n], and the factors [B,S',1] of kept rows."""
         width = h_BSD.shape[-1]
         reading_BO1 = self.score(F.gelu(self.hidden(summary_B1T @ h_BSD[:, layout.context]))).mT
         score_BN = torch.baddbmm(reading_BO1[:, width:], h_BSD[:, layout.visual], reading_BO1[:, :width])[..., 0]
@@ -70,9 +71,9 @@ class FusedLayer(nn.Module):
     """One transformer layer.
 
     Args:
-        layer: of transformers; only its weights are read.
-        router: of this layer, or None.
-        scale_values: the factor multiplies the attention's values too.
+        layer: transformers layer; its weights are copied.
+        router: router of this layer; None: not routed.
+        scale_values: multiply the attention's values by the router's factor, too.
     """
 
     def __init__(self, layer: Any, router: FiLMRouter | None, scale_values: bool) -> None:
@@ -92,7 +93,7 @@ class FusedLayer(nn.Module):
     def forward(
         self, x_BSD: Tensor, h_BSD: Tensor, mask_B1SS: Tensor, turn_BSU: Tensor, factor_BS1: Tensor | None, first: int
     ) -> Tensor:
-        """Rows from `first` on of the layer's output; `h` is `x` with its root mean square divided out."""
+        """Compute the rows from `first` on of the layer's output; `h` is `x` divided by its root mean square."""
         width = h_BSD.shape[-1]
         turning = (self.heads + self.groups) * self.head_width
         qkv_BSO = self.qkv(h_BSD)
@@ -117,10 +118,10 @@ class FusedLayer(nn.Module):
 
 
 class FusedDecoder(nn.Module):
-    """Sequence [B,S,D] in, one state per action token [B,J,D] out.
+    """`RoutedDecoder` with fused layers: a sequence [B,S,D] in, one state per action token [B,J,D] out.
 
     Args:
-        decoder: whose weights are used; its layers must be Llama's or Qwen2's with plain linear layers.
+        decoder: decoder to copy; its layers must be Llama's or Qwen2's with plain linear layers.
         vision_tokens: N.
         action_tokens: J.
         release: free each layer of `decoder` as soon as it is copied.
@@ -150,7 +151,7 @@ class FusedDecoder(nn.Module):
         self.register_buffer("final_gain", decoder.llm.norm.weight.detach().clone(), persistent=False)
 
     def prepare(self, context: DecoderContext) -> dict[str, Tensor]:
-        """Compute all that the layers need of the instructions."""
+        """Compute masks, rotations and row numbers for these instructions, by name."""
         layout, position_BS = context.layout, context.position_BS
         batch, device = len(position_BS), position_BS.device
         tensors = {
@@ -168,11 +169,11 @@ class FusedDecoder(nn.Module):
         return tensors
 
     def forward(self, x_BSD: Tensor, text: Tensors) -> Tensor:
-        """States of the action tokens.
+        """Compute the states [B,J,D] of the action tokens.
 
         Args:
-            x_BSD: embeddings.
-            text: of `prepare` for these instructions.
+            x_BSD: embeddings of the sequence.
+            text: result of `prepare` for these instructions.
         """
         words = x_BSD.shape[1] - TokenLayout(self.vision_tokens, 0, self.action_tokens).length
         layout = TokenLayout(self.vision_tokens, words, self.action_tokens)
@@ -204,7 +205,7 @@ class FusedDecoder(nn.Module):
         return F.rms_norm(self._read(x_BSD, text, words), (width,), self.final_gain, self.eps)
 
     def first_read(self, layout: TokenLayout) -> int:
-        """Return the first row of the last layer that is read."""
+        """Return the first row that the last layer has to compute."""
         return layout.state.start if self.shifted else layout.answer.start
 
     def _read(self, x_BQD: Tensor, text: Tensors, words: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The inference engine: any trained CogVLA, the same numbers, as fast as the machine allows.
+"""The inference engine: runs a trained CogVLA faster, with the same results up to rounding.
 
 Shape legend: B batch, T text tokens, K chunk, A action dimension.
 """
@@ -64,22 +64,29 @@ class EngineConfig:
             raise ValueError(f"engine.text_buckets must be increasing positive lengths, got {self.text_buckets}")
 
     def check_trained(self, name: str | None) -> None:
-        """ValueError when a policy that is just trained, with this token router, cannot run like this."""
+        """Check that a newly trained policy can run in this engine.
+
+        Args:
+            name: its token router; None: none.
+
+        Raises:
+            ValueError: the engine cannot run it.
+        """
         if self.dtype in ("float8", "int8"):
             raise ValueError(
-                f"engine.dtype={self.dtype} is for policies that are trained already: train with engine.dtype=null, "
+                f"engine.dtype={self.dtype} works for trained checkpoints only: train with engine.dtype=null, "
                 f"then evaluate with `eval_libero engine.dtype={self.dtype}`"
             )
         if name is not None and (self.kind not in ("auto", "plain") or self.dtype is not None):
             raise ValueError(
-                f"the engine does not know token routers such as {name!r}: set engine.kind=auto (or plain) and "
+                f"the engine does not support token routers such as {name!r}: set engine.kind=auto (or plain) and "
                 "engine.dtype=null"
             )
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Instructions as the network reads them: its tensors by name, and the padded length."""
+    """Encoded instructions: the network's tensors by name, and the padded length in tokens."""
 
     tensors: dict[str, Tensor]
     words: int
@@ -88,26 +95,28 @@ class EncodedText:
 class Engine:
     """Runs a model: `encode` instructions once, then `run` on every observation.
 
-    A shape is a number of observations and a text bucket. Shapes that `warm_up` announced are recorded; all others work
-    at once, but operation by operation.
+    A shape is a number of observations and a text bucket. `warm_up` records shapes; any other shape runs operation by
+    operation.
 
     Args:
-        model: trained.
-        config: see there; not `plain`.
-        release: see `FusedNetwork`; another precision then converts the model itself, weight by weight.
-        calibration: of this model, for 8 bits.
+        model: trained model.
+        config: settings of the engine; not `plain`.
+        release: free the model's layers that are copied, see `FusedNetwork`. A change of precision then converts the
+            model in place.
+        calibration: input ranges of this model; needed for `float8`.
 
     Attributes:
-        precision: as `EngineConfig.dtype` names it.
+        precision: one of the values of `EngineConfig.dtype`.
 
     Raises:
-        ValueError: the model cannot be fused, the kind or precision needs another device, or 8 bits a calibration.
+        ValueError: the model cannot be fused, its device does not support the kind or precision, or the calibration is
+            missing.
     """
 
     def __init__(
         self, model: CogVLA, config: EngineConfig, release: bool = False, calibration: Calibration | None = None
     ) -> None:
-        assert config.kind != "plain", "that is the model itself"
+        assert config.kind != "plain", "`plain` runs without an engine"
         first = next(model.parameters())
         self.kind = config.kind
         if config.kind == "auto":
@@ -118,15 +127,15 @@ class Engine:
             )
         if config.dtype == "float8" and calibration is None:
             raise ValueError(
-                "engine.dtype=float8 needs to know how large each layer's inputs get: run `calibrate_policy "
+                "engine.dtype=float8 needs the range of each layer's inputs: run `calibrate_policy "
                 "checkpoint=FOLDER` once, or give engine.dtype=bfloat16"
             )
         dtype = first.dtype if config.dtype is None else DTYPES[config.dtype]
         self.buckets, self.precision = config.text_buckets, config.dtype or str(dtype).removeprefix("torch.")
         if dtype != first.dtype:
             if not release:
-                model, release = copy.deepcopy(model), True  # the copy is nobody else's
-            for parameter in model.parameters():  # not `to`, which would round the frequencies of the positions too
+                model, release = copy.deepcopy(model), True
+            for parameter in model.parameters():  # `model.to` would also round the frequencies of the positions
                 parameter.data = parameter.data.to(dtype)
         self._model = model
         self._recorded: dict[tuple[int, int], Run] = {}
@@ -143,26 +152,26 @@ class Engine:
         return next((bucket for bucket in self.buckets if bucket >= words), words)
 
     def encode(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> EncodedText:
-        """Compute all that depends only on the instructions; reuse it while they do not change."""
+        """Compute everything that depends on the instructions only; the result can be used for many observations."""
         words = self.bucket(text_ids_BT.shape[1])
         missing = (0, words - text_ids_BT.shape[1])
         text = self._model.encode_text(F.pad(text_ids_BT, missing), F.pad(text_mask_BT, missing))
         return EncodedText(self.network.prepare(text), words)
 
     def run(self, inputs: ModelInput, text: EncodedText) -> Tensor:
-        """Normalised actions [B,K,A]."""
+        """Return normalised actions [B,K,A]."""
         run = self._recorded.get((len(inputs.state), text.words), self.network)
         return run({"pixels": inputs.pixels, "state": inputs.state, **text.tensors})
 
     def calibrate(self, observations: Iterable[ModelInput], smallest: int = 256) -> Calibration:
-        """Measure how large the inputs of large layers get.
+        """Measure the input ranges of large layers.
 
         Args:
-            observations: recorded ones.
-            smallest: inputs and outputs that a layer must have at least.
+            observations: recorded observations.
+            smallest: least number of inputs and of outputs of a large layer.
 
         Raises:
-            ValueError: there are no observations, or see `policy.engine.float8.largest_inputs`.
+            ValueError: there are no observations; or see `policy.engine.float8.largest_inputs`.
         """
 
         def play() -> None:
@@ -171,24 +180,28 @@ class Engine:
 
         largest = largest_inputs(self.network, play, smallest)
         if not largest:
-            raise ValueError("8-bit layers need recorded observations to take the range of their inputs from")
+            raise ValueError("8-bit layers need recorded observations to measure their input ranges")
         return Calibration(largest)
 
     def to_float8(self, calibration: Calibration) -> None:
-        """Compute large layers in 8 bits from now on, see `policy.engine.float8`.
+        """Convert large layers to 8 bits, see `policy.engine.float8`.
 
         Raises:
-            ValueError: see `policy.engine.float8.to_float8`, or shapes were recorded already.
+            ValueError: shapes were recorded before; or see `policy.engine.float8.to_float8`.
         """
         if self._recorded:
-            raise ValueError("calibrate before warm_up: what was recorded computes with other layers")
+            raise ValueError("calibrate before warm_up: shapes are already recorded with the old layers")
         to_float8(self.network, calibration.largest_inputs)
         self.precision = "float8"
 
     def warm_up(self, inputs: ModelInput, words: int | None = None) -> None:
-        """Record the shapes of these inputs, for one length of instruction or (None) for every text bucket.
+        """Record shapes with this number of observations, which takes about a second each on a CPU.
 
-        Takes about a second for each on a CPU. Must be called from one thread at a time, like `run`.
+        Not thread-safe, like `run`.
+
+        Args:
+            inputs: inputs of the policy's image size and precision; their values do not matter.
+            words: length of an instruction in tokens; None: all text buckets.
         """
         for bucket in sorted({self.bucket(words)} if words is not None else set(self.buckets)):
             shape = (len(inputs.state), bucket)

@@ -1,10 +1,10 @@
-"""Weights and activations in 8 bits: `float8_e4m3fn`, three bits of fraction, largest value 448.
+"""Linear layers in 8-bit floating point: `float8_e4m3fn`, with three bits of fraction and a largest value of 448.
 
-Each weight has one scale; each input has one scale too, which is measured beforehand on recorded observations, so that
-nothing waits for a maximum while the policy runs. Products are summed in float32 and come out in bfloat16. Layers that
-read few numbers stay as they were, and so do routers: they cost nothing and lose most.
+Each weight matrix has one scale, and so has each layer's input. Input scales are measured beforehand on recorded
+observations, so that no maximum has to be computed while the policy runs. Products are summed in float32 and returned
+in bfloat16. Small layers and routers are not converted: they take little time and lose most accuracy.
 
-Needs a GPU of compute capability 8.9 or later to be fast (Ada, Hopper, Blackwell); on CPUs it computes the same slowly.
+It is fast on GPUs of compute capability 8.9 or later (Ada, Hopper, Blackwell). CPUs compute the same, slowly.
 
 Shape legend: R rows, I inputs, O outputs.
 """
@@ -23,15 +23,15 @@ from cogvla.policy.engine.linear import FusedLinear, large_linears, put
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
 MULTIPLE = 16
-"""Sizes of both sides that the 8-bit product takes."""
+"""Inputs and outputs of an 8-bit layer must be multiples of this."""
 
 
 class Float8Linear(nn.Module):
     """A `FusedLinear` in 8 bits.
 
     Args:
-        linear: in bfloat16; its sizes are multiples of 16.
-        largest_input: of the absolute values that it reads.
+        linear: layer in bfloat16 whose sizes are multiples of 16.
+        largest_input: largest absolute value of its inputs.
     """
 
     weight: Tensor
@@ -67,8 +67,8 @@ class Calibration:
     """Input ranges of a network's large layers, measured on recorded observations, for 8 bits.
 
     Attributes:
-        largest_inputs: name of a layer of the fused network -> largest absolute value that it read.
-        about: how it was measured, and how far actions move, for reports.
+        largest_inputs: name of a layer of the fused network -> largest absolute value of its inputs.
+        about: description for reports: data, command, and change of the actions.
     """
 
     largest_inputs: Mapping[str, float]
@@ -76,15 +76,15 @@ class Calibration:
 
 
 def largest_inputs(network: nn.Module, play: Callable[[], None], smallest: int) -> dict[str, float]:
-    """Name -> largest absolute value that each large linear layer reads; empty if nothing is played.
+    """Return the largest absolute input of each large linear layer, by name; empty if `play` does not run the network.
 
     Args:
-        network: holds `FusedLinear`s in bfloat16.
-        play: runs the network on recorded observations.
-        smallest: inputs and outputs that a layer must have at least.
+        network: network with `FusedLinear` layers in bfloat16.
+        play: function that runs the network on recorded observations.
+        smallest: least number of inputs and of outputs of a large layer.
 
     Raises:
-        ValueError: the network is not in bfloat16, or nothing in it is large enough.
+        ValueError: the network is not in bfloat16, or has no large layer.
     """
     linears = large_linears(network, smallest, MULTIPLE)
     _check_precision(linears.values())
@@ -99,10 +99,14 @@ def largest_inputs(network: nn.Module, play: Callable[[], None], smallest: int) 
 
 
 def to_float8(network: nn.Module, largest: Mapping[str, float]) -> None:
-    """Replace linear layers by 8-bit ones, in place; `largest` is what `largest_inputs` gave for this network.
+    """Replace linear layers by 8-bit layers, in place.
+
+    Args:
+        network: network with `FusedLinear` layers in bfloat16.
+        largest: result of `largest_inputs` for this network.
 
     Raises:
-        ValueError: the network is not in bfloat16, or not the one that was measured.
+        ValueError: the network is not in bfloat16, or `largest` was measured on another network.
     """
     modules = dict(network.named_modules())
     if unknown := [name for name in largest if not isinstance(modules.get(name), FusedLinear)]:
@@ -119,7 +123,7 @@ def to_float8(network: nn.Module, largest: Mapping[str, float]) -> None:
 
 def _check_precision(linears: Iterable[FusedLinear]) -> None:
     if any(linear.weight.dtype != torch.bfloat16 for linear in linears):
-        raise ValueError("8-bit layers compute beside bfloat16 ones: set engine.dtype=bfloat16")
+        raise ValueError("float8 layers need the other layers in bfloat16: set engine.dtype=bfloat16")
 
 
 def _remember(largest: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -1,9 +1,9 @@
-"""Weights and activations in 8-bit integers, for CPUs that have no bfloat16 units.
+"""Linear layers in 8-bit integers, for CPUs that have no bfloat16 units.
 
-Each output has one scale of its weights, each row of the input (a token) one of its own, so that nothing is measured
-beforehand and no sample depends on the others of its batch. Sums are exact, in int32; what comes out is float32. Inputs
-have 7 bits: older CPUs add two products in 16 bits, which overflow with 8, and all shall compute the same numbers.
-Small layers stay as they were, and so do routers: they cost nothing and lose most.
+The weights of each output have one scale, and so has each row of the input (a token). So no calibration is needed, and
+a sample does not depend on the others of its batch. Sums are exact in int32; the result is float32. Inputs have 7 bits,
+because older CPUs add two products in 16 bits, which would overflow with 8 bits; so all CPUs compute the same numbers.
+Small layers and routers are not converted: they take little time and lose most accuracy.
 
 Shape legend: R rows, I inputs, O outputs.
 """
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from cogvla.policy.engine.linear import FusedLinear, large_linears, put
 
 LEVELS = 63
-"""Levels of an input on each side of zero, which is level `LEVELS + 1` of 0 to 127."""
+"""Levels of an input on each side of zero; the zero point is `LEVELS + 1` in the range 0 to 127."""
 WEIGHT_LEVELS = 127
 LIBRARY = "fbgemm"
-"""Backend of PyTorch's quantised kernels whose product takes and gives float32."""
+"""Backend of PyTorch's quantised kernels whose linear layer takes and returns float32."""
 
 
 class Int8Linear(nn.Module):
     """A `FusedLinear` in 8-bit integers.
 
     Args:
-        linear: in float32, on a CPU.
+        linear: layer in float32, on a CPU.
     """
 
     bias: Tensor | None
@@ -54,14 +54,14 @@ class Int8Linear(nn.Module):
 
 
 def to_int8(network: nn.Module, smallest: int) -> None:
-    """Replace large linear layers by 8-bit ones, in place.
+    """Replace large linear layers by 8-bit layers, in place.
 
     Args:
-        network: holds `FusedLinear`s in float32, on a CPU.
-        smallest: inputs and outputs that a layer must have at least.
+        network: network with `FusedLinear` layers in float32, on a CPU.
+        smallest: least number of inputs and of outputs of a large layer.
 
     Raises:
-        ValueError: this machine cannot, or nothing in the network is large enough.
+        ValueError: the CPU does not support it, the network is on a GPU, or it has no large layer.
     """
     if LIBRARY not in torch.backends.quantized.supported_engines:
         raise ValueError("engine.dtype=int8 needs an x86 CPU with AVX2: give engine.dtype=null")

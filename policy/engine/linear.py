@@ -1,4 +1,4 @@
-"""Linear layers with what stands before and behind them folded in.
+"""Linear layers with the normalisation before them and the scale after them folded in.
 
 Shape legend: I inputs, O outputs.
 """
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 class FusedLinear(nn.Module):
-    """`x @ weight.T + bias`, with buffers: nothing of it is trained.
+    """`x @ weight.T + bias` for inference: weight and bias are buffers.
 
     Args:
-        weight_OI: in any precision; kept as `dtype`.
-        bias_O: or None.
-        dtype: of the result.
+        weight_OI: weight, in any precision.
+        bias_O: bias, in any precision; None: no bias.
+        dtype: precision that both are converted to.
     """
 
     weight: Tensor
@@ -63,15 +63,15 @@ def fused(
 
 
 def large_linears(network: nn.Module, smallest: int, multiple: int = 1) -> dict[str, FusedLinear]:
-    """Name -> layer, of those worth 8 bits. Not routers: they cost nothing and lose most.
+    """Return the layers that are large enough for 8 bits, by name; routers are left out.
 
     Args:
-        network: holds `FusedLinear`s.
-        smallest: inputs and outputs that a layer must have at least.
-        multiple: of which both must be one.
+        network: network with `FusedLinear` layers.
+        smallest: least number of inputs and of outputs of a large layer.
+        multiple: both numbers must be multiples of this.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such layer.
     """
     found = {
         name: module
@@ -82,20 +82,20 @@ def large_linears(network: nn.Module, smallest: int, multiple: int = 1) -> dict[
     }
     if not found:
         raise ValueError(
-            f"no layer of this model reads and writes {smallest} numbers or more: 8 bits gain nothing, give "
+            f"no layer of this model has {smallest} or more inputs and outputs: 8 bits would not make it faster, set "
             "engine.dtype=null"
         )
     return found
 
 
 def put(network: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace the layer of this name."""
+    """Replace the layer with this name, in place."""
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, layer)
 
 
 def _bias(linear: nn.Linear) -> Tensor:
-    """In float32; zeros for a layer without."""
+    """Return the bias in float32; zeros for a layer without bias."""
     if linear.bias is None:
         return torch.zeros(linear.out_features, device=linear.weight.device)
     return linear.bias.detach().float()

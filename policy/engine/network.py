@@ -1,4 +1,4 @@
-"""A trained CogVLA as one function of tensors: pixels, state and what the instruction says in, actions out.
+"""A trained CogVLA as one function of tensors: from pixels, state and encoded instruction to actions.
 
 Shape legend: B batch, V views, X = B*V, N vision tokens, S state dimension, K chunk, A action dimension, L blocks,
 F tower width, D language width, G towers run as one.
@@ -22,18 +22,18 @@ from cogvla.policy.model.vision import cut_patches
 
 
 class FusedNetwork(nn.Module):
-    """The same numbers as `CogVLA.forward`, up to rounding, in fewer and larger operations.
+    """`CogVLA.forward` in fewer and larger operations, with the same results up to rounding.
 
-    Nothing in `forward` depends on a value: shapes are static for given views, text length and batch, so that it can be
-    recorded once and played again.
+    Shapes depend on the number of views, the text length and the batch only, never on values, so that a pass can be
+    recorded once and replayed.
 
     Args:
-        model: trained; its weights are copied.
-        release: free those layers of the model that are copied, so that the weights are not in memory twice. The model
-            can then only encode instructions.
+        model: trained model; its weights are copied.
+        release: free the model's layers after copying them, so that the weights are not in memory twice. The model can
+            then only encode instructions.
 
     Raises:
-        ValueError: something in the model cannot be fused (an adapter that was not merged, an unusual timm block).
+        ValueError: a part of the model cannot be fused (an adapter that was not merged, an unusual timm block).
     """
 
     def __init__(self, model: CogVLA, release: bool = False) -> None:
@@ -51,7 +51,7 @@ class FusedNetwork(nn.Module):
         self.decoder = FusedDecoder(model.decoder, model.vision_tokens, model.action_tokens, release)
 
     def prepare(self, text: TextFeatures) -> dict[str, Tensor]:
-        """All that depends on the instructions only, by name."""
+        """Compute the inputs of `forward` that depend on the instructions only, by name."""
         tensors = {"bos": text.bos_B1D, "tail": text.tail_BRD, **self.decoder.prepare(text.context)}
         if text.vision.weights_B2 is not None:
             tensors["streams"] = text.vision.weights_B2
@@ -66,20 +66,20 @@ class FusedNetwork(nn.Module):
         return tensors
 
     def forward(self, inputs: Tensors) -> Tensor:
-        """Normalised actions [B,K,A].
+        """Compute normalised actions [B,K,A].
 
         Args:
-            inputs: `pixels`, uint8 [B,V,3,H,W]; `state`, normalised, [B,S]; and what `prepare` gave for the same B
+            inputs: `pixels`, uint8 [B,V,3,H,W]; `state`, normalised, [B,S]; and the tensors of `prepare` for the B
                 instructions.
         """
         return self.head(self.decide(self.see(inputs), inputs))
 
     def see(self, inputs: Tensors) -> Tensor:
-        """Stage 1: the vision tokens [B,N,D]."""
+        """Run stage 1; return the vision tokens [B,N,D]."""
         return self.fusion(self.streams(inputs["pixels"], inputs), inputs.get("streams"))
 
     def decide(self, vision_BND: Tensor, inputs: Tensors) -> Tensor:
-        """Stages 2 and 3: the states of the action tokens [B,J,D]."""
+        """Run stages 2 and 3; return the states of the action tokens [B,J,D]."""
         state_B1D = self.state(inputs["state"].to(vision_BND.dtype))[:, None]
         sequence = (inputs["bos"], vision_BND, state_B1D, inputs["tail"])
         return self.decoder(torch.cat(sequence, dim=1), inputs)
@@ -102,9 +102,10 @@ class FusedNetwork(nn.Module):
 
 
 class _Aside:
-    """While a CUDA graph is recorded, the first piece of work goes to a stream of its own, beside the others.
+    """Runs the first piece of work on its own CUDA stream, in parallel to the others, while a CUDA graph is recorded.
 
-    Only there: the graph keeps all of its memory, where an eager pass would have to say which stream still reads what.
+    An eager pass uses one stream, because its memory could be freed while another stream still reads it. A graph keeps
+    all of its memory.
     """
 
     def __init__(self, useful: bool) -> None:
@@ -130,7 +131,7 @@ class _Aside:
 def not_fusible(model: CogVLA) -> str | None:
     """Return the reason why a model cannot be fused; None if it can."""
     if model.router is not None:
-        return f"the router {model.router.config.name!r}, which the engine does not know"
+        return f"the engine does not support the router {model.router.config.name!r}"
     if (router := model.config.routing.router.name) is not None:
         return f"its vision tokens go through the router {router!r}"
     for name, tower in model.vision.named_towers():
@@ -140,5 +141,5 @@ def not_fusible(model: CogVLA) -> str | None:
         parts = [*layer.self_attn.children(), *layer.mlp.children()]
         linears = [part for part in parts if isinstance(getattr(part, "weight", None), Tensor)]
         if any(type(part) is not nn.Linear for part in linears) or len(linears) != 7:
-            return "its language model has layers that are not plain linear ones (merge adapters first)"
+            return "its language model has layers that are not plain linear layers (merge adapters first)"
     return None

@@ -1,11 +1,11 @@
-"""Four ways to run a function of tensors again and again on inputs of one shape.
+"""Four ways to run a function of tensors repeatedly on inputs of one shape.
 
     eager       operation by operation, from Python
-    trace       recorded by torch.jit.trace, played without Python; for CPUs
-    cuda_graph  recorded as one CUDA graph, one launch; for NVIDIA GPUs
+    trace       recorded by torch.jit.trace, replayed without Python; for CPUs
+    cuda_graph  recorded as one CUDA graph, replayed by one launch; for NVIDIA GPUs
     compile     torch.compile (needs a C++ compiler on CPUs); takes minutes for large models
 
-Whatever is recorded is compared with the eager pass before it is used.
+Each recording is compared with the eager pass before it is used.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ Run = Callable[[Tensors], Tensor]
 
 WARM_UP = 3
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Largest difference from the eager pass by precision, in relation to the largest value of the result."""
+"""Largest allowed difference from the eager pass, relative to the largest value of the result."""
 
 
 def record(kind: str, function: Run, inputs: Tensors) -> Run:
-    """Record the function for inputs of these shapes; the module docstring lists the kinds.
+    """Record a function for inputs of these shapes.
+
+    Args:
+        kind: one of the ways that the module docstring lists.
+        function: function to record.
+        inputs: example inputs.
 
     Raises:
-        RuntimeError: what was recorded does not compute what the function does.
+        RuntimeError: the recording computes other results than the function.
     """
     if kind == "eager":
         return function
@@ -46,7 +51,7 @@ def record(kind: str, function: Run, inputs: Tensors) -> Run:
 
 
 class _Flat(nn.Module):
-    """The function with its inputs in a row. A module, because torch never frees the weights of a traced function."""
+    """A function with positional inputs. It is a module because torch never frees the weights of a traced function."""
 
     def __init__(self, function: Run, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -59,23 +64,23 @@ class _Flat(nn.Module):
 def _traced(function: Run, inputs: Tensors) -> Run:
     names = tuple(inputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that shapes become constants, which is the purpose
+        warnings.simplefilter("ignore")  # it warns that shapes become constants, which is intended
         traced = torch.jit.trace(_Flat(function, names), tuple(inputs.values()), check_trace=False)
     return lambda inputs: traced(*(inputs[name] for name in names))
 
 
 def _compiled(function: Run, inputs: Tensors) -> Run:
-    # Compiled anew for each shape, so that none is ever made dynamic.
+    # Each shape is compiled separately, so that torch never makes a size dynamic.
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 class _CudaGraph:
-    """Copies the inputs to where the graph reads them, and replays it."""
+    """Records a CUDA graph; a call copies the inputs into the graph's memory and replays it."""
 
     def __init__(self, function: Run, inputs: Tensors) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._given = dict(inputs)
-        # As PyTorch asks: first on another stream, so that lazy initialisation is not recorded.
+        # PyTorch requires a warm-up on another stream, so that lazy initialisation is not recorded.
         here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
@@ -88,7 +93,7 @@ class _CudaGraph:
 
     def __call__(self, inputs: Tensors) -> Tensor:
         for name, tensor in self._inputs.items():
-            if inputs[name] is not self._given[name]:  # those of the instruction stay the same for an episode
+            if inputs[name] is not self._given[name]:  # the instruction's tensors are the same for a whole episode
                 tensor.copy_(inputs[name], non_blocking=True)
                 self._given[name] = inputs[name]
         self._graph.replay()

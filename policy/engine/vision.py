@@ -1,9 +1,8 @@
-"""Stage 1 as a function of tensors: both towers with their normalisations folded into the products behind them.
+"""The vision towers (stage 1) as a function of tensors, with fused operations.
 
-What is unusual, compared with `policy.model.vision`, to which tests hold it equal:
-- LayerNorm, LayerScale and pixel normalisation are folded into linear layers; constant tokens are kept ready
-- towers of one shape run as one, their weights stacked: half the operations, each twice as large
-- the last block computes keys and values of all tokens, and queries and MLP only of the aggregation tokens
+Tests check that they compute the same as `policy.model.vision`. Differences:
+- LayerNorm, LayerScale and pixel normalisation are folded into linear layers; constant tokens are precomputed
+- towers of the same shape run as one with stacked weights: half as many operations, each twice as large
 
 Shape legend: G towers run as one, X images (B*V), P patches per image, N tokens per image, M aggregation tokens,
 C bytes per patch, F tower width, L blocks, h heads, e head width, R rows, I inputs, O outputs.
@@ -25,7 +24,7 @@ from cogvla.policy.model.vision import VisionTower
 
 
 class StackedLinear(nn.Module):
-    """One linear layer per tower, [G,R,I] to [G,R,O]."""
+    """Linear layers of G towers in one operation, [G,R,I] to [G,R,O]."""
 
     weight: Tensor
     bias: Tensor
@@ -48,10 +47,10 @@ def _linear(parts: Sequence[FusedLinear]) -> nn.Module:
 
 
 class FusedBlock(nn.Module):
-    """One block of G towers of one shape, tokens [G,X*N,F].
+    """One block of G towers of the same shape, on tokens [G,X*N,F].
 
     Args:
-        blocks: of timm, one per tower.
+        blocks: timm blocks, one per tower.
     """
 
     def __init__(self, blocks: Sequence[Any]) -> None:
@@ -70,9 +69,13 @@ class FusedBlock(nn.Module):
         self.outer = _linear([fused([b.mlp.fc2], scale_O=_layer_scale(b.ls2)) for b in blocks])
 
     def forward(self, x: Tensor, film: tuple[Tensor, Tensor] | None, images: int, rows: int | None) -> Tensor:
-        """Tokens [...,X*N,F] to [...,X*rows,F], the last `rows` of each image, or all with None.
+        """Run the block on tokens [...,X*N,F]; return [...,X*rows,F].
 
-        `film` is `1 + scale` and shift, [...,X,1,F].
+        Args:
+            x: tokens of all images.
+            film: `1 + scale` and shift, [...,X,1,F]; None: no FiLM.
+            images: X.
+            rows: number of tokens to compute, the last ones of each image; None: all.
         """
         width = x.shape[-1]
         qkv = self.qkv(F.layer_norm(x, (width,), eps=self.eps[0]))
@@ -92,11 +95,11 @@ class FusedBlock(nn.Module):
 
 
 class FusedTowers(nn.Module):
-    """G towers of one shape; G is one where the other tower has another.
+    """Both towers if they have the same shape (G = 2), otherwise one of them (G = 1).
 
     Args:
-        towers: their weights are read; `why_not` says which can be.
-        release: free their blocks as soon as they are copied.
+        towers: towers for which `why_not` returns None; their weights are copied.
+        release: free their blocks after copying them.
     """
 
     positions: Tensor
@@ -124,7 +127,12 @@ class FusedTowers(nn.Module):
         self.normed = any(not isinstance(norm, nn.Identity) for norm in self.norms)
 
     def forward(self, patches_XPC: Tensor, films: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Patches as bytes' values to tokens [G,X,N,F]; `films` are `1 + scale` and shift [L,G,X,1,F]."""
+        """Compute tokens [G,X,N,F].
+
+        Args:
+            patches_XPC: patches with values 0 to 255, see `policy.model.vision.cut_patches`.
+            films: `1 + scale` and shift, [L,G,X,1,F]; None: no FiLM.
+        """
         images = patches_XPC.shape[0]
         patches_RC = patches_XPC.flatten(0, 1)
         alone = self.towers == 1
@@ -154,7 +162,7 @@ _NORMS = (nn.LayerNorm, LayerNorm)
 
 
 def shape_of(tower: VisionTower) -> tuple[Any, ...]:
-    """Towers with equal shapes run as one."""
+    """Return everything that must be equal for two towers to run as one."""
     block = tower.vit.blocks[0]
     constants = tuple(tuple(tensor.shape) for tensor in _constants(tower))
     sizes = (tower.patch_size, tower.computed, block.attn.num_heads, block.mlp.fc1.out_features, type(block.mlp.act))
@@ -162,7 +170,7 @@ def shape_of(tower: VisionTower) -> tuple[Any, ...]:
 
 
 def why_not(tower: VisionTower) -> str | None:
-    """Why a tower cannot be fused, or None."""
+    """Return the reason why a tower cannot be fused; None if it can."""
     for block in tower.vit.blocks[: tower.computed]:
         attention, mlp = block.attn, block.mlp
         parts = ((attention, "qkv"), (attention, "proj"), (mlp, "fc1"), (mlp, "fc2"))
@@ -188,7 +196,7 @@ def _layer_scale(scale: Any) -> Tensor | None:
 
 
 def _constants(tower: VisionTower) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens in front of the patches, what is added to the patches, and tokens behind them, each [n,F]."""
+    """Return the tokens before the patches, the positions of the patches, and the tokens after them, each [n,F]."""
     vit = tower.vit
     position_PF = vit.pos_embed[0].detach()
     none_0F = position_PF[:0]

@@ -173,7 +173,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         (["demonstrations.episodes=11"], "error: .* was recorded with episodes=10; choose another output, or delete"),
         (["policy.language.bos_token=9"], r"error: the data has \d+ words, there is room for 9 before .*raise both"),
         (["+evaluation.speed=2"], "error: unknown key speed in protocol; valid keys are name, .*"),
-        (["routing=router", "engine.dtype=bfloat16"], "error: the engine does not know .*'random'"),
+        (["routing=router", "engine.dtype=bfloat16"], "error: the engine does not support .*'random'"),
         (["wandb.mode=loud"], "error: wandb.mode is 'loud'; it must be one of auto, online"),
         (["routing=no_efa"], "error: .* was trained with another policy or routing; choose another output, or delete"),
     ],

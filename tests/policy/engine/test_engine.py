@@ -312,7 +312,7 @@ def test_integer_sums_do_not_overflow() -> None:
 
 
 def test_a_model_without_large_layers_is_not_for_integers() -> None:
-    with pytest.raises(ValueError, match=r"256 numbers or more: .*engine\.dtype=null"):
+    with pytest.raises(ValueError, match=r"256 or more inputs and outputs: .*engine\.dtype=null"):
         random_policy().with_engine(EngineConfig("eager", dtype="int8"))
 
 
