@@ -27,7 +27,7 @@ class SuiteEnv(Protocol):
     """Play any task of a suite; a `gymnasium.Env`.
 
     Observation: `agentview` and `wrist` uint8 [H,W,3]; `state` float32 [8].
-    Action: float32 [7] in [-1,1]; the last is the gripper, -1 opens and +1 closes.
+    Action: float32 [7] in [-1,1]; the last is the gripper, -1 opens and +1 closes. Values outside are clipped.
     `metadata["render_fps"]` is the control rate; 20 if it is missing.
     """
 

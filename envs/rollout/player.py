@@ -2,6 +2,7 @@
 
 Each request gets one reply:
 
+    Build()            -> Ready | Failed
     Play(spec)         -> Observed | Failed              reset, waiting steps
     Advance(actions)   -> Observed | Finished | Failed   execute one chunk; render only its last observation
     Record(path, ...)  -> Recorded | Failed              replay and film the last episode's actions
@@ -50,6 +51,11 @@ class PlayerSettings:
     waiting_action: np.ndarray
     video_size: int = 256
     fps: float = 20.0
+
+
+@dataclass(frozen=True)
+class Build:
+    """Request: build the environment."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class Failed:
     died: bool = False
 
 
-PlayerRequest = Play | Advance | Record
+PlayerRequest = Build | Play | Advance | Record
 PlayerReply = Ready | Observed | Finished | Recorded | Failed
 
 
@@ -132,29 +138,18 @@ class Player:
         self._settings = settings
         self._env: gym.Env | None = None
 
-    def ready(self) -> PlayerReply:
-        """Build the environment."""
-        return self._guarded(self._ready)
-
     def handle(self, request: PlayerRequest) -> PlayerReply:
         """Carry out a request. Any exception becomes a `Failed` with its traceback, and the environment is rebuilt."""
-        match request:
-            case Play(spec):
-                return self._guarded(lambda: self._play(spec))
-            case Advance(actions_TA):
-                return self._guarded(lambda: self._advance(actions_TA))
-            case Record(path, success):
-                return self._guarded(lambda: self._record(path, success))
-
-    def close(self) -> None:
-        """Close the environment and its rendering context."""
-        if self._env is not None:
-            env, self._env = self._env, None
-            env.close()
-
-    def _guarded(self, do: Callable[[], PlayerReply]) -> PlayerReply:
         try:
-            return do()
+            match request:
+                case Build():
+                    return self._build()
+                case Play(spec):
+                    return self._play(spec)
+                case Advance(actions_TA):
+                    return self._advance(actions_TA)
+                case Record(path, success):
+                    return self._record(path, success)
         except Exception:  # any exception of an environment becomes an error in the report, with its traceback
             text = traceback.format_exc()
         try:
@@ -163,12 +158,18 @@ class Player:
             text += "\nand closing the environment failed:\n" + traceback.format_exc()
         return Failed(text)
 
+    def close(self) -> None:
+        """Close the environment and its rendering context."""
+        if self._env is not None:
+            env, self._env = self._env, None
+            env.close()
+
     def _environment(self) -> SuiteEnv:
         if self._env is None:
             self._env = self._settings.make(image_size=self._settings.image_size)
         return self._env
 
-    def _ready(self) -> Ready:
+    def _build(self) -> Ready:
         env = self._environment()
         spaces = env.observation_space.spaces.items()
         return Ready({name: tuple(space.shape or ()) for name, space in spaces}, tuple(env.action_space.shape))
@@ -212,7 +213,7 @@ class Player:
         self._loop_ms.append((started - self._observed_at) * 1e3)
         env, limit = self._environment(), self._settings.max_steps
         observation: dict[str, Any] = {}
-        for index, action_A in enumerate(self._clip(actions_TA)):
+        for index, action_A in enumerate(actions_TA):
             self._actions.append(action_A)
             over = len(self._actions) >= limit
             self._skip_images(over or index < len(actions_TA) - 1)
@@ -271,11 +272,6 @@ class Player:
         camera, size = self._settings.cameras[0], self._settings.video_size
         cameras = offered(self._environment(), Cameras)
         return np.asarray(observation[camera] if cameras is None else cameras.render_camera(camera, size, size))
-
-    def _clip(self, actions_TA: np.ndarray) -> np.ndarray:
-        space = self._environment().action_space
-        assert isinstance(space, gym.spaces.Box), f"actions must be a Box, got {space}"
-        return np.clip(actions_TA, space.low, space.high).astype(space.dtype)
 
     def _skip_images(self, skip: bool) -> None:
         if (env := offered(self._environment(), ImageSkipping)) is not None:

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from cogvla.envs.rollout.player import Failed, Player, PlayerReply, PlayerRequest, PlayerSettings, Record, Recorded
+from cogvla.envs.rollout.player import Build, Failed, Player, PlayerReply, PlayerRequest, PlayerSettings, Record, Recorded
 from cogvla.processes import ONE_THREAD
 
 UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
@@ -67,7 +67,7 @@ class RayWorker:
         # One byte arrives when the reply is ready, so that `wait` works for actors as for processes.
         self.connection, self._done = Pipe()
         self._path: Path | None = None
-        self._ask(self._actor.ready.remote())
+        self._ask(self._actor.handle.remote(Build()))
 
     def send(self, request: PlayerRequest) -> None:
         """Send a request and return at once."""
@@ -116,9 +116,6 @@ class _Remote:
 
     def __init__(self, settings: PlayerSettings) -> None:
         self._player = Player(settings)
-
-    def ready(self) -> tuple[PlayerReply, None]:
-        return self._player.ready(), None
 
     def handle(self, request: PlayerRequest) -> tuple[PlayerReply, bytes | None]:
         if not isinstance(request, Record):

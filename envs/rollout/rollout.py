@@ -290,7 +290,7 @@ class _Loop:
             instruction=[o.instruction for o in seen],
         )
         started = time.perf_counter()
-        chunks_NKA = np.asarray(self._policy.act(observation).actions)
+        chunks_NKA = np.asarray(self._policy.act(observation).actions, np.float32)
         self._inference_s = time.perf_counter() - started
         planned_NTA = self._chunker.plan([id(slot) for slot in waiting], chunks_NKA)
         finite_N = np.isfinite(planned_NTA).all(axis=(1, 2))

@@ -12,7 +12,7 @@ from contextlib import closing
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from cogvla.envs.rollout.player import Failed, Player, PlayerReply, PlayerRequest, PlayerSettings
+from cogvla.envs.rollout.player import Build, Failed, Player, PlayerReply, PlayerRequest, PlayerSettings
 from cogvla.processes import Child, ProcessDiedError, send
 
 
@@ -48,7 +48,7 @@ class LocalWorker:
 
     def __init__(self, settings: PlayerSettings) -> None:
         self._player = Player(settings)
-        self._reply: PlayerReply = self._player.ready()
+        self._reply: PlayerReply = self._player.handle(Build())
 
     def send(self, request: PlayerRequest) -> None:
         """Carry out the request at once; `receive` returns the reply."""
@@ -101,6 +101,6 @@ def serve(connection: Connection) -> None:
         send(connection, Failed(traceback.format_exc()))
         return
     with closing(player):
-        send(connection, player.ready())
+        send(connection, player.handle(Build()))
         while True:
             send(connection, player.handle(connection.recv()))

@@ -74,7 +74,7 @@ class ToyEnv(gym.Env):
             self._strike()
         time.sleep(self._sleep_s)
         if self._key[1] % STUCK_EVERY:
-            self._position = self._position + 0.1 * np.asarray(action[:2], np.float32)
+            self._position = self._position + 0.1 * np.clip(action[:2], -1, 1).astype(np.float32)
         info = self._info()
         return self._observation(), float(info["success"]), info["success"], self._steps >= MAX_STEPS, info
 

@@ -53,7 +53,7 @@ class ToyEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if np.shape(action) != (7,) or not np.isfinite(action).all():
             raise ValueError(f"an action is 7 finite numbers, got {action}")
-        self.position += 0.1 * action[:3]
+        self.position += 0.1 * np.clip(action[:3], -1, 1)
         self.steps += 1
         info = self._info()
         return self._observe(), float(info["success"]), info["success"], self.steps >= 40, info
