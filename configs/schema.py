@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,28 @@ def defaults(dotted: str) -> dict[str, Any]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             part = _part(module, node)
             found[node.target.id] = _default(module, node.value, dotted) if part is None else defaults(part)
+    return found
+
+
+def summary(dotted: str) -> str:
+    """Return the first line of the docstring of a dataclass."""
+    return (ast.get_docstring(_class(dotted)) or "").partition("\n")[0]
+
+
+def attributes(dotted: str) -> dict[str, str]:
+    """Return the documentation of each field of a dataclass, by its dotted name; fields of its parts are included."""
+    module = dotted.rpartition(".")[0]
+    node = _class(dotted)
+    section = (ast.get_docstring(node) or "").partition("Attributes:\n")[2]
+    found = {
+        name.strip(): " ".join(entry[2].split())
+        for entry in re.finditer(r"^ {4}([\w, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+        for name in entry[1].split(",")
+    }
+    for field in node.body:
+        part = _part(module, field) if isinstance(field, ast.AnnAssign) else None
+        if part is not None and isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            found |= {f"{field.target.id}.{name}": text for name, text in attributes(part).items()}
     return found
 
 

@@ -13,7 +13,6 @@ Shape legend: T steps.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import textwrap
@@ -40,6 +39,7 @@ from cogvla.libero.tasks import LIBERO_SUITES, tasks
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.scripts.command import compose, import_modules
+from cogvla.scripts.help import argument_parser
 
 IMAGE_SIZE = 128
 WIDTH = 118
@@ -47,7 +47,7 @@ WIDTH = 118
 
 def main(arguments: list[str] | None = None) -> None:
     """Console entry point; mistakes of the user end in one line, not in a traceback."""
-    parser = argparse.ArgumentParser("check_conventions", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argument_parser("check_conventions", __doc__, config="check_conventions")
     parser.add_argument("dataset", metavar="DATASET", help="folder, HDF5 file, or name of a data set of the hub")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="see configs/check_conventions.yaml")
     options = parser.parse_args(arguments)

@@ -6,13 +6,16 @@ A command's module is imported when the command runs: `--help` and a mistake on 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from cogvla.envs.recording.demonstration import ExpertFailedError
 from cogvla.scripts.command import mistakes_in_one_line, register
+from cogvla.scripts.help import FLAGS, command_help
 
 STOPPED = "stopped; every finished episode is saved: the same command plays the others"
 CONVERTED = "stopped; what was converted is kept: the same command goes on from there"
@@ -40,6 +43,11 @@ def _command(
     composed = hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name=name)
 
     def start() -> None:
+        words = sys.argv[1:]
+        if FLAGS.intersection(words):
+            with mistakes_in_one_line(HydraException):
+                print(command_help(module, name, [word for word in words if word not in FLAGS]))
+            return
         register()
         composed(task)()
 

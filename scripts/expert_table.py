@@ -1,7 +1,9 @@
 """`expert_table`: how often the scripted experts solve each task of a suite.
 
-expert_table suite=tabletop_object
-expert_table suite=all states=10 noise=1.0
+    expert_table suite=tabletop_object
+    expert_table suite=all states=10 noise=1.0
+
+The exit status is 1 where a task is solved less often than `required`.
 """
 
 from __future__ import annotations

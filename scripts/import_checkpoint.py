@@ -9,7 +9,6 @@ is; the rest begins at random, and such a checkpoint is a base to train from.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from typing import Any
 
@@ -31,13 +30,14 @@ from cogvla.policy.weights.import_cogvla import load_cogvla
 from cogvla.policy.weights.pretrained import load_base
 from cogvla.policy.weights.release import Release, open_release
 from cogvla.scripts.command import compose, mistakes_in_one_line, plain
+from cogvla.scripts.help import argument_parser
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Console entry point."""
-    parser = argparse.ArgumentParser("import_checkpoint", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argument_parser("import_checkpoint", __doc__, config="import_checkpoint")
     parser.add_argument("source", help="folder or hub id of the published weights")
     parser.add_argument("options", nargs="*", metavar="output=FOLDER", help="see configs/import_checkpoint.yaml")
     given = parser.parse_args(arguments)

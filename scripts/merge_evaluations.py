@@ -8,7 +8,6 @@ the simulator is needed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import shutil
@@ -32,11 +31,12 @@ from cogvla.envs.evaluation.evaluate import write_report
 from cogvla.envs.evaluation.report import Report, build_report, summary
 from cogvla.envs.suite import Suite, Task
 from cogvla.scripts.command import mistakes_in_one_line
+from cogvla.scripts.help import argument_parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Console entry point."""
-    parser = argparse.ArgumentParser("merge_evaluations", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argument_parser("merge_evaluations", __doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with a report.json, one of each shard")
     parser.add_argument("output", metavar="output=FOLDER", help="folder of the whole evaluation")
     options = parser.parse_args(arguments)

@@ -1,4 +1,11 @@
-"""`record_demonstrations`: record a suite's scripted expert as a LeRobotDataset."""
+"""`record_demonstrations`: record a suite's scripted expert as a LeRobotDataset.
+
+    record_demonstrations
+    record_demonstrations suite=tabletop_goal episodes=500 workers=4
+    record_demonstrations episodes=2000 grow=true       (adds to a finished recording)
+
+The same command again goes on where it was stopped.
+"""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cogvla.policy.weights.reference import Reference, load_reference, text_ids
 from cogvla.routing.layout import TokenLayout
+from cogvla.scripts.help import argument_parser
 
 TOLERANCE = 1e-4
 
@@ -44,7 +45,7 @@ class Stage:
 
 def main(arguments: list[str] | None = None) -> None:
     """Console entry point."""
-    parser = argparse.ArgumentParser("verify_reference", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argument_parser("verify_reference", __doc__)
     parser.add_argument("folder", type=Path, help="folder with fixture.json, weights and cases.safetensors")
     parser.add_argument("tolerance", nargs="?", type=_tolerance, default=TOLERANCE, metavar="tolerance=1e-4")
     options = parser.parse_args(arguments)

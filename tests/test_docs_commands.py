@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from cogvla.scripts.command import register
+from cogvla.scripts.help import keys_of_groups
 from cogvla.tests.support.paths import CONFIGS, ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
@@ -81,6 +82,9 @@ def understand(name: str, arguments: list[str], folder: Path, monkeypatch: pytes
     config = configuration(name)
     if config is None:
         return parse(name, arguments, monkeypatch)
+    if "--help" in arguments:
+        keys_of_groups(config, [word for word in arguments if word != "--help"])
+        return None
     overrides: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -179,6 +183,7 @@ def test_commands_are_understood(page: Path, my_configs: Path, monkeypatch: pyte
         "uv run eval_libero --checkpoint FOLDER",
         "uv run benchmark_policy --thread-s 1",
         "training_memory finetun=lora",
+        "train_policy --help trainin",
         "accelerate launch --multi_gpu --num_processes 8 -m cogvla.scripts.train_policy bas=x",
     ],
 )

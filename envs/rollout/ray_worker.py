@@ -15,7 +15,16 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from cogvla.envs.rollout.player import Build, Failed, Player, PlayerReply, PlayerRequest, PlayerSettings, Record, Recorded
+from cogvla.envs.rollout.player import (
+    Build,
+    Failed,
+    Player,
+    PlayerReply,
+    PlayerRequest,
+    PlayerSettings,
+    Record,
+    Recorded,
+)
 from cogvla.processes import ONE_THREAD
 
 UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"

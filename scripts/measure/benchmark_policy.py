@@ -47,6 +47,7 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
+from cogvla.scripts.help import argument_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -205,9 +206,7 @@ def preset(variant: Variant, options: argparse.Namespace) -> tuple[CogVLAConfig,
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "benchmark_policy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("benchmark_policy", __doc__)
     add = parser.add_argument
     add("--preset", default="tiny", help="of configs/policy: tiny, small or cogvla_7b")
     add("--checkpoint", type=Path, help="a trained policy instead of a preset with random weights")

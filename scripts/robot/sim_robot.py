@@ -1,13 +1,18 @@
-"""`sim_robot`: the tabletop arm as a robot on the real wire, without ROS 2.
+"""`sim_robot`: the tabletop arm as a robot with ROS 2 topics, without ROS 2.
 
-sim_robot
-sim_robot suite=tabletop_goal task=3 initial_state=7
+    sim_robot
+    sim_robot suite=tabletop_goal task=3 initial_state=7
 
-out   cameras and joint states, as in configs/topics/tabletop.yaml
-~/status    std_msgs/String, JSON: what became of the scene (`SceneStatus`)
-in    commands: Float64MultiArray with 6 displacements and the gripper
-~/scene     std_msgs/String, JSON: set up another scene (`SceneStart`)
-~/fault     std_msgs/String, JSON: break a sensor (`SensorFaults`)
+It publishes cameras and joint states, as in configs/topics/tabletop.yaml, and
+
+    ~/status    std_msgs/String, JSON: what became of the scene (`SceneStatus`)
+
+It takes commands (Float64MultiArray: 6 displacements and the gripper), and
+
+    ~/scene     std_msgs/String, JSON: set up another scene (`SceneStart`)
+    ~/fault     std_msgs/String, JSON: break a sensor (`SensorFaults`)
+
+Ctrl-C ends it.
 """
 
 from __future__ import annotations
