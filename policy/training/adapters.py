@@ -1,7 +1,7 @@
-"""Choose the parts that fine-tuning trains: fully, through LoRA adapters (peft), or not at all.
+"""Choose how fine-tuning trains each part of a policy: fully, through LoRA adapters (peft), or not at all.
 
-Adapters are in memory and in `training.pt` only. A policy that is saved has them folded into its weights: the
-checkpoint is the same one `model.safetensors` with and without them.
+Only memory and `training.pt` hold adapters. `model.safetensors` holds the weights with the adapters folded in, so that
+a checkpoint has the same format with and without them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 ADAPTER, BASE = "default", ".base_layer."
 FINGERPRINT = 64
-"""Numbers of each frozen tensor by which a resumed run recognises it."""
+"""Numbers of each frozen tensor that a resumed run compares."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class FinetuneConfig:
 
 
 def prepare(model: nn.Module, config: FinetuneConfig) -> None:
-    """Put adapters around the linear layers and freeze what is not trained, in place.
+    """Add adapters and freeze the weights that are not trained, in place.
 
     Raises:
-        ValueError: a part is not one of the model, there is no linear layer to adapt, or peft is not installed.
+        ValueError: the model has no such part, there is no linear layer to adapt, or peft is not installed.
     """
     parts = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     roots = {name.partition(".")[0] for name in (*parts, *vars(model)) if not name.startswith("_")}
@@ -96,7 +96,7 @@ def _inject(model: nn.Module, targets: list[str], config: FinetuneConfig) -> Non
     inject_adapter_in_model(lora, model, ADAPTER)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
-            parameter.data = parameter.data.float()  # also around a bfloat16 layer: updates are small
+            parameter.data = parameter.data.float()  # updates are too small for bfloat16, even on a bfloat16 layer
 
 
 def _named(name: str, patterns: tuple[str, ...]) -> bool:
@@ -104,16 +104,16 @@ def _named(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Names, as without adapters, and peft layers."""
+    """Yield the layers with an adapter, by their names in the model without adapters."""
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
             yield name, module
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of an equal policy without adapters; the model is not changed.
+    """Return the state dict with adapters folded in; the model is not changed.
 
-    It has one precision: bfloat16 if frozen weights have it, although what is trained has another one.
+    All weights have one precision: bfloat16 if the model has several, because its frozen weights are in bfloat16.
     """
     merged = {f"{name}.weight": _merged(layer) for name, layer in adapted_layers(model)}
     state = {name.replace(BASE, "."): value for name, value in model.state_dict().items() if ".lora_" not in name}
@@ -123,7 +123,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge(model: nn.Module) -> dict[str, Tensor]:
-    """Fold the adapters into the weights, in place. Returns the weights that were there, for `unmerge`."""
+    """Fold the adapters into the weights, in place; return the original weights for `unmerge`."""
     base = {}
     for name, layer in adapted_layers(model):
         base[name] = layer.base_layer.weight.detach().clone()
@@ -132,7 +132,7 @@ def merge(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unmerge(model: nn.Module, base: dict[str, Tensor]) -> None:
-    """Take them out again, in place: `base` is put back bit for bit, which subtracting would not do."""
+    """Undo `merge` in place; restores the original weights `base` exactly, which subtraction would not."""
     for name, layer in adapted_layers(model):
         layer.unmerge()
         with torch.no_grad():
@@ -140,9 +140,9 @@ def unmerge(model: nn.Module, base: dict[str, Tensor]) -> None:
 
 
 def fold(model: Model) -> Model:
-    """Plain linear layers with merged weights in place of the adapted ones.
+    """Replace adapted layers by plain linear layers with merged weights, in place; return the model.
 
-    Weights are replaced, not written to: another model that shares them stays as it is.
+    Other models that share the original weights are not changed.
     """
     for name, layer in list(adapted_layers(model)):
         plain = layer.base_layer
@@ -158,13 +158,13 @@ def _merged(layer: Any) -> Tensor:
 
 
 def fingerprint(module: nn.Module) -> Tensor:
-    """Return the beginning of every frozen tensor, to check that training resumes on the same frozen weights."""
+    """Return the first numbers of every frozen tensor, to check that training resumes with the same frozen weights."""
     frozen = [p.detach().flatten()[:FINGERPRINT].float().cpu() for p in module.parameters() if not p.requires_grad]
     return torch.cat([torch.empty(0), *frozen])
 
 
 def summary(model: nn.Module) -> str:
-    """Return the numbers of parameters that are trained fully, in adapters, and frozen, for the log."""
+    """Describe for the log how many parameters are trained fully, trained in adapters, and frozen."""
     full = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

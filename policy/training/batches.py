@@ -1,8 +1,7 @@
-"""Recorded samples to training batches in the policy's terms, with counterfactual instructions, state dropout and
-image augmentation.
+"""Build training batches from recorded samples, with counterfactual instructions, state dropout and image augmentation.
 
-What is random is chosen for the whole step at once, and weights average 1 over it. So the parts of a step, be they on
-several processes or one after the other (accumulation), have together the gradient of the whole.
+Random choices are made for a whole step at once, and weights have a mean of 1 over the step. So the gradients of the
+parts of a step (on several processes, or one after the other with accumulation) add up to the gradient of the whole.
 
 Shape legend: B batch, V views, K chunk, T tasks of the suite, G = 6 (target xyz, goal xyz).
 """
@@ -29,14 +28,19 @@ ALTERNATIVE_LABELS = ("alternatives", "possible", "task")
 
 @dataclass(frozen=True)
 class Choices:
-    """The instruction and the weight of each sample of a step, drawn at random.
+    """The random choices of a step, for each sample.
 
     Attributes:
-        instruction_B: index of its instruction.
-        keep_state_B: False where the state is hidden.
-        weight_BK, points_BG, image_points_BV22, point_weight_BV2: see `Batch`; points in metres.
-        noise_BRKA, time_BR: see `Batch`; None in evaluation, which decodes.
-        corner_BV2, jitter_BV4: see `Changes`.
+        instruction_B: index of the instruction.
+        keep_state_B: False to hide the state.
+        weight_BK: see `Batch`.
+        points_BG: target and goal position in metres; None without labels.
+        image_points_BV22: see `Batch`.
+        point_weight_BV2: see `Batch`.
+        corner_BV2: corner of the crop, see `Changes`.
+        jitter_BV4: change of colours, see `Changes`.
+        noise_BRKA: see `Batch`; None in evaluation, which decodes actions.
+        time_BR: see `Batch`; None in evaluation.
         draw_B2: see `ModelInput.draw`; None in evaluation.
     """
 
@@ -53,20 +57,24 @@ class Choices:
     draw_B2: Tensor | None = None
 
     def part(self, index_b: Tensor) -> Choices:
-        """Return the choices of some samples."""
+        """Return the choices of the samples with these indices."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         parts: dict[str, Any] = {name: None if value is None else value[index_b] for name, value in values.items()}
         return Choices(**parts)
 
 
 class BatchBuilder:
-    """Builds `Batch`es; everything random comes from the generator that is passed in.
+    """Builds `Batch`es; all randomness comes from the generator that is passed in.
 
     Args:
-        data: for the instructions and the scale of the labelled positions.
-        preprocessor: the policy's.
-        config: shares of counterfactual and state-less samples, and what actions count.
-        augmentation: of the pictures; its crop must be the preprocessor's. Evaluation batches get the centre crop only.
+        data: data set; gives the instructions, and the scale of the labelled positions.
+        preprocessor: preprocessor of the policy.
+        config: shares of counterfactual samples and of samples without state, and weights of the actions.
+        augmentation: image augmentation, with the same crop area as the preprocessor; None: crops only. Evaluation
+            batches get the centre crop only.
+
+    Raises:
+        ValueError: the data does not have the labels that the objective needs, or the crop areas differ.
     """
 
     def __init__(
@@ -100,7 +108,7 @@ class BatchBuilder:
             if missing := [label for label in needs[name] if label not in labels]:
                 raise ValueError(
                     f"objective.{name} needs the labels {', '.join(missing)}, which the data does not have: "
-                    "map them in data.labels, or switch it off (objective=imitation needs no labels)"
+                    "map them in data.labels, or turn it off (objective=imitation needs no labels)"
                 )
         self.has_positions = any(needs[name] != ("phase",) for name in wanted)
         self.has_alternatives = all(name in labels for name in ALTERNATIVE_LABELS)
@@ -131,11 +139,11 @@ class BatchBuilder:
             self.blind = BlindWeights(config.blind, config.prior, preprocessor, data.instructions)
 
     def training(self, samples: dict[str, Any], generator: torch.Generator) -> Batch:
-        """Build one batch from all samples of a step."""
+        """Build one training batch from all samples of a step."""
         return self.build(samples, self.choose(samples, generator))
 
     def choose(self, samples: dict[str, Any], generator: torch.Generator) -> Choices:
-        """For a whole step's samples (pixels are not looked at)."""
+        """Draw the random choices for all samples of a step; `samples` needs no pixels."""
         instruction_B, points_BG = samples["instruction_id"], self.points(samples)
         weight_BK = (~samples["action_is_pad"]).float()
         if self.config.phase_weights:
@@ -164,7 +172,12 @@ class BatchBuilder:
         return replace(choices, noise_BRKA=noise_BRKA, time_BR=time_BR, draw_B2=draw_B2)
 
     def evaluation(self, samples: dict[str, Any], instruction_B: Tensor | None = None) -> Batch:
-        """Build a batch without random changes, for evaluation, with the samples' own instructions or these."""
+        """Build a batch for evaluation, without random changes.
+
+        Args:
+            samples: samples from `TrainingBatches`.
+            instruction_B: indices of instructions to use; None: the samples' own.
+        """
         chosen_B = samples["instruction_id"] if instruction_B is None else instruction_B
         weight_BK = (~samples["action_is_pad"]).float()
         keep_B = torch.ones(len(chosen_B), dtype=torch.bool)
@@ -172,7 +185,7 @@ class BatchBuilder:
         return self.build(samples, self._weighted(samples, chosen_B, keep_B, weight_BK, self.points(samples), changes))
 
     def build(self, samples: dict[str, Any], choices: Choices) -> Batch:
-        """Build the batch of these samples, on the policy's device."""
+        """Build the batch of these samples with these choices, on the policy's device."""
         device = self.preprocessor.device
 
         def there(x: Tensor | None) -> Tensor | None:
@@ -206,7 +219,11 @@ class BatchBuilder:
         )
 
     def alternatives(self, samples: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """For each sample another task [B] that its scene allows and the data name, and whether there is one [B]."""
+        """Draw for each sample another task that is possible in its scene and has an instruction in the data.
+
+        Returns:
+            Index of the task [B], and False [B] where there is no such task.
+        """
         labels = samples["labels"]
         possible_BT = labels["possible"].bool() & (self.instruction_of_task >= 0)
         possible_BT = possible_BT.scatter(1, labels["task"].reshape(-1, 1), False)
@@ -215,12 +232,15 @@ class BatchBuilder:
         return choose_alternative(possible_BT, generator), allowed_B
 
     def points(self, samples: dict[str, Any]) -> Tensor | None:
-        """Labelled positions [B,6] of target and goal in metres, or None when the data set has none."""
+        """Return the labelled positions [B,6] of target and goal in metres; None if no objective uses them."""
         labels = samples["labels"]
         return torch.cat([labels["target"], labels["goal"]], dim=-1) if self.has_positions else None
 
     def project(self, samples: dict[str, Any], points_BG: Tensor) -> Tensor | None:
-        """Project the points into each view, [B,V,2,2]; points behind a camera land far outside."""
+        """Project target and goal into each view, [B,V,2,2] in [0,1]; points behind the camera get -1.
+
+        Returns None without labelled projections.
+        """
         if not self.has_projections:
             return None
         projection_BV34 = torch.stack([samples["labels"][name] for name in self.projections], dim=1)

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the end of a step, so that what is saved then belongs to one step."""
+"""Delay Ctrl-C until the end of a training step, so that a checkpoint is of a complete step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import FrameType
 
 
 class Interruption:
-    """Inside of the block the first Ctrl-C only sets `requested`; the second one interrupts at once.
+    """Context manager in which the first Ctrl-C only sets `requested`, and the second one interrupts at once.
 
-    Outside of the main thread, where Python delivers no signals, it does nothing.
+    It does nothing outside of the main thread, because Python delivers signals to the main thread only.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of a run: the mean losses of the last steps, and a file that is the same after a resumed run."""
+"""Metrics of a run: mean losses of the last steps, and the file `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 class LossWindow:
-    """Losses of the steps since the last record, on the device they were computed on: reading them waits for it."""
+    """Losses of the steps since the last record.
+
+    They stay on their device until `settle` reads them, because each read would wait for the device.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -25,10 +28,13 @@ class LossWindow:
         self._steps.append(losses)
 
     def settle(self, step: int) -> None:
-        """Take the mean over all processes; every process must call this.
+        """Replace the losses by their means over all processes; every process must call this.
+
+        Args:
+            step: number of the last step.
 
         Raises:
-            FloatingPointError: one is not finite; `step` is the number of the last step.
+            FloatingPointError: a loss is NaN or infinite.
         """
         if self._accelerator.num_processes > 1:
             self._steps = [self._accelerator.reduce(losses, "mean") for losses in self._steps]
@@ -36,12 +42,13 @@ class LossWindow:
             bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
             if bad:
                 raise FloatingPointError(
-                    f"{', '.join(bad)} is not finite at step {number}. Earlier checkpoints are sound: the same "
-                    "command with a smaller training.learning_rate or training.clip_norm goes on from the last one"
+                    f"{', '.join(bad)} is not finite at step {number}. Earlier checkpoints are not affected: run the "
+                    "command again with a smaller training.learning_rate or training.clip_norm to continue from the "
+                    "last one"
                 )
 
     def take(self) -> dict[str, float]:
-        """Means over the settled steps, which are then forgotten."""
+        """Return the means over the settled steps, and clear the window."""
         means = {name: torch.stack([losses[name] for losses in self._steps]).mean().item() for name in self._steps[0]}
         self._steps.clear()
         return means
@@ -61,16 +68,20 @@ class MetricsFile:
         self.path = path
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raise OSError if the disk is full; the message says what to do."""
+        """Append a row.
+
+        Raises:
+            OSError: the file cannot be written, for example because the disk is full.
+        """
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         except OSError as error:
-            advice = "Make space; the same command goes on from the last checkpoint"
+            advice = "Free space; the same command continues from the last checkpoint"
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}. {advice}") from error
 
     def cut(self, step: int) -> None:
-        """Forget what comes after `step`, and a row that was not finished: training goes on from there."""
+        """Delete rows after `step` and an incomplete last row, before training resumes at `step`."""
         if not self.path.exists():
             return
         kept, rows = [], self.path.read_text(errors="replace").splitlines(keepends=True)
@@ -88,5 +99,5 @@ class MetricsFile:
 def _is_until(row: str, step: int) -> bool:
     try:
         return bool(json.loads(row)["step"] <= step)
-    except (ValueError, KeyError, TypeError):  # what a power cut leaves
+    except (ValueError, KeyError, TypeError):  # damaged, for example by a power failure
         return False

@@ -1,20 +1,22 @@
-"""The training objective: the head's error on the action chunk (masked L1 for the paper's head), where the simulator
-gives labels, grounding, and further objectives by switches, each in its own file in `policy/training/auxiliary`.
+"""The training objective: the error of the action head, plus auxiliary losses.
 
-Behaviour cloning alone learns the arm's habits long before it looks at the instruction. Three things mend that:
+Behaviour cloning alone learns typical motions of the arm long before it uses the instruction. These additions help; the
+first four need labels from the simulator:
 
-- grounding: a head that sees the vision tokens only predicts where the object to manipulate and its goal are;
-- reading: a linear layer has to find the same positions in the states of the action tokens. The vision tokens know
-  them after some hundred steps, but the decoder's attention finds them there thousands of steps later, as long as only
-  the few actions of the approach ask for it;
-- pointing: half of the aggregation tokens are taught to attend to the patches where the object is, the others to those
-  of the goal (`policy/training/auxiliary/pointing.py`). Without it, attention stays spread over the whole image for
-  thousands of steps and nothing downstream has a position to work with;
-- counterfactual instructions: a share of the samples is given another instruction that is possible in the same
-  scene. There is no action to imitate for it, but the simulator knows where its target is, so that the same picture
-  has to answer several instructions;
-- state dropout: the proprioceptive state is hidden from a share of the samples, so that "the target is where the arm
-  is heading" is no way out.
+- grounding: a head predicts the positions of the target object and of its goal from the vision tokens;
+- reading: a linear layer predicts the same positions from the states of the action tokens. Vision tokens hold them
+  after some hundred steps, but without this loss the decoder's attention finds them thousands of steps later, because
+  only the few actions of the approach need them;
+- pointing: half of the aggregation tokens learn to attend to the patches of the target, the others to those of the goal
+  (`policy/training/auxiliary/pointing.py`). Without it, attention stays spread over the whole image for thousands of
+  steps, and later layers get no positions;
+- counterfactual instructions: a share of the samples gets another instruction that is possible in the same scene. There
+  are no actions to imitate for it, but the position of its target is known, so that the same picture has different
+  answers for different instructions;
+- state dropout: the robot's state is hidden in a share of the samples, so that the policy cannot infer the target from
+  the motion of the arm.
+
+Further losses, which are off by default, are in `policy/training/auxiliary`, one per file.
 
 Shape legend: B batch, V views, K chunk, A action, R draws of noise, N vision tokens, D width, T tasks of the suite,
 G = 6 (target xyz, goal xyz).
@@ -116,18 +118,19 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch in the policy's terms.
+    """One training batch.
 
     Attributes:
-        inputs: what the policy sees.
+        inputs: input of the policy.
         actions_BKA: normalised expert actions.
-        weight_BK: weight of each action, 1 on average over the step; 0 where there is none to imitate.
-        positions_BG: target and goal position, normalised (with `gripper_state` also from the gripper, G = 12), or None
-            without labels.
-        image_points_BV22: where target and goal are in each view, as (right, down) in [0,1]; outside of it they are not
-            in the picture. None without projections.
-        point_weight_BV2: weight of each of these points, 1 on average over the step; 0 where it is not in the picture.
-        noise_BRKA, time_BR: what is random in the head's error, see `ActionHead.error`.
+        weight_BK: weight of each action, with mean 1 over the step; 0 where there is no action to imitate.
+        positions_BG: normalised target and goal position, with `gripper_state` also relative to the gripper (G = 12);
+            None without labels.
+        image_points_BV22: target and goal in each view, (right, down) in [0,1]; other values are outside of the
+            picture. None without projections.
+        point_weight_BV2: weight of each of these points, with mean 1 over the step; 0 outside of the picture.
+        noise_BRKA: noise for the head's error, see `ActionHead.error`.
+        time_BR: times for the head's error, see `ActionHead.error`.
     """
 
     inputs: ModelInput
@@ -141,7 +144,7 @@ class Batch:
 
 
 class GroundingHead(nn.Module):
-    """Vision tokens [B,N,D] to the normalised positions [B,G] of target and goal. Thrown away after training."""
+    """Predict the normalised positions [B,G] of target and goal from vision tokens [B,N,D]; used in training only."""
 
     def __init__(self, tokens: int, width: int, outputs: int, hidden: int = 128) -> None:
         super().__init__()
@@ -160,17 +163,17 @@ class GroundingHead(nn.Module):
 
 
 class Objective(nn.Module):
-    """The policy and its training heads as one module, so that DDP and FSDP see one forward.
+    """The policy and its training heads as one module, so that DDP and FSDP wrap one forward pass.
 
     Args:
-        model: the policy.
-        config: weights.
+        model: network of the policy.
+        config: loss weights and shares.
         vision_tokens: N.
         width: D.
-        teacher: for `config.distillation`, see `Distillation`.
+        teacher: teacher for `config.distillation`, see `Distillation`.
 
     Raises:
-        ValueError: the policy cannot give what an objective needs.
+        ValueError: the policy does not support one of the losses.
     """
 
     def __init__(
@@ -185,12 +188,12 @@ class Objective(nn.Module):
             )
         if config.grounding and model.config.routing.router.train_budgets:
             raise ValueError(
-                "objective.grounding reads a fixed number of vision tokens, routing.router.train_budgets vary it: "
+                "objective.grounding needs a fixed number of vision tokens, routing.router.train_budgets varies it: "
                 "set objective.grounding=0 or train_budgets=[]"
             )
         if config.pointer and model.config.routing.efa:
             raise ValueError(
-                "objective.pointer points at patches, and with routing.efa=true vision tokens are none: use "
+                "objective.pointer points at patches, but with routing.efa=true vision tokens are not patches: use "
                 "objective.pointing, or routing=patches"
             )
         if config.diversity:
@@ -203,13 +206,17 @@ class Objective(nn.Module):
         self.mask = TokenMask(config.masking, config.mask_pool, width) if config.masking else None
         self.distillation: Distillation | None = None
         if config.distillation:
-            assert teacher is not None, "whoever builds an objective that distils loads its teacher"
+            assert teacher is not None, "distillation needs a teacher"
             self.distillation = Distillation(teacher, model)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses as scalars: `loss` (to minimise), `action_l1` (or what the head measures), with labels those of the
-        parts that need them: `grounding_l1`, `reading_l1`, `pointing_ce`; `router_...` of token routers; and of the
-        switches that are on `pointer_ce`, `contrast_nce`, `diversity_cos`, `teacher_kl` and `teacher_l1`.
+        """Compute the losses, as scalars by name.
+
+        Returns:
+            `loss`, which is minimised, and its parts without their weights: `action_ERROR`, where ERROR is the head's
+            `error_name`; `grounding_l1`, `reading_l1` and `pointing_ce` if the batch has labels; `router_NAME` for
+            losses of token routers; and `pointer_ce`, `contrast_nce`, `diversity_cos`, `teacher_kl` and `teacher_ERROR`
+            if they are turned on.
         """
         config = self.config
         watch = config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
@@ -262,7 +269,7 @@ class Objective(nn.Module):
         return losses
 
     def _change(self, draw_B2: Tensor | None, vision_BND: Tensor) -> Tensor:
-        """Hide vision tokens in training; in evaluation, where nothing is drawn, return them unchanged."""
+        """Mask and hide vision tokens in training; without seeds, as in evaluation, return them unchanged."""
         if draw_B2 is None:
             return vision_BND
         if self.mask is not None:
@@ -272,12 +279,12 @@ class Objective(nn.Module):
 
 
 def masked_l1(predicted_BKA: Tensor, expert_BKA: Tensor, weight_BK: Tensor) -> Tensor:
-    """Mean absolute error over the actions with weight; 0 when there is none."""
+    """Return the weighted mean absolute error; 0 if all weights are 0."""
     error_BK = (predicted_BKA.float() - expert_BKA).abs().mean(dim=-1)
     return (error_BK * weight_BK).sum() / weight_BK.sum().clamp(min=1e-6)
 
 
 def choose_alternative(possible_BT: Tensor, generator: torch.Generator) -> Tensor:
-    """For each sample one task index [B] drawn from those possible in its scene (bool [B,T])."""
+    """Draw for each sample the index [B] of one of the possible tasks (bool [B,T])."""
     draw = torch.multinomial(possible_BT.float(), 1, generator=generator)
     return rearrange(draw, "b 1 -> b")

@@ -12,12 +12,16 @@ BETAS = (0.9, 0.95)
 
 
 def adamw(module: nn.Module, learning_rate: float, weight_decay: float, kind: str = "adamw") -> torch.optim.Optimizer:
-    """AdamW that decays matrices only: not norms, biases, embeddings' or learned tokens' single rows.
+    """Build AdamW with weight decay for parameters of two or more dimensions only, so not for norms and biases.
 
-    `adamw8bit` is bitsandbytes': its moments take 2 bytes per parameter instead of 8.
+    Args:
+        module: module whose parameters with `requires_grad` are trained.
+        learning_rate: learning rate until it is changed.
+        weight_decay: weight decay of matrices.
+        kind: `adamw`, or `adamw8bit` (bitsandbytes), whose moments take 2 bytes per parameter instead of 8.
 
     Raises:
-        ValueError: bitsandbytes is not installed or does not work here.
+        ValueError: bitsandbytes is not installed, or does not work on this machine.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -45,18 +49,18 @@ def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.02)
 
 
 class ExponentialAverage:
-    """Averaged copy of a module's parameters; the decay grows to its value over the first steps.
+    """Exponential moving average of parameters; the decay increases to its final value over the first steps.
 
     Args:
-        parameters: name -> parameter, as they are now.
-        decay: weight of the past per step, in [0,1); 0 keeps the current weights.
+        parameters: name -> parameter, the start of the average.
+        decay: weight of the old average in each step, in [0,1); 0: the average is the current parameters.
     """
 
     def __init__(self, parameters: dict[str, Tensor], decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay must be in [0,1), got {decay}")
         self.decay = decay
-        # Without a past there is nothing to keep beside the parameters themselves.
+        # Without decay, the average shares the memory of the parameters.
         self.average = {name: p.detach().clone() if decay else p.detach() for name, p in parameters.items()}
 
     @torch.no_grad()

@@ -1,9 +1,8 @@
 """Data parallelism on CPUs.
 
-The operations of a small model are too short to be worth splitting over cores, so each core computes a part of the
-batch by itself. Threads of one interpreter would wait for its lock between operations, processes do not. They get the
-weights and give their gradients through shared memory. Gradients are summed in a fixed order, so that results do not
-depend on timing.
+The operations of a small model are too short to be split over cores, so each core computes a part of the batch. This
+uses processes, because threads would wait for the interpreter's lock between operations. Weights and gradients are in
+shared memory. Gradients are summed in a fixed order, so that results do not depend on timing.
 
     this process:    weights --> memory   | the last part   | builds the next parts | sum of gradients, step
     other processes:                      | a part          --> memory              | read their next part
@@ -26,16 +25,16 @@ from torch import Tensor, nn
 
 from cogvla.processes import Child, ProcessDiedError, send
 
-START = None  # a message to another process; all others are parts of a batch
+START = None  # message that starts the computation; all other messages are parts of a batch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT, LARGEST = 1 << 30, 32 << 20  # bytes; glibc takes no larger threshold
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep what it frees for what it needs next.
+    """Make glibc keep freed memory in this process instead of returning it to the kernel.
 
-    Otherwise the kernel takes back large activations after each operation, and clears thousands of pages for the next
-    one, in every step of a training. Does nothing where the C library is not glibc.
+    Otherwise the kernel takes large activations back after each operation, and clears thousands of pages for the next
+    one. With another C library this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -44,16 +43,16 @@ def keep_freed_memory() -> None:
 
 
 class ParallelGradients:
-    """Gradients of the mean loss over the parts of a batch, one process for each part; this one takes the last.
+    """Computes the gradients of the mean loss with one process per part of the batch; this process takes the last part.
 
-    The others start with the first batch, with the weights and the mode (training or not) that the module has then,
-    and take trained weights anew from this process in each call. `close` ends them, and so does the end of this
-    process. If one fails, all are ended; `give` starts them anew.
+    The other processes start at the first `give`, with the module's weights and mode (training or evaluation) at that
+    time. Each call sends them the trained weights again. They end with `close`, or when this process ends. If one
+    fails, all are ended; the next `give` starts them again.
 
     Args:
-        objective: batch -> losses by name, `loss` among them; must be picklable, and its classes importable. What is
-            trained of it must not change.
-        parts: how many processes.
+        objective: module that computes losses by name, `loss` among them, from a batch. It must be picklable, and the
+            set of its trained parameters must not change.
+        parts: number of processes, with this one.
         compiled: use torch.compile.
     """
 
@@ -66,13 +65,13 @@ class ParallelGradients:
         torch.set_num_threads(1)
 
     def give(self, parts: Iterable[Any]) -> None:
-        """Set the work of the next call; it replaces the earlier one.
+        """Set the batch of the next call.
 
         Args:
-            parts: as many as processes, of one size; each is sent on before the next one is asked for.
+            parts: one part of the batch per process, all of one size. Each is sent before the iterator builds the next.
 
         Raises:
-            RuntimeError: a process is gone.
+            RuntimeError: a process has ended.
         """
         left = iter(parts)
         with self._closing_on_failure():
@@ -83,15 +82,15 @@ class ParallelGradients:
             self.own = next(left)
 
     def __call__(self, scale: float = 1.0, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-        """Add `scale` times the gradients to `.grad` and return the mean losses, detached and not scaled.
+        """Add the gradients to `.grad`; return the mean losses, detached and not scaled.
 
         Args:
-            scale: of the gradients.
-            meanwhile: is called when this process has computed its part, to `give` the next ones: the others read
-                them while this process makes its step.
+            scale: factor of the gradients.
+            meanwhile: function that is called after this process has computed its part. It can `give` the next batch,
+                which the other processes then read during the optimiser's step.
 
         Raises:
-            RuntimeError: a process failed, or nothing was given.
+            RuntimeError: a process failed, or `give` was not called before.
         """
         if self.own is None:
             raise RuntimeError("give the parts first")
@@ -112,7 +111,7 @@ class ParallelGradients:
         self.others, self.own = [], None
 
     def _add(self, parts: list[list[Tensor | None]], share: float) -> None:
-        """Add `share` times their sum to `.grad`, where there is any."""
+        """Add `share` times the sum of the gradients to `.grad`."""
         for parameter, *gradients in zip(self.parameters, *parts, strict=True):
             given = [gradient for gradient in gradients if gradient is not None]
             if given:
@@ -125,13 +124,13 @@ class ParallelGradients:
     def _closing_on_failure(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:  # whoever still computes must not answer the next call
+        except BaseException:  # a process that still computes must not answer the next call
             self.close()
             raise
 
 
 class _Other:
-    """Another process as this one sees it."""
+    """Handle of another process, with its shared memory."""
 
     def __init__(self, objective: nn.Module, compiled: bool) -> None:
         self.memory = _file_in_memory()
@@ -139,7 +138,7 @@ class _Other:
         self.child = Child(serve, (objective, compiled), [self.memory.fileno()])
 
     def start(self, parameters: Sequence[Tensor]) -> None:
-        """Have it compute what was sent last, with these weights."""
+        """Start the computation of the part that was sent last, with these weights."""
         with torch.no_grad():
             torch._foreach_copy_(self.weights, list(parameters))
         self.child.send(START)
@@ -149,8 +148,8 @@ class _Other:
             answer = self.child.receive()
         except ProcessDiedError as error:
             raise RuntimeError(
-                f"a process of training.cpu_parts is gone: {error}. The same command resumes, "
-                "training.cpu_parts=1 does without"
+                f"a process of training.cpu_parts is gone: {error}. The same command resumes training, "
+                "training.cpu_parts=1 uses a single process"
             ) from None
         if isinstance(answer, str):
             raise RuntimeError(f"a process of training.cpu_parts failed:\n{answer}")
@@ -163,7 +162,7 @@ class _Other:
 
 
 def serve(connection: Connection, memory: int) -> None:
-    """Run the main loop of another process, until the other end of the pipe closes."""
+    """Run the main loop of another process, until the other end of the pipe is closed."""
     torch.set_num_threads(1)
     keep_freed_memory()
     objective, compiled = connection.recv()
@@ -190,7 +189,7 @@ def serve(connection: Connection, memory: int) -> None:
 
 
 def _file_in_memory() -> IO[bytes]:
-    """Open a file without a name, not in /dev/shm: it is small in containers, and overfilling it kills a process."""
+    """Open a file without a name, in memory if possible; not in /dev/shm, which is often too small in containers."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("gradients"), "w+b")
     return tempfile.TemporaryFile()
@@ -201,7 +200,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _views(memory: int, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and gradients in a file's memory, each a tensor as large as its parameter."""
+    """Return weights and gradients as tensors in a file's memory, each with the shape of its parameter."""
     sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
     starts = [0]
     for size in sizes * 2:

@@ -1,4 +1,4 @@
-"""Metrics and videos of a training run to Weights & Biases: online where the user is logged in, else on disk."""
+"""Log metrics and videos of a training run to Weights & Biases: online if the user is logged in, else on disk."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ MODES = ("auto", "online", "offline", "disabled")
 
 
 class RunLog:
-    """One run.
+    """Context manager that logs one run.
 
     Args:
-        settings: `mode` (one of `MODES`) and `project`.
-        config: of the run, kept with it.
-        output: folder of the run; offline logs go there.
+        settings: `mode` (one of `MODES`; `auto`: online if logged in, else offline) and `project`.
+        config: configuration to save with the run.
+        output: folder for the log's files.
+
+    Raises:
+        ValueError: the mode is unknown.
     """
 
     def __init__(self, settings: dict[str, Any], config: dict[str, Any], output: Path) -> None:
@@ -42,9 +45,9 @@ class RunLog:
         self.run.finish()
 
     def write(self, metrics: dict[str, float], step: int) -> None:
-        """One row."""
+        """Log the metrics of a step."""
         self.run.log(metrics, step=step)
 
     def videos(self, files: list[Path], step: int) -> None:
-        """Rollout videos."""
+        """Log rollout videos (MP4 files)."""
         self.run.log({f"rollout/{file.stem}": wandb.Video(str(file), format="mp4") for file in files}, step=step)

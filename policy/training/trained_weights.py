@@ -1,6 +1,6 @@
-"""The weights in training: what is trained of them, their moving average, and both as a state to resume from.
+"""The weights in training: the trained ones, their optimiser and moving average, and the state to resume from.
 
-Weights may be on every process (DDP) or divided among them (FSDP, as accelerate is configured).
+Every process has all weights (DDP), or a part of them (FSDP, if accelerate is configured so).
 """
 
 from __future__ import annotations
@@ -31,20 +31,24 @@ TRAINED = replace(EVERYTHING, ignore_frozen_params=True)
 
 
 class TrainedWeights:
-    """The policy and its training heads with their optimiser, on the devices that they are trained on.
+    """The policy and its training heads with their optimiser, on the training devices.
 
     Attributes:
-        objective: to be called and differentiated.
-        raw: the same without wrappers, with parameters as they are now.
-        trained: names and parameters of what is trained.
-        optimiser, average: of that.
-        frozen: fingerprint of what is not.
-        sharded: whether weights are divided among processes.
+        objective: module for the forward and backward pass.
+        raw: the same module without the wrappers of accelerate.
+        trained: names and parameters of the trained weights.
+        optimiser: optimiser of the trained weights.
+        average: moving average of the trained weights.
+        frozen: fingerprint of the frozen weights.
+        sharded: True if weights are divided among processes (FSDP).
 
     Args:
-        accelerator: its mixed precision decides what frozen matrices are kept in.
-        objective: changed in place: adapters are put in, and weights are frozen.
-        config: what is trained, and how.
+        accelerator: accelerator of the run; with mixed precision, frozen matrices are converted to bfloat16.
+        objective: policy and training heads; adapters are added and weights are frozen in place.
+        config: settings of the training.
+
+    Raises:
+        ValueError: FSDP does not support the configuration; or see `adapters.prepare` and `optimisation.adamw`.
     """
 
     def __init__(self, accelerator: Accelerator, objective: Objective, config: TrainingConfig) -> None:
@@ -60,20 +64,20 @@ class TrainedWeights:
         self.frozen = adapters.fingerprint(objective)
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and (config.ema_decay or config.optimiser != "adamw"):
-            raise ValueError("FSDP goes with training.ema_decay=0 and training.optimiser=adamw only")
-        # Sharded modules cannot be copied: the first process gathers their weights into this one.
+            raise ValueError("FSDP needs training.ema_decay=0 and training.optimiser=adamw")
+        # Sharded modules cannot be copied: the first process gathers their weights in this copy.
         self.whole = copy.deepcopy(objective) if self.sharded and accelerator.is_main_process else None
         self.objective: Any
         self.optimiser: Any
         optimiser = adamw(objective, config.learning_rate, config.weight_decay, config.optimiser)
-        self.objective, self.optimiser = accelerator.prepare(objective, optimiser)  # FSDP wants both at once
+        self.objective, self.optimiser = accelerator.prepare(objective, optimiser)  # FSDP needs both in one call
         self.raw: Objective = accelerator.unwrap_model(self.objective)
         self.trained = {name: p for name, p in self.raw.named_parameters() if p.requires_grad}
         self.average = ExponentialAverage(self.trained, config.ema_decay)
 
     def update(self, learning_rate: float, step: int) -> Tensor:
-        """Step number `step` (from 1) with the gradients that are there, which are then gone; returns their norm."""
-        parameters = self.objective.parameters() if self.sharded else self.trained.values()  # FSDP wants all of them
+        """Make optimiser step number `step` (from 1) and clear the gradients; return their norm before clipping."""
+        parameters = self.objective.parameters() if self.sharded else self.trained.values()  # FSDP needs all of them
         norm = self.accelerator.clip_grad_norm_(parameters, self.config.clip_norm)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
@@ -83,9 +87,10 @@ class TrainedWeights:
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach()
 
     def averaged(self) -> Objective:
-        """Return a copy of the policy and its heads with averaged weights; frozen weights are shared.
+        """Return a copy of the policy and its heads with averaged weights, in evaluation mode.
 
-        Where weights are sharded every process must call this; only the first one gets them.
+        It shares the frozen weights. With sharded weights, every process must call this, and only the result of the
+        first process is valid.
         """
         if self.sharded:
             state = get_model_state_dict(self.objective, options=EVERYTHING)
@@ -99,7 +104,7 @@ class TrainedWeights:
         return objective.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of everything trained. Every process must call this; the first one gets the state."""
+        """Return the state to resume from; every process must call this, and the first one gets the complete state."""
         objective, optimiser = get_state_dict(self.objective, self.optimiser.optimizer, options=TRAINED)
         return {
             "objective": objective,
@@ -110,10 +115,10 @@ class TrainedWeights:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; learning rate and weight decay stay as the configuration says.
+        """Restore the result of `state_dict`; learning rate and weight decay stay those of the configuration.
 
         Raises:
-            ValueError: the state is of another objective, fine-tuning or base. Nothing has changed then.
+            ValueError: the state is from another objective, fine-tuning or base; nothing is changed then.
         """
         if state.get("finetune", asdict(FinetuneConfig())) != asdict(self.config.finetune):
             raise ValueError("was trained with another finetune")

@@ -1,13 +1,12 @@
-"""The training loop: one for every preset, on accelerate (single process, DDP or FSDP by its configuration).
+"""The training loop for all presets, on accelerate (one process, DDP or FSDP, as accelerate is configured).
 
-Unusual here:
-
-- every random draw is a function of (seed, step), made for the whole batch before it is divided: nothing random has to
-  be saved, a resumed run equals the uninterrupted one bit for bit on a CPU, and neither the number of processes nor
-  accumulation changes what is learned;
-- the inference weights of a checkpoint are the moving average, with adapters folded in; `training.pt` beside them holds
-  the raw ones, of what is trained only: frozen weights come from where they came from at the start;
-- validation also measures the error under a wrong instruction: the gap says whether the policy listens.
+- Random draws depend on (seed, step) only, and are made for a whole batch before it is divided. So no random state has
+  to be saved, a resumed run on a CPU equals an uninterrupted one exactly, and neither the number of processes nor
+  accumulation changes the result.
+- A checkpoint holds the moving average of the weights with adapters folded in, for inference. `training.pt` holds the
+  raw trained weights; frozen weights are loaded again from the base.
+- Validation also measures the error with a wrong instruction: the larger the gap, the more the policy uses the
+  instruction.
 """
 
 from __future__ import annotations
@@ -45,23 +44,26 @@ from cogvla.policy.training.trained_weights import TrainedWeights
 from cogvla.policy.training.validation import validate
 
 AVERAGED_STEPS = 20
-"""Training metrics are means over so many steps."""
+"""Number of steps whose training metrics are averaged."""
 PATIENCE = timedelta(hours=4)
-"""Longest time that processes wait for the first one, which plays the rollouts."""
+"""Longest time that processes wait for the first one, for example while it plays rollouts."""
 
 
 class Trainer:
     """Trains one policy on one data set, with checkpoints in `output/checkpoints` and the result in `output/policy`.
 
     Args:
-        config: how to train.
+        config: settings of the training.
         objective: the policy with its training heads.
-        model_config: written into checkpoints.
-        preprocessor: the same object that inference uses.
-        data: the demonstrations.
-        output: folder of this run; an earlier run's checkpoints there are resumed.
-        log: receives (metrics, step).
-        evaluate: optional periodic rollouts, (policy, step) -> metrics.
+        model_config: configuration of the model, saved in checkpoints.
+        preprocessor: preprocessor of the policy, also used for inference.
+        data: demonstrations.
+        output: folder of this run; training resumes from the newest checkpoint in it.
+        log: function that is called with (metrics, step).
+        evaluate: function that plays rollouts, (policy, step) -> metrics; None: no rollouts.
+
+    Raises:
+        ValueError: the settings do not fit together, the data, or this machine.
     """
 
     def __init__(
@@ -114,8 +116,8 @@ class Trainer:
         """Train to the last step (from the newest checkpoint, if there is one) and return the policy.
 
         Raises:
-            ValueError: the checkpoints in `output` are damaged, or of another model, data set or seed.
-            FloatingPointError: the loss is not finite any more.
+            ValueError: the checkpoints in `output` are damaged, or from another model, data set or seed.
+            FloatingPointError: a loss is NaN or infinite.
             OSError: a checkpoint cannot be written.
             KeyboardInterrupt: on Ctrl-C, after saving (on several processes at the next multiple of 20 steps).
         """
@@ -161,12 +163,12 @@ class Trainer:
         model = adapters.fold(objective.model)
         if len({p.dtype for p in model.parameters()}) > 1:  # a copy: frozen weights are those of training
             model = copy.deepcopy(model)
-            for parameter in model.parameters():  # not `to`, which would round the frequencies of the positions too
+            for parameter in model.parameters():  # `model.to` would also round the frequencies of the positions
                 parameter.data = parameter.data.bfloat16()
         return CogVLAPolicy(model, self.preprocessor, self.describe())
 
     def describe(self) -> dict[str, Any]:
-        """Provenance of the policy at this step."""
+        """Return the provenance of the policy at this step."""
         return {
             "step": self.step,
             "seed": self.config.seed,
@@ -218,7 +220,7 @@ class Trainer:
         return self.config.seed * 1_000_003 + step
 
     def _evaluate(self) -> None:
-        """Run validation and rollouts if they are due; the other processes wait at the next step."""
+        """Run validation and rollouts if they are due, on the first process; the others wait at the next step."""
         validates = self._due(self.config.validate_every) and len(self.held_out) > 0
         plays = self.evaluate is not None and self._due(self.config.rollout_every)
         if not (validates or plays) or not (self.weights.sharded or self.accelerator.is_main_process):
@@ -241,7 +243,7 @@ class Trainer:
                 self._record(metrics, {})
 
     def _gradients(self, step: int, number: int) -> dict[str, Tensor]:
-        """Add the gradients of a step's part `number`, divided by `accumulation`; returns its mean losses."""
+        """Add the gradients of part `number` of a step, divided by `accumulation`; return its mean losses."""
         share = 1 / self.config.accumulation
         if self.parallel is None:
             (batch,) = self._batches(step, number)
@@ -254,7 +256,7 @@ class Trainer:
         return self.parallel(share, partial(self._give_after, step, number))
 
     def _give_after(self, step: int, number: int) -> None:
-        """Prepare what comes after part `number` of this step."""
+        """Send the part after part `number` of this step to the other processes."""
         step, number = (step, number + 1) if number + 1 < self.config.accumulation else (step + 1, 0)
         if step < self.config.steps:
             assert self.parallel is not None
@@ -262,9 +264,9 @@ class Trainer:
             self.given = step, number
 
     def _batches(self, step: int, number: int) -> Iterator[Batch]:
-        """Yield the batches of a step's part `number` for this process: `cpu_parts` of them on CPUs, otherwise one.
+        """Yield this process's batches of part `number` of a step: one, or `cpu_parts` with parallel gradients.
 
-        Choices are made for the whole step, and once.
+        Random choices are made once for the whole step.
         """
         if self.chosen is None or self.chosen[0] != step:
             rows = self.batches.rows(step)
@@ -280,7 +282,7 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def _stop_requested(self) -> bool:
-        """Return True if any process was asked to stop. Several processes agree now and then only, which is cheap."""
+        """Return True if any process was asked to stop; several processes compare only every `AVERAGED_STEPS` steps."""
         requested = self.interruption.requested
         if self.accelerator.num_processes == 1:
             return requested
@@ -291,7 +293,7 @@ class Trainer:
 
     def _stop(self) -> None:
         self.save()
-        self.accelerator.print(f"stopped at step {self.step}; the same command goes on from there")
+        self.accelerator.print(f"stopped at step {self.step}; the same command continues from there")
         raise KeyboardInterrupt
 
     def _learning_rate(self) -> float:
@@ -299,7 +301,7 @@ class Trainer:
         return self.config.learning_rate * warmup_cosine(self.step, self.config.warmup_steps, self.config.steps)
 
     def _record(self, metrics: dict[str, float], volatile: dict[str, float]) -> None:
-        """`metrics` go to metrics.jsonl, which a resumed run reproduces exactly; `volatile` to the logger only."""
+        """Write `metrics` to metrics.jsonl, which a resumed run reproduces exactly, and all metrics to the logger."""
         if self.accelerator.is_main_process:
             self.metrics.append(self.step, metrics)
             self.log({**metrics, **volatile}, self.step)
@@ -319,7 +321,7 @@ class Trainer:
 
     def _load(self, folder: Path) -> None:
         state = load_training_state(folder)
-        again = f"choose another output, or delete {self.output} to start anew"
+        again = f"choose another output, or delete {self.output} to start again"
         body = read_config(folder)
         if CogVLAConfig.from_dict(body["model"]) != self.model_config:
             raise ValueError(f"{folder} was trained with another policy or routing; {again}")

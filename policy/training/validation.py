@@ -1,4 +1,4 @@
-"""Validation: held-out error by phase, error under a wrong instruction, and where the policy looks.
+"""Validation on held-out samples: action error, also by phase and with a wrong instruction, and position errors.
 
 Shape legend: G = 6 (target xyz, goal xyz).
 """
@@ -18,12 +18,13 @@ SAMPLES, BATCH = 512, 64
 
 @torch.inference_mode()
 def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBuilder) -> dict[str, float]:
-    """Metrics over at most 512 held-out samples, the same at every call.
+    """Compute the validation metrics over at most 512 held-out samples, which are the same in every call.
 
-    Returns `validation/`: `action_l1` (normalised units), `wrong_instruction_l1` (the same samples with another
-    instruction that is possible in the scene: the gap is what the instruction decides), `target_cm` and `goal_cm`
-    (position error of the grounding head), `read_target_cm` (the same
-    from the first action token's state), and `phase{i}_l1`.
+    Returns:
+        Metrics with the prefix `validation/`: `action_l1` in normalised units; `phase{i}_l1`, the same by the expert's
+        phase; `wrong_instruction_l1`, the same with another instruction that is possible in the scene; `target_cm` and
+        `goal_cm`, position errors of the grounding head; and `read_target_cm`, the position error of the reading
+        head at the first action token.
     """
     batches = TrainingBatches(held_out, min(BATCH, len(held_out)), seed=0)
     sums: dict[str, float] = {}

@@ -1,19 +1,20 @@
-"""Weighting by a policy that does not see: actions that only the picture can tell count more.
+"""Weight actions by the error of a policy without vision, so that actions that need the picture count more.
 
-Source: PRIOR (Prioritizing Image-Related Tokens). It weights the loss of each text token by how unsure a model is that
-reads the text alone. The exact form is not published; here, with the error e of a blind policy for each action,
+Source: PRIOR (Prioritizing Image-Related Tokens), which weights the loss of each text token by the uncertainty of a
+model that reads the text only. The exact formula is not published. Here, with the error e of a blind policy for each
+action,
 
-    w = clip(e / mean e, 0.5, 2)          and 1 + strength * (w - 1) is what counts
+    w = clip(e / mean e, 0.5, 2),          factor = 1 + strength * (w - 1)
 
-The mean is over all actions of the step that are imitated, before the step is divided, so that neither accumulation
-nor processes change it; the weights of a step average 1 afterwards, as all others do (`policy/training/batches.py`).
-Errors are those of the blind policy's own head, with the state hidden where the sample hides it: such a sample needs
-the picture more.
+The mean is over all imitated actions of the whole step, so that neither accumulation nor the number of processes
+changes it. Afterwards the weights of the step are scaled to a mean of 1 (`policy/training/batches.py`). The error is
+that of the blind policy's own head. The state is hidden in the same samples as in training, because these need the
+picture more.
 
-The blind policy is a checkpoint, whose vision tokens are set to zero. Why not the policy itself without pictures? It
-never learned what can be known without them, so that its error would say how far zeros are from what it knows. And a
-frozen one gives the same weights after a resume, and to every process. It is trained with `objective=blind`. Only its
-language model runs here, on every process for the whole step.
+The blind policy is a separate checkpoint, trained with `objective=blind` on vision tokens that are 0. The trained
+policy itself is not used: it never learned to act without pictures, so its error on zeros would say little. A frozen
+checkpoint also gives the same weights after a resume and on every process. Only its language model and head run here,
+on every process for the whole step.
 
 Shape legend: B batch, K chunk, A action, S state, N vision tokens, D width.
 """
@@ -32,13 +33,13 @@ LEAST, MOST = 0.5, 2.0
 
 
 class BlindWeights:
-    """Asks a blind policy.
+    """Computes weights with a blind policy.
 
     Args:
-        folder: of its checkpoint.
-        strength: in (0,1], see above.
-        preprocessor: of the training.
-        instructions: of the data.
+        folder: checkpoint folder of the blind policy.
+        strength: strength in (0,1], see above.
+        preprocessor: preprocessor of the training.
+        instructions: distinct instructions of the data.
 
     Raises:
         ValueError: see `load_frozen`.
@@ -58,14 +59,15 @@ class BlindWeights:
         noise_BRKA: Tensor,
         time_BR: Tensor,
     ) -> Tensor:
-        """Factors [B,K] on the CPU, for a whole step.
+        """Compute the factors [B,K] of a whole step, on the CPU.
 
         Args:
-            samples: `state` and `actions`, in physical units.
-            instructions: of B samples.
+            samples: `state` [B,S] and `actions` [B,K,A], in physical units.
+            instructions: instruction of each sample.
             keep_state_B: False where the state is hidden.
-            weight_BK: what the actions count otherwise; 0 where there is none.
-            noise_BRKA, time_BR: see `ActionHead.error`.
+            weight_BK: weights of the actions from other sources; 0 where there is no action to imitate.
+            noise_BRKA: see `ActionHead.error`.
+            time_BR: see `ActionHead.error`.
         """
         device = self.preprocessor.device
         model = self.model.to(device)
@@ -79,6 +81,6 @@ class BlindWeights:
 
 
 def relative_weight(error_BK: Tensor, weight_BK: Tensor) -> Tensor:
-    """Error over its mean, between 0.5 and 2; the mean is over what has weight."""
+    """Divide errors by their weighted mean, and clip the result to [0.5,2]."""
     mean = (error_BK * weight_BK).sum() / weight_BK.sum().clamp(min=1e-6)
     return (error_BK / mean.clamp(min=1e-6)).clamp(LEAST, MOST)

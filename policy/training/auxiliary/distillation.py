@@ -1,30 +1,30 @@
-"""Distillation: a policy that sees few vision tokens learns from one that sees them all.
+"""Distillation: a policy with few vision tokens learns from a policy with all of them.
 
-Source: Align-TI. It has two parts, whose exact losses the released code does not hold, so that the formulas are ours.
+Source: Align-TI. It has two parts; the released code does not contain their exact losses, so the formulas are ours.
 
-**IVA** (instruction-aware vision alignment): the student attends to the regions that matter for the instruction as the
-teacher does. Those are here the vision tokens that the student's routers kept. In every language layer, with t and s
-the attention from the action tokens to these tokens (mean over heads and action tokens), each divided by its sum,
+**IVA** (instruction-aware vision alignment): the student learns the teacher's attention to the regions that matter for
+the instruction. Here these regions are the vision tokens that the student's routers keep. In every language layer, with
+t and s the attention from the action tokens to these tokens (mean over heads and action tokens) of teacher and student,
+each divided by its sum,
 
-    attention = mean over layers and samples of sum_k t_k log(t_k / s_k)
+    attention loss = mean over layers and samples of sum_k t_k log(t_k / s_k)
 
-**TPA** (transition probability alignment): the student's probability of each next token given the ones before it is
-the teacher's. Actions here are decoded in parallel: none is given another, so that what remains of p(a_k | a_<k, o) is
-p(a_k | o), and our heads regress, sample or classify it. The student's head is trained on the teacher's actions by its
-own error:
+**TPA** (transition probability alignment): the student learns the teacher's probability of each next token, given the
+tokens before it. Here actions are decoded in parallel, without the earlier ones as input, so p(a_k | a_<k, o) becomes
+p(a_k | o). The student's head is trained on the teacher's actions with its own error:
 
-    actions = mean over the chunk of head.error(states, teacher's actions)
+    action loss = mean over the chunk of head.error(states, teacher's actions)
 
-which is the L1 distance for the paper's head, the velocity towards them for heads that start from noise, cross-entropy
-with the teacher's tokens for the discrete one. It counts for samples with another instruction too, for which there is
-no expert to imitate, but the teacher answers.
+This is the L1 distance for the paper's head, the error of the velocity for heads that start from noise, and the
+cross-entropy with the teacher's tokens for the discrete head. It also counts for counterfactual samples, for which
+there are no expert actions.
 
-The teacher is a checkpoint of the same policy for the same data, with its token router taken out; its own stages 1 and
-2 stay as they were trained. For a teacher with really all tokens in all layers, train it with routing=patches. It is
-frozen, and not part of what is saved; training goes on from a checkpoint only with the same teacher.
+The teacher is a checkpoint of the same policy for the same data, used without its token router. Its stages 1 and 2 are
+as it was trained; for a teacher with all tokens in all layers, train it with routing=patches. It is frozen and not
+saved in checkpoints; a run must be resumed with the same teacher.
 
-Tokens that a router makes anew (-1 in `RoutedTokens.index_Bn`) are nowhere in the teacher: with pooling, attention is
-0. The student computes every row of its last layer, so that its attention can be read.
+New tokens of a router (-1 in `RoutedTokens.index_Bn`), as from pooling, have no counterpart in the teacher and are left
+out of the attention loss. The student computes every row of its last layer, so that its attention can be read.
 
 Shape legend: B batch, N vision tokens of the teacher, n of them in the student, k those of a layer, J action tokens.
 """
@@ -43,14 +43,14 @@ SMALL = 1e-8
 
 
 class Distillation(nn.Module):
-    """Holds the teacher, which stays in evaluation mode and frozen.
+    """Holds the teacher, frozen and in evaluation mode.
 
     Args:
-        teacher: with all tokens.
-        student: whose vision tokens, chunk and depth the teacher must have.
+        teacher: network with all vision tokens.
+        student: network that is trained.
 
     Raises:
-        ValueError: it does not.
+        ValueError: teacher and student differ in the number of the towers' vision tokens or of language layers.
     """
 
     def __init__(self, teacher: CogVLA, student: CogVLA) -> None:
@@ -66,23 +66,23 @@ class Distillation(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> Distillation:
-        """Ignore the mode: a teacher is never in training mode."""
+        """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, inputs: ModelInput) -> tuple[Tensor, Mapping[str, Any]]:
-        """Return the teacher's normalised actions [B,K,A], and its intermediate results."""
+        """Return the teacher's normalised actions [B,K,A] and its intermediate results, see `ModelOutput.debug`."""
         output = self.teacher(inputs, debug=True)
         assert output.debug is not None
         return output.actions.float(), output.debug
 
 
 def attention_match(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Tensor:
-    """Compute the loss of IVA from intermediate results of student and teacher, see `ModelOutput.debug`."""
+    """Compute the attention loss (IVA) from intermediate results of student and teacher, see `ModelOutput.debug`."""
     routed, tokens = student.get("routed"), teacher["layout"].vision
     terms: list[Tensor] = []
     for layer, read_Bk in student["attention"].items():
-        # From a layer's tokens to those that entered the language model, and on to those that the towers gave.
+        # Map the layer's tokens to the tokens at the input of the language model, and these to the towers' tokens.
         index_Bk = student["present"][layer]
         if routed is not None:
             index_Bk = routed.index_Bn if index_Bk is None else routed.index_Bn.gather(1, index_Bk)
@@ -91,13 +91,13 @@ def attention_match(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> T
             taught_BN = taught_BN.new_zeros(len(taught_BN), tokens).scatter(1, present_Bn, taught_BN)
         if index_Bk is None:
             index_Bk = torch.arange(tokens, device=read_Bk.device).expand_as(read_Bk)
-        common_Bk = (index_Bk >= 0) & (read_Bk > 0)  # a token that is hidden gets no attention at all
+        common_Bk = (index_Bk >= 0) & (read_Bk > 0)  # hidden tokens get no attention
         terms.append(_divergence(taught_BN.gather(1, index_Bk.clamp(min=0)), read_Bk, common_Bk))
     return torch.stack(terms).mean()
 
 
 def _divergence(taught_Bk: Tensor, read_Bk: Tensor, common_Bk: Tensor) -> Tensor:
-    """Kullback-Leibler divergence over the common tokens, mean over samples."""
+    """Return the Kullback-Leibler divergence over the common tokens, mean over samples."""
     shares = [x_Bk.float() * common_Bk for x_Bk in (taught_Bk, read_Bk)]
     taught_Bk, read_Bk = (x_Bk / x_Bk.sum(1, keepdim=True).clamp(min=SMALL) for x_Bk in shares)
     log_ratio_Bk = taught_Bk.clamp(min=SMALL).log() - read_Bk.clamp(min=SMALL).log()

@@ -1,20 +1,20 @@
-"""Attention diversity: tokens of a picture should not all look at the same few others.
+"""Attention diversity: the tokens of a picture should not all attend to the same few tokens.
 
-Source: ADL of "Robustifying Token Attention for Vision Transformers" (Guo et al. 2023), whose weight is 1.0. In every
-layer, A is the attention [n,n], mean over heads, and m the mean of its rows. In both, what is not above 2/n becomes 0:
+Source: ADL of "Robustifying Token Attention for Vision Transformers" (Guo et al. 2023), with weight 1.0. In each layer,
+A is the attention [n,n], mean over heads, and m the mean of its rows. In both, values up to 2/n are set to 0:
 
     loss = mean over layers and rows of cos(m, A_row)
 
-A network with this loss is said to stand camera noise better. It also spreads attention, so that token routers that go
-by attention choose others: an experiment in itself.
+It is reported to make networks more robust to camera noise. It also spreads the attention, which changes the choice of
+token routers that use attention.
 
-Ours: it is asked of both vision towers, and of all tokens in them. In the last block with stage 1, only the rows of
-the aggregation tokens are computed, and only those count. The paper's other part, attention over pooled tokens (TAP),
-changes the network and is not here.
+Here the loss covers all tokens of both vision towers. In the last block with stage 1, only the rows of the aggregation
+tokens are computed, so only those count. The paper's other part, attention over pooled tokens (TAP), changes the
+network and is not implemented.
 
-The attention is computed in addition to the fused kernels, n x n numbers per head and block. This makes it the most
-expensive objective in `policy/training/auxiliary`. With `training.gradient_checkpointing` it is not kept for the
-backward pass.
+The attention is computed in addition to the fused kernels, n x n numbers per head and block, which makes this the most
+expensive loss in `policy/training/auxiliary`. With `training.gradient_checkpointing`, it is not stored for the backward
+pass.
 
 Shape legend: X rows (samples times views), S tokens with all prefixes, Q rows of the attention, F tower width.
 """
@@ -33,11 +33,11 @@ from cogvla.policy.model.recompute import call
 from cogvla.policy.model.vision import DualVision, VisionTower
 
 THRESHOLD = 2.0
-"""In units of even attention, 1/n."""
+"""Smallest attention that counts, in units of uniform attention, 1/n."""
 
 
 class AttentionDiversity:
-    """An `Observer` of one forward pass that adds up the loss of every block it is shown."""
+    """An `Observer` that collects the loss of every block in one forward pass."""
 
     def __init__(self) -> None:
         self.terms: list[Tensor] = []
@@ -49,15 +49,15 @@ class AttentionDiversity:
         self.terms.append(call(tower.recompute, _block_similarity, tower.vit.blocks[index], x_XSF, rows))
 
     def loss(self) -> Tensor:
-        """Mean over the blocks of both towers, between 0 and 1."""
+        """Return the mean over the blocks of both towers, in [0,1]."""
         return torch.stack(self.terms).mean()
 
 
 def row_similarity(attention_XQS: Tensor) -> Tensor:
-    """Mean cosine of the rows to their mean, in [0,1]; a row without an entry above the threshold counts as 0.
+    """Return the mean cosine between the rows and their mean, in [0,1]; a row without values above the threshold has 0.
 
     Args:
-        attention_XQS: mean over heads, rows sum to 1.
+        attention_XQS: attention, mean over heads; each row sums to 1.
     """
     threshold = THRESHOLD / attention_XQS.shape[-1]
     mean_X1S = attention_XQS.mean(1, keepdim=True)
@@ -66,13 +66,17 @@ def row_similarity(attention_XQS: Tensor) -> Tensor:
 
 
 def check_readable(vision: DualVision) -> None:
-    """ValueError where a tower's attention is of a kind that cannot be computed beside it."""
+    """Check that the attention of both towers can be computed.
+
+    Raises:
+        ValueError: a tower uses another attention module than timm's `Attention`.
+    """
     for name, tower in vision.named_towers():
         for block in tower.vit.blocks[: tower.computed]:
             if type(block.attn) is not Attention:
                 raise ValueError(
-                    f"objective.diversity reads the attention of the vision towers, and {name} has a "
-                    f"{type(block.attn).__name__}, which does not show it; set it to 0, or choose another tower"
+                    f"objective.diversity cannot read the attention of the vision tower {name}, which is a "
+                    f"{type(block.attn).__name__}; set it to 0, or choose another tower"
                 )
 
 

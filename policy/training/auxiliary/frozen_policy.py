@@ -1,4 +1,4 @@
-"""Checkpoints that training asks and does not change: a teacher, and a policy that does not see."""
+"""Load frozen checkpoints that training uses: a teacher, or a policy without vision."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from cogvla.policy.weights.base import is_own
 from cogvla.routing.router import RouterConfig
 
 TOLERANCE = 1e-3
-"""Largest difference of normalisation, as a share of each range; two recordings of the same experts differ by less."""
+"""Largest allowed difference of the normalisations, as a share of each range.
+
+Two recordings of the same expert differ by less.
+"""
 
 
 def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions: Sequence[str]) -> CogVLA:
     """Load the network of a checkpoint without its token router, frozen, in evaluation mode.
 
     Args:
-        folder: of the checkpoint.
-        key: of the objective that names it, for messages.
-        preprocessor: of the training. What it gives is what the network will be given.
-        instructions: of the data.
+        folder: checkpoint folder.
+        key: field of `ObjectiveConfig` that names the folder, for messages.
+        preprocessor: preprocessor of the training, whose output will be the network's input.
+        instructions: distinct instructions of the training data.
 
     Raises:
-        ValueError: there is no checkpoint of ours, or the robot, the words or the statistics of its data are others.
+        ValueError: there is no checkpoint of `train_policy`, or its robot, image size, words or statistics differ from
+            those of this training.
     """
     if not is_own(folder):
         raise ValueError(f"objective.{key}={folder} is no checkpoint folder of train_policy, such as RUN/policy")
@@ -48,8 +52,8 @@ def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions:
         differ.append("other words")
     if differ:
         raise ValueError(
-            f"objective.{key}={folder} was trained with {' and '.join(differ)}, so that it cannot judge these data: "
-            f"train it on them ({Path(folder).name} must have the robot, the instructions and the scale of this run)"
+            f"objective.{key}={folder} was trained with {' and '.join(differ)}: train it on the data of this run "
+            f"({Path(folder).name} must have the same robot, instructions and statistics)"
         )
     return policy.model.requires_grad_(False)
 

@@ -1,21 +1,20 @@
-"""Vision tokens that are not what the towers saw: masked ones, and pictures that are hidden altogether.
+"""Replace some or all vision tokens of a sample in training.
 
 **Masking.** Source: Croc (Pretraining Large Multimodal Models with Cross-Modal Comprehension). It replaces a random
-75 % of the vision tokens by the nearest (L2) of a learned pool of 2048, and has the language model understand the
-picture nevertheless. Here it is the policy that has to act nevertheless, with the losses that it has anyway: it learns
-not to hang on single tokens, and so stands token routers better. 0.25 to 0.75 are shares to try.
+75 % of the vision tokens by the nearest (L2) entries of a learned pool of 2048, and trains the language model to
+understand the picture nevertheless. Here the policy is trained with its usual losses. It learns not to depend on single
+tokens, and so tolerates token routers better. Shares to try are 0.25 to 0.75.
 
     x_n  ->  argmin over p of |x_n - pool_p|      for a random share of the tokens of each sample, exact in number
 
-Gradients go to the entries of the pool that were taken, and to no replaced token. Ours: a smaller pool (1 is a single
-learned mask token), masking after the token router, no captions and no bidirectional attention among vision tokens.
+Gradients go to the chosen entries of the pool, and not to replaced tokens. Differences: a smaller pool (1 is a single
+learned mask token), masking after the token router, no captions, no bidirectional attention among vision tokens.
 
-**Hiding** is the same with all tokens and zeros in their place, for a share of the samples: what `state_dropout` is
-for the state. With a share of 1 it trains the policy that does not see, which
-`policy/training/auxiliary/blind_weights.py` needs.
+**Hiding** replaces all vision tokens of a share of the samples by 0, as `state_dropout` does for the state. A share of
+1 trains the policy without vision that `policy/training/auxiliary/blind_weights.py` needs.
 
-Both happen in training only. What is random follows from the seed that each sample of a step has (`ModelInput.draw`),
-so that neither resuming nor dividing a step changes it.
+Both are for training only. Random choices depend on the seed of each sample (`ModelInput.draw`), so that neither
+resuming nor dividing a step changes them.
 
 Shape legend: B batch, N vision tokens, M masked of them, P entries of the pool, D width.
 """
@@ -29,14 +28,14 @@ from torch import Tensor, nn
 from cogvla.routing.draws import uniform
 
 MASKED, HIDDEN = 0x4D41534B, 0x48494445
-"""Added to a sample's seed: token routers draw from the seed itself."""
+"""Added to a sample's seed, so that the draws differ from those of token routers."""
 
 
 class TokenMask(nn.Module):
-    """Replaces a share of the vision tokens. Thrown away after training.
+    """Replaces a share of the vision tokens by entries of a learned pool; used in training only.
 
     Args:
-        share: of the tokens of each sample, in (0,1].
+        share: share of the tokens of each sample, in (0,1].
         pool: P.
         width: D.
     """
@@ -47,10 +46,10 @@ class TokenMask(nn.Module):
         self.pool_PD = nn.Parameter(torch.randn(pool, width) * width**-0.5)
 
     def forward(self, vision_BND: Tensor, draw_B: Tensor) -> Tensor:
-        """Tokens [B,N,D] with round(share * N) of each sample replaced.
+        """Replace round(share * N) tokens of each sample; return [B,N,D].
 
         Args:
-            vision_BND: as they enter the language model.
+            vision_BND: vision tokens at the input of the language model.
             draw_B: seeds.
         """
         tokens = vision_BND.shape[1]
@@ -63,6 +62,6 @@ class TokenMask(nn.Module):
 
 
 def hide(vision_BND: Tensor, share: float, draw_B: Tensor) -> Tensor:
-    """All vision tokens of a share of the samples become 0."""
+    """Set all vision tokens of a share of the samples to 0."""
     seen_B11 = uniform(draw_B + HIDDEN, 1, 1) >= share
     return vision_BND * seen_B11

@@ -1,28 +1,29 @@
-"""Pointing at the target object: attention learns where the simulator says that it is.
+"""Pointing losses: attention learns the positions of the target object and of its goal in the picture.
 
-Source: MolmoPoint. There, special tokens of the language model point: each attends to the vision tokens and picks the
-one with the point, by cross-entropy on the attention's logits; then follow the part of the patch and the place in it.
-Simulators give the points here: positions of target and goal, projected into every view. There are two forms, for the
-two kinds of vision tokens. With w_p the bilinear weights of the four patches around a point,
+Source: MolmoPoint, where special tokens of the language model attend to the vision tokens and choose the one with the
+point, trained by cross-entropy on the attention's logits; then they choose a part of the patch and a place in it. Here
+the points come from the simulator: positions of target and goal, projected into every view. There are two forms, for
+the two kinds of vision tokens. Let w_p be the bilinear weights of the four patches around a point.
 
-**Aggregation tokens** (`objective.pointing`, with stage 1). The pointing tokens are there already: aggregation tokens
-attend to all patches, and FiLM tells them the instruction. So nothing is added, and the logits are those of the
-towers' own attention in the last block that is computed, in half of its heads. The first half of the tokens points at
-the target, the second at the goal. With L the logarithm of attention,
+**Aggregation tokens** (`objective.pointing`, with stage 1). Aggregation tokens attend to all patches, and FiLM gives
+them the instruction, so they serve as pointing tokens and no parameters are added. The loss uses the attention in the
+last computed block of each tower, in half of its heads. The first half of the tokens points at the target, the second
+at the goal. With L the logarithm of the attention,
 
     loss = mean over tokens, heads and views of -sum_p w_p L_p
 
-**Plain patches** (`objective.pointer`, without stage 1). No token that knows the instruction looks at patches before
-the language model does. So two pointing tokens are made after it, from the mean of the action tokens' states s, and
-attend with a query each to the vision tokens x that entered it, after a token router:
+**Plain patches** (`objective.pointer`, without stage 1). Here no token with the instruction attends to patches before
+the language model. So two pointing tokens are computed from s, the mean of the action tokens' states, after the
+language model. Each attends with a query to the vision tokens x at the input of the language model, after a token
+router:
 
     logits_n = query(s) . key(x_n) / sqrt(width of keys)       loss = -sum_n w_n log softmax(logits)_n
 
-over the tokens of all views at once, with w divided by its sum over the tokens that are left. These logits say of
-every patch how much it is the target: a score that a router could go by.
+over the tokens of all views together, with w divided by its sum over the tokens. A router could use these logits as
+scores of the patches.
 
-What we left out: parts of patches and places in them (w is a place between patches already), the order of several
-points, and the class "no more": what is outside of the picture, or was routed away, has no weight.
+Left out: parts of patches and places in them (the weights w already interpolate between patches), the order of several
+points, and the class "no more": points outside of the picture, or whose patches were routed away, have no weight.
 
 Shape legend: X = B*V, B batch, V views, h heads, M aggregation tokens per view, P patches per view, H x W their grid,
 N vision tokens, J action tokens, D width, C width of keys.
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 
 
 def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor, weight_BV2: Tensor) -> Tensor:
-    """Cross-entropy between attention and the four patches around a point, by their bilinear weights.
+    """Compute the cross-entropy between attention and the bilinear weights of the four patches around each point.
 
     The first half of the tokens points at the target, the second at the goal, each with the first half of the heads.
 
@@ -56,10 +57,10 @@ def pointing_loss(log_attention_XhMP: Tensor, points_BV22: Tensor, weight_BV2: T
 
 
 def patch_weights(points_X22: Tensor, rows: int, columns: int) -> Tensor:
-    """Return the share of a point that each patch has, [X,2,P]: bilinear in the distance to its centre; they sum to 1.
+    """Return the bilinear weights [X,2,P] of the four patches around each point, which sum to 1.
 
     Args:
-        points_X22: (right, down) in [0,1]; at the border, the border's patches have all of it.
+        points_X22: (right, down) in [0,1]. Points beyond the centres of the border's patches are moved to them.
         rows: rows of the grid, H.
         columns: columns of the grid, W.
     """
@@ -72,11 +73,11 @@ def patch_weights(points_X22: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Pointer(nn.Module):
-    """Two pointing tokens, for target and goal. Thrown away after training.
+    """Two pointing tokens, for target and goal; used in training only.
 
     Args:
         width: D.
-        grid: (H, W) of the patches of a view.
+        grid: (H, W), the patches of a view.
         keys: C.
     """
 
@@ -87,7 +88,7 @@ class Pointer(nn.Module):
         self.key = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, keys))
 
     def logits(self, states_BJD: Tensor, vision_BND: Tensor) -> Tensor:
-        """[B,2,N] in float32."""
+        """Return the logits of all vision tokens for target and goal, float32 [B,2,N]."""
         query_B2C = rearrange(self.query(states_BJD.mean(1)), "b (two c) -> b two c", two=2)
         key_BNC = self.key(vision_BND)
         return (query_B2C @ key_BNC.mT).float() / key_BNC.shape[-1] ** 0.5
@@ -100,7 +101,7 @@ class Pointer(nn.Module):
         points_BV22: Tensor,
         weight_BV2: Tensor,
     ) -> Tensor:
-        """Mean cross-entropy; a point that no token has counts as 0.
+        """Compute the mean cross-entropy; a point without a kept patch counts as 0.
 
         Args:
             states_BJD: states of the action tokens.

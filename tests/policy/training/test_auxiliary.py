@@ -150,7 +150,7 @@ def test_diversity_is_asked_of_every_block_of_both_towers(routing: dict[str, Any
 def test_diversity_of_a_tower_that_does_not_show_its_attention() -> None:
     model = model_of()
     model.vision.named_towers()[1][1].vit.blocks[0].attn = nn.Identity()
-    with pytest.raises(ValueError, match=r"objective\.diversity reads .* siglip has a Identity"):
+    with pytest.raises(ValueError, match=r"objective\.diversity cannot read .* siglip, which is a Identity"):
         Objective(model, replace(IMITATION, diversity=1.0), 4, 16)
 
 

@@ -142,7 +142,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_exactly(
         trainer.run()
     assert signal.getsignal(signal.SIGINT) == before
     assert checkpoints(tmp_path) == ["step_0000004", "step_0000006"], "the step is finished first"
-    assert "stopped at step 6; the same command goes on from there" in capsys.readouterr().out
+    assert "stopped at step 6; the same command continues from there" in capsys.readouterr().out
     assert not (tmp_path / "policy").exists()
     again = small_trainer(tmp_path)
     again.run()
@@ -213,7 +213,7 @@ def test_a_new_learning_rate_and_decay_count_after_a_resume(tmp_path: Path) -> N
     [
         ({"efa": False}, r"step_0000004 was trained with another policy or routing; choose another output, or delete"),
         ({"objective": IMITATION}, r"step_0000004 was trained with another objective; choose another output"),
-        ({"config": settings(seed=1)}, r"step_0000004: .*seed was 0, is 1; .*choose another output, or delete .* anew"),
+        ({"config": settings(seed=1)}, r"step_0000004: .*seed was 0, is 1; .*output, or delete .* to start again"),
         ({"data": small_data(6)}, r"frames was \d+, is \d+; choose another output"),
     ],
 )
