@@ -10,7 +10,7 @@ import pytest
 
 from cogvla.tests.support.paths import ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 COMMANDS = ARCHITECTURE.partition("## Commands")[2].partition("## ")[0].splitlines()
 FOLDERS = ("routing", "policy", "envs", "libero", "real_robot", "scripts", "configs")

@@ -1,0 +1,77 @@
+"""The examples run as a user runs them, but from another folder, and the commands accept what they register."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from cogvla.tests.support.paths import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """Run Python in `folder` with the examples on its path, and return what it prints."""
+    paths = os.pathsep.join([*filter(None, sys.path), str(EXAMPLES)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def command(folder: Path, name: str, *overrides: str) -> str:
+    return run(folder, "-m", f"cogvla.scripts.{name}", *overrides)
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_own_suite(tmp_path: Path) -> None:
+    said = run(tmp_path, str(EXAMPLES / "own_suite.py"))
+    assert "expert: 30 of 30 episodes" in said
+    assert "of 30 episodes, 0 errors" in said
+    assert size(tmp_path / "outputs" / "examples" / "own_suite.png")[0] > 500
+
+
+def test_own_suite_in_the_commands(tmp_path: Path) -> None:
+    said = command(
+        tmp_path, "eval_libero", "imports=[own_suite]", "suite=reach", "checkpoint=random", "episodes_per_task=1",
+        "videos=0", "workers=1", "asked=both",
+    )  # fmt: skip
+    assert said.count("of 3 episodes, 0 errors") == 2
+    command(
+        tmp_path, "train_policy", "imports=[own_suite]", "suite=reach", "demonstrations.episodes=3",
+        "demonstrations.workers=1", "training.steps=2", "training.cpu_parts=1", "evaluation=null", "threads=1",
+    )  # fmt: skip
+    assert (tmp_path / "outputs" / "train_policy" / "reach" / "seed0" / "policy" / "model.safetensors").is_file()
+
+
+def contract(folder: Path, module: str, name: str, file: str) -> str:
+    """Run the tests of everything that is registered for what an example registers."""
+    options = ["-n", "0", "-p", "no:cacheprovider", "-p", module, "-k", name]
+    return run(folder, "-m", "pytest", *options, str(ROOT / "tests" / file))
+
+
+def test_own_suite_keeps_to_the_contract(tmp_path: Path) -> None:
+    assert " passed" in contract(tmp_path, "own_suite", "reach", "envs/test_contract.py")
+
+
+def test_own_router_keeps_to_the_contract(tmp_path: Path) -> None:
+    assert " passed" in contract(tmp_path, "own_router", "vivid", "routing/test_routers_contract.py")
+
+
+def test_own_router(tmp_path: Path) -> None:
+    rows = run(tmp_path, str(EXAMPLES / "own_router.py")).splitlines()
+    kept = {row[:12].strip(): int(row.split(",")[1].split("%")[0]) for row in rows if " keeps " in row}
+    assert all(" 32 patches" in row for row in rows if " keeps " in row)
+    assert kept["vivid"] > 2 * kept["random"]
+    assert kept["vivid edges"] > 2 * kept["random"]
+    assert size(tmp_path / "outputs" / "examples" / "own_router.png")[0] > 500
