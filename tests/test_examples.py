@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -75,3 +79,16 @@ def test_own_router(tmp_path: Path) -> None:
     assert kept["vivid"] > 2 * kept["random"]
     assert kept["vivid edges"] > 2 * kept["random"]
     assert size(tmp_path / "outputs" / "examples" / "own_router.png")[0] > 500
+
+
+@pytest.mark.skipif(find_spec("cyclonedds") is None, reason=needs("dds"))
+def test_own_robot(tmp_path: Path) -> None:
+    domain = 201 + os.getpid() % 30
+    said = run(tmp_path, str(EXAMPLES / "own_robot.py"), "--seconds", "3", "--domain", str(domain))
+    assert "my_robot fits the policy, which answers 8 actions at once" in said
+    assert "dry run: nothing is sent" in said
+    report = json.loads((tmp_path / "outputs" / "examples" / "own_robot" / "report.json").read_text())
+    assert report["robot"] == "my_robot"
+    assert report["dry_run"]
+    counts = report["measurements"]["counts"]
+    assert min(counts["chunks"], counts["dry_run"], counts["limited_velocity"]) > 0
