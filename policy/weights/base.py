@@ -1,4 +1,4 @@
-"""Starting from a checkpoint of our own: weights by name, and its words, for another robot or other data."""
+"""Load weights and tokenizer of a checkpoint folder as the start of training on another robot or other data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cogvla.policy.inputs.tokenizer import (
 from cogvla.policy.model.cogvla import CogVLA
 
 BACKBONES = ("decoder.llm.*", "vision.towers.*.vit.*")
-"""Parts that a base must have. The rest may be new: another robot has another head, another routing other routers."""
+"""Parts that a base must have. Others, such as head and routers, may differ and are then initialised randomly."""
 
 
 def is_own(source: str | Path) -> bool:
-    """Return True for a checkpoint folder of ours, False for published weights."""
+    """Return True for a checkpoint folder of this package, False for published weights."""
     path = Path(source) / CONFIG
     return path.is_file() and '"embodiment"' in path.read_text()
 
@@ -31,24 +31,24 @@ def base_tokenizer(source: str) -> Tokenizer:
     """Return the tokenizer that the base was trained with.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the base has no tokenizer, or cannot be found.
     """
     if is_own(source):
         return tokenizer_from_dict(read_config(Path(source))["tokenizer"], Path(source))
     try:
         return PretrainedTokenizer(source, PAPER_PROMPT, EMPTY_TOKEN)
     except (OSError, ValueError) as error:
-        raise ValueError(f"base={source} is no checkpoint folder, and no published tokenizer: {error}") from error
+        raise ValueError(f"base={source} has no tokenizer: it is no checkpoint folder, and {error}") from error
 
 
 def load_own(model: CogVLA, folder: Path | str) -> list[str]:
-    """Load every weight of a checkpoint folder that the model has too, in place.
+    """Load all weights of a checkpoint folder that fit the model by name and shape, in place.
 
     Returns:
-        What was loaded and what was not, for the log.
+        Lines for the log: what was loaded and what was not.
 
     Raises:
-        ValueError: the checkpoint is damaged, or its towers or language model are not the model's.
+        ValueError: the checkpoint is damaged, or its towers or language model do not fit the model.
     """
     read_config(Path(folder))
     wanted, source = model.state_dict(), load_weights(Path(folder))
@@ -57,13 +57,13 @@ def load_own(model: CogVLA, folder: Path | str) -> list[str]:
     if wrong := [name for name in new if any(fnmatchcase(name, part) for part in BACKBONES)]:
         raise ValueError(
             f"{folder} has other towers or another language model than the configuration: {', '.join(wrong[:3])} "
-            f"({len(wrong)} of {len(wanted)} tensors); give policy=, routing= and image size as it was trained"
+            f"({len(wrong)} of {len(wanted)} tensors); set policy=, routing= and image size as in its training"
         )
     with torch.no_grad():
         for name in fits:
             wanted[name].copy_(source[name])
     said = [f"{len(fits)} of {len(wanted)} tensors from {folder}"]
-    return said + ([f"nothing into {', '.join(_parts(new))}, which start anew"] if new else [])
+    return said + ([f"nothing into {', '.join(_parts(new))}, which are initialised randomly"] if new else [])
 
 
 def _parts(names: list[str]) -> list[str]:

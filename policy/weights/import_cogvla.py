@@ -1,9 +1,9 @@
-"""Published CogVLA weights to ours: their parameter names for each of ours.
+"""Import published CogVLA weights: the published name of each parameter of our model.
 
 In the published code `featurizer` is DINOv2 and `fused_featurizer` is SigLIP. Its files are read as one mapping, in
-which the names of the action head start with `action_head.` and those of the state's projector with
-`proprio_projector.`. The weights belong into a model whose routing is `configs/routing/faithful.yaml` and whose head is
-that of `configs/policy/cogvla_7b.yaml`.
+which names of the action head start with `action_head.` and names of the state projector with `proprio_projector.`.
+The weights fit a model with the routing of `configs/routing/faithful.yaml` and the head of
+`configs/policy/cogvla_7b.yaml`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.weights.import_weights import LoraMerged, Names, Renamed, SafetensorFiles, load_parameters, read_pt
 
 TOWERS = {"dinov2": "featurizer", "siglip": "fused_featurizer"}
-"""Our towers, in the order of the streams, and theirs."""
+"""Our names of the towers, in the order of the streams -> published names."""
 
 _FC = {"0": "fc1", "2": "fc2", "4": "fc3"}
 
@@ -29,7 +29,7 @@ def load_cogvla(model: CogVLA, source: Mapping[str, Tensor], dtype: torch.dtype 
     """Fill every parameter of the model from published weights, see `load_parameters`.
 
     Raises:
-        ValueError: a tensor is missing or misshapen, or the model has parameters that the published one has not.
+        ValueError: a tensor is missing or has the wrong shape, or the model has parameters without published weights.
     """
     try:
         rest = load_parameters(model, source, cogvla_names(model), dtype)
@@ -82,7 +82,7 @@ def _tower(tower: str, part: str, rest: str, blocks: int) -> tuple[str, ...]:
 
 
 def _head(ours: str, last: int) -> tuple[str, ...]:
-    """Our head is one sequence: norm, linear, ReLU, residual blocks, norm (at `last`), linear."""
+    """Return the published name of a parameter of our head: norm, linear, ReLU, blocks, norm (index `last`), linear."""
     match = re.fullmatch(r"net\.(\d+)\.(?:ffn\.(\d)\.)?(\w+)", ours)
     if match is None:
         return ()
@@ -96,19 +96,19 @@ def _head(ours: str, last: int) -> tuple[str, ...]:
 def cogvla_weights(
     folder: Path, base: Mapping[str, Tensor] | None = None, merge_adapter: bool | None = None
 ) -> Renamed:
-    """All weights of a CogVLA in the layout of its release, as one mapping.
+    """Open all weights of a published CogVLA as one mapping.
 
-        *.safetensors                        language model with routers, projectors; LoRA is merged into it
-        vision_backbone--N_checkpoint.pt     both towers with FiLM and aggregation tokens, LoRA not merged
+        *.safetensors                        language model with routers, projectors; LoRA is merged
+        vision_backbone--N_checkpoint.pt     both towers with FiLM and aggregation tokens; LoRA is not merged
         action_head--N_checkpoint.pt, proprio_projector--N_checkpoint.pt
-        lora_adapter/                        rank and alpha; the updates themselves only count in a folder without
-                                             *.safetensors, as training leaves it: they belong to a base model
+        lora_adapter/                        rank and alpha, and updates of a base model; by default the updates are
+                                             merged only in a folder without *.safetensors, as training writes it
         non_lora_trainables--N_checkpoint.pt routers and projectors of such a folder
 
     Args:
-        folder: of the release.
-        base: weights (OpenVLA) that the adapter of a folder without *.safetensors belongs to.
-        merge_adapter: whether `lora_adapter/` still has to be merged; None decides as said above.
+        folder: folder of the release.
+        base: weights of the base model (OpenVLA) of the adapter, for a folder without *.safetensors.
+        merge_adapter: merge the updates of `lora_adapter/`; None: only in a folder without *.safetensors.
 
     Raises:
         ValueError: a file is missing, there are several of one kind, or one is damaged.
@@ -123,7 +123,7 @@ def cogvla_weights(
         weights = base
     else:
         raise ValueError(
-            f"no *.safetensors in {folder}: its adapter belongs to another model; give base=FOLDER_OR_HUB_ID"
+            f"no *.safetensors in {folder}: its adapter needs the weights of its base; give base=FOLDER_OR_HUB_ID"
         )
     if rest := one_file(folder, "non_lora_trainables", required=False):
         weights = Renamed((weights, str), (read_pt(rest), lambda name: name.removeprefix("base_model.model.")))
@@ -147,7 +147,7 @@ def cogvla_weights(
 
 
 def lora_scale(adapter: Path) -> float:
-    """Return the factor of the product of an adapter's matrices, from its `adapter_config.json`.
+    """Return the scale of an adapter's updates from its `adapter_config.json`.
 
     Raises:
         ValueError: the file is missing or damaged, or describes more than plain LoRA.
@@ -157,17 +157,21 @@ def lora_scale(adapter: Path) -> float:
         config = json.loads(path.read_text())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"the weights hold LoRA updates, but {path} does not give their r and lora_alpha") from error
+        raise ValueError(f"the weights contain LoRA updates, but {path} does not give r and lora_alpha") from error
     if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ValueError(f"{path} describes more than plain LoRA; merge it with peft first")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def one_file(folder: Path, name: str, required: bool) -> Path | None:
-    """Find the file `NAME--N_checkpoint.pt`."""
+    """Return the file `NAME--N_checkpoint.pt`; None if there is none.
+
+    Raises:
+        ValueError: there are several such files, or none although it is required.
+    """
     found = sorted(folder.glob(f"{name}--*checkpoint.pt"))
     if len(found) > 1:
-        raise ValueError(f"{folder} has several {name}--*_checkpoint.pt: leave the one of the step that you want")
+        raise ValueError(f"{folder} has several {name}--*_checkpoint.pt: keep only the one of the step that you want")
     if required and not found:
         raise ValueError(f"{folder} has no {name}--N_checkpoint.pt; download all files of the release")
     return found[0] if found else None

@@ -1,9 +1,8 @@
-"""OpenVLA, OpenVLA-OFT and Prismatic weights as a base: their parameter names for each of ours.
+"""Import OpenVLA, OpenVLA-OFT and Prismatic weights as a base: the published name of each parameter of our model.
 
-What our model has in common with them is loaded: both towers, the language model, where the streams are joined by
-channels as there, the projector, and from OpenVLA-OFT the projector of the state and the action head. FiLM,
-aggregation tokens, one projector per stream, their weights, and routers are CogVLA's own and stay as they were
-initialised, which is also how the published CogVLA begins.
+Loaded are both towers, the language model, the projector (if `routing.fusion` is `concat`, as in OpenVLA), and from
+OpenVLA-OFT the state projector and the action head. FiLM, aggregation tokens, projectors and weights of the streams,
+and routers exist in CogVLA only and keep their initial values, as in the training of the published CogVLA.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _PRISMATIC_TOWERS = {"dino_featurizer.": "featurizer.", "siglip_featurizer.": "f
 
 
 def openvla_names(model: CogVLA) -> Names:
-    """Return the published names of this model's parameters; none for those that OpenVLA does not have."""
+    """Return the published names of this model's parameters; empty for parameters that OpenVLA does not have."""
     as_in_cogvla = cogvla_names(model)
 
     def names(ours: str) -> tuple[str, ...]:
@@ -42,7 +41,7 @@ def openvla_weights(folder: Path) -> Mapping[str, Tensor]:
     """Open the weights of an OpenVLA in the hub's layout (safetensors) or a Prismatic run (`checkpoints/*.pt`).
 
     Raises:
-        ValueError: the folder holds neither, or a file is damaged.
+        ValueError: the folder has neither, or a file is damaged.
     """
     if any(folder.glob("*.safetensors")):
         heads = [

@@ -1,8 +1,7 @@
-"""Weights in somebody else's naming into our model, tensor by tensor.
+"""Load published weights with other names into our model, tensor by tensor.
 
-A checkpoint is read as a mapping from names to tensors that opens its file for one tensor and closes it again: nothing
-is in memory twice, and a model that starts without memory of its own (`cogvla.policy.model.empty_model`) needs no more
-than its weights.
+A checkpoint is a mapping from names to tensors that opens its file for each tensor and closes it again. So no weights
+are in memory twice, and a model from `cogvla.policy.model.empty_model` needs no more memory than its weights.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 Names = Callable[[str], Sequence[str]]
-"""From the name of our parameter to those of theirs; none where they have nothing like it, several to be stacked."""
+"""Function from the name of our parameter to published names: none if it has no counterpart, several to be stacked."""
 
 
 class SafetensorFiles(Mapping[str, Tensor]):
-    """The tensors of a folder of safetensors files, whole or sharded.
+    """The tensors of a folder with one or more safetensors files, by name.
 
     Raises:
-        ValueError: there are no such files, one is damaged, or the index names one that is not there.
+        ValueError: there are no such files, one is damaged, or one that the index names is missing.
     """
 
     def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
         self._file: dict[str, Path] = {}
         for index in folder.glob("*.safetensors.index.json"):
             if absent := sorted({file for file in _shards(index) if not (folder / file).is_file()}):
-                raise ValueError(f"{folder} is not whole: {', '.join(absent)} missing; download all of its files")
+                raise ValueError(f"{folder} is incomplete: {', '.join(absent)} missing; download all of its files")
         for path in sorted(folder.glob(pattern)):
             with _opened(path) as file:
                 self._file |= dict.fromkeys(file.keys(), path)
@@ -41,7 +40,7 @@ class SafetensorFiles(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         with _opened(self._file[name]) as file:
-            return file.get_tensor(name).clone()  # of its own, so that closing the file gives its pages back
+            return file.get_tensor(name).clone()  # a copy, so that closing the file frees its memory
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)
@@ -57,8 +56,8 @@ def _shards(index: Path) -> list[str]:
         raise ValueError(f"{index} is damaged ({error}); download it again") from error
 
 
-class _opened:  # noqa: N801 - reads as the verb it is
-    """A safetensors file; damage is a ValueError with its name."""
+class _opened:  # noqa: N801 - used like a function
+    """Context manager that opens a safetensors file; raises ValueError with its name if it is damaged."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -67,7 +66,7 @@ class _opened:  # noqa: N801 - reads as the verb it is
         try:
             self._file = safe_open(self._path, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{self._path} is damaged or not whole ({error}); download it again") from error
+            raise ValueError(f"{self._path} is damaged or incomplete ({error}); download it again") from error
         return self._file
 
     def __exit__(self, *_: object) -> None:
@@ -75,12 +74,15 @@ class _opened:  # noqa: N801 - reads as the verb it is
 
 
 class LoraMerged(Mapping[str, Tensor]):
-    """Weights with peft's low-rank updates in them: `W + alpha/rank * B @ A`.
+    """Weights with merged low-rank updates of peft, `W + alpha/rank * B @ A`, by name.
 
     Args:
-        base: names and tensors; with `x.base_layer.weight` where peft has wrapped `x`, or plain.
-        updates: holds `x.lora_A...weight` and `x.lora_B...weight`.
+        base: weights by name; layers with an update may be named `x.base_layer.weight` or `x.weight`.
+        updates: tensors `x.lora_A...weight` and `x.lora_B...weight` of each update; other names are ignored.
         scale: alpha / rank.
+
+    Raises:
+        ValueError: one matrix of an update is missing.
     """
 
     _UPDATE = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -94,7 +96,7 @@ class LoraMerged(Mapping[str, Tensor]):
                 self._pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = name
         for target, pair in self._pairs.items():
             if pair.keys() != {"A", "B"}:
-                raise ValueError(f"the adapter has only one half of the update of {target}; download it again")
+                raise ValueError(f"the adapter has only one matrix of the update of {target}; download it again")
 
     @property
     def targets(self) -> set[str]:
@@ -116,7 +118,12 @@ class LoraMerged(Mapping[str, Tensor]):
 
 
 class Renamed(Mapping[str, Tensor]):
-    """Other mappings, each under a prefix or with its names changed; later ones win."""
+    """Several mappings as one, with changed names.
+
+    Args:
+        parts: mappings, each with a function from an old name to the new name (None: leave the tensor out). If several
+            have the same new name, the last one is used.
+    """
 
     def __init__(self, *parts: tuple[Mapping[str, Tensor], Callable[[str], str | None]]) -> None:
         self._where: dict[str, tuple[Mapping[str, Tensor], str]] = {}
@@ -137,10 +144,12 @@ class Renamed(Mapping[str, Tensor]):
 
 
 def read_pt(path: Path) -> dict[str, Tensor]:
-    """Read a `torch.save` state dict without running code from it; the prefix `module.` (DDP) is removed.
+    """Read a state dict that `torch.save` wrote, without running code from the file.
+
+    The prefix `module.` (DDP) is removed, and names in nested mappings are joined by dots.
 
     Raises:
-        ValueError: the file is damaged, or holds anything but names and tensors (nested ones are joined by dots).
+        ValueError: the file is damaged, or not a mapping of names to tensors.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -151,7 +160,7 @@ def read_pt(path: Path) -> dict[str, Tensor]:
 
 def _flat(content: object, path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} is not a state dict: {prefix or 'it'} holds a {type(content).__name__}")
+        raise ValueError(f"{path} is not a state dict: {prefix or 'it'} is a {type(content).__name__}")
     for key, value in content.items():
         if isinstance(value, Tensor):
             yield f"{prefix}{key}", value
@@ -163,19 +172,19 @@ def _flat(content: object, path: Path, prefix: str = "") -> Iterator[tuple[str, 
 def load_parameters(
     model: nn.Module, source: Mapping[str, Tensor], names: Names, dtype: torch.dtype | None = None
 ) -> list[str]:
-    """Fill the parameters of `model` that the source has, in place.
+    """Load the parameters of `model` from published weights, in place.
 
     Args:
-        model: parameters without memory (on the meta device) get theirs here, others are overwritten.
-        source: names and tensors.
-        names: see `Names`.
-        dtype: of parameters that get their memory here; None is what the source has.
+        model: model to fill; parameters on the meta device are replaced, others are overwritten.
+        source: published weights by name.
+        names: published names of our parameters, see `Names`.
+        dtype: precision of parameters that were on the meta device; None: that of the source.
 
     Returns:
-        The names of our parameters that the source has nothing for.
+        Names of our parameters that have no published name.
 
     Raises:
-        ValueError: a tensor is missing or has another shape than the model.
+        ValueError: a tensor is missing or has the wrong shape.
     """
     filled: dict[str, Tensor] = {}
     rest = []
@@ -195,7 +204,7 @@ def load_parameters(
 
 
 def _stack(source: Mapping[str, Tensor], names: Sequence[str], shape: torch.Size) -> Tensor:
-    """One tensor, or several with equal shares of the first dimension."""
+    """Return one tensor in this shape, or several of equal size concatenated along the first dimension."""
     wanted = (shape[0] // len(names), *shape[1:]) if len(names) > 1 else tuple(shape)
     parts = []
     for name in names:

@@ -1,6 +1,6 @@
-"""Published weights into a new model, in place: separate backbones, or a vision-language-action model as the base.
+"""Load published weights into a new model, in place: separate backbones, or a vision-language-action model as the base.
 
-What they have no weights for stays as it was initialised: with backbones that is everything that CogVLA adds.
+Parameters without published weights keep their initial values.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from cogvla.policy.weights.import_weights import load_parameters
 from cogvla.policy.weights.release import Release, open_release
 
 _PART = re.compile(
-    r"decoder\.(?:llm|routers\.\d+)|vision\.(?:towers\.\w+\.\w+|fusion)|\w+"  # what is loaded whole or not at all
+    r"decoder\.(?:llm|routers\.\d+)|vision\.(?:towers\.\w+\.\w+|fusion)|\w+"  # parts that are loaded completely or not
 )
 _REQUIRED = re.compile(r"decoder\.llm|vision\.towers\.\w+\.vit")
 
 
 def load_backbones(model: CogVLA) -> list[str]:
-    """Load what the configuration names (`tower.timm`, `language.hub`), in place.
+    """Load the published weights that the configuration names (`tower.timm`, `language.hub`), in place.
 
     Returns:
-        What was loaded, for the log; empty for a model whose configuration names nothing.
+        Lines for the log; empty if the configuration names no weights.
 
     Raises:
         ValueError: published weights do not have the configured sizes.
@@ -38,7 +38,7 @@ def load_backbones(model: CogVLA) -> list[str]:
     ):
         if config.timm is None:
             continue
-        # timm resamples patches and positions where the sizes differ from the published ones.
+        # timm resamples patch projection and positions if the sizes differ from the published ones.
         donor = timm.create_model(
             config.timm,
             pretrained=True,
@@ -55,17 +55,17 @@ def load_backbones(model: CogVLA) -> list[str]:
 
 
 def load_base(model: CogVLA, source: str | Path | Release) -> list[str]:
-    """Load what the model has in common with published weights, in place.
+    """Load the weights that a model and a published checkpoint have in common, in place.
 
-    Towers and language model must fit. Of the rest, each part (head, state projector, fusion, ...) is loaded where the
-    source has it in the model's shapes; otherwise it stays as it was initialised.
+    Towers and language model must fit. Each other part (head, state projector, fusion, ...) is loaded if the source has
+    all its tensors in the model's shapes; otherwise it keeps its initial values.
 
     Args:
-        model: the model to start fine-tuning from.
-        source: folder or hub id of OpenVLA, OpenVLA-OFT, Prismatic or a CogVLA release, or one that is open already.
+        model: model to fine-tune.
+        source: folder or hub id of OpenVLA, OpenVLA-OFT, Prismatic or a CogVLA release, or an open `Release`.
 
     Returns:
-        What was loaded and what is new, for the log.
+        Lines for the log: which parts were loaded and which are new.
 
     Raises:
         ValueError: there is no such checkpoint, or its towers or language model do not fit the configuration.
@@ -86,7 +86,7 @@ def load_base(model: CogVLA, source: str | Path | Release) -> list[str]:
     loaded -= new
     load_parameters(model, weights, lambda ours: names(ours) if _part(ours) in loaded else ())
     said = [f"{release.kind} from {release.folder}: {', '.join(sorted(loaded))}"]
-    return said + ([f"not in {release.folder}, these start anew: {', '.join(sorted(new))}"] if new else [])
+    return said + ([f"not in {release.folder}, initialised randomly: {', '.join(sorted(new))}"] if new else [])
 
 
 def _part(name: str) -> str:
@@ -101,6 +101,6 @@ def _copy(source: dict[str, Tensor], target: nn.Module, name: str) -> None:
     if wrong:
         raise ValueError(
             f"the weights of {name!r} do not fit the configuration: {', '.join(wrong[:3])} "
-            f"({len(wrong)} of {len(wanted)} parameters); take its sizes into the policy's YAML"
+            f"({len(wrong)} of {len(wanted)} parameters); set its sizes in the policy's YAML"
         )
     target.load_state_dict({key: source[key] for key in wanted})

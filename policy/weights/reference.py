@@ -1,10 +1,10 @@
-"""A folder of reference numbers: a small CogVLA in the published naming, inputs, and what the published code computes.
+"""Read a reference folder: a small CogVLA with published names, inputs, and the results of the published code.
 
     fixture.json                    sizes, schedule, normalisation
     norm_stats.json                 statistics of action and state
     model.safetensors               vision backbone with FiLM, projectors, routers, language model
     action_head.safetensors, proprio_projector.safetensors
-    cases.safetensors               per case its inputs and the expected output of every stage
+    cases.safetensors               inputs of each case and the expected output of every stage
 
 Shape legend: B batch (1), V views, H, W image, T text tokens, S state, K chunk, A action dimension.
 """
@@ -35,18 +35,18 @@ STOP_TOKEN = 2
 
 NORMALISATIONS = {"bounds_q99": "q99", "bounds": "min_max"}
 PERIOD = 31
-"""The published decays run over 31 layers, whatever the depth of the language model."""
+"""Layers of the published keep schedules, which do not depend on the depth of the language model."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The folder as a model of ours, its inputs and its expected numbers.
+    """A reference folder: our model with its weights, inputs and expected results.
 
     Attributes:
-        model: with the folder's weights, in float32.
-        unnormalise: the map of normalised actions to physical units.
-        cases: names and tensors of `cases.safetensors`, of all cases.
-        count: how many cases there are.
+        model: our model with the folder's weights, in float32.
+        unnormalise: normaliser whose inverse maps normalised actions to physical units.
+        cases: tensors of all cases in `cases.safetensors`, by name.
+        count: number of cases.
     """
 
     model: CogVLA
@@ -59,7 +59,8 @@ def load_reference(folder: Path) -> Reference:
     """Read the folder and build its model.
 
     Raises:
-        ValueError: a file is missing or damaged, sizes contradict each other, or a tensor is missing or misshapen.
+        ValueError: a file is missing or damaged, sizes contradict each other, or a tensor is missing or has the wrong
+            shape.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder at {folder}; give one with fixture.json and its weights")
@@ -77,9 +78,9 @@ def load_reference(folder: Path) -> Reference:
         )
         count = int(sizes["cases"])
     except KeyError as missing:
-        raise ValueError(f"{folder} is not a whole reference folder: {missing} is missing") from missing
+        raise ValueError(f"{folder} is not a complete reference folder: {missing} is missing") from missing
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}/fixture.json or norm_stats.json holds a value of a wrong type: {error}") from error
+        raise ValueError(f"{folder}/fixture.json or norm_stats.json has a value of a wrong type: {error}") from error
     if count < 1:
         raise ValueError(f"{folder}/fixture.json names no cases")
     source = Renamed(
@@ -92,13 +93,13 @@ def load_reference(folder: Path) -> Reference:
 
 
 def text_ids(expected_length: int, input_ids_BT: Tensor, model: CogVLA, vision_tokens: int) -> Tensor:
-    """Return the tokens [B,T] of a prompt, without bos (the layout adds it), with the empty token at the end.
+    """Return the tokens [B,T] of a prompt with the empty token at the end, without bos, which the layout adds.
 
     Args:
-        expected_length: of the reference's sequence, which says whether its prompt already ends with the empty token.
-        input_ids_BT: the prompt.
-        model: gives the number of action tokens.
-        vision_tokens: of all views.
+        expected_length: length of the reference's whole sequence; it shows if `input_ids_BT` lacks the empty token.
+        input_ids_BT: prompt, with bos.
+        model: our model; gives the number of action tokens.
+        vision_tokens: number of vision tokens of all views.
     """
     words_BT = input_ids_BT[:, 1:]
     around = 1 + vision_tokens + 1 + model.action_tokens + 1  # bos, vision, state, actions, stop
@@ -141,9 +142,9 @@ def _statistics(values: Mapping[str, Any], dim: int) -> Statistics:
 
 
 def _place_prefix_tokens(model: dict[str, Tensor], patches: int) -> None:
-    """Give class token and registers their positions, where the reference has positions for them; in place.
+    """Add the positions of class token and registers to these tokens, in place, if the reference has such positions.
 
-    Our towers have positions for patches only, which is the same sum in another order.
+    Our towers have positions for patches only; the sum of token and position stays the same.
     """
     for theirs in TOWERS.values():
         prefix = f"vision_backbone.vision_backbone.{theirs}."

@@ -1,6 +1,6 @@
-"""Published checkpoints as they lie on the hub or on a disk: which kind they are, their weights, and their statistics.
+"""Open published checkpoints from the hub or a folder: kind, configuration, weights and statistics.
 
-`openvla` is OpenVLA, OpenVLA-OFT or Prismatic, a base to fine-tune from; `cogvla` is a whole CogVLA.
+`openvla` is OpenVLA, OpenVLA-OFT or Prismatic, a base to fine-tune; `cogvla` is a complete CogVLA.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Release:
     """A published checkpoint.
 
     Attributes:
-        folder: where its files are.
+        folder: folder of its files.
         kind: one of `KINDS`.
-        config: its `config.json`.
-        weights: names and tensors, read when asked for.
+        config: content of `config.json`; empty without this file.
+        weights: weights by name, read from the files at each access.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Release:
     weights: Mapping[str, Tensor]
 
     def names(self, model: CogVLA) -> Names:
-        """Return the names of the model's parameters in `weights`."""
+        """Return the function from the model's parameter names to names in `weights`."""
         return cogvla_names(model) if self.kind == "cogvla" else openvla_names(model)
 
     def configure(self, config: CogVLAConfig) -> CogVLAConfig:
@@ -62,7 +62,7 @@ class Release:
         text = self.config.get("text_config", {})
         sizes = {ours: text[theirs] for theirs, ours in _TEXT_CONFIG.items() if theirs in text}
         if "heads" in sizes:
-            sizes.setdefault("kv_heads", None)  # as many, where it does not say
+            sizes.setdefault("kv_heads", None)  # default: as many as heads
         towers = {}
         for name, timm in zip(("dinov2", "siglip"), self.config.get("timm_model_ids", ()), strict=False):
             tower = getattr(config.vision, name)
@@ -85,10 +85,14 @@ class Release:
         return replace(config, routing=routing, vision=replace(config.vision, aggregation_tokens=tokens))
 
     def statistics(self, dataset: str | None = None) -> tuple[dict[str, Statistics], tuple[bool, ...]]:
-        """Statistics of state and action of a data set (None: the only one), and which actions they normalise.
+        """Read the statistics of state and action, and the mask of normalised action dimensions.
+
+        Args:
+            dataset: name of the data set; None: the only one.
 
         Raises:
-            ValueError: there are none, there are several and none is chosen, or they are not whole.
+            ValueError: there are no statistics of this data set, they are incomplete, or there are several data sets
+                and `dataset` is None.
         """
         path = self.folder / "dataset_statistics.json"
         sets = read_json(path) if path.is_file() else self.config.get("norm_stats") or {}
@@ -108,7 +112,7 @@ class Release:
                 "state": Statistics(**{name: state[name] for name in fields}),
             }, mask
         except (KeyError, TypeError) as error:
-            raise ValueError(f"the statistics of {dataset!r} in {self.folder} are not whole: no {error}") from error
+            raise ValueError(f"the statistics of {dataset!r} in {self.folder} are incomplete: no {error}") from error
 
 
 def open_release(
@@ -117,13 +121,13 @@ def open_release(
     """Open a published checkpoint.
 
     Args:
-        source: a folder, or the id of a repository on the hub, which is then downloaded.
-        kind: one of `KINDS`; `auto` looks at its files.
+        source: a folder, or the id of a repository on the hub, which is downloaded.
+        kind: one of `KINDS`; `auto`: detect it from the files.
         base: folder or hub id of the base of an adapter, see `cogvla_weights`.
         merge_adapter: see `cogvla_weights`.
 
     Raises:
-        ValueError: there is nothing to read, or not what the kind needs.
+        ValueError: the kind is unknown, or files are missing or damaged.
     """
     if kind not in ("auto", *KINDS):
         raise ValueError(f"unknown kind {kind!r}; one of auto, {', '.join(KINDS)}")
@@ -154,15 +158,19 @@ def checkpoint_folder(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{source} is no folder, and cannot be downloaded from the hub ({reason})") from error
+        raise ValueError(f"{source} is not a folder, and cannot be downloaded from the hub ({reason})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a mapping from a JSON file; a damaged file is a ValueError."""
+    """Read a mapping from a JSON file.
+
+    Raises:
+        ValueError: the file is missing or damaged, or is not a mapping.
+    """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no mapping")
+        raise ValueError(f"{path} is not a mapping")
     return content

@@ -120,7 +120,7 @@ def test_an_adapter_that_is_not_merged_is_merged_into_its_base(tmp_path: Path) -
     imported(tmp_path / "run", tmp_path / "ours", base=tmp_path / "base", gripper="embodiment")
     actions = load_policy(tmp_path / "ours").act(ROBOT.fake_observation()).actions[0]
     np.testing.assert_allclose(actions, published_actions(weights), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"its adapter belongs to another model; give base="):
+    with pytest.raises(ValueError, match=r"its adapter needs the weights of its base; give base="):
         imported(tmp_path / "run", tmp_path / "again")
 
 
@@ -176,7 +176,7 @@ class Code:
                 "vision_backbone--20_checkpoint.pt",
                 "vision_backbone.featurizer.blocks.0.block.attn.qkv.lora_B.default.weight",
             ),
-            "only one half of the update of vision_backbone.featurizer.blocks.0.block.attn.qkv.weight",
+            "only one matrix of the update of vision_backbone.featurizer.blocks.0.block.attn.qkv.weight",
         ),
         (
             narrow("language_model.model.layers.0.mlp.up_proj.weight"),
@@ -193,22 +193,22 @@ class Code:
         ),
         (
             lambda folder: (folder / "model-00002-of-00003.safetensors").write_bytes(b"cut"),
-            "00002.* is damaged or not whole",
+            "00002.* is damaged or incomplete",
         ),
         (
             lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(),
-            "is not whole: model-00002-of-00003.safetensors missing",
+            "is incomplete: model-00002-of-00003.safetensors missing",
         ),
         (
             lambda folder: (folder / "lora_adapter" / "adapter_config.json").unlink(),
-            "does not give their r and lora_alpha",
+            "does not give r and lora_alpha",
         ),
         (edit("config.json", use_film=False), "an ablation of CogVLA"),
         (
             edit("dataset_statistics.json", other=norm_stats(SIZES)),
             "several data sets; choose dataset= from robot, other",
         ),
-        (edit("dataset_statistics.json", robot={"action": {}}), "statistics of 'robot' .* not whole"),
+        (edit("dataset_statistics.json", robot={"action": {}}), "statistics of 'robot' .* incomplete"),
     ],
 )
 def test_what_is_missing_or_misshapen_is_named(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
@@ -309,10 +309,10 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no OpenVLA weights in .*empty"):
         open_release(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"not/there/at/all is no folder, and cannot be downloaded"):
+    with pytest.raises(ValueError, match=r"not/there/at/all is not a folder, and cannot be downloaded"):
         open_release("not/there/at/all")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"somebody/openvla is no folder, and cannot be downloaded from the hub"):
+    with pytest.raises(ValueError, match=r"somebody/openvla is not a folder, and cannot be downloaded from the hub"):
         open_release("somebody/openvla")
 
 

@@ -320,7 +320,7 @@ def test_a_base_with_other_routing_gives_what_fits_and_says_the_rest(
     assert "nothing into decoder.routers.1" in capsys.readouterr().out
     first, second = load_policy(tmp_path / "policy").model, trainer.raw.model
     assert torch.equal(first.decoder.llm.norm.weight, second.decoder.llm.norm.weight)
-    with pytest.raises(ValueError, match="nothing is no checkpoint folder, and no published tokenizer"):
+    with pytest.raises(ValueError, match="nothing has no tokenizer: it is no checkpoint folder"):
         small_trainer(tmp_path / "other", base=str(tmp_path / "nothing"))
 
 
