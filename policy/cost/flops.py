@@ -1,17 +1,17 @@
 """Count parameters, FLOPs and bytes of a configuration, stage by stage, without allocating a weight.
 
-Counted are matrix products, as `torch.utils.flop_counter` does, which a test holds this against; element-wise work is
-left out. Of each product:
+Only matrix products are counted, as in `torch.utils.flop_counter`, with which a test compares the result. For each
+product:
 
 - FLOPs: two per multiply-accumulate.
-- weights: its weight and bias, read once per pass, however many samples there are. A head that decodes in several steps
-  reads its weights at every step.
-- activations: its input is read once and its output written once. Attention is one kernel that reads queries, keys and
-  values and writes its output; the scores stay on the chip.
+- weights: weight and bias are read once per pass, whatever the number of samples. A head that decodes in several steps
+  reads its weights in every step.
+- activations: the input is read once and the output is written once. Attention is one kernel that reads queries, keys
+  and values and writes its output; the scores stay on the chip.
 
-Layers that share an input (queries, keys and values) each read it, and nothing is found in a cache. Tables that are
-looked up, norms and residual sums are left out. Bytes are for numbers of two bytes, bfloat16. What a token router
-(`routing.router`) computes itself is left out too; the tokens that it leaves are what is counted.
+Layers with the same input (queries, keys and values) each read it; caches are ignored. Embedding tables, norms,
+residual sums and other element-wise operations are not counted. A number has two bytes (bfloat16). The work of a token
+router (`routing.router`) is not counted, but later stages are counted with the tokens that it keeps.
 """
 
 from __future__ import annotations
@@ -58,7 +58,13 @@ class Counting:
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-accumulates, numbers of the weights that are read, numbers of the activations read and written."""
+    """Work of a stage.
+
+    Attributes:
+        macs: multiply-accumulates.
+        weights: numbers read from weights.
+        activations: numbers read from and written to activations.
+    """
 
     macs: int = 0
     weights: int = 0
@@ -68,13 +74,13 @@ class Work:
         return Work(self.macs + other.macs, self.weights + other.weights, self.activations + other.activations)
 
     def for_samples(self, count: int) -> Work:
-        """Return the cost of the same weights for several inputs."""
+        """Return the work for several samples with the same weights."""
         return Work(count * self.macs, self.weights, count * self.activations)
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """One row of the table: parameters of a stage, and what a forward pass takes of it."""
+    """One row of the table: parameters of a stage, and its work in a forward pass."""
 
     stage: str
     parameters: int
@@ -99,7 +105,7 @@ class StageCost:
 
 
 def build_on_meta(config: CogVLAConfig, embodiment: Embodiment) -> CogVLA:
-    """Build the model without storage: only shapes, for models of any size."""
+    """Build the model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return CogVLA(config, embodiment)
 
@@ -107,14 +113,21 @@ def build_on_meta(config: CogVLAConfig, embodiment: Embodiment) -> CogVLA:
 def count_flops(
     config: CogVLAConfig, embodiment: Embodiment, text_length: int, batch: int = 1, counting: Counting | None = None
 ) -> list[StageCost]:
-    """Cost of every stage; then the total of a chunk, and that of a chunk for an instruction seen before.
+    """Count the cost of every stage for one pass.
 
     Args:
         config: configuration of the model.
         embodiment: robot of the model.
         text_length: T, tokens of the instruction.
         batch: samples in one pass.
-        counting: what is counted.
+        counting: operations to count; None: the default.
+
+    Returns:
+        One row per stage; then `TOTAL`, and `REPEATED`, the total without `INSTRUCTION`, for an instruction whose
+        encoding is reused.
+
+    Raises:
+        ValueError: text length or batch is less than 1.
     """
     if text_length < 1 or batch < 1:
         raise ValueError(f"text length and batch must be at least 1, got {text_length} and {batch}")
@@ -124,7 +137,7 @@ def count_flops(
     towers = model.vision.named_towers()
     once: list[nn.Module] = [tower.film for _, tower in towers if tower.film is not None]
     once += [fusion.weigher] if fusion.kind == "mix" else []
-    # Folding the pixels' normalisation into the bias is one small matrix-vector product per tower.
+    # Folding the normalisation of pixels into the bias is a small matrix-vector product per tower.
     fold = sum((Work(3 * tower.width, 0, 4 * tower.width) for _, tower in towers), Work())
     instruction = _linears(once, batch) + fold
     rows = [StageCost(INSTRUCTION, _parameters(once), instruction)]
@@ -132,7 +145,7 @@ def count_flops(
         work = _tower(tower, counting).for_samples(batch * views)
         rows.append(StageCost(f"tower {name}", _parameters([tower]) - _parameters([tower.film]), work))
     projectors = [module for module in fusion.children() if module not in once]
-    # A router before the projectors leaves them fewer tokens; one after them does not.
+    # A router before the projectors reduces their tokens; a router after them does not.
     whole = model.router is not None and model.router.stage != "encoder_out"
     projected = batch * (model.vision.tokens if whole else model.vision_tokens)
     rows.append(StageCost("fusion", _parameters(projectors), _linears(projectors, projected)))
@@ -170,12 +183,12 @@ def _linear(layer: nn.Linear, rows: int) -> Work:
 
 
 def _linears(modules: Iterable[nn.Module], rows: int) -> Work:
-    """All linear layers in these modules, each on so many rows."""
+    """Count all linear layers in these modules, each with this number of rows."""
     return sum((_linear(layer, rows) for layer in _linear_layers(modules)), Work())
 
 
 def _watched(module: nn.Module, inputs: torch.Tensor) -> Work:
-    """All linear layers of a module as often as it calls them, and on as many rows."""
+    """Run a module on the meta device, and count every call of its linear layers."""
     seen: list[Work] = []
 
     def watch(layer: Any, given: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
@@ -194,7 +207,7 @@ def _attention(asking: int, keys: int, width: int, counting: Counting) -> Work:
 
 
 def _tower(tower: VisionTower, counting: Counting) -> Work:
-    """One view."""
+    """Count the work of a tower for one view."""
     vit, width = tower.vit, tower.width
     patches = vit.patch_embed.num_patches
     extra = 0 if tower.aggregation is None else len(tower.aggregation.tokens)
@@ -202,7 +215,7 @@ def _tower(tower: VisionTower, counting: Counting) -> Work:
     kernel = vit.patch_embed.proj.weight
     work = Work(patches * kernel.numel(), kernel.numel() + width, patches * (kernel[0].numel() + width))
     for index, block in enumerate(vit.blocks[: tower.computed]):
-        # Only the aggregation tokens come out of the last block, so only they ask there.
+        # The last block returns only the aggregation tokens, so only these have queries and an MLP.
         few = extra and index == tower.computed - 1 and type(block.attn) is Attention and not counting.every_row
         asking = extra if few else tokens
         work += _attention(asking, tokens, width, counting)
@@ -214,14 +227,14 @@ def _tower(tower: VisionTower, counting: Counting) -> Work:
             work += _linears([block.attn], tokens)
         work += _linears([block.mlp], asking)
     if counting.last_block:
-        block = vit.blocks[-1]  # they are all of one shape
+        block = vit.blocks[-1]  # all blocks have the same shape
         work += _attention(tokens, tokens, width, counting)
         work += _linears([block.attn, block.mlp], tokens)
     return work
 
 
 def _decoder(model: CogVLA, layout: TokenLayout, counting: Counting) -> list[StageCost]:
-    """One sample: layers that see all tokens, layers that see some, and what chooses them."""
+    """Count the language model for one sample: dense layers, routed layers, and routers."""
     decoder = model.decoder
     layers = list(decoder.llm.layers)
     parameters, work = {False: 0, True: 0}, {False: Work(), True: Work()}

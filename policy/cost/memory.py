@@ -1,7 +1,7 @@
-"""Estimate the GPU memory of training from the model's shapes alone: nothing is computed.
+"""Estimate the GPU memory of training from the shapes of the model, without computing anything.
 
-Weights, gradients and optimiser state are exact. Activations are those that autograd keeps of a forward pass on the
-meta device in bfloat16: an estimate, as kernels keep a little more or less.
+Weights, gradients and optimiser state are exact. Activations are the tensors that autograd stores for a forward pass on
+the meta device in bfloat16. This is an estimate, because real kernels store slightly different tensors.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from cogvla.policy.training.config import TrainingConfig
 
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}
 WORDS = 30
-"""Text tokens of a sample; LIBERO's prompts have about as many."""
+"""Text tokens of a sample, about as in LIBERO's prompts."""
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that a run takes of one GPU.
+    """Memory of a training run, in bytes without sharding.
 
     Attributes:
-        frozen, trained: weights, in bfloat16 and float32.
-        gradients, moments, average: of the trained weights.
-        activations: of one sample.
-        samples: that are computed at a time.
+        frozen: frozen weights, in bfloat16.
+        trained: trained weights, in float32.
+        gradients: gradients of the trained weights.
+        moments: optimiser state of the trained weights.
+        average: moving average of the trained weights.
+        activations: stored activations of one sample.
+        samples: number of samples in one pass on one GPU.
     """
 
     frozen: int
@@ -43,7 +46,7 @@ class TrainingMemory:
     samples: int
 
     def total(self, shards: int = 1) -> int:
-        """On each of so many GPUs that share weights and state among them (FSDP); 1 is DDP or one GPU."""
+        """Return the bytes per GPU; weights and state are divided among `shards` GPUs (FSDP; 1: DDP or one GPU)."""
         state = self.frozen + self.trained + self.gradients + self.moments + self.average
         return state // shards + self.activations * self.samples
 
@@ -51,7 +54,7 @@ class TrainingMemory:
 def estimate_memory(
     config: CogVLAConfig, embodiment: Embodiment, training: TrainingConfig, gpus: int = 1
 ) -> tuple[TrainingMemory, str]:
-    """Compute the memory of a bfloat16 run on several GPUs, and a line that says what is trained."""
+    """Estimate the memory of a bfloat16 run on `gpus` GPUs; also return a line about the trained parameters."""
     with torch.device("meta"):
         model = CogVLA(config, embodiment)
     adapters.prepare(model, training.finetune)
@@ -71,7 +74,7 @@ def estimate_memory(
 
 
 def _kept(model: CogVLA, embodiment: Embodiment) -> int:
-    """Bytes that autograd keeps of one sample, weights not counted."""
+    """Return the bytes that autograd stores for one sample, without weights."""
     own = {_storage(p) for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -97,7 +100,7 @@ def _kept(model: CogVLA, embodiment: Embodiment) -> int:
 
 
 class _Rotations(nn.Module):
-    """Cosines and sines by shape: transformers' own do not run on the meta device."""
+    """Rotary embedding that returns shapes only, because that of transformers does not run on the meta device."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ def _given(value: Any) -> Any:
 
 
 def report(memory: TrainingMemory, gpus: int, said: str) -> str:
-    """Format a table in GB for one GPU of several, without and with sharding."""
+    """Format a table of the memory per GPU in GB, without sharding (DDP) and with it (FSDP)."""
     lines = [said, f"{'GB per GPU':>24} {'DDP':>8} {f'FSDP x{gpus}':>9}"]
     for name in ("frozen", "trained", "gradients", "moments", "average"):
         value = getattr(memory, name)

@@ -1,15 +1,15 @@
-"""The least time that a GPU can take: it cannot compute faster than its peak, nor read faster than its memory.
+"""The lower bound of a GPU's time: computing at its peak rate, or reading and writing at its memory bandwidth.
 
-Peaks are those of dense bfloat16 products accumulated in float32. Data sheets often give twice as much, for matrices of
-which half is zero; sources, and what was halved:
+Peaks are for dense bfloat16 products with accumulation in float32. Data sheets often give twice as much, for matrices
+that are half zero. Sources, and corrections:
 
 - H200 SXM: NVIDIA H200 data sheet (1,979 TFLOP/s with sparsity, 4.8 TB/s).
-- A800 SXM, 80 GB: those of the A100 SXM 80 GB, NVIDIA A100 data sheet (312 TFLOP/s dense, 2,039 GB/s); the A800 differs
-  in NVLink only.
+- A800 SXM, 80 GB: NVIDIA A100 data sheet for the A100 SXM 80 GB (312 TFLOP/s dense, 2,039 GB/s); the A800 differs in
+  NVLink only.
 - RTX 4090: NVIDIA Ada GPU architecture white paper, appendix A (165.2 TFLOP/s dense with float32 accumulation,
   1,008 GB/s).
-- Jetson Thor (T5000): NVIDIA Jetson Thor data sheet gives 2,070 TFLOP/s for sparse FP4 and 273 GB/s. Halved for dense,
-  and halved twice from FP4 over FP8 to bfloat16, as its tensor cores do.
+- Jetson Thor (T5000): NVIDIA Jetson Thor data sheet (2,070 TFLOP/s for sparse FP4, 273 GB/s); halved for dense
+  matrices, and halved twice from FP4 over FP8 to bfloat16, as in its tensor cores.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ from cogvla.policy.cost.flops import REPEATED, TOTAL, StageCost
 
 @dataclass(frozen=True)
 class GPU:
-    """Peak dense bfloat16 FLOP per second, and bytes per second of its memory."""
+    """Peaks of a GPU.
+
+    Attributes:
+        name: name in tables.
+        flops: dense bfloat16 FLOP/s.
+        bandwidth: memory bandwidth in bytes/s.
+    """
 
     name: str
     flops: float
     bandwidth: float
 
     def floor(self, cost: StageCost) -> float:
-        """Seconds of a stage: computing or reading, whichever takes longer."""
+        """Return the lower bound of a stage's time in seconds: the longer of computing and memory access."""
         return max(cost.flops / self.flops, (cost.weight_bytes + cost.activation_bytes) / self.bandwidth)
 
 
@@ -42,10 +48,10 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """Find the GPU with this name, in any spelling.
+    """Return the GPU with this name; case, spaces, `-` and `_` do not matter.
 
     Raises:
-        ValueError: it is not in the table.
+        ValueError: the GPU is unknown.
     """
     key = "".join(name.lower().split()).replace("-", "_")
     gpus = {alias: gpu for key, gpu in GPUS.items() for alias in (key, key.replace("_", ""))}
@@ -55,13 +61,13 @@ def find_gpu(name: str) -> GPU:
 
 
 def floors(costs: Sequence[StageCost], gpu: GPU) -> list[float]:
-    """Seconds at least of each row. One stage follows another, so a total is the sum of its stages."""
+    """Return the lower bound of each row's time in seconds; a total is the sum of its stages, which run in sequence."""
     stages = [gpu.floor(cost) for cost in costs if cost.stage not in (TOTAL, REPEATED)]
     return [*stages, sum(stages), sum(stages[1:])]
 
 
 def format_table(costs: Sequence[StageCost], gpus: Sequence[GPU] = ()) -> str:
-    """Format the table as text: a line per stage, with the least possible time on each GPU."""
+    """Format the table as text: a line per stage, with the lower bound of its time on each GPU."""
     names = ("parameters M", "GFLOP", "share", "weights MB", "activations MB", "FLOP/byte")
     lines = [f"{'stage':<26}" + header(names, gpus, "ms at least")]
     whole = max(next(cost.flops for cost in costs if cost.stage == TOTAL), 1)
@@ -76,6 +82,6 @@ def format_table(costs: Sequence[StageCost], gpus: Sequence[GPU] = ()) -> str:
 
 
 def header(names: Sequence[str], gpus: Sequence[GPU], unit: str) -> str:
-    """Names of columns, then of GPUs, aligned to the right."""
+    """Format the head of a table: names of columns and GPUs, aligned to the right."""
     columns = "".join(f"{name:>{max(14, len(name) + 2)}}" for name in (*names, *(gpu.name for gpu in gpus)))
     return columns + (f"  ({unit})" if gpus else "")

@@ -1,4 +1,4 @@
-"""Times of a policy, and what the machine could do at best."""
+"""Measure the time of a policy and its stages, and the peak rates of the machine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ from cogvla.policy.interface import Observation
 from cogvla.policy.policy import CogVLAPolicy
 
 STAGE_CALLS = 50
-"""At most."""
+"""Largest number of timed calls of each stage."""
 WIDTHS = {"float32": (4, 4), "bfloat16": (2, 2), "float8": (1, 2), "int8": (1, 4)}
-"""Bytes of a weight and of an activation by precision; all weights count as in 8 bits where most are."""
+"""Bytes of a weight and of an activation by precision; with 8 bits, all weights count as 8-bit weights."""
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Measured peaks of one machine: FLOP/s in a large product, bytes/s in a large copy, both in this precision."""
+    """Measured peak rates of a machine.
+
+    Attributes:
+        name: name of the device.
+        flops: FLOP/s of a large matrix product in one precision.
+        bandwidth: bytes/s read and written by a large copy.
+    """
 
     name: str
     flops: float
@@ -39,12 +45,24 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row. Times in ms from observation to actions in physical units, `stages` those of their parts, medians.
+    """One row of measurements; times in ms from an observation to actions in physical units.
 
     Attributes:
-        flops, moved: of one pass for an instruction seen before; FLOP, and bytes read and written at least.
-        floor: ms that computing or reading takes at least, at the machine's measured peaks.
-        deviation: mean and largest difference of the actions from the model run operation by operation.
+        row: name of the row.
+        batch: samples in one pass.
+        calls: number of timed calls.
+        least: shortest time.
+        p50: median time.
+        p95: 95th percentile of the time.
+        p99: 99th percentile of the time.
+        flops: FLOP of one pass with a reused instruction.
+        moved: least number of bytes that this pass reads and writes.
+        floor: lower bound of the time at the machine's measured peaks.
+        memory_gib: peak memory in GiB: allocated GPU memory, or memory of the process on a CPU.
+        peaks: measured peaks of the machine.
+        engine: engine of the policy.
+        stages: median time of each stage.
+        deviation: mean and largest difference of the actions from the model without engine; None: not measured.
     """
 
     row: str
@@ -81,11 +99,11 @@ class Measured:
 
 @functools.cache
 def machine_peaks(device: str, precision: str) -> Peaks:
-    """Measured: the best of several large products and copies.
+    """Measure the peak rates: the best of several large products and copies.
 
     Args:
-        device: as torch names it.
-        precision: a key of `WIDTHS`.
+        device: torch device.
+        precision: one of `WIDTHS`.
     """
     on_gpu = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -98,7 +116,7 @@ def machine_peaks(device: str, precision: str) -> Peaks:
 
 
 def _product(device: str, precision: str, size: int) -> Callable[[], object]:
-    """Multiply two square matrices; in 8 bits as the engine does, with the scaling of its inputs."""
+    """Return a function that multiplies two square matrices; in 8 bits with the engine's layer."""
     kind = torch.bfloat16 if precision in ("bfloat16", "float8") else torch.float32
     a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
     if precision == "float8":
@@ -119,16 +137,16 @@ def measure(
     peaks: Peaks,
     instruction: str,
 ) -> Measured:
-    """Time `act` and its stages.
+    """Time `policy.act` and its stages.
 
     Args:
-        policy: with or without engine.
-        observation: the batch that it is given every time.
-        calls: timed ones.
-        row: name for the table.
-        cost: of one pass at this batch.
-        peaks: of this machine, in the policy's precision.
-        instruction: that of the observation, to warm up for.
+        policy: policy with or without engine.
+        observation: batch for every call.
+        calls: number of timed calls.
+        row: name of the row.
+        cost: cost of one pass with this batch.
+        peaks: peaks of this machine in the policy's precision.
+        instruction: instruction of the observation, for the warm-up.
     """
     on_gpu = policy.preprocessor.device.type == "cuda"
     if on_gpu:
@@ -138,7 +156,7 @@ def measure(
     samples: list[float] = []
     for _ in range(calls):
         started = time.perf_counter()
-        policy.act(observation)  # ends with the actions on the host, so nothing is left running
+        policy.act(observation)  # returns actions on the host, so nothing runs after it
         samples.append((time.perf_counter() - started) * 1e3)
     of_weight, of_activation = WIDTHS[policy.describe()["dtype"]]
     moved = (cost.weight_bytes * of_weight + cost.activation_bytes * of_activation) / BYTES
@@ -164,7 +182,7 @@ def measure(
 
 @torch.inference_mode()
 def _stages(policy: CogVLAPolicy, observation: Observation, calls: int) -> dict[str, float]:
-    """Median ms of each part alone; with an engine, each part is recorded by itself."""
+    """Measure the median time in ms of each stage alone; with an engine, each stage is recorded separately."""
     inputs = policy.preprocessor.observation(observation)
     device = str(policy.preprocessor.device)
     parts: dict[str, Callable[[], object]] = {"prepare": lambda: policy.preprocessor.observation(observation)}
@@ -189,7 +207,7 @@ def _stages(policy: CogVLAPolicy, observation: Observation, calls: int) -> dict[
 
 
 class _Stage(nn.Module):
-    """One stage of a network by itself; a module, as what is recorded must be to hold 8-bit layers."""
+    """One stage of a network as a module; a recorded function with 8-bit layers must be a module."""
 
     def __init__(self, network: FusedNetwork, stage: Callable[[FusedNetwork, Tensors], Tensor]) -> None:
         super().__init__()
@@ -200,7 +218,7 @@ class _Stage(nn.Module):
 
 
 def profile(policy: CogVLAPolicy, observation: Observation, path: Path) -> None:
-    """Write a trace of three calls, for Perfetto or chrome://tracing."""
+    """Write a trace of three calls to `path`, for Perfetto or chrome://tracing."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if policy.preprocessor.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -220,7 +238,7 @@ def _best(function: Callable[[], object], device: str) -> float:
 
 
 def _times(function: Callable[[], object], device: str, calls: int) -> list[float]:
-    """Seconds of each call, the first two left out."""
+    """Return the seconds of each call after two untimed calls."""
     times: list[float] = []
     for _ in range(calls + 2):
         _wait(device)

@@ -1,11 +1,11 @@
 """The networks that benchmarks compare, with random weights, and the ways to run them.
 
-all off               no stage of CogVLA, the model operation by operation: what OpenVLA-OFT computes
-faithful              CogVLA as published, operation by operation
+all off               no stage of CogVLA, as in OpenVLA-OFT, without the engine
+faithful              CogVLA as published, without the engine
 faithful, engine      the same network in the inference engine
-bypass, drop          CogVLA with our choices, in the engine; `drop` leaves pruned tokens out for good
+bypass, drop          CogVLA with our choices, in the engine; `drop` removes pruned tokens from all later layers
 without stage 1, 2    ablations, in the engine
-drop, float8          large layers in 8 bits, on GPUs
+drop, float8          `drop` with large layers in 8 bits, on GPUs
 drop, int8            the same on CPUs
 """
 
@@ -34,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class NotMeasuredError(ValueError):
-    """Raised for a variant in 8 bits that this machine, precision or model does not have."""
+    """Raised for a variant in 8 bits that the machine, the precision or the model does not support."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Variant:
     """One network and one way to run it.
 
     Attributes:
-        routing: name of a file in configs/routing; None: as the checkpoint has it.
-        engine: run it in the inference engine; False: operation by operation.
-        changes: to that routing.
-        eight_bits: precision of large layers, `float8` or `int8`; None: that of the others.
+        routing: name of a file in configs/routing; None: routing of the checkpoint.
+        engine: run the network in the inference engine.
+        changes: changed keys of that routing.
+        eight_bits: precision of large layers, `float8` or `int8`; None: that of the other layers.
     """
 
     routing: str | None
@@ -54,7 +54,11 @@ class Variant:
     eight_bits: str | None = None
 
     def check(self, device: str, dtype: str) -> None:
-        """Raise NotMeasuredError if the device does not have this variant, or not beside this precision."""
+        """Check that a device and a precision support this variant.
+
+        Raises:
+            NotMeasuredError: they do not.
+        """
         if self.eight_bits == "float8" and dtype != "bfloat16":
             raise NotMeasuredError("float8 layers need the other layers in bfloat16 (--dtype bfloat16)")
         if self.eight_bits == "int8" and (device.startswith("cuda") or dtype != "float32"):
@@ -82,11 +86,11 @@ AS_TRAINED = {
 """Variants of a checkpoint."""
 
 Deviation = Callable[[CogVLAPolicy], tuple[float, float]]
-"""Mean and largest difference of a policy's actions from those of the same model run operation by operation."""
+"""Function that returns the mean and the largest difference of a policy's actions from the model without engine."""
 
 
 def random_policy(config: CogVLAConfig, embodiment: Embodiment, device: str, dtype: str) -> CogVLAPolicy:
-    """Build a policy with random weights on the device, run operation by operation; a trained one takes as long."""
+    """Build a policy with random weights, without engine; it takes as long as a trained one."""
     model = empty_model(config, embodiment)
     _fill(model, torch.device(device), DTYPES[dtype])
     return CogVLAPolicy(model, _preprocessor(embodiment))
@@ -95,16 +99,19 @@ def random_policy(config: CogVLAConfig, embodiment: Embodiment, device: str, dty
 def run_as(
     variant: Variant, plain: CogVLAPolicy, engine: str = "auto", smallest: int = 256
 ) -> tuple[CogVLAPolicy, Deviation | None]:
-    """Return the policy as a variant runs it, and what measures its deviation from `plain` (None: it is `plain`).
+    """Prepare the policy of a variant.
 
     Args:
-        variant: one that `check` accepts.
-        plain: the policy operation by operation; its weights may be taken over.
+        variant: variant that passed `check`.
+        plain: policy without engine; its weights may be moved into the result.
         engine: `EngineConfig.kind`.
-        smallest: inputs and outputs that a layer in 8 bits has at least.
+        smallest: least number of inputs and of outputs of an 8-bit layer.
+
+    Returns:
+        The policy, and the function that measures its deviation from `plain` (None without engine).
 
     Raises:
-        NotMeasuredError: the machine or the model does not have it in 8 bits.
+        NotMeasuredError: the machine or the model does not support 8 bits.
         ValueError: the engine cannot run this model.
     """
     if not variant.engine:
@@ -131,12 +138,12 @@ def run_as(
 
 
 def observe(embodiment: Embodiment, batch: int, seed: int = 0) -> Observation:
-    """Return a made-up observation of `batch` robots with the benchmark's instruction."""
+    """Return a random observation of `batch` robots with the benchmark's instruction."""
     return replace(embodiment.fake_observation(batch, seed), instruction=[INSTRUCTION] * batch)
 
 
 def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Make random weights of a usual size on the device; no time is spent on initialisation."""
+    """Replace all parameters by random weights of typical size, created directly on the device."""
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,7 +1,7 @@
-"""Training data: any LeRobotDataset v3, mapped to an `Embodiment` by a few keys, and the batches drawn from it.
+"""Training data: a LeRobotDataset v3, mapped to an `Embodiment` by its keys, and batches of it.
 
-Frames are decoded once, into a memory-mapped file (`frame_cache`); the rest fits in memory. A batch is then a handful
-of gathers, without a Python loop over samples and without loader processes.
+Frames are decoded once into a memory-mapped file (`frame_cache`); everything else is in memory. A batch is built by a
+few array operations, without a Python loop over samples and without loader processes.
 
 Shape legend: N frames of the data set, B batch, V views, H, W image, S state, A action, K chunk.
 """
@@ -77,15 +77,16 @@ class DemonstrationData:
     """Demonstrations in memory (frames memory-mapped), or a part of their episodes.
 
     Attributes:
-        pixels_NVCHW: uint8, at the policy's image size.
-        state_NS, action_NA: float32, in physical units.
-        episode_N: long, never decreasing.
-        instruction_N: long, index into `instructions`.
-        instructions: the distinct ones.
-        frame_labels: name -> [N,...].
-        chunk: K, the actions of one sample.
-        provenance: what reports say about the data.
-        rows: long, the frames that belong to this part; None is all of them.
+        pixels_NVCHW: images, uint8, at the policy's image size.
+        state_NS: states, float32, in physical units.
+        action_NA: actions, float32, in physical units.
+        episode_N: index of the episode, int64, never decreasing.
+        instruction_N: index into `instructions`, int64.
+        instructions: distinct instructions.
+        frame_labels: labels by name, [N,...].
+        chunk: K, number of actions of one sample.
+        provenance: description of the data for reports.
+        rows: indices of the frames of this part, int64; None: all frames.
     """
 
     pixels_NVCHW: Tensor = field(repr=False)
@@ -105,21 +106,21 @@ class DemonstrationData:
 
     @classmethod
     def open(cls, config: DataConfig, embodiment: Embodiment, progress: bool = True) -> DemonstrationData:
-        """Read a data set, decoding its frames if that has not been done before.
+        """Read a data set; decode its frames if they are not in the cache.
 
         Raises:
-            ValueError: the data set does not exist, does not fit the embodiment, holds NaN, or is damaged.
-            OSError: no space for the decoded frames.
+            ValueError: the data set does not exist, does not fit the embodiment, contains NaN, or is damaged.
+            OSError: the decoded frames cannot be written.
         """
         missing = [name for name in embodiment.camera_names if name not in config.cameras]
         if missing:
             raise ValueError(
-                f"data.cameras says nothing about {', '.join(missing)}; it must name the data set's key for each of "
+                f"data.cameras has no key for {', '.join(missing)}; it must give the data set's key for each of "
                 f"the embodiment's cameras: {', '.join(embodiment.camera_names)}"
             )
         sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
         if len(sizes) != 1:
-            raise ValueError(f"the policy takes all views at one size; embodiment {embodiment.name!r} has {sizes}")
+            raise ValueError(f"all cameras must have the same image size; embodiment {embodiment.name!r} has {sizes}")
         mapping = ReaderMapping(
             cameras=tuple(config.cameras[name] for name in embodiment.camera_names),
             state=config.state,
@@ -159,16 +160,16 @@ class DemonstrationData:
 
     @property
     def labels(self) -> dict[str, Tensor]:
-        """Labels of this part's frames."""
+        """Labels of this part's frames, by name."""
         return {name: self._part(values) for name, values in self.frame_labels.items()}
 
     @property
     def instruction_ids(self) -> Tensor:
-        """For each of this part's frames, the index into `instructions`."""
+        """Index into `instructions` of each of this part's frames."""
         return self._part(self.instruction_N)
 
     def describe(self) -> dict[str, Any]:
-        """Provenance, for reports and checkpoints."""
+        """Return the provenance for reports and checkpoints."""
         return dict(self.provenance)
 
     def statistics(self) -> dict[str, Statistics]:
@@ -179,7 +180,11 @@ class DemonstrationData:
         }
 
     def split(self, validation_fraction: float, seed: int) -> tuple[DemonstrationData, DemonstrationData]:
-        """Training and held-out parts by whole episodes; with a positive fraction at least one is held out.
+        """Split by whole episodes into a training part and a held-out part.
+
+        Args:
+            validation_fraction: share of held-out episodes in [0,1); at least one episode unless it is 0.
+            seed: seed of the choice.
 
         Raises:
             ValueError: no episode would be left for training.
@@ -203,10 +208,10 @@ class DemonstrationData:
 
 
 class TrainingBatches:
-    """Batches in an order that is a pure function of (seed, step), so that training resumes exactly at any step.
+    """Batches in an order that depends on (seed, step) only, so that training resumes exactly at any step.
 
-    An epoch is a permutation of the data's frames; a batch at its end goes on with the next epoch's first frames.
-    Iterating counts `step` up; `rows(step)` and `gather(rows)` do the two parts without it.
+    An epoch is a permutation of the data's frames; its last batch is filled with the first frames of the next epoch.
+    Iteration increments `step`; `rows(step)` and `gather(rows)` do not change it.
     """
 
     def __init__(self, data: DemonstrationData, batch_size: int, seed: int) -> None:
@@ -235,10 +240,11 @@ class TrainingBatches:
         """Return the samples that start at these frames.
 
         Returns:
-            `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the last is repeated),
-            `action_is_pad` bool [B,K] (True after the end), `instruction_id` long [B], `labels` name -> [B,...].
+            `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the episode's last action is
+            repeated), `action_is_pad` bool [B,K] (True after the end of the episode), `instruction_id` int64 [B], and
+            `labels`, name -> [B,...].
         """
-        # numpy's take copies a sample as one piece; torch's index_select takes five times as long here
+        # numpy's take copies a sample in one piece; torch's index_select takes five times as long here
         pixels_BVCHW = np.take(self.data.pixels_NVCHW.numpy(), rows_B.numpy(), axis=0)
         return {"pixels": torch.from_numpy(pixels_BVCHW), **self.columns(rows_B)}
 
@@ -268,14 +274,14 @@ class TrainingBatches:
         return {"step": self.step, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue from a result of `state_dict`.
 
         Raises:
-            ValueError: it was taken with other data, another batch size or another seed.
+            ValueError: it is from other data, another batch size or another seed.
         """
         changed = [f"{k} was {state[k]}, is {v}" for k, v in self._identity().items() if state[k] != v]
         if changed:
-            raise ValueError(f"cannot resume the order of the data: {'; '.join(changed)}")
+            raise ValueError(f"cannot resume with another order of the data: {'; '.join(changed)}")
         self.step = state["step"]
 
     def _identity(self) -> dict[str, int]:
@@ -291,7 +297,11 @@ class TrainingBatches:
 
 
 def convert_gripper(action_NA: Tensor, convention: GripperConvention, embodiment: Embodiment) -> Tensor:
-    """Map the data set's open and close values to the embodiment's, linearly in between."""
+    """Map the data set's gripper values to the embodiment's linearly, open to open and close to close.
+
+    Raises:
+        ValueError: the gripper's index is outside of the action.
+    """
     if not 0 <= convention.index < action_NA.shape[1]:
         raise ValueError(f"data.gripper.index {convention.index} is outside the {action_NA.shape[1]} action dimensions")
     closed_N = (action_NA[:, convention.index] - convention.open) / (convention.close - convention.open)

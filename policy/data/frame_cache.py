@@ -1,11 +1,11 @@
-"""Decoded frames in one memory-mapped file, so that decoding costs once and not in every epoch.
+"""Cache of decoded frames in one memory-mapped file, so that frames are decoded once and not in every epoch.
 
-    CACHE/NAME-FINGERPRINT/frames.u8      uint8 [N,V,3,H,W]: a sample is one piece, in the order that the policy takes
+    CACHE/NAME-FINGERPRINT/frames.u8      uint8 [N,V,3,H,W]
     CACHE/NAME-FINGERPRINT/columns.npz    everything that is not an image
     CACHE/NAME-FINGERPRINT/contents.json  shapes and instructions
 
-The folder is put in place by one rename; a lock makes several processes (DDP) wait for one that decodes. Threads
-decode: PNG and video decoders release the interpreter's lock.
+The folder is written under another name and renamed when it is complete. A lock makes other processes (DDP) wait for
+the one that decodes. Frames are decoded by threads, because PNG and video decoders release the interpreter's lock.
 
 Shape legend: N frames, V views, H, W image; f frames decoded at once.
 """
@@ -35,7 +35,14 @@ MAX_THREADS = 16
 
 @dataclass(frozen=True)
 class FrameCache:
-    """An opened cache. `columns` has one entry per frame; see `LeRobotReader.columns`."""
+    """An open cache.
+
+    Attributes:
+        frames_NVCHW: memory-mapped frames, uint8.
+        columns: arrays with one entry per frame, see `LeRobotReader.columns`.
+        instructions: distinct instructions.
+        fingerprint: fingerprint of the data set, the mapping and the image size.
+    """
 
     frames_NVCHW: np.ndarray
     columns: dict[str, np.ndarray]
@@ -46,14 +53,18 @@ class FrameCache:
 def open_cache(
     root: Path, mapping: Mapping, image_size: tuple[int, int], folder: Path, progress: bool = True
 ) -> FrameCache:
-    """Open the data set's cache in `folder`; make it if it does not exist.
+    """Open the cache of a data set; build it if it does not exist.
 
     Args:
-        root: of the data set.
-        mapping: which of its keys.
-        image_size: H and W that frames are resized to, as the policy's preprocessor resizes images.
-        folder: of all caches.
-        progress: show a bar while decoding.
+        root: folder of the data set.
+        mapping: keys to read.
+        image_size: H and W; frames are resized to it as the policy's preprocessor resizes images.
+        folder: folder of all caches.
+        progress: show a progress bar while decoding.
+
+    Raises:
+        ValueError: the data set does not fit the mapping, or is damaged.
+        OSError: the decoded frames cannot be written.
     """
     reader = LeRobotReader(root, mapping)
     fingerprint = reader.fingerprint(f"{FORMAT} {image_size}")
@@ -67,7 +78,7 @@ def open_cache(
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"cannot keep decoded frames in {folder}: {error.strerror or error}. "
+                f"cannot write decoded frames to {folder}: {error.strerror or error}. "
                 "Free space, or set data.cache to another folder",
             ) from error
     contents = json.loads((path / "contents.json").read_text())
@@ -94,7 +105,7 @@ def _build(reader: LeRobotReader, image_size: tuple[int, int], path: Path, progr
     temporary.mkdir()
     try:
         with (temporary / "frames.u8").open("wb") as file:
-            # Reserved now: writing to a memory map when the disk is full would end the process without a message.
+            # Reserve the space now: writing to a memory map on a full disk would kill the process without a message.
             os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
         frames_NVCHW = np.memmap(temporary / "frames.u8", np.uint8, "r+", shape=shape)
         _decode(reader, parts, frames_NVCHW, progress)
@@ -123,7 +134,7 @@ def _decode(reader: LeRobotReader, parts: list[FrameGroup], frames_NVCHW: np.nda
     ):
         futures = [pool.submit(work, part) for part in parts]
         try:
-            for future in futures:  # in order, so that of several damaged files the first is reported
+            for future in futures:  # in order, so that the first of several damaged files is reported
                 bar.update(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -1,8 +1,7 @@
 """Read a LeRobotDataset v3: its columns as arrays, and its frames one part at a time.
 
-The files are read directly (parquet by pyarrow): opening a folder needs neither lerobot, which takes seconds to import,
-nor the copy that `datasets` makes of all images. lerobot itself is used for what it alone knows: downloading, and
-finding frames in videos (with pyav, which needs no FFmpeg of the system).
+The files are read directly (parquet with pyarrow): lerobot takes seconds to import, and `datasets` copies all images.
+lerobot is used to download data sets and to find frames in videos (with pyav, which does not need a system FFmpeg).
 
 Shape legend: N frames of the data set, F frames of a part.
 """
@@ -30,14 +29,16 @@ VIDEO_CHUNK = 64
 
 @dataclass(frozen=True)
 class Mapping:
-    """The keys that are read, and the sizes that the embodiment expects.
+    """The keys to read, and the sizes that the embodiment expects.
 
     Attributes:
-        cameras: keys, in the order of the embodiment's cameras.
-        state, action: keys.
-        labels: (name, key) pairs.
+        cameras: keys of the images, in the order of the embodiment's cameras.
+        state: key of the state.
+        action: key of the action.
+        labels: (name, key) of each label.
         instruction: `task`, or the key of a string feature.
-        state_dim, action_dim: S and A.
+        state_dim: S.
+        action_dim: A.
     """
 
     cameras: tuple[str, ...]
@@ -51,14 +52,14 @@ class Mapping:
 
 @dataclass(frozen=True)
 class FrameGroup:
-    """Frames that are decoded together: a row group of images, or an episode's piece of one video.
+    """Frames that are decoded together: a row group of images, or one episode of a video.
 
     Attributes:
         view: index of the camera.
-        rows: their places in the data set, [F].
-        source: the file.
-        row_group: of the parquet file; None for a video.
-        timestamps: of the frames in the video, in seconds; None for images.
+        rows: indices of the frames in the data set, [F].
+        source: file to decode.
+        row_group: index in the parquet file; None for a video.
+        timestamps: times of the frames in the video, in seconds; None for images.
         episode: index of the (first) episode, for messages.
     """
 
@@ -74,7 +75,7 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> P
     """Return the data set's folder; download it if `repo_id` is given and the folder is empty.
 
     Raises:
-        ValueError: there is none, and nowhere to get it from.
+        ValueError: there is no data set in the folder, or it cannot be downloaded.
     """
     if repo_id is not None:
         return _from_hub(root, repo_id, revision)
@@ -105,10 +106,14 @@ def _from_hub(root: str | None, repo_id: str, revision: str | None) -> Path:
 
 
 class LeRobotReader:
-    """Reads one data set by a mapping of its keys.
+    """Reads one data set.
+
+    Args:
+        root: folder of the data set.
+        mapping: keys to read.
 
     Raises:
-        ValueError: at construction, if keys or sizes do not fit; later, if files are missing or damaged.
+        ValueError: keys or sizes do not fit the data set; methods also raise it for missing or damaged files.
     """
 
     def __init__(self, root: Path, mapping: Mapping) -> None:
@@ -138,7 +143,7 @@ class LeRobotReader:
 
     @cached_property
     def index(self) -> dict[str, np.ndarray]:
-        """`episode`, `frame`, `timestamp` and `row` of the frames, in the order of the files: `row` is the place."""
+        """`episode`, `frame`, `timestamp` and `row` (index in the data set) of all frames, in order of the files."""
         keys = {"episode": "episode_index", "frame": "frame_index", "timestamp": "timestamp", "row": "index"}
         columns = self._read(list(keys.values()))
         index = {name: columns[key] for name, key in keys.items()}
@@ -148,13 +153,18 @@ class LeRobotReader:
         index["row"] = np.argsort(np.argsort(index["row"], kind="stable"), kind="stable")
         if len(index["row"]) != total:
             raise ValueError(
-                f"{self.root} should have {total} frames, its files hold {len(index['row'])}: "
+                f"{self.root} should have {total} frames, its files have {len(index['row'])}: "
                 "some are missing; record or download it again"
             )
         return index
 
     def columns(self) -> tuple[dict[str, np.ndarray], list[str]]:
-        """State, action, episode, instruction and labels as arrays [N,...], and the distinct instructions."""
+        """Read state, action, episode, instruction and labels as arrays [N,...], and the distinct instructions.
+
+        Returns:
+            Arrays by name: `state` and `action` float32, `episode` int64, `instruction` int64 (index of the distinct
+            instruction), `label/NAME`; and the distinct instructions.
+        """
         mapping = self.mapping
         text_key = "task_index" if mapping.instruction == "task" else mapping.instruction
         keys = {"state": mapping.state, "action": mapping.action, "instruction": text_key}
@@ -174,14 +184,19 @@ class LeRobotReader:
         return columns, instructions
 
     def parts(self) -> Iterator[FrameGroup]:
-        """All frames of all cameras, in parts."""
+        """Yield the frames of all cameras, in parts."""
         for view, key in enumerate(self.mapping.cameras):
             yield from self._video_parts(view, key) if self._kind(key) == "video" else self._image_parts(view)
 
     def decode(self, part: FrameGroup, only: Collection[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of places [f] in the data set and frames uint8 [f,3,H,W] as they were recorded.
+        """Decode the frames of a part.
 
-        `only` some places of the data set, where not all are wanted.
+        Args:
+            part: part from `parts`.
+            only: indices of the wanted frames in the data set; None: all frames of the part.
+
+        Yields:
+            Indices [f] in the data set, and frames uint8 [f,3,H,W] at their recorded size.
 
         Raises:
             ValueError: a frame cannot be decoded.
@@ -217,7 +232,7 @@ class LeRobotReader:
             chosen = slice(start, start + VIDEO_CHUNK)
             try:
                 frames = decode_video_frames(part.source, list(part.timestamps[chosen]), tolerance, backend="pyav")
-            except Exception as error:  # pyav, torchvision and lerobot each have their own
+            except Exception as error:  # pyav, torchvision and lerobot raise their own errors
                 raise ValueError(
                     f"{part.source}: cannot decode episode {part.episode} ({type(error).__name__}: {error}); "
                     "record or download it again"
@@ -277,7 +292,7 @@ class LeRobotReader:
             values = values.storage if isinstance(values, pa.ExtensionArray) else values.flatten()
         array = values.to_numpy(zero_copy_only=False)
         if array.size != len(column) * int(np.prod(shape)):
-            raise ValueError(f"{self.root}: {key!r} should have shape {shape} in every frame and has not")
+            raise ValueError(f"{self.root}: {key!r} does not have shape {shape} in every frame")
         return array.reshape(len(column), *shape) if shape != (1,) else array
 
     def _check_keys(self) -> None:
@@ -306,8 +321,8 @@ class LeRobotReader:
         if len(bad):
             episode, frame = self.index["episode"][order][bad[0]], self.index["frame"][order][bad[0]]
             raise ValueError(
-                f"{name} holds NaN or infinite values in {len(bad)} frames of {self.root}, first in episode {episode}, "
-                f"frame {frame}; leave such episodes out, or record them again"
+                f"{name} has NaN or infinite values in {len(bad)} frames of {self.root}, first in episode {episode}, "
+                f"frame {frame}; remove such episodes, or record them again"
             )
 
 
@@ -317,7 +332,11 @@ def _parquet(
     row_group: int | None = None,
     footer: pq.FileMetaData | None = None,
 ) -> pa.Table:
-    """Read columns of a parquet file, or of one row group."""
+    """Read columns of a parquet file, or of one of its row groups.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
     try:
         file = pq.ParquetFile(path, metadata=footer)
         return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)

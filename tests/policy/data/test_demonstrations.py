@@ -262,7 +262,7 @@ def test_videos(tmp_path: Path) -> None:
 def test_a_missing_camera(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no camera 'x'; it has observation.images.main, observation.images.gripper"):
         open_data(root, tmp_path, cameras={**CAMERAS, "hand": "x"})
-    with pytest.raises(ValueError, match="says nothing about hand"):
+    with pytest.raises(ValueError, match="has no key for hand"):
         open_data(root, tmp_path, cameras={"front": CAMERAS["front"]})
 
 
@@ -285,7 +285,7 @@ def test_nan_actions_are_located(tmp_path: Path) -> None:
     def action(episode: int, step: int) -> np.ndarray:
         return np.array([np.nan if (episode, step) in ((1, 2), (1, 3)) else 0, 0], np.float32)
 
-    with pytest.raises(ValueError, match=r"action holds NaN or infinite values in 2 frames .* episode 1, frame 2"):
+    with pytest.raises(ValueError, match=r"action has NaN or infinite values in 2 frames .* episode 1, frame 2"):
         open_data(write(tmp_path / "toy", (3, 4), action=action), tmp_path / "cache")
 
 
@@ -338,7 +338,7 @@ def test_missing_files(copy: Path, tmp_path: Path) -> None:
     info = copy / "meta" / "info.json"
     content = json.loads(info.read_text())
     info.write_text(json.dumps(content | {"total_frames": 99}))
-    with pytest.raises(ValueError, match="should have 99 frames, its files hold 25"):
+    with pytest.raises(ValueError, match="should have 99 frames, its files have 25"):
         open_data(copy, tmp_path / "cache")
     info.write_text(json.dumps(content | {"codebase_version": "v2.1"}))
     with pytest.raises(ValueError, match=r"is a LeRobotDataset v2.1; convert it"):
