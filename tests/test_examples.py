@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cogvla.tests.support.extras import needs
+from cogvla.tests.support.extras import NEEDS_TEST_GROUP, needs
 from cogvla.tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
+NOTEBOOK = EXAMPLES / "train_and_watch.ipynb"
 
 
 def run(folder: Path, *arguments: str) -> str:
@@ -92,3 +93,31 @@ def test_own_robot(tmp_path: Path) -> None:
     assert report["dry_run"]
     counts = report["measurements"]["counts"]
     assert min(counts["chunks"], counts["dry_run"], counts["limited_velocity"]) > 0
+
+
+def test_the_notebook_is_committed_without_outputs() -> None:
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ipykernel", reason=NEEDS_TEST_GROUP)
+    nbclient = pytest.importorskip("nbclient", reason=NEEDS_TEST_GROUP)
+    nbformat = pytest.importorskip("nbformat", reason=NEEDS_TEST_GROUP)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "success 0.0%" in said
+    assert "of 2 episodes, 0 errors" in said
+    assert said.count("layer 1 keeps 8 of 16 tokens") == 2
+    assert said.count("layer 2 keeps 2 of 16 tokens") == 2
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 6, "frames of a demonstration, a sheet of each episode, two of the routing"
+    (folder,) = (tmp_path / "outputs" / "train_and_watch").iterdir()
+    assert (folder / "policy" / "model.safetensors").is_file()
+    assert (folder / "evaluation" / "report.html").is_file()
