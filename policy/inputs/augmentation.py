@@ -1,11 +1,11 @@
-"""Image augmentation in training (random crop, colour jitter), and the centre crop at test time that belongs to it.
+"""Image augmentation in training (random crop, colour jitter), and the matching centre crop at test time.
 
-As in OpenVLA and CogVLA, a random crop of `crop_area` of each view is resized back, then the colours are changed. At
-test time, a crop of the same area is taken from the centre. All images of a batch are processed together, on the device
-of the pixels. The random numbers are drawn before, for the whole step (`policy.training.batches`).
+As in OpenVLA and CogVLA, a random crop of `crop_area` of each view is resized to the view's size, then the colours are
+changed. At test time, a crop of the same area is taken from the centre. All images of a batch are processed together on
+their device. `policy.training.batches` draws the random numbers for a whole step beforehand.
 
-Corner pixels of a crop become corner pixels of the result, as in TensorFlow's `crop_and_resize`, with which the
-published policies were trained and are evaluated.
+Corner pixels of a crop become corner pixels of the result, as in TensorFlow's `crop_and_resize`, which the published
+policies use.
 
 Shape legend: B batch, V views, X = B*V, H, W image.
 """

@@ -1,7 +1,7 @@
-"""Normalisation of states and actions. Its statistics are saved with the weights.
+"""Normalisation of states and actions; its statistics are saved with the weights.
 
-For LIBERO, OpenVLA and CogVLA use `q99`: `2*(x-q01)/(q99-q01) - 1`, clipped to [-1,1]. For ALOHA they use the same
-with minimum and maximum (`min_max`). Dimensions whose mask is False (the gripper) are not changed.
+For LIBERO, OpenVLA and CogVLA use `q99`: `2*(x-q01)/(q99-q01) - 1`, clipped to [-1,1]. For ALOHA they use `min_max`,
+the same formula with minimum and maximum. Dimensions whose mask is False (the gripper) are not changed.
 
 Shape legend: D state or action dimension; inputs are [...,D].
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cogvla.policy.interface import NORMALISATIONS, Embodiment
 
 CONSTANT = 1e-6
-"""A dimension whose range is smaller carries no information and is normalised to 0."""
+"""Dimensions with a smaller range carry no information and are normalised to 0."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ class Normaliser(nn.Module):
     Args:
         kind: one of `NORMALISATIONS`.
         statistics: statistics of the data set.
-        mask: one flag per dimension, False: do not normalise; None: normalise all.
+        mask: False for dimensions that are not normalised; None: normalise all.
+
+    Raises:
+        ValueError: the kind is unknown, or the mask has another size than the statistics.
     """
 
     shift_D: Tensor

@@ -1,4 +1,4 @@
-"""Preprocessing of observations, the same for training and inference, so that the policy sees the same numbers.
+"""Preprocessing of observations, for training and inference alike.
 
 Shape legend: B batch, V views, H, W image, S state, K chunk, A action, T text.
 """
@@ -31,9 +31,9 @@ class Preprocessor(nn.Module):
         tokenizer: tokenizer of the instructions.
         statistics: `{"state": Statistics, "action": Statistics}` of the training data.
         crop_area: area of the centre crop as a share of each view, for a policy that was trained with random crops of
-            that area; 1: no crop. Saved with the weights, so that it cannot differ at inference.
-        resize_kernel: kernel that resizes views to the policy's image size, see `policy.inputs.resize`; saved with the
-            weights, too.
+            that area; 1: no crop. Saved with the weights.
+        resize_kernel: kernel that resizes views to the policy's image size, see `policy.inputs.resize`. Saved with the
+            weights.
 
     Raises:
         ValueError: the cameras have different sizes, or a value does not fit.

@@ -1,4 +1,4 @@
-"""Resize images to the policy's size, on the device where they are.
+"""Resize images to the policy's size, on their device.
 
 There are two kernels. Both become wider when an image shrinks, so that pixels are averaged (antialiasing):
 

@@ -1,7 +1,7 @@
-"""Tokenizers: instructions to token ids.
+"""Tokenizers, which convert instructions to token ids.
 
 There are two: a word tokenizer for policies that are trained from scratch, whose vocabulary is the words of the
-training data; and a wrapper of a pretrained language model's tokenizer, with the paper's prompt.
+training data; and a wrapper for the tokenizer of a pretrained language model, with the paper's prompt.
 
 Shape legend: B batch, T text length.
 """
@@ -19,14 +19,11 @@ from torch import Tensor
 PAD, UNKNOWN = "<pad>", "<unk>"
 PAPER_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 EMPTY_TOKEN = 29871
-"""Llama's empty token. OpenVLA, and the policies that build on it, put it after the prompt."""
+"""Llama's empty token, which OpenVLA and policies based on it append to the prompt."""
 
 
 class WordTokenizer:
-    """Split instructions into lower-case words: enough for a fixed set of instructions, and readable in a checkpoint.
-
-    Words that are not in the vocabulary become `<unk>`.
-    """
+    """Splits instructions into lower-case words; words that are not in the vocabulary become `<unk>`."""
 
     def __init__(self, words: Sequence[str]) -> None:
         if list(words[:2]) != [PAD, UNKNOWN] or len(set(words)) != len(words):
@@ -71,13 +68,13 @@ class WordTokenizer:
 class PretrainedTokenizer:
     """The tokenizer of a pretrained language model, with the prompt of OpenVLA and CogVLA.
 
-    BOS is left out, since the token layout adds it.
+    It does not add BOS, because the token layout adds it.
 
     Args:
         source: hub repository or folder of the tokenizer.
         prompt: text with `{instruction}`.
-        empty_token: id to append to the prompt unless it is there already, as OpenVLA does (29871 for Llama-2); None:
-            nothing.
+        empty_token: id that is appended to the prompt unless it is its last token, as in OpenVLA (29871 for Llama-2);
+            None: nothing.
     """
 
     def __init__(self, source: str, prompt: str = PAPER_PROMPT, empty_token: int | None = None) -> None:

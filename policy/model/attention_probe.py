@@ -1,4 +1,4 @@
-"""Attention of a vision tower for routers that need it; the tower itself keeps its fused kernels.
+"""Compute the attention of a vision tower for routers that need it, in addition to the tower's fused kernels.
 
 Shape legend: X rows (samples times views), N patches, S tokens with the prefix, h heads, C head width, F tower width.
 """

@@ -1,4 +1,4 @@
-"""The CogVLA network: instruction-driven routing and sparsification, from pixels to a chunk of actions in one pass.
+"""The CogVLA network, with instruction-driven routing and sparsification: pixels to a chunk of actions in one pass.
 
 Shape legend: B batch, V views, M aggregation tokens per view, N = V*M, T text tokens, S state dimension, K chunk,
 A action dimension, J action tokens, D language width.
@@ -79,7 +79,7 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """All values that depend only on the instruction; can be reused while it does not change."""
+    """All values that depend on the instruction only; they can be reused while it does not change."""
 
     bos_B1D: Tensor
     tail_BRD: Tensor  # words, action placeholders and stop
@@ -173,8 +173,8 @@ class CogVLA(nn.Module):
         """Compute embeddings, FiLM parameters, stream weights, mask and positions for the instructions.
 
         Args:
-            text_ids_BT: see `ModelInput`.
-            text_mask_BT: see `ModelInput`.
+            text_ids_BT: token ids, see `ModelInput`.
+            text_mask_BT: False on padding.
             budget: budget of the token router; None: the configured one.
         """
         embedded_BTD = self.decoder.embed(text_ids_BT)
@@ -250,7 +250,16 @@ class CogVLA(nn.Module):
         decode: bool = True,
         routed: Routed | None = None,
     ) -> ModelOutput:
-        """Run stages 2 and 3 and the head: mixed vision tokens, normalised states and instructions to actions."""
+        """Run stages 2 and 3 and the head.
+
+        Args:
+            vision_BND: vision tokens at the input of the language model.
+            state_BS: normalised states.
+            text: result of `encode_text`.
+            debug: see `forward`.
+            decode: see `forward`.
+            routed: result of the token routers; None without token routers.
+        """
         batch, dtype = len(state_BS), vision_BND.dtype
         state_B1D = self.state(state_BS.to(dtype))[:, None]
         sequence = (text.bos_B1D.to(dtype), vision_BND, state_B1D, text.tail_BRD.to(dtype))

@@ -1,9 +1,8 @@
-"""A decoder of ours that drives the layers of an unmodified transformers Llama (LFP and CAtten, stages 2 and 3).
+"""Decoder that runs the layers of an unmodified transformers Llama or Qwen2 with LFP and CAtten (stages 2 and 3).
 
-What is unusual:
-- vision tokens are routed per layer; the mask is built once per keep-count and handed to SDPA, nothing is patched
-- no KV cache and no output vocabulary: a chunk of actions is read from one forward pass
-- the last layer computes queries and MLP only for the rows that are read, those of the actions
+- Vision tokens are routed in each layer; masks are built once for each number of kept tokens.
+- There is no KV cache and no output vocabulary: a chunk of actions is read from one forward pass.
+- The last layer computes queries and MLP only for the rows that are read, those of the action tokens.
 
 Shape legend: B batch, S sequence, T text, J action tokens, Q query rows, N vision tokens, n of them kept,
 D width, h heads, g key/value heads, e head width, U = 2e.
@@ -69,7 +68,7 @@ class DecoderTrace:
 
 
 class LayerRouting(Protocol):
-    """Another router than LFP's between or in the layers, see `policy.model.layer_router`."""
+    """Interface of routers in or between the layers, besides LFP; see `policy.model.layer_router`."""
 
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
@@ -122,14 +121,14 @@ class RoutedDecoder(nn.Module):
         position_BN: Tensor | None = None,
         routing: LayerRouting | None = None,
     ) -> Tensor:
-        """Run all layers; with a `trace`, every row of every layer is computed and remembered.
+        """Run all layers.
 
         Args:
             x_BSD: embeddings in the order of the context's layout.
-            context: of these instructions.
-            trace: filled in place.
-            position_BN: of the vision tokens, where they are not simply numbered; may be fractions.
-            routing: of the layers, besides LFP.
+            context: context of these instructions.
+            trace: trace to fill in place; all rows of all layers are computed then.
+            position_BN: positions of the vision tokens, may be fractions; None: 1, 2, ...
+            routing: routers of the layers, besides LFP.
         """
         now = context.whole if position_BN is None else context.placed(position_BN)
         current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
@@ -142,7 +141,7 @@ class RoutedDecoder(nn.Module):
                 h_BSD = normed(layer.input_layernorm, x_BSD)
                 read_BN = attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
                 trace.present[index], trace.attention[index] = current_BN, read_BN
-            # A traced pass wants every row of every layer.
+            # A traced pass computes every row of every layer.
             x_BSD, now, kept_Bn = call(
                 self.recompute, self._routed, index, x_BSD, now, context, trace is not None, routing
             )
@@ -196,23 +195,23 @@ class RoutedDecoder(nn.Module):
         layout = context.layout
         if not self.shifted:
             return read_BQD[:, : layout.action]
-        # Row 0 is the state token, then come the words: the last real one is before the first action, padding or not.
+        # Row 0 is the state token; the words follow. The first action is read from the last word that is not padding.
         before_B1D = read_BQD.gather(1, context.last_word_B11.expand(-1, -1, read_BQD.shape[-1]))
         first = layout.actions.start - layout.state.start
         return torch.cat((before_B1D, read_BQD[:, first : first + layout.action - 1]), dim=1)
 
 
 class DecoderContext:
-    """Mask and rotations of a sequence, from which those of every keep-count are taken.
+    """Mask and rotations of a sequence, also for any smaller number of vision tokens.
 
-    They depend on the instructions alone, so that a control loop makes them once per instruction.
+    They depend on the instructions only, so that a control loop builds them once per instruction.
 
     Args:
-        decoder: whose sequences they are.
-        layout: of the whole sequence.
+        decoder: decoder of the sequence.
+        layout: layout of the whole sequence.
         text_mask_BT: False on padding.
-        gap: positions left free after the vision tokens, for those that were routed away before; negative where vision
-            tokens take less than a position each. Their own positions then come with every forward pass.
+        gap: number of unused positions after the vision tokens, for tokens that were routed away; negative if vision
+            tokens have less than one position each. If it is not 0, pass their positions to the decoder's `forward`.
     """
 
     def __init__(self, decoder: RoutedDecoder, layout: TokenLayout, text_mask_BT: Tensor, gap: int = 0) -> None:
@@ -227,7 +226,7 @@ class DecoderContext:
             self.position_BS[:, layout.rest] += gap
         word_T = torch.arange(1, layout.text + 1, device=like.device)
         self.last_word_B11 = (text_mask_BT * word_T).amax(1)[:, None, None]
-        # Rotations of positions 0..S-1, looked up by every layer: no position is larger.
+        # Rotations of all positions of the sequence, for all layers.
         positions_1S = torch.arange(layout.length + max(gap, 0), device=like.device)[None]
         self._rotary = lambda position_BN: joined_turn(*decoder.llm.rotary_emb(like, position_BN))
         self.turn_SU = self._rotary(positions_1S)[0]
@@ -243,7 +242,8 @@ class DecoderContext:
 
     def pruned(self, chosen: Selection, before: Frame, renumber: bool = False) -> Frame:
         """Return the frame of the tokens chosen from `before`."""
-        # Vision tokens are alike to the mask and follow bos, so leaving any of them out is leaving out the first rows.
+        # All vision tokens have equal mask rows and follow bos, so the mask without some of them is the mask without
+        # the first rows.
         fewer = self.layout.vision - chosen.layout.vision
         if fewer not in self._masks:
             self._masks[fewer] = self.mask_B1SS[:, :, fewer:, fewer:].contiguous()

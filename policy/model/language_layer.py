@@ -1,4 +1,4 @@
-"""One layer of an unmodified transformers Llama or Qwen2, with our mask, our positions and only the rows that are read.
+"""Run one layer of an unmodified transformers Llama or Qwen2 with a given mask, positions, and rows to compute.
 
 Shape legend: B batch, S sequence, Q query rows, N vision tokens, D width, h heads, g key/value heads, e head width,
 F = e/2, U = 2e.
@@ -20,9 +20,13 @@ from cogvla.routing.layout import TokenLayout
 
 @dataclass(frozen=True)
 class Frame:
-    """Mask and positions of one set of tokens; `turn` is cosine and sine, which carries the rotation's sign.
+    """Mask and positions of a set of tokens.
 
-    `seen` is False for vision tokens that a router hides; None: all are seen.
+    Attributes:
+        layout: layout of the tokens.
+        mask_B1SS: additive attention mask.
+        turn_BSU: cosine and sine of the rotary embedding, see `joined_turn`.
+        seen_BN: False for vision tokens that a router hides; None: all are visible.
     """
 
     layout: TokenLayout
@@ -48,7 +52,17 @@ def run_layer(
     scale_values: bool = False,
     rows: slice | None = None,
 ) -> Tensor:
-    """Run one transformer layer on residual `x` and its normalised form `h`; only the output `rows` are computed."""
+    """Run one transformer layer.
+
+    Args:
+        layer: transformers layer.
+        x_BSD: input (residual stream).
+        h_BSD: input after the layer's first norm.
+        frame: mask and positions.
+        factor_BS1: the router's factors for the MLP output; None: 1.
+        scale_values: multiply the attention's values by the factors, too.
+        rows: output rows to compute; None: all.
+    """
     rows = rows or slice(None)
     attention = layer.self_attn
     head_width, split = frame.turn_BSU.shape[-1] // 2, "b s (h e) -> b h s e"

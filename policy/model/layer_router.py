@@ -1,6 +1,6 @@
-"""Routers between the layers of the language model: `policy.model.language.LayerRouting` from `routing/routers`.
+"""Token routers in the layers of the language model: implements `policy.model.language.LayerRouting`.
 
-The vision tokens of all views are one sequence here, and compete for all places.
+The vision tokens of all views form one sequence here and compete with each other.
 
 Shape legend: B batch, S sequence, N vision tokens now, n of them kept, D width, C width of attention keys.
 """
@@ -26,20 +26,23 @@ FROM_LANGUAGE = frozenset(
         "share_B2", "neurons_BNI", "text_neurons_BTI",
     }
 )  # fmt: skip
-"""Items of `RouterContext` that a language layer can give."""
+"""Items of `RouterContext` that a language layer can provide."""
 
 
 class LayerPass:
-    """One forward pass through the routed layers; keeps the scores of the tokens that are left.
+    """Routes the vision tokens of one forward pass.
 
     Args:
-        routers: by layer, with the tokens that each leaves.
-        bypass: tokens not kept skip the layer; otherwise they are gone.
-        compact: number tokens anew when some are gone.
+        routers: layer -> router and the number of tokens that it keeps.
+        bypass: True: tokens that are not kept skip the layer; False: they are removed.
+        compact: renumber the positions after tokens are removed.
         draw_B: seeds.
-        score_BN: of the router before the language model, if it gave any.
+        score_BN: scores from the router before the language model; None: no scores.
         training: see `RouterContext`.
-        timer: is put around all that is computed here.
+        timer: context manager that times the work of the routers.
+
+    Attributes:
+        losses: auxiliary losses of the routers, by name and layer.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class LayerPass:
         self.routers, self.bypass, self.compact = routers, bypass, compact
         self.draw_B, self.score_BN, self.training = draw_B, score_BN, training
         self.losses: dict[str, Tensor] = {}
-        self.earlier_BN: Tensor | None = None  # attention at the layer before
+        self.earlier_BN: Tensor | None = None  # attention in the previous layer
 
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
@@ -111,7 +114,16 @@ class LayerPass:
 def language_items(
     needs: Collection[str], layer: Any, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: DecoderContext
 ) -> dict[str, Any]:
-    """Compute the context items that the next layer gives; attention only if it is needed."""
+    """Compute the context items in `needs` from a language layer.
+
+    Args:
+        needs: names of `FROM_LANGUAGE`; others are ignored.
+        layer: transformers layer.
+        x_BSD: input of the layer.
+        h_BSD: input after the layer's first norm.
+        now: mask and positions of the input.
+        context: context of the instructions.
+    """
     layout, items = now.layout, {}
     visual, rest = layout.visual, layout.rest
     if "text_BTE" in needs:
@@ -145,6 +157,6 @@ def _read(layer: Any, h_BSD: Tensor, now: Frame) -> Tensor:
 
 
 def _active(layer: Any, x_BND: Tensor) -> Tensor:
-    """Return the MLP neurons that these tokens activate, bool, without the attention before the MLP."""
+    """Return which MLP neurons are positive for these tokens, bool [B,N,I]; the layer's attention is skipped."""
     h_BND = normed(layer.post_attention_layernorm, x_BND)
     return layer.mlp.act_fn(layer.mlp.gate_proj(h_BND)) * layer.mlp.up_proj(h_BND) > 0

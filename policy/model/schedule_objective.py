@@ -1,4 +1,4 @@
-"""The objective of a keep schedule (how little it changes the policy) for `routing.schedule_search.search`.
+"""The objective of `routing.schedule_search.search`: how little a keep schedule changes a policy.
 
     objective = schedule_objective(policy.model, inputs, RouterConfig("global_attention", layer_router="carried"))
     schedule, value = search(objective, layers=(1, 2), depth=3, budget=0.25)
@@ -19,12 +19,12 @@ from cogvla.routing.schedule_search import Schedule
 
 
 def schedule_objective(model: CogVLA, inputs: ModelInput, router: RouterConfig) -> Callable[[Schedule], float]:
-    """Return a function: the mean cosine of the action tokens' states with a schedule and without a router.
+    """Return a function from a schedule to the mean cosine between the action tokens' states with and without it.
 
     Args:
         model: a trained policy's network; its weights are shared, not copied.
         inputs: recorded observations, 64 or more.
-        router: which one; its budgets come from the schedule.
+        router: router to use; its layers and budgets are set by the schedule.
     """
     plain = model.with_router(RouterConfig()).eval()
     with torch.inference_mode():

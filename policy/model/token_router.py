@@ -1,12 +1,12 @@
-"""A policy's token routers: what `routing.router` asks for, between the vision towers and the language model and in it.
+"""The token routers of a policy, as `routing.router` configures them: before and in the language model.
 
 ::
 
     towers -> streams joined [B,V*N,F] -> ROUTER (encoder_out) -> fusion -> ROUTER (projector_out) -> language model
                                                                        ROUTERS at `layers` (policy.layer_router) -^
 
-Each view is routed on its own, as a row of the batch, unless views are `joint`. Whatever a router needs of the towers
-is computed beside them and only then, so that the others keep the fused kernels.
+Each view is routed separately, as a row of the batch, unless the views are `joint`. Attention and other inputs of a
+router are computed in addition to the towers, and only if the router needs them.
 
 Shape legend: B batch, V views, X = B*V (or B with joint views), N tokens of a row, n of them kept, F width of both
 streams, D language width, T text tokens, S state.
@@ -43,9 +43,9 @@ class Routed:
 
     Attributes:
         vision_BnD: vision tokens of all views.
-        position_Bn: in the sequence, may be fractions; None: simply numbered.
-        layers: for the decoder; None without routers in it.
-        tokens: what the router answered, views one after the other; None where it did not route before.
+        position_Bn: their positions in the sequence, may be fractions; None: 1, 2, ...
+        layers: routers for the decoder; None: no routers in it.
+        tokens: result of the router before the language model, with the views in sequence; None: no such router.
     """
 
     vision_BnD: Tensor
@@ -60,24 +60,27 @@ class Routed:
 
 
 class PolicyRouter(nn.Module):
-    """The routers of a policy.
+    """The token routers of a policy.
 
     Args:
-        routing: `routing.router` says which.
-        vision: the towers.
+        routing: configuration; `routing.router` names the router.
+        vision: vision towers.
         views: V.
         width: D.
-        layers: of the language model.
+        layers: number of layers of the language model.
+
+    Attributes:
+        stopwatch: set it to time the routers and the computation of their inputs.
 
     Raises:
-        ValueError: an unknown router, one that needs what this policy cannot give, or a budget that it cannot keep to.
+        ValueError: the router is unknown, needs inputs that this policy does not have, or does not support the budget.
     """
 
     def __init__(self, routing: RoutingConfig, vision: DualVision, views: int, width: int, layers: int) -> None:
         super().__init__()
         self.config = config = routing.router
         assert config.name is not None
-        self.stopwatch: Stopwatch | None = None  # set it to time what routers, and what is computed for them, take
+        self.stopwatch: Stopwatch | None = None
         self.views, self.all_tokens, self.width = views, vision.tokens, width
         self.rows = 1 if config.joint else views
         self.patches = not routing.efa
@@ -128,9 +131,9 @@ class PolicyRouter(nn.Module):
                 other for other, kind in registered_routers().items() if kind.needs <= given and stage in kind.stages
             ]
             raise ValueError(
-                f"router {name!r} needs {', '.join(missing)}, which this policy cannot give at {stage}"
+                f"router {name!r} needs {', '.join(missing)}, which this policy does not provide at {stage}"
                 f"{'' if self.patches else ' (routing.efa=false would keep the patches)'}; "
-                f"it gives {', '.join(sorted(given))}, with which these work: {', '.join(possible)}"
+                f"it provides {', '.join(sorted(given))}; possible routers are {', '.join(possible)}"
             )
         return router
 
@@ -147,11 +150,11 @@ class PolicyRouter(nn.Module):
         return frozenset(given)
 
     def _count(self, budget: int | float) -> int:
-        """Return n of a row, which is one view, or all of them."""
+        """Return the number of tokens of a row (one view, or all views if they are joint) for this budget."""
         return self.views // self.rows * count_of(budget, self.all_tokens // self.views)
 
     def leaves(self, budget: int | float) -> int:
-        """Return the number of tokens, of all views, that enter the language model."""
+        """Return the number of vision tokens of all views that enter the language model with this budget."""
         if self.before is None:
             return self.all_tokens
         return self.rows * self.before.leaves(self._count(budget))

@@ -1,10 +1,9 @@
 """The vision encoder: two transformers that are modulated by the instruction (EFA, stage 1).
 
-What is unusual:
-- the blocks are timm's, unmodified; FiLM goes between their attention and their MLP, so they are driven from here
-- the features are the output of the last block but one; the last block is not computed
-- the last computed block updates only the aggregation tokens, which are all that is read of it
-- pixel normalisation is folded into the patch projection, and both towers share the cut into patches
+- The blocks are unmodified timm blocks, but run from here, because FiLM is between their attention and their MLP.
+- The features are the output of the last block but one; the last block is not computed.
+- The last computed block updates only the aggregation tokens, because only these are read.
+- The normalisation of pixels is folded into the patch projection, and both towers share the cut into patches.
 
 Shape legend: B batch, V views, X = B*V, P patches per view, M aggregation tokens per view, N tokens per view,
 C channels*patch^2, F tower width, D language width, L blocks, G frequencies, p pixels of a patch.
@@ -30,7 +29,7 @@ from cogvla.policy.model.recompute import call
 from cogvla.routing.aggregation import AggregationTokens, StreamFusion
 from cogvla.routing.film import FiLM, modulate
 
-WHITE = 255.0  # of a byte
+WHITE = 255.0  # largest pixel value
 Probe = Callable[[int, Any, Tensor], None]
 """Function that is called with the number of a block, the block, and its input [X,P',F] with all prefix tokens."""
 Observer = Callable[["VisionTower", int, Tensor], None]
@@ -65,10 +64,10 @@ def build_vit(config: TowerConfig, image_size: tuple[int, int], drop_last_block:
 
 
 def _initialise(vit: Any) -> None:
-    """Initialise a new tower such that signals keep their size across layers and positions can be read from the start.
+    """Initialise a new tower so that signals keep their size across layers, with sines and cosines as positions.
 
-    timm's initialisation (standard deviation 0.02) suits wide towers and long training; narrow ones need thousands of
-    steps before anything moves.
+    timm's initialisation (standard deviation 0.02) is for wide towers and long training; with it, narrow towers learn
+    nothing for thousands of steps.
     """
     for module in vit.modules():
         if isinstance(module, nn.Linear):
@@ -90,9 +89,10 @@ def _position_code(rows: int, columns: int, width: int) -> Tensor:
 
 
 class VisionTower(nn.Module):
-    """One stream. With EFA aggregation tokens [X,M,F] come out, without it the patch tokens [X,P,F].
+    """One vision tower; returns aggregation tokens [X,M,F] with EFA, and patch tokens [X,P,F] without.
 
-    `recompute` saves memory in training, see `policy.model.recompute`.
+    Attributes:
+        recompute: recompute blocks in the backward pass, see `policy.model.recompute`.
     """
 
     gain: Tensor
@@ -125,7 +125,7 @@ class VisionTower(nn.Module):
             self.aggregation = AggregationTokens(config.aggregation_tokens, self.width)
 
     def embedding(self) -> tuple[Tensor, Tensor]:
-        """Return weight [F,C] and bias [F] from patch bytes to tokens: normalisation and patch convolution in one."""
+        """Return weight [F,C] and bias [F] of the patch projection with normalisation, for pixel values 0 to 255."""
         projection = self.vit.patch_embed.proj
         dtype = projection.weight.dtype
         weight_F3p = projection.weight.float().flatten(2)
@@ -140,10 +140,15 @@ class VisionTower(nn.Module):
         probe: Probe | None = None,
         observer: Observer | None = None,
     ) -> Tensor:
-        """Compute tokens [X,N,F] from embedded patches [X,P,F] and FiLM's `1 + scale` and shift [L,B,1,F] (or None).
+        """Compute tokens [X,N,F].
 
-        A list given as `gaze` receives where the aggregation tokens look in the last block: the logarithm of their
-        attention to the patches, [X,h,M,P]. Without EFA, a `probe` is shown every block; an `observer` always is.
+        Args:
+            x_XPF: embedded patches.
+            film: `1 + scale` and shift of FiLM, [L,B,1,F]; None: no FiLM.
+            gaze: list that receives the logarithm of the aggregation tokens' attention to the patches in the last
+                block, [X,h,M,P].
+            probe: function called with every block, unless EFA is on.
+            observer: function called with every block.
         """
         vit = self.vit
         x = x_XPF
@@ -190,7 +195,7 @@ class VisionTower(nn.Module):
 def cut_patches(pixels_BVCHW: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Cut pixels, uint8 or float in [0,1], into patches [X,P,C] with values 0 to 255.
 
-    Bytes are cut as bytes, a quarter of the memory traffic of floats, and where patches allow it eight at a time.
+    Bytes are cut before conversion, with a quarter of the memory traffic of floats, and if possible eight at a time.
     """
     pixels = pixels_BVCHW
     word = 8 if pixels.dtype == torch.uint8 and size % 8 == 0 and pixels.is_contiguous() else 1
@@ -202,7 +207,7 @@ def cut_patches(pixels_BVCHW: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _outputs(linear: Any, x: Tensor, first: int, end: int) -> Tensor:
-    """Compute some outputs of a linear layer; with an adapter around it, all are computed."""
+    """Return outputs `first` to `end` of a linear layer; with an adapter around it, all are computed."""
     if type(linear) is not nn.Linear:
         return linear(x)[..., first:end]
     return F.linear(x, linear.weight[first:end], None if linear.bias is None else linear.bias[first:end])
@@ -212,7 +217,7 @@ def _attend_last(attention: Any, h_XNF: Tensor, rows: int, watch: bool) -> tuple
     """Compute attention of the last `rows` tokens to all tokens, with the weights of a timm module.
 
     Returns:
-        What it gives, [X,rows,F], and if watched the logarithm of its weights, [X,h,rows,N].
+        Output [X,rows,F], and with `watch` the logarithm of the attention, [X,h,rows,N].
     """
     known = type(attention) is Attention
     if not (known or watch):
@@ -232,11 +237,11 @@ def _attend_last(attention: Any, h_XNF: Tensor, rows: int, watch: bool) -> tuple
 
 @dataclass(frozen=True)
 class VisionCondition:
-    """The instruction as the towers read it, beside the pixels.
+    """The inputs of the towers that do not depend on the pixels.
 
     Attributes:
-        embeddings: per tower, see `VisionTower.embedding`.
-        films: per tower `1 + scale` and shift [L,B,1,F]; None without FiLM.
+        embeddings: weight and bias of each tower, see `VisionTower.embedding`.
+        films: `1 + scale` and shift [L,B,1,F] of each tower; None without FiLM.
         weights_B2: stream weights; None unless streams are mixed.
     """
 
@@ -266,7 +271,7 @@ class DualVision(nn.Module):
         self.tokens = len(embodiment.cameras) * (config.aggregation_tokens if routing.efa else patches)
 
     def condition(self, summary_BD: Tensor) -> VisionCondition:
-        """Compute all that vision needs of the instruction; reuse it while the instruction does not change."""
+        """Compute the condition from the instruction's summary; reuse it while the instruction does not change."""
         embeddings = tuple(tower.embedding() for tower in self._towers())
         films = tuple(tower.film(summary_BD) if tower.film is not None else None for tower in self._towers())
         return VisionCondition(embeddings, films, self.fusion.weights(summary_BD))
@@ -279,10 +284,14 @@ class DualVision(nn.Module):
         probe: Probe | None = None,
         observer: Observer | None = None,
     ) -> list[Tensor]:
-        """Run both towers on pixels, uint8 or float in [0,1]; return the tokens of each before projection, [B,V*N,F].
+        """Run both towers; return the tokens of each before projection, [B,V*N,F].
 
-        `gaze` receives one entry per tower, see `VisionTower.forward`; `probe` is shown the first tower,
-        `observer` both.
+        Args:
+            pixels_BVCHW: uint8, or float in [0,1].
+            condition: result of `condition`.
+            gaze: list that receives one entry per tower, see `VisionTower.forward`.
+            probe: function called with every block of the first tower, see `VisionTower.forward`.
+            observer: function called with every block of both towers.
         """
         views = pixels_BVCHW.shape[1]
         patches: dict[int, Tensor] = {}

@@ -1,18 +1,18 @@
-"""Heads that start from noise: diffusion and flow matching, which differ in the path from the noise to the action.
+"""Heads that start from noise: diffusion and flow matching, which differ in the path from noise to action.
 
-Time runs from 1, where a chunk is pure noise, to 0, where it is the action; in between it is a mixture of both. The
-network is trained to tell the velocity along this path from the mixture, the time and the states of the action tokens.
-Following the velocity from noise gives an action.
+Time runs from 1 (noise) to 0 (action); between them a chunk is a mixture of both. The network learns to predict the
+velocity along this path from the mixture, the time and the states of the action tokens. Following the velocity from
+noise gives an action.
 
 - `DiffusionHead`: the path is an arc, `cos(p) action + sin(p) noise` with `p = t pi/2`, which is the cosine schedule.
   The velocity is the v of Salimans and Ho (2022). A step of DDIM (Song et al. 2021, eta 0) is a rotation. Actions by
   diffusion: Chi et al. 2023.
-- `FlowHead`: the path is a straight line, followed by Euler's method (Lipman et al. 2023; Liu et al. 2023). Times in
-  training lean towards the noise, as in pi0 (Black et al. 2024).
+- `FlowHead`: the path is a straight line, followed by Euler's method (Lipman et al. 2023; Liu et al. 2023). Training
+  times are more often near the noise, as in pi0 (Black et al. 2024).
 
-The network in front runs once, only the `Denoiser` runs at every step. The noise that decoding starts from is always
-the same: the policy is a function of what it sees, whatever else is in the batch, and chunk after chunk keeps to the
-same way where there are several.
+The rest of the policy runs once per chunk, only the `Denoiser` runs in every step. Decoding always starts from the same
+noise. So actions depend on the observation only, not on the rest of the batch, and consecutive chunks choose the same
+way if there are several.
 
 Shape legend: as in `heads.interface`; S steps, E features of time. `...` is B when decoding, B R in training.
 """
@@ -54,7 +54,7 @@ class DenoisingBlock(nn.Module):
 class Denoiser(nn.Module):
     """Predict the velocity of a noisy chunk from the states of the action tokens.
 
-    An MLP for each step of the chunk. It is given the noise of the whole chunk, so that all steps take the same way.
+    The same MLP runs for each step of the chunk. It also reads the whole noisy chunk, so that all steps are consistent.
     """
 
     def __init__(self, sizes: HeadSizes) -> None:
@@ -79,7 +79,7 @@ class Denoiser(nn.Module):
 
 
 class DenoisingHead(ActionHead):
-    """A path between noise and action, and the `Denoiser` that follows it."""
+    """Base of heads that follow a path from noise to action with a `Denoiser`."""
 
     error_name: ClassVar[str] = "mse"
     noise_KA: Tensor
@@ -92,7 +92,7 @@ class DenoisingHead(ActionHead):
         generator = torch.Generator("cpu").manual_seed(NOISE_SEED)
         noise_KA = torch.randn(sizes.chunk, sizes.action_dim, generator=generator, device="cpu")
         self.register_buffer("noise_KA", noise_KA.to(torch.get_default_device()), persistent=False)
-        # Whole numbers stay exact in a model that is cast to bfloat16.
+        # Integers stay exact when the model is converted to bfloat16.
         self.register_buffer("left_S", torch.arange(sizes.steps, 0, -1), persistent=False)
 
     @staticmethod
@@ -108,7 +108,7 @@ class DenoisingHead(ActionHead):
     @staticmethod
     @abstractmethod
     def follow(noisy: Tensor, velocity: Tensor, time: float, until: float) -> Tensor:
-        """Step from the noisy action at `time` to the one at `until`, which is nearer to the action."""
+        """Step from the noisy action at `time` to the noisy action at `until`, an earlier time."""
 
     def decode(self, states_BJD: Tensor, noise_BKA: Tensor | None = None) -> Tensor:
         """Decode actions float32 [B,K,A], starting from this noise; None: the head's fixed noise."""
@@ -133,7 +133,7 @@ class DenoisingHead(ActionHead):
 
 
 class DiffusionHead(DenoisingHead):
-    """Along an arc, by DDIM."""
+    """Diffusion: follow an arc by DDIM."""
 
     @staticmethod
     def training_time(uniform: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class DiffusionHead(DenoisingHead):
 
 
 class FlowHead(DenoisingHead):
-    """Along a straight line, by Euler's method."""
+    """Flow matching: follow a straight line by Euler's method."""
 
     @staticmethod
     def training_time(uniform: Tensor) -> Tensor:

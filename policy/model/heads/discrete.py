@@ -1,8 +1,8 @@
-"""Classification: each action dimension is one of 256 tokens, all of them decoded in parallel.
+"""Classification: each action dimension is one of 256 tokens, all decoded in parallel.
 
-Tokens and their values are those of OpenVLA (Kim et al. 2024, after RT-2, Brohan et al. 2023): 256 edges from -1 to 1,
-token i for values from edge i up to edge i+1, and the middle of the two as its value. The last token is for the upper
-end itself, and has the value of the one before.
+Tokens are those of OpenVLA (Kim et al. 2024, after RT-2, Brohan et al. 2023): 256 edges from -1 to 1; token i is for
+values from edge i to edge i+1, and its value is the middle of the two. The last token is for the value 1 only; it has
+the value of the token before.
 
 Shape legend: as in `heads.interface`; N = 256 tokens.
 """
@@ -33,7 +33,7 @@ def decode(tokens: Tensor) -> Tensor:
 
 
 class DiscreteHead(ActionHead):
-    """The most probable token of each action dimension; trained with cross-entropy."""
+    """Decodes the most probable token of each action dimension; trained with cross-entropy."""
 
     error_name: ClassVar[str] = "ce"
 

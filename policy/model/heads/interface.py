@@ -1,4 +1,4 @@
-"""The interface of action heads: states of the action tokens in, a chunk of normalised actions out.
+"""The interface of action heads, which convert the states of the action tokens to a chunk of normalised actions.
 
 Shape legend: B batch, K chunk, A action dimension, J action tokens (K or K*A), D width, R random draws per sample.
 """
@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 DRAWS = 8
-"""R. A head costs little beside the network in front of it, so each of its states teaches with several draws of noise
-(as in CogACT, Li et al. 2024)."""
+"""R. A head is cheap compared with the rest of the network, so each sample is trained with several draws of noise, as
+in CogACT (Li et al. 2024)."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HeadSizes:
         action_dim: A.
         tokens_per_step: tokens of one step, 1 or A.
         blocks: residual blocks.
-        steps: of sampling, for heads that start from noise.
+        steps: steps from noise to action, for heads that start from noise.
     """
 
     width: int
@@ -44,9 +44,9 @@ class HeadSizes:
 
 
 class ActionHead(nn.Module, ABC):
-    """States [B,J,D] to actions [B,K,A] in normalised units, and what is wrong with them in training.
+    """Decodes states [B,J,D] to normalised actions [B,K,A], and computes their training loss.
 
-    Decoding is a function of the states alone: the same observation gives the same actions, in any batch.
+    Actions depend on the states only: the same observation gives the same actions in any batch.
     """
 
     error_name: ClassVar[str]
@@ -66,13 +66,13 @@ class ActionHead(nn.Module, ABC):
     ) -> Tensor:
         """Return the training loss of each action [B,K].
 
-        Before training it is 0.5 to 1.5 in every head, so that the weights of the other losses need no change.
+        Before training it is 0.5 to 1.5 for every head, so that the weights of other losses suit all heads.
 
         Args:
-            states_BJD: of the action tokens.
+            states_BJD: states of the action tokens.
             expert_BKA: normalised actions to imitate.
-            noise_BRKA: draws from the standard normal distribution, for heads that learn to remove noise.
-            time_BR: draws from the uniform distribution on [0,1), for the same.
+            noise_BRKA: draws from the standard normal distribution, for heads that start from noise.
+            time_BR: draws from the uniform distribution on [0,1), for heads that start from noise.
         """
 
     def forward(self, states_BJD: Tensor) -> Tensor:

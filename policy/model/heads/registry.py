@@ -1,4 +1,4 @@
-"""Every action head by its name in `head.kind`. A new one is a file beside this and a line here."""
+"""The action heads by their names in `head.kind`; to add one, write a file in this folder and add a line here."""
 
 from __future__ import annotations
 
