@@ -3,8 +3,8 @@
     analyse_routing checkpoint=checkpoints/tabletop_object
     analyse_routing checkpoint=FOLDER router.name=cls_attention router.budget=0.25 tasks=[0,5]
 
-Plays one episode of each task and writes `routing.html`, a page with pictures that needs nothing else, and
-`routing.json` with its numbers.
+Plays one episode of each task, and writes `routing.html`, a self-contained page with pictures, and `routing.json` with
+its numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
-    """Play, measure, write; returns what it writes to `routing.json`."""
+    """Play the episodes, measure, and write page and numbers; return the content of `routing.json`."""
     values = plain(config)
     import_modules(values["imports"])
     suite = configured_suite(values["suite"], values["libero"])

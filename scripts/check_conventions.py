@@ -1,12 +1,12 @@
-"""`check_conventions DATASET`: does a data set mean what the simulator means? Names every mismatch that it finds.
+"""`check_conventions DATASET`: check that a data set has the conventions of the simulator, and list every mismatch.
 
     check_conventions outputs/demonstrations/tabletop_object
     check_conventions datasets/libero_goal                                       (LIBERO's HDF5 files)
     check_conventions HuggingFaceVLA/libero data=libero_huggingface suite=libero_object
-    check_conventions DATASET statistics=outputs/train_policy/libero_object/seed0/policy  (of a checkpoint, too)
+    check_conventions DATASET statistics=outputs/train_policy/libero_object/seed0/policy  (check a checkpoint, too)
 
-Recorded actions are played open loop from the recorded beginning. What follows the data set is a list of KEY=VALUE for
-configs/check_conventions.yaml. Exit status: 0 no mismatch, 1 mismatches, 2 it could not be checked.
+Recorded actions are replayed open loop from the recorded initial state. After the data set, give keys of
+configs/check_conventions.yaml as KEY=VALUE. Exit status: 0 no mismatch, 1 mismatches, 2 error.
 
 Shape legend: T steps.
 """
@@ -46,7 +46,7 @@ WIDTH = 118
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry point; mistakes of the user end in one line, not in a traceback."""
+    """Run the command; the user's mistakes end in one line, not in a traceback."""
     parser = argument_parser("check_conventions", __doc__, config="check_conventions")
     parser.add_argument("dataset", metavar="DATASET", help="folder, HDF5 file, or name of a data set of the hub")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="see configs/check_conventions.yaml")
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(dataset: str, config: DictConfig) -> list[Finding]:
-    """Check, print the table and write the JSON report."""
+    """Check the data set, print the table and write the JSON report; return the findings."""
     import_modules(config.imports)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
@@ -95,18 +95,18 @@ def check(
     checkpoint: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> list[Finding]:
-    """All checks.
+    """Run all checks.
 
     Args:
-        recordings: the data set.
-        suite: where it was recorded.
-        embodiment: the robot's conventions.
-        episodes: how many are played again, spread over the data set.
-        checkpoint: statistics of a checkpoint, to be compared with the data.
-        progress: show a bar.
+        recordings: data set.
+        suite: suite in which it was recorded.
+        embodiment: conventions of the robot.
+        episodes: number of episodes to replay, spread over the data set.
+        checkpoint: statistics of a checkpoint, which are compared with the data; None: no checkpoint.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: the data set does not fit the suite at all.
+        ValueError: `episodes` is less than 1, or the data set does not fit the suite.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
@@ -155,7 +155,7 @@ def _traces(
         else []
     )
     chosen.sort(key=lambda episode: _task(episode, known))  # scenes are built once
-    # What is executed may be in another convention than what is learned.
+    # Executed actions may have another gripper convention than the actions for training.
     _, gripper = declared.gripper([replace(e, actions_TA=e.executed_TA) for e in recordings.episodes], embodiment)
     rest_A = np.zeros(embodiment.action_dim, np.float32)
     if embodiment.gripper_index is not None:

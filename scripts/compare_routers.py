@@ -1,13 +1,13 @@
-"""`compare_routers`: which vision tokens does a policy need, and what do success and latency say when the rest goes?
+"""`compare_routers`: compare success and latency of a policy with different token routers and budgets.
 
     compare_routers checkpoint=outputs/film_patches/policy                       every router at 50, 25, 12.5 and 6 %
-    compare_routers checkpoint=outputs/film_patches/policy quick=true            minutes, to see that everything works
+    compare_routers checkpoint=outputs/film_patches/policy quick=true            a test of some minutes
     compare_routers checkpoint=outputs/film_patches/policy 'routers=[identity,random,{name: diversity, options: {variant: maxsum}}]'
     compare_routers checkpoint=outputs/film_patches/policy regime=fine_tuned     each router is trained with the policy first
 
-All play the same episodes. The same command again goes on where it was stopped: finished cells are not played again, and
-an unfinished one goes on with its next episode. `comparison.html` and `comparison.json` are written after every cell.
-The two regimes are two comparisons, in folders of their own.
+A cell is a router with a budget; all cells play the same episodes. The same command resumes a stopped run: finished
+cells are not played again, and an unfinished one continues with its next episode. `comparison.html` and
+`comparison.json` are written after every cell. The two regimes have separate output folders.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
-    """Measure and play every cell; returns what it writes to `comparison.json`."""
+    """Measure and play every cell; return the content of `comparison.json`."""
     values = plain(config)
     if values["quick"]:
         values |= QUICK
@@ -84,22 +84,22 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
 
 
 class _Comparison:
-    """One regime on one policy and suite."""
+    """The comparison of one regime on one policy and suite."""
 
     def __init__(self, values: dict[str, Any], suite: Suite, protocol: EvaluationProtocol, command: str) -> None:
         self.values, self.suite, self.protocol, self.command = values, suite, protocol, command
         self.output, self.trained = Path(values["output"]), values["regime"] == "fine_tuned"
         self.device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-        # Without an engine: that knows no routers, and the policy with all its tokens must be run like the others.
+        # The engine does not support routers, and the policy with all tokens must run in the same way as the others.
         self.policy, self.identity = open_policy(values["checkpoint"], self.device, engine=EngineConfig("plain"))
         if self.policy.model.router is not None:
             name = self.policy.model.router.config.name
-            raise ValueError(f"the policy in {values['checkpoint']} has the router {name!r}; give one without")
+            raise ValueError(f"the policy in {values['checkpoint']} has the router {name!r}; give one without router")
         routers = wanted_routers(values["routers"], values["layer"])
         self.cells, self.left_out = cells_for(self.policy.model, routers, values["budgets"], self.trained)
         if not self.cells:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
-            raise ValueError(f"this policy can play none of the routers: {reasons}")
+            raise ValueError(f"this policy supports none of the routers: {reasons}")
 
     def run(self) -> dict[str, Any]:
         for name, why in self.left_out.items():
@@ -120,7 +120,11 @@ class _Comparison:
         return data
 
     def _costs(self) -> dict[str, Cost]:
-        """Those on disk, if they are of these cells; otherwise all are measured, since times of one sitting compare."""
+        """Return the costs of all cells.
+
+        They are read from disk if they are from the same cells and settings. Otherwise all are measured, because only
+        times that are measured together are comparable.
+        """
         file = self.output / COSTS
         settings = {"calls": self.values["calls"], "checkpoint": self.identity, "device": self.device}
         settings |= {"cells": {cell.key: json.loads(json.dumps(asdict(cell.router))) for cell in self.cells}}
@@ -136,7 +140,7 @@ class _Comparison:
         return found
 
     def _settings(self, cell: Cell) -> dict[str, Any]:
-        """Everything that decides the outcome of a cell, as JSON gives it back."""
+        """Return all settings that determine the outcome of a cell, as JSON data."""
         protocol = self.protocol.for_suite(self.suite)
         values = {
             "router": asdict(cell.router), "suite": self.suite.name, "protocol": asdict(protocol),
@@ -152,7 +156,7 @@ class _Comparison:
         saved = json.loads(file.read_text())
         if (settings := self._settings(cell)) != saved["settings"]:
             changed = ", ".join(key for key in settings if settings[key] != saved["settings"].get(key))
-            raise ValueError(f"{file.parent} holds results with another {changed}: choose another output, or delete it")
+            raise ValueError(f"{file.parent} has results with another {changed}: choose another output, or delete it")
         return CellOutcome.from_dict(saved["outcome"])
 
     def _play(self, cell: Cell) -> CellOutcome:
@@ -173,7 +177,7 @@ class _Comparison:
             identity={**self.identity, "regime": self.values["regime"]},
         )
         outcome = outcome_of(report)
-        if outcome.errors:  # to be tried again by the same command
+        if outcome.errors:  # without OUTCOME, the same command plays these episodes again
             print(f"{cell.key}: {outcome.errors} episodes could not be played, see {folder / 'report.html'}")
         else:
             body = {"settings": self._settings(cell), "outcome": asdict(outcome)}
@@ -181,7 +185,11 @@ class _Comparison:
         return outcome
 
     def _train(self, cell: Cell, folder: Path) -> Path:
-        """Train the policy with this router, in a process of its own; goes on where it was stopped."""
+        """Train the policy with this router in a separate process, or resume its training; return the policy's folder.
+
+        Raises:
+            ValueError: the training failed.
+        """
         overrides = [f"base={self.values['checkpoint']}", "routing=router", f"suite={self.suite.name}"]
         own = {key: value for key, value in asdict(self.policy.model.config.routing).items() if key != "router"}
         overrides += [f"routing.{key}={_written(value)}" for key, value in own.items()]
@@ -190,7 +198,7 @@ class _Comparison:
         overrides += ["evaluation=null", f"output={folder}", *self.values["recipe"]]
         done = subprocess.run([sys.executable, "-m", "cogvla.scripts.train_policy", *overrides], check=False)
         if done.returncode:
-            raise ValueError(f"training failed; by itself it is: {shlex.join(['train_policy', *overrides])}")
+            raise ValueError(f"training failed; its command is: {shlex.join(['train_policy', *overrides])}")
         return folder / "policy"
 
     def _write(self, cost: Mapping[str, Cost], outcomes: Mapping[str, CellOutcome]) -> dict[str, Any]:

@@ -1,12 +1,11 @@
-"""`convert_libero`: LIBERO's HDF5 demonstrations, or its LeRobotDataset v2.1, to a LeRobotDataset v3.
+"""`convert_libero`: convert LIBERO's HDF5 demonstrations, or its LeRobotDataset v2.1, to a LeRobotDataset v3.
 
     convert_libero source=datasets/libero_object
     convert_libero source=datasets/libero_goal replay=actions workers=8 output=/data/libero_goal
     convert_libero source=libero_v21 output=libero_v3
 
-The same command again goes on where it was stopped (`envs/recording/dataset_folder.py`):
-`OUTPUT.converting/episodes/N.json` says what became of the N-th demonstration, and `N.npz` is its episode if it is
-kept.
+The same command resumes a stopped conversion (`envs/recording/dataset_folder.py`): `OUTPUT.converting/episodes/N.json`
+has the result of the N-th demonstration, and `N.npz` its episode if it is kept.
 """
 
 from __future__ import annotations
@@ -30,7 +29,11 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> Path:
-    """Convert, and return the folder of the data set."""
+    """Convert `config.source`; return the folder of the data set.
+
+    Raises:
+        ValueError: the source does not exist or is of another format, or a setting is wrong.
+    """
     source = Path(config.source)
     if not source.exists():
         raise ValueError(f"there is no {source}; LIBERO's demonstrations are downloaded from its project page")

@@ -1,4 +1,4 @@
-"""`eval_libero`: success rate, latency, videos and a report of any checkpoint on any suite.
+"""`eval_libero`: evaluate a checkpoint on a suite; report success rate, latency and videos.
 
     eval_libero checkpoint=FOLDER suite=tabletop_object workers=4
     eval_libero checkpoint=random suite=all_tabletop episodes_per_task=2
@@ -8,7 +8,7 @@
     eval_libero checkpoint=FOLDER suite=all_libero protocol=cogvla workers=8 shard=1/4
     eval_libero checkpoint=FOLDER suite=all_libero workers=64 ray=auto          (environments on a Ray cluster)
 
-The same command again goes on where it was stopped. `merge_evaluations` puts shards together.
+The same command resumes a stopped evaluation. `merge_evaluations` merges shards.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from cogvla.scripts.command import as_typed, import_modules, plain
 from cogvla.scripts.policies import open_any_policy
 
 ALL = {"all_tabletop": "tabletop_", "all_libero": "libero_"}
-"""Names for all suites that begin alike; libero_90 has to be named."""
+"""Names for all suites with the same prefix, except libero_90."""
 OWN = "suite"
-"""In the configuration of the protocol: as the suite's own protocol has it."""
+"""Value of a key of the protocol: use the value of the suite's own protocol."""
 ASKED: dict[str | None, tuple[Literal["swap"] | None, ...]] = {None: (None,), "swap": ("swap",), "both": (None, "swap")}
 
 
@@ -46,7 +46,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig, command: str) -> list[Report]:
-    """Evaluate on each suite of the configuration and print where the reports are."""
+    """Evaluate on each suite of the configuration, and print the paths of the reports."""
     with nullcontext(ProcessWorker) if config.ray is None else ray_cluster(config.ray) as start_worker:
         return _run(config, command, start_worker)
 
@@ -123,7 +123,7 @@ def suites(wanted: str | Sequence[str]) -> list[str]:
 
 
 def protocol_of(suite: Suite, config: DictConfig) -> EvaluationProtocol:
-    """Return the protocol of a suite, as the configuration chooses and changes it."""
+    """Return the protocol for a suite with the changes of the configuration."""
     changes = {key: value for key, value in plain(config.protocol).items() if value != OWN}
     changes |= {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
     return protocol_for(suite, None, changes)

@@ -1,9 +1,9 @@
-"""`expert_table`: how often the scripted experts solve each task of a suite.
+"""`expert_table`: measure how often the scripted experts solve each task of a suite.
 
     expert_table suite=tabletop_object
     expert_table suite=all states=10 noise=1.0
 
-The exit status is 1 where a task is solved less often than `required`.
+The exit status is 1 if a task is solved less often than `required`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class ExpertResult:
-    """What the expert did on one task: which initial states it did not solve, and its steps where it did."""
+    """Result of the expert on one task.
+
+    Attributes:
+        instruction: instruction of the task.
+        states: number of initial states played.
+        failed: initial states that it did not solve.
+        steps: number of steps of each success.
+    """
 
     instruction: str
     states: int
@@ -44,7 +51,11 @@ class ExpertResult:
 
 
 def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> ExpertResult:
-    """Let the expert play one task from these initial states, without rendering."""
+    """Play one task with the expert from these initial states, without rendering.
+
+    Raises:
+        ValueError: the suite has no expert.
+    """
     if suite.expert is None:
         raise ValueError(f"{suite.name} has no scripted expert")
     env = suite.make(render=False)
@@ -67,7 +78,7 @@ def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> Expert
 
 
 def run(config: DictConfig) -> list[ExpertResult]:
-    """Print the table of each suite asked for; returns all rows."""
+    """Print the table of each chosen suite; return all rows."""
     import_modules(config.imports)
     names = [n for n in suite_names() if n.startswith("tabletop_")] if config.suite == ALL else [config.suite]
     if config.states < 1 or config.first_state < 0:

@@ -1,10 +1,10 @@
-"""`import_checkpoint`: published weights as a checkpoint folder of ours, which evaluation and the server load.
+"""`import_checkpoint`: convert published weights to a checkpoint folder for evaluation, serving or training.
 
     import_checkpoint path/to/cogvla_release output=checkpoints/cogvla_libero dataset=libero_4_task_suites_no_noops
     import_checkpoint openvla/openvla-7b output=checkpoints/openvla_base routing=cogvla
 
-Every option is in configs/import_checkpoint.yaml. A CogVLA is imported whole. Of OpenVLA, what it shares with our model
-is; the rest begins at random, and such a checkpoint is a base to train from.
+All options are in configs/import_checkpoint.yaml. A CogVLA is imported completely. Of OpenVLA, the parts that our model
+has in common are imported and the others are initialised randomly; such a checkpoint is a base to train from.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry point."""
+    """Run the command with these arguments; None: those of the command line."""
     parser = argument_parser("import_checkpoint", __doc__, config="import_checkpoint")
     parser.add_argument("source", help="folder or hub id of the published weights")
     parser.add_argument("options", nargs="*", metavar="output=FOLDER", help="see configs/import_checkpoint.yaml")
@@ -49,10 +49,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(values: dict[str, Any]) -> list[str]:
-    """Import and save; returns what was done, line by line.
+    """Import and save a checkpoint; return lines for the user about the imported parts.
 
     Raises:
-        ValueError: the source does not have what is needed, see `open_release`, `load_cogvla` and `load_base`.
+        ValueError: the precision is unknown, or the source cannot be imported; see `open_release`, `load_cogvla` and
+            `load_base`.
     """
     if values["dtype"] not in DTYPES:
         raise ValueError(f"unknown dtype {values['dtype']!r}; one of {', '.join(DTYPES)}")
@@ -120,9 +121,10 @@ def _random_model(config: CogVLAConfig, embodiment: Embodiment, dtype: torch.dty
 
 @torch.no_grad()
 def _speak_the_embodiments_gripper(model: CogVLA, embodiment: Embodiment) -> None:
-    """Fold the gripper's convention into the head: its 1 (open) and 0 (close) become the environment's values.
+    """Change the last layer of the head so that it predicts the environment's gripper values instead of 1 and 0.
 
-    The head ends in a linear layer and the gripper is not normalised, so this is exact.
+    Published policies predict 1 for open and 0 for close. The change is exact, because the head ends in a linear layer
+    and the gripper is not normalised. If the gripper is normalised, nothing is changed.
     """
     index = embodiment.gripper_index
     if index is None or embodiment.action_normalise_mask[index]:

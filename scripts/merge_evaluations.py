@@ -1,9 +1,9 @@
-"""`merge_evaluations`: one report from the parts that `eval_libero shard=i/n` has played, on one machine or many.
+"""`merge_evaluations`: merge the results of `eval_libero shard=i/n` into one report.
 
     merge_evaluations outputs/eval_libero/policy/libero_goal_shard*of4 output=outputs/eval_libero/policy/libero_goal
 
-The parts must agree in everything that decides a result (suite, protocol, policy, simulation). Neither the policy nor
-the simulator is needed.
+The parts may be from several machines, but must have the same suite, protocol, policy and simulation. Merging needs
+neither the policy nor the simulator.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cogvla.scripts.help import argument_parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry point."""
+    """Run the command with these arguments; None: those of the command line."""
     parser = argument_parser("merge_evaluations", __doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with a report.json, one of each shard")
     parser.add_argument("output", metavar="output=FOLDER", help="folder of the whole evaluation")
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class FinishedEvaluation:
-    """What one evaluation has left in its folder."""
+    """The folder of a finished evaluation, as `eval_libero` wrote it."""
 
     folder: Path
     fingerprint: dict[str, Any]
@@ -61,10 +61,14 @@ class FinishedEvaluation:
 
     @classmethod
     def read(cls, folder: Path) -> FinishedEvaluation:
-        """ValueError when the evaluation is not complete."""
+        """Read the folder of an evaluation.
+
+        Raises:
+            ValueError: the evaluation is not finished.
+        """
         fingerprint, sessions = read_run(folder)
         if not (folder / "report.json").is_file():
-            raise ValueError(f"{folder} is not finished (no report.json): give its eval_libero command again")
+            raise ValueError(f"{folder} is not finished (no report.json): run its eval_libero command again")
         report = json.loads((folder / "report.json").read_text())
         reported = {(episode["task"], episode["initial_state"]) for episode in report["episodes"]}
         results = read_episodes(folder / EPISODES)
@@ -72,11 +76,11 @@ class FinishedEvaluation:
 
 
 def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
-    """Write the report of all parts into `output`, which then is a folder like that of one evaluation.
+    """Merge parts of an evaluation; write report, results and videos to `output` as one evaluation.
 
     Raises:
-        ValueError: a part is missing, unfinished or of another configuration, two parts have played the same episode,
-            or `output` holds an evaluation already.
+        ValueError: a part is not finished or has another configuration, two parts have the same episode, or `output`
+            is not empty.
     """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty: choose another output")
@@ -86,10 +90,10 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
     for part in parts:
         changed = differences(first.fingerprint, part.fingerprint)
         if changed:
-            raise ValueError(f"{part.folder} is of another configuration than {first.folder} ({'; '.join(changed)})")
+            raise ValueError(f"{part.folder} has another configuration than {first.folder} ({'; '.join(changed)})")
         twice = sorted(results.keys() & part.results.keys())
         if twice:
-            raise ValueError(f"{part.folder} has episodes of another part too, the first is (task, state) {twice[0]}")
+            raise ValueError(f"{part.folder} has episodes of another part, for example (task, state) {twice[0]}")
         results |= part.results
 
     (output / VIDEOS).mkdir(parents=True)

@@ -4,7 +4,7 @@
     record_demonstrations suite=tabletop_goal episodes=500 workers=4
     record_demonstrations episodes=2000 grow=true       (adds to a finished recording)
 
-The same command again goes on where it was stopped.
+The same command resumes a stopped recording.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""`train_policy`: demonstrations (recorded when missing), training and evaluation in one command.
+"""`train_policy`: record demonstrations if they are missing, train a policy and evaluate it.
 
-    train_policy                                        the default: tabletop_object from nothing, on a CPU
+    train_policy                                        the default: tabletop_object from scratch, on a CPU
     train_policy suite=tabletop_goal seed=1
     train_policy suite=libero_object libero=lean embodiment=libero_small
     train_policy routing=no_efa                         an ablation
     train_policy data=my_robot objective=imitation suite=null
     train_policy base=checkpoints/tabletop_object suite=tabletop_goal finetune=lora
 
-The same command again goes on where it was stopped; parts that are done are not done again.
+The same command resumes a stopped run and skips finished parts.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
-    """Record, train, evaluate; returns what it writes to `output/summary.json`."""
+    """Record, train and evaluate; return the content of `output/summary.json`."""
     values = plain(config)
     import_modules(values["imports"])
     use_threads(values["threads"])
     output = Path(values["output"])
-    # Everything that can be wrong with the configuration is said before anything takes time.
+    # Check the whole configuration before anything slow starts.
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
     model_config = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
     data_config = build(DataConfig, values["data"], "data")
@@ -76,7 +76,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     seconds: dict[str, float] = {}
     with _timed(seconds, "demonstrations"), processes.main_process_first():
-        folder = data_config.root if data_config.repo_id is None else None  # else it is of the hub
+        folder = data_config.root if data_config.repo_id is None else None  # data sets of the hub are not recorded
         if processes.is_main_process and suite is not None and values["demonstrations"] is not None and folder:
             record(suite, output=folder, image_size=embodiment.cameras[0].height, **values["demonstrations"])
         data = DemonstrationData.open(data_config, embodiment)
@@ -100,7 +100,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
                 values["evaluation"],
                 output,
                 command,
-                resume=trainer.first_step == trainer.step,  # what is there is of the policy before this training
+                resume=trainer.first_step == trainer.step,  # after training, earlier results are from another policy
             )
         result["success"] = report.total.success.value
         print(summary(report))
@@ -141,7 +141,7 @@ def build_trainer(
 
 
 def _start(model: CogVLA, base: str | None) -> list[str]:
-    """Load what the model starts from, in place; returns what that was."""
+    """Load the initial weights of the model in place; return lines for the log."""
     if base is None:
         return load_backbones(model)
     return load_own(model, base) if is_own(base) else load_base(model, base)
@@ -164,8 +164,8 @@ def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | No
     room = min(language.vocab_size, language.bos_token, language.stop_token)
     if len(words) > room:
         raise ValueError(
-            f"the data has {len(words)} words, there is room for {room} before policy.language.bos_token and "
-            "stop_token: raise both, and vocab_size"
+            f"the data has {len(words)} words, but policy.language.bos_token, stop_token and vocab_size leave room for "
+            f"{room}: increase all three"
         )
     return words
 
@@ -204,8 +204,8 @@ def _protocol(settings: dict[str, Any], suite: Suite) -> EvaluationProtocol:
     return protocol_for(suite, settings["protocol"], changes)
 
 
-class _timed:  # noqa: N801 - reads as a statement
-    """Adds the time of a block, in seconds, to a mapping."""
+class _timed:  # noqa: N801 - used like a function
+    """Context manager that stores the time of a block, in seconds, in a mapping."""
 
     def __init__(self, seconds: dict[str, float], name: str) -> None:
         self.seconds, self.name = seconds, name

@@ -1,11 +1,11 @@
-"""`verify_reference`: does our model compute what the published code has computed, stage by stage?
+"""`verify_reference`: compare the results of our model with those of the published code, stage by stage.
 
     verify_reference FOLDER
     verify_reference FOLDER tolerance=1e-3
 
-The folder is described in `cogvla.policy.weights.reference`. The error of a token is its largest deviation in relation
-to its largest expected value; that of a stage is the error of its worst token. The exit status is 0 if no stage is
-above the tolerance, 1 if one is, 2 if the folder cannot be read.
+`cogvla.policy.weights.reference` describes the folder. The error of a token is its largest deviation, relative to its
+largest expected value; the error of a stage is that of its worst token. Exit status: 0 all stages are within the
+tolerance, 1 a stage is not, 2 the folder cannot be read.
 
 Shape legend: B batch (1), V views, M aggregation tokens per view, N = V*M, T text tokens, S sequence, D width.
 """
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Stage:
-    """One compared stage: its name, the maximum relative error, and what to say about it besides."""
+    """Result of one stage: its name, the maximum relative error, and a note."""
 
     case: int
     name: str
@@ -44,7 +44,7 @@ class Stage:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry point."""
+    """Run the command with these arguments; None: those of the command line."""
     parser = argument_parser("verify_reference", __doc__)
     parser.add_argument("folder", type=Path, help="folder with fixture.json, weights and cases.safetensors")
     parser.add_argument("tolerance", nargs="?", type=_tolerance, default=TOLERANCE, metavar="tolerance=1e-4")
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def summary(stages: list[Stage], tolerance: float) -> str:
-    """One line: how many stages agree, the worst of them, and the first that does not agree."""
+    """Return a line with the number of stages within the tolerance, the worst stage, and the first one above it."""
     failed = [stage for stage in stages if not stage.error <= tolerance]
     worst = max(stages, key=lambda stage: math.inf if math.isnan(stage.error) else stage.error)
     text = f"{len(stages) - len(failed)} of {len(stages)} stages within {tolerance:g}; "
@@ -74,23 +74,23 @@ def summary(stages: list[Stage], tolerance: float) -> str:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest deviation of a vector (the last dimension) by the largest value expected in it; the worst vector counts.
+    """Return the largest deviation of a vector (last dimension) relative to its largest expected value; worst vector.
 
     Raises:
         ValueError: the shapes differ.
     """
     if actual.shape != expected.shape:
-        raise ValueError(f"expected numbers have shape {list(expected.shape)}, ours {list(actual.shape)}")
+        raise ValueError(f"expected values have shape {list(expected.shape)}, ours {list(actual.shape)}")
     deviation = (actual.double() - expected.double()).abs().amax(-1)
     return float((deviation / expected.double().abs().amax(-1).clamp_min(1e-12)).max())
 
 
 @torch.inference_mode()
 def compare(reference: Reference, case: int) -> Iterator[Stage]:
-    """All stages of one case, in the order in which they are computed.
+    """Compute one case and yield the result of each stage, in the order of computation.
 
     Raises:
-        ValueError: the folder has no expected numbers for a stage, or some of another shape.
+        ValueError: expected values of a stage are missing or have another shape.
     """
     model = reference.model
     config, embodiment = model.config, model.embodiment
@@ -115,7 +115,7 @@ def compare(reference: Reference, case: int) -> Iterator[Stage]:
     ids_BT = text_ids(length, expected("input_ids"), model, views * config.vision.aggregation_tokens)
     text = model.encode_text(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
 
-    # A camera's six channels are two pictures, normalised for one tower each.
+    # The six channels of a camera are two pictures, one for each tower.
     channels = rearrange(pixels, "b (v t c) h w -> t b v c h w", v=views, t=2)
     streams = [model.vision.streams(channels[index], text.vision)[index] for index in range(len(towers))]
     for view in range(views):
@@ -124,7 +124,7 @@ def compare(reference: Reference, case: int) -> Iterator[Stage]:
 
     state_BS = expected("proprio").reshape(1, -1)
     if state_BS.shape[1] != embodiment.state_dim:
-        raise ValueError(f"{case}.proprio has {state_BS.shape[1]} numbers, fixture.json says {embodiment.state_dim}")
+        raise ValueError(f"{case}.proprio has {state_BS.shape[1]} values, fixture.json says {embodiment.state_dim}")
     vision_BND = model.vision.fusion(streams, text.vision.weights_B2)
     output = model.decide(vision_BND, state_BS, text, debug=True)
     assert output.debug is not None, "asked for"
@@ -133,25 +133,25 @@ def compare(reference: Reference, case: int) -> Iterator[Stage]:
             kept = _kept(output.debug["layout"], output.debug["kept"][layer][0].tolist())
             yield _selection(case, f"kept.layer{layer}", kept, expected(f"kept.layer{layer}"))
         elif f"{case}.kept.layer{layer}" in reference.cases:
-            yield Stage(case, f"kept.layer{layer}", math.inf, "the reference routes this layer, our schedule does not")
+            yield Stage(case, f"kept.layer{layer}", math.inf, "the reference routes this layer, our model does not")
         yield stage(f"hidden.layer{layer}", output.debug["hidden"][layer])
     yield stage("action_hidden", output.states)
     yield stage("normalized_actions", output.actions)
-    # Once more without a trace, which is how policies act: the last layer then computes only what is read.
+    # Again without a trace, as policies run: the last layer then computes only the rows that are read.
     actions_KA = reference.unnormalise.inverse(model.decide(vision_BND, state_BS, text).actions)[0]
     yield Stage(case, "actions", relative_error(actions_KA, expected("actions").reshape(actions_KA.shape)))
 
 
 def _kept(layout: TokenLayout, visual: list[int]) -> set[int]:
-    """Kept positions of the whole sequence: all but the vision tokens left out."""
+    """Return the kept positions in the whole sequence: all tokens except the vision tokens that are left out."""
     return {0, *(layout.visual.start + index for index in visual), *range(layout.rest.start, layout.length)}
 
 
 def _selection(case: int, name: str, kept: set[int], expected: Tensor) -> Stage:
-    """Share of the kept tokens that are not the expected ones."""
+    """Compare the kept tokens; the error is the number of different tokens relative to the expected number."""
     wanted = set(expected.flatten().tolist())
     different = kept ^ wanted
-    note = f"{len(wanted)} tokens" + (f", not the same: {sorted(different)[:8]}" if different else "")
+    note = f"{len(wanted)} tokens" + (f", different: {sorted(different)[:8]}" if different else "")
     return Stage(case, name, len(different) / max(len(wanted), 1), note)
 
 

@@ -83,7 +83,7 @@ def test_errors_stay_errors(tmp_path: Path) -> None:
 def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     run(tmp_path / "a", (1, 2))
     run(tmp_path / "b", (2, 2), protocol=replace(PROTOCOL, seed=1))
-    with pytest.raises(ValueError, match=r"b is of another configuration than .*protocol\.seed: 0 there, 1 now"):
+    with pytest.raises(ValueError, match=r"b has another configuration than .*protocol\.seed: 0 there, 1 now"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
     run(tmp_path / "c", (1, 3))
     with pytest.raises(ValueError, match=r"c has episodes of another part"):

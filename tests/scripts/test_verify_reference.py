@@ -161,7 +161,7 @@ def sized(**changes: Any) -> Callable[[Path], None]:
         ),
         (without("action_head", "model.fc2.bias"), r"action_head.model.fc2.bias \[3\] is missing"),
         (without("cases", "1.hidden.layer2"), "has no 1.hidden.layer2"),
-        (misshapen("cases", "0.action_hidden"), r"0.action_hidden: expected numbers have shape \[1, 6, 15\]"),
+        (misshapen("cases", "0.action_hidden"), r"0.action_hidden: expected values have shape \[1, 6, 15\]"),
         (misshapen("cases", "0.pixel_values"), r"0.pixel_values must have shape \[1, 12, 12, 12\]"),
         (sized(chunk=None), "'chunk' is missing"),
         (sized(hidden="wide"), "a wrong type"),

@@ -223,7 +223,7 @@ def test_fine_tuning_gives_each_router_to_training(
     [
         (["regime=both"], "plug_in or fine_tuned"),
         (["budgets=[]"], "budgets is empty"),
-        (["routers=[learned_pruner]"], "can play none of the routers: .*weights of its own"),
+        (["routers=[learned_pruner]"], "supports none of the routers: .*weights of its own"),
         (["routers=[nothing]"], "possible are"),
     ],
 )
