@@ -1,13 +1,13 @@
-r"""`benchmark_policy`: how long a chunk of actions takes, stage by stage, and how far that is from the floor.
+r"""`benchmark_policy`: measure the time of a chunk of actions, stage by stage, and compare it with the lower bound.
 
     benchmark_policy --preset tiny --threads 1
     benchmark_policy --preset cogvla_7b --device cuda --dtype bfloat16 --output outputs/benchmark
     benchmark_policy --checkpoint checkpoints/tabletop_object      (rows plain, engine, float8, int8)
     benchmark_policy --preset small --rows drop --profile           (traces for Perfetto or chrome://tracing)
 
-Weights are random unless a checkpoint is given; that changes no time. `policy/cost/variants.py` says what each row is.
+Without a checkpoint, weights are random, which does not change the times. `policy/cost/variants.py` explains the rows.
 
-Needs torch, transformers, timm, einops, safetensors and numpy, and no installation of this package:
+It needs torch, transformers, timm, einops, safetensors and numpy, but no installation of this package:
 
     mkdir -p .cache/types && ln -sfn ../.. .cache/types/cogvla
     PYTHONPATH=.cache/types python -m cogvla.scripts.measure.benchmark_policy --preset cogvla_7b --device cuda \
@@ -51,7 +51,7 @@ from cogvla.scripts.help import argument_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Console entry point."""
+    """Run the command with these arguments; None: those of the command line."""
     options = _parser().parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -68,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> list[Measured]:
-    """Measure each row and print it as soon as it is known."""
+    """Measure all rows and print each one when it is finished.
+
+    Raises:
+        ValueError: a row is unknown, or a model cannot run.
+    """
     usual = machine_peaks(options.device, options.dtype)
     print(f"{usual.name}, {options.dtype}: large products {usual.flops / 1e12:.3g} TFLOP/s, "
           f"copies {usual.bandwidth / 1e9:.3g} GB/s (measured now)")  # fmt: skip
@@ -76,7 +80,7 @@ def run(options: argparse.Namespace) -> list[Measured]:
     results: list[Measured] = []
     variants = VARIANTS if options.checkpoint is None else AS_TRAINED
     if unknown := [name for name in options.rows or () if name not in variants]:
-        raise ValueError(f"no row {unknown[0]!r} here; there are {', '.join(map(repr, variants))}")
+        raise ValueError(f"unknown row {unknown[0]!r}; one of {', '.join(map(repr, variants))}")
     for name in options.rows or variants:
         variant = variants[name]
         try:
@@ -109,7 +113,7 @@ def run(options: argparse.Namespace) -> list[Measured]:
 
 
 def header() -> str:
-    """Names of the columns of `line`."""
+    """Return the head of the table."""
     names = (
         "least",
         "p50",
@@ -123,12 +127,12 @@ def header() -> str:
         "GB/s",
         "x floor",
         "GiB",
-    )  # on a CPU of the process so far
+    )  # GiB on a CPU: peak memory of the process so far
     return f"{'ms':<20}{'batch':>6}" + "".join(f"{name:>9}" for name in names) + "  from plain, mean / largest"
 
 
 def line(measured: Measured) -> str:
-    """One row of the table."""
+    """Return one line of the table."""
     stages = [measured.stages.get(name) for name in ("prepare", "vision", "decide", "head")]
     numbers = [measured.least, measured.p50, measured.p95, measured.p99, *stages]
     numbers += [measured.tflops, measured.gb_per_s, measured.times_floor, measured.memory_gib]
@@ -138,7 +142,7 @@ def line(measured: Measured) -> str:
 
 
 def write(options: argparse.Namespace, results: Sequence[Measured]) -> None:
-    """`benchmark.json`, and `roofline.png` where matplotlib is installed."""
+    """Write `benchmark.json`, and `roofline.png` if matplotlib is installed."""
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
@@ -185,7 +189,7 @@ def _compare(results: Sequence[Measured]) -> None:
 
 
 def _plain(variant: Variant, options: argparse.Namespace) -> CogVLAPolicy:
-    """Return the network of a row operation by operation, in the precision that the options ask for."""
+    """Return the policy of a row without engine, in the precision of the options."""
     if variant.routing is not None:
         return random_policy(*preset(variant, options), options.device, options.dtype)
     policy = load_policy(options.checkpoint, options.device)
@@ -195,7 +199,7 @@ def _plain(variant: Variant, options: argparse.Namespace) -> CogVLAPolicy:
 
 
 def preset(variant: Variant, options: argparse.Namespace) -> tuple[CogVLAConfig, Embodiment]:
-    """Return the network of a variant, and a robot with LIBERO's numbers and the views that the options ask for."""
+    """Return the model configuration of a variant, and LIBERO's embodiment with the views of the options."""
     assert variant.routing is not None, "rows of a checkpoint have no preset"
     values = load("embodiment", "libero")
     size = options.size or (128 if options.preset == "tiny" else 224)
@@ -208,19 +212,19 @@ def preset(variant: Variant, options: argparse.Namespace) -> tuple[CogVLAConfig,
 def _parser() -> argparse.ArgumentParser:
     parser = argument_parser("benchmark_policy", __doc__)
     add = parser.add_argument
-    add("--preset", default="tiny", help="of configs/policy: tiny, small or cogvla_7b")
+    add("--preset", default="tiny", help="a file of configs/policy: tiny, small or cogvla_7b")
     add("--checkpoint", type=Path, help="a trained policy instead of a preset with random weights")
-    add("--imports", nargs="+", default=[], metavar="MODULE", help="modules to import first, which register routers")
+    add("--imports", nargs="+", default=[], metavar="MODULE", help="modules to import first, e.g. to register routers")
     add("--rows", nargs="+", metavar="ROW", help="default: all")
     add("--batches", nargs="+", type=int, default=[1, 8], help="samples in one pass")
     add("--calls", type=int, default=200, help="timed calls, after a warm-up")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", choices=("float32", "bfloat16"))
     add("--engine", default="auto", choices=("auto", "eager", "trace", "cuda_graph", "compile"))
-    add("--smallest", type=int, default=256, help="8 bits for layers with so many inputs and outputs")
+    add("--smallest", type=int, default=256, help="least number of inputs and of outputs of an 8-bit layer")
     add("--views", type=int, default=2)
-    add("--size", type=int, help="of the square views in pixels; default 224, for tiny 128")
-    add("--threads", type=int, help="of torch, on a CPU")
+    add("--size", type=int, help="side of the square views in pixels; default 224, for tiny 128")
+    add("--threads", type=int, help="threads of torch on a CPU")
     add("--output", type=Path, help="folder for benchmark.json and roofline.png")
     add("--profile", action="store_true", help="also write a trace of each row, into --output")
     return parser

@@ -1,11 +1,11 @@
-"""`calibrate_policy`: measure on recorded frames what a checkpoint needs to compute in 8 bits, and what that costs.
+"""`calibrate_policy`: measure the input ranges that a checkpoint needs for float8, and the error that float8 adds.
 
     calibrate_policy checkpoint=checkpoints/FOLDER suite=tabletop_object
     calibrate_policy checkpoint=FOLDER data=libero suite=libero_goal observations=512
     eval_libero checkpoint=FOLDER engine.dtype=float8
 
-Adds `float8.json` to the checkpoint: how large the inputs of each large layer get, and on other frames of the data set
-how far the actions move. `engine.dtype=float8` reads it from then on; no data set is needed any more.
+Adds `float8.json` to the checkpoint: the largest input of each large layer on recorded frames, and the change of the
+actions on other frames. `engine.dtype=float8` reads this file and needs no data set.
 
 Shape legend: N frames, B of them at once, K chunk, A action.
 """
@@ -35,11 +35,11 @@ from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
 
 BATCH = 8
-"""Frames that are run at once."""
+"""Frames in one pass."""
 NO_LABELS = ObjectiveConfig(
     grounding=0.0, reading=0.0, pointing=0.0, counterfactual=0.0, gripper_state=(), state_dropout=0.5, phase_weights=()
 )
-"""What is asked of the data set beside frames, states and actions: nothing."""
+"""An objective without labels, so that any data set will do."""
 
 
 def main(config: DictConfig) -> None:
@@ -49,7 +49,11 @@ def main(config: DictConfig) -> None:
 
 @torch.inference_mode()
 def run(config: DictConfig, command: str) -> Calibration:
-    """Measure, write, and print how far actions move; returns what is written."""
+    """Measure and save the calibration, and print the change of the actions; return the calibration.
+
+    Raises:
+        ValueError: a number of frames is too small or too large, or the checkpoint does not support float8.
+    """
     values = plain(config)
     import_modules(values["imports"])
     for name in ("observations", "checked"):
@@ -62,8 +66,8 @@ def run(config: DictConfig, command: str) -> Calibration:
     count = values["observations"] + values["checked"]
     if count > len(data):
         raise ValueError(
-            f"the data set has {len(data)} frames, observations={values['observations']} and "
-            f"checked={values['checked']} ask for {count}"
+            f"the data set has {len(data)} frames, but observations={values['observations']} and "
+            f"checked={values['checked']} need {count}"
         )
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(values["seed"]))[:count]
     seen, checked = rows[: values["observations"]], rows[values["observations"] :]
@@ -109,7 +113,7 @@ def _batches(
 
 
 def _actions(policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor, name: str) -> Tensor:
-    """Normalised actions [N,K,A]."""
+    """Compute the policy's normalised actions [N,K,A] for these frames."""
     batches = _batches(policy, data, rows_N, name)
     return torch.cat([policy.normalised_actions(batch.inputs).float().cpu() for batch in batches])
 
@@ -127,7 +131,7 @@ def _summary(folder: Path, about: dict[str, Any]) -> str:
         f"  float8 from bfloat16: mean {moved['mean']:.2g}, max {moved['max']:.2g}\n"
         f"  from the expert (mean): as saved {error['saved']:.4f}, bfloat16 {error['bfloat16']:.4f}, "
         f"float8 {error['float8']:.4f}\n"
-        f"{folder}: engine.dtype=float8 works from now on"
+        f"{folder} now supports engine.dtype=float8"
     )
 
 

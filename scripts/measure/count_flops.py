@@ -1,12 +1,12 @@
-"""`count_flops`: parameters, FLOPs, bytes and the least time on a GPU, stage by stage, without any weights.
+"""`count_flops`: count parameters, FLOPs, bytes and the lower bound of a GPU's time, stage by stage, without weights.
 
-    count_flops                                       the paper's model: all stages, without each, without both
+    count_flops                                       the paper's model: with all stages, without each, without both
     count_flops gpu=[jetson_thor,rtx4090] batch=8
     count_flops policy=small embodiment=tabletop
     count_flops checkpoint=checkpoints/tabletop_object output=cost.json
-    count_flops counting=paper text_length=7          what reproduces the paper's numbers
+    count_flops counting=paper text_length=7          reproduces the paper's numbers
 
-`policy/cost/flops.py` says what is counted, `policy/cost/roofline.py` where the peaks of the GPUs come from.
+`policy/cost/flops.py` explains the counting, `policy/cost/roofline.py` has the peaks of the GPUs with their sources.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cogvla.scripts.command import import_modules, plain
 
 
 def summary(variants: dict[str, list[StageCost]], gpus: Sequence[GPU], paper: dict[str, Any] | None) -> str:
-    """All variants: a line for each, and beside it what the paper reports."""
+    """Return a table with a line for each variant, with the paper's numbers if `paper` has them."""
     reported = ("paper TFLOP", "difference", "paper ms") if paper else ()
     lines = [f"{'variant':<42}" + header(("TFLOP", *reported, "GB", "FLOP/byte"), gpus, "ms at least")]
     for name, costs in variants.items():
@@ -66,11 +66,14 @@ def as_data(costs: Sequence[StageCost], gpus: Sequence[GPU]) -> list[dict[str, A
 
 
 def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
-    """Print the tables of all variants; returns their costs.
+    """Print the tables of all variants; return their costs.
 
     Args:
         values: the configuration, see `configs/count_flops.yaml`.
-        name: what the model is called, to find what the paper says of it.
+        name: name of the model, by which the paper's numbers are found.
+
+    Raises:
+        ValueError: a GPU or a key of a variant is unknown, or the configuration is wrong.
     """
     import_modules(values["imports"])
     gpus = [find_gpu(gpu) for gpu in values["gpu"]]
@@ -105,7 +108,7 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
 def _changed(routing: RoutingConfig, changes: dict[str, Any]) -> RoutingConfig:
     valid = asdict(routing)
     if unknown := sorted(set(changes) - set(valid)):
-        raise ValueError(f"variants change routing; {', '.join(unknown)} is none of {', '.join(valid)}")
+        raise ValueError(f"variants change keys of routing: {', '.join(unknown)} is not one of {', '.join(valid)}")
     return replace(routing, **changes)
 
 

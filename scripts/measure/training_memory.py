@@ -1,6 +1,6 @@
-"""`training_memory`: what `train_policy` with the same arguments would take of a GPU's memory. Nothing is trained.
+"""`training_memory`: estimate the GPU memory of `train_policy` without training.
 
-It takes the same arguments, and the number of GPUs:
+It takes the arguments of `train_policy`, and the number of GPUs:
 
     training_memory policy=cogvla_7b embodiment=libero training=libero finetune=lora +gpus=4
 """

@@ -1,9 +1,9 @@
-"""`bag_to_dataset`: ROS 2 bags to a LeRobotDataset v3, with the same robot, topics and embodiment as the bridge's.
+"""`bag_to_dataset`: convert ROS 2 bags to a LeRobotDataset v3; robot, topics and embodiment are those of the bridge.
 
     bag_to_dataset bags='[bag1, bag2]' robot=my_arm embodiment=my_arm topics=my_arm output=FOLDER
     bag_to_dataset bags='[bag1]' instruction="pick up the cube" output=FOLDER
 
-Each bag is read on its own; the same command goes on where it was interrupted. Needs the extra `dds`.
+Each bag is read separately; the same command resumes an interrupted conversion. Needs the extra `dds`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Convert, and say what was left out and why."""
+    """Convert the bags, and print how many seconds were left out and why.
+
+    Raises:
+        ValueError: the bags have no episode or do not fit the configuration, or the extra `dds` is not installed.
+    """
     try:
         from cogvla.real_robot.recording.bag_reader import BagReader
     except ModuleNotFoundError as error:
@@ -58,7 +62,7 @@ def run(config: DictConfig) -> None:
     for reason, ticks in skipped.most_common():
         print(f"left out {ticks / embodiment.control_hz:.1f} s: {reason}")
     if not count:
-        raise ValueError("there is no episode in these bags; what was left out is said above")
+        raise ValueError("there is no episode in these bags; see above what was left out")
     print(f"{count} episodes in {config.output}")
 
 

@@ -1,9 +1,9 @@
-"""`drive_robot`: drives a robot of lerobot (or one with ROS 2 topics) by a policy. A dry run unless told otherwise.
+"""`drive_robot`: drive a robot of lerobot (or with ROS 2 topics) with a policy. A dry run unless dry_run=false.
 
     drive_robot lerobot=so101 lerobot.config.port=/dev/ttyACM0 instruction="pick up the cube"      nothing moves
-    drive_robot ... dry_run=false                                      it moves, once `a` is pressed
-    drive_robot ... dry_run=false record=FOLDER                        what it did, as a LeRobotDataset
-    drive_robot ... checkpoint=FOLDER                                  the policy in this process, without a server
+    drive_robot ... dry_run=false                                      it moves after `a` is pressed
+    drive_robot ... dry_run=false record=FOLDER                        record a LeRobotDataset
+    drive_robot ... checkpoint=FOLDER                                  run the policy in this process, without a server
 
 Keys: a activate, s stop, space emergency stop, r release it and reset, d drop the last recorded episode, q quit.
 """
@@ -37,14 +37,14 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig, keyboard: int | None = None) -> None:
-    """Drive until `q`, SIGINT or SIGTERM; keys come from the descriptor `keyboard`, None: standard input."""
+    """Drive until `q`, SIGINT or SIGTERM; `keyboard` is a file descriptor with keys, None: standard input."""
     stop = stop_event()
     import_modules(config.imports)
     robot = build(RobotConfig, plain(config.robot), "robot")
     embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
     settings = take(BridgeSettings, plain(config))
     if config.record is not None and settings.dry_run:
-        raise ValueError("in a dry run the robot does nothing that could be recorded: give dry_run=false with record")
+        raise ValueError("a dry run cannot be recorded, because nothing moves: give dry_run=false with record")
     client, described = open_policy_client(config, embodiment)
     with ExitStack() as stack:
         front_end, _ = open_front_end(config, embodiment, stack)
@@ -66,7 +66,7 @@ def run(config: DictConfig, keyboard: int | None = None) -> None:
 
 
 class Keys:
-    """What the operator's keys do."""
+    """Handler of the operator's keys; the module docstring lists them."""
 
     def __init__(self, bridge: Bridge, recorder: Recorder | None, stop: threading.Event) -> None:
         self._bridge, self._recorder, self._stop = bridge, recorder, stop

@@ -1,10 +1,10 @@
-"""`policy_server`: answers robots and simulators over a websocket; openpi's clients work unchanged.
+"""`policy_server`: serve a policy to robots and simulators over a websocket; openpi's clients work unchanged.
 
     policy_server checkpoint=FOLDER
     COGVLA_API_KEY=... policy_server checkpoint=FOLDER host=0.0.0.0 tls.cert=cert.pem tls.key=key.pem
     policy_server checkpoint=random request_keys=by_name
 
-Ctrl-C answers what was asked already and ends.
+Ctrl-C answers pending requests and ends.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ValueError: the checkpoint, a certificate or a setting cannot be used.
+    """
     import_modules(config.imports)
     values = plain(config)
     settings, batching = take(ServerSettings, values), take(BatchSettings, values)
-    settings.tls.context()  # a wrong file is said before the policy is loaded
+    settings.tls.context()  # check the files before the policy is loaded
     keys = build(RequestKeys, values["request_keys"], "request_keys")
     if not _loopback(settings.host) and (settings.api_key is None or settings.tls.cert is None):
-        print("warning: the server is open to the network; give COGVLA_API_KEY, tls.cert and tls.key")
+        print("warning: the server is open to the network; set COGVLA_API_KEY, tls.cert and tls.key")
     if str(config.checkpoint).startswith(REMOTE):
         raise ValueError(f"checkpoint={config.checkpoint} is served already; give a folder, or random")
     policy, identity = open_any_policy(

@@ -1,10 +1,10 @@
-"""`robot_bridge`: connects a robot with ROS 2 topics to a policy server. A dry run unless told otherwise.
+"""`robot_bridge`: connect a robot with ROS 2 topics to a policy server. A dry run unless dry_run=false.
 
     robot_bridge instruction="pick up the cube"                                  commands are shown, nothing moves
     robot_bridge robot=my_arm embodiment=my_arm topics=my_arm dds.interface=eth0
-    robot_bridge dry_run=false                                                   it moves, once ~/activate is called
+    robot_bridge dry_run=false                                                   it moves after ~/activate is called
 
-Ctrl-C stops sending, and ends with a table of latencies.
+Ctrl-C stops sending commands and prints a table of latencies.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Bridge until SIGINT or SIGTERM."""
+    """Run the bridge until SIGINT or SIGTERM; write `report.json` if an output folder is given."""
     stop = stop_event()
     robot = build(RobotConfig, plain(config.robot), "robot")
     embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
@@ -71,7 +71,11 @@ def run(config: DictConfig) -> None:
 
 
 async def _check_server(uri: str, settings: ClientSettings) -> None:
-    """ValueError if the policy there is for another robot, or refuses this client; it may also start later."""
+    """Check the policy server; only print a message if it is not running yet.
+
+    Raises:
+        ValueError: its policy is for another robot, or it refuses this client.
+    """
     try:
         client = await AsyncPolicyClient.connect(uri, settings)
     except UnavailableError as error:
@@ -81,7 +85,16 @@ async def _check_server(uri: str, settings: ClientSettings) -> None:
 
 
 def watch(bridge: Bridge, stop: threading.Event, failure: Callable[[], BaseException | None] = lambda: None) -> None:
-    """Print what the loop does whenever that changes, until `stop`; raises what ended the bridge, or `failure`."""
+    """Print changes of the loop's state until `stop` is set.
+
+    Args:
+        bridge: running bridge.
+        stop: event that ends the function.
+        failure: function that returns an error of the connection to the robot, or None.
+
+    Raises:
+        BaseException: the error that ended the bridge, or the one from `failure`.
+    """
     shown = ""
     while not (stop.is_set() or bridge.wait(POLL_S)):
         if (error := failure()) is not None:
@@ -95,7 +108,7 @@ def watch(bridge: Bridge, stop: threading.Event, failure: Callable[[], BaseExcep
 
 
 def _without_numbers(text: str) -> str:
-    """Ages change all the time."""
+    """Remove digits, so that changing ages do not count as changes of the state."""
     return "".join(letter for letter in text if not letter.isdigit())
 
 

@@ -1,11 +1,11 @@
-"""`robot_demo`: simulated robot, policy server and bridge with one command, over the wire that a real robot has.
+"""`robot_demo`: run simulated robot, policy server and bridge with one command, connected as with a real robot.
 
     robot_demo
     robot_demo tasks=null episodes_per_task=5 view=none direct=true        success with and without the wire
 
         process sim_robot  <-- DDS on loopback -->  this process: bridge  <-- websocket -->  process policy_server
 
-It shows what the robot sees (rerun, or a video without a screen), and writes the report of `eval_libero`.
+It shows the robot's cameras (in rerun, or as a video without a screen), and writes a report like that of `eval_libero`.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from cogvla.scripts.command import as_typed, import_modules, plain
 from cogvla.scripts.robot.robots import dds_node
 
 START_S = 180.0
-"""How long a server may take to load its policy on a busy machine."""
+"""Longest time in which the server loads its policy."""
 MARGIN_S = 20.0
-"""How much longer than its control steps an episode may take."""
+"""Added to twice the time of an episode's control steps; an episode that takes longer is an error."""
 
 
 def main(config: DictConfig) -> None:
@@ -61,7 +61,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig, command: str) -> Report:
-    """Play, print, write; answers the report."""
+    """Play the episodes, print a summary and write the report; return the report."""
     import_modules(config.imports)
     suite = get_suite(config.suite)
     protocol = load_protocol(suite.protocol, episodes_per_task=config.episodes_per_task).for_suite(suite)
@@ -121,7 +121,7 @@ def _play(
             if shown is not None:
                 shown.note(outcome)
             tqdm.write(f"{result.instruction}: {outcome} after {result.steps} steps {result.error or ''}".rstrip())
-            time.sleep(1.0 if shown is not None else 0.0)  # so that the end can be seen
+            time.sleep(1.0 if shown is not None else 0.0)  # show the end of the episode
     return results, bridge, began
 
 
@@ -183,7 +183,7 @@ def _server(config: DictConfig) -> Iterator[str]:
         last = time.monotonic() + START_S
         while not _healthy(port):
             if process.poll() is not None:
-                raise ValueError("the policy server has ended; what it said is above")
+                raise ValueError("the policy server has ended; see its messages above")
             if time.monotonic() > last:
                 raise ValueError(f"the policy server was not ready within {START_S:g} s")
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What a command's configuration says about the robot and about who answers it, made ready for a `Bridge`."""
+"""Open the robot and the policy of a command's configuration, for a `Bridge`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
 
     Raises:
         ValueError: the transport is unknown or not installed, or the robot does not fit the embodiment.
-        OSError: the robot is not there.
+        OSError: the robot cannot be reached.
     """
     if config.transport == "lerobot":
         from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
@@ -48,7 +48,7 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
 
 
 def dds_node(name: str, **settings: Any) -> Any:
-    """Return a `DdsNode` that is not started yet; `settings` are those of `DdsSettings`.
+    """Return a `DdsNode` that is not started yet; `settings` are fields of `DdsSettings`.
 
     Raises:
         ValueError: the extra `dds` is not installed, or a setting is wrong.
@@ -64,11 +64,14 @@ def dds_node(name: str, **settings: Any) -> Any:
 
 
 def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[AsksPolicy, Mapping[str, Any]]:
-    """Who is asked for actions, and how it describes itself: `config.checkpoint` in this process, or `config.server`.
+    """Open the policy for a bridge: `config.checkpoint` in this process, or else the server at `config.server`.
+
+    Returns:
+        The client, and the description of the policy.
 
     Raises:
         ValueError: there is no such checkpoint, or the policy is for another robot.
-        UnavailableError: nobody answers at the server.
+        UnavailableError: the server cannot be reached.
     """
     if config.checkpoint is None:
         settings = ClientSettings(
@@ -78,7 +81,7 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
         )
         return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
     if not Path(config.checkpoint).is_dir():
-        raise ValueError(f"no checkpoint folder at {config.checkpoint}; or give server=ws://HOST:PORT")
+        raise ValueError(f"no checkpoint folder at {config.checkpoint}; give another one, or server=ws://HOST:PORT")
     policy, identity = open_any_policy(str(config.checkpoint), device=config.device, threads=config.threads)
     return LocalPolicy(policy, embodiment), {**policy.describe(), **identity}
 

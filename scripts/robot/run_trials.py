@@ -1,12 +1,12 @@
-"""`run_trials`: N trials of each instruction on a robot, judged by the operator or by the simulator, with a report.
+"""`run_trials`: run N trials of each instruction on a robot, judged by the operator or a simulator; write a report.
 
     run_trials server=ws://GPU:8000 transport=lerobot instructions='["pick up the cube"]' trials=10
     run_trials transport=dds robot=my_arm embodiment=my_arm topics=my_arm dds.interface=eth0 instructions=...
     run_trials transport=dds robot=tabletop embodiment=tabletop scene=simulated suite=tabletop_object   with `sim_robot`
 
-Every trial is on disk when it has ended. The same command goes on where it was interrupted, and tries again what
-ended in an error or a safety stop: those are no failures. Keys are those of `operator_scene`; space is the emergency
-stop and r releases it.
+Every trial is saved when it ends. The same command resumes an interrupted run, and repeats trials that ended in an
+error or a safety stop, which do not count as failures. `operator_scene` lists the keys; space is the emergency stop,
+r releases it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 
 SCENES = ("operator", "simulated")
 MARGIN_S = 20.0
-"""How much longer than its limit a trial may take before it is an error."""
+"""Added to twice the time limit of a trial; a trial that takes longer is an error."""
 
 
 def main(config: DictConfig) -> None:
@@ -53,9 +53,15 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report | None:
-    """Play what is missing, print and write; answers the report, None if there is nothing to report yet.
+    """Play the missing trials, print a summary and write the report.
 
-    `keyboard` is the descriptor that keys are read from; None: standard input.
+    Args:
+        config: configuration, see configs/run_trials.yaml.
+        command: command line for the report.
+        keyboard: file descriptor with keys; None: standard input.
+
+    Returns:
+        The report; None without any finished trial.
     """
     import_modules(config.imports)
     robot = build(RobotConfig, plain(config.robot), "robot")
@@ -85,7 +91,7 @@ def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report
         try:
             session_of_trials.play([spec for spec in specs if (spec.task, spec.initial_state) not in log.results])
         except SessionEndedError:
-            print("ended; the same command goes on with what is missing", flush=True)
+            print("ended; the same command plays the missing trials", flush=True)
         results = [log.results[key] for spec in specs if (key := (spec.task, spec.initial_state)) in log.results]
         measured = control.measurements()
         if not results:
@@ -99,16 +105,16 @@ def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report
 
 
 class Session:
-    """Plays trials one after the other; each is on disk before the next one begins.
+    """Plays trials one after the other; each is saved before the next one begins.
 
     Args:
-        bridge: running.
-        scene: sets up and judges.
+        bridge: running bridge.
+        scene: sets up trials and judges them.
         log: saves the results.
         control: saves the timing of the control loop.
         film: saves the videos.
-        attempts: how often a trial is started that ends in an error, until it is left for another session.
-        timeout_s: see `play`.
+        attempts: number of times that a trial is started if it ends in an error.
+        timeout_s: longest time of a trial, see `play`.
     """
 
     def __init__(
@@ -128,7 +134,12 @@ class Session:
         self._attempts, self._timeout_s = attempts, timeout_s
 
     def play(self, specs: Sequence[EpisodeSpec]) -> None:
-        """All of these trials; SessionEndedError when the operator ends it, and whatever ends the bridge."""
+        """Play these trials.
+
+        Raises:
+            SessionEndedError: the operator ended the session.
+            Exception: the error that ended the bridge.
+        """
         for number, spec in enumerate(specs, start=1):
             for attempt in range(1, self._attempts + 1):
                 result = self._attempt(spec, attempt)
@@ -150,12 +161,12 @@ class Session:
             video = self._film.end(result)
         result = replace(result, attempts=attempt, video=video)
         self._control.end(self._bridge, result)
-        self._bridge.wait(0)  # raises what has ended the bridge, such as a robot that is gone
+        self._bridge.wait(0)  # raises the error that ended the bridge, e.g. a lost robot
         return result
 
 
 def summary(suite: Suite, results: Sequence[EpisodeResult]) -> str:
-    """Success with its interval per instruction, and apart from it what could not be judged, as lines."""
+    """Return a table: success rate with interval, trials, errors and safety stops of each instruction."""
     lines = [f"{'success':>8}  {'95 % interval':<17}{'trials':>7}{'errors':>8}{'stops':>7}  instruction"]
     tasks = sorted({r.task for r in results})
     for task in [*tasks, None] if len(tasks) > 1 else tasks:
@@ -171,7 +182,11 @@ def summary(suite: Suite, results: Sequence[EpisodeResult]) -> str:
 
 
 def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> tuple[Suite, EvaluationProtocol]:
-    """Which trials: of a simulated suite, or of the operator's instructions."""
+    """Return the suite and protocol of the trials: a simulated suite, or the operator's instructions.
+
+    Raises:
+        ValueError: the scene, the instructions or the limit are wrong.
+    """
     steps = robot.loop.execute_steps or embodiment.chunk
     if config.scene == "simulated":
         suite = get_suite(config.suite)
@@ -190,7 +205,7 @@ def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> t
 
 
 def _no_simulation(**_: Any) -> gym.Env:
-    raise ValueError("these are trials in a room; there is no simulation of them")
+    raise ValueError("trials on a real robot have no simulation")
 
 
 def _scene(
@@ -199,7 +214,7 @@ def _scene(
     scene: TrialScene
     if config.scene == "simulated":
         if node is None:
-            raise ValueError("scene=simulated is a `sim_robot`, which is reached with transport=dds")
+            raise ValueError("scene=simulated needs transport=dds, by which a `sim_robot` is reached")
         scene, press = SimulatedScene(node), _ignore
     else:
         instructions = [task.instruction for task in suite.tasks]

@@ -1,11 +1,11 @@
-"""`sim_robot`: the tabletop arm as a robot with ROS 2 topics, without ROS 2.
+"""`sim_robot`: simulate the tabletop arm as a robot with ROS 2 topics; ROS 2 is not needed.
 
     sim_robot
     sim_robot suite=tabletop_goal task=3 initial_state=7
 
 It publishes cameras and joint states, as in configs/topics/tabletop.yaml, and
 
-    ~/status    std_msgs/String, JSON: what became of the scene (`SceneStatus`)
+    ~/status    std_msgs/String, JSON: state of the scene (`SceneStatus`)
 
 It takes commands (Float64MultiArray: 6 displacements and the gripper), and
 
@@ -66,11 +66,11 @@ class SimRobot:
     """Connects a `SimulatedArm` to topics.
 
     Args:
-        node: where they are; started already.
-        topics: the robot's.
+        node: running node of the topics.
+        topics: topics of the robot.
         suite: name of a tabletop suite.
-        image_size: of the cameras, in pixels.
-        max_steps: control steps until a scene is over; None: twice the suite's, because pauses count here.
+        image_size: side of the camera images, in pixels.
+        max_steps: control steps until a scene ends; None: twice the suite's, because pauses count here.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class SimRobot:
     def _show_status(self, status: SceneStatus) -> None:
         self._status({"data": json.dumps(asdict(status))})
 
-    # what others send may be wrong: that is said, and changes nothing
+    # Wrong messages are logged and ignored.
 
     def _command(self, message: Any) -> None:
         try:

@@ -86,7 +86,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
         (["--preset", "huge"], "policy 'huge' is neither a YAML file nor one of cogvla_7b, small, tiny"),
         (
             ["--checkpoint", str(SHIPPED), "--rows", "faithful"],
-            "no row 'faithful' here; there are 'plain', 'engine', 'float8', 'int8'",
+            "unknown row 'faithful'; one of 'plain', 'engine', 'float8', 'int8'",
         ),
         (["--checkpoint", "nowhere", "--rows", "engine"], "nowhere"),
         (["--checkpoint", "nowhere", "--rows", "int8"], "nowhere"),

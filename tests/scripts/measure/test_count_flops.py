@@ -59,7 +59,7 @@ def test_a_checkpoint_is_counted_as_it_is(capsys: pytest.CaptureFixture[str]) ->
         (("gpu=[tpu]",), "unknown GPU 'tpu'; one of h200, a800, rtx4090, jetson_thor"),
         (("batch=0",), "batch must be at least 1"),
         (("checkpoint=nowhere",), "no checkpoint folder at nowhere"),
-        (("+variants.odd={keep: 1}",), "variants change routing; keep is none of efa, film, fusion"),
+        (("+variants.odd={keep: 1}",), "variants change keys of routing: keep is not one of efa, film, fusion"),
     ],
 )
 def test_mistakes_say_what_is_valid(overrides: tuple[str, ...], message: str) -> None:

@@ -322,7 +322,7 @@ def test_run_trials_from_the_first_key_to_the_report(
             first = run(command(uri, tmp_path, "trials=1"), "run_trials ...", keyboard)
         assert first is not None
         assert first.total.success.trials == 1
-        assert "the same command goes on with what is missing" in capsys.readouterr().out
+        assert "the same command plays the missing trials" in capsys.readouterr().out
         with operator(monkeypatch, "n", "n", "n") as keyboard:
             report = run(command(uri, tmp_path, "trials=2"), "run_trials ...", keyboard)
         assert report is not None
@@ -347,7 +347,7 @@ def test_run_trials_from_the_first_key_to_the_report(
     ("overrides", "message"),
     [
         (["scene=weather"], "scene must be one of operator, simulated"),
-        (["scene=simulated"], "reached with transport=dds"),
+        (["scene=simulated"], "scene=simulated needs transport=dds"),
         (["limit_s=0"], "limit_s must be at least one control period"),
         (["trials=0"], "at least one episode per task"),
     ],

@@ -232,5 +232,5 @@ def test_the_demo_reports_as_an_evaluation_does(tmp_path: Path) -> None:
     assert written["control"]["counts"] == dict(report.control.counts)
     html = (tmp_path / "report.html").read_text()
     assert "tick jitter" in html
-    assert "Counted by the control loop" in html
+    assert "Counters of the control loop" in html
     assert len(contact_sheet(tmp_path / "demo.mp4")) > 1000
