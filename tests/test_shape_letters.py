@@ -10,7 +10,7 @@ import pytest
 
 from cogvla.tests.support.paths import ROOT
 
-FOLDERS = ("routing", "policy", "envs", "libero", "real_robot", "scripts")
+FOLDERS = ("routing", "policy", "envs", "libero", "real_robot", "scripts", "examples")
 SUFFIX = re.compile(r"[a-z0-9_]+_(?=[a-z]?[A-Z0-9])([A-Z0-9]*[A-Z][A-Z0-9]*|[A-Za-z0-9]{1,5})")
 SECTION = (ROOT / "docs" / "architecture.md").read_text().partition("\n## Shape letters\n")[2].partition("\n## ")[0]
 LETTERS = {
