@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from cogvla.scripts.train_policy import build_trainer
 from cogvla.tests.support import small_data as small
 from cogvla.tests.support.paths import CONFIGS
 
-GROUPS: dict[str, Callable[..., Any]] = {
+GROUPS: dict[str, Any] = {
     "augmentation": AugmentationConfig,
     "counting": Counting,
     "data": DataConfig,
@@ -151,7 +151,7 @@ def test_defaults_that_are_read_are_those_of_the_dataclass(dotted: str) -> None:
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in DATACLASSES if group for name in names(group)])
 def test_files_read_without_hydra_say_the_same(group: str, name: str) -> None:
     command = COMPOSED_BY.get(group, "train_policy")
-    with_hydra = leaves(OmegaConf.to_container(compose(command, [f"{group}={name}"]))[group])
+    with_hydra = leaves(OmegaConf.to_container(compose(command, [f"{group}={name}"])[group]))
     without = leaves(load(group, name))
     assert without.items() <= with_hydra.items() or {key: with_hydra[key] for key in without} == without
 
@@ -220,7 +220,7 @@ def test_presets_have_the_sizes_they_claim(policy: str) -> None:
     assert low < sum(p.numel() for p in model.parameters()) < high
 
 
-CHANGES = {
+CHANGES: dict[str, dict[str, Any]] = {
     "whole": {},
     "no_efa": {".routing.efa": False},
     "no_lfp": {".routing.lfp": False},

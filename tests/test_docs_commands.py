@@ -99,7 +99,7 @@ def understand(name: str, arguments: list[str], folder: Path, monkeypatch: pytes
     register()
     with initialize_config_module("cogvla.configs", version_base="1.3"):
         for combination in combinations(overrides):
-            compose(config, combination)
+            compose(config, list(combination))
     return None
 
 
@@ -212,7 +212,9 @@ def python_blocks() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("block", [pytest.param(block, id=name) for name, block in python_blocks()])
 def test_python_compiles_and_its_imports_exist(block: str) -> None:
-    imports = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports: list[ast.stmt] = [
+        node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     exec(compile(ast.Module(imports, []), "<documentation>", "exec"), {})
 
 

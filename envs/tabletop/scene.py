@@ -218,7 +218,7 @@ class Scene:
         for name, pose in poses.items():
             self.move(name, (pose.x, pose.y, self.items[name].rest_height), pose.yaw)
 
-    def move(self, name: str, position: Sequence[float], yaw: float = 0.0) -> None:
+    def move(self, name: str, position: Sequence[float] | np.ndarray, yaw: float = 0.0) -> None:
         """Put the origin of an item at `position` [3], upright, with a yaw in radians."""
         quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))
         if name in self._qpos:

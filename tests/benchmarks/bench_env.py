@@ -10,6 +10,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import hydra
 import numpy as np
@@ -50,7 +52,7 @@ class Row:
 
 def measure(suite: Suite, image_size: int, episodes: int) -> list[Row]:
     """Play the expert without noise, one task after the other, and time each kind of call."""
-    env = suite.make(image_size=image_size)
+    env: Any = suite.make(image_size=image_size)
     played = env.unwrapped
     samples: dict[str, list[float]] = defaultdict(list)
 
@@ -63,7 +65,7 @@ def measure(suite: Suite, image_size: int, episodes: int) -> list[Row]:
     for episode in range(episodes):
         where = {"task": episode % len(suite.tasks), "initial_state": episode // len(suite.tasks)}
         played.skip_images = True
-        timed("reset, no images", lambda where=where: env.reset(options=where))
+        timed("reset, no images", partial(env.reset, options=where))
         expert = Expert(env, np.random.default_rng(episode))
         for step in range(suite.max_steps):
             started = time.perf_counter()
@@ -74,7 +76,7 @@ def measure(suite: Suite, image_size: int, episodes: int) -> list[Row]:
             samples["control step, no images"].append((time.perf_counter() - acted) * 1e3)
             for camera in CAMERAS if step % RENDER_EVERY == 0 else ():
                 name = f"{camera} image, {image_size}x{image_size}"
-                timed(name, lambda camera=camera: played.render_camera(camera, image_size, image_size))
+                timed(name, partial(played.render_camera, camera, image_size, image_size))
             if terminated or truncated:
                 break
     env.close()

@@ -11,15 +11,18 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
+from typing import Any
 
 import hydra
 import numpy as np
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.provenance import machine
+from cogvla.scripts.command import plain
 
 DEFAULTS = {
     "defaults": ["_self_", {"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}],
@@ -41,8 +44,8 @@ def milliseconds(call: Callable[[], object]) -> float:
 @hydra.main(version_base="1.3", config_path=None, config_name="bench_libero")
 def main(config: DictConfig) -> None:
     """Print the table."""
-    suite = configured_suite(config.suite, OmegaConf.to_container(config.libero))
-    env = suite.make(image_size=config.image_size)
+    suite = configured_suite(config.suite, plain(config.libero))
+    env: Any = suite.make(image_size=config.image_size)
     env.unwrapped.skip_images = True
     action = np.array([0.1, 0, 0, 0, 0, 0, -1.0])
 
@@ -50,7 +53,7 @@ def main(config: DictConfig) -> None:
         env.reset(options={"task": task, "initial_state": 0})
 
     rows = {"first environment, with imports": [milliseconds(lambda: reset(0))]}
-    rows["switch to another task"] = [milliseconds(lambda task=task: reset(task)) for task in (1, 2, 3)]
+    rows["switch to another task"] = [milliseconds(partial(reset, task)) for task in (1, 2, 3)]
     rows["reset"] = [milliseconds(lambda: reset(3)) for _ in range(3)]
     rows["control step, no images"] = [milliseconds(lambda: env.step(action)) for _ in range(config.steps)]
     env.unwrapped.skip_images = False

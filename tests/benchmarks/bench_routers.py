@@ -51,7 +51,7 @@ def router_ms(name: str, batch: int, args: argparse.Namespace) -> float:
     items = everything(batch, args.budget, grid, width=args.width)
     tokens = items["encoder_BNF"].clone()
     router = build_router(name, sizes_for(args.budget, grid, args.width)).eval().to(args.device)
-    there = {k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in items.items()}
+    there: dict[str, Any] = {k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in items.items()}
     there["projector"].first, there["projector"].second = (
         weight.to(args.device) for weight in (items["projector"].first, items["projector"].second)
     )

@@ -42,7 +42,8 @@ def demos() -> list[Demo]:
         (knob,) = env.scene.env.get_object("flat_stove_1").joints
         env.scene.data.joint(knob).qpos = 1.5
         env.scene.model.body("wooden_cabinet_1_main").pos += [0.05, 0, 0]  # another place than in evaluations
-        states, seen, images = [], [], {"agentview": [], "eye_in_hand": []}
+        states, seen = [], []
+        images: dict[str, list[np.ndarray]] = {"agentview": [], "eye_in_hand": []}
         for step, action in enumerate(actions):
             states.append(env.scene.env.sim.get_state().flatten())
             env.skip_images = step not in (0, 10)

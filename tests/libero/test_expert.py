@@ -112,6 +112,7 @@ def suite() -> Suite:
 @pytest.fixture(scope="module")
 def env(suite: Suite) -> Iterator[LiberoEnv]:
     built = suite.make(render=False)
+    assert isinstance(built, LiberoEnv)
     yield built
     built.close()
 

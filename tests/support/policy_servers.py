@@ -82,7 +82,7 @@ def observation(seed: int = 0, instruction: str = "pick up the red cube", robot:
     return replace(robot.fake_observation(seed=seed), instruction=[instruction])
 
 
-def libero_request(seed: int = 0, **changes: Any) -> dict[str, Any]:
+def libero_request(seed: int = 0, /, **changes: Any) -> dict[str, Any]:
     """What openpi's LIBERO client sends for `observation(seed)`; None removes a key."""
     seen = observation(seed)
     request = {

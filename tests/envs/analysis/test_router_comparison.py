@@ -296,7 +296,7 @@ def test_emptied_layers_change_nothing_where_vision_is_not_read() -> None:
     found = horizon(policy.model, [moment])
     assert len(found["information"]) == 2
     assert found["information"][0] > 0
-    blind = point_policy(**PLAIN, attention="bidirectional")
+    blind: Any = point_policy(**PLAIN, attention="bidirectional")
     with torch.no_grad():
         blind.model.vision.fusion.project[-1].weight.zero_()
         blind.model.vision.fusion.project[-1].bias.zero_()

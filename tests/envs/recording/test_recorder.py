@@ -140,8 +140,8 @@ def test_the_files_equal_those_of_lerobots_own_writer(tmp_path: Path) -> None:
     assert described[0] == described[1]
     for ours_row, theirs_row in zip(*(table.to_pylist() for table in written), strict=True):
         for camera in episodes[0].images:
-            pictures = [np.asarray(Image.open(io.BytesIO(r.pop(camera)["bytes"]))) for r in (ours_row, theirs_row)]
-            np.testing.assert_array_equal(*pictures)
+            one, other = (np.asarray(Image.open(io.BytesIO(r.pop(camera)["bytes"]))) for r in (ours_row, theirs_row))
+            np.testing.assert_array_equal(one, other)
         assert ours_row == theirs_row
     for name in ("meta/info.json", "meta/tasks.parquet"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
@@ -412,7 +412,7 @@ def test_requests_that_make_no_sense(wrong: dict, tmp_path: Path) -> None:
 
 def test_an_expert_that_processes_cannot_be_given(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="function or class of a module"):
-        record(NAME, 1, tmp_path / "toy", image_size=16, expert=lambda env, rng, noise: None)
+        record(NAME, 1, tmp_path / "toy", image_size=16, expert=lambda env, rng, noise: ToyExpert(env, rng, noise))
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from cogvla.envs.rollout.video import STATUS_COLOURS, VideoWriter, annotate, con
 
 
 def frames(path: Path) -> list[np.ndarray]:
+    found: list[np.ndarray] = []
     with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        found += [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return found
 
 
 def write(path: Path, shades: list[int], size: int = 64) -> None:

@@ -13,10 +13,11 @@ from cogvla.envs.tabletop.expert import PHASES, Expert
 from cogvla.scripts.command import compose
 from cogvla.scripts.expert_table import play, run
 from cogvla.tests.support import toy_suite
+from cogvla.tests.support.tabletop import tabletop
 
 
 @pytest.mark.parametrize("name", TABLETOP_SUITES)
-def test_expert_solves_every_task(name):
+def test_expert_solves_every_task(name: str) -> None:
     suite = get_suite(name)
     for task in range(len(suite.tasks)):
         row = play(suite, task, (0, 1000 + task), noise=0.0)
@@ -25,23 +26,23 @@ def test_expert_solves_every_task(name):
 
 
 @pytest.mark.parametrize("name", TABLETOP_SUITES)
-def test_expert_recovers_from_its_noise(name):
+def test_expert_recovers_from_its_noise(name: str) -> None:
     suite = get_suite(name)
     rows = [play(suite, task, (2000 + task,), noise=1.0) for task in range(len(suite.tasks))]
     assert sum(len(row.failed) for row in rows) <= 1
 
 
-def test_expert_picks_up_what_was_taken_from_it():
-    env = get_suite("tabletop_object").make(render=False)
+def test_expert_picks_up_what_was_taken_from_it() -> None:
+    env = tabletop("tabletop_object", render=False)
     env.reset(options={"task": 0, "initial_state": 0})
-    expert, inner = Expert(env, np.random.default_rng(0)), env.unwrapped
+    expert = Expert(env, np.random.default_rng(0))
     phases, taken, done = [], False, False
-    start = inner.scene.position("red_cube")
+    start = env.scene.position("red_cube")
     while not done:
         action = expert.act()
         phases.append(PHASES[expert.phase])
-        if not taken and phases[-1] == "transport" and inner.gripper_position[2] > 0.1:
-            inner.scene.move("red_cube", start)
+        if not taken and phases[-1] == "transport" and env.gripper_position[2] > 0.1:
+            env.scene.move("red_cube", start)
             taken = True
         *_, done, truncated, _ = env.step(action)
         assert not truncated
@@ -50,8 +51,8 @@ def test_expert_picks_up_what_was_taken_from_it():
     assert (phases[0], phases[-1]) == ("approach", "release")
 
 
-def test_action_depends_on_the_state_alone():
-    env = get_suite("tabletop_object").make(render=False)
+def test_action_depends_on_the_state_alone() -> None:
+    env = tabletop("tabletop_object", render=False)
     env.reset(options={"task": 2, "initial_state": 0})
     old = Expert(env, np.random.default_rng(0))
     for _ in range(25):
@@ -59,8 +60,8 @@ def test_action_depends_on_the_state_alone():
     assert np.array_equal(old.act(), Expert(env, np.random.default_rng(1)).act())
 
 
-def test_noise_changes_what_is_executed_not_the_label():
-    env = get_suite("tabletop_object").make(render=False)
+def test_noise_changes_what_is_executed_not_the_label() -> None:
+    env = tabletop("tabletop_object", render=False)
     env.reset(options={"task": 0, "initial_state": 0})
     expert = Expert(env, np.random.default_rng(0), noise=1.0)
     clean = expert.act()
@@ -73,21 +74,21 @@ def test_noise_changes_what_is_executed_not_the_label():
         Expert(env, np.random.default_rng(0), noise=-1.0)
 
 
-def test_open_loop_chunk_ends_where_its_deltas_add_up():
-    env = get_suite("tabletop_object").make(render=False)
+def test_open_loop_chunk_ends_where_its_deltas_add_up() -> None:
+    env = tabletop("tabletop_object", render=False)
     env.reset(options={"task": 0, "initial_state": 3})
-    start = env.unwrapped.gripper_position
+    start = env.gripper_position
     deltas = np.random.default_rng(0).uniform(-0.6, 0.6, (8, 3)) * (0.3, 0.3, 0.3)
     for delta in deltas:
         env.step(np.array([*delta, 0, 0, 0, -1.0]))
-        lag = env.unwrapped._arm.position - env.unwrapped.gripper_position
+        lag = env._arm.position - env.gripper_position
         assert np.linalg.norm(lag) < 0.6 * POSITION_SCALE * np.linalg.norm(delta) + 0.002
     env.step(np.zeros(7))
-    moved = env.unwrapped.gripper_position - start
+    moved = env.gripper_position - start
     assert np.allclose(moved, POSITION_SCALE * deltas.sum(axis=0), atol=0.002)
 
 
-def test_rotation_vectors():
+def test_rotation_vectors() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         vector = rng.uniform(-1.5, 1.5, 3)
@@ -95,12 +96,12 @@ def test_rotation_vectors():
     assert np.allclose(rotation_matrix(np.zeros(3)), np.eye(3))
 
 
-def test_expert_refuses_other_environments():
+def test_expert_refuses_other_environments() -> None:
     with pytest.raises(ValueError, match="tabletop"):
         Expert(toy_suite.ToyEnv(), np.random.default_rng(0))
 
 
-def test_expert_table_prints_and_checks_its_input(capsys):
+def test_expert_table_prints_and_checks_its_input(capsys: pytest.CaptureFixture[str]) -> None:
     config = compose("expert_table", ["states=1", "tasks=[8]", "suite=tabletop_goal"])
     (row,) = run(config)
     assert row.rate == 1.0

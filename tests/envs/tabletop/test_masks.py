@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.suite import get_suite
+from cogvla.tests.support.tabletop import tabletop
 
 
 def test_a_mask_is_where_the_target_is_drawn_and_drawing_it_changes_no_picture() -> None:
-    env = get_suite("tabletop_object").make(image_size=96)
+    env = tabletop("tabletop_object", image_size=96)
     seen, info = env.reset(seed=0, options={"task": 0, "initial_state": 0})
     assert info["instruction"] == "put the red cube in the tray"
     mask_HW = env.target_mask("agentview", 96, 96)

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mujoco
 import numpy as np
 import pytest
 
-from cogvla.envs.suite import get_suite
+from cogvla.envs.tabletop.env import TabletopEnv
 from cogvla.envs.tabletop.goals import Goal
 from cogvla.envs.tabletop.scene import BUTTON_TRAVEL
+from cogvla.tests.support.tabletop import tabletop
 
 OPEN, CLOSED = np.array([0, 0, 0, 0, 0, 0, -1.0]), np.array([0, 0, 0, 0, 0, 0, 1.0])
 
 
 @pytest.fixture(scope="module")
-def goal_env():
-    return get_suite("tabletop_goal").make(render=False).unwrapped
+def goal_env() -> TabletopEnv:
+    return tabletop("tabletop_goal", render=False)
 
 
-def settle(env, action=OPEN, steps=4):
+def settle(env: TabletopEnv, action: np.ndarray = OPEN, steps: int = 4) -> dict[str, Any]:
     for _ in range(steps):
         *_, info = env.step(action)
     return info
 
 
-def test_object_counts_only_inside_the_tray():
-    env = get_suite("tabletop_object").make(render=False).unwrapped
+def test_object_counts_only_inside_the_tray() -> None:
+    env = tabletop("tabletop_object", render=False)
     env.reset(options={"task": 0, "initial_state": 0})
     tray = env.scene.position("tray")
     env.scene.move("red_cube", tray + np.array((0.10, 0.0, 0.023)))
@@ -36,8 +39,8 @@ def test_object_counts_only_inside_the_tray():
     assert not settle(env, steps=1)["success"]
 
 
-def test_a_held_object_does_not_count():
-    env = get_suite("tabletop_object").make(render=False).unwrapped
+def test_a_held_object_does_not_count() -> None:
+    env = tabletop("tabletop_object", render=False)
     env.reset(options={"task": 0, "initial_state": 0})
     goal = env.goals[0]
     assert goal == Goal("put", "red_cube", "tray")
@@ -54,8 +57,8 @@ def test_a_held_object_does_not_count():
     assert env.task_success(0)
 
 
-def test_other_object_in_the_tray_is_the_other_task():
-    env = get_suite("tabletop_object").make(render=False).unwrapped
+def test_other_object_in_the_tray_is_the_other_task() -> None:
+    env = tabletop("tabletop_object", render=False)
     _, info = env.reset(options={"task": 0, "initial_state": 1})
     other = info["alternative_tasks"][0]
     env.scene.move(env.goals_for(other)[0].item, env.scene.position("tray") + np.array((0, 0, 0.03)))
@@ -66,7 +69,7 @@ def test_other_object_in_the_tray_is_the_other_task():
 @pytest.mark.parametrize(
     ("task", "item", "destination", "height"), [(0, "red_cube", "plate", 0.032), (5, "blue_cube", "red_cube", 0.047)]
 )
-def test_plate_and_stack(goal_env, task, item, destination, height):
+def test_plate_and_stack(goal_env: TabletopEnv, task: int, item: str, destination: str, height: float) -> None:
     goal_env.reset(options={"task": task, "initial_state": 3})
     base = goal_env.scene.position(destination)
     goal_env.scene.move(item, base + np.array((0.0, 0.09, height)))
@@ -75,7 +78,7 @@ def test_plate_and_stack(goal_env, task, item, destination, height):
     assert settle(goal_env)["success"]
 
 
-def test_puck_drawer_and_buttons(goal_env):
+def test_puck_drawer_and_buttons(goal_env: TabletopEnv) -> None:
     scene = goal_env.scene
     goal_env.reset(options={"task": 6, "initial_state": 4})
     scene.move("puck", scene.position("green_zone") + np.array((0.01, 0.0, 0.015)))
@@ -96,8 +99,8 @@ def test_puck_drawer_and_buttons(goal_env):
     assert not goal_env.task_success(8)  # a new episode forgets
 
 
-def test_long_needs_both_and_labels_move_on():
-    env = get_suite("tabletop_long").make(render=False).unwrapped
+def test_long_needs_both_and_labels_move_on() -> None:
+    env = tabletop("tabletop_long", render=False)
     env.reset(options={"task": 0, "initial_state": 0})
     red, blue = env.goals
     assert np.allclose(env.labels()["target"], env.scene.position(red.item), atol=1e-5)
@@ -108,8 +111,8 @@ def test_long_needs_both_and_labels_move_on():
     assert settle(env)["success"]
 
 
-def test_spatial_names_the_right_cubes():
-    env = get_suite("tabletop_spatial").make(render=False).unwrapped
+def test_spatial_names_the_right_cubes() -> None:
+    env = tabletop("tabletop_spatial", render=False)
     for state in range(10):
         env.reset(options={"task": state, "initial_state": state})
         cubes = {name: env.scene.position(name) for name in env.scene.placed if name.startswith("cube_")}

@@ -1,26 +1,28 @@
-"""What the cameras show: framing, orientation, objects where the labels say; and the speed, printed."""
+"""What the cameras show: framing, orientation, objects where the labels say."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from cogvla.envs.rendering import choose_backend
 from cogvla.envs.suite import get_suite
+from cogvla.envs.tabletop.env import TabletopEnv
+from cogvla.tests.support.tabletop import tabletop
 
 SIZE = 128
 
 
 @pytest.fixture(scope="module")
-def env():
-    built = get_suite("tabletop_object").make(image_size=SIZE).unwrapped
+def env() -> Iterator[TabletopEnv]:
+    built = tabletop("tabletop_object", image_size=SIZE)
     yield built
     built.close()
 
 
-def project(env, camera: str, point: np.ndarray) -> np.ndarray:
+def project(env: TabletopEnv, camera: str, point: np.ndarray) -> np.ndarray:
     """Pixel (column, row) of a world point."""
     data, model = env.scene.data, env.scene.model
     index = model.camera(camera).id
@@ -34,7 +36,7 @@ def is_red(image: np.ndarray) -> np.ndarray:
     return (pixels[..., 0] > 100) & (pixels[..., 1] < 60) & (pixels[..., 2] < 60)
 
 
-def alone(env, x: float, y: float) -> np.ndarray:
+def alone(env: TabletopEnv, x: float, y: float) -> np.ndarray:
     """The agentview with nothing but the red cube on the table and the arm out of the way."""
     env.reset(options={"task": 0, "initial_state": 0})
     for name in env.scene.placed - {"red_cube"}:
@@ -46,7 +48,7 @@ def alone(env, x: float, y: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("x", "y"), [(0.36, -0.21), (0.36, 0.21), (0.66, -0.21), (0.66, 0.21), (0.51, 0.0)])
-def test_objects_are_ten_pixels_wide_everywhere_and_inside_the_image(env, x, y):
+def test_objects_are_ten_pixels_wide_everywhere_and_inside_the_image(env: TabletopEnv, x: float, y: float) -> None:
     red = is_red(alone(env, x, y))
     columns, rows = np.flatnonzero(red.any(axis=0)), np.flatnonzero(red.any(axis=1))
     assert np.ptp(columns) + 1 >= 10
@@ -56,7 +58,7 @@ def test_objects_are_ten_pixels_wide_everywhere_and_inside_the_image(env, x, y):
     assert np.allclose([columns.mean(), rows.mean()], centre, atol=2.0)
 
 
-def test_image_is_the_right_way_up(env):
+def test_image_is_the_right_way_up(env: TabletopEnv) -> None:
     far, near = is_red(alone(env, 0.40, 0.0)), is_red(alone(env, 0.62, 0.0))
     assert np.nonzero(far)[0].mean() < np.nonzero(near)[0].mean()  # the robot's side is at the top
     left, right = is_red(alone(env, 0.5, -0.15)), is_red(alone(env, 0.5, 0.15))
@@ -68,7 +70,7 @@ def test_image_is_the_right_way_up(env):
     assert image[rows.min() + 1, column, 0] > image[rows.max() - 1, column, 0]
 
 
-def test_wrist_camera_sees_what_is_below_the_gripper(env):
+def test_wrist_camera_sees_what_is_below_the_gripper(env: TabletopEnv) -> None:
     env.reset(options={"task": 0, "initial_state": 0})
     gripper = env.gripper_position
     env.scene.move("red_cube", (gripper[0], gripper[1], 0.023))
@@ -79,7 +81,7 @@ def test_wrist_camera_sees_what_is_below_the_gripper(env):
     assert np.allclose(np.argwhere(red).mean(axis=0)[::-1], centre, atol=6.0)
 
 
-def test_objects_of_a_scene_are_visible_where_they_are(env):
+def test_objects_of_a_scene_are_visible_where_they_are(env: TabletopEnv) -> None:
     clear = 0
     for state in range(12):
         observation, _ = env.reset(options={"task": 0, "initial_state": state})
@@ -88,7 +90,7 @@ def test_objects_of_a_scene_are_visible_where_they_are(env):
     assert clear >= 9  # the arm may hide a few
 
 
-def test_render_camera_at_any_size_and_black_without_rendering(env):
+def test_render_camera_at_any_size_and_black_without_rendering(env: TabletopEnv) -> None:
     env.reset(options={"task": 0, "initial_state": 0})
     assert env.render_camera("agentview", 300, 400).shape == (300, 400, 3)
     blind = get_suite("tabletop_object").make(image_size=SIZE, render=False)
@@ -96,23 +98,7 @@ def test_render_camera_at_any_size_and_black_without_rendering(env):
     assert not observation["agentview"].any()
 
 
-def test_backend_choice():
+def test_backend_choice() -> None:
     assert choose_backend("OSMesa ") == "osmesa"
     with pytest.raises(RuntimeError, match="libegl1"):
         choose_backend("off")
-
-
-def test_print_speed(env, capsys):
-    env.reset(options={"task": 0, "initial_state": 0})
-    env.skip_images = True
-    steps, images = [], []
-    for _ in range(30):
-        start = time.perf_counter()
-        env.step(np.zeros(7))
-        steps.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        env.render_camera("agentview", SIZE, SIZE)
-        images.append(time.perf_counter() - start)
-    env.skip_images = False
-    with capsys.disabled():
-        print(f"\n  control step {1e3 * np.median(steps):.2f} ms, image {1e3 * np.median(images):.2f} ms (medians)")

@@ -232,6 +232,7 @@ def test_nan_from_the_server_is_refused(robot: Robot) -> None:
     def rogue(connection: ServerConnection) -> None:
         connection.send(metadata)
         for request in connection:
+            assert isinstance(request, bytes)
             answer = {"actions": np.full((8, 7), np.nan, np.float32), "server_timing": {}, "policy_timing": {}}
             connection.send(pack({**answer, "observation_id": unpack(request)["observation_id"]}))
 

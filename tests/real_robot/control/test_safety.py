@@ -246,6 +246,7 @@ def test_wrong_limits_say_what_is_wrong(changes: dict[str, Any], words: str) -> 
 def embodiment_of(config: RobotConfig) -> Embodiment:
     camera = (Camera("front", 4, 4),)
     if config.limits.kind == "absolute":
+        assert config.limits.state_index is not None
         arm = len(config.limits.state_index)
         dims = (arm + 1, arm + 1, 16, 30.0)
         return Embodiment("joints", camera, *dims, gripper_index=arm, gripper_open=1.0, gripper_close=0.0)

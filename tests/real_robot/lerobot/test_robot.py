@@ -185,7 +185,7 @@ def test_what_the_robot_did_becomes_a_dataset(robot: PlaneArm, tmp_path: Path) -
     assert list(data.meta.tasks.index) == [INSTRUCTION]
     frames = [data[i] for i in range(len(data))]
     actions = np.stack([frame["action"] for frame in frames])
-    commanded = {tuple(np.float32(list(action.values()))) for _, action in robot.sent}
+    commanded = {tuple(np.array(list(action.values()), np.float32)) for _, action in robot.sent}
     recorded = [tuple(action) for action in actions]
     assert sum(action in commanded for action in recorded) >= len(recorded) - 2, "other actions than were sent"
     for frame in frames:  # image and state were read together

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from cogvla.configs.build import build
 from cogvla.configs.load import load
@@ -366,7 +366,8 @@ def test_messages_of_rclpy_are_filled_from_nested_values() -> None:
 
     class Status:
         def __init__(self) -> None:
-            self.level, self.name, self.values = b"\0", "", []
+            self.level, self.name = b"\0", ""
+            self.values: list[KeyValue] = []
 
         def get_fields_and_field_types(self) -> dict[str, str]:
             return {"values": "sequence<diagnostic_msgs/KeyValue>"}
@@ -377,7 +378,9 @@ def test_messages_of_rclpy_are_filled_from_nested_values() -> None:
 
     class Array:
         def __init__(self) -> None:
-            self.header, self.status, self.numbers = Header(), [], []
+            self.header = Header()
+            self.status: list[Status] = []
+            self.numbers: list[float] = []
 
         def get_fields_and_field_types(self) -> dict[str, str]:
             return {"status": "sequence<diagnostic_msgs/DiagnosticStatus>"}

@@ -116,7 +116,12 @@ def test_a_latched_value_reaches_those_who_come_later(nodes: tuple[DdsNode, DdsN
 def test_services_answer_the_one_who_asked(nodes: tuple[DdsNode, DdsNode]) -> None:
     robot, operator = nodes
     asked: list[bool] = []
-    robot.serve("~/estop", SET_BOOL, lambda data: (asked.append(data) or data, f"was {data}"))
+
+    def estop(data: bool) -> tuple[bool, str]:
+        asked.append(data)
+        return data, f"was {data}"
+
+    robot.serve("~/estop", SET_BOOL, estop)
     robot.serve("~/reset", TRIGGER, lambda _: (False, "not now"))
     with DdsNode("/another", DdsSettings(DOMAIN)) as another:
         assert operator.call("/robot/estop", SET_BOOL, False) == (False, "was False")

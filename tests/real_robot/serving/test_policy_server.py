@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from cogvla.policy.interface import ActionChunk, Camera, Observation
 from cogvla.real_robot.serving.async_client import ClientSettings
@@ -338,7 +339,7 @@ def test_tls(tmp_path: Path) -> None:
 def test_web_pages_and_too_many_clients_are_turned_away() -> None:
     with serving(SumPolicy(), ServerSettings(max_clients=1)) as (uri, _):
         with pytest.raises(InvalidStatus, match="403"):
-            connect(uri, origin="https://evil.example")
+            connect(uri, origin=Origin("https://evil.example"))
         first = openpi(uri)
         with pytest.raises(InvalidStatus, match="503"):
             openpi(uri)
