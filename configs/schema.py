@@ -19,7 +19,7 @@ DATACLASSES: dict[str, tuple[str, ...]] = {
     "augmentation": ("policy.inputs.augmentation.AugmentationConfig",),
     "counting": ("policy.cost.flops.Counting",),
     "data": ("policy.data.demonstrations.DataConfig",),
-    "dds": ("real_robot.ros.dds.DdsSettings",),
+    "dds": ("real_robot.ros.dds_settings.DdsSettings",),
     "embodiment": ("policy.interface.Embodiment",),
     "engine": ("policy.engine.engine.EngineConfig",),
     "finetune": ("policy.training.adapters.FinetuneConfig",),

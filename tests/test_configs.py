@@ -39,7 +39,7 @@ from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.lerobot.robot import LeRobotSettings
-from cogvla.real_robot.ros.dds import DdsSettings
+from cogvla.real_robot.ros.dds_settings import DdsSettings
 from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.command import compose

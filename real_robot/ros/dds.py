@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Self
 
 from cyclonedds.core import GuardCondition, InstanceState, Policy, Qos, ReadCondition, SampleState, ViewState, WaitSet
@@ -29,50 +28,16 @@ from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 from rosbags.serde import SerdeError
 
+from cogvla.real_robot.ros.dds_settings import DdsSettings
 from cogvla.real_robot.ros.node import TRIGGER, Answer, Delivery, Fields, resolve
 from cogvla.real_robot.ros.types import RosTypes, Sample
 
 _log = logging.getLogger(__name__)
-LOOPBACK = "lo"
 DISCOVERY_INFO = "rmw_dds_common/msg/ParticipantEntitiesInfo"
 _TAKEN = 64
 """Number of samples taken from a reader at once."""
 _BLOCKING = duration(milliseconds=10)
 """Longest time that a reliable writer waits for a slow reader; short, because the control loop waits with it."""
-
-
-@dataclass(frozen=True)
-class DdsSettings:
-    """Network and ROS 2 distribution.
-
-    Attributes:
-        domain: ROS_DOMAIN_ID of the robot.
-        interface: network interface; "lo": this machine only, without multicast; None: use CYCLONEDDS_URI.
-        distro: ROS 2 distribution of the robot, one of `ros_types.DISTROS`.
-    """
-
-    domain: int = 0
-    interface: str | None = LOOPBACK
-    distro: str = "humble"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.domain <= 232:
-            raise ValueError(f"dds.domain must be from 0 to 232, got {self.domain}")
-
-    def configuration(self) -> str | None:
-        """Return the configuration of Cyclone DDS as XML, or None to let Cyclone DDS find its own."""
-        if self.interface is None:
-            return None
-        loopback = self.interface == LOOPBACK
-        multicast = "false" if loopback else "default"
-        peers = '<Peers><Peer address="localhost"/></Peers>' if loopback else ""
-        return (
-            "<CycloneDDS><Domain><General>"
-            f'<Interfaces><NetworkInterface name="{self.interface}" multicast="{multicast}"/></Interfaces>'
-            f"<AllowMulticast>{multicast}</AllowMulticast><MaxMessageSize>65500B</MaxMessageSize></General>"
-            "<Discovery><ParticipantIndex>auto</ParticipantIndex>"
-            f"<MaxAutoParticipantIndex>32</MaxAutoParticipantIndex>{peers}</Discovery></Domain></CycloneDDS>"
-        )
 
 
 def _qos(delivery: Delivery, type_hash: str | None = None) -> Qos:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from cogvla.configs.build import build
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import AsksPolicy, FrontEnd
+from cogvla.real_robot.ros.dds_settings import DdsSettings
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
@@ -54,7 +55,7 @@ def dds_node(name: str, **settings: Any) -> Any:
         ValueError: the extra `dds` is not installed, or a setting is wrong.
     """
     try:
-        from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
+        from cogvla.real_robot.ros.dds import DdsNode
     except ModuleNotFoundError as error:
         raise ValueError(
             f"ROS 2 over DDS needs {error.name}: install the extra `dds` (x86-64 only); elsewhere, with ROS 2 "

@@ -22,6 +22,7 @@ from cogvla.policy.interface import ActionChunk, Camera, Embodiment, Observation
 from cogvla.real_robot.serving.batching import BatchSettings
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
+from cogvla.tests.support.waiting import until
 
 ROBOT = Embodiment(
     name="toy_arm",
@@ -138,13 +139,6 @@ def get(uri: str, path: str, headers: dict[str, str] | None = None) -> tuple[int
         return error.code, error.read().decode()
     except OSError:
         return 0, ""
-
-
-def until(condition: Any, timeout_s: float = 30.0) -> None:
-    last = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < last, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def free_port() -> int:

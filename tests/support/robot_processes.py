@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.real_robot.ros.dds import DdsNode, DdsSettings
+from cogvla.real_robot.ros.dds import DdsNode
+from cogvla.real_robot.ros.dds_settings import DdsSettings
 from cogvla.real_robot.ros.messages import diagnostics_of, state_of
 from cogvla.real_robot.ros.node import ARRAY, DIAGNOSTICS, JOINT_STATE, SET_BOOL, STRING, TRIGGER, Delivery, seconds_of
 from cogvla.real_robot.simulated.simulated_arm import STATE_NAMES

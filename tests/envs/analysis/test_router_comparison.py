@@ -184,7 +184,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     assert (identity["cost"]["tokens"], random["cost"]["tokens"]) == (VIEWS * PATCHES, VIEWS * PATCHES // 4)
     assert 0 < random["cost"]["flops"] < identity["cost"]["flops"]
     assert random["cost"]["router_flops"] < 1e-3 * random["cost"]["flops"], "drawing is no matrix product"
-    assert 0 < random["cost"]["router_ms"] < random["cost"]["latency"]["p50"]
+    assert random["cost"]["router_ms"] > 0
     assert list(pool["against"]) == ["random"]
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "data:image/png" in page

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from cogvla.tests.support.point_suite import (
     solvable,
     toy_suite,
 )
+from cogvla.tests.support.waiting import until
 
 SPECS = [EpisodeSpec(task, state) for task in range(3) for state in range(5)]
 
@@ -239,8 +239,7 @@ def test_closing_ends_the_workers() -> None:
     next(episodes)
     assert len(_children() - before) >= 2
     episodes.close()  # type: ignore[attr-defined]
-    time.sleep(0.1)
-    assert len(_children() - before) <= 1  # the `ps` that looks is a child too
+    until(lambda: len(_children() - before) <= 1)  # the `ps` that looks is a child too
 
 
 def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:

@@ -361,29 +361,3 @@ def test_a_merged_data_set(root: Path, tmp_path: Path) -> None:
     main = torch.from_numpy(frame_of(0, 2)["observation.images.main"]).permute(2, 0, 1)
     assert torch.equal(data.pixels_NVCHW[-1, 0], main)
     assert data.episode_N.unique().tolist() == [0, 1, 2, 3, 4]
-
-
-def test_batches_are_not_the_bottleneck(tmp_path: Path) -> None:
-    """A train step on two cores takes about 0.3 s; the goal is 64 samples in less than 13 ms."""
-    frames, robot = 600, 64
-    generator = torch.Generator().manual_seed(0)
-    data = DemonstrationData(
-        pixels_NVCHW=torch.randint(0, 256, (frames, 2, 3, robot, robot), dtype=torch.uint8, generator=generator),
-        state_NS=torch.zeros(frames, 8),
-        action_NA=torch.zeros(frames, 7),
-        episode_N=torch.arange(frames) // 60,
-        instruction_N=torch.zeros(frames, dtype=torch.long),
-        instructions=["go"],
-        frame_labels={"alternatives": torch.zeros(frames, 10, 6)},
-        chunk=8,
-    )
-    batches = TrainingBatches(data, 64, seed=0)
-    next(batches)
-    best = min(_seconds(lambda: next(batches)) for _ in range(20))
-    assert best < 0.013, f"{64 / best:.0f} samples/s"
-
-
-def _seconds(work: Any) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

@@ -135,17 +135,22 @@ def test_both_towers_lose_the_same_patches() -> None:
     torch.testing.assert_close(output.vision, model.vision.fusion(picked, None))
 
 
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the error. Rounding may exchange two tokens of equal worth, which one action may feel more."""
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
 @pytest.mark.parametrize("name", ["zeroth_order", "text_guided", "coverage", "learned_pruner", "film_aggregation"])
 @torch.inference_mode()
 def test_half_precision(name: str) -> None:
     inputs, model = tiny_input(), routed(config(name))
     expected = model(inputs).actions
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(model(inputs).actions.float(), expected, rtol=0.3, atol=0.3)
+        assert relative_error(model(inputs).actions, expected) < 0.3
     rounded = copy.deepcopy(model)
     for parameter in rounded.parameters():
         parameter.data = parameter.data.bfloat16()
-    torch.testing.assert_close(rounded(inputs).actions.float(), expected, rtol=0.3, atol=0.3)
+    assert relative_error(rounded(inputs).actions, expected) < 0.3
 
 
 # --- what routers are given ---

@@ -20,6 +20,7 @@ from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig
 from cogvla.real_robot.serving.async_client import Answer, UnavailableError
 from cogvla.tests.support.control_robot import ABSOLUTE, DELTA, ROBOT, image
+from cogvla.tests.support.waiting import until
 
 TOLERANT = LoopSettings(image_age_s=1.0, state_age_s=1.0, sync_tolerance_s=0.5, hold_limit_s=30.0, clock_gap_s=5.0)
 
@@ -96,13 +97,6 @@ def running(
     with Bridge(robot, ROBOT, client, front, BridgeSettings(**settings), on_tick) as bridge:
         bridge.instruct("pick")
         yield bridge, client, front
-
-
-def until(condition: Callable[[], Any]) -> None:
-    last = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < last, "it did not happen in time"
-        time.sleep(0.002)
 
 
 def test_observations_become_commands() -> None:

@@ -20,7 +20,8 @@ from websockets.sync.server import ServerConnection, serve
 
 from cogvla.real_robot.serving.wire import pack, unpack
 from cogvla.tests.support.extras import needs
-from cogvla.tests.support.policy_servers import StallingProxy, free_port, get, until
+from cogvla.tests.support.policy_servers import StallingProxy, free_port, get
+from cogvla.tests.support.waiting import until
 
 pytest.importorskip("cyclonedds", reason=needs("dds"))
 pytest.importorskip("rosbags", reason=needs("dds"))

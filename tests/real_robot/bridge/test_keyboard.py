@@ -7,7 +7,7 @@ import pty
 import termios
 
 from cogvla.real_robot.bridge.keyboard import Keyboard
-from cogvla.tests.support.policy_servers import until
+from cogvla.tests.support.waiting import until
 
 
 def test_a_terminal_gives_keys_without_enter_and_is_left_as_it_was() -> None:

@@ -26,7 +26,8 @@ from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.command import compose
 from cogvla.scripts.robot.drive_robot import run
 from cogvla.tests.support.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
-from cogvla.tests.support.policy_servers import serving, until
+from cogvla.tests.support.policy_servers import serving
+from cogvla.tests.support.waiting import until
 
 INSTRUCTION = "sweep to the left"
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cogvla.tests.support.extras import needs
+from cogvla.tests.support.waiting import until
 
 pytest.importorskip("cyclonedds", reason=needs("dds"))
 pytest.importorskip("rosbags", reason=needs("dds"))
@@ -20,7 +21,8 @@ from cyclonedds.builtin import BuiltinDataReader, BuiltinTopicDcpsPublication
 from cyclonedds.core import Policy
 from cyclonedds.domain import DomainParticipant
 
-from cogvla.real_robot.ros.dds import DISCOVERY_INFO, DdsNode, DdsSettings, _configured
+from cogvla.real_robot.ros.dds import DISCOVERY_INFO, DdsNode, _configured
+from cogvla.real_robot.ros.dds_settings import DdsSettings
 from cogvla.real_robot.ros.messages import diagnostics_fields, diagnostics_of, image_fields, trajectory_fields
 from cogvla.real_robot.ros.node import ARRAY, IMAGE, SET_BOOL, STRING, TRAJECTORY, TRIGGER, Delivery
 from cogvla.real_robot.ros.types import DISTROS, RosTypes
@@ -32,13 +34,6 @@ DOMAIN = 100 + os.getpid() % 30
 def nodes() -> Iterator[tuple[DdsNode, DdsNode]]:
     with DdsNode("/robot", DdsSettings(DOMAIN)) as robot, DdsNode("/lab/operator", DdsSettings(DOMAIN)) as operator:
         yield robot, operator
-
-
-def until(condition: Callable[[], Any]) -> None:
-    last = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < last, "it did not happen in time"
-        time.sleep(0.005)
 
 
 # --- types ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from cogvla.scripts.command import compose
 from cogvla.scripts.eval_libero import run as eval_libero
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import ToyPolicy, solvable
-from cogvla.tests.support.policy_servers import free_port, get, observation, serving, until
+from cogvla.tests.support.policy_servers import free_port, get, observation, serving
+from cogvla.tests.support.waiting import until
 
 PATIENT = ClientSettings(answer_s=60.0, connect_s=20.0)
 

@@ -33,7 +33,8 @@ from cogvla.scripts.command import compose
 from cogvla.scripts.robot import run_trials
 from cogvla.scripts.robot.run_trials import Session, run, summary
 from cogvla.tests.support.planearm import LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
-from cogvla.tests.support.policy_servers import serving, until
+from cogvla.tests.support.policy_servers import serving
+from cogvla.tests.support.waiting import until
 
 INSTRUCTIONS = ("sweep to the left", "sweep to the right")
 SUITE = Suite("trials", tuple(Task(text, text) for text in INSTRUCTIONS), 100, make=Suite)

@@ -18,7 +18,8 @@ from cogvla.scripts.command import compose
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import toy_suite
-from cogvla.tests.support.policy_servers import free_port, get, until
+from cogvla.tests.support.policy_servers import free_port, get
+from cogvla.tests.support.waiting import until
 
 DOMAIN = 140 + os.getpid() % 30
 
