@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -306,7 +307,7 @@ def test_core_neurons_keep_what_the_words_switch_on_and_cut_at_the_knee() -> Non
     words[:, :2, :10], words[:, 2] = True, True  # the third is padding
     mask = torch.tensor([[True, True, False]])
     neurons[:, [4, 6], :9], neurons[:, 1, 10:] = True, True
-    items = {
+    items: dict[str, Any] = {
         "neurons_BNI": neurons,
         "text_neurons_BTI": words,
         "text_BTE": torch.zeros(1, 3, WIDTH),

@@ -43,12 +43,13 @@ def test_the_learned_pruner_finds_the_tokens_that_the_word_asks_for() -> None:
 
 
 def test_kept_tokens_teach_the_learned_pruner_though_they_are_not_changed() -> None:
-    x, router = tokens_of(), router_of("learned_pruner", 4)
+    x = tokens_of()
+    router: Any = router_of("learned_pruner", 4)
     trained, plain = (router(x, context_for(router, training=training)) for training in (True, False))
     assert torch.equal(trained.tokens_BnD, plain.tokens_BnD)
     trained.tokens_BnD.sum().backward()
-    assert router.logit.weight.grad is not None  # type: ignore[union-attr]
-    assert router.logit.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+    assert router.logit.weight.grad is not None
+    assert router.logit.weight.grad.abs().sum() > 0
     assert plain.losses == {}
     assert trained.losses.keys() == {"budget"}
 
@@ -66,13 +67,14 @@ def test_film_pruning_is_lfps_score_of_the_words() -> None:
 
 
 def test_aggregation_depends_on_the_instruction_through_film_only() -> None:
-    x, router = tokens_of(1), router_of("film_aggregation", 4)
+    x = tokens_of(1)
+    router: Any = router_of("film_aggregation", 4)
     mask = torch.tensor([[True]])
     words = [torch.randn(1, 1, WIDTH) for _ in range(2)]
     asked = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BnD for word in words]
     assert not torch.allclose(*asked)
     with torch.no_grad():
-        router.film.project.weight.zero_()  # type: ignore[union-attr]
+        router.film.project.weight.zero_()
     deaf = [router(x, context_for(router, text_BTE=word, text_mask_BT=mask)).tokens_BnD for word in words]
     torch.testing.assert_close(*deaf)
 
@@ -152,7 +154,8 @@ def test_the_merger_hands_dropped_tokens_on() -> None:
 
 
 def test_a_still_video_holds_nothing_new_for_an_open_gate() -> None:
-    router, x = router_of("progressive_video", 4), tokens_of(2)
+    router: Any = router_of("progressive_video", 4)
+    x = tokens_of(2)
     still, moving = (x[:, None].expand(-1, 3, -1, -1), torch.randn(2, 3, 16, WIDTH))
     answers = [router(x, context_for(router, history_BOND=history)).tokens_BnD for history in (still, moving)]
     assert not torch.allclose(*answers)

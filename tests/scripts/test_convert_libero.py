@@ -257,7 +257,8 @@ def test_an_interrupted_conversion_goes_on(stove: Path, tmp_path: Path, monkeypa
     """Stopped after the first demonstration; the second start does the others only, and with workers."""
     from cogvla.libero.hdf5 import jobs as hdf5_jobs
 
-    original, seen = hdf5_jobs._replay, []
+    original = hdf5_jobs._replay
+    seen: list[Any] = []
 
     def once(*arguments: Any) -> bool:
         if seen:
@@ -334,7 +335,7 @@ def old_lerobot(root: Path, version: str = "v2.1") -> Path:
         pq.write_table(pa.table(table), root / "data" / "chunk-000" / f"episode_{episode:06d}.parquet")
         episodes.append({"episode_index": episode, "tasks": ["turn on the stove"], "length": steps})
         whole = {key: np.asarray(values, float).reshape(steps, -1) for key, values in (numbers | columns).items()}
-        stats = {key: described(rows) for key, rows in whole.items()}
+        stats: dict[str, dict[str, Any]] = {key: described(rows) for key, rows in whole.items()}
         for view, key in enumerate(("image", "wrist_image")):
             pixels = frames[view].reshape(-1, 3) / 255
             stats[key] = {k: v if k == "count" else [[[x]] for x in v] for k, v in described(pixels).items()}

@@ -75,8 +75,7 @@ MODEL: dict[str, Any] = {
 
 def imported(source: Path, output: Path, **options: Any) -> list[str]:
     """The command with small sizes in place of the presets' and without a crop."""
-    values = OmegaConf.to_container(compose("import_checkpoint"))
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(compose("import_checkpoint"))
     plain = {"policy": MODEL, "embodiment": asdict(ROBOT), "dtype": "float32", "crop_area": 1.0, "empty_token": None}
     return run({**values, **plain, "source": str(source), "output": str(output), **options})
 
@@ -153,7 +152,10 @@ def narrow(name: str) -> Callable[[Path], None]:
 
 
 def edit(file: str, **changes: Any) -> Callable[[Path], None]:
-    return lambda folder: (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    def apply(folder: Path) -> None:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+
+    return apply
 
 
 class Code:
@@ -235,9 +237,11 @@ def test_openvla_is_a_base(layout: str, tmp_path: Path) -> None:
     assert "decoder.llm" in said[0]
     assert "decoder.routers" not in said[0]
     assert "vision.fusion" in said[1]
-    vit = model.vision.towers["dinov2"].vit
-    assert torch.equal(vit.blocks[1].ls2.gamma, weights["vision_backbone.featurizer.blocks.1.ls2.scale_factor"])
-    siglip = model.vision.towers["siglip"].vit.patch_embed.proj.weight
+    towers: Any = model.vision.towers
+    assert torch.equal(
+        towers["dinov2"].vit.blocks[1].ls2.gamma, weights["vision_backbone.featurizer.blocks.1.ls2.scale_factor"]
+    )
+    siglip = towers["siglip"].vit.patch_embed.proj.weight
     assert torch.equal(siglip, weights["vision_backbone.fused_featurizer.patch_embed.proj.weight"])
     layer = model.decoder.llm.layers[4]
     assert torch.equal(layer.mlp.gate_proj.weight, weights["language_model.model.layers.4.mlp.gate_proj.weight"])
@@ -252,7 +256,8 @@ def test_joined_streams_take_the_projector(tmp_path: Path) -> None:
     model = model_with({"efa": False, "lfp": False})
     said = load_base(model, str(tmp_path / "openvla"))
     assert "vision.fusion" in said[0]
-    assert torch.equal(model.vision.fusion.project[2].weight, weights["projector.fc2.weight"])
+    project: Any = model.vision.fusion.project
+    assert torch.equal(project[2].weight, weights["projector.fc2.weight"])
 
 
 def test_a_cogvla_is_a_base_too(release: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
@@ -265,8 +270,8 @@ def test_a_cogvla_is_a_base_too(release: tuple[Path, dict[str, torch.Tensor]], t
     said = load_base(model, folder)
     assert "head" in said[1]
     assert "vision.fusion" in said[0]
-    bias = model.decoder.routers["3"].logits.bias
-    assert torch.equal(bias, weights["language_model.model.layers.3.router.router.bias"])
+    routers: Any = model.decoder.routers
+    assert torch.equal(routers["3"].logits.bias, weights["language_model.model.layers.3.router.router.bias"])
 
 
 def test_a_base_of_other_sizes_is_refused(tmp_path: Path) -> None:

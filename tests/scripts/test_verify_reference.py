@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from cogvla.scripts.verify_reference import main, relative_error
 from cogvla.tests.support.plain_cogvla import Sizes, write_reference
 
-SCHEDULES = {
+SCHEDULES: dict[str, dict[str, Any]] = {
     "shiftedcos_decay_0.85_0.15": {"layers": 10},
     "shiftedcos_decay_1.0_0.15": {"lfp_avg": 0.6, "layers": 9},  # its first ratios are above one: not routed
     "shiftedlinear_decay_0.9_0.1": {"layers": 7},

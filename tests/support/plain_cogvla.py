@@ -132,9 +132,9 @@ def random_weights(sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
     head = "action_head.model"
     norm(f"{head}.layer_norm1", d * sizes.action_dim)
     linear(f"{head}.fc1", d * sizes.action_dim, d)
-    for block in range(2):
-        norm(f"{head}.mlp_resnet_blocks.{block}.ffn.0", d)
-        linear(f"{head}.mlp_resnet_blocks.{block}.ffn.1", d, d)
+    for number in range(2):
+        norm(f"{head}.mlp_resnet_blocks.{number}.ffn.0", d)
+        linear(f"{head}.mlp_resnet_blocks.{number}.ffn.1", d, d)
     norm(f"{head}.layer_norm2", d)
     linear(f"{head}.fc2", d, sizes.action_dim)
     linear("proprio_projector.fc1", sizes.proprio_dim, d)
@@ -284,15 +284,16 @@ def norm_stats(sizes: Sizes) -> dict[str, Any]:
 
 def unnormalise(sizes: Sizes, normalized: Tensor) -> Tensor:
     action = norm_stats(sizes)["action"]
-    low, high = ("q01", "q99") if sizes.normalization == "bounds_q99" else ("min", "max")
-    low, high = torch.tensor(action[low]).double(), torch.tensor(action[high]).double()
+    bounds = ("q01", "q99") if sizes.normalization == "bounds_q99" else ("min", "max")
+    low, high = (torch.tensor(action[bound]).double() for bound in bounds)
     return torch.where(torch.tensor(action["mask"]), (normalized + 1) / 2 * (high - low + 1e-8) + low, normalized)
 
 
 def write_reference(folder: Path, sizes: Sizes, seed: int = 0) -> None:
     """A reference folder, see `cogvla.policy.weights.reference`."""
     weights, generator = random_weights(sizes, seed), torch.Generator().manual_seed(seed + 1)
-    plain, cases = PlainCogVLA(weights, sizes), {}
+    plain = PlainCogVLA(weights, sizes)
+    cases: dict[str, Tensor] = {}
     for case in range(sizes.cases):
         words = torch.randint(3, sizes.vocab_size, (1, 2 + 3 * case), generator=generator)
         given = {

@@ -117,7 +117,8 @@ class PlaneArm(Robot):
         shapes = {key: shape for key, shape in self.observation_features.items() if isinstance(shape, tuple)}
         level = int(100 + self.position["shoulder.pos"])
         seen = {**self.position, **{key: np.full(shape, level, np.uint8) for key, shape in shapes.items()}}
-        seen.pop(self.silent, None)
+        if self.silent is not None:
+            seen.pop(self.silent, None)
         return seen
 
     def send_action(self, action: dict[str, float]) -> dict[str, float]:

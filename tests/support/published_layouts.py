@@ -47,7 +47,7 @@ def write_tokenizer(folder: Path) -> None:
 def write_shards(folder: Path, weights: dict[str, Tensor], shards: int = 3) -> None:
     """As transformers shards a model: files with numbers, and an index."""
     names = list(weights)
-    index = {}
+    index: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         own = names[shard::shards]

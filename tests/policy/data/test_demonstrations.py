@@ -24,7 +24,7 @@ LENGTHS = (5, 9, 4, 7)
 SIZE = 16
 EMBODIMENT = Embodiment("toy", (Camera("front", SIZE, SIZE), Camera("hand", SIZE, SIZE)), 3, 2, chunk=4, control_hz=10)
 CAMERAS = {"front": "observation.images.main", "hand": "observation.images.gripper"}
-FEATURES = {
+FEATURES: dict[str, dict[str, Any]] = {
     "observation.images.main": {"dtype": "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]},
     "observation.images.gripper": {"dtype": "image", "shape": (24, 32, 3), "names": ["height", "width", "channels"]},
     "observation.state": {"dtype": "float32", "shape": (3,), "names": None},
@@ -50,7 +50,7 @@ def frame_of(episode: int, step: int) -> dict[str, Any]:
 
 def write(root: Path, lengths: tuple[int, ...] = LENGTHS, video: bool = False, **overrides: Any) -> Path:
     """A data set made with lerobot's own writer."""
-    features = {key: dict(feature) for key, feature in FEATURES.items()}
+    features: dict[str, Any] = {key: {**feature} for key, feature in FEATURES.items()}
     if video:
         for key in CAMERAS.values():
             features[key] |= {"dtype": "video", "shape": (64, 64, 3)}
@@ -173,12 +173,16 @@ def test_iteration_resumes_exactly(data: DemonstrationData) -> None:
 
 def test_split_by_episode(data: DemonstrationData) -> None:
     training, held_out = data.split(0.25, seed=0)
+    assert training.rows is not None
+    assert held_out.rows is not None
     assert len(training) + len(held_out) == len(data)
     episodes = [set(part.episode_N[part.rows].tolist()) for part in (training, held_out)]
     assert not episodes[0] & episodes[1]
     assert len(episodes[1]) == 1
-    assert data.split(0.25, seed=0)[1].rows.tolist() == held_out.rows.tolist()
-    assert len({tuple(data.split(0.25, seed=s)[1].rows.tolist()) for s in range(8)}) > 1
+    held = [data.split(0.25, seed=seed)[1].rows for seed in range(8)]
+    assert held[0] is not None
+    assert held[0].tolist() == held_out.rows.tolist()
+    assert len({tuple(rows.tolist()) for rows in held if rows is not None}) > 1
     assert len(held_out.labels["target"]) == len(held_out) == len(held_out.instruction_ids)
     drawn = {row for step in range(30) for row in TrainingBatches(training, 5, 0).rows(step).tolist()}
     assert drawn == set(training.rows.tolist())

@@ -192,10 +192,8 @@ def test_released_weights_are_in_memory_once(model: str) -> None:
     policy = random_policy(MODELS[model])
     expected = policy.act(observation(2)).actions
     engine = policy.with_engine(EngineConfig("trace"), release=True)
-    layers = [
-        *policy.model.decoder.llm.layers.parameters(),
-        *policy.model.vision.towers["siglip"].vit.blocks.parameters(),
-    ]
+    model_: Any = policy.model
+    layers = [*model_.decoder.llm.layers.parameters(), *model_.vision.towers["siglip"].vit.blocks.parameters()]
     assert all(parameter.is_meta for parameter in layers)
     engine.warm_up(2, small.INSTRUCTIONS)
     np.testing.assert_allclose(engine.act(observation(2)).actions, expected, atol=2e-5)
@@ -236,7 +234,7 @@ def test_eight_bits_stay_near_and_are_fewer() -> None:
     engine.to_float8([observation(2, seed) for seed in range(3)], smallest=16)
     assert engine.calibration is not None
     assert len(engine.calibration.largest_inputs) == 8
-    layer = engine.engine.network.decoder.layers[0]  # type: ignore[union-attr]
+    layer: Any = engine.engine.network.decoder.layers[0]  # type: ignore[union-attr]
     assert layer.gate_up.weight.dtype == torch.float8_e4m3fn
     found, expected = engine.act(observation(2)).actions, reference.act(observation(2)).actions
     assert_near(found, expected, FLOAT8, layers=8)

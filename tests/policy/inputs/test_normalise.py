@@ -88,7 +88,8 @@ def test_statistics_of_known_data_and_their_round_trip() -> None:
     assert (statistics.q01, statistics.q99, statistics.min, statistics.max) == ((1.0,), (99.0,), (0.0,), (100.0,))
     assert statistics.mean == (50.0,)
     assert statistics.std == pytest.approx((np.sqrt((101**2 - 1) / 12),))
-    assert Statistics(**statistics.to_dict()) == statistics
+    written: dict[str, Any] = statistics.to_dict()
+    assert Statistics(**written) == statistics
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,8 @@ def test_bad_kinds_and_masks() -> None:
 
 def test_normalisers_of_an_embodiment() -> None:
     robot = Embodiment("r", (Camera("c", 8, 8),), 1, 2, 4, 10.0, "min_max", "q99", (True, False), gripper_index=1)
-    both = Statistics(**{name: value * 2 for name, value in KNOWN.to_dict().items()})
+    doubled: dict[str, Any] = {name: value * 2 for name, value in KNOWN.to_dict().items()}
+    both = Statistics(**doubled)
     state, action = normalisers(robot, {"state": KNOWN, "action": both.to_dict()})
     assert state(torch.tensor([10.0])).item() == 0  # min_max
     assert action(torch.tensor([7.5, 0.3])).tolist() == pytest.approx([0.5, 0.3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import numpy as np
@@ -78,7 +79,12 @@ def test_each_instruction_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> No
     preprocessor = small_preprocessor()
     encoded: list[str] = []
     encode = preprocessor.tokenizer.encode
-    monkeypatch.setattr(preprocessor.tokenizer, "encode", lambda texts: encoded.extend(texts) or encode(texts))
+
+    def watched(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(preprocessor.tokenizer, "encode", watched)
     for _ in range(3):
         ids_BT, mask_BT = preprocessor.text([INSTRUCTIONS[0], "touch", INSTRUCTIONS[0]])
     assert sorted(encoded) == sorted([INSTRUCTIONS[0], "touch"])

@@ -54,7 +54,7 @@ def test_gradient_reaches_every_parameter(routing: str) -> None:
 def test_which_routers_learn_depends_on_what_the_probability_scales() -> None:
     learns = {}
     for scale in ("visual_only", "values"):
-        model = tiny_model(scale=scale)
+        model: Any = tiny_model(scale=scale)
         model(tiny_input()).actions.square().sum().backward()
         learns[scale] = [
             layer for layer, router in model.decoder.routers.items() if router.logits.weight.grad.abs().sum() > 0

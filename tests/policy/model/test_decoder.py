@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -110,7 +112,8 @@ def test_keeping_all_tokens_is_the_plain_layer_up_to_the_probability(mode: str) 
     plain.load_state_dict(routed.state_dict(), strict=False)
     x, mask = sequence()
     assert not torch.allclose(run(routed, x, mask), run(plain, x, mask), atol=1e-4)
-    for router in routed.routers.values():
+    routers: Any = routed.routers
+    for router in routers.values():
         router.logits.weight.zero_()
         router.logits.bias.copy_(torch.tensor([0.0, 200.0]))
     torch.testing.assert_close(run(routed, x, mask), run(plain, x, mask), rtol=1e-5, atol=1e-6)
@@ -126,7 +129,8 @@ def test_one_layer_by_hand() -> None:
     x, _ = sequence(batch=1)
     trace = DecoderTrace()
     run(ours, x, torch.ones(1, 5, dtype=torch.bool), trace)
-    x, layer, router = trace.hidden[0], ours.llm.layers[1], ours.routers["1"]
+    x, layer = trace.hidden[0], ours.llm.layers[1]
+    router: Any = ours.routers["1"]
     h = layer.input_layernorm(x)
     text = h[:, LAYOUT.context].mean(1, keepdim=True)
     p = router.logits(h[:, LAYOUT.visual] * (1 + router.scale(text)) + router.shift(text)).softmax(-1)[0, :, 1]

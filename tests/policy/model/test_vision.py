@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 from cogvla.policy.interface import Camera
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import IMAGENET_MEAN, IMAGENET_STD, TowerConfig, VisionConfig
-from cogvla.policy.model.vision import DualVision, VisionTower
+from cogvla.policy.model.vision import DualVision
 from cogvla.tests.support.tiny_model import ROBOT, tiny_config, tiny_input, tiny_model
 
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "plain": {},
     "dinov2": {"class_token": True, "registers": 2, "layer_scale": 0.3},
     "class token": {"class_token": True},
@@ -27,7 +28,7 @@ def test_without_routing_a_tower_is_timms(style: str) -> None:
     torch.manual_seed(0)
     tower = TowerConfig(patch_size=8, width=16, depth=3, heads=2, **STYLES[style])
     config = VisionConfig(tower, tower, aggregation_tokens=4)
-    vision = DualVision(config, replace(tiny_config().routing, efa=False), ROBOT, width=32)
+    vision: Any = DualVision(config, replace(tiny_config().routing, efa=False), ROBOT, width=32)
     theirs = VisionTransformer(
         img_size=32,
         patch_size=8,
@@ -55,7 +56,7 @@ def test_without_routing_a_tower_is_timms(style: str) -> None:
 @pytest.mark.parametrize("efa", [True, False])
 @torch.inference_mode()
 def test_film_goes_between_attention_and_mlp_and_the_short_last_block_equals_the_whole_one(efa: bool) -> None:
-    model = tiny_model(efa=efa, film=True).eval()
+    model: Any = tiny_model(efa=efa, film=True).eval()
     inputs = tiny_input()
     text = model.encode_text(inputs.text_ids, inputs.text_mask)
     streams = model.vision.streams(inputs.pixels, text.vision)
@@ -79,13 +80,14 @@ def test_film_goes_between_attention_and_mlp_and_the_short_last_block_equals_the
 
 @torch.inference_mode()
 def test_gaze_is_the_attention_that_the_last_block_pays() -> None:
-    model, inputs = tiny_model().eval(), tiny_input()
+    model: Any = tiny_model().eval()
+    inputs = tiny_input()
     output = model(inputs, watch=True)
     assert output.gaze is not None
     text = model.encode_text(inputs.text_ids, inputs.text_mask)
     for name, film, gaze in zip(model.vision.towers, text.vision.films, output.gaze, strict=True):
         tower = model.vision.towers[name]
-        seen = []
+        seen: list[torch.Tensor] = []
         last = tower.vit.blocks[1].attn
         last.fused_attn = False  # timm then passes the attention through a module that can be watched
         last.attn_drop.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
@@ -100,7 +102,7 @@ def _cut(pixels: torch.Tensor) -> torch.Tensor:
     return rearrange(pixels, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=8, q=8).float()
 
 
-def _all_rows(tower: VisionTower, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _all_rows(tower: Any, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """What the last computed block's attention is given."""
     vit = tower.vit
     prefix = [t.expand(len(x), -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
@@ -120,8 +122,9 @@ def test_bytes_and_floats_are_the_same_pixels() -> None:
 
 def test_the_unused_block_is_kept_only_on_request() -> None:
     config = tiny_config()
-    assert len(CogVLA(config, ROBOT).vision.towers["siglip"].vit.blocks) == 2
-    kept = CogVLA(replace(config, vision=replace(config.vision, drop_last_block=False)), ROBOT)
+    usual: Any = CogVLA(config, ROBOT)
+    assert len(usual.vision.towers["siglip"].vit.blocks) == 2
+    kept: Any = CogVLA(replace(config, vision=replace(config.vision, drop_last_block=False)), ROBOT)
     assert len(kept.vision.towers["siglip"].vit.blocks) == 3
     assert kept.vision.towers["siglip"].computed == 2
 

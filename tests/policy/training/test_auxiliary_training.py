@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cogvla.policy.training.trainer import Trainer
 from cogvla.tests.policy.training.test_auxiliary import PATCHES, batch_of, saved
 from cogvla.tests.support.small_data import IMITATION, LABELLED, settings, small_trainer
 
-ON = {"contrast": 0.1, "diversity": 1.0, "masking": 0.5, "mask_pool": 4, "vision_dropout": 0.25}
+ON: dict[str, Any] = {"contrast": 0.1, "diversity": 1.0, "masking": 0.5, "mask_pool": 4, "vision_dropout": 0.25}
 ROUTINGS: dict[str, dict[str, Any]] = {
     "cogvla": {},
     "patches": PATCHES,
@@ -89,7 +90,7 @@ def test_all_of_them_go_with_every_routing(routing: str, tmp_path: Path) -> None
     assert row["train/loss"] == pytest.approx(sum(weight * row[f"train/{name}"] for weight, name in parts), rel=1e-5)
 
 
-def alone(tmp_path: Path, change: dict[str, float], **routing: Any) -> Objective:
+def alone(tmp_path: Path, change: dict[str, Any], **routing: Any) -> Objective:
     """One switch on, and towers whose attention is not even: theirs is nearly so before they are trained."""
     config = everything(tmp_path, efa=False)
     off = replace(config, pointer=0, contrast=0, diversity=0, masking=0, vision_dropout=0, distillation=0, prior=0)
@@ -97,7 +98,7 @@ def alone(tmp_path: Path, change: dict[str, float], **routing: Any) -> Objective
     with torch.no_grad():
         for name, weight in objective.model.vision.named_parameters():
             if "qkv.weight" in name:
-                weight *= 3
+                weight.mul_(3)
     return objective
 
 
@@ -197,7 +198,7 @@ def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, to
 
 @pytest.mark.parametrize("change", [{"accumulation": 2}, {"cpu_parts": 2}])
 def test_a_step_in_parts_is_masked_hidden_taught_and_weighted_as_the_whole(
-    change: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the contrast, whose negatives are those of a part; diversity is a mean over rows too."""
     config = replace(everything(tmp_path, efa=False), contrast=0.0)
@@ -207,7 +208,7 @@ def test_a_step_in_parts_is_masked_hidden_taught_and_weighted_as_the_whole(
     parts = gradients(divided, monkeypatch)
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=1e-3, msg=partial("{}: {}".format, name))
 
 
 def test_recomputing_blocks_gives_the_same_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +218,7 @@ def test_recomputing_blocks_gives_the_same_gradients(tmp_path: Path, monkeypatch
         run = settings(clip_norm=1e9, gradient_checkpointing=recompute)
         found.append(gradients(small_trainer(tmp_path / str(recompute), run, config), monkeypatch))
     for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[1][name], value, msg=partial("{}: {}".format, name))
 
 
 def test_a_policy_that_does_not_see_is_trained_and_then_asked(tmp_path: Path) -> None:

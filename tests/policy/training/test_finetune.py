@@ -247,7 +247,8 @@ def test_recomputed_gradients_are_the_same(tmp_path: Path, routing: dict[str, An
 def test_recomputing_keeps_less() -> None:
     kept = []
     for recompute in (False, True):
-        model, saved = tiny_model(), {}
+        model = tiny_model()
+        saved: dict[int, int] = {}
         model.recompute_blocks(recompute)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -234,7 +234,7 @@ def test_labels_that_are_not_finite_are_explained() -> None:
 @pytest.mark.parametrize(
     "bad", [{"grounding": -1.0}, {"pointing": -0.1}, {"counterfactual": 1.0}, {"state_dropout": 1.1}]
 )
-def test_bad_shares_and_weights(bad: dict[str, float]) -> None:
+def test_bad_shares_and_weights(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="weights must be positive and shares between 0 and 1"):
         ObjectiveConfig(**bad)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ def test_the_rate_never_rises_after_the_warm_up() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    module: Any = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     module[0].weight.data.fill_(1.0)
     module[1].weight.data.fill_(1.0)
     frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ def test_gradients_accumulate_with_a_scale(parallel: Callable[..., ParallelGradi
     two, parts = parallel(model, 2), torch.randn(4, 2).chunk(2)
     two.give(parts)
     two(meanwhile=lambda: two.give(parts))
+    assert model.weight.grad is not None
     once = model.weight.grad.clone()
     two(0.5)
     torch.testing.assert_close(model.weight.grad, 1.5 * once)
@@ -61,9 +63,8 @@ def test_the_next_parts_meet_the_weights_of_the_next_step(parallel: Callable[...
     two.give(batches[0].chunk(2))
     for step, batch in enumerate(batches):
         expected = objective(batch)["loss"].detach()
-        torch.testing.assert_close(
-            two(meanwhile=lambda at=step: two.give(batches[(at + 1) % 3].chunk(2)))["loss"], expected
-        )
+        following = batches[(step + 1) % 3].chunk(2)
+        torch.testing.assert_close(two(meanwhile=partial(two.give, following))["loss"], expected)
         with torch.no_grad():
             model.weight += 1
 

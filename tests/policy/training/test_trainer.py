@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def assert_equal(first: Any, second: Any) -> None:
 
 def interrupt_at(trainer: Trainer, step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
     """Send this process a signal in the middle of a step, once."""
-    build, sent = trainer.builder.build, []
+    build = trainer.builder.build
+    sent: list[int] = []
 
     def interrupting(*args: Any) -> Any:
         if trainer.step == step and not sent:
@@ -291,14 +293,14 @@ def gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainingC
     "change", [{"accumulation": 2}, {"accumulation": 4}, {"cpu_parts": 2}, {"accumulation": 2, "cpu_parts": 2}]
 )
 def test_a_step_in_parts_has_the_gradient_of_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     config = settings(batch_size=16, clip_norm=1e9)
     whole = gradients(tmp_path / "whole", monkeypatch, config)
     parts = gradients(tmp_path / "parts", monkeypatch, replace(config, **change))
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-4, msg=partial("{}: {}".format, name))
 
 
 def test_gradients_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

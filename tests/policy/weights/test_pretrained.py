@@ -44,13 +44,15 @@ def config_with(**changes: dict[str, Any]) -> CogVLAConfig:
 
 
 def test_backbones_arrive(tmp_path: Path) -> None:
-    language, tower = published_language(tmp_path / "llm"), published_tower(tmp_path / "vit")
+    language = published_language(tmp_path / "llm")
+    tower: Any = published_tower(tmp_path / "vit")
     vision = {**MODEL["vision"], "dinov2": {"timm": f"local-dir:{tmp_path / 'vit'}", "patch_size": 8}}
     config = config_with(language={**MODEL["language"], "hub": str(tmp_path / "llm")}, vision=vision)
     model = CogVLA(config, ROBOT)
     assert len(load_backbones(model)) == 2
     assert torch.equal(model.decoder.llm.layers[2].mlp.up_proj.weight, language.layers[2].mlp.up_proj.weight)
-    vit = model.vision.towers["dinov2"].vit
+    towers: Any = model.vision.towers
+    vit = towers["dinov2"].vit
     assert torch.equal(vit.blocks[1].mlp.fc1.weight, tower.blocks[1].mlp.fc1.weight)
     # 32 pixels in patches of 8 instead of 64 in patches of 16: same grid, the projection is resampled.
     assert torch.equal(vit.pos_embed, tower.pos_embed)

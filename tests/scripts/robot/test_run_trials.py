@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
+from cogvla.envs.contract import SuiteEnv
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EPISODES, EpisodeLog
 from cogvla.envs.suite import Suite, Task
@@ -37,7 +38,13 @@ from cogvla.tests.support.policy_servers import serving
 from cogvla.tests.support.waiting import until
 
 INSTRUCTIONS = ("sweep to the left", "sweep to the right")
-SUITE = Suite("trials", tuple(Task(text, text) for text in INSTRUCTIONS), 100, make=Suite)
+
+
+def no_environment(**_: object) -> SuiteEnv:
+    raise AssertionError("a robot has no environment")
+
+
+SUITE = Suite("trials", tuple(Task(text, text) for text in INSTRUCTIONS), 100, make=no_environment)
 
 
 class Still:
@@ -176,12 +183,14 @@ def test_what_was_interrupted_goes_on_and_tries_errors_again(tmp_path: Path) -> 
 
 def test_a_policy_that_is_away_is_no_failure_of_the_policy() -> None:
     class Impatient(Script):
+        last: float
+
         def status(self) -> SceneStatus:
             return SceneStatus(self.number, "", over=time.monotonic() > self.last)
 
     with bridged(Away()) as bridge:
         scene = Impatient("-")
-        scene.bridge, scene.last = bridge, time.monotonic() + 1.0  # type: ignore[attr-defined]
+        scene.bridge, scene.last = bridge, time.monotonic() + 1.0
         result = play(bridge, scene, EpisodeSpec(0, 0), timeout_s=60.0)
     assert result.error == "the robot was never commanded: nobody is there"
     assert not result.success

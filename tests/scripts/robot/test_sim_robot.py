@@ -130,8 +130,9 @@ def test_bad_commands_are_refused(recorder: Recorder, action: np.ndarray) -> Non
 def test_scenes_and_suites_that_do_not_exist_are_refused(recorder: Recorder) -> None:
     with pytest.raises(ValueError, match="there are tasks 0 to 9"):
         recorder.arm.set_scene(SceneStart(9, 10, 0))
+    ignored: list[Any] = [lambda *_: None] * 3
     with pytest.raises(ValueError, match="has no arm that runs in real time"):
-        SimulatedArm(toy_suite(), 32, 5, *([lambda *_: None] * 3))
+        SimulatedArm(toy_suite(), 32, 5, *ignored)
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
