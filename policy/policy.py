@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogvla.policy.engine.engine import EncodedText, Engine, EngineConfig
+from cogvla.policy.engine.engine import AUTO, EncodedText, Engine, EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.engine.network import not_fusible
+from cogvla.policy.engine.precision import Choice, choose_precision
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
+
+CHOICE_OBSERVATIONS = 8
+"""Random observations on which precisions are compared."""
 
 
 class CogVLAPolicy:
@@ -27,6 +32,7 @@ class CogVLAPolicy:
             engine are added.
         engine: engine that runs the network; None: run the model itself, operation by operation.
         calibration: the model's calibration, for engines that compute in 8 bits; None: not calibrated.
+        choice: the measurement that chose the engine's precision; None: it was given.
     """
 
     def __init__(
@@ -36,11 +42,12 @@ class CogVLAPolicy:
         description: dict[str, Any] | None = None,
         engine: Engine | None = None,
         calibration: Calibration | None = None,
+        choice: Choice | None = None,
     ) -> None:
         self.model = model.eval()
         device = next(p.device for p in model.parameters() if not p.is_meta)  # an engine may have taken some weights
         self.preprocessor = preprocessor.to(device)
-        self.engine, self.calibration = engine, calibration
+        self.engine, self.calibration, self.choice = engine, calibration, choice
         self._description = description or {}
         self._text: tuple[tuple[str, ...], TextFeatures | EncodedText] | None = None
 
@@ -56,15 +63,23 @@ class CogVLAPolicy:
         """
         reason = not_fusible(self.model) if config.kind == "auto" else None
         if config.kind != "plain" and reason is None:
+            choice = self._choose_precision(config) if config.dtype == AUTO else None
+            config = config if choice is None else replace(config, dtype=choice.dtype)
             engine = Engine(self.model, config, release, self.calibration)
-            return CogVLAPolicy(self.model, self.preprocessor, self._description, engine, self.calibration)
+            return CogVLAPolicy(self.model, self.preprocessor, self._description, engine, self.calibration, choice)
         own = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        if config.dtype not in (None, own):
+        if config.dtype not in (None, AUTO, own):
             raise ValueError(
                 f"engine.dtype={config.dtype} needs an engine, and this model runs without one, in {own}: {reason}; "
                 "give engine.dtype=null"
             )
         return CogVLAPolicy(self.model, self.preprocessor, self._description, calibration=self.calibration)
+
+    @torch.inference_mode()
+    def _choose_precision(self, config: EngineConfig) -> Choice:
+        seen = [self.embodiment.fake_observation(1, seed) for seed in range(CHOICE_OBSERVATIONS)]
+        inputs = [self.preprocessor.observation(observation) for observation in seen]
+        return choose_precision(self.model, config, inputs, self.calibration)
 
     @property
     def embodiment(self) -> Embodiment:

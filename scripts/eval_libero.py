@@ -29,6 +29,7 @@ from cogvla.envs.rollout.ray_worker import ray_cluster
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, suite_names
 from cogvla.libero.suites import configured_suite
+from cogvla.policy.interface import Policy
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
 from cogvla.scripts.policies import open_any_policy
@@ -92,6 +93,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
                 resume=config.resume,
                 command=command,
                 identity=identity,
+                notes=_notes(policy),
             )
             print(summary(reports[folder]))
     if len(reports) > 1:
@@ -127,6 +129,11 @@ def protocol_of(suite: Suite, config: DictConfig) -> EvaluationProtocol:
     changes = {key: value for key, value in plain(config.protocol).items() if value != OWN}
     changes |= {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
     return protocol_for(suite, None, changes)
+
+
+def _notes(policy: Policy) -> dict[str, str]:
+    choice = getattr(policy, "choice", None)
+    return {} if choice is None else {"precision": str(choice)}
 
 
 def _shard(text: str | None) -> tuple[int, int]:

@@ -65,4 +65,7 @@ def open_any_policy(
 
     how = EngineConfig() if engine is None else build(EngineConfig, engine, "engine")
     config = None if plugged_in is None else build(RouterConfig, router, "router")
-    return open_policy(source, device, threads, how, config, workers)
+    policy, identity = open_policy(source, device, threads, how, config, workers)
+    if policy.choice is not None:
+        print(policy.choice)
+    return policy, identity

@@ -46,6 +46,7 @@ def evaluate(
     resume: bool = True,
     command: str = "",
     identity: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> Report:
     """Play the protocol's episodes and write `report.html`, `report.json`, `episodes.parquet` and videos.
@@ -67,6 +68,7 @@ def evaluate(
         resume: False deletes earlier results in `output`.
         command: command line that repeats this evaluation, for the report.
         identity: additions to the policy's description that identify its weights.
+        notes: facts for the report that change no result, e.g. how a precision was chosen.
         progress: show a bar with the present success rate.
 
     Raises:
@@ -87,7 +89,12 @@ def evaluate(
         "policy": described,
         **({"simulation": dict(suite.settings)} if suite.settings else {}),
     }
-    session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **provenance()}
+    session = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        **provenance(),
+        **(notes or {}),
+    }
 
     with EpisodeLog(output, fingerprint, session, resume) as log:
         missing = [spec for spec in specs if (spec.task, spec.initial_state) not in log.results]
@@ -124,7 +131,7 @@ def evaluate(
                 "simulation": dict(suite.settings),
                 "command": command,
                 "workers": workers,
-                "run": {"episodes": len(missing), "seconds": wall_s},
+                "run": {"episodes": len(missing), "seconds": wall_s, **(notes or {})},
                 **{key: session[key] for key in ("started", "versions", "commit", "machine")},
                 "sessions": len(log.sessions),
                 "commits": sorted({str((s.get("commit") or {}).get("hash")) for s in log.sessions}),

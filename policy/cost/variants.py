@@ -7,6 +7,7 @@ bypass, drop          CogVLA with our choices, in the engine; `drop` removes pru
 without stage 1, 2    ablations, in the engine
 drop, float8          `drop` with large layers in 8 bits, on GPUs
 drop, int8            the same on CPUs
+drop, auto            `drop` in the precision that `engine.dtype=auto` finds to be the fastest here
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ class Variant:
         routing: name of a file in configs/routing; None: routing of the checkpoint.
         engine: run the network in the inference engine.
         changes: changed keys of that routing.
-        eight_bits: precision of large layers, `float8` or `int8`; None: that of the other layers.
+        precision: `float8` or `int8` for large layers, or `auto`, see `policy.engine.precision`; None: as given.
     """
 
     routing: str | None
     engine: bool = True
     changes: dict[str, Any] = field(default_factory=dict)
-    eight_bits: str | None = None
+    precision: str | None = None
 
     def check(self, device: str, dtype: str) -> None:
         """Check that a device and a precision support this variant.
@@ -59,9 +60,9 @@ class Variant:
         Raises:
             NotMeasuredError: they do not.
         """
-        if self.eight_bits == "float8" and dtype != "bfloat16":
+        if self.precision == "float8" and dtype != "bfloat16":
             raise NotMeasuredError("float8 layers need the other layers in bfloat16 (--dtype bfloat16)")
-        if self.eight_bits == "int8" and (device.startswith("cuda") or dtype != "float32"):
+        if self.precision == "int8" and (device.startswith("cuda") or dtype != "float32"):
             raise NotMeasuredError("int8 needs a CPU and float32 (--device cpu --dtype float32)")
 
 
@@ -73,15 +74,17 @@ VARIANTS = {
     "drop": Variant("cogvla", changes={"mode": "drop"}),
     "without stage 1": Variant("no_efa"),
     "without stage 2": Variant("no_lfp"),
-    "drop, float8": Variant("cogvla", changes={"mode": "drop"}, eight_bits="float8"),
-    "drop, int8": Variant("cogvla", changes={"mode": "drop"}, eight_bits="int8"),
+    "drop, float8": Variant("cogvla", changes={"mode": "drop"}, precision="float8"),
+    "drop, int8": Variant("cogvla", changes={"mode": "drop"}, precision="int8"),
+    "drop, auto": Variant("cogvla", changes={"mode": "drop"}, precision="auto"),
 }
 
 AS_TRAINED = {
     "plain": Variant(None, engine=False),
     "engine": Variant(None),
-    "float8": Variant(None, eight_bits="float8"),
-    "int8": Variant(None, eight_bits="int8"),
+    "float8": Variant(None, precision="float8"),
+    "int8": Variant(None, precision="int8"),
+    "auto": Variant(None, precision="auto"),
 }
 """Variants of a checkpoint."""
 
@@ -119,13 +122,13 @@ def run_as(
     seen = [observe(plain.embodiment, 1, seed) for seed in range(CALIBRATION)]
     expected = [torch.from_numpy(plain.act(observation).actions) for observation in seen]
     plain.reset()
-    int8 = "int8" if variant.eight_bits == "int8" else None
+    dtype = None if variant.precision == "float8" else variant.precision
     try:
-        policy = plain.with_engine(EngineConfig(engine, dtype=int8, smallest=smallest), release=True)
-        if variant.eight_bits == "float8":
+        policy = plain.with_engine(EngineConfig(engine, dtype=dtype, smallest=smallest), release=True)
+        if variant.precision == "float8":
             policy.to_float8(seen, smallest)
     except ValueError as error:
-        if variant.eight_bits is None:
+        if variant.precision is None:
             raise
         raise NotMeasuredError(str(error)) from error
 

@@ -24,6 +24,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.
 """Precision of the layers that are not in 8 bits."""
 
 
+AUTO = "auto"
+"""`EngineConfig.dtype` that measures; an `Engine` gets what was chosen."""
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings of the inference engine.
@@ -34,9 +38,10 @@ class EngineConfig:
             `cuda_graph` and `compile` as recorded for each shape that was announced by `warm_up`.
         text_buckets: instruction lengths in tokens; an instruction is padded to the next of them.
             Few shapes then cover all instructions. Longer instructions run without a recording.
-        dtype: float32, bfloat16, float8 or int8; None: as saved (the only choice for `plain`).
+        dtype: float32, bfloat16, float8, int8 or auto; None: as saved (the only choice for `plain`).
             `float8` is bfloat16 with large layers in 8 bits, for checkpoints that `calibrate_policy` has measured.
             `int8` is float32 with large layers in 8 bits, for CPUs.
+            `auto` measures which of them is fastest here (`policy.engine.precision`).
         smallest: minimum number of inputs and of outputs of a layer in `int8`; smaller layers would get slower.
     """
 
@@ -49,8 +54,8 @@ class EngineConfig:
         object.__setattr__(self, "text_buckets", tuple(self.text_buckets))
         if self.kind not in KINDS:
             raise ValueError(f"unknown engine.kind {self.kind!r}; one of {', '.join(KINDS)}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"unknown engine.dtype {self.dtype!r}; one of null, {', '.join(DTYPES)}")
+        if self.dtype is not None and self.dtype not in (AUTO, *DTYPES):
+            raise ValueError(f"unknown engine.dtype {self.dtype!r}; one of null, {AUTO}, {', '.join(DTYPES)}")
         if self.kind == "plain" and self.dtype is not None:
             raise ValueError(
                 f"engine.kind=plain runs the model as it was saved, in its own precision, not in {self.dtype}: give "
@@ -77,7 +82,7 @@ class EngineConfig:
                 f"engine.dtype={self.dtype} works for trained checkpoints only: train with engine.dtype=null, "
                 f"then evaluate with `eval_libero engine.dtype={self.dtype}`"
             )
-        if name is not None and (self.kind not in ("auto", "plain") or self.dtype is not None):
+        if name is not None and (self.kind not in ("auto", "plain") or self.dtype not in (None, AUTO)):
             raise ValueError(
                 f"the engine does not support token routers such as {name!r}: set engine.kind=auto (or plain) and "
                 "engine.dtype=null"
@@ -117,6 +122,7 @@ class Engine:
         self, model: CogVLA, config: EngineConfig, release: bool = False, calibration: Calibration | None = None
     ) -> None:
         assert config.kind != "plain", "`plain` runs without an engine"
+        assert config.dtype != AUTO, "the policy chooses before it builds an engine"
         first = next(model.parameters())
         self.kind = config.kind
         if config.kind == "auto":

@@ -90,9 +90,11 @@ def run(options: argparse.Namespace) -> list[Measured]:
             print(f"{name:<20} not measured: {error}")
             continue
         peaks = usual
-        if variant.eight_bits is not None:
-            peaks = machine_peaks(options.device, variant.eight_bits)
-            print(f"{name:<20} large products {peaks.flops / 1e12:.3g} TFLOP/s in {variant.eight_bits}")
+        if policy.choice is not None:
+            print(f"{name:<20} {policy.choice}")
+        if (precision := policy.describe()["dtype"]) != options.dtype:
+            peaks = machine_peaks(options.device, precision)
+            print(f"{name:<20} large products {peaks.flops / 1e12:.3g} TFLOP/s in {precision}")
         for batch in options.batches:
             observation = observe(policy.embodiment, batch)
             costs = count_flops(policy.model.config, policy.embodiment, len(INSTRUCTION.split()), batch)

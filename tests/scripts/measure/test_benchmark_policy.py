@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from cogvla.policy.cost.flops import REPEATED, count_flops
 from cogvla.policy.cost.timing import machine_peaks
+from cogvla.policy.engine.precision import BOUND
 from cogvla.scripts.measure.benchmark_policy import main
 from cogvla.tests.support.paths import SHIPPED
 
@@ -55,6 +57,15 @@ def test_eight_bits(tmp_path: Path, eight_bits: str, dtype: str, engine: str) ->
     assert 0 <= usual["deviation"][0] < fewer["deviation"][0] < 0.1
     assert fewer["moved"] < usual["moved"]
     assert fewer["peaks"]["flops"] != usual["peaks"]["flops"], "each has the floor of its precision"
+
+
+def test_the_fastest_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*FEW, "--preset", "tiny", "--rows", "drop, auto", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    chosen = re.search(r"engine\.dtype=auto: (\w+) \(float32 [\d.]+ ms", capsys.readouterr().out)
+    assert chosen is not None
+    assert chosen[1] in ("float32", "bfloat16", "int8")
+    assert row["deviation"][0] < 2 * BOUND
 
 
 def test_rows_that_cannot_be_in_eight_bits_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
