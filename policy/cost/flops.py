@@ -17,7 +17,7 @@ router (`routing.router`) is not counted, but later stages are counted with the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -162,6 +162,51 @@ def count_flops(
     rows.append(StageCost("head", _parameters([model.head]), _watched(model.head, states)))
     total = _sum(TOTAL, rows)
     return [*rows, total, StageCost(REPEATED, total.parameters, _sum("", rows[1:]).work)]
+
+
+def count_decoding(
+    config: CogVLAConfig, embodiment: Embodiment, text_length: int, batch: int = 1, counting: Counting | None = None
+) -> list[StageCost]:
+    """Count OpenVLA as published on the same backbone: one view, one token for each action dimension, a cache.
+
+    The first token comes from the pass over vision and text, every other one from a pass over a single token, which
+    reads all weights again. The output vocabulary is counted once for each token. See `policy.cost.decoding`.
+
+    Returns:
+        One row per stage, then `TOTAL` and `REPEATED`, which are equal: nothing is kept for the next image.
+    """
+    counting = counting or Counting()
+    model = build_on_meta(*without_stages(config, embodiment))
+    rows = [StageCost(INSTRUCTION, 0, Work())]
+    for name, tower in model.vision.named_towers():
+        rows.append(StageCost(f"tower {name}", _parameters([tower]), _tower(tower, counting).for_samples(batch)))
+    fusion = model.vision.fusion
+    rows.append(StageCost("fusion", _parameters([fusion]), _linears([fusion], batch * model.vision.tokens)))
+    llm, prompt, tokens = model.decoder.llm, 1 + model.vision.tokens + text_length, embodiment.action_dim
+    first = _causal(llm, prompt, prompt, counting).for_samples(batch)
+    rows.append(StageCost("language, vision and text", _parameters(llm.layers), first))
+    singles = (_causal(llm, 1, prompt + done, counting).for_samples(batch) for done in range(1, tokens))
+    rows.append(StageCost("language, single tokens", 0, sum(singles, Work())))
+    rows.append(StageCost("embeddings", _parameters([llm.embed_tokens, llm.norm]), Work()))
+    output = nn.Linear(config.language.width, config.language.vocab_size, bias=False, device="meta")
+    chosen = sum((_linear(output, batch) for _ in range(tokens)), Work())
+    rows.append(StageCost("output vocabulary", _parameters([output]), chosen))
+    return [*rows, _sum(TOTAL, rows), _sum(REPEATED, rows)]
+
+
+def without_stages(config: CogVLAConfig, embodiment: Embodiment) -> tuple[CogVLAConfig, Embodiment]:
+    """Return the backbone of OpenVLA: no stage of CogVLA, and the first view only."""
+    routing = replace(config.routing, efa=False, film=False, lfp=False)
+    return replace(config, routing=routing), replace(embodiment, cameras=embodiment.cameras[:1])
+
+
+def _causal(llm: Any, asking: int, keys: int, counting: Counting) -> Work:
+    """Count all layers for the last `asking` of `keys` tokens of one sample; the others are in the cache."""
+    work = Work()
+    for layer in llm.layers:
+        work += _linears([layer.self_attn, layer.mlp], asking)
+        work += _attention(asking, keys, layer.self_attn.q_proj.out_features, counting)
+    return work
 
 
 def _sum(name: str, rows: Iterable[StageCost]) -> StageCost:

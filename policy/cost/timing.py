@@ -6,7 +6,7 @@ import functools
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -148,24 +148,55 @@ def measure(
         peaks: peaks of this machine in the policy's precision.
         instruction: instruction of the observation, for the warm-up.
     """
-    on_gpu = policy.preprocessor.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    device, about = str(policy.preprocessor.device), policy.describe()
+    reset_peak_memory(device)
     policy.warm_up(observation.batch_size, [instruction])
-    policy.act(observation)
+    samples = call_times(lambda: policy.act(observation), calls)
+    engine, memory = str(about["engine"]), peak_memory_gib(device)
+    measured = summarise(samples, row, observation.batch_size, cost, peaks, about["dtype"], engine, memory)
+    return replace(measured, stages=_stages(policy, observation, min(calls, STAGE_CALLS)))
+
+
+def call_times(act: Callable[[], object], calls: int) -> list[float]:
+    """Return the ms of each call after an untimed one; `act` must return results on the host, so nothing runs on."""
+    act()
     samples: list[float] = []
     for _ in range(calls):
         started = time.perf_counter()
-        policy.act(observation)  # returns actions on the host, so nothing runs after it
+        act()
         samples.append((time.perf_counter() - started) * 1e3)
-    of_weight, of_activation = WIDTHS[policy.describe()["dtype"]]
+    return samples
+
+
+def summarise(
+    samples: list[float],
+    row: str,
+    batch: int,
+    cost: StageCost,
+    peaks: Peaks,
+    precision: str,
+    engine: str,
+    memory_gib: float,
+) -> Measured:
+    """Return the row of these times in ms.
+
+    Args:
+        samples: times of the calls.
+        row: name of the row.
+        batch: samples in one pass.
+        cost: cost of one pass with this batch.
+        peaks: peaks of this machine in this precision.
+        precision: one of `WIDTHS`.
+        engine: engine of the policy.
+        memory_gib: peak memory in GiB.
+    """
+    of_weight, of_activation = WIDTHS[precision]
     moved = (cost.weight_bytes * of_weight + cost.activation_bytes * of_activation) / BYTES
     p50, p95, p99 = (float(np.percentile(samples, q)) for q in (50, 95, 99))
-    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Measured(
         row=row,
-        batch=observation.batch_size,
-        calls=calls,
+        batch=batch,
+        calls=len(samples),
         least=min(samples),
         p50=p50,
         p95=p95,
@@ -173,11 +204,23 @@ def measure(
         flops=cost.flops,
         moved=moved,
         floor=1e3 * max(cost.flops / peaks.flops, moved / peaks.bandwidth),
-        memory_gib=memory / 2**30,
+        memory_gib=memory_gib,
         peaks=peaks,
-        engine=str(policy.describe()["engine"]),
-        stages=_stages(policy, observation, min(calls, STAGE_CALLS)),
+        engine=engine,
     )
+
+
+def reset_peak_memory(device: str) -> None:
+    """Count the GPU's peak memory from now on."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_gib(device: str) -> float:
+    """Return the peak of allocated GPU memory; on a CPU, that of the memory of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
 @torch.inference_mode()

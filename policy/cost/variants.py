@@ -19,6 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from cogvla.configs.build import build
+from cogvla.configs.load import load
+from cogvla.policy.cost.flops import REPEATED, count_flops
+from cogvla.policy.cost.timing import Measured, Peaks, measure
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -92,6 +96,24 @@ Deviation = Callable[[CogVLAPolicy], tuple[float, float]]
 """Function that returns the mean and the largest difference of a policy's actions from the model without engine."""
 
 
+def preset(variant: Variant, name: str, views: int = 2, size: int | None = None) -> tuple[CogVLAConfig, Embodiment]:
+    """Return the model configuration of a preset with a variant's routing, and LIBERO's embodiment.
+
+    Args:
+        variant: a variant of `VARIANTS`.
+        name: a file of configs/policy.
+        views: number of cameras.
+        size: side of the square views in pixels; None: 224, for `tiny` 128.
+    """
+    assert variant.routing is not None, "rows of a checkpoint have no preset"
+    values = load("embodiment", "libero")
+    side = size or (128 if name == "tiny" else 224)
+    cameras = [{"name": f"view{index}", "height": side, "width": side} for index in range(views)]
+    routing = {**load("routing", variant.routing), **variant.changes}
+    config = CogVLAConfig.from_dict({**load("policy", name), "routing": routing})
+    return config, build(Embodiment, {**values, "cameras": cameras}, "embodiment")
+
+
 def random_policy(config: CogVLAConfig, embodiment: Embodiment, device: str, dtype: str) -> CogVLAPolicy:
     """Build a policy with random weights, without engine; it takes as long as a trained one."""
     model = empty_model(config, embodiment)
@@ -138,6 +160,25 @@ def run_as(
         return float(difference.mean()), float(difference.max())
 
     return policy, deviation
+
+
+def measure_row(
+    name: str, policy: CogVLAPolicy, deviation: Deviation | None, batch: int, calls: int, peaks: Peaks
+) -> Measured:
+    """Time the policy of a variant at one batch size.
+
+    Args:
+        name: name of the row.
+        policy: policy from `run_as`.
+        deviation: function from `run_as`; it is called at batch 1.
+        batch: samples in one pass.
+        calls: number of timed calls.
+        peaks: peaks of this machine in the policy's precision.
+    """
+    costs = count_flops(policy.model.config, policy.embodiment, len(INSTRUCTION.split()), batch)
+    cost = next(cost for cost in costs if cost.stage == REPEATED)
+    measured = measure(policy, observe(policy.embodiment, batch), calls, name, cost, peaks, INSTRUCTION)
+    return measured if deviation is None or batch > 1 else replace(measured, deviation=deviation(policy))
 
 
 def observe(embodiment: Embodiment, batch: int, seed: int = 0) -> Observation:

@@ -1,7 +1,8 @@
 """Training data: a LeRobotDataset v3, mapped to an `Embodiment` by its keys, and batches of it.
 
 Frames are decoded once into a memory-mapped file (`frame_cache`); everything else is in memory. A batch is built by a
-few array operations, without a Python loop over samples and without loader processes.
+few array operations, without a Python loop over samples and without loader processes. pyarrow and lerobot are imported
+only to open a data set: training from demonstrations in memory (`packed.py`) works without them.
 
 Shape legend: N frames of the data set, B batch, V views, H, W image, S state, A action, K chunk.
 """
@@ -17,9 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvla.policy.data.frame_cache import open_cache
-from cogvla.policy.data.reader import Mapping as ReaderMapping
-from cogvla.policy.data.reader import local_root
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
 
@@ -112,6 +110,10 @@ class DemonstrationData:
             ValueError: the data set does not exist, does not fit the embodiment, contains NaN, or is damaged.
             OSError: the decoded frames cannot be written.
         """
+        from cogvla.policy.data.frame_cache import open_cache
+        from cogvla.policy.data.reader import Mapping as ReaderMapping
+        from cogvla.policy.data.reader import local_root
+
         missing = [name for name in embodiment.camera_names if name not in config.cameras]
         if missing:
             raise ValueError(

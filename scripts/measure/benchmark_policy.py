@@ -20,34 +20,30 @@ import argparse
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from cogvla.configs.build import build
-from cogvla.configs.load import load
 from cogvla.plugins import import_plugin
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.cost.flops import REPEATED, count_flops
-from cogvla.policy.cost.timing import Measured, machine_peaks, measure, profile
+from cogvla.policy.cost.timing import Measured, machine_peaks, profile
 from cogvla.policy.cost.variants import (
     AS_TRAINED,
     DTYPES,
-    INSTRUCTION,
     VARIANTS,
     NotMeasuredError,
     Variant,
+    measure_row,
     observe,
+    preset,
     random_policy,
     run_as,
 )
-from cogvla.policy.interface import Embodiment
-from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.scripts.help import argument_parser
+from cogvla.scripts.measure.roofline_plot import draw_roofline
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,16 +92,12 @@ def run(options: argparse.Namespace) -> list[Measured]:
             peaks = machine_peaks(options.device, precision)
             print(f"{name:<20} large products {peaks.flops / 1e12:.3g} TFLOP/s in {precision}")
         for batch in options.batches:
-            observation = observe(policy.embodiment, batch)
-            costs = count_flops(policy.model.config, policy.embodiment, len(INSTRUCTION.split()), batch)
-            cost = next(cost for cost in costs if cost.stage == REPEATED)
-            measured = measure(policy, observation, options.calls, name, cost, peaks, INSTRUCTION)
-            if batch == 1 and plain_actions is not None:
-                measured = replace(measured, deviation=plain_actions(policy))
+            measured = measure_row(name, policy, plain_actions, batch, options.calls, peaks)
             results.append(measured)
             print(line(measured), flush=True)
             if options.profile and batch == options.batches[0]:
-                profile(policy, observation, Path(options.output or ".") / f"trace_{name.replace(', ', '_')}.json")
+                path = Path(options.output or ".") / f"trace_{name.replace(', ', '_')}.json"
+                profile(policy, observe(policy.embodiment, batch), path)
         del policy, plain_actions
         gc.collect()
         if options.device.startswith("cuda"):
@@ -159,27 +151,10 @@ def write(options: argparse.Namespace, results: Sequence[Measured]) -> None:
         print("no plot: matplotlib is not installed")
         return
     figure, axes = plt.subplots(figsize=(8, 5))
-    _roofline(axes, results)
+    draw_roofline(axes, results)
     figure.tight_layout()
     figure.savefig(folder / "roofline.png", dpi=120)
     plt.close(figure)
-
-
-def _roofline(axes: Any, results: Sequence[Measured]) -> None:
-    intensities = [result.flops / result.moved for result in results]
-    roofs = list(dict.fromkeys(result.peaks for result in results))  # one for each precision
-    ridges = [peaks.flops / peaks.bandwidth for peaks in roofs]
-    low, high = min(*intensities, *ridges) / 4, max(*intensities, *ridges) * 4
-    for peaks, ridge, style in zip(roofs, ridges, ("k-", "k--"), strict=False):
-        peak = peaks.flops / 1e12
-        heights = [low * peaks.bandwidth / 1e12, peak, peak]
-        axes.loglog([low, ridge, high], heights, style, label=f"at most {peak:.3g} TFLOP/s")
-    for result, intensity in zip(results, intensities, strict=True):
-        axes.plot(intensity, result.tflops, "o" if result.batch == 1 else "s", label=f"{result.row}, {result.batch}")
-    axes.set_xlabel("FLOP per byte")
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"{roofs[0].name}: reached, against what large products and copies reach")
-    axes.legend(fontsize=7, title="row, batch")
 
 
 def _compare(results: Sequence[Measured]) -> None:
@@ -193,22 +168,13 @@ def _compare(results: Sequence[Measured]) -> None:
 def _plain(variant: Variant, options: argparse.Namespace) -> CogVLAPolicy:
     """Return the policy of a row without engine, in the precision of the options."""
     if variant.routing is not None:
-        return random_policy(*preset(variant, options), options.device, options.dtype)
+        return random_policy(
+            *preset(variant, options.preset, options.views, options.size), options.device, options.dtype
+        )
     policy = load_policy(options.checkpoint, options.device)
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.to(DTYPES[options.dtype])
     return CogVLAPolicy(policy.model, policy.preprocessor)
-
-
-def preset(variant: Variant, options: argparse.Namespace) -> tuple[CogVLAConfig, Embodiment]:
-    """Return the model configuration of a variant, and LIBERO's embodiment with the views of the options."""
-    assert variant.routing is not None, "rows of a checkpoint have no preset"
-    values = load("embodiment", "libero")
-    size = options.size or (128 if options.preset == "tiny" else 224)
-    cameras = [{"name": f"view{index}", "height": size, "width": size} for index in range(options.views)]
-    routing = {**load("routing", variant.routing), **variant.changes}
-    config = CogVLAConfig.from_dict({**load("policy", options.preset), "routing": routing})
-    return config, build(Embodiment, {**values, "cameras": cameras}, "embodiment")
 
 
 def _parser() -> argparse.ArgumentParser:

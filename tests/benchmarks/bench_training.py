@@ -17,9 +17,8 @@ import torch
 
 from cogvla.policy.cost.flops import TOTAL, count_flops
 from cogvla.policy.cost.timing import machine_peaks
-from cogvla.policy.cost.variants import VARIANTS
+from cogvla.policy.cost.variants import VARIANTS, preset
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
-from cogvla.scripts.measure.benchmark_policy import preset
 
 WORDS = 7
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +47,7 @@ print(f"{peaks.name}, {options.dtype}: large products {peaks.flops / 1e12:.3g} T
 print(f"{'':<20}{'s/step':>10}{'samples/s':>11}{'TFLOP':>9}{'of peak':>9}{'times':>7}")
 base = 0.0
 for name in options.rows:
-    config, embodiment = preset(VARIANTS[name], options)
+    config, embodiment = preset(VARIANTS[name], options.preset, options.views, options.size)
     torch.manual_seed(0)
     model = CogVLA(config, embodiment).to(options.device)
     model.recompute_blocks(options.recompute)

@@ -1,0 +1,118 @@
+"""One file of demonstrations: frames as JPEG, everything else as it is; it is read without pyarrow and lerobot.
+
+The file is in the format of safetensors: the bytes of all JPEGs in one row, with the end of each.
+
+Shape legend: N frames, V views, H, W image, S state, A action.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cogvla.policy.data.demonstrations import DemonstrationData
+
+QUALITY = 90
+LABEL = "label/"
+
+
+def pack(data: DemonstrationData, path: Path, limit: int, quality: int = QUALITY) -> tuple[int, int]:
+    """Write as many whole episodes as fit into `limit` bytes, evenly spread over the data set.
+
+    Returns:
+        The number of episodes in the file, and its size in bytes.
+
+    Raises:
+        ValueError: not even two episodes fit.
+    """
+    episodes = data.episode_N.unique()
+    count = len(episodes)
+    while True:
+        chosen = episodes[torch.linspace(0, len(episodes) - 1, count).round().long()]
+        rows = torch.isin(data.episode_N, chosen).nonzero().flatten()
+        pictures = _compress(data.pixels_NVCHW, rows, quality, limit)
+        if pictures is not None:
+            break
+        if count <= 2:
+            raise ValueError(f"not even two episodes fit into {limit / 1e6:.0f} MB")
+        count = max(2, count * 4 // 5)
+    labels = {LABEL + name: values[rows].contiguous() for name, values in data.frame_labels.items()}
+    columns = {
+        "state": data.state_NS[rows],
+        "action": data.action_NA[rows],
+        "episode": data.episode_N[rows],
+        "instruction": data.instruction_N[rows],
+    }
+    about = {"instructions": json.dumps(data.instructions), "chunk": str(data.chunk)}
+    views = data.pixels_NVCHW.shape[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.partial")
+    save_file({**columns, **labels, **_joined(pictures)}, draft, {**about, "views": str(views)})
+    os.replace(draft, path)
+    return count, path.stat().st_size
+
+
+def unpack(path: Path) -> DemonstrationData:
+    """Read a file from `pack`.
+
+    Raises:
+        ValueError: it is not such a file.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        views, ends = int(about["views"]), tensors.pop("ends").tolist()
+        jpeg = tensors.pop("jpeg").numpy()
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no file of demonstrations ({error}); make one with `gpu_report --pack`") from error
+    pictures = [_decode(jpeg[start:end].tobytes()) for start, end in zip([0, *ends], ends, strict=False)]
+    data = DemonstrationData(
+        pixels_NVCHW=torch.from_numpy(np.stack(pictures)).unflatten(0, (-1, views)),
+        state_NS=tensors.pop("state"),
+        action_NA=tensors.pop("action"),
+        episode_N=tensors.pop("episode"),
+        instruction_N=tensors.pop("instruction"),
+        instructions=json.loads(about["instructions"]),
+        frame_labels={name.removeprefix(LABEL): values for name, values in tensors.items()},
+        chunk=int(about["chunk"]),
+    )
+    episodes = int(data.episode_N.unique().numel())
+    return replace(data, provenance={"name": path.name, "episodes": episodes, "frames": len(data)})
+
+
+def _compress(pixels_NVCHW: Tensor, rows: Tensor, quality: int, limit: int) -> Sequence[bytes] | None:
+    """Return the JPEGs of these frames, view by view; None if they take more than `limit` bytes."""
+    pictures: list[bytes] = []
+    total = 0
+    for row in rows.tolist():
+        for view_CHW in pixels_NVCHW[row]:
+            buffer = io.BytesIO()
+            Image.fromarray(view_CHW.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+            pictures.append(buffer.getvalue())
+            total += len(pictures[-1])
+        if total > 0.95 * limit:  # the rest is for everything else
+            return None
+    return pictures
+
+
+def _joined(pictures: Sequence[bytes]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(picture) for picture in pictures])
+    return {"jpeg": torch.frombuffer(bytearray(b"".join(pictures)), dtype=torch.uint8), "ends": lengths.cumsum(0)}
+
+
+def _decode(picture: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(picture)) as opened:
+        return np.ascontiguousarray(np.asarray(opened).transpose(2, 0, 1))

@@ -1,0 +1,102 @@
+"""Part `latency`: the time of a chunk of actions for every variant, and for OpenVLA as published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from cogvla.policy.cost.decoding import TokenDecoder
+from cogvla.policy.cost.flops import TOTAL, count_decoding, without_stages
+from cogvla.policy.cost.timing import Measured, call_times, machine_peaks, peak_memory_gib, reset_peak_memory, summarise
+from cogvla.policy.cost.variants import INSTRUCTION, VARIANTS, measure_row, observe, random_policy, run_as
+from cogvla.scripts.measure.gpu.journal import Row
+from cogvla.scripts.measure.gpu.runner import Task
+from cogvla.scripts.measure.gpu.settings import Settings, network
+
+COLUMNS = {
+    "batch": "batch",
+    "engine": "engine",
+    "p50": "p50 ms",
+    "p95": "p95",
+    "p99": "p99",
+    "prepare": "prepare",
+    "vision": "vision",
+    "decide": "decoder",
+    "head": "head",
+    "memory_gib": "GiB",
+    "tflops": "TFLOP/s",
+    "gb_per_s": "GB/s",
+    "times_floor": "times the floor",
+    "largest": "largest deviation",
+}
+PUBLISHED = "OpenVLA as published"
+PRESETS = ("cogvla_7b", "small", "tiny")
+PRECISION = "bfloat16"
+CALLS = {1: 200, 8: 50}
+"""Timed calls by batch size."""
+FIRST = ("drop", "faithful", "drop, float8", PUBLISHED, "all off")
+"""Rows in the order of their value; the others follow."""
+
+
+def tasks(settings: Settings) -> Mapping[str, Task]:
+    """Return a task for each preset and row."""
+    rows = dict.fromkeys([*FIRST, *VARIANTS])
+    del rows["drop, int8"]  # for CPUs
+    found = {f"{name}, {row}": partial(measure, settings, name, row) for name in PRESETS for row in rows}
+    if settings.rehearse:  # the presets differ in their heads only
+        return {name: task for name, task in found.items() if not name.startswith(PRESETS[1:])}
+    return found
+
+
+def measure(settings: Settings, name: str, row: str) -> Iterable[Row]:
+    """Yield the row of each batch size."""
+    if row == PUBLISHED:
+        yield from published(settings, name)
+        return
+    config, robot, variant = network(settings, name, row)
+    variant.check(settings.device, PRECISION)
+    plain = random_policy(config, robot, settings.device, PRECISION)
+    policy, deviation = run_as(variant, plain, settings.graph, settings.smallest)
+    peaks = machine_peaks(settings.device, variant.eight_bits or PRECISION)
+    for batch, calls in CALLS.items():
+        yield as_row(name, measure_row(row, policy, deviation, batch, 3 if settings.rehearse else calls, peaks))
+
+
+def published(settings: Settings, name: str) -> Iterable[Row]:
+    """Yield the rows of OpenVLA: one view, action tokens one after the other."""
+    config, robot = without_stages(*network(settings, name, "all off")[:2])
+    policy = random_policy(config, robot, settings.device, PRECISION)
+    decoder, peaks = TokenDecoder(policy.model), machine_peaks(settings.device, PRECISION)
+    for batch, calls in CALLS.items():
+        observation = observe(robot, batch)
+
+        def act(observation: Any = observation) -> torch.Tensor:
+            inputs = policy.preprocessor.observation(observation)
+            return decoder(inputs.pixels, inputs.text_ids).cpu()
+
+        reset_peak_memory(settings.device)
+        act()
+        times = call_times(act, 3 if settings.rehearse else calls)
+        costs = count_decoding(config, robot, len(INSTRUCTION.split()), batch)
+        cost, memory = next(cost for cost in costs if cost.stage == TOTAL), peak_memory_gib(settings.device)
+        yield as_row(name, summarise(times, PUBLISHED, batch, cost, peaks, PRECISION, "transformers", memory))
+
+
+def as_row(name: str, measured: Measured) -> Row:
+    """Return the row of a measurement, with what its table shows beside the times."""
+    deviation = measured.deviation
+    return {
+        **asdict(measured),
+        **measured.stages,
+        "row": f"{name}, {measured.row}",
+        "preset": name,
+        "variant": measured.row,
+        "tflops": measured.tflops,
+        "gb_per_s": measured.gb_per_s,
+        "times_floor": measured.times_floor,
+        "largest": None if deviation is None else deviation[1],
+    }
