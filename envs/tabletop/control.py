@@ -43,7 +43,8 @@ _STEPS_PER_TICK = 2
 _POSTURE_GAIN = 0.1
 
 
-def _clip_norm(vector: np.ndarray, limit: float) -> np.ndarray:
+def clip_norm(vector: np.ndarray, limit: float = 1.0) -> np.ndarray:
+    """Scale a longer vector down to length `limit`. Unlike clipping each number, this keeps the direction."""
     length = float(np.sqrt(vector @ vector))
     return vector if length <= limit else vector * (limit / length)
 
@@ -115,11 +116,11 @@ class ArmController:
         self, action: np.ndarray, measured_position: np.ndarray, measured_rotation: np.ndarray, measured_finger: float
     ) -> None:
         """Move the commanded pose by one action [7] in [-1,1], and solve for the joints."""
-        lead = _clip_norm(self.position - measured_position, LEASH)
+        lead = clip_norm(self.position - measured_position, LEASH)
         self.position = np.clip(measured_position + lead + POSITION_SCALE * action[:3], *WORKSPACE)
-        lead = _clip_norm(rotation_vector(self.rotation @ measured_rotation.T), LEASH_ROTATION)
+        lead = clip_norm(rotation_vector(self.rotation @ measured_rotation.T), LEASH_ROTATION)
         rotation = rotation_matrix(ROTATION_SCALE * action[3:6]) @ rotation_matrix(lead) @ measured_rotation
-        offset = _clip_norm(rotation_vector(rotation @ NOMINAL_ROTATION.T), MAX_TILT)
+        offset = clip_norm(rotation_vector(rotation @ NOMINAL_ROTATION.T), MAX_TILT)
         self.rotation = rotation_matrix(offset) @ NOMINAL_ROTATION
         self._previous_joints = self.joints
         self._solve(1)

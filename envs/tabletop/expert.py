@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 from cogvla.envs.recording.execution_noise import ExecutionNoise
-from cogvla.envs.tabletop.control import POSITION_SCALE, ROTATION_SCALE
+from cogvla.envs.tabletop.control import POSITION_SCALE, ROTATION_SCALE, clip_norm
 from cogvla.envs.tabletop.env import TabletopEnv
 from cogvla.envs.tabletop.goals import Goal, destination_point, in_place
 
@@ -66,8 +66,8 @@ class Expert:
         skills = {"put": self._put, "push": self._push, "open": self._open, "press": self._press}
         aim, gripper = skills[goal.verb](goal)
         action = np.empty(7)
-        action[:3] = _clip_norm(GAIN * (aim - self._env.gripper_position) / POSITION_SCALE)
-        action[3:6] = _clip_norm(-GAIN * self._env.gripper_rotation / ROTATION_SCALE)
+        action[:3] = clip_norm(GAIN * (aim - self._env.gripper_position) / POSITION_SCALE)
+        action[3:6] = clip_norm(-GAIN * self._env.gripper_rotation / ROTATION_SCALE)
         action[6] = gripper
         return action.astype(np.float32)
 
@@ -91,7 +91,7 @@ class Expert:
         lowest = max(gripper[2] + error[2], _PUSH_HEIGHT)
         height = lowest + np.clip(slope * (distance - tolerance), 0.0, max(hover - lowest, 0.0))
         sideways = float(np.clip(1.0 - (height - gripper[2]) / 0.035, 0.0, 1.0))
-        across = sideways * _clip_norm(error[:2], POSITION_SCALE / GAIN)
+        across = sideways * clip_norm(error[:2], POSITION_SCALE / GAIN)
         return np.array([*(gripper[:2] + across), height])
 
     def _gripped(self, item: str) -> bool:
@@ -184,9 +184,3 @@ class Expert:
     def _make_fist(self, distance: float) -> float:
         """Return the command that closes the hand to push or press, or opens it while low over an item just let go."""
         return CLOSE if distance < 0.06 or self._env.gripper_position[2] > HOVER - 0.02 else OPEN
-
-
-def _clip_norm(vector: np.ndarray, limit: float = 1.0) -> np.ndarray:
-    """Scale a longer vector down to length `limit`. Unlike clipping each number, this keeps the direction."""
-    length = float(np.linalg.norm(vector))
-    return vector if length <= limit else vector * (limit / length)
