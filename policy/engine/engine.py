@@ -43,12 +43,14 @@ class EngineConfig:
             `int8` is float32 with large layers in 8 bits, for CPUs.
             `auto` measures which of them is fastest here (`policy.engine.precision`).
         smallest: minimum number of inputs and of outputs of a layer in `int8`; smaller layers would get slower.
+        bound: largest mean deviation of normalised actions that `auto` accepts; 0.02 is 1 % of their range, -1 to 1.
     """
 
     kind: str = "auto"
     text_buckets: tuple[int, ...] = (8, 16, 32)
     dtype: str | None = None
     smallest: int = 256
+    bound: float = 0.02
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text_buckets", tuple(self.text_buckets))
@@ -63,6 +65,8 @@ class EngineConfig:
             )
         if self.dtype == "int8" and self.kind in ("cuda_graph", "compile"):
             raise ValueError(f"engine.dtype=int8 is for CPUs, with engine.kind=trace or auto, not {self.kind}")
+        if not self.bound > 0:
+            raise ValueError(f"engine.bound must be positive, got {self.bound}")
         if self.smallest < 1:
             raise ValueError(f"engine.smallest must be at least 1, got {self.smallest}")
         if sorted(set(self.text_buckets)) != list(self.text_buckets) or min(self.text_buckets, default=1) < 1:

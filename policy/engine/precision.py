@@ -20,8 +20,6 @@ from cogvla.policy.engine.engine import Engine, EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 
-BOUND = 0.02
-"""Largest mean deviation of normalised actions: 1 % of their range, which is from -1 to 1."""
 GAIN = 1.1
 """Least speed-up of another precision over the checkpoint's own."""
 CALLS = 20
@@ -90,7 +88,7 @@ def choose_precision(
     answers = {dtype: [_actions(engine, one) for one in inputs] for dtype, engine in engines.items()}
     times = _in_turns([_call(engine, inputs[0]) for engine in engines.values()])
     found = [
-        _judged(dtype, milliseconds, answers[dtype], answers[own])
+        _judged(dtype, milliseconds, answers[dtype], answers[own], config.bound)
         for dtype, milliseconds in zip(engines, times, strict=True)
     ]
     return Choice(_fastest(found), (*found, *refused))
@@ -141,10 +139,12 @@ def _in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
     return [1e3 * min(taken) for taken in seconds]
 
 
-def _judged(dtype: str, milliseconds: float, found: Sequence[Tensor], expected: Sequence[Tensor]) -> Measured:
+def _judged(
+    dtype: str, milliseconds: float, found: Sequence[Tensor], expected: Sequence[Tensor], bound: float
+) -> Measured:
     differences = [(a - b).abs().mean() for a, b in zip(found, expected, strict=True)]
     deviation = float(torch.stack(differences).mean())
-    refused = None if deviation <= BOUND else f"actions deviate by more than {BOUND}"
+    refused = None if deviation <= bound else f"actions deviate by more than {bound}"
     return Measured(dtype, milliseconds, deviation, refused)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cogvla.policy.engine import precision
 from cogvla.policy.engine.engine import EngineConfig
-from cogvla.policy.engine.precision import BOUND, Choice, Measured
+from cogvla.policy.engine.precision import Choice, Measured
 from cogvla.tests.policy.engine.test_engine import observation, random_policy
 
 AUTO = EngineConfig("eager", dtype="auto", smallest=16)
@@ -52,12 +53,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ((10, 9.5, 9.6), "float32"),  # not worth another precision
     ],
 )
-def test_the_fastest_is_taken(
-    clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch, milliseconds: tuple[float, ...], chosen: str
-) -> None:
+def test_the_fastest_is_taken(clock: Callable[..., None], milliseconds: tuple[float, ...], chosen: str) -> None:
     clock(*milliseconds)
-    monkeypatch.setattr(precision, "BOUND", 1.0)  # rounding moves a network of random weights far
-    policy = random_policy(WIDE).with_engine(AUTO)
+    policy = random_policy(WIDE).with_engine(replace(AUTO, bound=1.0))  # rounding moves random weights far
     assert policy.choice is not None
     assert policy.choice.dtype == policy.describe()["dtype"] == chosen
     assert [one.dtype for one in policy.choice.measured] == ["float32", "bfloat16", "int8"]
@@ -68,15 +66,15 @@ def test_the_fastest_is_taken(
     assert policy.act(observation(2)).actions.shape == random_policy(WIDE).act(observation(2)).actions.shape
 
 
-def test_actions_that_deviate_too_much_are_refused(clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actions_that_deviate_too_much_are_refused(clock: Callable[..., None]) -> None:
     clock(10, 1, 1)
-    monkeypatch.setattr(precision, "BOUND", 1e-9)
-    choice = random_policy(WIDE).with_engine(AUTO).choice
+    choice = random_policy(WIDE).with_engine(replace(AUTO, bound=1e-9)).choice
     assert choice is not None
     assert choice.dtype == "float32"
     assert all("deviate by more" in str(one.refused) for one in choice.measured[1:])
     assert "refused: actions deviate" in str(choice)
-    assert 0 < BOUND < 0.1
+    with pytest.raises(ValueError, match=r"engine\.bound must be positive"):
+        EngineConfig(bound=0)
 
 
 def test_without_bfloat16_units_it_is_not_measured(clock: Callable[..., None], units: Callable[[bool], None]) -> None:
