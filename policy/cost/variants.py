@@ -23,6 +23,7 @@ from torch import nn
 from cogvla.configs.build import build
 from cogvla.configs.load import load
 from cogvla.policy.cost.flops import REPEATED, count_flops
+from cogvla.policy.cost.not_measured import NotMeasuredError
 from cogvla.policy.cost.timing import Measured, Peaks, measure
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.normalise import Statistics
@@ -37,10 +38,6 @@ INSTRUCTION = "put the red cube in the tray"
 CALIBRATION = 8
 """Observations that set the input ranges of 8-bit layers."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class NotMeasuredError(ValueError):
-    """Raised for a variant in 8 bits that the machine, the precision or the model does not support."""
 
 
 @dataclass(frozen=True)

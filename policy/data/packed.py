@@ -11,23 +11,25 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cogvla.configs.build import build
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.interface import Embodiment
 
 QUALITY = 90
 LABEL = "label/"
 
 
-def pack(data: DemonstrationData, path: Path, limit: int, quality: int = QUALITY) -> tuple[int, int]:
+def pack(data: DemonstrationData, robot: Embodiment, path: Path, limit: int, quality: int = QUALITY) -> tuple[int, int]:
     """Write as many whole episodes as fit into `limit` bytes, evenly spread over the data set.
 
     Returns:
@@ -54,17 +56,16 @@ def pack(data: DemonstrationData, path: Path, limit: int, quality: int = QUALITY
         "episode": data.episode_N[rows],
         "instruction": data.instruction_N[rows],
     }
-    about = {"instructions": json.dumps(data.instructions), "chunk": str(data.chunk)}
-    views = data.pixels_NVCHW.shape[1]
+    about = {"instructions": json.dumps(data.instructions), "embodiment": json.dumps(asdict(robot))}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.partial")
-    save_file({**columns, **labels, **_joined(pictures)}, draft, {**about, "views": str(views)})
+    save_file({**columns, **labels, **_joined(pictures)}, draft, about)
     os.replace(draft, path)
     return count, path.stat().st_size
 
 
-def unpack(path: Path) -> DemonstrationData:
-    """Read a file from `pack`.
+def unpack(path: Path) -> tuple[DemonstrationData, Embodiment]:
+    """Read a file from `pack`; return its demonstrations and the robot.
 
     Raises:
         ValueError: it is not such a file.
@@ -74,23 +75,24 @@ def unpack(path: Path) -> DemonstrationData:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        views, ends = int(about["views"]), tensors.pop("ends").tolist()
+        robot = build(Embodiment, json.loads(about["embodiment"]), "embodiment")
+        ends = tensors.pop("ends").tolist()
         jpeg = tensors.pop("jpeg").numpy()
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is no file of demonstrations ({error}); make one with `gpu_report --pack`") from error
     pictures = [_decode(jpeg[start:end].tobytes()) for start, end in zip([0, *ends], ends, strict=False)]
     data = DemonstrationData(
-        pixels_NVCHW=torch.from_numpy(np.stack(pictures)).unflatten(0, (-1, views)),
+        pixels_NVCHW=torch.from_numpy(np.stack(pictures)).unflatten(0, (-1, len(robot.cameras))),
         state_NS=tensors.pop("state"),
         action_NA=tensors.pop("action"),
         episode_N=tensors.pop("episode"),
         instruction_N=tensors.pop("instruction"),
         instructions=json.loads(about["instructions"]),
         frame_labels={name.removeprefix(LABEL): values for name, values in tensors.items()},
-        chunk=int(about["chunk"]),
+        chunk=robot.chunk,
     )
     episodes = int(data.episode_N.unique().numel())
-    return replace(data, provenance={"name": path.name, "episodes": episodes, "frames": len(data)})
+    return replace(data, provenance={"name": path.name, "episodes": episodes, "frames": len(data)}), robot
 
 
 def _compress(pixels_NVCHW: Tensor, rows: Tensor, quality: int, limit: int) -> Sequence[bytes] | None:

@@ -27,12 +27,12 @@ import torch
 
 from cogvla.plugins import import_plugin
 from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.cost.not_measured import NotMeasuredError
 from cogvla.policy.cost.timing import Measured, machine_peaks, profile
 from cogvla.policy.cost.variants import (
     AS_TRAINED,
     DTYPES,
     VARIANTS,
-    NotMeasuredError,
     Variant,
     measure_row,
     observe,

@@ -22,12 +22,14 @@ from omegaconf import DictConfig
 
 from cogvla.configs.build import build
 from cogvla.policy.checkpoint import read_config
-from cogvla.policy.cost.flops import TOTAL, Counting, StageCost, count_flops
+from cogvla.policy.cost.flops import TOTAL, Counting, StageCost, count_decoding, count_flops
 from cogvla.policy.cost.roofline import GPU, find_gpu, floors, format_table, header
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
+
+DECODING = "OpenVLA as published (one view)"
 
 
 def summary(variants: dict[str, list[StageCost]], gpus: Sequence[GPU], paper: dict[str, Any] | None) -> str:
@@ -92,8 +94,10 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
     for variant, changes in values["variants"].items():
         config = replace(base, routing=_changed(base.routing, changes))
         variants[variant] = count_flops(config, embodiment, text, batch, counting)
-        if values["stages"]:
-            print(f"\n{variant}\n{format_table(variants[variant], gpus)}")
+    if values["decoding"]:
+        variants[DECODING] = count_decoding(base, embodiment, text, batch, counting)
+    for variant, costs in variants.items() if values["stages"] else ():
+        print(f"\n{variant}\n{format_table(costs, gpus)}")
     comparable = name == values["paper"]["model"] and batch == 1
     print("\n" + summary(variants, gpus, values["paper"]["variants"] if comparable else None))
     if values["output"] is not None:

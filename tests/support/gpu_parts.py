@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from cogvla.policy.cost.variants import NotMeasuredError
+from cogvla.policy.cost.not_measured import NotMeasuredError
 from cogvla.scripts.measure.gpu.journal import Row
 from cogvla.scripts.measure.gpu.runner import Part, Task
 from cogvla.scripts.measure.gpu.settings import Settings

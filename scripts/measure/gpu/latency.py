@@ -14,8 +14,9 @@ from cogvla.policy.cost.flops import TOTAL, count_decoding, without_stages
 from cogvla.policy.cost.timing import Measured, call_times, machine_peaks, peak_memory_gib, reset_peak_memory, summarise
 from cogvla.policy.cost.variants import INSTRUCTION, VARIANTS, measure_row, observe, random_policy, run_as
 from cogvla.scripts.measure.gpu.journal import Row
+from cogvla.scripts.measure.gpu.networks import network
 from cogvla.scripts.measure.gpu.runner import Task
-from cogvla.scripts.measure.gpu.settings import Settings, network
+from cogvla.scripts.measure.gpu.settings import Settings
 
 COLUMNS = {
     "batch": "batch",
@@ -40,12 +41,13 @@ CALLS = {1: 200, 8: 50}
 """Timed calls by batch size."""
 FIRST = ("drop", "faithful", "drop, float8", PUBLISHED, "all off")
 """Rows in the order of their value; the others follow."""
+LEFT_OUT = ("drop, int8", "drop, auto")
+"""Rows for CPUs."""
 
 
 def tasks(settings: Settings) -> Mapping[str, Task]:
     """Return a task for each preset and row."""
-    rows = dict.fromkeys([*FIRST, *VARIANTS])
-    del rows["drop, int8"]  # for CPUs
+    rows = [row for row in dict.fromkeys([*FIRST, *VARIANTS]) if row not in LEFT_OUT]
     found = {f"{name}, {row}": partial(measure, settings, name, row) for name in PRESETS for row in rows}
     if settings.rehearse:  # the presets differ in their heads only
         return {name: task for name, task in found.items() if not name.startswith(PRESETS[1:])}
@@ -61,7 +63,7 @@ def measure(settings: Settings, name: str, row: str) -> Iterable[Row]:
     variant.check(settings.device, PRECISION)
     plain = random_policy(config, robot, settings.device, PRECISION)
     policy, deviation = run_as(variant, plain, settings.graph, settings.smallest)
-    peaks = machine_peaks(settings.device, variant.eight_bits or PRECISION)
+    peaks = machine_peaks(settings.device, policy.describe()["dtype"])
     for batch, calls in CALLS.items():
         yield as_row(name, measure_row(row, policy, deviation, batch, 3 if settings.rehearse else calls, peaks))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from cogvla.scripts.measure.gpu import equality, latency
+from cogvla.scripts.measure.gpu import equality, latency, learning, rendering, training
 from cogvla.scripts.measure.gpu.runner import Part
 
 PARTS = {
     part.name: part
     for part in (
-        Part("equality", "Equality with the plain network in float32", equality.tasks, 150, equality.COLUMNS),
-        Part("latency", "Latency", latency.tasks, 390, latency.COLUMNS),
+        Part("equality", "Equality with the plain network in float32", equality.tasks, 130, equality.COLUMNS),
+        Part("latency", "Latency", latency.tasks, 380, latency.COLUMNS),
+        Part("training", "Training", training.tasks, 130, training.COLUMNS),
+        Part("learning", "Learning from nothing", learning.tasks, 530, learning.COLUMNS),
+        Part("rendering", "Rendering", rendering.tasks, 25, rendering.COLUMNS),
     )
 }

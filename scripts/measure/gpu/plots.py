@@ -24,6 +24,11 @@ def draw(journal: Journal, folder: Path) -> None:
         rows = [row for row in latency if row["preset"] == preset]
         _save(folder / f"latency_{preset}.png", _bars, [row for row in rows if row["batch"] == 1], "p50", "ms, batch 1")
         _save(folder / f"roofline_{preset}.png", _roofline, rows)
+    if training := journal.rows("training"):
+        named = [{**row, "row": f"{row['row']}, checkpointing {row['checkpointing']}"} for row in training]
+        _save(folder / "training.png", _bars, named, "samples_per_s", "samples/s")
+    if learning := journal.rows("learning"):
+        _save(folder / "learning.png", _curves, learning)
 
 
 def _save(path: Path, draw_axes: Any, *given: Any) -> None:
@@ -39,6 +44,14 @@ def _bars(axes: Any, rows: Sequence[Row], key: str, label: str) -> None:
     axes.bar_label(bars, fmt="%.3g")
     axes.invert_yaxis()
     axes.set_xlabel(label)
+
+
+def _curves(axes: Any, rows: Sequence[Row]) -> None:
+    for row in rows:
+        axes.plot(*zip(*row["curve"], strict=True), label=row["row"])
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("loss")
+    axes.legend()
 
 
 def _roofline(axes: Any, rows: Sequence[Row]) -> None:

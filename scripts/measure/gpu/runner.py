@@ -1,7 +1,8 @@
-"""Run the parts of a GPU report, each in a process of its own that is killed at the part's limit.
+"""Run the parts of a GPU report in a process that is killed when a part reaches its limit.
 
 A part is a function that returns its tasks by name; a task yields rows. An error in a task becomes a row. If the
-process dies, the task is noted as failed and a new process goes on with the next one.
+process dies, the task is noted as failed and a new process goes on with the next one. This file does not import torch,
+and neither does the process before a part needs it.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-import torch
-
-from cogvla.policy.cost.variants import NotMeasuredError
+from cogvla.policy.cost.not_measured import NotMeasuredError
 from cogvla.processes import Child, ProcessDiedError, send
 from cogvla.scripts.measure.gpu.journal import Journal, Row
 from cogvla.scripts.measure.gpu.settings import Settings
 
 Task = Callable[[], Iterable[Row]]
 Tasks = Callable[[Settings], Mapping[str, Task]]
-BEGIN, ROW, END, FINISHED = "begin", "row", "end", "finished"
+READY, BEGIN, ROW, END, FINISHED = "ready", "begin", "row", "end", "finished"
+START_S = 120.0
+"""Longest time that a process may take to import everything; it does not count for the limit."""
 
 
 @dataclass(frozen=True)
@@ -47,75 +49,109 @@ class Part:
     columns: Mapping[str, str]
 
 
-def run_part(part: Part, settings: Settings, journal: Journal, say: Callable[[str], None] = print) -> None:
+class Worker:
+    """A process that runs one part after the other; a new one is started after it was killed. Use it with `with`."""
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def give(self, work: object) -> Child:
+        """Send work for `serve`; return the process."""
+        if self._child is None:
+            self._child = Child(serve, work)
+        else:
+            self._child.send(work)
+        return self._child
+
+    def kill(self) -> None:
+        """End the process, and those that compile for it."""
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.process.pid, signal.SIGKILL)
+            self._child.close()
+            self._child = None
+
+
+def run_part(part: Part, settings: Settings, journal: Journal, worker: Worker) -> None:
     """Run the tasks of a part that are not done yet, until its limit."""
     limit = dict(settings.limits).get(part.name, part.limit)
-    started = time.monotonic()
-    done = journal.begin(part.name)
+    done, seconds = journal.begin(part.name), 0.0
     note: str | None = None
     while note is None:
-        note = _run_process(part, settings, journal, done, started + limit, say)
-    seconds = time.monotonic() - started
+        note, spent = _run_process(part, settings, journal, done, limit - seconds, worker)
+        seconds += spent
     if note:
         note = note.format(limit=f"{limit:g} s")
-        say(f"{part.name}: {note}")
+        worker.kill()
+        print(f"{part.name}: {note}", flush=True)
     journal.end(part.name, seconds, note)
 
 
 def _run_process(
-    part: Part, settings: Settings, journal: Journal, done: set[str], deadline: float, say: Callable[[str], None]
-) -> str | None:
+    part: Part, settings: Settings, journal: Journal, done: set[str], left: float, worker: Worker
+) -> tuple[str | None, float]:
     """Run tasks in one process, and add those that end to `done`.
 
     Returns:
-        "" when all tasks are done; why the part stops; or None if the process died and another one can go on.
+        "" when all tasks are done, or why the part stops, or None if the process died and another one can go on; and
+        the seconds that the tasks took.
     """
-    child, running = Child(serve, (part.tasks, settings, done)), ""
+    child, running = worker.give((part.tasks, settings, done)), ""
+    started, patience = time.monotonic(), START_S
     try:
         while True:
-            if not child.connection.poll(max(0.0, deadline - time.monotonic())):
-                return "stopped at its limit of {limit}" + (f", in {running}" if running else "")
+            if not child.connection.poll(max(0.0, started + patience - time.monotonic())):
+                return "stopped at its limit of {limit}" + (f", in {running}" if running else ""), left
             kind, content = child.receive()
             if kind == FINISHED:
-                return ""
-            if kind == BEGIN:
+                return "", time.monotonic() - started
+            if kind == READY:
+                started, patience = time.monotonic(), left
+            elif kind == BEGIN:
                 running = content
                 journal.begin_task(part.name, running)
             elif kind == ROW:
                 journal.add(part.name, running, content)
-                say(f"{part.name}: {_line(content, part)}")
+                print(f"{part.name}: {_line(content, part)}", flush=True)
             else:
                 journal.end_task(part.name, running)
                 done.add(running)
                 running = ""
     except ProcessDiedError as error:
+        worker.kill()
         if not running:
-            return f"its process died: {error}"
+            return f"its process died: {error}", 0.0
         journal.add(part.name, running, failure(running, f"the process died: {error}"))
         journal.end_task(part.name, running)
         done.add(running)
-        return None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.process.pid, signal.SIGKILL)  # with the processes that compile for it
-        child.close()
+        return None, time.monotonic() - started
 
 
 def serve(connection: Connection) -> None:
-    """Run the tasks of a part in this process; the first message says which."""
-    tasks, settings, done = connection.recv()
-    torch.set_num_threads(settings.threads)
-    for name, task in tasks(settings).items():
-        if name in done:
-            continue
-        send(connection, (BEGIN, name))
-        for row in attempt(name, task):
-            send(connection, (ROW, row))
-        send(connection, (END, name))
-        gc.collect()
-        if settings.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-    send(connection, (FINISHED, None))
+    """Run the tasks of one part after the other in this process; messages say which."""
+    while True:
+        tasks, settings, done = connection.recv()
+        torch = sys.modules.get("torch")  # loaded with the functions of the part, if they need it
+        if torch is not None:
+            torch.set_num_threads(settings.threads)
+        send(connection, (READY, None))
+        for name, task in tasks(settings).items():
+            if name in done:
+                continue
+            send(connection, (BEGIN, name))
+            for row in attempt(name, task):
+                send(connection, (ROW, row))
+            send(connection, (END, name))
+            gc.collect()
+            if torch is not None and settings.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+        send(connection, (FINISHED, None))
 
 
 def attempt(name: str, task: Task) -> Iterable[Row]:

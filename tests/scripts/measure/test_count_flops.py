@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from cogvla.policy.cost.flops import TOTAL
 from cogvla.scripts.command import compose
-from cogvla.scripts.measure.count_flops import run
+from cogvla.scripts.measure.count_flops import DECODING, run
 from cogvla.tests.support.paths import SHIPPED
 
 TINY = ("policy=tiny", "embodiment=tabletop")
@@ -28,7 +28,7 @@ def test_all_variants_in_one_table_and_one_file(tmp_path: Path, capsys: pytest.C
     costs = run(values(*TINY, f"output={output}", "gpu=[h200,jetson_thor]"), "tiny on tabletop")
     printed = capsys.readouterr().out
     body = json.loads(output.read_text())
-    assert list(body["variants"]) == list(costs) == list(values()["variants"])
+    assert list(body["variants"]) == list(costs) == [*values()["variants"], DECODING]
     for name, rows in body["variants"].items():
         assert name in printed
         assert [row["flops"] for row in rows] == [cost.flops for cost in costs[name]]
@@ -46,7 +46,7 @@ def test_the_paper_is_named_beside_its_model(capsys: pytest.CaptureFixture[str])
 
 def test_a_checkpoint_is_counted_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     plain = values(f"checkpoint={SHIPPED}", "stages=false")
-    costs = run({**plain, "variants": {"as trained": {}}}, "")
+    costs = run({**plain, "variants": {"as trained": {}}, "decoding": False}, "")
     body = json.loads((SHIPPED / "config.json").read_text())
     assert body["model"]["language"]["width"] == 128
     assert 0.5e6 < costs["as trained"][-2].parameters < 2e6

@@ -1,0 +1,52 @@
+"""A packed file holds whole episodes with all columns, and says so when it is damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvla.policy.data.packed import pack, unpack
+from cogvla.tests.support.small_data import ROBOT, small_data
+
+ROOM = 10_000_000
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    data, path = small_data(), tmp_path / "new" / "packed.safetensors"
+    episodes, size = pack(data, ROBOT, path, ROOM)
+    found, robot = unpack(path)
+    assert robot == ROBOT
+    assert episodes == len(data.episode_N.unique())
+    assert size == path.stat().st_size
+    for name in ("state_NS", "action_NA", "episode_N", "instruction_N"):
+        assert torch.equal(getattr(found, name), getattr(data, name))
+    assert found.instructions == data.instructions
+    assert found.frame_labels.keys() == data.frame_labels.keys()
+    assert all(torch.equal(values, data.frame_labels[name]) for name, values in found.frame_labels.items())
+    assert found.chunk == data.chunk
+    assert found.pixels_NVCHW.shape == data.pixels_NVCHW.shape
+    assert (found.pixels_NVCHW.float() - data.pixels_NVCHW.float()).abs().mean() < 20, "JPEG loses a little"
+
+
+def test_what_does_not_fit_is_left_out_by_whole_episodes(tmp_path: Path) -> None:
+    data, path = small_data(), tmp_path / "packed.safetensors"
+    _, whole = pack(data, ROBOT, path, ROOM)
+    episodes, size = pack(data, ROBOT, path, whole * 2 // 3)
+    found, _ = unpack(path)
+    assert size < whole * 2 // 3
+    assert 2 <= episodes < len(data.episode_N.unique())
+    kept = found.episode_N.unique()
+    assert len(kept) == episodes
+    assert {0, int(data.episode_N.max())} <= set(kept.tolist()), "spread over the data set"
+    assert len(found) == int(torch.isin(data.episode_N, kept).sum())
+    with pytest.raises(ValueError, match="not even two episodes fit"):
+        pack(data, ROBOT, path, 1000)
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    path.write_bytes(b"12345678 nothing")
+    with pytest.raises(ValueError, match="is no file of demonstrations"):
+        unpack(path)
