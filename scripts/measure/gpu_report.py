@@ -78,7 +78,8 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.demonstrations is not None and not options.demonstrations.is_file():
         raise ValueError(f"there is no file {options.demonstrations}; make one with --pack")
-    report([PARTS[name] for name in PARTS if name in options.parts], settings, options.fresh)
+    if not report([PARTS[name] for name in PARTS if name in options.parts], settings, options.fresh):
+        raise SystemExit(1)
     return None
 
 
@@ -99,8 +100,11 @@ def pack_folder(folder: str, file: str, data: str, embodiment: str) -> None:
     print(f"written: {file}, {episodes} episodes, {size / 1e6:.1f} MB")
 
 
-def report(parts: Sequence[Part], settings: Settings, fresh: bool = False) -> None:
+def report(parts: Sequence[Part], settings: Settings, fresh: bool = False) -> bool:
     """Run parts that are not finished; write results, tables and plots after each.
+
+    Returns:
+        True if all of them are finished without a failed row.
 
     Raises:
         ValueError: the folder holds another report.
@@ -119,6 +123,7 @@ def report(parts: Sequence[Part], settings: Settings, fresh: bool = False) -> No
             draw(journal, folder)
     print((folder / MARKDOWN).read_text())
     print(f"written: {folder / MARKDOWN}")
+    return all(journal.finished(part.name) for part in parts)
 
 
 def _limit(text: str) -> tuple[str, float]:

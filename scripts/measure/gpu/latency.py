@@ -46,12 +46,11 @@ LEFT_OUT = ("drop, int8", "drop, auto")
 
 
 def tasks(settings: Settings) -> Mapping[str, Task]:
-    """Return a task for each preset and row."""
-    rows = [row for row in dict.fromkeys([*FIRST, *VARIANTS]) if row not in LEFT_OUT]
-    found = {f"{name}, {row}": partial(measure, settings, name, row) for name in PRESETS for row in rows}
-    if settings.rehearse:  # the presets differ in their heads only
-        return {name: task for name, task in found.items() if not name.startswith(PRESETS[1:])}
-    return found
+    """Return a task for each preset and row; the rows of `FIRST` of all presets come first."""
+    presets = PRESETS[:1] if settings.rehearse else PRESETS  # their stand-ins differ in their heads only
+    others = [row for row in VARIANTS if row not in (*FIRST, *LEFT_OUT)]
+    order = [(name, row) for rows in (FIRST, others) for name in presets for row in rows]
+    return {f"{name}, {row}": partial(measure, settings, name, row) for name, row in order}
 
 
 def measure(settings: Settings, name: str, row: str) -> Iterable[Row]:

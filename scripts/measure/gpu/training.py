@@ -39,8 +39,8 @@ PASSES = {"lora_all": 2, "full": 3}
 
 def tasks(settings: Settings) -> Mapping[str, Task]:
     """Return a task for each network, routing, and way to train."""
-    chosen = [("cogvla_7b", "lora_all", again, variant) for again in (False, True) for variant in ("bypass", "all off")]
-    chosen += [("small", "full", False, variant) for variant in ("bypass", "all off")]
+    ways = (("cogvla_7b", "lora_all", False), ("small", "full", False), ("cogvla_7b", "lora_all", True))
+    chosen = [(*way, variant) for way in ways for variant in ("bypass", "all off")]
     return {
         f"{name}, {variant}, {finetune}{', checkpointing' * again}": partial(
             measure, settings, name, finetune, again, variant

@@ -101,7 +101,7 @@ def found(parts: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def test_an_error_becomes_a_row_and_is_measured_again(tmp_path: Path) -> None:
-    report([MIXED], settings(tmp_path))
+    assert not report([MIXED], settings(tmp_path))
     tasks = results(tmp_path)["mixed"]["tasks"]
     assert list(tasks) == ["first", "failing", "impossible", "dying", "last"]
     assert tasks["failing"]["rows"][0]["value"] == 1.5
@@ -126,7 +126,7 @@ def test_a_part_ends_at_its_limit_and_goes_on_later(tmp_path: Path) -> None:
     assert [row["row"] for row in found(results(tmp_path), "slow")] == ["first", "second"]
     assert results(tmp_path)["mixed"]["state"] == "finished"
     (tmp_path / "quick").touch()
-    report([SLOW], settings(tmp_path))
+    assert report([SLOW], settings(tmp_path))
     slow = results(tmp_path)["slow"]
     assert slow["state"] == "finished"
     assert [row["row"] for row in found(results(tmp_path), "slow")] == ["first", "second", "third"]
