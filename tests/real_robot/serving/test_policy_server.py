@@ -185,7 +185,7 @@ def test_one_client_does_not_wait_for_others() -> None:
 def test_images_of_other_sizes_are_not_stacked() -> None:
     policy = SumPolicy()
     images = [np.full((size, size, 3), 7, np.uint8) for size in (8, 20, 8)]
-    with serving(policy, batching=BatchSettings(8, batch_wait_ms=60_000)) as (uri, _):
+    with serving(policy, batching=BatchSettings(8, batch_wait_ms=2_000)) as (uri, _):
         clients = [openpi(uri) for _ in images]
         policy.batches.clear()
         with ThreadPoolExecutor(3) as pool:
