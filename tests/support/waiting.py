@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cogvla.real_robot.bridge.bridge import Bridge
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
@@ -12,3 +16,9 @@ def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < last, "it did not happen in time"
         time.sleep(0.005)
+
+
+def wait_ticks(bridge: Bridge, number: int = 4) -> None:
+    """Return after so many control ticks of a bridge; all but the last have been shown to `on_tick`."""
+    last = bridge.diagnostics()["tick"] + number
+    until(lambda: bridge.diagnostics()["tick"] >= last)

@@ -20,7 +20,7 @@ from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig
 from cogvla.real_robot.serving.async_client import Answer, UnavailableError
 from cogvla.tests.support.control_robot import ABSOLUTE, DELTA, ROBOT, image
-from cogvla.tests.support.waiting import until
+from cogvla.tests.support.waiting import until, wait_ticks
 
 TOLERANT = LoopSettings(image_age_s=1.0, state_age_s=1.0, sync_tolerance_s=0.5, hold_limit_s=30.0, clock_gap_s=5.0)
 
@@ -118,13 +118,37 @@ def test_observations_become_commands() -> None:
     assert f"action {len(acted)}  " in table
 
 
-def test_ticks_keep_their_rate_although_the_front_end_is_slow() -> None:
-    with running(on_tick=lambda _: time.sleep(0.03)) as (bridge, _, front):
-        until(lambda: len(front.sent) > 2)
-        began, first = time.monotonic(), bridge.diagnostics()["tick"]
-        time.sleep(1.0)
-        ticks = bridge.diagnostics()["tick"] - first
-        assert ticks <= 20 * (time.monotonic() - began) + 1, "a late tick is not made up for"
+@pytest.mark.parametrize(
+    ("busy", "expected"),
+    [
+        ([0.03] * 6, [1, 2, 3, 4, 5, 6]),  # 0.6 of a period: no tick is delayed
+        ([0, 0.12, 0, 0, 0, 0], [1, 2, 4.4, 5, 6, 7]),  # the third comes late, the fourth is not made up for
+    ],
+)
+def test_ticks_keep_their_rate_although_those_who_watch_are_slow(busy: list[float], expected: list[float]) -> None:
+    """Time passes only while the bridge waits and while its ticks are watched."""
+    now = 100.0
+    ticked: list[float] = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            nonlocal now
+            assert timeout is not None
+            now += timeout
+            return len(ticked) == len(busy)
+
+    def watch(tick: Tick) -> None:
+        nonlocal now
+        now += busy[len(ticked)]
+        ticked.append(tick.now)
+
+    robot = RobotConfig("two_joints", DELTA, TOLERANT)
+    bridge = Bridge(robot, ROBOT, Client(), Front(), on_tick=watch, clock=lambda: now)
+    bridge._stop = Stop()
+    bridge._tick_until_stopped()
+    np.testing.assert_allclose((np.array(ticked) - 100) * ROBOT.control_hz, expected, rtol=1e-9)
+    late = [tick for tick in expected if tick % 1]
+    assert bridge.measurements.counts["late_ticks"] == len(late)
 
 
 def test_a_dry_run_sends_nothing_and_shows_everything() -> None:
@@ -142,7 +166,7 @@ def test_nothing_is_sent_after_an_emergency_stop_has_returned() -> None:
             until(lambda: bridge.state is State.RUNNING)
             bridge.estop(True)
             stopped = time.monotonic()
-            time.sleep(0.12)
+            wait_ticks(bridge)
             assert not [when for when, _, _ in front.sent if when > stopped]
             assert bridge.reset() == (False, "the emergency stop is engaged")
             bridge.estop(False)
@@ -154,7 +178,7 @@ def test_nothing_is_sent_after_an_emergency_stop_has_returned() -> None:
 def test_it_starts_idle_unless_told_otherwise() -> None:
     assert BridgeSettings() == BridgeSettings(dry_run=True, activate=False)
     with running(activate=False) as (bridge, client, front):
-        time.sleep(0.2)
+        wait_ticks(bridge)
         assert bridge.state is State.IDLE
         assert not front.sent
         assert not client.asked
@@ -162,7 +186,7 @@ def test_it_starts_idle_unless_told_otherwise() -> None:
         until(lambda: front.sent)
         bridge.activate(False)
         sent = len(front.sent)
-        time.sleep(0.12)
+        wait_ticks(bridge)
         assert len(front.sent) == sent
 
 

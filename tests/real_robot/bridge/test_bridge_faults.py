@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,8 +82,7 @@ class Robot:
         self.operator.estop(False)
         self.operator.reset()
         self.operator.activate()
-        activated = self.operator.count("tick")  # what was heard before may be old
-        self.operator.until(lambda: self.operator.count("tick") > activated + 4)
+        ticks(self.operator)  # what was heard before may be old
         self.operator.state("running")
         return self.operator
 
@@ -113,6 +113,12 @@ def since(operator: Operator, when: float) -> list[np.ndarray]:
     return [action for sent, action in list(operator.commands) if sent > when]
 
 
+def ticks(operator: Operator, number: int = 4) -> None:
+    """Wait for so many control ticks."""
+    last = operator.count("tick") + number
+    operator.until(lambda: operator.count("tick") > last)
+
+
 def still(operator: Operator) -> bool:
     """The gripper has not moved in the last 0.3 s of joint states."""
     newest = operator.positions[-1][0]
@@ -127,7 +133,7 @@ def test_an_emergency_stop_in_motion_is_the_last_word(robot: Robot) -> None:
     stopped = time.time()
     operator.state("stopped", "emergency stop")
     operator.until(lambda: still(operator))
-    time.sleep(4 * PERIOD)
+    ticks(operator)
     assert since(operator, stopped) == []
     assert operator.reset() == (False, "the emergency stop is engaged")
     assert operator.activate()[0] is False
@@ -144,7 +150,7 @@ def test_a_sensor_that_falls_silent_holds_the_arm(robot: Robot, sensor: str) -> 
     held = time.time()
     if sensor != "state":
         operator.until(lambda: still(operator))
-    operator.until(lambda: len(since(operator, held)) >= 3)
+    operator.until(lambda: len(since(operator, held + PERIOD)) >= 3)
     assert not np.any([action[:6] for action in since(operator, held + PERIOD)]), "a hold is no displacement"
     operator.fault("none")
     operator.state("running")
@@ -252,13 +258,14 @@ def test_a_bag_at_twice_the_speed_moves_nothing(robot: Robot, tmp_path: Path) ->
     """Its stamps are old. A dry run that takes the time of arrival instead is how to rehearse with a bag."""
     operator = robot.run()
     bag = tmp_path / "bag"
-    record(operator, bag, seconds=1.0)
+    record(operator, bag, states=80)
     operator.fault("silent")
     operator.state("holding")
     refused = operator.count("refusals.state: stale")
     began = time.time()
     replay(operator, bag, speed=2.0)
     operator.until(lambda: operator.count("refusals.state: stale") > refused + 20)
+    ticks(operator)
     assert not np.any([action[:6] for action in since(operator, began)])
 
     rehearsal = robot.start_bridge("node=/rehearsal", "topics.stamps=arrival", "dry_run=true", "activate=true")
@@ -282,7 +289,7 @@ def test_an_arm_whose_bridge_is_killed_keeps_its_pose(robot: Robot) -> None:
     operator.diagnostics = {}
     robot.bridge = robot.start_bridge()
     operator.state("idle")
-    time.sleep(4 * PERIOD)
+    ticks(operator)
     assert since(operator, killed) == [], "a bridge that comes back is not active"
     robot.run()
 
@@ -298,8 +305,9 @@ def test_the_bridge_ends_with_a_table(robot: Robot) -> None:
 TOPICS = {"/agentview/image_raw": IMAGE, "/wrist/image_raw": IMAGE, "/joint_states": JOINT_STATE}
 
 
-def record(operator: Operator, path: Path, seconds: float) -> None:
-    """The sensors as an MCAP bag, as `ros2 bag record` writes it."""
+def record(operator: Operator, path: Path, states: int) -> None:
+    """The sensors as an MCAP bag, as `ros2 bag record` writes it, until it has so many joint states."""
+    counts = dict.fromkeys(TOPICS, 0)
     store = operator.node.types.store
     with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
         lock = threading.Lock()
@@ -308,13 +316,14 @@ def record(operator: Operator, path: Path, seconds: float) -> None:
         for topic, kind in TOPICS.items():
             connection = writer.add_connection(topic, kind, typestore=store)
 
-            def write(cdr: bytes, sent: float, connection=connection) -> None:  # type: ignore[no-untyped-def]
+            def write(cdr: bytes, sent: float, connection: Any = connection) -> None:
                 with lock:
                     if recording.is_set():
                         writer.write(connection, round(sent * 1e9), cdr)
+                        counts[connection.topic] += 1
 
             operator.node.subscribe_raw(topic, kind, Delivery.SENSOR, write)
-        time.sleep(seconds)
+        until(lambda: counts["/joint_states"] >= states and min(counts.values()) >= 10)
         with lock:
             recording.clear()
 

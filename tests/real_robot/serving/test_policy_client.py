@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cogvla.policy.interface import Camera, Observation
+from cogvla.policy.interface import ActionChunk, Camera, Observation
 from cogvla.real_robot.serving.async_client import (
     AsyncPolicyClient,
     ClientSettings,
@@ -34,6 +34,7 @@ from cogvla.tests.support.policy_servers import (
     observation,
     serving,
 )
+from cogvla.tests.support.waiting import until
 
 FAST = ClientSettings(answer_s=10.0, connect_s=10.0)
 PATIENT = ClientSettings(answer_s=1e6, connect_s=10.0)
@@ -145,15 +146,26 @@ def test_other_servers_are_recognised() -> None:
         ServerInfo.from_dict({key: value for key, value in values.items() if key != "embodiment"})
 
 
+class Counted(SumPolicy):
+    """Counts its answers."""
+
+    answered = 0
+
+    def act(self, observation: Observation) -> ActionChunk:
+        chunk = super().act(observation)
+        self.answered += 1
+        return chunk
+
+
 def test_a_late_answer_is_never_taken_for_another() -> None:
-    policy = SumPolicy()
+    policy = Counted()
     with serving(policy) as (uri, _), ReconnectingPolicyClient(uri, FAST) as client:
         client.infer(observation(1))
         policy.go.clear()
         with pytest.raises(UnavailableError, match="in time"):
             client.infer(observation(2), timeout_s=0.2)
         policy.go.set()
-        time.sleep(0.2)  # the late answer would be here now
+        until(lambda: policy.answered == len(policy.batches))  # the late answer is there
         np.testing.assert_array_equal(client.infer(observation(3)).actions, expected(3))
         assert client.connections == 2
 
@@ -180,7 +192,7 @@ def test_killed_and_restarted_server() -> None:
             starter = threading.Thread(target=lambda: servers.append(ServerProcess(port)))
             servers: list[ServerProcess] = []
             starter.start()
-            answer = client.infer(observation(3), timeout_s=30)  # asked before the server is back
+            answer = client.infer(observation(3), timeout_s=60)  # asked before the server is back
             np.testing.assert_array_equal(answer.actions, expected(3))
             assert client.connections == 2
             starter.join()
@@ -234,16 +246,18 @@ def test_stalled_network(size: int) -> None:
 
 def test_a_half_open_connection_is_noticed_while_nobody_asks() -> None:
     async def check() -> None:
-        client = await AsyncPolicyClient.connect(proxy.uri, replace(FAST, ping_s=1.0))
-        await client.infer(observation())
-        await asyncio.sleep(2.2)
+        client = await AsyncPolicyClient.connect(proxy.uri, replace(FAST, ping_s=0.5))
+        connection = client._connection
+        connection.ping_timeout = 60.0  # a busy machine may answer late
+        async with asyncio.timeout(60):
+            while connection.latency == 0:  # no ping has been answered
+                await asyncio.sleep(0.01)
         assert client.open
+        connection.ping_timeout = 0.5
         proxy.stall()
-        for _ in range(6000):
-            if not client.open:
-                return
-            await asyncio.sleep(0.01)
-        pytest.fail("the client believes in a connection that delivers nothing")
+        async with asyncio.timeout(60):
+            while client.open:
+                await asyncio.sleep(0.01)
 
     with serving(SumPolicy()) as (uri, _):
         proxy = StallingProxy(uri)

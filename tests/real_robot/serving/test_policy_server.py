@@ -130,7 +130,7 @@ def test_oversized() -> None:
 
 def test_a_failing_policy_fails_one_client_only(caplog: pytest.LogCaptureFixture) -> None:
     policy = SumPolicy()
-    with serving(policy, batching=BatchSettings(4, batch_wait_ms=2000)) as (uri, _):
+    with serving(policy, batching=BatchSettings(4, batch_wait_ms=60_000)) as (uri, _):
         prompts = ["pick", "raise", "nan", "place"]
         clients = [openpi(uri) for _ in prompts]
         policy.batches.clear()
@@ -163,7 +163,7 @@ def test_a_policy_of_another_shape_is_an_error() -> None:
 
 def test_requests_that_arrive_together_share_forward_passes() -> None:
     policy = SumPolicy()
-    with serving(policy, batching=BatchSettings(8, batch_wait_ms=500)) as (uri, _):
+    with serving(policy, batching=BatchSettings(8, batch_wait_ms=60_000)) as (uri, _):
         clients = [openpi(uri) for _ in range(8)]
         policy.batches.clear()
         with ThreadPoolExecutor(8) as pool:
@@ -185,14 +185,20 @@ def test_one_client_does_not_wait_for_others() -> None:
 def test_images_of_other_sizes_are_not_stacked() -> None:
     policy = SumPolicy()
     images = [np.full((size, size, 3), 7, np.uint8) for size in (8, 20, 8)]
-    with serving(policy, batching=BatchSettings(8, batch_wait_ms=2_000)) as (uri, _):
-        clients = [openpi(uri) for _ in images]
+    with serving(policy, batching=BatchSettings(8, 0)) as (uri, _), ThreadPoolExecutor(4) as pool:
+        busy, *clients = (openpi(uri) for _ in range(4))
         policy.batches.clear()
-        with ThreadPoolExecutor(3) as pool:
-            answers = list(
-                pool.map(lambda c, image: c.infer(libero_request(**{"observation/image": image})), clients, images)
-            )
-        assert sorted(policy.batches) == [1, 2]
+        policy.go.clear()
+        running = pool.submit(busy.infer, libero_request())
+        until(lambda: policy.batches == [1])
+        requests = [libero_request(**{"observation/image": image}) for image in images]
+        futures = [pool.submit(client.infer, one) for client, one in zip(clients, requests, strict=True)]
+        until(lambda: metric(uri, "cogvla_queue_length") == 3)
+        policy.go.set()
+        answers = [future.result() for future in futures]
+        np.testing.assert_array_equal(running.result()["actions"], expected())
+        assert policy.batches[0] == 1
+        assert sorted(policy.batches[1:]) == [1, 2]
         for image, answer in zip(images, answers, strict=True):
             seen = replace(observation(), images={**observation().images, "agentview": image[None]})
             np.testing.assert_array_equal(answer["actions"], policy.act(seen).actions[0])
@@ -259,7 +265,7 @@ def test_pings_are_answered_while_the_policy_computes() -> None:
         client.recv()
         policy.go.clear()
         client.send(msgpack_numpy.packb(libero_request()))
-        assert client.ping().wait(5)
+        assert client.ping().wait(60)
         assert get(uri, "/healthz") == (200, "OK\n")
         policy.go.set()
         assert isinstance(client.recv(10), bytes)

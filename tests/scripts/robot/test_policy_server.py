@@ -37,7 +37,7 @@ def command() -> Iterator[tuple[subprocess.Popen[str], str]]:
     port = free_port()
     arguments = [f"checkpoint={SHIPPED}", f"port={port}", "device=cpu", "threads=1", "max_batch=4"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cogvla.scripts.robot.policy_server", *arguments, "batch_wait_ms=1000"],
+        [sys.executable, "-m", "cogvla.scripts.robot.policy_server", *arguments, "batch_wait_ms=60000"],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
