@@ -24,7 +24,7 @@ EPISODES = ((3, 0, 3), (3, 0, 6), (9, 1, 9))
 AFTER, HOLD_MS = 14, 1500
 """Steps that are shown after success, in which the arm draws back; how long the last frame stays."""
 SIDE, GAP, COLOURS = 256, 6, 256
-"""Of a picture, in pixels; between two pictures; of the file."""
+"""Side of a picture and gap between two, in pixels; number of colours in the file."""
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from cogvla.configs.build import build
 from cogvla.envs.analysis.routing_findings import findings
 from cogvla.envs.analysis.routing_pictures import film, strip
 from cogvla.envs.analysis.routing_recording import WatchedEpisode, play
-from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.plots import lines
 from cogvla.envs.evaluation.protocol import load_protocol
 from cogvla.envs.evaluation.report import template
+from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.engine.engine import EngineConfig

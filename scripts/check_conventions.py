@@ -29,8 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from cogvla.configs.build import build
-from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.suite import Suite, get_suite
+from cogvla.files import write_atomic
 from cogvla.libero.conventions import declared, image_agreement, state_agreement
 from cogvla.libero.conventions.declared import Finding
 from cogvla.libero.conventions.recorded_episodes import RecordedEpisode, Recordings, open_recordings

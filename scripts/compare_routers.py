@@ -37,11 +37,11 @@ from cogvla.envs.analysis.router_comparison import (
     wanted_routers,
 )
 from cogvla.envs.analysis.router_page import render_comparison
-from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report
 from cogvla.envs.suite import Suite
+from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig

@@ -46,7 +46,7 @@ def _command(
         words = sys.argv[1:]
         if FLAGS.intersection(words):
             with mistakes_in_one_line(HydraException):
-                print(command_help(module, name, [word for word in words if word not in FLAGS]))
+                print(command_help(module, name, words))
             return
         register()
         composed(task)()

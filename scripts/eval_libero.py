@@ -20,7 +20,6 @@ from typing import Literal
 
 from omegaconf import DictConfig
 
-from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, render_index, summary
@@ -28,8 +27,8 @@ from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.ray_worker import ray_cluster
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, suite_names
+from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
-from cogvla.policy.interface import Policy
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
 from cogvla.scripts.policies import open_any_policy
@@ -93,7 +92,6 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
                 resume=config.resume,
                 command=command,
                 identity=identity,
-                notes=_notes(policy),
             )
             print(summary(reports[folder]))
     if len(reports) > 1:
@@ -129,11 +127,6 @@ def protocol_of(suite: Suite, config: DictConfig) -> EvaluationProtocol:
     changes = {key: value for key, value in plain(config.protocol).items() if value != OWN}
     changes |= {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
     return protocol_for(suite, None, changes)
-
-
-def _notes(policy: Policy) -> dict[str, str]:
-    choice = getattr(policy, "choice", None)
-    return {} if choice is None else {"precision": str(choice)}
 
 
 def _shard(text: str | None) -> tuple[int, int]:

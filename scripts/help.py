@@ -46,11 +46,12 @@ def command_help(module: str, config: str, words: Sequence[str]) -> str:
     Args:
         module: of `cogvla.scripts`, e.g. `measure.count_flops`.
         config: name of its file in configs.
-        words: the other words of the command line: names of groups, and overrides for them.
+        words: the command line: names of groups, and overrides for them; words that begin with - are passed over.
 
     Raises:
         ValueError: the command has no such group.
     """
+    words = [word for word in words if not word.startswith("-")]
     if any("=" not in word for word in words):
         return keys_of_groups(config, words)
     source = (ROOT / "scripts" / module.replace(".", "/")).with_suffix(".py").read_text()

@@ -25,11 +25,11 @@ from cogvla.envs.evaluation.episode_log import (
     differences,
     read_episodes,
     read_run,
-    write_atomic,
 )
 from cogvla.envs.evaluation.evaluate import write_report
 from cogvla.envs.evaluation.report import Report, build_report, summary
 from cogvla.envs.suite import Suite, Task
+from cogvla.files import write_atomic
 from cogvla.scripts.command import mistakes_in_one_line
 from cogvla.scripts.help import argument_parser
 

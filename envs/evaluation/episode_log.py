@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from cogvla.envs.episodes import EpisodeResult
+from cogvla.files import write_atomic
 
 RUN, EPISODES, VIDEOS = "run.json", "episodes.jsonl", "videos"
 Key = tuple[int, int]
@@ -150,19 +151,6 @@ class VideoChoice:
                 path = self.path(result)
                 if path is not None and result.success:
                     path.unlink()
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that it always has either its old or its new content, even after a crash."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

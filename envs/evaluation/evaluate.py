@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.evaluation.episode_log import EpisodeLog, VideoChoice, write_atomic
+from cogvla.envs.evaluation.episode_log import EpisodeLog, VideoChoice
 from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
@@ -24,6 +24,7 @@ from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
+from cogvla.files import write_atomic
 from cogvla.policy.interface import Embodiment, Observation, Policy
 from cogvla.policy.provenance import provenance
 
@@ -46,7 +47,6 @@ def evaluate(
     resume: bool = True,
     command: str = "",
     identity: Mapping[str, str] | None = None,
-    notes: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> Report:
     """Play the protocol's episodes and write `report.html`, `report.json`, `episodes.parquet` and videos.
@@ -68,7 +68,6 @@ def evaluate(
         resume: False deletes earlier results in `output`.
         command: command line that repeats this evaluation, for the report.
         identity: additions to the policy's description that identify its weights.
-        notes: facts for the report that change no result, e.g. how a precision was chosen.
         progress: show a bar with the present success rate.
 
     Raises:
@@ -89,12 +88,9 @@ def evaluate(
         "policy": described,
         **({"simulation": dict(suite.settings)} if suite.settings else {}),
     }
-    session = {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        **provenance(),
-        **(notes or {}),
-    }
+    session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **provenance()}
+    precision = getattr(policy, "choice", None)  # how engine.dtype=auto has chosen; times differ from run to run
+    chosen = {} if precision is None else {"precision": str(precision)}
 
     with EpisodeLog(output, fingerprint, session, resume) as log:
         missing = [spec for spec in specs if (spec.task, spec.initial_state) not in log.results]
@@ -131,7 +127,7 @@ def evaluate(
                 "simulation": dict(suite.settings),
                 "command": command,
                 "workers": workers,
-                "run": {"episodes": len(missing), "seconds": wall_s, **(notes or {})},
+                "run": {"episodes": len(missing), "seconds": wall_s, **chosen},
                 **{key: session[key] for key in ("started", "versions", "commit", "machine")},
                 "sessions": len(log.sessions),
                 "commits": sorted({str((s.get("commit") or {}).get("hash")) for s in log.sessions}),

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cogvla.envs.evaluation.episode_log import write_atomic
 from cogvla.envs.recording.demonstration import Demonstration
+from cogvla.files import write_atomic
 from cogvla.libero.hdf5.reader import read
 from cogvla.libero.hdf5.replay import Replayer, ReplaySettings
 from cogvla.processes import Pool

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from cogvla.policy.interface import Embodiment
 
 QUALITY = 90
 LABEL = "label/"
+COLUMNS = {"state", "action", "episode", "instruction"}
 
 
 def pack(data: DemonstrationData, robot: Embodiment, path: Path, limit: int, quality: int = QUALITY) -> tuple[int, int]:
@@ -78,21 +79,39 @@ def unpack(path: Path) -> tuple[DemonstrationData, Embodiment]:
         robot = build(Embodiment, json.loads(about["embodiment"]), "embodiment")
         ends = tensors.pop("ends").tolist()
         jpeg = tensors.pop("jpeg").numpy()
+        instructions = json.loads(about["instructions"])
+        if missing := COLUMNS - tensors.keys():
+            raise KeyError(*missing)
     except (KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is no file of demonstrations ({error}); make one with `gpu_report --pack`") from error
     pictures = [_decode(jpeg[start:end].tobytes()) for start, end in zip([0, *ends], ends, strict=False)]
+    _check(tensors, len(pictures) // len(robot.cameras), len(instructions), robot, path)
     data = DemonstrationData(
         pixels_NVCHW=torch.from_numpy(np.stack(pictures)).unflatten(0, (-1, len(robot.cameras))),
         state_NS=tensors.pop("state"),
         action_NA=tensors.pop("action"),
         episode_N=tensors.pop("episode"),
         instruction_N=tensors.pop("instruction"),
-        instructions=json.loads(about["instructions"]),
+        instructions=instructions,
         frame_labels={name.removeprefix(LABEL): values for name, values in tensors.items()},
         chunk=robot.chunk,
     )
     episodes = int(data.episode_N.unique().numel())
     return replace(data, provenance={"name": path.name, "episodes": episodes, "frames": len(data)}), robot
+
+
+def _check(tensors: Mapping[str, Tensor], frames: int, instructions: int, robot: Embodiment, path: Path) -> None:
+    """Raise ValueError if the columns do not fit the frames, the robot or the list of instructions."""
+    dims = {"state": robot.state_dim, "action": robot.action_dim}
+    if {len(values) for values in tensors.values()} != {frames} or any(
+        tensors[name].shape != (frames, dim) for name, dim in dims.items()
+    ):
+        raise ValueError(f"{path} is damaged: its columns do not have the size of {frames} frames; pack it again")
+    numbers = tensors["instruction"]
+    if not (int(numbers.min()) >= 0 and int(numbers.max()) < instructions):
+        raise ValueError(f"{path} is damaged: a frame has an instruction that is not in the file; pack it again")
+    if not all(tensors[name].isfinite().all() for name in dims):
+        raise ValueError(f"{path} holds NaN or infinite states or actions; record the data set again")
 
 
 def _compress(pixels_NVCHW: Tensor, rows: Tensor, quality: int, limit: int) -> Sequence[bytes] | None:

@@ -29,11 +29,12 @@ import torch
 
 from cogvla.configs.build import build
 from cogvla.configs.load import load
+from cogvla.files import write_atomic
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.data.packed import pack
 from cogvla.policy.interface import Embodiment
 from cogvla.scripts.help import argument_parser
-from cogvla.scripts.measure.gpu.journal import Journal, write_atomic
+from cogvla.scripts.measure.gpu.journal import Journal
 from cogvla.scripts.measure.gpu.markdown import markdown
 from cogvla.scripts.measure.gpu.parts import PARTS
 from cogvla.scripts.measure.gpu.plots import draw
@@ -115,7 +116,7 @@ def report(parts: Sequence[Part], settings: Settings, fresh: bool = False) -> bo
     known, driver = {**PARTS, **{part.name: part for part in parts}}, _driver()
     with Worker() as worker:
         for part in parts:
-            if journal.finished(part.name):
+            if journal.complete(part.name):
                 print(f"{part.name}: finished before")
             else:
                 run_part(part, settings, journal, worker)
@@ -123,7 +124,7 @@ def report(parts: Sequence[Part], settings: Settings, fresh: bool = False) -> bo
             draw(journal, folder)
     print((folder / MARKDOWN).read_text())
     print(f"written: {folder / MARKDOWN}")
-    return all(journal.finished(part.name) for part in parts)
+    return all(journal.succeeded(part.name) for part in parts)
 
 
 def _limit(text: str) -> tuple[str, float]:

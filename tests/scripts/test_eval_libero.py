@@ -75,6 +75,18 @@ def test_a_second_run_plays_nothing_and_says_the_same(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 18
 
 
+def test_the_report_says_how_the_precision_was_chosen_and_a_resumed_run_may_measure_it_again(tmp_path: Path) -> None:
+    class Chosen(ToyPolicy):
+        choice = "engine.dtype=auto: int8 (float32 10.00 ms; int8 4.00 ms)"
+
+    assert run(tmp_path, policy=Chosen()).reproduce["run"]["precision"] == Chosen.choice
+    assert Chosen.choice in (tmp_path / "report.html").read_text()
+    again = Chosen()
+    again.choice = "engine.dtype=auto: int8 (float32 11.00 ms; int8 4.10 ms)"
+    report = run(tmp_path, policy=again)
+    assert report.reproduce["run"] == {**report.reproduce["run"], "episodes": 0, "precision": again.choice}
+
+
 def test_results_do_not_depend_on_where_the_run_was_cut(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     (tmp_path / "cut").mkdir()

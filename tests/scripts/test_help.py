@@ -63,7 +63,7 @@ def test_every_file_of_a_group_says_what_it_is_for(path: Path) -> None:
 
 def test_the_keys_of_a_group_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(
-        "train_policy", "training=libero", "--help", "training", "policy", monkeypatch=monkeypatch, capsys=capsys
+        "train_policy", "-m", "training=libero", "--help", "training", "policy", monkeypatch=monkeypatch, capsys=capsys
     )
     assert "  training.steps=60000 " in out
     assert "  policy.vision.dinov2.width=64 " in out

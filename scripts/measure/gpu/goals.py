@@ -34,13 +34,11 @@ class Goal:
 
 
 def milliseconds(rows: Rows, preset: str, *variants: str) -> float | None:
-    """Return the shortest median at batch 1 among some variants of a preset; no variant: among all in bfloat16."""
+    """Return the shortest median at batch 1 among some variants of a preset."""
     found = [
         row["p50"]
         for row in rows.get("latency", ())
-        if row["preset"] == preset
-        and row["batch"] == 1
-        and (row["variant"] in variants if variants else "float8" not in row["variant"])
+        if row["preset"] == preset and row["batch"] == 1 and row["variant"] in variants
     ]
     return min(found, default=None)
 

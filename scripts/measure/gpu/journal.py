@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from cogvla.files import write_atomic
 from cogvla.policy.provenance import provenance
 
 FILE = "gpu_report.json"
@@ -32,20 +32,25 @@ class Journal:
         about = {**provenance(), "rehearse": rehearse}
         self.body: dict[str, Any] = {**about, "parts": {}}
         if self.path.is_file() and not fresh:
-            before = json.loads(self.path.read_text())
-            same = before["rehearse"] == rehearse and before["machine"]["gpus"] == about["machine"]["gpus"]
-            if not same:
+            try:
+                before = json.loads(self.path.read_text())
+                parts, of = before["parts"], (before["rehearse"], before["machine"]["gpus"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path} is no GPU report ({error}): give another --output, or --fresh"
+                ) from error
+            if of != (rehearse, about["machine"]["gpus"]):
                 raise ValueError(
                     f"{self.path} is from another machine, or one of both is a rehearsal: give another --output, or "
                     "--fresh to start anew"
                 )
-            self.body["parts"] = before["parts"]
+            self.body["parts"] = parts
         folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, part: str) -> set[str]:
         """Start or continue a part; return the names of its tasks that are done."""
         known = self.part(part)
-        tasks = {name: task for name, task in known["tasks"].items() if task["done"] and not _failed(task)}
+        tasks = {name: task for name, task in known["tasks"].items() if task["done"] and not _has(task, "missing")}
         self.body["parts"][part] = {**known, "state": RUNNING, "note": "", "tasks": tasks}
         self.write()
         return set(tasks)
@@ -87,22 +92,22 @@ class Journal:
         every = (row for task in self.part(part)["tasks"].values() for row in task["rows"])
         return [row for row in every if "missing" not in row]
 
-    def finished(self, part: str) -> bool:
-        """Return whether nothing of a part is left to do; rows that failed are to be measured again."""
+    def complete(self, part: str) -> bool:
+        """Return whether every row of a part is measured; the others may be possible by now, e.g. with a file."""
+        return self._finished_without(part, "missing")
+
+    def succeeded(self, part: str) -> bool:
+        """Return whether a part came to its end, and no row failed that this machine could measure."""
+        return self._finished_without(part, "failed")
+
+    def _finished_without(self, part: str, key: str) -> bool:
         known = self.part(part)
-        return known["state"] == FINISHED and not any(_failed(task) for task in known["tasks"].values())
+        return known["state"] == FINISHED and not any(_has(task, key) for task in known["tasks"].values())
 
     def write(self) -> None:
         """Write the file."""
         write_atomic(self.path, json.dumps(self.body, indent=1) + "\n")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    draft = path.with_name(f".{path.name}.partial")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
-def _failed(task: dict[str, Any]) -> bool:
-    return any(row.get("failed") for row in task["rows"])
+def _has(task: dict[str, Any], key: str) -> bool:
+    return any(row.get(key) for row in task["rows"])

@@ -52,7 +52,7 @@ def tasks(settings: Settings) -> Mapping[str, Task]:
 
 
 def learn(settings: Settings, name: str) -> Iterable[Row]:
-    """Train a preset, yield its row, and save the weights of `tiny` as a checkpoint."""
+    """Train a preset, save the weights of `tiny` as a checkpoint, and yield the row."""
     data, robot = demonstrations(settings)
     config = network(settings, name, "bypass")[0]
     training, seconds = TRAINING[name], SECONDS
@@ -66,6 +66,11 @@ def learn(settings: Settings, name: str) -> Iterable[Row]:
     objective = steps.weights.averaged()
     with steps.accelerator.autocast():
         errors = validate(objective, held_out, steps.builder)
+    if name == "tiny":
+        description = {"step": steps.count, "batch_size": training.batch_size, "data_set": data.describe()}
+        weights = adapters.merged_state(objective.model)
+        folder = Path(settings.output) / "tiny"
+        save_checkpoint(folder, weights, config, steps.preprocessor, learned.statistics(), description)
     yield {
         "row": name,
         "frames": len(learned),
@@ -76,11 +81,6 @@ def learn(settings: Settings, name: str) -> Iterable[Row]:
         "curve": curve,
         **{key.removeprefix("validation/"): value for key, value in errors.items()},
     }
-    if name == "tiny":
-        description = {"step": steps.count, "batch_size": training.batch_size, "data_set": data.describe()}
-        weights = adapters.merged_state(objective.model)
-        folder = Path(settings.output) / "tiny"
-        save_checkpoint(folder, weights, config, steps.preprocessor, learned.statistics(), description)
 
 
 def demonstrations(settings: Settings) -> tuple[DemonstrationData, Embodiment]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from cogvla.policy.data.packed import pack, unpack
 from cogvla.tests.support.small_data import ROBOT, small_data
@@ -43,6 +46,31 @@ def test_what_does_not_fit_is_left_out_by_whole_episodes(tmp_path: Path) -> None
     assert len(found) == int(torch.isin(data.episode_N, kept).sum())
     with pytest.raises(ValueError, match="not even two episodes fit"):
         pack(data, ROBOT, path, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("state", lambda values: values[:-1], "do not have the size of"),
+        ("action", lambda values: values[:, :-1], "do not have the size of"),
+        ("episode", lambda values: values[1:], "do not have the size of"),
+        ("instruction", lambda values: values + 99, "an instruction that is not in the file"),
+        ("action", lambda values: values / 0, "holds NaN or infinite"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "packed.safetensors"
+    pack(small_data(), ROBOT, path, ROOM)
+    with safe_open(path, "pt") as file:
+        about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, path, about)
+    with pytest.raises(ValueError, match=message):
+        unpack(path)
+    save_file({key: values for key, values in tensors.items() if key != name}, path, about)
+    with pytest.raises(ValueError, match="is no file of demonstrations"):
+        unpack(path)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

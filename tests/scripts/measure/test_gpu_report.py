@@ -115,7 +115,7 @@ def test_an_error_becomes_a_row_and_is_measured_again(tmp_path: Path) -> None:
     report([MIXED], settings(tmp_path))
     ran = (tmp_path / "ran").read_text().split()
     assert ran.count("first") == ran.count("last") == 1
-    assert ran.count("before") == ran.count("dying") == 2
+    assert ran.count("before") == ran.count("dying") == ran.count("impossible") == 2
 
 
 def test_a_part_ends_at_its_limit_and_goes_on_later(tmp_path: Path) -> None:
@@ -153,6 +153,9 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     report([SLOW], settings(tmp_path, slow=0))
     with pytest.raises(SystemExit, match="one of both is a rehearsal"):
         report_anew(tmp_path)
+    (tmp_path / "gpu_report.json").write_text('{"parts": ')
+    with pytest.raises(SystemExit, match="is no GPU report"):
+        main(["--rehearse", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="--limits takes PART=SECONDS"):
         main(["--rehearse", "--output", str(tmp_path / "other"), "--limits", "latency"])
 
