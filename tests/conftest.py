@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,3 +50,13 @@ torch.set_num_threads(1)
 def _ctrl_c_as_ever() -> None:
     """What a test does to Ctrl-C is no matter of the next one."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def own_accelerator() -> Iterator[None]:
+    """Let a test choose its precision: accelerate keeps the first one that a process asks for."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from cogvla.configs.load import load
@@ -210,14 +209,11 @@ def test_a_changed_base_is_refused(tmp_path: Path) -> None:
         trainer.run()
 
 
+@pytest.mark.usefixtures("own_accelerator")
 def test_the_base_is_in_bfloat16_and_what_is_trained_in_float32(tmp_path: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        config = settings(steps=1, batch_size=2, validate_every=1, precision="bfloat16", finetune=LORA)
-        trainer = small_trainer(tmp_path, config)
-        policy = trainer.run()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    config = settings(steps=1, batch_size=2, validate_every=1, precision="bfloat16", finetune=LORA)
+    trainer = small_trainer(tmp_path, config)
+    policy = trainer.run()
     kinds = {(p.requires_grad, p.ndim > 1, p.dtype) for p in trainer.raw.parameters()}
     assert (False, True, torch.bfloat16) in kinds
     assert all(dtype == torch.float32 for trained, matrix, dtype in kinds if trained or not matrix)

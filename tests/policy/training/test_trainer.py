@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.training.config import TrainingConfig
@@ -368,13 +367,10 @@ def test_the_first_ctrl_c_waits_and_the_second_does_not() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("own_accelerator")
 def test_bfloat16(tmp_path: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        trainer = small_trainer(tmp_path, settings(steps=2, batch_size=2, validate_every=0, precision="bfloat16"))
-        policy = trainer.run()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = small_trainer(tmp_path, settings(steps=2, batch_size=2, validate_every=0, precision="bfloat16"))
+    policy = trainer.run()
     assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
     assert 0 < rows(tmp_path)[0]["train/loss"] < 10
 

@@ -80,6 +80,7 @@ def test_the_rehearsal_does_everything_where_nothing_else_is_installed(tmp_path:
     assert "latency: finished before" in again.stdout
 
 
+@pytest.mark.usefixtures("own_accelerator")
 def test_what_was_learned_from_a_packed_data_set_acts(tmp_path: Path) -> None:
     file = tmp_path / "packed.safetensors"
     pack(small_data(), ROBOT, file, 10_000_000)
