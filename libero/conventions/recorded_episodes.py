@@ -24,7 +24,8 @@ from cogvla.libero.hdf5 import reader as hdf5_reader
 from cogvla.libero.hdf5.conversion import CONVERSION, INITIAL_STATES
 from cogvla.libero.hdf5.replay import WAITING_STEPS
 from cogvla.libero.tasks import LIBERO_SUITES, instruction, tasks
-from cogvla.policy.data.demonstrations import DataConfig, convert_gripper
+from cogvla.policy.data.demonstrations import DataConfig
+from cogvla.policy.data.gripper import convert_grippers
 from cogvla.policy.data.reader import FrameGroup, LeRobotReader, local_root
 from cogvla.policy.data.reader import Mapping as ReaderMapping
 from cogvla.policy.interface import Embodiment
@@ -200,11 +201,10 @@ class LeRobotRecordings:
     @cached_property
     def _columns(self) -> tuple[dict[str, np.ndarray], list[str]]:
         columns, instructions = self._reader.columns()
-        if self._config.gripper is not None:
-            for key in ("action", f"label/{EXECUTED}"):
-                if key in columns:
-                    mapped = convert_gripper(torch.from_numpy(columns[key]), self._config.gripper, self._embodiment)
-                    columns[key] = mapped.numpy()
+        for key in ("action", f"label/{EXECUTED}"):
+            if key in columns:
+                mapped = convert_grippers(torch.from_numpy(columns[key]), self._config.gripper, self._embodiment)
+                columns[key] = mapped.numpy()
         return columns, instructions
 
     @cached_property

@@ -18,21 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvla.configs.build import build
+from cogvla.policy.data.gripper import GripperConvention, convert_grippers
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
-
-
-@dataclass(frozen=True)
-class GripperConvention:
-    """The data set's values for the gripper; they are mapped to the embodiment's."""
-
-    index: int
-    open: float
-    close: float
-
-    def __post_init__(self) -> None:
-        if self.open == self.close:
-            raise ValueError(f"the gripper's open and close values must differ, both are {self.open}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,8 @@ class DataConfig:
         root: folder of the data set; with a `repo_id`, the download folder (None: lerobot's own cache).
         revision: revision of the hub repository.
         labels: label name in a batch -> key of the data set; labels are supervised in addition to the action.
-        gripper: gripper values of the data set (index, open, close); None: those of the embodiment.
+        gripper: gripper values of the data set (index, open, close), or a list of them for several grippers; None:
+            those of the embodiment.
         instruction_key: key of the instruction: `task` (lerobot's task strings), or a string feature.
         cache: folder for decoded frames; runs with the same data and image size share it.
     """
@@ -59,15 +49,19 @@ class DataConfig:
     root: str | None = None
     revision: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
-    gripper: GripperConvention | None = None
+    gripper: tuple[GripperConvention, ...] | None = None
     instruction_key: str = "task"
     cache: str = "outputs/cache"
 
     def __post_init__(self) -> None:
         if self.repo_id is None and self.root is None:
             raise ValueError("data needs a root (a folder) or a repo_id (a data set on the hub)")
-        if isinstance(self.gripper, Mapping):
-            object.__setattr__(self, "gripper", GripperConvention(**self.gripper))
+        given: Any = self.gripper
+        grippers = given if isinstance(given, list | tuple) else () if given is None else (given,)
+        parsed = (
+            g if isinstance(g, GripperConvention) else build(GripperConvention, g, "data.gripper") for g in grippers
+        )
+        object.__setattr__(self, "gripper", tuple(parsed))
 
 
 @dataclass(frozen=True)
@@ -135,13 +129,10 @@ class DemonstrationData:
         root = local_root(config.root, config.repo_id, config.revision)
         cache = open_cache(root, mapping, sizes.pop(), Path(config.cache), progress)
         columns = {name: torch.from_numpy(array) for name, array in cache.columns.items()}
-        action_NA = columns.pop("action")
-        if config.gripper is not None:
-            action_NA = convert_gripper(action_NA, config.gripper, embodiment)
         data = cls(
             pixels_NVCHW=torch.from_numpy(cache.frames_NVCHW),
             state_NS=columns.pop("state"),
-            action_NA=action_NA,
+            action_NA=convert_grippers(columns.pop("action"), config.gripper, embodiment),
             episode_N=columns.pop("episode"),
             instruction_N=columns.pop("instruction"),
             instructions=cache.instructions,
@@ -296,19 +287,3 @@ class TrainingBatches:
             order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
             self._epochs[epoch] = order
         return order
-
-
-def convert_gripper(action_NA: Tensor, convention: GripperConvention, embodiment: Embodiment) -> Tensor:
-    """Map the data set's gripper values to the embodiment's linearly, open to open and close to close.
-
-    Raises:
-        ValueError: the gripper's index is outside of the action.
-    """
-    if not 0 <= convention.index < action_NA.shape[1]:
-        raise ValueError(f"data.gripper.index {convention.index} is outside the {action_NA.shape[1]} action dimensions")
-    closed_N = (action_NA[:, convention.index] - convention.open) / (convention.close - convention.open)
-    converted_NA = action_NA.clone()
-    converted_NA[:, convention.index] = torch.lerp(
-        torch.tensor(embodiment.gripper_open), torch.tensor(embodiment.gripper_close), closed_N
-    )
-    return converted_NA
