@@ -41,6 +41,7 @@ from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.instructions import check_instructions
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE, Trainer
@@ -127,6 +128,7 @@ def build_trainer(
     statistics of state and action are always those of the new data.
     """
     tokenizer = _tokenizer(model_config.language, data.instructions, base)
+    check_instructions(tokenizer, data)
     torch.manual_seed(config.seed)
     model = CogVLA(model_config, embodiment)
     for said in _start(model, base):

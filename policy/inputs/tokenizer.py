@@ -9,6 +9,7 @@ Shape legend: B batch, T text length.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,31 @@ PAD, UNKNOWN = "<pad>", "<unk>"
 PAPER_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 EMPTY_TOKEN = 29871
 """Llama's empty token, which OpenVLA and policies based on it append to the prompt."""
+SIGNS = frozenset("+-#%&*/<=>@$\\^|~")
+"""ASCII characters that are words of their own, `-` only as the sign of a number. Other ASCII separates words."""
+UNSPACED = (
+    (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x3005, 0x31FF),  # kana, Bopomofo
+    (0x3400, 0x9FFF),  # Chinese characters
+    (0x20000, 0x3FFFF),
+)
+"""First and last character of scripts without spaces between words. Each of their letters is a word."""
+_INVISIBLE = re.compile("[\u034f\u115f\u1160\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+_MEANINGFUL = ("<super>", "<sub>", "<fraction>", "<circle>", "<square>")
+_WORD = re.compile("[wd][wdm]*|um*|s|(?<![wdum])-(?=d)")
+"""A word, in the kinds of characters that `_kind` returns."""
 
 
 class WordTokenizer:
-    """Splits instructions into lower-case words; words that are not in the vocabulary become `<unk>`."""
+    """Splits instructions into words in any script; words that are not in the vocabulary become `<unk>`.
+
+    - Case, other forms of a letter (full width, ligatures) and invisible characters make no difference.
+    - A word is a run of letters, digits and apostrophes, in scripts without spaces (`UNSPACED`) a single letter, else
+      a symbol such as an emoji, a unit or one of `SIGNS`. Punctuation separates words.
+    - A sign of ASCII that is not in the vocabulary is left out, as policies expect that were trained without any.
+    """
 
     def __init__(self, words: Sequence[str]) -> None:
         if list(words[:2]) != [PAD, UNKNOWN] or len(set(words)) != len(words):
@@ -35,13 +57,12 @@ class WordTokenizer:
 
     @classmethod
     def from_instructions(cls, instructions: Iterable[str]) -> WordTokenizer:
-        """Build a tokenizer for the words of these instructions, in alphabetical order."""
-        return cls([PAD, UNKNOWN, *sorted({word for text in instructions for word in _split(text)})])
+        """Build a tokenizer for the words of these instructions, in alphabetical order, the signs after the words."""
+        return cls([PAD, UNKNOWN, *_vocabulary(instructions)])
 
     def with_words_of(self, instructions: Iterable[str]) -> WordTokenizer:
         """Return a tokenizer that also knows the words of these instructions; known words keep their ids."""
-        new = {word for text in instructions for word in _split(text)} - set(self.words)
-        return WordTokenizer([*self.words, *sorted(new)])
+        return WordTokenizer([*self.words, *(word for word in _vocabulary(instructions) if word not in self._ids)])
 
     def __len__(self) -> int:
         return len(self.words)
@@ -52,9 +73,13 @@ class WordTokenizer:
         Raises:
             ValueError: an instruction without words.
         """
-        rows = [[self._ids.get(word, 1) for word in _split(text)] for text in instructions]
+        rows = [
+            [self._ids.get(word, 1) for word in _split(text) if word in self._ids or word not in SIGNS]
+            for text in instructions
+        ]
         for text, row in zip(instructions, rows, strict=True):
-            _check_not_empty(text, row)
+            if not row:
+                raise ValueError(f"instruction {text!r} has no words; give the robot something to do")
         return _pad(rows, pad_id=0)
 
     def spelled(self, ids: Sequence[int]) -> list[str]:
@@ -96,7 +121,7 @@ class PretrainedTokenizer:
         """
         rows = []
         for text in instructions:
-            _check_not_empty(text, text.split())
+            _check_not_empty(text)
             prompt = self.prompt.format(instruction=text.strip().lower())
             row = list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
             if self.empty_token is not None and row[-1:] != [self.empty_token]:
@@ -138,13 +163,61 @@ def tokenizer_from_dict(description: dict[str, Any], folder: Path | None = None)
             raise ValueError(f"unknown tokenizer kind {other!r}; one of words, pretrained")
 
 
-def _check_not_empty(text: str, words: Sequence[Any]) -> None:
-    if not words:
+def same_instruction(text: str) -> str:
+    """Return what is equal for spellings of one instruction: case, spaces, and punctuation beside words are ignored."""
+    parts = []
+    for part in _normalised(text).split():
+        first, last = (re.search("[^ ]", kinds) for kinds in (_kinds(part), _kinds(part)[::-1]))
+        if first and last:
+            parts.append(part[first.start() : len(part) - last.start()])
+    return " ".join(parts)
+
+
+def _check_not_empty(text: str) -> None:
+    if not _split(text):
         raise ValueError(f"instruction {text!r} has no words; give the robot something to do")
 
 
 def _split(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text.lower())
+    text = _normalised(text)
+    return [text[match.start() : match.end()] for match in _WORD.finditer(_kinds(text))]
+
+
+def _vocabulary(instructions: Iterable[str]) -> list[str]:
+    words = {word for text in instructions for word in _split(text)}
+    return sorted(words, key=lambda word: (word in SIGNS, word))
+
+
+def _normalised(text: str) -> str:
+    """Return the text in one form: composed, in lower case, without invisible characters, with plain apostrophes.
+
+    Full width, ligatures and the like become plain letters; 10\u00b2 does not become 102, nor \u2460 1.
+    """
+    visible = "".join(c for c in _INVISIBLE.sub("", text) if unicodedata.category(c) != "Cf")
+    plain = "".join(
+        c if unicodedata.decomposition(c).startswith(_MEANINGFUL) else unicodedata.normalize("NFKC", c)
+        for c in unicodedata.normalize("NFC", visible)
+    )
+    folded = unicodedata.normalize("NFC", plain.casefold())
+    return re.sub(r"(?<=\w)[\u2019\u02bc](?=\w)", "'", folded).replace("\u2212", "-")
+
+
+def _kinds(text: str) -> str:
+    return "".join(_kind(character) for character in text)
+
+
+def _kind(character: str) -> str:
+    """Return w: letter, u: letter of an unspaced script, d: digit, m: mark, s: symbol, - or a space: separator."""
+    major = unicodedata.category(character)[0]
+    if character.isascii():
+        if character in SIGNS:
+            return "-" if character == "-" else "s"
+        return {"L": "w", "N": "d"}.get(major, "w" if character == "'" else " ")
+    if major == "L" and any(first <= ord(character) <= last for first, last in UNSPACED):
+        return "u"
+    if unicodedata.category(character) == "Cc":
+        return " "
+    return {"L": "w", "N": "d", "M": "m", "P": " ", "Z": " "}.get(major, "s")
 
 
 def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.training import adapters
 from cogvla.policy.training.batches import BatchBuilder, Choices
 from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.instructions import check_instructions
 from cogvla.policy.training.interrupt import Interruption
 from cogvla.policy.training.metrics import LossWindow, MetricsFile
 from cogvla.policy.training.objective import Batch, Objective
@@ -77,6 +78,7 @@ class Trainer:
         log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
         evaluate: Callable[[CogVLAPolicy, int], dict[str, float]] | None = None,
     ) -> None:
+        check_instructions(preprocessor.tokenizer, data)
         self.config, self.model_config, self.data, self.output = config, model_config, data, output
         self.log, self.evaluate = log, evaluate
         bf16 = config.precision == "bfloat16" or (config.precision == "auto" and torch.cuda.is_available())

@@ -1,0 +1,97 @@
+"""Instructions that a policy could not tell apart are refused before training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, WordTokenizer
+from cogvla.policy.training.instructions import check_instructions
+from cogvla.tests.support.small_data import INSTRUCTIONS, small_data, small_trainer
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> PretrainedTokenizer:
+    """A tokenizer that leaves out accents, and cuts texts at twelve tokens when it is asked to."""
+    words = ["<unk>", "pick", "up", "the", "block", "resume", "do", "now"]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.normalizer = BertNormalizer(strip_accents=True)
+    inner.pre_tokenizer = Whitespace()
+    inner.enable_truncation(12)
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", model_max_length=12).save_pretrained(tmp_path)
+    return PretrainedTokenizer(str(tmp_path), "do {instruction} now")
+
+
+def asked(*texts: str) -> DemonstrationData:
+    """Data whose episodes 0, 1 and 2 are the first with these instructions."""
+    return replace(small_data(), instructions=list(texts))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("move by 0.5", "move by 0 5"),
+        ("move left-right", "move left right"),
+        ("the red_block", "the red block"),
+        ("from 10-20", "from 10 20"),
+        ("open 🏴\U000e0067\U000e007f", "open 🏴 . -"),
+    ],
+)
+def test_words_that_a_tokenizer_would_make_equal(texts: tuple[str, str]) -> None:
+    data = asked("touch", *texts)
+    with pytest.raises(ValueError, match="the tokenizer gives both the same ids") as error:
+        check_instructions(WordTokenizer.from_instructions(data.instructions), data)
+    assert f"{texts[0]!r} (episode 1 of the data) from {texts[1]!r} (episode 2)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("pick up the 红 block", "pick up the 蓝 block"),
+        ("pick up the resume", "pick up the r\u00e9sum\u00e9"),
+        ("pick up the cup", "pick up the plate"),
+    ],
+)
+def test_instructions_that_a_pretrained_tokenizer_makes_equal(
+    pretrained: PretrainedTokenizer, texts: tuple[str, str]
+) -> None:
+    with pytest.raises(ValueError, match=r"cannot tell 'pick up the .*' .*episode 0.* from .*episode 2"):
+        check_instructions(pretrained, asked(texts[0], "pick up", texts[1]))
+
+
+def test_long_instructions_are_not_cut(pretrained: PretrainedTokenizer) -> None:
+    long = "pick up the block " * 10
+    check_instructions(pretrained, asked(long + "now", long + "up", long))
+
+
+@pytest.mark.parametrize("empty", ["", "  \n", "...", "\u200b"])
+def test_an_empty_instruction_is_refused_with_its_episode(pretrained: PretrainedTokenizer, empty: str) -> None:
+    for tokenizer in (pretrained, WordTokenizer.from_instructions(INSTRUCTIONS)):
+        with pytest.raises(ValueError, match=r"episode 1 of the data has the instruction .* which has no words"):
+            check_instructions(tokenizer, asked("touch the red square", empty, "touch"))
+
+
+def test_spellings_of_one_instruction_may_share_their_ids(pretrained: PretrainedTokenizer) -> None:
+    data = asked("Pick up the block", "pick up  the block.", "拿起红色的方块")
+    for tokenizer in (pretrained, WordTokenizer.from_instructions(data.instructions)):
+        check_instructions(tokenizer, data)
+
+
+def test_instructions_without_frames_do_not_matter() -> None:
+    data = asked(*INSTRUCTIONS, "", "touch the red-square")
+    check_instructions(WordTokenizer.from_instructions(data.instructions), data)
+
+
+def test_training_starts_only_with_instructions_that_differ(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot tell 'go 0\.5' .* from 'go 0 5'"):
+        small_trainer(tmp_path, data=asked("go 0.5", "stop", "go 0 5"))
+    trainer = small_trainer(tmp_path, data=asked("go 红色", "stop", "go 蓝色"))
+    assert trainer.preprocessor.tokenizer.encode(["go 红色"])[0].tolist() != [[2, 1, 1]]
