@@ -82,6 +82,10 @@ class WordTokenizer:
                 raise ValueError(f"instruction {text!r} has no words; give the robot something to do")
         return _pad(rows, pad_id=0)
 
+    def unknown_words(self, text: str) -> list[str]:
+        """Return the words of a text that become `<unk>`, each once."""
+        return [word for word in dict.fromkeys(_split(text)) if word not in self._ids]
+
     def spelled(self, ids: Sequence[int]) -> list[str]:
         """Return the word of each id; `<unk>` for unknown ids."""
         return [self.words[i] if i < len(self.words) else UNKNOWN for i in ids]
@@ -128,6 +132,12 @@ class PretrainedTokenizer:
                 row.append(self.empty_token)
             rows.append(row)
         return _pad(rows, pad_id=self._tokenizer.pad_token_id or 0)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Return the words of a text with a part that becomes the unknown token, each once; most have none."""
+        unknown, encode = self._tokenizer.unk_token_id, self._tokenizer
+        words = dict.fromkeys(text.lower().split())
+        return [word for word in words if unknown in encode(word, add_special_tokens=False).input_ids]
 
     def spelled(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each id."""

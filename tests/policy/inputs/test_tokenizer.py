@@ -64,6 +64,24 @@ def test_unknown_words_are_marked_and_count() -> None:
     assert mask_BT.all()
 
 
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("Open the drawer!", []),
+        ("open the fridge, then the Fridge", ["fridge", "then"]),
+        ("stir soup", ["stir", "soup"]),
+    ],
+)
+def test_unknown_words_are_named_once(text: str, unknown: list[str]) -> None:
+    assert WordTokenizer.from_instructions(INSTRUCTIONS).unknown_words(text) == unknown
+
+
+def test_unknown_words_of_a_pretrained_tokenizer(pretrained_folder: Path) -> None:
+    tokenizer = PretrainedTokenizer(str(pretrained_folder), PROMPT)
+    assert tokenizer.unknown_words("Open the drawer") == []
+    assert tokenizer.unknown_words("open a fridge a") == ["a", "fridge"]
+
+
 @settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from(KNOWN), min_size=1), min_size=1))
 def test_known_words_come_back(sentences: list[list[str]]) -> None:
