@@ -58,8 +58,11 @@ class DatasetFolder:
             return None
         found = self.output / self.record
         if not found.is_file():
-            raise ValueError(f"{self.output} exists and was not {self.made} by this command; choose another output")
-        return json.loads(found.read_text())
+            raise ValueError(
+                f"{self.output} exists and was not {self.made} by this command, or another tool has edited it (it has "
+                f"no {self.record}); choose another output, or train on it as it is (train_policy demonstrations=null)"
+            )
+        return _read(found)
 
     def is_finished(self, request: dict[str, Any]) -> bool:
         """Return True if the requested data set is finished.
@@ -98,7 +101,7 @@ class DatasetFolder:
         shutil.rmtree(self.dataset, ignore_errors=True)
         path = self.work / "settings.json"
         if path.exists():
-            changed = _changed(json.loads(path.read_text()), request)
+            changed = _changed(_read(path), request)
             if changed:
                 raise ValueError(
                     f"{self.work} holds an unfinished {self.activity} with another {', '.join(changed)}; finish that "
@@ -131,6 +134,17 @@ class DatasetFolder:
         shutil.rmtree(self.work)
         if self._lock is not None:
             self._lock.close()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON file with an object; ValueError if it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete its folder to start anew") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it must hold a JSON object); delete its folder to start anew")
+    return content
 
 
 def _changed(existing: dict[str, Any], request: dict[str, Any]) -> list[str]:

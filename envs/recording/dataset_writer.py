@@ -11,6 +11,7 @@ Shape legend: T steps.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,27 @@ from lerobot.datasets.utils import DEFAULT_FEATURES, update_chunk_file_indices
 from PIL import Image
 
 from cogvla.envs.recording.demonstration import Demonstration
+from cogvla.envs.recording.label_names import label_names
 
 VIDEO_CODEC = "h264"  # decodes everywhere; libsvtav1, lerobot's default, takes three times as long to encode
 BYTES_PER_MB = 1024**2
 
 
-def features(episode: Demonstration, video: bool) -> dict[str, dict[str, Any]]:
-    """Return lerobot's description of an episode's features."""
+def features(
+    episode: Demonstration, video: bool, names: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return lerobot's description of an episode's features; `names` are those of the numbers of some features."""
+    names = names or {}
     kind = "video" if video else "image"
     return {
         camera: {"dtype": kind, "shape": episode.image_shape(camera), "names": ["height", "width", "channels"]}
         for camera in episode.images
     } | {
-        name: {"dtype": str(array.dtype), "shape": array.shape[1:], "names": None}
+        name: {
+            "dtype": str(array.dtype),
+            "shape": array.shape[1:],
+            "names": list(names[name]) if name in names else label_names(name, array.shape[1]),
+        }
         for name, array in episode.arrays.items()
     }
 
@@ -51,16 +60,25 @@ class DatasetWriter:
         example: episode with the features and the control rate of all episodes.
         robot_type: name of the robot.
         video: True stores the cameras as videos, False as images.
+        names: feature -> names of its numbers, such as those of joints; labels have names already.
     """
 
-    def __init__(self, root: Path, repo_id: str, example: Demonstration, robot_type: str, video: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        repo_id: str,
+        example: Demonstration,
+        robot_type: str,
+        video: bool = False,
+        names: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.video = video
         self._bars_were_enabled = is_progress_bar_enabled()
         disable_progress_bar()  # a bar for each episode would disturb ours
         self._dataset = LeRobotDataset.create(
             repo_id,
             example.fps,
-            features(example, video),
+            features(example, video, names),
             root=root,
             robot_type=robot_type,
             use_videos=video,
@@ -155,10 +173,7 @@ class DatasetWriter:
 
 
 def _column(kind: pa.DataType, values: Any) -> pa.Array:
-    """Convert images (dicts) or an array [T,...] to a column of the given type."""
+    """Convert images (dicts) or an array [T] or [T,D] to a column of the given type."""
     if not isinstance(values, np.ndarray):
         return pa.array(values, kind)
-    lists = numpy_to_pyarrow_listarray(values) if values.ndim > 1 else pa.array(values)
-    if isinstance(kind, pa.ExtensionType):  # `datasets` stores arrays of two and more dimensions like this
-        return pa.ExtensionArray.from_storage(kind, lists.cast(kind.storage_type))
-    return lists.cast(kind)
+    return (numpy_to_pyarrow_listarray(values) if values.ndim > 1 else pa.array(values)).cast(kind)

@@ -41,7 +41,8 @@ class Demonstration:
     Attributes:
         instruction: instruction of the task.
         fps: control rate in Hz.
-        arrays: feature name -> array [T,...]; one-element features are [T,1].
+        arrays: feature name -> array [T,D]; tables are flattened, row by row, because lerobot's tools edit only flat
+            features.
         images: camera -> T PNG files.
         image_statistics: camera -> statistic -> array [3], of pixel values in [0,255].
     """
@@ -51,6 +52,10 @@ class Demonstration:
     arrays: dict[str, np.ndarray]
     images: dict[str, list[bytes]] = field(repr=False)
     image_statistics: dict[str, dict[str, np.ndarray]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        flat = {name: array.reshape(len(array), -1) for name, array in self.arrays.items()}
+        object.__setattr__(self, "arrays", flat)
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))

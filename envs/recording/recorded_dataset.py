@@ -18,11 +18,15 @@ from lerobot.datasets.utils import DEFAULT_FEATURES, load_tasks
 from cogvla.envs.recording.demonstration import Demonstration, pack_encoded
 
 
+class EditedError(ValueError):
+    """Another tool has written the data set anew."""
+
+
 def recorded_episodes(root: Path) -> Iterator[Demonstration]:
     """Yield the episodes of a data set in order.
 
     Raises:
-        ValueError: the files are damaged, or are not of `DatasetWriter`.
+        ValueError: the files are damaged, or were edited: by `DatasetWriter`, each row group is an episode.
     """
     try:
         info = json.loads((root / "meta" / "info.json").read_text())
@@ -33,11 +37,13 @@ def recorded_episodes(root: Path) -> Iterator[Demonstration]:
             for group in range(file.num_row_groups):  # one for each episode
                 table = file.read_row_group(group)
                 if set(table["episode_index"].to_pylist()) != {count}:
-                    raise ValueError(f"{path.name} is not in the order of recording")
+                    raise EditedError(f"{root} was edited after it was recorded ({path.name} was written anew)")
                 yield _episode(table, info, instructions)
                 count += 1
         if count != info["total_episodes"]:
             raise ValueError(f"{count} of {info['total_episodes']} episodes are there")
+    except EditedError:
+        raise
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{root} cannot be read ({type(error).__name__}: {error}): it is damaged") from error
 

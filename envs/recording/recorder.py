@@ -114,7 +114,7 @@ def record(
         folder.prepare(request, resume)
         paths = [folder.episodes / f"{slot:06d}.npz" for slot in range(episodes)]
         if grows:
-            _take_over(output, paths[:there])
+            _take_over(output, paths[:there], settings)
         _assemble(folder, settings, paths, workers, video, suite.name)
         folder.publish(request | made, instead=grows)
     return output
@@ -142,14 +142,26 @@ def _explained(folder: DatasetFolder) -> Iterator[None]:
         ) from error
 
 
-def _take_over(finished: Path, paths: list[Path]) -> None:
-    """Save the episodes of a finished data set to the files of waiting episodes."""
-    from cogvla.envs.recording.recorded_dataset import recorded_episodes
+def _take_over(finished: Path, paths: list[Path], settings: DemonstratorSettings) -> None:
+    """Save the episodes of a finished data set to the files of waiting episodes.
 
-    episodes = tqdm(recorded_episodes(finished), f"{finished.name} grows", len(paths), unit="episode")
-    for path, episode in zip(paths, episodes, strict=True):
-        if not Demonstration.is_complete(path):
-            episode.save(path)
+    Raises:
+        ValueError: the data set is damaged, or its episodes are not those that were recorded.
+    """
+    from cogvla.envs.recording.recorded_dataset import EditedError, recorded_episodes
+
+    count = 0
+    try:
+        for episode in tqdm(recorded_episodes(finished), f"{finished.name} grows", len(paths), unit="episode"):
+            if count == len(paths) or episode.instruction != settings.instructions[settings.task(count)]:
+                raise EditedError(f"{finished} was edited after it was recorded: episode {count} is another one")
+            if not Demonstration.is_complete(paths[count]):
+                episode.save(paths[count])
+            count += 1
+        if count != len(paths):
+            raise EditedError(f"{finished} was edited after it was recorded: it has {count} episodes, not {len(paths)}")
+    except EditedError as error:
+        raise ValueError(f"{error}, so it cannot grow; record more episodes into another output") from error
 
 
 def _assemble(

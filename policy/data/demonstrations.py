@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cogvla.configs.build import build
 from cogvla.policy.data.gripper import GripperConvention, convert_grippers
+from cogvla.policy.data.labels import shaped
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
 
@@ -136,7 +137,7 @@ class DemonstrationData:
             episode_N=columns.pop("episode"),
             instruction_N=columns.pop("instruction"),
             instructions=cache.instructions,
-            frame_labels={name: columns[f"label/{name}"] for name in config.labels},
+            frame_labels={name: shaped(name, key, columns[f"label/{name}"]) for name, key in config.labels.items()},
             chunk=embodiment.chunk,
         )
         provenance = {

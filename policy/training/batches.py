@@ -112,6 +112,10 @@ class BatchBuilder:
                 )
         self.has_positions = any(needs[name] != ("phase",) for name in wanted)
         self.has_alternatives = all(name in labels for name in ALTERNATIVE_LABELS)
+        if self.has_alternatives and (wrong := _contradiction(data)):
+            if config.counterfactual:
+                raise ValueError(f"{wrong}; correct the data, or turn objective.counterfactual off")
+            self.has_alternatives = False
         self.has_projections = self.has_positions and all(name in labels for name in self.projections)
         if config.phase_weights and int(labels["phase"].max()) >= len(config.phase_weights):
             raise ValueError(
@@ -225,7 +229,9 @@ class BatchBuilder:
             Index of the task [B], and False [B] where there is no such task.
         """
         labels = samples["labels"]
-        possible_BT = labels["possible"].bool() & (self.instruction_of_task >= 0)
+        # A task with the same words, as after `lerobot-edit-dataset` has changed them, is no other task.
+        others_BT = self.instruction_of_task != samples["instruction_id"][:, None]
+        possible_BT = labels["possible"].bool() & (self.instruction_of_task >= 0) & others_BT
         possible_BT = possible_BT.scatter(1, labels["task"].reshape(-1, 1), False)
         allowed_B = possible_BT.any(dim=1)
         possible_BT = possible_BT | ~allowed_B[:, None]
@@ -272,3 +278,23 @@ class BatchBuilder:
         inside_BV2 = ((image_points_BV22 >= 0) & (image_points_BV22 < 1)).all(-1).float()
         point_weight_BV2 = inside_BV2 / inside_BV2.mean().clamp(min=1e-6)
         return Choices(instruction_B, keep_B, weight_BK, points_BG, image_points_BV22, point_weight_BV2, **pictures)
+
+
+def _contradiction(data: DemonstrationData) -> str | None:
+    """Return what is wrong with the labels of alternatives, or None: each task has one instruction and one column."""
+    labels = data.labels
+    task_N, tasks = labels["task"].flatten(), labels["possible"].shape[-1]
+    if labels["alternatives"].shape[1] != tasks:
+        return f"label `alternatives` has {labels['alternatives'].shape[1]} tasks, label `possible` has {tasks}"
+    if int(task_N.min()) < 0 or int(task_N.max()) >= tasks:
+        return f"label `task` has values {int(task_N.min())} to {int(task_N.max())}, label `possible` has {tasks} tasks"
+    pairs_P2 = torch.stack([task_N, data.instruction_ids], dim=1).unique(dim=0)
+    names: dict[int, str] = {}
+    for task, number in pairs_P2.tolist():
+        text = data.instructions[number]
+        if names.setdefault(task, text) != text:
+            return (
+                f"task {task} of label `task` has two instructions, {names[task]!r} and {text!r}: instructions were "
+                "edited, or data sets of different suites were merged"
+            )
+    return None

@@ -60,6 +60,11 @@ class LeRobotSettings:
         for name in ("modules", "state", "action"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
+    @property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Names of the numbers in a recording's features."""
+        return {"observation.state": self.state, "action": self.action}
+
     def check(self, embodiment: Embodiment) -> None:
         """Raise ValueError if the cameras, state or action keys do not match the embodiment."""
         if set(self.cameras) != set(embodiment.camera_names):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import queue
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +51,7 @@ class RecordingFolder:
         video: store images as videos.
         resume: keep the episodes of an interrupted recording.
         source: origin of the episodes, as plain values.
+        names: feature -> names of its numbers; `lerobot-replay` needs those of `action`.
 
     Raises:
         ValueError: the folder holds a data set, or an unfinished one of another robot or source.
@@ -64,13 +65,14 @@ class RecordingFolder:
         video: bool = False,
         resume: bool = True,
         source: dict[str, Any] | None = None,
+        names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         if embodiment.control_hz != round(embodiment.control_hz):
             raise ValueError(f"a LeRobotDataset has a whole number of frames per second, not {embodiment.control_hz:g}")
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} is there already; record into another folder")
         self._folder = DatasetFolder(output, "recording", "recorded", RECORD_FILE)
-        self._fps, self._robot, self._video = round(embodiment.control_hz), robot, video
+        self._fps, self._robot, self._video, self._names = round(embodiment.control_hz), robot, video, names
         self._request = {"robot": robot, "embodiment": asdict(embodiment), "video": video, "source": source}
         self._folder.prepare(self._request, resume and bool(self.numbers()))  # an empty folder fits any recording
 
@@ -106,7 +108,7 @@ class RecordingFolder:
 
         name = f"cogvla/{self._folder.output.name}"
         first = Demonstration.load(self._path(numbers[0]))
-        writer = DatasetWriter(self._folder.dataset, name, first, self._robot, self._video)
+        writer = DatasetWriter(self._folder.dataset, name, first, self._robot, self._video, self._names)
         try:
             for number in numbers:
                 writer.add(Demonstration.load(self._path(number)))
@@ -130,16 +132,23 @@ class Recorder(WritingThread[Tick | str]):
         robot: name of the robot in the data set.
         video: store images as videos.
         resume: keep the episodes of an interrupted recording.
+        names: see `RecordingFolder`.
 
     Attributes:
         episodes: number of episodes so far, including those of earlier runs.
     """
 
     def __init__(
-        self, output: Path, embodiment: Embodiment, robot: str, video: bool = False, resume: bool = True
+        self,
+        output: Path,
+        embodiment: Embodiment,
+        robot: str,
+        video: bool = False,
+        resume: bool = True,
+        names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         super().__init__("recorder", QUEUED)
-        self._folder = RecordingFolder(output, embodiment, robot, video, resume)
+        self._folder = RecordingFolder(output, embodiment, robot, video, resume, names=names)
         self._numbers = self._folder.numbers()
         self._instruction = ""
         self._states: list[np.ndarray] = []

@@ -90,6 +90,13 @@ class RosTopics:
         if (self.command_type == "trajectory") != bool(self.command_joints):
             raise ValueError("topics.command_joints names the joints of a trajectory; an array has none")
 
+    def names(self, embodiment: Embodiment) -> dict[str, tuple[str, ...]]:
+        """Return the names of the numbers in a recording's features; an array of commands has none."""
+        action = list(self.command_joints or ())
+        if action and self.gripper is not None and embodiment.gripper_index is not None:
+            action.insert(embodiment.gripper_index, "gripper")
+        return {"observation.state": self.joints} | ({"action": tuple(action)} if action else {})
+
     def check(self, embodiment: Embodiment) -> None:
         """Raise ValueError if cameras, joints or commands do not match the embodiment."""
         if set(self.cameras) != set(embodiment.camera_names):

@@ -44,7 +44,9 @@ def run(config: DictConfig) -> None:
     if not bags:
         raise ValueError("give bags='[FOLDER, ...]'")
     source = {"bags": [str(bag) for bag in bags], "instruction": config.instruction, "topics": plain(config.topics)}
-    folder = RecordingFolder(Path(config.output), embodiment, robot.name, bool(config.video), source=source)
+    folder = RecordingFolder(
+        Path(config.output), embodiment, robot.name, bool(config.video), source=source, names=topics.names(embodiment)
+    )
     done = set(folder.numbers())
     skipped: Counter[str] = Counter()
     number = 0

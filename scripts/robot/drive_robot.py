@@ -26,7 +26,7 @@ from cogvla.real_robot.recording.recorder import Recorder
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain, stop_event
 from cogvla.scripts.robot.robot_bridge import watch
-from cogvla.scripts.robot.robots import open_front_end, open_policy_client
+from cogvla.scripts.robot.robots import open_front_end, open_policy_client, recorded_names
 
 KEYS = "a activate, s stop, space emergency stop, r reset, d drop the last recorded episode, q quit"
 
@@ -50,7 +50,8 @@ def run(config: DictConfig, keyboard: int | None = None) -> None:
         front_end, _ = open_front_end(config, embodiment, stack)
         recorder = None
         if config.record is not None:
-            recorder = Recorder(Path(config.record), embodiment, robot.name, bool(config.record_video))
+            names = recorded_names(config, embodiment)
+            recorder = Recorder(Path(config.record), embodiment, robot.name, bool(config.record_video), names=names)
             stack.enter_context(recorder)
         on_tick = None if recorder is None else recorder.show
         bridge = stack.enter_context(Bridge(robot, embodiment, client, front_end, settings, on_tick))

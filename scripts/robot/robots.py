@@ -48,6 +48,17 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
     return front_end, node
 
 
+def recorded_names(config: DictConfig, embodiment: Embodiment) -> dict[str, tuple[str, ...]]:
+    """Return the names of the numbers in a recording's features: the keys or joints of the robot."""
+    if config.transport == "lerobot":
+        from cogvla.real_robot.lerobot.robot import LeRobotSettings
+
+        return build(LeRobotSettings, plain(config.lerobot), "lerobot").names
+    from cogvla.real_robot.ros.front_end import RosTopics
+
+    return build(RosTopics, plain(config.topics), "topics").names(embodiment)
+
+
 def dds_node(name: str, **settings: Any) -> Any:
     """Return a `DdsNode` that is not started yet; `settings` are fields of `DdsSettings`.
 

@@ -52,11 +52,12 @@ LIMITS = Limits(
 @RobotConfig.register_subclass("plane_arm")
 @dataclass
 class PlaneArmConfig(RobotConfig):
-    """What goes wrong with it, if anything."""
+    """What goes wrong with it, if anything; `attended`: somebody could calibrate it."""
 
     calibrated: bool = True
     no_camera: bool = False
     high: bool = False
+    attended: bool = False
 
 
 class PlaneArm(Robot):
@@ -97,7 +98,7 @@ class PlaneArm(Robot):
         return self._connected
 
     def connect(self, calibrate: bool = True) -> None:
-        assert not calibrate, "nobody is there to calibrate"
+        assert self.config.attended or not calibrate, "nobody is there to calibrate"
         self._connected = True
 
     @property
@@ -123,6 +124,7 @@ class PlaneArm(Robot):
 
     def send_action(self, action: dict[str, float]) -> dict[str, float]:
         assert self._connected
+        assert set(action) == set(JOINTS)
         if self.unwritable is not None:
             raise self.unwritable
         self.sent.append((time.monotonic(), dict(action)))

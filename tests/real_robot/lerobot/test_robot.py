@@ -291,7 +291,9 @@ def test_drive_robot_with_keys_over_the_wire(
     assert "engaged" in said
     assert "observation to command" in said
     assert "2 episodes in" in said
-    assert LeRobotDataset("cogvla/recorded", root=output).meta.total_episodes == 2
+    recorded = LeRobotDataset("cogvla/recorded", root=output).meta
+    assert recorded.total_episodes == 2
+    assert [recorded.features[name]["names"] for name in ("observation.state", "action")] == [list(JOINTS)] * 2
 
 
 def test_drive_robot_refuses_what_cannot_be() -> None:

@@ -187,6 +187,7 @@ def test_trajectories_and_a_gripper_of_its_own(bag: Bag) -> None:
         [episode] = found.episodes()
     np.testing.assert_allclose([a[:2] for a in episode.actions], [(i, 10 + i) for i in range(10)])
     assert [a[2] for a in episode.actions] == [-1.0] * 5 + [0.75] * 5
+    assert topics.names(ARM) == {"observation.state": ("a", "b", "finger"), "action": ("a", "b", "gripper")}
 
 
 def test_what_a_bag_must_have_is_said(bag: Bag, tmp_path: Path) -> None:
@@ -253,6 +254,7 @@ def test_the_command_makes_a_dataset_and_goes_on_where_it_was(
     assert data.fps == 10
     frame = data[3]
     assert frame["task"] == "push"
+    assert data.features["observation.state"]["names"] == ["a", "b", "finger"]
     np.testing.assert_allclose(frame["action"], [0.03, 0.5, 1.0], atol=1e-6)
     assert round(float(frame["observation.images.front"].max()) * 255) == 26  # 20 images a second, at 1.3 s
     assert frame["observation.images.wrist"].shape == (3, 8, 8)
