@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.training import adapters
 from cogvla.policy.training.batches import BatchBuilder, Choices
 from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.identity import differences, identity
 from cogvla.policy.training.instructions import check_instructions
 from cogvla.policy.training.interrupt import Interruption
 from cogvla.policy.training.metrics import LossWindow, MetricsFile
@@ -178,6 +179,11 @@ class Trainer:
             "data_set": self.data.describe(),
         }
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when this run resumes."""
+        return identity(self.data, self.preprocessor, self.raw.config)
+
     def save(self) -> None:
         """Write `checkpoints/step_N` and delete all but the newest ones."""
         self.window.settle(self.step)
@@ -185,6 +191,7 @@ class Trainer:
             "step": self.step,
             **self.weights.state_dict(),
             "batches": self.batches.state_dict(),
+            "identity": self.identity,
             "window": self.window.state_dict(),
         }
         self._export(self.output / "checkpoints" / f"step_{self.step:07d}", training)
@@ -329,6 +336,11 @@ class Trainer:
             raise ValueError(f"{folder} was trained with another policy or routing; {again}")
         if body.get("pictures", {}).get("crop_area", 1.0) != self.preprocessor.crop_area:
             raise ValueError(f"{folder} was trained with another augmentation.crop_area; {again}")
+        if "identity" not in state:
+            self.accelerator.print(f"{folder} is older than this check: its data and objective may be others")
+        elif changed := differences(state["identity"], self.identity):
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ValueError(f"{folder} was trained with another setting: {'; '.join(changed[:3])}{more}; {again}")
         try:
             self.batches.load_state_dict(state["batches"])
         except ValueError as error:

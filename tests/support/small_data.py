@@ -137,10 +137,11 @@ def small_trainer(
     objective: ObjectiveConfig = LABELLED,
     data: DemonstrationData | None = None,
     base: str | None = None,
+    robot: Embodiment = ROBOT,
     **routing: Any,
 ) -> Trainer:
     """What `train_policy` builds, for the data above."""
     data = small_data() if data is None else data
     return build_trainer(
-        config or settings(), small_config(**routing), objective, ROBOT, data, output, lambda metrics, step: None, base
+        config or settings(), small_config(**routing), objective, robot, data, output, lambda metrics, step: None, base
     )

@@ -17,14 +17,27 @@ import pytest
 import torch
 
 from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.interrupt import Interruption
 from cogvla.policy.training.metrics import MetricsFile
 from cogvla.policy.training.trainer import Trainer
 from cogvla.tests.support.full_disk import files_limited_to
-from cogvla.tests.support.small_data import IMITATION, LABELLED, ROBOT, settings, small_data, small_trainer
+from cogvla.tests.support.small_data import (
+    IMITATION,
+    INSTRUCTIONS,
+    LABELLED,
+    ROBOT,
+    settings,
+    small_data,
+    small_trainer,
+)
 
 STEPS = 10
+
+
+def changed_data(**changes: Any) -> DemonstrationData:
+    return replace(small_data(), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +226,38 @@ def test_a_new_learning_rate_and_decay_count_after_a_resume(tmp_path: Path) -> N
     ("change", "said"),
     [
         ({"efa": False}, r"step_0000004 was trained with another policy or routing; choose another output, or delete"),
-        ({"objective": IMITATION}, r"step_0000004 was trained with another objective; choose another output"),
+        (
+            {"objective": IMITATION},
+            r"setting: objective.grounding was 1.0, is 0.0; .*; choose another output, or delete",
+        ),
+        ({"objective": replace(LABELLED, reading=0.25)}, r"setting: objective.reading was [\d.]+, is 0.25; choose"),
         ({"config": settings(seed=1)}, r"step_0000004: .*seed was 0, is 1; .*output, or delete .* to start again"),
-        ({"data": small_data(6)}, r"frames was \d+, is \d+; choose another output"),
+        ({"data": small_data(6)}, r"data set.pictures differs; .* and \d more; choose another output"),
+        (
+            {"data": changed_data(action_NA=10 * small_data().action_NA)},
+            "another setting: data set.actions differs; choose",
+        ),
+        (
+            {"data": changed_data(state_NS=small_data().state_NS / 2)},
+            "another setting: data set.states differs; choose",
+        ),
+        (
+            {"data": changed_data(pixels_NVCHW=255 - small_data().pixels_NVCHW)},
+            "setting: data set.pictures differs; ch",
+        ),
+        (
+            {"data": changed_data(instructions=[*INSTRUCTIONS[:2], "square the blue one"])},
+            "instructions differs; voc.* d",
+        ),
+        (
+            {"data": changed_data(frame_labels={**small_data().frame_labels, "phase": torch.zeros(67)})},
+            "labels differs;",
+        ),
+        (
+            {"robot": replace(ROBOT, action_normalisation="mean_std")},
+            "action_normalisation was q99, is mean_std; choose",
+        ),
+        ({"robot": replace(ROBOT, gripper_index=None)}, "setting: embodiment.gripper_index was 3, is None; choose"),
     ],
 )
 def test_checkpoints_of_another_run_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:

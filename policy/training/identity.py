@@ -1,0 +1,62 @@
+"""What a run must not change when it resumes: data, robot, objective and vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cogvla.policy.checkpoint import weights_hash
+from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.training.objective import ObjectiveConfig
+
+
+def identity(data: DemonstrationData, preprocessor: Preprocessor, objective: ObjectiveConfig) -> dict[str, Any]:
+    """Return the identity of a run as plain data: values where they are short, else fingerprints of the content.
+
+    The vocabulary is that of the data's instructions: their ids.
+    """
+    ids_BT, mask_BT = preprocessor.tokenizer.encode(data.instructions)
+    ids = hashlib.sha256(f"{ids_BT.tolist()} {mask_BT.tolist()}".encode()).hexdigest()[:16]
+    found: dict[str, Any] = {
+        "data set": data.content(),
+        "embodiment": asdict(preprocessor.embodiment),
+        "objective": asdict(objective),
+        "vocabulary": ids,
+    }
+    if objective.blind is not None:
+        found["weights of objective.blind"] = weights_hash(Path(objective.blind))
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say what differs between two results of `identity`, one text for each value."""
+    was, has = _flat(before), _flat(now)
+    found = []
+    for name in (*was, *(name for name in has if name not in was)):
+        old, new = was.get(name), has.get(name)
+        if old != new:
+            hashed = name.startswith(("data set", "vocabulary", "weights"))
+            found.append(f"{name} differs" if hashed else f"{name} was {old}, is {new}")
+    return found
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return nested values by dotted name; tuples and lists are the same."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{name}.")
+        else:
+            found[name] = _lists(value)
+    return found
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_lists(part) for part in value]
+    return _flat(value) if isinstance(value, Mapping) else value
