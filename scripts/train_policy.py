@@ -81,6 +81,8 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         if processes.is_main_process and suite is not None and values["demonstrations"] is not None and folder:
             record(suite, output=folder, image_size=embodiment.cameras[0].height, **values["demonstrations"])
         data = DemonstrationData.open(data_config, embodiment)
+    for note in data.notes if processes.is_main_process else ():
+        print(f"note: {note}")
     logging = values["wandb"] if processes.is_main_process else {**values["wandb"], "mode": "disabled"}
     with _timed(seconds, "training"), RunLog(logging, values, output) as log:
         trainer = build_trainer(

@@ -292,11 +292,12 @@ def test_the_recorded_features_are_those_that_the_mapping_names(suite: str) -> N
     demonstrator.close()
     assert demonstrator.fps == embodiment.control_hz == CONTROL_HZ
     assert [data.cameras[name] for name in embodiment.camera_names] == list(episode.images)
-    assert episode.arrays[data.state].shape[1:] == (embodiment.state_dim,)
-    assert episode.arrays[data.action].shape[1:] == (embodiment.action_dim,)
+    (state,), (action,) = data.state_keys, data.action_keys
+    assert episode.arrays[state].shape[1:] == (embodiment.state_dim,)
+    assert episode.arrays[action].shape[1:] == (embodiment.action_dim,)
     assert set(data.labels.values()) <= set(episode.arrays)
     assert embodiment.gripper_index is not None
-    assert set(np.unique(episode.arrays[data.action][:, embodiment.gripper_index])) <= {
+    assert set(np.unique(episode.arrays[action][:, embodiment.gripper_index])) <= {
         embodiment.gripper_open,
         embodiment.gripper_close,
     }

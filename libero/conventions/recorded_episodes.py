@@ -25,8 +25,9 @@ from cogvla.libero.hdf5.conversion import CONVERSION, INITIAL_STATES
 from cogvla.libero.hdf5.replay import WAITING_STEPS
 from cogvla.libero.tasks import LIBERO_SUITES, instruction, tasks
 from cogvla.policy.data.demonstrations import DataConfig
+from cogvla.policy.data.download import local_root
 from cogvla.policy.data.gripper import convert_grippers
-from cogvla.policy.data.reader import FrameGroup, LeRobotReader, local_root
+from cogvla.policy.data.reader import FrameGroup, LeRobotReader
 from cogvla.policy.data.reader import Mapping as ReaderMapping
 from cogvla.policy.interface import Embodiment
 
@@ -122,7 +123,7 @@ def open_recordings(source: str, config: DataConfig, embodiment: Embodiment, sui
     if path.exists() and hdf5_reader.is_hdf5(path):
         return Hdf5Recordings(path, suite)
     on_hub = not path.exists() and source.count("/") == 1
-    root = local_root(None if on_hub else source, source if on_hub else None, config.revision)
+    root, _ = local_root(None if on_hub else source, source if on_hub else None, config.revision)
     return LeRobotRecordings(root, config, embodiment)
 
 
@@ -180,22 +181,23 @@ class LeRobotRecordings:
             root,
             ReaderMapping(
                 cameras=tuple(config.cameras[name] for name in self.cameras),
-                state=config.state,
-                action=config.action,
+                state=config.state_keys,
+                action=config.action_keys,
                 labels=labels,
                 instruction=config.instruction_key,
                 state_dim=embodiment.state_dim,
                 action_dim=embodiment.action_dim,
             ),
+            config.episodes,
         )
         made = _json(root / RECORDING_FILE) or _json(root / CONVERSION)
         self.suite = made.get("suite")
         self.simulation: Mapping[str, Any] = made.get("simulation", {})
-        self.control_hz: float | None = float(self._reader.info["fps"])
+        self.control_hz: float | None = float(self._reader.metadata.fps)
         statistics = _json(root / "meta" / "stats.json")
-        keys = {"action": config.action, "state": config.state}
+        keys = {"action": config.action_keys, "state": config.state_keys}
         self.statistics: Mapping[str, Mapping[str, Sequence[float]]] = {
-            name: statistics[key] for name, key in keys.items() if key in statistics
+            name: statistics[key] for name, (key, *others) in keys.items() if key in statistics and not others
         }
 
     @cached_property

@@ -15,6 +15,7 @@ from pathlib import Path
 
 CONVERTER = "lerobot.datasets.v30.convert_dataset_v21_to_v30"
 OLD, NEW = "v2.1", "v3"
+STATISTICS = "episodes_stats.jsonl"
 
 
 def is_old_lerobot(source: Path) -> bool:
@@ -29,8 +30,13 @@ def is_old_lerobot(source: Path) -> bool:
     version = str(json.loads(info.read_text()).get("codebase_version"))
     if version.startswith(NEW):
         raise ValueError(f"{source} is a LeRobotDataset {version} already: train on it with data.root={source}")
-    if version != OLD:
+    if not version.startswith("v2"):
         raise ValueError(f"{source} is a LeRobotDataset {version}: convert it to {OLD} with an old lerobot first")
+    if not (source / "meta" / STATISTICS).is_file():
+        raise ValueError(
+            f"{source} is a LeRobotDataset {version} without meta/{STATISTICS}, which lerobot's converter needs: train "
+            f"on it as it is, with data.root={source}"
+        )
     return True
 
 

@@ -1,4 +1,4 @@
-"""Training data: a LeRobotDataset v3, mapped to an `Embodiment` by its keys, and batches of it.
+"""Training data: a LeRobotDataset, mapped to an `Embodiment` by its keys, and batches of it.
 
 Frames are decoded once into a memory-mapped file (`frame_cache`); everything else is in memory. A batch is built by a
 few array operations, without a Python loop over samples and without loader processes. pyarrow and lerobot are imported
@@ -9,6 +9,8 @@ Shape legend: N frames of the data set, B batch, V views, H, W image, S state, A
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +21,14 @@ import torch
 from torch import Tensor
 
 from cogvla.configs.build import build
+from cogvla.policy.data.episodes import check_choice
 from cogvla.policy.data.gripper import GripperConvention, convert_grippers
 from cogvla.policy.data.labels import shaped
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
+
+SAMPLED_FRAMES = 64
+"""Number of frames that the fingerprint of the pictures looks at."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,8 @@ class DataConfig:
 
     Attributes:
         cameras: camera name of the embodiment -> key of the data set.
-        state: key of the proprioceptive state.
-        action: key of the action.
+        state: key of the proprioceptive state, or several, whose values are put one after the other.
+        action: key of the action, or several.
         repo_id: name on the hub; None: use the folder `root`.
         root: folder of the data set; with a `repo_id`, the download folder (None: lerobot's own cache).
         revision: revision of the hub repository.
@@ -40,29 +46,45 @@ class DataConfig:
         gripper: gripper values of the data set (index, open, close), or a list of them for several grippers; None:
             those of the embodiment.
         instruction_key: key of the instruction: `task` (lerobot's task strings), or a string feature.
+        episodes: episodes to use: a list of numbers, a range `FIRST:END`, or a share (0.1 or `10%`); None: all.
         cache: folder for decoded frames; runs with the same data and image size share it.
     """
 
     cameras: Mapping[str, str]
-    state: str = "observation.state"
-    action: str = "action"
+    state: str | tuple[str, ...] = "observation.state"
+    action: str | tuple[str, ...] = "action"
     repo_id: str | None = None
     root: str | None = None
     revision: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     gripper: tuple[GripperConvention, ...] | None = None
     instruction_key: str = "task"
+    episodes: tuple[int, ...] | str | float | None = None
     cache: str = "outputs/cache"
 
     def __post_init__(self) -> None:
         if self.repo_id is None and self.root is None:
             raise ValueError("data needs a root (a folder) or a repo_id (a data set on the hub)")
+        check_choice(self.episodes)
+        for name in ("state", "action"):
+            keys = getattr(self, name)
+            keys = (keys,) if isinstance(keys, str) else keys
+            if not (isinstance(keys, tuple) and keys and all(isinstance(key, str) for key in keys)):
+                raise ValueError(f"data.{name} must be a key of the data set, or a list of keys; got {keys!r}")
         given: Any = self.gripper
         grippers = given if isinstance(given, list | tuple) else () if given is None else (given,)
         parsed = (
             g if isinstance(g, GripperConvention) else build(GripperConvention, g, "data.gripper") for g in grippers
         )
         object.__setattr__(self, "gripper", tuple(parsed))
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        return (self.state,) if isinstance(self.state, str) else self.state
+
+    @property
+    def action_keys(self) -> tuple[str, ...]:
+        return (self.action,) if isinstance(self.action, str) else self.action
 
 
 @dataclass(frozen=True)
@@ -80,6 +102,7 @@ class DemonstrationData:
         chunk: K, number of actions of one sample.
         provenance: description of the data for reports.
         rows: indices of the frames of this part, int64; None: all frames.
+        notes: lines for the user about what is unusual in the data set.
     """
 
     pixels_NVCHW: Tensor = field(repr=False)
@@ -92,6 +115,7 @@ class DemonstrationData:
     chunk: int
     provenance: dict[str, Any] = field(default_factory=dict)
     rows: Tensor | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {len(x) for x in (self.pixels_NVCHW, self.state_NS, self.action_NA, self.episode_N)}
@@ -105,9 +129,10 @@ class DemonstrationData:
             ValueError: the data set does not exist, does not fit the embodiment, contains NaN, or is damaged.
             OSError: the decoded frames cannot be written.
         """
-        from cogvla.policy.data.frame_cache import open_cache
+        from cogvla.policy.data.download import local_root
+        from cogvla.policy.data.frame_cache import open_frames
+        from cogvla.policy.data.reader import LeRobotReader
         from cogvla.policy.data.reader import Mapping as ReaderMapping
-        from cogvla.policy.data.reader import local_root
 
         missing = [name for name in embodiment.camera_names if name not in config.cameras]
         if missing:
@@ -120,34 +145,57 @@ class DemonstrationData:
             raise ValueError(f"all cameras must have the same image size; embodiment {embodiment.name!r} has {sizes}")
         mapping = ReaderMapping(
             cameras=tuple(config.cameras[name] for name in embodiment.camera_names),
-            state=config.state,
-            action=config.action,
+            state=config.state_keys,
+            action=config.action_keys,
             labels=tuple(sorted(config.labels.items())),
             instruction=config.instruction_key,
             state_dim=embodiment.state_dim,
             action_dim=embodiment.action_dim,
         )
-        root = local_root(config.root, config.repo_id, config.revision)
-        cache = open_cache(root, mapping, sizes.pop(), Path(config.cache), progress)
-        columns = {name: torch.from_numpy(array) for name, array in cache.columns.items()}
+        root, revision = local_root(config.root, config.repo_id, config.revision)
+        reader = LeRobotReader(root, mapping, config.episodes)
+        arrays, instructions = reader.columns()
+        columns = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        actions = convert_grippers(columns.pop("action"), config.gripper, embodiment)
+        notes = reader.notes
+        if reader.metadata.fps != embodiment.control_hz:
+            notes.append(
+                f"the data set has {reader.metadata.fps:g} frames per second, the embodiment's control_hz is "
+                f"{embodiment.control_hz:g}: the policy will move faster or slower than the demonstrations, unless "
+                "meta/info.json is wrong"
+            )
         data = cls(
-            pixels_NVCHW=torch.from_numpy(cache.frames_NVCHW),
+            pixels_NVCHW=torch.from_numpy(open_frames(reader, sizes.pop(), Path(config.cache), progress)),
             state_NS=columns.pop("state"),
-            action_NA=convert_grippers(columns.pop("action"), config.gripper, embodiment),
+            action_NA=actions,
             episode_N=columns.pop("episode"),
             instruction_N=columns.pop("instruction"),
-            instructions=cache.instructions,
+            instructions=instructions,
             frame_labels={name: shaped(name, key, columns[f"label/{name}"]) for name, key in config.labels.items()},
             chunk=embodiment.chunk,
+            notes=tuple(f"{root}: {note}" for note in notes),
         )
         provenance = {
             "name": config.repo_id or root.name,
-            "revision": config.revision,
-            "fingerprint": cache.fingerprint,
+            "revision": revision,
+            "fingerprint": _digest(*data.content().values()),
             "episodes": int(data.episode_N.unique().numel()),
             "frames": len(data),
         }
         return replace(data, provenance=provenance)
+
+    def content(self) -> dict[str, str]:
+        """Return a fingerprint of each part of the content; that of the pictures looks at `SAMPLED_FRAMES` frames."""
+        frames = torch.linspace(0, len(self.episode_N) - 1, min(SAMPLED_FRAMES, len(self.episode_N))).long().numpy()
+        parts: dict[str, list[str | np.ndarray]] = {
+            "pictures": [np.take(self.pixels_NVCHW.numpy(), frames, axis=0)],
+            "states": [self.state_NS.numpy()],
+            "actions": [self.action_NA.numpy()],
+            "episodes": [self.episode_N.numpy()],
+            "instructions": [self.instruction_N.numpy(), json.dumps(self.instructions)],
+            "labels": [part for name, v in sorted(self.frame_labels.items()) for part in (name, v.numpy())],
+        }
+        return {name: _digest(*values) for name, values in parts.items()}
 
     def __len__(self) -> int:
         return len(self.episode_N) if self.rows is None else len(self.rows)
@@ -288,3 +336,10 @@ class TrainingBatches:
             order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
             self._epochs[epoch] = order
         return order
+
+
+def _digest(*values: str | np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value.encode() if isinstance(value, str) else value.tobytes())
+    return digest.hexdigest()[:16]

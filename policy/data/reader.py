@@ -1,9 +1,10 @@
-"""Read a LeRobotDataset v3: its columns as arrays, and its frames one part at a time.
+"""Read a LeRobotDataset v2.0, v2.1 or v3: its columns as arrays, and its frames one part at a time.
 
-The files are read directly (parquet with pyarrow): lerobot takes seconds to import, and `datasets` copies all images.
-lerobot is used to download data sets and to find frames in videos (with pyav, which does not need a system FFmpeg).
+The files are read directly (parquet with pyarrow, videos with PyAV): lerobot takes seconds to import, and `datasets`
+copies all images. Nothing is believed that can be checked: frames are ordered by episode and frame number, and the
+metadata must agree with the files.
 
-Shape legend: N frames of the data set, F frames of a part.
+Shape legend: N chosen frames of the data set, F frames of a part, E chosen episodes.
 """
 
 from __future__ import annotations
@@ -11,20 +12,28 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
 
-VERSION = "v3"
-VIDEO_CHUNK = 64
-"""Frames decoded at once: lerobot returns float32, 3.7 MB per frame of 640x480."""
+from cogvla.policy.data import video
+from cogvla.policy.data.columns import AGAIN, numbers, parquet, texts, whole_numbers
+from cogvla.policy.data.episodes import EpisodeChoice, choose
+from cogvla.policy.data.metadata import EpisodeEntry, Metadata
+
+T = TypeVar("T")
+BETWEEN_FRAMES = 0.1
+"""Fraction of a frame: a part of a video that starts further than this from a frame must follow the part before it."""
+PICTURE_MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "YCbCr")
+"""PIL's modes with 8 bits per channel or less."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,8 @@ class Mapping:
 
     Attributes:
         cameras: keys of the images, in the order of the embodiment's cameras.
-        state: key of the state.
-        action: key of the action.
+        state: keys whose values, one after the other, are the state.
+        action: keys whose values, one after the other, are the action.
         labels: (name, key) of each label.
         instruction: `task`, or the key of a string feature.
         state_dim: S.
@@ -42,8 +51,8 @@ class Mapping:
     """
 
     cameras: tuple[str, ...]
-    state: str
-    action: str
+    state: tuple[str, ...]
+    action: tuple[str, ...]
     labels: tuple[tuple[str, str], ...]
     instruction: str
     state_dim: int
@@ -58,51 +67,33 @@ class FrameGroup:
         view: index of the camera.
         rows: indices of the frames in the data set, [F].
         source: file to decode.
+        places: rows in the row group, or frames of the video, ascending, [F].
         row_group: index in the parquet file; None for a video.
-        timestamps: times of the frames in the video, in seconds; None for images.
-        episode: index of the (first) episode, for messages.
     """
 
     view: int
     rows: np.ndarray
     source: Path
+    places: np.ndarray
     row_group: int | None
-    timestamps: tuple[float, ...] | None
-    episode: int
 
 
-def local_root(root: str | None, repo_id: str | None, revision: str | None) -> Path:
-    """Return the data set's folder; download it if `repo_id` is given and the folder is empty.
+@dataclass(frozen=True)
+class _Index:
+    """The rows of all data files.
 
-    Raises:
-        ValueError: there is no data set in the folder, or it cannot be downloaded.
+    Attributes:
+        episode, frame: numbers of each row's episode and frame, in the order of the files.
+        order: the chosen rows, in the order of episodes and frames, [N].
+        row: the place of each row in `order`; -1: not chosen.
+        notes: see `LeRobotReader.notes`.
     """
-    if repo_id is not None:
-        return _from_hub(root, repo_id, revision)
-    if root is not None and (Path(root) / "meta" / "info.json").is_file():
-        return Path(root)
-    raise ValueError(
-        f"there is no LeRobotDataset in {root}: record one with `record_demonstrations suite=... output={root}`, "
-        "or set data.root to another folder or data.repo_id to a data set of the hub"
-    )
 
-
-def _from_hub(root: str | None, repo_id: str, revision: str | None) -> Path:
-    """Return the folder of a data set on the hub; download only the files that are missing."""
-    from huggingface_hub.errors import HfHubHTTPError
-    from lerobot.datasets.backward_compatibility import CompatibilityError
-    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
-
-    try:
-        meta = LeRobotDatasetMetadata(repo_id, root=root, revision=revision)
-        episodes = range(meta.total_episodes)
-        files = {meta.get_data_file_path(episode) for episode in episodes}
-        files |= {meta.get_video_file_path(episode, key) for episode in episodes for key in meta.video_keys}
-        if not all((meta.root / file).is_file() for file in files):
-            meta.pull_from_repo()
-    except (HfHubHTTPError, CompatibilityError, OSError) as error:
-        raise ValueError(f"cannot get the data set {repo_id!r} from the hub: {error}") from error
-    return Path(meta.root)
+    episode: np.ndarray
+    frame: np.ndarray
+    order: np.ndarray
+    row: np.ndarray
+    notes: tuple[str, ...]
 
 
 class LeRobotReader:
@@ -111,52 +102,39 @@ class LeRobotReader:
     Args:
         root: folder of the data set.
         mapping: keys to read.
+        episodes: the episodes to read; None: all.
 
     Raises:
         ValueError: keys or sizes do not fit the data set; methods also raise it for missing or damaged files.
     """
 
-    def __init__(self, root: Path, mapping: Mapping) -> None:
-        self.root, self.mapping = root, mapping
-        path = root / "meta" / "info.json"
-        try:
-            self.info: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); record or download the data set again") from error
-        version = str(self.info.get("codebase_version"))
-        if not version.startswith(VERSION):
-            raise ValueError(
-                f"{root} is a LeRobotDataset {version}; convert it with `convert_libero source={root} output=FOLDER`, "
-                "which runs lerobot's `python -m lerobot.datasets.v30.convert_dataset_v21_to_v30`"
-            )
-        self.features: dict[str, dict[str, Any]] = self.info["features"]
+    def __init__(self, root: Path, mapping: Mapping, episodes: EpisodeChoice = None) -> None:
+        self.root, self.mapping, self.wanted = root, mapping, episodes
+        self.metadata = Metadata(root)
         self._check_keys()
 
-    def fingerprint(self, extra: str) -> str:
-        """Return a fingerprint that changes with any file of the data set, the mapping, and `extra`."""
-        files = [self.root / "meta" / "info.json", *self._data_files(), *sorted((self.root / "videos").rglob("*.mp4"))]
-        digest = hashlib.sha256(json.dumps([asdict(self.mapping), extra]).encode())
-        for path in files:
-            stat = path.stat()
-            digest.update(f"{path.relative_to(self.root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        return digest.hexdigest()[:16]
+    @property
+    def notes(self) -> list[str]:
+        """Lines about what is unusual, but was read correctly."""
+        return [*self._index.notes, *self._task_notes()]
 
-    @cached_property
-    def index(self) -> dict[str, np.ndarray]:
-        """`episode`, `frame`, `timestamp` and `row` (index in the data set) of all frames, in order of the files."""
-        keys = {"episode": "episode_index", "frame": "frame_index", "timestamp": "timestamp", "row": "index"}
-        columns = self._read(list(keys.values()))
-        index = {name: columns[key] for name, key in keys.items()}
-        total = int(self.info["total_frames"])
-        if not len(index["row"]) or not total:
-            raise ValueError(f"the data set in {self.root} is empty; record or download it again")
-        index["row"] = np.argsort(np.argsort(index["row"], kind="stable"), kind="stable")
-        if len(index["row"]) != total:
-            raise ValueError(
-                f"{self.root} should have {total} frames, its files have {len(index['row'])}: "
-                "some are missing; record or download it again"
-            )
-        return index
+    def __len__(self) -> int:
+        return len(self._index.order)
+
+    def fingerprint(self, extra: str) -> str:
+        """Return a fingerprint of all files with frames, of the order of the frames, of the cameras and of `extra`."""
+        kinds = [asdict(self.metadata.features[key]) for key in self.mapping.cameras]
+        parts = [[entry.number, repr(sorted(entry.videos.items()))] for entry in self._entries]
+        digest = hashlib.sha256(json.dumps([self.mapping.cameras, kinds, parts, self.metadata.fps, extra]).encode())
+        digest.update(self._index.order.tobytes())
+        for path in self.metadata.files(".", ""):
+            if "meta" in path.relative_to(self.root).parts[:1] or not path.is_file():
+                continue
+            stat = path.stat()
+            # programs that copy a file may keep the time of its content, but not that of its entry in the folder
+            said = f"{path.relative_to(self.root)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
+            digest.update(said.encode())
+        return digest.hexdigest()[:16]
 
     def columns(self) -> tuple[dict[str, np.ndarray], list[str]]:
         """Read state, action, episode, instruction and labels as arrays [N,...], and the distinct instructions.
@@ -164,29 +142,39 @@ class LeRobotReader:
         Returns:
             Arrays by name: `state` and `action` float32, `episode` int64, `instruction` int64 (index of the distinct
             instruction), `label/NAME`; and the distinct instructions.
+
+        Raises:
+            ValueError: a column is missing, incomplete, no number or text, or not of the declared shape.
         """
-        mapping = self.mapping
-        text_key = "task_index" if mapping.instruction == "task" else mapping.instruction
-        keys = {"state": mapping.state, "action": mapping.action, "instruction": text_key}
-        keys |= {f"label/{name}": key for name, key in mapping.labels}
-        values = self._read(list(dict.fromkeys(keys.values())))
-        order = np.argsort(self.index["row"])
-        columns = {name: np.ascontiguousarray(values[key][order]) for name, key in keys.items()}
-        columns["episode"] = self.index["episode"][order].astype(np.int64)
-        for name, dim in (("state", mapping.state_dim), ("action", mapping.action_dim)):
-            columns[name] = columns[name].reshape(-1, dim).astype(np.float32)
-            self._check_finite(name, columns[name], order)
-        distinct, ids = np.unique(columns["instruction"], return_inverse=True)
-        columns["instruction"] = ids.astype(np.int64).reshape(-1)
-        instructions = (
-            [self._tasks[int(i)] for i in distinct] if text_key == "task_index" else [str(t) for t in distinct]
-        )
-        return columns, instructions
+        mapping, order = self.mapping, self._index.order
+        read = self._read((*mapping.state, *mapping.action, *(key for _, key in mapping.labels)), numbers)
+        values = {key: self._shaped(key, parts)[order] for key, parts in read.items()}
+        columns = {
+            "state": self._joined("state", [values[key] for key in mapping.state]),
+            "action": self._joined("action", [values[key] for key in mapping.action]),
+            "episode": self._index.episode[order],
+            **{f"label/{name}": values[key] for name, key in mapping.labels},
+        }
+        said = self._instructions()
+        distinct = sorted(set(said))
+        if blank := [i for i, text in enumerate(said) if not text.strip()]:
+            episode = self._index.episode[order][blank[0]]
+            raise ValueError(f"{self.root}: episode {episode} has an empty instruction; every frame needs one")
+        known = {text: number for number, text in enumerate(distinct)}
+        columns["instruction"] = np.array([known[text] for text in said], np.int64)
+        return columns, distinct
 
     def parts(self) -> Iterator[FrameGroup]:
-        """Yield the frames of all cameras, in parts."""
+        """Yield the frames of all cameras, in parts.
+
+        Raises:
+            ValueError: a frame is in no part of a video, or the parts do not agree with the videos.
+        """
         for view, key in enumerate(self.mapping.cameras):
-            yield from self._video_parts(view, key) if self._kind(key) == "video" else self._image_parts(view)
+            if self.metadata.features[key].dtype == "video":
+                yield from self._video_parts(view, key)
+            else:
+                yield from self._image_parts(view)
 
     def decode(self, part: FrameGroup, only: Collection[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Decode the frames of a part.
@@ -201,144 +189,274 @@ class LeRobotReader:
         Raises:
             ValueError: a frame cannot be decoded.
         """
-        if part.timestamps is not None:
-            chosen = np.ones(len(part.rows), bool) if only is None else np.isin(part.rows, list(only))
-            timestamps = tuple(t for t, wanted in zip(part.timestamps, chosen, strict=True) if wanted)
-            yield from self._decode_video(replace(part, rows=part.rows[chosen], timestamps=timestamps))
+        if only is not None:
+            wanted = np.isin(part.rows, list(only))
+            part = replace(part, rows=part.rows[wanted], places=part.places[wanted])
+        if not len(part.rows):
             return
         key = self.mapping.cameras[part.view]
-        table = _parquet(part.source, [key], part.row_group, self._footer(part.source))
-        for row, value in zip(part.rows, table.column(key), strict=True):
-            if only is not None and row not in only:
-                continue
-            image = value.as_py()
-            try:
-                source = io.BytesIO(image["bytes"]) if image["bytes"] else self.root / image["path"]
-                with Image.open(source) as opened:
-                    frame_HWC = np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
-            except (OSError, TypeError, SyntaxError) as error:  # PIL raises all of these on damaged files
-                raise ValueError(
-                    f"{part.source}: an image of {key!r} at frame {row} of the data set is damaged ({error}); "
-                    "record or download it again"
-                ) from error
-            yield np.array([row]), frame_HWC.transpose(2, 0, 1)[None]
+        if part.row_group is None:
+            for places, frames_FHWC in video.frames(part.source, self._times(part.source), part.places):
+                yield part.rows[places], frames_FHWC.transpose(0, 3, 1, 2)
+            return
+        table = parquet(part.source, [key], part.row_group, self._footer(part.source))
+        for row, value in zip(part.rows, table[key].take(pa.array(part.places)), strict=True):
+            yield np.array([row]), self._picture(value.as_py(), part.source, key, int(row)).transpose(2, 0, 1)[None]
 
-    def _decode_video(self, part: FrameGroup) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        from lerobot.datasets.video_utils import decode_video_frames
+    def _picture(self, value: Any, source: Path, key: str, row: int) -> np.ndarray:
+        """Decode one picture of a parquet file, uint8 [H,W,3]."""
+        where = f"{source}: the image of {key!r} at frame {row} of the data set"
+        try:
+            stored = value if isinstance(value, dict) else {"bytes": value}
+            if isinstance(stored.get("bytes"), bytes):
+                opened = Image.open(io.BytesIO(stored["bytes"]))
+            elif isinstance(stored.get("path"), str):
+                opened = Image.open(self.root / stored["path"])
+            else:
+                raise ValueError(f"{where} is missing; {AGAIN}")
+            with opened:
+                if opened.mode not in PICTURE_MODES:
+                    raise ValueError(
+                        f"{where} is no 8-bit picture (mode {opened.mode}, as of depth or floats); choose another "
+                        "camera, or store it with 8 bits per channel"
+                    )
+                upright = ImageOps.exif_transpose(opened)  # as `datasets` and lerobot show it
+                return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+        except (OSError, TypeError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
+            raise ValueError(f"{where} is damaged ({error}); {AGAIN}") from error
 
-        assert part.timestamps is not None
-        tolerance = 0.5 / self.info["fps"]
-        for start in range(0, len(part.rows), VIDEO_CHUNK):
-            chosen = slice(start, start + VIDEO_CHUNK)
-            try:
-                frames = decode_video_frames(part.source, list(part.timestamps[chosen]), tolerance, backend="pyav")
-            except Exception as error:  # pyav, torchvision and lerobot raise their own errors
+    @cached_property
+    def _data_files(self) -> list[Path]:
+        found = self.metadata.files("data", ".parquet")
+        if not found:
+            raise ValueError(f"the data set in {self.root} is empty: it has no data files; {AGAIN}")
+        return found
+
+    @cached_property
+    def _index(self) -> _Index:
+        """Order all rows by episode and frame, and check that no frame is missing or there twice."""
+        read = self._read(("episode_index", "frame_index"), whole_numbers)
+        episode, frame = (np.concatenate(parts) for parts in read.values())
+        if not len(episode):
+            raise ValueError(f"the data set in {self.root} is empty; {AGAIN}")
+        total = self.metadata.total_frames
+        if len(episode) != total:
+            raise ValueError(
+                f"{self.root} should have {total} frames, its files have {len(episode)}: files are missing, or old and "
+                f"new ones are mixed; {AGAIN}"
+            )
+        order = np.lexsort((frame, episode))
+        starts = np.flatnonzero(np.diff(episode[order], prepend=-1))
+        length = np.diff(starts, append=len(order))
+        count = np.arange(len(order)) - np.repeat(starts, length)
+        if len(wrong := np.flatnonzero(frame[order] != count)):
+            number, at, expected = episode[order][wrong[0]], frame[order][wrong[0]], count[wrong[0]]
+            problem = (
+                f"has frame {at} twice: two episodes have the same number, or a file is there twice; number them anew"
+                if at < expected
+                else f"has no frame {expected}, the next one is {at}; {AGAIN}"
+            )
+            raise ValueError(f"{self.root}: episode {number} {problem}")
+        lengths = dict(zip(episode[order][starts].tolist(), length.tolist(), strict=True))
+        self._check_entries(lengths)
+        notes = self._rate_notes(episode, order, starts, count)
+        chosen = choose(np.array(list(lengths), np.int64), self.wanted)
+        order = order[np.isin(episode[order], chosen)]
+        row = np.full(len(episode), -1)
+        row[order] = np.arange(len(order))
+        return _Index(episode, frame, order, row, tuple(notes))
+
+    @cached_property
+    def _entries(self) -> list[EpisodeEntry]:
+        return self.metadata.episodes(self.mapping.cameras)
+
+    def _check_entries(self, lengths: dict[int, int]) -> None:
+        """Check that the metadata and the data files have the same episodes; `lengths`: those of the files."""
+        total = self.metadata.total_episodes
+        if total is not None and total != len(lengths):
+            raise ValueError(f"{self.root} should have {total} episodes, its files have {len(lengths)}; {AGAIN}")
+        videos = [key for key in self.mapping.cameras if self.metadata.features[key].dtype == "video"]
+        if not self._entries and not videos:
+            return  # images are in the data files, so nothing depends on the list
+        listed = {entry.number: entry.length for entry in self._entries}
+        for number, length in lengths.items():
+            if number not in listed:
+                missing = [n for n in lengths if n not in listed]
+                place = f", so no part of a video has its frames 0 to {length - 1}" if videos else ""
                 raise ValueError(
-                    f"{part.source}: cannot decode episode {part.episode} ({type(error).__name__}: {error}); "
-                    "record or download it again"
-                ) from error
-            yield part.rows[chosen], (frames * 255).round().byte().numpy()
+                    f"{self.root}/meta lists no episode {number}{place} ({len(missing)} of {len(lengths)} episodes "
+                    f"are not listed: {_some(missing)}; {sum(lengths[n] for n in missing)} frames); {AGAIN}"
+                )
+            if listed[number] != length:
+                raise ValueError(
+                    f"{self.root}/meta says that episode {number} has {listed[number]} frames, the data files have "
+                    f"{length}; {AGAIN}"
+                )
+        if extra := sorted(listed.keys() - lengths.keys()):
+            raise ValueError(f"{self.root}/meta lists episodes without data: {_some(extra)}; {AGAIN}")
+
+    def _rate_notes(self, episode: np.ndarray, order: np.ndarray, starts: np.ndarray, count: np.ndarray) -> list[str]:
+        """Compare `timestamp` with the frame rate, which alone decides: each frame comes 1/fps after the one before."""
+        if "timestamp" not in self.metadata.features:
+            return []
+        stamp = np.concatenate(self._read(("timestamp",), numbers)["timestamp"]).reshape(len(episode), -1)[order, 0]
+        passed = stamp - np.repeat(stamp[starts], np.diff(starts, append=len(order)))
+        off = np.flatnonzero(~(np.abs(passed * self.metadata.fps - count) <= 0.5))
+        if not len(off):
+            return []
+        return [
+            f"the time stamps of {len(np.unique(episode[order][off]))} episodes do not fit the data set's "
+            f"{self.metadata.fps:g} frames per second (episode {episode[order][off[0]]}, frame {count[off[0]]}: "
+            f"{passed[off[0]]:.3f} s after the first one instead of {count[off[0]] / self.metadata.fps:.3f} s); frames "
+            "are taken by their number"
+        ]
+
+    def _task_notes(self) -> list[str]:
+        """Compare the tasks that the list of episodes repeats with those of the frames, which decide."""
+        if self.mapping.instruction != "task":
+            return []
+        episode_N = self._index.episode[self._index.order]
+        pairs = np.unique(np.stack([episode_N, self._task_numbers]), axis=1).T.tolist()
+        said: dict[int, set[str]] = defaultdict(set)
+        for number, task in pairs:
+            said[number].add(self.metadata.tasks[task])
+        other = [e for e in self._entries if e.tasks and e.number in said and not said[e.number] <= set(e.tasks)]
+        if not other:
+            return []
+        number, listed, used = other[0].number, list(other[0].tasks), sorted(said[other[0].number])
+        return [
+            f"meta/episodes gives {len(other)} episodes another task than meta/tasks, which decides (episode {number}: "
+            f"{listed}; used: {used})"
+        ]
 
     def _image_parts(self, view: int) -> Iterator[FrameGroup]:
         start = 0
-        for path in self._data_files():
+        for path in self._data_files:
             metadata = self._footer(path)
             for group in range(metadata.num_row_groups):
-                rows = self.index["row"][start : start + metadata.row_group(group).num_rows]
-                yield FrameGroup(view, rows, path, group, None, int(self.index["episode"][start]) if len(rows) else 0)
+                rows = self._index.row[start : start + metadata.row_group(group).num_rows]
+                places = np.flatnonzero(rows >= 0)
+                if len(places):
+                    yield FrameGroup(view, rows[places], path, places, group)
                 start += len(rows)
 
     def _video_parts(self, view: int, key: str) -> Iterator[FrameGroup]:
-        names = ["episode_index", *(f"videos/{key}/{c}" for c in ("chunk_index", "file_index", "from_timestamp"))]
-        for path in sorted((self.root / "meta" / "episodes").glob("*/*.parquet")):
-            for episode, chunk, file, first in zip(*_parquet(path, names).to_pydict().values(), strict=True):
-                source = self.root / self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
-                if not source.is_file():
-                    raise ValueError(f"{source} is missing; record or download the data set again")
-                here = np.flatnonzero(self.index["episode"] == episode)
-                timestamps = tuple(float(first + t) for t in self.index["timestamp"][here])
-                yield FrameGroup(view, self.index["row"][here], source, None, timestamps, int(episode))
-
-    def _kind(self, key: str) -> str:
-        return str(self.features[key]["dtype"])
+        """Find each episode's frames in its video: by their number, where the times of the part leave no doubt."""
+        index, fps = self._index, self.metadata.fps
+        files: dict[Path, list[EpisodeEntry]] = defaultdict(list)
+        for entry in self._entries:
+            files[entry.videos[key].path].append(entry)
+        if missing := [path for path in files if not path.is_file()]:
+            raise ValueError(f"{missing[0]} is missing; {AGAIN}")
+        chosen = set(index.episode[index.order].tolist())
+        for path, entries in files.items():
+            if not chosen.intersection(entry.number for entry in entries):
+                continue
+            frames, end = len(self._times(path)), 0
+            for entry in sorted(entries, key=lambda entry: (entry.videos[key].start or 0, entry.number)):
+                part, length = entry.videos[key], entry.length
+                start, stop = (0.0, frames / fps) if part.start is None or part.end is None else (part.start, part.end)
+                first, where = round(start * fps), f"{path}: episode {entry.number}"
+                if abs((stop - start) * fps - length) > 0.5:
+                    raise ValueError(
+                        f"{where} has {length} frames in the data files, but {(stop - start) * fps:.4g} in the video "
+                        f"({start:.3f} to {stop:.3f} s at {fps:g} frames per second); {AGAIN}"
+                    )
+                if first < end or first + length > frames:
+                    raise ValueError(
+                        f"{where} would have frames {first} to {first + length - 1} of the video, which has {frames}, "
+                        f"{end} of them of earlier episodes; {AGAIN}"
+                    )
+                if first != end and abs(start * fps - first) > BETWEEN_FRAMES:
+                    raise ValueError(
+                        f"{where} starts between two frames, at {start:.4f} s ({fps:g} per second); {AGAIN}"
+                    )
+                end = first + length
+                if entry.number in chosen:
+                    rows = index.row[np.flatnonzero(index.episode == entry.number)]
+                    yield FrameGroup(view, np.sort(rows), path, np.arange(first, end), None)
 
     @cached_property
-    def _tasks(self) -> dict[int, str]:
-        table = _parquet(self.root / "meta" / "tasks.parquet").to_pydict()
-        text = next(name for name in table if name != "task_index")
-        return dict(zip(table["task_index"], table[text], strict=True))
+    def _task_numbers(self) -> np.ndarray:
+        """`task_index` of each chosen frame; each has a text."""
+        (parts,) = self._read(("task_index",), whole_numbers).values()
+        numbers_N = np.concatenate(parts)[self._index.order]
+        if unknown := sorted(set(np.unique(numbers_N).tolist()) - self.metadata.tasks.keys()):
+            raise ValueError(f"{self.root}/meta/tasks has no text for task_index {_some(unknown)}; add it, or {AGAIN}")
+        return numbers_N
+
+    def _instructions(self) -> list[str]:
+        """Return the instruction of each chosen frame."""
+        key = self.mapping.instruction
+        if key == "task":
+            return [self.metadata.tasks[number] for number in self._task_numbers.tolist()]
+        said = [text for part in self._read((key,), texts)[key] for text in part]
+        return [said[row] for row in self._index.order]
+
+    def _joined(self, name: str, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Return these values one after the other, float32 [N,D]."""
+        with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+            values_ND = np.concatenate([v.reshape(len(v), -1).astype(np.float32) for v in values], axis=1)
+        bad = np.flatnonzero(~np.isfinite(values_ND).all(axis=1))
+        if len(bad):
+            row = self._index.order[bad[0]]
+            raise ValueError(
+                f"{name} has NaN or infinite values in {len(bad)} frames of {self.root}, first in episode "
+                f"{self._index.episode[row]}, frame {self._index.frame[row]}; remove them or record them anew"
+            )
+        return values_ND
+
+    def _shaped(self, key: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Return all rows of a column, in the order of the files and the declared shape; (1,) becomes ()."""
+        shape = self.metadata.features[key].shape
+        for path, part in zip(self._data_files, parts, strict=True):
+            if len(part) and int(np.prod(part.shape[1:])) != int(np.prod(shape)):
+                raise ValueError(
+                    f"{path}: {key!r} has {int(np.prod(part.shape[1:]))} numbers per row, meta/info.json says shape "
+                    f"{list(shape)}; correct its shape, or {AGAIN}"
+                )
+        return np.concatenate([part.reshape(len(part), *(() if shape == (1,) else shape)) for part in parts])
+
+    def _read(self, keys: Sequence[str], convert: Callable[[pa.ChunkedArray, str], T]) -> dict[str, list[T]]:
+        """Read columns of all data files, and convert each file's part of each column."""
+        keys = list(dict.fromkeys(keys))
+        tables = [parquet(path, keys) for path in self._data_files]
+        return {
+            key: [convert(table[key], f"{path}: {key!r}") for path, table in zip(self._data_files, tables, strict=True)]
+            for key in keys
+        }
 
     @lru_cache(maxsize=64)  # noqa: B019  the reader lives no longer than its cache is needed
     def _footer(self, path: Path) -> pq.FileMetaData:
         """Read the footer once: a file has a row group per episode, and each is read separately."""
         return pq.read_metadata(path)
 
-    def _data_files(self) -> list[Path]:
-        return sorted((self.root / "data").glob("*/*.parquet"))
-
-    def _read(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        tables = [_parquet(path, list(keys)) for path in self._data_files()]
-        if not tables:
-            raise ValueError(f"the data set in {self.root} is empty: it has no data files; record or download it again")
-        table = pa.concat_tables(tables)
-        return {key: self._array(table.column(key), key) for key in keys}
-
-    def _array(self, column: pa.ChunkedArray, key: str) -> np.ndarray:
-        shape = tuple(self.features[key]["shape"])
-        values = column.combine_chunks()
-        if self._kind(key) == "string":
-            return np.asarray(values.to_pylist(), dtype=str)
-        while not pa.types.is_primitive(values.type):
-            values = values.storage if isinstance(values, pa.ExtensionArray) else values.flatten()
-        array = values.to_numpy(zero_copy_only=False)
-        if array.size != len(column) * int(np.prod(shape)):
-            raise ValueError(f"{self.root}: {key!r} does not have shape {shape} in every frame")
-        return array.reshape(len(column), *shape) if shape != (1,) else array
+    @cache  # noqa: B019
+    def _times(self, path: Path) -> np.ndarray:
+        return video.frame_times(path, self.metadata.fps)
 
     def _check_keys(self) -> None:
-        mapping, cameras = self.mapping, [k for k in self.features if self._kind(k) in ("image", "video")]
+        mapping, features, cameras = self.mapping, self.metadata.features, self.metadata.cameras()
         for key in mapping.cameras:
             if key not in cameras:
                 raise ValueError(f"the data set in {self.root} has no camera {key!r}; it has {', '.join(cameras)}")
-        others = [key for key in self.features if key not in cameras]
+        others = [key for key in features if key not in cameras]
         text = [] if mapping.instruction == "task" else [mapping.instruction]
-        for key in (mapping.state, mapping.action, *(key for _, key in mapping.labels), *text):
+        for key in (*mapping.state, *mapping.action, *(key for _, key in mapping.labels), *text):
             if key not in others:
                 raise ValueError(f"the data set in {self.root} has no {key!r}; it has {', '.join(others)}")
-        for name, key, dim in (
+        for name, keys, dim in (
             ("state", mapping.state, mapping.state_dim),
             ("action", mapping.action, mapping.action_dim),
         ):
-            shape = tuple(self.features[key]["shape"])
-            if int(np.prod(shape)) != dim:
+            shapes = [features[key].shape for key in keys]
+            if sum(int(np.prod(shape)) for shape in shapes) != dim:
+                said = " and ".join(f"{key!r} has shape {shape}" for key, shape in zip(keys, shapes, strict=True))
                 raise ValueError(
-                    f"{key!r} has shape {shape} in the data set in {self.root}, the embodiment's {name}_dim is {dim}; "
+                    f"{said} in the data set in {self.root}, the embodiment's {name}_dim is {dim}; "
                     "choose the embodiment that was recorded, or another key"
                 )
 
-    def _check_finite(self, name: str, values_ND: np.ndarray, order: np.ndarray) -> None:
-        bad = np.flatnonzero(~np.isfinite(values_ND).all(axis=1))
-        if len(bad):
-            episode, frame = self.index["episode"][order][bad[0]], self.index["frame"][order][bad[0]]
-            raise ValueError(
-                f"{name} has NaN or infinite values in {len(bad)} frames of {self.root}, first in episode {episode}, "
-                f"frame {frame}; remove such episodes, or record them again"
-            )
 
-
-def _parquet(
-    path: Path,
-    columns: list[str] | None = None,
-    row_group: int | None = None,
-    footer: pq.FileMetaData | None = None,
-) -> pa.Table:
-    """Read columns of a parquet file, or of one of its row groups.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
-    try:
-        file = pq.ParquetFile(path, metadata=footer)
-        return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); record or download the data set again") from error
+def _some(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:5])) + (" ..." if len(values) > 5 else "")

@@ -144,7 +144,7 @@ def run(source: Path, output: Path, *overrides: str) -> Path:
 
 def dataset(root: Path) -> tuple[dict[str, np.ndarray], list[str], LeRobotReader]:
     reader = LeRobotReader(
-        root, Mapping(CAMERAS, "observation.state", "action", (("task", "label.task"),), "task", 8, 7)
+        root, Mapping(CAMERAS, ("observation.state",), ("action",), (("task", "label.task"),), "task", 8, 7)
     )
     return *reader.columns(), reader
 
@@ -363,7 +363,7 @@ def test_version_2_1_is_converted_by_lerobot(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before, "the source is kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
     assert not root.is_symlink()
-    reader = LeRobotReader(root, Mapping(("image", "wrist_image"), "state", "actions", (), "task", 8, 7))
+    reader = LeRobotReader(root, Mapping(("image", "wrist_image"), ("state",), ("actions",), (), "task", 8, 7))
     columns, instructions = reader.columns()
     assert instructions == ["turn on the stove"]
     assert columns["episode"].tolist() == [0, 0, 0, 1, 1, 1]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from cogvla.policy.data import frame_cache
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
@@ -225,9 +225,8 @@ def test_frames_are_decoded_once(copy: Path, tmp_path: Path, monkeypatch: pytest
     assert open_data(copy, cache, small).pixels_NVCHW.shape[-2:] == (8, 8)
     changed = next((copy / "data").glob("*/*.parquet"))
     os.utime(changed, (time.time(), time.time() + 5))
-    assert open_data(copy, cache).describe()["fingerprint"] != first.describe()["fingerprint"]
-    assert len([path for path in cache.iterdir() if path.is_dir()]) == 3
-    assert not [path for path in cache.iterdir() if path.name.startswith(".") or path.suffix == ".lock"]
+    assert open_data(copy, cache).describe() == first.describe(), "the content is the same"
+    assert [path.suffix for path in cache.iterdir()] == [".u8"] * 3
 
 
 def test_an_interrupted_decoding_leaves_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +236,7 @@ def test_an_interrupted_decoding_leaves_nothing(root: Path, tmp_path: Path, monk
     monkeypatch.setattr(frame_cache, "_decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_data(root, tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
 def test_a_full_disk_while_decoding(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +246,7 @@ def test_a_full_disk_while_decoding(root: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"No space left on device. Free space, or set data.cache"):
         open_data(root, tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
 def test_videos(tmp_path: Path) -> None:
@@ -256,7 +255,7 @@ def test_videos(tmp_path: Path) -> None:
     expected = torch.tensor([0, 20, 40, 60, 40, 60, 80.0])[:, None].expand(-1, 2)
     assert (levels - expected).abs().max() < 4
     next((tmp_path / "toy" / "videos").glob("*/*/*.mp4")).write_bytes(b"not a video")
-    with pytest.raises(ValueError, match=r"\.mp4: cannot decode episode 0"):
+    with pytest.raises(ValueError, match=r"\.mp4 is missing or no video"):
         open_data(tmp_path / "toy", tmp_path / "cache")
     shutil.rmtree(tmp_path / "toy" / "videos")
     with pytest.raises(ValueError, match=r"\.mp4 is missing"):
@@ -300,22 +299,6 @@ def test_no_data_set(tmp_path: Path) -> None:
         DataConfig(cameras=CAMERAS)
 
 
-def test_a_data_set_of_the_hub(root: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network: a complete folder is read, an incomplete one filled, and the answer of the hub passed on."""
-    assert len(open_data(copy, tmp_path / "cache", repo_id="someone/toy")) == sum(LENGTHS)
-    missing = next((copy / "data").glob("*/*.parquet"))
-    missing.unlink()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"cannot get the data set 'someone/toy' from the hub: .*[Oo]ffline"):
-        open_data(tmp_path / "nothing", tmp_path / "cache", repo_id="someone/toy")
-
-    def pull(self: LeRobotDatasetMetadata, **_: object) -> None:
-        shutil.copy(root / missing.relative_to(copy), missing)
-
-    monkeypatch.setattr(LeRobotDatasetMetadata, "pull_from_repo", pull)
-    assert len(open_data(copy, tmp_path / "cache", repo_id="someone/toy")) == sum(LENGTHS)
-
-
 def test_an_empty_data_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="empty"):
         open_data(write(tmp_path / "toy", ()), tmp_path / "cache")
@@ -334,7 +317,7 @@ def test_a_damaged_image(copy: Path, tmp_path: Path) -> None:
     start = content.find(b"IDAT")
     content[start : start + 200] = bytes(200)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"an image of .* at frame .* is damaged"):
+    with pytest.raises(ValueError, match=r"the image of .* at frame .* is damaged"):
         open_data(copy, tmp_path / "cache")
 
 
@@ -344,11 +327,8 @@ def test_missing_files(copy: Path, tmp_path: Path) -> None:
     info.write_text(json.dumps(content | {"total_frames": 99}))
     with pytest.raises(ValueError, match="should have 99 frames, its files have 25"):
         open_data(copy, tmp_path / "cache")
-    info.write_text(json.dumps(content | {"codebase_version": "v2.1"}))
-    with pytest.raises(ValueError, match=r"is a LeRobotDataset v2.1; convert it"):
-        open_data(copy, tmp_path / "cache")
     info.write_text("{")
-    with pytest.raises(ValueError, match=r"info.json is damaged"):
+    with pytest.raises(ValueError, match=r"info.json is missing or damaged"):
         open_data(copy, tmp_path / "cache")
 
 
