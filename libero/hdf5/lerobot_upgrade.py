@@ -32,10 +32,10 @@ def is_old_lerobot(source: Path) -> bool:
         raise ValueError(f"{source} is a LeRobotDataset {version} already: train on it with data.root={source}")
     if not version.startswith("v2"):
         raise ValueError(f"{source} is a LeRobotDataset {version}: convert it to {OLD} with an old lerobot first")
-    if not (source / "meta" / STATISTICS).is_file():
+    if version != OLD or not (source / "meta" / STATISTICS).is_file():
         raise ValueError(
-            f"{source} is a LeRobotDataset {version} without meta/{STATISTICS}, which lerobot's converter needs: train "
-            f"on it as it is, with data.root={source}"
+            f"{source} is a LeRobotDataset {version}: lerobot converts only {OLD} with meta/{STATISTICS}. Train on it "
+            f"as it is, with data.root={source}"
         )
     return True
 

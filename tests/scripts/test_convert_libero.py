@@ -383,10 +383,17 @@ def test_version_2_1_is_converted_by_lerobot(tmp_path: Path) -> None:
 
 
 def test_what_lerobot_cannot_convert_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is a LeRobotDataset v2\.0: convert it to v2\.1"):
+    with pytest.raises(
+        ValueError, match=r"v2\.0: lerobot converts only v2\.1 with .*\. Train on it as it is, with data\.ro"
+    ):
         run(old_lerobot(tmp_path / "older", "v2.0"), tmp_path / "new")
+    with pytest.raises(ValueError, match=r"v1\.6: convert it to v2\.1 with an old lerobot first"):
+        run(old_lerobot(tmp_path / "oldest", "v1.6"), tmp_path / "new")
+    (old_lerobot(tmp_path / "less") / "meta/episodes_stats.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"v2\.1: lerobot converts only v2\.1 with meta/episodes_stats\.jsonl\. Train"):
+        run(tmp_path / "less", tmp_path / "new")
     damaged = old_lerobot(tmp_path / "damaged")
     (damaged / "meta" / "episodes.jsonl").unlink()
     with pytest.raises(ValueError, match=r"lerobot's converter .*could not convert .*episodes\.jsonl"):
         run(damaged, tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "older"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "less", "older", "oldest"]
