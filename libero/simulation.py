@@ -188,6 +188,14 @@ class LiberoScene:
         """MuJoCo's data, without robosuite's wrapper."""
         return self.env.sim.data._data
 
+    @property
+    def fixtures(self) -> list[str]:
+        """Names of the bodies whose poses a state does not hold: NAME_main in the world, without joint."""
+        model = self.model
+        bodies = (model.body(index) for index in range(model.nbody))
+        fixed = (body for body in bodies if body.parentid[0] == 0 and body.jntnum[0] == 0)
+        return [body.name for body in fixed if body.name.endswith("_main")]
+
     def reset(self, state: np.ndarray | None, seed: int = 0) -> dict[str, np.ndarray]:
         """Start an episode.
 

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from cogvla.envs.suite import Suite, get_suite, register_suite
+from cogvla.files import visible
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.installation import assets_folder, versions
 from cogvla.libero.tasks import LIBERO_SUITES, MAX_STEPS, tasks
@@ -73,8 +74,8 @@ def _identity(settings: LiberoSettings, assets: Path) -> dict[str, Any]:
 @cache
 def _digest(folder: Path) -> str:
     """Hash the names and sizes of a folder's files, without reading the files."""
-    files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file())
-    files = [file for file in files if not file[0].startswith(".")]  # a download leaves hidden files behind
+    found = [file for file in visible(folder, "**/*") if file.is_file()]  # a download leaves hidden files behind
+    files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in found)
     return f"{hashlib.sha256(repr(files).encode()).hexdigest()[:12]} ({len(files)} files)"
 
 

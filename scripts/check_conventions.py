@@ -127,9 +127,11 @@ def check(
     if checkpoint is not None:
         findings.append(declared.statistics("checkpoint's statistics", checkpoint, features, embodiment))
     findings.append(declared.control_rate(recordings, embodiment))
+    findings += [Finding("files", "note", notice) for notice in recordings.notices]
     traces = _traces(recordings, suite, embodiment, episodes, progress)
     if not traces:
         return [*findings, Finding("replay", "not checked", "no episode could be assigned to a task of the suite")]
+    findings += state_agreement.fixtures(traces)
     findings += image_agreement.images(recordings, traces)
     late, delay = state_agreement.timing(traces, recordings.delay)
     states = state_agreement.states(traces, delay)

@@ -10,22 +10,31 @@ has the result of the N-th demonstration, and `N.npz` its episode if it is kept.
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from cogvla.configs.build import build
+from cogvla.files import visible
 from cogvla.libero.env import LiberoSettings
-from cogvla.libero.hdf5.conversion import Conversion, convert
+from cogvla.libero.hdf5.conversion import CONVERSION, Conversion, convert
 from cogvla.libero.hdf5.lerobot_upgrade import is_old_lerobot, upgrade
-from cogvla.libero.hdf5.reader import is_hdf5
+from cogvla.libero.hdf5.reader import SUFFIX, is_hdf5
 from cogvla.scripts import console
 from cogvla.scripts.command import plain
+
+LISTED = 8
 
 
 def main(config: DictConfig) -> None:
     """Convert `config.source`; see configs/convert_libero.yaml."""
-    print(f"data set: {run(config)}")
+    root = run(config)
+    record = root / CONVERSION
+    for warning in json.loads(record.read_text()).get("warnings", []) if record.is_file() else []:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"data set: {root}")
 
 
 def run(config: DictConfig) -> Path:
@@ -41,7 +50,7 @@ def run(config: DictConfig) -> Path:
     if is_old_lerobot(source):
         return upgrade(source, output)
     if not is_hdf5(source):
-        raise ValueError(f"{source} holds neither TASK_demo.hdf5 files nor a LeRobotDataset v2.1")
+        raise ValueError(f"{source} holds neither TASK_demo.hdf5 files nor a LeRobotDataset v2.1; {_there(source)}")
     conversion = Conversion.of(
         source,
         config.suite,
@@ -51,6 +60,15 @@ def run(config: DictConfig) -> Path:
         keep_noops=config.keep_noops,
     )
     return convert(conversion, output, config.workers, resume=config.resume, video=config.video)
+
+
+def _there(source: Path) -> str:
+    """Return in words what is in a folder instead."""
+    if source.is_file():
+        return "its name must end in .hdf5"
+    if below := sorted({path.parent.name for path in visible(source, f"*/*{SUFFIX}")}):
+        return f"give one of its folders: {', '.join(below)}"
+    return f"it holds {', '.join(path.name for path in visible(source, '*')[:LISTED]) or 'nothing'}"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from cogvla.envs.evaluation.episode_log import (
 from cogvla.envs.evaluation.evaluate import write_report
 from cogvla.envs.evaluation.report import Report, build_report, summary
 from cogvla.envs.suite import Suite, Task
-from cogvla.files import write_atomic
+from cogvla.files import is_left_by_macos, visible, write_atomic
 from cogvla.scripts.command import mistakes_in_one_line
 from cogvla.scripts.help import argument_parser
 
@@ -82,7 +82,7 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
         ValueError: a part is not finished or has another configuration, two parts have the same episode, or `output`
             is not empty.
     """
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and not all(map(is_left_by_macos, output.iterdir())):
         raise ValueError(f"{output} is not empty: choose another output")
     parts = [FinishedEvaluation.read(folder) for folder in folders]
     first = parts[0]
@@ -98,7 +98,7 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
 
     (output / VIDEOS).mkdir(parents=True)
     for part in parts:
-        for video in (part.folder / VIDEOS).glob("*.mp4"):
+        for video in visible(part.folder / VIDEOS, "*.mp4"):
             shutil.copy2(video, output / VIDEOS)
     sessions = [session for part in parts for session in part.sessions]
     write_atomic(output / RUN, json.dumps({"fingerprint": first.fingerprint, "sessions": sessions}, indent=2) + "\n")

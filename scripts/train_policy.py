@@ -28,6 +28,7 @@ from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, summary
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import Suite, get_suite
+from cogvla.files import visible
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.engine.engine import EngineConfig
@@ -181,7 +182,7 @@ def _rollouts(
         folder = output / "rollouts" / f"step_{step:07d}"
         few = {**settings, "episodes_per_task": max(1, settings["episodes_per_task"] // 5)}
         report = _evaluate(policy, suite, few, folder, command="")
-        log.videos(sorted((folder / "evaluation").rglob("*.mp4"))[:4], step)
+        log.videos(visible(folder / "evaluation", "**/*.mp4")[:4], step)
         value = report.total.success.value
         return {} if value is None else {"rollout/success": value}
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cogvla.files import is_left_by_macos
+
 LOCK = "lock"
 
 
@@ -54,7 +56,7 @@ class DatasetFolder:
     @property
     def existing(self) -> dict[str, Any] | None:
         """The record of the finished data set, or None if there is none; ValueError if `output` is something else."""
-        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
+        if not self.output.exists() or (self.output.is_dir() and all(map(is_left_by_macos, self.output.iterdir()))):
             return None
         found = self.output / self.record
         if not found.is_file():
@@ -129,6 +131,8 @@ class DatasetFolder:
         if instead:
             os.replace(self.output, self.work / "before")
         elif self.output.is_dir():
+            for leftover in filter(is_left_by_macos, list(self.output.iterdir())):
+                leftover.unlink()
             self.output.rmdir()  # it is empty, because `is_finished` refuses other folders
         os.replace(self.dataset, self.output)
         shutil.rmtree(self.work)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from lerobot.datasets.utils import DEFAULT_FEATURES, load_tasks
 
 from cogvla.envs.recording.demonstration import Demonstration, pack_encoded
+from cogvla.files import visible
 
 
 class EditedError(ValueError):
@@ -32,7 +33,7 @@ def recorded_episodes(root: Path) -> Iterator[Demonstration]:
         info = json.loads((root / "meta" / "info.json").read_text())
         instructions = {int(row.task_index): str(task) for task, row in load_tasks(root).iterrows()}
         count = 0
-        for path in sorted((root / "data").glob("*/*.parquet")):
+        for path in visible(root / "data", "*/*.parquet"):
             file = pq.ParquetFile(path)
             for group in range(file.num_row_groups):  # one for each episode
                 table = file.read_row_group(group)

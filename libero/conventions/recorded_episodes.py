@@ -88,6 +88,7 @@ class Recordings(Protocol):
         simulation: package -> version that recorded it, e.g. {"mujoco": "3.3.2"}; empty if unknown.
         statistics: feature (`action` or `state`) -> statistic -> numbers, as stored.
         control_hz: control rate as stored, or None.
+        notices: what else is good to know about its files.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Recordings(Protocol):
     simulation: Mapping[str, Any]
     statistics: Mapping[str, Mapping[str, Sequence[float]]]
     control_hz: float | None
+    notices: Sequence[str]
 
     @property
     def episodes(self) -> Sequence[RecordedEpisode]: ...
@@ -141,7 +143,14 @@ class Hdf5Recordings:
         self.suite = suite or (suites.pop() if len(suites) == 1 else None)
         self._tasks = [task.name for task in tasks(self.suite)] if self.suite in LIBERO_SUITES else []
         self.delay = 0 if self._files[0].regenerated else 1
-        self.cameras = tuple(hdf5_reader.IMAGES)
+        missing = {file.path.name: hdf5_reader.lacks(file.path, file.keys[0]) for file in self._files}
+        lacking = {name for names, _ in missing.values() for name in names}
+        self.cameras = tuple(camera for camera, name in hdf5_reader.IMAGES.items() if name not in lacking)
+        self.notices: Sequence[str] = [
+            f"{file} has no {', '.join(names)}, so these are not checked; it has {there}"
+            for file, (names, there) in missing.items()
+            if names
+        ]
         self.simulation: Mapping[str, Any] = self._files[0].versions
         self._places = [(file, key) for file in self._files for key in file.keys]
 
@@ -170,12 +179,13 @@ class LeRobotRecordings:
     """A LeRobotDataset v3, mapped as in training."""
 
     turn, delay = "as it is", 0
+    notices: Sequence[str]
 
     def __init__(self, root: Path, config: DataConfig, embodiment: Embodiment) -> None:
         self.name = root.name
         self.cameras = tuple(name for name in embodiment.camera_names if name in config.cameras)
         self._config, self._embodiment, self._root = config, embodiment, root
-        stored = json.loads((root / "meta" / "info.json").read_text())["features"]
+        stored = _json(root / "meta" / "info.json").get("features", {})
         labels = tuple((key, key) for key in (EXECUTED, TASK, INITIAL_STATE) if key in stored)
         self._reader = LeRobotReader(
             root,
@@ -193,6 +203,7 @@ class LeRobotRecordings:
         made = _json(root / RECORDING_FILE) or _json(root / CONVERSION)
         self.suite = made.get("suite")
         self.simulation: Mapping[str, Any] = made.get("simulation", {})
+        self.notices = [str(warning) for warning in made.get("warnings", [])]
         self.control_hz: float | None = float(self._reader.metadata.fps)
         statistics = _json(root / "meta" / "stats.json")
         keys = {"action": config.action_keys, "state": config.state_keys}
@@ -222,7 +233,14 @@ class LeRobotRecordings:
     @cached_property
     def episodes(self) -> Sequence[RecordedEpisode]:
         columns, instructions = self._columns
-        starts = _json(self._root / INITIAL_STATES).get("episodes")
+        file = self._root / INITIAL_STATES
+        starts = _json(file).get("episodes")
+        total = self._reader.metadata.total_episodes
+        if starts is not None and (not isinstance(starts, list) or len(starts) != total):
+            raise ValueError(
+                f"{file} is not of these {total} episodes: the data set was edited; delete this file, and the check "
+                "does without initial states"
+            )
         found = []
         for index, (first, end) in enumerate(zip(self._first_rows[:-1], self._first_rows[1:], strict=True)):
             rows = slice(first, end)
@@ -235,7 +253,7 @@ class LeRobotRecordings:
                     actions_TA=columns["action"][rows],
                     executed_TA=columns.get(f"label/{EXECUTED}", columns["action"])[rows],
                     states_TS=columns["state"][rows],
-                    start=self._start(first) if starts is None else _start(starts[number]),
+                    start=self._start(first) if starts is None else _start(starts[number], f"{file}: episode {number}"),
                 )
             )
         return found
@@ -257,14 +275,24 @@ class LeRobotRecordings:
         return np.stack([found[row] for row in rows])
 
 
-def _start(values: Mapping[str, Any]) -> EpisodeStart:
-    return EpisodeStart(
-        int(values["task"]),
-        state=np.array(values["state"]),
-        fixtures={body: np.array(pose) for body, pose in values["fixtures"].items()},
-        waiting_steps=int(values["waiting_steps"]),
-    )
+def _start(values: Mapping[str, Any], where: str) -> EpisodeStart:
+    try:
+        return EpisodeStart(
+            int(values["task"]),
+            state=np.array(values["state"], np.float64),
+            fixtures={body: np.array(pose, np.float64) for body, pose in values["fixtures"].items()},
+            waiting_steps=int(values["waiting_steps"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where} is damaged ({type(error).__name__}: {error}); convert the data set again") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """Read a JSON file with an object; an empty one if there is no file; ValueError if it is damaged."""
+    try:
+        content = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); record or download the data set again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it must hold a JSON object); record or download the data set again")
+    return content

@@ -29,6 +29,7 @@ class ReplayTrace:
         states_TS: simulated states float32 [T+1,S], before each action and after the last one.
         images: camera -> step of the recording -> simulated image uint8 [H,W,3].
         success: True if the task was done at any step.
+        unplaced: fixtures whose recorded poses are unknown, though the recorded states are of that scene.
     """
 
     episode: RecordedEpisode
@@ -36,6 +37,7 @@ class ReplayTrace:
     states_TS: np.ndarray
     images: dict[str, dict[int, np.ndarray]]
     success: bool
+    unplaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,14 @@ def replay(
         observation, _, _, _, info = env.step(actions_TA[moment])
         states.append(observation["state"])
         success = success or bool(info["success"])
-    return ReplayTrace(episode, exact, np.stack(states), images, success)
+    return ReplayTrace(episode, exact, np.stack(states), images, success, _unplaced(scene, start, waiting_steps))
+
+
+def _unplaced(env: Any, start: EpisodeStart, waiting_steps: int) -> tuple[str, ...]:
+    """Return the fixtures of unknown pose; with waiting steps, recordings began as evaluations do, with their poses."""
+    if start.state is None or waiting_steps:
+        return ()
+    return tuple(name for name in env.scene.fixtures if name not in start.fixtures)
 
 
 def _begin(env: Any, start: EpisodeStart) -> dict[str, np.ndarray]:

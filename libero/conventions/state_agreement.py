@@ -187,6 +187,20 @@ def _moves(state_TS: np.ndarray) -> np.ndarray:
     return np.array(rows).reshape(-1, 6)
 
 
+def fixtures(traces: Sequence[ReplayTrace]) -> list[Finding]:
+    """Note the fixtures whose recorded poses are unknown; no finding if all are known."""
+    unknown = [trace for trace in traces if trace.unplaced]
+    if not unknown:
+        return []
+    names = sorted({name for trace in unknown for name in trace.unplaced})
+    text = (
+        f"{len(unknown)} of {len(traces)} replayed episodes do not say where {', '.join(names)} stood, because their "
+        "files have no model_file with them: they stand where this simulator puts them"
+    )
+    advice = "images, success and drift may differ for this reason; convert_libero replay=actions needs no models"
+    return [Finding("fixtures", "note", text, advice, {"fixtures": names, "episodes": len(unknown)})]
+
+
 def replays(traces: Sequence[ReplayTrace], delay: int) -> Finding:
     """Count the replayed episodes that succeed again, and measure the drift from the recorded states."""
     exact = [trace for trace in traces if trace.exact]

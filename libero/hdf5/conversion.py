@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from cogvla.libero.hdf5.jobs import Job, ReplayOutcome, play
 from cogvla.libero.hdf5.page import page, summary
 from cogvla.libero.hdf5.reader import demonstrations
 from cogvla.libero.hdf5.replay import WAITING_STEPS, ReplaySettings
+from cogvla.libero.installation import task_names
 from cogvla.libero.suites import libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES
 
@@ -67,9 +70,9 @@ class Conversion:
             )
         suite = libero_suite(suite_name, libero)
         indices = {task.name: index for index, task in enumerate(suite.tasks)}
-        unknown = [file.path.name for file in files if file.task not in indices]
+        unknown = [f"{file.path.name} ({_home(file.task)})" for file in files if file.task not in indices]
         if unknown:
-            raise ValueError(f"{suite_name} has no task for {', '.join(unknown)}: give another suite=NAME")
+            raise ValueError(f"{suite_name} has no task for {', '.join(unknown)}: give another suite=NAME or source")
         files.sort(key=lambda file: indices[file.task])
         settings = ReplaySettings(suite_name, libero, **options)
         request = {
@@ -82,6 +85,12 @@ class Conversion:
         }
         jobs = tuple(Job(file.path, key, indices[file.task]) for file in files for key in file.keys)
         return cls(settings, jobs, request, tuple(task.instruction for task in suite.tasks))
+
+
+def _home(task: str) -> str:
+    """Return in words which suites have a task of this name."""
+    found = [name for name in LIBERO_SUITES if task in task_names(name)]
+    return f"a task of {', '.join(found)}" if found else "a task of no suite"
 
 
 def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool = True, video: bool = False) -> Path:
@@ -140,9 +149,22 @@ def _write(
         [(job.task, outcome) for job, outcome in zip(conversion.jobs, outcomes, strict=True)],
         {key: np.concatenate(values) for key, values in arrays.items()},
     )
+    warnings = _warnings(kept)
     origin = [{"source": job.path.name, "demonstration": job.key} for job, _ in kept]
     waiting = WAITING_STEPS[conversion.settings.replay]
     starts = [{"task": job.task, "waiting_steps": waiting, **asdict(outcome.start)} for job, outcome in kept]
     (root / INITIAL_STATES).write_text(json.dumps({"episodes": starts}))
-    (root / "README.md").write_text(page(request, found))
-    return found | {"episodes": origin}
+    (root / "README.md").write_text(page(request, found, warnings))
+    return found | {"warnings": warnings, "episodes": origin}
+
+
+def _warnings(kept: Sequence[tuple[Job, ReplayOutcome]]) -> list[str]:
+    """Return a line for each file and the fixtures whose recorded poses it does not hold."""
+    lines = []
+    counts = Counter((job.path.name, outcome.unplaced) for job, outcome in kept if outcome.unplaced)
+    for (name, fixtures), count in counts.items():
+        lines.append(
+            f"{name}: {count} demonstrations do not say where {', '.join(fixtures)} stood (model_file): the images "
+            "show them where this simulator puts them. Use replay=actions, or files with models"
+        )
+    return lines

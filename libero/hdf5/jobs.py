@@ -51,6 +51,7 @@ class ReplayOutcome:
         steps: number of steps of the episode; 0 if it was dropped.
         noops: number of no-op steps that were left out.
         start: where the episode begins.
+        unplaced: see `Replayed`.
         path: file of the episode, or None if it was dropped.
     """
 
@@ -58,6 +59,7 @@ class ReplayOutcome:
     steps: int
     noops: int
     start: ReplayStart
+    unplaced: tuple[str, ...] = ()
     path: Path | None = None
 
     @property
@@ -109,7 +111,7 @@ def _replay(replayer: Replayer, job: Job, folder: Path, index: int) -> bool:
     fixtures = recording.fixtures if replayer.settings.replay == "states" else {}
     start = ReplayStart(recording.states_TD[0].tolist(), {body: pose.tolist() for body, pose in fixtures.items()})
     steps = 0 if replayed.episode is None else len(replayed.episode)
-    outcome = ReplayOutcome(replayed.reason, steps, replayed.noops, start)
+    outcome = ReplayOutcome(replayed.reason, steps, replayed.noops, start, replayed.unplaced)
     write_atomic(_result(folder, index), json.dumps(asdict(outcome) | {"path": None}))
     return outcome.kept
 
@@ -125,6 +127,7 @@ def _outcome(folder: Path, index: int) -> ReplayOutcome:
         values["steps"],
         values["noops"],
         ReplayStart(**values["start"]),
+        tuple(values.get("unplaced", ())),
         path if path.exists() else None,
     )
 

@@ -27,7 +27,10 @@ def is_old_lerobot(source: Path) -> bool:
     info = source / "meta" / "info.json"
     if not info.is_file():
         return False
-    version = str(json.loads(info.read_text()).get("codebase_version"))
+    try:
+        version = str(json.loads(info.read_text()).get("codebase_version"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{info} is damaged ({error}): download the data set again") from error
     if version.startswith(NEW):
         raise ValueError(f"{source} is a LeRobotDataset {version} already: train on it with data.root={source}")
     if not version.startswith("v2"):

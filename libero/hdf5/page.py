@@ -58,8 +58,8 @@ def _counts(outcomes: Sequence[ReplayOutcome]) -> dict[str, Any]:
     }
 
 
-def page(request: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Return the page in Markdown, from the request of the conversion and its `summary`."""
+def page(request: Mapping[str, Any], found: Mapping[str, Any], warnings: Sequence[str] = ()) -> str:
+    """Return the page in Markdown, from the request of the conversion, its `summary` and warnings."""
     total, simulation = found["total"], request["simulation"]
     lines = [
         f"# {request['suite']}",
@@ -78,6 +78,8 @@ def page(request: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         f"{_steps(row['steps'])} | {row['noops']} |"
         for row in found["tasks"]
     ]
+    if warnings:
+        lines += ["", "Warnings:", "", *(f"- {warning}" for warning in warnings)]
     if total["reasons"]:
         lines += ["", "Dropped:", ""]
         lines += [f"- {count}: {reason}" for reason, count in sorted(total["reasons"].items())]

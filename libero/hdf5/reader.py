@@ -14,25 +14,29 @@
 This module also reads the files of the published regeneration. They have no attributes, images of 256 x 256 pixels,
 observations from before the action, and ten waiting steps between the first state and the first action.
 
+Everything in a file is checked against itself.
+
 Shape legend: T steps, D numbers of the flattened MuJoCo state.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
+
+from cogvla.files import visible
+from cogvla.libero.hdf5.fixtures import fixtures_of
+from cogvla.libero.hdf5.hdf5_file import contents, count, json_object, numbers, opened, text
 
 SUFFIX = "_demo.hdf5"
 ACTIONS, STATES = "actions", "states"
 IMAGES = {"agentview": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}
 POSITION, ROTATION, FINGERS = "obs/ee_pos", "obs/ee_ori", "obs/gripper_states"
+POSE = "obs/ee_states"
+CONTROL_HZ, CONTROLLER, ROBOT = 20, "OSC_POSE", "Panda"
 VERSION_ATTRIBUTES = {"mujoco": "mujoco_version", "robosuite": "robosuite_version"}
 """Package -> attribute with the version that recorded the file. The original files do not have these attributes."""
 
@@ -78,104 +82,168 @@ class Recording:
 
 def is_hdf5(source: Path) -> bool:
     """Return True if this is an HDF5 file, or a folder with LIBERO demonstrations."""
-    return source.name.endswith(".hdf5") if source.is_file() else any(source.glob(f"*{SUFFIX}"))
+    return source.name.endswith(".hdf5") if source.is_file() else bool(visible(source, f"*{SUFFIX}"))
 
 
 def demonstrations(source: Path) -> list[Demonstrations]:
-    """List the demonstrations in a file, or in all files of a folder.
+    """List the demonstrations in a file, or in all files of a folder that are not hidden.
 
     Raises:
-        ValueError: there is no file of demonstrations, or one cannot be read.
+        ValueError: there is no file of demonstrations, or one cannot be read or contradicts itself.
     """
-    files = [source] if source.is_file() else sorted(source.glob(f"*{SUFFIX}"))
+    files = [source] if source.is_file() else visible(source, f"*{SUFFIX}")
     if not files:
         raise ValueError(f"there are no LIBERO demonstrations (TASK{SUFFIX}) in {source}")
     return [_demonstrations(path) for path in files]
 
 
 def _demonstrations(path: Path) -> Demonstrations:
-    with _opened(path) as file:
-        data = file["data"]
-        keys = [key for key in data if key.startswith("demo_") and key.removeprefix("demo_").isdigit()]
-        if not keys:
-            raise ValueError(f"{path} holds no demonstrations (demo_0, demo_1, ...)")
-        return Demonstrations(
-            path=path,
-            task=path.name.removesuffix(".hdf5").removesuffix("_demo"),
-            suite=_suite(str(data.attrs.get("bddl_file_name", ""))),
-            keys=tuple(sorted(keys, key=lambda key: int(key.removeprefix("demo_")))),
-            regenerated="problem_info" not in data.attrs,
-            versions=_versions(dict(data.attrs)),
+    where, task = str(path), path.name.removesuffix(".hdf5").removesuffix("_demo")
+    with opened(path) as file:
+        data = _group(file, "data", where)
+        attributes, keys = data.attrs, list(data)
+        numbered = [key for key in keys if key.startswith("demo_") and key.removeprefix("demo_").isdigit()]
+        if not numbered:
+            there = ", ".join(keys) or "nothing"
+            raise ValueError(f"{where} holds no demonstrations (data/demo_0, ...); its data has {there}")
+        if other := sorted(set(keys) - set(numbered)):
+            raise ValueError(f"{where}: data has {', '.join(other)} beside its demonstrations (demo_0, ...): remove it")
+        stated = count(attributes, "num_demos", where)
+        if stated is not None and stated != len(numbered):
+            raise ValueError(
+                f"{where}: the attribute num_demos is {stated}, the file has {len(numbered)} demonstrations: download "
+                "it again, or correct the attribute if you have removed some"
+            )
+        suite, named = _origin(text(attributes, "bddl_file_name", where) or "")
+        if named is not None and named != task:
+            raise ValueError(f"{where} is of the task {named}, says its bddl_file_name: name it {named}{SUFFIX}")
+        problem = json_object(attributes, "problem_info", where)
+        if problem is not None and not _words(problem.get("language_instruction")):
+            raise ValueError(f"{where}: the attribute problem_info has no language_instruction")
+        environment = json_object(attributes, "env_args", where) or {}
+        _check_environment(environment, where)
+        versions = {"robosuite": str(environment["env_version"])} if environment.get("env_version") else {}
+        for package, name in VERSION_ATTRIBUTES.items():
+            if version := text(attributes, name, where):
+                versions[package] = version
+    ordered = tuple(sorted(numbered, key=lambda key: int(key.removeprefix("demo_"))))
+    return Demonstrations(path, task, suite, ordered, problem is None, versions)
+
+
+def _words(instruction: Any) -> bool:
+    """Return True for text, or a list of words."""
+    words = [instruction] if isinstance(instruction, str) else instruction
+    return isinstance(words, list) and all(isinstance(word, str) for word in words) and bool("".join(words).strip())
+
+
+def _group(parent: Any, name: str, where: str) -> Any:
+    """Return a group; ValueError if it is missing."""
+    import h5py
+
+    group = parent.get(name)
+    if not isinstance(group, h5py.Group):
+        raise ValueError(
+            f"{where} has no group {name!r}, so it is no file of LIBERO demonstrations; it has {contents(parent)}"
         )
+    return group
 
 
-def _suite(bddl_file: str) -> str | None:
-    """`.../bddl_files/libero_object/pick_up_the_milk.bddl` -> `libero_object`."""
-    parts = Path(bddl_file).parts
-    return parts[-2] if len(parts) > 1 and parts[-2].startswith("libero_") else None
+def _origin(bddl_file: str) -> tuple[str | None, str | None]:
+    """`.../bddl_files/libero_object/pick_up_the_milk.bddl` -> `libero_object`, `pick_up_the_milk`."""
+    path = Path(bddl_file.replace("\\", "/"))
+    suite = path.parent.name if path.parent.name.startswith("libero_") else None
+    return suite, path.stem if path.suffix == ".bddl" else None
 
 
-def _versions(attributes: dict[str, Any]) -> dict[str, str]:
-    found = {package: str(attributes[key]) for package, key in VERSION_ATTRIBUTES.items() if key in attributes}
-    try:
-        recorded = json.loads(attributes.get("env_args", "{}")).get("env_version")  # robomimic's files have this key
-    except (ValueError, AttributeError):
-        recorded = None
-    return ({"robosuite": str(recorded)} if recorded else {}) | found
+def _check_environment(environment: dict[str, Any], where: str) -> None:
+    """Check that actions have the meaning of LIBERO's; ValueError if the file says otherwise."""
+    settings = environment.get("env_kwargs") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where}: env_kwargs in the attribute env_args must be a JSON object")
+    controller = settings.get("controller_configs") or {}
+    kind = controller.get("type") if isinstance(controller, dict) else controller
+    robots = settings.get("robots") or ROBOT
+    for name, found, expected in (
+        ("control_freq", settings.get("control_freq", CONTROL_HZ), CONTROL_HZ),
+        ("controller_configs", CONTROLLER if kind is None else kind, CONTROLLER),
+        ("robots", ROBOT if ROBOT in str(robots) else robots, ROBOT),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{where}: env_args has {name} {found}, LIBERO's is {expected}: its actions have another meaning"
+            )
 
 
 def read(path: Path, key: str) -> Recording:
     """Read one demonstration without its images.
 
     Raises:
-        ValueError: the file is damaged, a part is missing, lengths differ, or values are not finite.
+        ValueError: a part is missing or damaged, has no numbers or another shape, lengths differ, or values are not
+            finite.
     """
-    with _opened(path) as file:
+    where = f"{path}: {key}"
+    with opened(path) as file:
+        demo = _group(_group(file, "data", str(path)), key, str(path))
+        actions_TA, states_TD = numbers(demo, ACTIONS, 7, where), numbers(demo, STATES, None, where)
+        _check_lengths(demo, len(actions_TA), where)
+        observed_TS = _observed(demo, where)
+        model = text(demo.attrs, "model_file", where)
+    return Recording(actions_TA, states_TD, observed_TS, {} if model is None else fixtures_of(model, where))
+
+
+def _check_lengths(demo: Any, steps: int, where: str) -> None:
+    """Check that everything in a demonstration has one row for each action."""
+    import h5py
+
+    lengths: dict[str, int] = {}
+
+    def measure(name: str, part: Any) -> None:
+        if isinstance(part, h5py.Dataset) and part.ndim:
+            lengths[name] = len(part)
+
+    demo.visititems(measure)
+    stated = count(demo.attrs, "num_samples", where)
+    lengths |= {} if stated is None else {"num_samples": stated}
+    other = [f"{length} {name}" for name, length in lengths.items() if length != steps]
+    if other:
+        raise ValueError(f"{where} has {steps} actions, but {', '.join(other)}: download the file again")
+
+
+def _observed(demo: Any, where: str) -> np.ndarray | None:
+    """Return position, axis-angle and fingers [T,8], or None if one of them is missing."""
+    pose_T6 = numbers(demo, POSE, 6, where) if POSE in demo else None
+    if POSITION in demo and ROTATION in demo:
+        parts_T6 = np.concatenate([numbers(demo, POSITION, 3, where), numbers(demo, ROTATION, 3, where)], axis=1)
+        if pose_T6 is not None and not np.allclose(pose_T6, parts_T6, atol=1e-5):
+            raise ValueError(f"{where}: {POSE} is not {POSITION} with {ROTATION}: download the file again")
+        pose_T6 = parts_T6
+    if pose_T6 is None or FINGERS not in demo:
+        return None
+    return np.concatenate([pose_T6, numbers(demo, FINGERS, 2, where)], axis=1).astype(np.float32)
+
+
+def lacks(path: Path, key: str) -> tuple[list[str], str]:
+    """Return the names of the images and observed states that a demonstration lacks, and in words what it has."""
+    with opened(path) as file:
         demo = file["data"][key]
-        actions_TA, states_TD = (np.asarray(demo[name][()], np.float64) for name in (ACTIONS, STATES))
-        named = [name for name in (POSITION, ROTATION, FINGERS) if name in demo]
-        observed_TS = None
-        if len(named) == 3:
-            observed_TS = np.concatenate([demo[name][()] for name in named], axis=1).astype(np.float32)
-        model = demo.attrs.get("model_file")
-    if actions_TA.ndim != 2 or actions_TA.shape[1] != 7 or not len(actions_TA):
-        raise ValueError(f"{path}: {key} must have actions of shape [T,7], got {actions_TA.shape}")
-    for name, values in (("states", states_TD), ("observations", observed_TS)):
-        if values is not None and len(values) != len(actions_TA):
-            raise ValueError(f"{path}: {key} has {len(actions_TA)} actions and {len(values)} {name}")
-    if not (np.isfinite(actions_TA).all() and np.isfinite(states_TD).all()):
-        raise ValueError(f"{path}: {key} holds NaN or infinite values: delete this demonstration from the file")
-    return Recording(actions_TA, states_TD, observed_TS, {} if model is None else _fixtures(model))
+        wanted = [*IMAGES.values(), *([] if POSE in demo else [POSITION, ROTATION]), FINGERS]
+        return [name for name in wanted if name not in demo], contents(demo)
 
 
 def read_images(path: Path, key: str, camera: str, rows: list[int]) -> np.ndarray:
     """Read some images of `agentview` or `wrist` as stored, uint8 [F,H,W,3].
 
     Raises:
-        ValueError: the file has no images of this camera.
+        ValueError: the file has no images of this camera, or they have another type or shape.
     """
-    with _opened(path) as file:
-        return np.stack([file["data"][key][IMAGES[camera]][row] for row in rows])
-
-
-def _fixtures(model: str | bytes) -> dict[str, np.ndarray]:
-    """Return body -> pose [7] of the fixtures in a model's XML: bodies NAME_main without a joint."""
-    found = {}
-    for body in ElementTree.fromstring(model).iterfind("worldbody/body"):
-        name, joints = str(body.get("name")), [part for part in body if part.tag in ("joint", "freejoint")]
-        if name.endswith("_main") and not joints:
-            found[name] = np.array(f"{body.get('pos', '0 0 0')} {body.get('quat', '1 0 0 0')}".split(), np.float64)
-    return found
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise ValueError("HDF5 files need h5py: install the extra `libero`") from error
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, KeyError) as error:  # h5py raises both for files that are damaged or have other contents
-        raise ValueError(f"{path} is damaged or is not a file of LIBERO demonstrations ({error})") from error
+    where, name = f"{path}: {key}", IMAGES[camera]
+    with opened(path) as file:
+        demo = file["data"][key]
+        if name not in demo:
+            raise ValueError(f"{where} has no images {name!r} of {camera}; it has {contents(demo)}")
+        images = demo[name]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(
+                f"{where}: {name} must hold images uint8 [T,H,W,3], it holds {images.dtype} {images.shape}"
+            )
+        return np.stack([images[row] for row in rows])

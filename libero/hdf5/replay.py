@@ -85,12 +85,14 @@ class Replayed:
         reason: why it was dropped, or None.
         noops: number of no-op steps that were left out.
         recorded_steps: number of steps of the demonstration.
+        unplaced: fixtures of the scene whose recorded poses are unknown; they stand where this simulator puts them.
     """
 
     episode: Demonstration | None
     reason: str | None
     noops: int
     recorded_steps: int
+    unplaced: tuple[str, ...] = ()
 
 
 class Replayer:
@@ -118,7 +120,9 @@ class Replayer:
                 steps[name].append(value)
         if not self.env.task_success(task):
             return Replayed(None, f"the goal does not hold at the end of its {self.settings.replay}", noops, total)
-        return Replayed(pack(self.env.tasks[task].instruction, CONTROL_HZ, steps), None, noops, total)
+        fixtures = self.env.scene.fixtures if by_states else []
+        unplaced = tuple(name for name in fixtures if name not in recording.fixtures)
+        return Replayed(pack(self.env.tasks[task].instruction, CONTROL_HZ, steps), None, noops, total, unplaced)
 
     def _shown(self, task: int, recording: Recording, kept: list[int]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Yield each kept step and its restored observation; leave the scene in the last recorded state."""

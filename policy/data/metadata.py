@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cogvla.files import visible
 from cogvla.policy.data.columns import AGAIN, is_text, numbers, parquet, texts, whole_numbers
 
 PANDAS_INDEX = "__index_level_0__"
@@ -104,9 +105,7 @@ class Metadata:
 
     def files(self, folder: str, ending: str) -> list[Path]:
         """Return the files below a folder whose names have this ending; hidden files, as of macOS, are left out."""
-        base = self.root / folder
-        found = base.rglob(f"*{ending}") if base.is_dir() else ()
-        return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(base).parts))
+        return visible(self.root / folder, f"**/*{ending}")
 
     def cameras(self) -> list[str]:
         """Return the keys of the cameras."""

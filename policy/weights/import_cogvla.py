@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cogvla.files import visible
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.weights.import_weights import LoraMerged, Names, Renamed, SafetensorFiles, load_parameters, read_pt
 
@@ -113,7 +114,7 @@ def cogvla_weights(
     Raises:
         ValueError: a file is missing, there are several of one kind, or one is damaged.
     """
-    whole = any(folder.glob("*.safetensors"))
+    whole = bool(visible(folder, "*.safetensors"))
     adapter = folder / "lora_adapter"
     if merge_adapter is None:
         merge_adapter = not whole and adapter.is_dir()

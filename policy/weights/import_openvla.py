@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cogvla.files import visible
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.weights.import_cogvla import TOWERS, cogvla_names, one_file, vit_name
 from cogvla.policy.weights.import_weights import Names, Renamed, SafetensorFiles, read_pt
@@ -43,14 +44,14 @@ def openvla_weights(folder: Path) -> Mapping[str, Tensor]:
     Raises:
         ValueError: the folder has neither, or a file is damaged.
     """
-    if any(folder.glob("*.safetensors")):
+    if visible(folder, "*.safetensors"):
         heads = [
             (read_pt(path), f"{name}.".__add__)
             for name in ("action_head", "proprio_projector")
             if (path := one_file(folder, name, required=False))
         ]
         return Renamed((SafetensorFiles(folder), str), *heads)
-    runs = sorted(folder.glob("checkpoints/*.pt"))
+    runs = visible(folder, "checkpoints/*.pt")
     latest = [run for run in runs if run.name == "latest-checkpoint.pt"] or runs[-1:]
     if not latest:
         raise ValueError(f"no OpenVLA weights in {folder}: neither *.safetensors nor checkpoints/*.pt")

@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from cogvla.files import visible
+
 Names = Callable[[str], Sequence[str]]
 """Function from the name of our parameter to published names: none if it has no counterpart, several to be stacked."""
 
@@ -29,10 +31,10 @@ class SafetensorFiles(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
         self._file: dict[str, Path] = {}
-        for index in folder.glob("*.safetensors.index.json"):
+        for index in visible(folder, "*.safetensors.index.json"):
             if absent := sorted({file for file in _shards(index) if not (folder / file).is_file()}):
                 raise ValueError(f"{folder} is incomplete: {', '.join(absent)} missing; download all of its files")
-        for path in sorted(folder.glob(pattern)):
+        for path in visible(folder, pattern):
             with _opened(path) as file:
                 self._file |= dict.fromkeys(file.keys(), path)
         if not self._file:

@@ -29,6 +29,7 @@ import numpy as np
 
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, encode_png, pack_encoded
+from cogvla.files import is_left_by_macos
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import Tick
 from cogvla.real_robot.bridge.writing_thread import WritingThread
@@ -69,7 +70,7 @@ class RecordingFolder:
     ) -> None:
         if embodiment.control_hz != round(embodiment.control_hz):
             raise ValueError(f"a LeRobotDataset has a whole number of frames per second, not {embodiment.control_hz:g}")
-        if output.exists() and any(output.iterdir()):
+        if output.exists() and not all(map(is_left_by_macos, output.iterdir())):
             raise ValueError(f"{output} is there already; record into another folder")
         self._folder = DatasetFolder(output, "recording", "recorded", RECORD_FILE)
         self._fps, self._robot, self._video, self._names = round(embodiment.control_hz), robot, video, names

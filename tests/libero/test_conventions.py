@@ -6,24 +6,36 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from cogvla.libero.conventions.declared import Finding
+from cogvla.libero.conventions.recorded_episodes import open_recordings
 from cogvla.libero.env import LiberoEnv
+from cogvla.libero.hdf5.conversion import CONVERSION, INITIAL_STATES, Conversion, convert
 from cogvla.libero.hdf5.reader import read
+from cogvla.policy.data.demonstrations import DataConfig
+from cogvla.policy.interface import Camera, Embodiment
 from cogvla.scripts import check_conventions as command
-from cogvla.scripts.convert_libero import Conversion, convert
+from cogvla.scripts import convert_libero
+from cogvla.scripts.command import compose
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.libero_assets import ASSETS, LEAN, MESHES, needs_assets
 
 pytest.importorskip("h5py", reason=needs("libero"))
 
+import h5py
+
 from cogvla.tests.support.libero_files import Demo, write
 
 pytestmark = needs_assets
 STOVE, STEPS = "turn_on_the_stove", 45
+VIEWS = {"agentview": "observation.images.agentview", "wrist": "observation.images.wrist"}
+ROBOT = Embodiment(
+    "libero", tuple(Camera(name, 32, 32) for name in VIEWS), 8, 7, chunk=8, control_hz=20, gripper_index=6
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +152,101 @@ def test_fixtures_stand_where_they_were_recorded(demos: list[Demo], tmp_path: Pa
     assert places[1] == pytest.approx(recording.fixtures["wooden_cabinet_1_main"][:3])
     with pytest.raises(ValueError, match="has a fixture washing_machine_1_main, this scene has not"):
         env.restore(recording.states_TD[0], 7, {"washing_machine_1_main": np.zeros(7)})
+    assert sorted(env.scene.fixtures) == sorted(recording.fixtures)
     env.close()
+
+
+def without(model: str, *names: str) -> str:
+    """The model without some of its fixtures."""
+    root = ElementTree.fromstring(model)
+    world = root.find("worldbody")
+    assert world is not None
+    for body in [body for body in world if body.get("name") in names]:
+        world.remove(body)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+STOOD = "flat_stove_1_main", "wine_rack_1_main", "wooden_cabinet_1_main"
+MODELS: dict[str, tuple[Callable[[str], str | None], tuple[str, ...]]] = {
+    "no model": (lambda _: None, STOOD),
+    "an empty world": (lambda _: "<mujoco><worldbody/></mujoco>", STOOD),
+    "one fixture is missing": (lambda model: without(model, "wooden_cabinet_1_main"), STOOD[2:]),
+    "inside a frame": (
+        lambda model: model.replace("<worldbody>", "<worldbody><frame>").replace(
+            "</worldbody>", "</frame></worldbody>"
+        ),
+        STOOD,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fixtures_that_are_not_recorded_are_named(
+    name: str, demos: list[Demo], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, missing = MODELS[name]
+    source = save(tmp_path / "source", [replace(demo, model=change(demo.model or "")) for demo in demos])
+    findings, _ = check(source)
+    assert findings["fixtures"].verdict == "note"
+    assert f"2 of 2 replayed episodes do not say where {', '.join(missing)} stood" in findings["fixtures"].text
+
+    settings = [f"libero.assets={ASSETS}", "libero=lean", "image_size=32", "workers=0"]
+    settings += [f"libero.robot_meshes={MESHES}"] if MESHES else []
+    root = tmp_path / "converted"
+    for _ in range(2):  # the second time it is there already
+        convert_libero.main(compose("convert_libero", [f"source={source}", f"output={root}", *settings]))
+        said = capsys.readouterr().err
+        assert f"warning: {source.name}: 2 demonstrations do not say where" in said
+        assert all(fixture in said for fixture in missing)
+    assert "2 demonstrations do not say where" in (root / "README.md").read_text()
+    [warning] = json.loads((root / CONVERSION).read_text())["warnings"]
+    findings, _ = check(root)
+    assert findings["files"].text == warning
+    assert findings["fixtures"].measured["fixtures"] == sorted(missing)
+
+
+def test_actions_need_no_recorded_fixtures(demos: list[Demo], tmp_path: Path) -> None:
+    source = save(tmp_path / "source", [replace(demo, model=None) for demo in demos])
+    root = convert(Conversion.of(source, None, LEAN, replay="actions", image_size=32), tmp_path / "converted", 0)
+    assert json.loads((root / CONVERSION).read_text())["warnings"] == []
+    findings, _ = check(root)
+    assert not {"files", "fixtures"} & findings.keys()
+
+
+def test_initial_states_of_other_episodes_are_refused(demos: list[Demo], tmp_path: Path) -> None:
+    source = save(tmp_path / "source", demos)
+    root = convert(Conversion.of(source, None, LEAN, image_size=32), tmp_path / "converted", 0)
+    path = root / INITIAL_STATES
+    whole = json.loads(path.read_text())["episodes"]
+    for episodes, said in (
+        (whole[:1], "is not of these 2 episodes: the data set was edited"),
+        (whole * 2, "is not of these 2 episodes"),
+        ([{**whole[0], "state": "none"}, whole[1]], "episode 0 is damaged"),
+        ([whole[0], {}], r"episode 1 is damaged \(KeyError: 'task'\)"),
+    ):
+        path.write_text(json.dumps({"episodes": episodes}))
+        recordings = open_recordings(str(root), DataConfig(VIEWS, root=str(root)), ROBOT)
+        with pytest.raises(ValueError, match=said):
+            _ = recordings.episodes
+    path.write_text("[")
+    with pytest.raises(ValueError, match=r"initial_states\.json is damaged"):
+        _ = open_recordings(str(root), DataConfig(VIEWS, root=str(root)), ROBOT).episodes
+
+
+def test_other_keys_are_named(demos: list[Demo], tmp_path: Path) -> None:
+    source = save(tmp_path / "source", demos)
+    with h5py.File(source, "a") as file:
+        for key in file["data"]:
+            file["data"][key].move("obs/agentview_rgb", "obs/agentview_image")
+            file["data"][key].move("obs/gripper_states", "obs/robot0_gripper_qpos")
+    findings, code = check(source)
+    assert (mismatches(findings), code) == ([], 0)
+    assert findings["files"].text.startswith(
+        f"{source.name} has no obs/agentview_rgb, obs/gripper_states, so these are"
+    )
+    assert "obs/agentview_image" in findings["files"].text
+    assert "images of wrist" in findings
+    assert "images of agentview" not in findings
 
 
 def test_data_of_several_suites_are_checked_suite_by_suite(demos: list[Demo], tmp_path: Path) -> None:

@@ -81,32 +81,6 @@ def test_a_regenerated_file_has_fewer_attributes(tmp_path: Path) -> None:
     assert (recording.observed_TS, recording.fixtures) == (None, {})
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no LIBERO demonstrations .TASK_demo\.hdf5. in"):
-        demonstrations(tmp_path)
-    path = write(tmp_path / f"{STOVE}_demo.hdf5", [made_up(actions(1, 1))])
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(ValueError, match=f"{STOVE}_demo.hdf5 is damaged or is not a file of LIBERO"):
-        demonstrations(tmp_path)
-    path.write_bytes(whole)
-    for change, message in (
-        (lambda demo: demo.__delitem__("states"), "damaged"),
-        (lambda demo: demo["actions"].__setitem__((0, 0), np.nan), "demo_0 holds NaN"),
-    ):
-        path.write_bytes(whole)
-        with h5py.File(path, "a") as file:
-            change(file["data/demo_0"])
-        with pytest.raises(ValueError, match=message):
-            read(path, "demo_0")
-    path.write_bytes(whole)
-    with h5py.File(path, "a") as file:
-        del file["data/demo_0/states"]
-        file["data/demo_0/states"] = np.ones((3, 5))
-    with pytest.raises(ValueError, match="2 actions and 3 states"):
-        read(path, "demo_0")
-
-
 # --- what is no action -----------------------------------------------------------------------------------------------
 
 
@@ -153,12 +127,24 @@ def dataset(root: Path) -> tuple[dict[str, np.ndarray], list[str], LeRobotReader
 def test_mistakes_of_the_user_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no"):
         run(tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"neither TASK_demo\.hdf5 files nor a LeRobotDataset v2\.1"):
+    with pytest.raises(ValueError, match=r"neither TASK_demo\.hdf5 files nor a LeRobotDataset v2\.1; it holds nothing"):
         run(tmp_path, tmp_path / "out")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "image.hdf5").touch()
+    (tmp_path / ".DS_Store").touch()
+    with pytest.raises(ValueError, match=r"; it holds below, image\.hdf5$"):
+        run(tmp_path, tmp_path / "out")
+    (tmp_path / "below" / f"{STOVE}_demo.hdf5").touch()
+    with pytest.raises(ValueError, match=r"give one of its folders: below$"):
+        run(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"its name must end in \.hdf5$"):
+        run(tmp_path / ".DS_Store", tmp_path / "out")
     write(tmp_path / "fly_to_the_moon_demo.hdf5", [made_up(actions(1))])
-    with pytest.raises(ValueError, match=r"libero_goal has no task for fly_to_the_moon_demo\.hdf5"):
+    with pytest.raises(ValueError, match=r"has no task for fly_to_the_moon_demo\.hdf5 \(a task of no suite\)"):
         run(tmp_path, tmp_path / "out")
     (tmp_path / "fly_to_the_moon_demo.hdf5").unlink()
+    with pytest.raises(ValueError, match=r"_stove_demo\.hdf5 \(a task of libero_goal\): give another suite=NAME"):
+        run(write(tmp_path / f"{STOVE}_demo.hdf5", [made_up(actions(1))]), tmp_path / "out", "suite=libero_object")
     path = write(tmp_path / f"{STOVE}_demo.hdf5", [made_up(actions(1))], suite="other")
     with pytest.raises(ValueError, match="give suite=NAME"):
         run(tmp_path, tmp_path / "out")

@@ -26,7 +26,7 @@ class Demo:
     states: np.ndarray
     seen: np.ndarray
     images: Mapping[str, np.ndarray]
-    model: str = MODEL
+    model: str | None = MODEL
 
 
 def made_up(actions: np.ndarray, size: int = 16, numbers: int = 20, seed: int = 0) -> Demo:
@@ -60,7 +60,9 @@ def write(path: Path, demos: Sequence[Demo], suite: str = "libero_goal", **attri
         data.attrs.update(attributes)
         for index, demo in enumerate(demos):
             group, steps = data.create_group(f"demo_{index}"), len(demo.actions)
-            group.attrs["num_samples"], group.attrs["model_file"] = steps, demo.model
+            group.attrs["num_samples"] = steps
+            if demo.model is not None:
+                group.attrs["model_file"] = demo.model
             group.attrs["init_state"] = demo.states[0]
             done = np.zeros(steps, np.uint8)
             done[-1] = 1
