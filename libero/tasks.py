@@ -23,6 +23,11 @@ def tasks(name: str) -> tuple[Task, ...]:
     return tuple(Task(task, instruction(task)) for task in task_names(name))
 
 
+def suites_of(task: str) -> tuple[str, ...]:
+    """Return the names of the LIBERO suites that have a task of this name."""
+    return tuple(suite for suite in LIBERO_SUITES if task in task_names(suite))
+
+
 def instruction(task: str) -> str:
     """Return the instruction of a task: its name with spaces, without the scene prefix (see `place`).
 

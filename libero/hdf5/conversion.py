@@ -20,9 +20,8 @@ from cogvla.libero.hdf5.jobs import Job, ReplayOutcome, play
 from cogvla.libero.hdf5.page import page, summary
 from cogvla.libero.hdf5.reader import demonstrations
 from cogvla.libero.hdf5.replay import WAITING_STEPS, ReplaySettings
-from cogvla.libero.installation import task_names
 from cogvla.libero.suites import libero_suite
-from cogvla.libero.tasks import LIBERO_SUITES
+from cogvla.libero.tasks import LIBERO_SUITES, suites_of
 
 CONVERSION = "meta/conversion.json"
 """File in a finished data set: its sources, its settings, and the numbers of the statistics page."""
@@ -65,7 +64,7 @@ class Conversion:
             suite_name = named.pop() if len(named) == 1 else None
         if suite_name not in LIBERO_SUITES:
             raise ValueError(
-                f"the files in {source} do not all name the same LIBERO suite: give suite=NAME, "
+                f"the files in {source} are not all of the same LIBERO suite: give suite=NAME, "
                 f"one of {', '.join(LIBERO_SUITES)}"
             )
         suite = libero_suite(suite_name, libero)
@@ -89,7 +88,7 @@ class Conversion:
 
 def _home(task: str) -> str:
     """Return in words which suites have a task of this name."""
-    found = [name for name in LIBERO_SUITES if task in task_names(name)]
+    found = suites_of(task)
     return f"a task of {', '.join(found)}" if found else "a task of no suite"
 
 

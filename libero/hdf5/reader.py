@@ -30,6 +30,7 @@ import numpy as np
 from cogvla.files import visible
 from cogvla.libero.hdf5.fixtures import fixtures_of
 from cogvla.libero.hdf5.hdf5_file import contents, count, json_object, numbers, opened, text
+from cogvla.libero.tasks import LIBERO_SUITES, suites_of
 
 SUFFIX = "_demo.hdf5"
 ACTIONS, STATES = "actions", "states"
@@ -48,7 +49,7 @@ class Demonstrations:
     Attributes:
         path: the file.
         task: name of the task in its suite.
-        suite: name of the suite, or None if the file does not name it.
+        suite: name of the LIBERO suite: the one that the file names, or the only one with this task; or None.
         keys: `demo_0`, `demo_1`, ...
         regenerated: True for a file of the published regeneration, see above.
         versions: package -> version of the simulator; empty if the file does not say.
@@ -114,8 +115,8 @@ def _demonstrations(path: Path) -> Demonstrations:
                 f"{where}: the attribute num_demos is {stated}, the file has {len(numbered)} demonstrations: download "
                 "it again, or correct the attribute if you have removed some"
             )
-        suite, named = _origin(text(attributes, "bddl_file_name", where) or "")
-        if named is not None and named != task:
+        suite, named = _origin(text(attributes, "bddl_file_name", where) or "", task)
+        if named != task and suites_of(named):
             raise ValueError(f"{where} is of the task {named}, says its bddl_file_name: name it {named}{SUFFIX}")
         problem = json_object(attributes, "problem_info", where)
         if problem is not None and not _words(problem.get("language_instruction")):
@@ -148,11 +149,16 @@ def _group(parent: Any, name: str, where: str) -> Any:
     return group
 
 
-def _origin(bddl_file: str) -> tuple[str | None, str | None]:
-    """`.../bddl_files/libero_object/pick_up_the_milk.bddl` -> `libero_object`, `pick_up_the_milk`."""
+def _origin(bddl_file: str, task: str) -> tuple[str | None, str]:
+    """`.../bddl_files/libero_object/pick_the_milk.bddl` -> `libero_object`, `pick_the_milk`.
+
+    Published files have names of suites and tasks from before they were published, such as `libero_100` or these words
+    for `pick_up_the_milk`. Then the suite is the one that has the task that the file is named after.
+    """
     path = Path(bddl_file.replace("\\", "/"))
-    suite = path.parent.name if path.parent.name.startswith("libero_") else None
-    return suite, path.stem if path.suffix == ".bddl" else None
+    homes = suites_of(task)
+    suite = path.parent.name if path.parent.name in LIBERO_SUITES else homes[0] if len(homes) == 1 else None
+    return suite, path.stem if path.suffix == ".bddl" else task
 
 
 def _check_environment(environment: dict[str, Any], where: str) -> None:

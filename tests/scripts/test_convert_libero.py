@@ -76,7 +76,7 @@ def test_a_regenerated_file_has_fewer_attributes(tmp_path: Path) -> None:
         demo = file.create_group("data/demo_4")
         demo["actions"], demo["states"] = actions(1, 1), np.ones((2, 5))
     (found,) = demonstrations(path)
-    assert (found.suite, found.keys, found.regenerated) == (None, ("demo_4",), True)
+    assert (found.suite, found.keys, found.regenerated) == ("libero_goal", ("demo_4",), True)
     recording = read(path, "demo_4")
     assert (recording.observed_TS, recording.fixtures) == (None, {})
 
@@ -145,9 +145,11 @@ def test_mistakes_of_the_user_are_explained(tmp_path: Path) -> None:
     (tmp_path / "fly_to_the_moon_demo.hdf5").unlink()
     with pytest.raises(ValueError, match=r"_stove_demo\.hdf5 \(a task of libero_goal\): give another suite=NAME"):
         run(write(tmp_path / f"{STOVE}_demo.hdf5", [made_up(actions(1))]), tmp_path / "out", "suite=libero_object")
-    path = write(tmp_path / f"{STOVE}_demo.hdf5", [made_up(actions(1))], suite="other")
-    with pytest.raises(ValueError, match="give suite=NAME"):
+    other = write(tmp_path / "pick_up_the_milk_and_place_it_in_the_basket_demo.hdf5", [made_up(actions(1))], "other")
+    with pytest.raises(ValueError, match="are not all of the same LIBERO suite: give suite=NAME"):
         run(tmp_path, tmp_path / "out")
+    other.unlink()
+    path = tmp_path / f"{STOVE}_demo.hdf5"
     with pytest.raises(ValueError, match=r"demo_0: a state of this scene has \d+ numbers, the recorded state has 20"):
         run(path, tmp_path / "out", "suite=libero_goal", "workers=0", "image_size=32")
 
