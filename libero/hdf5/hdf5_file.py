@@ -14,6 +14,7 @@ BEGINNINGS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the data: run `git lfs pull` in its folder",
     b"<": "is a web page, not the data: its download failed; download it again",
     b"PK": "is a ZIP archive: unpack it",
+    b"\x00\x05\x16\x07": "is a hidden file of macOS, not the data: give the file whose name does not begin with `._`",
     b"\x1f\x8b": "is compressed by gzip: unpack it",
 }
 """First bytes of what is often found in place of an HDF5 file -> what it is."""

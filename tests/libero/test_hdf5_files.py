@@ -64,6 +64,7 @@ NO_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "HTML": (lambda _: b"\n<!doctype html><html>Please log in</html>", "is a web page"),
     "XML": (lambda _: b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is a web page"),
     "zip": (lambda whole: b"PK\x03\x04" + whole, "is a ZIP archive"),
+    "AppleDouble": (lambda _: b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X", "is a hidden file of macOS"),
     "gzip": (gzip.compress, "is compressed by gzip"),
     "nothing": (lambda _: b"", "is empty"),
     "text": (lambda _: b"hello" * 100, "is no HDF5 file"),
