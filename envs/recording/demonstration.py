@@ -141,6 +141,15 @@ class DemonstratorSettings:
         episode_of_task = slot // len(self.instructions)
         return FIRST_TRAINING_STATE + self.seed * SEED_STRIDE + episode_of_task * MAX_ATTEMPTS + attempt
 
+    def recorded(self, episode: Demonstration, slot: int) -> bool:
+        """Return True if this is episode `slot` of a recording with these settings."""
+        task, states = self.task(slot), [self.initial_state(slot, attempt) for attempt in range(MAX_ATTEMPTS)]
+        labels = [episode.arrays.get(f"label.{name}") for name in ("task", "initial_state")]
+        if episode.instruction != self.instructions[task] or any(values is None for values in labels):
+            return False
+        said_task, said_state = (int(values[0, 0]) for values in labels if values is not None)
+        return said_task == task and said_state in states
+
 
 class ExpertFailedError(RuntimeError):
     """The expert failed on `MAX_ATTEMPTS` initial states in a row."""

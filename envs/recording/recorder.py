@@ -153,7 +153,7 @@ def _take_over(finished: Path, paths: list[Path], settings: DemonstratorSettings
     count = 0
     try:
         for episode in tqdm(recorded_episodes(finished), f"{finished.name} grows", len(paths), unit="episode"):
-            if count == len(paths) or episode.instruction != settings.instructions[settings.task(count)]:
+            if count == len(paths) or not settings.recorded(episode, count):
                 raise EditedError(f"{finished} was edited after it was recorded: episode {count} is another one")
             if not Demonstration.is_complete(paths[count]):
                 episode.save(paths[count])

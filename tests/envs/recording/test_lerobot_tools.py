@@ -20,7 +20,7 @@ from lerobot.datasets.dataset_tools import add_features
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
-from cogvla.envs.recording.dataset_writer import features
+from cogvla.envs.recording.dataset_writer import DatasetWriter, features
 from cogvla.envs.recording.demonstration import encode_png
 from cogvla.envs.recording.recorded_dataset import recorded_episodes
 from cogvla.envs.recording.recorder import record
@@ -246,6 +246,31 @@ def test_what_was_edited_does_not_grow(home: Path, results: dict[str, str | None
     shutil.copy(home / "simulated" / record_file, home / "simulated_delete" / record_file)
     with pytest.raises(ValueError, match=r"was edited .* so it cannot grow"):
         grow(home / "simulated_delete")
+
+
+@pytest.mark.parametrize("change", ["instruction", "order", "state", "feature"])
+def test_other_episodes_than_those_that_were_recorded_do_not_grow(change: str, home: Path, tmp_path: Path) -> None:
+    """Edited by a tool that writes a row group for each episode, as we do."""
+    episodes = list(recorded_episodes(home / "simulated"))
+    if change == "instruction":
+        episodes[2] = replace(episodes[2], instruction="push the button")
+    elif change == "order":
+        del episodes[:3]  # the next ones have the same tasks
+    elif change == "state":
+        arrays = episodes[1].arrays
+        episodes[1] = replace(episodes[1], arrays=arrays | {"label.initial_state": arrays["label.initial_state"] + 10})
+    else:
+        for episode in episodes:
+            del episode.arrays["label.initial_state"]
+    root = tmp_path / "edited"
+    writer = DatasetWriter(root, "cogvla/toy", episodes[0], "panda")
+    for episode in episodes:
+        writer.add(episode)
+    writer.close()
+    record_file = "meta/recording.json"
+    shutil.copy(home / "simulated" / record_file, root / record_file)
+    with pytest.raises(ValueError, match=r"was edited after it was recorded: .* so it cannot grow"):
+        grow(root)
 
 
 def test_older_recordings_with_tables_are_read_and_grow(home: Path, tmp_path: Path) -> None:
