@@ -228,6 +228,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no_routing": {".routing.efa": False, ".routing.lfp": False, ".routing.attention": "causal"},
     "fusion_sum": {".routing.fusion": "sum"},
     "summary_faithful": {".routing.summary": "faithful"},
+    "summary_words": {".routing.summary": "words"},
     "film_default": {".routing.film_init": None},
     "drop": {".routing.mode": "drop"},
     "renumber": {".routing.position_policy": "renumber"},

@@ -140,6 +140,12 @@ def count_flops(
     # Folding the normalisation of pixels into the bias is a small matrix-vector product per tower.
     fold = sum((Work(3 * tower.width, 0, 4 * tower.width) for _, tower in towers), Work())
     instruction = _linears(once, batch) + fold
+    if model.order is not None:
+        width = model.order.down.out_features
+        instruction += _linears([model.order.down, model.order.block], batch * text_length)
+        instruction += _linears([model.order.up], batch)
+        instruction += _attention(text_length, text_length, width, counting).for_samples(batch)
+        once.append(model.order)
     rows = [StageCost(INSTRUCTION, _parameters(once), instruction)]
     for name, tower in towers:
         work = _tower(tower, counting).for_samples(batch * views)

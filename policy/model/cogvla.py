@@ -24,6 +24,7 @@ from cogvla.policy.model.vision import DualVision, Observer, VisionCondition
 from cogvla.routing.aggregation import two_layer
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.router import RouterConfig
+from cogvla.routing.word_order import WordOrder
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class CogVLA(nn.Module):
 
         pixels [B,V,3,H,W]          text_ids [B,T]                 state [B,S]
               |                          |                              |
-              |               mean embedding e [B,D]                    |
+              |            summary e [B,D]: mean, word order            |
               v                          |                              |
         dinov2 | siglip  <- FiLM --------+   M aggregation tokens       |
               |    |                     |   per view and tower         |
@@ -140,6 +141,9 @@ class CogVLA(nn.Module):
         if config.head.placeholder == "learned":
             self.placeholder = nn.Parameter(torch.randn(self.action_tokens, width))
         self.router = self._build_router()
+        # Built last: the other modules then begin with the same random weights with and without it.
+        reads = config.routing.summary == "contextual" and (config.routing.efa or config.routing.film)
+        self.order = WordOrder(width) if reads else None
         ids = torch.tensor([config.language.bos_token, config.language.stop_token])
         self.register_buffer("special_ids", ids, persistent=False)
 
@@ -182,6 +186,9 @@ class CogVLA(nn.Module):
         total_BD, count_B1 = (embedded_BTD * weight_BT1).sum(1), weight_BT1.sum(1)
         if self.config.routing.summary == "faithful":
             total_BD, count_B1 = total_BD + self.decoder.embed(self.special_ids).sum(0), count_B1 + 2
+        summary_BD = total_BD / count_B1
+        if self.order is not None:
+            summary_BD = summary_BD + self.order(embedded_BTD, text_mask_BT)
         vision, gap = self.vision_tokens, 0
         if self.router is not None:
             vision = vision if budget is None else self.router.leaves(budget)
@@ -193,7 +200,7 @@ class CogVLA(nn.Module):
         answer_RD = torch.cat((zeros_JD if self.placeholder is None else self.placeholder, stop_1D))
         bos_B1D, answer_BRD = (tokens.expand(len(embedded_BTD), -1, -1) for tokens in (bos_1D, answer_RD))
         tail_BRD = torch.cat((embedded_BTD, answer_BRD), dim=1)
-        return TextFeatures(bos_B1D, tail_BRD, context, self.vision.condition(total_BD / count_B1))
+        return TextFeatures(bos_B1D, tail_BRD, context, self.vision.condition(summary_BD))
 
     def forward(
         self,

@@ -172,7 +172,8 @@ class RoutingConfig:
         film: without stage 1, still modulate the towers with the instruction, and keep the patches (OpenVLA-OFT+).
         fusion: combination of the two streams with `efa` or `film`: `mix`, `sum` or `concat`.
             See `routing.aggregation.StreamFusion`.
-        summary: tokens whose mean is the summary of the instruction: `words`, or `faithful` (with bos and stop).
+        summary: summary of the instruction: `contextual` (mean of the words, and what a layer says about their order,
+            see `routing.word_order`), `words` (the mean alone), or `faithful` (the mean with bos and stop).
         film_init: initial standard deviation of FiLM's scale and shift; None: PyTorch's default, see `routing.film`.
         lfp: stage 2; False: every layer processes all vision tokens.
         schedule: schedule of the keep ratios over the layers, see `routing.keep_schedule.keep_ratios`.
@@ -191,7 +192,7 @@ class RoutingConfig:
     efa: bool = True
     film: bool = False
     fusion: Literal["mix", "sum", "concat"] = "mix"
-    summary: Literal["words", "faithful"] = "words"
+    summary: Literal["contextual", "words", "faithful"] = "contextual"
     film_init: float | None = 1.0
     lfp: bool = True
     schedule: str = "shiftedcos_decay_0.85_0.15"
@@ -205,7 +206,7 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         _one_of("routing.fusion", self.fusion, FUSIONS)
-        _one_of("routing.summary", self.summary, ("words", "faithful"))
+        _one_of("routing.summary", self.summary, ("contextual", "words", "faithful"))
         _one_of("routing.mode", self.mode, MODES)
         _one_of("routing.position_policy", self.position_policy, POSITION_POLICIES)
         _one_of("routing.scale", self.scale, SCALES)

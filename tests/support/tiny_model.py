@@ -39,9 +39,12 @@ def tiny_config(head: dict[str, Any] | None = None, **routing: Any) -> CogVLACon
 
 
 def tiny_model(head: dict[str, Any] | None = None, seed: int = 0, **routing: Any) -> CogVLA:
-    """A small model with reproducible weights."""
+    """A small model with reproducible weights, in which the order of the words counts as after training."""
     torch.manual_seed(seed)
-    return CogVLA(tiny_config(head, **routing), ROBOT)
+    model = CogVLA(tiny_config(head, **routing), ROBOT)
+    if model.order is not None:
+        torch.nn.init.normal_(model.order.up.weight, std=0.1)
+    return model
 
 
 def tiny_input(lengths: tuple[int, ...] = (3, 7, 5), seed: int = 0) -> ModelInput:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from cogvla.policy.model.cogvla import ModelInput
-from cogvla.tests.support.tiny_model import alone, tiny_input, tiny_model
+from cogvla.policy.model.cogvla import CogVLA, ModelInput
+from cogvla.tests.support.tiny_model import ROBOT, alone, tiny_config, tiny_input, tiny_model
 
 ROUTINGS: dict[str, dict[str, Any]] = {
     "bypass": {"scale": "values"},
@@ -84,6 +85,33 @@ def test_text_features_can_be_kept_for_an_instruction() -> None:
     text = model.encode_text(inputs.text_ids, inputs.text_mask)
     unread = replace(inputs, text_ids=torch.zeros_like(inputs.text_ids))
     assert torch.equal(model(unread, text=text).actions, model(inputs).actions)
+
+
+@torch.inference_mode()
+def test_the_towers_see_the_order_of_the_words() -> None:
+    """ "stack red on blue" and "stack blue on red": the same words, another condition of both towers."""
+    ids_BT = torch.tensor([[3, 7, 11, 5], [3, 5, 11, 7]])
+    mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    for summary in ("words", "contextual"):
+        model = tiny_model(summary=summary).eval()
+        condition = model.encode_text(ids_BT, mask_BT).vision
+        assert condition.weights_B2 is not None
+        films = [film for scale_and_shift in condition.films if scale_and_shift for film in scale_and_shift]
+        for part_B in (*[film.transpose(0, 1) for film in films], condition.weights_B2):
+            assert torch.allclose(part_B[0], part_B[1], atol=1e-6) == (summary == "words")
+        inputs = replace(tiny_input((4, 4)), text_ids=ids_BT, text_mask=mask_BT)
+        longer = replace(inputs, text_ids=F.pad(ids_BT, (0, 3), value=9), text_mask=F.pad(mask_BT, (0, 3)))
+        torch.testing.assert_close(model(longer).actions, model(inputs).actions, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_order_adds_nothing_before_training() -> None:
+    torch.manual_seed(0)
+    words = CogVLA(tiny_config(summary="words"), ROBOT).eval()
+    torch.manual_seed(0)
+    contextual = CogVLA(tiny_config(summary="contextual"), ROBOT).eval()
+    assert torch.equal(words(tiny_input()).actions, contextual(tiny_input()).actions)
+    assert CogVLA(tiny_config(efa=False), ROBOT).order is None
 
 
 @torch.inference_mode()

@@ -19,11 +19,13 @@ from cogvla.tests.support.tiny_model import MODEL, ROBOT, tiny_input
 
 PAPER = {"tokens_per_step": "action_dim", "placeholder": "zero", "shifted": True}
 FAITHFUL = {"summary": "faithful", "period": 31, "position_policy": "renumber", "scale": "all"}
+WORDS = {"summary": "words"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "llama": {"language": {"rope_theta": 500.0}},
-    "qwen2": {"language": {"architecture": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-3}},
+    "llama": {"language": {"rope_theta": 500.0}, "routing": WORDS},
+    "qwen2": {"language": {"architecture": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-3}, "routing": WORDS},
     "faithful": {"head": PAPER, "routing": FAITHFUL},
-    "drop": {"routing": {"mode": "drop"}},
+    "drop": {"routing": {"mode": "drop", **WORDS}},
+    "contextual": {},
     "plain": {"routing": {"efa": False, "lfp": False, "attention": "bidirectional"}},
 }
 FIRST_ACTIONS = {
@@ -31,6 +33,7 @@ FIRST_ACTIONS = {
     "qwen2": [2.420251, 1.2175603, 0.7501443, 2.374081, 1.1620843, 0.8938874, 2.5036228, 1.3814147, 0.6670336],
     "faithful": [2.6715368, 0.0760943, 2.6835804, 2.4729056, -0.0657543, 2.5354081, 2.2441045, -0.0687517, 3.2241126],
     "drop": [2.4576687, 0.3831989, 0.5771045, 2.1983, 0.7228882, 1.385117, 2.0781253, 0.1499417, 0.5954931],
+    "contextual": [2.57298, -0.0209589, 0.950953, 2.4265648, -0.6569199, 0.2697295, 2.1145038, -0.5933421, 0.6906402],
     "plain": [1.9821667, 1.3264071, 1.4299554, 1.788345, 1.185886, 1.3165066, 1.7014469, 1.2812059, 1.1463631],
 }
 """The first action of each sample: transformers 4.57.6 and timm 1.0.31 gave these, 5.23.0 and 1.0.20 the same."""

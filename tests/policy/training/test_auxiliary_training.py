@@ -55,7 +55,9 @@ BEFORE = {
 @pytest.mark.parametrize("routing", BEFORE)
 def test_switches_that_are_off_change_nothing(routing: str, tmp_path: Path) -> None:
     config, loss, norm = BEFORE[routing]
-    small_trainer(tmp_path, settings(steps=4, validate_every=0), config, **ROUTINGS[routing]).run()
+    small_trainer(
+        tmp_path, settings(steps=4, validate_every=0), config, **{**ROUTINGS[routing], "summary": "words"}
+    ).run()
     row = last_row(tmp_path)
     assert row["train/loss"] == pytest.approx(loss, rel=1e-5)
     assert row["train/gradient_norm"] == pytest.approx(norm, rel=1e-4)
@@ -186,8 +188,12 @@ def test_another_teacher_does_not_go_on(tmp_path: Path) -> None:
     config = replace(IMITATION, distillation=1.0, teacher=saved(tmp_path / "teacher", **PATCHES))
     small_trainer(tmp_path / "run", settings(steps=2, validate_every=0), config, **PATCHES).run()
     other = replace(config, teacher=saved(tmp_path / "other", seed=9, **PATCHES))
-    with pytest.raises(ValueError, match="trained from another base: its frozen weights are not these"):
+    with pytest.raises(ValueError, match=r"another setting: objective.teacher was .*teacher, is .*other; choose"):
         small_trainer(tmp_path / "run", settings(steps=4, validate_every=0), other, **PATCHES).run()
+    shutil.rmtree(tmp_path / "teacher")
+    shutil.copytree(tmp_path / "other", tmp_path / "teacher")
+    with pytest.raises(ValueError, match="trained from another base: its frozen weights are not these"):
+        small_trainer(tmp_path / "run", settings(steps=4, validate_every=0), config, **PATCHES).run()
 
 
 def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:

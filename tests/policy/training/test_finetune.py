@@ -119,7 +119,10 @@ def test_merge_and_unmerge_is_a_round_trip_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"train": ["haed"]}, r"finetune names 'haed', but the policy's parts are decoder, head, state, vision and"),
+        (
+            {"train": ["haed"]},
+            r"finetune names 'haed', but the policy's parts are decoder, head, order, state, vision and",
+        ),
         ({"train": ["*"], "adapt": ["decoder"]}, "leaves no linear layer to adapt"),
         ({"train": []}, "there is nothing to train"),
         ({"train": "head"}, "finetune.train must be a list of parts, got 'head'"),
