@@ -42,7 +42,7 @@ from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.training.config import TrainingConfig
-from cogvla.policy.training.instructions import check_instructions
+from cogvla.policy.training.data_checks import check_instructions, rare_dimensions
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE, Trainer
@@ -132,6 +132,8 @@ def build_trainer(
     """
     tokenizer = _tokenizer(model_config.language, data.instructions, base)
     check_instructions(tokenizer, data)
+    for said in rare_dimensions(data, embodiment):
+        print(said)
     torch.manual_seed(config.seed)
     model = CogVLA(model_config, embodiment)
     for said in _start(model, base):

@@ -14,6 +14,7 @@ import numpy as np
 
 from cogvla.libero.conventions.recorded_episodes import RecordedEpisode, Recordings
 from cogvla.libero.conventions.replayed_episodes import Gripper
+from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
 
 Verdict = Literal["ok", "mismatch", "note", "not checked"]
@@ -22,7 +23,7 @@ FINGERS = slice(6, 8)
 LEVEL = 0.05
 """Fraction of the range: gripper commands closer than this to an end of the range count as that end."""
 RESPONSE_STEPS = 4
-QUANTILES = {"min": 0.0, "q01": 0.01, "q99": 0.99, "max": 1.0}
+QUANTILES = ("min", "q01", "q99", "max")
 TAIL = 0.02
 """Fraction of the range: quantiles closer to the extremes than this cannot be told from them."""
 EQUAL = 1e-3
@@ -155,7 +156,7 @@ def _named_wrongly(
     stored: Mapping[str, Sequence[float]], values_ND: np.ndarray, mask: np.ndarray
 ) -> tuple[list[str], dict[str, Any]]:
     values_ND = values_ND[:, mask].astype(np.float64)
-    actual = {name: np.quantile(values_ND, q, axis=0) for name, q in QUANTILES.items()}
+    actual = {name: np.array(numbers) for name, numbers in Statistics.of(values_ND).to_dict().items()}
     given = {name: np.asarray(numbers, np.float64).reshape(-1)[mask] for name, numbers in stored.items()}
     size = np.maximum(actual["max"] - actual["min"], 1e-6)
     # A dimension tells nothing if its quantiles are its extremes.

@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from cogvla.policy.interface import NORMALISATIONS, Embodiment
 
 CONSTANT = 1e-6
-"""Dimensions with a smaller range carry no information and are normalised to 0."""
+"""Dimensions with a smaller range carry no information and are normalised to 0; for values above 1, relative to them,
+because float32 has only seven digits."""
+REST, FAR = 0.005, 0.5
+"""A quantile is that of a dimension at rest, and the extreme is used instead, if the median is nearer than `REST` of
+its distance to the extreme, and the extreme lies further than `FAR` of the quantiles' range outside of it."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,18 @@ class Statistics:
 
     @classmethod
     def of(cls, values_ND: np.ndarray) -> Statistics:
-        """Compute the statistics of samples [N,D]."""
+        """Compute the statistics of samples [N,D].
+
+        Where a dimension rests in nearly all samples, q01 or q99 is the minimum or maximum: with the quantile as the
+        end of the range, a policy could never leave the rest (see `rarely_used`).
+        """
         x = np.asarray(values_ND, dtype=np.float64)
         q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
-        return cls(*(tuple(v) for v in (q01, q99, x.min(0), x.max(0), x.mean(0), x.std(0))))
+        rare_2D = rarely_used(x)
+        low, high, mean, std = x.min(0), x.max(0), x.mean(0), x.std(0)
+        q01, q99 = np.where(rare_2D[0], low, q01), np.where(rare_2D[1], high, q99)
+        std = np.where(std < _negligible(mean) / 2, np.maximum(std, (high - low) / 2), std)
+        return cls(*(tuple(v) for v in (q01, q99, low, high, mean, std)))
 
     @property
     def dim(self) -> int:
@@ -55,6 +67,20 @@ class Statistics:
 
     def to_dict(self) -> dict[str, list[float]]:
         return {name: list(values) for name, values in asdict(self).items()}
+
+
+def rarely_used(values_ND: np.ndarray) -> np.ndarray:
+    """Return bool [2,D]: whether q01, and q99, of samples [N,D] only show where the dimension rests."""
+    x = np.asarray(values_ND, dtype=np.float64)
+    low, q01, median, q99, high = np.quantile(x, [0, 0.01, 0.5, 0.99, 1], axis=0)
+    past_2D = np.stack([q01 - low, high - q99])
+    rest_2D = np.stack([median - q01, q99 - median])
+    far_2D = (past_2D > FAR * (q99 - q01)) & (past_2D >= _negligible(median))
+    return far_2D & (rest_2D < REST * (rest_2D + past_2D))
+
+
+def _negligible(value_D: np.ndarray) -> np.ndarray:
+    return CONSTANT * np.maximum(1, np.abs(value_D))
 
 
 class Normaliser(nn.Module):
@@ -92,7 +118,9 @@ class Normaliser(nn.Module):
         self.constant_D: Tensor
         self.register_buffer("shift_D", torch.tensor((high + low) / 2, dtype=torch.float32), persistent=False)
         self.register_buffer("scale_D", torch.tensor(half_range, dtype=torch.float32), persistent=False)
-        self.register_buffer("constant_D", torch.tensor(half_range < CONSTANT / 2), persistent=False)
+        self.register_buffer(
+            "constant_D", torch.tensor(half_range < _negligible((high + low) / 2) / 2), persistent=False
+        )
         bounded = keep if kind in ("q99", "min_max") else np.zeros_like(keep)
         limit = np.where(bounded, 1.0, np.inf)
         self.register_buffer("limit_D", torch.tensor(limit, dtype=torch.float32), persistent=False)

@@ -35,8 +35,8 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.training import adapters
 from cogvla.policy.training.batches import BatchBuilder, Choices
 from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.data_checks import check_instructions
 from cogvla.policy.training.identity import differences, identity
-from cogvla.policy.training.instructions import check_instructions
 from cogvla.policy.training.interrupt import Interruption
 from cogvla.policy.training.metrics import LossWindow, MetricsFile
 from cogvla.policy.training.objective import Batch, Objective

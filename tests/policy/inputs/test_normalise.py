@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvla.policy.inputs.normalise import Normaliser, Statistics, normalisers
+from cogvla.policy.inputs.normalise import Normaliser, Statistics, normalisers, rarely_used
 from cogvla.policy.interface import NORMALISATIONS, Camera, Embodiment
 
 KNOWN = Statistics(q01=(0.0,), q99=(10.0,), min=(-10.0,), max=(30.0,), mean=(4.0,), std=(2.0,))
@@ -60,6 +60,69 @@ def test_a_constant_dimension_is_zero_and_comes_back_as_its_value() -> None:
         y = normaliser(torch.tensor([[3.0, 0.0], [99.0, 0.0]]))
         assert (y[:, 0] == 0).all()
         assert normaliser.inverse(y)[:, 0].tolist() == [3.0, 3.0]
+
+
+def rare(share: float, low: float = 0.0, high: float = 0.7, frames: int = 4000, noise: float = 0.0) -> np.ndarray:
+    """A dimension [N,1] that rests at 0, but for a share of the frames in which it moves from `low` to `high`."""
+    rng = np.random.default_rng(0)
+    x_N = rng.normal(0, 1, frames) * noise
+    moving = rng.choice(frames, max(2, round(share * frames)), replace=False)
+    x_N[moving] = np.linspace(low, high, len(moving))
+    return x_N[:, None].astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x_N1", "shift"),
+    [
+        (rare(0.009), 0.0),
+        (rare(0.009, low=-0.4), 0.0),
+        (rare(0.0005), 0.0),
+        (rare(0.009, high=0.0, low=-0.7), 0.0),
+        (rare(0.009, noise=1e-4), 0.0),
+        (rare(0.009, high=2e-5, low=-1e-5), 0.0),
+        (rare(0.009), 90.0),
+        (rare(0.009, high=500.0), 1e6),
+        (np.append(np.linspace(-0.8, 0, 30).repeat(100), [0.0] * 3000 + [0.7] * 20)[:, None].astype(np.float32), 0.0),
+    ],
+)
+@pytest.mark.parametrize("kind", ["q99", "min_max", "mean_std"])
+def test_a_dimension_that_hardly_ever_moves_can_reach_its_extremes(kind: str, x_N1: np.ndarray, shift: float) -> None:
+    x_N1 = x_N1 + np.float32(shift)
+    normaliser = Normaliser(kind, Statistics.of(x_N1))
+    ends_21 = torch.from_numpy(np.stack([x_N1.min(0), x_N1.max(0)]))
+    size = float(ends_21[1] - ends_21[0])
+    torch.testing.assert_close(normaliser.inverse(normaliser(ends_21)), ends_21, atol=1e-3 * size, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "x_N1",
+    [
+        rare(0.1, low=-0.7),
+        np.random.default_rng(0).normal(0, 1, (4000, 1)),
+        np.append(np.random.default_rng(0).normal(0, 1, 4000), 50.0)[:, None],  # a glitch
+        np.append(np.linspace(0, 0.04, 500), [0.04] * 3000 + [0.046] * 10)[:, None],  # fingers at their stop
+        np.full((4000, 1), 3.0),
+    ],
+)
+def test_other_dimensions_have_the_quantiles_of_their_data(x_N1: np.ndarray) -> None:
+    statistics = Statistics.of(x_N1)
+    assert [statistics.q01[0], statistics.q99[0]] == np.quantile(x_N1, [0.01, 0.99]).tolist()
+    assert not rarely_used(x_N1).any()
+
+
+@pytest.mark.parametrize("at", [0.0, 0.1, 90.0, -1e6])
+@pytest.mark.parametrize("kind", ["q99", "min_max", "mean_std"])
+def test_rounding_errors_are_not_motion(kind: str, at: float) -> None:
+    x_N1 = np.full((1000, 1), at, np.float32)
+    x_N1[::2] = np.nextafter(x_N1[::2], np.float32(np.inf))
+    normaliser = Normaliser(kind, Statistics.of(x_N1))
+    assert (normaliser(torch.from_numpy(x_N1)) == 0).all()
+    assert normaliser.inverse(torch.tensor([1.0])).item() == pytest.approx(at, rel=1e-6, abs=1e-6)
+
+
+def test_statistics_that_are_given_are_used_as_they_are() -> None:
+    given = Statistics(q01=(0.0,), q99=(0.0,), min=(-1.0,), max=(0.7,), mean=(0.0,), std=(0.01,))
+    assert Normaliser("q99", given).inverse(torch.tensor([1.0])).item() == 0
 
 
 def test_a_masked_dimension_passes_unchanged() -> None:

@@ -1,4 +1,4 @@
-"""Instructions that a policy could not tell apart are refused before training."""
+"""Before training: instructions that cannot be told apart are refused, dimensions that hardly ever move are named."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import BertNormalizer
@@ -14,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, WordTokenizer
-from cogvla.policy.training.instructions import check_instructions
-from cogvla.tests.support.small_data import INSTRUCTIONS, small_data, small_trainer
+from cogvla.policy.training.data_checks import check_instructions, rare_dimensions
+from cogvla.tests.support.small_data import INSTRUCTIONS, ROBOT, small_data, small_trainer
 
 
 @pytest.fixture
@@ -95,3 +96,33 @@ def test_training_starts_only_with_instructions_that_differ(tmp_path: Path) -> N
         small_trainer(tmp_path, data=asked("go 0.5", "stop", "go 0 5"))
     trainer = small_trainer(tmp_path, data=asked("go 红色", "stop", "go 蓝色"))
     assert trainer.preprocessor.tokenizer.encode(["go 红色"])[0].tolist() != [[2, 1, 1]]
+
+
+def resting(frames: int = 1) -> DemonstrationData:
+    """Data whose state 1 and action 0 leave their rest at 0.25 in a few frames only."""
+    data = small_data(episodes=40)
+    state_NS, action_NA = data.state_NS.clone(), data.action_NA.clone()
+    state_NS[:, 1] = action_NA[:, 0] = 0.25
+    state_NS[:frames, 1], action_NA[5 : 5 + frames, 0] = 0.95, -0.45
+    return replace(data, state_NS=state_NS, action_NA=action_NA)
+
+
+def test_dimensions_that_rest_nearly_always_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = small_trainer(tmp_path, data=resting())
+    said = capsys.readouterr().out
+    assert "state 1 rests near 0.25 in nearly all frames: it is normalised from 0.25 to 0.95, with its maximum" in said
+    assert (
+        "action 0 rests near 0.25 in nearly all frames: it is normalised from -0.45 to 0.25, with its minimum" in said
+    )
+    reached = trainer.preprocessor.actions(torch.full((1, 4, 4), -1.0))
+    assert reached[..., 0].max().item() == pytest.approx(-0.45)
+
+
+def test_only_dimensions_that_are_normalised_by_quantiles_are_named() -> None:
+    assert not rare_dimensions(small_data(), ROBOT)
+    assert not rare_dimensions(resting(frames=60), ROBOT)
+    robot = replace(ROBOT, state_normalisation="min_max", action_normalise_mask=(False, True, True, False))
+    assert not rare_dimensions(resting(), robot)
+    assert [line[:8] for line in rare_dimensions(resting(), replace(ROBOT, state_normalisation="mean_std"))] == [
+        "action 0"
+    ]

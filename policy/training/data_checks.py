@@ -1,0 +1,63 @@
+"""Checks of the training data: instructions that a policy cannot tell apart, dimensions that hardly ever move.
+
+Shape legend: N frames, D state or action dimension, 2 minimum and maximum.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.inputs.normalise import Statistics, rarely_used
+from cogvla.policy.inputs.tokenizer import Tokenizer, same_instruction
+from cogvla.policy.interface import Embodiment
+
+
+def check_instructions(tokenizer: Tokenizer, data: DemonstrationData) -> None:
+    """Check that every instruction has words, and that different instructions have different token ids.
+
+    Instructions that differ only in case, spaces, or punctuation beside words count as equal.
+
+    Raises:
+        ValueError: one is empty, or two have the same ids; the message names the episodes.
+    """
+    present, rows = np.unique(data.instruction_N.numpy(), return_index=True)
+    seen: dict[tuple[int, ...], tuple[str, int]] = {}
+    for text, row in zip((data.instructions[i] for i in present), rows, strict=True):
+        episode = int(data.episode_N[row])
+        if not same_instruction(text):
+            raise ValueError(
+                f"episode {episode} of the data has the instruction {text!r}, which has no words: record what the "
+                "robot is asked to do, or leave the episode out"
+            )
+        ids_1T, _ = tokenizer.encode([text])
+        other, first = seen.setdefault(tuple(ids_1T[0].tolist()), (text, episode))
+        if same_instruction(other) != same_instruction(text):
+            raise ValueError(
+                f"the policy cannot tell {other!r} (episode {first} of the data) from {text!r} (episode {episode}): "
+                "the tokenizer gives both the same ids. Write the difference in words that it knows"
+            )
+
+
+def rare_dimensions(data: DemonstrationData, embodiment: Embodiment) -> list[str]:
+    """Return a line for each dimension whose range of normalisation is not q01 to q99, because it rests nearly always.
+
+    The lines are about dimensions that the embodiment normalises by q99; see `Statistics.of`.
+    """
+    everything = (True,) * embodiment.state_dim
+    lines = []
+    for name, values_ND, kind, mask in (
+        ("state", data.state_NS, embodiment.state_normalisation, everything),
+        ("action", data.action_NA, embodiment.action_normalisation, embodiment.action_normalise_mask),
+    ):
+        if kind != "q99":
+            continue
+        x_ND = (values_ND if data.rows is None else values_ND[data.rows]).numpy()
+        statistics, rare_2D = Statistics.of(x_ND), rarely_used(x_ND)
+        for d in np.flatnonzero(rare_2D.any(0) & np.array(mask)):
+            used = " and ".join(word for word, rare in zip(("minimum", "maximum"), rare_2D[:, d], strict=True) if rare)
+            lines.append(
+                f"{name} {d} rests near {np.median(x_ND[:, d]):.4g} in nearly all frames: it is normalised from "
+                f"{statistics.q01[d]:.4g} to {statistics.q99[d]:.4g}, with its {used} in place of the quantile"
+            )
+    return lines
