@@ -43,9 +43,9 @@ class Embodiment:
         state_normalisation: normalisation of the state, one of `NORMALISATIONS`.
         action_normalisation: normalisation of the action, one of `NORMALISATIONS`.
         action_normalise_mask: one flag per action dimension; False: not normalised (the gripper).
-        gripper_index: action dimension of the gripper; None: no gripper.
-        gripper_open: value of that dimension for an open gripper, in the environment's units.
-        gripper_close: value of that dimension for a closed gripper, in the environment's units.
+        gripper_index: action dimension of the gripper, or a list of them for several; None: no gripper.
+        gripper_open: value of these dimensions for an open gripper, in the environment's units.
+        gripper_close: value of these dimensions for a closed gripper, in the environment's units.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Embodiment:
     state_normalisation: str = "q99"
     action_normalisation: str = "q99"
     action_normalise_mask: tuple[bool, ...] = ()
-    gripper_index: int | None = None
+    gripper_index: int | tuple[int, ...] | None = None
     gripper_open: float = -1.0
     gripper_close: float = 1.0
 
@@ -79,8 +79,22 @@ class Embodiment:
         for kind in (self.state_normalisation, self.action_normalisation):
             if kind not in NORMALISATIONS:
                 raise ValueError(f"unknown normalisation {kind!r}; one of {', '.join(NORMALISATIONS)}")
-        if self.gripper_index is not None and not 0 <= self.gripper_index < self.action_dim:
-            raise ValueError(f"gripper_index {self.gripper_index} is outside the {self.action_dim} action dimensions")
+        for index in self.grippers:
+            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < self.action_dim:
+                raise ValueError(f"gripper_index {index!r} is outside the {self.action_dim} action dimensions")
+        if len(set(self.grippers)) != len(self.grippers):
+            raise ValueError(f"embodiment {self.name!r}: gripper_index names a dimension twice: {self.gripper_index}")
+        if self.grippers and self.gripper_open == self.gripper_close:
+            raise ValueError(f"embodiment {self.name!r}: gripper_open and gripper_close are both {self.gripper_open}")
+        one = self.grippers[0] if len(self.grippers) == 1 else tuple(sorted(self.grippers)) or None
+        object.__setattr__(self, "gripper_index", one)
+
+    @property
+    def grippers(self) -> tuple[int, ...]:
+        """Action dimensions of all grippers, in order."""
+        if self.gripper_index is None:
+            return ()
+        return tuple(self.gripper_index) if isinstance(self.gripper_index, list | tuple) else (self.gripper_index,)
 
     @property
     def camera_names(self) -> tuple[str, ...]:

@@ -72,15 +72,13 @@ def run(dataset: str, config: DictConfig) -> list[Finding]:
         dataset, build(DataConfig, plain["data"] | {"root": dataset}, "data"), embodiment, config.suite
     )
     name = config.suite or recordings.suite
-    if name is None:
-        raise ValueError("the data set does not say which suite it was recorded in: give suite=NAME")
-    suite = get_suite(name, {str(key): value for key, value in plain.items()})
+    suite = None if name is None else get_suite(name, {str(key): value for key, value in plain.items()})
     stored = None if config.statistics is None else _statistics(Path(config.statistics))
     findings = check(recordings, suite, embodiment, episodes=config.episodes, checkpoint=stored)
-    print(table(recordings.name, suite.name, findings))
+    print(table(recordings.name, name, findings))
     output = Path(config.output or f"outputs/check_conventions/{recordings.name}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"dataset": dataset, "suite": suite.name, "findings": [asdict(finding) for finding in findings]}
+    report = {"dataset": dataset, "suite": name, "findings": [asdict(finding) for finding in findings]}
     write_atomic(output, json.dumps(report, indent=1, default=_plain) + "\n")
     print(f"report: {output}")
     return findings
@@ -88,7 +86,7 @@ def run(dataset: str, config: DictConfig) -> list[Finding]:
 
 def check(
     recordings: Recordings,
-    suite: Suite,
+    suite: Suite | None,
     embodiment: Embodiment,
     *,
     episodes: int = 10,
@@ -99,7 +97,7 @@ def check(
 
     Args:
         recordings: data set.
-        suite: suite in which it was recorded.
+        suite: suite in which it was recorded; None: no simulator, so that nothing is replayed.
         embodiment: conventions of the robot.
         episodes: number of episodes to replay, spread over the data set.
         checkpoint: statistics of a checkpoint, which are compared with the data; None: no checkpoint.
@@ -114,12 +112,16 @@ def check(
     features = {"action": np.concatenate([episode.actions_TA for episode in everything])}
     seen = [episode.states_TS for episode in everything if episode.states_TS is not None]
     features |= {"state": np.concatenate(seen)} if seen else {}
-    said, _ = declared.gripper(everything, embodiment)
-    family = LIBERO_SUITES if suite.name in LIBERO_SUITES else ()
-    elsewhere = {task.instruction for other in family for task in tasks(other)}
-    worded = declared.instructions(everything, [task.instruction for task in suite.tasks], elsewhere)
+    said = declared.gripper_range(recordings, embodiment)
+    worded = declared.words(everything)
+    if suite is not None:
+        moved, _ = declared.gripper(everything, embodiment)
+        said = said if moved.verdict == "not checked" and said.verdict == "mismatch" else moved
+        family = LIBERO_SUITES if suite.name in LIBERO_SUITES else ()
+        elsewhere = {task.instruction for other in family for task in tasks(other)}
+        worded = declared.instructions(everything, [task.instruction for task in suite.tasks], elsewhere)
     findings = [
-        declared.versions(recordings.simulation, {"mujoco": version("mujoco"), **suite.settings}),
+        declared.versions(recordings.simulation, {"mujoco": version("mujoco"), **(suite.settings if suite else {})}),
         worded,
         said,
         declared.statistics("statistics", recordings.statistics, features, embodiment),
@@ -128,6 +130,9 @@ def check(
         findings.append(declared.statistics("checkpoint's statistics", checkpoint, features, embodiment))
     findings.append(declared.control_rate(recordings, embodiment))
     findings += [Finding("files", "note", notice) for notice in recordings.notices]
+    if suite is None:
+        text = "no suite: the simulator compares images, states and motion, if you give suite=NAME"
+        return [*findings, Finding("replay", "not checked", text)]
     traces = _traces(recordings, suite, embodiment, episodes, progress)
     if not traces:
         return [*findings, Finding("replay", "not checked", "no episode could be assigned to a task of the suite")]
@@ -160,8 +165,7 @@ def _traces(
     # Executed actions may have another gripper convention than the actions for training.
     _, gripper = declared.gripper([replace(e, actions_TA=e.executed_TA) for e in recordings.episodes], embodiment)
     rest_A = np.zeros(embodiment.action_dim, np.float32)
-    if embodiment.gripper_index is not None:
-        rest_A[embodiment.gripper_index] = embodiment.gripper_open
+    rest_A[list(embodiment.grippers)] = embodiment.gripper_open
     env = suite.make(image_size=IMAGE_SIZE)
     try:
         return [
@@ -193,10 +197,10 @@ def _statistics(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def table(dataset: str, suite: str, findings: Sequence[Finding]) -> str:
+def table(dataset: str, suite: str | None, findings: Sequence[Finding]) -> str:
     """Return the findings as a table of text."""
     columns = [max(len(finding.check) for finding in findings) + 2, len("not checked") + 2]
-    lines = [f"{dataset} in {suite}", ""]
+    lines = [f"{dataset} in {suite}" if suite else f"{dataset}, without a suite", ""]
     for finding in findings:
         verdict = finding.verdict.upper() if finding.verdict == "mismatch" else finding.verdict
         indent = " " * sum(columns)

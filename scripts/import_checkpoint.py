@@ -124,16 +124,16 @@ def _speak_the_embodiments_gripper(model: CogVLA, embodiment: Embodiment) -> Non
     """Change the last layer of the head so that it predicts the environment's gripper values instead of 1 and 0.
 
     Published policies predict 1 for open and 0 for close. The change is exact, because the head ends in a linear layer
-    and the gripper is not normalised. If the gripper is normalised, nothing is changed.
+    and the gripper is not normalised. Grippers that are normalised do not change.
     """
-    index = embodiment.gripper_index
-    if index is None or embodiment.action_normalise_mask[index]:
+    plain = [index for index in embodiment.grippers if not embodiment.action_normalise_mask[index]]
+    if not plain:
         return
     last = [module for module in model.head.modules() if isinstance(module, nn.Linear)][-1]
     span = embodiment.gripper_open - embodiment.gripper_close
     weight: Tensor = last.weight
-    weight[index] *= span
-    last.bias[index] = last.bias[index] * span + embodiment.gripper_close
+    weight[plain] *= span
+    last.bias[plain] = last.bias[plain] * span + embodiment.gripper_close
 
 
 if __name__ == "__main__":

@@ -175,8 +175,7 @@ class _Loop:
     ) -> None:
         embodiment = policy.embodiment
         waiting_action_A = np.zeros(embodiment.action_dim, np.float32)
-        if embodiment.gripper_index is not None:
-            waiting_action_A[embodiment.gripper_index] = embodiment.gripper_open
+        waiting_action_A[list(embodiment.grippers)] = embodiment.gripper_open
         self._policy = policy
         self._suite = suite
         self._settings = settings

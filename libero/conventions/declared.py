@@ -15,7 +15,9 @@ import numpy as np
 from cogvla.libero.conventions.recorded_episodes import RecordedEpisode, Recordings
 from cogvla.libero.conventions.replayed_episodes import Gripper
 from cogvla.policy.inputs.normalise import Statistics
+from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Embodiment
+from cogvla.policy.training.data_checks import check_texts
 
 Verdict = Literal["ok", "mismatch", "note", "not checked"]
 SIMULATORS = ("mujoco", "robosuite", "hf-libero")
@@ -57,9 +59,9 @@ def gripper(episodes: Sequence[RecordedEpisode], embodiment: Embodiment) -> tupl
     Returns:
         the finding, and the meaning of the values, or None if it is not clear.
     """
-    index = embodiment.gripper_index
-    if index is None:
-        return Finding("gripper", "not checked", "the embodiment has no gripper"), None
+    if len(embodiment.grippers) != 1:
+        return Finding("gripper", "not checked", f"the embodiment has {len(embodiment.grippers)} grippers"), None
+    (index,) = embodiment.grippers
     values_N = np.concatenate([episode.actions_TA[:, index] for episode in episodes])
     low, high = float(values_N.min()), float(values_N.max())
     between = float(np.mean((values_N > low + LEVEL * (high - low)) & (values_N < high - LEVEL * (high - low))))
@@ -90,6 +92,15 @@ def gripper(episodes: Sequence[RecordedEpisode], embodiment: Embodiment) -> tupl
         f"map it with data.gripper={{index: {index}, open: {opened:g}, close: {closed:g}}}",
         measured,
     ), meaning
+
+
+def gripper_range(recordings: Recordings, embodiment: Embodiment) -> Finding:
+    """Check that the recorded values of all grippers are in the declared range, without a simulator."""
+    if not embodiment.grippers:
+        return Finding("gripper", "not checked", "the embodiment has no gripper")
+    if recordings.gripper_mistakes:
+        return Finding("gripper", "mismatch", "; ".join(recordings.gripper_mistakes))
+    return Finding("gripper", "ok", "values are in the declared range; which end opens was not checked")
 
 
 def _answers(episode: RecordedEpisode, index: int, middle: float) -> list[float]:
@@ -210,6 +221,18 @@ def versions(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Finding:
 
 def _listed(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in versions.items())
+
+
+def words(episodes: Sequence[RecordedEpisode]) -> Finding:
+    """Check that all instructions have words, by which a policy can tell them apart."""
+    named = {episode.instruction: episode.name for episode in reversed(episodes)}
+    try:
+        check_texts(WordTokenizer.from_instructions(named), sorted(named.items()))
+    except ValueError as error:
+        return Finding("instructions", "mismatch", str(error))
+    return Finding(
+        "instructions", "ok", f"{len(named)} different instructions", measured={"instructions": sorted(named)}
+    )
 
 
 def instructions(episodes: Sequence[RecordedEpisode], known: Sequence[str], elsewhere: Collection[str] = ()) -> Finding:

@@ -26,7 +26,7 @@ from cogvla.libero.hdf5.replay import WAITING_STEPS
 from cogvla.libero.tasks import LIBERO_SUITES, instruction, tasks
 from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.data.download import local_root
-from cogvla.policy.data.gripper import convert_grippers
+from cogvla.policy.data.gripper import gripper_mistakes, map_grippers
 from cogvla.policy.data.reader import FrameGroup, LeRobotReader
 from cogvla.policy.data.reader import Mapping as ReaderMapping
 from cogvla.policy.interface import Embodiment
@@ -104,6 +104,11 @@ class Recordings(Protocol):
     @property
     def episodes(self) -> Sequence[RecordedEpisode]: ...
 
+    @property
+    def gripper_mistakes(self) -> Sequence[str]:
+        """Grippers whose stored values are not in the declared range, see `policy.data.gripper`."""
+        ...
+
     def images(self, episode: RecordedEpisode, camera: str, steps: Sequence[int]) -> np.ndarray:
         """Return the images of a camera at some steps of an episode, uint8 [F,H,W,3]."""
         ...
@@ -133,6 +138,7 @@ class Hdf5Recordings:
     """LIBERO's own HDF5 files. By design, their images are rotated by 180 degrees and observations are a step late."""
 
     turn = "rotated 180"
+    gripper_mistakes: Sequence[str] = ()
     statistics: Mapping[str, Mapping[str, Sequence[float]]] = {}
     control_hz: float | None = None
 
@@ -214,11 +220,17 @@ class LeRobotRecordings:
     @cached_property
     def _columns(self) -> tuple[dict[str, np.ndarray], list[str]]:
         columns, instructions = self._reader.columns()
+        stored_NA = torch.from_numpy(columns["action"])
+        self._gripper_mistakes = gripper_mistakes(stored_NA, self._config.gripper, self._embodiment)
         for key in ("action", f"label/{EXECUTED}"):
             if key in columns:
-                mapped = convert_grippers(torch.from_numpy(columns[key]), self._config.gripper, self._embodiment)
+                mapped = map_grippers(torch.from_numpy(columns[key]), self._config.gripper, self._embodiment)
                 columns[key] = mapped.numpy()
         return columns, instructions
+
+    @property
+    def gripper_mistakes(self) -> Sequence[str]:
+        return self._gripper_mistakes if self._columns else ()
 
     @cached_property
     def _parts(self) -> list[FrameGroup]:

@@ -5,6 +5,8 @@ Shape legend: N frames, D state or action dimension, 2 minimum and maximum.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from cogvla.policy.data.demonstrations import DemonstrationData
@@ -14,28 +16,39 @@ from cogvla.policy.interface import Embodiment
 
 
 def check_instructions(tokenizer: Tokenizer, data: DemonstrationData) -> None:
+    """Check the instructions of all frames with `check_texts`; ValueError names the first wrong ones."""
+    present, rows = np.unique(data.instruction_N.numpy(), return_index=True)
+    check_texts(
+        tokenizer,
+        [(data.instructions[i], f"episode {data.episode_N[row]}") for i, row in zip(present, rows, strict=True)],
+    )
+
+
+def check_texts(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]]) -> None:
     """Check that every instruction has words, and that different instructions have different token ids.
 
     Instructions that differ only in case, spaces, or punctuation beside words count as equal.
 
+    Args:
+        tokenizer: tokenizer of the policy.
+        texts: instructions, each with the name of an episode that has it.
+
     Raises:
         ValueError: one is empty, or two have the same ids; the message names the episodes.
     """
-    present, rows = np.unique(data.instruction_N.numpy(), return_index=True)
-    seen: dict[tuple[int, ...], tuple[str, int]] = {}
-    for text, row in zip((data.instructions[i] for i in present), rows, strict=True):
-        episode = int(data.episode_N[row])
+    seen: dict[tuple[int, ...], tuple[str, str]] = {}
+    for text, episode in texts:
         if not same_instruction(text):
             raise ValueError(
-                f"episode {episode} of the data has the instruction {text!r}, which has no words: record what the "
-                "robot is asked to do, or leave the episode out"
+                f"{episode} of the data has the instruction {text!r}, which has no words: record what the robot is "
+                "asked to do, or leave the episode out"
             )
         ids_1T, _ = tokenizer.encode([text])
         other, first = seen.setdefault(tuple(ids_1T[0].tolist()), (text, episode))
         if same_instruction(other) != same_instruction(text):
             raise ValueError(
-                f"the policy cannot tell {other!r} (episode {first} of the data) from {text!r} (episode {episode}): "
-                "the tokenizer gives both the same ids. Write the difference in words that it knows"
+                f"the policy cannot tell {other!r} ({first} of the data) from {text!r} ({episode}): the tokenizer "
+                "gives both the same ids. Write the difference in words that it knows"
             )
 
 

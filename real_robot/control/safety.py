@@ -15,10 +15,10 @@ limit is (d + b k (k+1) / 2) / (k + 1), where k is the largest integer with b k 
 the acceleration and position limits of absolute targets never contradict each other. For deltas the measured position
 may move towards the limit by itself; then the position limit takes precedence over the acceleration limit.
 
-The gripper is separate: it is clamped to the embodiment's range, changes by at most `gripper_step` per tick, and is
+Grippers are separate: each is clamped to the embodiment's range, changes by at most `gripper_step` per tick, and is
 never braked.
 
-Shape legend: A action dimension, D arm dimensions (the action without its gripper), S state dimension.
+Shape legend: A action dimension, D arm dimensions (the action without its grippers), G grippers, S state dimension.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ class SafetyLimiter:
 
     def __init__(self, embodiment: Embodiment, limits: SafetyLimits) -> None:
         limits.check(embodiment)
-        gripper = embodiment.gripper_index
-        arm = [i for i in range(embodiment.action_dim) if i != gripper]
+        arm = [i for i in range(embodiment.action_dim) if i not in embodiment.grippers]
         dims, period = len(arm), 1.0 / embodiment.control_hz
         self._limits = limits
         self._arm = np.array(arm)
-        self._gripper = gripper
+        self._grippers = list(embodiment.grippers)
         self._gripper_range = sorted((embodiment.gripper_open, embodiment.gripper_close))
         self._absolute = limits.kind == "absolute"
         self._scale_D = np.array(limits.scale or (1.0,) * dims)
@@ -77,7 +76,7 @@ class SafetyLimiter:
     def forget(self) -> None:
         """Forget the last command. Call it when the arm, at rest, may have been moved by others."""
         self._reference_D: np.ndarray | None = None
-        self._grip: float | None = None
+        self._grip_G: np.ndarray | None = None
         self.halt()
 
     def halt(self) -> None:
@@ -108,8 +107,7 @@ class SafetyLimiter:
                 raise LimitError(f"an action is past the {' and '.join(rejected)} limit: {np.round(action_A, 4)}")
         else:
             self.limited = ()
-        if self._gripper is not None:
-            self._grip = self._gripped(float(action_A[self._gripper]))
+        self._grip_G = self._gripped(action_A[self._grippers].astype(float))
         return self._commanded(moved_D, reference_D)
 
     def hold(self, state_S: np.ndarray | None) -> np.ndarray | None:
@@ -163,23 +161,22 @@ class SafetyLimiter:
         }
         return tuple(name for name, by_D in past.items() if (by_D > _SLACK).any())
 
-    def _gripped(self, wanted: float) -> float:
-        low, high = self._gripper_range
+    def _gripped(self, wanted_G: np.ndarray) -> np.ndarray:
         step = self._limits.gripper_step
-        if step is not None and self._grip is not None:
-            wanted = min(max(wanted, self._grip - step), self._grip + step)
-        return min(max(wanted, low), high)
+        if step is not None and self._grip_G is not None:
+            wanted_G = np.clip(wanted_G, self._grip_G - step, self._grip_G + step)
+        low, high = self._gripper_range
+        return np.clip(wanted_G, low, high)
 
     def _commanded(self, moved_D: np.ndarray, reference_D: np.ndarray) -> np.ndarray:
         position_D = reference_D + moved_D
         if self._absolute:  # rounding errors must not move a target past its limit
             position_D = np.minimum(np.maximum(position_D, self._low_D), self._high_D)
         self._moved_D, self._reference_D = moved_D, position_D
-        command_A = np.empty(len(self._arm) + (self._gripper is not None))
+        assert self._grip_G is not None, "the first action sets the grippers"
+        command_A = np.empty(len(self._arm) + len(self._grippers))
         command_A[self._arm] = position_D if self._absolute else moved_D / self._scale_D
-        if self._gripper is not None:
-            assert self._grip is not None, "the first action sets the gripper"
-            command_A[self._gripper] = self._grip
+        command_A[self._grippers] = self._grip_G
         return command_A
 
 

@@ -1,6 +1,6 @@
 """Settings of configs/robot/*.yaml: safety limits of a robot (`SafetyLimits`) and its control loop (`LoopSettings`).
 
-Shape legend: A action dimension, D arm dimensions (the action without its gripper, in order), S state dimension.
+Shape legend: A action dimension, D arm dimensions (the action without its grippers, in order), S state dimension.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SafetyLimits:
             For deltas it describes the robot's own controller, which limits its target in this way (None: its target
             starts from the measured position). For absolute targets a larger distance is a fault: the arm does
             not follow.
-        gripper_step: maximum change of the gripper's value per tick; its range is the embodiment's open to close.
+        gripper_step: maximum change of each gripper's value per tick; its range is the embodiment's open to close.
         reject: limits that cause a fault instead of clamping: "position", "step", "velocity", "acceleration".
     """
 
@@ -76,7 +76,7 @@ class SafetyLimits:
 
     def check(self, embodiment: Embodiment) -> None:
         """Raise ValueError if the limits do not fit the embodiment's sizes, or lack a `state_index` that they need."""
-        dims = embodiment.action_dim - (embodiment.gripper_index is not None)
+        dims = embodiment.action_dim - len(embodiment.grippers)
         for name in (
             "scale",
             "state_index",
@@ -91,7 +91,7 @@ class SafetyLimits:
             if values is not None and len(values) != dims:
                 raise ValueError(
                     f"limits: {name} has {len(values)} entries; {embodiment.name!r} has {dims} arm dimensions "
-                    "(the action without its gripper)"
+                    "(the action without its grippers)"
                 )
         index_D = self.state_index or (None,) * dims
         outside = [i for i in index_D if i is not None and not 0 <= i < embodiment.state_dim]

@@ -8,7 +8,7 @@
 The reader needs little memory: it first reads the times of all images, and later decodes the images of one episode at a
 time.
 
-Shape legend: A action dimension, S state dimension.
+Shape legend: A action dimension, D action without grippers that have their own topic, G grippers, S state dimension.
 """
 
 from __future__ import annotations
@@ -317,10 +317,8 @@ class BagReader:
         if command is None or gripper is None:
             action_A = command
         else:
-            index = self._embodiment.gripper_index
-            assert index is not None, "checked with the topics"
-            grip = gripper.newest(when + half_s)
-            action_A = None if grip is None else np.insert(command, index, grip[0])
+            grip_G = gripper.newest(when + half_s)
+            action_A = None if grip_G is None else self._with_grippers(command, grip_G)
         if action_A is not None and action_A.shape != (self._embodiment.action_dim,):
             raise ValueError(
                 f"a command on {self._topics.command} has {action_A.size} entries, "
@@ -328,13 +326,26 @@ class BagReader:
             )
         return action_A
 
+    def _with_grippers(self, command_D: np.ndarray, grip_G: np.ndarray) -> np.ndarray:
+        grippers = list(self._embodiment.grippers)
+        if grip_G.shape != (len(grippers),):
+            raise ValueError(
+                f"a command on {self._topics.gripper} has {grip_G.size} entries, {self._embodiment.name!r} has "
+                f"{len(grippers)} gripper(s)"
+            )
+        action_A = np.empty(command_D.size + grip_G.size, np.result_type(command_D, grip_G))
+        if max(grippers) < len(action_A):  # else the command has a wrong size, which the caller reports
+            action_A[grippers] = grip_G
+            action_A[[i for i in range(len(action_A)) if i not in grippers]] = command_D
+        return action_A
+
     def _hold(self, action_A: np.ndarray) -> np.ndarray:
         """Return the action [A] that keeps the arm still: the same target, or no displacement."""
         if self._robot.limits.kind == "absolute":
             return action_A
         held_A = np.zeros_like(action_A)
-        if self._embodiment.gripper_index is not None:
-            held_A[self._embodiment.gripper_index] = action_A[self._embodiment.gripper_index]
+        grippers = list(self._embodiment.grippers)
+        held_A[grippers] = action_A[grippers]
         return held_A
 
     def _pictures(self, camera: str, numbers: Sequence[int]) -> list[bytes]:

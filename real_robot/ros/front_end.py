@@ -64,7 +64,7 @@ class RosTopics:
         command_type: "array" (Float64MultiArray with the action) or "trajectory" (JointTrajectory).
             The trajectory has one point, one control period ahead.
         command_joints: joint names of a trajectory in the order of the action, without a gripper with its own topic.
-        gripper: topic with a Float64MultiArray for the gripper's action alone; None: the command contains it.
+        gripper: topic with a Float64MultiArray for the actions of all grippers; None: the command contains them.
         stamps: "header": the sensor's own time stamps; "arrival": the time of arrival.
             Use "arrival" for replays and for drivers that do not set time stamps.
     """
@@ -93,8 +93,9 @@ class RosTopics:
     def names(self, embodiment: Embodiment) -> dict[str, tuple[str, ...]]:
         """Return the names of the numbers in a recording's features; an array of commands has none."""
         action = list(self.command_joints or ())
-        if action and self.gripper is not None and embodiment.gripper_index is not None:
-            action.insert(embodiment.gripper_index, "gripper")
+        if action and self.gripper is not None:
+            for number, index in enumerate(embodiment.grippers, 1):
+                action.insert(index, "gripper" if len(embodiment.grippers) == 1 else f"gripper {number}")
         return {"observation.state": self.joints} | ({"action": tuple(action)} if action else {})
 
     def check(self, embodiment: Embodiment) -> None:
@@ -109,9 +110,9 @@ class RosTopics:
                 f"topics.joints names {len(self.joints)} joints, the state of {embodiment.name!r} has "
                 f"{embodiment.state_dim} entries"
             )
-        if self.gripper is not None and embodiment.gripper_index is None:
+        if self.gripper is not None and not embodiment.grippers:
             raise ValueError(f"topics.gripper is given, but {embodiment.name!r} has no gripper_index; make it null")
-        size = embodiment.action_dim - (self.gripper is not None)
+        size = embodiment.action_dim - (0 if self.gripper is None else len(embodiment.grippers))
         if self.command_joints is not None and len(self.command_joints) != size:
             raise ValueError(f"topics.command_joints names {len(self.command_joints)} joints, the command has {size}")
 
@@ -129,8 +130,8 @@ class RosFrontEnd:
         topics.check(embodiment)
         self._node, self._topics = node, topics
         self._period_s = 1.0 / embodiment.control_hz
-        self._gripper = embodiment.gripper_index if topics.gripper is not None else None
-        self._arm = [i for i in range(embodiment.action_dim) if i != self._gripper]
+        self._grippers = list(embodiment.grippers) if topics.gripper is not None else []
+        self._arm = [i for i in range(embodiment.action_dim) if i not in self._grippers]
         kind = COMMANDS[topics.command_type]
         self._command = node.advertise(topics.command, kind, Delivery.COMMAND)
         self._preview = node.advertise("~/dry_run", kind, Delivery.COMMAND)
@@ -167,8 +168,7 @@ class RosFrontEnd:
             return
         self._command(fields)
         if self._command_gripper:
-            assert self._gripper is not None, "checked with the embodiment"
-            self._command_gripper(array_fields(action_A[[self._gripper]]))
+            self._command_gripper(array_fields(action_A[self._grippers]))
 
     def show(self, diagnostics: Mapping[str, Any]) -> None:
         """See `FrontEnd.show`."""

@@ -159,6 +159,23 @@ def test_the_gripper_is_clamped_to_its_range_and_apart_from_the_arm() -> None:
     assert [guard.move(act(0, grip), REST)[1] for grip in (1.0, -1.0, -1.0, 0.6)] == [1, 0.75, 0.5, 0.6]
 
 
+@pytest.mark.parametrize("grippers", [None, 3, (1, 3), (0, 2, 3)])
+def test_every_gripper_is_apart_from_the_arm(grippers: int | tuple[int, ...] | None) -> None:
+    robot = Embodiment("many", (Camera("front", 4, 4),), 4, 4, 8, HZ, gripper_index=grippers)
+    arm = [i for i in range(4) if i not in robot.grippers]
+    guard = SafetyLimiter(robot, SafetyLimits("delta", step=(0.1,) * len(arm), gripper_step=0.5))
+    wanted_A = np.array([2.0, -2.0, 3.0, -0.4])
+    first_A, second_A, held_A = guard.move(wanted_A, np.zeros(4)), guard.move(-wanted_A, np.zeros(4)), guard.hold(None)
+    for i in robot.grippers:
+        assert first_A[i] == np.clip(wanted_A[i], -1, 1)
+        assert second_A[i] == np.clip(-wanted_A[i], first_A[i] - 0.5, first_A[i] + 0.5)
+    np.testing.assert_allclose(np.abs(first_A[arm]), 0.1)
+    assert held_A is not None
+    assert held_A.tolist() == [second_A[i] if i in robot.grippers else 0 for i in range(4)]
+    with pytest.raises(ValueError, match=f"'many' has {len(arm)} arm dimensions"):
+        SafetyLimiter(robot, SafetyLimits("delta", step=(0.1,) * (len(arm) + 1)))
+
+
 def test_forget_starts_at_the_measured_position() -> None:
     guard = limiter(ABSOLUTE, step=(0.1, 0.1))
     guard.move(act(0.1), REST)
