@@ -1,4 +1,4 @@
-"""Image augmentation in training (random crop, colour jitter), and the matching centre crop at test time.
+"""Image augmentation in training (light, random crop, colour jitter), and the matching centre crop at test time.
 
 As in OpenVLA and CogVLA, a random crop of `crop_area` of each view is resized to the view's size, then the colours are
 changed. At test time, a crop of the same area is taken from the centre. All images of a batch are processed together on
@@ -13,12 +13,14 @@ Shape legend: B batch, V views, X = B*V, H, W image.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from cogvla.policy.inputs.light import LightConfig, relight
 
 HUE, SATURATION, CONTRAST, BRIGHTNESS = range(4)
 
@@ -34,6 +36,7 @@ class AugmentationConfig:
         contrast: range of the factor on the distance to each channel's mean; (1, 1): off.
         saturation: range of the factor on the saturation (HSV); (1, 1): off.
         hue: maximum rotation of the hue, as a share of a full turn.
+        light: changes of light and sensor.
     """
 
     crop_area: float = 1.0
@@ -41,6 +44,7 @@ class AugmentationConfig:
     contrast: tuple[float, float] = (1.0, 1.0)
     saturation: tuple[float, float] = (1.0, 1.0)
     hue: float = 0.0
+    light: LightConfig = field(default_factory=LightConfig)
 
     def __post_init__(self) -> None:
         check_crop_area(self.crop_area)
@@ -70,10 +74,17 @@ class Changes:
         corner_BV2: upper left corner (right, down) of the crop, in [0,1] from the first to the last pixel; None: no
             crop.
         jitter_BV4: hue rotation, saturation factor, contrast factor, added brightness; None: no change of colours.
+        light_BV9: see `policy.inputs.light`; None: no change of light and sensor.
     """
 
     corner_BV2: Tensor | None = None
     jitter_BV4: Tensor | None = None
+    light_BV9: Tensor | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """True if no image changes."""
+        return self.corner_BV2 is None and self.jitter_BV4 is None and self.light_BV9 is None
 
 
 def check_crop_area(area: float) -> None:
@@ -84,7 +95,7 @@ def check_crop_area(area: float) -> None:
 
 def draw_changes(config: AugmentationConfig, samples: int, views: int, generator: torch.Generator) -> Changes:
     """Draw the changes of B samples with V views each; they depend only on the generator."""
-    corner_BV2 = jitter_BV4 = None
+    corner_BV2 = jitter_BV4 = light_BV9 = None
     if config.crops:
         corner_BV2 = torch.rand(samples, views, 2, generator=generator) * (1 - math.sqrt(config.crop_area))
     if config.jitters:
@@ -97,7 +108,9 @@ def draw_changes(config: AugmentationConfig, samples: int, views: int, generator
         )  # in the order of HUE, SATURATION, CONTRAST, BRIGHTNESS
         low_4, high_4 = torch.tensor(low), torch.tensor(high)
         jitter_BV4 = low_4 + (high_4 - low_4) * torch.rand(samples, views, 4, generator=generator)
-    return Changes(corner_BV2, jitter_BV4)
+    if config.light != LightConfig():
+        light_BV9 = config.light.draw(samples, views, generator)
+    return Changes(corner_BV2, jitter_BV4, light_BV9)
 
 
 def centre(area: float, samples: int, views: int) -> Changes:
@@ -106,11 +119,18 @@ def centre(area: float, samples: int, views: int) -> Changes:
 
 
 def change(pixels_BVCHW: Tensor, area: float, changes: Changes) -> Tensor:
-    """Crop uint8 images [B,V,3,H,W] to `area`, resize them back and change their colours; the result is uint8 too."""
-    if changes.corner_BV2 is None and changes.jitter_BV4 is None:
+    """Change the light of uint8 images [B,V,3,H,W], crop them to `area`, resize them back, and change their colours.
+
+    The result is uint8, too.
+    """
+    if changes.nothing:
         return pixels_BVCHW
     device = pixels_BVCHW.device
-    x_XCHW = rearrange(pixels_BVCHW, "b v c h w -> (b v) c h w").float() / 255
+    pixels_XCHW = rearrange(pixels_BVCHW, "b v c h w -> (b v) c h w")
+    if changes.light_BV9 is None:
+        x_XCHW = pixels_XCHW.float() / 255
+    else:
+        x_XCHW = relight(pixels_XCHW, changes.light_BV9.flatten(0, 1))
     if changes.corner_BV2 is not None:
         x_XCHW = _crop(x_XCHW, rearrange(changes.corner_BV2, "b v two -> (b v) two").to(device), math.sqrt(area))
     if changes.jitter_BV4 is not None:

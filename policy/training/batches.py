@@ -39,6 +39,7 @@ class Choices:
         point_weight_BV2: see `Batch`.
         corner_BV2: corner of the crop, see `Changes`.
         jitter_BV4: change of colours, see `Changes`.
+        light_BV9: change of light and sensor, see `Changes`.
         noise_BRKA: see `Batch`; None in evaluation, which decodes actions.
         time_BR: see `Batch`; None in evaluation.
         draw_B2: see `ModelInput.draw`; None in evaluation.
@@ -52,9 +53,15 @@ class Choices:
     point_weight_BV2: Tensor | None = None
     corner_BV2: Tensor | None = None
     jitter_BV4: Tensor | None = None
+    light_BV9: Tensor | None = None
     noise_BRKA: Tensor | None = None
     time_BR: Tensor | None = None
     draw_B2: Tensor | None = None
+
+    @property
+    def changes(self) -> Changes:
+        """The changes of the images."""
+        return Changes(self.corner_BV2, self.jitter_BV4, self.light_BV9)
 
     def part(self, index_b: Tensor) -> Choices:
         """Return the choices of the samples with these indices."""
@@ -198,7 +205,7 @@ class BatchBuilder:
         instructions = [self.instructions[i] for i in choices.instruction_B.tolist()]
         pixels_BVCHW = samples["pixels"].to(device, non_blocking=True)
         inputs = self.preprocessor.model_input(
-            change(pixels_BVCHW, self.preprocessor.crop_area, Changes(choices.corner_BV2, choices.jitter_BV4)),
+            change(pixels_BVCHW, self.preprocessor.crop_area, choices.changes),
             samples["state"].to(device, non_blocking=True),
             instructions,
         )
@@ -269,7 +276,7 @@ class BatchBuilder:
         changes: Changes,
     ) -> Choices:
         weight_BK = weight_BK / weight_BK.mean().clamp(min=1e-6)
-        pictures = {"corner_BV2": changes.corner_BV2, "jitter_BV4": changes.jitter_BV4}
+        pictures = {f.name: getattr(changes, f.name) for f in fields(Changes)}
         image_points_BV22 = None if points_BG is None else self.project(samples, points_BG)
         if image_points_BV22 is None:
             return Choices(instruction_B, keep_B, weight_BK, points_BG, **pictures)
