@@ -190,6 +190,28 @@ def test_trajectories_and_a_gripper_of_its_own(bag: Bag) -> None:
     assert topics.names(ARM) == {"observation.state": ("a", "b", "finger"), "action": ("a", "b", "gripper")}
 
 
+@pytest.mark.parametrize("grips", [(-1.0, 0.5), (-1.0,)])
+def test_two_grippers_of_one_topic(bag: Bag, grips: tuple[float, ...]) -> None:
+    arm = replace(ARM, gripper_index=(0, 2))
+    bag.sensors(4.0)
+    bag.instruct(0.0, "push")
+    bag.add(0.9, "/gripper", ARRAY, array_fields(np.array(grips)))
+    for i in range(10):
+        bag.add(1.0 + i / HZ, "/trajectory", TRAJECTORY, trajectory_fields(np.array([float(i)]), ["b"], 0.1))
+    topics = replace(
+        TOPICS, command="/trajectory", command_type="trajectory", command_joints=("b",), gripper="/gripper"
+    )
+    robot = replace(ABSOLUTE, limits=SafetyLimits(kind="absolute", state_index=(1,)))
+    assert topics.names(arm)["action"] == ("gripper 1", "b", "gripper 2")
+    with reader(bag, robot, topics, arm) as found:
+        if len(grips) == 2:
+            [episode] = found.episodes()
+            np.testing.assert_allclose(episode.actions, [(-1.0, i, 0.5) for i in range(10)])
+        else:
+            with pytest.raises(ValueError, match=r"a command on /gripper has 1 entries, 'bag_arm' has 2 gripper\(s\)"):
+                list(found.episodes())
+
+
 def test_what_a_bag_must_have_is_said(bag: Bag, tmp_path: Path) -> None:
     bag.sensors(2.0, wrist_until=-1.0)
     bag.commands(0.5, 5)
