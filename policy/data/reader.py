@@ -26,12 +26,11 @@ from PIL import Image, ImageOps
 
 from cogvla.policy.data import video
 from cogvla.policy.data.columns import AGAIN, numbers, parquet, texts, whole_numbers
-from cogvla.policy.data.episodes import EpisodeChoice, choose
+from cogvla.policy.data.episodes import EpisodeChoice
+from cogvla.policy.data.frame_index import FrameIndex, frame_index, places_in_video, some
 from cogvla.policy.data.metadata import EpisodeEntry, Metadata
 
 T = TypeVar("T")
-BETWEEN_FRAMES = 0.1
-"""Fraction of a frame: a part of a video that starts further than this from a frame must follow the part before it."""
 PICTURE_MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "YCbCr")
 """PIL's modes with 8 bits per channel or less."""
 
@@ -78,24 +77,6 @@ class FrameGroup:
     row_group: int | None
 
 
-@dataclass(frozen=True)
-class _Index:
-    """The rows of all data files.
-
-    Attributes:
-        episode, frame: numbers of each row's episode and frame, in the order of the files.
-        order: the chosen rows, in the order of episodes and frames, [N].
-        row: the place of each row in `order`; -1: not chosen.
-        notes: see `LeRobotReader.notes`.
-    """
-
-    episode: np.ndarray
-    frame: np.ndarray
-    order: np.ndarray
-    row: np.ndarray
-    notes: tuple[str, ...]
-
-
 class LeRobotReader:
     """Reads one data set.
 
@@ -116,7 +97,11 @@ class LeRobotReader:
     @property
     def notes(self) -> list[str]:
         """Lines about what is unusual, but was read correctly."""
-        return [*self._index.notes, *self._task_notes()]
+        return [*self._index.rate_notes, *self._task_notes()]
+
+    @property
+    def _videos(self) -> list[str]:
+        return [key for key in self.mapping.cameras if self.metadata.features[key].dtype == "video"]
 
     def __len__(self) -> int:
         return len(self._index.order)
@@ -124,7 +109,11 @@ class LeRobotReader:
     def fingerprint(self, extra: str) -> str:
         """Return a fingerprint of all files with frames, of the order of the frames, of the cameras and of `extra`."""
         kinds = [asdict(self.metadata.features[key]) for key in self.mapping.cameras]
-        parts = [[entry.number, repr(sorted(entry.videos.items()))] for entry in self._entries]
+        parts = [
+            [entry.number, key, str(part.path.relative_to(self.root)), part.start]
+            for entry in self._entries
+            for key, part in sorted(entry.videos.items())
+        ]
         digest = hashlib.sha256(json.dumps([self.mapping.cameras, kinds, parts, self.metadata.fps, extra]).encode())
         digest.update(self._index.order.tobytes())
         for path in self.metadata.files(".", ""):
@@ -233,83 +222,16 @@ class LeRobotReader:
         return found
 
     @cached_property
-    def _index(self) -> _Index:
-        """Order all rows by episode and frame, and check that no frame is missing or there twice."""
+    def _index(self) -> FrameIndex:
         read = self._read(("episode_index", "frame_index"), whole_numbers)
-        episode, frame = (np.concatenate(parts) for parts in read.values())
-        if not len(episode):
-            raise ValueError(f"the data set in {self.root} is empty; {AGAIN}")
-        total = self.metadata.total_frames
-        if len(episode) != total:
-            raise ValueError(
-                f"{self.root} should have {total} frames, its files have {len(episode)}: files are missing, or old and "
-                f"new ones are mixed; {AGAIN}"
-            )
-        order = np.lexsort((frame, episode))
-        starts = np.flatnonzero(np.diff(episode[order], prepend=-1))
-        length = np.diff(starts, append=len(order))
-        count = np.arange(len(order)) - np.repeat(starts, length)
-        if len(wrong := np.flatnonzero(frame[order] != count)):
-            number, at, expected = episode[order][wrong[0]], frame[order][wrong[0]], count[wrong[0]]
-            problem = (
-                f"has frame {at} twice: two episodes have the same number, or a file is there twice; number them anew"
-                if at < expected
-                else f"has no frame {expected}, the next one is {at}; {AGAIN}"
-            )
-            raise ValueError(f"{self.root}: episode {number} {problem}")
-        lengths = dict(zip(episode[order][starts].tolist(), length.tolist(), strict=True))
-        self._check_entries(lengths)
-        notes = self._rate_notes(episode, order, starts, count)
-        chosen = choose(np.array(list(lengths), np.int64), self.wanted)
-        order = order[np.isin(episode[order], chosen)]
-        row = np.full(len(episode), -1)
-        row[order] = np.arange(len(order))
-        return _Index(episode, frame, order, row, tuple(notes))
+        if "timestamp" in self.metadata.features:
+            read |= self._read(("timestamp",), numbers)
+        columns = {key: np.concatenate(parts) for key, parts in read.items()}
+        return frame_index(self.metadata, self._entries, bool(self._videos), columns, self.wanted)
 
     @cached_property
     def _entries(self) -> list[EpisodeEntry]:
         return self.metadata.episodes(self.mapping.cameras)
-
-    def _check_entries(self, lengths: dict[int, int]) -> None:
-        """Check that the metadata and the data files have the same episodes; `lengths`: those of the files."""
-        total = self.metadata.total_episodes
-        if total is not None and total != len(lengths):
-            raise ValueError(f"{self.root} should have {total} episodes, its files have {len(lengths)}; {AGAIN}")
-        videos = [key for key in self.mapping.cameras if self.metadata.features[key].dtype == "video"]
-        if not self._entries and not videos:
-            return  # images are in the data files, so nothing depends on the list
-        listed = {entry.number: entry.length for entry in self._entries}
-        for number, length in lengths.items():
-            if number not in listed:
-                missing = [n for n in lengths if n not in listed]
-                place = f", so no part of a video has its frames 0 to {length - 1}" if videos else ""
-                raise ValueError(
-                    f"{self.root}/meta lists no episode {number}{place} ({len(missing)} of {len(lengths)} episodes "
-                    f"are not listed: {_some(missing)}; {sum(lengths[n] for n in missing)} frames); {AGAIN}"
-                )
-            if listed[number] != length:
-                raise ValueError(
-                    f"{self.root}/meta says that episode {number} has {listed[number]} frames, the data files have "
-                    f"{length}; {AGAIN}"
-                )
-        if extra := sorted(listed.keys() - lengths.keys()):
-            raise ValueError(f"{self.root}/meta lists episodes without data: {_some(extra)}; {AGAIN}")
-
-    def _rate_notes(self, episode: np.ndarray, order: np.ndarray, starts: np.ndarray, count: np.ndarray) -> list[str]:
-        """Compare `timestamp` with the frame rate, which alone decides: each frame comes 1/fps after the one before."""
-        if "timestamp" not in self.metadata.features:
-            return []
-        stamp = np.concatenate(self._read(("timestamp",), numbers)["timestamp"]).reshape(len(episode), -1)[order, 0]
-        passed = stamp - np.repeat(stamp[starts], np.diff(starts, append=len(order)))
-        off = np.flatnonzero(~(np.abs(passed * self.metadata.fps - count) <= 0.5))
-        if not len(off):
-            return []
-        return [
-            f"the time stamps of {len(np.unique(episode[order][off]))} episodes do not fit the data set's "
-            f"{self.metadata.fps:g} frames per second (episode {episode[order][off[0]]}, frame {count[off[0]]}: "
-            f"{passed[off[0]]:.3f} s after the first one instead of {count[off[0]] / self.metadata.fps:.3f} s); frames "
-            "are taken by their number"
-        ]
 
     def _task_notes(self) -> list[str]:
         """Compare the tasks that the list of episodes repeats with those of the frames, which decide."""
@@ -341,40 +263,20 @@ class LeRobotReader:
                 start += len(rows)
 
     def _video_parts(self, view: int, key: str) -> Iterator[FrameGroup]:
-        """Find each episode's frames in its video: by their number, where the times of the part leave no doubt."""
-        index, fps = self._index, self.metadata.fps
         files: dict[Path, list[EpisodeEntry]] = defaultdict(list)
         for entry in self._entries:
             files[entry.videos[key].path].append(entry)
         if missing := [path for path in files if not path.is_file()]:
             raise ValueError(f"{missing[0]} is missing; {AGAIN}")
-        chosen = set(index.episode[index.order].tolist())
+        index = self._index
+        rows = {number: np.flatnonzero(index.episode == number) for number in np.unique(index.episode[index.order])}
         for path, entries in files.items():
-            if not chosen.intersection(entry.number for entry in entries):
+            if not any(entry.number in rows for entry in entries):
                 continue
-            frames, end = len(self._times(path)), 0
-            for entry in sorted(entries, key=lambda entry: (entry.videos[key].start or 0, entry.number)):
-                part, length = entry.videos[key], entry.length
-                start, stop = (0.0, frames / fps) if part.start is None or part.end is None else (part.start, part.end)
-                first, where = round(start * fps), f"{path}: episode {entry.number}"
-                if abs((stop - start) * fps - length) > 0.5:
-                    raise ValueError(
-                        f"{where} has {length} frames in the data files, but {(stop - start) * fps:.4g} in the video "
-                        f"({start:.3f} to {stop:.3f} s at {fps:g} frames per second); {AGAIN}"
-                    )
-                if first < end or first + length > frames:
-                    raise ValueError(
-                        f"{where} would have frames {first} to {first + length - 1} of the video, which has {frames}, "
-                        f"{end} of them of earlier episodes; {AGAIN}"
-                    )
-                if first != end and abs(start * fps - first) > BETWEEN_FRAMES:
-                    raise ValueError(
-                        f"{where} starts between two frames, at {start:.4f} s ({fps:g} per second); {AGAIN}"
-                    )
-                end = first + length
-                if entry.number in chosen:
-                    rows = index.row[np.flatnonzero(index.episode == entry.number)]
-                    yield FrameGroup(view, np.sort(rows), path, np.arange(first, end), None)
+            first = places_in_video(path, key, entries, len(self._times(path)), self.metadata.fps)
+            for number in (entry.number for entry in entries if entry.number in rows):
+                chosen = np.sort(index.row[rows[number]])
+                yield FrameGroup(view, chosen, path, first[number] + np.arange(len(chosen)), None)
 
     @cached_property
     def _task_numbers(self) -> np.ndarray:
@@ -382,7 +284,7 @@ class LeRobotReader:
         (parts,) = self._read(("task_index",), whole_numbers).values()
         numbers_N = np.concatenate(parts)[self._index.order]
         if unknown := sorted(set(np.unique(numbers_N).tolist()) - self.metadata.tasks.keys()):
-            raise ValueError(f"{self.root}/meta/tasks has no text for task_index {_some(unknown)}; add it, or {AGAIN}")
+            raise ValueError(f"{self.root}/meta/tasks has no text for task_index {some(unknown)}; add it, or {AGAIN}")
         return numbers_N
 
     def _instructions(self) -> list[str]:
@@ -456,7 +358,3 @@ class LeRobotReader:
                     f"{said} in the data set in {self.root}, the embodiment's {name}_dim is {dim}; "
                     "choose the embodiment that was recorded, or another key"
                 )
-
-
-def _some(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values[:5])) + (" ..." if len(values) > 5 else "")
