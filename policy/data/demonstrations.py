@@ -164,6 +164,8 @@ class DemonstrationData:
                 f"{embodiment.control_hz:g}: the policy will move faster or slower than the demonstrations, unless "
                 "meta/info.json is wrong"
             )
+        if len(set(mapping.cameras)) < len(mapping.cameras):
+            notes.append(f"data.cameras gives several cameras the same key: {dict(config.cameras)}")
         data = cls(
             pixels_NVCHW=torch.from_numpy(open_frames(reader, sizes.pop(), Path(config.cache), progress)),
             state_NS=columns.pop("state"),

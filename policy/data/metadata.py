@@ -214,7 +214,7 @@ def read_json(path: Path) -> Any:
         ValueError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors begin files with a mark
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}); {AGAIN}") from error
 
@@ -281,7 +281,7 @@ def _tasks_of_lines(path: Path) -> Iterable[tuple[int, str]]:
 
 def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}); {AGAIN}") from error
     for number, line in enumerate(lines, 1):

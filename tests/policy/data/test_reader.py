@@ -317,6 +317,13 @@ def test_another_control_rate_is_said(tmp_path: Path) -> None:
     assert "has 10 frames per second, the embodiment's control_hz is 20: the policy will move faster or slower" in said
 
 
+def test_one_picture_for_two_cameras_is_said(tmp_path: Path) -> None:
+    cameras = (Camera("front", SIZE, SIZE), Camera("wrist", SIZE, SIZE))
+    robot = Embodiment("arm", cameras, 2, 3, CHUNK, float(FPS))
+    (said,) = open_data(write(tmp_path / "toy"), robot, cameras={"front": CAMERA, "wrist": CAMERA}).notes
+    assert "data.cameras gives several cameras the same key" in said
+
+
 # Instructions
 
 
