@@ -167,12 +167,16 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """Load the weights of a checkpoint.
 
     Raises:
-        ValueError: the file is damaged or truncated.
+        ValueError: the file is damaged or truncated, or has NaN or infinite numbers.
     """
     try:
-        return load_file(folder / WEIGHTS)
+        weights = load_file(folder / WEIGHTS)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or truncated ({error}); use another checkpoint") from error
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} in {folder / WEIGHTS} has NaN or infinite numbers; use another checkpoint")
+    return weights
 
 
 def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | None = None) -> CogVLAPolicy:

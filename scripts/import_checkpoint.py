@@ -74,6 +74,7 @@ def run(values: dict[str, Any]) -> list[str]:
     else:
         model = _random_model(config, embodiment, dtype)
         lines = load_base(model, release)
+    lines += release.left_out(model)
     description = {"imported": str(values["source"]), "kind": release.kind, "dataset": values["dataset"]}
     save_checkpoint(values["output"], model.state_dict(), config, preprocessor, statistics, description)
     return [*lines, said, f"saved to {values['output']}"]

@@ -45,6 +45,24 @@ class Statistics:
                 raise ValueError(f"statistic {f.name!r} has {len(values)} dimensions, q01 has {len(self.q01)}")
             if not np.isfinite(values).all():
                 raise ValueError(f"statistic {f.name!r} contains NaN or infinite values; check the data set")
+        size = np.maximum(np.abs(self.min), np.abs(self.max))
+        for low, high, rounding in (
+            *(("min", "max", 1e-6), ("q01", "q99", 1e-6)),
+            *(("min", "q01", 1e-4), ("q99", "max", 1e-4), ("min", "mean", 1e-4), ("mean", "max", 1e-4)),
+        ):
+            above = np.subtract(getattr(self, low), getattr(self, high)) > rounding * size + 1e-9
+            self._check(f"{low} is above {high}", above)
+        self._check("std is negative", np.less(self.std, 0))
+        # Of two values, the sample standard deviation is 0.71 of their distance; no other samples have a larger one.
+        self._check(
+            "std is larger than max - min", np.subtract(self.std, np.subtract(self.max, self.min)) > 1e-4 * size + 1e-9
+        )
+
+    def _check(self, wrong: str, dimensions: np.ndarray) -> None:
+        if dimensions.any():
+            at = int(np.argmax(dimensions))
+            values = ", ".join(f"{f.name} {getattr(self, f.name)[at]:.6g}" for f in fields(self))
+            raise ValueError(f"{wrong} in dimension {at} ({values}); compute the statistics again")
 
     @classmethod
     def of(cls, values_ND: np.ndarray) -> Statistics:

@@ -59,6 +59,12 @@ def load_own(model: CogVLA, folder: Path | str) -> list[str]:
             f"{folder} has other towers or another language model than the configuration: {', '.join(wrong[:3])} "
             f"({len(wrong)} of {len(wanted)} tensors); set policy=, routing= and image size as in its training"
         )
+    deeper = [name for name in source if name not in wanted and any(fnmatchcase(name, part) for part in BACKBONES)]
+    if deeper:
+        raise ValueError(
+            f"{folder} has {', '.join(deeper[:3])} ({len(deeper)} tensors), for which the configuration has no place; "
+            "set policy=, routing= and image size as in its training"
+        )
     with torch.no_grad():
         for name in fits:
             wanted[name].copy_(source[name])

@@ -8,7 +8,7 @@ The weights fit a model with the routing of `configs/routing/faithful.yaml` and 
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +18,16 @@ from torch import Tensor
 
 from cogvla.files import visible
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.weights.import_weights import LoraMerged, Names, Renamed, SafetensorFiles, load_parameters, read_pt
+from cogvla.policy.weights.import_weights import (
+    Lora,
+    LoraMerged,
+    Names,
+    Renamed,
+    SafetensorFiles,
+    load_parameters,
+    read_json,
+    read_pt,
+)
 
 TOWERS = {"dinov2": "featurizer", "siglip": "fused_featurizer"}
 """Our names of the towers, in the order of the streams -> published names."""
@@ -116,6 +125,8 @@ def cogvla_weights(
     """
     whole = bool(visible(folder, "*.safetensors"))
     adapter = folder / "lora_adapter"
+    if whole and base is not None:
+        raise ValueError(f"{folder} has merged weights (*.safetensors), so base= has no use; leave it out")
     if merge_adapter is None:
         merge_adapter = not whole and adapter.is_dir()
     if whole:
@@ -128,40 +139,58 @@ def cogvla_weights(
         )
     if rest := one_file(folder, "non_lora_trainables", required=False):
         weights = Renamed((weights, str), (read_pt(rest), lambda name: name.removeprefix("base_model.model.")))
+    vision = "vision_backbone"
+    path = one_file(folder, vision, required=f"{vision}.vision_aggr_featurizer" not in weights)
+    towers: Mapping[str, Tensor] | None = None if path is None else read_pt(path)
+    elsewhere: set[str] = set()
+    if towers is not None and any(".lora_" in name or ".base_layer." in name for name in towers):
+        towers = merged = LoraMerged(towers, None, read_lora(adapter, check_targets=False))
+        elsewhere = {f"{vision}.{name}" for name in merged.targets}  # the adapter has them too
     if merge_adapter:
-        weights = LoraMerged(weights, SafetensorFiles(adapter), lora_scale(adapter))
+        weights = LoraMerged(weights, SafetensorFiles(adapter), read_lora(adapter), elsewhere)
     parts: list[tuple[Mapping[str, Tensor], Callable[[str], str | None]]] = [(weights, str)]
     parts += [
         (read_pt(path), f"{name}.".__add__)
         for name in ("action_head", "proprio_projector")
         if (path := one_file(folder, name, required=True))
     ]
-    vision = "vision_backbone"
-    if path := one_file(folder, vision, required=f"{vision}.vision_aggr_featurizer" not in weights):
-        towers = read_pt(path)
-        if any(".lora_A." in name for name in towers):
-            towers_merged: Mapping[str, Tensor] = LoraMerged(towers, towers, lora_scale(adapter))
-        else:
-            towers_merged = towers
-        parts.append((towers_merged, f"{vision}.".__add__))
+    if towers is not None:
+        parts.append((towers, f"{vision}.".__add__))
     return Renamed(*parts)
 
 
-def lora_scale(adapter: Path) -> float:
-    """Return the scale of an adapter's updates from its `adapter_config.json`.
+_NOT_PLAIN = (
+    *("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"),
+    *("layer_replication", "alora_invocation_tokens", "target_parameters", "trainable_token_indices"),
+    *("arrow_config", "monteclora_config", "kasa_config", "megatron_config"),
+)
+"""Keys of an `adapter_config.json` that make updates more than `W + scale * B @ A`."""
+
+
+def read_lora(adapter: Path, check_targets: bool = True) -> Lora:
+    """Read rank and scale of an adapter's updates from its `adapter_config.json`.
 
     Raises:
         ValueError: the file is missing or damaged, or describes more than plain LoRA.
     """
     path = adapter / "adapter_config.json"
     try:
-        config = json.loads(path.read_text())
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        config = read_json(path)
+        rank, alpha = config["r"], float(config["lora_alpha"])
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"the weights contain LoRA updates, but {path} does not give r and lora_alpha") from error
-    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ValueError(f"{path} describes more than plain LoRA; merge it with peft first")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not 0 < alpha < math.inf:
+        raise ValueError(f"{path} needs a whole number r from 1 and lora_alpha above 0, got r={rank!r}, {alpha=}")
+    start = config.get("init_lora_weights", True)  # others change the base's weights
+    more = [key for key in _NOT_PLAIN if config.get(key)]
+    more += [] if start in (True, False, None, "gaussian", "eva") else ["init_lora_weights"]
+    more += [] if config.get("peft_type", "LORA") == "LORA" else ["peft_type"]
+    if more:
+        raise ValueError(f"{path} describes more than plain LoRA ({', '.join(more)}); merge it with peft first")
+    targets = config.get("target_modules") if check_targets else None
+    saved = config.get("modules_to_save") if check_targets else None
+    named = tuple(t for group in (targets, saved) if isinstance(group, list) for t in group)
+    return Lora(rank, alpha / (rank**0.5 if config.get("use_rslora") else rank), named)
 
 
 def one_file(folder: Path, name: str, required: bool) -> Path | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.weights.import_weights import load_parameters
+from cogvla.policy.weights.import_weights import check_numbers, load_parameters
 from cogvla.policy.weights.release import Release, open_release
 
 _PART = re.compile(
@@ -49,7 +49,12 @@ def load_backbones(model: CogVLA) -> list[str]:
         _copy(donor.state_dict(), tower.vit, config.timm)
         loaded.append(f"{name}: {config.timm}")
     if hub := model.config.language.hub:
-        _copy(AutoModel.from_pretrained(hub).state_dict(), model.decoder.llm, hub)
+        published, found = AutoModel.from_pretrained(hub, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):  # transformers initialises them randomly, with only a warning
+            raise ValueError(
+                f"the weights of {hub!r} lack {', '.join(missing[:3])} ({len(missing)}); download them again"
+            )
+        _copy(published.state_dict(), model.decoder.llm, hub)
         loaded.append(f"language: {hub}")
     return loaded
 
@@ -103,4 +108,16 @@ def _copy(source: dict[str, Tensor], target: nn.Module, name: str) -> None:
             f"the weights of {name!r} do not fit the configuration: {', '.join(wrong[:3])} "
             f"({len(wrong)} of {len(wanted)} parameters); set its sizes in the policy's YAML"
         )
+    modules = {_module(key) for key in wanted}
+    if more := [key for key in source if key not in wanted and (key.startswith("layers.") or _module(key) in modules)]:
+        raise ValueError(
+            f"the weights of {name!r} have {', '.join(more[:3])} ({len(more)} tensors), for which the configuration has"
+            " no place; set its sizes in the policy's YAML"
+        )
+    for key in wanted:
+        check_numbers(f"{key} of {name!r}", source[key])
     target.load_state_dict({key: source[key] for key in wanted})
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -28,8 +28,7 @@ from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.weights.import_cogvla import TOWERS, load_cogvla
-from cogvla.policy.weights.import_weights import Renamed
-from cogvla.policy.weights.release import read_json
+from cogvla.policy.weights.import_weights import Renamed, read_json
 
 STOP_TOKEN = 2
 
@@ -136,9 +135,12 @@ def _embodiment(sizes: Mapping[str, Any], action: Mapping[str, Any]) -> Embodime
 
 
 def _statistics(values: Mapping[str, Any], dim: int) -> Statistics:
-    low_high = {name: tuple(values[name]) for name in ("q01", "q99", "min", "max") if name in values}
-    absent = dict.fromkeys({"q01", "min", "mean"} - low_high.keys(), (0.0,) * dim)
-    return Statistics(**{**dict.fromkeys(("q99", "max", "std"), (1.0,) * dim), **absent, **low_high})
+    """Return the statistics; those that are absent, and therefore not used, are a plausible range."""
+    given = {name: tuple(values[name]) for name in ("q01", "q99", "min", "max") if name in values}
+    low = given.get("min", given.get("q01", (0.0,) * dim))
+    high = given.get("max", given.get("q99", (1.0,) * dim))
+    filled = {"q01": low, "min": low, "mean": low, "q99": high, "max": high, "std": (0.0,) * dim}
+    return Statistics(**{**filled, **given})
 
 
 def _place_prefix_tokens(model: dict[str, Tensor], patches: int) -> None:

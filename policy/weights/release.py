@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from cogvla.files import visible
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.weights.import_cogvla import cogvla_names, cogvla_weights
 from cogvla.policy.weights.import_openvla import openvla_names, openvla_weights
-from cogvla.policy.weights.import_weights import Names
+from cogvla.policy.weights.import_weights import Names, SafetensorFiles, read_json, unused_tensors
 
 KINDS = ("openvla", "cogvla")
 _TEXT_CONFIG = {
@@ -103,16 +103,52 @@ class Release:
             raise ValueError(
                 f"{self.folder} has statistics of {asked}; choose dataset= from {', '.join(sets) or 'none'}"
             )
-        try:
-            action, state = dict(sets[dataset]["action"]), sets[dataset]["proprio"]
-            mask = tuple(bool(value) for value in action.pop("mask", [True] * len(action["q01"])))
-            fields = Statistics.__dataclass_fields__
-            return {
-                "action": Statistics(**{name: action[name] for name in fields}),
-                "state": Statistics(**{name: state[name] for name in fields}),
-            }, mask
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the statistics of {dataset!r} in {self.folder} are incomplete: no {error}") from error
+        where = f"the statistics of {dataset!r} in {self.folder}"
+        found: dict[str, Statistics] = {}
+        masks: dict[str, tuple[bool, ...]] = {}
+        for ours, theirs in (("action", "action"), ("state", "proprio")):
+            values = sets[dataset].get(theirs) if isinstance(sets[dataset], Mapping) else None
+            names = list(Statistics.__dataclass_fields__)
+            absent = [name for name in names if not isinstance(values, Mapping) or name not in values]
+            if absent or not isinstance(values, Mapping):
+                raise ValueError(f"{where} are incomplete: {theirs} has no {', '.join(absent)}")
+            try:
+                found[ours] = Statistics(**{name: values[name] for name in names})
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where} are wrong: {theirs}: {error}") from error
+            mask = values.get("mask", [True] * found[ours].dim)
+            if not isinstance(mask, list) or len(mask) != found[ours].dim or any(m not in (True, False) for m in mask):
+                raise ValueError(
+                    f"{where} are wrong: the mask of {theirs} must be {found[ours].dim} times true or false"
+                )
+            masks[ours] = tuple(bool(value) for value in mask)
+        if not all(masks["state"]):
+            raise ValueError(f"{where} do not normalise all of proprio (its mask has false); this cannot be imported")
+        return found, masks["action"]
+
+    def left_out(self, model: CogVLA) -> list[str]:
+        """Return lines about tensors and files that nothing has read."""
+        lines = []
+        if unused := unused_tensors(model, self.weights, self.names(model)):
+            parts = sorted({".".join(name.split(".")[:3]) for name in unused})
+            more = f" and {len(parts) - 6} more parts" if len(parts) > 6 else ""
+            lines.append(f"not used, no place in the model: {len(unused)} tensors of {', '.join(parts[:6])}{more}")
+        read: tuple[str, ...] = ("action_head--", "proprio_projector--", "vision_backbone--", "non_lora_trainables--")
+        read = read if self.kind == "cogvla" else read[:2]
+        shards = SafetensorFiles(self.folder).files if visible(self.folder, "*.safetensors") else ()
+        files = [
+            path.name
+            for path in visible(self.folder, "*")
+            if path.suffix in (".safetensors", ".pt", ".pth", ".bin")
+            and path not in shards
+            and not path.name.startswith(read)
+        ]
+        adapters = [
+            str(path.parent.relative_to(self.folder)) for path in visible(self.folder, "**/adapter_config.json")
+        ]
+        known = "lora_adapter" if self.kind == "cogvla" else None
+        files += [f"the adapter in {name}" for name in sorted(adapters) if name != known]
+        return lines + ([f"not read: {', '.join(files)}"] if files else [])
 
 
 def open_release(
@@ -137,6 +173,8 @@ def open_release(
     if kind == "auto":
         kind = "cogvla" if config.get("use_aggr") or any(folder.glob("vision_backbone--*")) else "openvla"
     if kind == "openvla":
+        if base is not None or merge_adapter:
+            raise ValueError(f"{source} is an openvla: base= and merge_adapter= are only for adapters of a cogvla")
         return Release(folder, kind, config, openvla_weights(folder))
     base_weights = None if base is None else openvla_weights(checkpoint_folder(base))
     return Release(folder, kind, config, cogvla_weights(folder, base_weights, merge_adapter))
@@ -159,18 +197,3 @@ def checkpoint_folder(source: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{source} is not a folder, and cannot be downloaded from the hub ({reason})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a mapping from a JSON file.
-
-    Raises:
-        ValueError: the file is missing or damaged, or is not a mapping.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a mapping")
-    return content

@@ -125,6 +125,50 @@ def test_an_adapter_that_is_not_merged_is_merged_into_its_base(tmp_path: Path) -
         imported(tmp_path / "run", tmp_path / "again")
 
 
+def test_what_nothing_reads_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "cogvla"
+    write_cogvla(folder)
+    save_file({"old": torch.zeros(1)}, folder / "model-00001-of-00002.safetensors")
+    torch.save({"x": torch.zeros(1)}, folder / "noise--20_checkpoint.pt")
+    (folder / "second").mkdir()
+    (folder / "second" / "adapter_config.json").write_text("{}")
+    said = imported(folder, tmp_path / "ours")
+    unused = next(line for line in said if line.startswith("not used, no place in the model: "))
+    assert "vision_backbone.featurizer.pos_embed" in unused
+    files = "model-00001-of-00002.safetensors, noise--20_checkpoint.pt, the adapter in second"
+    assert f"not read: {files}" in said
+    write_cogvla(tmp_path / "clean")
+    assert not any(line.startswith("not read") for line in imported(tmp_path / "clean", tmp_path / "ours"))
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    write_cogvla(tmp_path / "run", merged=False)
+    adapter = tmp_path / "run" / "lora_adapter" / "adapter_model.safetensors"
+    tensors = {name.replace("language_model.", "llm."): tensor for name, tensor in load_file(adapter).items()}
+    save_file(tensors, adapter)
+    with pytest.raises(ValueError, match=r"tensors of the adapter fit nothing in its base: llm\.model\.layers"):
+        imported(tmp_path / "run", tmp_path / "ours", base=tmp_path / "base")
+
+
+def test_the_updates_of_the_towers_may_be_in_the_adapter_too(tmp_path: Path) -> None:
+    weights = write_cogvla(tmp_path / "run", merged=False)
+    towers = torch.load(tmp_path / "run" / "vision_backbone--20_checkpoint.pt", weights_only=True)
+    adapter = tmp_path / "run" / "lora_adapter" / "adapter_model.safetensors"
+    updates = {f"base_model.model.vision_backbone.{n}": t for n, t in towers.items() if ".lora_" in n}
+    save_file({**load_file(adapter), **updates}, adapter)
+    imported(tmp_path / "run", tmp_path / "ours", base=tmp_path / "base", gripper="embodiment")
+    actions = load_policy(tmp_path / "ours").act(ROBOT.fake_observation()).actions[0]
+    np.testing.assert_allclose(actions, published_actions(weights), rtol=1e-4, atol=1e-4)
+
+
+def test_options_without_use_are_refused(release: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    write_openvla(tmp_path / "openvla")
+    with pytest.raises(ValueError, match="base= has no use"):
+        open_release(release[0], base=tmp_path / "openvla")
+    with pytest.raises(ValueError, match="only for adapters of a cogvla"):
+        open_release(tmp_path / "openvla", base=tmp_path / "openvla")
+
+
 def test_bfloat16_is_kept_and_acts(release: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     imported(release[0], tmp_path / "ours", dtype="bfloat16")
     policy = load_policy(tmp_path / "ours")
@@ -158,6 +202,11 @@ def edit(file: str, **changes: Any) -> Callable[[Path], None]:
         (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
 
     return apply
+
+
+def edit_statistics(part: str, **changes: Any) -> Callable[[Path], None]:
+    robot = norm_stats(SIZES)
+    return edit("dataset_statistics.json", robot={**robot, part: robot[part] | changes})
 
 
 class Code:
@@ -212,7 +261,15 @@ class Code:
             edit("dataset_statistics.json", other=norm_stats(SIZES)),
             "several data sets; choose dataset= from robot, other",
         ),
-        (edit("dataset_statistics.json", robot={"action": {}}), "statistics of 'robot' .* incomplete"),
+        (
+            edit("dataset_statistics.json", robot={"action": {}}),
+            "statistics of 'robot' .* incomplete: action has no q01",
+        ),
+        (edit_statistics("action", q01=[9.0] * 3), "'robot' .* wrong: action: q01 is above q99 in dimension 0"),
+        (edit_statistics("proprio", std=[-1.0] * SIZES.proprio_dim), "wrong: proprio: std is negative"),
+        (edit_statistics("action", mask=[True]), "the mask of action must be 3 times true or false"),
+        (edit_statistics("action", mask=["false"] * 3), "the mask of action must be 3 times true or false"),
+        (edit_statistics("proprio", mask=[False] * SIZES.proprio_dim), "do not normalise all of proprio"),
     ],
 )
 def test_what_is_missing_or_misshapen_is_named(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:

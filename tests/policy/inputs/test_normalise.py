@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -161,11 +162,25 @@ def test_statistics_of_known_data_and_their_round_trip() -> None:
         ({"q99": (float("nan"),)}, "'q99' contains NaN"),
         ({"std": (float("inf"),)}, "'std' contains NaN or infinite"),
         ({"mean": (1.0, 2.0)}, "'mean' has 2 dimensions, q01 has 1"),
+        ({"q01": (11.0,)}, "q01 is above q99 in dimension 0"),
+        ({"min": (31.0,)}, "min is above max in dimension 0"),
+        ({"std": (-0.1,)}, "std is negative in dimension 0"),
+        ({"std": (50.0,)}, "std is larger than max - min in dimension 0"),
+        ({"q01": (-11.0,)}, "min is above q01"),
+        ({"q99": (30.1,)}, "q99 is above max"),
+        ({"mean": (-20.0,)}, "min is above mean"),
+        ({"mean": (31.0,)}, "mean is above max"),
     ],
 )
 def test_bad_statistics(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Statistics(**{**KNOWN.to_dict(), **change})
+
+
+def test_statistics_may_be_rounded() -> None:
+    x_ND = np.array([[1.1], [1.1], [1.1]], np.float32)
+    exact = Statistics.of(x_ND)
+    assert replace(exact, mean=(1.10001,), q99=(1.1000001,)).mean == (1.10001,)
 
 
 def test_bad_kinds_and_masks() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
@@ -76,6 +77,27 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     published_language(tmp_path, intermediate=64)
     config = config_with(language={**MODEL["language"], "hub": str(tmp_path)})
     with pytest.raises(ValueError, match=r"do not fit the configuration: layers\.0\.mlp"):
+        load_backbones(CogVLA(config, ROBOT))
+
+
+def test_a_language_model_of_more_layers_is_not_cut(tmp_path: Path) -> None:
+    published_language(tmp_path)
+    config = config_with(language={**MODEL["language"], "layers": 3, "hub": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"have layers\.3\..* for which the configuration has no place"):
+        load_backbones(CogVLA(config, ROBOT))
+
+
+@pytest.mark.parametrize("damage", ["missing", "nan"])
+def test_damaged_weights_are_refused(damage: str, tmp_path: Path) -> None:
+    published_language(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if damage == "missing":
+        del tensors["norm.weight"]
+    else:
+        tensors["norm.weight"][3] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = config_with(language={**MODEL["language"], "hub": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"lack norm.weight|norm.weight of .* has NaN"):
         load_backbones(CogVLA(config, ROBOT))
 
 
