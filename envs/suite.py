@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -58,6 +60,13 @@ class Suite:
     settling_steps: int = 0
 
 
+_ALIASES = {
+    **dict.fromkeys(("libero_long", "libero10", "libero_ten", "libero_100", "long_libero"), "libero_10"),
+    **dict.fromkeys(("libero90", "libero_short"), "libero_90"),
+    **dict.fromkeys(("libero", "libero_4_task_suites"), "all_libero"),
+    "tabletop": "all_tabletop",
+}
+"""Names that others use -> ours, for the hint of an error."""
 _SUITES: dict[str, tuple[Callable[..., Suite], str | None]] = {}
 
 
@@ -85,6 +94,24 @@ def suite_names() -> list[str]:
     return sorted(_SUITES)
 
 
+def unknown_suite(name: str, others: Iterable[str] = ()) -> ValueError:
+    """Return the error about a name that no suite has; it names those that were probably meant.
+
+    Args:
+        name: the unknown name.
+        others: names that a command takes beside those of suites.
+    """
+    known = [*suite_names(), *others]
+    plain = re.sub(r"_+(no_?noops?|lerobot|rlds|hdf5)\b", "", re.sub(r"[\W_]+", "_", str(name).lower()).strip("_"))
+    family, _, rest = plain.partition("_")
+    plain = _ALIASES.get(plain, plain)
+    meant = [suite for suite in known if suite == plain] or [n for n in known if plain and n.endswith(f"_{plain}")]
+    meant = meant or [suite for suite in known if rest and suite == f"{rest}_{family}"]
+    meant = meant or get_close_matches(plain, known, n=3, cutoff=0.7)
+    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+    return ValueError(f"unknown suite {name!r}; one of {', '.join(known)}{hint}")
+
+
 def get_suite(name: str, configuration: Mapping[str, Any] | None = None) -> Suite:
     """Build the suite of that name.
 
@@ -96,7 +123,7 @@ def get_suite(name: str, configuration: Mapping[str, Any] | None = None) -> Suit
         ValueError: no suite has this name (the message lists all names), or it cannot be built here.
     """
     if name not in suite_names():
-        raise ValueError(f"unknown suite {name!r}; one of {', '.join(suite_names())}")
+        raise unknown_suite(name)
     factory, group = _SUITES[name]
     return factory(**(configuration or {}).get(group, {})) if group else factory()
 

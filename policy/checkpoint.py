@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvla.configs.build import build
+from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -42,7 +43,7 @@ from cogvla.routing.router import RouterConfig
 
 FORMAT = 1
 ROUTER_WEIGHTS = "router."
-CONFIG, WEIGHTS, STATISTICS, TRAINING = "config.json", "model.safetensors", "statistics.json", "training.pt"
+TRAINING = "training.pt"
 FLOAT8 = "float8.json"
 
 
@@ -140,13 +141,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is missing, incomplete, damaged, or of another format.
     """
-    if not folder.is_dir():
-        raise ValueError(f"no checkpoint folder at {folder}; train one with `train_policy` or give checkpoint=FOLDER")
-    missing = [name for name in (CONFIG, WEIGHTS, STATISTICS) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} is not a complete checkpoint: {', '.join(missing)} missing; give the folder of another one"
-        )
+    check_checkpoint_folder(folder)
     body = _read_json(folder / CONFIG)
     if body.get("format") != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {body.get('format')!r}; this version reads {FORMAT}")

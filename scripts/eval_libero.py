@@ -26,7 +26,7 @@ from cogvla.envs.evaluation.report import Report, render_index, summary
 from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.ray_worker import ray_cluster
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
-from cogvla.envs.suite import Suite, suite_names
+from cogvla.envs.suite import Suite, suite_names, unknown_suite
 from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
 from cogvla.scripts import console
@@ -118,7 +118,7 @@ def suites(wanted: str | Sequence[str]) -> list[str]:
         raise ValueError(f"suite is empty; give a name, a list of names, {' or '.join(ALL)}")
     for name in names:
         if name not in suite_names():
-            raise ValueError(f"unknown suite {name!r}; one of {', '.join(suite_names())}")
+            raise unknown_suite(name, ALL)
     return list(dict.fromkeys(names))
 
 

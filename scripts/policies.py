@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from cogvla.configs.build import build
+from cogvla.policy.checkpoint_folder import check_checkpoint_folder
 from cogvla.policy.interface import Embodiment, Policy
 
 RANDOM = "random"
@@ -56,8 +56,7 @@ def open_any_policy(
         from cogvla.real_robot.serving.remote_policy import RemotePolicy
 
         return RemotePolicy(source, api_key=api_key), {}
-    if not Path(source).is_dir():  # before torch is imported, which takes seconds
-        raise ValueError(f"no checkpoint folder at {source}; train one with `train_policy`, or give random")
+    check_checkpoint_folder(source, "train one with `train_policy`, or give random")
 
     from cogvla.policy.checkpoint import open_policy
     from cogvla.policy.engine.engine import EngineConfig

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cogvla.configs.build import build
+from cogvla.policy.checkpoint_folder import check_checkpoint_folder
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import AsksPolicy, FrontEnd
 from cogvla.real_robot.ros.dds_settings import DdsSettings
@@ -92,8 +93,7 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
             certificate=None if config.certificate is None else Path(config.certificate),
         )
         return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
-    if not Path(config.checkpoint).is_dir():
-        raise ValueError(f"no checkpoint folder at {config.checkpoint}; give another one, or server=ws://HOST:PORT")
+    check_checkpoint_folder(str(config.checkpoint), "give another one, or server=ws://HOST:PORT")
     policy, identity = open_any_policy(str(config.checkpoint), device=config.device, threads=config.threads)
     return LocalPolicy(policy, embodiment), {**policy.describe(), **identity}
 

@@ -298,6 +298,8 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
     [
         (["checkpoint=random", "suite=[]"], "suite is empty"),
         (["checkpoint=nowhere"], "no checkpoint folder at nowhere"),
+        (["checkpoint=openvla/openvla-7b"], "import_checkpoint openvla/openvla-7b output=FOLDER"),
+        (["suite=libero_long"], "did you mean libero_10"),
         ([], "checkpoint"),
         (["checkpoint=random", "asked=nonsense"], "asked must be null, swap or both"),
         (["checkpoint=random", "workers=-1"], "workers must be 0"),

@@ -1,0 +1,40 @@
+"""Say what is wrong with a folder that should be a checkpoint, without importing torch, which takes seconds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cogvla.files import visible
+
+CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "statistics.json"
+_PUBLISHED = ("*.safetensors", "*.pt", "*.bin", "checkpoints/*.pt")
+_HUB = re.compile(r"(?:https?:/+(?:huggingface|hf)\.co/)?([A-Za-z0-9][\w.-]*/[\w.-]+)/?")
+
+
+def check_checkpoint_folder(source: Path | str, otherwise: str = "train one with `train_policy`") -> None:
+    """Check that all files of a checkpoint are in a folder.
+
+    Args:
+        source: the folder that the user gave.
+        otherwise: advice for a folder that does not exist.
+
+    Raises:
+        ValueError: there is no such folder, or it is no complete checkpoint; the message names `import_checkpoint` for
+            published weights.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        hub = _HUB.fullmatch(str(source))
+        imported = f"; for published weights, run `import_checkpoint {hub[1]} output=FOLDER` first" if hub else ""
+        raise ValueError(f"no checkpoint folder at {source}; {otherwise}{imported}")
+    missing = [name for name in (CONFIG, WEIGHTS, STATISTICS) if not (folder / name).is_file()]
+    if not missing:
+        return
+    said = f"{folder} is not a complete checkpoint: {', '.join(missing)} missing; "
+    if (folder / "policy" / CONFIG).is_file():
+        raise ValueError(f"{said}give {folder / 'policy'}")
+    own = (folder / CONFIG).is_file() and '"embodiment"' in (folder / CONFIG).read_text(errors="replace")
+    if not own and STATISTICS in missing and any(visible(folder, pattern) for pattern in _PUBLISHED):
+        raise ValueError(f"{said}these are published weights: run `import_checkpoint {folder} output=FOLDER` first")
+    raise ValueError(f"{said}give the folder of another one")

@@ -1,0 +1,39 @@
+"""A name that no suite has leads to the one that was meant."""
+
+from __future__ import annotations
+
+import pytest
+
+from cogvla.envs.suite import get_suite, suite_names, unknown_suite
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("libero_long", "libero_10"),
+        ("LIBERO-Long", "libero_10"),
+        ("libero-10", "libero_10"),
+        ("libero10", "libero_10"),
+        ("LIBERO_GOAL", "libero_goal"),
+        ("libero_spatial_no_noops", "libero_spatial"),
+        ("libero_10_no_noops", "libero_10"),
+        ("libero_spatail", "libero_spatial"),
+        ("tabletop_objects", "tabletop_object"),
+        ("goal", "libero_goal or tabletop_goal"),
+    ],
+)
+def test_the_suite_that_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown suite '{name}'; one of .*; did you mean {meant}"):
+        get_suite(name)
+
+
+@pytest.mark.parametrize("name", ["libero", "libero_4_task_suites_no_noops", "libero_all"])
+def test_all_suites_that_were_meant(name: str) -> None:
+    assert str(unknown_suite(name, ["all_libero"])).endswith("did you mean all_libero?")
+
+
+@pytest.mark.parametrize("name", ["moon", "", "10"])
+def test_other_names(name: str) -> None:
+    said = str(unknown_suite(name))
+    assert said.startswith(f"unknown suite '{name}'; one of {', '.join(suite_names())}")
+    assert ("did you mean" in said) == (name == "10")
