@@ -126,7 +126,6 @@ class SceneRenderer:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._mujoco_context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mujoco_context)
 
     def render(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
         """Render one image uint8 [H,W,3]."""
@@ -154,6 +153,9 @@ class SceneRenderer:
         assert os.getpid() == self._process, "an environment was used in a forked process; build it there instead"
         self._gl.make_current()
         context = self._mujoco_context
+        # Bind this model's buffer: after another renderer has drawn, MuJoCo would draw into that one's, and read old
+        # pixels from this one's.
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, context)
         if height > context.offHeight or width > context.offWidth:
             mujoco.mjr_resizeOffscreen(max(width, context.offWidth), max(height, context.offHeight), context)
         self._camera.fixedcamid = self._model.camera(camera).id

@@ -1,0 +1,22 @@
+"""Several models in one process: each renderer shows its own scene, also right after another one has drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cogvla.envs.suite import get_suite
+
+
+def test_renderers_take_turns() -> None:
+    envs = [get_suite(name).make(image_size=64) for name in ("tabletop_object", "tabletop_goal")]
+
+    def first_images(env: int, state: int) -> np.ndarray:
+        observation, _ = envs[env].reset(options={"task": 0, "initial_state": state})
+        return np.stack([observation[name] for name in ("agentview", "wrist")])
+
+    alone = {(env, state): first_images(env, state) for env in range(2) for state in range(3)}
+    for state in range(3):
+        for env in range(2):
+            assert np.array_equal(first_images(env, state), alone[env, state])
+    for env in envs:
+        env.close()
