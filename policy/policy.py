@@ -85,6 +85,10 @@ class CogVLAPolicy:
     def embodiment(self) -> Embodiment:
         return self.preprocessor.embodiment
 
+    def unknown_words(self, instruction: str) -> list[str]:
+        """Return the words of an instruction that the tokenizer does not know, so that the model cannot tell them."""
+        return self.preprocessor.tokenizer.unknown_words(instruction)
+
     def describe(self) -> dict[str, Any]:
         """Return checkpoint, parameters, device, precision and engine, for reports."""
         own = str(next(self.model.parameters()).dtype).removeprefix("torch.")

@@ -39,7 +39,7 @@ from cogvla.envs.analysis.router_comparison import (
 from cogvla.envs.analysis.router_page import render_comparison
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
-from cogvla.envs.evaluation.report import Report
+from cogvla.envs.evaluation.report import Report, check_played
 from cogvla.envs.suite import Suite
 from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
@@ -176,6 +176,7 @@ class _Comparison:
             command=self.command,
             identity={**self.identity, "regime": self.values["regime"]},
         )
+        check_played(report, folder)
         outcome = outcome_of(report)
         if outcome.errors:  # without OUTCOME, the same command plays these episodes again
             print(f"{cell.key}: {outcome.errors} episodes could not be played, see {folder / 'report.html'}")

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
-from cogvla.envs.evaluation.report import Report, render_index, summary
+from cogvla.envs.evaluation.report import Report, check_played, render_index, summary
 from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.ray_worker import ray_cluster
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
@@ -99,6 +99,8 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         print(f"all reports: {output / 'index.html'}")
     else:
         print(f"report: {output / folder / 'report.html'}")
+    for folder, report in reports.items():
+        check_played(report, output / folder)
     return list(reports.values())
 
 

@@ -27,7 +27,7 @@ from cogvla.envs.evaluation.episode_log import (
     read_run,
 )
 from cogvla.envs.evaluation.evaluate import write_report
-from cogvla.envs.evaluation.report import Report, build_report, summary
+from cogvla.envs.evaluation.report import Report, build_report, check_played, summary
 from cogvla.envs.suite import Suite, Task
 from cogvla.files import is_left_by_macos, visible, write_atomic
 from cogvla.scripts.command import mistakes_in_one_line
@@ -45,8 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError("the last argument must be output=FOLDER")
         folders, output = [Path(folder) for folder in options.folders], Path(options.output.removeprefix("output="))
         command = shlex.join(["merge_evaluations", *options.folders, options.output])
-        print(summary(merge(folders, output, command)))
-    print(f"report: {output / 'report.html'}")
+        report = merge(folders, output, command)
+        print(summary(report))
+        print(f"report: {output / 'report.html'}")
+        check_played(report, output)
 
 
 @dataclass(frozen=True)

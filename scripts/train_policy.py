@@ -25,8 +25,9 @@ from omegaconf import DictConfig
 from cogvla.configs.build import build
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
-from cogvla.envs.evaluation.report import Report, summary
+from cogvla.envs.evaluation.report import Report, check_played, summary
 from cogvla.envs.recording.recorder import record
+from cogvla.envs.rollout.rollout import EveryEpisodeFailsError
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import visible
 from cogvla.policy.checkpoint import load_policy
@@ -92,6 +93,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         if suite is not None and training_config.rollout_every and values["evaluation"] is not None:
             trainer.evaluate = _rollouts(suite, values["evaluation"], output, log)
         trainer.run()
+    report = None
     result: dict[str, Any] = {"command": command, "seconds": seconds, **provenance()}
     if not processes.is_main_process:
         return result
@@ -111,6 +113,8 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         print(f"report: {output / 'evaluation' / 'report.html'}")
     (output / "summary.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     print("minutes: " + ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items()))
+    if report is not None:
+        check_played(report, output / "evaluation")
     return result
 
 
@@ -183,7 +187,11 @@ def _rollouts(
     def play(policy: CogVLAPolicy, step: int) -> dict[str, float]:
         folder = output / "rollouts" / f"step_{step:07d}"
         few = {**settings, "episodes_per_task": max(1, settings["episodes_per_task"] // 5)}
-        report = _evaluate(policy, suite, few, folder, command="")
+        try:
+            report = _evaluate(policy, suite, few, folder, command="")
+        except EveryEpisodeFailsError as error:  # training does not depend on it
+            print(f"WARNING: no success rate at step {step}: {error}")
+            return {}
         log.videos(visible(folder / "evaluation", "**/*.mp4")[:4], step)
         value = report.total.success.value
         return {} if value is None else {"rollout/success": value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +22,15 @@ from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.rollout.player import PlayerSettings
-from cogvla.envs.rollout.rollout import rollout
+from cogvla.envs.rollout.rollout import EveryEpisodeFailsError, rollout
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic
 from cogvla.policy.interface import Embodiment, Observation, Policy
 from cogvla.policy.provenance import provenance
 
+_log = logging.getLogger(__name__)
+ERROR = "error.txt"
 PROBE_CALLS = 100
 """Number of calls of `Policy.act` that measure the latency at batch size 1."""
 
@@ -73,6 +76,7 @@ def evaluate(
     Raises:
         ValueError: the suite is unknown, the protocol does not fit the suite or the policy, or `output` holds results
             of another configuration.
+        EveryEpisodeFailsError: the first episodes of all workers end in the same error, which `error.txt` then holds.
     """
     suite = get_suite(suite) if isinstance(suite, str) else suite
     output = Path(output)
@@ -89,10 +93,19 @@ def evaluate(
         **({"simulation": dict(suite.settings)} if suite.settings else {}),
     }
     session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **provenance()}
+    unknown = _unknown_words(policy, suite)
+    told = [task for task in sorted({spec.task for spec in specs}) if unknown.get(str(task))]
+    if told:
+        words = list(dict.fromkeys(word for task in told for word in unknown[str(task)]))
+        _log.warning(
+            "%s: the policy does not know words of %d tasks (%s): %s",
+            *(suite.name, len(told), ", ".join(map(str, told)), ", ".join(words)),
+        )
     precision = getattr(policy, "choice", None)  # how engine.dtype=auto has chosen; times differ from run to run
     chosen = {} if precision is None else {"precision": str(precision)}
 
     with EpisodeLog(output, fingerprint, session, resume) as log:
+        (output / ERROR).unlink(missing_ok=True)
         missing = [spec for spec in specs if (spec.task, spec.initial_state) not in log.results]
         choice = VideoChoice(log, videos)
         # The first calls compile and allocate memory; the latency of the control loop must not include that.
@@ -107,11 +120,17 @@ def evaluate(
             start_worker=start_worker,
             settings=settings.rollout_settings(),
             choose_video=choice,
+            stop_if_all_fail=not log.results,
         )
         with closing(results), _Progress(log, specs, progress) as bar:  # type: ignore[type-var]
-            for result in results:
-                log.append(result)
-                bar.show(result)
+            try:
+                for result in results:
+                    log.append(result)
+                    bar.show(result)
+            except EveryEpisodeFailsError as error:
+                write_atomic(output / ERROR, error.text)
+                error.args = (f"{error}; all of it is in {output / ERROR}",)
+                raise
         wall_s = time.perf_counter() - started
         choice.prune()
 
@@ -123,6 +142,7 @@ def evaluate(
             reproduce={
                 "protocol": asdict(replace(settings, name=protocol.name)),
                 "asked": fingerprint["asked"],
+                "unknown_words": unknown,
                 "policy": described,
                 "simulation": dict(suite.settings),
                 "command": command,
@@ -135,6 +155,12 @@ def evaluate(
         )
         write_report(report, suite, output)
     return report
+
+
+def _unknown_words(policy: Policy, suite: Suite) -> dict[str, list[str]]:
+    """Return the words of each task's instruction that the policy does not know; empty if it cannot say so."""
+    ask = getattr(policy, "unknown_words", None)
+    return {} if ask is None else {str(i): words for i, t in enumerate(suite.tasks) if (words := ask(t.instruction))}
 
 
 def write_report(report: Report, suite: Suite, output: Path) -> None:

@@ -19,6 +19,8 @@ from cogvla.envs.evaluation.statistics import Latency, Rate, latency, success_ra
 from cogvla.envs.rollout.video import contact_sheet
 from cogvla.envs.suite import Suite
 
+MANY_ERRORS = 0.03
+"""Share of episodes with errors above which console and report warn."""
 EMBED_BYTES = 6_000_000
 """Bytes of videos that the HTML file embeds; it links to the other videos."""
 
@@ -37,6 +39,7 @@ class TaskSummary:
         steps_to_success: mean control steps of the successful episodes.
         inference: wall time of `Policy.act`, one sample for each chunk.
         loop: time from the finished observation to the first action, one sample for each chunk.
+        unknown_words: words of the instruction that the policy does not know; in total, those of all tasks.
     """
 
     name: str
@@ -49,6 +52,7 @@ class TaskSummary:
     steps_to_success: float | None
     inference: Latency | None
     loop: Latency | None
+    unknown_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,24 @@ class Report:
         """True if the instructions were swapped."""
         return self.reproduce["asked"] == "swap"
 
+    @property
+    def tasks_with_unknown_words(self) -> int:
+        """Number of tasks whose instruction has words that the policy does not know."""
+        return sum(bool(task.unknown_words) for task in self.tasks)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the success rate doubtful, in words."""
+        episodes, found = len(self.episodes), []
+        if self.total.errors > MANY_ERRORS * episodes:
+            found.append(
+                f"{self.total.errors} of {episodes} episodes ({self.total.errors / episodes:.0%}) ended in errors, "
+                "which are not in the success rate"
+            )
+        if count := self.tasks_with_unknown_words:
+            found.append(f"{count} of {len(self.tasks)} tasks have words that the policy does not know")
+        return tuple(found)
+
 
 def build_report(
     suite: Suite,
@@ -116,18 +138,28 @@ def build_report(
         results: results of all episodes.
         batch_1_ms: latencies of `Policy.act` with one observation, in ms.
         control_hz: control rate of the robot.
-        reproduce: everything that repeats the evaluation; must hold "asked", and "protocol" with resolved steps.
+        reproduce: everything that repeats the evaluation; must hold "asked", and "protocol" with resolved steps; may
+            hold "unknown_words" by the index of a task.
     """
     played = [r for r in results if r.error is None]
     steps = sum(r.steps for r in played)
     protocol = reproduce["protocol"]
     tasks = sorted({r.task for r in results})
+    unknown: Mapping[str, Sequence[str]] = reproduce.get("unknown_words", {})
     return Report(
         suite=suite.name,
         tasks=tuple(
-            _row(suite.tasks[t].name, suite.tasks[t].instruction, [r for r in results if r.task == t]) for t in tasks
+            _row(
+                suite.tasks[t].name,
+                suite.tasks[t].instruction,
+                [r for r in results if r.task == t],
+                unknown.get(str(t), ()),
+            )
+            for t in tasks
         ),
-        total=_row("all tasks", "", results),
+        total=_row(
+            "all tasks", "", results, tuple(dict.fromkeys(word for t in tasks for word in unknown.get(str(t), ())))
+        ),
         inference_batch_1=latency(batch_1_ms),
         batch_1_ms=tuple(batch_1_ms),
         chunk_ms=1000 * protocol["execute_steps"] / control_hz,
@@ -139,7 +171,7 @@ def build_report(
     )
 
 
-def _row(name: str, instruction: str, results: Sequence[EpisodeResult]) -> TaskSummary:
+def _row(name: str, instruction: str, results: Sequence[EpisodeResult], unknown: Sequence[str]) -> TaskSummary:
     played = [r for r in results if r.error is None]
     return TaskSummary(
         name=name,
@@ -154,6 +186,7 @@ def _row(name: str, instruction: str, results: Sequence[EpisodeResult]) -> TaskS
         else None,
         inference=latency(ms for r in played for ms in r.inference_ms),
         loop=latency(ms for r in played for ms in r.loop_ms),
+        unknown_words=tuple(unknown),
     )
 
 
@@ -188,7 +221,23 @@ def summary(report: Report) -> str:
         line += f"; inference p50 {probe.p50:.1f} ms, p95 {probe.p95:.1f} ms at batch 1"
     if total.loop is not None:
         line += f"; control loop p50 {total.loop.p50:.1f} ms, p95 {total.loop.p95:.1f} ms"
-    return line
+    return line + "".join(f"\nWARNING: {warning}" for warning in report.warnings)
+
+
+def check_played(report: Report, where: Path) -> None:
+    """Check that a report has at least one result.
+
+    Raises:
+        ValueError: every episode ended in an error.
+    """
+    errors = Counter((r.error or "").strip().rpartition("\n")[2] for r in report.episodes)
+    if report.total.success.trials == 0:
+        (reason, count), *others = errors.most_common()
+        more = f" and {len(others)} other errors" if others else ""
+        raise ValueError(
+            f"{report.suite}: none of {len(report.episodes)} episodes could be played; {count} times: {reason}{more}; "
+            f"see {where / 'report.html'}"
+        )
 
 
 def render_html(report: Report, folder: Path) -> str:

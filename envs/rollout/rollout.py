@@ -14,6 +14,7 @@ Shape legend: N slots that are answered together, T actions of each until the ne
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -42,11 +43,26 @@ from cogvla.envs.suite import Suite
 from cogvla.policy.chunking import Chunker, OpenLoop, TemporalEnsemble
 from cogvla.policy.interface import Embodiment, Observation, Policy
 
-__all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "patience", "rollout"]
+__all__ = ["EpisodeResult", "EpisodeSpec", "EveryEpisodeFailsError", "RolloutSettings", "patience", "rollout"]
 
 _log = logging.getLogger(__name__)
 ATTEMPTS = 2
 """Number of attempts at an episode that ends in an error. After the last one it counts as an error."""
+
+
+class EveryEpisodeFailsError(ValueError):
+    """The first episodes of all workers ended in the same error, and none could be played.
+
+    Attributes:
+        text: the last of these errors, with its traceback.
+    """
+
+    def __init__(self, suite: str, text: str) -> None:
+        super().__init__(
+            f"the first episodes of suite {suite!r} all ended in the same error, so no more are played: "
+            f"{_last_line(text)}"
+        )
+        self.text = text
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,7 @@ def rollout(
     start_worker: Callable[[PlayerSettings], Worker] = ProcessWorker,
     choose_video: Callable[[EpisodeResult], Path | None] | None = None,
     on_result: Callable[[EpisodeResult], None] | None = None,
+    stop_if_all_fail: bool = False,
 ) -> Iterator[EpisodeResult]:
     """Play the episodes and yield each result at once, in no fixed order.
 
@@ -109,9 +126,12 @@ def rollout(
         choose_video: function that gets each result without an error, and returns the path for its video, or None. To
             film, the episode's actions are played again: only filmed episodes cost time, and no measurement changes.
         on_result: function that gets each result before it is yielded.
+        stop_if_all_fail: raise EveryEpisodeFailsError, instead of trying every episode, if the first episodes of all
+            workers, and at least two, end in the same error.
 
     Raises:
         ValueError: policy, suite and settings do not fit together.
+        EveryEpisodeFailsError: see `stop_if_all_fail`; raised while playing.
         RuntimeError: the environment cannot be built.
 
     Closing the iterator, or an exception in it (Ctrl-C), ends the workers.
@@ -123,7 +143,9 @@ def rollout(
         if max(spec.task, spec.asked if isinstance(spec.asked, int) else 0) >= len(suite.tasks):
             raise ValueError(f"suite {suite.name!r} has tasks 0 to {len(suite.tasks) - 1}; {spec} asks for another one")
     start = LocalWorker if workers == 0 else start_worker
-    return _run(_Loop(policy, suite, episodes, max(workers, 1), start, settings), choose_video, on_result)
+    loop = _Loop(policy, suite, episodes, max(workers, 1), start, settings)
+    loop.stops_early = stop_if_all_fail
+    return _run(loop, choose_video, on_result)
 
 
 def _run(
@@ -155,6 +177,7 @@ class _Slot:
     observed: Observed | None = None  # the worker waits for a chunk
     result: EpisodeResult | None = None  # the episode is over and is being filmed
     idle: bool = False
+    failed: bool = False  # its first episode ended in an error
 
     def send(self, request: PlayerRequest) -> None:
         self.asked_at = time.perf_counter()
@@ -196,6 +219,8 @@ class _Loop:
         self._slots: list[_Slot] = []
         # `_built`: an environment could be built. `_lost_starts`: workers that died before they had built theirs.
         self._built, self._lost_starts = False, 0
+        self.stops_early = False
+        self._failures: dict[EpisodeSpec, str] = {}  # why episodes failed before any could be played
         self._inference_s = 0.0  # duration of the last batch
 
     def start(self) -> None:
@@ -218,6 +243,7 @@ class _Loop:
                     case Observed():
                         slot.observed, slot.asked_at = reply, time.perf_counter()
                     case Finished():
+                        self.stops_early = False
                         result = self._result(slot, reply)
                         path = choose_video(result) if choose_video else None
                         if path is None:
@@ -301,10 +327,14 @@ class _Loop:
             slot.inference_ms.append(self._inference_s * 1e3)
             slot.batch.append(len(waiting))
             if not finite:
-                yield self._error(slot, "the policy answered with NaN or infinite actions")
+                text = "the policy answered with NaN or infinite actions"
+                self._check_failures(slot, text)
+                yield self._error(slot, text)
                 self._next_episode(slot)
 
     def _failed(self, slot: _Slot, reply: Failed) -> Iterator[EpisodeResult]:
+        if slot.spec is not None and slot.result is None:
+            self._check_failures(slot, reply.text)
         if slot.spec is None:
             self._lost_starts += reply.died
             if not (reply.died and self._built and self._lost_starts < ATTEMPTS * len(self._slots)):
@@ -330,6 +360,17 @@ class _Loop:
                 if other.idle:
                     other.idle = False
                     self._next_episode(other)
+
+    def _check_failures(self, slot: _Slot, text: str) -> None:
+        """Raise EveryEpisodeFailsError if nothing was played, and each worker has failed for the same reason."""
+        if not self.stops_early:
+            return
+        assert slot.spec is not None, "a started episode has failed"
+        slot.failed = True
+        self._failures[slot.spec] = re.sub(r"\d+", "#", _last_line(text))  # numbers of tasks, processes, times
+        everywhere = all(other.failed or other.idle for other in self._slots)
+        if len(self._failures) > 1 and everywhere and len(set(self._failures.values())) == 1:
+            raise EveryEpisodeFailsError(self._suite.name, text)
 
     def _result(self, slot: _Slot, finished: Finished) -> EpisodeResult:
         assert slot.spec is not None, "only a started episode finishes"
@@ -373,4 +414,4 @@ def patience(waiting_since: Sequence[float], playing: int, inference_s: float, n
 
 
 def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1]
+    return (text.strip() or "an error without a message").splitlines()[-1]

@@ -26,7 +26,7 @@ from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EpisodeLog
 from cogvla.envs.evaluation.evaluate import write_report
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
-from cogvla.envs.evaluation.report import ControlTiming, Report, build_report
+from cogvla.envs.evaluation.report import ControlTiming, Report, build_report, check_played
 from cogvla.envs.evaluation.statistics import latency, success_rate
 from cogvla.envs.suite import Suite, Task, get_suite
 from cogvla.policy.interface import Embodiment
@@ -49,7 +49,9 @@ MARGIN_S = 20.0
 
 def main(config: DictConfig) -> None:
     """Run the command, whose entry point is in `scripts/console.py`."""
-    run(config, as_typed("run_trials"))
+    report = run(config, as_typed("run_trials"))
+    if report is not None:
+        check_played(report, Path(config.output))
 
 
 def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report | None:

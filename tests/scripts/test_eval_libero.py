@@ -18,7 +18,8 @@ from cogvla.configs.load import names
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
-from cogvla.envs.evaluation.report import Report
+from cogvla.envs.evaluation.report import Report, summary
+from cogvla.envs.rollout.rollout import EveryEpisodeFailsError
 from cogvla.scripts.command import MISTAKES, compose
 from cogvla.scripts.eval_libero import run as run_command
 from cogvla.scripts.eval_libero import suites
@@ -123,6 +124,35 @@ def test_results_of_another_configuration_are_not_mixed(tmp_path: Path, changes:
         run(tmp_path, **changes)
     assert (tmp_path / "episodes.jsonl").read_text() == before
     assert len(run(tmp_path, **changes, resume=False).episodes) == len(lines(tmp_path)) == 18
+
+
+def test_all_episodes_fail_for_one_reason(tmp_path: Path) -> None:
+    with pytest.raises(EveryEpisodeFailsError, match=r"the toy is broken; all of it is in .*error.txt"):
+        run(tmp_path, faults={"fault": "raise", "at": None})
+    assert "Traceback" in (tmp_path / "error.txt").read_text()
+    report = run(tmp_path)
+    assert report.total.success.trials == 18
+    assert not (tmp_path / "error.txt").exists()
+
+
+def test_errors_after_a_result_stop_nothing(tmp_path: Path) -> None:
+    run(tmp_path, tasks=[0])
+    report = run(tmp_path, faults={"fault": "raise", "at": None})
+    assert (report.total.success.trials, report.total.errors) == (6, 12)
+
+
+def test_words_that_the_policy_does_not_know(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Knows(ToyPolicy):
+        def unknown_words(self, instruction: str) -> list[str]:
+            return [word for word in instruction.split() if word in ("left", "up")]
+
+    report = run(tmp_path, policy=Knows())
+    assert "the policy does not know words of 2 tasks (1, 2): left, up" in caplog.text
+    assert [task.unknown_words for task in report.tasks] == [(), ("left",), ("up",)]
+    assert (report.total.unknown_words, report.tasks_with_unknown_words) == (("left", "up"), 2)
+    assert "2 of 3 tasks have words that the policy does not know" in summary(report)
+    assert "unknown: left" in (tmp_path / "report.html").read_text()
+    assert not any(task.unknown_words for task in run(tmp_path / "other").tasks)
 
 
 def test_errors_are_counted_apart_and_tried_again(tmp_path: Path) -> None:

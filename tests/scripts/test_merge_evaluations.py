@@ -73,6 +73,15 @@ def test_the_merged_report_is_that_of_the_whole(tmp_path: Path, capsys: pytest.C
     assert outcomes(again) == outcomes(whole)
 
 
+def test_shards_of_errors_only_end_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = replace(PROTOCOL, episodes_per_task=1)
+    for i in (1, 2, 3):
+        run(tmp_path / f"{i}", (i, 3), protocol=one, faults={"fault": "raise", "at": None})
+    with pytest.raises(SystemExit, match=r"error: point: none of 3 episodes could be played; 3 times: .*toy is broken"):
+        main([*(str(tmp_path / f"{i}") for i in (1, 2, 3)), f"output={tmp_path / 'merged'}"])
+    assert "no episode could be played" in capsys.readouterr().out
+
+
 def test_errors_stay_errors(tmp_path: Path) -> None:
     run(tmp_path / "a", (1, 2), faults={"fault": "raise", "at": (0, 0)})
     run(tmp_path / "b", (2, 2))

@@ -35,7 +35,7 @@ EMBODIMENT = Embodiment(
 
 
 class ToyEnv(gym.Env):
-    """See the module docstring. `fault` is "raise", "kill" or "hang"; it strikes at step 3 of (`task`, `state`)."""
+    """See the module docstring. `fault` is "raise", "kill" or "hang"; it strikes at step 3 of `at`, or of all."""
 
     observation_space = gym.spaces.Dict(
         {
@@ -51,7 +51,7 @@ class ToyEnv(gym.Env):
         image_size: int = 32,
         render: bool = True,
         fault: str = "",
-        at: tuple[int, int] = (1, 0),
+        at: tuple[int, int] | None = (1, 0),
         once: Path | None = None,
         sleep_s: float = 0.0,
     ) -> None:
@@ -70,7 +70,7 @@ class ToyEnv(gym.Env):
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         self._steps += 1
-        if self._key == self._at and self._steps == 3:
+        if self._at in (None, self._key) and self._steps == 3:
             self._strike()
         time.sleep(self._sleep_s)
         if self._key[1] % STUCK_EVERY:

@@ -13,7 +13,15 @@ import pytest
 
 from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.evaluation import report as report_module
-from cogvla.envs.evaluation.report import Report, build_report, render_html, render_index, report_json
+from cogvla.envs.evaluation.report import (
+    Report,
+    build_report,
+    check_played,
+    render_html,
+    render_index,
+    report_json,
+    summary,
+)
 from cogvla.envs.evaluation.statistics import wilson_interval
 from cogvla.envs.rollout.video import VideoWriter
 from cogvla.policy.provenance import provenance
@@ -59,6 +67,21 @@ def build(results: list[EpisodeResult] = RESULTS, **changes: Any) -> Report:
         **changes,
     }
     return build_report(toy_suite(), results, [2.0] * 99 + [9.0], 20.0, reproduce)
+
+
+def test_many_errors_are_a_warning() -> None:
+    said = "1 of 14 episodes (7%) ended in errors, which are not in the success rate"
+    assert f"WARNING: {said}" in summary(build())
+    assert said in render_html(build(), Path())
+    assert "WARNING" not in summary(build([*RESULTS, *(result(1, n, True, 9) for n in range(20))]))
+
+
+@pytest.mark.parametrize("errors", [1, 3])
+def test_nothing_played_is_an_error(errors: int, tmp_path: Path) -> None:
+    report = build([broken(0, n) for n in range(errors)])
+    with pytest.raises(ValueError, match=rf"none of {errors} episodes could be played; {errors} times: RuntimeError"):
+        check_played(report, tmp_path)
+    check_played(build(), tmp_path)
 
 
 def test_numbers() -> None:

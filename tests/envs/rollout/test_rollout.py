@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvla.envs.rollout.rollout import EpisodeResult, EpisodeSpec, RolloutSettings, patience, rollout
+from cogvla.envs.rollout.rollout import (
+    EpisodeResult,
+    EpisodeSpec,
+    EveryEpisodeFailsError,
+    RolloutSettings,
+    patience,
+    rollout,
+)
 from cogvla.envs.suite import Suite
 from cogvla.policy.interface import ActionChunk, Camera, Observation, Policy
 from cogvla.tests.support.point_suite import (
@@ -142,6 +149,31 @@ def test_an_exception_is_an_error_and_no_failure(workers: int) -> None:
     assert "the toy is broken" in broken.error
     assert (broken.attempts, broken.success) == (2, False)
     assert all(r.error is None and r.success == solvable(state) for (_, state), r in results.items())
+
+
+@pytest.mark.parametrize(("fault", "said"), [("raise", "the toy is broken"), ("kill", "SIGKILL")])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_stops_when_all_workers_fail_for_one_reason(fault: str, said: str, workers: int) -> None:
+    suite = toy_suite(fault=fault, at=None)
+    episodes = rollout(ToyPolicy(), suite, SPECS, workers=workers, stop_if_all_fail=True)
+    with pytest.raises(EveryEpisodeFailsError, match=rf"suite 'point' all ended in the same error.*{said}"):
+        next(episodes)
+
+
+def test_nan_actions_everywhere_stop_it() -> None:
+    class Diverged(ToyPolicy):
+        def act(self, observation: Observation) -> ActionChunk:
+            return ActionChunk(super().act(observation).actions * np.float32(np.nan))
+
+    with pytest.raises(EveryEpisodeFailsError, match="NaN or infinite actions"):
+        list(rollout(Diverged(), toy_suite(), SPECS, stop_if_all_fail=True))
+
+
+def test_one_broken_episode_stops_nothing() -> None:
+    results = play(suite=toy_suite(fault="raise", at=(0, 0)), stop_if_all_fail=True)
+    assert [key for key, r in results.items() if r.error] == [(0, 0)]
+    alone = play([EpisodeSpec(0, 0)], suite=toy_suite(fault="raise", at=None), stop_if_all_fail=True)
+    assert alone[0, 0].error is not None
 
 
 def test_a_killed_worker_is_replaced_and_its_episode_repeated(tmp_path: Path) -> None:
