@@ -6,6 +6,7 @@
 | `Labels`, and an `Expert` | record demonstrations, with labels for grounding |
 | `TargetMasks` | say in `analyse_routing` how much of the target a router keeps |
 | `Cameras` | film episodes at the size of a video; otherwise videos show the observations |
+| `Perturbable` | evaluate with another camera, light, background, layout or start (`envs/perturbation`) |
 | `ImageSkipping` | save the time to render images that nobody looks at |
 
 An environment implements a part by having its members, on the unwrapped environment; it need not inherit from it.
@@ -19,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 import gymnasium as gym
 import numpy as np
+
+from cogvla.envs.perturbation.perturbation import Perturbation
 
 Part = TypeVar("Part")
 
@@ -77,6 +80,16 @@ class ImageSkipping(Protocol):
     """Leave out rendering: while `skip_images` is True, observations may hold old images."""
 
     skip_images: bool
+
+
+class Perturbable(Protocol):
+    """Differ from training, for the robustness benchmark.
+
+    Attributes:
+        perturbation: how the next resets differ; None: not at all. It does not change what the clean scene is.
+    """
+
+    perturbation: Perturbation | None
 
 
 class Cameras(Protocol):

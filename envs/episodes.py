@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from cogvla.envs.perturbation.perturbation import Perturbation
+
 Asked = int | Literal["swap"] | None
 
 
@@ -19,12 +21,14 @@ class EpisodeSpec:
         asked: index of another task, possible in that scene, whose instruction the policy gets instead; "swap" draws
             one of the scene's alternatives, always the same one for the same task, initial state and seed.
         seed: seed of everything random in the episode; given to `env.reset`.
+        perturbation: how the episode differs from training; None: not at all.
     """
 
     task: int
     initial_state: int
     asked: Asked = None
     seed: int = 0
+    perturbation: Perturbation | None = None
 
     def __post_init__(self) -> None:
         if self.task < 0 or self.initial_state < 0:

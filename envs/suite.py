@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cogvla.envs.contract import Expert, SuiteEnv
+from cogvla.envs.perturbation.perturbation import OF_THE_PLAYER, Perturbation
 from cogvla.plugins import import_plugins
 
 EVALUATION_STATES = 50
@@ -47,6 +48,8 @@ class Suite:
         expert: `expert(env, rng, noise=...)` builds the scripted expert for the scene that `env` was reset to. It is
             importable, like `make`; None: there is none.
         settling_steps: control steps with an open hand before an expert begins, for things to come to rest.
+        perturbations: dimensions of the robustness benchmark that its environments support; others than `sensor` and
+            `wording` need the part `Perturbable` of the contract.
     """
 
     name: str
@@ -58,6 +61,15 @@ class Suite:
     settings: Mapping[str, Any] = field(default_factory=dict)
     expert: Callable[..., Expert] | None = None
     settling_steps: int = 0
+    perturbations: tuple[str, ...] = OF_THE_PLAYER
+
+    def check_perturbation(self, perturbation: Perturbation) -> None:
+        """Raise ValueError if the suite does not support this dimension."""
+        if perturbation.dimension not in self.perturbations:
+            raise ValueError(
+                f"suite {self.name!r} cannot be perturbed in {perturbation.dimension!r}; it supports "
+                f"{', '.join(self.perturbations)}"
+            )
 
 
 _ALIASES = {

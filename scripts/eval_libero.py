@@ -4,6 +4,7 @@
     eval_libero checkpoint=random suite=all_tabletop episodes_per_task=2
     eval_libero checkpoint=ws://127.0.0.1:8000 suite=tabletop_object         (through a policy_server)
     eval_libero checkpoint=FOLDER asked=both
+    eval_libero checkpoint=FOLDER perturbation=all                (the robustness benchmark; or =light level=2)
     eval_libero checkpoint=FOLDER router.name=random router.budget=0.25                      (a plugged-in token router)
     eval_libero checkpoint=FOLDER suite=all_libero protocol=cogvla workers=8 shard=1/4
     eval_libero checkpoint=FOLDER suite=all_libero workers=64 ray=auto          (environments on a Ray cluster)
@@ -23,6 +24,8 @@ from omegaconf import DictConfig
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, check_played, render_index, summary
+from cogvla.envs.evaluation.robustness import CLEAN, chosen_cells, compare, table, write_page
+from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.ray_worker import ray_cluster
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
@@ -58,6 +61,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
     shard = _shard(config.shard)
     if config.asked not in ASKED:
         raise ValueError(f"asked must be null, swap or both, got {config.asked!r}")
+    cells = [_cells(config, suite) for suite in played]
     policy, identity = open_any_policy(
         str(config.checkpoint),
         embodiment=plain(config.embodiment),
@@ -72,11 +76,12 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
     plugged_in = "" if config.router.name is None else f"_{config.router.name}_{config.router.budget}"
     output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}{plugged_in}")
     reports: dict[str, Report] = {}
-    for suite, protocol in zip(played, protocols, strict=True):
+    for suite, protocol, perturbed in zip(played, protocols, cells, strict=True):
         if config.protocol.name == OWN:
             print(f"{suite.name}: protocol {protocol.name}, the suite's own; protocol=NAME chooses another one")
-        for asked in ASKED[config.asked]:
-            folder = suite.name if asked is None else f"{suite.name}_{asked}"
+        for asked, perturbation in [(asked, None) for asked in ASKED[config.asked]] + [(None, p) for p in perturbed]:
+            mode = perturbation or asked
+            folder = suite.name if mode is None else f"{suite.name}_{mode}"
             folder += "" if config.shard is None else f"_shard{shard[0]}of{shard[1]}"
             reports[folder] = evaluate(
                 policy,
@@ -87,6 +92,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
                 start_worker=start_worker,
                 tasks=None if config.tasks is None else [int(task) for task in config.tasks],
                 asked=asked,
+                perturbation=perturbation,
                 shard=shard,
                 videos=config.videos,
                 resume=config.resume,
@@ -94,6 +100,11 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
                 identity=identity,
             )
             print(summary(reports[folder]))
+        if perturbed and config.shard is None:
+            found = compare(reports[suite.name], {p: reports[f"{suite.name}_{p}"] for p in perturbed})
+            folders = {str(p): f"{suite.name}_{p}" for p in perturbed} | {CLEAN: suite.name}
+            print(table(found))
+            print(f"robustness: {write_page(found, suite, output, folders)}")
     if len(reports) > 1:
         write_atomic(output / "index.html", render_index(reports))
         print(f"all reports: {output / 'index.html'}")
@@ -129,6 +140,17 @@ def protocol_of(suite: Suite, config: DictConfig) -> EvaluationProtocol:
     changes = {key: value for key, value in plain(config.protocol).items() if value != OWN}
     changes |= {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
     return protocol_for(suite, None, changes)
+
+
+def _cells(config: DictConfig, suite: Suite) -> list[Perturbation]:
+    """Return the cells of the robustness benchmark to play after the clean run."""
+    if config.perturbation is None:
+        if config.level is not None:
+            raise ValueError("level= needs perturbation=NAME, or perturbation=all")
+        return []
+    if config.asked is not None:
+        raise ValueError("give either perturbation or asked: a swapped instruction is a measurement of its own")
+    return chosen_cells(str(config.perturbation), config.level, suite)
 
 
 def _shard(text: str | None) -> tuple[int, int]:

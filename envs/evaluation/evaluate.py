@@ -21,6 +21,7 @@ from cogvla.envs.evaluation.episode_log import EpisodeLog, VideoChoice
 from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
+from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.rollout import EveryEpisodeFailsError, rollout
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
@@ -45,6 +46,7 @@ def evaluate(
     start_worker: Callable[[PlayerSettings], Worker] = ProcessWorker,
     tasks: Sequence[int] | None = None,
     asked: Literal["swap"] | None = None,
+    perturbation: Perturbation | None = None,
     shard: tuple[int, int] = (1, 1),
     videos: int = 2,
     resume: bool = True,
@@ -66,6 +68,7 @@ def evaluate(
         start_worker: function that starts an environment process, see `rollout`.
         tasks: indices of the tasks to play; None: all.
         asked: "swap" gives another instruction that is possible in the same scene, and measures success on both tasks.
+        perturbation: how all episodes differ from training; None: not at all.
         shard: (i, n) plays every n-th episode from the i-th on, i in 1..n.
         videos: number of videos for each task, failures first.
         resume: False deletes earlier results in `output`.
@@ -81,6 +84,9 @@ def evaluate(
     suite = get_suite(suite) if isinstance(suite, str) else suite
     output = Path(output)
     specs = protocol.episodes(suite, tasks, asked, shard)
+    if perturbation is not None:
+        suite.check_perturbation(perturbation)
+        specs = [replace(spec, perturbation=perturbation) for spec in specs]
     embodiment: Embodiment = policy.embodiment
     settings = protocol.for_suite(suite)
     settings = replace(settings, execute_steps=settings.rollout_settings().chunker(embodiment.chunk).steps)
@@ -91,6 +97,7 @@ def evaluate(
         "protocol": {k: v for k, v in asdict(settings).items() if k not in ("name", "episodes_per_task")},
         "policy": described,
         **({"simulation": dict(suite.settings)} if suite.settings else {}),
+        **({} if perturbation is None else {"perturbation": str(perturbation)}),
     }
     session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **provenance()}
     unknown = _unknown_words(policy, suite)
@@ -143,6 +150,7 @@ def evaluate(
                 "protocol": asdict(replace(settings, name=protocol.name)),
                 "asked": fingerprint["asked"],
                 "unknown_words": unknown,
+                "perturbation": "none" if perturbation is None else str(perturbation),
                 "policy": described,
                 "simulation": dict(suite.settings),
                 "command": command,

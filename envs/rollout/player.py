@@ -12,6 +12,7 @@ Shape legend: T actions per message, A action dimension, H and W image size, S s
 
 from __future__ import annotations
 
+import random
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -22,8 +23,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from cogvla.envs.contract import Cameras, ImageSkipping, SuiteEnv, offered
+from cogvla.envs.contract import Cameras, ImageSkipping, Perturbable, SuiteEnv, offered, required
 from cogvla.envs.episodes import EpisodeSpec
+from cogvla.envs.perturbation.perturbation import OF_THE_PLAYER
+from cogvla.envs.perturbation.sensor import FaultySensor
 from cogvla.envs.rollout.video import VideoWriter, annotate
 
 
@@ -41,6 +44,8 @@ class PlayerSettings:
         waiting_action: action without motion, float32 [A].
         video_size: height and width of recorded frames in pixels, if the environment can render any size.
         fps: frames per second of a video: the control rate.
+        suite: name of the suite, for the seeds of perturbations.
+        instructions: instructions of the suite's tasks, so that another wording is not that of another task.
     """
 
     make: Callable[..., gym.Env]
@@ -51,6 +56,8 @@ class PlayerSettings:
     waiting_action: np.ndarray
     video_size: int = 256
     fps: float = 20.0
+    suite: str = ""
+    instructions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,24 +186,51 @@ class Player:
         if spec.asked is not None:
             options["asked"] = spec.asked
         env = self._environment()
+        self._perturb(spec)
         self._skip_images(False)
         observation, info = env.reset(seed=spec.seed, options=options)
         for _ in range(self._settings.waiting_steps):
             observation, _, _, _, info = env.step(self._settings.waiting_action)
         return observation, info
 
+    def _perturb(self, spec: EpisodeSpec) -> None:
+        """Tell the environment how the next reset differs from training; ContractError if it cannot differ so."""
+        perturbation = spec.perturbation
+        changes_scene = perturbation is not None and perturbation.dimension not in OF_THE_PLAYER
+        env = offered(self._environment(), Perturbable)
+        if changes_scene:
+            env = required(self._environment(), Perturbable, f"perturbation={perturbation}")
+        if env is not None:
+            env.perturbation = perturbation if changes_scene else None
+
     def _play(self, spec: EpisodeSpec) -> PlayerReply:
         started = time.perf_counter()
         if spec.asked == "swap":
             spec = replace(spec, asked=self._draw_alternative(spec))
         observation, info = self._reset(spec)
-        self._spec, self._instruction = spec, str(info["instruction"])
+        self._spec, self._instruction = spec, self._worded(spec, str(info["instruction"]))
+        self._sensor = None
+        if spec.perturbation is not None and spec.perturbation.dimension == "sensor":
+            self._sensor = FaultySensor(spec.perturbation, self._seed(spec))
         self._actions: list[np.ndarray] = []
         self._reward = self._environment_s = 0.0
         self._loop_ms: list[float] = []
         self._scene_task_success = None if spec.asked is None else False
         self._reset_s = time.perf_counter() - started
         return self._observed(observation)
+
+    def _seed(self, spec: EpisodeSpec) -> list[int]:
+        assert spec.perturbation is not None
+        return spec.perturbation.seed(self._settings.suite, spec.task, spec.initial_state)
+
+    def _worded(self, spec: EpisodeSpec, instruction: str) -> str:
+        """Return the instruction that the policy gets."""
+        if spec.perturbation is None or spec.perturbation.dimension != "wording":
+            return instruction
+        from cogvla.policy.instructions.paraphrase import contrasts, reword
+
+        rng = random.Random(repr(self._seed(spec)))
+        return reword(instruction, spec.perturbation.level, rng, contrasts(self._settings.instructions))
 
     def _draw_alternative(self, spec: EpisodeSpec) -> int:
         self._skip_images(True)
@@ -228,8 +262,9 @@ class Player:
         return self._observed(observation)
 
     def _observed(self, observation: Mapping[str, Any]) -> Observed:
+        images = {name: np.asarray(observation[name], np.uint8) for name in self._settings.cameras}
         reply = Observed(
-            {name: np.asarray(observation[name], np.uint8) for name in self._settings.cameras},
+            images if self._sensor is None else self._sensor(images, len(self._actions)),
             np.asarray(observation["state"], np.float32),
             self._instruction,
         )

@@ -206,6 +206,8 @@ class _Loop:
         self._queue = deque((spec, 1) for spec in episodes)
         self._player_settings = PlayerSettings(
             make=suite.make,
+            suite=suite.name,
+            instructions=tuple(task.instruction for task in suite.tasks),
             image_size=max(max(camera.height, camera.width) for camera in embodiment.cameras),
             cameras=embodiment.camera_names,
             max_steps=settings.max_steps or suite.max_steps,

@@ -24,6 +24,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
+from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.rendering import SceneRenderer
 from cogvla.envs.rotations import rotation_vector
 from cogvla.envs.suite import chosen_start
@@ -31,6 +32,7 @@ from cogvla.envs.tabletop.arm import FINGER_JOINTS, FINGER_OPEN, NOMINAL_ROTATIO
 from cogvla.envs.tabletop.control import CONTROL_HZ, ArmController
 from cogvla.envs.tabletop.family import Family
 from cogvla.envs.tabletop.goals import Goal, Layout, holds, labels
+from cogvla.envs.tabletop.perturbed import DISTRACTORS, change_look, crowd, other_start
 from cogvla.envs.tabletop.scene import TIMESTEP, Scene
 
 CAMERAS = ("agentview", "wrist")
@@ -47,6 +49,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         skip_images: True: observations repeat the last images, to save the time of rendering.
         watch: function that `step` calls a hundred times per simulated second; for robots in real time.
         scene: the model, its data and the items.
+        perturbation: how the next resets differ from training, see `envs.tabletop.perturbed`; None: not at all.
         goals: goals of the current instruction.
     """
 
@@ -56,13 +59,15 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if image_size < 16:
             raise ValueError(f"image_size must be at least 16 pixels, got {image_size}")
         self.family = family
-        self.scene = Scene(family.items)
+        self._nominal_scene = self.scene = Scene(family.items)
+        self._crowded_scene: Scene | None = None
+        self.perturbation: Perturbation | None = None
         self.skip_images = False
         self.watch: Callable[[], None] | None = None
         self.render_mode = "rgb_array"
         self._image_size = image_size
         self._rendering = render
-        self._renderer: SceneRenderer | None = None
+        self._renderers: dict[int, SceneRenderer] = {}
         self._images = {name: np.zeros((image_size, image_size, 3), dtype=np.uint8) for name in CAMERAS}
         self._arm = ArmController(TIMESTEP)
         self._site = self.scene.model.site("tcp").id
@@ -186,10 +191,18 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if asked is not None:
             self.goals_for(int(asked))
             self._asked = int(asked)
-        self.scene.place(layout.poses)
+        change = self.perturbation
+        self.scene = self._scene_for(change)
+        drawn = None if change is None else np.random.default_rng(change.seed(self.family.name, task, state))
+        extra = crowd(layout, self.family, change, drawn) if change is not None and drawn is not None else {}
+        self.scene.place(layout.poses | extra)
         turn = np.append(rng.uniform(-START_TILT, START_TILT, 2), rng.uniform(-START_YAW, START_YAW))
+        position = rng.uniform(*START_REGION)
+        if change is not None and drawn is not None:
+            position, turn = other_start(position, turn, START_REGION, change, drawn)
+            change_look(self.scene.model, self.family, layout, change, drawn)
         data = self.scene.data
-        data.qpos[:7] = self._arm.reset(rng.uniform(*START_REGION), turn)
+        data.qpos[:7] = self._arm.reset(position, turn)
         data.qpos[self._fingers] = data.ctrl[7:9] = FINGER_OPEN
         mujoco.mj_forward(self.scene.model, data)
         # Two instructions may mean the same object ("leftmost", "on the red mat"); the second is then no alternative.
@@ -234,15 +247,25 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def render_camera(self, name: str, height: int, width: int) -> np.ndarray:
         """Render the current state at any size, uint8 [H,W,3], e.g. for videos."""
-        if self._renderer is None:
-            self._renderer = SceneRenderer(self.scene.model)
-        return self._renderer.render(self.scene.data, name, height, width)
+        return self._renderer().render(self.scene.data, name, height, width)
+
+    def _renderer(self) -> SceneRenderer:
+        key = id(self.scene)
+        if key not in self._renderers:
+            self._renderers[key] = SceneRenderer(self.scene.model)
+        return self._renderers[key]
+
+    def _scene_for(self, perturbation: Perturbation | None) -> Scene:
+        """Return the scene with the nominal look; another layout has one of its own, with more items."""
+        if perturbation is None or perturbation.dimension != "layout":
+            return self._nominal_scene
+        if self._crowded_scene is None:
+            self._crowded_scene = Scene((*self.family.items, *DISTRACTORS))
+        return self._crowded_scene
 
     def target_mask(self, name: str, height: int, width: int) -> np.ndarray:
         """Return the mask of the pixels that show the item of the current goal, bool [H,W]."""
-        if self._renderer is None:
-            self._renderer = SceneRenderer(self.scene.model)
-        bodies_HW = self._renderer.bodies(self.scene.data, name, height, width)
+        bodies_HW = self._renderer().bodies(self.scene.data, name, height, width)
         return np.isin(bodies_HW, self.scene.bodies(self.current_goal().item))
 
     def camera_projection(self, name: str) -> np.ndarray:
@@ -262,6 +285,6 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self.render_camera("agentview", 256, 256)
 
     def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()

@@ -21,6 +21,7 @@ class Family:
         seed: first number of the seed of every initial state.
         items: all items that may stand on the table.
         draw: function (rng, task) -> layout of one scene; `layout.goals` has the task and its alternatives.
+        by_place: instructions name free items by their place in the picture, such as `leftmost`.
     """
 
     name: str
@@ -29,3 +30,4 @@ class Family:
     seed: int
     items: Sequence[Item]
     draw: Callable[[np.random.Generator, int], Layout]
+    by_place: bool = False

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
+from cogvla.envs.perturbation.model import NominalModel
 from cogvla.envs.tabletop.arm import (
     COLLIDE_OBJECT,
     COLLIDE_ROBOT,
@@ -195,7 +196,7 @@ class Scene:
                 self._mocap[name] = int(self.model.body_mocapid[self._body[name]])
             if item.kind in ("drawer", "button"):
                 self._joint[name] = int(self.model.joint(name).qposadr[0])
-        self._colours = self.model.geom_rgba.copy()
+        self._nominal = NominalModel(self.model)
         self._contype, self._conaffinity = self.model.geom_contype.copy(), self.model.geom_conaffinity.copy()
         self.placed: frozenset[str] = frozenset()
         self.latched: set[str] = set()
@@ -205,7 +206,7 @@ class Scene:
         """Reset, put these items on the table at rest, and park all others. Call `mj_forward` afterwards."""
         model, data = self.model, self.data
         mujoco.mj_resetData(model, data)  # parks all items, weightless
-        model.geom_rgba[:] = self._colours
+        self._nominal.restore()
         self.latched.clear()
         self.placed = frozenset(poses)
         for name, body in self._body.items():

@@ -6,6 +6,7 @@ from functools import partial
 
 import gymnasium as gym
 
+from cogvla.envs.perturbation.perturbation import DIMENSIONS
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.envs.tabletop.env import TabletopEnv
 from cogvla.envs.tabletop.expert import Expert
@@ -15,7 +16,8 @@ from cogvla.envs.tabletop.family import Family
 def tabletop_suite(family: Family) -> Suite:
     """Build the suite of a family."""
     # A partial and no closure, because rollouts pickle it for their environment processes.
-    return Suite(family.name, family.tasks, family.max_steps, partial(TabletopEnv, family), expert=Expert)
+    make = partial(TabletopEnv, family)
+    return Suite(family.name, family.tasks, family.max_steps, make, expert=Expert, perturbations=DIMENSIONS)
 
 
 def make_env(suite: str, image_size: int = 128, render: bool = True) -> gym.Env:

@@ -85,7 +85,7 @@ def family() -> Family:
     """Return the suite's definition. The expert needs 28 steps on average and at most 35 (about 90 with noise)."""
     tasks = [Task(f"cube_on_{mat.name}", f"put the cube on the {mat.phrase} on the plate") for mat in MATS]
     tasks += [Task(f"{r.split()[0]}_cube", f"put the {_relative(r)} on the plate") for r in RELATIONS]
-    return Family("tabletop_spatial", tuple(tasks), 100, 2, (*CUBES, *MATS, PLATE), draw)
+    return Family("tabletop_spatial", tuple(tasks), 100, 2, (*CUBES, *MATS, PLATE), draw, by_place=True)
 
 
 def _relative(relation: str) -> str:
