@@ -42,6 +42,6 @@ class Perturbation:
         return values[self.level - 1]
 
 
-def away(rng: np.random.Generator, low: float, high: float, size: int | None = None) -> np.ndarray:
-    """Draw numbers with a magnitude in [low, high] and a random sign."""
-    return rng.uniform(low, high, size) * rng.choice([-1.0, 1.0], size)
+def away(rng: np.random.Generator, low: float, high: float) -> float:
+    """Draw a number with a magnitude in [low, high] and a random sign."""
+    return float(rng.uniform(low, high) * rng.choice([-1.0, 1.0]))

@@ -64,9 +64,9 @@ class FaultySensor:
             buffer = io.BytesIO()
             Image.fromarray(image_HW3).save(buffer, "JPEG", quality=int(pick(40, 20, 10)))
             return np.asarray(Image.open(buffer))
-        gains = whole.uniform(*((0.85, 1.1), (0.7, 1.2), (0.5, 1.3))[self._level.level - 1])
-        gains = gains * (1 + whole.uniform(-1, 1, 3) * pick(0.08, 0.15, 0.25))
-        return _bytes(image_HW3 * gains)
+        exposure = whole.uniform(*((0.85, 1.1), (0.7, 1.2), (0.5, 1.3))[self._level.level - 1])
+        balance_3 = 1 + whole.uniform(-1, 1, 3) * pick(0.08, 0.15, 0.25)
+        return _bytes(image_HW3 * (exposure * balance_3))
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:

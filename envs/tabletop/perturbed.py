@@ -6,6 +6,8 @@ that target and goal stay in view; left and right stay left and right.
 
 from __future__ import annotations
 
+import math
+
 import mujoco
 import numpy as np
 
@@ -106,7 +108,7 @@ def _move_agentview(
         model.cam_pos[camera], model.cam_quat[camera] = nominal
         if last:  # a scene that leaves no room for a turn
             azimuth = roll = 0.0
-        orbit(model, camera, PIVOT, *np.deg2rad([azimuth, elevation]), distance, np.deg2rad(roll))
+        orbit(model, camera, PIVOT, math.radians(azimuth), math.radians(elevation), distance, math.radians(roll))
         if not family.by_place or _extremes(model, camera, places) == before:
             return
 

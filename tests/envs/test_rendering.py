@@ -18,5 +18,5 @@ def test_renderers_take_turns() -> None:
     for state in range(3):
         for env in range(2):
             assert np.array_equal(first_images(env, state), alone[env, state])
-    for env in envs:
-        env.close()
+    for each in envs:
+        each.close()
