@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.data.demonstrations import TrainingBatches
+from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.model.cogvla import CogVLA
@@ -406,7 +407,7 @@ def test_checkpoints_that_cannot_judge_these_data_are_explained(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"objective\.teacher=nowhere is no checkpoint folder of train_policy"):
         load_frozen("nowhere", "teacher", ours, INSTRUCTIONS)
     wide = {**data.statistics()}
-    wide["state"] = replace(wide["state"], q99=tuple(1.5 * x for x in wide["state"].q99))
+    wide["state"] = Statistics.of(1.5 * data.state_NS.numpy())
     with pytest.raises(
         ValueError, match=r"objective\.blind=.* trained with data with other statistics of state or act"
     ):
