@@ -5,8 +5,9 @@ All draws come from the `random.Random` that is passed in, so the same generator
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from cogvla.policy.instructions.grammar import Sentence, several, things, words_of
 from cogvla.policy.instructions.lexicon import (
@@ -86,25 +87,30 @@ def reword(text: str, level: int, rng: random.Random, keep: Collection[str] = ()
     return rng.choice(ANY_SENTENCE).format(text=text)
 
 
-def wordings(instructions: Sequence[str], count: int, seed: int) -> dict[str, list[str]]:
+def wordings(instructions: Iterable[str], count: int) -> dict[str, tuple[str, ...]]:
     """Return up to `count` training paraphrases of each instruction, without the instruction itself.
 
-    They depend on the instruction, the seed and `contrasts` only. Instructions that the grammar does not know, or whose
-    meaning it cannot tell from that of another, get none.
+    They are always the same for an instruction, apart from `contrasts` with the others. Instructions that the grammar
+    does not know, or whose meaning it cannot tell from that of another, get none.
     """
+    return dict(_wordings(tuple(instructions), count))
+
+
+@functools.lru_cache(maxsize=8)
+def _wordings(instructions: tuple[str, ...], count: int) -> dict[str, tuple[str, ...]]:
     keep = contrasts(instructions)
     parses = {text: parse(text) for text in instructions}
     said: dict[Sentence, set[tuple[str, ...] | None]] = {}
     for text, sentence in parses.items():
         if sentence is not None:
             said.setdefault(sentence, set()).add(words_of(text))
-    found: dict[str, list[str]] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for text, sentence in parses.items():
         drawn: dict[str, None] = {}
         if sentence is not None and len(said[sentence]) == 1:
-            rng = random.Random(f"{seed} {text}")
+            rng = random.Random(text)
             drawn = dict.fromkeys(paraphrase(text, rng, keep=keep) for _ in range(2 * count))
-        found[text] = [other for other in drawn if words_of(other) != words_of(text)][:count]
+        found[text] = tuple(other for other in drawn if words_of(other) != words_of(text))[:count]
     return found
 
 

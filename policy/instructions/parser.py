@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cogvla.policy.instructions.grammar import IMPERATIVES, PRONOUNS, Phrase, Sentence, Step, alike, several, words_of
@@ -94,10 +94,9 @@ def _slot(name: str, words: tuple[str, ...], i: int) -> Iterator[tuple[Any, int]
                     if (step := _step(pattern, found)) is not None:
                         yield step, end
         case "verb" | "done":
-            for act, entry in VERBS.items():
-                for verb in entry.all:
-                    for end in _literal(verb if name == "verb" else DONE[verb], words, i):
-                        yield (act, verb), end
+            for act, verb in (_VERBS if name == "verb" else _DONE).get(_at(words, i), ()):
+                for end in _literal(verb if name == "verb" else DONE[verb], words, i):
+                    yield (act, verb), end
         case "pick":
             for verb in PICK.all:
                 for end in _literal(verb, words, i):
@@ -140,10 +139,9 @@ def _goal(words: tuple[str, ...], i: int) -> Iterator[tuple[tuple[str, str, Phra
 
 
 def _relations(words: tuple[str, ...], i: int) -> Iterator[tuple[str, str, int]]:
-    for relation, entry in RELATIONS.items():
-        for said in (*entry.all, *MOTIONS.get(relation, ())):
-            for end in _literal(said, words, i):
-                yield relation, said, end
+    for relation, said in _RELATIONS.get(_at(words, i), ()):
+        for end in _literal(said, words, i):
+            yield relation, said, end
 
 
 def _theme(words: tuple[str, ...], i: int) -> Iterator[tuple[tuple[Phrase, ...], int]]:
@@ -212,27 +210,50 @@ def _named(
     words: tuple[str, ...], i: int, both: bool, which: str | None, said: str, suffix: str
 ) -> Iterator[tuple[Phrase, int]]:
     for adjectives, spoken, start in _adjectives(words, i):
-        for noun, entry in NOUNS.items():
-            for name in entry.all:
-                for end in _literal(several(name) if both else name, words, start):
-                    if (noun in PARTS and which is not None) or (
-                        noun not in PARTS and any(a in ORDINALS for a in adjectives)
-                    ):
-                        continue
-                    for last in _literal(suffix, words, end):
-                        phrase = Phrase(noun, adjectives, which, both=both, said=(name, spoken, said))
-                        if noun in PARTS:
-                            for after in _literal("of", words, last):
-                                for whole, stop in _phrases(words, after, placed=False):
-                                    yield _with(phrase, whole=whole), stop
-                        yield phrase, last
+        for noun, name in (_SEVERAL if both else _NOUNS).get(_at(words, start), ()):
+            for end in _literal(several(name) if both else name, words, start):
+                if (noun in PARTS and which is not None) or (
+                    noun not in PARTS and any(a in ORDINALS for a in adjectives)
+                ):
+                    continue
+                for last in _literal(suffix, words, end):
+                    phrase = Phrase(noun, adjectives, which, both=both, said=(name, spoken, said))
+                    if noun in PARTS:
+                        for after in _literal("of", words, last):
+                            for whole, stop in _phrases(words, after, placed=False):
+                                yield _with(phrase, whole=whole), stop
+                    yield phrase, last
 
 
 def _adjectives(words: tuple[str, ...], i: int) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], int]]:
-    entries = [*ADJECTIVES.items(), *((name, Words((name,))) for name in ORDINALS)]
-    for adjective, entry in entries:
-        for said in entry.all:
-            for end in _literal(said, words, i):
-                for more, spoken, last in _adjectives(words, end):
-                    yield (adjective, *more), (said, *spoken), last
+    for adjective, said in _ADJECTIVES.get(_at(words, i), ()):
+        for end in _literal(said, words, i):
+            for more, spoken, last in _adjectives(words, end):
+                yield (adjective, *more), (said, *spoken), last
     yield (), (), i
+
+
+def _at(words: tuple[str, ...], i: int) -> str:
+    return words[i] if i < len(words) else ""
+
+
+def _by_first_word(entries: Iterable[tuple[str, str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Return (meaning, what it is filed as) by the first word of how it is said."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, filed, said in entries:
+        found.setdefault(said.split()[0], []).append((name, filed))
+    return found
+
+
+_NOUNS = _by_first_word((name, said, said) for name, entry in NOUNS.items() for said in entry.all)
+_SEVERAL = _by_first_word((name, said, several(said)) for name, entry in NOUNS.items() for said in entry.all)
+_ADJECTIVES = _by_first_word(
+    (name, said, said)
+    for name, entry in (*ADJECTIVES.items(), *((o, Words((o,))) for o in ORDINALS))
+    for said in entry.all
+)
+_RELATIONS = _by_first_word(
+    (name, said, said) for name, entry in RELATIONS.items() for said in (*entry.all, *MOTIONS.get(name, ()))
+)
+_VERBS = _by_first_word((act, verb, verb) for act, entry in VERBS.items() for verb in entry.all)
+_DONE = _by_first_word((act, verb, DONE[verb]) for act, entry in VERBS.items() for verb in entry.all)
