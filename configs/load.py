@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,54 @@ def load(group: str, name: str) -> dict[str, Any]:
         if default != "_self_" and str(default).partition("@")[0] not in dataclasses:
             found = _merged(found, load(group, default))
     return _merged(found, values)
+
+
+def read_once(path: Path, where: str) -> Any:
+    """Return the content of a YAML or JSON file, in which no mapping has a key twice.
+
+    Args:
+        path: the file; one that ends in .json is read as JSON.
+        where: name of the file for messages.
+
+    Raises:
+        ValueError: it is not of this format, or has a key twice.
+        OSError: it cannot be read.
+    """
+    try:
+        text = path.read_text("utf-8")
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=_once)
+        return yaml.load(text, _OnceLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = "" if mark is None else f" at line {mark.line + 1}"
+        raise ValueError(f"{where} is no YAML{at}: {getattr(error, 'problem', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is no text in UTF-8; save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON at line {error.lineno}: {error.msg}") from error
+    except _TwiceError as error:
+        raise ValueError(f"{where} has the key {error} twice; keep one of them") from error
+
+
+class _TwiceError(Exception):
+    """A mapping has this key twice."""
+
+
+class _OnceLoader(_Loader):
+    """Refuses mappings that have a key twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        return _once([(key.value, value) for key, value in node.value]) and super().construct_mapping(node, deep)
+
+
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if str(key) in found:
+            raise _TwiceError(repr(key))
+        found[str(key)] = value
+    return found
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ DATACLASSES: dict[str, tuple[str, ...]] = {
     "embodiment": ("policy.interface.Embodiment",),
     "engine": ("policy.engine.engine.EngineConfig",),
     "finetune": ("policy.training.adapters.FinetuneConfig",),
+    "instructions": ("policy.training.wordings.InstructionAugmentation",),
     "lerobot": ("real_robot.lerobot.robot.LeRobotSettings",),
     "libero": ("libero.env.LiberoSettings",),
     "objective": ("policy.training.objective.ObjectiveConfig",),

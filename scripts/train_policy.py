@@ -47,6 +47,7 @@ from cogvla.policy.training.data_checks import check_instructions, rare_dimensio
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE, Trainer
+from cogvla.policy.training.wordings import training_wordings
 from cogvla.policy.weights.base import base_tokenizer, is_own, load_own
 from cogvla.policy.weights.pretrained import load_backbones, load_base
 from cogvla.scripts import console
@@ -134,8 +135,12 @@ def build_trainer(
     starts from the published backbones that its configuration names, if any. Words keep their ids of the base; the
     statistics of state and action are always those of the new data.
     """
-    tokenizer = _tokenizer(model_config.language, data.instructions, base)
+    worded = training_wordings(data, config.instructions)
+    texts = [text for some in worded.values() for text in some]
+    tokenizer = _tokenizer(model_config.language, texts, base)
     check_instructions(tokenizer, data)
+    if config.instructions.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
+        print(f"{len(plain)} of {len(worded)} instructions have no other wordings, for example {plain[0]!r}")
     for said in rare_dimensions(data, embodiment):
         print(said)
     torch.manual_seed(config.seed)
@@ -146,7 +151,7 @@ def build_trainer(
     teacher: CogVLA | None = None
     if objective_config.distillation:
         assert objective_config.teacher is not None
-        teacher = load_frozen(objective_config.teacher, "teacher", preprocessor, data.instructions)
+        teacher = load_frozen(objective_config.teacher, "teacher", preprocessor, texts)
     objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width, teacher)
     return Trainer(config, objective, model_config, preprocessor, data, output, log)
 
@@ -175,8 +180,8 @@ def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | No
     room = min(language.vocab_size, language.bos_token, language.stop_token)
     if len(words) > room:
         raise ValueError(
-            f"the data has {len(words)} words, but policy.language.bos_token, stop_token and vocab_size leave room for "
-            f"{room}: increase all three"
+            f"the data and its paraphrases have {len(words)} words, but policy.language.bos_token, stop_token and "
+            f"vocab_size leave room for {room}: increase all three, or choose instructions=none"
         )
     return words
 

@@ -35,6 +35,8 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.training.adapters import FinetuneConfig
+from cogvla.policy.instructions.paraphrase import wordings
+from cogvla.policy.training.wordings import InstructionAugmentation
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.real_robot.control.settings import RobotConfig
@@ -55,6 +57,7 @@ GROUPS: dict[str, Any] = {
     "embodiment": Embodiment,
     "engine": EngineConfig,
     "finetune": FinetuneConfig,
+    "instructions": InstructionAugmentation,
     "lerobot": LeRobotSettings,
     "libero": LiberoSettings,
     "objective": ObjectiveConfig,
@@ -306,7 +309,9 @@ def test_the_recorded_features_are_those_that_the_mapping_names(suite: str) -> N
 
 @pytest.mark.parametrize("suite", TABLETOP_SUITES)
 def test_the_default_policy_has_room_for_the_words_of_the_suite(suite: str) -> None:
-    words = WordTokenizer.from_instructions(task.instruction for task in get_suite(suite).tasks)
+    texts = [task.instruction for task in get_suite(suite).tasks]
+    made = wordings(texts, InstructionAugmentation().count)
+    words = WordTokenizer.from_instructions([*texts, *(other for some in made.values() for other in some)])
     assert len(words) <= model_of(f"suite={suite}").language.vocab_size - 2
 
 

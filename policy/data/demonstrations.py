@@ -47,6 +47,8 @@ class DataConfig:
             those of the embodiment.
         instruction_key: key of the instruction: `task` (lerobot's task strings), or a string feature.
         episodes: episodes to use: a list of numbers, a range `FIRST:END`, or a share (0.1 or `10%`); None: all.
+        paraphrases: YAML or JSON file of your own wordings, instruction -> list of sentences, which training uses
+            (docs/training.md); None: none.
         cache: folder for decoded frames; runs with the same data and image size share it.
     """
 
@@ -60,6 +62,7 @@ class DataConfig:
     gripper: tuple[GripperConvention, ...] | None = None
     instruction_key: str = "task"
     episodes: tuple[int, ...] | str | float | None = None
+    paraphrases: str | None = None
     cache: str = "outputs/cache"
 
     def __post_init__(self) -> None:
@@ -103,6 +106,7 @@ class DemonstrationData:
         provenance: description of the data for reports.
         rows: indices of the frames of this part, int64; None: all frames.
         notes: lines for the user about what is unusual in the data set.
+        paraphrases: the user's own wordings of instructions.
     """
 
     pixels_NVCHW: Tensor = field(repr=False)
@@ -116,6 +120,7 @@ class DemonstrationData:
     provenance: dict[str, Any] = field(default_factory=dict)
     rows: Tensor | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {len(x) for x in (self.pixels_NVCHW, self.state_NS, self.action_NA, self.episode_N)}
@@ -131,6 +136,7 @@ class DemonstrationData:
         """
         from cogvla.policy.data.download import local_root
         from cogvla.policy.data.frame_cache import open_frames
+        from cogvla.policy.data.paraphrases import read_paraphrases
         from cogvla.policy.data.reader import LeRobotReader
         from cogvla.policy.data.reader import Mapping as ReaderMapping
 
@@ -155,6 +161,7 @@ class DemonstrationData:
         root, revision = local_root(config.root, config.repo_id, config.revision)
         reader = LeRobotReader(root, mapping, config.episodes)
         arrays, instructions = reader.columns()
+        own = {} if config.paraphrases is None else read_paraphrases(config.paraphrases, instructions)
         columns = {name: torch.from_numpy(array) for name, array in arrays.items()}
         actions = convert_grippers(columns.pop("action"), config.gripper, embodiment)
         notes = reader.notes
@@ -176,6 +183,7 @@ class DemonstrationData:
             frame_labels={name: shaped(name, key, columns[f"label/{name}"]) for name, key in config.labels.items()},
             chunk=embodiment.chunk,
             notes=tuple(f"{root}: {note}" for note in notes),
+            paraphrases=own,
         )
         provenance = {
             "name": config.repo_id or root.name,

@@ -3,7 +3,7 @@
 Random choices are made for a whole step at once, and weights have a mean of 1 over the step. So the gradients of the
 parts of a step (on several processes, or one after the other with accumulation) add up to the gradient of the whole.
 
-Shape legend: B batch, V views, K chunk, T tasks of the suite, G = 6 (target xyz, goal xyz).
+Shape legend: B batch, V views, K chunk, T tasks of the suite or words, G = 6 (target xyz, goal xyz).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.augmentation import AugmentationConfig, Changes, centre, change, draw_changes, move_points
 from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.model.cogvla import ModelInput
 from cogvla.policy.model.heads.interface import DRAWS
 from cogvla.policy.training.auxiliary.blind_weights import BlindWeights
 from cogvla.policy.training.objective import Batch, ObjectiveConfig, choose_alternative
+from cogvla.policy.training.wordings import InstructionAugmentation, Wordings
 
 POSITION_LABELS = ("target", "goal")
 ALTERNATIVE_LABELS = ("alternatives", "possible", "task")
@@ -43,6 +45,8 @@ class Choices:
         noise_BRKA: see `Batch`; None in evaluation, which decodes actions.
         time_BR: see `Batch`; None in evaluation.
         draw_B2: see `ModelInput.draw`; None in evaluation.
+        wording_B: index of the wording, see `Wordings`; None: the instruction as the data has it.
+        unknown_BT: True for words to replace by the unknown word; None: no word.
     """
 
     instruction_B: Tensor
@@ -57,6 +61,8 @@ class Choices:
     noise_BRKA: Tensor | None = None
     time_BR: Tensor | None = None
     draw_B2: Tensor | None = None
+    wording_B: Tensor | None = None
+    unknown_BT: Tensor | None = None
 
     @property
     def changes(self) -> Changes:
@@ -79,6 +85,7 @@ class BatchBuilder:
         config: shares of counterfactual samples and of samples without state, and weights of the actions.
         augmentation: image augmentation, with the same crop area as the preprocessor; None: crops only. Evaluation
             batches get the centre crop only.
+        instructions: other wordings of the instructions in training; None: none.
 
     Raises:
         ValueError: the data does not have the labels that the objective needs, or the crop areas differ.
@@ -90,6 +97,7 @@ class BatchBuilder:
         preprocessor: Preprocessor,
         config: ObjectiveConfig,
         augmentation: AugmentationConfig | None = None,
+        instructions: InstructionAugmentation | None = None,
     ) -> None:
         self.preprocessor, self.config = preprocessor, config
         self.augmentation = augmentation or AugmentationConfig(crop_area=preprocessor.crop_area)
@@ -100,6 +108,7 @@ class BatchBuilder:
             )
         self.views = len(preprocessor.embodiment.cameras)
         self.instructions = data.instructions
+        self.wordings = Wordings(data, preprocessor.tokenizer, instructions or InstructionAugmentation())
         labels = data.labels
         self.projections = [f"projection_{name}" for name in preprocessor.embodiment.camera_names]
         needs = {
@@ -180,34 +189,45 @@ class BatchBuilder:
             asked = [self.instructions[i] for i in instruction_B.tolist()]
             weight_BK = weight_BK * self.blind(samples, asked, keep_B, weight_BK, noise_BRKA, time_BR)
         choices = self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG, changes)
-        return replace(choices, noise_BRKA=noise_BRKA, time_BR=time_BR, draw_B2=draw_B2)
+        wording_B, unknown_BT = self.wordings.draw(instruction_B, generator)
+        draws = {"noise_BRKA": noise_BRKA, "time_BR": time_BR, "draw_B2": draw_B2}
+        return replace(choices, **draws, wording_B=wording_B, unknown_BT=unknown_BT)
 
-    def evaluation(self, samples: dict[str, Any], instruction_B: Tensor | None = None) -> Batch:
+    def evaluation(
+        self, samples: dict[str, Any], instruction_B: Tensor | None = None, held_out_wording: bool = False
+    ) -> Batch:
         """Build a batch for evaluation, without random changes.
 
         Args:
             samples: samples from `TrainingBatches`.
             instruction_B: indices of instructions to use; None: the samples' own.
+            held_out_wording: word the instructions as training never does.
         """
         chosen_B = samples["instruction_id"] if instruction_B is None else instruction_B
         weight_BK = (~samples["action_is_pad"]).float()
         keep_B = torch.ones(len(chosen_B), dtype=torch.bool)
         changes = centre(self.preprocessor.crop_area, len(chosen_B), self.views)
-        return self.build(samples, self._weighted(samples, chosen_B, keep_B, weight_BK, self.points(samples), changes))
+        choices = self._weighted(samples, chosen_B, keep_B, weight_BK, self.points(samples), changes)
+        return self.build(samples, choices, self.wordings.held_out(chosen_B) if held_out_wording else None)
 
-    def build(self, samples: dict[str, Any], choices: Choices) -> Batch:
-        """Build the batch of these samples with these choices, on the policy's device."""
+    def build(self, samples: dict[str, Any], choices: Choices, text: tuple[Tensor, Tensor] | None = None) -> Batch:
+        """Build the batch of these samples with these choices, on the policy's device.
+
+        `text` replaces the instructions: ids and mask [B,T].
+        """
         device = self.preprocessor.device
 
         def there(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device, non_blocking=True)
 
-        instructions = [self.instructions[i] for i in choices.instruction_B.tolist()]
+        if text is None:
+            text = self.wordings.text(choices.instruction_B, choices.wording_B, choices.unknown_BT)
         pixels_BVCHW = samples["pixels"].to(device, non_blocking=True)
-        inputs = self.preprocessor.model_input(
+        inputs = ModelInput(
             change(pixels_BVCHW, self.preprocessor.crop_area, choices.changes),
-            samples["state"].to(device, non_blocking=True),
-            instructions,
+            text[0].to(device, non_blocking=True),
+            text[1].to(device, non_blocking=True),
+            self.preprocessor.state_normaliser(samples["state"].to(device, non_blocking=True)),
         )
         keep_B1 = choices.keep_state_B[:, None].to(inputs.state)
         actions_BKA = self.preprocessor.action_normaliser(samples["actions"].to(device, non_blocking=True))
@@ -227,6 +247,7 @@ class BatchBuilder:
             there(choices.point_weight_BV2),
             there(choices.noise_BRKA),
             there(choices.time_BR),
+            there(self.wordings.group_I[choices.instruction_B]),
         )
 
     def alternatives(self, samples: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:

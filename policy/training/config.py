@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.training.adapters import FinetuneConfig
 from cogvla.policy.training.optimisation import OPTIMISERS
+from cogvla.policy.training.wordings import InstructionAugmentation
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -39,6 +40,7 @@ class TrainingConfig:
         rollout_every: steps between two evaluations in simulation; 0: never.
         finetune: parts to train, and how, see `policy.training.adapters`.
         augmentation: image augmentation, see `policy.inputs.augmentation`.
+        instructions: other wordings of the instructions, see `policy.training.wordings`.
     """
 
     steps: int = 4000
@@ -62,6 +64,7 @@ class TrainingConfig:
     rollout_every: int = 0
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    instructions: InstructionAugmentation = field(default_factory=InstructionAugmentation)
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.accumulation, self.checkpoint_every, self.keep_checkpoints) < 1:

@@ -12,9 +12,12 @@ from cogvla.policy.checkpoint import weights_hash
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.training.objective import ObjectiveConfig
+from cogvla.policy.training.wordings import Wordings
 
 
-def identity(data: DemonstrationData, preprocessor: Preprocessor, objective: ObjectiveConfig) -> dict[str, Any]:
+def identity(
+    data: DemonstrationData, preprocessor: Preprocessor, objective: ObjectiveConfig, wordings: Wordings
+) -> dict[str, Any]:
     """Return the identity of a run as plain data: values where they are short, else fingerprints of the content.
 
     The vocabulary is that of the data's instructions: their ids.
@@ -27,6 +30,9 @@ def identity(data: DemonstrationData, preprocessor: Preprocessor, objective: Obj
         "objective": asdict(objective),
         "vocabulary": ids,
     }
+    if wordings.config.share:
+        found["training.instructions"] = asdict(wordings.config)
+        found["wordings of the instructions"] = wordings.fingerprint()
     if objective.blind is not None:
         found["weights of objective.blind"] = weights_hash(Path(objective.blind))
     return found
@@ -39,7 +45,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name in (*was, *(name for name in has if name not in was)):
         old, new = was.get(name), has.get(name)
         if old != new:
-            hashed = name.startswith(("data set", "vocabulary", "weights"))
+            hashed = name.startswith(("data set", "vocabulary", "weights", "wordings"))
             found.append(f"{name} differs" if hashed else f"{name} was {old}, is {new}")
     return found
 

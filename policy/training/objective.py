@@ -131,6 +131,7 @@ class Batch:
         point_weight_BV2: weight of each of these points, with mean 1 over the step; 0 outside of the picture.
         noise_BRKA: noise for the head's error, see `ActionHead.error`.
         time_BR: times for the head's error, see `ActionHead.error`.
+        instruction_B: number of the instruction, the same for all of its wordings.
     """
 
     inputs: ModelInput
@@ -141,6 +142,7 @@ class Batch:
     point_weight_BV2: Tensor | None = None
     noise_BRKA: Tensor | None = None
     time_BR: Tensor | None = None
+    instruction_B: Tensor | None = None
 
 
 class GroundingHead(nn.Module):
@@ -255,9 +257,10 @@ class Objective(nn.Module):
             points = batch.image_points_BV22, batch.point_weight_BV2
             add("pointer_ce", self.pointer(output.states, output.vision, output.kept, *points), config.pointer)
         if config.contrast:
-            ids_BT, mask_BT = batch.inputs.text_ids, batch.inputs.text_mask
-            words_BTD = self.model.decoder.embed(ids_BT)
-            add("contrast_nce", contrast_loss(output.vision, words_BTD, ids_BT, mask_BT), config.contrast)
+            assert batch.instruction_B is not None
+            words_BTD, mask_BT = self.model.decoder.embed(batch.inputs.text_ids), batch.inputs.text_mask
+            loss = contrast_loss(output.vision, words_BTD, mask_BT, batch.instruction_B)
+            add("contrast_nce", loss, config.contrast)
         if observer is not None:
             add("diversity_cos", observer.loss(), config.diversity)
         if self.distillation is not None:

@@ -107,7 +107,7 @@ class Trainer:
         training, held_out = data.split(config.validation_fraction, config.seed)
         self.batches = TrainingBatches(training, config.batch_size, config.seed)
         self.held_out = held_out
-        self.builder = BatchBuilder(data, self.preprocessor, self.raw.config, config.augmentation)
+        self.builder = BatchBuilder(data, self.preprocessor, self.raw.config, config.augmentation, config.instructions)
         self.metrics = MetricsFile(output / "metrics.jsonl")
         self.window = LossWindow(self.accelerator)
         self.interruption = Interruption()
@@ -182,7 +182,7 @@ class Trainer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What must be the same when this run resumes."""
-        return identity(self.data, self.preprocessor, self.raw.config)
+        return identity(self.data, self.preprocessor, self.raw.config, self.builder.wordings)
 
     def save(self) -> None:
         """Write `checkpoints/step_N` and delete all but the newest ones."""

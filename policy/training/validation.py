@@ -22,9 +22,10 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
 
     Returns:
         Metrics with the prefix `validation/`: `action_l1` in normalised units; `phase{i}_l1`, the same by the expert's
-        phase; `wrong_instruction_l1`, the same with another instruction that is possible in the scene; `target_cm` and
-        `goal_cm`, position errors of the grounding head; and `read_target_cm`, the position error of the reading
-        head at the first action token.
+        phase; `held_out_wording_error`, the same with wordings of the instructions that training never uses, of all
+        levels of `reword`; `wrong_instruction_l1`, the same with another instruction that is possible in the scene;
+        `target_cm` and `goal_cm`, position errors of the grounding head; and `read_target_cm`, the position error of
+        the reading head at the first action token.
     """
     batches = TrainingBatches(held_out, min(BATCH, len(held_out)), seed=0)
     sums: dict[str, float] = {}
@@ -40,6 +41,8 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
         batch = builder.evaluation(samples)
         output = objective.model(batch.inputs)
         add("action_l1", masked_l1(output.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
+        reworded = objective.model(builder.evaluation(samples, held_out_wording=True).inputs)
+        add("held_out_wording_error", masked_l1(reworded.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
         if "phase" in samples["labels"]:
             phase_B = samples["labels"]["phase"].flatten()
             for phase in phase_B.unique().tolist():

@@ -31,14 +31,14 @@ from torch import Tensor
 TEMPERATURE = 0.1
 
 
-def contrast_loss(vision_BND: Tensor, words_CTD: Tensor, ids_CT: Tensor, mask_CT: Tensor) -> Tensor:
+def contrast_loss(vision_BND: Tensor, words_CTD: Tensor, mask_CT: Tensor, instruction_C: Tensor) -> Tensor:
     """Compute the InfoNCE loss between the pictures and the instructions of a batch.
 
     Args:
         vision_BND: vision tokens at the input of the language model.
         words_CTD: embeddings of the words.
-        ids_CT: token ids of the words.
         mask_CT: False on padding.
+        instruction_C: number of the instruction, whatever its wording.
     """
     picture_BD = F.normalize(vision_BND.float().mean(1), dim=-1)
     weight_CT1 = mask_CT[..., None].float()
@@ -47,8 +47,7 @@ def contrast_loss(vision_BND: Tensor, words_CTD: Tensor, ids_CT: Tensor, mask_CT
     text_CD = (word_CTD * weight_CT1).sum(1) / weight_CT1.sum(1)
     with torch.autocast(picture_BD.device.type, enabled=False):  # a small temperature needs exact similarities
         similarity_BC = picture_BD @ text_CD.mT / TEMPERATURE
-    written_CT = torch.where(mask_CT, ids_CT, -1)
-    alike_BC = (written_CT[:, None] == written_CT[None]).all(-1)
+    alike_BC = instruction_C[:, None] == instruction_C[None]
     own_BC = similarity_BC.masked_fill(~alike_BC, float("-inf"))
     losses = [similarity_BC.logsumexp(dim).mean() - own_BC.logsumexp(dim).mean() for dim in (1, 0)]
     return (losses[0] + losses[1]) / 2

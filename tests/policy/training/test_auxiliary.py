@@ -64,7 +64,8 @@ def contrast(pictures_BD: Tensor, ids_BT: list[list[int]], mask_BT: list[list[in
     ids = torch.tensor(ids_BT)
     mask = torch.ones_like(ids) if mask_BT is None else torch.tensor(mask_BT)
     words_BTD = torch.eye(pictures_BD.shape[1])[ids]
-    return contrast_loss(pictures_BD[:, None].expand(-1, 3, -1), words_BTD, ids, mask.bool()).item()
+    written = torch.where(mask.bool(), ids, -1).unique(dim=0, return_inverse=True)[1]
+    return contrast_loss(pictures_BD[:, None].expand(-1, 3, -1), words_BTD, mask.bool(), written).item()
 
 
 def test_contrast_of_pictures_like_their_words() -> None:
@@ -93,7 +94,7 @@ def test_contrast_is_the_mean_over_words_and_does_not_see_padding() -> None:
 def test_contrast_moves_pictures_and_not_words() -> None:
     vision = torch.randn(4, 3, 8, generator=seeded(), requires_grad=True)
     words = torch.randn(4, 2, 8, generator=seeded(1), requires_grad=True)
-    contrast_loss(vision, words, torch.arange(8).view(4, 2), torch.ones(4, 2).bool()).backward()
+    contrast_loss(vision, words, torch.ones(4, 2).bool(), torch.arange(4)).backward()
     assert vision.grad is not None
     assert vision.grad.norm() > 0
     assert words.grad is None
