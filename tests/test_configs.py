@@ -31,14 +31,14 @@ from cogvla.policy.data.demonstrations import DataConfig
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.inputs.tokenizer import WordTokenizer
+from cogvla.policy.instructions.paraphrase import wordings
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.policy.training.adapters import FinetuneConfig
-from cogvla.policy.instructions.paraphrase import wordings
-from cogvla.policy.training.wordings import InstructionAugmentation
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
+from cogvla.policy.training.wordings import InstructionAugmentation
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.lerobot.robot import LeRobotSettings
 from cogvla.real_robot.ros.dds_settings import DdsSettings
