@@ -23,7 +23,6 @@ DATACLASSES: dict[str, tuple[str, ...]] = {
     "embodiment": ("policy.interface.Embodiment",),
     "engine": ("policy.engine.engine.EngineConfig",),
     "finetune": ("policy.training.adapters.FinetuneConfig",),
-    "instructions": ("policy.training.wordings.InstructionAugmentation",),
     "lerobot": ("real_robot.lerobot.robot.LeRobotSettings",),
     "libero": ("libero.env.LiberoSettings",),
     "objective": ("policy.training.objective.ObjectiveConfig",),
@@ -35,6 +34,7 @@ DATACLASSES: dict[str, tuple[str, ...]] = {
     "routing": ("policy.model.config.RoutingConfig",),
     "topics": ("real_robot.ros.front_end.RosTopics",),
     "training": ("policy.training.config.TrainingConfig",),
+    "wordings": ("policy.training.wordings.InstructionAugmentation",),
     "": (
         "real_robot.bridge.bridge.BridgeSettings",
         "real_robot.serving.batching.BatchSettings",

@@ -135,11 +135,11 @@ def build_trainer(
     starts from the published backbones that its configuration names, if any. Words keep their ids of the base; the
     statistics of state and action are always those of the new data.
     """
-    worded = training_wordings(data, config.instructions)
+    worded = training_wordings(data, config.wordings)
     texts = [text for some in worded.values() for text in some]
     tokenizer = _tokenizer(model_config.language, texts, base)
     check_instructions(tokenizer, data)
-    if config.instructions.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
+    if config.wordings.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
         print(f"{len(plain)} of {len(worded)} instructions have no other wordings, for example {plain[0]!r}")
     for said in rare_dimensions(data, embodiment):
         print(said)
@@ -181,7 +181,7 @@ def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | No
     if len(words) > room:
         raise ValueError(
             f"the data and its paraphrases have {len(words)} words, but policy.language.bos_token, stop_token and "
-            f"vocab_size leave room for {room}: increase all three, or choose instructions=none"
+            f"vocab_size leave room for {room}: increase all three, or choose wordings=none"
         )
     return words
 

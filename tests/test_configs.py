@@ -57,7 +57,6 @@ GROUPS: dict[str, Any] = {
     "embodiment": Embodiment,
     "engine": EngineConfig,
     "finetune": FinetuneConfig,
-    "instructions": InstructionAugmentation,
     "lerobot": LeRobotSettings,
     "libero": LiberoSettings,
     "objective": ObjectiveConfig,
@@ -67,6 +66,7 @@ GROUPS: dict[str, Any] = {
     "routing": RoutingConfig,
     "topics": RosTopics,
     "training": TrainingConfig,
+    "wordings": InstructionAugmentation,
 }
 COMPOSED_BY = {
     "counting": "count_flops",

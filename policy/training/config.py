@@ -40,7 +40,7 @@ class TrainingConfig:
         rollout_every: steps between two evaluations in simulation; 0: never.
         finetune: parts to train, and how, see `policy.training.adapters`.
         augmentation: image augmentation, see `policy.inputs.augmentation`.
-        instructions: other wordings of the instructions, see `policy.training.wordings`.
+        wordings: other wordings of the instructions, see `policy.training.wordings`.
     """
 
     steps: int = 4000
@@ -64,7 +64,7 @@ class TrainingConfig:
     rollout_every: int = 0
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    instructions: InstructionAugmentation = field(default_factory=InstructionAugmentation)
+    wordings: InstructionAugmentation = field(default_factory=InstructionAugmentation)
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.accumulation, self.checkpoint_every, self.keep_checkpoints) < 1:

@@ -31,7 +31,7 @@ def identity(
         "vocabulary": ids,
     }
     if wordings.config.share:
-        found["training.instructions"] = asdict(wordings.config)
+        found["training.wordings"] = asdict(wordings.config)
         found["wordings of the instructions"] = wordings.fingerprint()
     if objective.blind is not None:
         found["weights of objective.blind"] = weights_hash(Path(objective.blind))

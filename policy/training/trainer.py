@@ -107,7 +107,7 @@ class Trainer:
         training, held_out = data.split(config.validation_fraction, config.seed)
         self.batches = TrainingBatches(training, config.batch_size, config.seed)
         self.held_out = held_out
-        self.builder = BatchBuilder(data, self.preprocessor, self.raw.config, config.augmentation, config.instructions)
+        self.builder = BatchBuilder(data, self.preprocessor, self.raw.config, config.augmentation, config.wordings)
         self.metrics = MetricsFile(output / "metrics.jsonl")
         self.window = LossWindow(self.accelerator)
         self.interruption = Interruption()

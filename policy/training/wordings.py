@@ -43,11 +43,11 @@ class InstructionAugmentation:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= MOST:
-            raise ValueError(f"instructions.share must be in [0,{MOST}], got {self.share}")
+            raise ValueError(f"wordings.share must be in [0,{MOST}], got {self.share}")
         if self.count < 0:
-            raise ValueError(f"instructions.count must be at least 0, got {self.count}")
+            raise ValueError(f"wordings.count must be at least 0, got {self.count}")
         if not 0 <= self.unknown <= 0.5:
-            raise ValueError(f"instructions.unknown must be in [0,0.5], got {self.unknown}")
+            raise ValueError(f"wordings.unknown must be in [0,0.5], got {self.unknown}")
 
 
 def training_wordings(data: DemonstrationData, config: InstructionAugmentation) -> dict[str, tuple[str, ...]]:
@@ -59,8 +59,7 @@ def training_wordings(data: DemonstrationData, config: InstructionAugmentation) 
     if not config.share:
         if data.paraphrases:
             raise ValueError(
-                "data.paraphrases needs instructions.share above 0: choose instructions=paraphrased, or leave the file "
-                "out"
+                "data.paraphrases needs wordings.share above 0: choose wordings=paraphrased, or leave the file out"
             )
         return {text: (text,) for text in data.instructions}
     made = wordings(data.instructions, config.count)

@@ -48,7 +48,7 @@ def trainer(
 ) -> Trainer:
     language = {**MODEL["language"], "vocab_size": 200, "bos_token": 198, "stop_token": 199}
     model = CogVLAConfig.from_dict({**MODEL, "language": language, "routing": {"film_init": 1.0}})
-    run = settings(instructions=config, **more)
+    run = settings(wordings=config, **more)
     return build_trainer(run, model, LABELLED, ROBOT, data or known(), output, lambda metrics, step: None)
 
 
@@ -126,7 +126,7 @@ def test_a_resumed_run_is_exact_and_other_wordings_are_refused(tmp_path: Path) -
     last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("whole", "parts")]
     assert last[0] == last[1]
     for other in (replace(HALF, share=0.4), replace(HALF, unknown=0.2), InstructionAugmentation()):
-        with pytest.raises(ValueError, match=r"was trained with another setting: .*training.instructions|vocabulary"):
+        with pytest.raises(ValueError, match=r"was trained with another setting: .*training.wordings|vocabulary"):
             trainer(tmp_path / "parts", other).run()
     with pytest.raises(ValueError, match="wordings of the instructions differs"):
         trainer(tmp_path / "parts", data=known({TASKS[2]: ("please open the drawer now",)})).run()
@@ -194,11 +194,9 @@ def test_equal_instructions_share_their_number_and_sentences_stay_with_them() ->
 def test_sentences_that_nothing_uses_and_a_vocabulary_without_room(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"data.paraphrases needs instructions.share above 0: choose"):
+    with pytest.raises(ValueError, match=r"data.paraphrases needs wordings.share above 0: choose"):
         trainer(tmp_path, InstructionAugmentation(), known({TASKS[0]: ("tray",)}))
-    with pytest.raises(
-        ValueError, match=r"the data and its paraphrases have 2\d\d words, .* or choose instructions=none"
-    ):
+    with pytest.raises(ValueError, match=r"the data and its paraphrases have 2\d\d words, .* or choose wordings=none"):
         trainer(tmp_path, HALF, known({TASKS[0]: tuple(f"tray {number}" for number in range(180))}))
     trainer(tmp_path, HALF, replace(known(), instructions=[*TASKS[:2], "wipe the floor"]))
     assert "1 of 3 instructions have no other wordings, for example 'wipe the floor'" in capsys.readouterr().out
@@ -207,9 +205,9 @@ def test_sentences_that_nothing_uses_and_a_vocabulary_without_room(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"share": 0.8}, r"instructions.share must be in \[0,0.7\], got 0.8"),
-        ({"count": -1}, "instructions.count must be at least 0, got -1"),
-        ({"unknown": 0.9}, r"instructions.unknown must be in \[0,0.5\], got 0.9"),
+        ({"share": 0.8}, r"wordings.share must be in \[0,0.7\], got 0.8"),
+        ({"count": -1}, "wordings.count must be at least 0, got -1"),
+        ({"unknown": 0.9}, r"wordings.unknown must be in \[0,0.5\], got 0.9"),
     ],
 )
 def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
