@@ -137,7 +137,7 @@ def build_trainer(
     """
     worded = training_wordings(data, config.wordings)
     texts = [text for some in worded.values() for text in some]
-    tokenizer = _tokenizer(model_config.language, texts, base)
+    tokenizer = _tokenizer(model_config.language, texts, base, reworded=len(texts) > len(data.instructions))
     check_instructions(tokenizer, data)
     if config.wordings.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
         print(f"{len(plain)} of {len(worded)} instructions have no other wordings, for example {plain[0]!r}")
@@ -163,7 +163,7 @@ def _start(model: CogVLA, base: str | None) -> list[str]:
     return load_own(model, base) if is_own(base) else load_base(model, base)
 
 
-def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | None) -> Tokenizer:
+def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | None, reworded: bool) -> Tokenizer:
     """Return the tokenizer of the base or of the pretrained language model; without either, the words of the data.
 
     Raises:
@@ -180,8 +180,9 @@ def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | No
     room = min(language.vocab_size, language.bos_token, language.stop_token)
     if len(words) > room:
         raise ValueError(
-            f"the data and its paraphrases have {len(words)} words, but policy.language.bos_token, stop_token and "
-            f"vocab_size leave room for {room}: increase all three, or choose wordings=none"
+            f"the data has {len(words)} words{' with other wordings' if reworded else ''}, but "
+            f"policy.language.bos_token, stop_token and vocab_size leave room for {room}: increase all three"
+            + (", or choose wordings=none" if reworded else "")
         )
     return words
 

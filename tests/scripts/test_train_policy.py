@@ -172,6 +172,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         (["suite=null", "data.root=/nowhere"], "error: there is no LeRobotDataset in /nowhere: record one with"),
         (["demonstrations.episodes=11"], "error: .* was recorded with episodes=10; choose another output, or delete"),
         (["policy.language.bos_token=9"], r"error: the data has \d+ words, .*leave room for 9: increase all three"),
+        (["wordings.share=0.9"], r"error: wordings\.share must be in \[0,0\.7\], got 0\.9"),
+        (["data.paraphrases=/nowhere.yaml"], r"error: .*No such file or directory: '/nowhere\.yaml'"),
         (["+evaluation.speed=2"], "error: unknown key speed in protocol; valid keys are name, .*"),
         (["routing=router", "engine.dtype=bfloat16"], "error: the engine does not support .*'random'"),
         (["wandb.mode=loud"], "error: wandb.mode is 'loud'; it must be one of auto, online"),
