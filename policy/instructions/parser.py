@@ -93,6 +93,11 @@ def _slot(name: str, words: tuple[str, ...], i: int) -> Iterator[tuple[Any, int]
                 for found, end in _match(pattern, words, i):
                     if (step := _step(pattern, found)) is not None:
                         yield step, end
+            for act, verb in _VERBS.get(_at(words, i), ()):
+                first, _, particle = verb.partition(" ")
+                for pronoun in PRONOUNS if particle else ():
+                    for end in _literal(f"{first} {pronoun} {particle}", words, i):
+                        yield Step(act, (Phrase(pronoun),), said=(REQUESTS.canonical[2], verb, "", "")), end
         case "verb" | "done":
             for act, verb in (_VERBS if name == "verb" else _DONE).get(_at(words, i), ()):
                 for end in _literal(verb if name == "verb" else DONE[verb], words, i):

@@ -97,6 +97,9 @@ def _worded(step: Step, pattern: str, wording: Wording) -> str:
     names = [_phrase(phrase, wording, linked) for phrase in step.theme]
     both = "both " if (several and wording.frames != TRAIN) or wording.rng.random() < 0.5 else ""
     values["theme"] = names[0] if len(names) == 1 else f"{both}{names[0]} and {names[1]}"
+    first, _, particle = verb.partition(" ")
+    if pattern == REQUESTS.canonical[2] and particle and values["theme"] in PRONOUNS:
+        return f"{first} {values['theme']} {particle}"  # "pull it open"
     if step.goal is not None and step.relation is not None:
         values["to"] = _relation(step, wording, moving=True)
         values["at"] = _relation(step, wording, moving=False)

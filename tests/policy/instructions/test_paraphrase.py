@@ -115,6 +115,23 @@ def test_levels_change_more_and_more(text: str) -> None:
     assert not drawn[2] & drawn[3]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "put the yellow and white mug in the microwave and close it",
+        "put the milk in the drawer and open it",
+        "put the ball on the stove and turn on it",
+    ],
+)
+def test_a_pronoun_stands_before_the_particle(text: str) -> None:
+    drawn = [paraphrase(text, random.Random(seed), split) for seed in range(40) for split in SPLITS]
+    drawn += [reword(text, 1, random.Random(seed)) for seed in range(10)]
+    verbs = [verb.split() for entry in VERBS.values() for verb in entry.all if " " in verb]
+    spoken = [f" {' '.join(words_of(other) or ())} " for other in drawn]
+    assert not [other for other in spoken for verb, particle in verbs if f" {verb} {particle} it " in other]
+    assert [other for other in spoken for verb, particle in verbs if f" {verb} it {particle} " in other]
+
+
 def test_training_never_sees_words_and_patterns_of_evaluation() -> None:
     known = words(tuple(said for entry in (*LEXICON, *PATTERNS) for said in (*entry.canonical, *entry.train)))
     known |= words(tuple(DONE[verb] for entry in VERBS.values() for verb in (*entry.canonical, *entry.train)))
