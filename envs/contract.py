@@ -86,7 +86,9 @@ class Perturbable(Protocol):
     """Differ from training, for the robustness benchmark.
 
     Attributes:
-        perturbation: how the next resets differ; None: not at all. It does not change what the clean scene is.
+        perturbation: how the next resets differ; None: not at all. It does not change what the clean scene is. The
+            draws follow from task, initial state, dimension and level; `info["perturbation"]` of `reset` says them, as
+            plain values.
     """
 
     perturbation: Perturbation | None

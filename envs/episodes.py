@@ -59,6 +59,7 @@ class EpisodeResult:
             transfer, waiting for the batch, preprocessing, inference.
         batch: number of environments that shared the forward pass, for each chunk.
         video: path of the mp4, or None.
+        perturbation: what was drawn for the perturbation of this episode, as plain values; None without one.
     """
 
     task: int
@@ -79,6 +80,7 @@ class EpisodeResult:
     loop_ms: tuple[float, ...] = ()
     batch: tuple[int, ...] = ()
     video: str | None = None
+    perturbation: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON."""

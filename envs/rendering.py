@@ -118,6 +118,7 @@ class SceneRenderer:
         self._scene.flags[:] = 0
         for effect in effects:
             self._scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{effect.upper()}")] = 1
+        self._shadows = "shadow" in effects
         self._options = mujoco.MjvOption()
         for group in hidden_groups:
             self._options.geomgroup[group] = 0
@@ -130,6 +131,13 @@ class SceneRenderer:
     def render(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
         """Render one image uint8 [H,W,3]."""
         return self._pixels(data, camera, height, width)
+
+    def show(self, shadows: bool = False, textures: Collection[int] = ()) -> None:
+        """Draw shadows too, if the model's lights cast any; upload textures that have changed."""
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW.value] = shadows or self._shadows
+        self._gl.make_current()
+        for texture in textures:
+            mujoco.mjr_uploadTexture(self._model, self._mujoco_context, texture)
 
     def bodies(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
         """Return the index of the body that each pixel shows, int64 [H,W]; -1 for pixels without a body."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from cogvla.envs.contract import Expert, SuiteEnv
-from cogvla.envs.perturbation.perturbation import OF_THE_PLAYER, Perturbation
+from cogvla.envs.perturbation import sensor, wording
+from cogvla.envs.perturbation.perturbation import SENSOR, WORDING, Perturbation, Values
 from cogvla.plugins import import_plugins
 
 EVALUATION_STATES = 50
 """Initial states 0..49 of every task are for evaluation; recorders start at `FIRST_TRAINING_STATE`."""
 FIRST_TRAINING_STATE = 1000
+EVERYWHERE: Mapping[str, Sequence[Values]] = {SENSOR: sensor.LEVELS, WORDING: wording.LEVELS}
+"""Perturbations that every suite supports, since the rollout carries them out."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Suite:
         expert: `expert(env, rng, noise=...)` builds the scripted expert for the scene that `env` was reset to. It is
             importable, like `make`; None: there is none.
         settling_steps: control steps with an open hand before an expert begins, for things to come to rest.
-        perturbations: dimensions of the robustness benchmark that its environments support; others than `sensor` and
+        perturbations: dimension of the robustness benchmark -> magnitudes of its levels. Others than `sensor` and
             `wording` need the part `Perturbable` of the contract.
     """
 
@@ -61,15 +64,16 @@ class Suite:
     settings: Mapping[str, Any] = field(default_factory=dict)
     expert: Callable[..., Expert] | None = None
     settling_steps: int = 0
-    perturbations: tuple[str, ...] = OF_THE_PLAYER
+    perturbations: Mapping[str, Sequence[Values]] = field(default_factory=lambda: EVERYWHERE)
 
-    def check_perturbation(self, perturbation: Perturbation) -> None:
-        """Raise ValueError if the suite does not support this dimension."""
+    def magnitudes(self, perturbation: Perturbation) -> Values:
+        """Return the magnitudes of a perturbation; ValueError if the suite does not support this dimension."""
         if perturbation.dimension not in self.perturbations:
             raise ValueError(
                 f"suite {self.name!r} cannot be perturbed in {perturbation.dimension!r}; it supports "
                 f"{', '.join(self.perturbations)}"
             )
+        return self.perturbations[perturbation.dimension][perturbation.level - 1]
 
 
 _ALIASES = {

@@ -85,8 +85,8 @@ def evaluate(
     output = Path(output)
     specs = protocol.episodes(suite, tasks, asked, shard)
     if perturbation is not None:
-        suite.check_perturbation(perturbation)
         specs = [replace(spec, perturbation=perturbation) for spec in specs]
+    magnitudes = {} if perturbation is None else suite.magnitudes(perturbation)
     embodiment: Embodiment = policy.embodiment
     settings = protocol.for_suite(suite)
     settings = replace(settings, execute_steps=settings.rollout_settings().chunker(embodiment.chunk).steps)
@@ -97,7 +97,8 @@ def evaluate(
         "protocol": {k: v for k, v in asdict(settings).items() if k not in ("name", "episodes_per_task")},
         "policy": described,
         **({"simulation": dict(suite.settings)} if suite.settings else {}),
-        **({} if perturbation is None else {"perturbation": str(perturbation)}),
+        # With the magnitudes: results of other ones are not mixed.
+        **({} if perturbation is None else {"perturbation": {"cell": str(perturbation), **magnitudes}}),
     }
     session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **provenance()}
     unknown = _unknown_words(policy, suite)

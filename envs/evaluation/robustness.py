@@ -16,7 +16,7 @@ from cogvla.envs.contract import Perturbable, required
 from cogvla.envs.evaluation.report import Report, template
 from cogvla.envs.evaluation.statistics import Rate, sign_test
 from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, OF_THE_PLAYER, Perturbation
-from cogvla.envs.perturbation.sensor import FaultySensor
+from cogvla.envs.perturbation.sensor import Sensor
 from cogvla.envs.suite import Suite
 from cogvla.files import write_atomic
 
@@ -87,7 +87,7 @@ def chosen_cells(name: str, level: int | None, suite: Suite) -> list[Perturbatio
     dimensions = [d for d in DIMENSIONS if d in suite.perturbations] if name == "all" else [name]
     cells = [Perturbation(d, each) for d in dimensions for each in (LEVELS if level is None else (level,))]
     for cell in cells:
-        suite.check_perturbation(cell)
+        suite.magnitudes(cell)
     return cells
 
 
@@ -168,7 +168,7 @@ def _pictures(suite: Suite, cells: list[Perturbation]) -> dict[str, bytes]:
             observation, _ = env.reset(options={"task": 0, "initial_state": 0})
             images = {name: observation[name] for name in ("agentview", "wrist")}
             if cell is not None and cell.dimension == "sensor":
-                images = FaultySensor(cell, cell.seed(suite.name, 0, 0))(images, 0)
+                images = Sensor(cell.level, cell.seed(suite.name, 0, 0), 0)(images, 0)
             buffer = io.BytesIO()
             Image.fromarray(np.concatenate(list(images.values()), axis=1)).save(buffer, "PNG")
             pictures[CLEAN if cell is None else str(cell)] = buffer.getvalue()

@@ -7,14 +7,21 @@ so that runs repeat exactly and every policy meets the same scenes. docs/robustn
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 
-DIMENSIONS = ("camera", "light", "background", "sensor", "layout", "robot", "wording")
-OF_THE_PLAYER = ("sensor", "wording")
+CAMERA, LIGHT, BACKGROUND, SENSOR = "camera", "light", "background", "sensor"
+LAYOUT, ROBOT, WORDING = "layout", "robot", "wording"
+DIMENSIONS = (CAMERA, LIGHT, BACKGROUND, SENSOR, LAYOUT, ROBOT, WORDING)
+OF_THE_PLAYER = (SENSOR, WORDING)
 """Dimensions that change observations of any environment; the others need `Perturbable` environments."""
 LEVELS = (1, 2, 3)
+Values = Mapping[str, Any]
+"""Magnitudes of one level, as plain values."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,10 @@ class Perturbation:
 
     def __post_init__(self) -> None:
         if self.dimension not in DIMENSIONS:
-            raise ValueError(f"unknown perturbation {self.dimension!r}; one of all, {', '.join(DIMENSIONS)}")
+            known = ("all", *DIMENSIONS)
+            meant = get_close_matches(str(self.dimension).lower(), known, n=1)
+            hint = f"; did you mean {meant[0]}?" if meant else ""
+            raise ValueError(f"unknown perturbation {self.dimension!r}; one of {', '.join(known)}{hint}")
         if type(self.level) is not int or self.level not in LEVELS:
             raise ValueError(f"level must be 1, 2 or 3, got {self.level!r}")
 
@@ -34,14 +44,31 @@ class Perturbation:
         return f"{self.dimension}_{self.level}"
 
     def seed(self, suite: str, task: int, initial_state: int) -> list[int]:
-        """Return the seed of this perturbation's draws in an episode, for `numpy.random.default_rng`."""
-        return [zlib.crc32(suite.encode()), task, initial_state, DIMENSIONS.index(self.dimension), self.level]
+        """Return the seed of this perturbation's draws in an episode, for `numpy.random.default_rng`.
 
-    def pick(self, *values: float) -> float:
-        """Return the value of this level from those of the levels 1, 2 and 3."""
-        return values[self.level - 1]
+        All levels have the same: an episode changes in the same direction, only further.
+        """
+        return [zlib.crc32(suite.encode()), task, initial_state, DIMENSIONS.index(self.dimension)]
 
 
-def away(rng: np.random.Generator, low: float, high: float) -> float:
-    """Draw a number with a magnitude in [low, high] and a random sign."""
-    return float(rng.uniform(low, high) * rng.choice([-1.0, 1.0]))
+def by_level(**values: Sequence[Any]) -> tuple[Values, ...]:
+    """Return the magnitudes of each level, from name -> value at the levels 1, 2 and 3."""
+    return tuple({name: each[level - 1] for name, each in values.items()} for level in LEVELS)
+
+
+def within(rng: np.random.Generator, limits: Sequence[float]) -> float:
+    """Draw a number within two limits."""
+    low, high = limits
+    return float(rng.uniform(low, high))
+
+
+def signed(rng: np.random.Generator, limits: Sequence[float]) -> float:
+    """Draw a number whose size is within two limits, of either sign."""
+    sign = 1.0 if rng.random() < 0.5 else -1.0
+    return sign * within(rng, limits)
+
+
+def direction(rng: np.random.Generator) -> np.ndarray:
+    """Draw a unit vector [3]."""
+    vector = rng.normal(size=3)
+    return vector / np.linalg.norm(vector)

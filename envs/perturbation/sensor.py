@@ -1,86 +1,115 @@
-"""Faults of cameras, on the images that a policy gets: noise, blur, haze, compression, exposure, late frames.
+"""Perturb the images that a policy sees, as a worse camera would. Works for every suite, at any image size.
 
-Each episode has one fault, with its own values for each camera. Widths are shares of the image's width, so that the
-fault does not depend on the resolution.
-
-Shape legend: H, W image.
+Each episode has one fault; the initial states of a task take turns through all. Shape legend: C the three colours.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from cogvla.envs.perturbation.perturbation import Perturbation
+from cogvla.envs.perturbation.perturbation import Values, by_level, within
 
-FAULTS = ("noise", "defocus", "motion", "haze", "jpeg", "exposure", "late")
-HAZE_LEVEL = 200.0
+LEVELS: Sequence[Values] = by_level(
+    noise=(6, 14, 24),  # standard deviation in grey levels of 255
+    defocus=(0.006, 0.010, 0.016),  # standard deviation of the blur, in widths of the image
+    motion=(0.02, 0.04, 0.07),  # length of the streak, in widths of the image
+    fog=(0.15, 0.30, 0.50),  # share of the fog's grey, on average
+    jpeg=(40, 22, 12),  # quality
+    dropped=(0.15, 0.35, 0.60),  # probability that the policy gets its last image again
+    exposure=([0.15, 0.3], [0.3, 0.6], [0.6, 1.0]),  # stops, brighter or darker, for each camera
+    white_balance=([0.04, 0.08], [0.08, 0.16], [0.16, 0.28]),  # with the exposure: relative change of red and blue
+)
+FAULTS = ("noise", "defocus", "motion", "fog", "jpeg", "dropped", "exposure")
+_FOG_GREY = 0.72
 
 
-class FaultySensor:
-    """The cameras of one episode.
+class Sensor:
+    """Changes the images of one episode.
 
     Args:
-        perturbation: gives the level.
+        level: level of the dimension `sensor`.
         seed: see `Perturbation.seed`.
+        turn: number of the episode, whose faults take turns.
+
+    Attributes:
+        drawn: what the episode's cameras suffer from.
     """
 
-    def __init__(self, perturbation: Perturbation, seed: list[int]) -> None:
-        self._level, self._seed = perturbation, seed
-        self.fault = str(np.random.default_rng(seed).choice(FAULTS))
+    def __init__(self, level: int, seed: Sequence[int], turn: int) -> None:
+        self._seed = list(seed)
+        self._fault = FAULTS[turn % len(FAULTS)]
+        self._values = LEVELS[level - 1]
         self._last: dict[str, np.ndarray] = {}
+        self.drawn: dict[str, Any] = {"fault": self._fault}
 
     def __call__(self, images: Mapping[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
-        """Return the images, uint8 [H,W,3] by camera, as the sensors give them at a control step."""
-        seen = {}
-        for index, (name, image_HW3) in enumerate(images.items()):
-            whole = np.random.default_rng([*self._seed, index])  # the same for all images of a camera in an episode
-            each = np.random.default_rng([*self._seed, index, step])
-            seen[name] = self._image(name, image_HW3, whole, each)
+        """Return the images as the policy gets them, uint8 [H,W,3]; `step`: number of control steps before them."""
+        seen = {name: self._changed(name, image, step) for name, image in images.items()}
+        self._last |= seen
         return seen
 
-    def _image(
-        self, name: str, image_HW3: np.ndarray, whole: np.random.Generator, each: np.random.Generator
-    ) -> np.ndarray:
-        pick, width = self._level.pick, image_HW3.shape[1]
-        if self.fault == "late":
-            late = name in self._last and each.random() < pick(0.1, 0.25, 0.5)
-            self._last[name] = self._last[name] if late else image_HW3.copy()
-            return self._last[name]
-        if self.fault == "noise":
-            return _bytes(image_HW3 + each.normal(0, pick(6, 14, 28), image_HW3.shape))
-        if self.fault == "defocus":
-            blurred = Image.fromarray(image_HW3).filter(ImageFilter.GaussianBlur(pick(0.004, 0.008, 0.014) * width))
-            return np.asarray(blurred)
-        if self.fault == "motion":
-            return _moved(image_HW3, whole.uniform(0, np.pi), pick(0.02, 0.04, 0.07) * width)
-        if self.fault == "haze":
-            share = pick(0.15, 0.30, 0.50)
-            return _bytes(image_HW3 * (1 - share) + share * HAZE_LEVEL)
-        if self.fault == "jpeg":
-            buffer = io.BytesIO()
-            Image.fromarray(image_HW3).save(buffer, "JPEG", quality=int(pick(40, 20, 10)))
-            return np.asarray(Image.open(buffer))
-        exposure = whole.uniform(*((0.85, 1.1), (0.7, 1.2), (0.5, 1.3))[self._level.level - 1])
-        balance_3 = 1 + whole.uniform(-1, 1, 3) * pick(0.08, 0.15, 0.25)
-        return _bytes(image_HW3 * (exposure * balance_3))
+    def _changed(self, camera: str, image: np.ndarray, step: int) -> np.ndarray:
+        name = zlib.crc32(camera.encode())
+        fixed = np.random.default_rng([*self._seed, name])  # the same in all images of this camera
+        rng = np.random.default_rng([*self._seed, name, step])
+        amount = self._values[self._fault]
+        match self._fault:
+            case "noise":
+                return _rounded(image + rng.normal(0.0, amount, image.shape))
+            case "defocus":
+                blur = ImageFilter.GaussianBlur(amount * image.shape[1])
+                return np.asarray(Image.fromarray(image).filter(blur))
+            case "motion":
+                return _smeared(image, amount * image.shape[1], float(rng.uniform(0.0, np.pi)))
+            case "fog":
+                thick = amount * (0.75 + 0.5 * _clouds(fixed, image.shape[0], image.shape[1]))[..., None]
+                return _rounded((1.0 - thick) * image + thick * 255.0 * _FOG_GREY)
+            case "jpeg":
+                packed = io.BytesIO()
+                Image.fromarray(image).save(packed, "JPEG", quality=amount, subsampling=0)
+                return np.asarray(Image.open(packed))
+            case "dropped":
+                lost = bool(rng.random() < amount) and camera in self._last
+                return self._last[camera] if lost and self._last[camera].shape == image.shape else image
+            case _:
+                return self._exposed(image, fixed)
+
+    def _exposed(self, image: np.ndarray, fixed: np.random.Generator) -> np.ndarray:
+        """Brighten or darken the light, not the grey levels, and shift red against blue."""
+        signs = np.where(fixed.random(2) < 0.5, -1.0, 1.0)
+        stops, shift = (within(fixed, self._values[name]) for name in ("exposure", "white_balance"))
+        balance = 1.0 + signs[1] * shift * np.array([1.0, 0.0, -1.0])
+        light = (image / 255.0) ** 2.2 * 2.0 ** (signs[0] * stops) * balance
+        return _rounded(255.0 * np.clip(light, 0.0, 1.0) ** (1 / 2.2))
 
 
-def _bytes(values: np.ndarray) -> np.ndarray:
-    return values.round().clip(0, 255).astype(np.uint8)
+def _rounded(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def _moved(image_HW3: np.ndarray, angle: float, length: float) -> np.ndarray:
-    """Return the mean of the image along a line of this length in pixels."""
-    reach = int(np.ceil(length / 2))
-    height, width = image_HW3.shape[:2]
-    padded = np.pad(image_HW3, ((reach, reach), (reach, reach), (0, 0)), mode="edge").astype(np.float32)
-    places = np.linspace(-length / 2, length / 2, 2 * reach + 1)
-    total = np.zeros(image_HW3.shape, np.float32)
-    for place in places:
-        down, right = round(float(np.sin(angle) * place)) + reach, round(float(np.cos(angle) * place)) + reach
-        total += padded[down : down + height, right : right + width]
-    return _bytes(total / len(places))
+def _smeared(image: np.ndarray, length: float, angle: float) -> np.ndarray:
+    """Average an image along a line of `length` pixels; the border is repeated."""
+    count = 2 * int(np.ceil(length)) + 1
+    reach = int(np.ceil(length / 2)) + 1
+    padded = np.pad(image.astype(np.float32), ((reach + 1, reach + 1), (reach + 1, reach + 1), (0, 0)), mode="edge")
+    height, width = image.shape[:2]
+    total = np.zeros(image.shape, np.float32)
+    for along in np.linspace(-length / 2, length / 2, count):
+        x, y = reach + 1 + along * np.cos(angle), reach + 1 + along * np.sin(angle)
+        left, top = int(np.floor(x)), int(np.floor(y))
+        for row, share_y in ((top, 1 - (y - top)), (top + 1, y - top)):
+            for column, share_x in ((left, 1 - (x - left)), (left + 1, x - left)):
+                total += share_y * share_x * padded[row : row + height, column : column + width]
+    return _rounded(total / count)
+
+
+def _clouds(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Return smooth patches in [0,1], [H,W]; the same at every size."""
+    coarse = Image.fromarray(rng.uniform(0.0, 1.0, (4, 4)).astype(np.float32))
+    return np.clip(np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)), 0.0, 1.0)

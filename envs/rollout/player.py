@@ -12,7 +12,6 @@ Shape legend: T actions per message, A action dimension, H and W image size, S s
 
 from __future__ import annotations
 
-import random
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -25,8 +24,9 @@ import numpy as np
 
 from cogvla.envs.contract import Cameras, ImageSkipping, Perturbable, SuiteEnv, offered, required
 from cogvla.envs.episodes import EpisodeSpec
-from cogvla.envs.perturbation.perturbation import OF_THE_PLAYER
-from cogvla.envs.perturbation.sensor import FaultySensor
+from cogvla.envs.perturbation.perturbation import OF_THE_PLAYER, SENSOR, WORDING
+from cogvla.envs.perturbation.sensor import Sensor
+from cogvla.envs.perturbation.wording import reworded
 from cogvla.envs.rollout.video import VideoWriter, annotate
 
 
@@ -117,6 +117,7 @@ class Finished:
     reset_s: float
     environment_s: float
     loop_ms: tuple[float, ...]
+    perturbation: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ class Player:
     def __init__(self, settings: PlayerSettings) -> None:
         self._settings = settings
         self._env: gym.Env | None = None
+        self._sensor: Sensor | None = None
+        self._drawn: Mapping[str, Any] | None = None
 
     def handle(self, request: PlayerRequest) -> PlayerReply:
         """Carry out a request. Any exception becomes a `Failed` with its traceback, and the environment is rebuilt."""
@@ -189,6 +192,8 @@ class Player:
         self._perturb(spec)
         self._skip_images(False)
         observation, info = env.reset(seed=spec.seed, options=options)
+        self._instruction, self._drawn = str(info["instruction"]), info.get("perturbation")
+        self._change_observations(spec)
         for _ in range(self._settings.waiting_steps):
             observation, _, _, _, info = env.step(self._settings.waiting_action)
         return observation, info
@@ -207,11 +212,8 @@ class Player:
         started = time.perf_counter()
         if spec.asked == "swap":
             spec = replace(spec, asked=self._draw_alternative(spec))
-        observation, info = self._reset(spec)
-        self._spec, self._instruction = spec, self._worded(spec, str(info["instruction"]))
-        self._sensor = None
-        if spec.perturbation is not None and spec.perturbation.dimension == "sensor":
-            self._sensor = FaultySensor(spec.perturbation, self._seed(spec))
+        observation, _ = self._reset(spec)
+        self._spec = spec
         self._actions: list[np.ndarray] = []
         self._reward = self._environment_s = 0.0
         self._loop_ms: list[float] = []
@@ -219,18 +221,18 @@ class Player:
         self._reset_s = time.perf_counter() - started
         return self._observed(observation)
 
-    def _seed(self, spec: EpisodeSpec) -> list[int]:
-        assert spec.perturbation is not None
-        return spec.perturbation.seed(self._settings.suite, spec.task, spec.initial_state)
-
-    def _worded(self, spec: EpisodeSpec, instruction: str) -> str:
-        """Return the instruction that the policy gets."""
-        if spec.perturbation is None or spec.perturbation.dimension != "wording":
-            return instruction
-        from cogvla.policy.instructions.paraphrase import contrasts, reword
-
-        rng = random.Random(repr(self._seed(spec)))
-        return reword(instruction, spec.perturbation.level, rng, contrasts(self._settings.instructions))
+    def _change_observations(self, spec: EpisodeSpec) -> None:
+        """Change the words that the policy gets, and prepare to change its images."""
+        change, self._sensor = spec.perturbation, None
+        if change is None:
+            return
+        seed = change.seed(self._settings.suite, spec.task, spec.initial_state)
+        if change.dimension == SENSOR:
+            self._sensor = Sensor(change.level, seed, spec.task + spec.initial_state)
+            self._drawn = self._sensor.drawn
+        elif change.dimension == WORDING:
+            self._instruction = reworded(self._instruction, change.level, seed, self._settings.instructions)
+            self._drawn = {"instruction": self._instruction}
 
     def _draw_alternative(self, spec: EpisodeSpec) -> int:
         self._skip_images(True)
@@ -283,6 +285,7 @@ class Player:
             reset_s=self._reset_s,
             environment_s=self._environment_s,
             loop_ms=tuple(self._loop_ms),
+            perturbation=self._drawn,
         )
 
     def _record(self, path: Path, success: bool) -> Recorded:
@@ -292,7 +295,7 @@ class Player:
         total = len(self._actions)
         with VideoWriter(path, self._settings.fps) as video:
             for step in range(total + 1):
-                frame_HWC = self._frame(observation)
+                frame_HWC = self._frame(observation, step)
                 progress = f"step {step} / {self._settings.max_steps}"
                 if step < total:
                     video.add(annotate(frame_HWC, self._instruction, progress))
@@ -303,10 +306,11 @@ class Player:
             video.add(annotate(frame_HWC, self._instruction, progress, status), repeat=round(self._settings.fps))
         return Recorded(path)
 
-    def _frame(self, observation: Mapping[str, Any]) -> np.ndarray:
+    def _frame(self, observation: Mapping[str, Any], step: int) -> np.ndarray:
         camera, size = self._settings.cameras[0], self._settings.video_size
         cameras = offered(self._environment(), Cameras)
-        return np.asarray(observation[camera] if cameras is None else cameras.render_camera(camera, size, size))
+        frame = np.asarray(observation[camera] if cameras is None else cameras.render_camera(camera, size, size))
+        return frame if self._sensor is None else self._sensor({camera: frame}, step)[camera]
 
     def _skip_images(self, skip: bool) -> None:
         if (env := offered(self._environment(), ImageSkipping)) is not None:

@@ -142,6 +142,8 @@ def rollout(
     for spec in episodes:
         if max(spec.task, spec.asked if isinstance(spec.asked, int) else 0) >= len(suite.tasks):
             raise ValueError(f"suite {suite.name!r} has tasks 0 to {len(suite.tasks) - 1}; {spec} asks for another one")
+        if spec.perturbation is not None:
+            suite.magnitudes(spec.perturbation)
     start = LocalWorker if workers == 0 else start_worker
     loop = _Loop(policy, suite, episodes, max(workers, 1), start, settings)
     loop.stops_early = stop_if_all_fail

@@ -80,6 +80,10 @@ class ArmController:
         self._velocity = np.zeros(7)
         self._inertia = np.zeros((self._model.nv, self._model.nv))
 
+    def stand(self, position: np.ndarray) -> None:
+        """Take the base of the arm to be at `position` [3] in metres."""
+        self._model.body("link0").pos[:] = position
+
     def _solve(self, iterations: int) -> None:
         """Move `joints` towards the commanded pose by damped least squares; the redundant joint is pulled to `HOME`."""
         data, jacobian, error = self._data, self._jacobian[:, :7], np.empty(6)

@@ -24,7 +24,16 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from cogvla.envs.perturbation.perturbation import Perturbation
+from cogvla.envs.perturbation.perturbation import (
+    BACKGROUND,
+    CAMERA,
+    LAYOUT,
+    LIGHT,
+    OF_THE_PLAYER,
+    ROBOT,
+    Perturbation,
+    Values,
+)
 from cogvla.envs.rendering import SceneRenderer
 from cogvla.envs.rotations import rotation_vector
 from cogvla.envs.suite import chosen_start
@@ -32,13 +41,25 @@ from cogvla.envs.tabletop.arm import FINGER_JOINTS, FINGER_OPEN, NOMINAL_ROTATIO
 from cogvla.envs.tabletop.control import CONTROL_HZ, ArmController
 from cogvla.envs.tabletop.family import Family
 from cogvla.envs.tabletop.goals import Goal, Layout, holds, labels
-from cogvla.envs.tabletop.perturbed import DISTRACTORS, change_look, crowd, other_start
+from cogvla.envs.tabletop.perturbations import (
+    PERTURBATIONS,
+    PIVOT,
+    Start,
+    change_light,
+    change_table,
+    crowd,
+    move_cameras,
+    move_furniture,
+    move_start,
+)
 from cogvla.envs.tabletop.scene import TIMESTEP, Scene
 
 CAMERAS = ("agentview", "wrist")
 START_REGION = np.array([[0.40, -0.20, 0.15], [0.60, 0.20, 0.30]])
 """Lowest and highest position of the gripper centre in initial states, in metres."""
 START_YAW = 0.3
+SIDE_MARGIN = 0.015
+"""Least difference between the leftmost and the next thing after a perturbation, in widths of `agentview`."""
 START_TILT = 0.08
 
 
@@ -48,8 +69,8 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     Attributes:
         skip_images: True: observations repeat the last images, to save the time of rendering.
         watch: function that `step` calls a hundred times per simulated second; for robots in real time.
-        scene: the model, its data and the items.
-        perturbation: how the next resets differ from training, see `envs.tabletop.perturbed`; None: not at all.
+        scene: the model, its data and the items; another one after a reset that changes the layout.
+        perturbation: how the next resets differ from training, see `envs.tabletop.perturbations`; None: not at all.
         goals: goals of the current instruction.
     """
 
@@ -60,14 +81,13 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             raise ValueError(f"image_size must be at least 16 pixels, got {image_size}")
         self.family = family
         self._nominal_scene = self.scene = Scene(family.items)
-        self._crowded_scene: Scene | None = None
         self.perturbation: Perturbation | None = None
         self.skip_images = False
         self.watch: Callable[[], None] | None = None
         self.render_mode = "rgb_array"
         self._image_size = image_size
         self._rendering = render
-        self._renderers: dict[int, SceneRenderer] = {}
+        self._renderers: dict[Scene, SceneRenderer] = {}
         self._images = {name: np.zeros((image_size, image_size, 3), dtype=np.uint8) for name in CAMERAS}
         self._arm = ArmController(TIMESTEP)
         self._site = self.scene.model.site("tcp").id
@@ -179,37 +199,45 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
         Returns:
             the observation, and the info of `step` with `alternative_tasks` and `alternatives`: indices and
-            instructions of the other tasks that are possible here and have other goals.
+            instructions of the other tasks that are possible here and have other goals. With a perturbation,
+            `perturbation`: what was drawn.
         """
         super().reset(seed=seed)
         options = options or {}
         task, state = chosen_start(options, len(self.family.tasks), self.np_random)
+        dimension, values, draws = self._values_and_draws(task, state)
         rng = np.random.default_rng([self.family.seed, task, state])
-        layout = self.family.draw(rng, task)
+        moved = move_furniture(self.family, draws, values) if dimension == LAYOUT else {}
+        layout = self.family.draw(rng, task, moved)
         asked = options.get("asked")
         self._layout, self._task, self._asked, self._steps = layout, task, task, 0
         if asked is not None:
             self.goals_for(int(asked))
             self._asked = int(asked)
-        change = self.perturbation
-        self.scene = self._scene_for(change)
-        drawn = None if change is None else np.random.default_rng(change.seed(self.family.name, task, state))
-        extra = crowd(layout, self.family, change, drawn) if change is not None and drawn is not None else {}
-        self.scene.place(layout.poses | extra)
+        self._forget_crowd()
+        drawn: dict[str, Any] = {}
+        if dimension == LAYOUT:
+            crowded = crowd(self.family, layout, moved, draws, values)
+            self.scene, self._layout, drawn = Scene(crowded.items), crowded.layout, crowded.drawn
+        self.scene.place(self._layout.poses)
         turn = np.append(rng.uniform(-START_TILT, START_TILT, 2), rng.uniform(-START_YAW, START_YAW))
-        position = rng.uniform(*START_REGION)
-        if change is not None and drawn is not None:
-            position, turn = other_start(position, turn, START_REGION, change, drawn)
-            change_look(self.scene.model, self.family, layout, change, drawn)
+        start = Start(np.zeros(3), rng.uniform(*START_REGION), turn, drawn)
+        if dimension == ROBOT:
+            start = move_start(start.position, START_REGION, draws, values)
+        self.scene.stand(start.base)
+        self._arm.stand(start.base)
         data = self.scene.data
-        data.qpos[:7] = self._arm.reset(position, turn)
+        data.qpos[:7] = self._arm.reset(start.position, start.turn)
         data.qpos[self._fingers] = data.ctrl[7:9] = FINGER_OPEN
         mujoco.mj_forward(self.scene.model, data)
+        drawn = start.drawn | self._change_look(dimension, draws, values)
         # Two instructions may mean the same object ("leftmost", "on the red mat"); the second is then no alternative.
         others = [i for i in sorted(layout.goals) if layout.goals[i] != layout.goals[self._asked]]
         info = self._info()
         info["alternative_tasks"] = others
         info["alternatives"] = [self.family.tasks[i].instruction for i in others]
+        if dimension:
+            info["perturbation"] = drawn
         return self._observe(), info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -250,18 +278,12 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._renderer().render(self.scene.data, name, height, width)
 
     def _renderer(self) -> SceneRenderer:
-        key = id(self.scene)
-        if key not in self._renderers:
-            self._renderers[key] = SceneRenderer(self.scene.model)
-        return self._renderers[key]
-
-    def _scene_for(self, perturbation: Perturbation | None) -> Scene:
-        """Return the scene with the nominal look; another layout has one of its own, with more items."""
-        if perturbation is None or perturbation.dimension != "layout":
-            return self._nominal_scene
-        if self._crowded_scene is None:
-            self._crowded_scene = Scene((*self.family.items, *DISTRACTORS))
-        return self._crowded_scene
+        if self.scene not in self._renderers:
+            self._renderers[self.scene] = SceneRenderer(self.scene.model)
+        renderer, appearance = self._renderers[self.scene], self.scene.appearance
+        renderer.show(appearance.shadows, appearance.repainted)
+        appearance.repainted.clear()
+        return renderer
 
     def target_mask(self, name: str, height: int, width: int) -> np.ndarray:
         """Return the mask of the pixels that show the item of the current goal, bool [H,W]."""
@@ -283,6 +305,57 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def render(self) -> np.ndarray:
         """Render the agentview image at 256x256."""
         return self.render_camera("agentview", 256, 256)
+
+    # --- perturbations -----------------------------------------------------------------------------------------------
+
+    def _values_and_draws(self, task: int, state: int) -> tuple[str, Values, np.random.Generator]:
+        """Return the dimension (empty without a perturbation), its magnitudes, and the source of its draws."""
+        change = self.perturbation
+        if change is None:
+            return "", {}, np.random.default_rng(0)
+        if not isinstance(change, Perturbation):
+            raise ValueError(f"perturbation must be a Perturbation or None, got {change!r}")
+        if change.dimension in OF_THE_PLAYER:
+            raise ValueError(f"a rollout carries out the perturbation {change.dimension!r}, not the environment")
+        values = PERTURBATIONS[change.dimension][change.level - 1]
+        return change.dimension, values, np.random.default_rng(change.seed(self.family.name, task, state))
+
+    def _forget_crowd(self) -> None:
+        """Go back from the scene of a changed layout, which is compiled for one episode, to the nominal one."""
+        if self.scene is not self._nominal_scene:
+            if self.scene in self._renderers:
+                self._renderers.pop(self.scene).close()
+            self.scene = self._nominal_scene
+
+    def _change_look(self, dimension: str, draws: np.random.Generator, values: Values) -> dict[str, Any]:
+        """Change cameras, lights or surfaces; return what was drawn."""
+        appearance, model = self.scene.appearance, self.scene.model
+        if dimension == LIGHT:
+            drawn = change_light(appearance, draws, values)
+        elif dimension == BACKGROUND:
+            items = [self.scene.items[name] for name in sorted(self.scene.placed)]
+            drawn = change_table(appearance, draws, values, model.geom("table").rgba[:3].copy(), items)
+        elif dimension == CAMERA:
+            for drawn in move_cameras(appearance, draws, values):
+                appearance.orbit("agentview", PIVOT, **drawn)
+                mujoco.mj_forward(model, self.scene.data)
+                if self._sides_are_right():
+                    break
+        else:
+            return {}
+        mujoco.mj_forward(model, self.scene.data)
+        return drawn
+
+    def _sides_are_right(self) -> bool:
+        """Return True if what the instruction calls leftmost or rightmost is that in `agentview`."""
+        side = self.family.sides.get(self._asked)
+        if side is None:
+            return True
+        items, named = self.scene.items, self.goals[0].item
+        alike = sorted(name for name in self.scene.placed if items[name].kind == items[named].kind)
+        projected = self.camera_projection("agentview") @ np.array([[*self.scene.position(n), 1.0] for n in alike]).T
+        along = dict(zip(alike, side * projected[0] / projected[2], strict=True))
+        return bool(along.pop(named) > max(along.values()) + SIDE_MARGIN)
 
     def close(self) -> None:
         for renderer in self._renderers.values():

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from cogvla.envs.suite import Task
-from cogvla.envs.tabletop.goals import Layout
+from cogvla.envs.tabletop.goals import Layout, Shifts
 from cogvla.envs.tabletop.scene import Item
+
+
+class Draw(Protocol):
+    """Draws a scene."""
+
+    def __call__(self, rng: np.random.Generator, task: int, moved: Shifts, /) -> Layout:
+        """Return the layout of one scene of a task; `moved`: furniture -> how far it stands from where it would."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,8 +29,9 @@ class Family:
         name, tasks, max_steps: as in `Suite`.
         seed: first number of the seed of every initial state.
         items: all items that may stand on the table.
-        draw: function (rng, task) -> layout of one scene; `layout.goals` has the task and its alternatives.
-        by_place: instructions name free items by their place in the picture, such as `leftmost`.
+        draw: draws a scene; `goals` of its layout has the task and its alternatives.
+        furniture: names of fixed items that stand at a fixed place, in groups that a perturbation moves together.
+        sides: task -> -1 or 1 if its instruction names the leftmost or rightmost of all items of a kind.
     """
 
     name: str
@@ -29,5 +39,6 @@ class Family:
     max_steps: int
     seed: int
     items: Sequence[Item]
-    draw: Callable[[np.random.Generator, int], Layout]
-    by_place: bool = False
+    draw: Draw
+    furniture: Sequence[Sequence[str]] = ()
+    sides: Mapping[int, int] = field(default_factory=dict)

@@ -13,6 +13,8 @@ import numpy as np
 from cogvla.envs.tabletop.arm import FINGER_OPEN
 from cogvla.envs.tabletop.scene import PLATE_HEIGHT, TRAY_FLOOR, TRAY_WALL, Pose, Scene
 
+Shifts = Mapping[str, tuple[float, float]]
+"""Item -> shift along x and y in metres."""
 VERBS = ("put", "push", "open", "press")
 RELEASED_OPENING = 0.8 * FINGER_OPEN
 """Metres of finger position: a finger above this has let go."""
@@ -40,10 +42,17 @@ class Goal:
 
 @dataclass(frozen=True)
 class Layout:
-    """One drawn scene: item -> pose, and task -> goals for every task that is possible in it."""
+    """One drawn scene.
+
+    Attributes:
+        poses: item -> pose.
+        goals: task -> goals, for every task that is possible in it.
+        occupied: discs (x, y, radius) in metres that items and the ways to them need.
+    """
 
     poses: dict[str, Pose]
     goals: Mapping[int, tuple[Goal, ...]]
+    occupied: tuple[tuple[float, float, float], ...]
 
 
 def destination_point(scene: Scene, goal: Goal) -> np.ndarray:

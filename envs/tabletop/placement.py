@@ -6,7 +6,7 @@ vectorised rejection, with one batch of candidates for each item.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -30,10 +30,20 @@ class NoRoomError(Exception):
 class Placer:
     """Draws places inside `region` [2,2] that are clear of all earlier places."""
 
-    def __init__(self, rng: np.random.Generator, region: np.ndarray = REGION) -> None:
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        region: np.ndarray = REGION,
+        occupied: Iterable[tuple[float, float, float]] = (),
+    ) -> None:
         self._rng = rng
         self._region = region
-        self._places: list[tuple[float, float, float]] = []
+        self._places = list(occupied)
+
+    @property
+    def occupied(self) -> tuple[tuple[float, float, float], ...]:
+        """All occupied discs: x, y and radius in metres."""
+        return tuple(self._places)
 
     def add(self, x: float, y: float, radius: float) -> None:
         """Occupy a disc."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
-from cogvla.envs.perturbation.model import NominalModel
+from cogvla.envs.perturbation.appearance import Appearance
 from cogvla.envs.tabletop.arm import (
     COLLIDE_OBJECT,
     COLLIDE_ROBOT,
@@ -26,6 +26,8 @@ FREE_KINDS = ("cube", "cylinder", "ball", "puck")
 FIXED_KINDS = ("tray", "plate", "mat", "zone", "drawer", "button")
 
 TIMESTEP = 0.005
+SPARE, SPARE_SIZE = "spare", 256
+"""Material that nothing has before a perturbation covers the table with it, and pixels per metre of its texture."""
 TRAY_FLOOR = 0.004
 TRAY_WALL = 0.004
 PLATE_HEIGHT = 0.008
@@ -160,12 +162,16 @@ def build_model(items: Sequence[Item]) -> mujoco.MjModel:
   <compiler angle="radian"/>
   <option timestep="{TIMESTEP}" integrator="Euler" cone="elliptic" impratio="10" iterations="20" tolerance="1e-8"/>
   <visual>
-    <quality shadowsize="0" offsamples="0" numslices="14" numstacks="7" numquads="1"/>
+    <quality shadowsize="1024" offsamples="0" numslices="14" numstacks="7" numquads="1"/>
     <global offwidth="256" offheight="256"/>
     <map znear="0.01" zfar="5"/>
     <headlight ambient="0.5 0.5 0.5" diffuse="0.15 0.15 0.15" specular="0 0 0"/>
   </visual>
   <default><geom solref="0.01 1" condim="3"/></default>
+  <asset>
+    <texture name="{SPARE}" type="2d" builtin="flat" rgb1="1 1 1" width="{SPARE_SIZE}" height="{SPARE_SIZE}"/>
+    <material name="{SPARE}" texture="{SPARE}" texuniform="true" specular="0"/>
+  </asset>
   <worldbody>
     <light directional="true" pos="0.5 0 2" dir="0.35 0.25 -0.9" diffuse="0.5 0.5 0.5" specular="0 0 0"
       castshadow="false"/>
@@ -196,17 +202,17 @@ class Scene:
                 self._mocap[name] = int(self.model.body_mocapid[self._body[name]])
             if item.kind in ("drawer", "button"):
                 self._joint[name] = int(self.model.joint(name).qposadr[0])
-        self._nominal = NominalModel(self.model)
+        self.appearance = Appearance(self.model)
         self._contype, self._conaffinity = self.model.geom_contype.copy(), self.model.geom_conaffinity.copy()
         self.placed: frozenset[str] = frozenset()
         self.latched: set[str] = set()
         """Names of the buttons that were pressed in this episode; a pressed button stays lit."""
 
     def place(self, poses: dict[str, Pose]) -> None:
-        """Reset, put these items on the table at rest, and park all others. Call `mj_forward` afterwards."""
+        """Reset, also the looks; put these items on the table at rest; park all others. `mj_forward` must follow."""
         model, data = self.model, self.data
         mujoco.mj_resetData(model, data)  # parks all items, weightless
-        self._nominal.restore()
+        self.appearance.restore()
         self.latched.clear()
         self.placed = frozenset(poses)
         for name, body in self._body.items():
@@ -218,6 +224,10 @@ class Scene:
             model.geom_conaffinity[geoms] = self._conaffinity[geoms] * (name in poses)
         for name, pose in poses.items():
             self.move(name, (pose.x, pose.y, self.items[name].rest_height), pose.yaw)
+
+    def stand(self, position: np.ndarray) -> None:
+        """Put the base of the arm at `position` [3] in metres."""
+        self.model.body("link0").pos[:] = position
 
     def move(self, name: str, position: Sequence[float] | np.ndarray, yaw: float = 0.0) -> None:
         """Put the origin of an item at `position` [3], upright, with a yaw in radians."""

@@ -7,11 +7,13 @@ stands anywhere in front of them. All ten tasks are possible in every scene.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from cogvla.envs.suite import Task
 from cogvla.envs.tabletop.family import Family
-from cogvla.envs.tabletop.goals import Goal, Layout
+from cogvla.envs.tabletop.goals import Goal, Layout, Shifts
 from cogvla.envs.tabletop.placement import NoRoomError, Placer, until_drawn
 from cogvla.envs.tabletop.scene import Item, Pose
 
@@ -25,10 +27,13 @@ ZONE = Item("green_zone", "green zone", "zone", "0.1 0.65 0.15 1", (0.050, 0.050
 DRAWER = Item("drawer", "drawer", "drawer", "0.75 0.5 0.25 1", (0.055, 0.055, 0.028))
 WHITE = Item("white_button", "white button", "button", "1 1 1 1", (0.023, 0.023, 0.017))
 BLACK = Item("black_button", "black button", "button", "0.05 0.05 0.05 1", (0.023, 0.023, 0.017))
+FURNITURE = ((DRAWER.name,), (WHITE.name, BLACK.name))
+"""What stands at the robot's side of the table, in groups that stay together."""
 ITEMS = (RED, BLUE, PUCK, PLATE, TRAY, ZONE, DRAWER, WHITE, BLACK)
 
 REGION = np.array([[0.41, -0.21], [0.68, 0.21]])
 PUSH_LENGTH = (0.09, 0.20)
+_FURNITURE_RADIUS = {DRAWER.name: 0.080, WHITE.name: 0.033, BLACK.name: 0.033}
 _RUN_UP = 0.075
 """Metres behind the puck that the pusher needs free."""
 
@@ -46,14 +51,17 @@ TASKS: tuple[tuple[Task, Goal], ...] = (
 )
 
 
-def draw_poses(rng: np.random.Generator) -> dict[str, Pose]:
-    """Draw the poses of all items."""
+def draw_layout(rng: np.random.Generator, moved: Shifts, goals: Mapping[int, tuple[Goal, ...]]) -> Layout:
+    """Draw the poses of all items; `moved`: furniture -> how far it stands from where it would."""
     jitter = rng.uniform(-0.015, 0.015, (3, 2))
     fixtures = {DRAWER.name: Pose(0.275 + jitter[0, 0], -0.19 + jitter[0, 1])}
     for i, button in enumerate((WHITE, BLACK) if rng.random() < 0.5 else (BLACK, WHITE)):
         fixtures[button.name] = Pose(0.33 + jitter[1 + i, 0], 0.10 + 0.10 * i + jitter[1 + i, 1])
 
-    def attempt() -> dict[str, Pose]:
+    for name, (dx, dy) in moved.items():
+        fixtures[name] = Pose(fixtures[name].x + dx, fixtures[name].y + dy)
+
+    def attempt() -> tuple[dict[str, Pose], Placer]:
         poses = dict(fixtures)
         placer = Placer(rng, REGION)
         handle = fixtures[DRAWER.name]
@@ -65,9 +73,11 @@ def draw_poses(rng: np.random.Generator) -> dict[str, Pose]:
         poses[PLATE.name] = placer.draw(0.057, margin=0.01, turn=0.0)
         for cube in (RED, BLUE):
             poses[cube.name] = placer.draw(0.030)
-        return poses
+        return poses, placer
 
-    return until_drawn(attempt)
+    poses, placer = until_drawn(attempt)
+    standing = tuple((pose.x, pose.y, _FURNITURE_RADIUS[name]) for name, pose in fixtures.items())
+    return Layout(poses, goals, placer.occupied + standing)
 
 
 def _puck(placer: Placer, zone: Pose) -> Pose:
@@ -88,12 +98,12 @@ def _puck(placer: Placer, zone: Pose) -> Pose:
     return Pose(float(start[0]), float(start[1]))
 
 
-def draw(rng: np.random.Generator, task: int) -> Layout:
+def draw(rng: np.random.Generator, task: int, moved: Shifts) -> Layout:
     """Draw one scene. The task does not matter, because all tasks are possible in every scene."""
     del task
-    return Layout(draw_poses(rng), {i: (goal,) for i, (_, goal) in enumerate(TASKS)})
+    return draw_layout(rng, moved, {i: (goal,) for i, (_, goal) in enumerate(TASKS)})
 
 
 def family() -> Family:
     """Return the suite's definition. The expert needs 23 steps on average and at most 37 (about 80 with noise)."""
-    return Family("tabletop_goal", tuple(task for task, _ in TASKS), 120, 3, ITEMS, draw)
+    return Family("tabletop_goal", tuple(task for task, _ in TASKS), 120, 3, ITEMS, draw, FURNITURE)

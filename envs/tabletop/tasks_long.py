@@ -6,8 +6,8 @@ import numpy as np
 
 from cogvla.envs.suite import Task
 from cogvla.envs.tabletop.family import Family
-from cogvla.envs.tabletop.goals import Layout
-from cogvla.envs.tabletop.tasks_goal import ITEMS, TASKS, draw_poses
+from cogvla.envs.tabletop.goals import Layout, Shifts
+from cogvla.envs.tabletop.tasks_goal import FURNITURE, ITEMS, TASKS, draw_layout
 
 PAIRS = (
     ("red_on_plate", "blue_in_tray"),
@@ -24,11 +24,11 @@ PAIRS = (
 _BY_NAME = {task.name: (task, goal) for task, goal in TASKS}
 
 
-def draw(rng: np.random.Generator, task: int) -> Layout:
+def draw(rng: np.random.Generator, task: int, moved: Shifts) -> Layout:
     """Draw one scene. The task does not matter, because all tasks are possible in every scene."""
     del task
     goals = {i: tuple(_BY_NAME[name][1] for name in pair) for i, pair in enumerate(PAIRS)}
-    return Layout(draw_poses(rng), goals)
+    return draw_layout(rng, moved, goals)
 
 
 def family() -> Family:
@@ -37,4 +37,4 @@ def family() -> Family:
         Task(f"{first}_then_{second}", f"{_BY_NAME[first][0].instruction}, then {_BY_NAME[second][0].instruction}")
         for first, second in PAIRS
     )
-    return Family("tabletop_long", tasks, 200, 4, ITEMS, draw)
+    return Family("tabletop_long", tasks, 200, 4, ITEMS, draw, FURNITURE)

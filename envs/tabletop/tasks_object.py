@@ -9,7 +9,7 @@ import numpy as np
 
 from cogvla.envs.suite import Task
 from cogvla.envs.tabletop.family import Family
-from cogvla.envs.tabletop.goals import Goal, Layout
+from cogvla.envs.tabletop.goals import Goal, Layout, Shifts
 from cogvla.envs.tabletop.placement import Placer, until_drawn
 from cogvla.envs.tabletop.scene import Item, Pose
 
@@ -34,20 +34,22 @@ OBJECT_RADIUS = 0.030
 TRAY_RADIUS = 0.085
 
 
-def draw(rng: np.random.Generator, task: int) -> Layout:
-    """Draw one scene: the target, `OTHERS` distractors and the tray."""
+def draw(rng: np.random.Generator, task: int, moved: Shifts) -> Layout:
+    """Draw one scene: the target, `OTHERS` distractors and the tray. There is no furniture."""
+    del moved
     others = rng.permutation([i for i in range(len(OBJECTS)) if i != task])[:OTHERS]
     present = [task, *(int(i) for i in others)]
 
-    def attempt() -> dict[str, Pose]:
+    def attempt() -> tuple[dict[str, Pose], Placer]:
         placer = Placer(rng)
         poses = {TRAY.name: placer.draw(TRAY_RADIUS, margin=0.03, turn=0.0)}
         for i in present:
             poses[OBJECTS[i].name] = placer.draw(OBJECT_RADIUS)
-        return poses
+        return poses, placer
 
     goals = {i: (Goal("put", OBJECTS[i].name, TRAY.name),) for i in present}
-    return Layout(until_drawn(attempt), goals)
+    poses, placer = until_drawn(attempt)
+    return Layout(poses, goals, placer.occupied)
 
 
 def family() -> Family:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cogvla.envs.suite import Task
 from cogvla.envs.tabletop.family import Family
-from cogvla.envs.tabletop.goals import Goal, Layout
+from cogvla.envs.tabletop.goals import Goal, Layout, Shifts
 from cogvla.envs.tabletop.placement import NoRoomError, Placer, until_drawn
 from cogvla.envs.tabletop.scene import Item, Pose
 
@@ -57,12 +57,13 @@ def extremes(points: np.ndarray) -> list[int]:
     return named
 
 
-def draw(rng: np.random.Generator, task: int) -> Layout:
-    """Draw one scene: four cubes, three mats (with that of the task) and the plate."""
+def draw(rng: np.random.Generator, task: int, moved: Shifts) -> Layout:
+    """Draw one scene: four cubes, three mats (with that of the task) and the plate. There is no furniture."""
+    del moved
     others = [int(i) for i in rng.permutation(len(MATS)) if i != task]
     mats = [task, *others][:MATS_IN_SCENE] if task < len(MATS) else others[:MATS_IN_SCENE]
 
-    def attempt() -> tuple[dict[str, Pose], list[int]]:
+    def attempt() -> tuple[dict[str, Pose], list[int], Placer]:
         placer = Placer(rng)
         places = [placer.draw(MAT_RADIUS) for _ in mats]
         places += [placer.draw(CUBE_RADIUS) for _ in CUBES[len(mats) :]]
@@ -72,20 +73,21 @@ def draw(rng: np.random.Generator, task: int) -> Layout:
             poses[MATS[mat].name] = Pose(place.x, place.y)
         for cube, place in zip(CUBES, places, strict=True):
             poses[cube.name] = place
-        return poses, named
+        return poses, named, placer
 
-    poses, named = until_drawn(attempt)
+    poses, named, placer = until_drawn(attempt)
     goals = {mat: (Goal("put", cube.name, PLATE.name),) for mat, cube in zip(mats, CUBES, strict=False)}
     for relation, cube in enumerate(named):
         goals[len(MATS) + relation] = (Goal("put", CUBES[cube].name, PLATE.name),)
-    return Layout(poses, goals)
+    return Layout(poses, goals, placer.occupied)
 
 
 def family() -> Family:
     """Return the suite's definition. The expert needs 28 steps on average and at most 35 (about 90 with noise)."""
     tasks = [Task(f"cube_on_{mat.name}", f"put the cube on the {mat.phrase} on the plate") for mat in MATS]
     tasks += [Task(f"{r.split()[0]}_cube", f"put the {_relative(r)} on the plate") for r in RELATIONS]
-    return Family("tabletop_spatial", tuple(tasks), 100, 2, (*CUBES, *MATS, PLATE), draw, by_place=True)
+    sides = {len(MATS): -1, len(MATS) + 1: 1}
+    return Family("tabletop_spatial", tuple(tasks), 100, 2, (*CUBES, *MATS, PLATE), draw, sides=sides)
 
 
 def _relative(relation: str) -> str:

@@ -22,11 +22,13 @@ from cogvla.envs.contract import (
     Expert,
     ImageSkipping,
     Labels,
+    Perturbable,
     SuiteEnv,
     TargetMasks,
     offered,
     required,
 )
+from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, OF_THE_PLAYER, Perturbation
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import Suite, get_suite, suite_names
 from cogvla.tests.support import toy_suite
@@ -64,6 +66,8 @@ def env(built: Any) -> Any:
     """Nothing is left over from the test before."""
     if (skipping := offered(built, ImageSkipping)) is not None:
         skipping.skip_images = False
+    if (perturbable := offered(built, Perturbable)) is not None:
+        perturbable.perturbation = None
     return built
 
 
@@ -163,6 +167,30 @@ def test_asked_swaps_the_instruction_but_not_the_scene(suite: Suite, env: Any) -
         assert after["scene_task_success"] is after["success"] is terminated is False
     with pytest.raises(ValueError, match="cannot be carried out"):
         reset(env, 0, 7, asked=len(suite.tasks))
+
+
+def perturbed(env: Any, task: int, state: int, change: Perturbation | None) -> tuple[bytes, Any]:
+    """The first observations, and what was drawn."""
+    required(env, Perturbable, "this test").perturbation = change
+    observation, info = reset(env, task, state)
+    seen = [observation, env.step(WAIT)[0]]
+    return b"".join(each[key].tobytes() for each in seen for key in sorted(each)), info.get("perturbation")
+
+
+def test_perturbations_follow_from_the_episode_and_leave_nothing_behind(suite: Suite, env: Any) -> None:
+    assert all(len(levels) == len(LEVELS) for levels in suite.perturbations.values())
+    own = [name for name in DIMENSIONS if name in suite.perturbations and name not in OF_THE_PLAYER]
+    if not own:
+        pytest.skip("none but those of the player")
+    cells = [None, *(Perturbation(name, level) for name in own for level in LEVELS)]
+    episodes = [(task, 3, cell) for cell in cells for task in (0, 1)]
+    seen = [perturbed(env, *episode) for episode in episodes]
+    assert all((drawn is None) is (cell is None) for (_, _, cell), (_, drawn) in zip(episodes, seen, strict=True))
+    assert len({images for images, _ in seen}) == len(seen), "each cell differs from the others, and from the clean run"
+    rebuilt = suite.make(image_size=SIZE)
+    for index in np.random.default_rng(5).permutation(len(episodes) * 2) % len(episodes):
+        assert perturbed(rebuilt, *episodes[index]) == seen[index], episodes[index]
+    rebuilt.close()
 
 
 def test_truncated_at_the_limit(suite: Suite) -> None:

@@ -1,0 +1,27 @@
+"""Say an instruction in words and patterns that training never sees. Works for every suite."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+
+from cogvla.envs.perturbation.perturbation import Values, by_level
+from cogvla.policy.instructions.paraphrase import contrasts, reword
+
+LEVELS: Sequence[Values] = by_level(
+    verbs=(True, True, True),
+    patterns=(False, True, True),  # with politeness and order
+    nouns=(False, False, True),  # with colours; or a typing error
+)
+
+
+def reworded(instruction: str, level: int, seed: Sequence[int], instructions: Iterable[str]) -> str:
+    """Return another wording of an instruction.
+
+    Args:
+        instruction: the instruction.
+        level: level of the dimension `wording`.
+        seed: see `Perturbation.seed`.
+        instructions: all of the suite; what tells them apart stays.
+    """
+    return reword(instruction, level, random.Random(repr(list(seed))), contrasts(instructions))
