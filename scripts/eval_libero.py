@@ -104,7 +104,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
             found = compare(reports[suite.name], {p: reports[f"{suite.name}_{p}"] for p in perturbed})
             folders = {str(p): f"{suite.name}_{p}" for p in perturbed} | {CLEAN: suite.name}
             print(table(found))
-            print(f"robustness: {write_page(found, suite, output, folders)}")
+            print(f"robustness: {write_page(found, output, folders)}")
     if len(reports) > 1:
         write_atomic(output / "index.html", render_index(reports))
         print(f"all reports: {output / 'index.html'}")
@@ -150,7 +150,8 @@ def _cells(config: DictConfig, suite: Suite) -> list[Perturbation]:
         return []
     if config.asked is not None:
         raise ValueError("give either perturbation or asked: a swapped instruction is a measurement of its own")
-    return chosen_cells(str(config.perturbation), config.level, suite)
+    values = plain(config)
+    return chosen_cells(values["perturbation"], values["level"], suite)
 
 
 def _shard(text: str | None) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from cogvla.envs.evaluation.episode_log import (
     read_run,
 )
 from cogvla.envs.evaluation.evaluate import write_report
+from cogvla.envs.evaluation.perturbed import PICTURE
 from cogvla.envs.evaluation.report import Report, build_report, check_played, summary
 from cogvla.envs.suite import Suite, Task
 from cogvla.files import is_left_by_macos, visible, write_atomic
@@ -102,6 +103,9 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
     for part in parts:
         for video in visible(part.folder / VIDEOS, "*.mp4"):
             shutil.copy2(video, output / VIDEOS)
+    for part in reversed(parts):
+        if (part.folder / PICTURE).exists():
+            shutil.copy2(part.folder / PICTURE, output)
     sessions = [session for part in parts for session in part.sessions]
     write_atomic(output / RUN, json.dumps({"fingerprint": first.fingerprint, "sessions": sessions}, indent=2) + "\n")
     ordered = [results[key] for key in sorted(results)]

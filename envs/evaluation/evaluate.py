@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EpisodeLog, VideoChoice
+from cogvla.envs.evaluation.perturbed import PICTURE, first_images
 from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
@@ -141,6 +143,10 @@ def evaluate(
                 raise
         wall_s = time.perf_counter() - started
         choice.prune()
+        if perturbation is not None and not (output / PICTURE).exists():
+            picture = first_images(policy, suite, specs[0], settings.rollout_settings(), min(workers, 1))
+            if picture is not None:
+                write_atomic(output / PICTURE, picture)
 
         report = build_report(
             suite=suite,
@@ -152,6 +158,7 @@ def evaluate(
                 "asked": fingerprint["asked"],
                 "unknown_words": unknown,
                 "perturbation": "none" if perturbation is None else str(perturbation),
+                "magnitudes": magnitudes,
                 "policy": described,
                 "simulation": dict(suite.settings),
                 "command": command,
@@ -231,7 +238,13 @@ def _timed_calls(policy: Policy, observations: Sequence[Observation]) -> Iterato
 def write_parquet(path: Path, episodes: Sequence[EpisodeResult], suite: Suite) -> None:
     """Write the episodes as Parquet: one row for each episode; lists hold one value for each chunk."""
     rows: list[Mapping[str, Any]] = [
-        {"suite": suite.name, "task_name": suite.tasks[r.task].name, **r.to_dict()} for r in episodes
+        {
+            "suite": suite.name,
+            "task_name": suite.tasks[r.task].name,
+            **r.to_dict(),
+            "perturbation": None if r.perturbation is None else json.dumps(r.perturbation),
+        }
+        for r in episodes
     ]
     schema = pa.schema(
         [
@@ -241,6 +254,7 @@ def write_parquet(path: Path, episodes: Sequence[EpisodeResult], suite: Suite) -
             ("attempts", pa.int32()), ("reset_s", pa.float64()), ("environment_s", pa.float64()),
             ("wall_s", pa.float64()), ("inference_ms", pa.list_(pa.float64())), ("loop_ms", pa.list_(pa.float64())),
             ("batch", pa.list_(pa.int32())), ("video", pa.string()),
+            ("perturbation", pa.string()),
         ]
     )  # fmt: skip
     buffer = pa.BufferOutputStream()

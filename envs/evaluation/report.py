@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from cogvla.envs.episodes import EpisodeResult
+from cogvla.envs.evaluation.perturbed import PICTURE, drawn_values
 from cogvla.envs.evaluation.plots import latency_curves, length_histogram
 from cogvla.envs.evaluation.statistics import Latency, Rate, latency, success_rate
 from cogvla.envs.rollout.video import contact_sheet
@@ -99,6 +100,12 @@ class Report:
     reproduce: Mapping[str, Any]
     episodes: tuple[EpisodeResult, ...]
     control: ControlTiming | None = None
+
+    @property
+    def perturbed(self) -> str | None:
+        """The cell of the robustness benchmark; None: none."""
+        cell = self.reproduce.get("perturbation", "none")
+        return None if cell == "none" else str(cell)
 
     @property
     def swapped(self) -> bool:
@@ -211,6 +218,7 @@ def summary(report: Report) -> str:
         line = f"{report.suite}: no episode could be played"
     else:
         mode = ", another task asked for" if report.swapped else ""
+        mode += f", perturbed ({report.perturbed})" if report.perturbed else ""
         line = (
             f"{report.suite}{mode}: success {rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] "
             f"of {rate.trials} episodes, {total.errors} errors"
@@ -261,6 +269,8 @@ def render_html(report: Report, folder: Path) -> str:
         figures=figures,
         sections=_sections(report),
         videos=_videos(report, folder),
+        picture=(folder / PICTURE).read_bytes() if report.perturbed and (folder / PICTURE).exists() else None,
+        drawn=drawn_values(report.episodes),
         errors=[r for r in report.episodes if r.error is not None],
     )
 
@@ -290,6 +300,7 @@ def _sections(report: Report) -> list[tuple[str, Mapping[str, Any]]]:
     run |= {f"{name} in the last session": value for name, value in found["run"].items()}
     return [
         ("Policy", found["policy"]),
+        *([("Perturbation", {"cell": report.perturbed, **found["magnitudes"]})] if report.perturbed else []),
         ("Protocol", {"suite": report.suite, "instruction": found["asked"], **found["protocol"]}),
         *([("Simulation", found["simulation"])] if found.get("simulation") else []),
         ("Machine", found["machine"]),

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from cogvla.envs.contract import Perturbable, required
+from cogvla.envs.evaluation.perturbed import PICTURE
 from cogvla.envs.evaluation.report import Report, template
 from cogvla.envs.evaluation.statistics import Rate, sign_test
-from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, OF_THE_PLAYER, Perturbation
-from cogvla.envs.perturbation.sensor import Sensor
+from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, Perturbation
 from cogvla.envs.suite import Suite
 from cogvla.files import write_atomic
 
 CLEAN = "clean"
-PICTURE_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,7 @@ class Cell:
         won, lost: episodes that succeed only in the cell, and only in the clean run.
         p: two-sided p-value of the sign test of these episodes.
         errors: episodes without a result.
+        instruction: what the policy was told in the first episode.
     """
 
     perturbation: Perturbation
@@ -44,6 +41,7 @@ class Cell:
     lost: int
     p: float
     errors: int
+    instruction: str
 
 
 @dataclass(frozen=True)
@@ -73,19 +71,24 @@ class Robustness:
         return next((c for c in self.cells if c.perturbation == Perturbation(dimension, level)), None)
 
 
-def chosen_cells(name: str, level: int | None, suite: Suite) -> list[Perturbation]:
+def chosen_cells(names: str | Sequence[str], levels: int | Sequence[int] | None, suite: Suite) -> list[Perturbation]:
     """Return the cells that a command asks for.
 
     Args:
-        name: a dimension, or `all`: those that the suite supports.
-        level: a level; None: all.
+        names: a dimension or a list of them, or `all`: those that the suite supports.
+        levels: a level or a list of them; None: all.
         suite: the suite.
 
     Raises:
         ValueError: there is no such dimension or level, or the suite does not support it.
     """
-    dimensions = [d for d in DIMENSIONS if d in suite.perturbations] if name == "all" else [name]
-    cells = [Perturbation(d, each) for d in dimensions for each in (LEVELS if level is None else (level,))]
+    chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    if "all" in chosen:
+        chosen = [name for name in DIMENSIONS if name in suite.perturbations]
+    wanted = LEVELS if levels is None else levels if isinstance(levels, list | tuple) else [levels]
+    cells = [Perturbation(name, level) for name in chosen for level in dict.fromkeys(wanted)]
+    if not cells:
+        raise ValueError("perturbation and level must not be empty lists")
     for cell in cells:
         suite.magnitudes(cell)
     return cells
@@ -100,9 +103,8 @@ def compare(clean: Report, perturbed: Mapping[Perturbation, Report]) -> Robustne
         pairs = [(now, then) for now, then in played if then is not None]
         won, lost = sum(now and not then for now, then in pairs), sum(then and not now for now, then in pairs)
         difference = (won - lost) / len(pairs) if pairs else None
-        cells.append(
-            Cell(perturbation, report.total.success, difference, won, lost, sign_test(won, lost), report.total.errors)
-        )
+        total, told = report.total, next((e.instruction for e in report.episodes if e.instruction), "")
+        cells.append(Cell(perturbation, total.success, difference, won, lost, sign_test(won, lost), total.errors, told))
     levels = {level: _mean([c for c in cells if c.perturbation.level == level]) for level in LEVELS}
     dimensions = {name: _mean([c for c in cells if c.perturbation.dimension == name]) for name in DIMENSIONS}
     return Robustness(clean.suite, clean.total.success, tuple(cells), levels, dimensions, _mean(cells), clean.reproduce)
@@ -130,16 +132,16 @@ def table(found: Robustness) -> str:
     return "\n".join([head, *("  ".join(f"{text:>10}" for text in row) for row in rows)])
 
 
-def write_page(found: Robustness, suite: Suite, output: Path, folders: Mapping[str, str]) -> Path:
+def write_page(found: Robustness, output: Path, folders: Mapping[str, str]) -> Path:
     """Write `NAME_robustness.html`, with a picture of each cell, and `.json`; return the path of the page.
 
     Args:
         found: the benchmark.
-        suite: the suite, which renders the pictures.
         output: folder of the files.
-        folders: name of a cell, and `clean` -> folder of its report, relative to `output`.
+        folders: name of a cell, and `clean` -> folder of its report and picture, relative to `output`.
     """
-    pictures = _pictures(suite, [cell.perturbation for cell in found.cells])
+    files = {str(cell.perturbation): output / folders[str(cell.perturbation)] / PICTURE for cell in found.cells}
+    pictures = {name: file.read_bytes() for name, file in files.items() if file.exists()}
     body = {
         "suite": found.suite,
         "clean": asdict(found.clean),
@@ -154,24 +156,3 @@ def write_page(found: Robustness, suite: Suite, output: Path, folders: Mapping[s
     shown = {"found": found, "pictures": pictures, "folders": folders, "dimensions": DIMENSIONS, "levels": LEVELS}
     write_atomic(page, template("robustness.html.j2").render(shown))
     return page
-
-
-def _pictures(suite: Suite, cells: list[Perturbation]) -> dict[str, bytes]:
-    """Return the first image of each cell, and of the clean run, as PNG: agentview and wrist of task 0, state 0."""
-    env: Any = suite.make(image_size=PICTURE_SIZE)
-    pictures = {}
-    try:
-        for cell in (None, *cells):
-            changes_scene = cell is not None and cell.dimension not in OF_THE_PLAYER
-            if changes_scene or set(suite.perturbations) - set(OF_THE_PLAYER):
-                required(env, Perturbable, "perturbation").perturbation = cell if changes_scene else None
-            observation, _ = env.reset(options={"task": 0, "initial_state": 0})
-            images = {name: observation[name] for name in ("agentview", "wrist")}
-            if cell is not None and cell.dimension == "sensor":
-                images = Sensor(cell.level, cell.seed(suite.name, 0, 0), 0)(images, 0)
-            buffer = io.BytesIO()
-            Image.fromarray(np.concatenate(list(images.values()), axis=1)).save(buffer, "PNG")
-            pictures[CLEAN if cell is None else str(cell)] = buffer.getvalue()
-    finally:
-        env.close()
-    return pictures
