@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
@@ -18,6 +17,7 @@ from cogvla.envs.suite import Suite
 from cogvla.policy.interface import Observation, Policy
 
 PICTURE = "perturbation.png"
+GAP = 4
 SHOWN = 6
 """Largest number of different texts that are listed."""
 
@@ -41,8 +41,11 @@ def first_images(
     height = max(image.shape[1] for image in clean.values())
     images = [Image.fromarray(views[name][0]) for name in clean for views in (clean, perturbed)]
     images = [image.resize((round(image.width * height / image.height), height)) for image in images]
+    sheet = Image.new("RGB", (sum(image.width + GAP for image in images) - GAP, height), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (sum(other.width + GAP for other in images[:index]), 0))
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1)).save(buffer, "PNG")
+    sheet.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -66,6 +66,11 @@ class Robustness:
     mean: float | None
     reproduce: Mapping[str, Any]
 
+    @property
+    def drop(self) -> float | None:
+        """Success without perturbation minus the mean of all cells."""
+        return None if self.mean is None or self.clean.value is None else self.clean.value - self.mean
+
     def cell(self, dimension: str, level: int) -> Cell | None:
         """Return a cell; None: it was not played."""
         return next((c for c in self.cells if c.perturbation == Perturbation(dimension, level)), None)
@@ -149,6 +154,7 @@ def write_page(found: Robustness, output: Path, folders: Mapping[str, str]) -> P
         "levels": found.levels,
         "dimensions": found.dimensions,
         "mean": found.mean,
+        "drop": found.drop,
         "reproduce": found.reproduce,
     }
     write_atomic(output / f"{found.suite}_robustness.json", json.dumps(body, indent=1, default=str) + "\n")

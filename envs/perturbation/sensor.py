@@ -1,6 +1,6 @@
 """Perturb the images that a policy sees, as a worse camera would. Works for every suite, at any image size.
 
-Each episode has one fault; the initial states of a task take turns through all. Shape legend: C the three colours.
+Each episode has one fault; the initial states of a task take turns through all.
 """
 
 from __future__ import annotations

@@ -45,12 +45,13 @@ from cogvla.envs.tabletop.perturbations import (
     PERTURBATIONS,
     PIVOT,
     Start,
+    agentview_orbits,
     change_light,
     change_table,
     crowd,
-    move_cameras,
     move_furniture,
     move_start,
+    move_wrist_camera,
 )
 from cogvla.envs.tabletop.scene import TIMESTEP, Scene
 
@@ -336,11 +337,13 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             items = [self.scene.items[name] for name in sorted(self.scene.placed)]
             drawn = change_table(appearance, draws, values, model.geom("table").rgba[:3].copy(), items)
         elif dimension == CAMERA:
-            for drawn in move_cameras(appearance, draws, values):
-                appearance.orbit("agentview", PIVOT, **drawn)
+            drawn = move_wrist_camera(appearance, draws, values)
+            for orbit in agentview_orbits(draws, values):
+                appearance.orbit("agentview", PIVOT, **orbit)
                 mujoco.mj_forward(model, self.scene.data)
                 if self._sides_are_right():
                     break
+            drawn |= orbit
         else:
             return {}
         mujoco.mj_forward(model, self.scene.data)

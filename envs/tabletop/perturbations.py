@@ -102,13 +102,20 @@ Drawn = dict[str, Any]
 # --- cameras, lights, surfaces -------------------------------------------------------------------------------------
 
 
-def move_cameras(appearance: Appearance, rng: np.random.Generator, values: Values) -> list[Drawn]:
-    """Move the wrist's camera. Return positions for `agentview`, best first; the others turn less, or the other way.
+def move_wrist_camera(appearance: Appearance, rng: np.random.Generator, values: Values) -> Drawn:
+    """Move the wrist's camera in its mount, and return what was drawn."""
+    shift, turn = draw_jolt(rng, values)
+    appearance.jolt("wrist", shift, turn)
+    sizes = np.linalg.norm(shift), np.linalg.norm(turn)
+    return {"wrist_mm": 1000 * float(sizes[0]), "wrist_degrees": float(np.rad2deg(sizes[1]))}
+
+
+def agentview_orbits(rng: np.random.Generator, values: Values) -> list[Drawn]:
+    """Draw how `agentview` moves: the arguments of `Appearance.orbit`; then others that turn the other way, or less.
 
     The first that keeps what the instruction calls left and right is right for the episode.
     """
     drawn = draw_camera(rng, values)
-    appearance.jolt("wrist", *draw_jolt(rng, values))
     less = [{"azimuth": share * drawn["azimuth"], "roll": abs(share) * drawn["roll"]} for share in _SHRINK]
     return [{**drawn, **turn} for turn in less]
 

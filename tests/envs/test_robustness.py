@@ -50,6 +50,7 @@ def test_cells_are_compared_episode_by_episode() -> None:
     assert found.dimensions["light"] == 0.375
     assert found.dimensions["camera"] is None
     assert found.mean == pytest.approx((0.75 + 0 + 1) / 3)
+    assert found.drop == pytest.approx(0.75 - (0.75 + 0 + 1) / 3)
     assert "light        75 %         0 %           -        38 %" in table(found)
 
 
@@ -124,7 +125,9 @@ def test_the_report_of_a_cell_shows_what_was_drawn(tmp_path: Path) -> None:
     assert "perturbation sensor, level 3" in page
     assert "noise (3×)" in page
     with Image.open(tmp_path / "whole" / PICTURE) as image:
-        images = np.split(np.asarray(image), 4, axis=1)  # of both cameras, without and with it
+        images = [
+            np.asarray(image)[:, left : left + 32] for left in range(0, 4 * 36, 36)
+        ]  # without, with; both cameras
     assert images[0].shape == (32, 32, 3)
     assert not any(np.array_equal(images[i], images[i + 1]) for i in (0, 2))
     rows = pq.read_table(tmp_path / "whole" / "episodes.parquet")["perturbation"].to_pylist()
