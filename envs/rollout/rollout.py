@@ -366,13 +366,16 @@ class _Loop:
                     self._next_episode(other)
 
     def _check_failures(self, slot: _Slot, text: str) -> None:
-        """Raise EveryEpisodeFailsError if nothing was played, and each worker has failed for the same reason."""
+        """Raise EveryEpisodeFailsError if nothing was played, and each worker has failed for the same reason.
+
+        A worker that still builds its environment has no say: it may take longer than all episodes of another one.
+        """
         if not self.stops_early:
             return
         assert slot.spec is not None, "a started episode has failed"
         slot.failed = True
         self._failures[slot.spec] = re.sub(r"\d+", "#", _last_line(text))  # numbers of tasks, processes, times
-        everywhere = all(other.failed or other.idle for other in self._slots)
+        everywhere = all(other.failed or other.idle or other.spec is None for other in self._slots)
         if len(self._failures) > 1 and everywhere and len(set(self._failures.values())) == 1:
             raise EveryEpisodeFailsError(self._suite.name, text)
 
