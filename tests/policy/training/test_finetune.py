@@ -66,7 +66,7 @@ def test_the_papers_choice_of_what_is_trained() -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     full = {name for name in trained if ".lora_" not in name}
     router = re.compile(
-        r"vision\.towers\.\w+\.(film|aggregation)\.|vision\.fusion\.|decoder\.routers\.|state\.|head\.|placeholder"
+        r"vision\.towers\.\w+\.(film|aggregation)\.|vision\.fusion\.|order\.|decoder\.routers\.|state\.|head\.|placeholder"
     )
     assert full == {name for name in everything if router.match(name)}
     layers = dict(adapters.adapted_layers(model))
@@ -101,6 +101,15 @@ def test_every_adapter_counts() -> None:
     model(tiny_input()).actions.square().sum().backward()
     silent = [name for name, p in model.named_parameters() if ".lora_" in name and (p.grad is None or not p.grad.any())]
     assert not silent
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_all"])
+@pytest.mark.parametrize("summary", ["words", "contextual"])
+def test_the_order_of_the_words_is_trained_fully(name: str, summary: str) -> None:
+    config = FinetuneConfig(**{**load("finetune", name), "rank": 4})
+    order = {name: p for name, p in adapted(config, summary=summary).named_parameters() if name.startswith("order.")}
+    assert bool(order) == (summary == "contextual")
+    assert all(p.requires_grad and ".lora_" not in name for name, p in order.items())
 
 
 def test_merge_and_unmerge_is_a_round_trip_bit_for_bit() -> None:
