@@ -1,9 +1,12 @@
-"""Write files so that a crash or a full disk leaves the old content, and list the files of a folder."""
+"""Write files so that a crash or a full disk leaves the old content, read JSON files, list the files of a folder."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -17,6 +20,47 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class KeyTwiceError(ValueError):
+    """A mapping in a file has a key twice, of which most readers keep the last."""
+
+
+def unique(pairs: Sequence[tuple[Hashable, Any]]) -> dict[Any, Any]:
+    """Return the mapping of these pairs; for the `object_pairs_hook` of `json`.
+
+    Raises:
+        KeyTwiceError: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise KeyTwiceError(f"the key {twice!r} twice; keep one of them")
+    return found
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """Read a JSON file with an object.
+
+    Args:
+        path: the file.
+        advice: what the user can do if it is damaged, the end of the message.
+
+    Raises:
+        ValueError: it is missing or damaged, holds something else, or has a key twice.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)  # as Windows may write it
+    except KeyTwiceError as error:
+        raise ValueError(f"{path} has {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {advice}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it is not a JSON object); {advice}")
+    return content
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from cogvla.configs.schema import DATACLASSES
+from cogvla.files import KeyTwiceError, unique
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,9 +67,9 @@ def read_once(path: Path, where: str) -> Any:
         OSError: it cannot be read.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         if path.suffix == ".json":
-            return json.loads(text, object_pairs_hook=_once)
+            return json.loads(text, object_pairs_hook=unique)
         return yaml.load(text, _OnceLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -78,28 +79,16 @@ def read_once(path: Path, where: str) -> Any:
         raise ValueError(f"{where} is no text in UTF-8; save it as UTF-8") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is no JSON at line {error.lineno}: {error.msg}") from error
-    except _TwiceError as error:
-        raise ValueError(f"{where} has the key {error} twice; keep one of them") from error
-
-
-class _TwiceError(Exception):
-    """A mapping has this key twice."""
+    except KeyTwiceError as error:
+        raise ValueError(f"{where} has {error}") from error
 
 
 class _OnceLoader(_Loader):
     """Refuses mappings that have a key twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        return _once([(key.value, value) for key, value in node.value]) and super().construct_mapping(node, deep)
-
-
-def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    for key, value in pairs:
-        if str(key) in found:
-            raise _TwiceError(repr(key))
-        found[str(key)] = value
-    return found
+        unique([(key.value, value) for key, value in node.value])
+        return super().construct_mapping(node, deep)
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

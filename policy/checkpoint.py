@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvla.configs.build import build
+from cogvla.files import read_object
 from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
@@ -43,6 +44,7 @@ from cogvla.routing.router import RouterConfig
 
 FORMAT = 1
 ROUTER_WEIGHTS = "router."
+ANOTHER = "use another checkpoint"
 TRAINING = "training.pt"
 FLOAT8 = "float8.json"
 
@@ -142,19 +144,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: the folder is missing, incomplete, damaged, or of another format.
     """
     check_checkpoint_folder(folder)
-    body = _read_json(folder / CONFIG)
+    body = read_object(folder / CONFIG, ANOTHER)
     if body.get("format") != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {body.get('format')!r}; this version reads {FORMAT}")
-    return body
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
-    if not isinstance(body, dict):
-        raise ValueError(f"{path} is damaged (it is not a JSON object); use another checkpoint")
     return body
 
 
@@ -189,7 +181,7 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
     """
     folder = Path(folder)
     body = read_config(folder)
-    statistics = _read_json(folder / STATISTICS)
+    statistics = read_object(folder / STATISTICS, ANOTHER)
     try:
         embodiment = build(Embodiment, body["embodiment"], "embodiment")
         tokenizer = tokenizer_from_dict(body["tokenizer"], folder)
@@ -238,7 +230,7 @@ def _load_calibration(folder: Path) -> Calibration | None:
     if not (folder / FLOAT8).is_file():
         return None
     try:
-        body = _read_json(folder / FLOAT8)
+        body = read_object(folder / FLOAT8, ANOTHER)
         largest = {str(name): float(value) for name, value in body["largest_inputs"].items()}
         return Calibration(largest, dict(body["about"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -12,7 +12,7 @@ from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.recorded_dataset import recorded_episodes
 from cogvla.envs.recording.recorder import record
 from cogvla.files import visible
-from cogvla.policy.weights.import_weights import SafetensorFiles
+from cogvla.policy.weights.safetensor_files import SafetensorFiles
 from cogvla.real_robot.recording.recorder import RecordingFolder
 from cogvla.tests.support import toy_suite
 from cogvla.tests.support.libero_assets import needs_libero

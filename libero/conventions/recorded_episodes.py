@@ -9,7 +9,6 @@ Shape legend: N frames of the data set, T steps, S state, A action, F chosen fra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from cogvla.envs.recording.recorder import RECORDING_FILE
+from cogvla.files import read_object
 from cogvla.libero.hdf5 import reader as hdf5_reader
 from cogvla.libero.hdf5.conversion import CONVERSION, INITIAL_STATES
 from cogvla.libero.hdf5.replay import WAITING_STEPS
@@ -301,10 +301,4 @@ def _start(values: Mapping[str, Any], where: str) -> EpisodeStart:
 
 def _json(path: Path) -> dict[str, Any]:
     """Read a JSON file with an object; an empty one if there is no file; ValueError if it is damaged."""
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); record or download the data set again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it must hold a JSON object); record or download the data set again")
-    return content
+    return read_object(path, "record or download the data set again") if path.is_file() else {}

@@ -1,8 +1,10 @@
 """The metadata of a LeRobotDataset v2.0, v2.1 or v3, checked against itself.
 
-meta/info.json                                features, frame rate, number of frames
-meta/episodes/*/*.parquet, episodes.jsonl     (v3, v2) length and tasks of each episode, its part of the videos
-meta/tasks.parquet, tasks.jsonl               (v3, v2) texts of the tasks
+    meta/info.json                                features, frame rate, number of frames
+    meta/episodes/*/*.parquet, episodes.jsonl     (v3, v2) length and tasks of each episode, its part of the videos
+    meta/tasks.parquet, tasks.jsonl               (v3, v2) texts of the tasks
+
+Numbers may be stored as another type if they are the same numbers; anything else is refused by file and key.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cogvla.files import visible
+from cogvla.files import read_object, visible
 from cogvla.policy.data.columns import AGAIN, is_text, numbers, parquet, texts, whole_numbers
 
 PANDAS_INDEX = "__index_level_0__"
@@ -48,7 +50,7 @@ class VideoPart:
 
 @dataclass(frozen=True)
 class EpisodeEntry:
-    """What the metadata says about an episode.
+    """One episode in the metadata.
 
     Attributes:
         number: its `episode_index`.
@@ -83,10 +85,7 @@ class Metadata:
 
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / "meta" / "info.json"
-        info = read_json(self.path)
-        if not isinstance(info, dict):
-            raise ValueError(f"{self.path} is damaged (it is no JSON object); {AGAIN}")
-        self._info = info
+        self._info = info = read_object(self.path, AGAIN)
         version = str(info.get("codebase_version"))
         if version.split(".")[0] not in ("v2", "v3"):
             raise ValueError(
@@ -205,18 +204,6 @@ class Metadata:
     def _wrong(self, key: str, should: str, value: Any = None) -> ValueError:
         found = self._info.get(key) if value is None else value
         return ValueError(f"{self.path}: {key} {should}, it is {json.dumps(found)[:80]}; correct it, or {AGAIN}")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors begin files with a mark
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); {AGAIN}") from error
 
 
 def _number(value: Any) -> float:

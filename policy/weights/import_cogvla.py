@@ -8,7 +8,6 @@ The weights fit a model with the routing of `configs/routing/faithful.yaml` and 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,16 +17,9 @@ from torch import Tensor
 
 from cogvla.files import visible
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.weights.import_weights import (
-    Lora,
-    LoraMerged,
-    Names,
-    Renamed,
-    SafetensorFiles,
-    load_parameters,
-    read_json,
-    read_pt,
-)
+from cogvla.policy.weights.import_weights import Names, Renamed, load_parameters, read_pt
+from cogvla.policy.weights.lora import LoraMerged, read_lora
+from cogvla.policy.weights.safetensor_files import SafetensorFiles
 
 TOWERS = {"dinov2": "featurizer", "siglip": "fused_featurizer"}
 """Our names of the towers, in the order of the streams -> published names."""
@@ -157,40 +149,6 @@ def cogvla_weights(
     if towers is not None:
         parts.append((towers, f"{vision}.".__add__))
     return Renamed(*parts)
-
-
-_NOT_PLAIN = (
-    *("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"),
-    *("layer_replication", "alora_invocation_tokens", "target_parameters", "trainable_token_indices"),
-    *("arrow_config", "monteclora_config", "kasa_config", "megatron_config"),
-)
-"""Keys of an `adapter_config.json` that make updates more than `W + scale * B @ A`."""
-
-
-def read_lora(adapter: Path, check_targets: bool = True) -> Lora:
-    """Read rank and scale of an adapter's updates from its `adapter_config.json`.
-
-    Raises:
-        ValueError: the file is missing or damaged, or describes more than plain LoRA.
-    """
-    path = adapter / "adapter_config.json"
-    try:
-        config = read_json(path)
-        rank, alpha = config["r"], float(config["lora_alpha"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"the weights contain LoRA updates, but {path} does not give r and lora_alpha") from error
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not 0 < alpha < math.inf:
-        raise ValueError(f"{path} needs a whole number r from 1 and lora_alpha above 0, got r={rank!r}, {alpha=}")
-    start = config.get("init_lora_weights", True)  # others change the base's weights
-    more = [key for key in _NOT_PLAIN if config.get(key)]
-    more += [] if start in (True, False, None, "gaussian", "eva") else ["init_lora_weights"]
-    more += [] if config.get("peft_type", "LORA") == "LORA" else ["peft_type"]
-    if more:
-        raise ValueError(f"{path} describes more than plain LoRA ({', '.join(more)}); merge it with peft first")
-    targets = config.get("target_modules") if check_targets else None
-    saved = config.get("modules_to_save") if check_targets else None
-    named = tuple(t for group in (targets, saved) if isinstance(group, list) for t in group)
-    return Lora(rank, alpha / (rank**0.5 if config.get("use_rslora") else rank), named)
 
 
 def one_file(folder: Path, name: str, required: bool) -> Path | None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from cogvla.files import visible
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.weights.import_cogvla import TOWERS, cogvla_names, one_file, vit_name
-from cogvla.policy.weights.import_weights import Names, Renamed, SafetensorFiles, read_pt
+from cogvla.policy.weights.import_weights import Names, Renamed, read_pt
+from cogvla.policy.weights.safetensor_files import SafetensorFiles
 
 _PROJECTOR = {"0": "fc1", "2": "fc2", "4": "fc3"}
 _PRISMATIC_TOWERS = {"dino_featurizer.": "featurizer.", "siglip_featurizer.": "fused_featurizer."}

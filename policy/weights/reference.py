@@ -22,13 +22,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cogvla.files import read_object
 from cogvla.policy.inputs.normalise import Normaliser, Statistics
 from cogvla.policy.inputs.tokenizer import EMPTY_TOKEN
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.weights.import_cogvla import TOWERS, load_cogvla
-from cogvla.policy.weights.import_weights import Renamed, read_json
+from cogvla.policy.weights.import_weights import Renamed
+from cogvla.policy.weights.safetensor_files import AGAIN
 
 STOP_TOKEN = 2
 
@@ -63,7 +65,7 @@ def load_reference(folder: Path) -> Reference:
     """
     if not folder.is_dir():
         raise ValueError(f"no folder at {folder}; give one with fixture.json and its weights")
-    sizes, statistics = (read_json(folder / f"{name}.json") for name in ("fixture", "norm_stats"))
+    sizes, statistics = (read_object(folder / f"{name}.json", AGAIN) for name in ("fixture", "norm_stats"))
     parts = {name: _tensors(folder / f"{name}.safetensors") for name in ("model", "action_head", "proprio_projector")}
     cases = _tensors(folder / "cases.safetensors")
     try:

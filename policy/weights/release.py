@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from cogvla.files import visible
+from cogvla.files import read_object, visible
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.weights.import_cogvla import cogvla_names, cogvla_weights
 from cogvla.policy.weights.import_openvla import openvla_names, openvla_weights
-from cogvla.policy.weights.import_weights import Names, SafetensorFiles, read_json, unused_tensors
+from cogvla.policy.weights.import_weights import Names, unused_tensors
+from cogvla.policy.weights.safetensor_files import AGAIN, SafetensorFiles
 
 KINDS = ("openvla", "cogvla")
 _TEXT_CONFIG = {
@@ -95,7 +96,7 @@ class Release:
                 and `dataset` is None.
         """
         path = self.folder / "dataset_statistics.json"
-        sets = read_json(path) if path.is_file() else self.config.get("norm_stats") or {}
+        sets = read_object(path, AGAIN) if path.is_file() else self.config.get("norm_stats") or {}
         if dataset is None and len(sets) == 1:
             dataset = next(iter(sets))
         if dataset is None or dataset not in sets:
@@ -169,7 +170,7 @@ def open_release(
         raise ValueError(f"unknown kind {kind!r}; one of auto, {', '.join(KINDS)}")
     folder = checkpoint_folder(source)
     config_path = folder / "config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
+    config = read_object(config_path, AGAIN) if config_path.is_file() else {}
     if kind == "auto":
         kind = "cogvla" if config.get("use_aggr") or any(folder.glob("vision_backbone--*")) else "openvla"
     if kind == "openvla":

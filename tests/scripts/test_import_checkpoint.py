@@ -23,9 +23,10 @@ from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.empty_model import empty_model
-from cogvla.policy.weights.import_weights import SafetensorFiles, load_parameters
+from cogvla.policy.weights.import_weights import load_parameters
 from cogvla.policy.weights.pretrained import load_base
 from cogvla.policy.weights.release import open_release
+from cogvla.policy.weights.safetensor_files import SafetensorFiles
 from cogvla.scripts.command import compose
 from cogvla.scripts.import_checkpoint import main, run
 from cogvla.tests.support.plain_cogvla import PlainCogVLA, norm_stats, unnormalise
