@@ -27,7 +27,7 @@ from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, check_played, summary
 from cogvla.envs.recording.recorder import record
-from cogvla.envs.rollout.rollout import EveryEpisodeFailsError
+from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import visible
 from cogvla.policy.checkpoint import load_policy
@@ -138,7 +138,7 @@ def build_trainer(
     worded = training_wordings(data, config.wordings)
     texts = [text for some in worded.values() for text in some]
     tokenizer = _tokenizer(model_config.language, texts, base, reworded=len(texts) > len(data.instructions))
-    check_instructions(tokenizer, data)
+    check_instructions(tokenizer, data)  # `Trainer` does it, too, but after the model is built
     if config.wordings.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
         print(f"{len(plain)} of {len(worded)} instructions have no other wordings, for example {plain[0]!r}")
     for said in rare_dimensions(data, embodiment):

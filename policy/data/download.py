@@ -13,8 +13,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def local_root(root: str | None, repo_id: str | None, revision: str | None) -> tuple[Path, str | None]:
     """Return the data set's folder and its revision, if it is known; download what is missing if `repo_id` is given.
 
-    A folder that was not downloaded from the hub is used as it is. One that was is brought to the revision; without a
-    network it is used if no other commit is asked for.
+    A folder that was not downloaded from the hub is used as it is, without a revision. One that was is brought to the
+    revision; without a network it is used if no revision or its own commit is asked for.
 
     Args:
         root: folder of the data set; with a `repo_id`, the download folder (None: lerobot's own).
@@ -31,8 +31,14 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> t
     folder = Path(root or ".")
     there = root is not None and (folder / "meta" / "info.json").is_file()
     commit = _downloaded_commit(folder)
-    if there and (repo_id is None or commit is None or commit == revision):
-        return folder, commit or revision
+    if there and (revision == commit or (repo_id is None and revision is None)):
+        return folder, commit
+    if there and (repo_id is None or commit is None):
+        found = "was not downloaded from the hub" if commit is None else f"has revision {commit}"
+        raise ValueError(
+            f"{root} {found}, so it cannot be checked that it is {revision!r}: leave data.revision out, or choose "
+            "another root"
+        )
     if repo_id is None:
         raise ValueError(
             f"there is no LeRobotDataset in {root}: record one with `record_demonstrations suite=... output={root}`, "
@@ -41,6 +47,7 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> t
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    asked = revision
     try:
         if revision is None:
             tags = [ref.name for ref in HfApi().list_repo_refs(repo_id, repo_type="dataset").tags]
@@ -49,10 +56,11 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> t
         wanted = HfApi().repo_info(repo_id, repo_type="dataset", revision=revision).sha
         snapshot_download(repo_id, repo_type="dataset", revision=wanted, local_dir=folder)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        if there and not COMMIT.fullmatch(revision or ""):
+        if there and asked is None:
             return folder, commit
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot get the data set {repo_id!r} from the hub: {reason}") from error
+        kept = f"; {folder} has revision {commit}, which data.revision={commit} uses as it is" if there else ""
+        raise ValueError(f"cannot get the data set {repo_id!r} from the hub: {reason}{kept}") from error
     return folder, wanted
 
 

@@ -79,8 +79,8 @@ def frame_index(
     lengths = dict(zip(episode[order][starts].tolist(), length.tolist(), strict=True))
     _check_entries(metadata, entries, has_videos, lengths)
     notes: list[str] = []
-    if "timestamp" in columns:
-        stamp = columns["timestamp"].reshape(len(order), -1)[order, 0]
+    if "timestamp" in columns and columns["timestamp"].ndim == 1:
+        stamp = columns["timestamp"][order]
         notes = _rate_notes(metadata.fps, stamp - np.repeat(stamp[starts], length), episode[order], count)
     order = order[np.isin(episode[order], choose(np.array(list(lengths), np.int64), wanted))]
     row = np.full(len(episode), -1)

@@ -4,7 +4,7 @@ The files are read directly (parquet with pyarrow, videos with PyAV): lerobot ta
 copies all images. Nothing is believed that can be checked: frames are ordered by episode and frame number, and the
 metadata must agree with the files.
 
-Shape legend: N chosen frames of the data set, F frames of a part, E chosen episodes.
+Shape legend: N chosen frames of the data set, F frames of a part.
 """
 
 from __future__ import annotations
@@ -146,9 +146,6 @@ class LeRobotReader:
         }
         said = self._instructions()
         distinct = sorted(set(said))
-        if blank := [i for i, text in enumerate(said) if not text.strip()]:
-            episode = self._index.episode[order][blank[0]]
-            raise ValueError(f"{self.root}: episode {episode} has an empty instruction; every frame needs one")
         known = {text: number for number, text in enumerate(distinct)}
         columns["instruction"] = np.array([known[text] for text in said], np.int64)
         return columns, distinct
@@ -224,9 +221,9 @@ class LeRobotReader:
     @cached_property
     def _index(self) -> FrameIndex:
         read = self._read(("episode_index", "frame_index"), whole_numbers)
-        if "timestamp" in self.metadata.features:
-            read |= self._read(("timestamp",), numbers)
         columns = {key: np.concatenate(parts) for key, parts in read.items()}
+        if "timestamp" in self.metadata.features:
+            columns["timestamp"] = self._shaped("timestamp", self._read(("timestamp",), numbers)["timestamp"])
         return frame_index(self.metadata, self._entries, bool(self._videos), columns, self.wanted)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What a run must not change when it resumes: data, robot, objective and vocabulary."""
+"""Compare what must stay the same when a run resumes: data, robot, objective and vocabulary."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +18,7 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from av.video.stream import VideoStream
 from PIL import Image
@@ -26,6 +27,7 @@ from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, Tra
 from cogvla.policy.interface import Camera, Embodiment
 
 CAMERA = "observation.images.front"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 SIZE, FPS, CHUNK = 16, 10, 3
 LENGTHS = (4, 3, 5)
 TASKS = ("push the red cube", "lift the blue cube")
@@ -250,3 +252,46 @@ def assert_read(data: DemonstrationData, expected: Sequence[Frame], lengths: Seq
         chunk = [expected[row + min(step, left - 1)].action for step in range(CHUNK)]
         np.testing.assert_allclose(batch["actions"][row], chunk, rtol=1e-6)
         assert batch["action_is_pad"][row].tolist() == [step >= left for step in range(CHUNK)]
+
+
+def refused(root: Path, message: str, **settings: Any) -> None:
+    """Check that a data set is refused in one line that matches."""
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        open_data(root, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def edit_table(path: Path, **columns: Any) -> None:
+    """Change columns of a parquet file: values, a function of the values, or None to drop the column; `_` for `/`."""
+    whole = pq.read_table(path)
+    for given, change in columns.items():
+        name = next((n for n in whole.column_names if n.replace("/", "_").replace(".", "_") == given), given)
+        if change is None:
+            whole = whole.drop_columns([name])
+            continue
+        values = change(whole[name].to_pylist()) if callable(change) else change
+        array = values if isinstance(values, pa.Array) else pa.array(values)
+        if name in whole.column_names:
+            whole = whole.set_column(whole.column_names.index(name), name, array)
+        else:
+            whole = whole.append_column(name, array)
+    pq.write_table(whole, path)
+
+
+def write_tasks(root: Path, columns: Mapping[str, Any], pandas_index: list[str] | None = None) -> None:
+    """Replace the file of the tasks by one with these columns and this index as pandas notes it."""
+    whole = pa.table(dict(columns))
+    if pandas_index is not None:
+        whole = whole.replace_schema_metadata({"pandas": json.dumps({"index_columns": pandas_index})})
+    pq.write_table(whole, root / "meta/tasks.parquet")
+
+
+def with_action(row: int, value: Any, kind: pa.DataType) -> pa.Array:
+    """Return the column of actions with another value in one row."""
+    values = [list(r["action"]) for r in rows()]
+    values[row] = value
+    return pa.array(values, kind)
+
+
+def data_file(root: Path, number: int = 0) -> Path:
+    return root / f"data/chunk-000/file-{number:03d}.parquet"
