@@ -24,8 +24,9 @@ from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.perturbation.perturbation import Perturbation
+from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.rollout.player import PlayerSettings
-from cogvla.envs.rollout.rollout import EveryEpisodeFailsError, rollout
+from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic

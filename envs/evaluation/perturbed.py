@@ -1,4 +1,4 @@
-"""What the report of a perturbed evaluation shows: first images without and with the perturbation, and drawn values."""
+"""Content of the report of a perturbed evaluation: first images without and with the perturbation, and drawn values."""
 
 from __future__ import annotations
 
@@ -27,16 +27,14 @@ def first_images(
 ) -> bytes | None:
     """Return a PNG of what the policy sees first: for each camera the image without, and with the perturbation.
 
-    None: the episode could not be started.
+    `workers`: 1 or 0, so that the two episodes are played in order. None: one of them could not be started.
     """
     seen: list[Observation] = []
     watched = WatchedPolicy(policy, seen.append)
-    for each in (replace(spec, perturbation=None), spec):
-        before = len(seen)
-        list(rollout(watched, suite, [each], workers=workers, settings=replace(settings, max_steps=1)))
-        if len(seen) == before:
-            return None
-        del seen[before + 1 :]
+    both = [replace(spec, perturbation=None), spec]
+    list(rollout(watched, suite, both, workers=workers, settings=replace(settings, max_steps=1)))
+    if len(seen) != len(both):
+        return None
     clean, perturbed = (observation.images for observation in seen)
     height = max(image.shape[1] for image in clean.values())
     images = [Image.fromarray(views[name][0]) for name in clean for views in (clean, perturbed)]

@@ -119,7 +119,7 @@ class Report:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What makes the success rate doubtful, in words."""
+        """Reasons to doubt the success rate, one sentence each."""
         episodes, found = len(self.episodes), []
         if self.total.errors > MANY_ERRORS * episodes:
             found.append(

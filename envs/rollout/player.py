@@ -235,6 +235,7 @@ class Player:
             self._drawn = {"instruction": self._instruction}
 
     def _draw_alternative(self, spec: EpisodeSpec) -> int:
+        self._perturb(spec)
         self._skip_images(True)
         _, info = self._environment().reset(
             seed=spec.seed, options={"task": spec.task, "initial_state": spec.initial_state}

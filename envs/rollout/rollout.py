@@ -14,7 +14,6 @@ Shape legend: N slots that are answered together, T actions of each until the ne
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
+from cogvla.envs.rollout.failures import FirstFailures, last_line
 from cogvla.envs.rollout.player import (
     Advance,
     Failed,
@@ -43,26 +43,11 @@ from cogvla.envs.suite import Suite
 from cogvla.policy.chunking import Chunker, OpenLoop, TemporalEnsemble
 from cogvla.policy.interface import Embodiment, Observation, Policy
 
-__all__ = ["EpisodeResult", "EpisodeSpec", "EveryEpisodeFailsError", "RolloutSettings", "patience", "rollout"]
+__all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "patience", "rollout"]
 
 _log = logging.getLogger(__name__)
 ATTEMPTS = 2
 """Number of attempts at an episode that ends in an error. After the last one it counts as an error."""
-
-
-class EveryEpisodeFailsError(ValueError):
-    """The first episodes of all workers ended in the same error, and none could be played.
-
-    Attributes:
-        text: the last of these errors, with its traceback.
-    """
-
-    def __init__(self, suite: str, text: str) -> None:
-        super().__init__(
-            f"the first episodes of suite {suite!r} all ended in the same error, so no more are played: "
-            f"{_last_line(text)}"
-        )
-        self.text = text
 
 
 @dataclass(frozen=True)
@@ -145,8 +130,7 @@ def rollout(
         if spec.perturbation is not None:
             suite.magnitudes(spec.perturbation)
     start = LocalWorker if workers == 0 else start_worker
-    loop = _Loop(policy, suite, episodes, max(workers, 1), start, settings)
-    loop.stops_early = stop_if_all_fail
+    loop = _Loop(policy, suite, episodes, max(workers, 1), start, settings, stop_if_all_fail)
     return _run(loop, choose_video, on_result)
 
 
@@ -197,6 +181,7 @@ class _Loop:
         workers: int,
         start_worker: Callable[[PlayerSettings], Worker],
         settings: RolloutSettings,
+        stop_if_all_fail: bool,
     ) -> None:
         embodiment = policy.embodiment
         waiting_action_A = np.zeros(embodiment.action_dim, np.float32)
@@ -223,8 +208,7 @@ class _Loop:
         self._slots: list[_Slot] = []
         # `_built`: an environment could be built. `_lost_starts`: workers that died before they had built theirs.
         self._built, self._lost_starts = False, 0
-        self.stops_early = False
-        self._failures: dict[EpisodeSpec, str] = {}  # why episodes failed before any could be played
+        self._failures = FirstFailures(suite.name) if stop_if_all_fail else None
         self._inference_s = 0.0  # duration of the last batch
 
     def start(self) -> None:
@@ -247,7 +231,7 @@ class _Loop:
                     case Observed():
                         slot.observed, slot.asked_at = reply, time.perf_counter()
                     case Finished():
-                        self.stops_early = False
+                        self._failures = None  # one episode could be played
                         result = self._result(slot, reply)
                         path = choose_video(result) if choose_video else None
                         if path is None:
@@ -332,24 +316,24 @@ class _Loop:
             slot.batch.append(len(waiting))
             if not finite:
                 text = "the policy answered with NaN or infinite actions"
-                self._check_failures(slot, text)
+                self._note_failure(slot, text)
                 yield self._error(slot, text)
                 self._next_episode(slot)
 
     def _failed(self, slot: _Slot, reply: Failed) -> Iterator[EpisodeResult]:
         if slot.spec is not None and slot.result is None:
-            self._check_failures(slot, reply.text)
+            self._note_failure(slot, reply.text)
         if slot.spec is None:
             self._lost_starts += reply.died
             if not (reply.died and self._built and self._lost_starts < ATTEMPTS * len(self._slots)):
                 # The environment cannot even be built, so every episode would fail in the same way.
                 raise RuntimeError(f"the environment of suite {self._suite.name!r} cannot be built:\n{reply.text}")
-            _log.warning("a worker was lost while it started: %s", _last_line(reply.text))
+            _log.warning("a worker was lost while it started: %s", last_line(reply.text))
         elif slot.result is not None:
-            _log.warning("no video of %s: %s", slot.spec, _last_line(reply.text))
+            _log.warning("no video of %s: %s", slot.spec, last_line(reply.text))
             yield slot.result
         elif slot.attempt < ATTEMPTS:
-            _log.warning("%s is started again after an error: %s", slot.spec, _last_line(reply.text))
+            _log.warning("%s is started again after an error: %s", slot.spec, last_line(reply.text))
             self._queue.append((slot.spec, slot.attempt + 1))
         else:
             yield self._error(slot, reply.text)
@@ -365,19 +349,16 @@ class _Loop:
                     other.idle = False
                     self._next_episode(other)
 
-    def _check_failures(self, slot: _Slot, text: str) -> None:
-        """Raise EveryEpisodeFailsError if nothing was played, and each worker has failed for the same reason.
+    def _note_failure(self, slot: _Slot, text: str) -> None:
+        """Raise EveryEpisodeFailsError if each worker has failed for the same reason, and nothing could be played.
 
         A worker that still builds its environment has no say: it may take longer than all episodes of another one.
         """
-        if not self.stops_early:
-            return
-        assert slot.spec is not None, "a started episode has failed"
         slot.failed = True
-        self._failures[slot.spec] = re.sub(r"\d+", "#", _last_line(text))  # numbers of tasks, processes, times
-        everywhere = all(other.failed or other.idle or other.spec is None for other in self._slots)
-        if len(self._failures) > 1 and everywhere and len(set(self._failures.values())) == 1:
-            raise EveryEpisodeFailsError(self._suite.name, text)
+        if self._failures is not None and slot.spec is not None:
+            self._failures.add(slot.spec, text)
+            if all(other.failed or other.idle or other.spec is None for other in self._slots):
+                self._failures.check()
 
     def _result(self, slot: _Slot, finished: Finished) -> EpisodeResult:
         assert slot.spec is not None, "only a started episode finishes"
@@ -418,7 +399,3 @@ def patience(waiting_since: Sequence[float], playing: int, inference_s: float, n
         now: present time on the same clock.
     """
     return 0.0 if 2 * len(waiting_since) >= playing else min(waiting_since) + inference_s - now
-
-
-def _last_line(text: str) -> str:
-    return (text.strip() or "an error without a message").splitlines()[-1]

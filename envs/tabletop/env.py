@@ -222,16 +222,16 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             self.scene, self._layout, drawn = Scene(crowded.items), crowded.layout, crowded.drawn
         self.scene.place(self._layout.poses)
         turn = np.append(rng.uniform(-START_TILT, START_TILT, 2), rng.uniform(-START_YAW, START_YAW))
-        start = Start(np.zeros(3), rng.uniform(*START_REGION), turn, drawn)
+        start = Start(np.zeros(3), rng.uniform(*START_REGION), turn)
         if dimension == ROBOT:
-            start = move_start(start.position, START_REGION, draws, values)
+            start, drawn = move_start(start.position, START_REGION, draws, values)
         self.scene.stand(start.base)
         self._arm.stand(start.base)
         data = self.scene.data
         data.qpos[:7] = self._arm.reset(start.position, start.turn)
         data.qpos[self._fingers] = data.ctrl[7:9] = FINGER_OPEN
         mujoco.mj_forward(self.scene.model, data)
-        drawn = start.drawn | self._change_look(dimension, draws, values)
+        drawn |= self._change_look(dimension, draws, values)
         # Two instructions may mean the same object ("leftmost", "on the red mat"); the second is then no alternative.
         others = [i for i in sorted(layout.goals) if layout.goals[i] != layout.goals[self._asked]]
         info = self._info()

@@ -1,4 +1,7 @@
-"""What each level of a perturbation changes in the tabletop suites. `docs/robustness.md` shows it."""
+"""The perturbations of the tabletop suites: magnitudes of each level, and changes of scene, looks and start.
+
+`docs/robustness.md` lists and shows them.
+"""
 
 from __future__ import annotations
 
@@ -228,16 +231,16 @@ class Start:
         base: position of the arm's base [3] in metres.
         position: the gripper centre [3] in metres.
         turn: axis-angle [3] of the gripper, from the nominal grasp pose.
-        drawn: what was drawn.
     """
 
     base: np.ndarray
     position: np.ndarray
     turn: np.ndarray
-    drawn: Drawn
 
 
-def move_start(position: np.ndarray, region: np.ndarray, rng: np.random.Generator, values: Values) -> Start:
+def move_start(
+    position: np.ndarray, region: np.ndarray, rng: np.random.Generator, values: Values
+) -> tuple[Start, Drawn]:
     """Draw a start outside of the box of all starts, `region` [2,3], beside or above the start in it."""
     position = position.copy()
     side = int(rng.integers(5))  # nearer, farther, left, right or higher
@@ -250,4 +253,4 @@ def move_start(position: np.ndarray, region: np.ndarray, rng: np.random.Generato
     around, far = rng.uniform(-np.pi, np.pi), within(rng, values["base_mm"]) / 1000
     base = far * np.array([np.cos(around), np.sin(around), 0.0])
     drawn = {"outside_mm": 1000 * outside, "tilt": tilt, "yaw": yaw, "base_mm": 1000 * far}
-    return Start(base, position, turn, drawn)
+    return Start(base, position, turn), drawn

@@ -28,7 +28,7 @@ DRAWER = Item("drawer", "drawer", "drawer", "0.75 0.5 0.25 1", (0.055, 0.055, 0.
 WHITE = Item("white_button", "white button", "button", "1 1 1 1", (0.023, 0.023, 0.017))
 BLACK = Item("black_button", "black button", "button", "0.05 0.05 0.05 1", (0.023, 0.023, 0.017))
 FURNITURE = ((DRAWER.name,), (WHITE.name, BLACK.name))
-"""What stands at the robot's side of the table, in groups that stay together."""
+"""Fixed items at the robot's side of the table, in groups that stay together."""
 ITEMS = (RED, BLUE, PUCK, PLATE, TRAY, ZONE, DRAWER, WHITE, BLACK)
 
 REGION = np.array([[0.41, -0.21], [0.68, 0.21]])

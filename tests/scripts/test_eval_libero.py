@@ -19,7 +19,7 @@ from cogvla.envs.episodes import EpisodeResult
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.evaluation.report import Report, summary
-from cogvla.envs.rollout.rollout import EveryEpisodeFailsError
+from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.scripts.command import MISTAKES, compose
 from cogvla.scripts.eval_libero import run as run_command
 from cogvla.scripts.eval_libero import suites

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.rollout.rollout import (
     EpisodeResult,
     EpisodeSpec,
-    EveryEpisodeFailsError,
     RolloutSettings,
     patience,
     rollout,
