@@ -123,7 +123,7 @@ ADJECTIVES: Mapping[str, Words] = {
     )
 }
 ORDINALS = ("top", "bottom", "middle", "left", "right", "front", "back")
-"""What tells the parts of a thing apart."""
+"""Words that tell the parts of a thing apart."""
 THING = "~"
 WHICH: Mapping[str, Words] = {
     "left": _words("left ~, ~ on the left"),
@@ -139,7 +139,7 @@ WHICH: Mapping[str, Words] = {
                        "~ most distant from the robot"),
     "table center": _words("~ from table center", "~ from the center of the table", "~ amid the table"),
 }  # fmt: skip
-"""Which one of several equal things, around the thing (~)."""
+"""Words that pick one of several equal things, around the thing (~)."""
 RELATIONS: Mapping[str, Words] = {
     "in": _words("in", "inside", "within"),
     "on": _words("on", "", "upon"),
