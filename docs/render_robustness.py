@@ -25,7 +25,7 @@ def views(env: Any, dimension: str, task: int, state: int) -> list[Image.Image]:
     pictures = []
     for level in (0, *LEVELS):
         cell = Perturbation(dimension, level) if level else None
-        env.perturbation = None if dimension == SENSOR else cell
+        env.perturbations = () if cell is None or dimension == SENSOR else (cell,)
         env.reset(options={"task": task, "initial_state": state})
         image = env.render_camera("agentview", SIZE, SIZE)
         if cell is not None and dimension == SENSOR:

@@ -86,12 +86,12 @@ class Perturbable(Protocol):
     """Differ from training, for the robustness benchmark.
 
     Attributes:
-        perturbation: how the next resets differ; None: not at all. It does not change what the clean scene is. The
-            draws follow from task, initial state, dimension and level; `info["perturbation"]` of `reset` says them, as
-            plain values.
+        perturbations: how the next resets differ, at most one for each dimension; empty: not at all. They do not
+            change what the clean scene is. The draws follow from task, initial state, dimension and level;
+            `info["perturbation"]` of `reset` says them, as plain values.
     """
 
-    perturbation: Perturbation | None
+    perturbations: tuple[Perturbation, ...]
 
 
 class Cameras(Protocol):

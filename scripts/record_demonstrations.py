@@ -3,6 +3,7 @@
     record_demonstrations
     record_demonstrations suite=tabletop_goal episodes=500 workers=4
     record_demonstrations episodes=2000 grow=true       (adds to a finished recording)
+    record_demonstrations randomise=[camera,light,background]
 
 The same command resumes a stopped recording.
 """
@@ -31,6 +32,7 @@ def main(config: DictConfig) -> None:
         resume=config.resume,
         video=config.video,
         grow=config.grow,
+        randomise=plain(config)["randomise"],
     )
     print(f"{config.episodes} episodes of {config.suite} in {folder}")
 

@@ -19,6 +19,7 @@ LAYOUT, ROBOT, WORDING = "layout", "robot", "wording"
 DIMENSIONS = (CAMERA, LIGHT, BACKGROUND, SENSOR, LAYOUT, ROBOT, WORDING)
 OF_THE_PLAYER = (SENSOR, WORDING)
 """Dimensions that change observations of any environment; the others need `Perturbable` environments."""
+OF_THE_SCENE = tuple(name for name in DIMENSIONS if name not in OF_THE_PLAYER)
 LEVELS = (1, 2, 3)
 Values = Mapping[str, Any]
 """Magnitudes of one level, as plain values."""
@@ -54,6 +55,37 @@ class Perturbation:
 def by_level(**values: Sequence[Any]) -> tuple[Values, ...]:
     """Return the magnitudes of each level, from name -> value at the levels 1, 2 and 3."""
     return tuple({name: each[level - 1] for name, each in values.items()} for level in LEVELS)
+
+
+def changes(
+    perturbations: Sequence[Perturbation], offered: Mapping[str, Sequence[Values]], suite: str, task: int, state: int
+) -> dict[str, tuple[np.random.Generator, Values]]:
+    """Return what an environment must change in an episode: dimension -> source of its draws, and its magnitudes.
+
+    Args:
+        perturbations: of the episode.
+        offered: the suite's dimensions -> magnitudes of the levels.
+        suite: name of the suite.
+        task: index of the task.
+        state: number of the initial state.
+
+    Raises:
+        ValueError: a perturbation is none, has the dimension of another one, or is not for the environment.
+    """
+    found: dict[str, tuple[np.random.Generator, Values]] = {}
+    for each in perturbations:
+        if not isinstance(each, Perturbation):
+            raise ValueError(f"perturbations must be of the class Perturbation, got {each!r}")
+        if each.dimension in OF_THE_PLAYER:
+            raise ValueError(f"a rollout carries out the perturbation {each.dimension!r}, not the environment")
+        if each.dimension not in offered:
+            known = ", ".join(name for name in offered if name in OF_THE_SCENE)
+            raise ValueError(f"scenes of {suite!r} cannot be perturbed in {each.dimension!r}, only in {known}")
+        if each.dimension in found:
+            raise ValueError(f"two perturbations are of the dimension {each.dimension!r}")
+        rng = np.random.default_rng(each.seed(suite, task, state))
+        found[each.dimension] = rng, offered[each.dimension][each.level - 1]
+    return found
 
 
 def within(rng: np.random.Generator, limits: Sequence[float]) -> float:

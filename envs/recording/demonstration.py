@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cogvla.envs.contract import Expert, Labels, SuiteEnv, required
+from cogvla.envs.contract import Expert, Labels, Perturbable, SuiteEnv, required
+from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, Perturbation
 from cogvla.envs.suite import FIRST_TRAINING_STATE
 
 IMAGE_PREFIX = "observation.images."
@@ -120,6 +121,7 @@ class DemonstratorSettings:
         image_size: height and width of the images in pixels.
         noise: scale of the expert's execution noise.
         seed: seed of initial states and noise.
+        randomise: dimensions of the robustness benchmark in which episodes differ; needs `Perturbable` environments.
         settling_steps: control steps with an open hand before the expert begins; they are not recorded.
     """
 
@@ -130,6 +132,7 @@ class DemonstratorSettings:
     image_size: int
     noise: float
     seed: int
+    randomise: tuple[str, ...] = ()
     settling_steps: int = 0
 
     def task(self, slot: int) -> int:
@@ -140,6 +143,13 @@ class DemonstratorSettings:
         """Return the initial state of an attempt. It depends only on the seed and the arguments, not on the workers."""
         episode_of_task = slot // len(self.instructions)
         return FIRST_TRAINING_STATE + self.seed * SEED_STRIDE + episode_of_task * MAX_ATTEMPTS + attempt
+
+    def perturbations(self, task: int, initial_state: int) -> tuple[Perturbation, ...]:
+        """Draw how an episode differs: in each dimension of `randomise` at one of the levels, or not at all."""
+        rng = np.random.default_rng([self.seed, task, initial_state, len(LEVELS)])
+        drawn = rng.integers(0, 1 + len(LEVELS), len(DIMENSIONS)).tolist()
+        levels = dict(zip(DIMENSIONS, drawn, strict=True))
+        return tuple(Perturbation(name, levels[name]) for name in self.randomise if levels[name])
 
     def recorded(self, episode: Demonstration, slot: int) -> bool:
         """Return True if this is episode `slot` of a recording with these settings."""
@@ -187,6 +197,9 @@ class Demonstrator:
     def _play(self, task: int, initial_state: int) -> Demonstration | None:
         env, scene = self.env, required(self.env, Labels, "recording")
         seed = [self.settings.seed, task, initial_state]
+        if self.settings.randomise:
+            perturbable = required(env, Perturbable, f"randomise={list(self.settings.randomise)}")
+            perturbable.perturbations = self.settings.perturbations(task, initial_state)
         observation, info = env.reset(
             seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
             options={"task": task, "initial_state": initial_state},

@@ -11,7 +11,7 @@ can grow: its episodes are the first ones of a longer data set.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from cogvla.envs.contract import Expert
+from cogvla.envs.perturbation.perturbation import OF_THE_PLAYER, OF_THE_SCENE
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.demonstration import Demonstration, DemonstratorSettings
 from cogvla.envs.recording.demonstration_pool import DemonstrationPool
@@ -46,6 +47,7 @@ def record(
     resume: bool = True,
     video: bool = False,
     grow: bool = False,
+    randomise: Sequence[str] = (),
     expert: Callable[..., Expert] | None = None,
 ) -> Path:
     """Record successful episodes of the suite's expert, spread evenly over its tasks, and return the data set's folder.
@@ -63,10 +65,13 @@ def record(
         resume: True goes on with an interrupted recording; False starts from the beginning.
         video: store the cameras as videos: smaller on disk, slower to write and read, not lossless.
         grow: add episodes to a finished data set that has fewer; a training on that data set cannot go on afterwards.
+        randomise: dimensions of the robustness benchmark (`envs/perturbation`) in which episodes differ; for each
+            episode and dimension, one of the levels or no change is drawn.
         expert: function `expert(env, rng, noise=...)`; None: the suite's own expert.
 
     Raises:
-        ValueError: an argument is out of its range, the suite has no expert, or the folder holds something else.
+        ValueError: an argument is out of its range, the suite has no expert or cannot be randomised in this way, or the
+            folder holds something else.
         OSError: the folder cannot be written, or the disk is full; finished episodes are kept.
         ExpertFailedError: the expert failed on `MAX_ATTEMPTS` initial states of a task.
         ContractError: the environment or the expert lacks what recording needs.
@@ -81,12 +86,14 @@ def record(
     expert = expert or suite.expert
     if expert is None:
         raise ValueError(f"{suite.name} has no scripted expert; record its demonstrations in another way")
+    randomised = _dimensions(randomise, suite)
     request = {
         "suite": suite.name,
         "image_size": image_size,
         "noise": noise,
         "seed": seed,
         "video": video,
+        "randomise": list(randomised) or None,  # recordings from before this key were not randomised
         "tasks": [task.instruction for task in suite.tasks],
     }
     if suite.settings:
@@ -109,6 +116,7 @@ def record(
         image_size=image_size,
         noise=noise,
         seed=seed,
+        randomise=randomised,
     )
     with _explained(folder):
         folder.prepare(request, resume)
@@ -118,6 +126,20 @@ def record(
         _assemble(folder, settings, paths, workers, video, suite.name)
         folder.publish(request | made, instead=grows)
     return output
+
+
+def _dimensions(given: Sequence[str], suite: Suite) -> tuple[str, ...]:
+    """Return the dimensions to randomise in their usual order; ValueError if the suite's scenes do not offer one."""
+    offered = [name for name in OF_THE_SCENE if name in suite.perturbations]
+    if isinstance(given, str):
+        raise ValueError(f"randomise must be a list of dimensions, got {given!r}: write randomise=[{given}]")
+    for name in given:
+        if name in OF_THE_PLAYER:
+            raise ValueError(f"randomise: {name} changes no scene; train with augmentation=light wordings=paraphrased")
+        if name not in offered:
+            known = f"one of {', '.join(offered)}" if offered else "its scenes cannot be changed"
+            raise ValueError(f"{suite.name} cannot be randomised in {name!r}; {known}")
+    return tuple(name for name in offered if name in given)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import numpy as np
 
 from cogvla.envs.contract import Cameras, ImageSkipping, Perturbable, SuiteEnv, offered, required
 from cogvla.envs.episodes import EpisodeSpec
-from cogvla.envs.perturbation.perturbation import OF_THE_PLAYER, SENSOR, WORDING
+from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, SENSOR, WORDING
 from cogvla.envs.perturbation.sensor import Sensor
 from cogvla.envs.perturbation.wording import reworded
 from cogvla.envs.rollout.video import VideoWriter, annotate
@@ -200,13 +200,13 @@ class Player:
 
     def _perturb(self, spec: EpisodeSpec) -> None:
         """Tell the environment how the next reset differs from training; ContractError if it cannot differ so."""
-        perturbation = spec.perturbation
-        changes_scene = perturbation is not None and perturbation.dimension not in OF_THE_PLAYER
+        change = spec.perturbation
+        of_the_scene = (change,) if change is not None and change.dimension in OF_THE_SCENE else ()
         env = offered(self._environment(), Perturbable)
-        if changes_scene:
-            env = required(self._environment(), Perturbable, f"perturbation={perturbation}")
+        if of_the_scene:
+            env = required(self._environment(), Perturbable, f"perturbation={change}")
         if env is not None:
-            env.perturbation = perturbation if changes_scene else None
+            env.perturbations = of_the_scene
 
     def _play(self, spec: EpisodeSpec) -> PlayerReply:
         started = time.perf_counter()

@@ -17,7 +17,7 @@ Initial states are drawn from `np.random.default_rng([suite_seed, task, initial_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -29,10 +29,10 @@ from cogvla.envs.perturbation.perturbation import (
     CAMERA,
     LAYOUT,
     LIGHT,
-    OF_THE_PLAYER,
     ROBOT,
     Perturbation,
     Values,
+    changes,
 )
 from cogvla.envs.rendering import SceneRenderer
 from cogvla.envs.rotations import rotation_vector
@@ -71,7 +71,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         skip_images: True: observations repeat the last images, to save the time of rendering.
         watch: function that `step` calls a hundred times per simulated second; for robots in real time.
         scene: the model, its data and the items; another one after a reset that changes the layout.
-        perturbation: how the next resets differ from training, see `envs.tabletop.perturbations`; None: not at all.
+        perturbations: how the next resets differ from training, see `envs.tabletop.perturbations`.
         goals: goals of the current instruction.
     """
 
@@ -82,7 +82,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             raise ValueError(f"image_size must be at least 16 pixels, got {image_size}")
         self.family = family
         self._nominal_scene = self.scene = Scene(family.items)
-        self.perturbation: Perturbation | None = None
+        self.perturbations: tuple[Perturbation, ...] = ()
         self.skip_images = False
         self.watch: Callable[[], None] | None = None
         self.render_mode = "rgb_array"
@@ -206,9 +206,9 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         super().reset(seed=seed)
         options = options or {}
         task, state = chosen_start(options, len(self.family.tasks), self.np_random)
-        dimension, values, draws = self._values_and_draws(task, state)
+        change = changes(self.perturbations, PERTURBATIONS, self.family.name, task, state)
         rng = np.random.default_rng([self.family.seed, task, state])
-        moved = move_furniture(self.family, draws, values) if dimension == LAYOUT else {}
+        moved = move_furniture(self.family, *change[LAYOUT]) if LAYOUT in change else {}
         layout = self.family.draw(rng, task, moved)
         asked = options.get("asked")
         self._layout, self._task, self._asked, self._steps = layout, task, task, 0
@@ -217,27 +217,28 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             self._asked = int(asked)
         self._forget_crowd()
         drawn: dict[str, Any] = {}
-        if dimension == LAYOUT:
-            crowded = crowd(self.family, layout, moved, draws, values)
+        if LAYOUT in change:
+            crowded = crowd(self.family, layout, moved, *change[LAYOUT])
             self.scene, self._layout, drawn = Scene(crowded.items), crowded.layout, crowded.drawn
         self.scene.place(self._layout.poses)
         turn = np.append(rng.uniform(-START_TILT, START_TILT, 2), rng.uniform(-START_YAW, START_YAW))
         start = Start(np.zeros(3), rng.uniform(*START_REGION), turn)
-        if dimension == ROBOT:
-            start, drawn = move_start(start.position, START_REGION, draws, values)
+        if ROBOT in change:
+            start, moves = move_start(start.position, START_REGION, *change[ROBOT])
+            drawn |= moves
         self.scene.stand(start.base)
         self._arm.stand(start.base)
         data = self.scene.data
         data.qpos[:7] = self._arm.reset(start.position, start.turn)
         data.qpos[self._fingers] = data.ctrl[7:9] = FINGER_OPEN
         mujoco.mj_forward(self.scene.model, data)
-        drawn |= self._change_look(dimension, draws, values)
+        drawn |= self._change_look(change)
         # Two instructions may mean the same object ("leftmost", "on the red mat"); the second is then no alternative.
         others = [i for i in sorted(layout.goals) if layout.goals[i] != layout.goals[self._asked]]
         info = self._info()
         info["alternative_tasks"] = others
         info["alternatives"] = [self.family.tasks[i].instruction for i in others]
-        if dimension:
+        if change:
             info["perturbation"] = drawn
         return self._observe(), info
 
@@ -309,18 +310,6 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     # --- perturbations -----------------------------------------------------------------------------------------------
 
-    def _values_and_draws(self, task: int, state: int) -> tuple[str, Values, np.random.Generator]:
-        """Return the dimension (empty without a perturbation), its magnitudes, and the source of its draws."""
-        change = self.perturbation
-        if change is None:
-            return "", {}, np.random.default_rng(0)
-        if not isinstance(change, Perturbation):
-            raise ValueError(f"perturbation must be a Perturbation or None, got {change!r}")
-        if change.dimension in OF_THE_PLAYER:
-            raise ValueError(f"a rollout carries out the perturbation {change.dimension!r}, not the environment")
-        values = PERTURBATIONS[change.dimension][change.level - 1]
-        return change.dimension, values, np.random.default_rng(change.seed(self.family.name, task, state))
-
     def _forget_crowd(self) -> None:
         """Go back from the scene of a changed layout, which is compiled for one episode, to the nominal one."""
         if self.scene is not self._nominal_scene:
@@ -328,25 +317,26 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
                 self._renderers.pop(self.scene).close()
             self.scene = self._nominal_scene
 
-    def _change_look(self, dimension: str, draws: np.random.Generator, values: Values) -> dict[str, Any]:
-        """Change cameras, lights or surfaces; return what was drawn."""
+    def _change_look(self, change: Mapping[str, tuple[np.random.Generator, Values]]) -> dict[str, Any]:
+        """Change cameras, lights and surfaces; return what was drawn."""
         appearance, model = self.scene.appearance, self.scene.model
-        if dimension == LIGHT:
-            drawn = change_light(appearance, draws, values)
-        elif dimension == BACKGROUND:
+        drawn: dict[str, Any] = {}
+        if LIGHT in change:
+            drawn |= change_light(appearance, *change[LIGHT])
+        if BACKGROUND in change:
             items = [self.scene.items[name] for name in sorted(self.scene.placed)]
-            drawn = change_table(appearance, draws, values, model.geom("table").rgba[:3].copy(), items)
-        elif dimension == CAMERA:
-            drawn = move_wrist_camera(appearance, draws, values)
-            for orbit in agentview_orbits(draws, values):
+            table = model.geom("table").rgba[:3].copy()
+            drawn |= change_table(appearance, *change[BACKGROUND], table, items)
+        if CAMERA in change:
+            drawn |= move_wrist_camera(appearance, *change[CAMERA])
+            for orbit in agentview_orbits(*change[CAMERA]):
                 appearance.orbit("agentview", PIVOT, **orbit)
                 mujoco.mj_forward(model, self.scene.data)
                 if self._sides_are_right():
                     break
             drawn |= orbit
-        else:
-            return {}
-        mujoco.mj_forward(model, self.scene.data)
+        if drawn:
+            mujoco.mj_forward(model, self.scene.data)
         return drawn
 
     def _sides_are_right(self) -> bool:

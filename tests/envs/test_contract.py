@@ -67,7 +67,7 @@ def env(built: Any) -> Any:
     if (skipping := offered(built, ImageSkipping)) is not None:
         skipping.skip_images = False
     if (perturbable := offered(built, Perturbable)) is not None:
-        perturbable.perturbation = None
+        perturbable.perturbations = ()
     return built
 
 
@@ -171,7 +171,7 @@ def test_asked_swaps_the_instruction_but_not_the_scene(suite: Suite, env: Any) -
 
 def perturbed(env: Any, task: int, state: int, change: Perturbation | None) -> tuple[bytes, Any]:
     """The first observations, and what was drawn."""
-    required(env, Perturbable, "this test").perturbation = change
+    required(env, Perturbable, "this test").perturbations = () if change is None else (change,)
     observation, info = reset(env, task, state)
     seen = [observation, env.step(WAIT)[0]]
     return b"".join(each[key].tobytes() for each in seen for key in sorted(each)), info.get("perturbation")

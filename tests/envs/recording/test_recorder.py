@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
+from cogvla.envs.perturbation.perturbation import OF_THE_SCENE
 from cogvla.envs.recording import dataset_writer
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.dataset_writer import DatasetWriter, features
@@ -107,6 +109,48 @@ def test_another_seed_records_something_else(recorded: Path, tmp_path: Path) -> 
     other = record(NAME, 1, tmp_path / "other", image_size=16, workers=0, seed=1, expert=ToyExpert)
     assert rows(other)[0]["label.initial_state"] != rows(recorded)[0]["label.initial_state"]
     assert rows(other)[0]["observation.state"] != rows(recorded)[0]["observation.state"]
+
+
+def test_randomised_scenes(tmp_path: Path) -> None:
+    """An episode differs in what was drawn for it and in nothing else; without a draw, it is the clean one."""
+    settings: dict[str, Any] = {"image_size": 32, "noise": 0.0, "workers": 0}
+    clean = rows(record("tabletop_object", 8, tmp_path / "clean", **settings))
+    changed = {name: tmp_path / name for name in ("light", "robot")}
+    for name, root in changed.items():
+        record("tabletop_object", 8, root, randomise=[name], **settings)
+    drawn = replace(toy_settings(), randomise=OF_THE_SCENE)
+    levels = []
+    for name, root in changed.items():
+        for episode in range(8):
+            before, after = ([r for r in data if r["episode_index"] == episode] for data in (clean, rows(root)))
+            task, state = before[0]["label.task"], before[0]["label.initial_state"]
+            level = {each.dimension: each.level for each in drawn.perturbations(task, state)}.get(name, 0)
+            levels.append(level)
+            pictures, states = ("observation.images.agentview", "observation.state")
+            assert (before[0][pictures] == after[0][pictures]) is (level == 0), (name, episode)
+            assert (before[0][states] == after[0][states]) is (level == 0 or name == "light"), (name, episode)
+    assert set(levels) == {0, 1, 2, 3}
+    one = record("tabletop_object", 3, tmp_path / "one", randomise=["light"], **{**settings, "workers": 1})
+    assert rows(one) == [row for row in rows(changed["light"]) if row["episode_index"] < 3]
+    assert json.loads((one / "meta" / "recording.json").read_text())["randomise"] == ["light"]
+    for there, asked, said in ((one, [], r"\['light'\]"), (tmp_path / "clean", ["light"], "None")):
+        with pytest.raises(ValueError, match=f"was recorded with randomise={said}; choose another output"):
+            record("tabletop_object", 3 if asked == [] else 8, there, randomise=asked, **settings)
+
+
+@pytest.mark.parametrize(
+    ("randomise", "said"),
+    [
+        (["fog"], "tabletop_object cannot be randomised in 'fog'; one of camera, light, background, layout, robot"),
+        (["wording"], "wording changes no scene; train with augmentation=light wordings=paraphrased"),
+        ("light", r"randomise must be a list of dimensions, got 'light': write randomise=\[light\]"),
+    ],
+)
+def test_what_cannot_be_randomised(randomise: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        record("tabletop_object", 1, tmp_path / "none", randomise=randomise)
+    with pytest.raises(ValueError, match="toy cannot be randomised in 'light'; its scenes cannot be changed"):
+        record(NAME, 1, tmp_path / "none", randomise=["light"], expert=ToyExpert)
 
 
 def test_the_files_equal_those_of_lerobots_own_writer(tmp_path: Path) -> None:

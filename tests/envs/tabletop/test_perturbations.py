@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cogvla.envs import TABLETOP_SUITES
-from cogvla.envs.perturbation.perturbation import LEVELS, OF_THE_PLAYER, Perturbation
+from cogvla.envs.perturbation.perturbation import LEVELS, OF_THE_PLAYER, OF_THE_SCENE, Perturbation
 from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.env import CAMERAS, SIDE_MARGIN, START_REGION, TabletopEnv
 from cogvla.envs.tabletop.perturbations import PERTURBATIONS, PIVOT
@@ -28,7 +28,7 @@ def env(request: pytest.FixtureRequest) -> Iterator[TabletopEnv]:
 
 
 def start(env: TabletopEnv, task: int, state: int, dimension: str = "", level: int = 0) -> dict[str, np.ndarray]:
-    env.perturbation = Perturbation(dimension, level) if level else None
+    env.perturbations = (Perturbation(dimension, level),) if level else ()
     return env.reset(options={"task": task, "initial_state": state})[0]
 
 
@@ -101,7 +101,7 @@ def test_leftmost_and_rightmost_stay_so() -> None:
     for level in LEVELS:
         for state in range(25):
             for task, side in env.family.sides.items():
-                env.perturbation = Perturbation("camera", level)
+                env.perturbations = (Perturbation("camera", level),)
                 _, info = env.reset(options={"task": task, "initial_state": state})
                 matrix = env.camera_projection("agentview")
                 cubes = [name for name in env.scene.placed if name.startswith("cube")]
@@ -168,8 +168,29 @@ def test_what_the_rollout_carries_out_is_refused_by_the_environment(env: Tableto
     for dimension in OF_THE_PLAYER:
         with pytest.raises(ValueError, match=f"a rollout carries out the perturbation '{dimension}'"):
             start(env, 0, 0, dimension, 1)
-    for wrong in ("camera", ("camera", 1), 2):
-        env.perturbation = wrong  # type: ignore[assignment]
-        with pytest.raises(ValueError, match="must be a Perturbation or None, got"):
+    for wrong in ("camera", ("camera", 1), (None,)):
+        env.perturbations = wrong  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="must be of the class Perturbation, got"):
             env.reset(options={"task": 0, "initial_state": 0})
-    env.perturbation = None
+    env.perturbations = (Perturbation("light", 1), Perturbation("light", 2))
+    with pytest.raises(ValueError, match="two perturbations are of the dimension 'light'"):
+        env.reset(options={"task": 0, "initial_state": 0})
+    env.perturbations = ()
+
+
+def test_several_at_once_are_those_of_each(env: TabletopEnv) -> None:
+    """Light and base say in the picture and in the state that all are there; what one draws, others do not change."""
+    cells = [Perturbation(name, 2) for name in OF_THE_SCENE]
+    found = []
+    for given in [(cell,) for cell in cells] + [tuple(cells), tuple(reversed(cells))]:
+        env.perturbations = given
+        observation, info = env.reset(options={"task": 1, "initial_state": 4})
+        found.append((observation, info["perturbation"]))
+    env.perturbations = ()
+    *alone, (observation, drawn), (reversed_observation, reversed_drawn) = found
+    assert drawn == reversed_drawn
+    assert all(np.array_equal(observation[name], reversed_observation[name]) for name in observation)
+    for cell, (_, each) in zip(cells, alone, strict=True):
+        if cell.dimension != "background":  # it keeps away from the colours of distractors, too
+            assert each.items() <= drawn.items(), cell
+    assert set(drawn) == {name for _, each in alone for name in each}
