@@ -171,7 +171,10 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         (["data.state=state"], r"error: .* has no 'state'; it has observation\.state, "),
         (["suite=null", "data.root=/nowhere"], "error: there is no LeRobotDataset in /nowhere: record one with"),
         (["demonstrations.episodes=11"], "error: .* was recorded with episodes=10; choose another output, or delete"),
-        (["policy.language.bos_token=9"], r"error: the data has \d+ words, .*leave room for 9: increase all three"),
+        (
+            ["policy.language.bos_token=9"],
+            r"error: the data has \d+ words with other wordings, .*leave room for 9: increase all three",
+        ),
         (["wordings.share=0.9"], r"error: wordings\.share must be in \[0,0\.7\], got 0\.9"),
         (["data.paraphrases=/nowhere.yaml"], r"error: .*No such file or directory: '/nowhere\.yaml'"),
         (["+evaluation.speed=2"], "error: unknown key speed in protocol; valid keys are name, .*"),
