@@ -33,7 +33,8 @@ from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_c
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.inputs.preprocess import Preprocessor
-from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, tokenizer_from_dict
+from cogvla.policy.inputs.text_encoder import EncoderError, saved_config, saved_tokenizer
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
@@ -177,17 +178,19 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
 
     Raises:
         ValueError: the folder is missing, incomplete or damaged, its weights do not fit its configuration, or the
-            router does not fit the policy.
+            router does not fit the policy; or its text encoder is missing, or another one than in training.
     """
     folder = Path(folder)
     body = read_config(folder)
     statistics = read_object(folder / STATISTICS, ANOTHER)
     try:
         embodiment = build(Embodiment, body["embodiment"], "embodiment")
-        tokenizer = tokenizer_from_dict(body["tokenizer"], folder)
+        tokenizer = saved_tokenizer(body, folder)
         # Checkpoints that are older than augmentation have no "pictures" entry: their images are not cropped.
         preprocessor = Preprocessor(embodiment, tokenizer, statistics, **body.get("pictures", {}))
-        config, description = CogVLAConfig.from_dict(body["model"]), dict(body["description"])
+        config, description = saved_config(body, folder), dict(body["description"])
+    except EncoderError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(

@@ -15,6 +15,7 @@ from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.engine.network import not_fusible
 from cogvla.policy.engine.precision import Choice, choose_precision
 from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.text_encoder import TextEncoder
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
 
@@ -93,6 +94,7 @@ class CogVLAPolicy:
         """Return checkpoint, parameters, device, precision and engine, for reports."""
         own = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         precision = own if self.engine is None else self.engine.precision
+        encoder = self.preprocessor.tokenizer
         measured = self.calibration if precision == "float8" else None
         return {
             "policy": "cogvla",
@@ -100,6 +102,7 @@ class CogVLAPolicy:
             "device": str(self.preprocessor.device),
             "dtype": precision,
             "engine": "plain" if self.engine is None else self.engine.kind,
+            **({"text_encoder": encoder.source} if isinstance(encoder, TextEncoder) else {}),
             **({} if measured is None else {"float8": dict(measured.about)}),
             **self._description,
         }

@@ -52,14 +52,19 @@ def run(values: dict[str, Any]) -> list[str]:
     """Import and save a checkpoint; return lines for the user about the imported parts.
 
     Raises:
-        ValueError: the precision is unknown, or the source cannot be imported; see `open_release`, `load_cogvla` and
-            `load_base`.
+        ValueError: the precision is unknown, a text encoder is given, or the source cannot be imported; see
+            `open_release`, `load_cogvla` and `load_base`.
     """
     if values["dtype"] not in DTYPES:
         raise ValueError(f"unknown dtype {values['dtype']!r}; one of {', '.join(DTYPES)}")
     dtype = DTYPES[values["dtype"]]
     release = open_release(values["source"], values["kind"], values["base"], values["merge_adapter"])
     config = release.configure(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
+    if config.language.encoder is not None:
+        raise ValueError(
+            "published policies read words with their own language model: leave policy.language.encoder out, and give "
+            "it to train_policy base=..., which trains its projection"
+        )
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
     embodiment, statistics, said = _statistics(release, embodiment, values["dataset"])
     tokenizer = PretrainedTokenizer(values["tokenizer"] or str(release.folder), PAPER_PROMPT, values["empty_token"])

@@ -34,6 +34,7 @@ from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.text_encoder import open_encoder, with_encoder
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
@@ -48,7 +49,7 @@ from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE, Trainer
 from cogvla.policy.training.wordings import training_wordings
-from cogvla.policy.weights.base import base_tokenizer, is_own, load_own
+from cogvla.policy.weights.base import base_tokenizer, check_base_encoder, is_own, load_own
 from cogvla.policy.weights.pretrained import load_backbones, load_base
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
@@ -67,7 +68,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     output = Path(values["output"])
     # Check the whole configuration before anything slow starts.
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
-    model_config = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
+    model_config = with_encoder(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
     data_config = build(DataConfig, values["data"], "data")
     objective_config = build(ObjectiveConfig, values["objective"], "objective")
     training_config = build(TrainingConfig, values["training"], "training")
@@ -145,6 +146,8 @@ def build_trainer(
         print(said)
     torch.manual_seed(config.seed)
     model = CogVLA(model_config, embodiment)
+    if model.text is not None:
+        model.text.fit(*tokenizer.inputs(data.instructions))
     for said in _start(model, base):
         print(f"loaded {said}")
     preprocessor = Preprocessor(embodiment, tokenizer, data.statistics(), config.augmentation.crop_area)
@@ -164,15 +167,20 @@ def _start(model: CogVLA, base: str | None) -> list[str]:
 
 
 def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | None, reworded: bool) -> Tokenizer:
-    """Return the tokenizer of the base or of the pretrained language model; without either, the words of the data.
+    """Return the text encoder; else the tokenizer of base or pretrained language model; else the words of the data.
 
     Raises:
-        ValueError: the vocabulary has no room for the words of the data.
+        ValueError: the vocabulary has no room for the words of the data; or the base was trained with another encoder.
     """
+    if language.encoder is not None:
+        encoder = open_encoder(language.encoder)
+        if base is not None and is_own(base):
+            check_base_encoder(base, encoder)
+        return encoder
     words = WordTokenizer.from_instructions(instructions)
     if base is not None:
         tokenizer = base_tokenizer(base)
-        if isinstance(tokenizer, PretrainedTokenizer):
+        if not isinstance(tokenizer, WordTokenizer):
             return tokenizer
         words = tokenizer.with_words_of(instructions)
     elif language.hub is not None:

@@ -174,7 +174,8 @@ def word_bank(policy: CogVLAPolicy, instructions: Sequence[str]) -> Bank:
             model.decoder.context(layout, mask_BT),
             trace,
         )
-        spelled = policy.preprocessor.tokenizer.spelled(ids_BT[0].tolist())
+        ids_1T, _ = policy.preprocessor.tokenizer.encode([instruction])
+        spelled = policy.preprocessor.tokenizer.spelled(ids_1T[0].tolist())
         for x_BSD in trace.hidden.values():
             words += spelled
             states.append(x_BSD[0, layout.words].float())
@@ -213,8 +214,8 @@ def readings(policy: CogVLAPolicy, moments: Sequence[Moment], instructions: Sequ
 
 
 def _words(policy: CogVLAPolicy, instruction: str) -> list[str]:
-    ids_BT, _ = policy.preprocessor.text([instruction])
-    return policy.preprocessor.tokenizer.spelled(ids_BT[0].tolist())
+    ids_1T, _ = policy.preprocessor.tokenizer.encode([instruction])
+    return policy.preprocessor.tokenizer.spelled(ids_1T[0].tolist())
 
 
 def _groups(moment: Moment, layer: int, token: int) -> list[str]:

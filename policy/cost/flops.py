@@ -10,8 +10,9 @@ product:
   and values and writes its output; the scores stay on the chip.
 
 Layers with the same input (queries, keys and values) each read it; caches are ignored. Embedding tables, norms,
-residual sums and other element-wise operations are not counted. A number has two bytes (bfloat16). The work of a token
-router (`routing.router`) is not counted, but later stages are counted with the tokens that it keeps.
+residual sums and other element-wise operations are not counted. A number has two bytes (bfloat16). A text encoder is
+counted with the instruction. The work of a token router (`routing.router`) is not counted, but later stages are counted
+with the tokens that it keeps.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
+from cogvla.policy.inputs.text_encoder import encoder_shape
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
@@ -146,6 +148,13 @@ def count_flops(
         instruction += _linears([model.order.up], batch)
         instruction += _attention(text_length, text_length, width, counting).for_samples(batch)
         once.append(model.order)
+    if model.text is not None:
+        once.append(model.text)
+        instruction += _linears([model.text], batch * text_length)
+    if config.language.encoder is not None:
+        encoder = encoder_shape(config.language.encoder)
+        once.append(encoder)
+        instruction += _encoder(encoder, text_length, counting).for_samples(batch)
     rows = [StageCost(INSTRUCTION, _parameters(once), instruction)]
     for name, tower in towers:
         work = _tower(tower, counting).for_samples(batch * views)
@@ -204,6 +213,15 @@ def without_stages(config: CogVLAConfig, embodiment: Embodiment) -> tuple[CogVLA
     """Return the backbone of OpenVLA: no stage of CogVLA, and the first view only."""
     routing = replace(config.routing, efa=False, film=False, lfp=False)
     return replace(config, routing=routing), replace(embodiment, cameras=embodiment.cameras[:1])
+
+
+def _encoder(network: Any, tokens: int, counting: Counting) -> Work:
+    """Count a text encoder for one instruction, without the special tokens that its tokenizer adds."""
+    config = network.config
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    layers = sum((_attention(tokens, tokens, width, counting) for _ in range(config.num_hidden_layers)), Work())
+    return _linears([network], tokens) + layers
 
 
 def _causal(llm: Any, asking: int, keys: int, counting: Counting) -> Work:

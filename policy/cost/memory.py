@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
-from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.training import adapters
 from cogvla.policy.training.config import TrainingConfig
 
@@ -88,7 +88,7 @@ def _kept(model: CogVLA, embodiment: Embodiment) -> int:
     with torch.device("meta"):
         inputs = ModelInput(
             torch.zeros(1, len(embodiment.cameras), 3, camera.height, camera.width, dtype=torch.bfloat16),
-            torch.zeros(1, WORDS, dtype=torch.long),
+            _words(language),
             torch.ones(1, WORDS, dtype=torch.bool),
             torch.zeros(1, embodiment.state_dim, dtype=torch.bfloat16),
         )
@@ -97,6 +97,13 @@ def _kept(model: CogVLA, embodiment: Embodiment) -> int:
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del output
     return total
+
+
+def _words(language: LanguageConfig) -> Tensor:
+    """Return the words of an instruction as the network reads them: ids, or states of a text encoder."""
+    if language.encoder_width is None:
+        return torch.zeros(1, WORDS, dtype=torch.long)
+    return torch.zeros(1, WORDS, language.encoder_width, dtype=torch.bfloat16)
 
 
 class _Rotations(nn.Module):

@@ -165,7 +165,8 @@ class Engine:
         """Compute everything that depends on the instructions only; the result can be used for many observations."""
         words = self.bucket(text_ids_BT.shape[1])
         missing = (0, words - text_ids_BT.shape[1])
-        text = self._model.encode_text(F.pad(text_ids_BT, missing), F.pad(text_mask_BT, missing))
+        of_states = (0, 0) * (text_ids_BT.ndim - 2)  # a text encoder's [B,T,E]
+        text = self._model.encode_text(F.pad(text_ids_BT, of_states + missing), F.pad(text_mask_BT, missing))
         return EncodedText(self.network.prepare(text), words)
 
     def run(self, inputs: ModelInput, text: EncodedText) -> Tensor:
@@ -216,8 +217,8 @@ class Engine:
         for bucket in sorted({self.bucket(words)} if words is not None else set(self.buckets)):
             shape = (len(inputs.state), bucket)
             if shape not in self._recorded:
-                ids_BT = inputs.text_ids.new_zeros(shape)
-                mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+                ids_BT = inputs.text_ids.new_zeros(shape + inputs.text_ids.shape[2:])
+                mask_BT = torch.ones(shape, dtype=torch.bool, device=ids_BT.device)
                 text = self.encode(ids_BT, mask_BT)
                 tensors = {"pixels": inputs.pixels, "state": inputs.state, **text.tensors}
                 self._recorded[shape] = record(self.kind, self.network, tensors)

@@ -28,7 +28,7 @@ class Preprocessor(nn.Module):
 
     Args:
         embodiment: cameras, sizes and normalisation kinds.
-        tokenizer: tokenizer of the instructions.
+        tokenizer: tokenizer of the instructions, or a text encoder.
         statistics: `{"state": Statistics, "action": Statistics}` of the training data.
         crop_area: area of the centre crop as a share of each view, for a policy that was trained with random crops of
             that area; 1: no crop. Saved with the weights.
@@ -66,18 +66,21 @@ class Preprocessor(nn.Module):
         return self.state_normaliser.shift_D.device
 
     def text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return ids [B,T] and mask [B,T] of B instructions, padded to the longest; known instructions are cached."""
+        """Return ids [B,T] (with a text encoder: its states [B,T,E]) and mask [B,T] of B instructions.
+
+        They are padded to the longest; known instructions are cached.
+        """
         new = set(instructions) - self._text.keys()
         if len(self._text) + len(new) > INSTRUCTION_CACHE:
             self._text.clear()
             new = set(instructions)
         for text in new:
-            ids_BT, mask_BT = self.tokenizer.encode([text])
-            self._text[text] = (ids_BT[0], mask_BT[0])
+            words_1T, mask_1T = self.tokenizer.inputs([text])
+            self._text[text] = (words_1T[0], mask_1T[0])
         rows = [self._text[text] for text in instructions]
-        ids_BT = nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
-        mask_BT = nn.utils.rnn.pad_sequence([mask for _, mask in rows], batch_first=True)
-        return ids_BT.to(self.device), mask_BT.to(self.device)
+        words_BT = nn.utils.rnn.pad_sequence([words_T for words_T, _ in rows], batch_first=True)
+        mask_BT = nn.utils.rnn.pad_sequence([mask_T for _, mask_T in rows], batch_first=True)
+        return words_BT.to(self.device), mask_BT.to(self.device)
 
     def pixels(self, images_BHWC: Sequence[Tensor]) -> Tensor:
         """Resize and crop V camera images uint8 [B,H,W,3] to uint8 [B,V,3,H,W] at the policy's size."""

@@ -1,7 +1,8 @@
 """Tokenizers, which convert instructions to token ids.
 
 There are two: a word tokenizer for policies that are trained from scratch, whose vocabulary is the words of the
-training data; and a wrapper for the tokenizer of a pretrained language model, with the paper's prompt.
+training data; and a wrapper for the tokenizer of a pretrained language model, with the paper's prompt. A third one
+computes states instead (`policy.inputs.text_encoder`).
 
 Shape legend: B batch, T text length.
 """
@@ -12,10 +13,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from cogvla.policy.inputs.pretrained_source import load_pretrained
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 PAPER_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -80,7 +83,10 @@ class WordTokenizer:
         for text, row in zip(instructions, rows, strict=True):
             if not row:
                 raise ValueError(f"instruction {text!r} has no words; give the robot something to do")
-        return _pad(rows, pad_id=0)
+        return pad_rows(rows, pad_id=0)
+
+    def inputs(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self.encode(instructions)
 
     def unknown_words(self, text: str) -> list[str]:
         """Return the words of a text that become `<unk>`, each once."""
@@ -112,7 +118,7 @@ class PretrainedTokenizer:
         if "{instruction}" not in prompt:
             raise ValueError("the prompt must contain {instruction}")
         self.source, self.prompt, self.empty_token = source, prompt, empty_token
-        self._tokenizer = AutoTokenizer.from_pretrained(source)
+        self._tokenizer = load_pretrained(AutoTokenizer, source)
 
     def __len__(self) -> int:
         return len(self._tokenizer)
@@ -125,13 +131,16 @@ class PretrainedTokenizer:
         """
         rows = []
         for text in instructions:
-            _check_not_empty(text)
+            check_not_empty(text)
             prompt = self.prompt.format(instruction=text.strip().lower())
             row = list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
             if self.empty_token is not None and row[-1:] != [self.empty_token]:
                 row.append(self.empty_token)
             rows.append(row)
-        return _pad(rows, pad_id=self._tokenizer.pad_token_id or 0)
+        return pad_rows(rows, pad_id=self._tokenizer.pad_token_id or 0)
+
+    def inputs(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self.encode(instructions)
 
     def unknown_words(self, text: str) -> list[str]:
         """Return the words of a text with a part that becomes the unknown token, each once; most have none."""
@@ -156,7 +165,26 @@ class PretrainedTokenizer:
         }
 
 
-Tokenizer = WordTokenizer | PretrainedTokenizer
+class Tokenizer(Protocol):
+    """What policies ask of tokenizers and text encoders."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens that it knows."""
+
+    def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return ids int64 [B,T] and mask bool [B,T] (True: a token), padded on the right."""
+
+    def inputs(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return what the network reads, and the mask: the ids, or the states [B,T,E] of a text encoder."""
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Return the words of a text that the tokenizer does not know, each once."""
+
+    def spelled(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each id."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a description for `config.json`."""
 
 
 def tokenizer_from_dict(description: dict[str, Any], folder: Path | None = None) -> Tokenizer:
@@ -183,7 +211,8 @@ def same_instruction(text: str) -> str:
     return " ".join(parts)
 
 
-def _check_not_empty(text: str) -> None:
+def check_not_empty(text: str) -> None:
+    """Raise ValueError if an instruction has no words."""
     if not _split(text):
         raise ValueError(f"instruction {text!r} has no words; give the robot something to do")
 
@@ -230,7 +259,8 @@ def _kind(character: str) -> str:
     return {"L": "w", "N": "d", "M": "m", "P": " ", "Z": " "}.get(major, "s")
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return ids [B,T] and mask [B,T] of rows of ids, padded on the right."""
     length = max(len(row) for row in rows)
     ids_BT = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.long)
     mask_BT = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])

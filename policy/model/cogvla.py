@@ -19,6 +19,7 @@ from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.heads.interface import HeadSizes
 from cogvla.policy.model.heads.registry import HEADS
 from cogvla.policy.model.language import DecoderContext, DecoderTrace, RoutedDecoder
+from cogvla.policy.model.text_projection import TextProjection
 from cogvla.policy.model.token_router import PolicyRouter, Routed
 from cogvla.policy.model.vision import DualVision, Observer, VisionCondition
 from cogvla.routing.aggregation import two_layer
@@ -33,7 +34,7 @@ class ModelInput:
 
     Attributes:
         pixels: [B,V,3,H,W], uint8, or float in [0,1].
-        text_ids: int64 [B,T], without bos and stop.
+        text_ids: int64 [B,T], without bos and stop; with a text encoder its states, float [B,T,E].
         text_mask: bool [B,T], False on padding.
         state: float [B,S], normalised.
         draw: random seeds int64 [B,2] of token routers in training: one per sample, and one that all samples of a step
@@ -144,8 +145,22 @@ class CogVLA(nn.Module):
         # Built last: the other modules then begin with the same random weights with and without it.
         reads = config.routing.summary == "contextual" and (config.routing.efa or config.routing.film)
         self.order = WordOrder(width) if reads else None
+        self.text = self._build_text_projection()
         ids = torch.tensor([config.language.bos_token, config.language.stop_token])
         self.register_buffer("special_ids", ids, persistent=False)
+
+    def _build_text_projection(self) -> TextProjection | None:
+        language = self.config.language
+        if language.encoder is None:
+            return None
+        if language.encoder_width is None:
+            raise ValueError("language.encoder needs its width: see `policy.inputs.text_encoder.with_encoder`")
+        std = language.init_std if language.embedding_std is None else language.embedding_std
+        return TextProjection(language.encoder_width, self.width, std)
+
+    def embed_text(self, text_ids_BT: Tensor) -> Tensor:
+        """Return the embeddings [B,T,D] of `ModelInput.text_ids`."""
+        return self.decoder.embed(text_ids_BT) if self.text is None else self.text(text_ids_BT)
 
     def recompute_blocks(self, on: bool) -> None:
         """Switch gradient checkpointing of all blocks of towers and language model; see `policy.model.recompute`."""
@@ -177,11 +192,11 @@ class CogVLA(nn.Module):
         """Compute embeddings, FiLM parameters, stream weights, mask and positions for the instructions.
 
         Args:
-            text_ids_BT: token ids, see `ModelInput`.
+            text_ids_BT: token ids or a text encoder's states, see `ModelInput`.
             text_mask_BT: False on padding.
             budget: budget of the token router; None: the configured one.
         """
-        embedded_BTD = self.decoder.embed(text_ids_BT)
+        embedded_BTD = self.embed_text(text_ids_BT)
         weight_BT1 = text_mask_BT[..., None].to(embedded_BTD.dtype)
         total_BD, count_B1 = (embedded_BTD * weight_BT1).sum(1), weight_BT1.sum(1)
         if self.config.routing.summary == "faithful":

@@ -105,7 +105,10 @@ class LanguageConfig:
         embedding_std: initial standard deviation of the token embeddings; None: `init_std`.
             For training from scratch use about 1: FiLM reads the mean embedding, and small embeddings hide the
             instruction from it for thousands of steps.
-        hub: hub repository of pretrained weights with these sizes; None: no pretrained weights.
+        hub: pretrained weights with these sizes: hub id, folder or GGUF file; None: no pretrained weights.
+        encoder: pretrained text encoder in place of word embeddings: hub id, folder or GGUF file; None: none.
+            It stays frozen; its states are projected to `width`, see `policy.inputs.text_encoder`.
+        encoder_width: width of the encoder's states; None: read it from the encoder.
     """
 
     vocab_size: int
@@ -122,8 +125,17 @@ class LanguageConfig:
     init_std: float = 0.02
     embedding_std: float | None = None
     hub: str | None = None
+    encoder: str | None = None
+    encoder_width: int | None = None
 
     def __post_init__(self) -> None:
+        if self.encoder is not None and not self.encoder.strip():
+            raise ValueError("language.encoder is empty: give a hub id, a folder or a GGUF file, or null for none")
+        if self.encoder_width is not None and (self.encoder is None or self.encoder_width < 1):
+            raise ValueError(
+                f"language.encoder_width is {self.encoder_width}: it is the width of language.encoder's states, "
+                "and null without one"
+            )
         _one_of("language.architecture", self.architecture, ("llama", "qwen2"))
         if min(self.vocab_size, self.width, self.intermediate, self.layers, self.heads) < 1:
             raise ValueError("language: all sizes must be positive")

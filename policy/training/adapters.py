@@ -114,12 +114,14 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict with adapters folded in; the model is not changed.
 
     All weights have one precision: bfloat16 if the model has several, because its frozen weights are in bfloat16.
+    Buffers (statistics of a text encoder's states) keep theirs.
     """
     merged = {f"{name}.weight": _merged(layer) for name, layer in adapted_layers(model)}
     state = {name.replace(BASE, "."): value for name, value in model.state_dict().items() if ".lora_" not in name}
     whole = {**state, **merged}
-    mixed = len({value.dtype for value in whole.values()}) > 1
-    return {name: value.bfloat16() for name, value in whole.items()} if mixed else whole
+    buffers = {name for name, _ in model.named_buffers()}
+    mixed = len({value.dtype for name, value in whole.items() if name not in buffers}) > 1
+    return {name: value.bfloat16() if mixed and name not in buffers else value for name, value in whole.items()}
 
 
 def merge(model: nn.Module) -> dict[str, Tensor]:

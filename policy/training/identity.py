@@ -11,6 +11,7 @@ from typing import Any
 from cogvla.policy.checkpoint import weights_hash
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.text_encoder import TextEncoder
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.policy.training.wordings import Wordings
 
@@ -30,6 +31,8 @@ def identity(
         "objective": asdict(objective),
         "vocabulary": ids,
     }
+    if isinstance(preprocessor.tokenizer, TextEncoder):
+        found["text encoder"] = preprocessor.tokenizer.fingerprint
     if wordings.config.share:
         found["training.wordings"] = asdict(wordings.config)
         found["wordings of the instructions"] = wordings.fingerprint()
@@ -45,7 +48,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name in (*was, *(name for name in has if name not in was)):
         old, new = was.get(name), has.get(name)
         if old != new:
-            hashed = name.startswith(("data set", "vocabulary", "weights", "wordings"))
+            hashed = name.startswith(("data set", "vocabulary", "weights", "wordings", "text encoder"))
             found.append(f"{name} differs" if hashed else f"{name} was {old}, is {new}")
     return found
 

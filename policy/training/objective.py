@@ -258,7 +258,7 @@ class Objective(nn.Module):
             add("pointer_ce", self.pointer(output.states, output.vision, output.kept, *points), config.pointer)
         if config.contrast:
             assert batch.instruction_B is not None
-            words_BTD, mask_BT = self.model.decoder.embed(batch.inputs.text_ids), batch.inputs.text_mask
+            words_BTD, mask_BT = self.model.embed_text(batch.inputs.text_ids), batch.inputs.text_mask
             loss = contrast_loss(output.vision, words_BTD, mask_BT, batch.instruction_B)
             add("contrast_nce", loss, config.contrast)
         if observer is not None:

@@ -89,7 +89,7 @@ class Wordings:
         groups = [numbers.setdefault(same_instruction(text), i) for i, text in enumerate(data.instructions)]
         self.group_I = torch.tensor(groups)
         self.texts = self._distinct(data, groups) if config.share else [[text] for text in data.instructions]
-        self._ids_WT, self._mask_WT = tokenizer.encode([text for some in self.texts for text in some])
+        self._ids_WT, self._mask_WT = tokenizer.inputs([text for some in self.texts for text in some])
         size_I = torch.tensor([len(some) for some in self.texts])
         self._own_I = size_I.cumsum(0) - size_I
         options = []
@@ -118,7 +118,7 @@ class Wordings:
     def text(
         self, instruction_B: Tensor, wording_B: Tensor | None = None, unknown_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return ids and mask [B,T] of wordings (None: of the instructions), padded to the longest of them."""
+        """Return inputs and mask [B,T] of wordings (None: of the instructions), padded to the longest of them."""
         rows_B = self._own_I[instruction_B] if wording_B is None else wording_B
         ids_BT, mask_BT = _rows(self._ids_WT, self._mask_WT, rows_B)
         if unknown_BT is not None and self._unknown is not None:
@@ -126,18 +126,19 @@ class Wordings:
         return ids_BT, mask_BT
 
     def held_out(self, instruction_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids and mask [B,T] of held-out wordings, the same in every call."""
+        """Return inputs and mask [B,T] of held-out wordings, the same in every call."""
         return _rows(*self._held_out, instruction_B * HELD_OUT + torch.arange(len(instruction_B)) % HELD_OUT)
 
     def fingerprint(self) -> str:
         """Return a fingerprint of all wordings and their ids."""
-        content = json.dumps([self.texts, self._ids_WT.tolist()])
+        ids_WT, _ = self.tokenizer.encode([text for some in self.texts for text in some])
+        content = json.dumps([self.texts, ids_WT.tolist()])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @cached_property
     def _held_out(self) -> tuple[Tensor, Tensor]:
         keep = contrasts(self.instructions)
-        return self.tokenizer.encode(
+        return self.tokenizer.inputs(
             [
                 reword(text, LEVELS[number % len(LEVELS)], random.Random(f"{number} {text}"), keep)
                 for text in self.instructions

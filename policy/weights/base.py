@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from cogvla.policy.checkpoint import CONFIG, load_weights, read_config
+from cogvla.policy.inputs.text_encoder import KEY, TextEncoder, saved_tokenizer
 from cogvla.policy.inputs.tokenizer import (
     EMPTY_TOKEN,
     PAPER_PROMPT,
     PretrainedTokenizer,
     Tokenizer,
-    tokenizer_from_dict,
 )
 from cogvla.policy.model.cogvla import CogVLA
 
@@ -31,14 +31,34 @@ def base_tokenizer(source: str) -> Tokenizer:
     """Return the tokenizer that the base was trained with.
 
     Raises:
-        ValueError: the base has no tokenizer, or cannot be found.
+        ValueError: the base has no tokenizer, or cannot be found; or it was trained with a text encoder.
     """
     if is_own(source):
-        return tokenizer_from_dict(read_config(Path(source))["tokenizer"], Path(source))
+        body = read_config(Path(source))
+        check_base_encoder(source, None)
+        return saved_tokenizer(body, Path(source))
     try:
         return PretrainedTokenizer(source, PAPER_PROMPT, EMPTY_TOKEN)
     except (OSError, ValueError) as error:
         raise ValueError(f"base={source} has no tokenizer: it is no checkpoint folder, and {error}") from error
+
+
+def check_base_encoder(source: str, encoder: TextEncoder | None) -> None:
+    """Check that a checkpoint of this package fits the text encoder of the training; None: none.
+
+    A base with a vocabulary fits every encoder: its projection is then new.
+
+    Raises:
+        ValueError: the base was trained with another text encoder.
+    """
+    body = read_config(Path(source))
+    theirs = body["tokenizer"].get("fingerprint")
+    if theirs is not None and (encoder is None or encoder.fingerprint != theirs):
+        ours = "without one" if encoder is None else f"with {encoder.source}, whose weights or words differ"
+        raise ValueError(
+            f"base={source} was trained with a text encoder, this training is {ours}: give "
+            f"{KEY}={body['model']['language']['encoder']}, or its new place"
+        )
 
 
 def load_own(model: CogVLA, folder: Path | str) -> list[str]:

@@ -12,6 +12,7 @@ import timm
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from cogvla.policy.inputs.pretrained_source import load_pretrained
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.weights.import_weights import check_numbers, load_parameters
 from cogvla.policy.weights.release import Release, open_release
@@ -49,7 +50,7 @@ def load_backbones(model: CogVLA) -> list[str]:
         _copy(donor.state_dict(), tower.vit, config.timm)
         loaded.append(f"{name}: {config.timm}")
     if hub := model.config.language.hub:
-        published, found = AutoModel.from_pretrained(hub, output_loading_info=True)
+        published, found = load_pretrained(AutoModel, hub, output_loading_info=True)
         if missing := sorted(found["missing_keys"]):  # transformers initialises them randomly, with only a warning
             raise ValueError(
                 f"the weights of {hub!r} lack {', '.join(missing[:3])} ({len(missing)}); download them again"

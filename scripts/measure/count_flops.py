@@ -24,6 +24,7 @@ from cogvla.configs.build import build
 from cogvla.policy.checkpoint import read_config
 from cogvla.policy.cost.flops import TOTAL, Counting, StageCost, count_decoding, count_flops
 from cogvla.policy.cost.roofline import GPU, find_gpu, floors, format_table, header
+from cogvla.policy.inputs.text_encoder import saved_config, with_encoder_width
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.scripts import console
@@ -82,10 +83,10 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
     if values["checkpoint"] is not None:
         folder = Path(values["checkpoint"])
         body = read_config(folder)
-        base, embodiment = CogVLAConfig.from_dict(body["model"]), build(Embodiment, body["embodiment"], "embodiment")
+        base, embodiment = saved_config(body, folder), build(Embodiment, body["embodiment"], "embodiment")
         name = f"checkpoint {folder.name}"
     else:
-        base = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
+        base = with_encoder_width(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
         embodiment = build(Embodiment, values["embodiment"], "embodiment")
     text, batch, counting = values["text_length"], values["batch"], build(Counting, values["counting"], "counting")
     counted = ", ".join(f"{key}={value}" for key, value in asdict(counting).items())

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from cogvla.configs.build import build
 from cogvla.policy.cost.memory import estimate_memory, report
+from cogvla.policy.inputs.text_encoder import with_encoder_width
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training.config import TrainingConfig
@@ -31,7 +32,7 @@ def run(config: DictConfig) -> str:
     training = build(TrainingConfig, values["training"], "training")
     if gpus < 1 or training.batch_size % (gpus * training.accumulation):
         raise ValueError(f"batch_size {training.batch_size} is not a multiple of {gpus} GPUs x {training.accumulation}")
-    model = CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]})
+    model = with_encoder_width(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
     memory, said = estimate_memory(model, build(Embodiment, values["embodiment"], "embodiment"), training, gpus)
     return report(memory, gpus, said)
 

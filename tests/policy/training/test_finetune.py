@@ -313,12 +313,12 @@ def test_it_starts_from_a_checkpoint_with_its_words_and_the_new_statistics(tmp_p
     learned = load_policy(base / "policy")
     for name, value in learned.model.state_dict().items():
         assert torch.equal(trainer.raw.model.state_dict()[name], value), name
-    words, tuned = learned.preprocessor.tokenizer.words, trainer.preprocessor.tokenizer.words  # type: ignore[union-attr]
+    words, tuned = learned.preprocessor.tokenizer.words, trainer.preprocessor.tokenizer.words  # type: ignore[attr-defined]
     assert tuned == (*words, "approach")
     expected = data.statistics()["action"]
     assert not np.allclose(expected.q01, learned.preprocessor.action_normaliser.shift_D.numpy())
     trainer.run()
-    assert load_policy(tmp_path / "tuned" / "policy").preprocessor.tokenizer.words == tuned  # type: ignore[union-attr]
+    assert load_policy(tmp_path / "tuned" / "policy").preprocessor.tokenizer.words == tuned  # type: ignore[attr-defined]
 
 
 def test_a_base_with_other_routing_gives_what_fits_and_says_the_rest(

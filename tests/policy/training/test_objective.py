@@ -144,7 +144,7 @@ def test_counterfactual_samples_have_the_labels_of_another_task_and_no_action_to
 
 
 def decode(batch: Batch) -> list[str]:
-    words = small_preprocessor().tokenizer.words  # type: ignore[union-attr]
+    words = small_preprocessor().tokenizer.words  # type: ignore[attr-defined]
     inputs = batch.inputs
     return [" ".join(words[i] for i in ids[mask]) for ids, mask in zip(inputs.text_ids, inputs.text_mask, strict=True)]
 
