@@ -5,8 +5,10 @@ Parameters without published weights keep their initial values.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from transformers import AutoModel
 
 from cogvla.policy.inputs.pretrained_source import load_pretrained
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import LanguageConfig
 from cogvla.policy.weights.import_weights import check_numbers, load_parameters
 from cogvla.policy.weights.release import Release, open_release
 
@@ -30,7 +33,7 @@ def load_backbones(model: CogVLA) -> list[str]:
         Lines for the log; empty if the configuration names no weights.
 
     Raises:
-        ValueError: published weights do not have the configured sizes.
+        ValueError: published weights do not have the configured sizes, or their model computes something else.
     """
     loaded = []
     camera = model.embodiment.cameras[0]
@@ -55,6 +58,7 @@ def load_backbones(model: CogVLA) -> list[str]:
             raise ValueError(
                 f"the weights of {hub!r} lack {', '.join(missing[:3])} ({len(missing)}); download them again"
             )
+        _check_numbers_of(published.config, model.config.language, hub)
         _copy(published.state_dict(), model.decoder.llm, hub)
         loaded.append(f"language: {hub}")
     return loaded
@@ -99,6 +103,38 @@ def _part(name: str) -> str:
     match = _PART.match(name)
     assert match, f"a parameter has a name, got {name!r}"
     return match[0]
+
+
+def _check_numbers_of(published: Any, language: LanguageConfig, name: str) -> None:
+    """Check what shapes do not show: with other heads or positions the weights fit, and compute something else."""
+    rope = getattr(published, "rope_parameters", None) or getattr(published, "rope_scaling", None) or {}
+    theirs = {
+        "architecture": published.model_type,
+        "heads": getattr(published, "num_attention_heads", None),
+        "kv_heads": getattr(published, "num_key_value_heads", None),
+        "rms_norm_eps": getattr(published, "rms_norm_eps", None),
+        "rope_theta": rope.get("rope_theta", getattr(published, "rope_theta", None)),
+    }
+    ours = {
+        "architecture": language.architecture,
+        "heads": language.heads,
+        "kv_heads": language.kv_heads or language.heads,
+        "rms_norm_eps": language.rms_norm_eps,
+        "rope_theta": language.rope_theta,
+    }
+    for key, value in ours.items():
+        same = math.isclose(theirs[key] or 0, value, rel_tol=1e-5) if isinstance(value, float) else theirs[key] == value
+        if not same:
+            raise ValueError(
+                f"{name!r} has {key} {theirs[key]}, the configuration {value}: set policy.language.{key}"
+                + (", or choose a Llama or Qwen2" if key == "architecture" else "")
+            )
+    kind, activation = rope.get("rope_type", rope.get("type", "default")), getattr(published, "hidden_act", "silu")
+    if kind != "default" or activation != "silu":
+        raise ValueError(
+            f"{name!r} has positions of type {kind!r} and the activation {activation!r}; only 'default' and 'silu' are "
+            "supported: choose another model"
+        )
 
 
 def _copy(source: dict[str, Tensor], target: nn.Module, name: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,29 @@ def test_damaged_weights_are_refused(damage: str, tmp_path: Path) -> None:
     config = config_with(language={**MODEL["language"], "hub": str(tmp_path)})
     with pytest.raises(ValueError, match=r"lack norm.weight|norm.weight of .* has NaN"):
         load_backbones(CogVLA(config, ROBOT))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+            "has heads 8, the configuration 4: set policy",
+        ),
+        ({"rope_theta": 1e5}, "has rope_theta 100000.0, the configuration 10000.0"),
+        ({"rms_norm_eps": 1e-5}, "has rms_norm_eps 1e-05, the configuration 1e-06"),
+        ({"hidden_act": "gelu"}, "the activation 'gelu'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "positions of type 'linear'"),
+        ({"model_type": "mistral"}, "has architecture mistral, the configuration llama"),
+    ],
+)
+def test_a_model_that_computes_something_else_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    published_language(tmp_path)
+    body = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**body, **change}))
+    with pytest.raises(ValueError, match=said) as caught:
+        load_backbones(CogVLA(config_with(language={**MODEL["language"], "hub": str(tmp_path)}), ROBOT))
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_a_model_from_scratch_loads_nothing() -> None:
