@@ -61,9 +61,13 @@ class TextEncoder:
             model, found = load_pretrained(AutoModel, source, output_loading_info=True, dtype=torch.float32)
         except ValueError as error:
             raise ValueError(f"{KEY}: {error}") from error
-        if missing := sorted(key for key in found["missing_keys"] if "pooler." not in key):
+        unused = ("pooler.", "decoder.") if getattr(model.config, "is_encoder_decoder", False) else ("pooler.",)
+        if missing := sorted(key for key in found["missing_keys"] if not key.startswith(unused)):
             raise ValueError(f"{KEY}={source} lacks {', '.join(missing[:3])} ({len(missing)} tensors): get it again")
         self._network = _reader(model).eval().requires_grad_(False)
+        for name, value in self._network.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"{KEY}={source}: {name} has NaN or infinite numbers; get it again")
         self._check_tokenizer()
         self._limit = min(
             self._tokenizer.model_max_length, getattr(self._network.config, "max_position_embeddings", None) or 10**9
@@ -155,8 +159,6 @@ class TextEncoder:
                 states_BTE = self._states(ids_BT)
             if states_BTE.shape[:2] != ids_BT.shape or states_BTE.ndim != 3:
                 problem = f"its output has the shape {list(states_BTE.shape)} for {ids_BT.shape[1]} tokens"
-            elif not states_BTE.isfinite().all():
-                problem = "its states are NaN or infinite: get it again"
         except Exception as error:  # a model of another kind asks for other inputs
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         if problem:
@@ -237,6 +239,13 @@ def with_encoder_width(config: CogVLAConfig) -> CogVLAConfig:
     if language.encoder is None or language.encoder_width is not None:
         return config
     return replace(config, language=replace(language, encoder_width=encoder_shape(language.encoder).config.hidden_size))
+
+
+def same_place(config: CogVLAConfig, other: CogVLAConfig) -> CogVLAConfig:
+    """Return the configuration with the place of the other's text encoder, which is compared by its fingerprint."""
+    if config.language.encoder is None or other.language.encoder is None:
+        return config
+    return replace(config, language=replace(config.language, encoder=other.language.encoder))
 
 
 def saved_config(body: Mapping[str, Any], folder: Path) -> CogVLAConfig:

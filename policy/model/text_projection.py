@@ -48,4 +48,6 @@ class TextProjection(nn.Module):
 
     def forward(self, states_BTE: Tensor) -> Tensor:
         standard_BTE = (states_BTE - self.mean_E) / self.std_E
-        return self.linear(self.norm(standard_BTE.to(self.norm.weight.dtype)))
+        normed_BTE = self.norm(standard_BTE.to(self.norm.weight.dtype))
+        # The summary of the instruction is a sum of these: in the precision of other embeddings, also under autocast.
+        return self.linear(normed_BTE.to(self.linear.weight.dtype)).to(normed_BTE.dtype)

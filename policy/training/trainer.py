@@ -30,6 +30,7 @@ from tqdm import tqdm
 from cogvla.policy.checkpoint import load_training_state, read_config, save_checkpoint
 from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
 from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.text_encoder import same_place
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.training import adapters
@@ -332,7 +333,7 @@ class Trainer:
         state = load_training_state(folder)
         again = f"choose another output, or delete {self.output} to start again"
         body = read_config(folder)
-        if CogVLAConfig.from_dict(body["model"]) != self.model_config:
+        if same_place(CogVLAConfig.from_dict(body["model"]), self.model_config) != self.model_config:
             raise ValueError(f"{folder} was trained with another policy or routing; {again}")
         if body.get("pictures", {}).get("crop_area", 1.0) != self.preprocessor.crop_area:
             raise ValueError(f"{folder} was trained with another augmentation.crop_area; {again}")

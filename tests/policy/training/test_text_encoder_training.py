@@ -163,6 +163,8 @@ def test_a_resumed_run_is_the_same_and_another_encoder_is_refused(tmp_path: Path
     resumed = parts.run()
     assert parts.first_step == 3
     assert torch.equal(actions(whole), actions(resumed))
+    elsewhere = str(shutil.move(source, tmp_path / "elsewhere"))
+    trainer_with(elsewhere, tmp_path / "parts", steps=7, checkpoint_every=7).run()
     tiny_encoder(tmp_path / "encoder", seed=1)
     with pytest.raises(ValueError, match="text encoder differs"):
         trainer_with(source, tmp_path / "parts", steps=9).run()
@@ -251,6 +253,18 @@ def test_a_base_and_its_encoder(case: str, trained: Trained, source: str, tmp_pa
     trainer.run()
     assert "model.text.linear.weight" in trained_names
     assert torch.isfinite(actions(load_policy(tmp_path / "run" / "policy"))).all()
+
+
+@pytest.mark.usefixtures("own_accelerator")
+@pytest.mark.parametrize("part", ["text", "head"])
+def test_in_bfloat16(part: str, source: str, tmp_path: Path) -> None:
+    half: dict[str, Any] = {"precision": "bfloat16", "finetune": FinetuneConfig((part,)), "ema_decay": 0.0}
+    policy = trainer_with(source, tmp_path, **half).run()
+    loaded = load_policy(tmp_path / "policy")
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert torch.equal(projection(loaded.model).mean_E, projection(policy.model).mean_E), "statistics stay exact"
+    assert projection(loaded.model).mean_E.dtype == torch.float32
+    torch.testing.assert_close(actions(loaded), actions(policy), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("key", ["teacher", "blind"])

@@ -17,16 +17,19 @@ from cogvla.policy.weights.pretrained import load_backbones
 from cogvla.tests.support.tiny_model import MODEL, ROBOT, tiny_input, tiny_model
 
 
-def published_language(folder: Path, intermediate: int = 48) -> LlamaModel:
+def published_language(folder: Path, intermediate: int = 48, **changes: Any) -> LlamaModel:
     torch.manual_seed(5)
     config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=intermediate,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-6,
+        **{
+            "vocab_size": 50,
+            "hidden_size": 32,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            **changes,
+        }
     )
     model = LlamaModel(config)
     model.save_pretrained(folder)
@@ -113,16 +116,21 @@ def test_damaged_weights_are_refused(damage: str, tmp_path: Path) -> None:
         ({"rms_norm_eps": 1e-5}, "has rms_norm_eps 1e-05, the configuration 1e-06"),
         ({"hidden_act": "gelu"}, "the activation 'gelu'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "positions of type 'linear'"),
-        ({"model_type": "mistral"}, "has architecture mistral, the configuration llama"),
     ],
 )
 def test_a_model_that_computes_something_else_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
-    published_language(tmp_path)
-    body = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**body, **change}))
+    published_language(tmp_path, **change)
     with pytest.raises(ValueError, match=said) as caught:
         load_backbones(CogVLA(config_with(language={**MODEL["language"], "hub": str(tmp_path)}), ROBOT))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    published_language(tmp_path)
+    body = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**body, "model_type": "mistral"}))
+    with pytest.raises(ValueError, match="has architecture mistral, the configuration llama"):
+        load_backbones(CogVLA(config_with(language={**MODEL["language"], "hub": str(tmp_path)}), ROBOT))
 
 
 def test_a_model_from_scratch_loads_nothing() -> None:
