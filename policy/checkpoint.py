@@ -5,6 +5,7 @@
     statistics.json      normalisation statistics of state and action
     float8.json          calibration of 8-bit layers, if `calibrate_policy` has measured it
     training.pt          optimiser, step and EMA; only in checkpoints to resume from
+    encoder/             a copy of the text encoder, if a user put one there; it comes before the source in config.json
 
 Saving is atomic: the folder is written under a temporary name and then renamed.
 """
@@ -16,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,8 +34,8 @@ from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_c
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.inputs.preprocess import Preprocessor
-from cogvla.policy.inputs.text_encoder import EncoderError, saved_config, saved_tokenizer
-from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
+from cogvla.policy.inputs.text_encoder import open_encoder
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, Tokenizer, tokenizer_from_dict
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
@@ -48,6 +49,7 @@ ROUTER_WEIGHTS = "router."
 ANOTHER = "use another checkpoint"
 TRAINING = "training.pt"
 FLOAT8 = "float8.json"
+ENCODER = "encoder"
 
 
 @contextmanager
@@ -151,6 +153,58 @@ def read_config(folder: Path) -> dict[str, Any]:
     return body
 
 
+def saved_config(body: Mapping[str, Any], folder: Path) -> CogVLAConfig:
+    """Return the configuration of a checkpoint's model, with the place of its text encoder, if any.
+
+    Args:
+        body: content of the checkpoint's `config.json`.
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: see `CogVLAConfig.from_dict`.
+        KeyError: the content is incomplete.
+    """
+    config = CogVLAConfig.from_dict(body["model"])
+    if config.language.encoder is None or not (folder / ENCODER).exists():
+        return config
+    return replace(config, language=replace(config.language, encoder=str(folder / ENCODER)))
+
+
+class EncoderError(ValueError):
+    """The text encoder of a checkpoint is missing or another one; the checkpoint itself is sound."""
+
+
+def _saved_tokenizer(description: dict[str, Any], encoder: str | None, folder: Path) -> Tokenizer:
+    """Return the tokenizer or text encoder of a checkpoint.
+
+    Args:
+        description: "tokenizer" of the checkpoint's `config.json`.
+        encoder: source of the text encoder; None: the policy has none.
+        folder: the checkpoint.
+
+    Raises:
+        EncoderError: the text encoder is missing, or another one than in training.
+        ValueError: the description is damaged.
+        KeyError: the description is incomplete.
+    """
+    if (description.get("kind") == "encoder") != (encoder is not None):
+        raise ValueError(f"tokenizer is {description.get('kind')!r}, but model.language.encoder is {encoder!r}")
+    if encoder is None:
+        return tokenizer_from_dict(description, folder)
+    try:
+        found = open_encoder(encoder)
+    except ValueError as error:
+        raise EncoderError(
+            f"{folder} needs the text encoder of its training: {error}; or copy that encoder to {folder / ENCODER}"
+        ) from error
+    if found.fingerprint != description["fingerprint"]:
+        raise EncoderError(
+            f"{encoder} is not the text encoder with which {folder} was trained: its weights or its tokenizer differ "
+            f"(fingerprint {found.fingerprint}, not {description['fingerprint']}); copy that one to {folder / ENCODER}"
+        )
+    return found
+
+
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Load the weights of a checkpoint.
 
@@ -185,13 +239,13 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
     statistics = read_object(folder / STATISTICS, ANOTHER)
     try:
         embodiment = build(Embodiment, body["embodiment"], "embodiment")
-        tokenizer = saved_tokenizer(body, folder)
+        config, description = saved_config(body, folder), dict(body["description"])
+        tokenizer = _saved_tokenizer(body["tokenizer"], config.language.encoder, folder)
         # Checkpoints that are older than augmentation have no "pictures" entry: their images are not cropped.
         preprocessor = Preprocessor(embodiment, tokenizer, statistics, **body.get("pictures", {}))
-        config, description = saved_config(body, folder), dict(body["description"])
     except EncoderError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{CONFIG} or {STATISTICS} in {folder} is damaged ({problem}); use another checkpoint"

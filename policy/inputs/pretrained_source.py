@@ -9,7 +9,7 @@ GGUF = ".gguf"
 
 
 def load_pretrained(auto: Any, source: str | Path, **options: Any) -> Any:
-    """Call `auto.from_pretrained` for a source.
+    """Call `auto.from_pretrained` for a source, without code from it.
 
     Args:
         auto: a class of transformers, such as `AutoModel`.
@@ -21,7 +21,7 @@ def load_pretrained(auto: Any, source: str | Path, **options: Any) -> Any:
     """
     name, file = _located(str(source))
     try:
-        return auto.from_pretrained(name, **file, **options)
+        return auto.from_pretrained(name, trust_remote_code=False, **file, **options)
     except Exception as error:  # damaged files make the libraries raise almost anything
         raise ValueError(_problem(str(source), error)) from error
 
@@ -49,9 +49,10 @@ def _problem(source: str, error: Exception) -> str:
     said = " ".join(str(error).split())
     if isinstance(error, ImportError) and "gguf" in said.lower():
         return f"{source} needs the package gguf: `uv pip install gguf`"
-    if not Path(source).expanduser().exists():
+    cause = f"({type(error).__name__}: {said.partition('. ')[0][:200]})"
+    if isinstance(error, OSError) and not Path(source).expanduser().exists():
         return (
-            f"there is no folder {source}, and no model of this name on the Hugging Face hub or in its cache on this "
-            f"machine; without a connection, give a folder or a {GGUF} file, or run `hf download {source}` before"
+            f"there is no folder {source}, and no such model on the Hugging Face hub or in its cache {cause}: correct "
+            f"the name; without a connection, give a folder or a {GGUF} file, or run `hf download {source}` before"
         )
-    return f"cannot load {source} ({type(error).__name__}: {said[:200]})"
+    return f"cannot load {source} {cause}: get it again, or choose a model that transformers can read"

@@ -13,22 +13,20 @@ import functools
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
 from cogvla.policy.inputs.pretrained_source import load_pretrained
-from cogvla.policy.inputs.tokenizer import Tokenizer, check_not_empty, pad_rows, tokenizer_from_dict
+from cogvla.policy.inputs.tokenizer import TransformersTokenizer, check_not_empty
 from cogvla.policy.model.config import CogVLAConfig
 
 KEY = "policy.language.encoder"
-INSIDE = "encoder"
-"""Name of a folder in a checkpoint that may hold its encoder; it is used before the place that training read."""
 PROBES = ("put the red cube in the tray", "open the top drawer, then push the 2nd plate left!")
 MOST = 64
 """Instructions that are encoded at once."""
@@ -36,7 +34,7 @@ UNUSED = 0.1
 """Largest share of an embedding table without a token; tables are often padded to a round size."""
 
 
-class TextEncoder:
+class TextEncoder(TransformersTokenizer):
     """Encodes instructions with a frozen language model of transformers and its own tokenizer, on the CPU in float32.
 
     Special tokens that the tokenizer adds are read by the model, but their states are left out.
@@ -55,9 +53,8 @@ class TextEncoder:
     """
 
     def __init__(self, source: str) -> None:
-        self.source = source
         try:
-            self._tokenizer = load_pretrained(AutoTokenizer, source)
+            super().__init__(source)
             model, found = load_pretrained(AutoModel, source, output_loading_info=True, dtype=torch.float32)
         except ValueError as error:
             raise ValueError(f"{KEY}: {error}") from error
@@ -75,9 +72,6 @@ class TextEncoder:
         self.width = self._probed_width()
         self.fingerprint = self._fingerprint()
 
-    def __len__(self) -> int:
-        return len(self._tokenizer)
-
     def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids int64 [B,T] and mask bool [B,T] of the tokens whose states `inputs` returns.
 
@@ -85,7 +79,7 @@ class TextEncoder:
             ValueError: an instruction has no words, or more tokens than the encoder reads.
         """
         rows = [[i for i, kept in zip(*self._row(text), strict=True) if kept] for text in instructions]
-        return pad_rows(rows, pad_id=self._tokenizer.pad_token_id or 0)
+        return self._padded(rows)
 
     @torch.no_grad()
     def inputs(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -110,16 +104,6 @@ class TextEncoder:
         ordered = [states[index] for index in range(len(rows))]
         mask = [torch.ones(len(states_TE), dtype=torch.bool) for states_TE in ordered]
         return nn.utils.rnn.pad_sequence(ordered, batch_first=True), nn.utils.rnn.pad_sequence(mask, batch_first=True)
-
-    def unknown_words(self, text: str) -> list[str]:
-        """Return the words of a text with a part that becomes the unknown token, each once; most have none."""
-        unknown, encode = self._tokenizer.unk_token_id, self._tokenizer
-        words = dict.fromkeys(text.lower().split())
-        return [word for word in words if unknown in encode(word, add_special_tokens=False).input_ids]
-
-    def spelled(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each id."""
-        return [self._tokenizer.decode([i]).strip() for i in ids]
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "encoder", "fingerprint": self.fingerprint}
@@ -185,7 +169,7 @@ def open_encoder(source: str) -> TextEncoder:
         ValueError: see `TextEncoder`.
     """
     path = Path(source).expanduser()
-    files = [path] if path.is_file() else sorted(path.glob("*"))
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
     stamp = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return _opened(source, stamp)
 
@@ -199,12 +183,18 @@ def encoder_shape(source: str) -> Any:
     """Return the network of an encoder on the meta device, to count its parameters and work.
 
     Raises:
-        ValueError: the source has no configuration of a model.
+        ValueError: the source has no configuration of a model, or its work cannot be counted.
     """
     try:
         config = load_pretrained(AutoConfig, source)
     except ValueError as error:
         raise ValueError(f"{KEY}: {error}") from error
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(getattr(config, name, None), int):
+            raise ValueError(
+                f"the work of {KEY}={source} cannot be counted: the configuration of its model ({config.model_type}) "
+                f"has no {name}"
+            )
     with torch.device("meta"):
         return _reader(AutoModel.from_config(config))
 
@@ -246,58 +236,6 @@ def same_place(config: CogVLAConfig, other: CogVLAConfig) -> CogVLAConfig:
     if config.language.encoder is None or other.language.encoder is None:
         return config
     return replace(config, language=replace(config.language, encoder=other.language.encoder))
-
-
-def saved_config(body: Mapping[str, Any], folder: Path) -> CogVLAConfig:
-    """Return the configuration of a checkpoint's model, with the place of its text encoder.
-
-    Args:
-        body: content of the checkpoint's `config.json`.
-        folder: the checkpoint.
-
-    Raises:
-        ValueError: see `CogVLAConfig.from_dict`.
-        KeyError: the description is incomplete.
-    """
-    config = CogVLAConfig.from_dict(body["model"])
-    if config.language.encoder is None or not (folder / INSIDE).exists():
-        return config
-    return replace(config, language=replace(config.language, encoder=str(folder / INSIDE)))
-
-
-def saved_tokenizer(body: Mapping[str, Any], folder: Path) -> Tokenizer:
-    """Return the tokenizer or text encoder of a checkpoint.
-
-    Args:
-        body: content of the checkpoint's `config.json`.
-        folder: the checkpoint.
-
-    Raises:
-        ValueError: the text encoder is missing or another one than in training; or the description is damaged.
-        KeyError: the description is incomplete.
-    """
-    description = body["tokenizer"]
-    if description.get("kind") != "encoder":
-        return tokenizer_from_dict(description, folder)
-    source = saved_config(body, folder).language.encoder
-    if source is None:
-        raise ValueError("the tokenizer is a text encoder, but model.language.encoder is null")
-    try:
-        encoder = open_encoder(source)
-    except ValueError as error:
-        raise EncoderError(
-            f"{folder} needs the text encoder of its training: {error}; or copy that encoder to {folder / INSIDE}"
-        ) from error
-    if encoder.fingerprint != description["fingerprint"]:
-        raise EncoderError(
-            f"{source} is not the text encoder with which {folder} was trained: its weights or its tokenizer differ "
-            f"(fingerprint {encoder.fingerprint}, not {description['fingerprint']}); copy that one to {folder / INSIDE}"
-        )
-    return encoder
-
-
-class EncoderError(ValueError):
-    """The text encoder of a checkpoint is missing or another one; the checkpoint itself is sound."""
 
 
 def _reader(model: Any) -> Any:

@@ -2,18 +2,19 @@
 
 There are two: a word tokenizer for policies that are trained from scratch, whose vocabulary is the words of the
 training data; and a wrapper for the tokenizer of a pretrained language model, with the paper's prompt. A third one
-computes states instead (`policy.inputs.text_encoder`).
+computes states instead of ids (`policy.inputs.text_encoder`).
 
-Shape legend: B batch, T text length.
+Shape legend: B batch, T text length, E width of a text encoder.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,39 @@ _WORD = re.compile("[wd][wdm]*|um*|s|(?<![wdum])-(?=d)")
 """A word, in the kinds of characters that `_kind` returns."""
 
 
-class WordTokenizer:
+class Tokenizer(ABC):
+    """What policies ask of tokenizers and text encoders."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of known tokens."""
+
+    @abstractmethod
+    def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Encode B instructions as ids int64 [B,T] and mask bool [B,T] (True: a token), padded on the right.
+
+        Raises:
+            ValueError: an instruction without words.
+        """
+
+    def inputs(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return what the network reads, ids [B,T] or the states [B,T,E] of a text encoder, and the mask [B,T]."""
+        return self.encode(instructions)
+
+    @abstractmethod
+    def unknown_words(self, text: str) -> list[str]:
+        """Return the words of a text that the tokenizer does not know, each once."""
+
+    @abstractmethod
+    def spelled(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each id."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return a description for `config.json`."""
+
+
+class WordTokenizer(Tokenizer):
     """Splits instructions into words in any script; words that are not in the vocabulary become `<unk>`.
 
     - Case, other forms of a letter (full width, ligatures) and invisible characters make no difference.
@@ -71,11 +104,6 @@ class WordTokenizer:
         return len(self.words)
 
     def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Encode B instructions as ids int64 [B,T] and mask bool [B,T] (True: a word), padded on the right.
-
-        Raises:
-            ValueError: an instruction without words.
-        """
         rows = [
             [self._ids.get(word, 1) for word in _split(text) if word in self._ids or word not in SIGNS]
             for text in instructions
@@ -83,10 +111,7 @@ class WordTokenizer:
         for text, row in zip(instructions, rows, strict=True):
             if not row:
                 raise ValueError(f"instruction {text!r} has no words; give the robot something to do")
-        return pad_rows(rows, pad_id=0)
-
-    def inputs(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self.encode(instructions)
+        return _pad(rows, pad_id=0)
 
     def unknown_words(self, text: str) -> list[str]:
         """Return the words of a text that become `<unk>`, each once."""
@@ -100,47 +125,24 @@ class WordTokenizer:
         return {"kind": "words", "words": list(self.words)}
 
 
-class PretrainedTokenizer:
-    """The tokenizer of a pretrained language model, with the prompt of OpenVLA and CogVLA.
-
-    It does not add BOS, because the token layout adds it.
+class TransformersTokenizer(Tokenizer):
+    """What the tokenizers of pretrained models have in common.
 
     Args:
-        source: hub repository or folder of the tokenizer.
-        prompt: text with `{instruction}`.
-        empty_token: id that is appended to the prompt unless it is its last token, as in OpenVLA (29871 for Llama-2);
-            None: nothing.
+        source: hub id, folder or GGUF file.
+
+    Raises:
+        ValueError: it cannot be loaded.
     """
 
-    def __init__(self, source: str, prompt: str = PAPER_PROMPT, empty_token: int | None = None) -> None:
+    def __init__(self, source: str) -> None:
         from transformers import AutoTokenizer
 
-        if "{instruction}" not in prompt:
-            raise ValueError("the prompt must contain {instruction}")
-        self.source, self.prompt, self.empty_token = source, prompt, empty_token
+        self.source = source
         self._tokenizer = load_pretrained(AutoTokenizer, source)
 
     def __len__(self) -> int:
         return len(self._tokenizer)
-
-    def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Encode B instructions as ids int64 [B,T] and mask bool [B,T] (True: a token), padded on the right.
-
-        Raises:
-            ValueError: an instruction without words.
-        """
-        rows = []
-        for text in instructions:
-            check_not_empty(text)
-            prompt = self.prompt.format(instruction=text.strip().lower())
-            row = list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
-            if self.empty_token is not None and row[-1:] != [self.empty_token]:
-                row.append(self.empty_token)
-            rows.append(row)
-        return pad_rows(rows, pad_id=self._tokenizer.pad_token_id or 0)
-
-    def inputs(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self.encode(instructions)
 
     def unknown_words(self, text: str) -> list[str]:
         """Return the words of a text with a part that becomes the unknown token, each once; most have none."""
@@ -149,8 +151,40 @@ class PretrainedTokenizer:
         return [word for word in words if unknown in encode(word, add_special_tokens=False).input_ids]
 
     def spelled(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each id."""
         return [self._tokenizer.decode([i]).strip() for i in ids]
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        return _pad(rows, pad_id=self._tokenizer.pad_token_id or 0)
+
+
+class PretrainedTokenizer(TransformersTokenizer):
+    """The tokenizer of a pretrained language model, with the prompt of OpenVLA and CogVLA.
+
+    It does not add BOS, because the token layout adds it.
+
+    Args:
+        source: hub id, folder or GGUF file of the tokenizer.
+        prompt: text with `{instruction}`.
+        empty_token: id that is appended to the prompt unless it is its last token, as in OpenVLA (29871 for Llama-2);
+            None: nothing.
+    """
+
+    def __init__(self, source: str, prompt: str = PAPER_PROMPT, empty_token: int | None = None) -> None:
+        if "{instruction}" not in prompt:
+            raise ValueError("the prompt must contain {instruction}")
+        super().__init__(source)
+        self.prompt, self.empty_token = prompt, empty_token
+
+    def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rows = []
+        for text in instructions:
+            check_not_empty(text)
+            prompt = self.prompt.format(instruction=text.strip().lower())
+            row = list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
+            if self.empty_token is not None and row[-1:] != [self.empty_token]:
+                row.append(self.empty_token)
+            rows.append(row)
+        return self._padded(rows)
 
     def save(self, folder: Path) -> None:
         """Save the tokenizer's files in a checkpoint, so that it can be loaded without the hub."""
@@ -163,28 +197,6 @@ class PretrainedTokenizer:
             "prompt": self.prompt,
             "empty_token": self.empty_token,
         }
-
-
-class Tokenizer(Protocol):
-    """What policies ask of tokenizers and text encoders."""
-
-    def __len__(self) -> int:
-        """Return the number of tokens that it knows."""
-
-    def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return ids int64 [B,T] and mask bool [B,T] (True: a token), padded on the right."""
-
-    def inputs(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return what the network reads, and the mask: the ids, or the states [B,T,E] of a text encoder."""
-
-    def unknown_words(self, text: str) -> list[str]:
-        """Return the words of a text that the tokenizer does not know, each once."""
-
-    def spelled(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each id."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a description for `config.json`."""
 
 
 def tokenizer_from_dict(description: dict[str, Any], folder: Path | None = None) -> Tokenizer:
@@ -259,8 +271,7 @@ def _kind(character: str) -> str:
     return {"L": "w", "N": "d", "M": "m", "P": " ", "Z": " "}.get(major, "s")
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return ids [B,T] and mask [B,T] of rows of ids, padded on the right."""
+def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     length = max(len(row) for row in rows)
     ids_BT = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.long)
     mask_BT = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])

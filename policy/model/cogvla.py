@@ -154,7 +154,10 @@ class CogVLA(nn.Module):
         if language.encoder is None:
             return None
         if language.encoder_width is None:
-            raise ValueError("language.encoder needs its width: see `policy.inputs.text_encoder.with_encoder`")
+            raise ValueError(
+                "language.encoder needs encoder_width, the width of its states; "
+                "`policy.inputs.text_encoder.with_encoder` reads it from the encoder"
+            )
         std = language.init_std if language.embedding_std is None else language.embedding_std
         return TextProjection(language.encoder_width, self.width, std)
 

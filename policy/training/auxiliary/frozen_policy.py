@@ -10,7 +10,6 @@ import torch
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.inputs.normalise import Normaliser
 from cogvla.policy.inputs.preprocess import Preprocessor
-from cogvla.policy.inputs.text_encoder import TextEncoder
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.weights.base import is_own
 from cogvla.routing.router import RouterConfig
@@ -48,11 +47,11 @@ def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions:
         and _alike(theirs.action_normaliser, ours.action_normaliser)
     ):
         differ.append("data with other statistics of state or action")
-    encoders = [p.tokenizer.to_dict() if isinstance(p.tokenizer, TextEncoder) else None for p in (theirs, ours)]
-    if encoders[0] != encoders[1]:
-        differ.append("another text encoder")
+    encoders = {getattr(p.tokenizer, "fingerprint", None) for p in (theirs, ours)}
     words = [p.tokenizer.encode(list(instructions)) for p in (theirs, ours)]
-    if not any(encoders) and not all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(*words, strict=True)):
+    if len(encoders) > 1:
+        differ.append("another text encoder")
+    elif not all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(*words, strict=True)):
         differ.append("other words")
     if differ:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPModel
 
-from cogvla.policy.inputs.text_encoder import TextEncoder, open_encoder
+from cogvla.policy.inputs.text_encoder import TextEncoder, encoder_shape, open_encoder
 from cogvla.tests.support.text_encoders import WORDS, minilm, save_tokenizer, tiny_encoder
 
 TEXTS = ["touch the red square", "touch the blue one", "put the red cube in the tray", "open"]
@@ -92,6 +93,19 @@ def not_a_number(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def broken_links(folder: Path) -> None:
+    """As a copy of the hub's cache without its blobs has them."""
+    for file in folder.iterdir():
+        file.unlink()
+        file.symlink_to(folder / "blobs" / file.name)
+
+
+def own_code(folder: Path) -> None:
+    """A model that brings its own code, which would ask on the terminal whether to run it."""
+    body = {"model_type": "another", "auto_map": {"AutoConfig": "c.C", "AutoModel": "m.M"}}
+    (folder / "config.json").write_text(json.dumps(body))
+
+
 def other_width(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
@@ -116,16 +130,30 @@ def pictures_too(folder: Path) -> None:
         (truncated, "cannot load"),
         (not_a_number, r"embeddings\.word_embeddings\.weight has NaN or infinite"),
         (other_width, "cannot load"),
+        (broken_links, "cannot load"),
+        (own_code, "cannot load"),
         (pictures_too, "is a CLIPModel, which gives no usable token states"),
     ],
 )
-def test_an_encoder_that_does_not_fit_is_refused_in_one_line(damage, said: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_encoder_that_does_not_fit_is_refused_in_one_line(
+    damage: Callable[[Path], None], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tiny_encoder(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=rf"policy\.language\.encoder.*{said}") as caught:
-        TextEncoder(source)
+        open_encoder(source)
     assert "\n" not in str(caught.value)
     assert source in str(caught.value)
+    assert "Do you wish to run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [pictures_too, without_config, own_code])
+def test_work_that_cannot_be_counted(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    source = tiny_encoder(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=r"policy\.language\.encoder.*cannot (load|be counted)") as caught:
+        encoder_shape(source)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_encoder_decoder_without_its_decoder_is_enough(tmp_path: Path) -> None:
@@ -140,7 +168,7 @@ def test_an_encoder_decoder_without_its_decoder_is_enough(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("nobody/no-such-encoder", "no folder nobody/no-such-encoder, and no model of this name"),
+        ("nobody/no-such-encoder", "no folder nobody/no-such-encoder, and no such model on the .*hf download"),
         ("./encoders/minilm", "no file or folder"),
         ("encoders/minilm/model", "no file or folder"),
         ("model.gguf", "no file or folder"),

@@ -27,7 +27,8 @@ from cogvla.tests.policy.training.test_trainer import KILLED, assert_same_run, r
 from cogvla.tests.support import small_data as small
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.small_data import ROBOT, settings, small_trainer
-from cogvla.tests.support.tiny_model import tiny_input, tiny_model
+from cogvla.tests.support.tiny_model import ROBOT as TINY_ROBOT
+from cogvla.tests.support.tiny_model import tiny_config, tiny_input, tiny_model
 
 PAPER = load("finetune", "lora")
 LORA = FinetuneConfig(**{**PAPER, "rank": 4, "alpha": 2.0})
@@ -46,6 +47,15 @@ def adapted(config: FinetuneConfig = LORA, **routing: Any) -> CogVLA:
     return model.eval()
 
 
+def with_text_projection(encoder_width: int | None, **routing: Any) -> CogVLA:
+    """A model that reads states of a text encoder of this width; None: token ids."""
+    config = tiny_config(**routing)
+    encoder = None if encoder_width is None else "an encoder"
+    return CogVLA(
+        replace(config, language=replace(config.language, encoder=encoder, encoder_width=encoder_width)), TINY_ROBOT
+    )
+
+
 def answers(model: CogVLA) -> tuple[Tensor, list[Tensor]]:
     with torch.no_grad():
         output = model(tiny_input(), watch=model.config.routing.efa)
@@ -59,14 +69,16 @@ def assert_alike(first: CogVLA, second: CogVLA) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_the_papers_choice_of_what_is_trained() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("encoder_width", [None, 24])
+def test_the_papers_choice_of_what_is_trained(encoder_width: int | None) -> None:
+    model = with_text_projection(encoder_width)
     everything = {name for name, _ in model.named_parameters()}
     adapters.prepare(model, LORA)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     full = {name for name in trained if ".lora_" not in name}
     router = re.compile(
-        r"vision\.towers\.\w+\.(film|aggregation)\.|vision\.fusion\.|order\.|decoder\.routers\.|state\.|head\.|placeholder"
+        r"vision\.towers\.\w+\.(film|aggregation)\.|vision\.fusion\.|order\.|text\.|decoder\.routers\.|state\.|head\."
+        r"|placeholder"
     )
     assert full == {name for name in everything if router.match(name)}
     layers = dict(adapters.adapted_layers(model))
@@ -104,12 +116,14 @@ def test_every_adapter_counts() -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_all"])
-@pytest.mark.parametrize("summary", ["words", "contextual"])
-def test_the_order_of_the_words_is_trained_fully(name: str, summary: str) -> None:
-    config = FinetuneConfig(**{**load("finetune", name), "rank": 4})
-    order = {name: p for name, p in adapted(config, summary=summary).named_parameters() if name.startswith("order.")}
-    assert bool(order) == (summary == "contextual")
-    assert all(p.requires_grad and ".lora_" not in name for name, p in order.items())
+@pytest.mark.parametrize(("summary", "encoder_width"), [("words", None), ("contextual", None), ("contextual", 24)])
+def test_what_reads_the_words_is_trained_fully(name: str, summary: str, encoder_width: int | None) -> None:
+    model = with_text_projection(encoder_width, summary=summary)
+    adapters.prepare(model, FinetuneConfig(**{**load("finetune", name), "rank": 4}))
+    words = {name: p for name, p in model.named_parameters() if name.startswith(("order.", "text."))}
+    assert any(name.startswith("order.") for name in words) == (summary == "contextual")
+    assert any(name.startswith("text.") for name in words) == (encoder_width is not None)
+    assert all(p.requires_grad and ".lora_" not in name for name, p in words.items())
 
 
 def test_merge_and_unmerge_is_a_round_trip_bit_for_bit() -> None:

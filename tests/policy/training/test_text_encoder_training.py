@@ -20,7 +20,7 @@ from cogvla.policy.cost.memory import estimate_memory
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.text_encoder import TextEncoder, open_encoder, with_encoder, with_encoder_width
 from cogvla.policy.interface import Observation
-from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.text_projection import TextProjection
 from cogvla.policy.policy import CogVLAPolicy
@@ -31,6 +31,7 @@ from cogvla.policy.training.wordings import InstructionAugmentation
 from cogvla.scripts.train_policy import build_trainer
 from cogvla.tests.support.small_data import IMITATION, LABELLED, MODEL, ROBOT, settings, small_data, small_trainer
 from cogvla.tests.support.text_encoders import WORDS, minilm, save_tokenizer, tiny_encoder
+from cogvla.tests.support.tiny_model import alone
 
 Trained = tuple[Trainer, CogVLAPolicy, Path]
 UNSEEN = ["grab the red block", "touch the blue one"]
@@ -125,6 +126,33 @@ def test_a_loaded_policy_acts_the_same_also_for_unseen_words(trained: Trained) -
     assert loaded.unknown_words("grab the red block") == ["grab"]
 
 
+@pytest.mark.parametrize("summary", ["contextual", "words", "faithful"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+def test_the_order_of_the_words_counts_and_padding_does_not(kind: str, summary: str, tmp_path: Path) -> None:
+    source = tiny_encoder(tmp_path, kind)
+    torch.manual_seed(0)
+    model = CogVLA(with_encoder(config_with(source, summary=summary)), ROBOT).eval()
+    states_BTE, mask_BT = open_encoder(source).inputs(
+        ["put the cube on the block", "put the block on the cube", "open the top drawer then push the cube in"]
+    )
+    fake = ROBOT.fake_observation(1)
+    pixels_BVCHW = torch.stack([torch.from_numpy(fake.images[name]) for name in ROBOT.camera_names], 1).movedim(-1, 2)
+    inputs = ModelInput(
+        pixels_BVCHW.expand(3, -1, -1, -1, -1), states_BTE, mask_BT, torch.from_numpy(fake.state).expand(3, -1)
+    )
+    garbage_BTE = torch.where(mask_BT[..., None], states_BTE, 7.0)
+    with torch.no_grad():
+        actions_BKA = model(inputs).actions
+        assert torch.equal(model(replace(inputs, text_ids=garbage_BTE)).actions, actions_BKA)
+        torch.testing.assert_close(model(alone(inputs, 0)).actions, actions_BKA[:1])
+        vision = model.encode_text(states_BTE, mask_BT).vision
+    assert vision.weights_B2 is not None
+    assert not torch.allclose(vision.weights_B2[0], vision.weights_B2[1], rtol=1e-4)
+    for film in vision.films:
+        assert film is not None
+        assert not torch.allclose(film[0][:, 0], film[0][:, 1], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("eager", None), ("trace", None), ("trace", "bfloat16"), ("trace", "int8")]
 )
@@ -196,6 +224,18 @@ def no_source(encoder: Path, checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps(body))
 
 
+def no_encoder(encoder: Path, checkpoint: Path) -> None:
+    body = json.loads((checkpoint / "config.json").read_text())
+    body["tokenizer"] = {"kind": "words", "words": ["<pad>", "<unk>", "touch"]}
+    (checkpoint / "config.json").write_text(json.dumps(body))
+
+
+def no_fingerprint(encoder: Path, checkpoint: Path) -> None:
+    body = json.loads((checkpoint / "config.json").read_text())
+    del body["tokenizer"]["fingerprint"]
+    (checkpoint / "config.json").write_text(json.dumps(body))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -204,7 +244,9 @@ def no_source(encoder: Path, checkpoint: Path) -> None:
         (other_width, "is not the text encoder with which .* was trained"),
         (other_words, "is not the text encoder with which .* was trained"),
         (other_kind, "is not the text encoder with which .* was trained"),
-        (no_source, "is damaged .*encoder is null"),
+        (no_source, "is damaged .*tokenizer is 'encoder', but model.language.encoder is None"),
+        (no_encoder, "is damaged .*tokenizer is 'words', but model.language.encoder is "),
+        (no_fingerprint, "is damaged .*no 'fingerprint'"),
     ],
 )
 def test_a_checkpoint_refuses_another_encoder(
