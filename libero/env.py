@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
+from cogvla.envs.perturbation.perturbation import Perturbation, Values, changes
 from cogvla.envs.suite import EVALUATION_STATES, chosen_start
 from cogvla.libero.installation import Predicate, Problem, assets_folder, goal_in_scene, initial_states, problem
+from cogvla.libero.perturbations import PERTURBATIONS, change_look
 from cogvla.libero.tasks import MAX_STEPS, place, tasks
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         render: False: images stay black, and OpenGL is not used.
 
     Attributes:
+        perturbations: how the next resets differ from training, see `libero.perturbations`.
         scene: simulation of the scene of the last reset; experts read the true state there.
         problem: contents of the BDDL file of that scene's task.
         goal: goal predicates of the task that the instruction asks for, in this scene.
@@ -102,6 +105,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self.settings = settings or LiberoSettings()
         self.tasks = tasks(suite)
         self.skip_images = False
+        self.perturbations: tuple[Perturbation, ...] = ()
         self.render_mode = "rgb_array"
         self._assets = assets_folder(self.settings.assets)
         self._image_size = image_size
@@ -220,6 +224,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         super().reset(seed=seed)
         options = options or {}
         task, state = chosen_start(options, len(self.tasks), self.np_random)
+        change = changes(self.perturbations, PERTURBATIONS, self.suite, task, state)
         goals = self._possible_goals(task)
         scene = self._prepare(task)
         self._task, self._asked, self._goals, self._steps = task, task, goals, 0
@@ -227,6 +232,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         if asked is not None:
             self.goals_for(int(asked))
             self._asked = int(asked)
+        drawn = self._change_look(scene, change)
         if state < EVALUATION_STATES:
             observation = scene.reset(self._fixed_states(task)[state])
         else:
@@ -235,7 +241,22 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         info = self._info()
         info["alternative_tasks"] = others
         info["alternatives"] = [self.tasks[i].instruction for i in others]
+        if change:
+            info["perturbation"] = drawn
         return self._observation(observation), info
+
+    def _change_look(
+        self, scene: LiberoScene, change: Mapping[str, tuple[np.random.Generator, Values]]
+    ) -> dict[str, Any]:
+        """Restore how the scene looks, and perturb it; return what was drawn."""
+        scene.appearance.restore()
+        drawn: dict[str, Any] = {}
+        for dimension, (rng, values) in change.items():
+            instruction = self.tasks[self._asked].instruction
+            drawn |= change_look(
+                scene.model, scene.appearance, dimension, rng, values, scene.surface_height, instruction
+            )
+        return drawn
 
     def restore(
         self, state: np.ndarray, task: int | None = None, fixtures: Mapping[str, np.ndarray] | None = None
@@ -303,7 +324,10 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def _image(self, scene: str, name: str, height: int, width: int) -> np.ndarray:
         if scene not in self._renderers:
             self._renderers[scene] = self._renderer(self._scenes[scene])
-        upright = self._renderers[scene].render(self._scenes[scene].data, CAMERAS[name], height, width)
+        renderer, appearance = self._renderers[scene], self._scenes[scene].appearance
+        renderer.show(appearance.shadows, appearance.repainted)
+        appearance.repainted.clear()
+        upright = renderer.render(self._scenes[scene].data, CAMERAS[name], height, width)
         # robosuite returns rows from the bottom up, and all published data turns that by 180 degrees. Compared with the
         # upright image, left and right are mirrored.
         return np.ascontiguousarray(upright[:, ::-1])

@@ -25,6 +25,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from cogvla.envs.perturbation.appearance import Appearance
 from cogvla.libero.installation import Predicate, Problem, libero_module
 
 CONTROL_HZ = 20
@@ -177,6 +178,13 @@ class LiberoScene:
                 draw = partial(render, camera)
                 image = sensor(modality="image")(lambda _, draw=draw: draw())
                 self.env.add_observable(Observable(name=camera, sensor=image, sampling_rate=CONTROL_HZ))
+
+        self.appearance = Appearance(self.model)
+
+    @property
+    def surface_height(self) -> float:
+        """Height of the table or floor that the objects stand on, in metres."""
+        return float(self.env.workspace_offset[2])
 
     @property
     def model(self) -> mujoco.MjModel:

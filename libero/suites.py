@@ -16,6 +16,7 @@ from cogvla.envs.suite import Suite, get_suite, register_suite
 from cogvla.files import visible
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.installation import assets_folder, versions
+from cogvla.libero.perturbations import PERTURBATIONS
 from cogvla.libero.tasks import LIBERO_SUITES, MAX_STEPS, tasks
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def libero_suite(name: str, settings: LiberoSettings | None = None) -> Suite:
         protocol=PROTOCOL,
         settings=_identity(settings, assets),
         expert=libero_expert,
+        perturbations=PERTURBATIONS,
         settling_steps=SETTLING_STEPS,
     )
 

@@ -62,7 +62,7 @@ class Appearance:
     def orbit(
         self,
         camera: str,
-        pivot: Sequence[float],
+        pivot: Sequence[float] | np.ndarray,
         *,
         azimuth: float = 0.0,
         elevation: float = 0.0,
@@ -103,7 +103,13 @@ class Appearance:
     # --- lights ------------------------------------------------------------------------------------------------------
 
     def light(
-        self, pivot: Sequence[float], gain: float, angle: float, toward: float, tint: np.ndarray, shadows: bool
+        self,
+        pivot: Sequence[float] | np.ndarray,
+        gain: float,
+        angle: float,
+        toward: float,
+        tint: np.ndarray,
+        shadows: bool,
     ) -> None:
         """Change all lights, and the headlight.
 
@@ -143,19 +149,36 @@ class Appearance:
             self._model.geom(name).rgba[:3] = rgb
 
     def cover(self, geoms: Collection[str], material: str, pixels: np.ndarray) -> None:
-        """Cover geoms with a picture uint8 [S,S,3], through a spare material whose texture has that size."""
-        material_id = self._model.material(material).id
-        texture = int(np.max(self._model.mat_texid[material_id]))
-        self.paint(texture, pixels)
+        """Cover geoms with a picture uint8 [S,S,3], through a spare material with a texture."""
+        self.fill(material, pixels)
         for name in geoms:
-            self._model.geom(name).matid[:] = material_id
+            self._model.geom(name).matid[:] = self._model.material(material).id
             self._model.geom(name).rgba[:3] = 1.0
 
+    def tint(self, material: str, factor: np.ndarray) -> None:
+        """Multiply the pixels of a material's texture by a factor of each channel [3].
+
+        The material's colour would not do: where lights are bright, colour times light is cut off at white before the
+        texture multiplies it.
+        """
+        texture = self._texture_of(material)
+        pixels = self._texture(texture).reshape(int(self._model.tex_height[texture]), -1, 3)
+        self.paint(texture, np.clip(np.rint(pixels * factor), 0, 255).astype(np.uint8))
+
+    def fill(self, material: str, pixels: np.ndarray) -> None:
+        """Fill the texture of a material with a picture, see `paint`."""
+        self.paint(self._texture_of(material), pixels)
+
+    def _texture_of(self, material: str) -> int:
+        return int(np.max(self._model.mat_texid[self._model.material(material).id]))
+
     def paint(self, texture: int, pixels: np.ndarray) -> None:
-        """Replace the pixels of a texture, uint8 [H,W,3]."""
-        stored = self._texture(texture)
+        """Fill a texture with a picture, uint8 [H,W,3], which is repeated or cut to its size."""
+        stored, model = self._texture(texture), self._model
         self._pixels.setdefault(texture, stored.copy())
-        stored[:] = pixels.reshape(-1)
+        height, width = int(model.tex_height[texture]), int(model.tex_width[texture])
+        rows, columns = np.arange(height) % pixels.shape[0], np.arange(width) % pixels.shape[1]
+        stored[:] = pixels[rows][:, columns].reshape(-1)
         self.repainted.add(texture)
 
     def _texture(self, texture: int) -> np.ndarray:

@@ -125,9 +125,8 @@ def test_the_report_of_a_cell_shows_what_was_drawn(tmp_path: Path) -> None:
     assert "perturbation sensor, level 3" in page
     assert "noise (3×)" in page
     with Image.open(tmp_path / "whole" / PICTURE) as image:
-        images = [
-            np.asarray(image)[:, left : left + 32] for left in range(0, 4 * 36, 36)
-        ]  # without, with; both cameras
+        # Of both cameras, without and with the perturbation.
+        images = [np.asarray(image)[:, left : left + 32] for left in range(0, 4 * 36, 36)]
     assert images[0].shape == (32, 32, 3)
     assert not any(np.array_equal(images[i], images[i + 1]) for i in (0, 2))
     rows = pq.read_table(tmp_path / "whole" / "episodes.parquet")["perturbation"].to_pylist()
