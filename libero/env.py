@@ -15,19 +15,22 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 
-from cogvla.envs.perturbation.perturbation import Perturbation, Values, changes
+from cogvla.envs.perturbation.perturbation import LAYOUT, ROBOT, Perturbation, Values, changes
 from cogvla.envs.suite import EVALUATION_STATES, chosen_start
 from cogvla.libero.installation import Predicate, Problem, assets_folder, goal_in_scene, initial_states, problem
 from cogvla.libero.perturbations import PERTURBATIONS, change_look
+from cogvla.libero.rearrangement import move_start, rearrange
+from cogvla.libero.spares import Spare, spares_for
 from cogvla.libero.tasks import MAX_STEPS, place, tasks
 
 if TYPE_CHECKING:
@@ -36,8 +39,11 @@ if TYPE_CHECKING:
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """Name of the image in the observation -> name of the camera in the model."""
+Changes = Mapping[str, tuple[np.random.Generator, Values]]
 KEPT_SCENES = 2
 """Number of compiled scenes that an environment keeps. Building one takes about as long as 20 control steps."""
+_BORDER = 0.05
+"""Width of the image's border, as a fraction, where a thing does not count as seen."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._states: dict[int, np.ndarray] = {}
         self._goals: dict[int, tuple[Predicate, ...]] = {}
         self._task = self._asked = -1
+        self._current = ""
         self._steps = 0
         image = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(
@@ -127,7 +134,9 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     @property
     def scene(self) -> LiberoScene:
-        return self._scenes[self.problem.scene]
+        if self._task < 0:
+            raise ValueError("call reset() first")
+        return self._scenes[self._current]
 
     @property
     def problem(self) -> Problem:
@@ -184,14 +193,15 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
                 goals[other] = goal
         return goals
 
-    def _prepare(self, task: int) -> LiberoScene:
+    def _prepare(self, task: int, spares: Sequence[Spare] = ()) -> LiberoScene:
         """Return the scene of a task: a kept one, or a new one, which replaces the least recently used."""
         from cogvla.libero.simulation import LiberoScene
 
         problem = self._problem(task)
-        if problem.scene in self._scenes:
-            self._scenes.move_to_end(problem.scene)
-            return self._scenes[problem.scene]
+        key = self._current = " ".join([problem.scene, *(spare.name for spare in spares)])
+        if key in self._scenes:
+            self._scenes.move_to_end(key)
+            return self._scenes[key]
         while len(self._scenes) >= KEPT_SCENES:
             oldest = next(iter(self._scenes))
             del self._scenes[oldest]
@@ -199,11 +209,12 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
                 self._renderers.pop(oldest).close()
             gc.collect()  # robosuite's objects form reference cycles, and Python does not know how large a scene is
         meshes = None if self.settings.robot_meshes is None else Path(self.settings.robot_meshes)
-        render = partial(self._sampled_image, problem.scene) if self._rendering else None
-        self._scenes[problem.scene] = LiberoScene(
-            problem, self._assets, meshes, self.settings.extra_passes, tuple(CAMERAS), render
+        render = partial(self._sampled_image, key) if self._rendering else None
+        bodies = [spare.xml for spare in spares]
+        self._scenes[key] = LiberoScene(
+            problem, self._assets, meshes, self.settings.extra_passes, tuple(CAMERAS), render, bodies
         )
-        return self._scenes[problem.scene]
+        return self._scenes[key]
 
     # --- gymnasium ---------------------------------------------------------------------------------------------------
 
@@ -226,17 +237,20 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         task, state = chosen_start(options, len(self.tasks), self.np_random)
         change = changes(self.perturbations, PERTURBATIONS, self.suite, task, state)
         goals = self._possible_goals(task)
-        scene = self._prepare(task)
+        spares = spares_for(self.suite, task, change[LAYOUT][1]["distractors"]) if LAYOUT in change else ()
+        scene = self._prepare(task, spares)
         self._task, self._asked, self._goals, self._steps = task, task, goals, 0
         asked = options.get("asked")
         if asked is not None:
             self.goals_for(int(asked))
             self._asked = int(asked)
-        drawn = self._change_look(scene, change)
+        scene.appearance.restore()
+        drawn: dict[str, Any] = {}
+        changed = (lambda: drawn.update(self._change(change, spares))) if change else None
         if state < EVALUATION_STATES:
-            observation = scene.reset(self._fixed_states(task)[state])
+            observation = scene.reset(self._fixed_states(task)[state], change=changed)
         else:
-            observation = scene.reset(None, seed=state)
+            observation = scene.reset(None, seed=state, change=changed)
         others = [i for i in sorted(goals) if i != self._asked and not self.task_success(i)]
         info = self._info()
         info["alternative_tasks"] = others
@@ -245,18 +259,26 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             info["perturbation"] = drawn
         return self._observation(observation), info
 
-    def _change_look(
-        self, scene: LiberoScene, change: Mapping[str, tuple[np.random.Generator, Values]]
-    ) -> dict[str, Any]:
-        """Restore how the scene looks, and perturb it; return what was drawn."""
-        scene.appearance.restore()
+    def _change(self, change: Changes, spares: Sequence[Spare]) -> dict[str, Any]:
+        """Change the scene, which is in its initial state and looks as it was built; return what was drawn."""
+        scene, instruction = self.scene, self.tasks[self._asked].instruction
         drawn: dict[str, Any] = {}
-        for dimension, (rng, values) in change.items():
-            instruction = self.tasks[self._asked].instruction
-            drawn |= change_look(
-                scene.model, scene.appearance, dimension, rng, values, scene.surface_height, instruction
-            )
+        if LAYOUT in change:
+            first, goal = PERTURBATIONS[LAYOUT][0], self._goals[self._task]
+            forbidden = sorted({predicate for goal in self._goals.values() for predicate in goal})
+            drawn |= rearrange(scene, *change[LAYOUT], first, spares, goal, forbidden, instruction, self._seen)
+        if ROBOT in change:
+            drawn |= move_start(scene, *change[ROBOT])
+        for dimension in (name for name in change if name not in (LAYOUT, ROBOT)):
+            height = scene.surface_height
+            drawn |= change_look(scene.model, scene.appearance, dimension, *change[dimension], height, instruction)
+        mujoco.mj_camlight(scene.model, scene.data)
         return drawn
+
+    def _seen(self, point: np.ndarray) -> bool:
+        """Return True if a point [3] is well inside of the policy's image."""
+        u, v, depth = self.camera_projection("agentview") @ np.append(point, 1.0)
+        return bool(depth > 0 and max(abs(u / depth - 0.5), abs(v / depth - 0.5)) < 0.5 - _BORDER)
 
     def restore(
         self, state: np.ndarray, task: int | None = None, fixtures: Mapping[str, np.ndarray] | None = None
@@ -271,9 +293,10 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """
         if task is not None:
             skip, self.skip_images = self.skip_images, True
+            perturbations, self.perturbations = self.perturbations, ()  # only the clean scene has such states
             self.reset(options={"task": task, "initial_state": 0})
             self.scene.reset(state)
-            self.skip_images = skip
+            self.skip_images, self.perturbations = skip, perturbations
         return self._observation(self.scene.restore(state, fixtures))
 
     def _fixed_states(self, task: int) -> np.ndarray:
@@ -319,7 +342,7 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def render_camera(self, name: str, height: int, width: int) -> np.ndarray:
         """Render the current state at any size, uint8 [H,W,3], in the orientation of the observations."""
-        return self._image(self.problem.scene, name, height, width)
+        return self._image(self._current, name, height, width)
 
     def _image(self, scene: str, name: str, height: int, width: int) -> np.ndarray:
         if scene not in self._renderers:

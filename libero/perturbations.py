@@ -1,6 +1,6 @@
 """What each level of a perturbation changes in LIBERO's suites. `docs/robustness.md` shows it.
 
-Objects keep their places and colours. Layout and the start of the arm are not perturbed.
+Objects keep their colours and sizes. `rearrangement.py` moves them, adds things and moves the arm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cogvla.envs.perturbation.appearance import (
     draw_pale,
     draw_pattern,
 )
-from cogvla.envs.perturbation.perturbation import BACKGROUND, CAMERA, LIGHT, Values, by_level, signed
+from cogvla.envs.perturbation.perturbation import BACKGROUND, CAMERA, LAYOUT, LIGHT, ROBOT, Values, by_level, signed
 from cogvla.envs.suite import EVERYWHERE
 
 PERTURBATIONS: Mapping[str, Sequence[Values]] = MappingProxyType(
@@ -50,6 +50,17 @@ PERTURBATIONS: Mapping[str, Sequence[Values]] = MappingProxyType(
             contrast=([0, 0], [0, 0], [0.1, 0.25]),
         ),
         **EVERYWHERE,
+        # things that no instruction names; shift and turn of each thing that stands free on the table
+        LAYOUT: by_level(
+            distractors=(1, 2, 3),
+            moved_mm=([8, 15], [15, 25], [25, 40]),
+            turned_degrees=([0, 5], [5, 12], [12, 25]),
+        ),
+        # of the joints' start: length of the offset in radians; of the arm's base
+        ROBOT: by_level(
+            joints=([0.08, 0.15], [0.15, 0.25], [0.25, 0.4]),
+            base_mm=([5, 15], [15, 30], [30, 50]),
+        ),
     }
 )
 """Dimension -> ranges of the levels 1, 2 and 3."""

@@ -111,6 +111,7 @@ class LiberoScene:
         robot_meshes: folder for `lighter_meshes`, or None.
         extra_passes: True makes three forward passes for each physics step, as robosuite does; False makes one.
         cameras: cameras of the observation, by their names in the model.
+        bodies: XML of further bodies of the world, each with a free joint. States that are given need not hold them.
         render: function of a camera's name, called when robosuite samples that camera; returns the image. None: no
             images.
     """
@@ -123,6 +124,7 @@ class LiberoScene:
         extra_passes: bool = True,
         cameras: Sequence[str] = (),
         render: Callable[[str], np.ndarray] | None = None,
+        bodies: Sequence[str] = (),
     ) -> None:
         libero = libero_module()
         libero._assets_path_cache = str(assets)  # hf-libero has no public way to set the folder
@@ -145,6 +147,8 @@ class LiberoScene:
 
             def _initialize_sim(self, xml_string: str | None = None) -> None:
                 xml = xml_string or self.model.get_xml()
+                if bodies:
+                    xml = xml.replace("</worldbody>", "".join(bodies) + "</worldbody>")
                 super()._initialize_sim(lighter_meshes(xml, robot_meshes) if robot_meshes else xml)
                 if not extra_passes:
                     self.sim = one_pass_simulation(self.sim)
@@ -180,6 +184,7 @@ class LiberoScene:
                 self.env.add_observable(Observable(name=camera, sensor=image, sampling_rate=CONTROL_HZ))
 
         self.appearance = Appearance(self.model)
+        self._bodies = len(bodies)
 
     @property
     def surface_height(self) -> float:
@@ -204,13 +209,29 @@ class LiberoScene:
         fixed = (body for body in bodies if body.parentid[0] == 0 and body.jntnum[0] == 0)
         return [body.name for body in fixed if body.name.endswith("_main")]
 
-    def reset(self, state: np.ndarray | None, seed: int = 0) -> dict[str, np.ndarray]:
+    @property
+    def loose(self) -> list[str]:
+        """Names of the things that stand free on the table or floor, with nothing on them."""
+        env = self.env
+        told = [fact for fact in env.parsed_problem["initial_state"] if len(fact) == 3]
+        regions = env.parsed_problem["regions"]
+        on_table = [
+            name
+            for _, name, where in told
+            if name in env.objects_dict and where in regions and regions[where]["target"] == env.workspace_name
+        ]
+        return [name for name in on_table if all(where != name for _, _, where in told)]
+
+    def reset(
+        self, state: np.ndarray | None, seed: int = 0, change: Callable[[], None] | None = None
+    ) -> dict[str, np.ndarray]:
         """Start an episode.
 
         Args:
             state: a row of `initial_states`. None: the task's own sampler places the objects, and the arm's posture
                 gets a little noise, as in the fixed states.
             seed: seed of the sampler, which also places the fixtures when a state is given.
+            change: function that changes the scene further, before anything is observed.
 
         Returns:
             robosuite's observation: `robot0_eef_pos` [3], `robot0_eef_quat` [4] (x, y, z, w), `robot0_gripper_qpos`
@@ -226,15 +247,30 @@ class LiberoScene:
         # Place with a given state too: the seed decides the fixtures, and the controller keeps a posture without noise.
         robot.gripper.current_action = np.zeros(robot.gripper.dof)  # robosuite keeps the last episode's action
         self._place(seed)
-        return self.restore(state)
+        return self.restore(self._with_bodies(state), change=change)
 
-    def restore(self, state: np.ndarray, fixtures: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    def _with_bodies(self, state: np.ndarray) -> np.ndarray:
+        """Return a state with the further bodies, where the model puts them; unchanged if it holds them already."""
+        model = self.model
+        positions, velocities = model.nq - 7 * self._bodies, model.nv - 6 * self._bodies
+        if not self._bodies or len(state) != 1 + positions + velocities:
+            return state
+        split = 1 + positions
+        return np.concatenate([state[:split], model.qpos0[positions:], state[split:], np.zeros(6 * self._bodies)])
+
+    def restore(
+        self,
+        state: np.ndarray,
+        fixtures: Mapping[str, np.ndarray] | None = None,
+        change: Callable[[], None] | None = None,
+    ) -> dict[str, np.ndarray]:
         """Put the scene into a recorded state. Does not reset the controller; `reset` does.
 
         Args:
             state: time, positions and velocities.
             fixtures: body -> position and quaternion (w, x, y, z) [7] of fixtures; the state does not hold them. None:
                 fixtures stay where they are.
+            change: as in `reset`.
 
         Returns:
             the observation, as from `reset`.
@@ -257,6 +293,8 @@ class LiberoScene:
             self.model.body_pos[body], self.model.body_quat[body] = pose[:3], pose[3:]
         self.env.sim.set_state_from_flattened(np.asarray(state, np.float64))
         self.env.sim.forward()
+        if change is not None:
+            change()
         self.env._post_process()
         self.env._update_observables(force=True)
         return self.env._get_observations()

@@ -2,6 +2,7 @@
 
     expert_table suite=tabletop_object
     expert_table suite=all states=10 noise=1.0
+    expert_table suite=libero_goal perturbation=robot level=2     (a cell of the robustness benchmark)
 
 The exit status is 1 if a task is solved less often than `required`.
 """
@@ -15,6 +16,8 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from cogvla.envs.contract import Perturbable, required
+from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, Perturbation
 from cogvla.envs.recording.demonstration import OPEN_HAND
 from cogvla.envs.suite import Suite, get_suite, suite_names
 from cogvla.scripts import console
@@ -50,7 +53,9 @@ class ExpertResult:
         return f"{self.instruction:78s} {solved:>7s} {100 * self.rate:6.1f} %  {mean:6.1f} {longest:5d}{failed}"
 
 
-def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> ExpertResult:
+def play(
+    suite: Suite, task: int, states: Sequence[int], noise: float, perturbations: tuple[Perturbation, ...] = ()
+) -> ExpertResult:
     """Play one task with the expert from these initial states, without rendering.
 
     Raises:
@@ -59,6 +64,8 @@ def play(suite: Suite, task: int, states: Sequence[int], noise: float) -> Expert
     if suite.expert is None:
         raise ValueError(f"{suite.name} has no scripted expert")
     env = suite.make(render=False)
+    if perturbations:
+        required(env, Perturbable, "perturbation").perturbations = perturbations
     failed, steps = [], []
     for state in states:
         env.reset(options={"task": task, "initial_state": state})
@@ -89,16 +96,33 @@ def run(config: DictConfig) -> list[ExpertResult]:
     table: list[ExpertResult] = []
     for name in names:
         suite = get_suite(name, plain(config))
+        cells = _cells(config, suite)
         tasks = range(len(suite.tasks)) if config.tasks is None else list(config.tasks)
         if any(not 0 <= task < len(suite.tasks) for task in tasks):
             raise ValueError(f"{name} has tasks 0..{len(suite.tasks) - 1}, got {list(tasks)}")
         print(f"\n{name} (at most {suite.max_steps} steps, noise {config.noise})")
         print(f"{'instruction':78s} {'solved':>7s} {'rate':>8s}  {'steps':>6s} {'max':>5s}")
         for task in tqdm(tasks, desc=name, leave=False):
-            row = play(suite, task, states, config.noise)
+            row = play(suite, task, states, config.noise, cells)
             tqdm.write(str(row))
             table.append(row)
     return table
+
+
+def _cells(config: DictConfig, suite: Suite) -> tuple[Perturbation, ...]:
+    """Return the cell of the robustness benchmark, or nothing."""
+    if config.perturbation is None:
+        if config.level is not None:
+            raise ValueError("level= needs perturbation=NAME")
+        return ()
+    if config.perturbation not in OF_THE_SCENE or config.level is None:
+        raise ValueError(
+            f"perturbation= must be one of {', '.join(OF_THE_SCENE)}, with level=1, 2 or 3; "
+            f"got {config.perturbation!r}, level={config.level}"
+        )
+    cell = Perturbation(config.perturbation, config.level)
+    suite.magnitudes(cell)
+    return (cell,)
 
 
 def main(config: DictConfig) -> None:

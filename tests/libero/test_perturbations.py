@@ -7,8 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from cogvla.envs.perturbation.perturbation import LEVELS, OF_THE_PLAYER, Perturbation
-from cogvla.envs.suite import get_suite
+from cogvla.envs.perturbation.perturbation import (
+    BACKGROUND,
+    CAMERA,
+    DIMENSIONS,
+    LEVELS,
+    LIGHT,
+    OF_THE_PLAYER,
+    Perturbation,
+)
 from cogvla.libero.env import CAMERAS, LiberoEnv
 from cogvla.libero.perturbations import PERTURBATIONS
 from cogvla.tests.support.libero_assets import LEAN, needs_assets
@@ -42,7 +49,7 @@ def test_images_differ_more_with_each_level(env: LiberoEnv, dimension: str) -> N
         assert changes[1] < changes[3], changes
 
 
-@pytest.mark.parametrize("dimension", OWN)
+@pytest.mark.parametrize("dimension", [CAMERA, LIGHT, BACKGROUND])
 def test_what_looks_different_plays_the_same(env: LiberoEnv, dimension: str) -> None:
     actions = np.random.default_rng(0).uniform(-1, 1, (4, 7))
     states = []
@@ -69,10 +76,11 @@ def test_where_sides_are_named_the_camera_turns_little(env: LiberoEnv) -> None:
         assert most / 3 <= abs(info["perturbation"]["azimuth"]) <= most
 
 
-def test_what_is_not_offered_is_refused(env: LiberoEnv) -> None:
-    for dimension, said in (("robot", "only in camera, light, background"), ("wording", "a rollout carries out")):
-        with pytest.raises(ValueError, match=said):
+def test_all_dimensions_are_offered_and_others_refused(env: LiberoEnv) -> None:
+    assert sorted(PERTURBATIONS) == sorted(DIMENSIONS)
+    for dimension in OF_THE_PLAYER:
+        with pytest.raises(ValueError, match=f"a rollout carries out the perturbation '{dimension}'"):
             start(env, KITCHEN, dimension, 1)
-    suite = get_suite("libero_10", {"libero": {"assets": LEAN.assets}})
-    with pytest.raises(ValueError, match="'libero_10' cannot be perturbed in 'layout'; it supports camera, light"):
-        suite.magnitudes(Perturbation("layout", 1))
+    for dimension, level in (("layouts", 1), ("robot", 4), ("", 1)):
+        with pytest.raises(ValueError, match=r"one of all, camera, .*layout, robot, wording|level must be 1, 2 or 3"):
+            Perturbation(dimension, level)

@@ -110,3 +110,16 @@ def test_expert_table_prints_and_checks_its_input(capsys: pytest.CaptureFixture[
         run(compose("expert_table", ["tasks=[10]"]))
     with pytest.raises(ValueError, match="unknown suite"):
         run(compose("expert_table", ["suite=tabletop_nothing"]))
+
+
+def test_expert_table_plays_a_cell_of_the_robustness_benchmark() -> None:
+    chosen = ["states=2", "tasks=[0]", "suite=tabletop_goal"]
+    (clean,) = run(compose("expert_table", chosen))
+    (changed,) = run(compose("expert_table", [*chosen, "perturbation=robot", "level=3"]))
+    assert changed.rate == 1.0
+    assert changed.steps != clean.steps
+    for wrong in ("level=1", "perturbation=robot", "perturbation=sensor level=1", "perturbation=x level=1"):
+        with pytest.raises(ValueError, match="perturbation="):
+            run(compose("expert_table", [*chosen, *wrong.split()]))
+    with pytest.raises(ValueError, match="level must be 1, 2 or 3"):
+        run(compose("expert_table", [*chosen, "perturbation=robot", "level=4"]))
