@@ -14,7 +14,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from cogvla.envs.perturbation.perturbation import Values, within
+from cogvla.envs.perturbation.perturbation import CrowdedSceneError, Values, within
 from cogvla.libero.installation import Predicate
 from cogvla.libero.simulation import LiberoScene
 from cogvla.libero.spares import Spare
@@ -168,7 +168,7 @@ def rearrange(
         seen: function of a point [3]: True if it is well inside of the policy's image.
 
     Raises:
-        RuntimeError: there is no room for a spare.
+        CrowdedSceneError: there is no room for a spare.
     """
     model, data = scene.model, scene.data
     around = _Surroundings(scene, [model.body(spare.name).id for spare in spares])
@@ -270,7 +270,7 @@ def _free_spot(
                 and seen(np.array([*spot, ground]))
             ):
                 return spot
-    raise RuntimeError(f"no room for {spare.name}")
+    raise CrowdedSceneError(f"no room for {spare.name}")
 
 
 def _from_way(spot: np.ndarray, one: np.ndarray, other: np.ndarray) -> float:

@@ -25,6 +25,10 @@ Values = Mapping[str, Any]
 """Magnitudes of one level, as plain values."""
 
 
+class CrowdedSceneError(RuntimeError):
+    """There is no room for what a perturbation adds to a scene; in another initial state there may be."""
+
+
 @dataclass(frozen=True)
 class Perturbation:
     """One cell of the benchmark: a dimension, one of `DIMENSIONS`, and a level, one of `LEVELS`."""

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from cogvla.envs.contract import Expert, Labels, Perturbable, SuiteEnv, required
-from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, Perturbation
+from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, CrowdedSceneError, Perturbation
 from cogvla.envs.suite import FIRST_TRAINING_STATE
 
 IMAGE_PREFIX = "observation.images."
@@ -180,7 +180,10 @@ class Demonstrator:
             ExpertFailedError: the expert failed on `MAX_ATTEMPTS` initial states.
         """
         for attempt in range(MAX_ATTEMPTS):
-            episode = self._play(self.settings.task(slot), self.settings.initial_state(slot, attempt))
+            try:
+                episode = self._play(self.settings.task(slot), self.settings.initial_state(slot, attempt))
+            except CrowdedSceneError:
+                continue
             if episode is not None:
                 return episode, attempt + 1
         task = self.settings.task(slot)

@@ -47,7 +47,7 @@ def record(
     resume: bool = True,
     video: bool = False,
     grow: bool = False,
-    randomise: Sequence[str] = (),
+    randomise: Sequence[str] | None = None,
     expert: Callable[..., Expert] | None = None,
 ) -> Path:
     """Record successful episodes of the suite's expert, spread evenly over its tasks, and return the data set's folder.
@@ -86,7 +86,7 @@ def record(
     expert = expert or suite.expert
     if expert is None:
         raise ValueError(f"{suite.name} has no scripted expert; record its demonstrations in another way")
-    randomised = _dimensions(randomise, suite)
+    randomised = _dimensions(randomise or (), suite)
     request = {
         "suite": suite.name,
         "image_size": image_size,

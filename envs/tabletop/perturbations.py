@@ -27,6 +27,7 @@ from cogvla.envs.perturbation.perturbation import (
     LAYOUT,
     LIGHT,
     ROBOT,
+    CrowdedSceneError,
     Values,
     by_level,
     signed,
@@ -220,7 +221,7 @@ def _place(
                 return placer.draw(item.half[0] + 0.005), placer.occupied
             except NoRoomError:
                 continue
-    raise RuntimeError(f"no room for the {item.phrase}")
+    raise CrowdedSceneError(f"no room for the {item.phrase}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
-from cogvla.envs.perturbation.perturbation import OF_THE_SCENE
+from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, CrowdedSceneError
 from cogvla.envs.recording import dataset_writer
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.dataset_writer import DatasetWriter, features
@@ -136,6 +136,21 @@ def test_randomised_scenes(tmp_path: Path) -> None:
     for there, asked, said in ((one, [], r"\['light'\]"), (tmp_path / "clean", ["light"], "None")):
         with pytest.raises(ValueError, match=f"was recorded with randomise={said}; choose another output"):
             record("tabletop_object", 3 if asked == [] else 8, there, randomise=asked, **settings)
+
+
+def test_a_scene_without_room_is_a_failed_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    demonstrator = Demonstrator(toy_settings())
+    play, states = demonstrator._play, []
+
+    def crowded(task: int, initial_state: int) -> Demonstration | None:
+        states.append(initial_state)
+        if len(states) < 3:
+            raise CrowdedSceneError("no room for the brown ball")
+        return play(task, initial_state)
+
+    monkeypatch.setattr(demonstrator, "_play", crowded)
+    assert demonstrator.record(0)[1] == 3
+    assert len(set(states)) == 3
 
 
 @pytest.mark.parametrize(
