@@ -25,11 +25,11 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from cogvla.envs.perturbation.perturbation import LAYOUT, ROBOT, Perturbation, Values, changes
+from cogvla.envs.perturbation.perturbation import CAMERA, LAYOUT, ROBOT, Perturbation, Values, changes
 from cogvla.envs.suite import EVALUATION_STATES, chosen_start
 from cogvla.libero.installation import Predicate, Problem, assets_folder, goal_in_scene, initial_states, problem
 from cogvla.libero.perturbations import PERTURBATIONS, change_look
-from cogvla.libero.rearrangement import move_start, rearrange
+from cogvla.libero.rearrangement import move_start, rearrange, says_where
 from cogvla.libero.spares import Spare, spares_for
 from cogvla.libero.tasks import MAX_STEPS, place, tasks
 
@@ -252,6 +252,8 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         else:
             observation = scene.reset(None, seed=state, change=changed)
         others = [i for i in sorted(goals) if i != self._asked and not self.task_success(i)]
+        if CAMERA in change or LAYOUT in change:  # what they say about places may no longer be true
+            others = [i for i in others if not says_where(self.tasks[i].instruction)]
         info = self._info()
         info["alternative_tasks"] = others
         info["alternatives"] = [self.tasks[i].instruction for i in others]
@@ -292,11 +294,13 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
                 fixtures stay as in evaluations.
         """
         if task is not None:
-            skip, self.skip_images = self.skip_images, True
-            perturbations, self.perturbations = self.perturbations, ()  # only the clean scene has such states
-            self.reset(options={"task": task, "initial_state": 0})
-            self.scene.reset(state)
-            self.skip_images, self.perturbations = skip, perturbations
+            before = self.skip_images, self.perturbations
+            self.skip_images, self.perturbations = True, ()  # only the clean scene has such states
+            try:
+                self.reset(options={"task": task, "initial_state": 0})
+                self.scene.reset(state)
+            finally:
+                self.skip_images, self.perturbations = before
         return self._observation(self.scene.restore(state, fixtures))
 
     def _fixed_states(self, task: int) -> np.ndarray:

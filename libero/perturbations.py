@@ -1,4 +1,4 @@
-"""What each level of a perturbation changes in LIBERO's suites. `docs/robustness.md` shows it.
+"""The perturbations of LIBERO's suites: magnitudes of each level, and changes of looks. `docs/robustness.md` shows it.
 
 Objects keep their colours and sizes. `rearrangement.py` moves them, adds things and moves the arm.
 """

@@ -143,6 +143,11 @@ class _Surroundings:
         return found
 
 
+def says_where(instruction: str) -> bool:
+    """Return True if an instruction says where on the table a thing is."""
+    return bool(_PLACES.search(instruction))
+
+
 def rearrange(
     scene: LiberoScene,
     rng: np.random.Generator,
@@ -172,7 +177,7 @@ def rearrange(
     """
     model, data = scene.model, scene.data
     around = _Surroundings(scene, [model.body(spare.name).id for spare in spares])
-    limits = first if _PLACES.search(instruction) else values
+    limits = first if says_where(instruction) else values
     loose = {name: int(model.body_rootid[scene.env.obj_body_id[name]]) for name in scene.loose}
     heights = [around.ground(scene.position(name)[:2]) for name in loose]
     ground = float(np.median(heights)) if heights else scene.surface_height

@@ -235,6 +235,8 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         drawn |= self._change_look(change)
         # Two instructions may mean the same object ("leftmost", "on the red mat"); the second is then no alternative.
         others = [i for i in sorted(layout.goals) if layout.goals[i] != layout.goals[self._asked]]
+        if CAMERA in change:
+            others = [i for i in others if self._sides_are_right(i)]
         info = self._info()
         info["alternative_tasks"] = others
         info["alternatives"] = [self.family.tasks[i].instruction for i in others]
@@ -332,19 +334,19 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             for orbit in agentview_orbits(*change[CAMERA]):
                 appearance.orbit("agentview", PIVOT, **orbit)
                 mujoco.mj_forward(model, self.scene.data)
-                if self._sides_are_right():
+                if self._sides_are_right(self._asked):
                     break
             drawn |= orbit
         if drawn:
             mujoco.mj_forward(model, self.scene.data)
         return drawn
 
-    def _sides_are_right(self) -> bool:
-        """Return True if what the instruction calls leftmost or rightmost is that in `agentview`."""
-        side = self.family.sides.get(self._asked)
+    def _sides_are_right(self, task: int) -> bool:
+        """Return True if what the instruction of a task calls leftmost or rightmost is that in `agentview`."""
+        side = self.family.sides.get(task)
         if side is None:
             return True
-        items, named = self.scene.items, self.goals[0].item
+        items, named = self.scene.items, self.goals_for(task)[0].item
         alike = sorted(name for name in self.scene.placed if items[name].kind == items[named].kind)
         projected = self.camera_projection("agentview") @ np.array([[*self.scene.position(n), 1.0] for n in alike]).T
         along = dict(zip(alike, side * projected[0] / projected[2], strict=True))

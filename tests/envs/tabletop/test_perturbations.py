@@ -197,3 +197,21 @@ def test_several_at_once_are_those_of_each(env: TabletopEnv) -> None:
         if cell.dimension != "background":  # it keeps away from the colours of distractors, too
             assert each.items() <= drawn.items(), cell
     assert set(drawn) == {name for _, each in alone for name in each}
+
+
+def test_other_tasks_of_a_turned_camera_say_left_and_right_truly() -> None:
+    """They become labels of recordings, so words that are no longer true must not be among them."""
+    env = tabletop("tabletop_spatial", image_size=16, render=False)
+    dropped = 0
+    for task in range(len(env.family.tasks)):
+        for state in range(12):
+            options = {"task": task, "initial_state": state}
+            env.perturbations = ()
+            clean = env.reset(options=options)[1]["alternative_tasks"]
+            env.perturbations = (Perturbation("camera", 3),)
+            turned = env.reset(options=options)[1]["alternative_tasks"]
+            assert set(turned) <= set(clean)
+            assert all(env._sides_are_right(other) for other in turned)
+            dropped += len(clean) - len(turned)
+    assert dropped > 0
+    env.close()
