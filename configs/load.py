@@ -87,7 +87,7 @@ class _OnceLoader(_Loader):
     """Refuses mappings that have a key twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        unique([(key.value, value) for key, value in node.value])
+        unique([(str(key.value), value) for key, value in node.value])
         return super().construct_mapping(node, deep)
 
 

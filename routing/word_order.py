@@ -23,7 +23,7 @@ HEAD_WIDTH = 32
 
 
 class WordOrder(nn.Module):
-    """What the order of the words adds to their mean.
+    """Adds the order of the words to their mean.
 
     Args:
         width: D.

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from cogvla.files import is_left_by_macos
+from cogvla.files import is_left_by_macos, read_object
 
 LOCK = "lock"
+START_ANEW = "delete its folder to start anew"
 
 
 @dataclass
@@ -64,7 +65,7 @@ class DatasetFolder:
                 f"{self.output} exists and was not {self.made} by this command, or another tool has edited it (it has "
                 f"no {self.record}); choose another output, or train on it as it is (train_policy demonstrations=null)"
             )
-        return _read(found)
+        return read_object(found, START_ANEW)
 
     def is_finished(self, request: dict[str, Any]) -> bool:
         """Return True if the requested data set is finished.
@@ -103,7 +104,7 @@ class DatasetFolder:
         shutil.rmtree(self.dataset, ignore_errors=True)
         path = self.work / "settings.json"
         if path.exists():
-            changed = _changed(_read(path), request)
+            changed = _changed(read_object(path, START_ANEW), request)
             if changed:
                 raise ValueError(
                     f"{self.work} holds an unfinished {self.activity} with another {', '.join(changed)}; finish that "
@@ -138,17 +139,6 @@ class DatasetFolder:
         shutil.rmtree(self.work)
         if self._lock is not None:
             self._lock.close()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a JSON file with an object; ValueError if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete its folder to start anew") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it must hold a JSON object); delete its folder to start anew")
-    return content
 
 
 def _changed(existing: dict[str, Any], request: dict[str, Any]) -> list[str]:

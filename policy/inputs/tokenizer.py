@@ -43,7 +43,7 @@ _WORD = re.compile("[wd][wdm]*|um*|s|(?<![wdum])-(?=d)")
 
 
 class Tokenizer(ABC):
-    """What policies ask of tokenizers and text encoders."""
+    """Interface of tokenizers and text encoders."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class WordTokenizer(Tokenizer):
 
 
 class TransformersTokenizer(Tokenizer):
-    """What the tokenizers of pretrained models have in common.
+    """Base of the tokenizers of pretrained models.
 
     Args:
         source: hub id, folder or GGUF file.

@@ -182,7 +182,7 @@ class Trainer:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be the same when this run resumes."""
+        """Everything that must be the same when this run resumes."""
         return identity(self.data, self.preprocessor, self.raw.config, self.builder.wordings)
 
     def save(self) -> None:

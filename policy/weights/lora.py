@@ -24,7 +24,7 @@ _NOT_PLAIN = (
 
 @dataclass(frozen=True)
 class Lora:
-    """What an adapter's configuration says about its updates.
+    """Rank, scale and targets of an adapter's updates.
 
     Attributes:
         rank: rank of every update.
