@@ -1,7 +1,7 @@
 """Training data: a LeRobotDataset, mapped to an `Embodiment` by its keys, and batches of it.
 
-Frames are decoded once into a memory-mapped file (`frame_cache`); everything else is in memory. A batch is built by a
-few array operations, without a Python loop over samples and without loader processes. pyarrow and lerobot are imported
+Frames are in a cache on disk (`frame_cache`); everything else is in memory. A batch is built by a few array operations,
+without a Python loop over samples and without loader processes. pyarrow and lerobot are imported
 only to open a data set: training from demonstrations in memory (`packed.py`) works without them.
 
 Shape legend: N frames of the data set, B batch, V views, H, W image, S state, A action, K chunk.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cogvla.configs.build import build
 from cogvla.policy.data.episodes import check_choice
+from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.gripper import GripperConvention, convert_grippers
 from cogvla.policy.data.labels import shaped
 from cogvla.policy.inputs.normalise import Statistics
@@ -92,10 +93,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DemonstrationData:
-    """Demonstrations in memory (frames memory-mapped), or a part of their episodes.
+    """Demonstrations in memory (frames on disk), or a part of their episodes.
 
     Attributes:
-        pixels_NVCHW: images, uint8, at the policy's image size.
+        frames: images, uint8 [N,V,3,H,W], at the policy's image size.
         state_NS: states, float32, in physical units.
         action_NA: actions, float32, in physical units.
         episode_N: index of the episode, int64, never decreasing.
@@ -109,7 +110,7 @@ class DemonstrationData:
         paraphrases: the user's own wordings of instructions.
     """
 
-    pixels_NVCHW: Tensor = field(repr=False)
+    frames: Frames = field(repr=False)
     state_NS: Tensor = field(repr=False)
     action_NA: Tensor = field(repr=False)
     episode_N: Tensor = field(repr=False)
@@ -123,7 +124,7 @@ class DemonstrationData:
     paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        lengths = {len(x) for x in (self.pixels_NVCHW, self.state_NS, self.action_NA, self.episode_N)}
+        lengths = {len(x) for x in (self.frames, self.state_NS, self.action_NA, self.episode_N)}
         assert lengths == {len(self.instruction_N)}, "all arrays have one entry per frame"
 
     @classmethod
@@ -174,7 +175,7 @@ class DemonstrationData:
         if len(set(mapping.cameras)) < len(mapping.cameras):
             notes.append(f"data.cameras gives several cameras the same key: {dict(config.cameras)}")
         data = cls(
-            pixels_NVCHW=torch.from_numpy(open_frames(reader, sizes.pop(), Path(config.cache), progress)),
+            frames=open_frames(reader, sizes.pop(), Path(config.cache), progress),
             state_NS=columns.pop("state"),
             action_NA=actions,
             episode_N=columns.pop("episode"),
@@ -198,7 +199,7 @@ class DemonstrationData:
         """Return a fingerprint of each part of the content; that of the pictures looks at `SAMPLED_FRAMES` frames."""
         frames = torch.linspace(0, len(self.episode_N) - 1, min(SAMPLED_FRAMES, len(self.episode_N))).long().numpy()
         parts: dict[str, list[str | np.ndarray]] = {
-            "pictures": [np.take(self.pixels_NVCHW.numpy(), frames, axis=0)],
+            "pictures": [self.frames.take(frames)],
             "states": [self.state_NS.numpy()],
             "actions": [self.action_NA.numpy()],
             "episodes": [self.episode_N.numpy()],
@@ -296,9 +297,7 @@ class TrainingBatches:
             repeated), `action_is_pad` bool [B,K] (True after the end of the episode), `instruction_id` int64 [B], and
             `labels`, name -> [B,...].
         """
-        # numpy's take copies a sample in one piece; torch's index_select takes five times as long here
-        pixels_BVCHW = np.take(self.data.pixels_NVCHW.numpy(), rows_B.numpy(), axis=0)
-        return {"pixels": torch.from_numpy(pixels_BVCHW), **self.columns(rows_B)}
+        return {"pixels": torch.from_numpy(self.data.frames.take(rows_B.numpy())), **self.columns(rows_B)}
 
     def columns(self, rows_B: Tensor) -> dict[str, Any]:
         """Return the samples of `gather` without the pixels."""

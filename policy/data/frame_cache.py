@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cogvla.policy.data.frames import ArrayFrames, Frames
 from cogvla.policy.data.reader import FrameGroup, LeRobotReader
 from cogvla.policy.inputs.resize import resize
 
@@ -29,8 +30,8 @@ FORMAT = 2
 MAX_THREADS = 16
 
 
-def open_frames(reader: LeRobotReader, image_size: tuple[int, int], folder: Path, progress: bool = True) -> np.ndarray:
-    """Open the decoded frames of a data set, memory-mapped, uint8 [N,V,3,H,W]; decode them if they are not there.
+def open_frames(reader: LeRobotReader, image_size: tuple[int, int], folder: Path, progress: bool = True) -> Frames:
+    """Open the decoded frames of a data set, memory-mapped; decode them if they are not there.
 
     Args:
         reader: reader of the data set.
@@ -57,7 +58,7 @@ def open_frames(reader: LeRobotReader, image_size: tuple[int, int], folder: Path
                 f"cannot write decoded frames to {folder}: {error.strerror or error}. "
                 "Free space, or set data.cache to another folder",
             ) from error
-    return np.memmap(path, np.uint8, "c", shape=shape)
+    return ArrayFrames(np.memmap(path, np.uint8, "r", shape=shape))
 
 
 def _is_complete(path: Path, size: int) -> bool:

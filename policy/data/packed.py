@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cogvla.configs.build import build
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.frames import ArrayFrames, Frames
 from cogvla.policy.interface import Embodiment
 
 QUALITY = 90
@@ -44,7 +45,7 @@ def pack(data: DemonstrationData, robot: Embodiment, path: Path, limit: int, qua
     while True:
         chosen = episodes[torch.linspace(0, len(episodes) - 1, count).round().long()]
         rows = torch.isin(data.episode_N, chosen).nonzero().flatten()
-        pictures = _compress(data.pixels_NVCHW, rows, quality, limit)
+        pictures = _compress(data.frames, rows, quality, limit)
         if pictures is not None:
             break
         if count <= 2:
@@ -87,7 +88,7 @@ def unpack(path: Path) -> tuple[DemonstrationData, Embodiment]:
     pictures = [_decode(jpeg[start:end].tobytes()) for start, end in zip([0, *ends], ends, strict=False)]
     _check(tensors, len(pictures) // len(robot.cameras), len(instructions), robot, path)
     data = DemonstrationData(
-        pixels_NVCHW=torch.from_numpy(np.stack(pictures)).unflatten(0, (-1, len(robot.cameras))),
+        frames=ArrayFrames(np.stack(pictures).reshape(-1, len(robot.cameras), *pictures[0].shape)),
         state_NS=tensors.pop("state"),
         action_NA=tensors.pop("action"),
         episode_N=tensors.pop("episode"),
@@ -114,14 +115,14 @@ def _check(tensors: Mapping[str, Tensor], frames: int, instructions: int, robot:
         raise ValueError(f"{path} holds NaN or infinite states or actions; record the data set again")
 
 
-def _compress(pixels_NVCHW: Tensor, rows: Tensor, quality: int, limit: int) -> Sequence[bytes] | None:
+def _compress(frames: Frames, rows: Tensor, quality: int, limit: int) -> Sequence[bytes] | None:
     """Return the JPEGs of these frames, view by view; None if they take more than `limit` bytes."""
     pictures: list[bytes] = []
     total = 0
-    for row in rows.tolist():
-        for view_CHW in pixels_NVCHW[row]:
+    for row in rows.numpy():
+        for view_CHW in frames.take(row[None])[0]:
             buffer = io.BytesIO()
-            Image.fromarray(view_CHW.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+            Image.fromarray(view_CHW.transpose(1, 2, 0)).save(buffer, "JPEG", quality=quality)
             pictures.append(buffer.getvalue())
             total += len(pictures[-1])
         if total > 0.95 * limit:  # the rest is for everything else

@@ -25,6 +25,7 @@ from PIL import Image
 
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
 from cogvla.policy.interface import Camera, Embodiment
+from cogvla.tests.support.pixels import pixels_of
 
 CAMERA = "observation.images.front"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -229,7 +230,7 @@ def open_data(root: Path, robot: Embodiment = ROBOT, **changes: Any) -> Demonstr
 
 def what_is_read(data: DemonstrationData) -> list[Frame]:
     """Return all frames as training sees them."""
-    colours = data.pixels_NVCHW[:, 0, :2].float().mean((2, 3)).round().int().tolist()
+    colours = pixels_of(data)[:, 0, :2].float().mean((2, 3)).round().int().tolist()
     columns = zip(colours, data.state_NS.tolist(), data.action_NA.tolist(), data.instruction_N.tolist(), strict=True)
     return [
         Frame((red, green), tuple(state), tuple(action), data.instructions[text])

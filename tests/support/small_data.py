@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.frames import ArrayFrames
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Camera, Embodiment
@@ -78,7 +79,7 @@ def small_data(episodes: int = 8, labels: bool = True, seed: int = 0) -> Demonst
     projection_N34 = torch.eye(3, 4).expand(frames, 3, 4).clone()
     projection_N34[:, 2] = torch.tensor([0.0, 0.0, 0.0, 1.0])
     return DemonstrationData(
-        pixels_NVCHW=pixels,
+        frames=ArrayFrames(pixels.numpy()),
         state_NS=state_N3,
         action_NA=action_N4,
         episode_N=episode_N,

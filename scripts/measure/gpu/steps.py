@@ -12,6 +12,7 @@ from torch import Tensor
 from cogvla.configs.build import build
 from cogvla.configs.load import load
 from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
+from cogvla.policy.data.frames import ArrayFrames
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Embodiment
@@ -86,7 +87,7 @@ def generated(robot: Embodiment, episodes: int) -> DemonstrationData:
     shape = (count, len(robot.cameras), 3, camera.height, camera.width)
     episode_N = torch.arange(episodes).repeat_interleave(EPISODE)
     data = DemonstrationData(
-        pixels_NVCHW=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        frames=ArrayFrames(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).numpy()),
         state_NS=torch.randn(count, robot.state_dim, generator=generator),
         action_NA=torch.rand(count, robot.action_dim, generator=generator) * 2 - 1,
         episode_N=episode_N,

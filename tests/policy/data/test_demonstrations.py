@@ -19,6 +19,7 @@ from cogvla.policy.data import frame_cache
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
 from cogvla.policy.inputs.resize import resize
 from cogvla.policy.interface import Camera, Embodiment
+from cogvla.tests.support.pixels import pixels_of
 
 LENGTHS = (5, 9, 4, 7)
 SIZE = 16
@@ -100,9 +101,9 @@ def test_what_is_read_is_what_was_written(data: DemonstrationData) -> None:
     where = [(episode, step) for episode, length in enumerate(LENGTHS) for step in range(length)]
     for row, (episode, step) in enumerate(where):
         frame = frame_of(episode, step)
-        np.testing.assert_array_equal(data.pixels_NVCHW[row, 0].permute(1, 2, 0), frame["observation.images.main"])
+        np.testing.assert_array_equal(pixels_of(data)[row, 0].permute(1, 2, 0), frame["observation.images.main"])
         hand = torch.from_numpy(frame["observation.images.gripper"]).permute(2, 0, 1)[None]
-        assert torch.equal(data.pixels_NVCHW[row, 1], resize(hand, (SIZE, SIZE))[0])
+        assert torch.equal(pixels_of(data)[row, 1], resize(hand, (SIZE, SIZE))[0])
         assert data.state_NS[row].tolist() == [episode, step, 0.5]
         assert data.instructions[data.instruction_ids[row]] == f"do {episode % 2}"
         np.testing.assert_array_equal(data.labels["target"][row], frame["label.target"])
@@ -122,7 +123,7 @@ def test_samples_are_chunks_that_end_with_their_episode(data: DemonstrationData)
     assert sample["action_is_pad"].tolist() == [[False, False, False, True], [False] * 4]
     assert sample["instruction_id"].tolist() == [0, 1]
     assert sample["labels"]["table"][:, 0, 0].tolist() == [2, 0]
-    assert torch.equal(sample["pixels"], data.pixels_NVCHW[[2, 5]])
+    assert torch.equal(sample["pixels"], pixels_of(data)[[2, 5]])
     last = batches.gather(torch.tensor([len(data) - 1]))
     assert last["action_is_pad"].tolist() == [[False, True, True, True]]
 
@@ -219,10 +220,10 @@ def test_frames_are_decoded_once(copy: Path, tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(frame_cache, "_decode", lambda *_: pytest.fail("decoded again"))
         again = open_data(copy, cache)
-    assert torch.equal(again.pixels_NVCHW, first.pixels_NVCHW)
+    assert torch.equal(pixels_of(again), pixels_of(first))
     assert again.describe() == first.describe()
     small = Embodiment("toy", (Camera("front", 8, 8), Camera("hand", 8, 8)), 3, 2, 4, 10)
-    assert open_data(copy, cache, small).pixels_NVCHW.shape[-2:] == (8, 8)
+    assert pixels_of(open_data(copy, cache, small)).shape[-2:] == (8, 8)
     changed = next((copy / "data").glob("*/*.parquet"))
     os.utime(changed, (time.time(), time.time() + 5))
     assert open_data(copy, cache).describe() == first.describe(), "the content is the same"
@@ -251,7 +252,7 @@ def test_a_full_disk_while_decoding(root: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_videos(tmp_path: Path) -> None:
     data = open_data(write(tmp_path / "toy", lengths=(4, 3), video=True), tmp_path / "cache")
-    levels = data.pixels_NVCHW.float().mean(dim=(2, 3, 4))
+    levels = pixels_of(data).float().mean(dim=(2, 3, 4))
     expected = torch.tensor([0, 20, 40, 60, 40, 60, 80.0])[:, None].expand(-1, 2)
     assert (levels - expected).abs().max() < 4
     next((tmp_path / "toy" / "videos").glob("*/*/*.mp4")).write_bytes(b"not a video")
@@ -343,5 +344,5 @@ def test_a_merged_data_set(root: Path, tmp_path: Path) -> None:
     assert len(data) == sum(LENGTHS) + 3
     assert data.state_NS[-3:].tolist() == [[0, 0, 0.5], [0, 1, 0.5], [0, 2, 0.5]]
     main = torch.from_numpy(frame_of(0, 2)["observation.images.main"]).permute(2, 0, 1)
-    assert torch.equal(data.pixels_NVCHW[-1, 0], main)
+    assert torch.equal(pixels_of(data)[-1, 0], main)
     assert data.episode_N.unique().tolist() == [0, 1, 2, 3, 4]

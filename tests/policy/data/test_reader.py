@@ -37,6 +37,7 @@ from cogvla.tests.support.lerobot_files import (
     write,
     write_v2,
 )
+from cogvla.tests.support.pixels import pixels_of
 
 
 @pytest.mark.parametrize("video", [False, True])
@@ -190,7 +191,7 @@ def test_pictures_of_eight_bits(tmp_path: Path, stored: Callable[[np.ndarray], b
     image[: SIZE // 2] = 200
     given = [row | {CAMERA: {"bytes": stored(image), "path": None}} for row in rows()]
     data = open_data(write(tmp_path / "toy", given=given))
-    assert np.array_equal(data.pixels_NVCHW[3, 0].permute(1, 2, 0), image)
+    assert np.array_equal(pixels_of(data)[3, 0].permute(1, 2, 0), image)
 
 
 @pytest.mark.parametrize(

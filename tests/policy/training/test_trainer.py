@@ -18,11 +18,13 @@ import torch
 
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.frames import ArrayFrames
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.interrupt import Interruption
 from cogvla.policy.training.metrics import MetricsFile
 from cogvla.policy.training.trainer import Trainer
 from cogvla.tests.support.full_disk import files_limited_to
+from cogvla.tests.support.pixels import pixels_of
 from cogvla.tests.support.small_data import (
     IMITATION,
     INSTRUCTIONS,
@@ -242,7 +244,7 @@ def test_a_new_learning_rate_and_decay_count_after_a_resume(tmp_path: Path) -> N
             "another setting: data set.states differs; choose",
         ),
         (
-            {"data": changed_data(pixels_NVCHW=255 - small_data().pixels_NVCHW)},
+            {"data": changed_data(frames=ArrayFrames(255 - pixels_of(small_data()).numpy()))},
             "setting: data set.pictures differs; ch",
         ),
         (
