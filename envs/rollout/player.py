@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class Player:
         self._skip_images(False)
         observation, info = env.reset(seed=spec.seed, options=options)
         self._instruction, self._drawn = str(info["instruction"]), info.get("perturbation")
-        self._change_observations(spec)
+        self._change_observations(spec, info.get("alternative_tasks", ()))
         for _ in range(self._settings.waiting_steps):
             observation, _, _, _, info = env.step(self._settings.waiting_action)
         return observation, info
@@ -221,7 +221,7 @@ class Player:
         self._reset_s = time.perf_counter() - started
         return self._observed(observation)
 
-    def _change_observations(self, spec: EpisodeSpec) -> None:
+    def _change_observations(self, spec: EpisodeSpec, possible: Iterable[int]) -> None:
         """Change the words that the policy gets, and prepare to change its images."""
         change, self._sensor = spec.perturbation, None
         if change is None:
@@ -231,7 +231,9 @@ class Player:
             self._sensor = Sensor(change.level, seed, spec.task + spec.initial_state)
             self._drawn = self._sensor.drawn
         elif change.dimension == WORDING:
-            self._instruction = reworded(self._instruction, change.level, seed, self._settings.instructions)
+            suite = self._settings.instructions
+            present = [suite[task] for task in possible] if suite else []
+            self._instruction = reworded(self._instruction, change.level, seed, suite, present)
             self._drawn = {"instruction": self._instruction}
 
     def _draw_alternative(self, spec: EpisodeSpec) -> int:

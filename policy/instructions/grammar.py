@@ -70,10 +70,12 @@ class Sentence:
     Attributes:
         steps: the steps in their order.
         said: the patterns around the steps and between them; not compared.
+        other: the thing that was said not to be meant; not compared, because it changes nothing.
     """
 
     steps: tuple[Step, ...]
     said: tuple[str, str] = field(default=("{step}", ""), compare=False)
+    other: Phrase | None = field(default=None, compare=False)
 
 
 def words_of(text: str) -> tuple[str, ...] | None:

@@ -107,9 +107,11 @@ NOUNS: Mapping[str, Words] = {
         _words("milk"),
         _words("chocolate pudding", "pudding", "chocolate dessert"),
         _words("orange juice", "", "oj"),
+        _words("one", "thing", "object, item"),
     )
 }
-"""Things, by their first word."""
+"""Things, by their first word; `one` is a thing that its adjectives tell from the others."""
+ANYTHING = "one"
 PARTS = ("drawer", "compartment")
 """Things that are part of another: `the top drawer of the cabinet`."""
 ADJECTIVES: Mapping[str, Words] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from cogvla.policy.instructions.grammar import Sentence, several, things, words_of
 from cogvla.policy.instructions.lexicon import (
@@ -26,25 +26,38 @@ from cogvla.policy.instructions.lexicon import (
     WHICH,
 )
 from cogvla.policy.instructions.parser import parse
-from cogvla.policy.instructions.patterns import CHANGES, JOINTS, LINKS, MOVES, NUMBERS, PLACES, REQUESTS, WRAPPERS
+from cogvla.policy.instructions.patterns import (
+    CHANGES,
+    JOINTS,
+    LINKS,
+    MOVES,
+    NEGATIONS,
+    NUMBERS,
+    PLACES,
+    REQUESTS,
+    WRAPPERS,
+)
+from cogvla.policy.instructions.references import by_attribute, contrasts, not_meant
 from cogvla.policy.instructions.rendering import Wording, render
 
 LEVELS = (1, 2, 3)
 ANY_SENTENCE = ("do the following: {text}", "here is your job: {text}", "your next job is this: {text}")
 """Held-out patterns that are right around any text."""
 TRIES = 20
+BY_ATTRIBUTE = 0.2
+"""Share of the wordings that name things by their colour alone, where that is enough."""
 SHORTEST = 4
 """Letters of the shortest word that gets a typing error."""
 
 
-def paraphrase(text: str, rng: random.Random, split: str = TRAIN, keep: Collection[str] = ()) -> str:
+def paraphrase(text: str, rng: random.Random, split: str = TRAIN, among: tuple[str, ...] = ()) -> str:
     """Draw another wording of an instruction, with the words and patterns of a split.
 
     Args:
         text: an instruction; one that the grammar does not know is returned as it is.
         rng: source of the draws.
         split: `train` (may also return the instruction itself) or `held_out`.
-        keep: nouns and adjectives that stay as they are, see `contrasts`.
+        among: all instructions of the data set or suite, see `references`.
 
     Raises:
         ValueError: there is no such split.
@@ -52,21 +65,29 @@ def paraphrase(text: str, rng: random.Random, split: str = TRAIN, keep: Collecti
     if split not in (TRAIN, HELD_OUT):
         raise ValueError(f"unknown split {split!r} of wordings; one of {TRAIN}, {HELD_OUT}")
     sentence = parse(text)
-    return text if sentence is None else _rendered(sentence, Wording(rng, split, split, split, keep)) or text
+    if sentence is None:
+        return text
+    wording = Wording(rng, split, split, split, contrasts(among), not_meant(sentence, among))
+    if rng.random() < BY_ATTRIBUTE:
+        sentence = by_attribute(sentence, among) or sentence
+    return _rendered(sentence, wording) or text
 
 
-def reword(text: str, level: int, rng: random.Random, keep: Collection[str] = ()) -> str:
+def reword(
+    text: str, level: int, rng: random.Random, among: tuple[str, ...] = (), present: tuple[str, ...] = ()
+) -> str:
     """Draw a wording of an instruction for evaluation, which training never sees.
 
-    Level 1 changes verbs; level 2 also patterns, politeness and order; level 3 also nouns and colours (one word of each
-    thing), or makes a typing error. Words that say which one (left, front, top) stay. A text that the grammar does not
-    know gets a pattern around it.
+    Level 1 changes verbs; level 2 also patterns, politeness and order, or names a thing that is not meant; level 3 also
+    nouns and colours (one word of each thing), or names things by their colour alone, or makes a typing error. Words
+    that say which one (left, front, top) stay. A text that the grammar does not know gets a pattern around it.
 
     Args:
         text: an instruction.
         level: 1, 2 or 3.
         rng: source of the draws.
-        keep: nouns and adjectives that stay as they are, see `contrasts`.
+        among: all instructions of the data set or suite, see `references`.
+        present: those that are possible in the scene, for the thing that is not meant; empty: all.
 
     Raises:
         ValueError: there is no such level.
@@ -77,9 +98,12 @@ def reword(text: str, level: int, rng: random.Random, keep: Collection[str] = ()
     for _ in range(0 if sentence is None else TRIES):
         assert sentence is not None
         frames = CANONICAL if level == 1 else HELD_OUT
-        misspelt = level == 3 and rng.random() < 0.5
+        meant, others, drawn = sentence, not_meant(sentence, present or among), rng.random()
+        misspelt = level == 3 and drawn < 0.5
+        if level == 3 and drawn > 1 - BY_ATTRIBUTE:
+            meant = by_attribute(sentence, among) or sentence
         nouns = HELD_OUT if level == 3 and not misspelt else CANONICAL
-        found = _rendered(sentence, Wording(rng, HELD_OUT, frames, nouns, keep))
+        found = _rendered(meant, Wording(rng, HELD_OUT, frames, nouns, contrasts(among), others))
         if found is not None and misspelt:
             found = _misspelt(found, sentence, rng)
         if found is not None and words_of(found) != words_of(text):
@@ -90,15 +114,14 @@ def reword(text: str, level: int, rng: random.Random, keep: Collection[str] = ()
 def wordings(instructions: Iterable[str], count: int) -> dict[str, tuple[str, ...]]:
     """Return up to `count` training paraphrases of each instruction, without the instruction itself.
 
-    They are always the same for an instruction, apart from `contrasts` with the others. Instructions that the grammar
-    does not know, or whose meaning it cannot tell from that of another, get none.
+    They depend on the instructions only (`references`). Instructions that the grammar does not know, or whose meaning
+    it cannot tell from that of another, get none.
     """
     return dict(_wordings(tuple(instructions), count))
 
 
 @functools.lru_cache(maxsize=8)
 def _wordings(instructions: tuple[str, ...], count: int) -> dict[str, tuple[str, ...]]:
-    keep = contrasts(instructions)
     parses = {text: parse(text) for text in instructions}
     said: dict[Sentence, set[tuple[str, ...] | None]] = {}
     for text, sentence in parses.items():
@@ -109,24 +132,9 @@ def _wordings(instructions: tuple[str, ...], count: int) -> dict[str, tuple[str,
         drawn: dict[str, None] = {}
         if sentence is not None and len(said[sentence]) == 1:
             rng = random.Random(text)
-            drawn = dict.fromkeys(paraphrase(text, rng, keep=keep) for _ in range(2 * count))
+            drawn = dict.fromkeys(paraphrase(text, rng, among=instructions) for _ in range(2 * count))
         found[text] = tuple(other for other in drawn if words_of(other) != words_of(text))[:count]
     return found
-
-
-def contrasts(instructions: Iterable[str]) -> frozenset[str]:
-    """Return the nouns and adjectives that a data set says in two ways ("block" and "cube").
-
-    They may be different things there, so they must stay as they are.
-    """
-    ways: dict[str, set[str]] = {}
-    for text in instructions:
-        sentence = parse(text)
-        for thing in () if sentence is None else things(sentence):
-            noun, adjectives, _ = thing.said
-            for name, said in ((thing.noun, noun), *zip(thing.adjectives, adjectives, strict=True)):
-                ways.setdefault(name, set()).add(said)
-    return frozenset(name for name, said in ways.items() if len(said) > 1)
 
 
 def _rendered(sentence: Sentence, wording: Wording) -> str | None:
@@ -174,7 +182,7 @@ KNOWN = frozenset(
     | _flat([*DONE.values(), *(said for more in (*MOTIONS.values(), *NUMBERS.values()) for said in more)])
     | _flat(
         " ".join(part for part in pattern.replace("}", "{").split("{")[::2])
-        for patterns in (WRAPPERS, JOINTS, REQUESTS, MOVES, PLACES, CHANGES, LINKS)
+        for patterns in (WRAPPERS, NEGATIONS, JOINTS, REQUESTS, MOVES, PLACES, CHANGES, LINKS)
         for pattern in patterns.all
     )
 )

@@ -26,7 +26,17 @@ from cogvla.policy.instructions.lexicon import (
     WHICH,
     Words,
 )
-from cogvla.policy.instructions.patterns import CHANGES, JOINTS, LINKS, MOVES, NUMBERS, PLACES, REQUESTS, WRAPPERS
+from cogvla.policy.instructions.patterns import (
+    CHANGES,
+    JOINTS,
+    LINKS,
+    MOVES,
+    NEGATIONS,
+    NUMBERS,
+    PLACES,
+    REQUESTS,
+    WRAPPERS,
+)
 
 CACHED = 4096
 """Number of partial results of the parser to keep, for the many patterns of one sentence."""
@@ -37,11 +47,11 @@ def parse(text: str) -> Sentence | None:
     words = words_of(text)
     if not words:
         return None
-    for wrapper in WRAPPERS.all:
+    for wrapper in (*WRAPPERS.all, *NEGATIONS.all):
         for found, end in _match(wrapper, words, 0):
             if end == len(words):
                 steps, joint = found["step"]
-                return Sentence(steps, (wrapper, joint))
+                return Sentence(steps, (wrapper, joint), found.get("other"))
     for pattern in (*MOVES.all, *PLACES.all, *CHANGES.all):
         for found, end in _match(pattern, words, 0):
             step = _step(pattern, found) if end == len(words) else None
@@ -108,6 +118,8 @@ def _slot(name: str, words: tuple[str, ...], i: int) -> Iterator[tuple[Any, int]
                     yield verb, end
         case "theme":
             yield from _theme(words, i)
+        case "other":
+            yield from _phrases(words, i, placed=False)
         case "to" | "at":
             yield from _goal(words, i)
         case _:

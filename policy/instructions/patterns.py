@@ -29,6 +29,12 @@ WRAPPERS = Words(
     ),
 )
 """Around a request: an imperative, or two."""
+NEGATIONS = Words(
+    (),
+    ("{step}, not {other}", "{step} and leave {other} alone"),
+    ("{step} instead of {other}", "{step} and ignore {other}", "never mind {other}: {step}"),
+)
+"""Around a request of one step, with a thing that is not meant."""
 JOINTS = Words(
     ("{first}, then {second}", "{first} and {second}"),
     (

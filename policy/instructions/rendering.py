@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from cogvla.policy.instructions.grammar import PRONOUNS, Phrase, Sentence, Step, alike, several
@@ -22,7 +22,20 @@ from cogvla.policy.instructions.lexicon import (
     WHICH,
     Words,
 )
-from cogvla.policy.instructions.patterns import CHANGES, JOINTS, LINKS, MOVES, NUMBERS, PLACES, REQUESTS, WRAPPERS
+from cogvla.policy.instructions.patterns import (
+    CHANGES,
+    JOINTS,
+    LINKS,
+    MOVES,
+    NEGATIONS,
+    NUMBERS,
+    PLACES,
+    REQUESTS,
+    WRAPPERS,
+)
+
+NEGATED = 0.2
+"""Share of the wordings with a thing that is not meant, where there is one to name."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Wording:
         frames: split of patterns, relations and links.
         nouns: split of nouns, adjectives and the words for which one; of `held_out`, one word of a thing changes.
         keep: nouns and adjectives (first words) that stay as they were said.
+        others: things that may be named as not meant.
     """
 
     rng: random.Random
@@ -42,6 +56,7 @@ class Wording:
     frames: str = CANONICAL
     nouns: str = CANONICAL
     keep: Collection[str] = ()
+    others: Sequence[Phrase] = ()
 
     def draw(self, words: Words, split: str, said: str) -> str:
         """Draw from the words of a split; canonical: what was said."""
@@ -61,11 +76,14 @@ def render(sentence: Sentence, wording: Wording) -> str:
         body = joint.format(first=first, second=second)
     else:
         (step,) = sentence.steps
+        if split != CANONICAL and wording.others and rng.random() < NEGATED:
+            negated = _phrase(rng.choice(wording.others), wording)
+            return rng.choice(NEGATIONS.of(split)).format(step=_request(step, wording), other=negated)
         if split != CANONICAL and rng.random() < 0.5:
             return _worded(step, rng.choice(_patterns(step).of(split)), wording)
         wrapper = wording.draw(WRAPPERS, split, wrapper)
         body = _request(step, wording)
-    return wrapper.format(step=body)
+    return wrapper.format(step=body, other=None if sentence.other is None else _phrase(sentence.other, wording))
 
 
 def _patterns(step: Step) -> Words:

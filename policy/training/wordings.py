@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.tokenizer import UNKNOWN, Tokenizer, WordTokenizer, same_instruction
-from cogvla.policy.instructions.paraphrase import LEVELS, contrasts, reword, wordings
+from cogvla.policy.instructions.paraphrase import LEVELS, reword, wordings
 
 MOST = 0.7
 """Largest share of reworded samples: the data's own instructions must stay common."""
@@ -137,10 +137,10 @@ class Wordings:
 
     @cached_property
     def _held_out(self) -> tuple[Tensor, Tensor]:
-        keep = contrasts(self.instructions)
+        among = tuple(self.instructions)
         return self.tokenizer.inputs(
             [
-                reword(text, LEVELS[number % len(LEVELS)], random.Random(f"{number} {text}"), keep)
+                reword(text, LEVELS[number % len(LEVELS)], random.Random(f"{number} {text}"), among)
                 for text in self.instructions
                 for number in range(HELD_OUT)
             ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cogvla.envs.suite import get_suite
 from cogvla.policy.inputs.text_encoder import TextEncoder, open_encoder
 from cogvla.policy.inputs.tokenizer import Tokenizer, WordTokenizer
-from cogvla.policy.instructions.paraphrase import LEVELS, contrasts, reword, wordings
+from cogvla.policy.instructions.paraphrase import LEVELS, reword, wordings
 from cogvla.policy.model.text_projection import TextProjection
 from cogvla.tests.support.text_encoders import minilm, smollm2
 
@@ -70,9 +70,9 @@ def main() -> None:
     encoders = {"MiniLM": open_encoder(str(minilm())), "SmolLM2-135M": open_encoder(str(smollm2()))}
     for name in SUITES:
         own = list(dict.fromkeys(task.instruction for task in get_suite(name, {}).tasks))
-        keep = contrasts(own)
+        among = tuple(own)
         test = [
-            (number, reword(text, LEVELS[i % len(LEVELS)], random.Random(f"{i} {text}"), keep))
+            (number, reword(text, LEVELS[i % len(LEVELS)], random.Random(f"{i} {text}"), among))
             for number, text in enumerate(own)
             for i in range(HELD_OUT)
         ]

@@ -15,6 +15,7 @@ from cogvla.policy.instructions import grammar, patterns
 from cogvla.policy.instructions.grammar import words_of
 from cogvla.policy.instructions.lexicon import (
     ADJECTIVES,
+    ANYTHING,
     DONE,
     HELD_OUT,
     NOUNS,
@@ -25,8 +26,9 @@ from cogvla.policy.instructions.lexicon import (
     VERBS,
     WHICH,
 )
-from cogvla.policy.instructions.paraphrase import KNOWN, LEVELS, contrasts, paraphrase, reword, wordings
+from cogvla.policy.instructions.paraphrase import KNOWN, LEVELS, paraphrase, reword, wordings
 from cogvla.policy.instructions.parser import parse
+from cogvla.policy.instructions.references import by_attribute, contrasts, not_meant
 from cogvla.policy.instructions.rendering import Wording, render
 from cogvla.tests.support.libero_assets import installed, needs_libero
 
@@ -41,7 +43,15 @@ def instructions_of(suite: str) -> list[str]:
 SUITES = {suite: instructions_of(suite) for suite in (*TABLETOP, *(LIBERO_SUITES if installed else ()))}
 ALL = sorted({text for texts in SUITES.values() for text in texts})
 SPLITS = (TRAIN, HELD_OUT)
-PATTERNS = [patterns.WRAPPERS, patterns.JOINTS, patterns.MOVES, patterns.PLACES, patterns.CHANGES, patterns.LINKS]
+PATTERNS = [
+    patterns.WRAPPERS,
+    patterns.NEGATIONS,
+    patterns.JOINTS,
+    patterns.MOVES,
+    patterns.PLACES,
+    patterns.CHANGES,
+    patterns.LINKS,
+]
 LEXICON = [*VERBS.values(), PICK, *NOUNS.values(), *ADJECTIVES.values(), *WHICH.values(), *RELATIONS.values()]
 
 
@@ -60,7 +70,7 @@ def test_all_tasks_are_of_the_grammar_and_differ(suite: str) -> None:
     parses = [parse(text) for text in SUITES[suite]]
     assert None not in parses
     assert len(set(parses)) == len(SUITES[suite]) == len(wordings(SUITES[suite], 1))
-    assert not contrasts(SUITES[suite])
+    assert not contrasts(tuple(SUITES[suite]))
 
 
 @pytest.mark.parametrize("text", ALL)
@@ -173,10 +183,11 @@ def test_what_the_grammar_does_not_know_stays(text: str) -> None:
 
 def test_things_that_a_data_set_tells_apart_keep_their_words() -> None:
     texts = ["put the red block in the tray", "put the blue cube in the tray", "put the violet ball in the tray"]
-    assert contrasts(texts) == {"cube"}
+    assert contrasts(tuple(texts)) == {"cube"}
     found = wordings(texts, 40)
-    assert all("block" in other for other in found[texts[0]])
-    assert all("cube" in other for other in found[texts[1]])
+    for text, said in zip(texts, ("block", "cube"), strict=False):
+        themes = [sentence.steps[0].theme[0] for other in found[text] if (sentence := parse(other)) is not None]
+        assert {thing.said[0] for thing in themes if thing.noun != ANYTHING} == {said}
     assert any("sphere" in other for other in found[texts[2]])
     assert wordings(["slide the puck onto the zone", "push the puck onto the zone"], 4) == {
         "slide the puck onto the zone": (),
@@ -184,10 +195,10 @@ def test_things_that_a_data_set_tells_apart_keep_their_words() -> None:
     }
 
 
-def test_wordings_depend_on_the_instruction_only() -> None:
+def test_wordings_depend_on_the_instructions_only() -> None:
     texts = SUITES["tabletop_object"]
     found = wordings(texts, 16)
-    assert found[texts[2]] == wordings(texts[2:3], 16)[texts[2]]
+    assert found == wordings(list(texts), 16)
     assert all(len(set(others)) == 16 and text not in others for text, others in found.items())
 
 
@@ -196,3 +207,85 @@ def test_unknown_splits_and_levels() -> None:
         reword("open the drawer", 4, random.Random(0))
     with pytest.raises(ValueError, match="unknown split 'test' of wordings; one of train, held_out"):
         paraphrase("open the drawer", random.Random(0), "test")
+
+
+def test_a_thing_that_is_not_meant_changes_nothing() -> None:
+    texts = tuple(SUITES["tabletop_object"])
+    for text in texts:
+        parses = [parse(other) for other in wordings(texts, 64)[text]]
+        others = {sentence.other for sentence in parses if sentence is not None} - {None}
+        assert len(others) > 2
+        assert not others & {*things(text)}
+        assert others <= {thing for some in texts for thing in things(some)}
+    present = ("put the pink ball in the tray",)
+    drawn = [reword(texts[0], 2, random.Random(seed), texts, present) for seed in range(200)]
+    others = {None if (found := parse(other)) is None else found.other for other in drawn} - {None}
+    assert others == {things(present[0])[1]}, "a thing of the scene"
+
+
+@pytest.mark.parametrize(
+    ("text", "others"),
+    [
+        ("put the red cube in the tray", {"blue cube"}),
+        ("press the white button", {"black button"}),
+        ("put the red cube on the mat", set()),
+        ("put the leftmost cube in the tray", set()),
+        ("open the drawer", set()),
+        ("put the cube in the tray", {"ball"}),
+        ("put the red cube in the tray, then put the ball on the mat", set()),
+        ("put the blue cube in the tray", {"red cube"}),
+    ],
+)
+def test_things_that_are_not_meant(text: str, others: set[str]) -> None:
+    among = (
+        "put the red cube in the tray",
+        "put the blue cube in the tray",
+        "put the cube that is on the mat in the tray",
+        "put the leftmost cube in the tray",
+        "put the blue puck on the plate",
+        "press the white button",
+        "press the black button",
+        "open the drawer",
+        *(["put the ball in the tray"] if text == "put the cube in the tray" else []),
+    )
+    sentence = parse(text)
+    assert sentence is not None
+    assert {" ".join([*thing.adjectives, thing.noun]) for thing in not_meant(sentence, among)} == others
+
+
+@pytest.mark.parametrize(
+    ("text", "alone"),
+    [
+        ("put the red cube in the tray", ["red"]),
+        ("put the blue cube in the tray", []),  # the ball is blue, too
+        ("press the blue button", ["blue"]),  # nothing else is pressed
+        ("put the white mug in the tray", []),  # the other mug is partly white
+        ("put the cube in the tray", []),
+        ("put the leftmost black cube in the tray", []),
+        ("put the green cube in the tray", []),  # it is not known what else there is
+        ("open the top drawer of the cabinet", []),
+        ("put the red cube in the tray, then press the blue button", ["red", "blue"]),
+    ],
+)
+def test_a_colour_alone_names_a_thing_only_if_no_other_has_it(text: str, alone: list[str]) -> None:
+    among = (
+        "put the red cube in the tray",
+        "put the blue cube in the tray",
+        "put the blue ball in the tray",
+        "press the blue button",
+        "put the red cube in the tray, then press the blue button",
+        "put the leftmost black cube in the tray",
+        "put the white mug in the tray",
+        "put the yellow and white mug in the tray",
+        "open the top drawer of the cabinet",
+        "open the bottom drawer of the cabinet",
+    )
+    sentence = parse(text)
+    assert sentence is not None
+    found = by_attribute(sentence, among)
+    named = [] if found is None else [thing for step in found.steps for thing in step.theme if thing.noun == ANYTHING]
+    assert [thing.adjectives[0] for thing in named] == alone
+    drawn = [paraphrase(text, random.Random(seed), split, among) for seed in range(40) for split in SPLITS]
+    meant = {parse(other) for other in drawn}
+    assert meant <= {sentence, found}
+    assert (found in meant) == bool(alone)
