@@ -4,6 +4,7 @@
     record_demonstrations suite=tabletop_goal episodes=500 workers=4
     record_demonstrations episodes=2000 grow=true       (adds to a finished recording)
     record_demonstrations randomise=[camera,light,background]
+    record_demonstrations suite=libero_object counterfactual=0.5    (half of the episodes show another possible task)
 
 The same command resumes a stopped recording.
 """
@@ -33,6 +34,7 @@ def main(config: DictConfig) -> None:
         video=config.video,
         grow=config.grow,
         randomise=plain(config)["randomise"],
+        counterfactual=config.counterfactual,
     )
     print(f"{config.episodes} episodes of {config.suite} in {folder}")
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cogvla.envs.contract import Expert, Labels, Perturbable, SuiteEnv, required
+from cogvla.envs.contract import ContractError, Expert, ImageSkipping, Labels, Perturbable, SuiteEnv, offered, required
 from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, CrowdedSceneError, Perturbation
 from cogvla.envs.suite import FIRST_TRAINING_STATE
 
@@ -29,6 +29,8 @@ SEED_STRIDE = 1_000_000
 STEPS_AFTER_SUCCESS = 4
 """Control steps recorded after success. Without them, data would hardly show the release, the shortest phase."""
 DEFAULT_FPS = 20
+SCENE_TASK = "scene_task"
+"""Label of counterfactual recordings: the task whose scene an episode shows; `task` is the one that is done there."""
 OPEN_HAND = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 PNG_LEVEL = 1  # level 6, which lerobot uses, takes three times as long for files 10 % smaller
 STATISTICS_FRAMES, STATISTICS_STRIDE = 16, 4
@@ -123,6 +125,7 @@ class DemonstratorSettings:
         seed: seed of initial states and noise.
         randomise: dimensions of the robustness benchmark in which episodes differ; needs `Perturbable` environments.
         settling_steps: control steps with an open hand before the expert begins; they are not recorded.
+        counterfactual: share of the episodes, in [0,1], that show another task that is possible in the scene.
     """
 
     make: Callable[..., SuiteEnv]
@@ -134,10 +137,20 @@ class DemonstratorSettings:
     seed: int
     randomise: tuple[str, ...] = ()
     settling_steps: int = 0
+    counterfactual: float = 0.0
 
     def task(self, slot: int) -> int:
-        """Return the task of episode `slot` of the data set. Tasks take turns."""
+        """Return the task whose scene episode `slot` of the data set shows. Tasks take turns."""
         return slot % len(self.instructions)
+
+    def turn(self, slot: int) -> int | None:
+        """Return which of the other tasks episode `slot` shows, as a place in their order; None: the scene's own task.
+
+        Other tasks take turns, too. The share holds for each scene, and over all of them, to less than an episode.
+        """
+        episode_of_task, task = divmod(slot, len(self.instructions))
+        owed = self.counterfactual * episode_of_task + task / len(self.instructions) + 1e-9  # 0.29 * 100 is below 29
+        return int(owed) if int(owed + self.counterfactual) > int(owed) else None
 
     def initial_state(self, slot: int, attempt: int) -> int:
         """Return the initial state of an attempt. It depends only on the seed and the arguments, not on the workers."""
@@ -153,12 +166,14 @@ class DemonstratorSettings:
 
     def recorded(self, episode: Demonstration, slot: int) -> bool:
         """Return True if this is episode `slot` of a recording with these settings."""
-        task, states = self.task(slot), [self.initial_state(slot, attempt) for attempt in range(MAX_ATTEMPTS)]
-        labels = [episode.arrays.get(f"label.{name}") for name in ("task", "initial_state")]
-        if episode.instruction != self.instructions[task] or any(values is None for values in labels):
+        states = [self.initial_state(slot, attempt) for attempt in range(MAX_ATTEMPTS)]
+        names = ("task", SCENE_TASK if self.counterfactual else "task", "initial_state")
+        labels = [episode.arrays.get(f"label.{name}") for name in names]
+        if any(values is None for values in labels):
             return False
-        said_task, said_state = (int(values[0, 0]) for values in labels if values is not None)
-        return said_task == task and said_state in states
+        task, scene_task, state = (int(values[0, 0]) for values in labels if values is not None)
+        fits = scene_task == self.task(slot) and state in states and (task == scene_task or self.turn(slot) is not None)
+        return fits and 0 <= task < len(self.instructions) and episode.instruction == self.instructions[task]
 
 
 class ExpertFailedError(RuntimeError):
@@ -178,10 +193,14 @@ class Demonstrator:
 
         Raises:
             ExpertFailedError: the expert failed on `MAX_ATTEMPTS` initial states.
+            ContractError: the environment cannot be asked for other tasks, and the episode is to show one.
         """
+        turn = self.settings.turn(slot)
         for attempt in range(MAX_ATTEMPTS):
+            # Another task may be beyond the expert where it stands here; then the scene shows its own.
+            other = None if turn is None or attempt >= MAX_ATTEMPTS // 2 else turn + attempt
             try:
-                episode = self._play(self.settings.task(slot), self.settings.initial_state(slot, attempt))
+                episode = self._play(self.settings.task(slot), self.settings.initial_state(slot, attempt), other)
             except CrowdedSceneError:
                 continue
             if episode is not None:
@@ -197,17 +216,22 @@ class Demonstrator:
         """Close the environment."""
         self.env.close()
 
-    def _play(self, task: int, initial_state: int) -> Demonstration | None:
+    def _play(self, scene_task: int, initial_state: int, turn: int | None) -> Demonstration | None:
         env, scene = self.env, required(self.env, Labels, "recording")
-        seed = [self.settings.seed, task, initial_state]
+        seed = [self.settings.seed, scene_task, initial_state]
         if self.settings.randomise:
             perturbable = required(env, Perturbable, f"randomise={list(self.settings.randomise)}")
-            perturbable.perturbations = self.settings.perturbations(task, initial_state)
-        observation, info = env.reset(
-            seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
-            options={"task": task, "initial_state": initial_state},
-        )
+            perturbable.perturbations = self.settings.perturbations(scene_task, initial_state)
+        options = {"task": scene_task, "initial_state": initial_state}
+        asked = None if turn is None else self._other_task(options, turn)
+        task = scene_task if asked is None else asked
+        if asked is not None:
+            options["asked"] = asked
+            seed.append(asked)
+        observation, info = env.reset(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]), options=options)
         instruction = str(info["instruction"])
+        if asked is not None and instruction != self.settings.instructions[asked]:
+            raise self._cannot_be_asked(f"was given {asked=} and returns the instruction {instruction!r}")
         others = [int(other) for other in info.get("alternative_tasks", ())]  # only `reset` returns them
         for _ in range(self.settings.settling_steps):
             observation, _, _, _, info = env.step(OPEN_HAND)
@@ -236,6 +260,8 @@ class Demonstrator:
                 "label.alternatives": alternatives_N6,
                 "label.possible": possible_N,
             }
+            if self.settings.counterfactual:
+                row[f"label.{SCENE_TASK}"] = np.array([scene_task], np.int64)
             for name in _cameras(observation):
                 row[IMAGE_PREFIX + name] = observation[name]
                 row[f"label.projection.{name}"] = np.asarray(scene.camera_projection(name), np.float32)
@@ -248,6 +274,27 @@ class Demonstrator:
             if terminated and not success:
                 break
         return pack(instruction, self.fps, steps) if success else None
+
+    def _other_task(self, options: dict[str, int], turn: int) -> int | None:
+        """Return the task whose turn it is of those that are also possible in a scene, or None if there is none."""
+        if (skipping := offered(self.env, ImageSkipping)) is not None:
+            skipping.skip_images = True
+        try:
+            _, info = self.env.reset(seed=0, options=options)
+        finally:
+            if skipping is not None:
+                skipping.skip_images = False
+        if "alternative_tasks" not in info:
+            raise self._cannot_be_asked("does not return `alternative_tasks`")
+        number = len(self.settings.instructions)  # beginning after the scene's own task, so that all are shown equally
+        others = sorted((int(task) for task in info["alternative_tasks"]), key=lambda t: (t - options["task"]) % number)
+        return others[turn % len(others)] if others else None
+
+    def _cannot_be_asked(self, reason: str) -> ContractError:
+        return ContractError(
+            f"counterfactual={self.settings.counterfactual} needs an environment that can be asked for other tasks "
+            f"(envs/contract.py): `reset` of {type(self.env).__name__} {reason}"
+        )
 
 
 def _positions(labels: Mapping[str, np.ndarray]) -> np.ndarray:

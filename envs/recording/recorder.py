@@ -48,6 +48,7 @@ def record(
     video: bool = False,
     grow: bool = False,
     randomise: Sequence[str] | None = None,
+    counterfactual: float = 0.0,
     expert: Callable[..., Expert] | None = None,
 ) -> Path:
     """Record successful episodes of the suite's expert, spread evenly over its tasks, and return the data set's folder.
@@ -67,6 +68,8 @@ def record(
         grow: add episodes to a finished data set that has fewer; a training on that data set cannot go on afterwards.
         randomise: dimensions of the robustness benchmark (`envs/perturbation`) in which episodes differ; for each
             episode and dimension, one of the levels or no change is drawn.
+        counterfactual: share of the episodes, in [0,1], that show another task that is possible in the scene, with its
+            instruction and labels. Scenes without one show their own task.
         expert: function `expert(env, rng, noise=...)`; None: the suite's own expert.
 
     Raises:
@@ -81,6 +84,8 @@ def record(
             "episodes and image_size must be positive, workers, seed and noise not negative; "
             f"got {episodes=}, {image_size=}, {workers=}, {seed=}, {noise=}"
         )
+    if isinstance(counterfactual, bool) or not isinstance(counterfactual, (int, float)) or not 0 <= counterfactual <= 1:
+        raise ValueError(f"counterfactual must be a share of the episodes, 0 to 1, got {counterfactual!r}")
     output = Path(output)
     suite = get_suite(suite) if isinstance(suite, str) else suite
     expert = expert or suite.expert
@@ -94,6 +99,7 @@ def record(
         "seed": seed,
         "video": video,
         "randomise": list(randomised) or None,  # recordings from before this key were not randomised
+        "counterfactual": float(counterfactual) or None,  # likewise
         "tasks": [task.instruction for task in suite.tasks],
     }
     if suite.settings:
@@ -117,6 +123,7 @@ def record(
         noise=noise,
         seed=seed,
         randomise=randomised,
+        counterfactual=counterfactual,
     )
     with _explained(folder):
         folder.prepare(request, resume)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from cogvla.envs.recording.demonstration import SCENE_TASK
 from cogvla.envs.recording.recorder import RECORDING_FILE
 from cogvla.files import read_object
 from cogvla.libero.hdf5 import reader as hdf5_reader
@@ -32,6 +33,7 @@ from cogvla.policy.data.reader import Mapping as ReaderMapping
 from cogvla.policy.interface import Embodiment
 
 EXECUTED, TASK, INITIAL_STATE = "label.executed_action", "label.task", "label.initial_state"
+SCENE = f"label.{SCENE_TASK}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class EpisodeStart:
         state: state of the simulator (time, positions, velocities), for LIBERO only; or None.
         fixtures: body -> position and quaternion (w, x, y, z) [7] of fixtures, for LIBERO only.
         waiting_steps: control steps without motion before the first action; None: the settling steps of the suite.
+        scene_task: index of the task whose scene it was, if that is another one; or None.
     """
 
     task: int
@@ -51,6 +54,7 @@ class EpisodeStart:
     state: np.ndarray | None = None
     fixtures: Mapping[str, np.ndarray] = field(default_factory=dict)
     waiting_steps: int | None = None
+    scene_task: int | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class LeRobotRecordings:
         self.cameras = tuple(name for name in embodiment.camera_names if name in config.cameras)
         self._config, self._embodiment, self._root = config, embodiment, root
         stored = _json(root / "meta" / "info.json").get("features", {})
-        labels = tuple((key, key) for key in (EXECUTED, TASK, INITIAL_STATE) if key in stored)
+        labels = tuple((key, key) for key in (EXECUTED, TASK, INITIAL_STATE, SCENE) if key in stored)
         self._reader = LeRobotReader(
             root,
             ReaderMapping(
@@ -273,7 +277,14 @@ class LeRobotRecordings:
     def _start(self, row: int) -> EpisodeStart | None:
         columns = self._columns[0]
         task, state = columns.get(f"label/{TASK}"), columns.get(f"label/{INITIAL_STATE}")
-        return None if task is None or state is None else EpisodeStart(int(task[row]), initial_state=int(state[row]))
+        if task is None or state is None:
+            return None
+        scene_task = int(columns.get(f"label/{SCENE}", task)[row])
+        return EpisodeStart(
+            int(task[row]),
+            initial_state=int(state[row]),
+            scene_task=None if scene_task == int(task[row]) else scene_task,
+        )
 
     def images(self, episode: RecordedEpisode, camera: str, steps: Sequence[int]) -> np.ndarray:
         rows = [int(self._first_rows[episode.index]) + step for step in steps]

@@ -123,7 +123,10 @@ def _unplaced(env: Any, start: EpisodeStart, waiting_steps: int) -> tuple[str, .
 
 def _begin(env: Any, start: EpisodeStart) -> dict[str, np.ndarray]:
     if start.state is None:
-        observation, _ = env.reset(options={"task": start.task, "initial_state": start.initial_state})
+        options = {"task": start.task, "initial_state": start.initial_state}
+        if start.scene_task is not None:
+            options |= {"task": start.scene_task, "asked": start.task}
+        observation, _ = env.reset(options=options)
         return observation
     scene: Any = env.unwrapped
     if not start.fixtures:

@@ -29,6 +29,7 @@ from cogvla.envs.contract import (
     required,
 )
 from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, OF_THE_PLAYER, Perturbation
+from cogvla.envs.recording.demonstration import Demonstrator, DemonstratorSettings
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import Suite, get_suite, suite_names
 from cogvla.tests.support import toy_suite
@@ -162,6 +163,8 @@ def test_asked_swaps_the_instruction_but_not_the_scene(suite: Suite, env: Any) -
     for other in others[:2]:
         swapped, swapped_info = reset(env, 0, 7, asked=other)
         assert swapped_info["instruction"] == suite.tasks[other].instruction != info["instruction"]
+        assert 0 in swapped_info["alternative_tasks"]
+        assert other not in swapped_info["alternative_tasks"]
         assert all(np.array_equal(plain[name], swapped[name]) for name in CAMERAS)
         _, _, terminated, _, after = env.step(WAIT)
         assert after["scene_task_success"] is after["success"] is terminated is False
@@ -239,6 +242,47 @@ def test_labels(suite: Suite, env: Any) -> None:
     for camera in CAMERAS:
         matrix = labels.camera_projection(camera)
         assert (matrix.dtype, matrix.shape) == (np.float32, (3, 4))
+
+
+def test_a_counterfactual_demonstration_does_another_task_in_the_scene(suite: Suite, env: Any) -> None:
+    if suite.expert is None or offered(env, Labels) is None:
+        pytest.skip("cannot be recorded")
+    instructions = tuple(task.instruction for task in suite.tasks)
+    settings = DemonstratorSettings(
+        suite.make,
+        suite.expert,
+        instructions,
+        suite.max_steps,
+        SIZE,
+        noise=0.0,
+        seed=0,
+        settling_steps=suite.settling_steps,
+        counterfactual=1.0,
+    )
+    demonstrator = Demonstrator(settings)
+    slot = FIRST_SOLVED.get(suite.name, 0)
+    episode, _ = demonstrator.record(slot)
+    demonstrator.close()
+    assert settings.recorded(episode, slot)
+    assert not settings.recorded(episode, slot + 1)
+    task, scene, state = (
+        int(episode.arrays[f"label.{name}"][0, 0]) for name in ("task", "scene_task", "initial_state")
+    )
+    _, info = reset(env, slot, state)
+    others = info["alternative_tasks"]
+    assert scene == slot
+    assert task in (others or [slot])
+    assert episode.instruction == instructions[task]
+    _, info = reset(env, slot, state, **({} if task == slot else {"asked": task}))
+    possible = sorted([task, *info["alternative_tasks"]])
+    assert slot in possible
+    assert np.flatnonzero(episode.arrays["label.possible"][0]).tolist() == possible
+    for _ in range(suite.settling_steps):
+        env.step(WAIT)
+    places = required(env, Labels, "this test").labels()
+    assert all(np.allclose(episode.arrays[f"label.{name}"][0], places[name], atol=1e-3) for name in places)
+    done = [env.step(action)[4]["success"] for action in episode.arrays["label.executed_action"]]
+    assert any(done), "played again, it does the task that it says"
 
 
 def test_target_masks(env: Any) -> None:

@@ -43,6 +43,17 @@ def recorded() -> list[Demonstration]:
     return episodes
 
 
+@pytest.fixture(scope="module")
+def counterfactual() -> list[Demonstration]:
+    suite = get_suite(SUITE)
+    names = tuple(task.instruction for task in suite.tasks)
+    settings = DemonstratorSettings(suite.make, Expert, names, suite.max_steps, 64, 1.0, seed=0, counterfactual=1.0)
+    player = Demonstrator(settings)
+    episodes = [player.record(slot)[0] for slot in (0, 3, 6)]
+    player.close()
+    return episodes
+
+
 def write(root: Path, episodes: Sequence[Demonstration], mujoco: str | None = None, video: bool = False) -> Path:
     writer = DatasetWriter(root, f"cogvla/{SUITE}", episodes[0], "panda", video)
     for episode in episodes:
@@ -118,10 +129,11 @@ def other_sign(vector_N3: np.ndarray) -> np.ndarray:
 # --- a data set that is right ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("which", ["recorded", "counterfactual"])
 def test_nothing_is_found_in_what_was_recorded(
-    recorded: list[Demonstration], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    findings, code = check(write(tmp_path / "data", recorded, mujoco="3.3.2"))
+    findings, code = check(write(tmp_path / "data", request.getfixturevalue(which), mujoco="3.3.2"))
     assert (mismatches(findings), code) == ([], 0)
     assert {name for name, finding in findings.items() if finding.verdict == "ok"} == {
         "versions", "instructions", "gripper", "statistics", "control rate", "images of agentview", "images of wrist",

@@ -42,13 +42,13 @@ class ToyEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         super().reset(seed=seed)
         options = options or {}
         self.scene, self.initial_state = chosen_start(options, 3, self.np_random)
-        others = [i for i in range(3) if i != self.scene][: 1 + self.initial_state % 2]
+        possible = [self.scene, *[i for i in range(3) if i != self.scene][: 1 + self.initial_state // 10 % 2]]
         self.task = options.get("asked", self.scene)
-        if self.task not in (self.scene, *others):
+        if self.task not in possible:
             raise ValueError(f"task {self.task} cannot be carried out in this scene")
         self.rng = np.random.default_rng([self.scene, self.initial_state])
         self.position, self.steps = self.rng.uniform(-0.2, 0.2, 3), 0
-        return self._observe(), {**self._info(), "alternative_tasks": others}
+        return self._observe(), {**self._info(), "alternative_tasks": [i for i in possible if i != self.task]}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if np.shape(action) != (7,) or not np.isfinite(action).all():
@@ -105,6 +105,13 @@ class NeverExpert(ToyExpert):
         return np.zeros(7, np.float32)
 
 
+class OwnTaskExpert(ToyExpert):
+    """Solves the scene's own task only."""
+
+    def act(self) -> np.ndarray:
+        return super().act() if self.env.task == self.env.scene else np.zeros(7, np.float32)
+
+
 class BrokenExpert(ToyExpert):
     """Has a bug."""
 
@@ -153,6 +160,30 @@ class Unlabelled(HalfLabelled):
         raise AttributeError
 
     labels_for = labels
+
+
+class Unasked(ToyEnv):
+    """Does not say what else is possible."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, info = super().reset(seed=seed, options=options)
+        del info["alternative_tasks"]
+        return observation, info
+
+
+class Deaf(ToyEnv):
+    """Plays the scene's own task, whatever is asked."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return super().reset(seed=seed, options={k: v for k, v in (options or {}).items() if k != "asked"})
+
+
+class Alone(ToyEnv):
+    """Offers nothing else."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, info = super().reset(seed=seed, options=options)
+        return observation, {**info, "alternative_tasks": []}
 
 
 class Noiseless(ToyExpert):

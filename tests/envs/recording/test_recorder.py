@@ -22,6 +22,7 @@ import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
+from cogvla.envs.contract import ContractError
 from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, CrowdedSceneError
 from cogvla.envs.recording import dataset_writer
 from cogvla.envs.recording.dataset_folder import DatasetFolder
@@ -138,15 +139,96 @@ def test_randomised_scenes(tmp_path: Path) -> None:
             record("tabletop_object", 3 if asked == [] else 8, there, randomise=asked, **settings)
 
 
+def first_rows(root: Path) -> list[dict]:
+    return [row for row in rows(root) if row["frame_index"] == 0]
+
+
+def without(row: dict, *names: str) -> dict:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def test_counterfactual_episodes_show_other_possible_tasks(recorded: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"image_size": 16, "workers": 0, "expert": ToyExpert}
+    root = record(NAME, 12, tmp_path / "half", counterfactual=0.5, **settings)
+    data, starts = load(root), first_rows(root)
+    scenes, done = ([row[f"label.{name}"] for row in starts] for name in ("scene_task", "task"))
+    assert scenes == [0, 1, 2] * 4
+    swapped = [i for i in range(12) if scenes[i] != done[i]]
+    assert len(swapped) == 6
+    assert [scenes[i] for i in swapped].count(0) == [scenes[i] for i in swapped].count(1) == 2
+    assert len({(scenes[i], done[i]) for i in swapped}) >= 5, "the other tasks take turns"
+    for start, number in zip(starts, range(12), strict=True):
+        task, scene = start["label.task"], start["label.scene_task"]
+        assert data[start["index"]]["task"] == INSTRUCTIONS[task], "the instruction is that of the task that is done"
+        np.testing.assert_array_equal(start["label.target"], toy_suite.PLACES[task])
+        assert start["label.possible"][task]
+        assert start["label.possible"][scene]
+        last = [row for row in rows(root) if row["episode_index"] == number][-1]
+        assert np.linalg.norm(np.array(last["observation.state"][:3]) - toy_suite.PLACES[task]) < 0.15
+    names = ("label.scene_task", "task_index", "index")
+    for number in set(range(EPISODES)) - set(swapped):
+        episodes = ([row for row in rows(which) if row["episode_index"] == number] for which in (root, recorded))
+        one, plain = ([without(row, *names) for row in episode] for episode in episodes)
+        assert one == plain, "an episode of the scene's own task is that of a recording without counterfactual ones"
+    assert "label.scene_task" not in rows(recorded)[0]
+    assert json.loads((root / "meta/recording.json").read_text())["counterfactual"] == 0.5
+    assert json.loads((recorded / "meta/recording.json").read_text())["counterfactual"] is None
+    shorter = record(NAME, 5, tmp_path / "grows", counterfactual=0.5, **{**settings, "workers": 2})
+    record(NAME, 12, shorter, counterfactual=0.5, grow=True, **settings)
+    assert rows(shorter) == rows(root)
+    with pytest.raises(ValueError, match=r"was recorded with counterfactual=0\.5; choose another output"):
+        record(NAME, 12, root, **settings)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.29, 0.3, 0.5, 0.7, 1.0])
+def test_the_share_holds_in_every_scene_and_in_all(share: float) -> None:
+    settings = replace(toy_settings(), counterfactual=share)
+    shown = np.array([settings.turn(slot) is not None for slot in range(300)]).reshape(100, 3)
+    assert abs(shown.sum() - 300 * share) < 1 + 1e-6
+    assert (np.abs(shown.cumsum(0) - share * np.arange(1, 101)[:, None]) < 1 + 1e-6).all()
+    turns = [settings.turn(slot) for slot in range(0, 300, 3)]
+    assert [turn for turn in turns if turn is not None] == list(range(shown[:, 0].sum())), "no turn is left out"
+
+
+def test_a_scene_shows_its_own_task_if_no_other_can_be_shown(tmp_path: Path) -> None:
+    suite = toy_suite.suite()
+    for name, changed in (
+        ("alone", replace(suite, make=toy_suite.Alone)),
+        ("beyond", replace(suite, expert=toy_suite.OwnTaskExpert)),
+    ):
+        starts = first_rows(record(changed, 3, tmp_path / name, image_size=16, workers=0, counterfactual=1.0))
+        assert [row["label.task"] for row in starts] == [0, 1, 2], name
+        assert [row["label.scene_task"] for row in starts] == [0, 1, 2], name
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (toy_suite.Unasked, "`reset` of Unasked does not return `alternative_tasks`"),
+        (toy_suite.Deaf, "`reset` of Deaf was given asked=1 and returns the instruction 'go right'"),
+    ],
+)
+def test_environments_that_cannot_be_asked(make: Any, said: str, workers: int, tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=f"^counterfactual=1.0 needs an environment that .*{said}$"):
+        record(replace(toy_suite.suite(), make=make), 1, tmp_path / "t", workers=workers, counterfactual=1.0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.01, float("nan"), "half", True, None])
+def test_shares_that_are_none(share: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^counterfactual must be a share of the episodes, 0 to 1, got "):
+        record(NAME, 1, tmp_path / "t", counterfactual=share)
+
+
 def test_a_scene_without_room_is_a_failed_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     demonstrator = Demonstrator(toy_settings())
     play, states = demonstrator._play, []
 
-    def crowded(task: int, initial_state: int) -> Demonstration | None:
+    def crowded(task: int, initial_state: int, turn: int | None) -> Demonstration | None:
         states.append(initial_state)
         if len(states) < 3:
             raise CrowdedSceneError("no room for the brown ball")
-        return play(task, initial_state)
+        return play(task, initial_state, turn)
 
     monkeypatch.setattr(demonstrator, "_play", crowded)
     assert demonstrator.record(0)[1] == 3
