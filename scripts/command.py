@@ -59,9 +59,26 @@ def register() -> None:
             ConfigStore.instance().store(dotted.rpartition(".")[2], defaults(dotted), group or None)
 
 
+def check_overrides(words: Sequence[str]) -> None:
+    """Check that no word of a command line is a list of files of one group: Hydra would merge them into one.
+
+    Raises:
+        ValueError: one is.
+    """
+    for word in words:
+        group, equals, value = word.lstrip("+").partition("=")
+        if not (equals and group in DATACLASSES and group and value.lstrip().startswith("[")):
+            continue
+        how = f"give one file, and change its keys with {group}.KEY=VALUE"
+        if group == "data":
+            how = "mix data sets with 'data.mixture=[{root: A}, {root: B, weight: 2}]', suites with suite=[A,B]"
+        raise ValueError(f"{word}: Hydra would merge the files of a list into one; {how}")
+
+
 def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the configuration of a command with some values changed, as on its command line."""
     register()
+    check_overrides(overrides)
     with initialize_config_module("cogvla.configs", version_base="1.3"):
         return hydra.compose(command, list(overrides))
 
@@ -81,7 +98,8 @@ def import_modules(modules: Sequence[str]) -> None:
 
 def as_typed(command: str) -> str:
     """Return the command line of the running Hydra command, for reports."""
-    return shlex.join([command, *HydraConfig.get().overrides.task])
+    words = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # `${suite}` as it was typed
+    return shlex.join([command, *map(str, cast(Any, words))])
 
 
 def stop_event() -> threading.Event:

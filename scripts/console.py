@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from cogvla.envs.recording.demonstration import ExpertFailedError
-from cogvla.scripts.command import mistakes_in_one_line, register
+from cogvla.scripts.command import check_overrides, mistakes_in_one_line, register
 from cogvla.scripts.help import FLAGS, command_help
 
 STOPPED = "stopped; every finished episode is saved: the same command plays the others"
@@ -48,6 +48,8 @@ def _command(
             with mistakes_in_one_line(HydraException):
                 print(command_help(module, name, words))
             return
+        with mistakes_in_one_line():
+            check_overrides(words)
         register()
         composed(task)()
 

@@ -2,9 +2,11 @@
 
     train_policy                                        the default: tabletop_object from scratch, on a CPU
     train_policy suite=tabletop_goal seed=1
+    train_policy suite=all_tabletop training.steps=12000        one policy for all of them; or suite=[NAME,NAME]
     train_policy suite=libero_object libero=lean embodiment=libero_small
     train_policy routing=no_efa                         an ablation
     train_policy data=my_robot objective=imitation suite=null
+    train_policy 'data.mixture=[{root: A}, {root: B, weight: 2}]' objective=imitation suite=null output=FOLDER
     train_policy base=checkpoints/tabletop_object suite=tabletop_goal finetune=lora
 
 The same command resumes a stopped run and skips finished parts.
@@ -13,8 +15,9 @@ The same command resumes a stopped run and skips finished parts.
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,14 @@ from omegaconf import DictConfig
 from cogvla.configs.build import build
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
-from cogvla.envs.evaluation.report import Report, check_played, summary
+from cogvla.envs.evaluation.report import Report, check_played, render_index, summary
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.files import visible
+from cogvla.files import visible, write_atomic
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData
+from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import open_encoder, with_encoder
@@ -53,6 +57,9 @@ from cogvla.policy.weights.base import base_tokenizer, check_base_encoder, is_ow
 from cogvla.policy.weights.pretrained import load_backbones, load_base
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
+from cogvla.scripts.eval_libero import suites
+
+EVALUATION = "evaluation"
 
 
 def main(config: DictConfig) -> None:
@@ -62,29 +69,35 @@ def main(config: DictConfig) -> None:
 
 def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Record, train and evaluate; return the content of `output/summary.json`."""
-    values = plain(config)
-    import_modules(values["imports"])
+    import_modules(config.imports)
+    names = [] if config.suite is None else suites(config.suite)
+    values = _resolved(config, _label(config.suite, names))
     use_threads(values["threads"])
     output = Path(values["output"])
     # Check the whole configuration before anything slow starts.
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
     model_config = with_encoder(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
-    data_config = build(DataConfig, values["data"], "data")
+    nodes = [_resolved(config, name)["data"] for name in names] if len(names) > 1 else [values["data"]]
+    data_configs = [build(DataConfig, node, "data") for node in nodes]
     objective_config = build(ObjectiveConfig, values["objective"], "objective")
     training_config = build(TrainingConfig, values["training"], "training")
     engine_config = build(EngineConfig, values["engine"], "engine")
     engine_config.check_trained(model_config.routing.router.name)
-    suite = None if values["suite"] is None else get_suite(values["suite"], values)
-    if suite is not None and values["evaluation"] is not None:
+    played = [get_suite(name, values) for name in names]
+    for suite in played if values["evaluation"] is not None else ():
         _protocol(values["evaluation"], suite)
+    recordings = {} if values["demonstrations"] is None else _recordings(played, data_configs)
+    entries: list[DataEntry] = []
+    for entry in (entry for data_config in data_configs for entry in data_config.entries()):
+        if entry not in entries:  # one data set of several suites
+            entries.append(entry)
 
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     seconds: dict[str, float] = {}
     with _timed(seconds, "demonstrations"), processes.main_process_first():
-        folder = data_config.root if data_config.repo_id is None else None  # data sets of the hub are not recorded
-        if processes.is_main_process and suite is not None and values["demonstrations"] is not None and folder:
+        for folder, suite in recordings.items() if processes.is_main_process else ():
             record(suite, output=folder, image_size=embodiment.cameras[0].height, **values["demonstrations"])
-        data = DemonstrationData.open(data_config, embodiment)
+        data = open_data(data_configs[0], embodiment, entries)
     for note in data.notes if processes.is_main_process else ():
         print(f"note: {note}")
     logging = values["wandb"] if processes.is_main_process else {**values["wandb"], "mode": "disabled"}
@@ -92,32 +105,73 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         trainer = build_trainer(
             training_config, model_config, objective_config, embodiment, data, output, log.write, values["base"]
         )
-        if suite is not None and training_config.rollout_every and values["evaluation"] is not None:
-            trainer.evaluate = _rollouts(suite, values["evaluation"], output, log)
+        if played and training_config.rollout_every and values["evaluation"] is not None:
+            trainer.evaluate = _rollouts(played, values["evaluation"], output, log)
         trainer.run()
-    report = None
+    reports: dict[str, Report] = {}
     result: dict[str, Any] = {"command": command, "seconds": seconds, **provenance()}
     if not processes.is_main_process:
         return result
-    if suite is not None and values["evaluation"] is not None:
+    if drawn := trainer.batches.drawn(trainer.step):
+        result["data"] = {name: {**data.describe()["sets"][name], **counts} for name, counts in drawn.items()}
+        print("epochs: " + ", ".join(f"{name} {counts['epochs']:.2f}" for name, counts in drawn.items()))
+    if played and values["evaluation"] is not None:
         use_threads(values["threads"], values["evaluation"]["workers"])
+        resume = trainer.first_step == trainer.step  # after training, earlier results are from another policy
+        policy = load_policy(output / "policy").with_engine(engine_config)
         with _timed(seconds, "evaluation"):
-            report = _evaluate(
-                load_policy(output / "policy").with_engine(engine_config),
-                suite,
-                values["evaluation"],
-                output,
-                command,
-                resume=trainer.first_step == trainer.step,  # after training, earlier results are from another policy
-            )
-        result["success"] = report.total.success.value
-        print(summary(report))
-        print(f"report: {output / 'evaluation' / 'report.html'}")
+            if not resume and len(played) > 1:  # of all suites, before the first one is played
+                shutil.rmtree(output / EVALUATION, ignore_errors=True)
+            for folder, suite in _folders(played).items():
+                reports[folder] = _evaluate(policy, suite, values["evaluation"], output / folder, command, resume)
+                print(summary(reports[folder]))
+        result["success"], rates = _success(reports.values())
+        if len(played) > 1:
+            result["suites"] = rates
+            print(f"mean of {len(played)} suites: {_percent(result['success'])}")
+            page = output / EVALUATION / "index.html"
+            write_atomic(page, render_index({suite.name: reports[f] for f, suite in _folders(played).items()}))
+            print(f"all reports: {page}")
+        else:
+            print(f"report: {output / EVALUATION / 'report.html'}")
     (output / "summary.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     print("minutes: " + ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items()))
-    if report is not None:
-        check_played(report, output / "evaluation")
+    for folder, report in reports.items():
+        check_played(report, output / folder)
     return result
+
+
+def _resolved(config: DictConfig, suite: str | None) -> dict[str, Any]:
+    """Return the configuration as plain values, with this text for `${suite}`."""
+    one = config.copy()
+    one.suite = suite
+    return plain(one)
+
+
+def _label(wanted: Any, names: Sequence[str]) -> str | None:
+    """Return the text for `${suite}` in names of folders: the only suite, or what was asked for."""
+    if len(names) < 2:
+        return names[0] if names else None
+    return wanted if isinstance(wanted, str) else "+".join(wanted)
+
+
+def _recordings(played: Sequence[Suite], configs: Sequence[DataConfig]) -> dict[str, Suite]:
+    """Return the folders that are recorded if they are missing, and the suite of each; data of the hub is not.
+
+    Raises:
+        ValueError: two suites have the same folder.
+    """
+    found: dict[str, Suite] = {}
+    for suite, config in zip(played, configs, strict=False):
+        own = [entry.config for entry in config.entries() if entry.config.repo_id is None]
+        if config.root is None or config.repo_id is not None or config.root not in [each.root for each in own]:
+            continue
+        if (other := found.setdefault(config.root, suite)) is not suite:
+            raise ValueError(
+                f"data.root={config.root} is one folder for {other.name} and {suite.name}: write it with ${{suite}}, "
+                "as in 'data.root=outputs/demonstrations/${suite}', or give demonstrations=null if it holds both"
+            )
+    return found
 
 
 def build_trainer(
@@ -196,21 +250,41 @@ def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | No
 
 
 def _rollouts(
-    suite: Suite, settings: dict[str, Any], output: Path, log: RunLog
+    played: Sequence[Suite], settings: dict[str, Any], output: Path, log: RunLog
 ) -> Callable[[CogVLAPolicy, int], dict[str, float]]:
     def play(policy: CogVLAPolicy, step: int) -> dict[str, float]:
         folder = output / "rollouts" / f"step_{step:07d}"
         few = {**settings, "episodes_per_task": max(1, settings["episodes_per_task"] // 5)}
-        try:
-            report = _evaluate(policy, suite, few, folder, command="")
-        except EveryEpisodeFailsError as error:  # training does not depend on it
-            print(f"WARNING: no success rate at step {step}: {error}")
-            return {}
-        log.videos(visible(folder / "evaluation", "**/*.mp4")[:4], step)
-        value = report.total.success.value
-        return {} if value is None else {"rollout/success": value}
+        reports = []
+        for part, suite in _folders(played).items():
+            try:
+                reports.append(_evaluate(policy, suite, few, folder / part, command=""))
+            except EveryEpisodeFailsError as error:  # training does not depend on it
+                print(f"WARNING: no success rate of {suite.name} at step {step}: {error}")
+                continue
+            log.videos(visible(folder / part, "**/*.mp4")[:4], step, f"{suite.name}/" if len(played) > 1 else "")
+        mean, rates = _success(reports)
+        found = {f"rollout/{name}/success": rate for name, rate in rates.items() if len(played) > 1}
+        found |= {"rollout/success": mean} if len(reports) == len(played) else {}
+        return {name: rate for name, rate in found.items() if rate is not None}
 
     return play
+
+
+def _folders(played: Sequence[Suite]) -> dict[str, Suite]:
+    """Return the folder of each suite's report in the output of a run."""
+    return {EVALUATION if len(played) == 1 else f"{EVALUATION}/{suite.name}": suite for suite in played}
+
+
+def _success(reports: Iterable[Report]) -> tuple[float | None, dict[str, float | None]]:
+    """Return the mean success rate of suites, and that of each; None where no episode could be played."""
+    rates = {report.suite: report.total.success.value for report in reports}
+    known = [rate for rate in rates.values() if rate is not None]
+    return sum(known) / len(known) if known and len(known) == len(rates) else None, rates
+
+
+def _percent(rate: float | None) -> str:
+    return "unknown" if rate is None else f"{rate:.1%}"
 
 
 def _evaluate(
@@ -220,7 +294,7 @@ def _evaluate(
         policy,
         suite,
         _protocol(settings, suite),
-        output / "evaluation",
+        output,
         workers=settings["workers"],
         videos=settings["videos"],
         resume=resume,

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,16 @@ from cogvla.policy.data.episodes import check_choice
 from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.gripper import GripperConvention, convert_grippers
 from cogvla.policy.data.labels import shaped
+from cogvla.policy.data.mixture.interleaving import Interleaving
+from cogvla.policy.data.mixture.parts import DataPart
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
 
+STATISTICS = ("joint",)
+OF_THE_MIXTURE = ("mixture", "statistics", "mixed_rates", "paraphrases", "cache")
+"""Keys of `DataConfig` that hold for all data sets of a mixture."""
+BATCH_ORDER = 1_000_000_007
+"""Seed of the order within a batch of a mixture, beside (seed, step)."""
 SAMPLED_FRAMES = 64
 """Number of frames that the fingerprint of the pictures looks at."""
 
@@ -51,6 +59,10 @@ class DataConfig:
         paraphrases: YAML or JSON file of your own wordings, instruction -> list of sentences, which training uses
             (docs/training.md); None: none.
         cache: folder for decoded frames; runs with the same data and image size share it.
+        mixture: several data sets: a list of entries, each with keys of this group that differ for it, and `name` and
+            `weight` (docs/data.md); None: one data set.
+        statistics: what normalises a mixture: `joint`, statistics over the frames of all its sets.
+        mixed_rates: True to mix data sets with different frame rates as they are.
     """
 
     cameras: Mapping[str, str]
@@ -65,10 +77,15 @@ class DataConfig:
     episodes: tuple[int, ...] | str | float | None = None
     paraphrases: str | None = None
     cache: str = "outputs/cache"
+    mixture: tuple[Mapping[str, Any], ...] | None = None
+    statistics: str = "joint"
+    mixed_rates: bool = False
 
     def __post_init__(self) -> None:
-        if self.repo_id is None and self.root is None:
+        if self.repo_id is None and self.root is None and self.mixture is None:
             raise ValueError("data needs a root (a folder) or a repo_id (a data set on the hub)")
+        if self.statistics not in STATISTICS:
+            raise ValueError(f"data.statistics is {self.statistics!r}; it must be one of {', '.join(STATISTICS)}")
         check_choice(self.episodes)
         for name in ("state", "action"):
             keys = getattr(self, name)
@@ -81,6 +98,50 @@ class DataConfig:
             g if isinstance(g, GripperConvention) else build(GripperConvention, g, "data.gripper") for g in grippers
         )
         object.__setattr__(self, "gripper", tuple(parsed))
+        self.entries()
+
+    def entries(self) -> tuple[DataEntry, ...]:
+        """Return the data sets of the mixture, or this one.
+
+        Raises:
+            ValueError: the mixture is empty, or an entry is wrong.
+        """
+        if self.mixture is None:
+            return (DataEntry(self),)
+        given: Any = self.mixture
+        if not isinstance(given, tuple) or not given:
+            raise ValueError(
+                f"data.mixture must be a list of data sets, such as [{{root: A}}, {{root: B}}]; got {given!r}"
+            )
+        return tuple(self._entry(f"data.mixture[{number}]", values) for number, values in enumerate(given))
+
+    def _entry(self, where: str, values: Any) -> DataEntry:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OF_THE_MIXTURE}
+        valid, own["cache"] = ("name", "weight", *own), self.cache
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"{where} must be a mapping such as {{root: FOLDER}}, with keys of {', '.join(valid)}; got {values!r}"
+            )
+        if whole := [key for key in values if key in OF_THE_MIXTURE]:
+            raise ValueError(f"{where}.{whole[0]} is of the whole mixture: give data.{whole[0]} instead")
+        if unknown := sorted(str(key) for key in values if key not in valid):
+            raise ValueError(f"unknown key {', '.join(unknown)} in {where}; valid keys are {', '.join(valid)}")
+        name, weight = values.get("name"), values.get("weight")
+        if name is not None and not (isinstance(name, str) and name.strip()):
+            raise ValueError(f"{where}.name must be a text, got {name!r}")
+        weight = 1.0 if weight is None else weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(
+                f"{where}.weight must be a positive number, got {weight!r}; to leave a data set out, remove its entry"
+            )
+        if any(values.get(key) is not None for key in ("root", "repo_id")):
+            own |= {"root": None, "repo_id": None, "revision": None}
+        own |= {key: value for key, value in values.items() if key in own}
+        try:
+            config = build(DataConfig, own, where)
+        except ValueError as error:
+            raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+        return DataEntry(config, name, float(weight))
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -89,6 +150,21 @@ class DataConfig:
     @property
     def action_keys(self) -> tuple[str, ...]:
         return (self.action,) if isinstance(self.action, str) else self.action
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """One data set of a mixture, or the only one.
+
+    Attributes:
+        config: its place and keys; without what belongs to the whole mixture.
+        name: its name; None: that of its folder or repository.
+        weight: how often each of its frames is drawn, relative to a frame of a data set of weight 1.
+    """
+
+    config: DataConfig
+    name: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +184,8 @@ class DemonstrationData:
         rows: indices of the frames of this part, int64; None: all frames.
         notes: lines for the user about what is unusual in the data set.
         paraphrases: the user's own wordings of instructions.
+        parts: the data sets of a mixture, in the order of their frames; (): one data set.
+        lacking: labels that not all data sets of a mixture have -> why they are left out.
     """
 
     frames: Frames = field(repr=False)
@@ -122,6 +200,8 @@ class DemonstrationData:
     rows: Tensor | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
     paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[DataPart, ...] = ()
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {len(x) for x in (self.frames, self.state_NS, self.action_NA, self.episode_N)}
@@ -129,10 +209,11 @@ class DemonstrationData:
 
     @classmethod
     def open(cls, config: DataConfig, embodiment: Embodiment, progress: bool = True) -> DemonstrationData:
-        """Read a data set; decode its frames if they are not in the cache.
+        """Read one data set; decode its frames if they are not in the cache. `open_data` also reads mixtures.
 
         Raises:
-            ValueError: the data set does not exist, does not fit the embodiment, contains NaN, or is damaged.
+            ValueError: the data set does not exist, does not fit the embodiment, contains NaN, or is damaged; or the
+                configuration is a mixture.
             OSError: the decoded frames cannot be written.
         """
         from cogvla.policy.data.download import local_root
@@ -141,6 +222,10 @@ class DemonstrationData:
         from cogvla.policy.data.reader import LeRobotReader
         from cogvla.policy.data.reader import Mapping as ReaderMapping
 
+        if config.mixture is not None:
+            raise ValueError(
+                "this command reads one data set: leave data.mixture out, and give data.root or data.repo_id"
+            )
         missing = [name for name in embodiment.camera_names if name not in config.cameras]
         if missing:
             raise ValueError(
@@ -195,8 +280,13 @@ class DemonstrationData:
         }
         return replace(data, provenance=provenance)
 
-    def content(self) -> dict[str, str]:
-        """Return a fingerprint of each part of the content; that of the pictures looks at `SAMPLED_FRAMES` frames."""
+    def content(self) -> dict[str, Any]:
+        """Return a fingerprint of each part of the content; that of the pictures looks at `SAMPLED_FRAMES` frames.
+
+        That of a mixture has these of each data set, by its name, with its weight.
+        """
+        if self.parts:
+            return {part.name: {**part.content, "weight": part.weight} for part in self.parts}
         frames = torch.linspace(0, len(self.episode_N) - 1, min(SAMPLED_FRAMES, len(self.episode_N))).long().numpy()
         parts: dict[str, list[str | np.ndarray]] = {
             "pictures": [self.frames.take(frames)],
@@ -244,27 +334,91 @@ class DemonstrationData:
         """
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}")
-        rows = torch.arange(len(self.episode_N)) if self.rows is None else self.rows
+        rows = self.all_rows
+        held_out = torch.zeros(len(rows), dtype=torch.bool)
+        for part in self.parts:
+            mine = (rows >= part.start) & (rows < part.end)
+            held_out[mine] = self._held_out(rows[mine], validation_fraction, seed)
+        if not self.parts:
+            held_out = self._held_out(rows, validation_fraction, seed)
+        return replace(self, rows=rows[~held_out]), replace(self, rows=rows[held_out])
+
+    def _held_out(self, rows: Tensor, validation_fraction: float, seed: int) -> Tensor:
+        """Return True for the held-out ones among these frames of one data set."""
         episodes = self.episode_N[rows].unique()
         count = max(1, round(len(episodes) * validation_fraction)) if validation_fraction else 0
+        if self.parts:  # a single episode of one of them is for training
+            count = min(count, len(episodes) - 1)
         if count >= len(episodes):
             raise ValueError(
                 f"{len(episodes)} episode(s) cannot be split with validation_fraction {validation_fraction}; "
                 "record more, or set it to 0"
             )
         order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed))
-        held_out = torch.isin(self.episode_N[rows], episodes[order[:count]])
-        return replace(self, rows=rows[~held_out]), replace(self, rows=rows[held_out])
+        return torch.isin(self.episode_N[rows], episodes[order[:count]])
+
+    def evenly(self) -> DemonstrationData:
+        """Return the same data, with weights that draw as many samples from each of its data sets."""
+        rows = self.all_rows
+        counts = [int(((rows >= part.start) & (rows < part.end)).sum()) for part in self.parts]
+        return replace(
+            self, parts=tuple(replace(p, weight=1 / max(1, n)) for p, n in zip(self.parts, counts, strict=True))
+        )
+
+    def part_of(self, rows_B: Tensor) -> Tensor:
+        """Return the index of each frame's data set among `parts`, int64 [B]."""
+        return torch.searchsorted(torch.tensor([part.end for part in self.parts]), rows_B, right=True)
+
+    def episode_name(self, row: int) -> str:
+        """Return `episode 3`, or `episode 3 of NAME` in a mixture, for the episode of a frame."""
+        number = int(self.episode_N[row])
+        for part in self.parts:
+            if part.start <= row < part.end:
+                return f"episode {number - part.first_episode} of {part.name}"
+        return f"episode {number}"
+
+    @property
+    def all_rows(self) -> Tensor:
+        """Indices of the frames of this part, int64."""
+        return torch.arange(len(self.episode_N)) if self.rows is None else self.rows
 
     def _part(self, values: Tensor) -> Tensor:
         return values if self.rows is None else values[self.rows]
+
+
+class _Epochs:
+    """The frames of one data set, again and again, each time in another order.
+
+    Args:
+        rows: the frames, int64.
+        seed: seeds of the orders; the number of the epoch is added.
+    """
+
+    def __init__(self, rows: Tensor, *seed: int) -> None:
+        self.rows, self._seed = rows, seed
+        self._orders: dict[int, Tensor] = {}
+
+    def take(self, index_B: Tensor) -> Tensor:
+        """Return the frames with these numbers (ascending), counted from the start of the first epoch."""
+        if not len(index_B):
+            return index_B
+        epoch_B = index_B // len(self.rows)
+        epochs = range(int(epoch_B[0]), int(epoch_B[-1]) + 1)
+        self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in epochs}
+        parts = [self._orders[epoch][index_B[epoch_B == epoch] % len(self.rows)] for epoch in epochs]
+        return self.rows[torch.cat(parts)]
+
+    def _order(self, epoch: int) -> Tensor:
+        first, *others = self._seed
+        return torch.randperm(len(self.rows), generator=_generator(first, epoch, *others))
 
 
 class TrainingBatches:
     """Batches in an order that depends on (seed, step) only, so that training resumes exactly at any step.
 
     An epoch is a permutation of the data's frames; its last batch is filled with the first frames of the next epoch.
-    Iteration increments `step`; `rows(step)` and `gather(rows)` do not change it.
+    The data sets of a mixture take turns (`Interleaving`), each with epochs of its own: in proportion to its frames
+    times its weight. Iteration increments `step`; `rows(step)` and `gather(rows)` do not change it.
     """
 
     def __init__(self, data: DemonstrationData, batch_size: int, seed: int) -> None:
@@ -273,21 +427,35 @@ class TrainingBatches:
         if not len(data):
             raise ValueError("there are no demonstrations to draw batches from")
         self.data, self.batch_size, self.seed, self.step = data, batch_size, seed, 0
-        self._rows = torch.arange(len(data)) if data.rows is None else data.rows
+        rows = data.all_rows
+        mine = {part.name: rows[(rows >= part.start) & (rows < part.end)] for part in data.parts}
+        self._names = [name for name, chosen in mine.items() if len(chosen)]
+        weights = [part.weight for part in data.parts if part.name in self._names] or [1.0]
+        self._epochs = [_Epochs(mine[name], seed, i) for i, name in enumerate(self._names)] or [_Epochs(rows, seed)]
+        self._turns = Interleaving([w * len(e.rows) for w, e in zip(weights, self._epochs, strict=True)])
         changes = data.episode_N.diff().nonzero().flatten() + 1
         ends = torch.cat([changes, torch.tensor([len(data.episode_N)])])
         self._end_N = ends[torch.searchsorted(ends, torch.arange(len(data.episode_N)), right=True)]
-        self._epochs: dict[int, Tensor] = {}
 
     def rows(self, step: int) -> Tensor:
         """Return the frames of batch number `step`, int64 [B]."""
-        size = len(self._rows)
         position_B = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epoch_B = position_B // size
-        epochs = range(int(epoch_B[0]), int(epoch_B[-1]) + 1)
-        self._epochs = {epoch: self._epochs.get(epoch, None) for epoch in epochs}  # type: ignore[misc]
-        parts = [self._permutation(epoch)[position_B[epoch_B == epoch] % size] for epoch in epochs]
-        return self._rows[torch.cat(parts)]
+        if len(self._epochs) == 1:
+            return self._epochs[0].take(position_B)
+        set_B, index_B = self._turns.turns(position_B)
+        rows_B = torch.empty_like(position_B)
+        for number, epochs in enumerate(self._epochs):
+            rows_B[set_B == number] = epochs.take(index_B[set_B == number])
+        # processes and parts of a batch take regular positions, which must not be those of one data set
+        return rows_B[torch.randperm(self.batch_size, generator=_generator(self.seed, step, BATCH_ORDER))]
+
+    def drawn(self, step: int) -> dict[str, dict[str, float]]:
+        """Return the samples and epochs of each data set of a mixture before this step; {} if there is only one."""
+        counts = self._turns.counts(step * self.batch_size)
+        return {
+            name: {"samples": count, "epochs": count / len(epochs.rows)}
+            for name, count, epochs in zip(self._names, counts, self._epochs, strict=False)
+        }
 
     def gather(self, rows_B: Tensor) -> dict[str, Any]:
         """Return the samples that start at these frames.
@@ -320,31 +488,31 @@ class TrainingBatches:
         self.step += 1
         return batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state that is needed to resume."""
         return {"step": self.step, **self._identity()}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a result of `state_dict`.
 
         Raises:
             ValueError: it is from other data, another batch size or another seed.
         """
-        changed = [f"{k} was {state[k]}, is {v}" for k, v in self._identity().items() if state[k] != v]
+        changed = [f"{k} was {state.get(k)}, is {v}" for k, v in self._identity().items() if state.get(k) != v]
         if changed:
             raise ValueError(f"cannot resume with another order of the data: {'; '.join(changed)}")
         self.step = state["step"]
 
-    def _identity(self) -> dict[str, int]:
-        return {"seed": self.seed, "batch_size": self.batch_size, "frames": len(self._rows)}
+    def _identity(self) -> dict[str, Any]:
+        weights = {part.name: part.weight for part in self.data.parts}
+        found = {"seed": self.seed, "batch_size": self.batch_size, "frames": sum(len(e.rows) for e in self._epochs)}
+        return {**found, **({"weights": weights} if weights else {})}
 
-    def _permutation(self, epoch: int) -> Tensor:
-        order = self._epochs.get(epoch)
-        if order is None:
-            seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-            order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
-            self._epochs[epoch] = order
-        return order
+
+def _generator(*entropy: int) -> torch.Generator:
+    """Return a random generator that these numbers seed."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator().manual_seed(seed)
 
 
 def _digest(*values: str | np.ndarray) -> str:

@@ -55,3 +55,31 @@ class ArrayFrames:
     def take(self, rows_B: np.ndarray) -> np.ndarray:
         # numpy's take copies a frame in one piece; torch's index_select takes five times as long here
         return np.take(self.pixels_NVCHW, rows_B, axis=0)
+
+
+@dataclass(frozen=True)
+class ConcatenatedFrames:
+    """The frames of several data sets, one after the other.
+
+    Attributes:
+        parts: the frames of each, all of one shape but for their number.
+    """
+
+    parts: tuple[Frames, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def take(self, rows_B: np.ndarray) -> np.ndarray:
+        ends = np.cumsum([len(part) for part in self.parts])
+        part_B = np.searchsorted(ends, rows_B, side="right")
+        pixels_BVCHW = np.empty((len(rows_B), *self.shape[1:]), np.uint8)
+        for number in np.unique(part_B):
+            mine = part_B == number
+            part = self.parts[number]
+            pixels_BVCHW[mine] = part.take(rows_B[mine] - (ends[number] - len(part)))
+        return pixels_BVCHW

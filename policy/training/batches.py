@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.mixture.task_labels import TASK_LABELS, contradiction
 from cogvla.policy.inputs.augmentation import AugmentationConfig, Changes, centre, change, draw_changes, move_points
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.model.cogvla import ModelInput
@@ -25,7 +26,6 @@ from cogvla.policy.training.objective import Batch, ObjectiveConfig, choose_alte
 from cogvla.policy.training.wordings import InstructionAugmentation, Wordings
 
 POSITION_LABELS = ("target", "goal")
-ALTERNATIVE_LABELS = ("alternatives", "possible", "task")
 
 
 @dataclass(frozen=True)
@@ -116,27 +116,30 @@ class BatchBuilder:
             "reading": POSITION_LABELS,
             "pointing": (*POSITION_LABELS, *self.projections),
             "pointer": (*POSITION_LABELS, *self.projections),
-            "counterfactual": (*POSITION_LABELS, *ALTERNATIVE_LABELS),
+            "counterfactual": (*POSITION_LABELS, *TASK_LABELS),
             "phase_weights": ("phase",),
         }
         wanted = [name for name in needs if getattr(config, name)]
         for name in wanted:
             if missing := [label for label in needs[name] if label not in labels]:
+                why = next((f" ({label}: {data.lacking[label]})" for label in missing if label in data.lacking), "")
                 raise ValueError(
-                    f"objective.{name} needs the labels {', '.join(missing)}, which the data does not have: "
+                    f"objective.{name} needs the labels {', '.join(missing)}, which the data does not have{why}: "
                     "map them in data.labels, or turn it off (objective=imitation needs no labels)"
                 )
         self.has_positions = any(needs[name] != ("phase",) for name in wanted)
-        self.has_alternatives = all(name in labels for name in ALTERNATIVE_LABELS)
-        if self.has_alternatives and (wrong := _contradiction(data)):
+        self.has_alternatives = all(name in labels for name in TASK_LABELS)
+        if self.has_alternatives and (wrong := contradiction(labels, data.instruction_ids, data.instructions)):
             if config.counterfactual:
                 raise ValueError(f"{wrong}; correct the data, or turn objective.counterfactual off")
             self.has_alternatives = False
         self.has_projections = self.has_positions and all(name in labels for name in self.projections)
         if config.phase_weights and int(labels["phase"].max()) >= len(config.phase_weights):
+            largest = int(labels["phase"].flatten().argmax())
+            where = data.episode_name(int(data.all_rows[largest]))
             raise ValueError(
                 f"objective.phase_weights has {len(config.phase_weights)} entries, "
-                f"the data has phases 0 to {int(labels['phase'].max())}; give a weight for each"
+                f"the data has phases 0 to {int(labels['phase'].max())} ({where}); give a weight for each"
             )
         self.phase_weights = torch.tensor(config.phase_weights or (1.0,))
         if self.has_positions:
@@ -306,23 +309,3 @@ class BatchBuilder:
         inside_BV2 = ((image_points_BV22 >= 0) & (image_points_BV22 < 1)).all(-1).float()
         point_weight_BV2 = inside_BV2 / inside_BV2.mean().clamp(min=1e-6)
         return Choices(instruction_B, keep_B, weight_BK, points_BG, image_points_BV22, point_weight_BV2, **pictures)
-
-
-def _contradiction(data: DemonstrationData) -> str | None:
-    """Return what is wrong with the labels of alternatives, or None: each task has one instruction and one column."""
-    labels = data.labels
-    task_N, tasks = labels["task"].flatten(), labels["possible"].shape[-1]
-    if labels["alternatives"].shape[1] != tasks:
-        return f"label `alternatives` has {labels['alternatives'].shape[1]} tasks, label `possible` has {tasks}"
-    if int(task_N.min()) < 0 or int(task_N.max()) >= tasks:
-        return f"label `task` has values {int(task_N.min())} to {int(task_N.max())}, label `possible` has {tasks} tasks"
-    pairs_P2 = torch.stack([task_N, data.instruction_ids], dim=1).unique(dim=0)
-    names: dict[int, str] = {}
-    for task, number in pairs_P2.tolist():
-        text = data.instructions[number]
-        if names.setdefault(task, text) != text:
-            return (
-                f"task {task} of label `task` has two instructions, {names[task]!r} and {text!r}: instructions were "
-                "edited, or data sets of different suites were merged"
-            )
-    return None

@@ -20,7 +20,7 @@ def check_instructions(tokenizer: Tokenizer, data: DemonstrationData) -> None:
     present, rows = np.unique(data.instruction_N.numpy(), return_index=True)
     check_texts(
         tokenizer,
-        [(data.instructions[i], f"episode {data.episode_N[row]}") for i, row in zip(present, rows, strict=True)],
+        [(data.instructions[i], data.episode_name(int(row))) for i, row in zip(present, rows, strict=True)],
     )
 
 

@@ -48,6 +48,6 @@ class RunLog:
         """Log the metrics of a step."""
         self.run.log(metrics, step=step)
 
-    def videos(self, files: list[Path], step: int) -> None:
-        """Log rollout videos (MP4 files)."""
-        self.run.log({f"rollout/{file.stem}": wandb.Video(str(file), format="mp4") for file in files}, step=step)
+    def videos(self, files: list[Path], step: int, above: str = "") -> None:
+        """Log rollout videos (MP4 files); `above` comes before their names."""
+        self.run.log({f"rollout/{above}{file.stem}": wandb.Video(str(file), format="mp4") for file in files}, step=step)

@@ -146,6 +146,8 @@ class Trainer:
                     rate = (self.step - self.first_step) * self.config.batch_size / (time.perf_counter() - started)
                     metrics["train/learning_rate"] = self._learning_rate()
                     bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", samples_per_s=f"{rate:.0f}")
+                    for name, counts in self.batches.drawn(self.step).items():
+                        metrics |= {f"data/{name}/{kind}": value for kind, value in counts.items()}
                     self._record(metrics, {"train/samples_per_s": rate})
                 self._evaluate()
                 if self._due(self.config.checkpoint_every):
@@ -178,6 +180,7 @@ class Trainer:
             "seed": self.config.seed,
             "batch_size": self.config.batch_size,
             "data_set": self.data.describe(),
+            **({"drawn": drawn} if (drawn := self.batches.drawn(self.step)) else {}),
         }
 
     @cached_property

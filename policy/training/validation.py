@@ -25,8 +25,10 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
         phase; `held_out_wording_error`, the same with wordings of the instructions that training never uses, of all
         levels of `reword`; `wrong_instruction_l1`, the same with another instruction that is possible in the scene;
         `target_cm` and `goal_cm`, position errors of the grounding head; and `read_target_cm`, the position error of
-        the reading head at the first action token.
+        the reading head at the first action token. With a mixture, each data set has the same number of samples, and
+        `NAME/action_l1` is the error on those of one.
     """
+    held_out = held_out.evenly()
     batches = TrainingBatches(held_out, min(BATCH, len(held_out)), seed=0)
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
@@ -37,10 +39,15 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
 
     generator = torch.Generator().manual_seed(0)
     for step in range(max(1, min(SAMPLES, len(held_out)) // batches.batch_size)):
-        samples: dict[str, Any] = batches.gather(batches.rows(step))
+        rows = batches.rows(step)
+        samples: dict[str, Any] = batches.gather(rows)
         batch = builder.evaluation(samples)
         output = objective.model(batch.inputs)
         add("action_l1", masked_l1(output.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
+        for number, part in enumerate(held_out.parts):
+            if (chosen := held_out.part_of(rows) == number).any():
+                error = masked_l1(output.actions[chosen], batch.actions_BKA[chosen], batch.weight_BK[chosen])
+                add(f"{part.name}/action_l1", error.item(), int(chosen.sum()))
         reworded = objective.model(builder.evaluation(samples, held_out_wording=True).inputs)
         add("held_out_wording_error", masked_l1(reworded.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
         if "phase" in samples["labels"]:

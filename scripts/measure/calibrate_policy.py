@@ -24,6 +24,7 @@ from tqdm import tqdm
 from cogvla.configs.build import build
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
+from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.policy import CogVLAPolicy
@@ -62,7 +63,7 @@ def run(config: DictConfig, command: str) -> Calibration:
     use_threads(values["threads"])
     folder = Path(values["checkpoint"])
     policy = load_policy(folder, values["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
-    data = DemonstrationData.open(build(DataConfig, values["data"], "data"), policy.embodiment)
+    data = open_data(build(DataConfig, values["data"], "data"), policy.embodiment)
     count = values["observations"] + values["checked"]
     if count > len(data):
         raise ValueError(

@@ -68,6 +68,89 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+TWO = ("suite=[tabletop_object,tabletop_goal]", "data.root={root}/${{suite}}")
+
+
+def run_two(root: Path, *more: str) -> dict[str, Any]:
+    return run(root, *(word.format(root=root) for word in TWO), *more)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one policy for two suites."""
+    root = tmp_path_factory.mktemp("two_suites")
+    run_two(root, "training.rollout_every=6", "evaluation.episodes_per_task=1")
+    return root
+
+
+def test_one_policy_for_two_suites(two: Path) -> None:
+    summary = json.loads((two / "run" / "summary.json").read_text())
+    reports = {
+        name: json.loads((two / "run" / "evaluation" / name / "report.json").read_text())
+        for name in ("tabletop_object", "tabletop_goal")
+    }
+    rates = {name: report["total"]["success"]["value"] for name, report in reports.items()}
+    assert all(report["total"]["success"]["trials"] == 10 for report in reports.values())
+    assert summary["suites"] == rates
+    assert summary["success"] == sum(rates.values()) / 2
+    for name in rates:
+        assert name in (two / "run" / "evaluation" / "index.html").read_text()
+        assert summary["data"][name]["episodes"] == 10
+    assert sum(data["samples"] for data in summary["data"].values()) == 6 * 4
+    sets = load_policy(two / "run" / "policy").describe()["data_set"]["sets"]
+    assert sets.keys() == rates.keys()
+    rows = [json.loads(row) for row in (two / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {f"validation/{name}/action_l1" for name in rates} <= rows[0].keys()
+    assert {f"data/{name}/{kind}" for name in rates for kind in ("samples", "epochs")} <= rows[1].keys()
+    assert rows[3].keys() == {"step", "rollout/success", *(f"rollout/{name}/success" for name in rates)}
+
+
+def test_a_killed_run_of_two_suites_goes_on_exactly(two: Path, tmp_path: Path) -> None:
+    for name in ("tabletop_object", "tabletop_goal", "cache"):
+        (tmp_path / name).symlink_to(two / name)
+    shutil.copytree(two / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_0000006")
+    shutil.rmtree(tmp_path / "run" / "policy")
+    left = tmp_path / "run" / "evaluation" / "tabletop_goal" / "episodes.jsonl"
+    left.write_text("of another policy")
+    run_two(tmp_path, "training.rollout_every=6", "evaluation.episodes_per_task=1")
+    for file in ("policy/model.safetensors", "policy/statistics.json", "metrics.jsonl"):
+        assert (tmp_path / "run" / file).read_bytes() == (two / "run" / file).read_bytes(), file
+    assert len(left.read_text().splitlines()) == 10
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("episodes.jsonl")}
+    run_two(tmp_path, "training.rollout_every=6", "evaluation.episodes_per_task=1")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("episodes.jsonl")} == before
+
+
+def test_one_data_set_may_hold_several_suites(two: Path, tmp_path: Path) -> None:
+    """As data sets of the hub do: it is read once, and not recorded."""
+    result = run_two(
+        tmp_path,
+        f"data.root={two}/tabletop_goal",
+        f"data.cache={two}/cache",
+        "demonstrations=null",
+        "training.steps=1",
+        "evaluation=null",
+    )
+    assert "data" not in result
+    assert load_policy(tmp_path / "run" / "policy").describe()["data_set"]["name"] == "tabletop_goal"
+
+
+def test_a_mixture_beside_the_recording_of_a_suite(two: Path, tmp_path: Path) -> None:
+    """As corrections are: the suite's own demonstrations, and another folder."""
+    result = run(
+        tmp_path,
+        f"data.root={two}/tabletop_object",
+        f"data.cache={two}/cache",
+        f"data.mixture=[{{}},{{root: {two}/tabletop_goal, weight: 3, episodes: 0.5, name: more}}]",
+        "training.steps=1",
+        "evaluation=null",
+    )
+    assert result["data"]["more"]["weight"] == 3
+    assert result["data"]["more"]["episodes"] == 5
+    assert result["data"].keys() == {"tabletop_object", "more"}
+
+
 def contents(root: Path) -> dict[str, bytes]:
     """What a second run must not do again: demonstrations, decoded frames, training steps, episodes."""
     files = [
@@ -179,6 +262,17 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         (["data.paraphrases=/nowhere.yaml"], r"error: .*No such file or directory: '/nowhere\.yaml'"),
         (["+evaluation.speed=2"], "error: unknown key speed in protocol; valid keys are name, .*"),
         (["routing=router", "engine.dtype=bfloat16"], "error: the engine does not support .*'random'"),
+        (
+            ["suite=[tabletop_object,tabletop_goal]"],
+            r"error: data\.root=.* is one folder for tabletop_object and tabletop",
+        ),
+        (["suite=[]"], "error: suite is empty; give a name, a list of names, all_tabletop or all_libero"),
+        (["suite=[tabletop_object,tabletop_goals]"], r"error: unknown suite 'tabletop_goals'.*tabletop_goal"),
+        (["data=[tabletop,libero]"], r"error: data=\[tabletop,libero\]: Hydra would merge .* 'data\.mixture=\[\{root"),
+        (["data=[{root: A},{root: B}]"], r"error: data=.*: Hydra would merge"),
+        (["+policy=[tiny,small]"], r"error: \+policy=.*: Hydra would merge .* change its keys with policy\.KEY=VALUE"),
+        (["data.mixture=[]"], r"error: data\.mixture must be a list of data sets"),
+        (["data.mixture=[{root: A, weight: 0}]"], r"error: data\.mixture\[0\]\.weight must be a positive number"),
         (["wandb.mode=loud"], "error: wandb.mode is 'loud'; it must be one of auto, online"),
         (["routing=no_efa"], "error: .* was trained with another policy or routing; choose another output, or delete"),
     ],

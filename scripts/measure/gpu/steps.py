@@ -13,11 +13,12 @@ from cogvla.configs.build import build
 from cogvla.configs.load import load
 from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
 from cogvla.policy.data.frames import ArrayFrames
+from cogvla.policy.data.mixture.task_labels import TASK_LABELS
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.training.batches import ALTERNATIVE_LABELS, POSITION_LABELS, BatchBuilder
+from cogvla.policy.training.batches import POSITION_LABELS, BatchBuilder
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.policy.training.trained_weights import TrainedWeights
@@ -75,7 +76,7 @@ class Steps:
 def objective_for(data: DemonstrationData, robot: Embodiment) -> ObjectiveConfig:
     """Return the default losses, or imitation alone if the data do not have all labels."""
     projections = [f"projection_{name}" for name in robot.camera_names]
-    if {*POSITION_LABELS, *ALTERNATIVE_LABELS, *projections, "phase"} <= data.frame_labels.keys():
+    if {*POSITION_LABELS, *TASK_LABELS, *projections, "phase"} <= data.frame_labels.keys():
         return ObjectiveConfig()
     return build(ObjectiveConfig, load("objective", "imitation"), "objective")
 

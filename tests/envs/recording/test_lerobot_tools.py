@@ -25,10 +25,11 @@ from cogvla.envs.recording.demonstration import encode_png
 from cogvla.envs.recording.recorded_dataset import recorded_episodes
 from cogvla.envs.recording.recorder import record
 from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.mixture.task_labels import TASK_LABELS
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Camera, Embodiment
-from cogvla.policy.training.batches import ALTERNATIVE_LABELS, POSITION_LABELS, BatchBuilder
+from cogvla.policy.training.batches import POSITION_LABELS, BatchBuilder
 from cogvla.real_robot.recording.recorder import RecordingFolder
 from cogvla.scripts import train_policy
 from cogvla.scripts.command import compose
@@ -164,7 +165,7 @@ def test_what_was_edited_trains_again(edited: str, home: Path, results: dict[str
 def test_new_instructions_for_some_episodes_contradict_counterfactual_samples(
     home: Path, results: dict[str, str | None]
 ) -> None:
-    labels = {name: f"label.{name}" for name in (*POSITION_LABELS, *ALTERNATIVE_LABELS)}
+    labels = {name: f"label.{name}" for name in (*POSITION_LABELS, *TASK_LABELS)}
     data = data_of(home / "simulated_modify", **labels)
     preprocessor = Preprocessor(TOY, WordTokenizer.from_instructions(data.instructions), data.statistics())
     config = replace(LABELLED, pointing=0.0)

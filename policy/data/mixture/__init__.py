@@ -1,0 +1,1 @@
+"""Mixtures: several data sets as one."""

@@ -1,0 +1,258 @@
+"""Mixtures: several data sets, of the same shapes, as one.
+
+Columns are put one after the other, frames stay where they are. Episodes and tasks get numbers of their own,
+instructions that several sets have are one, and labels that a set lacks are left out.
+
+Shape legend: N frames, D state or action dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvla.files import read_object
+from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData
+from cogvla.policy.data.frames import ConcatenatedFrames
+from cogvla.policy.data.mixture.parts import DataPart
+from cogvla.policy.data.mixture.task_labels import TASK_LABELS, TaskColumns, contradiction, spread
+from cogvla.policy.interface import Embodiment
+
+SMALL = 0.02
+"""A set whose values fill less than this share of the common range is noted: it may have another unit."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A data set of a mixture that was found: name, folder, commit, rate, and the suite of its recording, if known."""
+
+    name: str
+    entry: DataEntry
+    root: Path
+    revision: str | None
+    fps: float
+    suite: str | None
+
+
+def open_data(
+    config: DataConfig, embodiment: Embodiment, entries: Sequence[DataEntry] | None = None, progress: bool = True
+) -> DemonstrationData:
+    """Open the data set of a configuration, or its mixture.
+
+    Args:
+        config: the data set; for a mixture, what holds for all sets.
+        embodiment: the robot.
+        entries: the data sets; None: those of the configuration.
+        progress: show a bar while frames are decoded.
+
+    Raises:
+        ValueError: see `DemonstrationData.open`; or two data sets are the same one, have one name, or different rates.
+        OSError: see `DemonstrationData.open`.
+    """
+    entries = config.entries() if entries is None else entries
+    if len(entries) == 1:
+        own = replace(entries[0].config, paraphrases=config.paraphrases)
+        return DemonstrationData.open(own, embodiment, progress)
+    places = _places(entries)
+    if not config.mixed_rates:
+        for place in places[1:]:
+            if place.fps != places[0].fps:
+                raise ValueError(
+                    f"data.mixture: {places[0].name} has {places[0].fps:g} frames per second, {place.name} "
+                    f"{place.fps:g}: an action would mean another speed in each. Leave one out, or mix them as they "
+                    "are with data.mixed_rates=true"
+                )
+    sets = []
+    for place in places:
+        with _named(place.name):
+            own = replace(place.entry.config, revision=place.revision)
+            sets.append(DemonstrationData.open(own, embodiment, progress))
+    return joined(places, sets, config)
+
+
+def _places(entries: Sequence[DataEntry]) -> list[Place]:
+    """Find all data sets before anything slow starts."""
+    from cogvla.policy.data.download import local_root
+    from cogvla.policy.data.metadata import Metadata
+
+    found = []
+    for entry in entries:
+        said = entry.name or entry.config.repo_id or entry.config.root or ""
+        with _named(said):
+            root, revision = local_root(entry.config.root, entry.config.repo_id, entry.config.revision)
+            fps = Metadata(root).fps
+            recording = root / "meta" / "recording.json"
+            suite = read_object(recording, "delete it").get("suite") if recording.is_file() else None
+        found.append(Place(said, entry, root, revision, fps, suite if isinstance(suite, str) else None))
+    folders = [place.root.resolve() for place in found]
+    if twice := [place for place in found if folders.count(place.root.resolve()) > 1]:
+        raise ValueError(
+            f"data.mixture has the data set {twice[0].root} twice: give it once, with a weight to draw it more often"
+        )
+    short = [place.entry.name or place.entry.config.repo_id or place.root.resolve().name for place in found]
+    names = [
+        place.name if short.count(name) > 1 and place.entry.name is None else name
+        for place, name in zip(found, short, strict=True)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"data.mixture: two data sets have the name {name!r}; give each entry another name")
+    return [replace(place, name=name) for place, name in zip(found, names, strict=True)]
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"data.mixture, {name}: {error}") from error
+
+
+def joined(places: Sequence[Place], sets: Sequence[DemonstrationData], config: DataConfig) -> DemonstrationData:
+    """Return data sets as one.
+
+    Args:
+        places: what is known of each.
+        sets: the data sets, in the same order.
+        config: what holds for the whole mixture.
+
+    Raises:
+        ValueError: `data.paraphrases` does not fit the instructions.
+        OSError: `data.paraphrases` cannot be read.
+    """
+    from cogvla.policy.data.paraphrases import read_paraphrases
+
+    names = [place.name for place in places]
+    ends = np.cumsum([len(data) for data in sets]).tolist()
+    counts = [int(data.episode_N[-1]) + 1 for data in sets]
+    first_episodes = [sum(counts[:i]) for i in range(len(sets))]
+    instructions = sorted({text for data in sets for text in data.instructions})
+    number = {text: i for i, text in enumerate(instructions)}
+    parts = tuple(
+        DataPart(
+            name=place.name,
+            start=end - len(data),
+            end=end,
+            first_episode=first,
+            weight=place.entry.weight,
+            content=data.content(),
+            provenance={**data.provenance, "name": place.name, "weight": place.entry.weight},
+        )
+        for place, data, end, first in zip(places, sets, ends, first_episodes, strict=True)
+    )
+    labels, lacking = _labels(places, sets)
+    own = {} if config.paraphrases is None else read_paraphrases(config.paraphrases, instructions)
+    digest = hashlib.sha256(json.dumps([[p.name, p.weight, dict(p.content)] for p in parts]).encode())
+    notes = [note for data in sets for note in data.notes]
+    notes += [f"label {name} is left out: {why}" for name, why in lacking.items()]
+    notes += _twice(parts) + _units("state", names, [data.state_NS for data in sets])
+    notes += _units("action", names, [data.action_NA for data in sets]) + _phases(places, labels)
+    return DemonstrationData(
+        frames=ConcatenatedFrames(tuple(data.frames for data in sets)),
+        state_NS=torch.cat([data.state_NS for data in sets]),
+        action_NA=torch.cat([data.action_NA for data in sets]),
+        episode_N=torch.cat([data.episode_N + first for data, first in zip(sets, first_episodes, strict=True)]),
+        instruction_N=torch.cat(
+            [torch.tensor([number[t] for t in data.instructions])[data.instruction_N] for data in sets]
+        ),
+        instructions=instructions,
+        frame_labels=labels,
+        chunk=sets[0].chunk,
+        provenance={
+            "name": " + ".join(names),
+            "revision": None,
+            "fingerprint": digest.hexdigest()[:16],
+            "episodes": sum(int(part.provenance["episodes"]) for part in parts),
+            "frames": ends[-1],
+            "sets": {part.name: dict(part.provenance) for part in parts},
+        },
+        notes=tuple(notes),
+        paraphrases=own,
+        parts=parts,
+        lacking=lacking,
+    )
+
+
+def _labels(places: Sequence[Place], sets: Sequence[DemonstrationData]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the labels that all sets have, and why the others are left out."""
+    lacking: dict[str, str] = {}
+    for name in dict.fromkeys(name for data in sets for name in data.frame_labels):
+        without = [place.name for place, data in zip(places, sets, strict=True) if name not in data.frame_labels]
+        shapes = {
+            tuple(data.frame_labels[name].shape[1:]): place.name
+            for place, data in zip(places, sets, strict=True)
+            if name in data.frame_labels
+        }
+        if without:
+            lacking[name] = f"{', '.join(without)} {'has' if len(without) == 1 else 'have'} none"
+        elif len(shapes) > 1 and name not in TASK_LABELS:
+            lacking[name] = "its shape is " + ", ".join(f"{list(shape)} in {who}" for shape, who in shapes.items())
+    first: list[int] = []
+    total = 0
+    if all(name not in lacking and name in sets[0].frame_labels for name in TASK_LABELS):
+        columns: list[TaskColumns] = []
+        for place, data in zip(places, sets, strict=True):
+            if wrong := contradiction(data.frame_labels, data.instruction_N, data.instructions):
+                lacking |= dict.fromkeys(TASK_LABELS, f"{place.name}: {wrong}")
+                break
+            pairs = torch.stack([data.frame_labels["task"].flatten(), data.instruction_N], dim=1).unique(dim=0)
+            texts = {task: data.instructions[i] for task, i in pairs.tolist()}
+            count = data.frame_labels["possible"].shape[-1]
+            same = next((c for c in columns if c.same_tasks(place.suite, texts, count)), None)
+            begin = total if same is None else same.first
+            known = texts if same is None else {**same.instruction_of, **texts}
+            columns = [c for c in columns if c is not same] + [TaskColumns(place.suite, begin, known, count)]
+            first.append(begin)
+            total = max(total, begin + count)
+    elif some := [name for name in TASK_LABELS if name in sets[0].frame_labels and name not in lacking]:
+        without_all = f"it means nothing without all of {', '.join(TASK_LABELS)}"
+        lacking |= dict.fromkeys(some, without_all)
+    kept = {name: [data.frame_labels[name] for data in sets] for name in sets[0].frame_labels if name not in lacking}
+    joint = {
+        name: spread(name, values, first, total) if name in TASK_LABELS else torch.cat(values)
+        for name, values in kept.items()
+    }
+    return joint, lacking
+
+
+def _twice(parts: Sequence[DataPart]) -> list[str]:
+    return [
+        f"{one.name} and {other.name} hold the same demonstrations"
+        for one, other in combinations(parts, 2)
+        if one.content == other.content
+    ]
+
+
+def _units(what: str, names: Sequence[str], values: Sequence[Tensor]) -> list[str]:
+    """Return a note for each dimension in which one set's values may have another unit than the others'."""
+    quantiles = [np.quantile(x_ND.numpy(), [0.01, 0.99], axis=0) for x_ND in values]
+    notes = []
+    for d in range(values[0].shape[1]):
+        ranges = [(float(low[d]), float(high[d])) for low, high in quantiles]
+        common = max(high for _, high in ranges) - min(low for low, _ in ranges)
+        small = [i for i, (low, high) in enumerate(ranges) if 0 < high - low < SMALL * common]
+        if small:
+            wide = max(range(len(ranges)), key=lambda i: ranges[i][1] - ranges[i][0])
+            said = (f"{names[i]} {ranges[i][0]:.4g} to {ranges[i][1]:.4g}" for i in (small[0], wide))
+            notes.append(f"{what} {d} has very different ranges: {', '.join(said)}; check the units of both")
+    return notes
+
+
+def _phases(places: Sequence[Place], labels: dict[str, Tensor]) -> list[str]:
+    families = {None if place.suite is None else place.suite.partition("_")[0]: place.name for place in places}
+    if "phase" not in labels or len(families) == 1:
+        return []
+    said = ", ".join(f"{who} is from {family or 'an unknown suite'}" for family, who in families.items())
+    return [
+        f"label phase may mean other things in other sets ({said}), and objective.phase_weights goes by its number; "
+        "objective.phase_weights=[] weights all phases alike"
+    ]
