@@ -4,6 +4,7 @@
 |---|---|
 | `SuiteEnv` | evaluate, and roll out in training |
 | `Labels`, and an `Expert` | record demonstrations, with labels for grounding |
+| `Advisor`, of an expert | record corrections: a policy acts, and the expert says what should be done |
 | `TargetMasks` | say in `analyse_routing` how much of the target a router keeps |
 | `Cameras` | film episodes at the size of a video; otherwise videos show the observations |
 | `Perturbable` | evaluate with another camera, light, background, layout or start (`envs/perturbation`) |
@@ -29,7 +30,8 @@ Part = TypeVar("Part")
 class SuiteEnv(Protocol):
     """Play any task of a suite; a `gymnasium.Env`.
 
-    Observation: `agentview` and `wrist` uint8 [H,W,3]; `state` float32 [8].
+    Observation: `agentview` and `wrist` uint8 [H,W,3]; `state` float32 [8], whose first three numbers are the position
+    of the gripper in metres, in the frame of `Labels`.
     Action: float32 [7] in [-1,1]; the last is the gripper, -1 opens and +1 closes. Values outside are clipped.
     `metadata["render_fps"]` is the control rate; 20 if it is missing.
     """
@@ -141,6 +143,18 @@ class Expert(Protocol):
 
     def noisy(self, action: np.ndarray, /) -> np.ndarray:
         """Return what to execute instead, float32 [7]; without noise, the action itself."""
+        ...
+
+
+class Advisor(Protocol):
+    """An expert that says in every state what to do, although someone else acts."""
+
+    def follow(self, executed: np.ndarray) -> None:
+        """Take note that someone else chose the last action, float32 [7]; called when it has been carried out.
+
+        After it, `act` returns what to do in the state that was reached. What the expert remembers may hold only what
+        was done, not what it had said: an expert without a memory does nothing here.
+        """
         ...
 
 

@@ -51,6 +51,17 @@ def mistakes_in_one_line(*others: type[Exception], stopped: str | None = None) -
         raise SystemExit(130) from error
 
 
+ALSO_WRITTEN = {"record_demonstrations": {"policy": "checkpoint"}}
+"""Command -> another name of a key -> the key. Hydra takes no value for a key with the name of a group of configs."""
+
+
+def renamed(command: str, overrides: Sequence[str]) -> list[str]:
+    """Return overrides with the command's own names of keys."""
+    names = ALSO_WRITTEN.get(command, {})
+    split = [override.partition("=") for override in overrides]
+    return [names.get(key, key) + equals + value for key, equals, value in split]
+
+
 @cache
 def register() -> None:
     """Let Hydra know the defaults of all dataclasses, so that the files of configs can build on them."""
@@ -80,7 +91,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     register()
     check_overrides(overrides)
     with initialize_config_module("cogvla.configs", version_base="1.3"):
-        return hydra.compose(command, list(overrides))
+        return hydra.compose(command, renamed(command, overrides))
 
 
 def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cogvla.envs.contract import Perturbable, required
 from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, Perturbation
-from cogvla.envs.recording.demonstration import OPEN_HAND
+from cogvla.envs.recording.demonstrator import OPEN_HAND
 from cogvla.envs.suite import Suite, get_suite, suite_names
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain

@@ -1,10 +1,11 @@
-"""`record_demonstrations`: record a suite's scripted expert as a LeRobotDataset.
+"""`record_demonstrations`: record a suite's scripted expert, or its corrections of a policy, as a LeRobotDataset.
 
     record_demonstrations
     record_demonstrations suite=tabletop_goal episodes=500 workers=4
     record_demonstrations episodes=2000 grow=true       (adds to a finished recording)
     record_demonstrations randomise=[camera,light,background]
     record_demonstrations suite=libero_object counterfactual=0.5    (half of the episodes show another possible task)
+    record_demonstrations policy=CHECKPOINT             (corrections: the policy acts, the expert says what to do)
 
 The same command resumes a stopped recording.
 """
@@ -13,15 +14,21 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from cogvla.envs.recording.recorder import record
+from cogvla.envs.recording.correction_pool import Corrected
+from cogvla.envs.recording.dataset_folder import START_ANEW
+from cogvla.envs.recording.recorder import RECORDING_FILE, record
 from cogvla.envs.suite import get_suite
+from cogvla.files import read_object
+from cogvla.policy.checkpoint_folder import check_checkpoint_folder
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
+from cogvla.scripts.policies import open_any_policy
 
 
 def main(config: DictConfig) -> None:
     """Record `config.episodes` demonstrations; see configs/record_demonstrations.yaml."""
     import_modules(config.imports)
+    corrected = None if config.checkpoint is None else _corrected(config)
     folder = record(
         get_suite(config.suite, plain(config)),
         config.episodes,
@@ -35,8 +42,28 @@ def main(config: DictConfig) -> None:
         grow=config.grow,
         randomise=plain(config)["randomise"],
         counterfactual=config.counterfactual,
+        corrected=corrected,
     )
     print(f"{config.episodes} episodes of {config.suite} in {folder}")
+    if corrected is not None:
+        made = read_object(folder / RECORDING_FILE, START_ANEW)
+        print(
+            f"the policy solved {made['solved_alone']} of them alone; the expert executed "
+            f"{made['intervention_share']:.0%} of the steps"
+        )
+
+
+def _corrected(config: DictConfig) -> Corrected:
+    """Open the policy that `config.checkpoint` names."""
+    check_checkpoint_folder(str(config.checkpoint), "train one with `train_policy`")
+    policy, identity = open_any_policy(
+        str(config.checkpoint),
+        device=config.device,
+        threads=config.threads,
+        workers=config.workers,
+        engine=plain(config.engine),
+    )
+    return Corrected(policy, identity, config.patience, config.execute_steps)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from cogvla.scripts.command import register
+from cogvla.scripts.command import register, renamed
 from cogvla.scripts.help import keys_of_groups
 from cogvla.tests.support.paths import CONFIGS, ROOT
 
@@ -98,7 +98,7 @@ def understand(name: str, arguments: list[str], folder: Path, monkeypatch: pytes
         overrides.append(f"hydra.searchpath=[file://{folder}]")
     register()
     with initialize_config_module("cogvla.configs", version_base="1.3"):
-        for combination in combinations(overrides):
+        for combination in combinations(renamed(config, overrides)):
             compose(config, list(combination))
     return None
 

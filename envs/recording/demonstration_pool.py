@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cogvla.envs.contract import ContractError
-from cogvla.envs.recording.demonstration import Demonstrator, DemonstratorSettings, ExpertFailedError
+from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSettings, ExpertFailedError
 from cogvla.processes import Pool
 
 PASSED_ON = (OSError, ExpertFailedError, ContractError)

@@ -1,8 +1,8 @@
-"""Record demonstrations of a scripted expert as a LeRobotDataset v3.
+"""Record demonstrations of a scripted expert, or its corrections of a policy, as a LeRobotDataset v3.
 
-Worker processes play the expert; this process writes the data set. An interruption, even `kill -9`, loses no finished
-episode, and a reader never sees an incomplete data set: finished episodes wait in `OUTPUT.recording/episodes/N.npz`
-until all are there (`dataset_folder`).
+Worker processes play the expert; this process writes the data set, and runs the policy. An interruption, even
+`kill -9`, loses no finished episode, and a reader never sees an incomplete data set: finished episodes wait in
+`OUTPUT.recording/episodes/N.npz` until all are there (`dataset_folder`).
 
 An episode depends on its number only. Any number of workers therefore gives the same data set, and a finished data set
 can grow: its episodes are the first ones of a longer data set.
@@ -16,15 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from cogvla.envs.contract import Expert
 from cogvla.envs.perturbation.perturbation import OF_THE_PLAYER, OF_THE_SCENE
+from cogvla.envs.recording.correction_pool import Corrected, CorrectionPool
 from cogvla.envs.recording.dataset_folder import DatasetFolder
-from cogvla.envs.recording.demonstration import Demonstration, DemonstratorSettings
+from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.envs.recording.demonstration_pool import DemonstrationPool
+from cogvla.envs.recording.demonstrator import INTERVENTION, DemonstratorSettings
 from cogvla.envs.suite import Suite, get_suite
 
 if TYPE_CHECKING:
@@ -50,8 +52,11 @@ def record(
     randomise: Sequence[str] | None = None,
     counterfactual: float = 0.0,
     expert: Callable[..., Expert] | None = None,
+    corrected: Corrected | None = None,
 ) -> Path:
     """Record successful episodes of the suite's expert, spread evenly over its tasks, and return the data set's folder.
+
+    With a policy to be corrected, the policy acts until it is stuck (`corrections`).
 
     Does nothing if the folder already holds this data set.
 
@@ -61,7 +66,7 @@ def record(
         output: folder of the data set.
         image_size: height and width of the images in pixels.
         workers: number of processes that play episodes; 0 plays them in this process.
-        noise: scale of the expert's execution noise; the clean action is the one to learn.
+        noise: scale of the execution noise of the expert, never of the policy; the clean action is the one to learn.
         seed: seed of initial states and noise.
         resume: True goes on with an interrupted recording; False starts from the beginning.
         video: store the cameras as videos: smaller on disk, slower to write and read, not lossless.
@@ -71,10 +76,11 @@ def record(
         counterfactual: share of the episodes, in [0,1], that show another task that is possible in the scene, with its
             instruction and labels. Scenes without one show their own task.
         expert: function `expert(env, rng, noise=...)`; None: the suite's own expert.
+        corrected: the policy to be corrected; None: the expert acts from the beginning.
 
     Raises:
-        ValueError: an argument is out of its range, the suite has no expert or cannot be randomised in this way, or the
-            folder holds something else.
+        ValueError: an argument is out of its range, the suite has no expert or cannot be randomised in this way, the
+            policy does not fit the suite, or the folder holds something else.
         OSError: the folder cannot be written, or the disk is full; finished episodes are kept.
         ExpertFailedError: the expert failed on `MAX_ATTEMPTS` initial states of a task.
         ContractError: the environment or the expert lacks what recording needs.
@@ -92,6 +98,8 @@ def record(
     if expert is None:
         raise ValueError(f"{suite.name} has no scripted expert; record its demonstrations in another way")
     randomised = _dimensions(randomise or (), suite)
+    if corrected is not None:
+        corrected.check(suite, image_size)
     request = {
         "suite": suite.name,
         "image_size": image_size,
@@ -101,6 +109,7 @@ def record(
         "randomise": list(randomised) or None,  # recordings from before this key were not randomised
         "counterfactual": float(counterfactual) or None,  # likewise
         "tasks": [task.instruction for task in suite.tasks],
+        "policy": None if corrected is None else corrected.request(),
     }
     if suite.settings:
         request["simulation"] = dict(suite.settings)
@@ -124,14 +133,21 @@ def record(
         seed=seed,
         randomise=randomised,
         counterfactual=counterfactual,
+        corrects=corrected is not None,
     )
+
+    def play(missing: list[int]) -> DemonstrationPool | CorrectionPool:
+        if corrected is None:
+            return DemonstrationPool(settings, paths, missing, min(workers, len(missing)))
+        return CorrectionPool(corrected, suite, settings, paths, missing, workers)
+
     with _explained(folder):
         folder.prepare(request, resume)
         paths = [folder.episodes / f"{slot:06d}.npz" for slot in range(episodes)]
         if grows:
             _take_over(output, paths[:there], settings)
-        _assemble(folder, settings, paths, workers, video, suite.name)
-        folder.publish(request | made, instead=grows)
+        help_given = _assemble(folder, paths, play, video, suite.name)
+        folder.publish(request | made | ({} if corrected is None else help_given), instead=grows)
     return output
 
 
@@ -194,17 +210,22 @@ def _take_over(finished: Path, paths: list[Path], settings: DemonstratorSettings
 
 
 def _assemble(
-    folder: DatasetFolder, settings: DemonstratorSettings, paths: list[Path], workers: int, video: bool, name: str
-) -> None:
-    """Record the missing episodes, and write all episodes in order."""
+    folder: DatasetFolder,
+    paths: list[Path],
+    play: Callable[[list[int]], DemonstrationPool | CorrectionPool],
+    video: bool,
+    name: str,
+) -> dict[str, Any]:
+    """Record the missing episodes, and write all episodes in order; return how much the expert helped a policy."""
     episodes = len(paths)
     missing = [slot for slot, path in enumerate(paths) if not Demonstration.is_complete(path)]
     with ExitStack() as stack:
         loading = stack.enter_context(ThreadPoolExecutor(1)).submit(_load_writer)
-        pool = stack.enter_context(DemonstrationPool(settings, paths, missing, min(workers, len(missing))))
+        pool = play(missing)
+        stack.enter_context(pool)
         bar = stack.enter_context(tqdm(total=episodes, initial=episodes - len(missing), unit="episode", desc=name))
         writer: DatasetWriter | None = None
-        written = 0
+        written = frames = helped = interventions = 0
         while written < episodes:
             # Receive before writing: a worker gets its next episode only when its last one is received.
             if written in pool.pending or (pool.pending and (not loading.done() or pool.ready())):
@@ -218,6 +239,11 @@ def _assemble(
                 stack.callback(writer.close)
             writer.add(episode)
             written += 1
+            frames += len(episode)
+            if INTERVENTION in episode.arrays:
+                by_expert = int(episode.arrays[INTERVENTION].sum())
+                helped, interventions = helped + (by_expert > 0), interventions + by_expert
+    return {"solved_alone": episodes - helped, "intervention_share": round(interventions / frames, 4)}
 
 
 def _load_writer() -> type[DatasetWriter]:

@@ -46,6 +46,7 @@ class PlayerSettings:
         fps: frames per second of a video: the control rate.
         suite: name of the suite, for the seeds of perturbations.
         instructions: instructions of the suite's tasks, so that another wording is not that of another task.
+        player: function that builds another `Player`; must be picklable. None: a `Player`.
     """
 
     make: Callable[..., gym.Env]
@@ -58,6 +59,11 @@ class PlayerSettings:
     fps: float = 20.0
     suite: str = ""
     instructions: tuple[str, ...] = ()
+    player: Callable[[PlayerSettings], Player] | None = None
+
+    def build(self) -> Player:
+        """Build the player."""
+        return (self.player or Player)(self)
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Ready:
-    """Reply: the environment is built. Holds key -> shape of its observations, and the shape of its actions."""
+    """Reply: the environment is built.
+
+    Attributes:
+        observation: key -> shape of its observations.
+        action: shape of its actions.
+        fps: control rate in Hz; None: it does not say.
+    """
 
     observation: dict[str, tuple[int, ...]]
     action: tuple[int, ...]
+    fps: float | None
 
 
 @dataclass(frozen=True)
@@ -129,10 +142,14 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Failed:
-    """Reply: an exception was raised, or the process died (`died`)."""
+    """Reply: an exception was raised, or the process died (`died`).
+
+    A `mistake` is an exception that another attempt would not mend: it is raised where the rollout runs.
+    """
 
     text: str
     died: bool = False
+    mistake: Exception | None = None
 
 
 PlayerRequest = Build | Play | Advance | Record
@@ -182,7 +199,8 @@ class Player:
     def _build(self) -> Ready:
         env = self._environment()
         spaces = env.observation_space.spaces.items()
-        return Ready({name: tuple(space.shape or ()) for name, space in spaces}, tuple(env.action_space.shape))
+        shapes = {name: tuple(space.shape or ()) for name, space in spaces}
+        return Ready(shapes, tuple(env.action_space.shape), env.metadata.get("render_fps"))
 
     def _reset(self, spec: EpisodeSpec) -> tuple[dict[str, Any], dict[str, Any]]:
         options: dict[str, Any] = {"task": spec.task, "initial_state": spec.initial_state}

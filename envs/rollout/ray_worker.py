@@ -18,7 +18,6 @@ from typing import Any
 from cogvla.envs.rollout.player import (
     Build,
     Failed,
-    Player,
     PlayerReply,
     PlayerRequest,
     PlayerSettings,
@@ -124,7 +123,7 @@ class _Remote:
     """The actor: a player that returns its videos as bytes."""
 
     def __init__(self, settings: PlayerSettings) -> None:
-        self._player = Player(settings)
+        self._player = settings.build()
 
     def handle(self, request: PlayerRequest) -> tuple[PlayerReply, bytes | None]:
         if not isinstance(request, Record):

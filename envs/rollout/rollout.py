@@ -31,6 +31,7 @@ from cogvla.envs.rollout.player import (
     Finished,
     Observed,
     Play,
+    Player,
     PlayerReply,
     PlayerRequest,
     PlayerSettings,
@@ -98,6 +99,7 @@ def rollout(
     choose_video: Callable[[EpisodeResult], Path | None] | None = None,
     on_result: Callable[[EpisodeResult], None] | None = None,
     stop_if_all_fail: bool = False,
+    player: Callable[[PlayerSettings], Player] | None = None,
 ) -> Iterator[EpisodeResult]:
     """Play the episodes and yield each result at once, in no fixed order.
 
@@ -113,6 +115,7 @@ def rollout(
         on_result: function that gets each result before it is yielded.
         stop_if_all_fail: raise EveryEpisodeFailsError, instead of trying every episode, if the first episodes of all
             workers, and at least two, end in the same error.
+        player: function that builds what plays the episodes; None: `Player`.
 
     Raises:
         ValueError: policy, suite and settings do not fit together.
@@ -130,7 +133,7 @@ def rollout(
         if spec.perturbation is not None:
             suite.magnitudes(spec.perturbation)
     start = LocalWorker if workers == 0 else start_worker
-    loop = _Loop(policy, suite, episodes, max(workers, 1), start, settings, stop_if_all_fail)
+    loop = _Loop(policy, suite, episodes, max(workers, 1), start, settings, stop_if_all_fail, player)
     return _run(loop, choose_video, on_result)
 
 
@@ -182,6 +185,7 @@ class _Loop:
         start_worker: Callable[[PlayerSettings], Worker],
         settings: RolloutSettings,
         stop_if_all_fail: bool,
+        player: Callable[[PlayerSettings], Player] | None,
     ) -> None:
         embodiment = policy.embodiment
         waiting_action_A = np.zeros(embodiment.action_dim, np.float32)
@@ -202,6 +206,7 @@ class _Loop:
             waiting_action=waiting_action_A,
             video_size=settings.video_size,
             fps=embodiment.control_hz,
+            player=player,
         )
         self._start_worker = start_worker
         self._workers = min(workers, len(episodes))
@@ -284,6 +289,12 @@ class _Loop:
                 f"suite {self._suite.name!r} has {ready.observation.get('state')} and {ready.action}"
             )
 
+        if ready.fps not in (None, embodiment.control_hz):
+            raise ValueError(
+                f"the policy acts {embodiment.control_hz:g} times per second, suite {self._suite.name!r} takes "
+                f"{ready.fps:g} actions per second: take a policy that was trained at this rate"
+            )
+
     def _next_episode(self, slot: _Slot) -> None:
         slot.spec = slot.result = None
         if not self._queue:
@@ -321,6 +332,8 @@ class _Loop:
                 self._next_episode(slot)
 
     def _failed(self, slot: _Slot, reply: Failed) -> Iterator[EpisodeResult]:
+        if reply.mistake is not None:
+            raise reply.mistake
         if slot.spec is not None and slot.result is None:
             self._note_failure(slot, reply.text)
         if slot.spec is None:

@@ -12,7 +12,7 @@ from contextlib import closing
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from cogvla.envs.rollout.player import Build, Failed, Player, PlayerReply, PlayerRequest, PlayerSettings
+from cogvla.envs.rollout.player import Build, Failed, PlayerReply, PlayerRequest, PlayerSettings
 from cogvla.processes import Child, ProcessDiedError, send
 
 
@@ -47,7 +47,7 @@ class LocalWorker:
     connection: Connection | None = None
 
     def __init__(self, settings: PlayerSettings) -> None:
-        self._player = Player(settings)
+        self._player = settings.build()
         self._reply: PlayerReply = self._player.handle(Build())
 
     def send(self, request: PlayerRequest) -> None:
@@ -96,7 +96,7 @@ class ProcessWorker:
 def serve(connection: Connection) -> None:
     """Run the main loop of a worker process, until the other end of the pipe closes."""
     try:
-        player = Player(connection.recv())
+        player = connection.recv().build()
     except (ImportError, AttributeError, pickle.UnpicklingError):
         send(connection, Failed(traceback.format_exc()))
         return

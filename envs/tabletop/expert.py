@@ -71,6 +71,9 @@ class Expert:
         action[6] = gripper
         return action.astype(np.float32)
 
+    def follow(self, executed: np.ndarray) -> None:
+        """Do nothing, since there is no memory: see `Advisor` in envs/contract.py."""
+
     # --- pieces ------------------------------------------------------------------------------------------------------
 
     def _set_phase(self, name: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cogvla.envs.recording.demonstration import SCENE_TASK
+from cogvla.envs.recording.demonstrator import SCENE_TASK
 from cogvla.envs.recording.recorder import RECORDING_FILE
 from cogvla.files import read_object
 from cogvla.libero.hdf5 import reader as hdf5_reader

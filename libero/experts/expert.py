@@ -57,6 +57,11 @@ class LiberoExpert:
         self.phase = PHASES.index(move.phase)
         return self._action(move)
 
+    def follow(self, executed: np.ndarray) -> None:
+        """Take note that someone else chose the last action, float32 [7]: see `Advisor` in envs/contract.py."""
+        self._hand.follow(closes=bool(executed[6] > 0))
+        self._press = 1.0
+
     def _current(self) -> Subgoal:
         """Return the first subgoal that is not reached yet, or the last one if all are reached."""
         for subgoal in self._subgoals[:-1]:

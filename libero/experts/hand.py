@@ -64,6 +64,15 @@ class Hand:
         self.closing += 1
         return self.closing > _GRIPPED
 
+    def follow(self, closes: bool) -> None:
+        """Take over what someone else does, who closes or opens the hand; their attempts are no failures of a grasp."""
+        item = self._item
+        if not closes:
+            self.closing = 0
+        elif not self.closing and self.view.is_thing(item) and any(self.view.touching(item)):
+            self.closing, self._pose = 1, (self.view.gripper, self.view.rotation)
+        self._failures, self._stuck = [], 0
+
     # --- fixtures ----------------------------------------------------------------------------------------------------
 
     def grip(self, name: str, point: np.ndarray, rotation: np.ndarray, aim: np.ndarray) -> Move:

@@ -17,6 +17,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from cogvla.envs.contract import (
+    Advisor,
     Cameras,
     ContractError,
     Expert,
@@ -29,7 +30,7 @@ from cogvla.envs.contract import (
     required,
 )
 from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, OF_THE_PLAYER, Perturbation
-from cogvla.envs.recording.demonstration import Demonstrator, DemonstratorSettings
+from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSettings
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import Suite, get_suite, suite_names
 from cogvla.tests.support import toy_suite
@@ -226,6 +227,27 @@ def test_the_expert_ends_an_episode(suite: Suite, env: Any) -> None:
     assert terminated
     noisy = suite.expert(env, np.random.default_rng(0), noise=1.0)
     assert not np.array_equal(noisy.noisy(action), action)
+
+
+def test_the_expert_advises_whoever_acts_and_can_take_over(suite: Suite, env: Any) -> None:
+    if suite.expert is None:
+        pytest.skip("no expert")
+    reset(env, FIRST_SOLVED.get(suite.name, 0), 0)
+    for _ in range(suite.settling_steps):
+        env.step(WAIT)
+    built = suite.expert(env, np.random.default_rng(0))
+    if (advisor := offered(built, Advisor)) is None:
+        pytest.skip("gives no advice")
+    expert, rng = required(built, Expert, "this test"), np.random.default_rng(1)
+    for _ in range(12):
+        assert np.isfinite(expert.act()).all()
+        action = np.append(rng.uniform(-0.4, 0.4, 6), rng.choice([-1.0, 1.0])).astype(np.float32)
+        env.step(action)
+        advisor.follow(action)
+    for _ in range(suite.max_steps):
+        if env.step(expert.act())[2]:
+            return
+    pytest.fail("the expert could not finish what someone else began")
 
 
 def test_labels(suite: Suite, env: Any) -> None:

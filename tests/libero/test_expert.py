@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from cogvla.envs.recording.demonstration import OPEN_HAND, Demonstrator, DemonstratorSettings
+from cogvla.envs.recording.demonstrator import OPEN_HAND, Demonstrator, DemonstratorSettings
 from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.experts.motion import DOWN, pointing

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cogvla.envs.perturbation.perturbation import LAYOUT, LEVELS, ROBOT, Perturbation
-from cogvla.envs.recording.demonstration import OPEN_HAND
+from cogvla.envs.recording.demonstrator import OPEN_HAND
 from cogvla.libero.env import CAMERAS, LiberoEnv
 from cogvla.libero.perturbations import PERTURBATIONS
 from cogvla.libero.spares import SPARES, spares_for

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from cogvla.envs.recording.dataset_writer import DatasetWriter
-from cogvla.envs.recording.demonstration import Demonstration, Demonstrator, DemonstratorSettings, pack
+from cogvla.envs.recording.demonstration import Demonstration, pack
+from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSettings
 from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.expert import Expert
 from cogvla.libero.conventions import declared as conventions

@@ -5,14 +5,18 @@ from __future__ import annotations
 import resource
 import signal
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 
+from cogvla.envs.recording.correction_pool import Corrected
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import Suite, Task, chosen_start, register_suite, suite_names
+from cogvla.policy.interface import ActionChunk, Camera, Embodiment, Observation
 
 PLACES = np.array([[0.5, 0.0, 0.1], [0.0, 0.5, 0.2], [-0.5, 0.0, 0.3]], np.float32)
 INSTRUCTIONS = ("go right", "go up", "go left")
@@ -89,6 +93,21 @@ class ToyExpert:
 
     def noisy(self, action: np.ndarray) -> np.ndarray:
         return np.clip(action + self.noise * self.rng.normal(0, 0.1, 7), -1, 1).astype(np.float32)
+
+    def follow(self, executed: np.ndarray) -> None:
+        """There is no memory."""
+
+
+class DesertingExpert(ToyExpert):
+    """Does nothing any more once someone else has acted."""
+
+    left = False
+
+    def act(self) -> np.ndarray:
+        return np.zeros(7, np.float32) if self.left else super().act()
+
+    def follow(self, executed: np.ndarray) -> None:
+        self.left = True
 
 
 class SometimesLostExpert(ToyExpert):
@@ -194,6 +213,52 @@ class Noiseless(ToyExpert):
         raise AttributeError
 
 
+class SilentExpert(ToyExpert):
+    """Cannot say what to do while someone else acts."""
+
+    @property
+    def follow(self) -> Any:
+        raise AttributeError
+
+
+class ToyPolicy:
+    """Goes to the place of its instruction at a speed, `speed` metres in each step; 0: it hovers.
+
+    Its answers differ in the last digits from batch to batch, as those of a network do.
+    """
+
+    embodiment = Embodiment(
+        name="toy",
+        cameras=(Camera("agentview", 16, 16), Camera("wrist", 16, 16)),
+        state_dim=8,
+        action_dim=7,
+        chunk=4,
+        control_hz=10,
+        gripper_index=6,
+    )
+
+    def __init__(self, speed: float, **other: Any) -> None:
+        self.speed = speed
+        self.embodiment = replace(self.embodiment, **other)
+
+    def describe(self) -> dict[str, Any]:
+        return {"checkpoint": "toy", "step": 7}
+
+    def reset(self) -> None:
+        pass
+
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        pass
+
+    def act(self, observation: Observation) -> ActionChunk:
+        observation.validate(self.embodiment)
+        places_B3 = PLACES[[INSTRUCTIONS.index(text) for text in observation.instruction]]
+        toward_B3 = places_B3 - observation.state[:, :3]
+        actions_BKA = np.zeros((len(places_B3), self.embodiment.chunk, 7), np.float32)
+        actions_BKA[..., :3] = (10 * self.speed * toward_B3 / np.linalg.norm(toward_B3, axis=1, keepdims=True))[:, None]
+        return ActionChunk(actions_BKA + np.float32(1e-4) * observation.batch_size)
+
+
 def make(image_size: int = 16, render: bool = True) -> gym.Env:
     return ToyEnv(image_size, render)
 
@@ -207,7 +272,8 @@ def register() -> None:
         register_suite(NAME, suite)
 
 
-def record_slowly(output: str, episodes: int) -> None:
-    """For tests that need a recorder to kill."""
+def record_slowly(output: str, episodes: int, speed: float | None = None) -> None:
+    """For tests that need a recorder to kill; `speed`: that of a policy which is corrected."""
     register()
-    record(NAME, episodes, Path(output), image_size=16, expert=SlowExpert)
+    corrected = None if speed is None else Corrected(ToyPolicy(speed), patience=5)
+    record(NAME, episodes, Path(output), image_size=16, expert=SlowExpert, corrected=corrected)

@@ -27,7 +27,8 @@ from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, CrowdedSceneErro
 from cogvla.envs.recording import dataset_writer
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.dataset_writer import DatasetWriter, features
-from cogvla.envs.recording.demonstration import Demonstration, Demonstrator, DemonstratorSettings, ExpertFailedError
+from cogvla.envs.recording.demonstration import Demonstration
+from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSettings, ExpertFailedError
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import FIRST_TRAINING_STATE
 from cogvla.tests.support import toy_suite
@@ -222,15 +223,15 @@ def test_shares_that_are_none(share: Any, tmp_path: Path) -> None:
 
 def test_a_scene_without_room_is_a_failed_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     demonstrator = Demonstrator(toy_settings())
-    play, states = demonstrator._play, []
+    reset, states = demonstrator.env.reset, []
 
-    def crowded(task: int, initial_state: int, turn: int | None) -> Demonstration | None:
-        states.append(initial_state)
+    def crowded(*, seed: int, options: dict[str, int]) -> tuple[Any, dict[str, Any]]:
+        states.append(options["initial_state"])
         if len(states) < 3:
             raise CrowdedSceneError("no room for the brown ball")
-        return play(task, initial_state, turn)
+        return reset(seed=seed, options=options)
 
-    monkeypatch.setattr(demonstrator, "_play", crowded)
+    monkeypatch.setattr(demonstrator.env, "reset", crowded)
     assert demonstrator.record(0)[1] == 3
     assert len(set(states)) == 3
 

@@ -1,0 +1,155 @@
+"""The policy's side of corrections: it answers the players of `corrections`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cogvla.envs.recording.corrections import CorrectingPlayers
+from cogvla.envs.recording.demonstrator import DemonstratorSettings
+from cogvla.envs.rollout.rollout import RolloutSettings, rollout
+from cogvla.envs.suite import Suite
+from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy
+
+OPEN, CLOSED = -1.0, 1.0
+"""Gripper actions of every suite (`SuiteEnv`)."""
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A policy to be corrected.
+
+    Attributes:
+        policy: the policy.
+        identity: what identifies its weights, as `open_policy` returns it; recordings with other weights differ.
+        patience: control steps without progress after which the expert takes over.
+        execute_steps: number of actions to execute of each chunk; None: the whole chunk.
+    """
+
+    policy: Policy
+    identity: Mapping[str, str] = field(default_factory=dict)
+    patience: int = 30
+    execute_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1 control step, got {self.patience}")
+
+    def request(self) -> dict[str, Any]:
+        """Return what decides the recording, as plain values."""
+        told = self.policy.describe()
+        return {
+            "checkpoint": told.get("checkpoint"),
+            "step": told.get("step"),
+            **self.identity,
+            "execute_steps": self.execute_steps or self.policy.embodiment.chunk,
+            "patience": self.patience,
+        }
+
+    def check(self, suite: Suite, image_size: int) -> None:
+        """Raise a ValueError if the policy does not fit a recording; what the environment must say is checked later."""
+        robot = self.policy.embodiment
+        sizes = {(camera.height, camera.width) for camera in robot.cameras}
+        if sizes != {(image_size, image_size)}:
+            seen = ", ".join(f"{camera.name} {camera.height} x {camera.width}" for camera in robot.cameras)
+            raise ValueError(
+                f"the policy sees {seen} pixels, and the recording has {image_size} x {image_size}: give the "
+                "policy's image_size"
+            )
+        if robot.grippers and (robot.gripper_open, robot.gripper_close) != (OPEN, CLOSED):
+            raise ValueError(
+                f"the policy opens its gripper with {robot.gripper_open:g} and closes it with {robot.gripper_close:g}, "
+                f"suite {suite.name!r} with {OPEN:g} and {CLOSED:g}"
+            )
+
+
+class CorrectionPool:
+    """Records the missing episodes in order, as `DemonstrationPool` does.
+
+    The policy gets one observation at a time: in a batch, others would change the last digits of its answer, and with
+    them the episode, which would depend on the number of workers and on chance.
+    """
+
+    def __init__(
+        self,
+        corrected: Corrected,
+        suite: Suite,
+        settings: DemonstratorSettings,
+        paths: Sequence[Path],
+        missing: list[int],
+        workers: int,
+    ) -> None:
+        self.pending = set(missing)
+        self.attempts = self.successes = 0
+        players = CorrectingPlayers(settings, tuple(paths), corrected.patience)
+        specs = {slot: players.spec(slot) for slot in missing}
+        self._slots = {(spec.task, spec.initial_state): slot for slot, spec in specs.items()}
+        corrected.policy.warm_up(1, settings.instructions)
+        self._results = rollout(
+            OneByOne(corrected.policy),
+            suite,
+            list(specs.values()),
+            workers=workers,
+            settings=RolloutSettings(execute_steps=corrected.execute_steps),
+            player=players,
+        )
+
+    def __enter__(self) -> CorrectionPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._results.close()  # type: ignore[attr-defined]
+
+    def ready(self) -> bool:
+        """Return False: `next` may wait."""
+        return False
+
+    def next(self) -> None:
+        """Wait until one more episode is saved."""
+        result = next(self._results)
+        if result.error is not None:
+            raise RuntimeError(f"no episode of task {result.task} could be recorded: {result.error}")
+        self.attempts += 1
+        self.successes += result.success
+        self.pending.remove(self._slots[result.task, result.initial_state])
+
+
+class OneByOne:
+    """A policy that answers each observation alone, so that none changes the answer to another one."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self._policy.embodiment
+
+    def describe(self) -> dict[str, Any]:
+        """See `Policy.describe`."""
+        return self._policy.describe()
+
+    def reset(self) -> None:
+        """See `Policy.reset`."""
+        self._policy.reset()
+
+    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
+        """See `Policy.warm_up`."""
+        self._policy.warm_up(1, instructions)
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """See `Policy.act`."""
+        chunks = [
+            self._policy.act(
+                Observation(
+                    {name: images[row : row + 1] for name, images in observation.images.items()},
+                    observation.state[row : row + 1],
+                    [observation.instruction[row]],
+                )
+            ).actions
+            for row in range(observation.batch_size)
+        ]
+        return ActionChunk(np.concatenate(chunks))
