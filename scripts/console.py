@@ -13,8 +13,8 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from cogvla.scripts.command import check_overrides, mistakes_in_one_line, register, renamed
 from cogvla.envs.recording.demonstrator import ExpertFailedError
+from cogvla.scripts.command import check_overrides, mistakes_in_one_line, register, renamed
 from cogvla.scripts.help import FLAGS, command_help
 
 STOPPED = "stopped; every finished episode is saved: the same command plays the others"
