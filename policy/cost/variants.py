@@ -8,6 +8,8 @@ without stage 1, 2    ablations, in the engine
 drop, float8          `drop` with large layers in 8 bits, on GPUs
 drop, int8            the same on CPUs
 drop, auto            `drop` in the fastest precision: `engine.dtype=auto` without a bound, as weights are random
+
+`PUBLISHED` is OpenVLA as published, which is no variant: one view, and one action token after the other.
 """
 
 from __future__ import annotations
@@ -22,9 +24,18 @@ from torch import nn
 
 from cogvla.configs.build import build
 from cogvla.configs.load import load
-from cogvla.policy.cost.flops import REPEATED, count_flops
+from cogvla.policy.cost.decoding import TokenDecoder
+from cogvla.policy.cost.flops import REPEATED, TOTAL, count_decoding, count_flops, without_stages
 from cogvla.policy.cost.not_measured import NotMeasuredError
-from cogvla.policy.cost.timing import Measured, Peaks, measure
+from cogvla.policy.cost.timing import (
+    Measured,
+    Peaks,
+    call_times,
+    measure,
+    peak_memory_gib,
+    reset_peak_memory,
+    summarise,
+)
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -80,6 +91,8 @@ VARIANTS = {
     "drop, int8": Variant("cogvla", changes={"mode": "drop"}, precision="int8"),
     "drop, auto": Variant("cogvla", changes={"mode": "drop"}, precision="auto"),
 }
+
+PUBLISHED = "OpenVLA as published"
 
 AS_TRAINED = {
     "plain": Variant(None, engine=False),
@@ -178,6 +191,36 @@ def measure_row(
     cost = next(cost for cost in costs if cost.stage == REPEATED)
     measured = measure(policy, observe(policy.embodiment, batch), calls, name, cost, peaks, INSTRUCTION)
     return measured if deviation is None or batch > 1 else replace(measured, deviation=deviation(policy))
+
+
+def published_policy(config: CogVLAConfig, embodiment: Embodiment, device: str, dtype: str) -> CogVLAPolicy:
+    """Build OpenVLA's backbone with random weights, for `measure_published`; see `flops.without_stages`."""
+    return random_policy(*without_stages(config, embodiment), device, dtype)
+
+
+def measure_published(policy: CogVLAPolicy, dtype: str, batch: int, calls: int, peaks: Peaks) -> Measured:
+    """Time OpenVLA as published at one batch size: a single action, not a chunk.
+
+    Args:
+        policy: policy from `published_policy`.
+        dtype: its precision, of `DTYPES`.
+        batch: samples in one pass.
+        calls: number of timed calls.
+        peaks: peaks of this machine in that precision.
+    """
+    decoder, observation = TokenDecoder(policy.model), observe(policy.embodiment, batch)
+    device = str(policy.preprocessor.device)
+
+    def act() -> torch.Tensor:
+        inputs = policy.preprocessor.observation(observation)
+        return decoder(inputs.pixels, inputs.text_ids).cpu()
+
+    reset_peak_memory(device)
+    act()
+    times = call_times(act, calls)
+    costs = count_decoding(policy.model.config, policy.embodiment, len(INSTRUCTION.split()), batch)
+    cost = next(cost for cost in costs if cost.stage == TOTAL)
+    return summarise(times, PUBLISHED, batch, cost, peaks, dtype, "transformers", peak_memory_gib(device))
 
 
 def observe(embodiment: Embodiment, batch: int, seed: int = 0) -> Observation:

@@ -139,7 +139,7 @@ class BatchBuilder:
             where = data.episode_name(int(data.all_rows[largest]))
             raise ValueError(
                 f"objective.phase_weights has {len(config.phase_weights)} entries, "
-                f"the data has phases 0 to {int(labels['phase'].max())}; give a weight for each ({where} has the largest)"
+                f"the data has phases 0 to {int(labels['phase'].max())}; give a weight for each ({where} has it)"
             )
         self.phase_weights = torch.tensor(config.phase_weights or (1.0,))
         if self.has_positions:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
-import torch
-
-from cogvla.policy.cost.decoding import TokenDecoder
-from cogvla.policy.cost.flops import TOTAL, count_decoding, without_stages
-from cogvla.policy.cost.timing import Measured, call_times, machine_peaks, peak_memory_gib, reset_peak_memory, summarise
-from cogvla.policy.cost.variants import INSTRUCTION, VARIANTS, measure_row, observe, random_policy, run_as
+from cogvla.policy.cost.timing import Measured, machine_peaks
+from cogvla.policy.cost.variants import (
+    PUBLISHED,
+    VARIANTS,
+    measure_published,
+    measure_row,
+    published_policy,
+    random_policy,
+    run_as,
+)
 from cogvla.scripts.measure.gpu.journal import Row
 from cogvla.scripts.measure.gpu.networks import network
 from cogvla.scripts.measure.gpu.runner import Task
@@ -34,7 +37,6 @@ COLUMNS = {
     "times_floor": "times the floor",
     "largest": "largest deviation",
 }
-PUBLISHED = "OpenVLA as published"
 PRESETS = ("cogvla_7b", "small", "tiny")
 PRECISION = "bfloat16"
 CALLS = {1: 200, 8: 50}
@@ -69,22 +71,11 @@ def measure(settings: Settings, name: str, row: str) -> Iterable[Row]:
 
 def published(settings: Settings, name: str) -> Iterable[Row]:
     """Yield the rows of OpenVLA: one view, action tokens one after the other."""
-    config, robot = without_stages(*network(settings, name, "all off")[:2])
-    policy = random_policy(config, robot, settings.device, PRECISION)
-    decoder, peaks = TokenDecoder(policy.model), machine_peaks(settings.device, PRECISION)
+    policy = published_policy(*network(settings, name, "all off")[:2], settings.device, PRECISION)
+    peaks = machine_peaks(settings.device, PRECISION)
     for batch, calls in CALLS.items():
-        observation = observe(robot, batch)
-
-        def act(observation: Any = observation) -> torch.Tensor:
-            inputs = policy.preprocessor.observation(observation)
-            return decoder(inputs.pixels, inputs.text_ids).cpu()
-
-        reset_peak_memory(settings.device)
-        act()
-        times = call_times(act, 3 if settings.rehearse else calls)
-        costs = count_decoding(config, robot, len(INSTRUCTION.split()), batch)
-        cost, memory = next(cost for cost in costs if cost.stage == TOTAL), peak_memory_gib(settings.device)
-        yield as_row(name, summarise(times, PUBLISHED, batch, cost, peaks, PRECISION, "transformers", memory))
+        calls = 3 if settings.rehearse else calls
+        yield as_row(name, measure_published(policy, PRECISION, batch, calls, peaks))
 
 
 def as_row(name: str, measured: Measured) -> Row:

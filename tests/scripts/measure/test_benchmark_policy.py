@@ -46,6 +46,16 @@ def test_rows_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "measured now" in said
 
 
+def test_openvla_as_published_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*FEW, "--preset", "tiny", "--rows", "OpenVLA as published", "drop", "--output", str(tmp_path)])
+    published, drop = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert published["engine"] == "transformers"
+    assert published["calls"] == drop["calls"] == 3
+    said = capsys.readouterr().out
+    assert f"drop, batch 1: {published['p50'] / drop['p50']:.2f} times as fast as OpenVLA as published" in said
+    assert "the paper reports 2.8" in said
+
+
 @pytest.mark.parametrize(
     ("eight_bits", "dtype", "engine"), [("float8", "bfloat16", "eager"), ("int8", "float32", "trace")]
 )
