@@ -32,7 +32,7 @@ from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
 
 STATISTICS = ("joint",)
-OF_THE_MIXTURE = ("mixture", "statistics", "mixed_rates", "paraphrases", "cache")
+OF_THE_MIXTURE = ("mixture", "statistics", "mixed_rates", "paraphrases", "cache", "cache_gb")
 """Keys of `DataConfig` that hold for all data sets of a mixture."""
 BATCH_ORDER = 1_000_000_007
 """Seed of the order within a batch of a mixture, beside (seed, step)."""
@@ -59,6 +59,8 @@ class DataConfig:
         paraphrases: YAML or JSON file of your own wordings, instruction -> list of sentences, which training uses
             (docs/training.md); None: none.
         cache: folder for decoded frames; runs with the same data and image size share it.
+        cache_gb: largest size of that folder in GB (1e9 bytes): before it grows beyond, the frames that were not used
+            for the longest time are deleted (docs/data.md); None: no limit.
         mixture: several data sets: a list of entries, each with keys of this group that differ for it, and `name` and
             `weight` (docs/data.md); None: one data set.
         statistics: what normalises a mixture: `joint`, statistics over the frames of all its sets.
@@ -77,6 +79,7 @@ class DataConfig:
     episodes: tuple[int, ...] | str | float | None = None
     paraphrases: str | None = None
     cache: str = "outputs/cache"
+    cache_gb: float | None = None
     mixture: tuple[Mapping[str, Any], ...] | None = None
     statistics: str = "joint"
     mixed_rates: bool = False
@@ -87,6 +90,8 @@ class DataConfig:
         if self.statistics not in STATISTICS:
             raise ValueError(f"data.statistics is {self.statistics!r}; it must be one of {', '.join(STATISTICS)}")
         check_choice(self.episodes)
+        if self.cache_gb is not None and not self.cache_gb > 0:
+            raise ValueError(f"data.cache_gb must be positive, or null for no limit; got {self.cache_gb}")
         for name in ("state", "action"):
             keys = getattr(self, name)
             keys = (keys,) if isinstance(keys, str) else keys
@@ -117,7 +122,8 @@ class DataConfig:
 
     def _entry(self, where: str, values: Any) -> DataEntry:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OF_THE_MIXTURE}
-        valid, own["cache"] = ("name", "weight", *own), self.cache
+        valid = ("name", "weight", *own)
+        own |= {"cache": self.cache, "cache_gb": self.cache_gb}
         if not isinstance(values, Mapping):
             raise ValueError(
                 f"{where} must be a mapping such as {{root: FOLDER}}, with keys of {', '.join(valid)}; got {values!r}"
@@ -260,7 +266,7 @@ class DemonstrationData:
         if len(set(mapping.cameras)) < len(mapping.cameras):
             notes.append(f"data.cameras gives several cameras the same key: {dict(config.cameras)}")
         data = cls(
-            frames=open_frames(reader, sizes.pop(), Path(config.cache), progress),
+            frames=open_frames(reader, sizes.pop(), Path(config.cache), config.cache_gb, progress),
             state_NS=columns.pop("state"),
             action_NA=actions,
             episode_N=columns.pop("episode"),

@@ -1,10 +1,16 @@
-"""Cache of decoded frames in one memory-mapped file, so that frames are decoded once and not in every epoch.
+"""Cache of decoded frames at the policy's image size, so that frames are decoded once and not in every epoch.
 
-    CACHE/NAME-FINGERPRINT.u8      uint8 [N,V,3,H,W]
+    CACHE/NAME-FINGERPRINT.frames      one data set at one image size (`frame_file`)
+    CACHE/.NAME-FINGERPRINT.partial    a file that is being written
+    CACHE/.lock                        locked by the process that writes or deletes files
 
-Only frames are cached: everything else is read from the data set each time. The file is written under another name and
-renamed when it is complete. A lock makes other processes (DDP) wait for the one that decodes. Frames are decoded by
-threads, because PNG and video decoders release the interpreter's lock.
+Only frames are cached: everything else is read from the data set each time. A file gets its name when it is complete.
+The others wait for the process that writes (DDP, several runs). Frames are decoded by threads, because the decoders of
+PNG and video release the interpreter's lock.
+
+A file is locked (shared) while somebody has it open, and the time of its last use is that of its content. So a limit on
+the folder deletes what was not used for the longest time, and nothing that is in use. Files of versions before this one
+(`.u8`) count, too.
 
 Shape legend: N frames, V views, H, W image; f frames decoded at once.
 """
@@ -13,105 +19,231 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cogvla.policy.data.frames import ArrayFrames, Frames
+from cogvla.policy.data.frame_file import FORMAT, DamagedError, FrameFile, FrameWriter
+from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.reader import FrameGroup, LeRobotReader
 from cogvla.policy.inputs.resize import resize
 
-FORMAT = 2
+GB = 1e9
+FILES = tuple(f"*-{'[0-9a-f]' * 16}.{ending}" for ending in ("frames", "u8"))
+"""Names of finished files, of this version and of earlier ones."""
 MAX_THREADS = 16
+SAMPLED_PARTS = 16
+"""Number of parts, evenly spread, that are decoded first, and from which the size of the file is estimated."""
+MARGIN = 1.05
+"""The estimate is multiplied by this."""
 
 
-def open_frames(reader: LeRobotReader, image_size: tuple[int, int], folder: Path, progress: bool = True) -> Frames:
-    """Open the decoded frames of a data set, memory-mapped; decode them if they are not there.
+class CacheLimitError(ValueError):
+    """The frames do not fit into the limit of the cache."""
+
+
+def open_frames(
+    reader: LeRobotReader,
+    image_size: tuple[int, int],
+    folder: Path,
+    limit_gb: float | None = None,
+    progress: bool = True,
+) -> Frames:
+    """Open the frames of a data set; decode them if they are not in the cache, or damaged.
 
     Args:
         reader: reader of the data set.
         image_size: H and W; frames are resized to it as the policy's preprocessor resizes images.
         folder: folder of all caches.
+        limit_gb: largest size of that folder in GB (1e9 bytes); None: no limit.
         progress: show a progress bar while decoding.
 
     Raises:
-        ValueError: the data set is damaged.
-        OSError: the decoded frames cannot be written.
+        ValueError: the data set is damaged, or its frames do not fit into the limit.
+        OSError: the frames cannot be written or read.
     """
     shape = (len(reader), len(reader.mapping.cameras), 3, *image_size)
-    path = folder / f"{reader.root.resolve().name}-{reader.fingerprint(f'{FORMAT} {image_size}')}.u8"
-    size = int(np.prod(shape))
-    if not _is_complete(path, size):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
-                if not _is_complete(path, size):
-                    _build(reader, shape, path, progress)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot write decoded frames to {folder}: {error.strerror or error}. "
-                "Free space, or set data.cache to another folder",
-            ) from error
-    return ArrayFrames(np.memmap(path, np.uint8, "r", shape=shape))
+    path = folder / f"{reader.root.resolve().name}-{reader.fingerprint(f'{FORMAT} {image_size}')}.frames"
+    name = reader.root.name
+    try:
+        found = _open(path, shape)
+        if found is not None and limit_gb is None:
+            return found
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            found = found or _open(path, shape)
+            if found is not None:
+                if limit_gb is not None:
+                    _make_room(folder, limit_gb, path.stat().st_size, name, path)
+                return found
+            _remove_leftovers(folder)
+            _build(reader, shape, path, lambda size: _check_room(folder, limit_gb, size, name, path), progress)
+            return FrameFile(path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot keep decoded frames in {folder}: {error.strerror or error}. "
+            "Free space, or set data.cache to another folder",
+        ) from error
 
 
-def _is_complete(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def _open(path: Path, shape: tuple[int, ...]) -> FrameFile | None:
+    """Open a file that is there, complete and not damaged, and note that it is used now."""
+    try:
+        frames = FrameFile(path)
+        if not frames.is_at_its_path():  # deleted while it was being opened
+            return None
+        if frames.shape != shape:
+            raise DamagedError(f"{path} has frames of another shape")
+    except FileNotFoundError:
+        return None
+    except DamagedError as error:
+        print(f"note: {error}; its frames are decoded again", flush=True)
+        return None
+    with suppress(OSError):  # a folder that cannot be written to
+        os.utime(path)
+    return frames
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that writes frames to {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    path.unlink(missing_ok=True)
 
 
-def _build(reader: LeRobotReader, shape: tuple[int, ...], path: Path, progress: bool) -> None:
-    parts = list(reader.parts())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left; only to be called with the lock."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+    for path in folder.glob(".*.u8.*"):  # of earlier versions, which had no lock for the folder
+        number = path.suffix.removeprefix(".")
+        if number.isdecimal() and not Path("/proc", number).exists():
+            path.unlink(missing_ok=True)
+
+
+def _check_room(folder: Path, limit_gb: float | None, size: int, name: str, path: Path) -> None:
+    """Make room for a file that is being written, and of which `size` bytes are still to come."""
+    if limit_gb is not None:
+        _make_room(folder, limit_gb, size, name, path)
+    partial = _partial(path)
+    missing = size - partial.stat().st_size
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise OSError(28, f"{name} needs about {size / GB:.3g} GB, {free / GB:.3g} GB are free")
+
+
+def _make_room(folder: Path, limit_gb: float, size: int, name: str, path: Path) -> None:
+    """Delete files that are not in use, the longest unused first, until one of `size` bytes fits into the limit.
+
+    Raises:
+        CacheLimitError: it does not fit.
+    """
+    limit = int(limit_gb * GB)
+    less = "choose smaller images or fewer episodes (data.episodes), or a larger data.cache_gb"
+    if size > limit:
+        raise CacheLimitError(f"the frames of {name} take {size / GB:.3g} GB, data.cache_gb is {limit_gb:g}; {less}")
+    others = [other for pattern in FILES for other in folder.glob(pattern) if other != path]
+    sizes = {other: other.stat().st_size for other in others}
+    for other in sorted(others, key=lambda other: other.stat().st_mtime_ns):
+        if sum(sizes.values()) + size <= limit:
+            return
+        if _deleted(other):
+            print(f"note: data.cache_gb is {limit_gb:g}: deleted {other} ({sizes.pop(other) / GB:.3g} GB)", flush=True)
+    used = sum(sizes.values())
+    if used + size > limit:
+        raise CacheLimitError(
+            f"the frames of {name} take {size / GB:.3g} GB, and {used / GB:.3g} GB in {folder} are in use by other "
+            f"processes or data sets; data.cache_gb is {limit_gb:g}; wait for them, or {less}"
+        )
+
+
+def _deleted(path: Path) -> bool:
+    """Delete a file unless somebody has it open; return whether it was deleted."""
     try:
-        with temporary.open("wb") as file:
-            # Reserve the space now: writing to a memory map on a full disk would kill the process without a message.
-            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
-        frames_NVCHW = np.memmap(temporary, np.uint8, "r+", shape=shape)
-        _decode(reader, parts, frames_NVCHW, progress)
-        frames_NVCHW.flush()
-        os.replace(temporary, path)
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.partial")
+
+
+def _build(
+    reader: LeRobotReader, shape: tuple[int, ...], path: Path, check: Callable[[int], None], progress: bool
+) -> None:
+    partial = _partial(path)
+    try:
+        writer = FrameWriter(partial, shape)
+        try:
+            _decode(reader, writer, check, progress)
+            writer.finish()
+        finally:
+            writer.close()
+        os.replace(partial, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def _decode(reader: LeRobotReader, parts: list[FrameGroup], frames_NVCHW: np.ndarray, progress: bool) -> None:
-    """Decode all parts; every frame of every view must be in one of them."""
-    filled_NV = np.zeros(frames_NVCHW.shape[:2], bool)
+def _decode(reader: LeRobotReader, writer: FrameWriter, check: Callable[[int], None], progress: bool) -> None:
+    """Decode all parts; every frame of every view must be in one of them.
+
+    Args:
+        reader: reader of the data set.
+        writer: what gets the pictures.
+        check: function that makes room for a file of this size in bytes, or raises an error.
+        progress: show a progress bar.
+    """
+    height, width = writer.shape[-2:]
+    parts = list(reader.parts())
+    episode_N = reader.episode_numbers
 
     def work(part: FrameGroup) -> int:
+        key: tuple[int, np.ndarray] | None = None
+        episode = None
         for rows, frames_fCHW in reader.decode(part):
-            resized = resize(torch.from_numpy(np.ascontiguousarray(frames_fCHW)), frames_NVCHW.shape[-2:])
-            frames_NVCHW[rows, part.view] = resized.numpy()
-            filled_NV[rows, part.view] = True
+            resized = resize(torch.from_numpy(np.ascontiguousarray(frames_fCHW)), (height, width)).numpy()
+            for row, pixels_CHW in zip(rows.tolist(), resized, strict=True):
+                if episode_N[row] != episode:  # the first picture of an episode is the key of its others
+                    key, episode = None, episode_N[row]
+                writer.add(row, part.view, pixels_CHW, key)
+                key = key or (row, pixels_CHW)
         return len(part.rows)
 
+    first = sorted(set(np.linspace(0, len(parts) - 1, SAMPLED_PARTS).astype(int).tolist()))
+    parts = [parts[number] for number in first] + [part for n, part in enumerate(parts) if n not in set(first)]
     threads = min(MAX_THREADS, os.cpu_count() or 1)
     total = sum(len(part.rows) for part in parts)
+    granted = 0
     with (
         tqdm(total=total, desc="decoding frames, once", unit="frame", disable=not progress) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         futures = [pool.submit(work, part) for part in parts]
         try:
-            for future in futures:  # in order, so that the first of several damaged files is reported
+            for number, future in enumerate(futures, 1):
                 bar.update(future.result())
+                if number >= len(first) and (expected := writer.expected()) > granted:
+                    granted = int(expected * MARGIN) if number < len(futures) else expected
+                    check(granted)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    filled_NV = writer.filled()
     if not filled_NV.all():
         row, view = np.argwhere(~filled_NV)[0]
         raise ValueError(

@@ -106,6 +106,11 @@ class LeRobotReader:
     def __len__(self) -> int:
         return len(self._index.order)
 
+    @property
+    def episode_numbers(self) -> np.ndarray:
+        """Number of each frame's episode, int64 [N]."""
+        return self._index.episode[self._index.order]
+
     def fingerprint(self, extra: str) -> str:
         """Return a fingerprint of all files with frames, of the order of the frames, of the cameras and of `extra`."""
         kinds = [asdict(self.metadata.features[key]) for key in self.mapping.cameras]
@@ -234,8 +239,7 @@ class LeRobotReader:
         """Compare the tasks that the list of episodes repeats with those of the frames, which decide."""
         if self.mapping.instruction != "task":
             return []
-        episode_N = self._index.episode[self._index.order]
-        pairs = np.unique(np.stack([episode_N, self._task_numbers]), axis=1).T.tolist()
+        pairs = np.unique(np.stack([self.episode_numbers, self._task_numbers]), axis=1).T.tolist()
         said: dict[int, set[str]] = defaultdict(set)
         for number, task in pairs:
             said[number].add(self.metadata.tasks[task])

@@ -58,7 +58,7 @@ def test_only_frames_are_kept(tmp_path: Path, spoil: str) -> None:
         os.utime(data_file(root), ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert what_is_read(open_data(root))[0].colour == what_is_recorded()[1].colour
     else:
-        (frames,) = (tmp_path / "cache").glob("*.u8")
+        (frames,) = (tmp_path / "cache").glob("*.frames")
         frames.write_bytes(frames.read_bytes()[:1000])
         assert_read(open_data(root), what_is_recorded())
 

@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.frame_file import FrameFile, FrameWriter
 from cogvla.policy.data.frames import ArrayFrames
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.interrupt import Interruption
@@ -48,6 +50,17 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("uninterrupted")
     small_trainer(output).run()
     return output
+
+
+def test_compressed_frames_train_as_arrays_do(uninterrupted: Path, tmp_path: Path) -> None:
+    pixels = pixels_of(small_data()).numpy()
+    writer = FrameWriter(tmp_path / "frames", pixels.shape)
+    for row, view in np.ndindex(pixels.shape[:2]):
+        writer.add(row, view, pixels[row, view], (0, pixels[0, view]) if row else None)
+    writer.finish()
+    small_trainer(tmp_path / "run", data=changed_data(frames=FrameFile(tmp_path / "frames"))).run()
+    for name in ("metrics.jsonl", "policy/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
