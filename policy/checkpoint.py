@@ -33,6 +33,7 @@ from cogvla.files import read_object
 from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
+from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import open_encoder
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, Tokenizer, tokenizer_from_dict
@@ -50,6 +51,8 @@ ANOTHER = "use another checkpoint"
 TRAINING = "training.pt"
 FLOAT8 = "float8.json"
 ENCODER = "encoder"
+EVERY = "*"
+"""Name of the statistics for `load_policy`: keep those of all data sets, and choose later."""
 
 
 @contextmanager
@@ -102,7 +105,7 @@ def save_checkpoint(
         weights: the model's state dict for inference (EMA).
         config: configuration of the model.
         preprocessor: preprocessing of observations, with tokenizer and embodiment.
-        statistics: statistics of state and action.
+        statistics: statistics of state and action, or those of each data set by its name.
         description: provenance for reports (step, data set, seed, versions).
         training: state to resume from (tensors, numbers and containers of them); None: for inference only.
 
@@ -119,7 +122,7 @@ def save_checkpoint(
             "description": description,
         }
         (draft / CONFIG).write_text(json.dumps(body, indent=2) + "\n")
-        (draft / STATISTICS).write_text(json.dumps({k: v.to_dict() for k, v in statistics.items()}, indent=2) + "\n")
+        (draft / STATISTICS).write_text(json.dumps(_plain(statistics), indent=2) + "\n")
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
         with _write_errors():
             save_file(tensors, draft / WEIGHTS)
@@ -129,6 +132,10 @@ def save_checkpoint(
         if training is not None:
             with _write_errors():
                 torch.save(training, draft / TRAINING)
+
+
+def _plain(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.to_dict() if isinstance(v, Statistics) else _plain(v) for k, v in statistics.items()}
 
 
 @contextmanager
@@ -221,7 +228,9 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | None = None) -> CogVLAPolicy:
+def load_policy(
+    folder: Path | str, device: str = "cpu", router: RouterConfig | None = None, statistics: str | None = None
+) -> CogVLAPolicy:
     """Load the policy in a checkpoint folder, in the precision in which it was saved.
 
     Args:
@@ -229,20 +238,23 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
         device: torch device.
         router: token router to use instead of the one that the policy was trained with (if any); None: do not change
             it.
+        statistics: name of the data set whose statistics are used, for a policy that has those of several; EVERY: the
+            caller chooses later.
 
     Raises:
         ValueError: the folder is missing, incomplete or damaged, its weights do not fit its configuration, or the
-            router does not fit the policy; or its text encoder is missing, or another one than in training.
+            router does not fit the policy; or its text encoder is missing, or another one than in training; or it has
+            statistics of several data sets, and none or an unknown one is chosen.
     """
     folder = Path(folder)
     body = read_config(folder)
-    statistics = read_object(folder / STATISTICS, ANOTHER)
+    saved = read_object(folder / STATISTICS, ANOTHER)
     try:
         embodiment = build(Embodiment, body["embodiment"], "embodiment")
         config, description = saved_config(body, folder), dict(body["description"])
         tokenizer = _saved_tokenizer(body["tokenizer"], config.language.encoder, folder)
         # Checkpoints that are older than augmentation have no "pictures" entry: their images are not cropped.
-        preprocessor = Preprocessor(embodiment, tokenizer, statistics, **body.get("pictures", {}))
+        preprocessor = Preprocessor(embodiment, tokenizer, saved, **body.get("pictures", {}))
     except EncoderError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -250,6 +262,13 @@ def load_policy(folder: Path | str, device: str = "cpu", router: RouterConfig | 
         raise ValueError(
             f"{CONFIG} or {STATISTICS} in {folder} is damaged ({problem}); use another checkpoint"
         ) from error
+    if statistics is None and preprocessor.sets:
+        raise ValueError(
+            f"{folder} has statistics of several data sets; choose those of the robot with statistics=NAME: "
+            + ", ".join(preprocessor.sets)
+        )
+    if statistics is not None and statistics != EVERY:
+        preprocessor = preprocessor.choosing(statistics)
     if router is not None:
         config = replace(config, routing=replace(config.routing, router=router))
         description["router"] = {"plugged_in": True, **asdict(router)}
@@ -318,6 +337,7 @@ def open_policy(
     engine: EngineConfig | None = None,
     router: RouterConfig | None = None,
     beside: int = 0,
+    statistics: str | None = None,
 ) -> tuple[CogVLAPolicy, dict[str, str]]:
     """Open a policy as commands do for `checkpoint=FOLDER`: load it, build its engine and set torch's threads.
 
@@ -328,6 +348,7 @@ def open_policy(
         engine: engine to run it; None: the default.
         router: see `load_policy`.
         beside: processes that run at the same time, see `use_threads`.
+        statistics: see `load_policy`.
 
     Returns:
         The policy, and `{"weights_sha256": ...}`, which identifies its weights.
@@ -336,7 +357,7 @@ def open_policy(
         ValueError: see `load_policy`; or its 8-bit calibration was measured on other weights.
     """
     use_threads(threads, beside)
-    policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router)
+    policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router, statistics)
     identity = {"weights_sha256": weights_hash(Path(folder))}
     engine = engine or EngineConfig()
     measured = None if engine.dtype != "float8" or policy.calibration is None else policy.calibration.about

@@ -52,6 +52,11 @@ class CogVLAPolicy:
         self._description = description or {}
         self._text: tuple[tuple[str, ...], TextFeatures | EncodedText] | None = None
 
+    def with_statistics(self, name: str | None) -> CogVLAPolicy:
+        """Return the same policy with the statistics of another of its data sets, see `Preprocessor.choosing`."""
+        chosen = self.preprocessor.choosing(name)
+        return CogVLAPolicy(self.model, chosen, self._description, self.engine, self.calibration, self.choice)
+
     def with_engine(self, config: EngineConfig, release: bool = False) -> CogVLAPolicy:
         """Return the same policy with an engine; with `auto`, a model that cannot be fused runs without one.
 
@@ -103,6 +108,7 @@ class CogVLAPolicy:
             "dtype": precision,
             "engine": "plain" if self.engine is None else self.engine.kind,
             **({"text_encoder": encoder.source} if isinstance(encoder, TextEncoder) else {}),
+            **({} if self.preprocessor.chosen is None else {"statistics": self.preprocessor.chosen}),
             **({} if measured is None else {"float8": dict(measured.about)}),
             **self._description,
         }

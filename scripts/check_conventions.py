@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cogvla.configs.build import build
 from cogvla.envs.suite import Suite, get_suite
-from cogvla.files import write_atomic
+from cogvla.files import read_object, write_atomic
 from cogvla.libero.conventions import declared, image_agreement, state_agreement
 from cogvla.libero.conventions.declared import Finding
 from cogvla.libero.conventions.recorded_episodes import RecordedEpisode, Recordings, open_recordings
@@ -194,7 +194,12 @@ def _statistics(path: Path) -> dict[str, Any]:
     file = path / "statistics.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"statistics: there is no {file}")
-    return json.loads(file.read_text())
+    found = read_object(file, "give another one")
+    if "action" not in found and any(isinstance(values, dict) and "action" in values for values in found.values()):
+        raise ValueError(
+            f"{file} has statistics of several data sets ({', '.join(found)}): give a JSON file with those of one"
+        )
+    return found
 
 
 def table(dataset: str, suite: str | None, findings: Sequence[Finding]) -> str:

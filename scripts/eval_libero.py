@@ -72,6 +72,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         workers=config.workers if config.ray is None else 0,
         engine=plain(config.engine),
         router=plain(config.router),
+        statistics=config.statistics,
     )
     plugged_in = "" if config.router.name is None else f"_{config.router.name}_{config.router.budget}"
     output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}{plugged_in}")

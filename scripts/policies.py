@@ -24,6 +24,7 @@ def open_any_policy(
     workers: int = 0,
     engine: Mapping[str, Any] | None = None,
     router: Mapping[str, Any] | None = None,
+    statistics: str | None = None,
 ) -> tuple[Policy, dict[str, str]]:
     """Open the policy that `source` names.
 
@@ -37,6 +38,7 @@ def open_any_policy(
         workers: processes that run at the same time, see `beside` of `open_policy`.
         engine: engine of a checkpoint, as in `configs/engine`; None: the default.
         router: token router of a checkpoint, fields of `RouterConfig`; None, or without a name: as trained.
+        statistics: name of the data set whose statistics a checkpoint uses, see `load_policy`.
 
     Returns:
         The policy, and for a checkpoint its `weights_sha256`; otherwise an empty mapping.
@@ -48,6 +50,8 @@ def open_any_policy(
     plugged_in = None if router is None else router["name"]
     if plugged_in is not None and (source == RANDOM or source.startswith(REMOTE)):
         raise ValueError(f"router.name={plugged_in} needs the folder of a checkpoint, not {source}")
+    if statistics is not None and (source == RANDOM or source.startswith(REMOTE)):
+        raise ValueError(f"statistics={statistics} needs the folder of a checkpoint, not {source}")
     if source == RANDOM:
         from cogvla.policy.baselines import RandomPolicy
 
@@ -64,7 +68,7 @@ def open_any_policy(
 
     how = EngineConfig() if engine is None else build(EngineConfig, engine, "engine")
     config = None if plugged_in is None else build(RouterConfig, router, "router")
-    policy, identity = open_policy(source, device, threads, how, config, workers)
+    policy, identity = open_policy(source, device, threads, how, config, workers, statistics)
     if policy.choice is not None:
         print(policy.choice)
     return policy, identity

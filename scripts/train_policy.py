@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,10 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         if entry not in entries:  # one data set of several suites
             entries.append(entry)
 
+    own = (
+        [_own_entry(*pair, entries) for pair in zip(played, data_configs, strict=False)] if values["evaluation"] else []
+    )
+
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     seconds: dict[str, float] = {}
     with _timed(seconds, "demonstrations"), processes.main_process_first():
@@ -105,8 +109,9 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         trainer = build_trainer(
             training_config, model_config, objective_config, embodiment, data, output, log.write, values["base"]
         )
+        names_of = {s.name: data.parts[i].name if data.each else None for s, i in zip(played, own, strict=False)}
         if played and training_config.rollout_every and values["evaluation"] is not None:
-            trainer.evaluate = _rollouts(played, values["evaluation"], output, log)
+            trainer.evaluate = _rollouts(played, values["evaluation"], output, log, names_of)
         trainer.run()
     reports: dict[str, Report] = {}
     result: dict[str, Any] = {"command": command, "seconds": seconds, **provenance()}
@@ -118,12 +123,13 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     if played and values["evaluation"] is not None:
         use_threads(values["threads"], values["evaluation"]["workers"])
         resume = trainer.first_step == trainer.step  # after training, earlier results are from another policy
-        policy = load_policy(output / "policy").with_engine(engine_config)
+        policy = load_policy(output / "policy", statistics=names_of[played[0].name]).with_engine(engine_config)
         with _timed(seconds, "evaluation"):
             if not resume and len(played) > 1:  # of all suites, before the first one is played
                 shutil.rmtree(output / EVALUATION, ignore_errors=True)
             for folder, suite in _folders(played).items():
-                reports[folder] = _evaluate(policy, suite, values["evaluation"], output / folder, command, resume)
+                own_policy = policy.with_statistics(names_of[suite.name])
+                reports[folder] = _evaluate(own_policy, suite, values["evaluation"], output / folder, command, resume)
                 print(summary(reports[folder]))
         result["success"], rates = _success(reports.values())
         if len(played) > 1:
@@ -172,6 +178,25 @@ def _recordings(played: Sequence[Suite], configs: Sequence[DataConfig]) -> dict[
                 "as in 'data.root=outputs/demonstrations/${suite}', or give demonstrations=null if it holds both"
             )
     return found
+
+
+def _own_entry(suite: Suite, config: DataConfig, entries: Sequence[DataEntry]) -> int:
+    """Return the index of the data set of a suite: with `data.statistics=each`, its statistics are used there.
+
+    Raises:
+        ValueError: it could be several ones.
+    """
+    own = config.entries()
+    if config.statistics == "each" and len(own) > 1:
+        place = config.root, config.repo_id
+        own = tuple(entry for entry in own if (entry.config.root, entry.config.repo_id) == place)
+        if len(own) != 1:
+            raise ValueError(
+                f"data.statistics=each: no entry of data.mixture is data.root={config.root}, so it is not known which "
+                f"statistics are those of {suite.name}: give that data.root, or evaluation=null, and evaluate with "
+                "eval_libero statistics=NAME"
+            )
+    return entries.index(own[0])
 
 
 def build_trainer(
@@ -250,7 +275,7 @@ def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | No
 
 
 def _rollouts(
-    played: Sequence[Suite], settings: dict[str, Any], output: Path, log: RunLog
+    played: Sequence[Suite], settings: dict[str, Any], output: Path, log: RunLog, statistics: Mapping[str, str | None]
 ) -> Callable[[CogVLAPolicy, int], dict[str, float]]:
     def play(policy: CogVLAPolicy, step: int) -> dict[str, float]:
         folder = output / "rollouts" / f"step_{step:07d}"
@@ -258,7 +283,8 @@ def _rollouts(
         reports = []
         for part, suite in _folders(played).items():
             try:
-                reports.append(_evaluate(policy, suite, few, folder / part, command=""))
+                own_policy = policy.with_statistics(statistics[suite.name])
+                reports.append(_evaluate(own_policy, suite, few, folder / part, command=""))
             except EveryEpisodeFailsError as error:  # training does not depend on it
                 print(f"WARNING: no success rate of {suite.name} at step {step}: {error}")
                 continue

@@ -31,7 +31,7 @@ from cogvla.policy.data.mixture.parts import DataPart
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
 
-STATISTICS = ("joint",)
+STATISTICS = ("joint", "each")
 OF_THE_MIXTURE = ("mixture", "statistics", "mixed_rates", "paraphrases", "cache", "cache_gb")
 """Keys of `DataConfig` that hold for all data sets of a mixture."""
 BATCH_ORDER = 1_000_000_007
@@ -63,7 +63,8 @@ class DataConfig:
             for the longest time are deleted (docs/data.md); None: no limit.
         mixture: several data sets: a list of entries, each with keys of this group that differ for it, and `name` and
             `weight` (docs/data.md); None: one data set.
-        statistics: what normalises a mixture: `joint`, statistics over the frames of all its sets.
+        statistics: what normalises a mixture: `joint`, statistics over the frames of all its sets; `each`, those of
+            the own data set, which must then be named when the policy runs.
         mixed_rates: True to mix data sets with different frame rates as they are.
     """
 
@@ -191,6 +192,7 @@ class DemonstrationData:
         notes: lines for the user about what is unusual in the data set.
         paraphrases: the user's own wordings of instructions.
         parts: the data sets of a mixture, in the order of their frames; (): one data set.
+        each: True if each data set of a mixture is normalised by its own statistics.
         lacking: labels that not all data sets of a mixture have -> why they are left out.
     """
 
@@ -208,6 +210,7 @@ class DemonstrationData:
     paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     parts: tuple[DataPart, ...] = ()
     lacking: Mapping[str, str] = field(default_factory=dict)
+    each: bool = False
 
     def __post_init__(self) -> None:
         lengths = {len(x) for x in (self.frames, self.state_NS, self.action_NA, self.episode_N)}
@@ -321,11 +324,21 @@ class DemonstrationData:
         """Return the provenance for reports and checkpoints."""
         return dict(self.provenance)
 
-    def statistics(self) -> dict[str, Statistics]:
-        """Return statistics of states and actions over this part's frames."""
+    def statistics(self) -> dict[str, Any]:
+        """Return statistics of states and actions over this part's frames; with `each`, by the name of the data set.
+
+        Raises:
+            ValueError: a data set has no frames here.
+        """
+        rows = self.all_rows
+        if not self.each:
+            return self._statistics(rows)
+        return {p.name: self._statistics(rows[(rows >= p.start) & (rows < p.end)]) for p in self.parts}
+
+    def _statistics(self, rows: Tensor) -> dict[str, Statistics]:
         return {
-            "state": Statistics.of(self._part(self.state_NS).numpy()),
-            "action": Statistics.of(self._part(self.action_NA).numpy()),
+            "state": Statistics.of(self.state_NS[rows].numpy()),
+            "action": Statistics.of(self.action_NA[rows].numpy()),
         }
 
     def split(self, validation_fraction: float, seed: int) -> tuple[DemonstrationData, DemonstrationData]:
@@ -469,7 +482,7 @@ class TrainingBatches:
         Returns:
             `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the episode's last action is
             repeated), `action_is_pad` bool [B,K] (True after the end of the episode), `instruction_id` int64 [B], and
-            `labels`, name -> [B,...].
+            `labels`, name -> [B,...]; with statistics of each data set, `set` int64 [B], its index.
         """
         return {"pixels": torch.from_numpy(self.data.frames.take(rows_B.numpy())), **self.columns(rows_B)}
 
@@ -484,6 +497,7 @@ class TrainingBatches:
             "action_is_pad": index_BK >= end_B1,
             "instruction_id": data.instruction_N[rows_B],
             "labels": {name: values[rows_B] for name, values in data.frame_labels.items()},
+            **({"set": data.part_of(rows_B)} if data.each else {}),
         }
 
     def __iter__(self) -> TrainingBatches:

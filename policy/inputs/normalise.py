@@ -8,9 +8,9 @@ Shape legend: D state or action dimension; inputs are [...,D].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -159,6 +159,14 @@ class Normaliser(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.shape[-1] != self.shift_D.shape[0]:
             raise ValueError(f"expected {self.shift_D.shape[0]} dimensions, got {x.shape[-1]}")
+
+
+def of_each(statistics: Mapping[str, Any]) -> dict[str | None, Any]:
+    """Return the statistics of each data set by its name; of one set of statistics, by None."""
+    whole = set(statistics) == {"state", "action"} and all(
+        isinstance(values, Statistics) or "q01" in values for values in statistics.values()
+    )
+    return {None: statistics} if whole or not statistics else cast(dict[str | None, Any], dict(statistics))
 
 
 def normalisers(embodiment: Embodiment, statistics: dict[str, Any]) -> tuple[Normaliser, Normaliser]:

@@ -5,8 +5,9 @@ Shape legend: B batch, V views, H, W image, S state, K chunk, A action, T text.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cogvla.policy.inputs.augmentation import centre, change, check_crop_area
-from cogvla.policy.inputs.normalise import normalisers
+from cogvla.policy.inputs.normalise import Normaliser, normalisers, of_each
 from cogvla.policy.inputs.resize import check_kernel, resize
 from cogvla.policy.inputs.tokenizer import Tokenizer
 from cogvla.policy.interface import Embodiment, Observation
@@ -29,11 +30,16 @@ class Preprocessor(nn.Module):
     Args:
         embodiment: cameras, sizes and normalisation kinds.
         tokenizer: tokenizer of the instructions, or a text encoder.
-        statistics: `{"state": Statistics, "action": Statistics}` of the training data.
+        statistics: `{"state": Statistics, "action": Statistics}` of the training data; or such a mapping for each of
+            several data sets, by their names.
         crop_area: area of the centre crop as a share of each view, for a policy that was trained with random crops of
             that area; 1: no crop. Saved with the weights.
         resize_kernel: kernel that resizes views to the policy's image size, see `policy.inputs.resize`. Saved with the
             weights.
+
+    Attributes:
+        sets: names of the data sets with statistics of their own; (): one set of statistics.
+        chosen: the data set whose statistics observations get; None: not chosen, or one set of statistics.
 
     Raises:
         ValueError: the cameras have different sizes, or a value does not fit.
@@ -58,12 +64,59 @@ class Preprocessor(nn.Module):
         self.embodiment, self.tokenizer = embodiment, tokenizer
         self.crop_area, self.resize_kernel = crop_area, resize_kernel
         self.image_size = sizes.pop()
-        self.state_normaliser, self.action_normaliser = normalisers(embodiment, statistics)
+        by_name = of_each(statistics)
+        self.sets = tuple(name for name in by_name if name is not None)
+        self.chosen: str | None = None
+        pairs = [normalisers(embodiment, values) for values in by_name.values()]
+        self._states, self._actions = (nn.ModuleList(each) for each in zip(*pairs, strict=True))
         self._text: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def device(self) -> torch.device:
-        return self.state_normaliser.shift_D.device
+        return self.normalisers()[0].shift_D.device
+
+    def normalisers(self) -> list[Normaliser]:
+        """Return all normalisers, of states and then of actions."""
+        return [cast(Normaliser, each) for each in (*self._states, *self._actions)]
+
+    @property
+    def state_normaliser(self) -> Normaliser:
+        """The normaliser of observed states; ValueError if it must be chosen first."""
+        return cast(Normaliser, self._states[self._index()])
+
+    @property
+    def action_normaliser(self) -> Normaliser:
+        """The normaliser of the policy's actions; ValueError if it must be chosen first."""
+        return cast(Normaliser, self._actions[self._index()])
+
+    def choosing(self, name: str | None) -> Preprocessor:
+        """Return the same preprocessor with the statistics of one data set for observations; None: not chosen.
+
+        Raises:
+            ValueError: there are no statistics of that name.
+        """
+        if name is not None and name not in self.sets:
+            known = f"one of {', '.join(self.sets)}" if self.sets else "leave it out: there is one set of statistics"
+            raise ValueError(f"the policy has no statistics named {name!r}; {known}")
+        other = copy.copy(self)
+        other.chosen, other._text = name, {}
+        return other
+
+    def normalised_state(self, state_BS: Tensor, set_B: Tensor | None = None) -> Tensor:
+        """Normalise states [B,S], each by the statistics of its data set; `set_B` None: by the chosen ones."""
+        return self.state_normaliser(state_BS) if set_B is None else _by_set(self._states, state_BS, set_B)
+
+    def normalised_actions(self, actions_BKA: Tensor, set_B: Tensor | None = None) -> Tensor:
+        """Normalise actions [B,K,A] like `normalised_state`."""
+        return self.action_normaliser(actions_BKA) if set_B is None else _by_set(self._actions, actions_BKA, set_B)
+
+    def _index(self) -> int:
+        if self.sets and self.chosen is None:
+            raise ValueError(
+                "the policy has statistics of several data sets; choose those of the robot with statistics=NAME: "
+                + ", ".join(self.sets)
+            )
+        return 0 if self.chosen is None else self.sets.index(self.chosen)
 
     def text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids [B,T] (with a text encoder: its states [B,T,E]) and mask [B,T] of B instructions.
@@ -108,6 +161,15 @@ class Preprocessor(nn.Module):
     def actions(self, normalised_BKA: Tensor) -> Tensor:
         """Convert normalised actions [B,K,A] to physical units."""
         return self.action_normaliser.inverse(normalised_BKA)
+
+
+def _by_set(normalisers: nn.ModuleList, values_BX: Tensor, set_B: Tensor) -> Tensor:
+    """Normalise values [B,...], each with the normaliser of its data set."""
+    found_BX = torch.empty_like(values_BX)
+    for number in set_B.unique().tolist():
+        chosen = (set_B == number).to(values_BX.device)
+        found_BX[chosen] = normalisers[number](values_BX[chosen])
+    return found_BX
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -100,6 +100,12 @@ class BatchBuilder:
         instructions: InstructionAugmentation | None = None,
     ) -> None:
         self.preprocessor, self.config = preprocessor, config
+        names = tuple(part.name for part in data.parts)
+        if data.each and preprocessor.sets != names:
+            raise ValueError(
+                f"data.statistics=each: the policy has statistics of {', '.join(preprocessor.sets) or 'one data set'}, "
+                f"the data sets are {', '.join(names)}; give data.statistics=joint"
+            )
         self.augmentation = augmentation or AugmentationConfig(crop_area=preprocessor.crop_area)
         if self.augmentation.crop_area != preprocessor.crop_area:
             raise ValueError(
@@ -136,10 +142,10 @@ class BatchBuilder:
         self.has_projections = self.has_positions and all(name in labels for name in self.projections)
         if config.phase_weights and int(labels["phase"].max()) >= len(config.phase_weights):
             largest = int(labels["phase"].flatten().argmax())
-            where = data.episode_name(int(data.all_rows[largest]))
+            episode = data.episode_name(int(data.all_rows[largest]))
             raise ValueError(
                 f"objective.phase_weights has {len(config.phase_weights)} entries, "
-                f"the data has phases 0 to {int(labels['phase'].max())}; give a weight for each ({where} has it)"
+                f"the data has phases 0 to {int(labels['phase'].max())}; give a weight for each ({episode} has it)"
             )
         self.phase_weights = torch.tensor(config.phase_weights or (1.0,))
         if self.has_positions:
@@ -230,10 +236,11 @@ class BatchBuilder:
             change(pixels_BVCHW, self.preprocessor.crop_area, choices.changes),
             text[0].to(device, non_blocking=True),
             text[1].to(device, non_blocking=True),
-            self.preprocessor.state_normaliser(samples["state"].to(device, non_blocking=True)),
+            self.preprocessor.normalised_state(samples["state"].to(device, non_blocking=True), samples.get("set")),
         )
         keep_B1 = choices.keep_state_B[:, None].to(inputs.state)
-        actions_BKA = self.preprocessor.action_normaliser(samples["actions"].to(device, non_blocking=True))
+        actions_BKA = samples["actions"].to(device, non_blocking=True)
+        actions_BKA = self.preprocessor.normalised_actions(actions_BKA, samples.get("set"))
         positions_BG = None
         if choices.points_BG is not None:
             positions_BG = (choices.points_BG - self.position_mean) / self.position_std

@@ -6,6 +6,7 @@ Shape legend: N frames, D state or action dimension, 2 minimum and maximum.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -57,6 +58,10 @@ def rare_dimensions(data: DemonstrationData, embodiment: Embodiment) -> list[str
 
     The lines are about dimensions that the embodiment normalises by q99; see `Statistics.of`.
     """
+    if data.each:
+        rows = data.all_rows
+        parts = {p.name: replace(data, rows=rows[(rows >= p.start) & (rows < p.end)], each=False) for p in data.parts}
+        return [f"{name}: {line}" for name, part in parts.items() for line in rare_dimensions(part, embodiment)]
     everything = (True,) * embodiment.state_dim
     lines = []
     for name, values_ND, kind, mask in (

@@ -31,6 +31,8 @@ def identity(
         "objective": asdict(objective),
         "vocabulary": ids,
     }
+    if data.each:
+        found["data.statistics"] = "each"
     if isinstance(preprocessor.tokenizer, TextEncoder):
         found["text encoder"] = preprocessor.tokenizer.fingerprint
     if wordings.config.share:

@@ -52,6 +52,7 @@ def run(config: DictConfig) -> None:
         device=config.device,
         threads=config.threads,
         engine=values["engine"],
+        statistics=config.statistics,
     )
     gpu_bytes = _gpu_bytes(policy.describe().get("device", ""))
     server = PolicyServer(policy, settings, batching, keys, identity, ServerMetrics(gpu_bytes))

@@ -94,7 +94,9 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
         )
         return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
     check_checkpoint_folder(str(config.checkpoint), "give another one, or server=ws://HOST:PORT")
-    policy, identity = open_any_policy(str(config.checkpoint), device=config.device, threads=config.threads)
+    policy, identity = open_any_policy(
+        str(config.checkpoint), device=config.device, threads=config.threads, statistics=config.statistics
+    )
     return LocalPolicy(policy, embodiment), {**policy.describe(), **identity}
 
 

@@ -136,6 +136,18 @@ def test_one_data_set_may_hold_several_suites(two: Path, tmp_path: Path) -> None
     assert load_policy(tmp_path / "run" / "policy").describe()["data_set"]["name"] == "tabletop_goal"
 
 
+def test_each_suite_is_played_with_the_statistics_of_its_own_data(two: Path, tmp_path: Path) -> None:
+    for name in ("tabletop_object", "tabletop_goal", "cache"):
+        (tmp_path / name).symlink_to(two / name)
+    run_two(tmp_path, "data.statistics=each", "training.steps=1", "training.rollout_every=1")
+    names = ("tabletop_object", "tabletop_goal")
+    assert json.loads((tmp_path / "run" / "policy" / "statistics.json").read_text()).keys() == set(names)
+    for folder in ("evaluation", "rollouts/step_0000001/evaluation"):
+        for name in names:
+            report = json.loads((tmp_path / "run" / folder / name / "report.json").read_text())
+            assert report["reproduce"]["policy"]["statistics"] == name
+
+
 def test_a_mixture_beside_the_recording_of_a_suite(two: Path, tmp_path: Path) -> None:
     """As corrections are: the suite's own demonstrations, and another folder."""
     result = run(
@@ -271,6 +283,10 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         (["data=[tabletop,libero]"], r"error: data=\[tabletop,libero\]: Hydra would merge .* 'data\.mixture=\[\{root"),
         (["data=[{root: A},{root: B}]"], r"error: data=.*: Hydra would merge"),
         (["+policy=[tiny,small]"], r"error: \+policy=.*: Hydra would merge .* change its keys with policy\.KEY=VALUE"),
+        (
+            ["data.statistics=each", "data.mixture=[{root: A},{root: B}]"],
+            r"error: data\.statistics=each: no entry of data\.mixture is data\.root=.* of tabletop_object: give",
+        ),
         (["data.mixture=[]"], r"error: data\.mixture must be a list of data sets"),
         (["data.mixture=[{root: A, weight: 0}]"], r"error: data\.mixture\[0\]\.weight must be a positive number"),
         (["wandb.mode=loud"], "error: wandb.mode is 'loud'; it must be one of auto, online"),

@@ -154,8 +154,10 @@ def joined(places: Sequence[Place], sets: Sequence[DemonstrationData], config: D
     digest = hashlib.sha256(json.dumps([[p.name, p.weight, dict(p.content)] for p in parts]).encode())
     notes = [note for data in sets for note in data.notes]
     notes += [f"label {name} is left out: {why}" for name, why in lacking.items()]
-    notes += _twice(parts) + _units("state", names, [data.state_NS for data in sets])
-    notes += _units("action", names, [data.action_NA for data in sets]) + _phases(places, labels)
+    notes += _twice(parts) + _phases(places, labels)
+    if config.statistics == "joint":
+        notes += _units("state", names, [data.state_NS for data in sets])
+        notes += _units("action", names, [data.action_NA for data in sets])
     return DemonstrationData(
         frames=ConcatenatedFrames(tuple(data.frames for data in sets)),
         state_NS=torch.cat([data.state_NS for data in sets]),
@@ -179,6 +181,7 @@ def joined(places: Sequence[Place], sets: Sequence[DemonstrationData], config: D
         paraphrases=own,
         parts=parts,
         lacking=lacking,
+        each=config.statistics == "each",
     )
 
 

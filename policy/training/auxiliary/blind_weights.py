@@ -71,8 +71,9 @@ class BlindWeights:
         """
         device = self.preprocessor.device
         model = self.model.to(device)
-        state_BS = self.preprocessor.state_normaliser(samples["state"].to(device)) * keep_state_B[:, None].to(device)
-        actions_BKA = self.preprocessor.action_normaliser(samples["actions"].to(device))
+        state_BS = self.preprocessor.normalised_state(samples["state"].to(device), samples.get("set"))
+        state_BS = state_BS * keep_state_B[:, None].to(device)
+        actions_BKA = self.preprocessor.normalised_actions(samples["actions"].to(device), samples.get("set"))
         text = model.encode_text(*self.preprocessor.text(instructions))
         nothing_BND = text.bos_B1D.new_zeros(len(state_BS), model.vision_tokens, model.width)
         states_BJD = model.decide(nothing_BND, state_BS, text, decode=False).states

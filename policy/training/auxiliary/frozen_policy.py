@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.checkpoint import EVERY, load_policy
 from cogvla.policy.inputs.normalise import Normaliser
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.model.cogvla import CogVLA
@@ -36,16 +36,13 @@ def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions:
     """
     if not is_own(folder):
         raise ValueError(f"objective.{key}={folder} is no checkpoint folder of train_policy, such as RUN/policy")
-    policy = load_policy(folder, router=RouterConfig())
+    policy = load_policy(folder, router=RouterConfig(), statistics=EVERY)
     theirs, ours = policy.preprocessor.cpu(), preprocessor
     differ: list[str] = []
     sizes = [(e.cameras, e.state_dim, e.action_dim, e.chunk) for e in (theirs.embodiment, ours.embodiment)]
     if sizes[0] != sizes[1]:
         differ.append("another robot or image size")
-    elif not (
-        _alike(theirs.state_normaliser, ours.state_normaliser)
-        and _alike(theirs.action_normaliser, ours.action_normaliser)
-    ):
+    elif theirs.sets != ours.sets or not all(map(_alike, theirs.normalisers(), ours.normalisers())):
         differ.append("data with other statistics of state or action")
     encoders = {getattr(p.tokenizer, "fingerprint", None) for p in (theirs, ours)}
     words = [p.tokenizer.encode(list(instructions)) for p in (theirs, ours)]
