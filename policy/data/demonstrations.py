@@ -25,6 +25,7 @@ from cogvla.configs.build import build
 from cogvla.policy.data.episodes import check_choice
 from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.gripper import GripperConvention, convert_grippers
+from cogvla.policy.data.interventions import EXECUTED, Teaching, acted
 from cogvla.policy.data.labels import shaped
 from cogvla.policy.data.mixture.interleaving import Interleaving
 from cogvla.policy.data.mixture.parts import DataPart
@@ -34,6 +35,7 @@ from cogvla.policy.interface import Embodiment
 STATISTICS = ("joint", "each")
 OF_THE_MIXTURE = ("mixture", "statistics", "mixed_rates", "paraphrases", "cache", "cache_gb")
 """Keys of `DataConfig` that hold for all data sets of a mixture."""
+INTERVENTION = "intervention"
 BATCH_ORDER = 1_000_000_007
 """Seed of the order within a batch of a mixture, beside (seed, step)."""
 SAMPLED_FRAMES = 64
@@ -61,6 +63,10 @@ class DataConfig:
         cache: folder for decoded frames; runs with the same data and image size share it.
         cache_gb: largest size of that folder in GB (1e9 bytes): before it grows beyond, the frames that were not used
             for the longest time are deleted (docs/data.md); None: no limit.
+        intervention: feature that is true where the demonstrator acted and false where a policy did, whose actions are
+            not learned (docs/data.md); data sets may lack `intervention`. None: everything is learned.
+        intervention_weight: weight in the loss of frames in which the demonstrator acted, in data sets with that
+            feature; other frames have weight 1.
         mixture: several data sets: a list of entries, each with keys of this group that differ for it, and `name` and
             `weight` (docs/data.md); None: one data set.
         statistics: what normalises a mixture: `joint`, statistics over the frames of all its sets; `each`, those of
@@ -81,6 +87,8 @@ class DataConfig:
     paraphrases: str | None = None
     cache: str = "outputs/cache"
     cache_gb: float | None = None
+    intervention: str | None = INTERVENTION
+    intervention_weight: float = 1.0
     mixture: tuple[Mapping[str, Any], ...] | None = None
     statistics: str = "joint"
     mixed_rates: bool = False
@@ -93,6 +101,9 @@ class DataConfig:
         check_choice(self.episodes)
         if self.cache_gb is not None and not self.cache_gb > 0:
             raise ValueError(f"data.cache_gb must be positive, or null for no limit; got {self.cache_gb}")
+        weight: Any = self.intervention_weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(f"data.intervention_weight must be a positive number, got {weight!r}")
         for name in ("state", "action"):
             keys = getattr(self, name)
             keys = (keys,) if isinstance(keys, str) else keys
@@ -194,6 +205,7 @@ class DemonstrationData:
         parts: the data sets of a mixture, in the order of their frames; (): one data set.
         each: True if each data set of a mixture is normalised by its own statistics.
         lacking: labels that not all data sets of a mixture have -> why they are left out.
+        teaching: what each frame teaches; None: everything.
     """
 
     frames: Frames = field(repr=False)
@@ -211,6 +223,7 @@ class DemonstrationData:
     parts: tuple[DataPart, ...] = ()
     lacking: Mapping[str, str] = field(default_factory=dict)
     each: bool = False
+    teaching: Teaching | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         lengths = {len(x) for x in (self.frames, self.state_NS, self.action_NA, self.episode_N)}
@@ -227,6 +240,7 @@ class DemonstrationData:
         """
         from cogvla.policy.data.download import local_root
         from cogvla.policy.data.frame_cache import open_frames
+        from cogvla.policy.data.metadata import Metadata
         from cogvla.policy.data.paraphrases import read_paraphrases
         from cogvla.policy.data.reader import LeRobotReader
         from cogvla.policy.data.reader import Mapping as ReaderMapping
@@ -244,16 +258,18 @@ class DemonstrationData:
         sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
         if len(sizes) != 1:
             raise ValueError(f"all cameras must have the same image size; embodiment {embodiment.name!r} has {sizes}")
+        root, revision = local_root(config.root, config.repo_id, config.revision)
+        features, who = Metadata(root).features, config.intervention
+        who = None if who == INTERVENTION and who not in features else who
         mapping = ReaderMapping(
             cameras=tuple(config.cameras[name] for name in embodiment.camera_names),
             state=config.state_keys,
             action=config.action_keys,
-            labels=tuple(sorted(config.labels.items())),
+            labels=(*sorted(config.labels.items()), *([] if who is None else [("", who)])),
             instruction=config.instruction_key,
             state_dim=embodiment.state_dim,
             action_dim=embodiment.action_dim,
         )
-        root, revision = local_root(config.root, config.repo_id, config.revision)
         reader = LeRobotReader(root, mapping, config.episodes)
         arrays, instructions = reader.columns()
         own = {} if config.paraphrases is None else read_paraphrases(config.paraphrases, instructions)
@@ -279,6 +295,9 @@ class DemonstrationData:
             chunk=embodiment.chunk,
             notes=tuple(f"{root}: {note}" for note in notes),
             paraphrases=own,
+            teaching=None
+            if who is None
+            else Teaching.of(acted(columns["label/"], who), EXECUTED in features, config.intervention_weight),
         )
         provenance = {
             "name": config.repo_id or root.name,
@@ -305,6 +324,8 @@ class DemonstrationData:
             "instructions": [self.instruction_N.numpy(), json.dumps(self.instructions)],
             "labels": [part for name, v in sorted(self.frame_labels.items()) for part in (name, v.numpy())],
         }
+        if self.teaching is not None:
+            parts["interventions"] = [self.teaching.actions_N.numpy(), self.teaching.weight_N.numpy()]
         return {name: _digest(*values) for name, values in parts.items()}
 
     def __len__(self) -> int:
@@ -447,6 +468,10 @@ class TrainingBatches:
             raise ValueError("there are no demonstrations to draw batches from")
         self.data, self.batch_size, self.seed, self.step = data, batch_size, seed, 0
         rows = data.all_rows
+        if data.teaching is not None:
+            rows = rows[data.teaching.actions_N[rows] > 0]
+            if not len(rows):
+                raise ValueError("a policy acted in all frames, so that there is nothing to learn")
         mine = {part.name: rows[(rows >= part.start) & (rows < part.end)] for part in data.parts}
         self._names = [name for name, chosen in mine.items() if len(chosen)]
         weights = [part.weight for part in data.parts if part.name in self._names] or [1.0]
@@ -481,8 +506,9 @@ class TrainingBatches:
 
         Returns:
             `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the episode's last action is
-            repeated), `action_is_pad` bool [B,K] (True after the end of the episode), `instruction_id` int64 [B], and
-            `labels`, name -> [B,...]; with statistics of each data set, `set` int64 [B], its index.
+            repeated), `action_is_pad` bool [B,K] (True after the end of the episode, and where there is nothing to
+            learn), `instruction_id` int64 [B], and `labels`, name -> [B,...]; with statistics of each data set, `set`
+            int64 [B], its index; where frames differ in it, `weight` float32 [B].
         """
         return {"pixels": torch.from_numpy(self.data.frames.take(rows_B.numpy())), **self.columns(rows_B)}
 
@@ -491,10 +517,13 @@ class TrainingBatches:
         data = self.data
         index_BK = rows_B[:, None] + torch.arange(data.chunk)
         end_B1 = self._end_N[rows_B][:, None]
+        taught = data.teaching
+        last_B1 = end_B1 if taught is None else torch.minimum(end_B1, (rows_B + taught.actions_N[rows_B])[:, None])
         return {
+            **({} if taught is None else {"weight": taught.weight_N[rows_B]}),
             "state": data.state_NS[rows_B],
             "actions": data.action_NA[torch.minimum(index_BK, end_B1 - 1)],
-            "action_is_pad": index_BK >= end_B1,
+            "action_is_pad": index_BK >= last_B1,
             "instruction_id": data.instruction_N[rows_B],
             "labels": {name: values[rows_B] for name, values in data.frame_labels.items()},
             **({"set": data.part_of(rows_B)} if data.each else {}),

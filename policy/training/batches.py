@@ -175,6 +175,8 @@ class BatchBuilder:
         """Draw the random choices for all samples of a step; `samples` needs no pixels."""
         instruction_B, points_BG = samples["instruction_id"], self.points(samples)
         weight_BK = (~samples["action_is_pad"]).float()
+        if "weight" in samples:
+            weight_BK = weight_BK * samples["weight"][:, None]
         if self.config.phase_weights:
             weight_BK = weight_BK * self.phase_weights[samples["labels"]["phase"].flatten()][:, None]
         if self.has_alternatives and self.config.counterfactual:

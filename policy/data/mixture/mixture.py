@@ -23,6 +23,7 @@ from torch import Tensor
 from cogvla.files import read_object
 from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData
 from cogvla.policy.data.frames import ConcatenatedFrames
+from cogvla.policy.data.interventions import concatenated
 from cogvla.policy.data.mixture.parts import DataPart
 from cogvla.policy.data.mixture.task_labels import TASK_LABELS, TaskColumns, contradiction, spread
 from cogvla.policy.interface import Embodiment
@@ -182,6 +183,7 @@ def joined(places: Sequence[Place], sets: Sequence[DemonstrationData], config: D
         parts=parts,
         lacking=lacking,
         each=config.statistics == "each",
+        teaching=concatenated([data.teaching for data in sets], [len(data) for data in sets], sets[0].chunk),
     )
 
 
