@@ -144,7 +144,7 @@ def test_weights_reach_the_loss_with_a_mean_of_one() -> None:
     plain = small_data()
     weight_N = torch.where(torch.arange(len(plain)) % 2 == 0, 3.0, 1.0)
     data = replace(plain, teaching=Teaching(torch.full((len(plain),), plain.chunk), weight_N))
-    builder = BatchBuilder(data, small_preprocessor(data), ObjectiveConfig(counterfactual=0.0))
+    builder = BatchBuilder(data, small_preprocessor(data), ObjectiveConfig(counterfactual=0.0, phase_weights=()))
     rows = torch.arange(16)
     weight_BK = builder.choose(TrainingBatches(data, 16, 0).columns(rows), torch.Generator().manual_seed(0)).weight_BK
     assert float(weight_BK.mean()) == pytest.approx(1.0)
