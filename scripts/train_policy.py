@@ -58,6 +58,7 @@ from cogvla.policy.weights.pretrained import load_backbones, load_base
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
 from cogvla.scripts.eval_libero import suites
+from cogvla.scripts.rounds import CorrectionsConfig, train_in_rounds
 
 EVALUATION = "evaluation"
 
@@ -86,6 +87,16 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     played = [get_suite(name, values) for name in names]
     for suite in played if values["evaluation"] is not None else ():
         _protocol(values["evaluation"], suite)
+    rounds = values["rounds"]
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise ValueError(f"rounds must be 1 (train once) or more, got {rounds!r}")
+    corrections = build(CorrectionsConfig, values["corrections"], "corrections")
+    if rounds > 1:
+        settings = values["evaluation"] or {"protocol": None}
+        execute_steps = {suite.name: _protocol(settings, suite).execute_steps for suite in played}
+        return train_in_rounds(
+            config, values, corrections, played, engine_config, execute_steps, lambda one: run(one, command)
+        )
     recordings = {} if values["demonstrations"] is None else _recordings(played, data_configs)
     entries: list[DataEntry] = []
     for entry in (entry for data_config in data_configs for entry in data_config.entries()):

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from cogvla.envs.contract import Advisor, required
 from cogvla.envs.recording.corrections import CorrectingPlayers
 from cogvla.envs.recording.demonstrator import DemonstratorSettings
 from cogvla.envs.rollout.rollout import RolloutSettings, rollout
-from cogvla.envs.suite import Suite
+from cogvla.envs.suite import FIRST_TRAINING_STATE, Suite
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy
 
 OPEN, CLOSED = -1.0, 1.0
@@ -65,6 +66,24 @@ class Corrected:
                 f"the policy opens its gripper with {robot.gripper_open:g} and closes it with {robot.gripper_close:g}, "
                 f"suite {suite.name!r} with {OPEN:g} and {CLOSED:g}"
             )
+
+
+def check_advice(suite: Suite) -> None:
+    """Check, before something slow, that the expert of a suite can correct a policy.
+
+    Raises:
+        ValueError: the suite has no expert.
+        ContractError: its expert gives no advice.
+    """
+    if suite.expert is None:
+        raise ValueError(f"{suite.name} has no scripted expert that could correct a policy")
+    env = suite.make(render=False)
+    try:
+        env.reset(options={"task": 0, "initial_state": FIRST_TRAINING_STATE})
+        expert = suite.expert(env, np.random.default_rng(0), noise=0.0)
+        required(expert, Advisor, f"suite {suite.name}: recording corrections of a policy")
+    finally:
+        env.close()
 
 
 class CorrectionPool:

@@ -1,0 +1,202 @@
+"""Rounds of `train_policy rounds=N`: train, collect corrections of the policy, train on everything recorded so far.
+
+    OUTPUT/rounds.json                 the request; another one is refused
+    OUTPUT/round_1/                    an ordinary training on the demonstrations
+    OUTPUT/round_2/corrections/SUITE   a data set: the policy of round 1 acts, the expert says what should be done
+    OUTPUT/round_2/                    trained from the weights of round 1, on the demonstrations and all corrections
+    OUTPUT/policy, OUTPUT/summary.json the last policy, and the success after every round
+
+Each part resumes by itself, and is skipped when it is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from cogvla.envs.recording.correction_pool import Corrected, check_advice
+from cogvla.envs.recording.dataset_folder import START_ANEW
+from cogvla.envs.recording.recorder import RECORDING_FILE, record
+from cogvla.envs.suite import Suite
+from cogvla.files import read_object, write_atomic
+from cogvla.policy.checkpoint import open_policy
+from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.training.trainer import PATIENCE
+
+SUMMARY, REQUEST = "summary.json", "rounds.json"
+FREE = ("rounds", "output", "wandb", "threads", "imports")
+"""Keys that may differ when rounds go on: they do not change a policy, or say how many rounds there are."""
+
+
+@dataclass(frozen=True)
+class CorrectionsConfig:
+    """How corrections are collected between two rounds of training.
+
+    Attributes:
+        episodes: number of episodes of each suite in each round.
+        patience: control steps without progress after which the expert takes over from the policy.
+        noise: strength of the expert's noise.
+        workers: number of environment processes.
+        weight: weight of these data sets in the mixture, relative to that of the demonstrations.
+    """
+
+    episodes: int = 300
+    patience: int = 30
+    noise: float = 1.0
+    workers: int = 2
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.patience < 1 or self.workers < 0 or self.noise < 0 or not self.weight > 0:
+            raise ValueError(
+                "corrections: episodes, patience and weight must be positive, noise and workers not negative; got "
+                f"{self}"
+            )
+
+
+def train_in_rounds(
+    config: DictConfig,
+    values: Mapping[str, Any],
+    corrections: CorrectionsConfig,
+    suites: Sequence[Suite],
+    engine: EngineConfig,
+    execute_steps: Mapping[str, int | None],
+    train: Callable[[DictConfig], dict[str, Any]],
+) -> dict[str, Any]:
+    """Carry out the rounds and return the content of `OUTPUT/summary.json`.
+
+    Args:
+        config: configuration of the command, with `rounds`.
+        values: the same as plain values.
+        corrections: how corrections are collected.
+        suites: suites of the training.
+        engine: engine of the policy that collects.
+        execute_steps: suite -> number of actions of a chunk that the policy executes.
+        train: function that trains one round, given its configuration.
+
+    Raises:
+        ValueError: there is no suite, an expert gives no advice, or the folder holds other rounds.
+    """
+    output, rounds = Path(values["output"]), values["rounds"]
+    if not suites:
+        raise ValueError(f"rounds={rounds} needs a suite whose expert corrects the policy; give suite=NAME")
+    for suite in suites:
+        check_advice(suite)
+    processes = PartialState(timeout=PATIENCE)
+    with processes.main_process_first():
+        _check_request(output, {key: value for key, value in values.items() if key not in FREE})
+    found: list[dict[str, Any]] = []
+    for number in range(1, rounds + 1):
+        folder = output / f"round_{number}"
+        if number > 1:
+            with processes.main_process_first():
+                if processes.is_main_process:
+                    before = output / f"round_{number - 1}" / "policy"
+                    _collect(before, folder, number, values, corrections, suites, engine, execute_steps)
+        if not (folder / SUMMARY).is_file():
+            print(f"round {number} of {rounds}: training", flush=True)
+            train(_of_round(config, output, number, corrections))
+        processes.wait_for_everyone()
+        found.append(_told(folder, number, suites))
+    result = {"rounds": found, "success": found[-1]["success"]}
+    if processes.is_main_process:
+        _take_policy(output / f"round_{rounds}" / "policy", output / "policy")
+        write_atomic(output / SUMMARY, json.dumps(result, indent=2) + "\n")
+        for told in found:
+            rate = "unknown" if told["success"] is None else f"{told['success']:.1%}"
+            alone = f", the policy before solved {told['solved_alone']} alone" if "solved_alone" in told else ""
+            print(f"round {told['round']}: success {rate}{alone}")
+    return result
+
+
+def _check_request(output: Path, request: dict[str, Any]) -> None:
+    """Write down what is asked for; ValueError if the folder holds rounds of something else, or another training."""
+    path, wanted = output / REQUEST, json.loads(json.dumps(request, default=str))
+    if path.is_file():
+        there = read_object(path, "choose another output")
+        if changed := [key for key in wanted if there.get(key) != wanted[key]]:
+            raise ValueError(
+                f"{output} holds rounds with another {', '.join(changed)}; give the same, or choose another output"
+            )
+        return
+    if (output / "policy").exists() or (output / SUMMARY).exists():
+        raise ValueError(f"{output} holds a training without rounds; choose another output")
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(wanted, indent=1) + "\n")
+
+
+def _corrections(output: Path, number: int) -> Path:
+    return output / f"round_{number}" / "corrections"
+
+
+def _collect(
+    policy_folder: Path,
+    folder: Path,
+    number: int,
+    values: Mapping[str, Any],
+    corrections: CorrectionsConfig,
+    suites: Sequence[Suite],
+    engine: EngineConfig,
+    execute_steps: Mapping[str, int | None],
+) -> None:
+    """Record what the last round's policy does and what the experts say, if it is not there yet."""
+    policy, identity = open_policy(policy_folder, threads=values["threads"], engine=engine, beside=corrections.workers)
+    for suite in suites:
+        print(f"round {number} of {values['rounds']}: corrections of {suite.name}", flush=True)
+        record(
+            suite,
+            corrections.episodes,
+            _corrections(folder.parent, number) / suite.name,
+            image_size=policy.embodiment.cameras[0].height,
+            workers=corrections.workers,
+            noise=corrections.noise,
+            seed=number - 1,
+            corrected=Corrected(policy, identity, corrections.patience, execute_steps[suite.name]),
+        )
+
+
+def _of_round(config: DictConfig, output: Path, number: int, corrections: CorrectionsConfig) -> DictConfig:
+    """Return the configuration of a round: where it writes, where it starts, and all that was recorded before it."""
+    one = config.copy()
+    with open_dict(one):
+        one.rounds, one.output = 1, str(output / f"round_{number}")
+        if number == 1:
+            return one
+        one.base = str(output / f"round_{number - 1}" / "policy")
+        mixture = OmegaConf.to_container(one.data.mixture) if one.data.mixture else [{}]
+        assert isinstance(mixture, list)
+        for earlier in range(2, number + 1):
+            entry = {"root": f"{_corrections(output, earlier)}/${{suite}}", "name": f"${{suite}}_round_{earlier}"}
+            mixture.append({**entry, "weight": corrections.weight})
+        one.data.mixture = mixture
+    return one
+
+
+def _told(folder: Path, number: int, suites: Sequence[Suite]) -> dict[str, Any]:
+    """Return what the summary says about a finished round."""
+    told = read_object(folder / SUMMARY, "delete the folder to train this round anew")
+    found = {"round": number, "success": told.get("success")}
+    if "suites" in told:
+        found["suites"] = told["suites"]
+    if number > 1:
+        paths = [folder / "corrections" / suite.name / RECORDING_FILE for suite in suites]
+        made = [read_object(path, START_ANEW) for path in paths]
+        found["solved_alone"] = sum(each["solved_alone"] for each in made)
+        found["intervention_share"] = {s.name: m["intervention_share"] for s, m in zip(suites, made, strict=True)}
+    return found
+
+
+def _take_policy(source: Path, target: Path) -> None:
+    """Copy the last round's policy; it appears at once, in place of that of an earlier round."""
+    draft = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft)
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)

@@ -1,0 +1,94 @@
+"""`train_policy rounds=N`, small: each part in its folder, skipped when finished, and the same after a `kill -9`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cogvla.policy.checkpoint import load_policy, weights_hash
+from cogvla.scripts import train_policy
+from cogvla.scripts.command import compose
+from cogvla.tests.scripts.test_train_policy import overrides
+
+SMALL = ("rounds=2", "corrections.episodes=10", "corrections.workers=0", "corrections.patience=5")
+
+
+def run(root: Path, *more: str) -> dict[str, Any]:
+    return train_policy.run(compose("train_policy", overrides(root, *SMALL, *more)), "train_policy")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rounds")
+    run(root)
+    return root
+
+
+def test_every_round_learns_from_all_that_was_recorded(root: Path) -> None:
+    output = root / "run"
+    summary = json.loads((output / "summary.json").read_text())
+    assert [told["round"] for told in summary["rounds"]] == [1, 2]
+    assert summary["success"] == summary["rounds"][-1]["success"] is not None
+    sets = load_policy(output / "policy").describe()["data_set"]["sets"]
+    assert list(sets) == ["demonstrations", "tabletop_object_round_2"]
+    made = json.loads((output / "round_2/corrections/tabletop_object/meta/recording.json").read_text())
+    assert made["policy"]["weights_sha256"] == weights_hash(output / "round_1" / "policy")
+    assert summary["rounds"][1]["solved_alone"] == made["solved_alone"]
+    hashes = [weights_hash(output / name / "policy") for name in ("round_1", "round_2", ".")]
+    assert hashes[0] != hashes[1] == hashes[2]
+
+
+def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
+    times = {path: path.stat().st_mtime_ns for path in root.glob("run/round_*/**/*") if path.is_file()}
+    run(root, "threads=1")
+    assert times == {path: path.stat().st_mtime_ns for path in root.glob("run/round_*/**/*") if path.is_file()}
+    for change, said in (
+        ("training.steps=7", "holds rounds with another training"),
+        ("corrections.episodes=11", "holds rounds with another corrections"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(root, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("rounds=0", "rounds must be 1"),
+        ("rounds=two", "rounds must be 1"),
+        ("corrections.episodes=0", "corrections: episodes, patience and weight must be positive"),
+        ("corrections.weight=-1", "corrections: episodes, patience and weight must be positive"),
+        ("suite=null", "rounds=2 needs a suite"),
+    ],
+)
+def test_mistakes(tmp_path: Path, change: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path, change, "data.root=nowhere")
+
+
+@pytest.mark.parametrize(
+    "seen", ["round_1/checkpoints/step_0000003", "round_2/corrections/tabletop_object.recording/episodes/000003.npz"]
+)
+def test_killed_rounds_go_on(root: Path, tmp_path: Path, seen: str) -> None:
+    """It is killed in the training of the first round, and while it collects."""
+    for name in ("demonstrations", "cache"):
+        (tmp_path / name).symlink_to(root / name)
+    words = overrides(tmp_path, *SMALL)
+    code = "import sys; from cogvla.scripts import console; sys.argv[1:] = " + repr(words) + "; console.train_policy()"
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "run" / seen).exists():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(tmp_path)
+    name = "round_2/corrections/tabletop_object/data/chunk-000/file-000.parquet"
+    assert (tmp_path / "run" / name).read_bytes() == (root / "run" / name).read_bytes()
+    assert weights_hash(tmp_path / "run" / "policy") == weights_hash(root / "run" / "policy")
