@@ -62,8 +62,10 @@ def _corrected(config: DictConfig) -> Corrected:
         threads=config.threads,
         workers=config.workers,
         engine=plain(config.engine),
+        statistics=config.statistics,
     )
-    return Corrected(policy, identity, config.patience, config.execute_steps)
+    chosen = {} if config.statistics is None else {"statistics": str(config.statistics)}
+    return Corrected(policy, identity | chosen, config.patience, config.execute_steps)
 
 
 if __name__ == "__main__":

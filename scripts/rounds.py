@@ -87,6 +87,8 @@ def train_in_rounds(
     output, rounds = Path(values["output"]), values["rounds"]
     if not suites:
         raise ValueError(f"rounds={rounds} needs a suite whose expert corrects the policy; give suite=NAME")
+    if values["data"]["statistics"] != "joint":
+        raise ValueError(f"rounds={rounds} needs data.statistics=joint: corrections are no robot of their own")
     for suite in suites:
         check_advice(suite)
     processes = PartialState(timeout=PATIENCE)

@@ -66,6 +66,7 @@ def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
         ("corrections.episodes=0", "corrections: episodes, patience and weight must be positive"),
         ("corrections.weight=-1", "corrections: episodes, patience and weight must be positive"),
         ("suite=null", "rounds=2 needs a suite"),
+        ("data.statistics=each", "rounds=2 needs data.statistics=joint"),
     ],
 )
 def test_mistakes(tmp_path: Path, change: str, said: str) -> None:
