@@ -25,6 +25,10 @@ POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
 GAIN = 1.4
 _STILL = 0.0015
 """Metres in one control step: a hand that moves less stands still."""
+_FARTHEST, _LEAD, _HOLD = 0.66, 4.0, 2.0
+"""Metres from shoulder to wrist, beyond which the elbow is straight and the controller loses the arm; control steps
+that it takes to stop; and metres back for each metre beyond."""
+_DOWNWARD = -0.8
 _PRESS, _HARDEST = 0.25, 4.0
 """Factor on the action of a hand that stands still beside its aim: its growth in each step, and its limit. The
 controller has no integral part, so the expert adds one."""
@@ -75,12 +79,21 @@ class LiberoExpert:
         still = float(np.linalg.norm(hand - self._before)) < _STILL
         wanted = float(np.linalg.norm(way)) > 2 * _STILL or float(np.linalg.norm(turn)) > 0.03
         self._press = min(self._press + _PRESS, _HARDEST) if still and wanted else max(self._press - _PRESS, 1.0)
+        way = way - self._restraint(hand - self._before)
         self._before = hand
         action = np.empty(7)
         action[:3] = _clip_norm(self._press * GAIN * way / POSITION_SCALE)
         action[3:6] = _clip_norm(self._press * GAIN * turn / ROTATION_SCALE)
         action[6] = move.gripper
         return action.astype(np.float32)
+
+    def _restraint(self, moved: np.ndarray) -> np.ndarray:
+        """Return the way [3] back from where the arm would be stretched out, if the hand went on as it `moved` [3]."""
+        if self._view.rotation[2, 2] > _DOWNWARD:
+            return np.zeros(3)  # where the wrist is then depends on more than the hand
+        reach = self._view.reach + _LEAD * moved
+        length = float(np.linalg.norm(reach))
+        return _HOLD * max(length - _FARTHEST, 0.0) * reach / length
 
 
 def _clip_norm(vector: np.ndarray) -> np.ndarray:

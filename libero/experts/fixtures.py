@@ -1,6 +1,6 @@
 """Skills of the LIBERO expert for drawers, doors, knobs and plates.
 
-Shape legend: P points.
+Shape legend: P points, G collision geoms.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from cogvla.envs.rotations import rotation_matrix
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import CLOSE, DOWN, Move, along, over, pointing
 from cogvla.libero.experts.places import place_for
-from cogvla.libero.experts.view import Joint
+from cogvla.libero.experts.view import Joint, SceneView
 
 _UP = np.array([0.0, 0.0, 1.0])
 _PULL = 0.07
@@ -28,6 +28,8 @@ _PRESS_DEPTH = 0.006
 _PLATE_DEPTH = 0.006
 _ON_PLATE = 0.045
 _STRIDE = 0.035
+_BESIDE, _INSIDE = 0.015, 0.012
+"""Metres between a pushed thing and others, and from the border of the region to its middle."""
 
 
 def open_drawer(hand: Hand, region: str) -> Move:
@@ -81,7 +83,7 @@ def close(hand: Hand, name: str) -> Move:
 def push(hand: Hand, item: str, where: str) -> Move:
     """Press the fist lightly onto a plate and drag it to a place. Pressed hard, the plate would stick to the table."""
     view = hand.view
-    way = (place_for(view, where).point - view.position(item))[:2]
+    way = _around(view, item, _clear_point(view, item, where) - view.position(item)[:2])
     left = float(np.hypot(*way))
     level, grip = hand.level(), hand.fist()
     surface = view.position(item) + np.array([0.0, 0.0, _PLATE_DEPTH])
@@ -90,6 +92,48 @@ def push(hand: Hand, item: str, where: str) -> Move:
         ahead = min(left + 0.01, _STRIDE) * way / max(left, 1e-6)
         return Move("push", np.array([*(view.gripper[:2] + ahead), surface[2] - _PRESS_DEPTH]), level, CLOSE)
     return Move("approach", over(view, surface, level, without=(item,), tolerance=0.01), level, grip)
+
+
+def _clear_point(view: SceneView, item: str, where: str) -> np.ndarray:
+    """Return the point [2] of a region with the most room around it; its middle if there is room."""
+    if view.is_thing(where):
+        return place_for(view, where).point[:2]
+    half = np.maximum(view.region_half(where)[:2] - _INSIDE, 0.0)
+    steps = np.linspace(-1.0, 1.0, 7)
+    spots_P2 = view.position(where)[:2] + np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2) * half
+    radius = _radius(view, item)
+    room_P = np.array([min(_gaps(view, item, spot)[1], default=np.inf) for spot in spots_P2])
+    lacking_P = np.maximum(radius + _BESIDE - room_P, 0.0)
+    return spots_P2[(10.0 * lacking_P + np.linalg.norm(spots_P2 - view.position(where)[:2], axis=1)).argmin()]
+
+
+def _around(view: SceneView, item: str, way: np.ndarray) -> np.ndarray:
+    """Return a way [2] of the same length past things that a pushed one would hit: it slides along them."""
+    radius, length = _radius(view, item), float(np.hypot(*way))
+    toward_G2, gap_G = _gaps(view, item, view.position(item)[:2])
+    turned = way.copy()
+    for toward, gap in sorted(zip(toward_G2, gap_G, strict=True), key=lambda pair: -pair[1]):
+        into = float(turned @ toward)
+        if gap < radius + _BESIDE and gap < length and into > 0.0:
+            turned = turned - into * toward * (1.0 if gap > radius else 1.2)
+    size = float(np.hypot(*turned))
+    return way if size < 0.1 * length else turned * length / size
+
+
+def _gaps(view: SceneView, item: str, spot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the directions [G,2] and distances [G] from a point [2] to the other things that stand as low as one."""
+    obstacles = view.obstacles(item)
+    low_G = obstacles.bottom_G < view.box(item)[1][2]
+    reach_G2 = np.einsum("gij,gj->gi", np.abs(obstacles.rotation_G33), obstacles.half_G3)[low_G, :2]
+    centre_G2 = obstacles.centre_G3[low_G, :2]
+    offset_G2 = np.clip(spot, centre_G2 - reach_G2, centre_G2 + reach_G2) - spot
+    gap_G = np.linalg.norm(offset_G2, axis=1)
+    return offset_G2 / np.maximum(gap_G, 1e-6)[:, None], gap_G
+
+
+def _radius(view: SceneView, item: str) -> float:
+    low, high = view.box(item)
+    return float((high - low)[:2].max()) / 2
 
 
 def _joint(hand: Hand, name: str) -> Joint:

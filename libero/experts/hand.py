@@ -21,10 +21,11 @@ _PATIENCE = 12
 """Most control steps that the hand takes to close on something."""
 _GRIPPED = 9
 """Control steps until the fingers hold a handle tightly."""
-_BACK_OFF = 0.06
+_BACK_OFF = 0.14
 _STUCK = 35
 """Control steps that the hand may stay close to a grasp without reaching it."""
 _RETREAT = 0.06
+_AWAY = 0.02
 
 
 class Hand:
@@ -55,6 +56,12 @@ class Hand:
     def has(self, item: str) -> bool:
         """Return True if the hand is closing on an item or still touches it."""
         return (self.closing > 0 and item == self._item) or any(self.view.touching(item))
+
+    def is_away(self, item: str) -> bool:
+        """Return True if the hand has left an item that it took, so that it may turn."""
+        if item != self._item:
+            return True
+        return not self.has(item) and self.view.gripper[2] > self.view.box(item)[1][2] + _AWAY
 
     def grips(self, name: str, point: np.ndarray, body: str) -> bool:
         """Return True if the hand has closed on a part (`body`) of a fixture at a point [3]."""
@@ -168,8 +175,11 @@ class Hand:
 
     def put(self, item: str, where: str, side: int = 0) -> Move:
         """Take an item, carry it to a place (`side`: -1 or 1 for one side of it), and let go of it there."""
+        return self.put_at(item, place_for(self.view, where, side))
+
+    def put_at(self, item: str, place: Place) -> Move:
+        """Take an item, carry it to a place, and let go of it there."""
         view = self.view
-        place = place_for(view, where, side)
         low, _ = view.box(item)
         bottom = np.array([*view.position(item)[:2], low[2]])
         aim = place.point.copy()

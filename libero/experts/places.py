@@ -6,13 +6,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cogvla.libero.experts.view import SceneView
+from cogvla.libero.experts.view import Joint, SceneView
 
 _UP_THE_SLOPE, _ALONG_THE_RACK = 0.05, 0.05
 """Metres on a wine rack from the region's centre, away from the post in its middle."""
 _BESIDE = 0.05
 _INTO_DRAWER = 0.02
 _INTO_BOWL = 0.015
+_BESIDE_DRAWER, _ENOUGH = 0.075, 0.055
+"""Metres from what a drawer opens over to the middle of a thing that the hand takes beside it: aim, and what is enough.
+Nearer, the hand, or the link above it, hits the drawer."""
+_BEFORE_DRAWER = 0.12
+_STILL_SHUT = 0.5
+"""Fraction of a drawer's travel; from there on, it is too late to move things out of its way."""
+_ROOM = 0.06
+"""Metres from the middle of such a thing to the next one."""
+_GRID = np.arange(-30, 31) * 0.01
 
 
 @dataclass(frozen=True)
@@ -66,3 +75,42 @@ def place_for(view: SceneView, name: str, side: int = 0) -> Place:
     centre = centre + side * _BESIDE * frame[:, 0]
     top = view.top_at(owner, centre[:2])
     return Place(np.array([centre[0], centre[1], top]), 0.02, 0.01, fixture=owner)
+
+
+def is_shut(view: SceneView, region: str) -> bool:
+    """Return True for a drawer that is less than half open."""
+    joint = view.joint(region)
+    return joint is not None and joint.travel < _STILL_SHUT
+
+
+def in_the_way(view: SceneView, item: str, region: str) -> bool:
+    """Return True if a drawer opens over a thing, or so close to it that the hand could not take it there."""
+    joint = view.joint(region)
+    assert joint is not None
+    return float(_beside(view, joint, view.position(item)[None, :2])[0]) < _ENOUGH
+
+
+def place_beside(view: SceneView, item: str, region: str) -> Place:
+    """Return the nearest free place on the table for a thing that a drawer would open over."""
+    joint = view.joint(region)
+    assert joint is not None
+    now = view.position(item)
+    spots_P2 = np.stack(np.meshgrid(_GRID, _GRID), -1).reshape(-1, 2) + now[:2].round(2)
+    free_P = ~view.obstacles(item).under(spots_P2, _ROOM).any(axis=1)
+    free_P &= _beside(view, joint, spots_P2) > _BESIDE_DRAWER
+    if not free_P.any():
+        free_P[:] = True
+    nearest = spots_P2[free_P][np.linalg.norm(spots_P2[free_P] - now[:2], axis=1).argmin()]
+    return Place(np.array([*nearest, view.table]), 0.015, 0.015)
+
+
+def _beside(view: SceneView, joint: Joint, spots_P2: np.ndarray) -> np.ndarray:
+    """Return the metres [P] to the side from what a drawer sweeps over to points [P,2]; inf far before it."""
+    low, high = view.box(view.joint_body(joint))
+    side = np.array([-joint.out[1], joint.out[0]])
+    middle, half = (low + high)[:2] / 2, (high - low)[:2] / 2
+    out = joint.out[:2]
+    deep = float(np.abs(out) @ half)
+    far_P = (spots_P2 - middle) @ out > 3 * deep + _BEFORE_DRAWER  # it opens by less than its depth
+    aside_P = np.maximum(np.abs((spots_P2 - middle) @ side) - float(np.abs(side) @ half), 0.0)
+    return np.where(far_P, np.inf, aside_P)

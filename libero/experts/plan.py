@@ -1,8 +1,8 @@
 """Translate a BDDL goal into an ordered list of subgoals. Works on names and predicates; needs no simulator.
 
-in(bowl, cabinet_top_region)        open(cabinet_top_region), put(bowl, cabinet_top_region)
+in(bowl, cabinet_top_region)        clear(bowl, cabinet_top_region), open(...), put(bowl, cabinet_top_region)
 turnon(stove), on(pot, stove_...)   turnon(stove), put(pot, stove_...)
-in(bowl, ..._bottom_region), close(..._bottom_region)    open, put, close
+in(bowl, ..._bottom_region), close(..._bottom_region)    clear, open, put, close
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-VERBS = ("open", "turnon", "put", "push", "close")
+VERBS = ("clear", "open", "turnon", "put", "push", "close")
 """Verbs of subgoals, in the order in which the expert carries them out."""
 _PREDICATES = {"in": "put", "on": "put", "open": "open", "close": "close", "turnon": "turnon"}
 _DRAWER = re.compile(r".*cabinet_\d+_(top|middle|bottom)_region$")
@@ -24,7 +24,7 @@ class Subgoal:
     Attributes:
         verb: one of `VERBS`.
         item: name of the manipulated object, fixture, or drawer region.
-        place: where the item goes, for put and push; otherwise empty.
+        place: where the item goes, for put and push; what opens over it, for clear; otherwise empty.
         until: predicates; the subgoal is done when all hold.
         side: -1 or 1: side of a place that gets two objects; 0: its middle.
     """
@@ -51,6 +51,8 @@ def subgoals(goal: Iterable[tuple[str, ...]]) -> tuple[Subgoal, ...]:
             raise ValueError(f"the expert cannot reach {predicate}; it knows {', '.join(sorted(_PREDICATES))}")
         verb = "push" if name == "on" and item.startswith("plate_") else _PREDICATES[name]
         if verb == "put" and (door := door_of(place[0])) is not None:
+            if _DRAWER.match(door):
+                found.append(Subgoal("clear", item, door, until=(predicate,)))
             found.append(Subgoal("open", door, until=(predicate,)))
         side = 0
         if name == "on" and surfaces.count(place[0]) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cogvla.libero.experts.fixtures import close, open_drawer, push, turn_on
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import Move
+from cogvla.libero.experts.places import in_the_way, is_shut, place_beside
 from cogvla.libero.experts.plan import Subgoal
 
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "turn")
@@ -22,6 +23,8 @@ def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
     match subgoal.verb:
         case "put":
             return hand.put(subgoal.item, subgoal.place, subgoal.side)
+        case "clear":
+            return hand.put_at(subgoal.item, place_beside(hand.view, subgoal.item, subgoal.place))
         case "push":
             return push(hand, subgoal.item, subgoal.place)
         case "open":
@@ -36,6 +39,10 @@ def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
 def is_done(hand: Hand, subgoal: Subgoal) -> bool:
     """Return True if a subgoal is done."""
     view = hand.view
+    if subgoal.verb == "clear":
+        if not is_shut(view, subgoal.place):
+            return True
+        return not in_the_way(view, subgoal.item, subgoal.place) and hand.is_away(subgoal.item)
     if subgoal.verb == "open":
         joint = view.joint(subgoal.item)
         bumped = joint is not None and joint.travel > _STILL_OPEN and hand.fixture != subgoal.item

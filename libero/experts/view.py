@@ -98,6 +98,13 @@ class SceneView:
         return self.scene.data.site_xmat[self._site].reshape(3, 3).copy()
 
     @property
+    def reach(self) -> np.ndarray:
+        """The way from the shoulder to the wrist [3], for a hand that points more or less down."""
+        way = self.gripper - _WRIST_UP * self.rotation[:, 2] - self._base
+        along = way * (1.0, 1.0, 0.0)
+        return way - _WRIST_BACK * along / max(float(np.linalg.norm(along)), 1e-6) - (0.0, 0.0, _SHOULDER)
+
+    @property
     def opening(self) -> float:
         """Metres between the fingers."""
         return float(np.abs(self.scene.data.qpos[self._finger_positions]).sum())
@@ -218,6 +225,11 @@ class SceneView:
         return Obstacles(
             centre_G3, self._half_G3[chosen_G], rotation_G33, self._high_G3[chosen_G, 2], self._low_G3[chosen_G, 2]
         )
+
+    @property
+    def table(self) -> float:
+        """Height of the table or floor."""
+        return self.scene.surface_height
 
     def stretch(self, point: np.ndarray) -> float:
         """Return the metres from shoulder to wrist with the hand at a point [3], pointing down. The arm reaches 0.7."""
