@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +34,34 @@ from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import visible, write_atomic
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData
+from cogvla.policy.data.demonstrations import DataConfig, DataEntry
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.engine.engine import EngineConfig
-from cogvla.policy.inputs.preprocess import Preprocessor
-from cogvla.policy.inputs.text_encoder import open_encoder, with_encoder
-from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
+from cogvla.policy.inputs.text_encoder import with_encoder
 from cogvla.policy.interface import Embodiment
-from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
-from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.training.config import TrainingConfig
-from cogvla.policy.training.data_checks import check_instructions, rare_dimensions
-from cogvla.policy.training.objective import Objective, ObjectiveConfig
+from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.policy.training.run_log import RunLog
-from cogvla.policy.training.trainer import PATIENCE, Trainer
-from cogvla.policy.training.wordings import training_wordings
-from cogvla.policy.weights.base import base_tokenizer, check_base_encoder, is_own, load_own
-from cogvla.policy.weights.pretrained import load_backbones, load_base
+from cogvla.policy.training.trainer import PATIENCE
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, import_modules, plain
+from cogvla.scripts.command import as_typed, import_modules
 from cogvla.scripts.eval_libero import suites
-from cogvla.scripts.rounds import CorrectionsConfig, train_in_rounds
-
-EVALUATION = "evaluation"
+from cogvla.scripts.training.build import build_trainer
+from cogvla.scripts.training.rounds import CorrectionsConfig, train_in_rounds
+from cogvla.scripts.training.suites import (
+    EVALUATION,
+    folders_to_record,
+    own_entry,
+    percent,
+    report_folders,
+    resolved_for,
+    success_rates,
+    suite_label,
+)
 
 
 def main(config: DictConfig) -> None:
@@ -72,13 +73,13 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Record, train and evaluate; return the content of `output/summary.json`."""
     import_modules(config.imports)
     names = [] if config.suite is None else suites(config.suite)
-    values = _resolved(config, _label(config.suite, names))
+    values = resolved_for(config, suite_label(config.suite, names))
     use_threads(values["threads"])
     output = Path(values["output"])
     # Check the whole configuration before anything slow starts.
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
     model_config = with_encoder(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
-    nodes = [_resolved(config, name)["data"] for name in names] if len(names) > 1 else [values["data"]]
+    nodes = [resolved_for(config, name)["data"] for name in names] if len(names) > 1 else [values["data"]]
     data_configs = [build(DataConfig, node, "data") for node in nodes]
     objective_config = build(ObjectiveConfig, values["objective"], "objective")
     training_config = build(TrainingConfig, values["training"], "training")
@@ -97,14 +98,14 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         return train_in_rounds(
             config, values, corrections, played, engine_config, execute_steps, lambda one: run(one, command)
         )
-    recordings = {} if values["demonstrations"] is None else _recordings(played, data_configs)
+    recordings = {} if values["demonstrations"] is None else folders_to_record(played, data_configs)
     entries: list[DataEntry] = []
     for entry in (entry for data_config in data_configs for entry in data_config.entries()):
         if entry not in entries:  # one data set of several suites
             entries.append(entry)
 
     own = (
-        [_own_entry(*pair, entries) for pair in zip(played, data_configs, strict=False)] if values["evaluation"] else []
+        [own_entry(*pair, entries) for pair in zip(played, data_configs, strict=False)] if values["evaluation"] else []
     )
 
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -138,16 +139,16 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         with _timed(seconds, "evaluation"):
             if not resume and len(played) > 1:  # of all suites, before the first one is played
                 shutil.rmtree(output / EVALUATION, ignore_errors=True)
-            for folder, suite in _folders(played).items():
+            for folder, suite in report_folders(played).items():
                 own_policy = policy.with_statistics(names_of[suite.name])
                 reports[folder] = _evaluate(own_policy, suite, values["evaluation"], output / folder, command, resume)
                 print(summary(reports[folder]))
-        result["success"], rates = _success(reports.values())
+        result["success"], rates = success_rates(reports.values())
         if len(played) > 1:
             result["suites"] = rates
-            print(f"mean of {len(played)} suites: {_percent(result['success'])}")
+            print(f"mean of {len(played)} suites: {percent(result['success'])}")
             page = output / EVALUATION / "index.html"
-            write_atomic(page, render_index({suite.name: reports[f] for f, suite in _folders(played).items()}))
+            write_atomic(page, render_index({suite.name: reports[f] for f, suite in report_folders(played).items()}))
             print(f"all reports: {page}")
         else:
             print(f"report: {output / EVALUATION / 'report.html'}")
@@ -158,133 +159,6 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     return result
 
 
-def _resolved(config: DictConfig, suite: str | None) -> dict[str, Any]:
-    """Return the configuration as plain values, with this text for `${suite}`."""
-    one = config.copy()
-    one.suite = suite
-    return plain(one)
-
-
-def _label(wanted: Any, names: Sequence[str]) -> str | None:
-    """Return the text for `${suite}` in names of folders: the only suite, or what was asked for."""
-    if len(names) < 2:
-        return names[0] if names else None
-    return wanted if isinstance(wanted, str) else "+".join(wanted)
-
-
-def _recordings(played: Sequence[Suite], configs: Sequence[DataConfig]) -> dict[str, Suite]:
-    """Return the folders that are recorded if they are missing, and the suite of each; data of the hub is not.
-
-    Raises:
-        ValueError: two suites have the same folder.
-    """
-    found: dict[str, Suite] = {}
-    for suite, config in zip(played, configs, strict=False):
-        own = [entry.config for entry in config.entries() if entry.config.repo_id is None]
-        if config.root is None or config.repo_id is not None or config.root not in [each.root for each in own]:
-            continue
-        if (other := found.setdefault(config.root, suite)) is not suite:
-            raise ValueError(
-                f"data.root={config.root} is one folder for {other.name} and {suite.name}: write it with ${{suite}}, "
-                "as in 'data.root=outputs/demonstrations/${suite}', or give demonstrations=null if it holds both"
-            )
-    return found
-
-
-def _own_entry(suite: Suite, config: DataConfig, entries: Sequence[DataEntry]) -> int:
-    """Return the index of the data set of a suite: with `data.statistics=each`, its statistics are used there.
-
-    Raises:
-        ValueError: it could be several ones.
-    """
-    own = config.entries()
-    if config.statistics == "each" and len(own) > 1:
-        place = config.root, config.repo_id
-        own = tuple(entry for entry in own if (entry.config.root, entry.config.repo_id) == place)
-        if len(own) != 1:
-            raise ValueError(
-                f"data.statistics=each: no entry of data.mixture is data.root={config.root}, so it is not known which "
-                f"statistics are those of {suite.name}: give that data.root, or evaluation=null, and evaluate with "
-                "eval_libero statistics=NAME"
-            )
-    return entries.index(own[0])
-
-
-def build_trainer(
-    config: TrainingConfig,
-    model_config: CogVLAConfig,
-    objective_config: ObjectiveConfig,
-    embodiment: Embodiment,
-    data: DemonstrationData,
-    output: Path,
-    log: Callable[[dict[str, float], int], None],
-    base: str | None = None,
-) -> Trainer:
-    """Build a model for this data, and its trainer.
-
-    The model starts from `base` (a checkpoint folder, or published weights as a folder or hub id). Without a base it
-    starts from the published backbones that its configuration names, if any. Words keep their ids of the base; the
-    statistics of state and action are always those of the new data.
-    """
-    worded = training_wordings(data, config.wordings)
-    texts = [text for some in worded.values() for text in some]
-    tokenizer = _tokenizer(model_config.language, texts, base, reworded=len(texts) > len(data.instructions))
-    check_instructions(tokenizer, data)  # `Trainer` does it, too, but after the model is built
-    if config.wordings.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
-        print(f"{len(plain)} of {len(worded)} instructions have no other wordings, for example {plain[0]!r}")
-    for said in rare_dimensions(data, embodiment):
-        print(said)
-    torch.manual_seed(config.seed)
-    model = CogVLA(model_config, embodiment)
-    if model.text is not None:
-        model.text.fit(*tokenizer.inputs(data.instructions))
-    for said in _start(model, base):
-        print(f"loaded {said}")
-    preprocessor = Preprocessor(embodiment, tokenizer, data.statistics(), config.augmentation.crop_area)
-    teacher: CogVLA | None = None
-    if objective_config.distillation:
-        assert objective_config.teacher is not None
-        teacher = load_frozen(objective_config.teacher, "teacher", preprocessor, texts)
-    objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width, teacher)
-    return Trainer(config, objective, model_config, preprocessor, data, output, log)
-
-
-def _start(model: CogVLA, base: str | None) -> list[str]:
-    """Load the initial weights of the model in place; return lines for the log."""
-    if base is None:
-        return load_backbones(model)
-    return load_own(model, base) if is_own(base) else load_base(model, base)
-
-
-def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | None, reworded: bool) -> Tokenizer:
-    """Return the text encoder; else the tokenizer of base or pretrained language model; else the words of the data.
-
-    Raises:
-        ValueError: the vocabulary has no room for the words of the data; or the base was trained with another encoder.
-    """
-    if language.encoder is not None:
-        encoder = open_encoder(language.encoder)
-        if base is not None and is_own(base):
-            check_base_encoder(base, encoder)
-        return encoder
-    words = WordTokenizer.from_instructions(instructions)
-    if base is not None:
-        tokenizer = base_tokenizer(base)
-        if not isinstance(tokenizer, WordTokenizer):
-            return tokenizer
-        words = tokenizer.with_words_of(instructions)
-    elif language.hub is not None:
-        return PretrainedTokenizer(language.hub)
-    room = min(language.vocab_size, language.bos_token, language.stop_token)
-    if len(words) > room:
-        raise ValueError(
-            f"the data has {len(words)} words{' with other wordings' if reworded else ''}, but "
-            f"policy.language.bos_token, stop_token and vocab_size leave room for {room}: increase all three"
-            + (", or choose wordings=none" if reworded else "")
-        )
-    return words
-
-
 def _rollouts(
     played: Sequence[Suite], settings: dict[str, Any], output: Path, log: RunLog, statistics: Mapping[str, str | None]
 ) -> Callable[[CogVLAPolicy, int], dict[str, float]]:
@@ -292,7 +166,7 @@ def _rollouts(
         folder = output / "rollouts" / f"step_{step:07d}"
         few = {**settings, "episodes_per_task": max(1, settings["episodes_per_task"] // 5)}
         reports = []
-        for part, suite in _folders(played).items():
+        for part, suite in report_folders(played).items():
             try:
                 own_policy = policy.with_statistics(statistics[suite.name])
                 reports.append(_evaluate(own_policy, suite, few, folder / part, command=""))
@@ -300,28 +174,12 @@ def _rollouts(
                 print(f"WARNING: no success rate of {suite.name} at step {step}: {error}")
                 continue
             log.videos(visible(folder / part, "**/*.mp4")[:4], step, f"{suite.name}/" if len(played) > 1 else "")
-        mean, rates = _success(reports)
+        mean, rates = success_rates(reports)
         found = {f"rollout/{name}/success": rate for name, rate in rates.items() if len(played) > 1}
         found |= {"rollout/success": mean} if len(reports) == len(played) else {}
         return {name: rate for name, rate in found.items() if rate is not None}
 
     return play
-
-
-def _folders(played: Sequence[Suite]) -> dict[str, Suite]:
-    """Return the folder of each suite's report in the output of a run."""
-    return {EVALUATION if len(played) == 1 else f"{EVALUATION}/{suite.name}": suite for suite in played}
-
-
-def _success(reports: Iterable[Report]) -> tuple[float | None, dict[str, float | None]]:
-    """Return the mean success rate of suites, and that of each; None where no episode could be played."""
-    rates = {report.suite: report.total.success.value for report in reports}
-    known = [rate for rate in rates.values() if rate is not None]
-    return sum(known) / len(known) if known and len(known) == len(rates) else None, rates
-
-
-def _percent(rate: float | None) -> str:
-    return "unknown" if rate is None else f"{rate:.1%}"
 
 
 def _evaluate(

@@ -45,7 +45,7 @@ from cogvla.real_robot.ros.dds_settings import DdsSettings
 from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.command import compose
-from cogvla.scripts.train_policy import build_trainer
+from cogvla.scripts.training.build import build_trainer
 from cogvla.tests.support import small_data as small
 from cogvla.tests.support.paths import CONFIGS
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvla.policy.checkpoint import load_training_state, read_config, save_checkpoint
-from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import same_place
 from cogvla.policy.model.config import CogVLAConfig

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import Objective, masked_l1
 

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from cogvla.configs.build import build
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.data.mixture.mixture import open_data
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.policy import CogVLAPolicy

@@ -29,7 +29,7 @@ from cogvla.policy.threads import use_threads
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.scripts.command import compose, plain
-from cogvla.scripts.train_policy import build_trainer
+from cogvla.scripts.training.build import build_trainer
 
 WARM_UP = 20
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,6 +23,7 @@ from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training.run_log import RunLog
 from cogvla.scripts import console, train_policy
 from cogvla.scripts.command import compose
+from cogvla.scripts.training.build import build_trainer
 from cogvla.tests.support.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 
 CAMERAS = "[{name:agentview,height:32,width:32},{name:wrist,height:32,width:32}]"
@@ -229,7 +230,7 @@ def test_a_pretrained_language_model_brings_its_weights_and_its_tokenizer(tmp_pa
     published.save_pretrained(tmp_path / "hub")
     config = CogVLAConfig.from_dict({**MODEL, "language": {**MODEL["language"], "hub": str(tmp_path / "hub")}})
     parts = (settings(steps=1), config, LABELLED, ROBOT, small_data(), tmp_path / "run")
-    trainer = train_policy.build_trainer(*parts, lambda metrics, step: None)
+    trainer = build_trainer(*parts, lambda metrics, step: None)
     weights = trainer.raw.model.decoder.llm.state_dict()
     assert all(weights[name].equal(value) for name, value in published.state_dict().items())
     trainer.run()

@@ -23,7 +23,7 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.policy.training.trainer import Trainer
-from cogvla.scripts.train_policy import build_trainer
+from cogvla.scripts.training.build import build_trainer
 
 SIZE, CHUNK = 32, 4
 ROBOT = Embodiment(

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cogvla.configs.build import build
 from cogvla.configs.load import load
-from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.frames import ArrayFrames
 from cogvla.policy.data.mixture.task_labels import TASK_LABELS
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.interface import Embodiment

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from cogvla.envs.recording.correction_pool import Corrected
 from cogvla.envs.recording.recorder import record
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
 from cogvla.policy.data.interventions import Teaching, acted, concatenated
 from cogvla.policy.data.mixture.mixture import open_data
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.tests.support import toy_suite

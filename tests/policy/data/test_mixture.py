@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from cogvla.configs.build import build
-from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData
 from cogvla.policy.data.mixture.mixture import Place, joined, open_data
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.training.batches import BatchBuilder

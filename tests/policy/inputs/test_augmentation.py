@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.data.demonstrations import TrainingBatches
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.augmentation import (
     AugmentationConfig,
     Changes,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from cogvla.policy.data.demonstrations import TrainingBatches
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs import preprocess
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.resize import resize

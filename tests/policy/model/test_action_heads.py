@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvla.policy.checkpoint import load_policy, save_checkpoint
 from cogvla.policy.cost.flops import count_flops
-from cogvla.policy.data.demonstrations import TrainingBatches
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.heads.denoising import DenoisingHead, DiffusionHead, FlowHead

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvla.policy.checkpoint import save_checkpoint
-from cogvla.policy.data.demonstrations import TrainingBatches
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.interface import Camera
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.training.batches import BatchBuilder

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from cogvla.policy.checkpoint import load_policy, open_policy
-from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData
 from cogvla.policy.data.mixture.mixture import Place, joined
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.normalise import Normaliser
 from cogvla.policy.inputs.preprocess import Preprocessor

@@ -28,7 +28,7 @@ from cogvla.policy.training.adapters import FinetuneConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.policy.training.trainer import Trainer
 from cogvla.policy.training.wordings import InstructionAugmentation
-from cogvla.scripts.train_policy import build_trainer
+from cogvla.scripts.training.build import build_trainer
 from cogvla.tests.support.small_data import IMITATION, LABELLED, MODEL, ROBOT, settings, small_data, small_trainer
 from cogvla.tests.support.text_encoders import WORDS, minilm, save_tokenizer, tiny_encoder
 from cogvla.tests.support.tiny_model import alone

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cogvla.policy.data.demonstrations import DemonstrationData, TrainingBatches
+from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.model.config import CogVLAConfig
@@ -18,7 +19,7 @@ from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.trainer import Trainer
 from cogvla.policy.training.validation import validate
 from cogvla.policy.training.wordings import InstructionAugmentation, Wordings, training_wordings
-from cogvla.scripts.train_policy import build_trainer
+from cogvla.scripts.training.build import build_trainer
 from cogvla.tests.support.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 
 TASKS = ["put the red cube in the tray", "put the green cube in the tray", "open the drawer"]

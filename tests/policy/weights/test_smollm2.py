@@ -22,7 +22,7 @@ from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.training.adapters import FinetuneConfig
 from cogvla.policy.training.trainer import Trainer
-from cogvla.scripts.train_policy import build_trainer
+from cogvla.scripts.training.build import build_trainer
 from cogvla.tests.support.small_data import IMITATION, MODEL, ROBOT, TOWER, settings, small_data
 from cogvla.tests.support.text_encoders import smollm2
 

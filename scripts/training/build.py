@@ -1,0 +1,99 @@
+"""Builds the model of a training, and its trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.text_encoder import open_encoder
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
+from cogvla.policy.interface import Embodiment
+from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
+from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
+from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.data_checks import check_instructions, rare_dimensions
+from cogvla.policy.training.objective import Objective, ObjectiveConfig
+from cogvla.policy.training.trainer import Trainer
+from cogvla.policy.training.wordings import training_wordings
+from cogvla.policy.weights.base import base_tokenizer, check_base_encoder, is_own, load_own
+from cogvla.policy.weights.pretrained import load_backbones, load_base
+
+
+def build_trainer(
+    config: TrainingConfig,
+    model_config: CogVLAConfig,
+    objective_config: ObjectiveConfig,
+    embodiment: Embodiment,
+    data: DemonstrationData,
+    output: Path,
+    log: Callable[[dict[str, float], int], None],
+    base: str | None = None,
+) -> Trainer:
+    """Build a model for this data, and its trainer.
+
+    The model starts from `base` (a checkpoint folder, or published weights as a folder or hub id). Without a base it
+    starts from the published backbones that its configuration names, if any. Words keep their ids of the base; the
+    statistics of state and action are always those of the new data.
+    """
+    worded = training_wordings(data, config.wordings)
+    texts = [text for some in worded.values() for text in some]
+    tokenizer = _tokenizer(model_config.language, texts, base, reworded=len(texts) > len(data.instructions))
+    check_instructions(tokenizer, data)  # `Trainer` does it, too, but after the model is built
+    if config.wordings.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
+        print(f"{len(plain)} of {len(worded)} instructions have no other wordings, for example {plain[0]!r}")
+    for said in rare_dimensions(data, embodiment):
+        print(said)
+    torch.manual_seed(config.seed)
+    model = CogVLA(model_config, embodiment)
+    if model.text is not None:
+        model.text.fit(*tokenizer.inputs(data.instructions))
+    for said in _start(model, base):
+        print(f"loaded {said}")
+    preprocessor = Preprocessor(embodiment, tokenizer, data.statistics(), config.augmentation.crop_area)
+    teacher: CogVLA | None = None
+    if objective_config.distillation:
+        assert objective_config.teacher is not None
+        teacher = load_frozen(objective_config.teacher, "teacher", preprocessor, texts)
+    objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width, teacher)
+    return Trainer(config, objective, model_config, preprocessor, data, output, log)
+
+
+def _start(model: CogVLA, base: str | None) -> list[str]:
+    """Load the initial weights of the model in place; return lines for the log."""
+    if base is None:
+        return load_backbones(model)
+    return load_own(model, base) if is_own(base) else load_base(model, base)
+
+
+def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | None, reworded: bool) -> Tokenizer:
+    """Return the text encoder; else the tokenizer of base or pretrained language model; else the words of the data.
+
+    Raises:
+        ValueError: the vocabulary has no room for the words of the data; or the base was trained with another encoder.
+    """
+    if language.encoder is not None:
+        encoder = open_encoder(language.encoder)
+        if base is not None and is_own(base):
+            check_base_encoder(base, encoder)
+        return encoder
+    words = WordTokenizer.from_instructions(instructions)
+    if base is not None:
+        tokenizer = base_tokenizer(base)
+        if not isinstance(tokenizer, WordTokenizer):
+            return tokenizer
+        words = tokenizer.with_words_of(instructions)
+    elif language.hub is not None:
+        return PretrainedTokenizer(language.hub)
+    room = min(language.vocab_size, language.bos_token, language.stop_token)
+    if len(words) > room:
+        raise ValueError(
+            f"the data has {len(words)} words{' with other wordings' if reworded else ''}, but "
+            f"policy.language.bos_token, stop_token and vocab_size leave room for {room}: increase all three"
+            + (", or choose wordings=none" if reworded else "")
+        )
+    return words
