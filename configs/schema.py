@@ -32,6 +32,7 @@ DATACLASSES: dict[str, tuple[str, ...]] = {
     "robot": ("real_robot.control.settings.RobotConfig",),
     "router": ("routing.router.RouterConfig",),
     "routing": ("policy.model.config.RoutingConfig",),
+    "teleop": ("real_robot.lerobot.teleoperator.TeleopSettings",),
     "topics": ("real_robot.ros.front_end.RosTopics",),
     "training": ("policy.training.config.TrainingConfig",),
     "wordings": ("policy.training.wordings.InstructionAugmentation",),

@@ -41,6 +41,7 @@ from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.policy.training.wordings import InstructionAugmentation
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.lerobot.robot import LeRobotSettings
+from cogvla.real_robot.lerobot.teleoperator import TeleopSettings
 from cogvla.real_robot.ros.dds_settings import DdsSettings
 from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.serving.request import RequestKeys
@@ -64,6 +65,7 @@ GROUPS: dict[str, Any] = {
     "request_keys": RequestKeys,
     "robot": RobotConfig,
     "routing": RoutingConfig,
+    "teleop": TeleopSettings,
     "topics": RosTopics,
     "training": TrainingConfig,
     "wordings": InstructionAugmentation,
@@ -75,6 +77,7 @@ COMPOSED_BY = {
     "protocol": "eval_libero",
     "request_keys": "policy_server",
     "robot": "robot_bridge",
+    "teleop": "drive_robot",
     "topics": "robot_bridge",
 }
 """The command that a group belongs to; train_policy unless named here."""

@@ -202,8 +202,13 @@ class Bridge:
             self._ask_if_due()
         return refusal
 
+    def observe_teleop(self, action_A: np.ndarray, stamp: float) -> str | None:
+        """Add an action [A] of the teleoperator. Return the reason if it is refused, else None."""
+        with self._lock:
+            return self._loop.observe_teleop(action_A, stamp, self.now())
+
     def refuse(self, sensor: str, kind: str, reason: str) -> None:
-        """Count a sample that could not be read; `sensor` is a camera or "state"."""
+        """Count a sample that could not be read; `sensor` is a camera, "state" or "teleop"."""
         with self._lock:
             self._loop.refuse(sensor, kind, reason)
 
@@ -247,11 +252,27 @@ class Bridge:
             done = self._loop.reset()
         return done, "idle; activate to go on" if done else "the emergency stop is engaged"
 
+    def take_over(self, active: bool = True) -> tuple[bool, str]:
+        """Let the operator drive with the teleoperator, or hand back to the policy; returns like `activate`."""
+        with self._lock:
+            if not active:
+                self._loop.hand_back(self.now())
+                self._ask_if_due()
+                return True, "the policy drives"
+            if self._loop.take_over(self.now()):
+                return True, "the operator drives"
+            return False, f"stopped: {self._loop.fault}; reset first"
+
     # --- state, from any thread ---------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
         return self._loop.state
+
+    @property
+    def teleoperated(self) -> bool:
+        """True while the operator drives."""
+        return self._loop.teleoperated
 
     @property
     def loop_settings(self) -> LoopSettings:

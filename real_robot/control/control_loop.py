@@ -8,6 +8,7 @@
                                                ChunkQueue  <---- deliver / fail <------------------------- answer
     every period    --tick------------------>     |
     controller      <--Command---------------  SafetyLimiter        Watchdog: activate, deactivate, estop, reset
+    teleoperator    --observe_teleop-------->     |  instead of the queue, from take_over to hand_back
 
 How a front end uses it; `now` is the time of one monotonic clock in seconds:
 
@@ -22,8 +23,14 @@ How a front end uses it; `now` is the time of one monotonic clock in seconds:
 Make all calls from one thread or under one lock. No call waits or does I/O, so an e-stop takes effect at once. The loop
 keeps the image arrays that it receives: do not write into them afterwards.
 
-Epochs: activate, deactivate, reset, e-stop, a fault, a new instruction, a stale sensor and a jump of the clock start a
-new epoch. The loop then forgets its plan, and discards a chunk that was asked for in an older epoch.
+Epochs: activate, deactivate, reset, e-stop, a fault, a new instruction, a stale sensor, a jump of the clock, take-over
+and hand-back start a new epoch. The loop then forgets its plan, and discards a chunk of an older epoch.
+
+Take-over: the operator drives with the actions of a teleoperator; limits, holds and stops are those of the policy's
+actions. As long as the teleoperator asks for a motion past a limit that rejects (`SafetyLimits.reject`), for instance
+because its pose is far from the arm's, the arm holds; once it has moved the arm, such a motion is a fault, as for the
+policy. Deactivate, reset, e-stop and faults end the take-over. After a hand-back, the policy gets no observation that
+is older than it.
 
 Shape legend: A action dimension, N ticks of the old plan, S state dimension, H, W image size, K chunk length.
 """
@@ -92,6 +99,9 @@ class ControlLoop:
         self._held_since = 0.0
         self._last_failure: str | None = None
         self._stale = False
+        self._hold_reason = ""
+        self._teleoperated = False
+        self._handed_back_at = -math.inf
         self._unsent_stamp: float | None = None  # stamp of the newest chunk's observation, until it is used
 
     # --- calls of the front end ---------------------------------------------------------------------------------------
@@ -111,8 +121,15 @@ class ControlLoop:
         """Add a joint state [S] in physical units. Return the reason if it is refused, else None."""
         return self._observations.add_state(state_S, stamp, self._at(now))
 
+    def observe_teleop(self, action_A: np.ndarray, stamp: float, now: float) -> str | None:
+        """Add an action [A] of the teleoperator, wanted at `stamp`; it is used while the operator drives.
+
+        Return the reason if it is refused, else None. Then the action before is not used any more either.
+        """
+        return self._observations.add_teleop(action_A, stamp, self._at(now))
+
     def refuse(self, sensor: str, kind: str, reason: str) -> str:
-        """Count a sample that the front end could not read, and return the reason with the sensor's name."""
+        """Count a sample that could not be read, and return the reason with the name of sensor or teleoperator."""
         return self._observations.refuse(sensor, kind, reason)
 
     def set_instruction(self, text: str) -> None:
@@ -136,6 +153,7 @@ class ControlLoop:
     def deactivate(self) -> None:
         """Stop sending commands. A fault stays."""
         self._watchdog.on(Event.DEACTIVATE)
+        self._teleoperated = False
         self._new_epoch()
 
     def estop(self, engaged: bool = True) -> None:
@@ -146,12 +164,32 @@ class ControlLoop:
         self._watchdog.set_estop(engaged)
         if engaged:
             self._counts["faults"] += 1
+            self._teleoperated = False
             self._new_epoch()
 
     def reset(self) -> bool:
         """Clear a fault and go to IDLE, from any state. Return False while the e-stop is engaged."""
+        self._teleoperated = False
         self._new_epoch()
         return self._watchdog.on(Event.RESET) is State.IDLE
+
+    def take_over(self, now: float) -> bool:
+        """Let the operator drive, with the teleoperator's actions. Return False if a fault must be reset first."""
+        now = self._at(now)
+        if self.state is not State.STOPPED and not self._teleoperated:
+            self._teleoperated = True
+            self._counts["take_overs"] += 1
+            self._held_since = now
+            self._new_epoch()
+        return self._teleoperated
+
+    def hand_back(self, now: float) -> None:
+        """Let the policy drive again; it starts from an observation made after this."""
+        now = self._at(now)
+        if self._teleoperated:
+            self._teleoperated = False
+            self._held_since = self._handed_back_at = now
+            self._new_epoch()
 
     # --- the policy ---------------------------------------------------------------------------------------------------
 
@@ -159,7 +197,7 @@ class ControlLoop:
         """Return the request to send to the policy now, or None. Call it after observations, answers and ticks."""
         now = self._at(now)
         self._expire(now)
-        if self.state not in (State.HOLDING, State.RUNNING) or not self._instruction:
+        if self.state not in (State.HOLDING, State.RUNNING) or not self._instruction or self._teleoperated:
             return None
         next_tick = self._clock.next_tick
         remaining = self._queue.remaining(next_tick)
@@ -168,7 +206,9 @@ class ControlLoop:
         if self._observations.stale(now) is not None:
             return None
         found = self._observations.synchronised()
-        if isinstance(found, str) or (self._pauses and found.stamp < self._rests_at):
+        if isinstance(found, str) or found.stamp < self._handed_back_at:
+            return None
+        if self._pauses and found.stamp < self._rests_at:
             return None
         tick = self._clock.tick_of(found.stamp)
         self._requests += 1
@@ -258,15 +298,18 @@ class ControlLoop:
                 self._new_epoch()
             return self._hold(tick, now, stale)
         self._stale = False
-        action_A = self._queue.get(tick)
-        if action_A is None:
-            if state is State.RUNNING and self._sent_epoch == self._epoch and not self._pauses:
-                self._counts["starvations"] += 1
-            missing = "waiting for the policy" if self._pauses else "no action for this tick"
-            return self._hold(tick, now, missing if self._instruction else "no instruction")
+        moving = state is State.RUNNING and self._sent_epoch == self._epoch
+        if not self._instruction:
+            return self._hold(tick, now, "no instruction")
+        action_A = self._observations.teleop(now) if self._teleoperated else self._planned(tick, moving)
+        if isinstance(action_A, str):
+            return self._hold(tick, now, action_A)
         state_S = self._observations.newest_state
         assert state_S is not None, "no sensor is stale, so there is a state"
         try:
+            if self._teleoperated and not moving and (far := self._limiter.rejects(action_A, state_S)):
+                self._held_since = now  # the operator may take any time to bring the teleoperator to the arm's pose
+                return self._hold(tick, now, f"teleop: past the {' and '.join(far)} limit; bring it to the arm's pose")
             sent_A = self._limiter.move(action_A, state_S)
         except LimitError as error:
             return self._stop(tick, str(error))
@@ -278,12 +321,22 @@ class ControlLoop:
         if self._unsent_stamp is not None:
             self.measurements.loop_ms.append((now - self._unsent_stamp) * 1e3)
             self._unsent_stamp = None
-        return Command(Kind.ACTION, tick, sent_A)
+        return Command(Kind.TELEOP if self._teleoperated else Kind.ACTION, tick, sent_A)
+
+    def _planned(self, tick: int, moving: bool) -> np.ndarray | str:
+        """Return the policy's action [A] of this tick, or the reason why there is none."""
+        action_A = self._queue.get(tick)
+        if action_A is not None:
+            return action_A
+        if moving and not self._pauses:
+            self._counts["starvations"] += 1
+        return "waiting for the policy" if self._pauses else "no action for this tick"
 
     def _hold(self, tick: int, now: float, reason: str) -> Command:
         if self.state is State.RUNNING or not self._instruction:
             self._held_since = now
         self._watchdog.on(Event.HOLD)
+        self._hold_reason = reason
         sent_A = self._limiter.hold(self._observations.newest_state)
         if sent_A is None:  # the loop has not moved the arm yet: nothing to hold, and the time limit does not start
             self._held_since = now
@@ -295,6 +348,7 @@ class ControlLoop:
     def _stop(self, tick: int, fault: str) -> Command:
         self._watchdog.on(Event.FAULT, fault)
         self._counts["faults"] += 1
+        self._teleoperated = False
         self._new_epoch()
         return Command(Kind.NONE, tick, None, fault)
 
@@ -312,6 +366,11 @@ class ControlLoop:
     @property
     def epoch(self) -> int:
         return self._epoch
+
+    @property
+    def teleoperated(self) -> bool:
+        """True while the operator drives."""
+        return self._teleoperated
 
     @property
     def instruction(self) -> str:
@@ -336,12 +395,14 @@ class ControlLoop:
             "epoch": self._epoch,
             "tick": self._clock.next_tick,
             "instruction": self._instruction,
+            "teleoperated": self._teleoperated,
             "remaining": self._queue.remaining(self._clock.next_tick),
             "in_flight": self._prefetch.in_flight is not None,
             "last_failure": self._last_failure,
             "p95_latency_ms": self._prefetch.latency.p95 * 1e3,
             "ages_s": self._observations.ages(now),
             "stale": self._observations.stale(now),
+            "holds": self._hold_reason if self.state is State.HOLDING else None,
             "refusals": dict(self._observations.refusals),
             "last_refusal": dict(self._observations.last_refusal),
             **self.measurements.summary(RECENT),
@@ -361,7 +422,7 @@ class ControlLoop:
         """Forget samples, requests and plan after a jump of the clock, because their ages are unknown."""
         self._counts["clock_jumps"] += 1
         self._held_since = self._clock.now
-        self._rests_at = -math.inf
+        self._rests_at = self._handed_back_at = -math.inf
         self._observations.clear()
         self._prefetch.forget()
         self._limiter.halt()

@@ -14,9 +14,13 @@ from cogvla.policy.interface import Observation
 
 
 class Kind(Enum):
-    """Kind of a command: an action of the policy, a hold (come to rest and stay there), or nothing to send."""
+    """Kind of a command.
+
+    An action of the policy, one of the teleoperator, a hold (come to rest and stay there), or nothing to send.
+    """
 
     ACTION = "action"
+    TELEOP = "teleop"
     HOLD = "hold"
     NONE = "none"
 
@@ -26,10 +30,10 @@ class Command:
     """Command of one tick.
 
     Attributes:
-        kind: action, hold or nothing.
+        kind: action of the policy or of the teleoperator, hold or nothing.
         tick: absolute number of the tick.
         action_A: command to send, float64 [A], within all limits; None if nothing is to be sent.
-        reason: why this is no action of the policy; empty for an action.
+        reason: why this is no action; empty for an action.
     """
 
     kind: Kind

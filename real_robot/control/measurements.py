@@ -23,7 +23,8 @@ class Measurements:
         inference_ms: time from request to answer, one sample per answer.
         jitter_ms: absolute difference between a tick's interval and the control period, one sample per tick.
         counts: number of events by name:
-            action, hold, none: commands by kind; limited_*: actions that a safety limit changed;
+            action, teleop, hold, none: commands by kind; take_overs: by the operator;
+            limited_*: actions that a safety limit changed;
             requests: requests to the policy; deadline_misses, failures: requests without an answer;
             chunks: chunks in use; late_actions: actions dropped from the front of a chunk; late_chunks: chunks whose
             actions were all too late; old_epoch_chunks: answers to a request of an older epoch;
@@ -76,6 +77,16 @@ def latency_table(measurements: Measurements, control_hz: float) -> str:
         else:
             values = "".join(f"{found[key]:>8.1f}" for key in ("p50", "p95", "p99"))
             lines.append(f"{name:<26}{values}{found['max']:>9.1f}{found['count']:>9}")
-    named = ("action", "hold", "late_ticks", "deadline_misses", "starvations", "late_chunks", "failures", "faults")
+    named = (
+        "action",
+        "teleop",
+        "hold",
+        "late_ticks",
+        "deadline_misses",
+        "starvations",
+        "late_chunks",
+        "failures",
+        "faults",
+    )
     lines.append("  ".join(f"{name} {measurements.counts[name]}" for name in named))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Buffer sensor samples, check their age, and synchronise cameras and joint state into one observation.
+"""Buffer samples of sensors and teleoperator, check their age, and synchronise the sensors into one observation.
 
     agentview   --o-----o-----o-----o---->        common time: the newest stamp of the slowest sensor (here wrist);
     wrist       ----o-----o-----X------->         each other sensor gives its sample nearest to it (X),
@@ -8,7 +8,7 @@ All times are seconds on the loop's clock. A front end converts a sensor's stamp
 is the sensor's clock minus the stamp. After a step of the sensor's clock, stamps lie in the future or are stale, and
 the sample is refused.
 
-Shape legend: H, W image size, S state dimension.
+Shape legend: A action dimension, H, W image size, S state dimension.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from cogvla.real_robot.control.settings import LoopSettings
 
 STATE = "state"
 """Sensor name of the joint state."""
+TELEOP = "teleop"
+"""Name of the teleoperator's actions, which belong to no observation."""
 IMAGES_KEPT = 8
 STATES_KEPT = 256
 """Enough for joint states at up to 1 kHz, matched with a camera image that is 0.2 s old."""
@@ -77,7 +79,7 @@ class _Sensor:
 
 
 class Observations:
-    """Sample buffers of all cameras and the joint state.
+    """Sample buffers of all cameras, the joint state and the teleoperator.
 
     Attributes:
         refusals: number of refused samples by "sensor: kind".
@@ -86,10 +88,11 @@ class Observations:
 
     def __init__(self, embodiment: Embodiment, settings: LoopSettings) -> None:
         self._shapes = {c.name: (c.height, c.width, 3) for c in embodiment.cameras}
-        self._state_dim = embodiment.state_dim
+        self._state_dim, self._action_dim = embodiment.state_dim, embodiment.action_dim
         self._settings = settings
         self._sensors = {name: _Sensor(IMAGES_KEPT, settings.image_age_s) for name in self._shapes}
         self._sensors[STATE] = _Sensor(STATES_KEPT, settings.state_age_s)
+        self._teleop = _Sensor(1, settings.teleop_age_s)
         self._same_since: dict[str, tuple[float, np.ndarray | None]] = {}
         self.refusals: Counter[str] = Counter()
         self.last_refusal: dict[str, str] = {}
@@ -109,6 +112,7 @@ class Observations:
         """Forget all samples. Call it after a jump of the clock, which makes their stamps meaningless."""
         for sensor in self._sensors.values():
             sensor.samples.clear()
+        self._teleop.samples.clear()
         self._same_since.clear()
         self.last_refusal.clear()
 
@@ -125,15 +129,40 @@ class Observations:
 
     def add_state(self, state_S: np.ndarray, stamp: float, now: float) -> str | None:
         """Add a copy of a joint state [S]. Return the reason if it is refused, else None."""
+        copy_S = self._finite(STATE, state_S, self._state_dim)
+        return copy_S if isinstance(copy_S, str) else self._add(STATE, copy_S, stamp, now)
+
+    def add_teleop(self, action_A: np.ndarray, stamp: float, now: float) -> str | None:
+        """Add a copy of an action [A] of the teleoperator. Return the reason if it is refused, else None."""
+        copy_A = self._finite(TELEOP, action_A, self._action_dim)
+        if isinstance(copy_A, str):
+            return copy_A
+        refusal = self._teleop.refusal(stamp, now, self._settings.future_tolerance_s)
+        if refusal is not None:
+            return self.refuse(TELEOP, *refusal)
+        self._teleop.samples.append((stamp, copy_A))
+        self.last_refusal.pop(TELEOP, None)
+        return None
+
+    def teleop(self, now: float) -> np.ndarray | str:
+        """Return the teleoperator's action [A], or the reason why there is none."""
+        if not self._teleop.samples:
+            return self.last_refusal.get(TELEOP, f"{TELEOP}: nothing received yet")
+        stamp, action_A = self._teleop.samples[-1]
+        age, allowed = now - stamp, self._teleop.age_s
+        return action_A if age <= allowed else f"{TELEOP}: {age:.3f} s old, at most {allowed:g} s are allowed"
+
+    def _finite(self, name: str, values: np.ndarray, size: int) -> np.ndarray | str:
+        """Return a copy of `size` numbers, float64, or the reason why they are refused."""
         try:
-            copy_S = np.array(state_S, dtype=np.float64)
+            copy = np.array(values, dtype=np.float64)
         except (TypeError, ValueError):
-            return self.refuse(STATE, "wrong_state", f"{type(state_S).__name__} is not {self._state_dim} numbers")
-        if copy_S.shape != (self._state_dim,):
-            return self.refuse(STATE, "wrong_state", f"expected shape {(self._state_dim,)}, got {copy_S.shape}")
-        if not np.isfinite(copy_S).all():
-            return self.refuse(STATE, "not_finite", f"NaN or infinite at {np.flatnonzero(~np.isfinite(copy_S))}")
-        return self._add(STATE, copy_S, stamp, now)
+            return self.refuse(name, f"wrong_{name}", f"{type(values).__name__} is not {size} numbers")
+        if copy.shape != (size,):
+            return self.refuse(name, f"wrong_{name}", f"expected shape {(size,)}, got {copy.shape}")
+        if not np.isfinite(copy).all():
+            return self.refuse(name, "not_finite", f"NaN or infinite at {np.flatnonzero(~np.isfinite(copy))}")
+        return copy
 
     def _add(self, name: str, value: np.ndarray, stamp: float, now: float) -> str | None:
         sensor = self._sensors[name]
@@ -159,7 +188,12 @@ class Observations:
             self._same_since[name] = (stamp, states.nearest(stamp)[1] if known else None)
 
     def refuse(self, name: str, kind: str, reason: str) -> str:
-        """Count a refused sample and return the reason with the sensor's name."""
+        """Count a refused sample and return the reason with the sensor's name.
+
+        A refusal of the teleoperator's sample also discards the one before: the arm must not go on with it.
+        """
+        if name == TELEOP:
+            self._teleop.samples.clear()
         self.refusals[f"{name}: {kind}"] += 1
         self.last_refusal[name] = f"{name}: {reason}"
         return self.last_refusal[name]

@@ -97,18 +97,25 @@ class SafetyLimiter:
         if not np.isfinite(action_A).all():
             raise LimitError(f"an action is not finite: {action_A}")
         reference_D = self._locate(state_S)
-        wanted_D = action_A[self._arm]
-        wanted_D = wanted_D - reference_D if self._absolute else wanted_D * self._scale_D
+        wanted_D = self._wanted(action_A, reference_D)
         moved_D = self._clamp(wanted_D, reference_D)
         if (np.abs(moved_D - wanted_D) > _SLACK).any():
             self.limited = self._exceeded(wanted_D, reference_D) or ("braking",)
-            rejected = [name for name in self.limited if name in self._limits.reject]
-            if rejected:
+            if rejected := self._rejected(self.limited):
                 raise LimitError(f"an action is past the {' and '.join(rejected)} limit: {np.round(action_A, 4)}")
         else:
             self.limited = ()
         self._grip_G = self._gripped(action_A[self._grippers].astype(float))
         return self._commanded(moved_D, reference_D)
+
+    def rejects(self, action_A: np.ndarray, state_S: np.ndarray) -> list[str]:
+        """Return the limits named in `SafetyLimits.reject` for which `move` would refuse a finite action [A].
+
+        Raises:
+            LimitError: as for `move`, for other reasons.
+        """
+        reference_D = self._locate(state_S)
+        return self._rejected(self._exceeded(self._wanted(action_A, reference_D), reference_D))
 
     def hold(self, state_S: np.ndarray | None) -> np.ndarray | None:
         """Return the command [A] that brings the arm to rest and keeps it there; None before the first command.
@@ -121,6 +128,14 @@ class SafetyLimiter:
         reference_D = self._reference_D if state_S is None or self._absolute else self._locate(state_S)
         self.limited = ()
         return self._commanded(self._clamp(np.zeros_like(reference_D), reference_D), reference_D)
+
+    def _wanted(self, action_A: np.ndarray, reference_D: np.ndarray) -> np.ndarray:
+        """Return the displacement [D] that an action [A] asks for."""
+        wanted_D = action_A[self._arm]
+        return wanted_D - reference_D if self._absolute else wanted_D * self._scale_D
+
+    def _rejected(self, exceeded: tuple[str, ...]) -> list[str]:
+        return [name for name in exceeded if name in self._limits.reject]
 
     def _locate(self, state_S: np.ndarray) -> np.ndarray:
         """Return the reference position [D], from which displacements start."""

@@ -119,6 +119,7 @@ class LoopSettings:
     Attributes:
         image_age_s: maximum age of a camera image; with an older image the loop holds and does not call the policy.
         state_age_s: maximum age of the joint state; with an older state the loop holds and does not call the policy.
+        teleop_age_s: maximum age of the teleoperator's action; with an older one the loop holds while it drives.
         sync_tolerance_s: maximum difference between the stamps of one observation.
         future_tolerance_s: maximum time by which a stamp may lie ahead of the loop's clock.
         frozen_after_s: time with identical images after which a camera counts as frozen (stale); None: no check.
@@ -142,6 +143,7 @@ class LoopSettings:
 
     image_age_s: float = 0.2
     state_age_s: float = 0.1
+    teleop_age_s: float = 0.15
     sync_tolerance_s: float = 0.03
     future_tolerance_s: float = 0.01
     frozen_after_s: float | None = None
@@ -158,7 +160,16 @@ class LoopSettings:
     clock_gap_s: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("image_age_s", "state_age_s", "latency_s", "deadline_s", "hold_limit_s", "clock_gap_s"):
+        positive = (
+            "image_age_s",
+            "state_age_s",
+            "teleop_age_s",
+            "latency_s",
+            "deadline_s",
+            "hold_limit_s",
+            "clock_gap_s",
+        )
+        for name in positive:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"loop: {name} must be a positive number of seconds, got {value}")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -98,22 +98,45 @@ class LeRobotSettings:
 
 def make_robot(settings: LeRobotSettings) -> Robot:
     """Build the robot without connecting it; ValueError if lerobot does not know the type or refuses its config."""
-    import draccus
     from lerobot.robots import RobotConfig, make_robot_from_config
 
-    for module in settings.modules:
-        importlib.import_module(module)
-    known = RobotConfig.get_known_choices()
-    if settings.type not in known:
+    config = device_config(RobotConfig, "robot", "lerobot", settings.type, settings.modules, settings.config)
+    return make_robot_from_config(config)
+
+
+def device_config(
+    registry: Any, device: str, group: str, kind: str, modules: Sequence[str], values: Mapping[str, Any]
+) -> Any:
+    """Return lerobot's configuration of a device.
+
+    Args:
+        registry: lerobot's base class of such configurations.
+        device: what it is, for messages.
+        group: group of our configuration with `type`, `modules` and `config`, for messages.
+        kind: lerobot's name of the type.
+        modules: modules that register types.
+        values: fields of the configuration.
+
+    Raises:
+        ValueError: a module cannot be imported, the type is unknown, or the values are not for it.
+    """
+    import draccus
+
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{group}.modules names {module}, which needs {error.name}: install it") from error
+    known = registry.get_known_choices()
+    if kind not in known:
         raise ValueError(
-            f"lerobot knows no robot {settings.type!r}, only {', '.join(sorted(known)) or 'none'}: "
-            "lerobot.modules must name the module that registers it"
+            f"lerobot knows no {device} {kind!r}, only {', '.join(sorted(known)) or 'none'}: "
+            f"{group}.modules must name the module that registers it"
         )
     try:
-        config = draccus.decode(known[settings.type], dict(settings.config))
+        return draccus.decode(known[kind], dict(values))
     except draccus.utils.DecodingError as error:
-        raise ValueError(f"lerobot.config is not for {settings.type}: {error}") from error
-    return make_robot_from_config(config)
+        raise ValueError(f"{group}.config is not for {kind}: {error}") from error
 
 
 @contextmanager

@@ -10,7 +10,8 @@
 An episode begins with the first command after the robot was activated. It ends when the bridge stops sending or gets
 another instruction. Commands that hold the arm in between are part of the episode.
 
-Features: observation.images.CAMERA, observation.state [S], action [A], in the robot's own units.
+Features: observation.images.CAMERA, observation.state [S], action [A], in the robot's own units; with a teleoperator
+also intervention: whether the action is the operator's.
 
 Shape legend: T steps, A action dimension, S state dimension.
 """
@@ -29,10 +30,12 @@ import numpy as np
 
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, encode_png, pack_encoded
+from cogvla.envs.recording.demonstrator import INTERVENTION
 from cogvla.files import is_left_by_macos
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import Tick
 from cogvla.real_robot.bridge.writing_thread import WritingThread
+from cogvla.real_robot.control.control_loop import Kind
 
 RECORD_FILE = "recording.json"
 STATE_FEATURE, ACTION_FEATURE = "observation.state", "action"
@@ -53,6 +56,7 @@ class RecordingFolder:
         resume: keep the episodes of an interrupted recording.
         source: origin of the episodes, as plain values.
         names: feature -> names of its numbers; `lerobot-replay` needs those of `action`.
+        teleoperated: the episodes say in each frame who acted.
 
     Raises:
         ValueError: the folder holds a data set, or an unfinished one of another robot or source.
@@ -67,6 +71,7 @@ class RecordingFolder:
         resume: bool = True,
         source: dict[str, Any] | None = None,
         names: Mapping[str, Sequence[str]] | None = None,
+        teleoperated: bool = False,
     ) -> None:
         if embodiment.control_hz != round(embodiment.control_hz):
             raise ValueError(f"a LeRobotDataset has a whole number of frames per second, not {embodiment.control_hz:g}")
@@ -75,6 +80,7 @@ class RecordingFolder:
         self._folder = DatasetFolder(output, "recording", "recorded", RECORD_FILE)
         self._fps, self._robot, self._video, self._names = round(embodiment.control_hz), robot, video, names
         self._request = {"robot": robot, "embodiment": asdict(embodiment), "video": video, "source": source}
+        self._request["teleoperated"] = teleoperated or None  # None: as in recordings from before there was the key
         self._folder.prepare(self._request, resume and bool(self.numbers()))  # an empty folder fits any recording
 
     def numbers(self) -> list[int]:
@@ -89,10 +95,13 @@ class RecordingFolder:
         states: list[np.ndarray],
         actions: list[np.ndarray],
         images: dict[str, list[bytes]],
+        interventions: list[bool] | None = None,
     ) -> None:
-        """Save an episode: T states [S], T actions [A], and T PNG files of each camera."""
+        """Save an episode: T states [S], T actions [A], T PNG files of each camera, and whether the operator acted."""
         arrays = {STATE_FEATURE: np.stack(states).astype(np.float32)}
         arrays[ACTION_FEATURE] = np.stack(actions).astype(np.float32)
+        if interventions is not None:
+            arrays[INTERVENTION] = np.array(interventions)
         named = {IMAGE_PREFIX + camera: files for camera, files in images.items()}
         pack_encoded(instruction, self._fps, arrays, named).save(self._path(number))
 
@@ -134,6 +143,7 @@ class Recorder(WritingThread[Tick | str]):
         video: store images as videos.
         resume: keep the episodes of an interrupted recording.
         names: see `RecordingFolder`.
+        teleoperated: see `RecordingFolder`.
 
     Attributes:
         episodes: number of episodes so far, including those of earlier runs.
@@ -147,13 +157,16 @@ class Recorder(WritingThread[Tick | str]):
         video: bool = False,
         resume: bool = True,
         names: Mapping[str, Sequence[str]] | None = None,
+        teleoperated: bool = False,
     ) -> None:
         super().__init__("recorder", QUEUED)
-        self._folder = RecordingFolder(output, embodiment, robot, video, resume, names=names)
+        self._folder = RecordingFolder(output, embodiment, robot, video, resume, names=names, teleoperated=teleoperated)
+        self._teleoperated = teleoperated
         self._numbers = self._folder.numbers()
         self._instruction = ""
         self._states: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
+        self._interventions: list[bool] = []
         self._images: defaultdict[str, list[bytes]] = defaultdict(list)
 
     @property
@@ -202,13 +215,15 @@ class Recorder(WritingThread[Tick | str]):
         self._instruction = tick.instruction
         self._states.append(tick.state_S)
         self._actions.append(tick.command.action_A)
+        self._interventions.append(tick.command.kind is Kind.TELEOP)
         for camera, image_HW3 in tick.images.items():
             self._images[camera].append(encode_png(image_HW3))
 
     def _end(self) -> None:
         if len(self._states) >= SHORTEST:
             number = max(self._numbers, default=-1) + 1
-            self._folder.save(number, self._instruction, self._states, self._actions, dict(self._images))
+            interventions = self._interventions if self._teleoperated else None
+            self._folder.save(number, self._instruction, self._states, self._actions, dict(self._images), interventions)
             self._numbers.append(number)
         self._clear()
 
@@ -220,3 +235,4 @@ class Recorder(WritingThread[Tick | str]):
 
     def _clear(self) -> None:
         self._instruction, self._states, self._actions, self._images = "", [], [], defaultdict(list)
+        self._interventions = []

@@ -100,10 +100,12 @@ def watch(bridge: Bridge, stop: threading.Event, failure: Callable[[], BaseExcep
         if (error := failure()) is not None:
             raise error
         seen = bridge.diagnostics()
-        reason = seen["fault"] or seen["stale"] or (seen["last_failure"] if seen["state"] == "holding" else None)
-        line = f"{seen['state']}: {_without_numbers(reason)}" if reason else seen["state"]
+        waits = seen["holds"] if seen["teleoperated"] else seen["last_failure"] if seen["state"] == "holding" else None
+        reason = seen["fault"] or seen["stale"] or waits
+        state = seen["state"] + (", driven by the operator" if seen["teleoperated"] else "")
+        line = f"{state}: {_without_numbers(reason)}" if reason else state
         if line != shown:
-            print(line if not reason else f"{seen['state']}: {reason}", flush=True)
+            print(line if not reason else f"{state}: {reason}", flush=True)
             shown = line
 
 

@@ -49,6 +49,25 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
     return front_end, node
 
 
+def open_teleoperator(config: DictConfig, embodiment: Embodiment) -> tuple[Any, tuple[str, ...]]:
+    """Build the teleoperator of `config.teleop`; return it and the keys [A] of its action, or None and no keys.
+
+    Raises:
+        ValueError: lerobot does not know it, or its actions do not fit the robot's.
+    """
+    from cogvla.real_robot.lerobot.robot import LeRobotSettings, make_robot
+    from cogvla.real_robot.lerobot.teleoperator import TeleopSettings, check_units, make_teleoperator
+
+    settings = build(TeleopSettings, plain(config.teleop), "teleop")
+    if settings.type is None:
+        return None, ()
+    teleop = make_teleoperator(settings)
+    keys = settings.keys(teleop, recorded_names(config, embodiment).get("action", ()), embodiment)
+    if config.transport == "lerobot":
+        check_units(teleop, make_robot(build(LeRobotSettings, plain(config.lerobot), "lerobot")))
+    return teleop, keys
+
+
 def recorded_names(config: DictConfig, embodiment: Embodiment) -> dict[str, tuple[str, ...]]:
     """Return the names of the numbers in a recording's features: the keys or joints of the robot."""
     if config.transport == "lerobot":

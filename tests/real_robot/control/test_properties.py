@@ -59,6 +59,7 @@ class Anything(RuleBasedStateMachine):
         self.asked: list[ChunkRequest] = []
         self.answered: set[int] = set()
         self.usable: set[int] = set()  # epochs of which a good chunk was taken
+        self.teleoperable = False  # the teleoperator's last action was taken
         self.dead = False  # e-stopped or deactivated, and not activated since
         self.jumps_at: dict[int, int] = {}  # clock jumps when a request was made
         self.jumps = 0  # when a command was sent last
@@ -97,6 +98,7 @@ class Anything(RuleBasedStateMachine):
         if request is None:
             return
         assert self.loop.state in (State.HOLDING, State.RUNNING)
+        assert not self.loop.teleoperated
         for earlier in self.asked:
             waits = earlier.id not in self.answered and earlier.deadline >= self.loop._clock.now
             assert not waits or self.jumps_at[earlier.id] < self.jump_count, "one request in flight"
@@ -164,6 +166,29 @@ class Anything(RuleBasedStateMachine):
                 self.loop.reset()
         self.dead = True
 
+    @rule(active=st.booleans())
+    def take_over(self, active: bool) -> None:
+        if not active:
+            self.loop.hand_back(self.now)
+        elif self.loop.take_over(self.now):
+            assert not len(self.loop._queue.plan(self.loop._clock.next_tick))
+
+    @rule(
+        reach=st.sampled_from([0.1, 1.0, 30.0, 1e300]),
+        bad=st.sampled_from([None] * 4 + [math.nan, math.inf, "shape"]),
+        age=st.sampled_from([0.0, 0.0, 0.0, 0.1, 1.0, -1.0]),
+        seed=st.integers(0, 99),
+    )
+    def teleoperate(self, reach: float, bad: Any, age: float, seed: int) -> None:
+        action = np.random.default_rng(seed).uniform(-1, 1, ROBOT.action_dim) * reach
+        if bad == "shape":
+            action = action[:2]
+        elif bad is not None:
+            action[seed % 3] = bad
+        refused = self.loop.observe_teleop(action, self.now - age, self.now)
+        self.teleoperable = refused is None
+        assert refused is not None or bad is None
+
     @rule()
     def bring_back(self) -> None:
         """What an operator does after a stop, in order."""
@@ -181,7 +206,7 @@ class Anything(RuleBasedStateMachine):
 
     @rule(wait=st.sampled_from([PERIOD, PERIOD, PERIOD, 0.0, 0.03, 0.2]))
     def tick(self, wait: float) -> None:
-        before = self.loop.epoch
+        before, teleoperated = self.loop.epoch, self.loop.teleoperated
         command = self.loop.tick(self.now)
         assert self.last is None or command.tick == self.last.tick + 1
         self.last = command
@@ -189,13 +214,17 @@ class Anything(RuleBasedStateMachine):
         if self.dead:
             assert command.kind is Kind.NONE, "stopped by the operator"
         assert (command.action_A is None) == (command.kind is Kind.NONE)
-        assert (command.reason == "") == (command.kind is Kind.ACTION)
+        assert (command.reason == "") == (command.kind in (Kind.ACTION, Kind.TELEOP))
         if command.action_A is None:
             self.moved = None if self.loop.state in (State.IDLE, State.STOPPED) else self.moved
             return
         if command.kind is Kind.ACTION:
             assert before == self.loop.epoch
             assert before in self.usable, "an action of an older epoch"
+            assert not teleoperated
+        if command.kind is Kind.TELEOP:
+            assert teleoperated
+            assert self.teleoperable, "the action before a refused one"
         self.inside(command.action_A)
 
     def inside(self, action_A: np.ndarray) -> None:
