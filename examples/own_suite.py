@@ -75,7 +75,7 @@ class ReachEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         rng = np.random.default_rng([self._scene, state])
         self.ring, *self.discs = _apart(rng, 1 + len(TASKS))
         self._steps = 0
-        others = [task for task in range(len(TASKS)) if task != self._scene]
+        others = [task for task in range(len(TASKS)) if task != self._asked]
         return self._observe(), {**self._info(), "alternative_tasks": others}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:

@@ -113,7 +113,7 @@ class CorrectionPool:
             suite,
             list(specs.values()),
             workers=workers,
-            settings=RolloutSettings(execute_steps=corrected.execute_steps),
+            settings=RolloutSettings(execute_steps=corrected.execute_steps, same_rate=True),
             player=players,
         )
 

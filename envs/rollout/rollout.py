@@ -62,6 +62,7 @@ class RolloutSettings:
         waiting_steps: steps without motion and with an open gripper after each reset; not counted in `max_steps`.
         video_size: height and width of recorded frames in pixels.
         timeout_s: seconds after which a worker that does not answer is killed; its episode is an error.
+        same_rate: refuse a policy whose control rate is not that of the suite; False: warn of it.
     """
 
     execute_steps: int | None = None
@@ -70,6 +71,7 @@ class RolloutSettings:
     waiting_steps: int = 0
     video_size: int = 256
     timeout_s: float = 300.0
+    same_rate: bool = False
 
     def __post_init__(self) -> None:
         for name in ("execute_steps", "max_steps", "video_size", "timeout_s"):
@@ -192,7 +194,7 @@ class _Loop:
         waiting_action_A[list(embodiment.grippers)] = embodiment.gripper_open
         self._policy = policy
         self._suite = suite
-        self._settings = settings
+        self._settings, self._warned = settings, False
         self._chunker = settings.chunker(embodiment.chunk)
         self._queue = deque((spec, 1) for spec in episodes)
         self._player_settings = PlayerSettings(
@@ -288,12 +290,16 @@ class _Loop:
                 f"the policy has state [{embodiment.state_dim}] and action [{embodiment.action_dim}], "
                 f"suite {self._suite.name!r} has {ready.observation.get('state')} and {ready.action}"
             )
-
         if ready.fps not in (None, embodiment.control_hz):
-            raise ValueError(
+            said = (
                 f"the policy acts {embodiment.control_hz:g} times per second, suite {self._suite.name!r} takes "
                 f"{ready.fps:g} actions per second: take a policy that was trained at this rate"
             )
+            if self._settings.same_rate:
+                raise ValueError(said)
+            if not self._warned:
+                _log.warning("%s", said)
+            self._warned = True
 
     def _next_episode(self, slot: _Slot) -> None:
         slot.spec = slot.result = None

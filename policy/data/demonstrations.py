@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cogvla.configs.build import build
-from cogvla.policy.data.episodes import check_choice
+from cogvla.policy.data.files.episodes import check_choice
 from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.gripper import GripperConvention, convert_grippers
 from cogvla.policy.data.interventions import EXECUTED, Teaching, acted
@@ -235,8 +235,8 @@ class DemonstrationData:
             OSError: the decoded frames cannot be written.
         """
         from cogvla.policy.data.download import local_root
+        from cogvla.policy.data.files.metadata import Metadata
         from cogvla.policy.data.frame_cache import open_frames
-        from cogvla.policy.data.metadata import Metadata
         from cogvla.policy.data.paraphrases import read_paraphrases
         from cogvla.policy.data.reader import LeRobotReader
         from cogvla.policy.data.reader import Mapping as ReaderMapping

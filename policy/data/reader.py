@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from cogvla.policy.data import video
-from cogvla.policy.data.columns import AGAIN, numbers, parquet, texts, whole_numbers
-from cogvla.policy.data.episodes import EpisodeChoice
-from cogvla.policy.data.frame_index import FrameIndex, frame_index, places_in_video, some
-from cogvla.policy.data.metadata import EpisodeEntry, Metadata
+from cogvla.policy.data.files import video
+from cogvla.policy.data.files.columns import AGAIN, numbers, parquet, texts, whole_numbers
+from cogvla.policy.data.files.episodes import EpisodeChoice
+from cogvla.policy.data.files.frame_index import FrameIndex, frame_index, places_in_video, some
+from cogvla.policy.data.files.metadata import EpisodeEntry, Metadata
 
 T = TypeVar("T")
 PICTURE_MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "YCbCr")

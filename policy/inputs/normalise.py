@@ -163,8 +163,8 @@ class Normaliser(nn.Module):
 
 def of_each(statistics: Mapping[str, Any]) -> dict[str | None, Any]:
     """Return the statistics of each data set by its name; of one set of statistics, by None."""
-    whole = set(statistics) == {"state", "action"} and all(
-        isinstance(values, Statistics) or "q01" in values for values in statistics.values()
+    whole = any(
+        isinstance(statistics.get(key), Statistics) or "q01" in statistics.get(key, {}) for key in ("state", "action")
     )
     return {None: statistics} if whole or not statistics else cast(dict[str | None, Any], dict(statistics))
 

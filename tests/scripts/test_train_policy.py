@@ -168,12 +168,17 @@ def contents(root: Path) -> dict[str, bytes]:
     """What a second run must not do again: demonstrations, decoded frames, training steps, episodes."""
     files = [
         *(root / "demonstrations").rglob("*.parquet"),
-        *(root / "cache").rglob("*.*"),
+        *(root / "cache").rglob("*.frames"),
         *(root / "run" / "checkpoints").rglob("*.*"),
         root / "run" / "metrics.jsonl",
         root / "run" / "evaluation" / "episodes.jsonl",
     ]
-    return {f"{file} {file.stat().st_mtime_ns}": file.read_bytes() for file in files if file.is_file()}
+
+    def written(file: Path) -> int:
+        """When a file was written; the time of frames is that of their last use, but new ones are another file."""
+        return file.stat().st_ino if file.suffix == ".frames" else file.stat().st_mtime_ns
+
+    return {f"{file} {written(file)}": file.read_bytes() for file in files if file.is_file()}
 
 
 def test_it_leaves_demonstrations_checkpoints_metrics_and_a_report(root: Path) -> None:

@@ -83,7 +83,7 @@ def open_data(
 def _places(entries: Sequence[DataEntry]) -> list[Place]:
     """Find all data sets before anything slow starts."""
     from cogvla.policy.data.download import local_root
-    from cogvla.policy.data.metadata import Metadata
+    from cogvla.policy.data.files.metadata import Metadata
 
     found = []
     for entry in entries:

@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from cogvla.policy.data.columns import AGAIN
+from cogvla.policy.data.files.columns import AGAIN
 
 FRAMES_AT_ONCE = 64
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cogvla.policy.data.columns import AGAIN
-from cogvla.policy.data.episodes import EpisodeChoice, choose
-from cogvla.policy.data.metadata import EpisodeEntry, Metadata
+from cogvla.policy.data.files.columns import AGAIN
+from cogvla.policy.data.files.episodes import EpisodeChoice, choose
+from cogvla.policy.data.files.metadata import EpisodeEntry, Metadata
 
 BETWEEN_FRAMES = 0.1
 """Fraction of a frame: a part of a video that starts further than this from a frame must follow the part before it."""

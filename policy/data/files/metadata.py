@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from cogvla.files import read_object, visible
-from cogvla.policy.data.columns import AGAIN, is_text, numbers, parquet, texts, whole_numbers
+from cogvla.policy.data.files.columns import AGAIN, is_text, numbers, parquet, texts, whole_numbers
 
 PANDAS_INDEX = "__index_level_0__"
 CHUNK_SIZE = 1000
