@@ -79,7 +79,7 @@ class LiberoExpert:
         still = float(np.linalg.norm(hand - self._before)) < _STILL
         wanted = float(np.linalg.norm(way)) > 2 * _STILL or float(np.linalg.norm(turn)) > 0.03
         self._press = min(self._press + _PRESS, _HARDEST) if still and wanted else max(self._press - _PRESS, 1.0)
-        way = way - self._restraint(hand - self._before)
+        way = way - self._restraint(hand - self._before, hand + way)
         self._before = hand
         action = np.empty(7)
         action[:3] = _clip_norm(self._press * GAIN * way / POSITION_SCALE)
@@ -87,13 +87,16 @@ class LiberoExpert:
         action[6] = move.gripper
         return action.astype(np.float32)
 
-    def _restraint(self, moved: np.ndarray) -> np.ndarray:
-        """Return the way [3] back from where the arm would be stretched out, if the hand went on as it `moved` [3]."""
+    def _restraint(self, moved: np.ndarray, aim: np.ndarray) -> np.ndarray:
+        """Return the way [3] back from where the arm would be stretched out, if the hand went on as it `moved` [3].
+
+        An aim [3] that is farther away may be reached, but not passed.
+        """
         if self._view.rotation[2, 2] > _DOWNWARD:
             return np.zeros(3)  # where the wrist is then depends on more than the hand
         reach = self._view.reach + _LEAD * moved
         length = float(np.linalg.norm(reach))
-        return _HOLD * max(length - _FARTHEST, 0.0) * reach / length
+        return _HOLD * max(length - max(_FARTHEST, self._view.stretch(aim)), 0.0) * reach / length
 
 
 def _clip_norm(vector: np.ndarray) -> np.ndarray:

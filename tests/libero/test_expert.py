@@ -149,10 +149,10 @@ def goal_env() -> Iterator[LiberoEnv]:
 @needs_assets
 @pytest.mark.parametrize(
     ("task", "state"),
-    [(3, 7), (5, 3), (5, 9)],
-    ids=["a bowl where the drawer opens", "a box in the plate's way", "an arm nearly stretched out"],
+    [(3, 7), (5, 3), (5, 9), (2, 0)],
+    ids=["a bowl where the drawer opens", "a box in the plate's way", "an arm nearly stretched out", "a far place"],
 )
-def test_what_is_in_the_way(goal_env: LiberoEnv, task: int, state: int) -> None:
+def test_what_is_in_the_way_and_what_is_far(goal_env: LiberoEnv, task: int, state: int) -> None:
     goal_env.reset(options={"task": task, "initial_state": state})
     for _ in range(10):
         goal_env.step(OPEN_HAND)
