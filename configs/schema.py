@@ -18,7 +18,7 @@ MISSING = "???"
 DATACLASSES: dict[str, tuple[str, ...]] = {
     "augmentation": ("policy.inputs.augmentation.AugmentationConfig",),
     "counting": ("policy.cost.flops.Counting",),
-    "data": ("policy.data.demonstrations.DataConfig",),
+    "data": ("policy.data.config.DataConfig",),
     "dds": ("real_robot.ros.dds_settings.DdsSettings",),
     "embodiment": ("policy.interface.Embodiment",),
     "engine": ("policy.engine.engine.EngineConfig",),

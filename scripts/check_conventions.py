@@ -36,7 +36,7 @@ from cogvla.libero.conventions.declared import Finding
 from cogvla.libero.conventions.recorded_episodes import RecordedEpisode, Recordings, open_recordings
 from cogvla.libero.conventions.replayed_episodes import ReplayTrace, replay
 from cogvla.libero.tasks import LIBERO_SUITES, tasks
-from cogvla.policy.data.demonstrations import DataConfig
+from cogvla.policy.data.config import DataConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.scripts.command import compose, import_modules
 from cogvla.scripts.help import argument_parser

@@ -34,7 +34,7 @@ from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import visible, write_atomic
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.data.demonstrations import DataConfig, DataEntry
+from cogvla.policy.data.config import DataConfig, DataEntry
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.text_encoder import with_encoder

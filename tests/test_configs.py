@@ -27,7 +27,7 @@ from cogvla.envs.tabletop.control import CONTROL_HZ
 from cogvla.envs.tabletop.expert import Expert
 from cogvla.libero.env import LiberoSettings
 from cogvla.policy.cost.flops import Counting
-from cogvla.policy.data.demonstrations import DataConfig
+from cogvla.policy.data.config import DataConfig
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.inputs.tokenizer import WordTokenizer

@@ -10,13 +10,15 @@ from cogvla.policy.instructions.paraphrase import reword
 
 LEVELS: Sequence[Values] = by_level(
     verbs=(True, True, True),
-    patterns=(False, True, True),  # with politeness and order; or a thing that is not meant
-    nouns=(False, False, True),  # with colours; or the colour alone, or a typing error
+    patterns=(False, True, True),  # with politeness and order
+    not_meant=(False, True, True),  # a thing of the scene, in some
+    nouns=(False, False, True),  # with colours; or a typing error
+    attributes=(False, False, True),  # the colour alone, in some
 )
 
 
 def reworded(
-    instruction: str, level: int, seed: Sequence[int], instructions: Iterable[str], present: Iterable[str] = ()
+    instruction: str, level: int, seed: Sequence[int], instructions: Iterable[str], present: Iterable[str] | None = None
 ) -> str:
     """Return another wording of an instruction.
 
@@ -25,6 +27,7 @@ def reworded(
         level: level of the dimension `wording`.
         seed: see `Perturbation.seed`.
         instructions: all of the suite; what tells them apart stays.
-        present: those of the other tasks that are possible in the scene.
+        present: those of the other tasks that are possible in the scene; None: it is not known.
     """
-    return reword(instruction, level, random.Random(repr(list(seed))), tuple(instructions), tuple(present))
+    possible = None if present is None else tuple(present)
+    return reword(instruction, level, random.Random(repr(list(seed))), tuple(instructions), possible)

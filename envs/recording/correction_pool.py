@@ -14,7 +14,7 @@ from cogvla.envs.recording.corrections import CorrectingPlayers
 from cogvla.envs.recording.demonstrator import DemonstratorSettings
 from cogvla.envs.rollout.rollout import RolloutSettings, rollout
 from cogvla.envs.suite import FIRST_TRAINING_STATE, Suite
-from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy
+from cogvla.policy.interface import Policy
 
 OPEN, CLOSED = -1.0, 1.0
 """Gripper actions of every suite (`SuiteEnv`)."""
@@ -109,11 +109,11 @@ class CorrectionPool:
         self._slots = {(spec.task, spec.initial_state): slot for slot, spec in specs.items()}
         corrected.policy.warm_up(1, settings.instructions)
         self._results = rollout(
-            OneByOne(corrected.policy),
+            corrected.policy,
             suite,
             list(specs.values()),
             workers=workers,
-            settings=RolloutSettings(execute_steps=corrected.execute_steps, same_rate=True),
+            settings=RolloutSettings(execute_steps=corrected.execute_steps, same_rate=True, largest_batch=1),
             player=players,
         )
 
@@ -135,40 +135,3 @@ class CorrectionPool:
         self.attempts += 1
         self.successes += result.success
         self.pending.remove(self._slots[result.task, result.initial_state])
-
-
-class OneByOne:
-    """A policy that answers each observation alone, so that none changes the answer to another one."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-
-    @property
-    def embodiment(self) -> Embodiment:
-        return self._policy.embodiment
-
-    def describe(self) -> dict[str, Any]:
-        """See `Policy.describe`."""
-        return self._policy.describe()
-
-    def reset(self) -> None:
-        """See `Policy.reset`."""
-        self._policy.reset()
-
-    def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
-        """See `Policy.warm_up`."""
-        self._policy.warm_up(1, instructions)
-
-    def act(self, observation: Observation) -> ActionChunk:
-        """See `Policy.act`."""
-        chunks = [
-            self._policy.act(
-                Observation(
-                    {name: images[row : row + 1] for name, images in observation.images.items()},
-                    observation.state[row : row + 1],
-                    [observation.instruction[row]],
-                )
-            ).actions
-            for row in range(observation.batch_size)
-        ]
-        return ActionChunk(np.concatenate(chunks))

@@ -32,7 +32,7 @@ from cogvla.envs.rollout.player import Failed, Finished, Observed, Player, Playe
 
 @dataclass(frozen=True)
 class CorrectingPlayers:
-    """What the players of a recording share; it builds them.
+    """Settings of all players of a recording; called, it builds one.
 
     Attributes:
         settings: settings of the recording.

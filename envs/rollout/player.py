@@ -211,7 +211,7 @@ class Player:
         self._skip_images(False)
         observation, info = env.reset(seed=spec.seed, options=options)
         self._instruction, self._drawn = str(info["instruction"]), info.get("perturbation")
-        self._change_observations(spec, info.get("alternative_tasks", ()))
+        self._change_observations(spec, info.get("alternative_tasks"))
         for _ in range(self._settings.waiting_steps):
             observation, _, _, _, info = env.step(self._settings.waiting_action)
         return observation, info
@@ -239,7 +239,7 @@ class Player:
         self._reset_s = time.perf_counter() - started
         return self._observed(observation)
 
-    def _change_observations(self, spec: EpisodeSpec, possible: Iterable[int]) -> None:
+    def _change_observations(self, spec: EpisodeSpec, possible: Iterable[int] | None) -> None:
         """Change the words that the policy gets, and prepare to change its images."""
         change, self._sensor = spec.perturbation, None
         if change is None:
@@ -250,7 +250,7 @@ class Player:
             self._drawn = self._sensor.drawn
         elif change.dimension == WORDING:
             suite = self._settings.instructions
-            present = [suite[task] for task in possible] if suite else []
+            present = [suite[task] for task in possible] if suite and possible is not None else None
             self._instruction = reworded(self._instruction, change.level, seed, suite, present)
             self._drawn = {"instruction": self._instruction}
 

@@ -63,6 +63,8 @@ class RolloutSettings:
         video_size: height and width of recorded frames in pixels.
         timeout_s: seconds after which a worker that does not answer is killed; its episode is an error.
         same_rate: refuse a policy whose control rate is not that of the suite; False: warn of it.
+        largest_batch: largest number of observations in one call of the policy; None: all that wait. With 1, an episode
+            does not depend on the other environments, not even in its last digits.
     """
 
     execute_steps: int | None = None
@@ -72,9 +74,10 @@ class RolloutSettings:
     video_size: int = 256
     timeout_s: float = 300.0
     same_rate: bool = False
+    largest_batch: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("execute_steps", "max_steps", "video_size", "timeout_s"):
+        for name in ("execute_steps", "max_steps", "video_size", "timeout_s", "largest_batch"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -254,10 +257,13 @@ class _Loop:
                     case Failed():
                         yield from self._failed(slot, reply)
             if self._patience() <= 0:
-                yield from self._act([slot for slot in self._slots if slot.observed is not None])
+                waiting = [slot for slot in self._slots if slot.observed is not None]
+                yield from self._act(waiting[: self._settings.largest_batch])
 
     def _patience(self) -> float:
         since = [slot.asked_at for slot in self._slots if slot.observed is not None]
+        if len(since) >= (self._settings.largest_batch or len(self._slots)):
+            return 0.0
         busy = sum(not slot.idle for slot in self._slots)
         return patience(since, busy, self._inference_s, time.perf_counter()) if since else 1.0
 

@@ -25,7 +25,7 @@ from cogvla.libero.hdf5 import reader as hdf5_reader
 from cogvla.libero.hdf5.conversion import CONVERSION, INITIAL_STATES
 from cogvla.libero.hdf5.replay import WAITING_STEPS
 from cogvla.libero.tasks import LIBERO_SUITES, instruction, tasks
-from cogvla.policy.data.demonstrations import DataConfig
+from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.download import local_root
 from cogvla.policy.data.gripper import gripper_mistakes, map_grippers
 from cogvla.policy.data.reader import FrameGroup, LeRobotReader

@@ -55,6 +55,8 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> t
             revision = "v{}.{}".format(*max(readable)) if readable else None
         wanted = HfApi().repo_info(repo_id, repo_type="dataset", revision=revision).sha
         snapshot_download(repo_id, repo_type="dataset", revision=wanted, local_dir=folder)
+        if _downloaded_commit(folder) != wanted:  # huggingface_hub only warns, and returns the folder as it was
+            raise OSError(f"it stopped answering before {folder} had revision {wanted}")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         if there and asked is None:
             return folder, commit

@@ -29,9 +29,9 @@ TRAILER = struct.Struct("<8s5QI")
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("checksum", "<u4"), ("key", "<i8")])
 NO_KEY = -1
 LEVEL = 1
-"""Of zstd: higher levels take up to 20 times as long for 5 % less."""
+"""Compression level of zstd; higher ones take up to 20 times as long for 5 % less."""
 GAIN = 0.75
-"""A picture is stored with a key if that takes at most this share: with a key, two pictures may have to be decoded."""
+"""Largest share of the bytes without a key at which a picture gets one, since two pictures are then decoded."""
 KEYS_IN_MEMORY = 256
 
 

@@ -1,4 +1,4 @@
-"""What frames teach where a policy acted and a demonstrator corrected it, by the column `intervention` of a data set.
+"""Actions and weights to learn from data in which a policy acted, and a demonstrator corrected it or took over.
 
 A chunk says what to do in a state and in those that follow when it is done. Where the policy acted instead, the next
 states are others, so what the demonstrator said there is no continuation: a hand that hovers 3 cm too high is told to
@@ -22,7 +22,7 @@ EXECUTED = "label.executed_action"
 
 @dataclass(frozen=True)
 class Teaching:
-    """What each frame teaches.
+    """Number of actions to learn from each frame, and its weight.
 
     Attributes:
         actions_N: number of actions of the chunk that begins at a frame which may be learned, int64; it may reach

@@ -163,9 +163,8 @@ class Normaliser(nn.Module):
 
 def of_each(statistics: Mapping[str, Any]) -> dict[str | None, Any]:
     """Return the statistics of each data set by its name; of one set of statistics, by None."""
-    whole = any(
-        isinstance(statistics.get(key), Statistics) or "q01" in statistics.get(key, {}) for key in ("state", "action")
-    )
+    kinds = [statistics.get(key) for key in ("state", "action")]
+    whole = any(isinstance(kind, Statistics) or (isinstance(kind, Mapping) and "q01" in kind) for kind in kinds)
     return {None: statistics} if whole or not statistics else cast(dict[str | None, Any], dict(statistics))
 
 

@@ -164,11 +164,11 @@ class Preprocessor(nn.Module):
 
 
 def _by_set(normalisers: nn.ModuleList, values_BX: Tensor, set_B: Tensor) -> Tensor:
-    """Normalise values [B,...], each with the normaliser of its data set."""
+    """Normalise values [B,...], each with the normaliser of its data set; `set_B` is on the CPU."""
     found_BX = torch.empty_like(values_BX)
     for number in set_B.unique().tolist():
-        chosen = (set_B == number).to(values_BX.device)
-        found_BX[chosen] = normalisers[number](values_BX[chosen])
+        rows_b = (set_B == number).nonzero().flatten().to(values_BX.device)  # found on the CPU, where `set_B` is
+        found_BX[rows_b] = normalisers[number](values_BX[rows_b])
     return found_BX
 
 

@@ -74,7 +74,7 @@ def paraphrase(text: str, rng: random.Random, split: str = TRAIN, among: tuple[s
 
 
 def reword(
-    text: str, level: int, rng: random.Random, among: tuple[str, ...] = (), present: tuple[str, ...] = ()
+    text: str, level: int, rng: random.Random, among: tuple[str, ...] = (), present: tuple[str, ...] | None = None
 ) -> str:
     """Draw a wording of an instruction for evaluation, which training never sees.
 
@@ -87,7 +87,7 @@ def reword(
         level: 1, 2 or 3.
         rng: source of the draws.
         among: all instructions of the data set or suite, see `references`.
-        present: those that are possible in the scene, for the thing that is not meant; empty: all.
+        present: those that are possible in the scene, for the thing that is not meant; None: all may be.
 
     Raises:
         ValueError: there is no such level.
@@ -98,7 +98,7 @@ def reword(
     for _ in range(0 if sentence is None else TRIES):
         assert sentence is not None
         frames = CANONICAL if level == 1 else HELD_OUT
-        meant, others, drawn = sentence, not_meant(sentence, present or among), rng.random()
+        meant, others, drawn = sentence, not_meant(sentence, among if present is None else present), rng.random()
         misspelt = level == 3 and drawn < 0.5
         if level == 3 and drawn > 1 - BY_ATTRIBUTE:
             meant = by_attribute(sentence, among) or sentence

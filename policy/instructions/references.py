@@ -1,4 +1,4 @@
-"""What the other instructions of a data set allow to say about the things of one.
+"""References to the things of an instruction, among the other instructions of its data set.
 
 A thing may be called by its colour alone ("the red one") if nothing that could be meant has this colour, too. A thing
 of another instruction may be named as not meant ("not the blue cube").

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from cogvla.configs.build import build
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig

@@ -30,7 +30,8 @@ import torch
 from cogvla.configs.build import build
 from cogvla.configs.load import load
 from cogvla.files import write_atomic
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.packed import pack
 from cogvla.policy.interface import Embodiment
 from cogvla.scripts.help import argument_parser

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from cogvla.envs.evaluation.report import Report
 from cogvla.envs.suite import Suite
-from cogvla.policy.data.demonstrations import DataConfig, DataEntry
+from cogvla.policy.data.config import DataConfig, DataEntry
 from cogvla.scripts.command import plain
 
 EVALUATION = "evaluation"

@@ -20,7 +20,8 @@ from statistics import median
 import numpy as np
 
 from cogvla.configs.build import build
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.frame_file import FrameFile
 from cogvla.policy.data.frames import ArrayFrames, Frames
 from cogvla.policy.interface import Embodiment

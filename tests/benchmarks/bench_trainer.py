@@ -15,7 +15,8 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 from cogvla.configs.build import build
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.threads import use_threads

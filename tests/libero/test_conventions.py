@@ -16,7 +16,7 @@ from cogvla.libero.conventions.recorded_episodes import open_recordings
 from cogvla.libero.env import LiberoEnv
 from cogvla.libero.hdf5.conversion import CONVERSION, INITIAL_STATES, Conversion, convert
 from cogvla.libero.hdf5.reader import read
-from cogvla.policy.data.demonstrations import DataConfig
+from cogvla.policy.data.config import DataConfig
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.scripts import check_conventions as command
 from cogvla.scripts import convert_libero

@@ -172,6 +172,9 @@ def shorten(name: str, share: float) -> Callable[[Path], None]:
             rewrite(STATISTICS, lambda body: body.pop("action")),
             r"'action' must have the embodiment's 4 dimensions.*use another",
         ),
+        (rewrite(STATISTICS, lambda body: body.update(action=None)), r"statistics.json in .* is damaged .*use another"),
+        (rewrite(STATISTICS, lambda body: body.update(state="q01")), r"statistics.json in .* is damaged .*use another"),
+        (rewrite(STATISTICS, lambda body: body.clear()), r"statistics.json in .* is damaged .*use another"),
         (
             rewrite(CONFIG, lambda body: body["model"]["language"].update(intermediate=32)),
             rf"the weights in .* do not fit its {CONFIG}",

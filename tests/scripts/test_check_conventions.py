@@ -24,7 +24,7 @@ from cogvla.envs.tabletop.expert import Expert
 from cogvla.libero.conventions import declared as conventions
 from cogvla.libero.conventions.declared import Finding
 from cogvla.libero.conventions.recorded_episodes import open_recordings
-from cogvla.policy.data.demonstrations import DataConfig
+from cogvla.policy.data.config import DataConfig
 from cogvla.scripts import check_conventions as command
 from cogvla.tests.support.point_suite import EMBODIMENT
 

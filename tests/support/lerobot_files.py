@@ -23,7 +23,8 @@ import torch
 from av.video.stream import VideoStream
 from PIL import Image
 
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.tests.support.pixels import pixels_of

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from cogvla.files import read_object
-from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData
+from cogvla.policy.data.config import DataConfig, DataEntry
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.frames import ConcatenatedFrames
 from cogvla.policy.data.interventions import concatenated
 from cogvla.policy.data.mixture.parts import DataPart

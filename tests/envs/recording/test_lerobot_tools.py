@@ -24,7 +24,8 @@ from cogvla.envs.recording.dataset_writer import DatasetWriter, features
 from cogvla.envs.recording.demonstration import encode_png
 from cogvla.envs.recording.recorded_dataset import recorded_episodes
 from cogvla.envs.recording.recorder import record
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.mixture.task_labels import TASK_LABELS
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer

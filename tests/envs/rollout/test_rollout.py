@@ -73,6 +73,17 @@ def test_waiting_environments_share_a_forward_pass() -> None:
     episodes.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("largest", [1, 2])
+def test_a_batch_can_be_limited(largest: int) -> None:
+    policy = ToyPolicy(sleep_s=0.005)
+    specs = [EpisodeSpec(0, n) for n in range(40)]
+    results = play(specs, policy=policy, workers=4, settings=RolloutSettings(largest_batch=largest))
+    assert max(policy.batches) <= largest
+    assert all(result.success == solvable(state) for (_, state), result in results.items())
+    with pytest.raises(ValueError, match="largest_batch"):
+        RolloutSettings(largest_batch=0)
+
+
 def test_every_chunk_knows_its_batch() -> None:
     policy = ToyPolicy()
     results = play([EpisodeSpec(0, 4 * n) for n in range(4)], policy=policy, workers=2)

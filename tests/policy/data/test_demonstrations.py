@@ -16,7 +16,8 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from cogvla.policy.data import frame_cache
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.resize import resize
 from cogvla.policy.interface import Camera, Embodiment

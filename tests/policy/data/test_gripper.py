@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cogvla.configs.build import build
-from cogvla.policy.data.demonstrations import DataConfig
+from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.gripper import GripperConvention, convert_grippers
 from cogvla.policy.interface import Camera, Embodiment
 

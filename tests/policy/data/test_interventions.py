@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from cogvla.envs.recording.correction_pool import Corrected
 from cogvla.envs.recording.recorder import record
-from cogvla.policy.data.demonstrations import DataConfig, DemonstrationData
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.interventions import Teaching, acted, concatenated
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.data.sampling import TrainingBatches
@@ -124,6 +125,10 @@ def test_recordings_of_robots_teach_what_the_person_did_only(roots: dict[str, Pa
     assert len(drawn) == int((data.teaching.actions_N > 0).sum()) < len(data)
     assert PATIENCE - 1 not in drawn
     assert PATIENCE in drawn
+    untaught = len(data) - len(drawn)
+    (note,) = (note for note in data.notes if "intervention" in note)
+    assert f"a policy acted in {untaught} of {len(data)} frames (intervention is false), which are not learned" in note
+    assert not open_toy(roots["corrected"]).notes, "there the expert said in every frame what to do"
 
 
 def test_a_mixture_weighs_interventions_and_nothing_else(roots: dict[str, Path]) -> None:

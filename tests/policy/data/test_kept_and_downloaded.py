@@ -118,6 +118,13 @@ def test_a_folder_of_the_hub_is_brought_to_the_revision(tmp_path: Path, monkeypa
     assert open_data(root, revision="a" * 40).provenance["revision"] == "a" * 40
     refused(source, "was not downloaded from the hub, so it cannot be checked that it is 'mine'", revision="mine")
     refused(tmp_path / "nothing", "cannot get the data set 'someone/toy'", repo_id="someone/toy")
+    assert open_data(root, repo_id="someone/toy").provenance["revision"] == "a" * 40
+    # huggingface_hub only warns if the hub stops answering between its requests, and returns the folder as it was.
+    Answer.sha = "c" * 40
+    monkeypatch.setattr(HfApi, "repo_info", info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, **_: str(root))
+    refused(root, f"stopped answering before .*toy had revision {'c' * 40}", repo_id="someone/toy", revision="mine")
+    assert open_data(root, repo_id="someone/toy").provenance["revision"] == "a" * 40, "it is as it was"
     assert_read(open_data(source, repo_id="someone/toy"), what_is_recorded())
 
 

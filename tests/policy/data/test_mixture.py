@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from cogvla.configs.build import build
-from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData
+from cogvla.policy.data.config import DataConfig, DataEntry
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.mixture.mixture import Place, joined, open_data
 from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.normalise import Statistics

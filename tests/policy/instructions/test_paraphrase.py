@@ -221,6 +221,9 @@ def test_a_thing_that_is_not_meant_changes_nothing() -> None:
     drawn = [reword(texts[0], 2, random.Random(seed), texts, present) for seed in range(200)]
     others = {None if (found := parse(other)) is None else found.other for other in drawn} - {None}
     assert others == {things(present[0])[1]}, "a thing of the scene"
+    drawn = [reword(texts[0], 2, random.Random(seed), texts, ()) for seed in range(200)]
+    parses = [parse(other) for other in drawn]
+    assert {found.other for found in parses if found is not None} == {None}, "nothing else is there"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cogvla.policy.checkpoint import load_policy, open_policy
-from cogvla.policy.data.demonstrations import DataConfig, DataEntry, DemonstrationData
+from cogvla.policy.data.config import DataConfig, DataEntry
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.mixture.mixture import Place, joined
 from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig
