@@ -174,11 +174,11 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return all(self._holds(goal) for goal in self.goals_for(task_index))
 
     def labels(self) -> dict[str, np.ndarray]:
-        """Return the positions of the object to manipulate and of its goal, for the current task.
+        """Return where the gripper manipulates an object and where the object should go, for the current task.
 
         Returns:
-            `target`: position of the object to manipulate; `goal`: position where it should go. Both float32 [3], in
-            metres, world frame.
+            `target`: the object's position (where it is touched, if it is pushed); `goal`: position where it should go.
+            Both float32 [3], in metres, world frame.
         """
         return self.labels_for(self._asked)
 

@@ -14,7 +14,7 @@ import numpy as np
 from cogvla.envs.recording.execution_noise import ExecutionNoise
 from cogvla.envs.tabletop.control import POSITION_SCALE, ROTATION_SCALE, clip_norm
 from cogvla.envs.tabletop.env import TabletopEnv
-from cogvla.envs.tabletop.goals import Goal, destination_point, in_place
+from cogvla.envs.tabletop.goals import Goal, destination_point, in_place, push_point
 
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "press")
 GAIN = 0.4
@@ -35,8 +35,6 @@ _RETREAT = 0.04
 _HANDLE_GRIPPED = 0.018
 """Metres of finger position: fingers below this hold the handle, which is 12 mm wide to each side."""
 _PUSH_HEIGHT = 0.016
-_PUSHER = 0.0115
-"""Half the width of the closed fingers in metres."""
 _RELEASE = {"tray": (0.030, 3.0), "plate": (0.025, 3.0), "cube": (0.007, 8.0)}
 """Kind of destination -> largest distance in metres off its centre to let go, and slope of the funnel."""
 
@@ -151,21 +149,17 @@ class Expert:
 
     def _push(self, goal: Goal) -> tuple[np.ndarray, float]:
         """Push an item from behind with closed fingers; steer so that the contact normal points to the destination."""
-        gripper, item = self._env.gripper_position, self._scene.position(goal.item)
-        way = (self._scene.position(goal.destination) - item)[:2]
-        left = float(np.hypot(*way))
-        ahead = way / max(left, 1e-6)
+        gripper = self._env.gripper_position
+        touch, ahead = push_point(self._scene, goal)
+        left = float(np.hypot(*(self._scene.position(goal.destination) - self._scene.position(goal.item))[:2]))
         aside = np.array([-ahead[1], ahead[0]])
-        # The closed fingers are a small square block behind the round item. They touch it with a face if the way ahead
-        # is along an axis, and with a corner if it is oblique.
-        reach = self._scene.items[goal.item].half[0] * ahead + _PUSHER * np.clip(ahead / 0.15, -1.0, 1.0)
-        offset = gripper[:2] - (item[:2] - reach)
+        offset = gripper[:2] - touch[:2]
         behind, off = -float(offset @ ahead), float(offset @ aside)
         if gripper[2] < _PUSH_HEIGHT + 0.01 and abs(off) < 0.02 and -0.015 < behind < 0.04:
             self._set_phase("push")
             step = min(left + 0.02, 0.035) * ahead - 1.5 * off * aside
             return np.array([*(gripper[:2] + step), _PUSH_HEIGHT]), CLOSE
-        start = item[:2] - reach - 0.018 * ahead
+        start = touch[:2] - 0.018 * ahead
         distance = float(np.hypot(*(start - gripper[:2])))
         self._set_phase("approach" if distance > 0.03 else "descend")
         return self._funnel(np.array([*start, _PUSH_HEIGHT]), 0.008, HOVER), self._make_fist(distance)
