@@ -137,8 +137,8 @@ class Bridge:
         limits = replace(robot.limits, lead=None) if self.settings.dry_run else robot.limits
         self._loop = ControlLoop(embodiment, limits, robot.loop)
         self._client, self._front_end, self._on_tick = client, front_end, on_tick
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._lock = threading.RLock()
+        self._stop, self._closed = threading.Event(), threading.Event()
         self._ended: Future[None] = Future()
         self._failure: BaseException | None = None
         self._asking: asyncio.Lock | None = None
@@ -167,6 +167,7 @@ class Bridge:
     def close(self) -> None:
         """Stop sending commands, and end threads, front end and client."""
         self._stop.set()
+        self._closed.set()
         with self._lock:
             self._loop.deactivate()
         if self._tick_thread.is_alive():
@@ -213,10 +214,16 @@ class Bridge:
             self._loop.refuse(sensor, kind, reason)
 
     def fail(self, error: BaseException) -> None:
-        """Report that the robot is lost. The bridge stops sending, and `wait` raises the error."""
-        if self._failure is None:
-            self._failure = error
-            self._stop.set()
+        """Report that the robot or a thread of the bridge is lost.
+
+        The bridge is stopped for good: it sends nothing more, refuses `activate` and `reset`, and goes on to show the
+        reason. `wait` raises the error.
+        """
+        with self._lock:
+            if self._failure is None:
+                self._failure = error
+                self._loop.stop(f"the bridge has failed: {type(error).__name__}: {error}")
+                self._stop.set()
 
     def instruct(self, text: str) -> None:
         """Set the instruction; empty text holds the arm."""
@@ -235,7 +242,7 @@ class Bridge:
                 return True, self._loop.state.value
             if self._loop.activate():
                 return True, "dry run: commands are not sent" if self.settings.dry_run else self._loop.state.value
-            return False, f"stopped: {self._loop.fault}; reset first"
+            return False, self._stopped()
 
     def estop(self, engaged: bool) -> tuple[bool, str]:
         """Engage or release the emergency stop; returns like `activate`.
@@ -249,6 +256,8 @@ class Bridge:
     def reset(self) -> tuple[bool, str]:
         """Clear a fault, after which the loop is idle; returns like `activate`."""
         with self._lock:
+            if self._failure is not None:
+                return False, f"{self._loop.fault}; start it again"
             done = self._loop.reset()
         return done, "idle; activate to go on" if done else "the emergency stop is engaged"
 
@@ -261,7 +270,7 @@ class Bridge:
                 return True, "the policy drives"
             if self._loop.take_over(self.now()):
                 return True, "the operator drives"
-            return False, f"stopped: {self._loop.fault}; reset first"
+            return False, self._stopped()
 
     # --- state, from any thread ---------------------------------------------------------------------------------------
 
@@ -279,6 +288,11 @@ class Bridge:
         return self._loop.settings
 
     @property
+    def failure(self) -> BaseException | None:
+        """Error that stopped the bridge for good, see `fail`; None while it works."""
+        return self._failure
+
+    @property
     def fault(self) -> str | None:
         """Reason why the loop stopped, or None."""
         return self._loop.fault
@@ -293,18 +307,21 @@ class Bridge:
         with self._lock:
             return {"dry_run": self.settings.dry_run, **self._loop.diagnostics(self.now())}
 
+    def _stopped(self) -> str:
+        what_to_do = "reset first" if self._failure is None else "start it again"
+        return f"stopped: {self._loop.fault}; {what_to_do}"
+
     # --- threads ------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             self._tick_until_stopped()
-        except BaseException as error:  # `wait` raises it; the bridge sends nothing more
-            self._ended.set_exception(error)
+        except BaseException as error:  # `wait` raises it
+            self.fail(error)
+        if self._failure is None:
+            self._ended.set_result(None)
         else:
-            if self._failure is None:
-                self._ended.set_result(None)
-            else:
-                self._ended.set_exception(self._failure)
+            self._ended.set_exception(self._failure)
 
     def _tick_until_stopped(self) -> None:
         """Tick at absolute times: a late tick does not delay the following ones, and missed ticks are skipped."""
@@ -362,7 +379,7 @@ class Bridge:
             self._ask_if_due()
 
     async def _show_diagnostics(self) -> None:
-        while not self._stop.is_set():
+        while not self._closed.is_set():
             self._front_end.show(self.diagnostics())
             await asyncio.sleep(self.settings.diagnostics_s)
 

@@ -95,9 +95,10 @@ class ControlLoop:
         self._sent_epoch = -1  # epoch of the last action that was sent
         self._requests = 0
         self._observed_tick = 0  # tick of the newest chunk's observation
+        self._moved_tick = -1  # last tick whose command moved the arm
         self._rests_at = -math.inf  # time at which the last action of the policy has taken effect
         self._held_since = 0.0
-        self._last_failure: str | None = None
+        self._last_failure: str | None = None  # reason of the last request without an answer, until one is answered
         self._stale = False
         self._hold_reason = ""
         self._teleoperated = False
@@ -166,6 +167,10 @@ class ControlLoop:
             self._counts["faults"] += 1
             self._teleoperated = False
             self._new_epoch()
+
+    def stop(self, fault: str) -> None:
+        """Stop with a fault that was found outside the loop."""
+        self._stop(self._clock.next_tick, fault)
 
     def reset(self) -> bool:
         """Clear a fault and go to IDLE, from any state. Return False while the e-stop is engaged."""
@@ -239,6 +244,7 @@ class ControlLoop:
         if latency is None:
             return self._discard("unexpected_chunks", f"request {request.id} was answered or given up before")
         self.measurements.inference_ms.append(latency * 1e3)
+        self._last_failure = None
         if request.epoch != self._epoch:
             return self._discard("old_epoch_chunks", f"asked in epoch {request.epoch}, now it is epoch {self._epoch}")
         actions, action_dim = chunk.actions, self.embodiment.action_dim
@@ -248,18 +254,20 @@ class ControlLoop:
             return self._discard("refused_chunks", f"actions are NaN, infinite or not floating point ({actions.dtype})")
         actions_KA = actions[0].astype(np.float64)
         next_tick = self._clock.next_tick
+        # while the arm rests, no action of the chunk has passed
+        observed_tick = request.tick if self._moved_tick >= request.tick else max(request.tick, next_tick)
         if self._pauses:  # the arm has not moved since the observation, so no action of the chunk has passed
             actions_KA = actions_KA[: self.settings.execute_steps]
             self._queue.clear()
             self._queue.add(actions_KA, next_tick, next_tick)
             usable = len(actions_KA)
         else:
-            usable = self._queue.add(actions_KA, request.tick, next_tick)
+            usable = self._queue.add(actions_KA, observed_tick, next_tick)
         if not usable:
             return self._discard("late_chunks", f"all {len(actions_KA)} ticks of the chunk have passed")
         self._counts["chunks"] += 1
         self._counts["late_actions"] += len(actions_KA) - usable
-        self._observed_tick = request.tick
+        self._observed_tick = observed_tick
         self._unsent_stamp = request.stamp
         return None
 
@@ -268,6 +276,7 @@ class ControlLoop:
         now = self._at(now)
         if self._prefetch.failed(request, now):
             self._counts["failures"] += 1
+        if request.id == self._requests:  # after the deadline, too: the client knows more about it than the clock
             self._last_failure = reason
 
     # --- the control tick ---------------------------------------------------------------------------------------------
@@ -283,6 +292,8 @@ class ControlLoop:
         elif gap is not None:
             self.measurements.jitter_ms.append(abs(gap - self._period) * 1e3)
         command = self._decide(tick, now)
+        if command.action_A is not None and (command.kind is not Kind.HOLD or not self._limiter.at_rest):
+            self._moved_tick = tick
         self._counts[command.kind.value] += 1
         return command
 
@@ -330,7 +341,8 @@ class ControlLoop:
             return action_A
         if moving and not self._pauses:
             self._counts["starvations"] += 1
-        return "waiting for the policy" if self._pauses else "no action for this tick"
+        waiting = "waiting for the policy" if self._pauses else "no action for this tick"
+        return waiting if self._last_failure is None else f"{waiting}: {self._last_failure}"
 
     def _hold(self, tick: int, now: float, reason: str) -> Command:
         if self.state is State.RUNNING or not self._instruction:
@@ -441,3 +453,4 @@ class ControlLoop:
     def _expire(self, now: float) -> None:
         if self._prefetch.expire(now):
             self._counts["deadline_misses"] += 1
+            self._last_failure = f"no answer within {self.settings.deadline_s:g} s"

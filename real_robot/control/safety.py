@@ -83,6 +83,11 @@ class SafetyLimiter:
         """Set the arm's displacement per tick to zero: it has come to rest at the commanded position."""
         self._moved_D = np.zeros(len(self._arm))
 
+    @property
+    def at_rest(self) -> bool:
+        """True if the last command did not move the arm."""
+        return not self._moved_D.any()
+
     def move(self, action_A: np.ndarray, state_S: np.ndarray) -> np.ndarray:
         """Return the allowed command [A] of this tick that is nearest to the wanted action.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogvla.policy.interface import Observation
+from cogvla.policy.interface import Embodiment, Observation
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings, Tick
 from cogvla.real_robot.control.control_loop import Kind, State
 from cogvla.real_robot.control.measurements import latency_table
@@ -89,12 +90,13 @@ def running(
     front: Front | None = None,
     limits: Any = DELTA,
     on_tick: Callable[[Tick], None] | None = None,
+    embodiment: Embodiment = ROBOT,
     **settings: Any,
 ) -> Iterator[tuple[Bridge, Client, Front]]:
     client, front = client or Client(), front or Front()
     settings = {"dry_run": False, "activate": True, "diagnostics_s": 0.02} | settings
     robot = RobotConfig("two_joints", limits, TOLERANT)
-    with Bridge(robot, ROBOT, client, front, BridgeSettings(**settings), on_tick) as bridge:
+    with Bridge(robot, embodiment, client, front, BridgeSettings(**settings), on_tick) as bridge:
         bridge.instruct("pick")
         yield bridge, client, front
 
@@ -175,6 +177,24 @@ def test_nothing_is_sent_after_an_emergency_stop_has_returned() -> None:
             bridge.activate()
 
 
+def test_an_emergency_stop_at_any_of_a_thousand_moments_is_the_last_word() -> None:
+    """At 500 Hz, so that the moments fall into every part of a tick: waiting, deciding, sending, asking, watching."""
+    chance = random.Random(0)
+    with running(embodiment=replace(ROBOT, control_hz=500.0)) as (bridge, _, front):
+        for _ in range(1000):
+            sent = len(front.sent)
+            until(lambda sent=sent: len(front.sent) > sent)  # type: ignore[misc]
+            time.sleep(chance.uniform(0, 0.004))
+            assert bridge.estop(True) == (True, "engaged")
+            sent = len(front.sent)
+            assert bridge.state is State.STOPPED
+            time.sleep(0.005 * (chance.random() < 0.1))
+            bridge.estop(False)
+            assert len(front.sent) == sent
+            assert bridge.reset()[0]
+            assert bridge.activate()[0]
+
+
 def test_it_starts_idle_unless_told_otherwise() -> None:
     assert BridgeSettings() == BridgeSettings(dry_run=True, activate=False)
     with running(activate=False) as (bridge, client, front):
@@ -200,9 +220,33 @@ def test_a_server_without_answers_is_asked_again_and_the_arm_left_alone(error: E
         until(lambda: front.sent)
 
 
-def test_a_robot_that_cannot_be_sent_to_ends_the_bridge() -> None:
-    with running() as (bridge, _, front):
-        front.error = OSError("the cable is out")
+@pytest.mark.parametrize("broken", ["send", "on_tick", "client"])
+def test_what_breaks_a_thread_stops_the_bridge_for_good_and_is_shown(broken: str) -> None:
+    """Without `wait`, as in a node of ROS 2: the state says what has happened, and nothing starts it again."""
+    breaks = threading.Event()
+
+    def watch(_: Tick) -> None:
+        if breaks.is_set() and broken == "on_tick":
+            raise OSError("the cable is out")
+
+    with running(on_tick=watch) as (bridge, client, front):
+        until(lambda: bridge.state is State.RUNNING)
+        breaks.set()
+        if broken == "send":
+            front.error = OSError("the cable is out")
+        elif broken == "client":
+            client.error = OSError("the cable is out")
+        until(lambda: bridge.failure is not None)
+        sent, fault = len(front.sent), "the bridge has failed: OSError: the cable is out"
+        assert bridge.activate() == (False, f"stopped: {fault}; start it again")
+        assert bridge.reset() == (False, f"{fault}; start it again")
+        assert bridge.estop(True) == (True, "engaged")
+        bridge.estop(False)
+        assert bridge.take_over()[0] is False
+        shown = len(front.shown)
+        until(lambda: len(front.shown) > shown + 1)
+        assert (front.shown[-1]["state"], front.shown[-1]["fault"]) == ("stopped", fault)
+        assert len(front.sent) == sent
         with pytest.raises(OSError, match="the cable is out"):
             bridge.wait(20)
 

@@ -108,9 +108,15 @@ def test_a_request_carries_the_observation_and_the_action_of_its_tick_is_sent() 
     driver.tick()
     actions = [(0.1 * i, 0.0, 0.0) for i in range(5)]
     assert driver.loop.deliver(chunk_of(*actions), request, driver.now) is None
-    assert [driver.tick().action_A[0] for _ in range(3)] == pytest.approx([0.2, 0.3, 0.4])  # type: ignore[index]
+    first = [driver.tick().action_A[0] for _ in range(2)]  # type: ignore[index]
+    assert first == pytest.approx([0.0, 0.1]), "the arm has not moved since the observation: no action has passed"
+    request = driver.ask()
+    driver.tick()
+    assert driver.loop.deliver(chunk_of(*actions), request, driver.now) is None
+    then = [driver.tick().action_A[0] for _ in range(3)]  # type: ignore[index]
+    assert then == pytest.approx([0.1, 0.2, 0.3]), "it has moved for one tick"
     assert driver.loop.state is RUNNING
-    assert driver.counts["late_actions"] == 2
+    assert driver.counts["late_actions"] == 1
 
 
 def test_the_tick_of_an_observation_counts_the_ticks_that_happened_since() -> None:
@@ -254,6 +260,39 @@ def test_starved_for_too_long_it_stops_until_the_operator_resets() -> None:
     assert driver.loop.activate()
     driver.give()
     assert driver.tick().kind is Kind.ACTION
+
+
+def test_a_hold_and_its_fault_keep_the_reason_of_the_policy_client() -> None:
+    driver = Driver(LoopSettings(hold_limit_s=0.5, deadline_s=0.2, retry_s=0.05)).start()
+    driver.give(constant(0.1, 2))
+    request = driver.ask()
+    for _ in range(7):
+        held = driver.tick()
+    assert held.reason == "no action for this tick: no answer within 0.2 s"
+    driver.loop.fail(request, "the policy server is stopping", driver.now)
+    assert driver.tick().reason == "no action for this tick: the policy server is stopping"
+    driver.give(constant(0.1, 1))
+    driver.tick()
+    assert driver.tick().reason == "no action for this tick", "it has answered again"
+    driver.loop.fail(driver.ask(), "ws://robot cannot be reached", driver.now)
+    while driver.loop.state is not STOPPED:
+        driver.tick()
+    assert driver.loop.fault == "held for more than 0.5 s: no action for this tick: ws://robot cannot be reached"
+
+
+@pytest.mark.parametrize("ticks", [1, 6, 40])
+def test_a_late_first_answer_starts_at_its_first_action(ticks: int) -> None:
+    """An arm with absolute targets and a limit of steps that rejects: the seventh action would be too far away."""
+    limits = replace(ABSOLUTE, step=(0.015, 0.015), reject=("step",), lead=(0.05, 0.05))
+    driver = Driver(LoopSettings(deadline_s=10.0), limits).start()
+    request = driver.ask()
+    for _ in range(ticks):
+        driver.tick()
+    actions = [(0.01 * (i + 1), 0.0, 0.0) for i in range(8)]
+    assert driver.loop.deliver(chunk_of(*actions), request, driver.now) is None
+    assert driver.tick().action_A[0] == pytest.approx(0.01)  # type: ignore[index]
+    assert driver.loop.fault is None
+    assert driver.counts["late_actions"] == 0
 
 
 def test_before_the_first_action_nothing_is_sent_and_there_is_no_hurry() -> None:
