@@ -177,7 +177,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """Return where the gripper manipulates an object and where the object should go, for the current task.
 
         Returns:
-            `target`: the object's position (where it is touched, if it is pushed); `goal`: position where it should go.
+            `target`: the object's position (or where the hand comes down to push it); `goal`: where it should go.
             Both float32 [3], in metres, world frame.
         """
         return self.labels_for(self._asked)

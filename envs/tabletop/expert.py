@@ -14,7 +14,7 @@ import numpy as np
 from cogvla.envs.recording.execution_noise import ExecutionNoise
 from cogvla.envs.tabletop.control import POSITION_SCALE, ROTATION_SCALE, clip_norm
 from cogvla.envs.tabletop.env import TabletopEnv
-from cogvla.envs.tabletop.goals import Goal, destination_point, in_place, push_point
+from cogvla.envs.tabletop.goals import Goal, destination_point, in_place, push_start
 
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "press")
 GAIN = 0.4
@@ -150,19 +150,18 @@ class Expert:
     def _push(self, goal: Goal) -> tuple[np.ndarray, float]:
         """Push an item from behind with closed fingers; steer so that the contact normal points to the destination."""
         gripper = self._env.gripper_position
-        touch, ahead = push_point(self._scene, goal)
+        start, touch, ahead = push_start(self._scene, goal)
         left = float(np.hypot(*(self._scene.position(goal.destination) - self._scene.position(goal.item))[:2]))
         aside = np.array([-ahead[1], ahead[0]])
         offset = gripper[:2] - touch[:2]
         behind, off = -float(offset @ ahead), float(offset @ aside)
-        if gripper[2] < _PUSH_HEIGHT + 0.01 and abs(off) < 0.02 and -0.015 < behind < 0.04:
+        if gripper[2] < _PUSH_HEIGHT + 0.01 and abs(off) < 0.02 and -0.015 < behind < 0.05:
             self._set_phase("push")
             step = min(left + 0.02, 0.035) * ahead - 1.5 * off * aside
             return np.array([*(gripper[:2] + step), _PUSH_HEIGHT]), CLOSE
-        start = touch[:2] - 0.018 * ahead
-        distance = float(np.hypot(*(start - gripper[:2])))
+        distance = float(np.hypot(*(start - gripper)[:2]))
         self._set_phase("approach" if distance > 0.03 else "descend")
-        return self._funnel(np.array([*start, _PUSH_HEIGHT]), 0.008, HOVER), self._make_fist(distance)
+        return self._funnel(np.array([*start[:2], _PUSH_HEIGHT]), 0.008, HOVER), self._make_fist(distance)
 
     def _open(self, goal: Goal) -> tuple[np.ndarray, float]:
         offset = self._scene.contact_point(goal.item) - self._env.gripper_position

@@ -15,6 +15,8 @@ from cogvla.envs.tabletop.scene import PLATE_HEIGHT, TRAY_FLOOR, TRAY_WALL, Pose
 
 Shifts = Mapping[str, tuple[float, float]]
 """Item -> shift along x and y in metres."""
+PUSH_FROM = 0.028
+"""Metres behind the point of touch where the hand comes down to push."""
 _PUSHER = 0.0115
 """Half the width of the closed fingers in metres."""
 VERBS = ("put", "push", "open", "press")
@@ -107,26 +109,27 @@ def holds(scene: Scene, goal: Goal, fingers: np.ndarray, gripper: np.ndarray) ->
     return away or bool(fingers.min() > RELEASED_OPENING)
 
 
-def push_point(scene: Scene, goal: Goal) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the closed hand touches the item that it pushes [3], and the direction to the destination [2].
+def push_start(scene: Scene, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return how to push an item: where the closed hand comes down [3], where it touches the item [3], the way [2].
 
-    The closed fingers are a small square block behind the round item. They touch it with a face if the way ahead is
-    along an axis, and with a corner if it is oblique. At the destination the direction is zero.
+    The closed fingers are a small square block behind the round item. They touch it with a face if the way is along an
+    axis, and with a corner if it is oblique. The way is a unit vector; at the destination it is zero.
     """
     item = scene.position(goal.item)
     way = (scene.position(goal.destination) - item)[:2]
     ahead = way / max(float(np.hypot(*way)), 1e-6)
     reach = scene.items[goal.item].half[0] * ahead + _PUSHER * np.clip(ahead / 0.15, -1.0, 1.0)
-    return np.array([*(item[:2] - reach), item[2]]), ahead
+    touch = np.array([*(item[:2] - reach), item[2]])
+    return touch - PUSH_FROM * np.array([*ahead, 0.0]), touch, ahead
 
 
 def labels(scene: Scene, goal: Goal) -> dict[str, np.ndarray]:
     """Return `target`, the point to manipulate, and `goal`, its final point: float32 [3], metres, world frame.
 
-    What is pushed is touched from behind. With its centre as target, a policy has to learn the way around it from the
-    demonstrations of pushing alone, and stays above it (docs/learning.md).
+    For `push`, the target is where the hand comes down behind the item. A policy goes to its target: with the item's
+    centre, or the point of touch, it comes down on the item (docs/learning.md).
     """
-    target = push_point(scene, goal)[0] if goal.verb == "push" else scene.contact_point(goal.item)
+    target = push_start(scene, goal)[0] if goal.verb == "push" else scene.contact_point(goal.item)
     return {
         "target": target.astype(np.float32),
         "goal": destination_point(scene, goal).astype(np.float32),
