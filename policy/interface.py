@@ -16,6 +16,10 @@ import numpy as np
 NORMALISATIONS = ("q99", "min_max", "mean_std", "identity")
 
 
+class InstructionError(ValueError):
+    """A policy cannot read an instruction. The message says why, in one line that may be shown to whoever sent it."""
+
+
 @dataclass(frozen=True)
 class Camera:
     """One RGB camera: its key in an `Observation`, and the image size in pixels that the policy was trained on."""

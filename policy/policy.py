@@ -91,6 +91,11 @@ class CogVLAPolicy:
     def embodiment(self) -> Embodiment:
         return self.preprocessor.embodiment
 
+    @property
+    def resize_kernel(self) -> str:
+        """Kernel that resizes images of other sizes, see `policy.inputs.resize`; a policy server tells its clients."""
+        return self.preprocessor.resize_kernel
+
     def unknown_words(self, instruction: str) -> list[str]:
         """Return the words of an instruction that the tokenizer does not know, so that the model cannot tell them."""
         return self.preprocessor.tokenizer.unknown_words(instruction)

@@ -22,6 +22,8 @@ from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.cogvla import ModelInput
 
 INSTRUCTION_CACHE = 4096
+INSTRUCTION_CACHE_NUMBERS = 2**24
+"""Most instructions that are cached, and most numbers of their ids or states."""
 
 
 class Preprocessor(nn.Module):
@@ -124,7 +126,8 @@ class Preprocessor(nn.Module):
         They are padded to the longest; known instructions are cached.
         """
         new = set(instructions) - self._text.keys()
-        if len(self._text) + len(new) > INSTRUCTION_CACHE:
+        cached = sum(words_1T.numel() for words_1T, _ in self._text.values()) if new else 0
+        if len(self._text) + len(new) > INSTRUCTION_CACHE or cached > INSTRUCTION_CACHE_NUMBERS:
             self._text.clear()
             new = set(instructions)
         for text in new:

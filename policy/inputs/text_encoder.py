@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel
 
 from cogvla.policy.inputs.pretrained_source import load_pretrained
 from cogvla.policy.inputs.tokenizer import TransformersTokenizer, check_not_empty
+from cogvla.policy.interface import InstructionError
 from cogvla.policy.model.config import CogVLAConfig
 
 KEY = "policy.language.encoder"
@@ -76,7 +77,7 @@ class TextEncoder(TransformersTokenizer):
         """Return ids int64 [B,T] and mask bool [B,T] of the tokens whose states `inputs` returns.
 
         Raises:
-            ValueError: an instruction has no words, or more tokens than the encoder reads.
+            InstructionError: an instruction has no words, or more tokens than the encoder reads.
         """
         rows = [[i for i, kept in zip(*self._row(text), strict=True) if kept] for text in instructions]
         return self._padded(rows)
@@ -114,9 +115,9 @@ class TextEncoder(TransformersTokenizer):
         found = self._tokenizer(" ".join(text.lower().split()), return_special_tokens_mask=True)
         kept = [not special for special in found["special_tokens_mask"]]
         if not any(kept):
-            raise ValueError(f"instruction {text!r} has no token of the text encoder; use other words")
+            raise InstructionError(f"instruction {text!r} has no token of the text encoder; use other words")
         if len(kept) > self._limit:
-            raise ValueError(
+            raise InstructionError(
                 f"instruction {text[:40]!r}… has {len(kept)} tokens, but the text encoder reads at most {self._limit}: "
                 "shorten it"
             )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cogvla.policy.inputs.pretrained_source import load_pretrained
+from cogvla.policy.interface import InstructionError
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 PAPER_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -54,7 +55,7 @@ class Tokenizer(ABC):
         """Encode B instructions as ids int64 [B,T] and mask bool [B,T] (True: a token), padded on the right.
 
         Raises:
-            ValueError: an instruction without words.
+            InstructionError: an instruction without words.
         """
 
     def inputs(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,7 @@ class WordTokenizer(Tokenizer):
         ]
         for text, row in zip(instructions, rows, strict=True):
             if not row:
-                raise ValueError(f"instruction {text!r} has no words; give the robot something to do")
+                raise InstructionError(f"instruction {text!r} has no words; give the robot something to do")
         return _pad(rows, pad_id=0)
 
     def unknown_words(self, text: str) -> list[str]:
@@ -224,9 +225,9 @@ def same_instruction(text: str) -> str:
 
 
 def check_not_empty(text: str) -> None:
-    """Raise ValueError if an instruction has no words."""
+    """Raise InstructionError if an instruction has no words."""
     if not _split(text):
-        raise ValueError(f"instruction {text!r} has no words; give the robot something to do")
+        raise InstructionError(f"instruction {text!r} has no words; give the robot something to do")
 
 
 def _split(text: str) -> list[str]:

@@ -50,6 +50,9 @@ class ClientSettings:
         ping_s: seconds between pings, and seconds without an answer to a ping after which the connection is lost.
         certificate: PEM file to trust besides the system's certificates, for a server with a self-signed certificate.
         max_message_mb: largest answer in MiB; a larger one ends the connection.
+        resize: send images that are larger than the policy's in the policy's size; the actions stay the same.
+        jpeg_quality: 1 to 95: send images as JPEG of this quality, which changes the actions a little; None: raw.
+            Neither changes what is sent to an older server, which takes raw images only.
     """
 
     robot: Embodiment | None = None
@@ -59,8 +62,12 @@ class ClientSettings:
     ping_s: float = 5.0
     certificate: Path | None = None
     max_message_mb: float = 16.0
+    resize: bool = True
+    jpeg_quality: int | None = None
 
     def __post_init__(self) -> None:
+        if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 95:
+            raise ValueError(f"jpeg_quality must be 1 to 95, got {self.jpeg_quality}")
         for name in ("answer_s", "connect_s", "ping_s", "max_message_mb"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -97,7 +104,7 @@ class AsyncPolicyClient:
 
     def __init__(self, connection: ClientConnection, info: ServerInfo, settings: ClientSettings) -> None:
         self._connection, self.info, self._settings = connection, info, settings
-        self._format = RequestFormat(info.embodiment, info.keys)
+        self._format = RequestFormat(info.embodiment, info.keys, info.images, info.max_message_bytes)
         self._ids = itertools.count()
         self._busy = False
 
@@ -153,7 +160,7 @@ class AsyncPolicyClient:
         """Ask the policy for the action chunk of one observation.
 
         Args:
-            observation: batch size 1, images of any size; smaller images travel faster.
+            observation: batch size 1, images of the camera's size or the policy's; see `ClientSettings.resize`.
             timeout_s: deadline in seconds; None uses `ClientSettings.answer_s`.
             observation_id: number that the answer repeats; None uses a running number.
 
@@ -165,13 +172,15 @@ class AsyncPolicyClient:
         """
         timeout_s = self._settings.answer_s if timeout_s is None else timeout_s
         number = next(self._ids) if observation_id is None else observation_id
-        frame = self._format.write(observation, number, timeout_s)
+        sent_s = time.monotonic()
+        frame = self._format.write(
+            observation, number, timeout_s, resize=self._settings.resize, jpeg_quality=self._settings.jpeg_quality
+        )
         if self._busy:
             raise RuntimeError("this client already waits for an answer; give every robot a client of its own")
         self._busy = True
-        sent_s = time.monotonic()
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s - (time.monotonic() - sent_s)):
                 await self._connection.send(frame)
                 answer = await self._connection.recv()
             return self._read(answer, number, sent_s)

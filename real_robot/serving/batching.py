@@ -10,7 +10,6 @@ Shape legend: B batch, K chunk, A action.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cogvla.policy.interface import Observation, Policy
+from cogvla.policy.interface import InstructionError, Observation, Policy
+from cogvla.real_robot.serving.quiet_log import QuietLog
 from cogvla.real_robot.serving.server_metrics import ServerMetrics
 
-_log = logging.getLogger(__name__)
+LONG_TEXT = 200
+"""Characters of an instruction that shares no batch with shorter ones, which would be padded to its length."""
 
 
 class ExpiredError(Exception):
@@ -78,8 +79,9 @@ class _Job:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Image shapes of the request; only requests with the same shapes can share a batch."""
-        return tuple(image.shape for image in self.observation.images.values())
+        """Image shapes of the request, and whether its text is long; only requests with the same can share a batch."""
+        text = (len(self.observation.instruction[0]) > LONG_TEXT,)
+        return (text, *(image.shape for image in self.observation.images.values()))
 
 
 class Batcher:
@@ -89,13 +91,17 @@ class Batcher:
         policy: policy that answers the requests.
         settings: batch size and waiting time.
         metrics: counters that this object updates.
+        log: where failures of the policy are written.
 
     Attributes:
         ready: future that is done after the warm-up; it holds the exception if the warm-up failed.
     """
 
-    def __init__(self, policy: Policy, settings: BatchSettings, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, policy: Policy, settings: BatchSettings, metrics: ServerMetrics, log: QuietLog | None = None
+    ) -> None:
         self._policy, self._settings, self._metrics = policy, settings, metrics
+        self._log = log or QuietLog()
         self._condition = threading.Condition()
         self._waiting: list[_Job] = []
         self._closed = False
@@ -127,7 +133,8 @@ class Batcher:
             deadline: `time.monotonic()` after which the request fails with `ExpiredError`; None for no deadline.
 
         Raises:
-            PolicyError: the server is shutting down. The future raises it, too, if the policy fails.
+            PolicyError: the server is shutting down. The future raises it, too, if the policy fails, and
+                InstructionError if the policy cannot read the instruction.
         """
         job = _Job(observation, deadline)
         with self._condition:
@@ -209,7 +216,10 @@ class Batcher:
                 for job in jobs:
                     self._answer([job])
                 return
-            _log.exception("the policy failed")
+            if isinstance(error, InstructionError):
+                jobs[0].future.set_exception(error)
+                return
+            self._log.exception("the policy failed")
             failed = PolicyError("the policy failed; the server's log says why")
             failed.__cause__ = error
             jobs[0].future.set_exception(failed)
@@ -222,5 +232,5 @@ class Batcher:
                 queue_ms = 1e3 * (started - job.arrived)
                 job.future.set_result(BatchAnswer(actions_KA, chunk.timing, 1e3 * infer_s, queue_ms, len(jobs)))
             else:
-                _log.error("the policy answered with NaN or infinite actions")
+                self._log.error("the policy answered with NaN or infinite actions")
                 job.future.set_exception(PolicyError("the policy answered with NaN or infinite actions"))

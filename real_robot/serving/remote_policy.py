@@ -78,6 +78,7 @@ class RemotePolicy:
         return await asyncio.gather(*(self._clients[row].infer(_row(observation, row)) for row in rows))
 
     async def _connect(self, count: int) -> None:
+        self._clients = [client for client in self._clients if client.open]  # the server closes idle connections
         while len(self._clients) < count:
             client = await AsyncPolicyClient.connect(self._uri, self._settings)
             if client.info != self.info:

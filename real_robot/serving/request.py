@@ -8,17 +8,30 @@ Shape legend: S state dimension, H image height, W image width.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cogvla.policy.interface import Embodiment, Observation
-from cogvla.real_robot.serving.wire import FrameError, pack, shown, unpack
+from cogvla.policy.interface import Camera, Embodiment, Observation
+from cogvla.real_robot.serving.images import (
+    JPEG,
+    PNG,
+    check_size,
+    decode_image,
+    encode_jpeg,
+    encoded_size,
+)
+from cogvla.real_robot.serving.resize import KERNELS, resize_image
+from cogvla.real_robot.serving.wire import OPENPI, Dialect, FrameError, pack, shown, unpack_any
 
 MAX_PROMPT = 1000
+MAX_PROMPT_BYTES = 2000
 MAX_NESTING = 3
+MAX_BYTES = 16 * 2**20
+RAW = "raw"
 OBSERVATION_ID = "observation_id"
 DEADLINE_MS = "deadline_ms"
 OPTIONAL = {
@@ -27,6 +40,8 @@ OPTIONAL = {
 }
 """Optional keys with their meaning. openpi's clients do not send them."""
 LAYOUTS = ("hwc", "chw")
+_NO_TEXT = ("Cc", "Cs")
+"""Categories of control characters and halves of a surrogate pair."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,26 @@ class RequestKeys:
 
 
 @dataclass(frozen=True)
+class ImageOffer:
+    """Which images a server takes, besides raw ones of the policy's size.
+
+    Attributes:
+        formats: some of "raw" (arrays of any accepted size), "jpeg" and "png" (the bytes of a file).
+        resize: kernel with which the server resizes images of other sizes, one of `resize.KERNELS`; a client that
+            resizes with it before sending gets the same actions. None: the policy itself resizes, in a way of its own.
+    """
+
+    formats: tuple[str, ...] = (RAW,)
+    resize: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", tuple(self.formats))
+
+
+ALL_FORMATS = (RAW, JPEG, PNG)
+
+
+@dataclass(frozen=True)
 class PolicyRequest:
     """One checked request.
 
@@ -67,18 +102,57 @@ class PolicyRequest:
         observation: observation of batch size 1.
         observation_id: number that the answer repeats; None if the client sent none.
         deadline_s: seconds that the client waits for the answer; None if it sent none.
+        dialect: form of the arrays, which the answer should have, too.
     """
 
     observation: Observation
     observation_id: int | None = None
     deadline_s: float | None = None
+    dialect: Dialect = OPENPI
+
+
+@dataclass(frozen=True, eq=False)
+class ReceivedRequest:
+    """A request whose images are checked, but not yet decoded and resized.
+
+    Attributes:
+        images: camera -> uint8 [H,W,3], or the bytes of a JPEG or PNG.
+        state: float32 [S].
+        instruction: the instruction.
+        observation_id: see `PolicyRequest`.
+        deadline_s: see `PolicyRequest`.
+        dialect: see `PolicyRequest`.
+        work: number of pixels to decode and to resize; 0: the images are ready.
+    """
+
+    images: Mapping[str, np.ndarray | bytes]
+    state: np.ndarray
+    instruction: str
+    observation_id: int | None
+    deadline_s: float | None
+    dialect: Dialect
+    work: int
 
 
 class RequestFormat:
-    """Encoder and decoder of requests for one embodiment; ValueError if the keys do not fit its cameras."""
+    """Encoder and decoder of requests for one embodiment; ValueError if the keys do not fit its cameras.
 
-    def __init__(self, embodiment: Embodiment, keys: RequestKeys) -> None:
-        self.embodiment, self.keys = embodiment, keys
+    Args:
+        embodiment: embodiment of the policy.
+        keys: keys of the requests.
+        offer: images that the server takes.
+        max_bytes: most bytes of a request, and of its images when they are decoded.
+    """
+
+    def __init__(
+        self,
+        embodiment: Embodiment,
+        keys: RequestKeys,
+        offer: ImageOffer | None = None,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self.embodiment, self.keys, self.max_bytes = embodiment, keys, max_bytes
+        self.offer = offer or ImageOffer(ALL_FORMATS)
         names = embodiment.camera_names
         self.image_keys = {name: f"images/{name}" for name in names} if keys.images is None else dict(keys.images)
         if set(self.image_keys) != set(names):
@@ -92,27 +166,62 @@ class RequestFormat:
             raise ValueError(f"request_keys uses a key twice: {[*self._known, *keys.ignored]}")
 
     def write(
-        self, observation: Observation, observation_id: int | None = None, deadline_s: float | None = None
+        self,
+        observation: Observation,
+        observation_id: int | None = None,
+        deadline_s: float | None = None,
+        *,
+        resize: bool = True,
+        jpeg_quality: int | None = None,
     ) -> bytes:
-        """Encode an observation of batch size 1 as a frame; ValueError if it does not fit the embodiment."""
+        """Encode an observation of batch size 1 as a frame.
+
+        Args:
+            observation: the observation.
+            observation_id: number that the answer repeats.
+            deadline_s: seconds that the client waits.
+            resize: resize larger images to the policy's size, if the server says how it would do it.
+            jpeg_quality: 1 to 95: send images as JPEG, if the server takes them; None: raw.
+
+        Raises:
+            ValueError: it does not fit the embodiment, or the server takes no request of its size.
+        """
         observation.validate(self.embodiment)
         if observation.batch_size != 1:
             raise ValueError(f"a request holds one observation, got a batch of {observation.batch_size}")
         values: dict[str, Any] = {self.keys.state: observation.state[0], self.keys.prompt: observation.instruction[0]}
-        for name, key in self.image_keys.items():
-            image_HWC = observation.images[name][0]
-            values[key] = image_HWC if self.keys.layout == "hwc" else np.moveaxis(image_HWC, -1, 0)
+        kernel = self.offer.resize if resize else None
+        for camera in self.embodiment.cameras:
+            image_HWC, size = observation.images[camera.name][0], (camera.height, camera.width)
+            check_size(camera, *image_HWC.shape[:2])
+            if kernel in KERNELS and image_HWC.size > 3 * math.prod(size):
+                image_HWC = resize_image(image_HWC, size, kernel)
+            if jpeg_quality is not None and JPEG in self.offer.formats:
+                value: Any = encode_jpeg(image_HWC, jpeg_quality)
+            else:
+                value = image_HWC if self.keys.layout == "hwc" else np.moveaxis(image_HWC, -1, 0)
+            values[self.image_keys[camera.name]] = value
         if observation_id is not None:
             values[OBSERVATION_ID] = observation_id
         if deadline_s is not None:
             values[DEADLINE_MS] = 1e3 * deadline_s
-        return pack(values)
+        frame = pack(values)
+        if len(frame) > self.max_bytes:
+            raise ValueError(
+                f"the request has {len(frame)} bytes, the server takes {self.max_bytes}: send smaller images or JPEG, "
+                "or raise its max_message_mb"
+            )
+        return frame
 
     def read(self, frame: bytes | str) -> PolicyRequest:
         """Decode and check a frame from a client; FrameError says in one line what is wrong."""
+        return self.finish(self.receive(frame))
+
+    def receive(self, frame: bytes | str) -> ReceivedRequest:
+        """Check a frame from a client, except for the pixels of encoded images; FrameError says what is wrong."""
         if isinstance(frame, str):
             raise FrameError("the request is a text frame; send msgpack in a binary frame")
-        message = unpack(frame)
+        message, dialect = unpack_any(frame)
         if not isinstance(message, dict):
             raise FrameError(f"the request is {shown(message)}, not a map of {self._known}")
         values = _flat(message)
@@ -122,22 +231,67 @@ class RequestFormat:
         missing = [key for key in self._required if key not in values]
         if missing:
             raise FrameError(f"the request has no {missing}; required keys: {self._required}")
-        return PolicyRequest(
-            Observation(
-                images={name: self._image(key, values[key])[None] for name, key in self.image_keys.items()},
-                state=self._state(values[self.keys.state])[None],
-                instruction=[_check_prompt(self.keys.prompt, values.get(self.keys.prompt, self.keys.default_prompt))],
-            ),
+        images, work, pixels = {}, 0, 0
+        for camera in self.embodiment.cameras:
+            key = self.image_keys[camera.name]
+            images[camera.name], (height, width) = self._image(key, camera, values[key])
+            pixels += height * width
+            encoded = isinstance(images[camera.name], bytes)
+            resized = self.offer.resize is not None and (height, width) != (camera.height, camera.width)
+            work += height * width if encoded or resized else 0
+        if 3 * pixels > self.max_bytes:
+            raise FrameError(f"the images have {3 * pixels} bytes when decoded; at most {self.max_bytes} are accepted")
+        return ReceivedRequest(
+            images,
+            self._state(values[self.keys.state]),
+            _check_prompt(self.keys.prompt, values.get(self.keys.prompt, self.keys.default_prompt)),
             observation_id=_observation_id(values.get(OBSERVATION_ID)),
             deadline_s=_deadline_s(values.get(DEADLINE_MS)),
+            dialect=dialect,
+            work=work,
         )
 
-    def _image(self, key: str, value: Any) -> np.ndarray:
-        """Return the image of a key as uint8 [H,W,3]."""
+    def finish(self, request: ReceivedRequest) -> PolicyRequest:
+        """Decode and resize the images of a request; FrameError if one cannot be decoded."""
+        images = {}
+        for camera in self.embodiment.cameras:
+            image_HWC = request.images[camera.name]
+            if isinstance(image_HWC, bytes):
+                try:
+                    image_HWC = decode_image(image_HWC)
+                except ValueError as error:
+                    raise FrameError(f"{self.image_keys[camera.name]}: {error}") from None
+            if self.offer.resize is not None:
+                image_HWC = resize_image(image_HWC, (camera.height, camera.width), self.offer.resize)
+            images[camera.name] = image_HWC[None]
+        observation = Observation(images, request.state[None], [request.instruction])
+        return PolicyRequest(observation, request.observation_id, request.deadline_s, request.dialect)
+
+    def _image(self, key: str, camera: Camera, value: Any) -> tuple[np.ndarray | bytes, tuple[int, int]]:
+        """Return the image of a key as uint8 [H,W,3] or as the bytes of a file, and its rows and columns."""
+        if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1:
+            value = value.tobytes()  # as OpenCV's `imencode` gives it
+        try:
+            if isinstance(value, bytes):
+                size = encoded_size(value)
+            else:
+                value = self._pixels(key, value)
+                size = value.shape[:2]
+            check_size(camera, *size)
+        except FrameError:
+            raise
+        except ValueError as error:
+            raise FrameError(f"{key}: {error}") from None
+        return value, size
+
+    def _pixels(self, key: str, value: Any) -> np.ndarray:
+        """Return a raw image as uint8 [H,W,3]."""
         channel = {"hwc": 2, "chw": 0}[self.keys.layout]
         if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3 or value.shape[channel] != 3:
             wanted = {"hwc": "[H,W,3]", "chw": "[3,H,W]"}[self.keys.layout]
-            raise FrameError(f"{key} must be a uint8 array {wanted}, got {_described(value)}")
+            raise FrameError(
+                f"{key} must be a uint8 array {wanted}, or a JPEG or PNG as bytes, got {_described(value)}"
+            )
         return value if channel == 2 else np.moveaxis(value, 0, -1)
 
     def _state(self, value: Any) -> np.ndarray:
@@ -177,6 +331,11 @@ def _check_prompt(key: str, value: Any) -> str:
         raise FrameError(f"{key} must be the instruction as text, got {_described(value)}")
     if not value.strip() or len(value) > MAX_PROMPT:
         raise FrameError(f"{key} must have 1 to {MAX_PROMPT} characters, got {len(value.strip())}")
+    if len(value.encode(errors="surrogatepass")) > MAX_PROMPT_BYTES:
+        raise FrameError(f"{key} has more than {MAX_PROMPT_BYTES} bytes")
+    wrong = next((c for c in value if unicodedata.category(c) in _NO_TEXT and c not in "\t\n\r"), None)
+    if wrong is not None:
+        raise FrameError(f"{key} has the character {wrong!a}, which is no text")
     return value
 
 

@@ -6,7 +6,8 @@
     GET /healthz       -> 200 after the warm-up, 503 before it and while shutting down
     GET /metrics       -> Prometheus
 
-The event loop only checks and forwards frames, so it answers pings while the policy computes.
+The event loop only checks and forwards frames, so it answers pings while the policy computes; images are decoded and
+resized in two other threads, one for small and one for large images, so that small ones do not wait for large ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hmac
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -26,9 +28,19 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
-from cogvla.policy.interface import Policy
+from cogvla.policy.interface import InstructionError, Policy
 from cogvla.real_robot.serving.batching import BatchAnswer, Batcher, BatchSettings, ExpiredError, PolicyError
-from cogvla.real_robot.serving.request import OBSERVATION_ID, RequestFormat, RequestKeys
+from cogvla.real_robot.serving.connections import ConnectionLimits, Guard, GuardedConnection
+from cogvla.real_robot.serving.quiet_log import QuietLog
+from cogvla.real_robot.serving.request import (
+    ALL_FORMATS,
+    OBSERVATION_ID,
+    ImageOffer,
+    PolicyRequest,
+    RequestFormat,
+    RequestKeys,
+)
+from cogvla.real_robot.serving.resize import KERNELS
 from cogvla.real_robot.serving.server_info import ServerInfo
 from cogvla.real_robot.serving.server_metrics import Outcome, ServerMetrics
 from cogvla.real_robot.serving.wire import FrameError, pack
@@ -36,6 +48,12 @@ from cogvla.real_robot.serving.wire import FrameError, pack
 HEALTH, METRICS = "/healthz", "/metrics"
 CLOSE_S = 2.0
 """Seconds that a client has to confirm the end of a connection."""
+MAX_ERROR = 500
+"""Most characters of an error text."""
+HELD_MESSAGES = 4
+"""Largest messages that all clients together may have in progress."""
+LARGE_PIXELS = 2**20
+"""Pixels of a request whose images are decoded in the thread for large ones."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,12 @@ class ServerSettings:
         api_key: key that clients must send (`Authorization: Api-Key ...`); None: accept all clients.
         tls: certificate of the server, see `TlsFiles`.
         max_message_mb: maximum size of a request in MiB; a larger one ends the connection.
-        max_clients: maximum number of connections; further ones are refused with status 503.
+        max_clients: maximum number of connections. A new one takes the place of the longest idle one; it is refused
+            with status 503 if none is idle.
+        max_per_address: maximum number of connections of one address, as `max_clients`; None: three quarters of it.
+            Loopback has no such limit, because all clients behind a proxy or a tunnel come from there.
+        idle_s: seconds without a request after which a connection is closed.
+        message_s: seconds in which a handshake or a message must arrive, and an answer must be taken.
         ping_s: seconds between pings, and seconds without an answer after which a client is disconnected.
         shutdown_s: maximum time in seconds to finish pending requests after the server was told to stop.
     """
@@ -87,14 +110,17 @@ class ServerSettings:
     tls: TlsFiles = field(default_factory=TlsFiles)
     max_message_mb: float = 16.0
     max_clients: int = 64
+    max_per_address: int | None = None
+    idle_s: float = 600.0
+    message_s: float = 10.0
     ping_s: float = 20.0
     shutdown_s: float = 5.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be 0 to {2**16 - 1}, got {self.port}")
-        for name in ("max_message_mb", "max_clients", "ping_s", "shutdown_s"):
-            if not getattr(self, name) > 0:
+        for name in ("max_message_mb", "max_clients", "max_per_address", "idle_s", "message_s", "ping_s", "shutdown_s"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip() == self.api_key != ""):
             raise ValueError("api_key must be plain text without spaces around it; null switches it off")
@@ -104,7 +130,9 @@ class PolicyServer:
     """Server of one policy for many clients. The protocol is in the docstring of this module.
 
     Args:
-        policy: policy that answers the requests; only the inference thread calls it.
+        policy: policy that answers the requests; only the inference thread calls it. If it has an attribute
+            `resize_kernel`, one of `resize.KERNELS`, the server or the client resizes images to its size with it;
+            else the policy gets images of any size.
         settings: address, access and limits.
         batching: when a forward pass starts.
         keys: keys of the requests.
@@ -128,17 +156,30 @@ class PolicyServer:
         self._settings = settings = settings or ServerSettings()
         batching = batching or BatchSettings()
         self.metrics = metrics or ServerMetrics()
-        self._batcher = Batcher(policy, batching, self.metrics)
+        self._log = QuietLog()
+        self._batcher = Batcher(policy, batching, self.metrics, self._log)
+        kernel = getattr(policy, "resize_kernel", None)
         self.info = ServerInfo(
             embodiment=policy.embodiment,
             keys=keys or RequestKeys(),
             policy={**policy.describe(), **(identity or {})},
             max_message_bytes=int(settings.max_message_mb * 2**20),
             max_batch=batching.max_batch,
+            images=ImageOffer(ALL_FORMATS, kernel if kernel in KERNELS else None),
         )
-        self._format = RequestFormat(policy.embodiment, self.info.keys)
+        self._format = RequestFormat(policy.embodiment, self.info.keys, self.info.images, self.info.max_message_bytes)
         self._hello = pack(self.info.to_dict())
-        self._clients = 0
+        self._guard = Guard(
+            ConnectionLimits(
+                settings.max_clients,
+                settings.max_per_address or max(settings.max_clients * 3 // 4, 1),
+                settings.idle_s,
+                settings.message_s,
+                HELD_MESSAGES * self.info.max_message_bytes,
+            ),
+            self._log,
+        )
+        self._decoders = [ThreadPoolExecutor(1, thread_name_prefix=f"{kind} images") for kind in ("small", "large")]
         self._answering = 0
         self._stopping = False
 
@@ -154,6 +195,7 @@ class PolicyServer:
             OSError: the address cannot be bound.
             Exception: an exception of the policy's warm-up.
         """
+        watching = asyncio.create_task(self._guard.watch())
         try:
             async with serve(
                 self._serve,
@@ -168,7 +210,10 @@ class PolicyServer:
                 ping_interval=self._settings.ping_s,
                 ping_timeout=self._settings.ping_s,
                 close_timeout=CLOSE_S,
+                open_timeout=self._settings.message_s,
                 server_header=None,
+                logger=self._log,
+                create_connection=type("Connection", (GuardedConnection,), {"guard": self._guard}),
             ) as server:
                 self._batcher.start()
                 listening(_port(server))
@@ -180,6 +225,9 @@ class PolicyServer:
                 while self._answering and time.monotonic() < last:
                     await asyncio.sleep(0.01)
         finally:
+            watching.cancel()
+            for decoder in self._decoders:
+                decoder.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self._batcher.close)
 
     async def _warm(self, stop: asyncio.Event) -> None:
@@ -205,8 +253,11 @@ class PolicyServer:
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = CONTENT_TYPE_LATEST
             return response
-        if self._stopping or self._clients >= self._settings.max_clients:
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "no more clients at the moment\n")
+        assert isinstance(connection, GuardedConnection)
+        reason = "the server is stopping" if self._stopping else self._guard.room_for(connection)
+        if reason is not None:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{reason}\n")
+        connection.serving, connection.active = True, connection.loop.time()
         return None
 
     def _authorised(self, request: Request) -> bool:
@@ -217,19 +268,27 @@ class PolicyServer:
         return len(given) == 1 and hmac.compare_digest(given[0].encode(errors="surrogateescape"), expected)
 
     async def _serve(self, connection: ServerConnection) -> None:
-        self._count_clients(1)
+        assert isinstance(connection, GuardedConnection)
+        self._count_clients()
         gone = asyncio.ensure_future(connection.wait_closed())
         try:
             await connection.send(self._hello)
             last_ms: float | None = None
-            async for frame in connection:
+            while True:
+                frame: bytes | str | None = await connection.recv()
+                connection.busy = True
                 started = time.perf_counter()
                 self._answering += 1
                 try:
-                    answer = await self._answer(frame, gone, last_ms)
+                    assert frame is not None
+                    answering = self._answer(frame, connection.address, gone, last_ms)
+                    frame = None  # the images may be many times larger than what is kept of them
+                    answer = await answering
                     if answer is None:
                         return
-                    await connection.send(answer)
+                    async with asyncio.timeout(self._settings.message_s):
+                        await connection.send(answer)
+                    connection.answer_sent()
                     if isinstance(answer, str):
                         await connection.close(CloseCode.INTERNAL_ERROR, "the request was not answered")
                         return
@@ -240,23 +299,28 @@ class PolicyServer:
         except ConnectionClosed as error:  # a robot that is switched off is no fault of the server
             if error.sent is not None and error.sent.code == CloseCode.MESSAGE_TOO_BIG:
                 self.metrics.count("oversized")
+        except TimeoutError:
+            self._guard.cut(connection, "it does not take its answer")
         finally:
             gone.cancel()
-            self._count_clients(-1)
+            connection.ending = True
+            self._count_clients()
 
-    def _count_clients(self, change: int) -> None:
-        self._clients += change
-        self.metrics.clients.set(self._clients)
-        self._batcher.count_clients(self._clients)
+    def _count_clients(self) -> None:
+        clients = len(self._guard.clients())
+        self.metrics.clients.set(clients)
+        self._batcher.count_clients(clients)
 
     async def _answer(
-        self, frame: str | bytes, gone: asyncio.Future[None], last_ms: float | None
+        self, frame: bytes | str, address: str, gone: asyncio.Future[None], last_ms: float | None
     ) -> bytes | str | None:
         """Return the frame to send back: the answer, or an error text. None if the client has left."""
         outcome: Outcome = "failed"
         try:
-            request = self._format.read(frame)
-            deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+            arrived = time.monotonic()
+            request = await self._request(frame)
+            del frame
+            deadline = None if request.deadline_s is None else arrived + request.deadline_s
             job = self._batcher.submit(request.observation, deadline)
             future = asyncio.wrap_future(job)
             await _first(future, gone)
@@ -269,10 +333,12 @@ class PolicyServer:
             if request.observation_id is not None:
                 answer[OBSERVATION_ID] = request.observation_id
             outcome = "ok"
-            return pack(answer)
-        except FrameError as error:
+            return pack(answer, request.dialect)
+        except (FrameError, InstructionError) as error:
             outcome = "invalid"
-            return f"invalid request: {error}"
+            text = str(error)[:MAX_ERROR]
+            self._log.warning("invalid request from %s: %s", address, text)
+            return f"invalid request: {text}"
         except ExpiredError as error:
             outcome = "expired"
             return f"expired: {error}"
@@ -280,6 +346,14 @@ class PolicyServer:
             return f"failed: {error}"
         finally:
             self.metrics.count(outcome)
+
+    async def _request(self, frame: bytes | str) -> PolicyRequest:
+        """Check a frame, and decode and resize its images in another thread."""
+        received = self._format.receive(frame)
+        if not received.work:
+            return self._format.finish(received)
+        decoder = self._decoders[received.work > LARGE_PIXELS]
+        return await asyncio.get_running_loop().run_in_executor(decoder, self._format.finish, received)
 
 
 def _message(answer: BatchAnswer, last_ms: float | None) -> dict[str, Any]:

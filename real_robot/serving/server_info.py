@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cogvla.policy.interface import Embodiment
-from cogvla.real_robot.serving.request import OPTIONAL, RequestFormat, RequestKeys
+from cogvla.real_robot.serving.request import OPTIONAL, ImageOffer, RequestFormat, RequestKeys
 from cogvla.real_robot.serving.wire import shown
 
 SERVER = "cogvla"
@@ -27,6 +27,7 @@ class ServerInfo:
         policy: description of the policy, with entries that identify its weights.
         max_message_bytes: largest request in bytes; a larger one ends the connection.
         max_batch: largest number of requests in one forward pass.
+        images: images that the server takes; an older server takes raw ones only.
     """
 
     embodiment: Embodiment
@@ -34,6 +35,7 @@ class ServerInfo:
     policy: Mapping[str, Any]
     max_message_bytes: int
     max_batch: int
+    images: ImageOffer = field(default_factory=ImageOffer)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metadata as maps, lists, text and numbers, ready to send."""
@@ -47,6 +49,7 @@ class ServerInfo:
                 "optional": OPTIONAL,
             },
             "policy": dict(self.policy),
+            "images": asdict(self.images),  # an older client ignores this entry, but no new ones in the others
             "limits": {"max_message_bytes": self.max_message_bytes, "max_batch": self.max_batch},
         }
         return json.loads(json.dumps(values, default=str))
@@ -62,9 +65,14 @@ class ServerInfo:
                 f"this client version {PROTOCOL_VERSION}: install the same version of cogvla on both"
             )
         try:
-            request = {key: value for key, value in values["request"].items() if key != "optional"}
+            limits = values["limits"]
             info = ServerInfo(
-                Embodiment(**values["embodiment"]), RequestKeys(**request), values["policy"], **values["limits"]
+                Embodiment(**values["embodiment"]),
+                RequestKeys(**_known(RequestKeys, values["request"])),
+                values["policy"],
+                limits["max_message_bytes"],
+                limits["max_batch"],
+                ImageOffer(**_known(ImageOffer, values.get("images", {}))),
             )
             RequestFormat(info.embodiment, info.keys)
         except (KeyError, TypeError, AttributeError) as error:
@@ -86,3 +94,9 @@ class ServerInfo:
                 f"the policy was trained for {theirs.name!r} and does not fit the robot {ours.name!r}: "
                 + "; ".join(differences)
             )
+
+
+def _known(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that are fields of a dataclass; a newer server may send more."""
+    names = {each.name for each in fields(kind)}
+    return {key: value for key, value in values.items() if key in names}

@@ -3,6 +3,11 @@
     array    {b"__ndarray__": True, b"data": raw bytes, b"dtype": dtype.str, b"shape": [...]}
     scalar   {b"__npgeneric__": True, b"data": value, b"dtype": dtype.str}
 
+The dialect of the package msgpack-numpy is read and written, too:
+
+    array    {b"nd": True, b"type": dtype.str, b"kind": b"", b"shape": [...], b"data": raw bytes}
+    scalar   {b"nd": False, b"type": dtype.str, b"data": raw bytes}
+
 Anyone who can connect can send a frame, so `unpack` checks everything: it accepts arrays of numbers only (no objects,
 no pickles), the shape must match the number of bytes, and a small frame cannot expand into much memory.
 """
@@ -11,7 +16,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Literal
 
 import msgpack
 import numpy as np
@@ -19,9 +25,17 @@ import numpy as np
 MAX_DIMENSIONS = 8
 MAX_CONTAINERS = 256
 MAX_LENGTH = 1024
-"""Most entries of one list or map. Large data travels in arrays, so real frames stay far below these three limits."""
+MAX_ENTRIES = 4096
+"""Most entries of one list or map, and of all together. Large data travels in arrays, so real frames have far fewer."""
 MAX_TEXT_BYTES = 8192
 
+Dialect = Literal["openpi", "msgpack_numpy"]
+OPENPI: Dialect = "openpi"
+MSGPACK_NUMPY: Dialect = "msgpack_numpy"
+
+_ND = b"nd"
+_ND_ARRAY_KEYS = {_ND, b"type", b"kind", b"shape", b"data"}
+_ND_SCALAR_KEYS = {_ND, b"type", b"data"}
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 _ARRAY_KEYS = {_ARRAY, b"data", b"dtype", b"shape"}
 _SCALAR_KEYS = {_SCALAR, b"data", b"dtype"}
@@ -38,20 +52,29 @@ def shown(value: object, length: int = 60) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def pack(value: Any) -> bytes:
-    """Encode a dict with arrays of numbers as one frame; ValueError for arrays of another kind."""
-    return msgpack.packb(value, default=_pack_numpy)
+def pack(value: Any, dialect: Dialect = OPENPI) -> bytes:
+    """Encode a dict with arrays of numbers as one frame.
+
+    Raises:
+        ValueError: an array of another kind, or text that UTF-8 cannot encode.
+    """
+    return msgpack.packb(value, default=_pack_numpy if dialect == OPENPI else _pack_nd)
 
 
 def unpack(frame: bytes) -> Any:
-    """Decode a frame. Its arrays are read-only views of one copy of the data.
+    """Decode a frame of either dialect, see `unpack_any`."""
+    return unpack_any(frame)[0]
+
+
+def unpack_any(frame: bytes) -> tuple[Any, Dialect]:
+    """Decode a frame, and say in which dialect its arrays are. They are read-only views of one copy of the data.
 
     Raises:
         FrameError: `pack` would not write such a frame, or it exceeds the limits of this module.
     """
     hooks = _Hooks()
     try:
-        return msgpack.unpackb(
+        value = msgpack.unpackb(
             frame,
             object_hook=hooks.map,
             list_hook=hooks.list,
@@ -65,40 +88,74 @@ def unpack(frame: bytes) -> Any:
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FrameError(f"the frame is not valid msgpack: {shown(reason, 100)}") from None
+    return value, hooks.dialect
 
 
 def _pack_numpy(value: Any) -> Any:
+    _check_numbers(value)
+    if isinstance(value, np.ndarray):
+        return {_ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
+
+
+def _pack_nd(value: Any) -> Any:
+    _check_numbers(value)
+    if isinstance(value, np.ndarray):
+        about = {b"type": value.dtype.str, b"kind": b"", b"shape": value.shape}
+        return {_ND: True, **about, b"data": value.tobytes()}
+    return {_ND: False, b"type": value.dtype.str, b"data": value.tobytes()}
+
+
+def _check_numbers(value: Any) -> None:
     if not isinstance(value, np.ndarray | np.generic):
         raise ValueError(f"cannot send a {type(value).__name__}")
     if not _NUMBER.fullmatch(value.dtype.str):
         raise ValueError(f"cannot send an array of dtype {value.dtype}; send numbers only")
-    if isinstance(value, np.ndarray):
-        return {_ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
-    return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
 
 
 class _Hooks:
     """Callbacks of msgpack for every map and list of one frame, innermost first."""
 
     def __init__(self) -> None:
-        self._containers = 0
+        self._containers = self._entries = 0
+        self.dialect: Dialect = OPENPI
 
     def map(self, value: dict[Any, Any]) -> Any:
-        self._count()
+        self._count(value)
         if _ARRAY in value:
             return _array(value)
         if _SCALAR in value:
             return _scalar(value)
+        if _ND in value:
+            self.dialect = MSGPACK_NUMPY
+            return _nd(value)
         return value
 
     def list(self, value: list[Any]) -> list[Any]:
-        self._count()
+        self._count(value)
         return value
 
-    def _count(self) -> None:
+    def _count(self, value: Collection[Any]) -> None:
         self._containers += 1
+        self._entries += len(value)
         if self._containers > MAX_CONTAINERS:
             raise FrameError(f"the frame has more than {MAX_CONTAINERS} lists and maps")
+        if self._entries > MAX_ENTRIES:
+            raise FrameError(f"the lists and maps of the frame have more than {MAX_ENTRIES} entries")
+
+
+def _nd(value: dict[Any, Any]) -> np.ndarray | np.generic:
+    """Read an array or scalar in the dialect of msgpack-numpy."""
+    is_array = value[_ND] is True
+    if value.get(b"kind", b"") not in (b"", ""):
+        raise FrameError("an array of msgpack-numpy has objects or fields; only plain numbers are accepted")
+    keys = value.keys() | {b"kind"} if is_array else value.keys()  # old versions send no kind
+    if not isinstance(value[_ND], bool) or keys != (_ND_ARRAY_KEYS if is_array else _ND_SCALAR_KEYS):
+        raise FrameError("an array of msgpack-numpy needs nd, type, kind, shape and data; a scalar nd, type and data")
+    dtype = value[b"type"].decode("ascii", "replace") if isinstance(value[b"type"], bytes) else value[b"type"]
+    shape = value[b"shape"] if is_array else [1]
+    array = _array({_ARRAY: True, b"data": value[b"data"], b"dtype": dtype, b"shape": shape})
+    return array if is_array else array[0]
 
 
 def _dtype(value: Any) -> np.dtype[Any]:

@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
-from cogvla.policy.interface import ActionChunk, Camera, Embodiment, Observation
+from cogvla.policy.interface import ActionChunk, Camera, Embodiment, InstructionError, Observation
 from cogvla.real_robot.serving.batching import BatchSettings
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
@@ -62,6 +62,8 @@ class SumPolicy:
         self.go.wait()
         time.sleep(self.sleep_s)
         observation.validate(self.embodiment)
+        if any(not any(c.isprintable() for c in text) for text in observation.instruction):
+            raise InstructionError("the instruction has no words")
         if "raise" in observation.instruction:
             raise ZeroDivisionError("a secret of this machine")
         shape = (self.embodiment.chunk, self.embodiment.action_dim)

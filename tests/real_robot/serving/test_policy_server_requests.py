@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from cogvla.real_robot.serving.quiet_log import LINES
 from cogvla.real_robot.serving.request import PolicyRequest, RequestFormat, RequestKeys
 from cogvla.real_robot.serving.wire import FrameError, pack, unpack
 from cogvla.tests.support.extras import NEEDS_TEST_GROUP
+from cogvla.tests.support.image_files import jpeg_header, png
 from cogvla.tests.support.policy_servers import LIBERO_KEYS, ROBOT, SumPolicy, libero_request, observation, serving
 
 pytest.importorskip("openpi_client", reason=NEEDS_TEST_GROUP)
@@ -37,6 +40,12 @@ def toy() -> Iterator[str]:
         yield uri
 
 
+def nd(kind: bytes, dtype: Any) -> dict[str, Any]:
+    """A request whose state is in the dialect of msgpack-numpy."""
+    state = {b"nd": True, b"type": dtype, b"kind": kind, b"shape": [4], b"data": bytes(16)}
+    return libero_request(**{"observation/state": {key: value for key, value in state.items() if value is not None}})
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "not msgpack": (b"\xc1", "not valid msgpack"),
     "cut short": (msgpack_numpy.packb(libero_request())[:-9], "not valid msgpack"),
@@ -54,6 +63,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "twice": (msgpack_numpy.packb({"observation": {"state": 1}, "observation/state": 2}), "twice"),
     "wrong state": (libero_request(**{"observation/state": np.zeros(5)}), r"array of 4 numbers, got float64 \[5\]"),
     "state as list": (libero_request(**{"observation/state": [0.0] * 4}), "array of 4 numbers, got list"),
+    "msgpack-numpy objects": (nd(b"O", "|O"), "objects or fields"),
+    "msgpack-numpy fields": (nd(b"V", [["a", "<f4"]]), "objects or fields"),
+    "msgpack-numpy objects without a kind": (nd(b"", "|O"), "only plain numbers"),
+    "msgpack-numpy without a type": (nd(b"", None), "needs nd, type, kind"),
+    "msgpack-numpy of another size": (nd(b"", "<f8"), "has 16 bytes"),
     "complex state": (
         libero_request(**{"observation/state": {b"__ndarray__": True, b"data": b"", b"dtype": "<c8", b"shape": [4]}}),
         "only plain numbers",
@@ -62,7 +76,26 @@ BAD: dict[str, tuple[Any, str]] = {
     "too large for float32": (libero_request(**{"observation/state": np.full(4, 1e300)}), "NaN or infinite"),
     "float image": (libero_request(**{"observation/image": np.zeros((8, 8, 3))}), "uint8 array .*got float64"),
     "channels first": (libero_request(**{"observation/image": np.zeros((3, 8, 8), np.uint8)}), r"\[H,W,3\]"),
-    "image as bytes": (libero_request(**{"observation/image": b"\xff\xd8"}), "uint8 array"),
+    "image as other bytes": (libero_request(**{"observation/image": b"\xff\xd8"}), "neither a JPEG nor a PNG"),
+    "image as text": (libero_request(**{"observation/image": "\xff\xd8"}), "uint8 array"),
+    "image as numbers": (libero_request(**{"observation/image": np.zeros(64, np.uint8)}), "neither a JPEG nor a PNG"),
+    "tall image": (libero_request(**{"observation/image": np.zeros((250, 1, 3), np.uint8)}), "250 rows and 1 columns"),
+    "wide image": (libero_request(**{"observation/image": np.zeros((2, 9, 3), np.uint8)}), "2 rows and 9 columns"),
+    "large image": (libero_request(**{"observation/image": np.zeros((257, 257, 3), np.uint8)}), "at most 32 times"),
+    "huge JPEG": (libero_request(**{"observation/image": jpeg_header(60_000, 60_000)}), "60000 rows"),
+    "tall JPEG": (libero_request(**{"observation/image": jpeg_header(65_000, 1)}), "65000 rows and 1 columns"),
+    "huge PNG": (libero_request(**{"observation/image": png(2**31 - 1, 8)}), "2147483647 rows"),
+    "control characters": (libero_request(prompt="pick\x1b[2Jup"), r"character '\\x1b'"),
+    "zero character": (libero_request(prompt="pick\0up"), r"character '\\x00'"),
+    "many bytes": (libero_request(prompt="\u62ff" * 900), "more than 2000 bytes"),
+    "half of a surrogate pair": (GOOD.replace(b"pick up", b"pi\xed\xa0\xbdup"), "not valid msgpack"),
+    "no UTF-8": (GOOD.replace(b"pick up", b"pick\xffup"), "not valid msgpack"),
+    "invisible": (libero_request(prompt="\u200b\u200b"), "no words"),
+    "many keys": (libero_request(**{f"other{i}": i for i in range(1000)}), "unknown key|entries"),
+    "many keys in many maps": (
+        msgpack_numpy.packb({f"a{j}": {f"b{i}": i for i in range(100)} for j in range(90)}),
+        "more than 4096 entries",
+    ),
     "prompt as number": (libero_request(prompt=3), "instruction as text"),
     "prompt as array": (libero_request(prompt=np.zeros(2)), "instruction as text"),
     "prompt too long": (libero_request(prompt="x" * 1001), "1 to 1000 characters"),
@@ -126,6 +159,53 @@ def test_bad_requests_get_one_line_and_code_1011(name: str, toy: str) -> None:
         assert closed.value.rcvd.code == 1011
         bystander.send(msgpack_numpy.packb(libero_request(5)))
         np.testing.assert_array_equal(msgpack_numpy.unpackb(bystander.recv(10))["actions"], expected(5))
+
+
+def test_invalid_requests_leave_no_traceback_and_a_short_log(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(SumPolicy()) as (uri, _):
+        for prompt in ["\u200b", "a\x07", "x" * 1001] * 20:
+            with connect(uri, compression=None) as client:
+                client.recv()
+                client.send(msgpack_numpy.packb(libero_request(prompt=prompt)))
+                assert str(client.recv(10)).startswith("invalid request: ")
+    lines = [record.getMessage() for record in caplog.records]
+    assert 3 <= len(lines) <= LINES + 1
+    assert all(line.startswith("invalid request from 127.0.0.1: ") for line in lines)
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "prompt", ["\u62ff\u8d77\u7ea2\u8272\u65b9\u5757", "\U0001f44d \u05d0", "caf\xe9\n\ttray", "\u202eab"]
+)
+def test_text_in_any_script_reaches_the_policy(prompt: str, toy: str) -> None:
+    with connect(toy, compression=None) as client:
+        client.recv()
+        client.send(msgpack_numpy.packb(libero_request(prompt=prompt)))
+        actions = SumPolicy().act(observation(instruction=prompt)).actions[0]
+        np.testing.assert_array_equal(msgpack_numpy.unpackb(client.recv(10))["actions"], actions)
+
+
+def test_requests_of_msgpack_numpy_are_answered_in_its_dialect(toy: str) -> None:
+    def packed(value: Any) -> dict[bytes, Any]:  # as msgpack_numpy.encode
+        if isinstance(value, np.ndarray):
+            return {
+                b"nd": True,
+                b"type": value.dtype.str,
+                b"kind": b"",
+                b"shape": value.shape,
+                b"data": value.tobytes(),
+            }
+        return {b"nd": False, b"type": value.dtype.str, b"data": value.tobytes()}
+
+    def unpacked(value: dict[Any, Any]) -> Any:  # as msgpack_numpy.decode
+        return np.ndarray(value[b"shape"], value[b"type"], value[b"data"]) if value.get(b"nd") else value
+
+    with connect(toy, compression=None) as client:
+        client.recv()
+        for request in (libero_request(4), libero_request(4, observation_id=7, deadline_ms=np.float64(9e6))):
+            client.send(msgpack.packb(request, default=packed))
+            answer = msgpack.unpackb(client.recv(10), object_hook=unpacked)
+            np.testing.assert_array_equal(answer["actions"], expected(4))
 
 
 def test_requests_survive_the_wire() -> None:
