@@ -14,6 +14,7 @@ from typing import Any
 
 from websockets.asyncio.server import ServerConnection
 from websockets.frames import CloseCode, Frame, Opcode
+from websockets.protocol import State
 
 from cogvla.real_robot.serving.quiet_log import QuietLog
 
@@ -93,6 +94,12 @@ class Guard:
         connection.ending = True
         connection.transport.abort()
 
+    def close_handshakes(self) -> None:
+        """End connections that have no place yet, when the server stops."""
+        for connection in list(self._open):
+            if not connection.serving:
+                connection.transport.abort()
+
     async def watch(self) -> None:
         """End connections that are idle or stuck, until cancelled."""
         while True:
@@ -158,14 +165,14 @@ class GuardedConnection(ServerConnection):
         self.held = self.small_frames = 0
         self.address = "?"
         self.network: str | None = None
-        self._before_request = 0
+        self._received = 0  # of the handshake, then of the frame in progress
         self._fragments = 0
         self._complete: deque[int] = deque()
 
     @property
     def unfinished(self) -> bool:
         """True while a message is in progress."""
-        return self.request is not None and bool(self._fragments or self.protocol.reader.buffer)
+        return self.protocol.state is State.OPEN and bool(self._fragments or self._received)
 
     def answer_sent(self) -> None:
         """Note that the oldest message of this connection is answered."""
@@ -191,33 +198,34 @@ class GuardedConnection(ServerConnection):
         for at in range(0, len(data), SLICE):
             if self.transport.is_closing():
                 return
-            super().data_received(data[at : at + SLICE])
-            self._check(len(data))
+            part, handshake = data[at : at + SLICE], self.request is None
+            self._received += len(part)
+            super().data_received(part)
+            if handshake and self._received > HANDSHAKE_BYTES:
+                self.guard.cut(self, f"a handshake of more than {HANDSHAKE_BYTES} bytes")
+            elif handshake and self.request is not None:
+                self._received = len(self.protocol.reader.buffer)
+            elif self.small_frames > SMALL_FRAMES:
+                self.guard.cut(self, f"more than {SMALL_FRAMES} small frames in {WATCH_S:g} s")
+            elif self.transport.get_write_buffer_size() > UNREAD_BYTES:
+                self.guard.cut(self, "it does not read what it asks for")
         self._hold()
 
     def process_event(self, event: Any) -> None:
         """Count the frames of messages."""
         super().process_event(event)
         if isinstance(event, Frame):
-            self.small_frames += len(event.data) < SMALL_FRAME
+            size = len(event.data)
+            self._received -= size + (6 if size < 126 else 8 if size < 2**16 else 14)
+            self.small_frames += size < SMALL_FRAME
             if event.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
-                self._fragments += len(event.data) + 1  # empty fragments are in progress, too
+                self._fragments += size + 1  # empty fragments are in progress, too
                 if event.fin:
                     self._complete.append(self._fragments)
                     self._fragments = 0
 
-    def _check(self, received: int) -> None:
-        if self.request is None:
-            self._before_request += received
-            if self._before_request > HANDSHAKE_BYTES:
-                self.guard.cut(self, f"a handshake of more than {HANDSHAKE_BYTES} bytes")
-        elif self.small_frames > SMALL_FRAMES:
-            self.guard.cut(self, f"more than {SMALL_FRAMES} small frames in {WATCH_S:g} s")
-        elif self.transport.get_write_buffer_size() > UNREAD_BYTES:
-            self.guard.cut(self, "it does not read what it asks for")
-
     def _hold(self) -> None:
-        self.guard.hold(self, len(self.protocol.reader.buffer) + self._fragments + sum(self._complete))
+        self.guard.hold(self, max(self._received, 0) + self._fragments + sum(self._complete))
 
 
 def _network(address: str) -> str | None:

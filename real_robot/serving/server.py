@@ -224,6 +224,7 @@ class PolicyServer:
                 last = time.monotonic() + self._settings.shutdown_s
                 while self._answering and time.monotonic() < last:
                     await asyncio.sleep(0.01)
+                self._guard.close_handshakes()
         finally:
             watching.cancel()
             for decoder in self._decoders:
