@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -237,7 +238,7 @@ def test_handshakes_that_wait_do_not_take_all_sockets() -> None:
 def test_settings_are_checked() -> None:
     for name in ("max_clients", "max_per_address", "idle_s", "message_s"):
         with pytest.raises(ValueError, match=f"{name} must be positive"):
-            ServerSettings(**{name: 0})
+            replace(ServerSettings(), **{name: 0})
     assert PolicyServer(SumPolicy(), ServerSettings(max_clients=1))._guard.limits.per_address == 1
 
 
