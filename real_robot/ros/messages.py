@@ -3,56 +3,86 @@
 Incoming messages are objects with the fields as attributes, such as those of rclpy and rosbags. Outgoing messages are
 plain nested values (`Fields`).
 
-Shape legend: H, W image size, S state dimension, A action dimension.
+Shape legend: H, W image size, b bytes of a pixel, S state dimension, A action dimension.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from cogvla.real_robot.ros.node import Fields, stamp_of
+from cogvla.real_robot.serving.images import decode_image, encode_jpeg
 
 _CHANNELS: dict[str, tuple[int, tuple[int, ...]]] = {
     "rgb8": (3, (0, 1, 2)),
     "bgr8": (3, (2, 1, 0)),
     "rgba8": (4, (0, 1, 2)),
     "bgra8": (4, (2, 1, 0)),
-    "mono8": (1, (0, 0, 0)),
     "8UC3": (3, (2, 1, 0)),
 }
 """Encoding -> bytes per pixel, and the positions of red, green and blue. 8UC3 means OpenCV's order, BGR."""
+_CONVERTED = {
+    "yuv422": (2, "COLOR_YUV2RGB_UYVY"),
+    "uyvy": (2, "COLOR_YUV2RGB_UYVY"),
+    "yuv422_yuy2": (2, "COLOR_YUV2RGB_YUY2"),
+    "yuyv": (2, "COLOR_YUV2RGB_YUY2"),
+    "bayer_rggb8": (1, "COLOR_BayerBG2RGB"),
+    "bayer_bggr8": (1, "COLOR_BayerRG2RGB"),
+    "bayer_gbrg8": (1, "COLOR_BayerGR2RGB"),
+    "bayer_grbg8": (1, "COLOR_BayerGB2RGB"),
+}
+"""Encoding -> bytes per pixel, and OpenCV's conversion, which names a pattern by its second row and column."""
 
 
 def image_of(message: Any) -> np.ndarray:
     """Convert a sensor_msgs/Image to uint8 [H,W,3] RGB, contiguous and a copy.
 
     Raises:
-        ValueError: the encoding is not supported, or there is less data than the size requires.
+        ValueError: the encoding has no colours, has not 8 bits or is not known; or the data does not fit the size.
     """
-    if message.encoding not in _CHANNELS:
-        raise ValueError(f"encoding {message.encoding!r} is not supported; one of {', '.join(_CHANNELS)}")
-    channels, order = _CHANNELS[message.encoding]
+    name = message.encoding
+    if name not in _CHANNELS and name not in _CONVERTED:
+        raise ValueError(
+            f"encoding {name!r} is not supported, because policy cameras are RGB with 8 bits; one of "
+            + ", ".join([*_CHANNELS, *_CONVERTED])
+        )
+    channels = (_CHANNELS.get(name) or _CONVERTED[name])[0]
     height, width, step = message.height, message.width, message.step
     data = np.frombuffer(message.data, np.uint8) if isinstance(message.data, bytes) else np.asarray(message.data)
-    if step < width * channels or data.size < height * step:
-        raise ValueError(f"{width}x{height} {message.encoding} with rows of {step} bytes has only {data.size} bytes")
+    if min(height, width) < 1 or step < width * channels or data.size < height * step:
+        raise ValueError(f"{width}x{height} {name} with rows of {step} bytes has only {data.size} bytes")
     rows = data[: height * step].reshape(height, step)[:, : width * channels]
-    return rows.reshape(height, width, channels)[:, :, list(order)].astype(np.uint8)
+    if name in _CONVERTED:
+        return _converted(rows.reshape(height, width, channels), name)
+    return rows.reshape(height, width, channels)[:, :, list(_CHANNELS[name][1])].astype(np.uint8)
+
+
+def _converted(pixels_HWb: np.ndarray, name: str) -> np.ndarray:
+    """Convert YUV or Bayer pixels, uint8 [H,W,b], to uint8 [H,W,3] RGB with OpenCV."""
+    height, width = pixels_HWb.shape[:2]
+    if width % 2 or (name.startswith("bayer") and (height % 2 or min(height, width) < 4)):
+        raise ValueError(f"an image of {width}x{height} pixels cannot be {name}, whose pixels are in pairs")
+    try:
+        import cv2
+    except ImportError:
+        raise ValueError(f"encoding {name} needs OpenCV: pip install opencv-python-headless") from None
+    return cv2.cvtColor(np.ascontiguousarray(pixels_HWb, dtype=np.uint8), getattr(cv2, _CONVERTED[name][1]))
 
 
 def compressed_image_of(message: Any) -> np.ndarray:
-    """Convert a sensor_msgs/CompressedImage (JPEG, PNG) to uint8 [H,W,3] RGB; ValueError if it cannot be read."""
+    """Convert a sensor_msgs/CompressedImage (JPEG, PNG) to uint8 [H,W,3] RGB.
+
+    Raises:
+        ValueError: it cannot be read, or it is not RGB with 8 bits.
+    """
     try:
-        with Image.open(io.BytesIO(bytes(message.data))) as picture:
-            return np.array(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise ValueError(f"a compressed image ({message.format!r}) cannot be read: {error}") from error
+        return decode_image(bytes(message.data))
+    except ValueError as error:
+        raise ValueError(f"a compressed image ({message.format!r}) cannot be read: {error}") from None
 
 
 def state_of(message: Any, joints: Sequence[str]) -> np.ndarray:
@@ -83,13 +113,11 @@ def image_fields(image_HW3: np.ndarray, stamp: float, frame: str) -> Fields:
 
 def compressed_image_fields(image_HW3: np.ndarray, stamp: float, frame: str, quality: int = 95) -> Fields:
     """Return the fields of a sensor_msgs/CompressedImage, JPEG, from an image, uint8 [H,W,3] RGB."""
-    buffer = io.BytesIO()
-    Image.fromarray(image_HW3).save(buffer, "JPEG", quality=quality)
     header = {"stamp": stamp_of(stamp), "frame_id": frame}
     return {
         "header": header,
         "format": "rgb8; jpeg compressed rgb8",
-        "data": np.frombuffer(buffer.getvalue(), np.uint8),
+        "data": np.frombuffer(encode_jpeg(image_HW3, quality), np.uint8),
     }
 
 

@@ -236,9 +236,10 @@ def test_handshakes_that_wait_do_not_take_all_sockets() -> None:
 
 
 def test_settings_are_checked() -> None:
-    for name in ("max_clients", "max_per_address", "idle_s", "message_s"):
-        with pytest.raises(ValueError, match=f"{name} must be positive"):
-            replace(ServerSettings(), **{name: 0})
+    wrong: list[dict[str, Any]] = [{"max_clients": 0}, {"max_per_address": -1}, {"idle_s": 0}, {"message_s": np.nan}]
+    for one in wrong:
+        with pytest.raises(ValueError, match=f"{next(iter(one))} must be positive"):
+            replace(ServerSettings(), **one)
     assert PolicyServer(SumPolicy(), ServerSettings(max_clients=1))._guard.limits.per_address == 1
 
 
