@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -150,11 +150,11 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """A server of a `SumPolicy` in a process of its own."""
+    """A server of a `SumPolicy` in a process of its own; `log` is a file for what it writes."""
 
-    def __init__(self, port: int, sleep_s: float = 0.0) -> None:
+    def __init__(self, port: int, sleep_s: float = 0.0, log: IO[bytes] | None = None) -> None:
         self.uri = f"ws://127.0.0.1:{port}"
-        self.process = subprocess.Popen([sys.executable, __file__, str(port), str(sleep_s)])
+        self.process = subprocess.Popen([sys.executable, __file__, str(port), str(sleep_s)], stderr=log)
         until(lambda: get(self.uri, "/healthz")[0] == 200)
 
     def kill(self) -> None:
