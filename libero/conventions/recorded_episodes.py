@@ -134,6 +134,8 @@ def open_recordings(source: str, config: DataConfig, embodiment: Embodiment, sui
     if path.exists() and hdf5_reader.is_hdf5(path):
         return Hdf5Recordings(path, suite)
     on_hub = not path.exists() and source.count("/") == 1
+    if config.streaming:
+        raise ValueError("this command reads the pictures of a data set on the disk: leave data.streaming out")
     root, _ = local_root(None if on_hub else source, source if on_hub else None, config.revision)
     return LeRobotRecordings(root, config, embodiment)
 

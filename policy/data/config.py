@@ -29,6 +29,8 @@ class DataConfig:
         repo_id: name on the hub; None: use the folder `root`.
         root: folder of the data set; with a `repo_id`, the download folder (None: lerobot's own cache).
         revision: revision of the hub repository.
+        streaming: True for a data set of the hub (`repo_id`) that does not fit on the disk: each file with pictures is
+            fetched, decoded into `cache`, and deleted (docs/data.md).
         labels: label name in a batch -> key of the data set; labels are supervised in addition to the action.
         gripper: gripper values of the data set (index, open, close), or a list of them for several grippers; None:
             those of the embodiment.
@@ -56,6 +58,7 @@ class DataConfig:
     repo_id: str | None = None
     root: str | None = None
     revision: str | None = None
+    streaming: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     gripper: tuple[GripperConvention, ...] | None = None
     instruction_key: str = "task"
@@ -72,6 +75,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.repo_id is None and self.root is None and self.mixture is None:
             raise ValueError("data needs a root (a folder) or a repo_id (a data set on the hub)")
+        if not isinstance(self.streaming, bool):
+            raise ValueError(f"data.streaming must be true or false, got {self.streaming!r}")
+        if self.streaming and self.mixture is None and (self.repo_id is None or self.root is not None):
+            raise ValueError(
+                "data.streaming is for data sets of the hub, and keeps what it needs in data.cache; give data.repo_id "
+                f"and data.root=null (they are {self.repo_id} and {self.root}), or leave data.streaming out"
+            )
         if self.statistics not in STATISTICS:
             raise ValueError(f"data.statistics is {self.statistics!r}; it must be one of {', '.join(STATISTICS)}")
         check_choice(self.episodes)
@@ -131,6 +141,8 @@ class DataConfig:
         if any(values.get(key) is not None for key in ("root", "repo_id")):
             own |= {"root": None, "repo_id": None, "revision": None}
         own |= {key: value for key, value in values.items() if key in own}
+        if "streaming" not in values:
+            own["streaming"] = self.streaming and own["root"] is None  # a folder is read where it is
         try:
             config = build(DataConfig, own, where)
         except ValueError as error:

@@ -85,7 +85,7 @@ class DemonstrationData:
                 configuration is a mixture.
             OSError: the decoded frames cannot be written.
         """
-        from cogvla.policy.data.download import local_root
+        from cogvla.policy.data.download import locate
         from cogvla.policy.data.files.metadata import Metadata
         from cogvla.policy.data.frame_cache import open_frames
         from cogvla.policy.data.paraphrases import read_paraphrases
@@ -105,7 +105,7 @@ class DemonstrationData:
         sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
         if len(sizes) != 1:
             raise ValueError(f"all cameras must have the same image size; embodiment {embodiment.name!r} has {sizes}")
-        root, revision = local_root(config.root, config.repo_id, config.revision)
+        root, revision, hub = locate(config, progress)
         features, who = Metadata(root).features, config.intervention
         who = None if who == INTERVENTION and who not in features else who
         mapping = ReaderMapping(
@@ -117,7 +117,7 @@ class DemonstrationData:
             state_dim=embodiment.state_dim,
             action_dim=embodiment.action_dim,
         )
-        reader = LeRobotReader(root, mapping, config.episodes)
+        reader = LeRobotReader(root, mapping, config.episodes, hub)
         arrays, instructions = reader.columns()
         own = {} if config.paraphrases is None else read_paraphrases(config.paraphrases, instructions)
         columns = {name: torch.from_numpy(array) for name, array in arrays.items()}

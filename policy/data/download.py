@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cogvla.policy.data.config import DataConfig
+    from cogvla.policy.data.streaming import HubFiles
 
 READABLE = re.compile(r"v[23]\.\d+")
 """Tags of the hub's LeRobotDatasets that can be read."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
+
+ANSWER_S = 30.0
+"""Seconds after which a hub that does not answer is given up."""
+
+
+def locate(config: DataConfig, progress: bool = True) -> tuple[Path, str | None, HubFiles | None]:
+    """Return the folder of a data set, its commit if known, and its files on the hub if it is streamed.
+
+    What is missing in the folder is downloaded.
+
+    Raises:
+        ValueError: there is no such data set, or it cannot be downloaded.
+        OSError: it cannot be written.
+    """
+    if not config.streaming or config.repo_id is None:
+        return *local_root(config.root, config.repo_id, config.revision), None
+    from cogvla.policy.data.streaming import open_hub
+
+    hub = open_hub(config.repo_id, config.revision, Path(config.cache), progress)
+    return hub.root, hub.commit, hub
 
 
 def local_root(root: str | None, repo_id: str | None, revision: str | None) -> tuple[Path, str | None]:
@@ -44,26 +70,50 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> t
             f"there is no LeRobotDataset in {root}: record one with `record_demonstrations suite=... output={root}`, "
             "or set data.root to another folder or data.repo_id to a data set of the hub"
         )
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    asked = revision
     try:
-        if revision is None:
-            tags = [ref.name for ref in HfApi().list_repo_refs(repo_id, repo_type="dataset").tags]
-            readable = [[int(part) for part in tag[1:].split(".")] for tag in tags if READABLE.fullmatch(tag)]
-            revision = "v{}.{}".format(*max(readable)) if readable else None
-        wanted = HfApi().repo_info(repo_id, repo_type="dataset", revision=revision).sha
+        wanted = commit_of(repo_id, revision)
         snapshot_download(repo_id, repo_type="dataset", revision=wanted, local_dir=folder)
         if _downloaded_commit(folder) != wanted:  # huggingface_hub only warns, and returns the folder as it was
             raise OSError(f"it stopped answering before {folder} had revision {wanted}")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        if there and asked is None:
+        if there and revision is None:
             return folder, commit
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kept = f"; {folder} has revision {commit}, which data.revision={commit} uses as it is" if there else ""
-        raise ValueError(f"cannot get the data set {repo_id!r} from the hub: {reason}{kept}") from error
+        raise ValueError(f"cannot get the data set {repo_id!r} from the hub: {first_line(error)}{kept}") from error
     return folder, wanted
+
+
+def commit_of(repo_id: str, revision: str | None) -> str:
+    """Return the commit of a revision on the hub; None: of the newest tag that can be read, else of the main branch.
+
+    Raises:
+        OSError, HFValidationError: the hub cannot be reached, or says no.
+    """
+    from huggingface_hub import HfApi
+
+    give_up_waiting()
+    if revision is None:
+        tags = [ref.name for ref in HfApi().list_repo_refs(repo_id, repo_type="dataset").tags]
+        readable = [[int(part) for part in tag[1:].split(".")] for tag in tags if READABLE.fullmatch(tag)]
+        revision = "v{}.{}".format(*max(readable)) if readable else None
+    return str(HfApi().repo_info(repo_id, repo_type="dataset", revision=revision).sha)
+
+
+def give_up_waiting() -> None:
+    """Let this thread's requests to the hub end when nothing comes; huggingface_hub waits for some of them for ever."""
+    from huggingface_hub.utils import get_session
+
+    session = get_session()
+    if not isinstance(session.request, partial):
+        session.request = partial(session.request, timeout=ANSWER_S)  # type: ignore[method-assign]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _downloaded_commit(folder: Path) -> str | None:

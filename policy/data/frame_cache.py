@@ -2,6 +2,8 @@
 
     CACHE/NAME-FINGERPRINT.frames      one data set at one image size (`frame_file`)
     CACHE/.NAME-FINGERPRINT.partial    a file that is being written
+    CACHE/NAME-FINGERPRINT.streaming   the same for a streamed data set: it stays if the build ends early
+    CACHE/NAME-FINGERPRINT.journal     what that file has already, so that the next build goes on (`frame_journal`)
     CACHE/.lock                        locked by the process that writes or deletes files
 
 Only frames are cached: everything else is read from the data set each time. A file gets its name when it is complete.
@@ -22,7 +24,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +33,21 @@ import torch
 from tqdm import tqdm
 
 from cogvla.policy.data.frame_file import FORMAT, DamagedError, FrameFile, FrameWriter
+from cogvla.policy.data.frame_journal import FrameJournal
 from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.reader import FrameGroup, LeRobotReader
 from cogvla.policy.inputs.resize import resize
 
 GB = 1e9
-FILES = tuple(f"*-{'[0-9a-f]' * 16}.{ending}" for ending in ("frames", "u8"))
-"""Names of finished files, of this version and of earlier ones."""
+FILES = tuple(f"*-{'[0-9a-f]' * 16}.{ending}" for ending in ("frames", "streaming", "u8"))
+"""Names of files, of this version and of earlier ones, that a limit may delete."""
 MAX_THREADS = 16
 SAMPLED_PARTS = 16
 """Number of parts, evenly spread, that are decoded first, and from which the size of the file is estimated."""
+FETCHED = ".fetched"
+"""Folder of the files of streamed data sets that are being decoded."""
+FETCHED_AT_ONCE = 4
+"""Number of files of a streamed data set that are on the disk at the same time."""
 MARGIN = 1.05
 """The estimate is multiplied by this."""
 
@@ -70,20 +78,20 @@ def open_frames(
     """
     shape = (len(reader), len(reader.mapping.cameras), 3, *image_size)
     path = folder / f"{reader.root.resolve().name}-{reader.fingerprint(f'{FORMAT} {image_size}')}.frames"
-    name = reader.root.name
+    name = reader.root.name if reader.hub is None else reader.hub.repo_id
     try:
         found = _open(path, shape)
         if found is not None and limit_gb is None:
             return found
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             found = found or _open(path, shape)
             if found is not None:
                 if limit_gb is not None:
                     _make_room(folder, limit_gb, path.stat().st_size, name, path)
                 return found
             _remove_leftovers(folder)
-            _build(reader, shape, path, lambda size: _check_room(folder, limit_gb, size, name, path), progress)
+            _build(reader, shape, path, partial(_check_room, folder, limit_gb, name, path), progress)
             return FrameFile(path)
     except OSError as error:
         raise OSError(
@@ -112,7 +120,8 @@ def _open(path: Path, shape: tuple[int, ...]) -> FrameFile | None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes to the folder of a cache, and keep others from it."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,22 +133,24 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes have left; only to be called with the lock."""
+    shutil.rmtree(folder / FETCHED, ignore_errors=True)
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
+    for path in folder.glob("*.journal"):
+        if not path.with_suffix(".streaming").is_file():
+            path.unlink(missing_ok=True)
     for path in folder.glob(".*.u8.*"):  # of earlier versions, which had no lock for the folder
         number = path.suffix.removeprefix(".")
         if number.isdecimal() and not Path("/proc", number).exists():
             path.unlink(missing_ok=True)
 
 
-def _check_room(folder: Path, limit_gb: float | None, size: int, name: str, path: Path) -> None:
-    """Make room for a file that is being written, and of which `size` bytes are still to come."""
+def _check_room(folder: Path, limit_gb: float | None, name: str, path: Path, size: int, written: int) -> None:
+    """Make room for a file that will have `size` bytes, of which some are written."""
     if limit_gb is not None:
         _make_room(folder, limit_gb, size, name, path)
-    partial = _partial(path)
-    missing = size - partial.stat().st_size
     free = shutil.disk_usage(folder).free
-    if missing > free:
+    if size - written > free:
         raise OSError(28, f"{name} needs about {size / GB:.3g} GB, {free / GB:.3g} GB are free")
 
 
@@ -153,12 +164,13 @@ def _make_room(folder: Path, limit_gb: float, size: int, name: str, path: Path) 
     less = "choose smaller images or fewer episodes (data.episodes), or a larger data.cache_gb"
     if size > limit:
         raise CacheLimitError(f"the frames of {name} take {size / GB:.3g} GB, data.cache_gb is {limit_gb:g}; {less}")
-    others = [other for pattern in FILES for other in folder.glob(pattern) if other != path]
+    others = [other for pattern in FILES for other in folder.glob(pattern) if other.stem != path.stem]
     sizes = {other: other.stat().st_size for other in others}
     for other in sorted(others, key=lambda other: other.stat().st_mtime_ns):
         if sum(sizes.values()) + size <= limit:
             return
         if _deleted(other):
+            other.with_suffix(".journal").unlink(missing_ok=True)
             print(f"note: data.cache_gb is {limit_gb:g}: deleted {other} ({sizes.pop(other) / GB:.3g} GB)", flush=True)
     used = sum(sizes.values())
     if used + size > limit:
@@ -179,70 +191,129 @@ def _deleted(path: Path) -> bool:
     return True
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.partial")
-
-
 def _build(
-    reader: LeRobotReader, shape: tuple[int, ...], path: Path, check: Callable[[int], None], progress: bool
+    reader: LeRobotReader, shape: tuple[int, ...], path: Path, check: Callable[[int, int], None], progress: bool
 ) -> None:
-    partial = _partial(path)
-    try:
-        writer = FrameWriter(partial, shape)
-        try:
-            _decode(reader, writer, check, progress)
-            writer.finish()
-        finally:
-            writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _decode(reader: LeRobotReader, writer: FrameWriter, check: Callable[[int], None], progress: bool) -> None:
-    """Decode all parts; every frame of every view must be in one of them.
+    """Decode all frames into a file, and then give it its name.
 
     Args:
         reader: reader of the data set.
-        writer: what gets the pictures.
-        check: function that makes room for a file of this size in bytes, or raises an error.
+        shape: (N, V, 3, H, W).
+        path: the file.
+        check: function that gets the size that the file will have, and what it has, in bytes; it makes room, or raises
+            an error.
         progress: show a progress bar.
     """
+    if reader.hub is not None:
+        _stream(reader, shape, path, check, progress)
+        return
+    partly = path.with_name(f".{path.stem}.partial")
+    try:
+        with closing(FrameWriter(partly, shape)) as writer:
+            jobs = [partial(_decode, reader, writer, part) for part in reader.parts()]
+            _run(jobs, writer, check, min(MAX_THREADS, os.cpu_count() or 1), SAMPLED_PARTS, progress)
+            _finish(reader, writer)
+        os.replace(partly, path)
+    finally:
+        partly.unlink(missing_ok=True)
+
+
+def _stream(
+    reader: LeRobotReader, shape: tuple[int, ...], path: Path, check: Callable[[int, int], None], progress: bool
+) -> None:
+    """Do the same, but fetch each file from the hub, and delete it when it is decoded; what is decoded stays."""
+    hub, cache = reader.hub, path.parent
+    assert hub is not None
+    partly, noted = path.with_suffix(".streaming"), path.with_suffix(".journal")
+    with (
+        closing(FrameJournal(noted, partly, shape)) as journal,
+        closing(FrameWriter(partly, shape, journal.index_NV)) as writer,
+    ):
+
+        def stream(source: Path) -> int:
+            with hub.fetched(source, cache) as local:
+                parts = list(reader.parts_of(source, local))
+                count = sum(_decode(reader, writer, part) for part in parts)
+            writer.sync()
+            rows = np.concatenate([part.rows for part in parts])
+            views = np.repeat([part.view for part in parts], [len(part.rows) for part in parts])
+            journal.add(hub.name(source), rows, views, writer.index_NV)
+            return count
+
+        jobs = [partial(stream, source) for source in reader.sources if hub.name(source) not in journal.done]
+        if writer.count:
+            check(writer.expected(), writer.written)
+        try:
+            _run(jobs, writer, check, FETCHED_AT_ONCE, FETCHED_AT_ONCE, progress)
+        finally:
+            shutil.rmtree(cache / FETCHED, ignore_errors=True)
+        _finish(reader, writer)
+    os.replace(partly, path)
+    noted.unlink()
+
+
+def _decode(reader: LeRobotReader, writer: FrameWriter, part: FrameGroup) -> int:
+    """Decode the frames of a part; return their number."""
     height, width = writer.shape[-2:]
-    parts = list(reader.parts())
     episode_N = reader.episode_numbers
+    key: tuple[int, np.ndarray] | None = None
+    episode = None
+    for rows, frames_fCHW in reader.decode(part):
+        resized = resize(torch.from_numpy(np.ascontiguousarray(frames_fCHW)), (height, width)).numpy()
+        for row, pixels_CHW in zip(rows.tolist(), resized, strict=True):
+            if episode_N[row] != episode:  # the first picture of an episode is the key of its others
+                key, episode = None, episode_N[row]
+            writer.add(row, part.view, pixels_CHW, key)
+            key = key or (row, pixels_CHW)
+    return len(part.rows)
 
-    def work(part: FrameGroup) -> int:
-        key: tuple[int, np.ndarray] | None = None
-        episode = None
-        for rows, frames_fCHW in reader.decode(part):
-            resized = resize(torch.from_numpy(np.ascontiguousarray(frames_fCHW)), (height, width)).numpy()
-            for row, pixels_CHW in zip(rows.tolist(), resized, strict=True):
-                if episode_N[row] != episode:  # the first picture of an episode is the key of its others
-                    key, episode = None, episode_N[row]
-                writer.add(row, part.view, pixels_CHW, key)
-                key = key or (row, pixels_CHW)
-        return len(part.rows)
 
-    first = sorted(set(np.linspace(0, len(parts) - 1, SAMPLED_PARTS).astype(int).tolist()))
-    parts = [parts[number] for number in first] + [part for n, part in enumerate(parts) if n not in set(first)]
-    threads = min(MAX_THREADS, os.cpu_count() or 1)
-    total = sum(len(part.rows) for part in parts)
+def _run(
+    jobs: list[partial[int]],
+    writer: FrameWriter,
+    check: Callable[[int, int], None],
+    threads: int,
+    sampled: int,
+    progress: bool,
+) -> None:
+    """Run all jobs, first some that are evenly spread.
+
+    Args:
+        jobs: functions that decode frames and return their number.
+        writer: what gets the pictures.
+        check: see `_build`.
+        threads: number of jobs at once.
+        sampled: number of jobs after which the size is estimated.
+        progress: show a progress bar.
+    """
+    first = sorted(set(np.linspace(0, len(jobs) - 1, sampled).astype(int).tolist())) if jobs else []
+    jobs = [jobs[number] for number in first] + [job for number, job in enumerate(jobs) if number not in set(first)]
     granted = 0
     with (
-        tqdm(total=total, desc="decoding frames, once", unit="frame", disable=not progress) as bar,
+        tqdm(
+            total=writer.index_NV.size,
+            initial=writer.count,
+            desc="decoding frames, once",
+            unit="frame",
+            disable=not progress,
+        ) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
-        futures = [pool.submit(work, part) for part in parts]
+        futures = [pool.submit(job) for job in jobs]
         try:
             for number, future in enumerate(futures, 1):
                 bar.update(future.result())
                 if number >= len(first) and (expected := writer.expected()) > granted:
                     granted = int(expected * MARGIN) if number < len(futures) else expected
-                    check(granted)
+                    check(granted, writer.written)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            writer.close()  # jobs that are being done end at their next picture
             raise
+
+
+def _finish(reader: LeRobotReader, writer: FrameWriter) -> None:
+    """Check that every frame of every view was decoded, and make the file complete."""
     filled_NV = writer.filled()
     if not filled_NV.all():
         row, view = np.argwhere(~filled_NV)[0]
@@ -250,3 +321,4 @@ def _decode(reader: LeRobotReader, writer: FrameWriter, check: Callable[[int], N
             f"{reader.root}: {int((~filled_NV).sum())} frames have no picture, first frame {row} of the data set of "
             f"{reader.mapping.cameras[view]!r}; record or download the data set again"
         )
+    writer.finish()

@@ -135,16 +135,20 @@ class FrameWriter:
     Args:
         path: the file, which becomes complete with `finish`.
         shape: (N, V, 3, H, W).
+        known_NV: entries of the index for pictures that are in the file already; None: it is a new file.
 
     Raises:
         OSError: the file cannot be written; methods also raise it.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], known_NV: np.ndarray | None = None) -> None:
         self.shape = shape
-        self.written = self.count = 0
-        self.index_NV = np.zeros(shape[:2], ENTRY)
-        self._file = path.open("wb")
+        self.index_NV = np.zeros(shape[:2], ENTRY) if known_NV is None else known_NV.copy()
+        self.count = int(self.filled().sum())
+        self.written = int((self.index_NV["offset"] + self.index_NV["size"]).max(initial=0))
+        self._file = path.open("r+b" if self.count else "wb")
+        self._file.truncate(self.written)
+        self._file.seek(self.written)
         self._lock = threading.Lock()
         self._codec = pa.Codec("zstd", LEVEL)
 
@@ -176,6 +180,12 @@ class FrameWriter:
             self.written += len(stored)
             self.count += 1
 
+    def sync(self) -> None:
+        """Wait until all pictures that were added are on the disk."""
+        with self._lock:
+            self._file.flush()
+        os.fsync(self._file.fileno())
+
     def finish(self) -> None:
         """Write index and trailer, and wait until all is on the disk."""
         frames, views, _, height, width = self.shape
@@ -188,8 +198,8 @@ class FrameWriter:
         self._file.close()
 
     def close(self) -> None:
-        """Close the file; without `finish` it is of no use."""
-        with suppress(OSError):  # what was left to be written does not fit on the disk
+        """Close the file, which then takes no more pictures; without `finish` it is of no use."""
+        with self._lock, suppress(OSError):  # what was left to be written does not fit on the disk
             self._file.close()
 
     def _compress(self, pixels_CHW: np.ndarray) -> bytes:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,9 @@ from cogvla.policy.data.files.columns import AGAIN, numbers, parquet, texts, who
 from cogvla.policy.data.files.episodes import EpisodeChoice
 from cogvla.policy.data.files.frame_index import FrameIndex, frame_index, places_in_video, some
 from cogvla.policy.data.files.metadata import EpisodeEntry, Metadata
+
+if TYPE_CHECKING:
+    from cogvla.policy.data.streaming import HubFiles
 
 T = TypeVar("T")
 PICTURE_MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "YCbCr")
@@ -84,13 +87,16 @@ class LeRobotReader:
         root: folder of the data set.
         mapping: keys to read.
         episodes: the episodes to read; None: all.
+        hub: where the files with pictures are, if they are not in the folder.
 
     Raises:
         ValueError: keys or sizes do not fit the data set; methods also raise it for missing or damaged files.
     """
 
-    def __init__(self, root: Path, mapping: Mapping, episodes: EpisodeChoice = None) -> None:
-        self.root, self.mapping, self.wanted = root, mapping, episodes
+    def __init__(
+        self, root: Path, mapping: Mapping, episodes: EpisodeChoice = None, hub: HubFiles | None = None
+    ) -> None:
+        self.root, self.mapping, self.wanted, self.hub = root, mapping, episodes, hub
         self.metadata = Metadata(root)
         self._check_keys()
 
@@ -101,12 +107,12 @@ class LeRobotReader:
 
     @property
     def _videos(self) -> list[str]:
-        return [key for key in self.mapping.cameras if self.metadata.features[key].dtype == "video"]
+        return [key for key in self.mapping.cameras if self._is_video(key)]
 
     def __len__(self) -> int:
         return len(self._index.order)
 
-    @property
+    @cached_property
     def episode_numbers(self) -> np.ndarray:
         """Number of each frame's episode, int64 [N]."""
         return self._index.episode[self._index.order]
@@ -121,6 +127,9 @@ class LeRobotReader:
         ]
         digest = hashlib.sha256(json.dumps([self.mapping.cameras, kinds, parts, self.metadata.fps, extra]).encode())
         digest.update(self._index.order.tobytes())
+        if self.hub is not None:  # the files of a commit do not change
+            digest.update(f"{self.hub.repo_id}@{self.hub.commit}".encode())
+            return digest.hexdigest()[:16]
         for path in self.metadata.files(".", ""):
             if "meta" in path.relative_to(self.root).parts[:1] or not path.is_file():
                 continue
@@ -161,11 +170,43 @@ class LeRobotReader:
         Raises:
             ValueError: a frame is in no part of a video, or the parts do not agree with the videos.
         """
+        for path in self.sources:
+            yield from self.parts_of(path, path)
+
+    @cached_property
+    def sources(self) -> dict[Path, list[int]]:
+        """The files with pictures of chosen frames, each with the indices of its cameras."""
+        found: dict[Path, list[int]] = defaultdict(list)
+        chosen = set(self.episode_numbers.tolist())
         for view, key in enumerate(self.mapping.cameras):
-            if self.metadata.features[key].dtype == "video":
-                yield from self._video_parts(view, key)
+            if self._is_video(key):
+                files = self._videos_of(key)
+                if missing := [path for path in files if not self._is_there(path)]:
+                    where = missing[0] if self.hub is None else self.hub.address(missing[0])
+                    raise ValueError(f"{where} is missing; {AGAIN}")
+                paths = [path for path, entries in files.items() if any(entry.number in chosen for entry in entries)]
             else:
-                yield from self._image_parts(view)
+                paths = [path for path, rows in self._rows_of.items() if (self._index.row[rows] >= 0).any()]
+            for path in paths:
+                found[path].append(view)
+        return dict(found)
+
+    def parts_of(self, source: Path, local: Path) -> Iterator[FrameGroup]:
+        """Yield the frames of one of the `sources`, in parts.
+
+        Args:
+            source: the file.
+            local: where it is now.
+
+        Raises:
+            ValueError: see `parts`.
+        """
+        for view in self.sources[source]:
+            key = self.mapping.cameras[view]
+            if self._is_video(key):
+                yield from self._video_parts(view, key, self._videos_of(key)[source], local)
+            else:
+                yield from self._image_parts(view, self._rows_of[source], local)
 
     def decode(self, part: FrameGroup, only: Collection[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Decode the frames of a part.
@@ -201,6 +242,8 @@ class LeRobotReader:
             stored = value if isinstance(value, dict) else {"bytes": value}
             if isinstance(stored.get("bytes"), bytes):
                 opened = Image.open(io.BytesIO(stored["bytes"]))
+            elif isinstance(stored.get("path"), str) and self.hub is not None:
+                raise ValueError(f"{where} is a file of its own, {stored['path']}; leave data.streaming out")
             elif isinstance(stored.get("path"), str):
                 opened = Image.open(self.root / stored["path"])
             else:
@@ -224,9 +267,13 @@ class LeRobotReader:
         return found
 
     @cached_property
+    def _numbered(self) -> dict[str, list[np.ndarray]]:
+        """`episode_index` and `frame_index` of the rows of each data file."""
+        return self._read(("episode_index", "frame_index"), whole_numbers)
+
+    @cached_property
     def _index(self) -> FrameIndex:
-        read = self._read(("episode_index", "frame_index"), whole_numbers)
-        columns = {key: np.concatenate(parts) for key, parts in read.items()}
+        columns = {key: np.concatenate(parts) for key, parts in self._numbered.items()}
         if "timestamp" in self.metadata.features:
             columns["timestamp"] = self._shaped("timestamp", self._read(("timestamp",), numbers)["timestamp"])
         return frame_index(self.metadata, self._entries, bool(self._videos), columns, self.wanted)
@@ -252,32 +299,41 @@ class LeRobotReader:
             f"{listed}; used: {used})"
         ]
 
-    def _image_parts(self, view: int) -> Iterator[FrameGroup]:
-        start = 0
-        for path in self._data_files:
-            metadata = self._footer(path)
-            for group in range(metadata.num_row_groups):
-                rows = self._index.row[start : start + metadata.row_group(group).num_rows]
-                places = np.flatnonzero(rows >= 0)
-                if len(places):
-                    yield FrameGroup(view, rows[places], path, places, group)
-                start += len(rows)
+    def _image_parts(self, view: int, rows: slice, local: Path) -> Iterator[FrameGroup]:
+        start = rows.start
+        for group in range(self._footer(local).num_row_groups):
+            chosen = self._index.row[start : start + self._footer(local).row_group(group).num_rows]
+            places = np.flatnonzero(chosen >= 0)
+            if len(places):
+                yield FrameGroup(view, chosen[places], local, places, group)
+            start += len(chosen)
 
-    def _video_parts(self, view: int, key: str) -> Iterator[FrameGroup]:
+    def _video_parts(self, view: int, key: str, entries: Sequence[EpisodeEntry], local: Path) -> Iterator[FrameGroup]:
+        first = places_in_video(local, key, entries, len(self._times(local)), self.metadata.fps)
+        for number in (entry.number for entry in entries):
+            start, end = np.searchsorted(self.episode_numbers, [number, number + 1])
+            if end > start:
+                yield FrameGroup(view, np.arange(start, end), local, first[number] + np.arange(end - start), None)
+
+    def _is_there(self, path: Path) -> bool:
+        return path.is_file() if self.hub is None else self.hub.has(path)
+
+    def _is_video(self, key: str) -> bool:
+        return self.metadata.features[key].dtype == "video"
+
+    @cached_property
+    def _rows_of(self) -> dict[Path, slice]:
+        """The rows of each data file, among those of all."""
+        ends = np.cumsum([len(rows) for rows in self._numbered["frame_index"]]).tolist()
+        return {path: slice(*place) for path, *place in zip(self._data_files, [0, *ends[:-1]], ends, strict=True)}
+
+    @cache  # noqa: B019
+    def _videos_of(self, key: str) -> dict[Path, list[EpisodeEntry]]:
+        """Return the videos of a camera, each with its episodes."""
         files: dict[Path, list[EpisodeEntry]] = defaultdict(list)
         for entry in self._entries:
             files[entry.videos[key].path].append(entry)
-        if missing := [path for path in files if not path.is_file()]:
-            raise ValueError(f"{missing[0]} is missing; {AGAIN}")
-        index = self._index
-        rows = {number: np.flatnonzero(index.episode == number) for number in np.unique(index.episode[index.order])}
-        for path, entries in files.items():
-            if not any(entry.number in rows for entry in entries):
-                continue
-            first = places_in_video(path, key, entries, len(self._times(path)), self.metadata.fps)
-            for number in (entry.number for entry in entries if entry.number in rows):
-                chosen = np.sort(index.row[rows[number]])
-                yield FrameGroup(view, chosen, path, first[number] + np.arange(len(chosen)), None)
+        return files
 
     @cached_property
     def _task_numbers(self) -> np.ndarray:

@@ -64,7 +64,7 @@ def open_data(
     if len(entries) == 1:
         own = replace(entries[0].config, paraphrases=config.paraphrases)
         return DemonstrationData.open(own, embodiment, progress)
-    places = _places(entries)
+    places = _places(entries, progress)
     if not config.mixed_rates:
         for place in places[1:]:
             if place.fps != places[0].fps:
@@ -81,16 +81,16 @@ def open_data(
     return joined(places, sets, config)
 
 
-def _places(entries: Sequence[DataEntry]) -> list[Place]:
+def _places(entries: Sequence[DataEntry], progress: bool) -> list[Place]:
     """Find all data sets before anything slow starts."""
-    from cogvla.policy.data.download import local_root
+    from cogvla.policy.data.download import locate
     from cogvla.policy.data.files.metadata import Metadata
 
     found = []
     for entry in entries:
         said = entry.name or entry.config.repo_id or entry.config.root or ""
         with _named(said):
-            root, revision = local_root(entry.config.root, entry.config.repo_id, entry.config.revision)
+            root, revision, _ = locate(entry.config, progress)
             fps = Metadata(root).fps
             recording = root / "meta" / "recording.json"
             suite = read_object(recording, "delete it").get("suite") if recording.is_file() else None
