@@ -85,12 +85,12 @@ class DemonstrationData:
                 configuration is a mixture.
             OSError: the decoded frames cannot be written.
         """
-        from cogvla.policy.data.download import locate
         from cogvla.policy.data.files.metadata import Metadata
         from cogvla.policy.data.frame_cache import open_frames
         from cogvla.policy.data.paraphrases import read_paraphrases
         from cogvla.policy.data.reader import LeRobotReader
         from cogvla.policy.data.reader import Mapping as ReaderMapping
+        from cogvla.policy.data.streaming import locate
 
         if config.mixture is not None:
             raise ValueError(

@@ -5,11 +5,6 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from cogvla.policy.data.config import DataConfig
-    from cogvla.policy.data.streaming import HubFiles
 
 READABLE = re.compile(r"v[23]\.\d+")
 """Tags of the hub's LeRobotDatasets that can be read."""
@@ -17,23 +12,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 ANSWER_S = 30.0
 """Seconds after which a hub that does not answer is given up."""
-
-
-def locate(config: DataConfig, progress: bool = True) -> tuple[Path, str | None, HubFiles | None]:
-    """Return the folder of a data set, its commit if known, and its files on the hub if it is streamed.
-
-    What is missing in the folder is downloaded.
-
-    Raises:
-        ValueError: there is no such data set, or it cannot be downloaded.
-        OSError: it cannot be written.
-    """
-    if not config.streaming or config.repo_id is None:
-        return *local_root(config.root, config.repo_id, config.revision), None
-    from cogvla.policy.data.streaming import open_hub
-
-    hub = open_hub(config.repo_id, config.revision, Path(config.cache), progress)
-    return hub.root, hub.commit, hub
 
 
 def local_root(root: str | None, repo_id: str | None, revision: str | None) -> tuple[Path, str | None]:

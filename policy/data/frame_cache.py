@@ -22,9 +22,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -36,16 +36,14 @@ from cogvla.policy.data.frame_file import FORMAT, DamagedError, FrameFile, Frame
 from cogvla.policy.data.frame_journal import FrameJournal
 from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.reader import FrameGroup, LeRobotReader
+from cogvla.policy.data.streaming import FETCHED, GB, locked
 from cogvla.policy.inputs.resize import resize
 
-GB = 1e9
 FILES = tuple(f"*-{'[0-9a-f]' * 16}.{ending}" for ending in ("frames", "streaming", "u8"))
 """Names of files, of this version and of earlier ones, that a limit may delete."""
 MAX_THREADS = 16
 SAMPLED_PARTS = 16
 """Number of parts, evenly spread, that are decoded first, and from which the size of the file is estimated."""
-FETCHED = ".fetched"
-"""Folder of the files of streamed data sets that are being decoded."""
 FETCHED_AT_ONCE = 4
 """Number of files of a streamed data set that are on the disk at the same time."""
 MARGIN = 1.05
@@ -117,18 +115,6 @@ def _open(path: Path, shape: tuple[int, ...]) -> FrameFile | None:
     with suppress(OSError):  # a folder that cannot be written to
         os.utime(path)
     return frames
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process writes to the folder of a cache, and keep others from it."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that writes frames to {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -242,7 +228,7 @@ def _stream(
 
         jobs = [partial(stream, source) for source in reader.sources if hub.name(source) not in journal.done]
         if writer.count:
-            check(writer.expected(), writer.written)
+            check(writer.expected(), writer.stored())
         try:
             _run(jobs, writer, check, FETCHED_AT_ONCE, FETCHED_AT_ONCE, progress)
         finally:
@@ -305,7 +291,7 @@ def _run(
                 bar.update(future.result())
                 if number >= len(first) and (expected := writer.expected()) > granted:
                     granted = int(expected * MARGIN) if number < len(futures) else expected
-                    check(granted, writer.written)
+                    check(granted, writer.stored())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             writer.close()  # jobs that are being done end at their next picture

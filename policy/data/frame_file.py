@@ -180,6 +180,10 @@ class FrameWriter:
             self.written += len(stored)
             self.count += 1
 
+    def stored(self) -> int:
+        """Return the size of the file so far; the last pictures may still be in memory."""
+        return os.fstat(self._file.fileno()).st_size
+
     def sync(self) -> None:
         """Wait until all pictures that were added are on the disk."""
         with self._lock:

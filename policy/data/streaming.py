@@ -10,6 +10,7 @@ The frame cache gets the pictures (`frame_cache`). Everything else is read from 
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -33,13 +34,16 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from tqdm import tqdm
 
 from cogvla.files import read_object, write_atomic
-from cogvla.policy.data.download import commit_of, first_line, give_up_waiting
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.download import commit_of, first_line, give_up_waiting, local_root
 from cogvla.policy.data.files.columns import parquet
 from cogvla.policy.data.files.metadata import Metadata
-from cogvla.policy.data.frame_cache import FETCHED, GB, locked
 
 T = TypeVar("T")
+GB = 1e9
 LISTING = "hub.json"
+FETCHED = ".fetched"
+"""Folder of the files of streamed data sets that are being decoded."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 THREADS = 8
 """Number of files with numbers that are fetched at once."""
@@ -47,6 +51,18 @@ PAUSES_S: Sequence[float] = (5.0, 30.0)
 """Seconds to wait before each further attempt; huggingface_hub makes some of its own within each."""
 BUSY = (408, 425, 429)
 """HTTP errors of the 400s that may be over at the next attempt."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes to the folder of a cache, and keep others from it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that writes frames to {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -172,6 +188,21 @@ class HubFiles:
         return buffer.getvalue().to_pybytes()
 
 
+def locate(config: DataConfig, progress: bool = True) -> tuple[Path, str | None, HubFiles | None]:
+    """Return the folder of a data set, its commit if known, and its files on the hub if it is streamed.
+
+    What is missing in the folder is downloaded.
+
+    Raises:
+        ValueError: there is no such data set, or it cannot be downloaded.
+        OSError: it cannot be written.
+    """
+    if not config.streaming or config.repo_id is None:
+        return *local_root(config.root, config.repo_id, config.revision), None
+    hub = open_hub(config.repo_id, config.revision, Path(config.cache), progress)
+    return hub.root, hub.commit, hub
+
+
 def open_hub(repo_id: str, revision: str | None, cache: Path, progress: bool = True) -> HubFiles:
     """Find a commit of a data set of the hub; fetch its metadata and numbers if they are not in the cache.
 
@@ -193,9 +224,9 @@ def open_hub(repo_id: str, revision: str | None, cache: Path, progress: bool = T
     folder = cache / "streamed"
     try:
         validate_repo_id(repo_id)
-        commit = _commit(repo_id, revision, folder)
-    except (HFValidationError, ValueError) as error:
+    except HFValidationError as error:
         raise ValueError(f"cannot get the data set {repo_id!r} from the hub: {first_line(error)}") from error
+    commit = _commit(repo_id, revision, folder)
     root = folder / f"{repo_id}@{commit}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -219,15 +250,16 @@ def _commit(repo_id: str, revision: str | None, folder: Path) -> str:
     if revision in before:
         return str(revision)
     try:
-        found = _asked(repo_id, lambda: commit_of(repo_id, revision), () if before else None)
+        found = _asked(f"the data set {repo_id!r}", lambda: commit_of(repo_id, revision), () if before else None)
     except ValueError:
         if revision is not None or not before:
             raise
         return before[-1]
     if before and found not in before and found != revision:
         raise ValueError(
-            f"{revision or 'its newest version'} is commit {found} there, the one that was streamed before is "
-            f"{before[-1]}: give data.revision={before[-1]} to stay with it, or data.revision={found} for the other one"
+            f"{revision or 'the newest version'} of {repo_id} on the hub is commit {found}, the one that was streamed "
+            f"before is {before[-1]}: give data.revision={before[-1]} to stay with it, or data.revision={found} for "
+            "the other one"
         )
     return found
 
@@ -237,7 +269,7 @@ def _listing(repo_id: str, commit: str, root: Path) -> dict[str, tuple[int, str]
     if not path.is_file():
         files = {
             entry.path: (entry.size, entry.blob_id if entry.lfs is None else entry.lfs.sha256)
-            for entry in _asked(repo_id, lambda: list(_tree(repo_id, commit)))
+            for entry in _asked(f"the data set {repo_id!r}", lambda: list(_tree(repo_id, commit)))
             if isinstance(entry, RepoFile)
         }
         if "meta/info.json" not in files:

@@ -2,13 +2,14 @@
 
 python -m cogvla.tests.benchmarks.bench_streaming data.root=outputs/demonstrations/tabletop_object --files 40 --kills 5
 
-A copy of the data set, with its pictures in more files, is served by a hub on this machine. `kill -9` comes at random
-times. The first decoding, of the local copy, tells how long an undisturbed one takes; the result is compared with it.
+A copy of the first episodes, with their pictures in more files, is served by a hub on this machine. `kill -9` comes at
+random times. The first decoding, of the local copy, tells how long an undisturbed one takes; the result is compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -35,19 +37,20 @@ from cogvla.tests.support.stub_hub import REPO, stub_hub
 MB = 1e6
 
 
-def split(root: Path, target: Path, files: int) -> None:
-    """Copy a data set with pictures in its data files, which become more."""
-    shutil.copytree(root / "meta", target / "meta")
+def split(root: Path, target: Path, files: int, episodes: int) -> None:
+    """Copy the first episodes of a data set with pictures in its data files, into as many files."""
+    (target / "meta").mkdir(parents=True)
     (target / "data/chunk-000").mkdir(parents=True)
-    found = sorted(root.glob("data/*/*.parquet"))
-    size, number = sum(path.stat().st_size for path in found) / files, 0
-    for path in found:
-        table = pq.read_table(path)
-        length = math.ceil(len(table) / max(1, round(path.stat().st_size / size)))
-        for start in range(0, len(table), length):
-            part = table.slice(start, length)
-            pq.write_table(part, target / f"data/chunk-000/file-{number:03d}.parquet", row_group_size=64)
-            number += 1
+    shutil.copy(root / "meta/tasks.parquet", target / "meta")
+    paths = sorted(root.glob("data/*/*.parquet"))
+    tables = [pq.read_table(path, filters=[("episode_index", "<", episodes)]) for path in paths]
+    whole = pa.concat_tables(tables)
+    info = json.loads((root / "meta/info.json").read_text())
+    (target / "meta/info.json").write_text(json.dumps(info | {"total_frames": len(whole), "total_episodes": episodes}))
+    length = math.ceil(len(whole) / files)
+    for number, start in enumerate(range(0, len(whole), length)):
+        path = target / f"data/chunk-000/file-{number:03d}.parquet"
+        pq.write_table(whole.slice(start, length), path, row_group_size=64)
 
 
 def size_of(folder: Path) -> int:
@@ -68,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of train_policy")
     parser.add_argument("--files", type=int, default=40)
+    parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--kills", type=int, default=5)
     options = parser.parse_intermixed_args()
     values = plain(compose("train_policy", options.overrides))
@@ -76,7 +80,7 @@ def main() -> None:
     assert config.root is not None
     with tempfile.TemporaryDirectory() as name:
         folder, cache = Path(name), Path(name) / "cache"
-        split(Path(config.root), folder / "source", options.files)
+        split(Path(config.root), folder / "source", options.files, options.episodes)
         started = time.perf_counter()
         local = replace(config, root=str(folder / "source"), cache=str(folder / "whole"))
         whole = DemonstrationData.open(local, embodiment, progress=False)

@@ -83,8 +83,8 @@ def open_data(
 
 def _places(entries: Sequence[DataEntry], progress: bool) -> list[Place]:
     """Find all data sets before anything slow starts."""
-    from cogvla.policy.data.download import locate
     from cogvla.policy.data.files.metadata import Metadata
+    from cogvla.policy.data.streaming import locate
 
     found = []
     for entry in entries:

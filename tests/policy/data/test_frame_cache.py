@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvla.policy.data.frame_cache import GB, open_frames
+from cogvla.policy.data.frame_cache import open_frames
 from cogvla.policy.data.frame_file import FrameFile
 from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.reader import LeRobotReader, Mapping
+from cogvla.policy.data.streaming import GB
 from cogvla.tests.support.full_disk import files_limited_to
 from cogvla.tests.support.lerobot_files import CAMERA, LENGTHS, SIZE, colour, png, rows, write
 

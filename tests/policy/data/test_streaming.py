@@ -356,7 +356,7 @@ def test_a_hub_that_has_changed(tmp_path: Path, hub: StubHub, revision: str | No
     hub.wrong = {video(2): "gone"}
     refused(tmp_path, "000002.mp4", revision=revision)
     hub.wrong, first, hub.commit = {}, hub.commit, "d" * 40
-    message = f"is commit {'d' * 40} there, .* is {first}: give data.revision={first} to stay .*=d+ for the other one"
+    message = f"of someone/toy on the hub is commit d+, .* is {first}: give data.revision={first} to stay .*=d+ for"
     refused(tmp_path, message, revision=revision)
     hub.commit = first
     assert streamed(tmp_path, revision=first).provenance["revision"] == first
