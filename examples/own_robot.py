@@ -6,12 +6,12 @@ The files are embodiment/my_robot.yaml, robot/my_robot.yaml and topics/my_robot.
 starts three commands with them, and stops them after some seconds. They can as well be typed into three terminals:
 
     uv run policy_server checkpoint=checkpoints/tabletop_object
-    uv run --extra dds sim_robot --config-dir examples/own_robot topics=my_robot image_size=160
-    uv run --extra dds robot_bridge --config-dir examples/own_robot robot=my_robot embodiment=my_robot topics=my_robot \
+    uv run --extra ros sim_robot --config-dir examples/own_robot topics=my_robot image_size=160
+    uv run --extra ros robot_bridge --config-dir examples/own_robot robot=my_robot embodiment=my_robot topics=my_robot \
         instruction="put the red cube in the tray" activate=true
 
 `sim_robot` stands in for the arm: it publishes the topics that the files name. With a real arm, leave it out, and go
-through the checklist of docs/real_robot.md. Both need the extra `dds`, which exists for x86-64 Linux only.
+through the checklist of docs/real_robot.md. Both need the extra `ros`, which exists for x86-64 Linux only.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def main() -> None:
         with PolicyClient(f"ws://127.0.0.1:{port}", ClientSettings(robot=robot)) as client:
             answer = client.infer(robot.fake_observation())
         print(f"{robot.name} fits the policy, which answers {answer.actions.shape[0]} actions at once")
-        if find_spec("cyclonedds") is None:
-            raise SystemExit("the dry run needs the extra `dds`: uv run --extra dds python examples/own_robot.py")
+        if find_spec("rclpy") is None:
+            raise SystemExit("the dry run needs the extra `ros`: uv run --extra ros python examples/own_robot.py")
         files, domain = ["--config-dir", str(FILES)], {"ROS_DOMAIN_ID": str(arguments.domain)}
         simulated = ["topics=my_robot", f"image_size={robot.cameras[0].height}"]
         bridge = ["robot=my_robot", "embodiment=my_robot", "topics=my_robot", f"server=ws://127.0.0.1:{port}"]

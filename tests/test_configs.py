@@ -42,8 +42,8 @@ from cogvla.policy.training.wordings import InstructionAugmentation
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.lerobot.robot import LeRobotSettings
 from cogvla.real_robot.lerobot.teleoperator import TeleopSettings
-from cogvla.real_robot.ros.dds_settings import DdsSettings
 from cogvla.real_robot.ros.front_end import RosTopics
+from cogvla.real_robot.ros.network import RosSettings
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.command import compose
 from cogvla.scripts.training.build import build_trainer
@@ -54,7 +54,6 @@ GROUPS: dict[str, Any] = {
     "augmentation": AugmentationConfig,
     "counting": Counting,
     "data": DataConfig,
-    "dds": DdsSettings,
     "embodiment": Embodiment,
     "engine": EngineConfig,
     "finetune": FinetuneConfig,
@@ -64,6 +63,7 @@ GROUPS: dict[str, Any] = {
     "protocol": EvaluationProtocol,
     "request_keys": RequestKeys,
     "robot": RobotConfig,
+    "ros": RosSettings,
     "routing": RoutingConfig,
     "teleop": TeleopSettings,
     "topics": RosTopics,
@@ -72,11 +72,11 @@ GROUPS: dict[str, Any] = {
 }
 COMPOSED_BY = {
     "counting": "count_flops",
-    "dds": "robot_bridge",
     "lerobot": "drive_robot",
     "protocol": "eval_libero",
     "request_keys": "policy_server",
     "robot": "robot_bridge",
+    "ros": "robot_bridge",
     "teleop": "drive_robot",
     "topics": "robot_bridge",
 }

@@ -66,7 +66,7 @@ def called(line: str) -> Iterator[Command]:
 
 def is_prefix(word: str) -> bool:
     """Whether a word may stand before the command: `uv run`, `accelerate launch`, options, variables."""
-    known = {"uv", "run", "accelerate", "launch", "python", "time", "dds", "ray", "libero"}
+    known = {"uv", "run", "accelerate", "launch", "python", "time", "ros", "bags", "ray", "libero"}
     return word in known or word.startswith("-") or word.isdigit() or "=" in word or word.endswith(".yaml")
 
 
@@ -194,7 +194,7 @@ def test_mistakes_are_found(line: str, my_configs: Path, monkeypatch: pytest.Mon
 
 
 def test_commands_are_found() -> None:
-    text = "```bash\nuv run --extra dds sim_robot &  # b\nx && python -m cogvla.scripts.eval_libero a=1 \\\n  b=2\n```"
+    text = "```bash\nuv run --extra ros sim_robot &  # b\nx && python -m cogvla.scripts.eval_libero a=1 \\\n  b=2\n```"
     assert list(commands(f"{text}\n`eval_libero c='[1, 2]'`, `eval_libero` and `my eval_libero`")) == [
         ("sim_robot", []),
         ("eval_libero", ["a=1", "b=2"]),

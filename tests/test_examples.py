@@ -82,7 +82,7 @@ def test_own_router(tmp_path: Path) -> None:
     assert size(tmp_path / "outputs" / "examples" / "own_router.png")[0] > 500
 
 
-@pytest.mark.skipif(find_spec("cyclonedds") is None, reason=needs("dds"))
+@pytest.mark.skipif(find_spec("rclpy") is None, reason=needs("ros"))
 def test_own_robot(tmp_path: Path) -> None:
     domain = 201 + os.getpid() % 30
     said = run(tmp_path, str(EXAMPLES / "own_robot.py"), "--seconds", "3", "--domain", str(domain))

@@ -1,6 +1,6 @@
 """Bridge between a robot and a policy server: run a `ControlLoop` in real time, for any kind of robot.
 
-    front end (DDS, rclpy, lerobot, ...)              Bridge                                  policy server
+    front end (ROS 2, lerobot, ...)                   Bridge                                  policy server
       any thread:   observe_image, observe_state --> +------------------+ -- infer --> thread "policy client"
                     instruct, estop, reset, activate | ControlLoop      | <-- answer --
       send, show    <------------------------------- | under one lock   |

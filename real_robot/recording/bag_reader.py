@@ -25,7 +25,7 @@ import numpy as np
 from rosbags.highlevel import AnyReader, AnyReaderError
 from rosbags.interfaces import Connection
 from rosbags.rosbag2 import ReaderError
-from rosbags.typesys import get_typestore
+from rosbags.typesys import Stores, get_typestore
 
 from cogvla.envs.recording.demonstration import encode_png
 from cogvla.policy.interface import Embodiment
@@ -33,8 +33,13 @@ from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.ros.messages import compressed_image_of, image_of, state_of
 from cogvla.real_robot.ros.node import COMPRESSED_IMAGE, seconds_of
-from cogvla.real_robot.ros.types import DISTROS
 
+DISTROS = {
+    "humble": Stores.ROS2_HUMBLE,
+    "iron": Stores.ROS2_IRON,
+    "jazzy": Stores.ROS2_JAZZY,
+    "kilted": Stores.ROS2_KILTED,
+}
 SKEW_S = 10.0
 """Largest difference between a stamp and the time of recording, in seconds; more means that the clocks differ."""
 PAUSE_TICKS = 10

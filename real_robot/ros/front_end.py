@@ -1,10 +1,8 @@
-"""Drive a robot over ROS 2 topics: a `FrontEnd` on any `RosNode`, for `transport=dds` and for rclpy.
+"""Drive a robot over ROS 2 topics: a `FrontEnd` on any `RosNode`.
 
     in    cameras (Image or CompressedImage), joint states, instruction
     out   commands (Float64MultiArray or JointTrajectory), in a dry run on ~/dry_run instead; /diagnostics
     ~/estop, ~/reset, ~/activate    as services (SetBool, Trigger, SetBool) and as topics (Bool, Empty, Bool)
-
-Services do not work between Cyclone DDS and other middlewares; topics do.
 
 Shape legend: A action dimension, S state dimension.
 """
@@ -13,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -40,6 +38,7 @@ from cogvla.real_robot.ros.node import (
     STRING,
     TRAJECTORY,
     TRIGGER,
+    Answer,
     Delivery,
     RosNode,
     seconds_of,
@@ -124,11 +123,12 @@ class RosFrontEnd:
         node: ROS 2 node, started or not.
         topics: topics of the robot; the constructor checks them against the embodiment.
         embodiment: embodiment of the bridge.
+        orders: offer the operator's services and topics, see `offer_orders`.
     """
 
-    def __init__(self, node: RosNode, topics: RosTopics, embodiment: Embodiment) -> None:
+    def __init__(self, node: RosNode, topics: RosTopics, embodiment: Embodiment, orders: bool = True) -> None:
         topics.check(embodiment)
-        self._node, self._topics = node, topics
+        self._node, self._topics, self._orders = node, topics, orders
         self._period_s = 1.0 / embodiment.control_hz
         self._grippers = list(embodiment.grippers) if topics.gripper is not None else []
         self._arm = [i for i in range(embodiment.action_dim) if i not in self._grippers]
@@ -148,13 +148,10 @@ class RosFrontEnd:
             kind, read = (COMPRESSED_IMAGE, compressed_image_of) if compressed else (IMAGE, image_of)
             node.subscribe(topic, kind, Delivery.SENSOR, self._image(bridge, camera, read))
         node.subscribe(topics.joint_states, JOINT_STATE, Delivery.SENSOR, self._state(bridge))
-        self._on(topics.instruction, STRING, lambda message: bridge.instruct(message.data), Delivery.LATCHED)
-        self._on("~/estop", BOOL, lambda message: bridge.estop(message.data))
-        self._on("~/reset", EMPTY, lambda _: bridge.reset())
-        self._on("~/activate", BOOL, lambda message: bridge.activate(message.data))
-        node.serve("~/estop", SET_BOOL, bridge.estop)
-        node.serve("~/reset", TRIGGER, lambda _: bridge.reset())
-        node.serve("~/activate", SET_BOOL, bridge.activate)
+        for delivery in (Delivery.LATCHED, Delivery.EVENTS):  # a latched reader never hears a volatile writer
+            node.subscribe(topics.instruction, STRING, delivery, self._instruction(bridge))
+        if self._orders:
+            offer_orders(node, bridge, lambda: self._closed)
 
     def send(self, action_A: np.ndarray, dry_run: bool) -> None:
         """See `FrontEnd.send`."""
@@ -178,12 +175,12 @@ class RosFrontEnd:
         """Stop calling the bridge. The caller closes the node."""
         self._closed = True
 
-    def _on(self, topic: str, kind: str, do: Callable[[Any], Any], delivery: Delivery = Delivery.EVENTS) -> None:
-        def called(message: Any) -> None:
+    def _instruction(self, bridge: Bridge) -> Callable[[Any], None]:
+        def take(message: Any) -> None:
             if not self._closed:
-                do(message)
+                bridge.instruct(message.data)  # which ignores the same text again
 
-        self._node.subscribe(topic, kind, delivery, called)
+        return take
 
     def _image(self, bridge: Bridge, camera: str, read: Callable[[Any], np.ndarray]) -> Callable[[Any], None]:
         def take(message: Any) -> None:
@@ -214,6 +211,30 @@ class RosFrontEnd:
         if self._topics.stamps == "arrival":
             return bridge.now()
         return seconds_of(message.header.stamp) + self._offset(bridge.now, self._node.now)
+
+
+class TakesOrders(Protocol):
+    """Whoever obeys the operator: a `Bridge`, or the lifecycle node around it."""
+
+    def estop(self, engaged: bool) -> Answer: ...
+
+    def reset(self) -> Answer: ...
+
+    def activate(self, active: bool) -> Answer: ...
+
+
+def offer_orders(node: RosNode, orders: TakesOrders, closed: Callable[[], bool] = lambda: False) -> None:
+    """Offer `~/estop`, `~/reset` and `~/activate` as services and as topics; the topics are ignored once `closed`."""
+
+    def on(topic: str, kind: str, do: Callable[[Any], Any]) -> None:
+        node.subscribe(topic, kind, Delivery.EVENTS, lambda message: None if closed() else do(message))
+
+    on("~/estop", BOOL, lambda message: orders.estop(message.data))
+    on("~/reset", EMPTY, lambda _: orders.reset())
+    on("~/activate", BOOL, lambda message: orders.activate(message.data))
+    node.serve("~/estop", SET_BOOL, orders.estop)
+    node.serve("~/reset", TRIGGER, lambda _: orders.reset())
+    node.serve("~/activate", SET_BOOL, orders.activate)
 
 
 class ClockOffset:

@@ -1,4 +1,4 @@
-"""Convert ROS 2 messages to images and states, and actions to ROS 2 messages. Needs neither ROS 2 nor DDS.
+"""Convert ROS 2 messages to images and states, and actions to ROS 2 messages. Needs no ROS 2.
 
 Incoming messages are objects with the fields as attributes, such as those of rclpy and rosbags. Outgoing messages are
 plain nested values (`Fields`).

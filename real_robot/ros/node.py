@@ -1,4 +1,4 @@
-"""Interface of a ROS 2 node as the front end needs it; implemented by `dds.DdsNode` and with rclpy in `package/`."""
+"""Interface of a ROS 2 node as the front end needs it; implemented with rclpy in `rclpy_node.py`."""
 
 from __future__ import annotations
 

@@ -131,3 +131,25 @@ class ReconnectingClient:
 
     def _gave_up(self) -> UnavailableError:
         return UnavailableError("; ".join(self._reasons) or f"{self.uri}: no time to connect")
+
+
+async def check_server(uri: str, settings: ClientSettings) -> str | None:
+    """Check the address, the certificate and the policy of a server; return why it cannot be reached yet, or None.
+
+    Raises:
+        ValueError: another try would fail, too: address or certificate are wrong, the server's policy is for another
+            robot, or it refuses this client.
+    """
+    if settings.certificate is not None and not uri.startswith("wss:"):
+        raise ValueError(f"a certificate is given, but {uri} is no address of a server with TLS: wss://HOST:PORT")
+    if uri.startswith("wss:"):
+        try:
+            settings.tls()
+        except OSError as error:
+            raise ValueError(f"certificate {settings.certificate} cannot be used: {error}") from error
+    try:
+        client = await AsyncPolicyClient.connect(uri, settings)
+    except UnavailableError as error:
+        return str(error)
+    await client.close()
+    return None

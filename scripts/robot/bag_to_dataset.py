@@ -3,7 +3,7 @@
     bag_to_dataset bags='[bag1, bag2]' robot=my_arm embodiment=my_arm topics=my_arm output=FOLDER
     bag_to_dataset bags='[bag1]' instruction="pick up the cube" output=FOLDER
 
-Each bag is read separately; the same command resumes an interrupted conversion. Needs the extra `dds`.
+Each bag is read separately; the same command resumes an interrupted conversion. Needs the extra `bags`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def run(config: DictConfig) -> None:
     """Convert the bags, and print how many seconds were left out and why.
 
     Raises:
-        ValueError: the bags have no episode or do not fit the configuration, or the extra `dds` is not installed.
+        ValueError: the bags have no episode or do not fit the configuration, or the extra `bags` is not installed.
     """
     try:
         from cogvla.real_robot.recording.bag_reader import BagReader
     except ModuleNotFoundError as error:
-        raise ValueError(f"bags need {error.name}: install the extra `dds`") from error
+        raise ValueError(f"bags need {error.name}: install the extra `bags`") from error
     robot = build(RobotConfig, plain(config.robot), "robot")
     embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
     topics = build(RosTopics, plain(config.topics), "topics")

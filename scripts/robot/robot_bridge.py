@@ -1,7 +1,7 @@
 """`robot_bridge`: connect a robot with ROS 2 topics to a policy server. A dry run unless dry_run=false.
 
     robot_bridge instruction="pick up the cube"                                  commands are shown, nothing moves
-    robot_bridge robot=my_arm embodiment=my_arm topics=my_arm dds.interface=eth0
+    robot_bridge robot=my_arm embodiment=my_arm topics=my_arm ros.discovery=SUBNET
     robot_bridge dry_run=false                                                   it moves after ~/activate is called
 
 Ctrl-C stops sending commands and prints a table of latencies.
@@ -14,7 +14,6 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -24,11 +23,11 @@ from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
-from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings, UnavailableError
-from cogvla.real_robot.serving.reconnecting import ReconnectingClient
+from cogvla.real_robot.serving.async_client import ClientSettings
+from cogvla.real_robot.serving.reconnecting import ReconnectingClient, check_server
 from cogvla.scripts import console
 from cogvla.scripts.command import plain, stop_event
-from cogvla.scripts.robot.robots import dds_node
+from cogvla.scripts.robot.robots import ros_node
 
 POLL_S = 0.2
 
@@ -49,9 +48,10 @@ def run(config: DictConfig) -> None:
         api_key=None if config.api_key is None else str(config.api_key),
         certificate=None if config.certificate is None else Path(config.certificate),
     )
-    asyncio.run(_check_server(config.server, asking))
+    if (waiting := asyncio.run(check_server(config.server, asking))) is not None:
+        print(f"no policy server yet: {waiting}", flush=True)
     client = ReconnectingClient(config.server, asking)
-    node = _node(config)
+    node = ros_node(config.transport, config.node, plain(config.ros))
     front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment)
     with node, Bridge(robot, embodiment, client, front_end, settings) as bridge:
         if config.instruction is not None:
@@ -68,20 +68,6 @@ def run(config: DictConfig) -> None:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-async def _check_server(uri: str, settings: ClientSettings) -> None:
-    """Check the policy server; only print a message if it is not running yet.
-
-    Raises:
-        ValueError: its policy is for another robot, or it refuses this client.
-    """
-    try:
-        client = await AsyncPolicyClient.connect(uri, settings)
-    except UnavailableError as error:
-        print(f"no policy server yet: {error}", flush=True)
-    else:
-        await client.close()
 
 
 def watch(bridge: Bridge, stop: threading.Event, failure: Callable[[], BaseException | None] = lambda: None) -> None:
@@ -112,14 +98,6 @@ def watch(bridge: Bridge, stop: threading.Event, failure: Callable[[], BaseExcep
 def _without_numbers(text: str) -> str:
     """Remove digits, so that changing ages do not count as changes of the state."""
     return "".join(letter for letter in text if not letter.isdigit())
-
-
-def _node(config: DictConfig) -> Any:
-    if config.transport != "dds":
-        raise ValueError(
-            f"transport must be dds, got {config.transport!r}; for rclpy, start the node of real_robot/ros/package"
-        )
-    return dds_node(config.node, **plain(config.dds))
 
 
 if __name__ == "__main__":

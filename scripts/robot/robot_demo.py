@@ -3,7 +3,7 @@
     robot_demo
     robot_demo tasks=null episodes_per_task=5 view=none direct=true        success with and without the wire
 
-        process sim_robot  <-- DDS on loopback -->  this process: bridge  <-- websocket -->  process policy_server
+        process sim_robot  <-- ROS 2 on loopback -->  this process: bridge  <-- websocket -->  process policy_server
 
 It shows the robot's cameras (in rerun, or as a video without a screen), and writes a report like that of `eval_libero`.
 """
@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -47,7 +48,7 @@ from cogvla.real_robot.serving.remote_policy import RemotePolicy
 from cogvla.real_robot.trials.trials import SimulatedScene, play
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
-from cogvla.scripts.robot.robots import dds_node
+from cogvla.scripts.robot.robots import ros_node
 
 START_S = 180.0
 """Longest time in which the server loads its policy."""
@@ -94,7 +95,7 @@ def _play(
     timeout_s = 2 * suite.max_steps / embodiment.control_hz + MARGIN_S
     results = []
     with ExitStack() as open_things:
-        node = dds_node("/cogvla_bridge", domain=config.domain)
+        node = ros_node(config.transport, "/cogvla_bridge", _ros(config))
         shown: VideoView | RerunView | None = None
         if view != "none":
             shown = (
@@ -145,7 +146,7 @@ def _report(
             "protocol": asdict(replace(protocol, execute_steps=steps)),
             "asked": "own task",
             "policy": remote.describe(),
-            "simulation": {"robot": "sim_robot, over DDS in real time", "loop": asdict(bridge.loop_settings)},
+            "simulation": {"robot": "sim_robot, over ROS 2 in real time", "loop": asdict(bridge.loop_settings)},
             "command": command,
             "workers": 0,
             "run": {"episodes": len(results), "seconds": sum(r.wall_s for r in results)},
@@ -161,7 +162,7 @@ def _report(
 def _directly(
     remote: RemotePolicy, suite: Suite, specs: Sequence[EpisodeSpec], protocol: EvaluationProtocol
 ) -> Iterator[EpisodeResult]:
-    """Play the same episodes with the same server in the rollout loop, without the simulated robot and DDS."""
+    """Play the same episodes with the same server in the rollout loop, without the simulated robot and ROS 2."""
     return rollout(remote, suite, specs, settings=protocol.rollout_settings())
 
 
@@ -198,16 +199,25 @@ def _healthy(port: int) -> bool:
         return False
 
 
+def _ros(config: DictConfig) -> dict[str, Any]:
+    """Return the settings of ROS 2: this machine only, whatever the environment says."""
+    return {"domain": config.domain, "discovery": "LOCALHOST"}
+
+
 @contextmanager
 def _simulator(config: DictConfig) -> Iterator[None]:
     size = config.embodiment.cameras[0].height
-    with _process("sim_robot", [f"suite={config.suite}", f"image_size={size}"], config):
+    with _process(
+        "sim_robot",
+        [f"suite={config.suite}", f"image_size={size}", *(f"ros.{k}={v}" for k, v in _ros(config).items())],
+        config,
+    ):
         yield
 
 
 @contextmanager
 def _process(name: str, arguments: Sequence[str], config: DictConfig) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, "ROS_DOMAIN_ID": str(config.domain), "OMP_NUM_THREADS": str(config.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
     shared = f"imports=[{','.join(config.imports)}]"
     command = [sys.executable, "-m", f"cogvla.scripts.robot.{name}", *arguments, shared]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)

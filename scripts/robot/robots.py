@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -14,18 +14,21 @@ from cogvla.configs.build import build
 from cogvla.policy.checkpoint_folder import check_checkpoint_folder
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import AsksPolicy, FrontEnd
-from cogvla.real_robot.ros.dds_settings import DdsSettings
+from cogvla.real_robot.ros.network import RosSettings
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.scripts.command import plain
 from cogvla.scripts.policies import open_any_policy
 
-TRANSPORTS = ("dds", "lerobot")
+if TYPE_CHECKING:
+    from cogvla.real_robot.ros.rclpy_node import OwnNode
+
+TRANSPORTS = ("rclpy", "lerobot")
 
 
 def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack) -> tuple[FrontEnd, Any]:
-    """Connect to the robot by `config.transport`; return its front end, and its DDS node or None.
+    """Connect to the robot by `config.transport`; return its front end, and its ROS 2 node or None.
 
     Raises:
         ValueError: the transport is unknown or not installed, or the robot does not fit the embodiment.
@@ -39,11 +42,11 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
         robot = make_robot(settings)
         settings.check_robot(robot, embodiment)  # before anything is connected
         return LeRobotFrontEnd(stack.enter_context(connected(robot)), settings, embodiment), None
-    if config.transport != "dds":
+    if config.transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {config.transport!r}")
     from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
 
-    node = dds_node(config.node, **plain(config.dds))
+    node = ros_node(config.transport, config.node, plain(config.ros))
     front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment)
     stack.enter_context(node)
     return front_end, node
@@ -79,20 +82,23 @@ def recorded_names(config: DictConfig, embodiment: Embodiment) -> dict[str, tupl
     return build(RosTopics, plain(config.topics), "topics").names(embodiment)
 
 
-def dds_node(name: str, **settings: Any) -> Any:
-    """Return a `DdsNode` that is not started yet; `settings` are fields of `DdsSettings`.
+def ros_node(transport: str, name: str, settings: Mapping[str, Any]) -> OwnNode:
+    """Return a ROS 2 node that is not started yet; `settings` are fields of `RosSettings`.
 
     Raises:
-        ValueError: the extra `dds` is not installed, or a setting is wrong.
+        ValueError: ROS 2 is not installed, the transport is another one, or a setting is wrong.
     """
+    if transport != "rclpy":
+        raise ValueError(f"transport must be rclpy, got {transport!r}")
+    network = build(RosSettings, settings, "ros")
     try:
-        from cogvla.real_robot.ros.dds import DdsNode
-    except ModuleNotFoundError as error:
+        from cogvla.real_robot.ros.rclpy_node import OwnNode
+    except ImportError as error:
         raise ValueError(
-            f"ROS 2 over DDS needs {error.name}: install the extra `dds` (x86-64 only); elsewhere, with ROS 2 "
-            "installed, use the node of real_robot/ros/package"
+            f"transport=rclpy needs ROS 2, {error}: `uv sync --extra ros` (x86-64 Linux), or source an installation of "
+            "ROS 2 for the same version of Python"
         ) from error
-    return DdsNode(name, build(DdsSettings, settings, "dds"))
+    return OwnNode(name, network)
 
 
 def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[AsksPolicy, Mapping[str, Any]]:

@@ -1,8 +1,8 @@
 """`run_trials`: run N trials of each instruction on a robot, judged by the operator or a simulator; write a report.
 
     run_trials server=ws://GPU:8000 transport=lerobot instructions='["pick up the cube"]' trials=10
-    run_trials transport=dds robot=my_arm embodiment=my_arm topics=my_arm dds.interface=eth0 instructions=...
-    run_trials transport=dds robot=tabletop embodiment=tabletop scene=simulated suite=tabletop_object   with `sim_robot`
+    run_trials transport=rclpy robot=my_arm embodiment=my_arm topics=my_arm ros.discovery=SUBNET instructions=...
+    run_trials transport=rclpy robot=tabletop embodiment=tabletop scene=simulated suite=tabletop_goal   with `sim_robot`
 
 Every trial is saved when it ends. The same command resumes an interrupted run, and repeats trials that ended in an
 error or a safety stop, which do not count as failures. `operator_scene` lists the keys; space is the emergency stop,
@@ -216,7 +216,7 @@ def _scene(
     scene: TrialScene
     if config.scene == "simulated":
         if node is None:
-            raise ValueError("scene=simulated needs transport=dds, by which a `sim_robot` is reached")
+            raise ValueError("scene=simulated needs transport=rclpy, by which a `sim_robot` is reached")
         scene, press = SimulatedScene(node), _ignore
     else:
         instructions = [task.instruction for task in suite.tasks]

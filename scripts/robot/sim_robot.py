@@ -1,4 +1,4 @@
-"""`sim_robot`: simulate the tabletop arm as a robot with ROS 2 topics; ROS 2 is not needed.
+"""`sim_robot`: simulate the tabletop arm as a robot with ROS 2 topics.
 
     sim_robot
     sim_robot suite=tabletop_goal task=3 initial_state=7
@@ -36,7 +36,7 @@ from cogvla.real_robot.simulated.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus, SimulatedArm
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain, stop_event
-from cogvla.scripts.robot.robots import dds_node
+from cogvla.scripts.robot.robots import ros_node
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def run(config: DictConfig) -> None:
     stop = stop_event()
     import_modules(config.imports)
     topics = build(RosTopics, plain(config.topics), "topics")
-    with dds_node(config.node, **plain(config.dds)) as node:
+    with ros_node(config.transport, config.node, plain(config.ros)) as node:
         robot = SimRobot(node, topics, config.suite, config.image_size, config.max_steps)
         robot.arm.set_scene(SceneStart(0, config.task, config.initial_state))
         print(f"{node.name} plays {config.suite}", flush=True)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import numpy as np
+from rclpy.serialization import deserialize_message
 
-from cogvla.real_robot.ros.dds import DdsNode
-from cogvla.real_robot.ros.dds_settings import DdsSettings
 from cogvla.real_robot.ros.messages import diagnostics_of, state_of
+from cogvla.real_robot.ros.network import RosSettings
 from cogvla.real_robot.ros.node import ARRAY, DIAGNOSTICS, JOINT_STATE, SET_BOOL, STRING, TRIGGER, Delivery, seconds_of
+from cogvla.real_robot.ros.rclpy_node import OwnNode, ros_type
 from cogvla.real_robot.simulated.simulated_arm import STATE_NAMES
 
 BRIDGE = "/cogvla_bridge"
@@ -26,18 +27,23 @@ COMMANDS = "/arm_controller/commands"
 
 
 class Process:
-    """A script of the tests (`.py`), or a command of this package, started as a user does.
+    """A script of the tests (`.py`), a module, or a command of this package, started as a user does.
 
     Its output is shown when a test fails.
     """
 
-    def __init__(self, name: str, *arguments: str, domain: int = 0) -> None:
-        environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        script = (
-            [str(Path(__file__).with_name(name))] if name.endswith(".py") else ["-m", f"cogvla.scripts.robot.{name}"]
-        )
+    def __init__(self, name: str, *arguments: str, domain: int = 0, **variables: str) -> None:
+        environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
+        script = ["-m", name if "." in name else f"cogvla.scripts.robot.{name}"]
+        if name.endswith(".py"):
+            script = [str(Path(__file__).with_name(name))]
         self.process = subprocess.Popen(
-            [sys.executable, *script, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, *script, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         self.lines: list[str] = []
         threading.Thread(target=self._read, args=(name,), daemon=True).start()
@@ -56,10 +62,10 @@ class Process:
         self.process.kill()
         self.process.wait(10)
 
-    def end(self, timeout_s: float = 30.0) -> int:
+    def end(self, timeout_s: float = 60.0, by: int = SIGINT) -> int:
         """As Ctrl-C ends; its exit status."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(by)
         try:
             return self.process.wait(timeout_s)
         finally:
@@ -77,7 +83,7 @@ class Operator:
     """
 
     def __init__(self, domain: int) -> None:
-        self.node = DdsNode("/operator", DdsSettings(domain=domain))
+        self.node = OwnNode("/operator", RosSettings(domain=domain))
         self.diagnostics: dict[str, Any] = {}
         self.commands: deque[tuple[float, np.ndarray]] = deque(maxlen=10_000)
         self.positions: deque[tuple[float, np.ndarray]] = deque(maxlen=10_000)
@@ -100,7 +106,7 @@ class Operator:
         self.positions.append((seconds_of(message.header.stamp), state_of(message, STATE_NAMES)))
 
     def _command(self, cdr: bytes, sent: float) -> None:
-        self.commands.append((sent, self.node.types.from_cdr(ARRAY, cdr).data))
+        self.commands.append((sent, np.asarray(deserialize_message(cdr, ros_type(ARRAY)).data)))
 
     def count(self, name: str) -> int:
         """Of the bridge's counters, by their name in the diagnostics."""

@@ -24,10 +24,11 @@ from cogvla.tests.support.extras import needs
 from cogvla.tests.support.policy_servers import StallingProxy, free_port, get
 from cogvla.tests.support.waiting import until
 
-pytest.importorskip("cyclonedds", reason=needs("dds"))
-pytest.importorskip("rosbags", reason=needs("dds"))
+pytest.importorskip("rclpy", reason=needs("ros"))
+pytest.importorskip("rosbags", reason=needs("bags"))
 
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
+from rosbags.typesys import Stores, get_typestore
 
 from cogvla.real_robot.ros.node import ARRAY, IMAGE, JOINT_STATE, Delivery
 from cogvla.tests.support.robot_processes import Operator, Process
@@ -276,7 +277,7 @@ def test_a_bag_at_twice_the_speed_moves_nothing(robot: Robot, tmp_path: Path) ->
         replay(operator, bag, speed=2.0)
         assert time.monotonic() < last, rehearsal.lines
     assert rehearsal.end() == 0
-    assert "dry run: nothing is sent" in rehearsal.lines[0]
+    assert any("dry run: nothing is sent" in line for line in rehearsal.lines)
     assert not np.any([action[:6] for action in since(operator, began)]), "the other bridge has never stopped holding"
 
 
@@ -308,13 +309,12 @@ TOPICS = {"/agentview/image_raw": IMAGE, "/wrist/image_raw": IMAGE, "/joint_stat
 def record(operator: Operator, path: Path, states: int) -> None:
     """The sensors as an MCAP bag, as `ros2 bag record` writes it, until it has so many joint states."""
     counts = dict.fromkeys(TOPICS, 0)
-    store = operator.node.types.store
     with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
         lock = threading.Lock()
         recording = threading.Event()
         recording.set()
         for topic, kind in TOPICS.items():
-            connection = writer.add_connection(topic, kind, typestore=store)
+            connection = writer.add_connection(topic, kind, typestore=get_typestore(Stores.ROS2_KILTED))
 
             def write(cdr: bytes, sent: float, connection: Any = connection) -> None:
                 with lock:

@@ -300,7 +300,7 @@ def test_drive_robot_refuses_what_cannot_be() -> None:
     with serving(Sweep(), keys=RequestKeys()) as (uri, _):
         with pytest.raises(ValueError, match="give dry_run=false with record"):
             run(command(uri, "record=somewhere"))
-        with pytest.raises(ValueError, match="transport must be one of dds, lerobot"):
+        with pytest.raises(ValueError, match="transport must be one of rclpy, lerobot"):
             run(command(uri, "transport=carrier_pigeon"))
         config = command(uri)
         config.embodiment.control_hz = 10.0

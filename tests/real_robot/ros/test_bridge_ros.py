@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
+import os
+import re
 import sys
 import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -25,11 +25,13 @@ from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros import messages as messages
 from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd, RosTopics
+from cogvla.real_robot.ros.network import PROFILE, PROFILE_VARIABLES, RosSettings, environment
 from cogvla.real_robot.ros.node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
+from cogvla.real_robot.ros.parameters import API_KEY, PARAMETERS, check_names, parts
 from cogvla.real_robot.serving.async_client import ClientSettings
-from cogvla.scripts.command import compose
-from cogvla.scripts.robot import robot_bridge
-from cogvla.tests.support.extras import needs
+from cogvla.real_robot.serving.reconnecting import check_server
+from cogvla.scripts.command import compose, plain
+from cogvla.scripts.robot.robots import ros_node
 from cogvla.tests.support.paths import ROOT
 from cogvla.tests.support.policy_servers import SumPolicy, free_port, serving
 
@@ -127,7 +129,7 @@ class Remembers:
 
     name: str = "/bridge"
     subscribed: dict[str, Callable[[Any], None]] = field(default_factory=dict)
-    deliveries: dict[str, Delivery] = field(default_factory=dict)
+    deliveries: list[tuple[str, Delivery]] = field(default_factory=list)
     published: list[tuple[str, str, Fields]] = field(default_factory=list)
     served: dict[str, Callable[[bool], Answer]] = field(default_factory=dict)
 
@@ -135,7 +137,8 @@ class Remembers:
         return time.time()
 
     def subscribe(self, topic: str, kind: str, delivery: Delivery, callback: Callable[[Any], None]) -> None:
-        self.subscribed[topic], self.deliveries[topic] = callback, delivery
+        self.subscribed[topic] = callback
+        self.deliveries.append((topic, delivery))
 
     def advertise(self, topic: str, kind: str, delivery: Delivery) -> Callable[[Fields], None]:
         return lambda fields: self.published.append((topic, kind, fields))
@@ -179,8 +182,8 @@ def test_sensors_reach_the_bridge_on_its_own_clock() -> None:
     assert stamp == pytest.approx(first - 0.25, abs=2 * taken)
     assert state_stamp == pytest.approx(first - 0.1, abs=2 * taken)
     assert len(values) == embodiment.state_dim
-    assert node.deliveries["/wrist/image_raw"] is Delivery.SENSOR
-    assert node.deliveries["/instruction"] is Delivery.LATCHED
+    assert ("/wrist/image_raw", Delivery.SENSOR) in node.deliveries
+    assert [d for topic, d in node.deliveries if topic == "/instruction"] == [Delivery.LATCHED, Delivery.EVENTS]
 
 
 def test_the_time_of_arrival_can_stand_for_the_stamp() -> None:
@@ -276,65 +279,126 @@ def test_named_configs_list_what_there_is(tmp_path: Path) -> None:
         load("topics", str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.parametrize("command", ["robot_bridge", "sim_robot", "drive_robot"])
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["transport=rclpy"], "transport must be dds, got 'rclpy'"),
-        (["dds.domain=400"], "dds.domain must be from 0 to 232"),
-        (["dds.distro=foxy"], "distro must be one of humble, iron, jazzy"),
-        ([], "ROS 2 over DDS needs cogvla.real_robot.ros.dds: install the extra `dds`"),
+        (["transport=dds"], "transport must be rclpy, got 'dds'"),
+        (["transport=rclpy", "ros.domain=400"], "ros.domain must be from 0 to 232"),
+        (["transport=rclpy", "ros.discovery=ETH0"], "ros.discovery must be one of OFF, LOCALHOST"),
+        (["transport=rclpy"], r"transport=rclpy needs ROS 2, .*: `uv sync --extra ros`"),
     ],
 )
-def test_mistakes_of_the_command_are_explained(changes: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not changes:
-        monkeypatch.setitem(sys.modules, "cogvla.real_robot.ros.dds", None)  # as if it could not be imported
-    elif changes[0].startswith("dds"):
-        pytest.importorskip("cyclonedds", reason=needs("dds"))
-    config = compose("robot_bridge", changes)
+def test_mistakes_of_the_command_are_explained(
+    command: str, changes: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cogvla.real_robot.ros.rclpy_node", None)  # as if it could not be imported
+    config = compose(command, changes)
     with pytest.raises(ValueError, match=words):
-        robot_bridge._node(config)
+        ros_node(config.transport, config.node, plain(config.ros))
+
+
+@pytest.mark.parametrize("mine", [*PROFILE_VARIABLES, None])
+def test_the_profile_for_large_images_is_loaded_unless_the_user_has_one(
+    mine: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in PROFILE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if mine is not None:
+        monkeypatch.setenv(mine, "/my/profile.xml")
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "SUBNET")
+    before = dict(os.environ)
+    with environment(RosSettings()):
+        assert os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] == "LOCALHOST"
+        assert os.environ.get(PROFILE_VARIABLES[0]) == (
+            str(PROFILE) if mine is None else before.get(PROFILE_VARIABLES[0])
+        )
+        assert os.environ.get(PROFILE_VARIABLES[1]) == before.get(PROFILE_VARIABLES[1])
+    assert dict(os.environ) == before
+    assert int(ElementTree.parse(PROFILE).findtext(".//{*}segment_size", "0")) == 64 * 2**20
 
 
 def test_a_policy_for_another_robot_is_refused_before_anything_starts() -> None:
     settings = ClientSettings(robot=build(Embodiment, load("embodiment", "tabletop"), "embodiment"))
     with serving(SumPolicy()) as (uri, _), pytest.raises(ValueError, match="does not fit the robot 'tabletop_panda'"):
-        asyncio.run(robot_bridge._check_server(uri, settings))
+        asyncio.run(check_server(uri, settings))
 
 
-def test_a_server_that_is_not_there_yet_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    asyncio.run(robot_bridge._check_server(f"ws://127.0.0.1:{free_port()}", ClientSettings()))
-    assert capsys.readouterr().out.startswith("no policy server yet: ")
+def test_a_server_that_is_not_there_yet_is_no_mistake() -> None:
+    waiting = asyncio.run(check_server(f"ws://127.0.0.1:{free_port()}", ClientSettings()))
+    assert waiting is not None
+    assert "cannot be reached" in waiting
 
 
-# --- the rclpy package ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("uri", "certificate", "words"),
+    [
+        ("nonsense", None, "is no address"),
+        ("http://127.0.0.1:1", None, "is no address"),
+        ("wss://127.0.0.1:1", "missing.pem", "certificate missing.pem cannot be used"),
+        ("ws://127.0.0.1:1", "missing.pem", "no address of a server with TLS"),
+    ],
+)
+def test_a_server_that_can_never_be_reached_is_a_mistake(uri: str, certificate: str | None, words: str) -> None:
+    settings = ClientSettings(certificate=None if certificate is None else Path(certificate))
+    with pytest.raises(ValueError, match=words):
+        asyncio.run(check_server(uri, settings))
 
 
-def ros2_module(name: str) -> ModuleType:
-    """A module of the package, which colcon installs and this repository does not."""
-    spec = spec_from_file_location(f"cogvla_bridge_{name}", ROS2 / "cogvla_bridge" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+# --- the lifecycle node, as far as it needs no ROS 2 ----------------------------------------------------------------
+
+DEFAULTS = {name: default for name, (default, _) in PARAMETERS.items()}
 
 
-def test_parameters_make_a_bridge_and_are_checked() -> None:
-    parameters = ros2_module("parameters")
-    values = {name: default for name, (default, _) in parameters.PARAMETERS.items()}
-    made = parameters.parts(values)
+def test_parameters_make_a_bridge_and_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(API_KEY, raising=False)
+    made = parts(DEFAULTS)
     assert made.settings.dry_run
     assert made.client.api_key is None
-    with pytest.raises(ValueError, match="robot 'crane' is neither"):
-        parameters.parts(values | {"robot": "crane"})
-    with pytest.raises(ValueError, match="names 7 joints"):
-        parameters.parts(values | {"topics": "six_joints"})
+    monkeypatch.setenv(API_KEY, "12345")
+    assert parts(DEFAULTS).client.api_key == "12345"
+    (tmp_path / "key").write_text("67890\n")
+    assert parts(DEFAULTS | {"api_key_file": str(tmp_path / "key")}).client.api_key == "67890"
+    made = parts(DEFAULTS | {"diagnostics_s": 2, "instruction": 7})
+    assert (made.settings.diagnostics_s, made.instruction) == (2.0, "7")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"robot": "crane"}, "robot 'crane' is neither"),
+        ({"robot": 7}, "robot '7' is neither"),
+        ({"topics": "six_joints"}, "names 7 joints"),
+        ({"dry_run": "false"}, "parameter dry_run must be true or false, got 'false'"),
+        ({"dry_run": 0}, "parameter dry_run must be true or false, got 0"),
+        ({"diagnostics_s": "1"}, "parameter diagnostics_s must be a number, got '1'"),
+        ({"diagnostics_s": True}, "parameter diagnostics_s must be a number"),
+        ({"diagnostics_s": 0}, "diagnostics_s must be positive"),
+        ({"instruction": False}, "parameter instruction must be a text"),
+        ({"api_key_file": "/nowhere/key"}, "api_key_file '/nowhere/key' cannot be read"),
+    ],
+)
+def test_wrong_parameters_are_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parts(DEFAULTS | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("api_key", f"set the variable {API_KEY}, or api_key_file"),
+        ("dryrun", "there is no parameter dryrun; there are"),
+    ],
+)
+def test_parameters_that_ros_2_would_ignore_are_refused(name: str, words: str) -> None:
+    check_names([*PARAMETERS, "use_sim_time", "qos_overrides./a.publisher.depth"])
+    with pytest.raises(ValueError, match=words):
+        check_names(["server", name])
 
 
 def test_the_parameter_file_has_every_parameter() -> None:
     written = yaml.safe_load((ROS2 / "config" / "tabletop.yaml").read_text())["/cogvla_bridge"]["ros__parameters"]
-    assert written == {name: default for name, (default, _) in ros2_module("parameters").PARAMETERS.items()}
+    assert written == DEFAULTS
 
 
 def test_the_package_says_the_same_everywhere() -> None:
@@ -348,67 +412,10 @@ def test_the_package_says_the_same_everywhere() -> None:
     for file in ("launch/bridge.launch.py", "config/tabletop.yaml", "package.xml"):
         assert f'"{file}"' in setup
         assert (ROS2 / file).is_file()
-    imported = {
-        node.module.partition(".")[0]
-        for node in ast.walk(ast.parse((ROS2 / "cogvla_bridge" / "node.py").read_text()))
-        if isinstance(node, ast.ImportFrom) and node.module
-    }
+    sources = [ROOT / "real_robot" / "ros" / f"{name}.py" for name in ("rclpy_node", "lifecycle_node", "node")]
+    text = "\n".join(source.read_text() for source in [*sources, ROS2 / "launch" / "bridge.launch.py"])
+    used = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) | set(
+        re.findall(r'"(\w+)/(?:msg|srv)/', text)
+    )
     declared = {element.text for element in manifest.iter("exec_depend")}
-    assert imported - {"__future__", "collections", "typing", "cogvla", "cogvla_bridge"} <= declared
-
-
-def test_messages_of_rclpy_are_filled_from_nested_values() -> None:
-    """Classes that are made like those that rosidl generates."""
-
-    class KeyValue:
-        def __init__(self) -> None:
-            self.key = self.value = ""
-
-    class Status:
-        def __init__(self) -> None:
-            self.level, self.name = b"\0", ""
-            self.values: list[KeyValue] = []
-
-        def get_fields_and_field_types(self) -> dict[str, str]:
-            return {"values": "sequence<diagnostic_msgs/KeyValue>"}
-
-    class Header:
-        def __init__(self) -> None:
-            self.stamp, self.frame_id = SimpleNamespace(sec=0, nanosec=0), ""
-
-    class Array:
-        def __init__(self) -> None:
-            self.header = Header()
-            self.status: list[Status] = []
-            self.numbers: list[float] = []
-
-        def get_fields_and_field_types(self) -> dict[str, str]:
-            return {"status": "sequence<diagnostic_msgs/DiagnosticStatus>"}
-
-    kinds = {"diagnostic_msgs/msg/DiagnosticStatus": Status, "diagnostic_msgs/msg/KeyValue": KeyValue}
-    status = {"level": 2, "name": "loop", "values": [{"key": "a", "value": "1"}]}
-    fields = {"header": {"stamp": stamp_of(1.5)}, "status": [status], "numbers": np.array([1.0, 2.0])}
-    filled = ros2_module("messages").fill(Array(), fields, kinds.__getitem__)
-    assert (filled.header.stamp.sec, filled.header.stamp.nanosec) == (1, 500_000_000)
-    assert filled.status[0].level == b"\2"
-    assert filled.status[0].values[0].value == "1"
-    assert filled.numbers == [1.0, 2.0]
-
-
-@pytest.mark.skipif(find_spec("rclpy") is None, reason="ROS 2 (rclpy) is not installed here")
-def test_the_lifecycle_node_configures_activates_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROS2))
-    import rclpy
-    from cogvla_bridge.node import BridgeNode
-    from rclpy.lifecycle import TransitionCallbackReturn
-
-    rclpy.init()
-    node = BridgeNode()
-    try:
-        for transition in (node.on_configure, node.on_activate, node.on_deactivate, node.on_cleanup):
-            assert transition(None) == TransitionCallbackReturn.SUCCESS
-            rclpy.spin_once(node, timeout_sec=0.1)
-    finally:
-        node.disconnect()
-        node.destroy_node()
-        rclpy.shutdown()
+    assert used - sys.stdlib_module_names - {"cogvla", "numpy", "launch"} == declared

@@ -15,8 +15,7 @@ from omegaconf import OmegaConf
 
 from cogvla.tests.support.extras import needs
 
-pytest.importorskip("rosbags", reason=needs("dds"))
-pytest.importorskip("cyclonedds", reason=needs("dds"))
+pytest.importorskip("rosbags", reason=needs("bags"))
 
 from rosbags.rosbag2 import StoragePlugin, Writer
 
@@ -32,9 +31,9 @@ from cogvla.real_robot.ros.messages import (
     trajectory_fields,
 )
 from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, TRAJECTORY
-from cogvla.real_robot.ros.types import RosTypes
 from cogvla.scripts.command import compose
 from cogvla.scripts.robot.bag_to_dataset import run
+from cogvla.tests.support.bag_messages import STORE, to_cdr
 
 HZ = 10.0
 ARM = Embodiment(
@@ -65,7 +64,6 @@ class Bag:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.types = RosTypes("humble")
         self.messages: list[tuple[float, str, str, Mapping[str, Any]]] = []
 
     def add(self, recorded: float, topic: str, kind: str, fields: Mapping[str, Any]) -> None:
@@ -98,8 +96,8 @@ class Bag:
             connections: dict[str, Any] = {}
             for recorded, topic, kind, fields in sorted(self.messages, key=lambda m: m[0]):
                 if topic not in connections:
-                    connections[topic] = writer.add_connection(topic, kind, typestore=self.types.store)
-                writer.write(connections[topic], round((BEGIN + recorded) * 1e9), self.types.to_cdr(kind, fields))
+                    connections[topic] = writer.add_connection(topic, kind, typestore=STORE)
+                writer.write(connections[topic], round((BEGIN + recorded) * 1e9), to_cdr(kind, fields))
         return self.path
 
 

@@ -357,7 +357,7 @@ def test_run_trials_from_the_first_key_to_the_report(
     ("overrides", "message"),
     [
         (["scene=weather"], "scene must be one of operator, simulated"),
-        (["scene=simulated"], "scene=simulated needs transport=dds"),
+        (["scene=simulated"], "scene=simulated needs transport=rclpy"),
         (["limit_s=0"], "limit_s must be at least one control period"),
         (["trials=0"], "at least one episode per task"),
     ],

@@ -176,8 +176,8 @@ def test_unknown_faults_are_refused(text: str) -> None:
 
 
 def test_the_shipped_policy_does_its_task_over_the_wire() -> None:
-    """sim_robot -> DDS -> robot_bridge -> websocket -> policy_server -> trajectories of displacements -> arm."""
-    pytest.importorskip("cyclonedds", reason=needs("dds"))
+    """sim_robot -> ROS 2 -> robot_bridge -> websocket -> policy_server -> trajectories of displacements -> arm."""
+    pytest.importorskip("rclpy", reason=needs("ros"))
     from cogvla.tests.support.robot_processes import Operator, Process
 
     port = free_port()
@@ -217,7 +217,7 @@ def episode(operator: Any, number: int, task: int) -> dict[str, Any]:
 
 
 def test_the_demo_reports_as_an_evaluation_does(tmp_path: Path) -> None:
-    pytest.importorskip("cyclonedds", reason=needs("dds"))
+    pytest.importorskip("rclpy", reason=needs("ros"))
     from cogvla.envs.rollout.video import contact_sheet
     from cogvla.scripts.robot.robot_demo import run
 

@@ -12,6 +12,8 @@ from launch_ros.events.lifecycle import ChangeState
 from launch_ros.substitutions import FindPackageShare
 from lifecycle_msgs.msg import Transition
 
+from cogvla.real_robot.ros.network import profile_variables
+
 
 def generate_launch_description() -> LaunchDescription:
     """Return the launch description. Arguments: `params`, a YAML file of parameters; `dry_run`, true or false."""
@@ -22,6 +24,7 @@ def generate_launch_description() -> LaunchDescription:
         name="cogvla_bridge",
         namespace="",
         output="screen",
+        additional_env=profile_variables(),
         parameters=[LaunchConfiguration("params"), {"dry_run": LaunchConfiguration("dry_run")}],
     )
     configure = EmitEvent(

@@ -1,0 +1,231 @@
+"""The lifecycle node as a process, between a policy server and the simulated robot, by its services and topics only."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from cogvla.tests.support.extras import needs
+from cogvla.tests.support.policy_servers import SumPolicy, free_port, get, serving
+from cogvla.tests.support.waiting import until
+
+pytest.importorskip("rclpy", reason=needs("ros"))
+
+from cogvla.real_robot.ros.messages import image_fields
+from cogvla.real_robot.ros.node import IMAGE, SET_BOOL, STRING, TRIGGER, Delivery
+from cogvla.tests.support.robot_processes import BRIDGE, Operator, Process
+
+DOMAIN = 1 + os.getpid() % 50
+PERIOD = 0.05
+TOLERANT = {"image_age_s": 2.0, "state_age_s": 2.0, "sync_tolerance_s": 0.5, "deadline_s": 5.0, "hold_limit_s": 600.0}
+CONFIGURE, CLEANUP, ACTIVATE, DEACTIVATE = 1, 2, 3, 4
+TEXT, BOOLEAN, DOUBLE = 4, 1, 3
+SERVICES = {
+    "estop": SET_BOOL,
+    "reset": TRIGGER,
+    "activate": SET_BOOL,
+    "set_parameters": "rcl_interfaces/srv/SetParameters",
+    "change_state": "lifecycle_msgs/srv/ChangeState",
+    "get_state": "lifecycle_msgs/srv/GetState",
+}
+
+
+class Node:
+    """The node as a process, and what its user does with it."""
+
+    def __init__(self, folder: Path, operator: Operator, domain: int = DOMAIN, **parameters: Any) -> None:
+        robot = yaml.safe_load((Path(__file__).parents[3] / "configs" / "robot" / "tabletop.yaml").read_text())
+        robot["loop"] |= {"ask": "ahead", "execute_steps": None, **TOLERANT}
+        del robot["defaults"]
+        (folder / "robot.yaml").write_text(yaml.safe_dump(robot))
+        values = {"robot": str(folder / "robot.yaml"), "diagnostics_s": 0.05, **parameters}
+        file = folder / "parameters.yaml"
+        file.write_text(yaml.safe_dump({BRIDGE: {"ros__parameters": values}}))
+        self.operator = operator
+        self.process = Process(
+            "cogvla.real_robot.ros.lifecycle_node", "--ros-args", "--params-file", str(file), domain=domain
+        )
+        for service, kind in SERVICES.items():
+            operator.node.client(f"{BRIDGE}/{service}", kind)
+        until(self.answers, 120)  # whoever knows this client, the last one made, knows all of them
+
+    def answers(self) -> bool:
+        try:
+            self.operator.node.request(f"{BRIDGE}/get_state", SERVICES["get_state"], {}, timeout_s=3)
+        except TimeoutError:
+            return False
+        return True
+
+    def change(self, transition: int) -> bool:
+        request = {"transition": {"id": transition}}
+        kind = "lifecycle_msgs/srv/ChangeState"
+        answer = self.operator.node.request(f"{BRIDGE}/change_state", kind, request, timeout_s=60)
+        return bool(answer.success)
+
+    def state(self) -> str:
+        kind = "lifecycle_msgs/srv/GetState"
+        return str(self.operator.node.request(f"{BRIDGE}/get_state", kind, {}, timeout_s=60).current_state.label)
+
+    def set(self, name: str, **value: Any) -> tuple[bool, str]:
+        request = {"parameters": [{"name": name, "value": value}]}
+        kind = "rcl_interfaces/srv/SetParameters"
+        answer = self.operator.node.request(f"{BRIDGE}/set_parameters", kind, request, timeout_s=60)
+        return answer.results[0].successful, answer.results[0].reason
+
+    def said(self, words: str) -> None:
+        until(lambda: any(words in line for line in self.process.lines), 60)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    port = free_port()
+    process = Process("circle_server.py", str(port))
+    uri = f"ws://127.0.0.1:{port}"
+    until(lambda: get(uri, "/healthz")[0] == 200, 120)
+    yield uri
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def operator() -> Iterator[Operator]:
+    robot, made = Process("sim_robot", domain=DOMAIN), Operator(DOMAIN)
+    yield made
+    robot.kill()
+    made.close()
+
+
+@pytest.fixture
+def node(server: str, operator: Operator, tmp_path: Path) -> Iterator[Node]:
+    operator.diagnostics = {}
+    made = Node(tmp_path, operator, server=server, dry_run=False, instruction="draw", diagnostics_s=1)
+    yield made
+    made.process.kill()
+    assert not any("Traceback" in line for line in made.process.lines)
+
+
+def test_the_lifecycle_and_the_operators_orders(node: Node, operator: Operator) -> None:
+    refused = (False, "not active: activate the lifecycle node first")
+    assert operator.activate() == refused
+    assert node.state() == "unconfigured"
+    assert operator.estop() == (True, "engaged")  # heard without a bridge, and kept
+    assert node.change(CONFIGURE)
+    assert node.state() == "inactive"
+    operator.state("stopped", "emergency stop")
+    assert operator.activate() == refused
+    assert not node.change(ACTIVATE), "the emergency stop is engaged"
+    assert operator.reset() == (False, "the emergency stop is engaged")
+    operator.estop(False)
+    assert not node.change(ACTIVATE), "not reset yet"
+    assert node.change(CLEANUP)
+    assert node.change(CONFIGURE)
+    assert not node.change(ACTIVATE), "neither cleanup nor configure resets it"
+    assert operator.reset()[0]
+    assert operator.activate() == refused
+    assert not operator.commands
+    assert node.change(ACTIVATE)
+    operator.state("running")
+
+    ok, reason = node.set("dry_run", type=BOOLEAN, bool_value=True)
+    assert (ok, reason) == (False, "dry_run is read when the node is configured: deactivate and clean up first")
+    assert not node.set("diagnostics_s", type=DOUBLE, double_value=2.0)[0]
+
+    write = operator.node.advertise("/instruction", STRING, Delivery.EVENTS)  # volatile
+
+    def written() -> bool:
+        write({"data": ""})
+        return operator.diagnostics["state"] == "holding"
+
+    operator.until(written)
+    operator.instruct("draw again")  # latched
+    operator.state("running")
+    assert node.change(DEACTIVATE)
+    operator.state("idle")
+    assert operator.activate() == refused
+    assert node.process.end(by=signal.SIGTERM) == 0
+
+
+def test_an_emergency_stop_at_any_moment_is_the_last_word(node: Node, operator: Operator) -> None:
+    assert node.change(CONFIGURE)
+    assert node.change(ACTIVATE)
+    chance = random.Random(0)
+    for _ in range(30):
+        operator.state("running")
+        time.sleep(chance.uniform(0, 3 * PERIOD))
+        assert operator.estop() == (True, "engaged")
+        confirmed = time.time()
+        seen = operator.count("tick")
+        operator.until(
+            lambda seen=seen: operator.diagnostics["state"] == "stopped" and operator.count("tick") > seen + 3
+        )
+        assert not [sent for sent, _ in list(operator.commands) if sent > confirmed]
+        operator.estop(False)
+        operator.reset()
+        assert operator.activate()[0]
+    assert np.isfinite([action for _, action in operator.commands]).all()
+    assert node.process.end(by=signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"server": "nonsense"}, "'nonsense' is no address"),
+        ({"server": "http://127.0.0.1:1"}, "is no address; give ws://HOST:PORT"),
+        ({"server": "wss://127.0.0.1:1", "certificate": "/no.pem"}, "certificate /no.pem cannot be used"),
+        ({"api_key": 12345}, "api_key is no parameter, because every node could read it"),
+        ({"dryrun": False}, "there is no parameter dryrun"),
+        ({"dry_run": "no"}, "parameter dry_run must be true or false, got 'no'"),
+        ({"topics": "six_joints"}, "topics.joints names 7 joints"),
+    ],
+)
+def test_configure_says_what_is_wrong(
+    operator: Operator, parameters: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    node = Node(tmp_path, operator, **parameters)
+    assert not node.change(CONFIGURE)
+    node.said(words)
+    assert node.state() == "unconfigured"
+    assert node.process.end() == 0
+    assert not any("Traceback" in line or "12345" in line for line in node.process.lines)
+
+
+def test_a_policy_of_another_robot_is_refused_and_an_absent_server_is_waited_for(
+    operator: Operator, tmp_path: Path
+) -> None:
+    with serving(SumPolicy()) as (uri, _):
+        node = Node(tmp_path, operator, server=uri)
+        assert not node.change(CONFIGURE)
+    node.said("does not fit the robot")
+    absent = f"ws://127.0.0.1:{free_port()}"
+    assert node.set("server", type=TEXT, string_value=absent) == (True, "")
+    assert node.change(CONFIGURE)
+    node.said("no policy server yet, the arm will hold until there is one")
+    assert node.process.end() == 0
+
+
+def test_large_images_arrive(operator: Operator) -> None:
+    """Two cameras of 1280x720: the default shared memory of Fast DDS holds not even one image."""
+    got: list[int] = []
+    image = np.zeros((720, 1280, 3), np.uint8)
+    for camera in ("left", "right"):
+        operator.node.subscribe(
+            f"/large/{camera}", IMAGE, Delivery.SENSOR, lambda message: got.append(len(message.data))
+        )
+    cameras = [operator.node.advertise(f"/large/{camera}", IMAGE, Delivery.SENSOR) for camera in ("left", "right")]
+
+    def sent() -> bool:
+        for send in cameras:
+            send(image_fields(image, 1.0, "camera"))
+        time.sleep(PERIOD)
+        return len(got) >= 40
+
+    operator.until(sent)
+    assert set(got) == {image.size}
