@@ -198,7 +198,7 @@ def test_what_cannot_be_read_is_counted() -> None:
     node, bridge, _, _ = front("tabletop")
     node.subscribed["/joint_states"](as_message(messages.joint_state_fields({"tcp_x": 0.0}, node.now())))
     bad = as_message(messages.image_fields(np.zeros((2, 2, 3), np.uint8), node.now(), "wrist"))
-    bad.encoding = "yuv422"
+    bad.encoding = "mono16"
     node.subscribed["/wrist/image_raw"](bad)
     assert [told[:3] for told in bridge.told] == [
         ("refuse", "state", "unreadable"),
