@@ -136,13 +136,22 @@ def array_fields(action_A: np.ndarray) -> Fields:
     return {"layout": {"dim": [dimension]}, "data": np.asarray(action_A, float)}
 
 
-def trajectory_fields(action_A: np.ndarray, joints: Sequence[str], period_s: float) -> Fields:
-    """Return the fields of a trajectory_msgs/JointTrajectory with one point, to reach in one control period.
+def trajectory_fields(action_A: np.ndarray, joints: Sequence[str], after_s: float) -> Fields:
+    """Return the fields of a trajectory_msgs/JointTrajectory with one point, to reach in `after_s` seconds.
 
     The stamp is 0, which means now. Without velocities the controller interpolates positions and ends at rest.
     """
-    point = {"positions": np.asarray(action_A, float), "time_from_start": stamp_of(period_s)}
+    point = {"positions": np.asarray(action_A, float), "time_from_start": stamp_of(after_s)}
     return {"joint_names": list(joints), "points": [point]}
+
+
+def twist_fields(velocity_6: np.ndarray, stamp: float, frame: str) -> Fields:
+    """Return the fields of a geometry_msgs/TwistStamped from linear and angular velocity [6]."""
+    x, y, z, roll, pitch, yaw = map(float, velocity_6)
+    return {
+        "header": {"stamp": stamp_of(stamp), "frame_id": frame},
+        "twist": {"linear": {"x": x, "y": y, "z": z}, "angular": {"x": roll, "y": pitch, "z": yaw}},
+    }
 
 
 LEVELS = {"idle": 0, "running": 0, "holding": 1, "stopped": 2}

@@ -26,7 +26,7 @@ from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros import messages as messages
 from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd, RosTopics
 from cogvla.real_robot.ros.network import PROFILE, PROFILE_VARIABLES, RosSettings, environment
-from cogvla.real_robot.ros.node import ARRAY, TRAJECTORY, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
+from cogvla.real_robot.ros.node import ARRAY, TRAJECTORY, TWIST, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
 from cogvla.real_robot.ros.parameters import API_KEY, PARAMETERS, check_names, parts
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import check_server
@@ -34,6 +34,7 @@ from cogvla.scripts.command import compose, plain
 from cogvla.scripts.robot.robots import ros_node
 from cogvla.tests.support.paths import ROOT
 from cogvla.tests.support.policy_servers import SumPolicy, free_port, serving
+from cogvla.tests.support.waiting import until
 
 ROS2 = ROOT / "real_robot" / "ros" / "package"
 
@@ -241,9 +242,37 @@ def test_joint_targets_go_out_as_a_trajectory_and_a_gripper() -> None:
     assert (topic, kind) == ("/joint_trajectory_controller/joint_trajectory", TRAJECTORY)
     assert fields["joint_names"] == [f"joint{i}" for i in range(1, 7)]
     np.testing.assert_array_equal(fields["points"][0]["positions"], np.arange(6.0))
-    assert fields["points"][0]["time_from_start"]["nanosec"] == round(1e9 / embodiment.control_hz)
+    assert fields["points"][0]["time_from_start"]["nanosec"] == round(1.5e9 / embodiment.control_hz)
     assert (gripper, gripper_kind) == ("/gripper_controller/commands", ARRAY)
     np.testing.assert_array_equal(grip["data"], [6.0])
+
+
+TWISTS = {"twist_scale": [1, 1, 1, 2, 2, 2], "twist_frame": "base"}
+
+
+def test_a_twist_is_scaled_and_ends_when_commands_end() -> None:
+    grips = {"gripper": "/gripper/commands", "gripper_positions": [0.04, 0.0]}
+    node, _, made, embodiment = front("tabletop", command_type="twist", **TWISTS, **grips)
+    opened, closed = embodiment.gripper_open, embodiment.gripper_close
+    made.send(np.array([0.1, 0, 0, 0, 0, 0.5, closed]), False)
+    made.send(np.array([0.1, 0, 0, 0, 0, 0.5, opened]), False)
+    until(lambda: [topic for topic, _, _ in node.published].count("/arm_controller/commands") == 3)
+    made.close()
+    (_, kind, fields), (_, _, grip), _, (_, _, later), (_, _, last) = node.published[:5]
+    assert kind == TWIST
+    assert fields["header"]["frame_id"] == "base"
+    assert (fields["twist"]["linear"]["x"], fields["twist"]["angular"]["z"]) == (0.1, 1.0)
+    assert (grip["data"], later["data"]) == (pytest.approx([0.0]), pytest.approx([0.04]))
+    assert not any([*last["twist"]["linear"].values(), *last["twist"]["angular"].values()]), "it stops by itself"
+    assert len(node.published) == 5, "at rest, the end says nothing"
+
+
+def test_a_dry_run_sends_no_twist_and_the_end_of_a_motion_stops_it() -> None:
+    for dry_run, sent in ((True, 0), (False, 2)):
+        node, _, made, _ = front("tabletop", command_type="twist", gripper="/gripper/commands", **TWISTS)
+        made.send(np.ones(7), dry_run)
+        made.close()
+        assert [topic for topic, _, _ in node.published].count("/arm_controller/commands") == sent
 
 
 @pytest.mark.parametrize(
@@ -251,9 +280,14 @@ def test_joint_targets_go_out_as_a_trajectory_and_a_gripper() -> None:
     [
         ({"cameras": {"agentview": "/a"}}, "give a topic for each"),
         ({"joints": ["a", "b"]}, "names 2 joints, the state of 'tabletop_panda' has 8 entries"),
-        ({"command_type": "twist"}, "command_type must be one of array, trajectory"),
+        ({"command_type": "speed"}, "command_type must be one of array, trajectory, twist"),
         ({"stamps": "now"}, "stamps must be one of header, arrival"),
         ({"command_type": "trajectory"}, "command_joints names the joints of a trajectory"),
+        ({"command_type": "twist"}, "command_type=twist, which needs both"),
+        ({"command_type": "twist", **TWISTS}, "a twist has 6 numbers, the command of 'tabletop_panda' has 7"),
+        ({"gripper_positions": [0, 1]}, "gripper_positions needs topics.gripper"),
+        ({"twist_scale": [1, 2]}, "twist_scale must be 6 finite numbers"),
+        ({"point_periods": 0}, "point_periods must be above 0"),
         ({"command_type": "trajectory", "command_joints": ["a"]}, "names 1 joints, the command has 7"),
     ],
 )
