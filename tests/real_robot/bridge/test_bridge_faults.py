@@ -33,7 +33,7 @@ from rosbags.typesys import Stores, get_typestore
 from cogvla.real_robot.ros.node import ARRAY, IMAGE, JOINT_STATE, Delivery
 from cogvla.tests.support.robot_processes import Operator, Process
 
-DOMAIN = 10 + os.getpid() % 80
+DOMAIN = 10 + os.getpid() % 30
 PERIOD = 0.05
 TOLERANT = [
     "robot.loop.ask=ahead",

@@ -24,7 +24,7 @@ from cogvla.real_robot.ros.messages import image_fields
 from cogvla.real_robot.ros.node import IMAGE, SET_BOOL, STRING, TRIGGER, Delivery
 from cogvla.tests.support.robot_processes import BRIDGE, Operator, Process
 
-DOMAIN = 1 + os.getpid() % 50
+DOMAIN = 101 + os.getpid() % 40
 PERIOD = 0.05
 TOLERANT = {"image_age_s": 2.0, "state_age_s": 2.0, "sync_tolerance_s": 0.5, "deadline_s": 5.0, "hold_limit_s": 600.0}
 CONFIGURE, CLEANUP, ACTIVATE, DEACTIVATE = 1, 2, 3, 4

@@ -21,7 +21,7 @@ from cogvla.tests.support.point_suite import toy_suite
 from cogvla.tests.support.policy_servers import free_port, get
 from cogvla.tests.support.waiting import until
 
-DOMAIN = 140 + os.getpid() % 30
+DOMAIN = 40 + os.getpid() % 30
 
 # --- the arm in real time -------------------------------------------------------------------------------------------
 
