@@ -9,7 +9,7 @@ import numpy as np
 
 from cogvla.envs.rotations import rotation_matrix
 from cogvla.libero.experts.hand import Hand
-from cogvla.libero.experts.motion import CLOSE, DOWN, Move, along, over, pointing
+from cogvla.libero.experts.motion import CLOSE, DOWN, OPEN, Move, along, over, pointing, turn_left
 from cogvla.libero.experts.places import place_for
 from cogvla.libero.experts.view import Joint, SceneView
 
@@ -23,7 +23,17 @@ _BEFORE = 0.06
 """Metres in front of a drawer or door where a push starts."""
 _DOOR_SIDE = 0.85
 """Point where a door is pushed, as a fraction of the way from its hinge to its far side."""
+_LEAN = 0.4
+"""Radians that a hand leans back which shuts a drawer."""
 _PUSH = 0.06
+_TILT = 0.5
+"""Radians below the horizontal that the hand points which slides something in."""
+_OVER_FLOOR, _BEFORE_DOOR = 0.010, 0.10
+"""Metres over the floor of a fixture, and before the inside of it, where the item has to be in line."""
+_TURNED, _TURN_BEFORE, _TURN_ABOVE, _NEAR_TURN = 0.3, 0.10, 0.12, 0.05
+"""Radians of a turn that is not done yet; metres before and above the handle where the hand turns, and how near."""
+_IN_LINE, _DEEP_ENOUGH = 0.012, 0.010
+_RIM, _HANDLE = 0.01, 0.9
 _PRESS_DEPTH = 0.006
 _PLATE_DEPTH = 0.006
 _ON_PLATE = 0.045
@@ -59,9 +69,13 @@ def turn_on(hand: Hand, fixture: str) -> Move:
 
 
 def close(hand: Hand, name: str) -> Move:
-    """Push the bar of a drawer, or the far side of a door, with the fist."""
+    """Push the bar of a drawer, or the far side of a door, with the fist.
+
+    At a drawer the hand leans back, or the palm would hit the bars of the drawers above.
+    """
     view, joint = hand.view, _joint(hand, name)
     body = view.joint_body(joint)
+    rotation = hand.level()
     if view.is_thing(name):
         points_P3 = view.points(body)
         arms_P3 = (points_P3 - joint.pivot) * (1.0, 1.0, 0.0)
@@ -71,13 +85,63 @@ def close(hand: Hand, name: str) -> Move:
         out = np.cross(joint.out, arm) / np.linalg.norm(arm)
     else:
         bar, out = view.outermost(body, joint.out), joint.out
+        rotation = pointing(np.cos(_LEAN) * DOWN - np.sin(_LEAN) * out, np.cross(out, _UP), view.rotation)
     offset = view.gripper - bar
     ahead = float(offset @ out)
     aside = offset - ahead * out
-    level = hand.level()
     if 0.0 < ahead < _BEFORE + 0.03 and float(np.linalg.norm(aside)) < 0.025:
-        return Move("push", bar - _PUSH * out, level, CLOSE)
-    return Move("approach", over(view, bar + _BEFORE * out, level), level, hand.fist())
+        return Move("push", bar - _PUSH * out, rotation, CLOSE)
+    return Move("approach", over(view, bar + _BEFORE * out, rotation), rotation, hand.fist())
+
+
+def insert(hand: Hand, item: str, region: str) -> Move:
+    """Take an item by its handle, from the front, and slide it into a fixture that is open at one side only."""
+    view = hand.view
+    inward, middle = _inside(view, region)
+    handle = _handle(view, item)
+    rotation = pointing(np.cos(_TILT) * inward + np.sin(_TILT) * DOWN, np.cross(inward, _UP), view.rotation)
+    low, high = view.box(item)
+    way = middle - np.array([*(low + high)[:2] / 2, low[2] - _OVER_FLOOR])
+    deep = float(way @ inward)
+    aside = way - deep * inward
+    if deep < _DEEP_ENOUGH:
+        leaving = hand.leave()
+        return Move("release", view.gripper, view.rotation, OPEN) if leaving is None else leaving
+    if not hand.grips(item, handle, item):
+        aim = along(view, handle, rotation[:, 2], rotation)
+        if not hand.closing and float(np.linalg.norm(turn_left(view, rotation))) > _TURNED:
+            # the hand turns above and before the item, with room for the palm beside an open door
+            aim, level = handle - _TURN_BEFORE * inward + _TURN_ABOVE * _UP, hand.level()
+            if float(np.hypot(*(aim - view.gripper)[:2])) > _NEAR_TURN:
+                return Move("approach", over(view, aim, level), level, OPEN)
+        return hand.grip(item, handle, rotation, aim)
+    before = deep - float(np.abs(inward) @ view.region_half(region)) - _BEFORE_DOOR
+    in_line = float(np.linalg.norm(aside)) < _IN_LINE
+    ahead = min(deep, _STRIDE) if in_line else float(np.clip(before, -_STRIDE, _STRIDE))
+    return Move("transport" if before > 0.0 else "lower", view.gripper + aside + ahead * inward, rotation, CLOSE)
+
+
+def _inside(view: SceneView, region: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the way into a fixture from its open side [3], and the middle of the floor inside [3]."""
+    owner, centre = view.owner(region), view.position(region)
+    assert owner is not None, f"{region} belongs to a thing"
+    axes = view.region_frame(region)[:, :2].T
+    sides = [sign * axis for axis in axes for sign in (-1.0, 1.0)]
+    inward = -max(sides, key=lambda side: view.room(owner, centre, side))
+    across = np.cross(inward, _UP)
+    left, right = (view.room(owner, centre, side) for side in (across, -across))
+    middle = centre + (left - right) / 2 * across
+    middle[2] = centre[2] - view.room(owner, centre, DOWN)
+    return inward, middle
+
+
+def _handle(view: SceneView, item: str) -> np.ndarray:
+    """Return the middle [3] of what sticks out most from an upright item."""
+    points_P3 = view.points(item)
+    rim_P3 = points_P3[points_P3[:, 2] > points_P3[:, 2].max() - _RIM]
+    out_P = np.linalg.norm((points_P3 - (rim_P3.min(0) + rim_P3.max(0)) / 2)[:, :2], axis=1)
+    far_P3 = points_P3[out_P > _HANDLE * out_P.max()]
+    return (far_P3.min(0) + far_P3.max(0)) / 2
 
 
 def push(hand: Hand, item: str, where: str) -> Move:

@@ -63,6 +63,19 @@ class Hand:
             return True
         return not self.has(item) and self.view.gripper[2] > self.view.box(item)[1][2] + _AWAY
 
+    def rise_from(self, next_item: str) -> Move | None:
+        """Let go of the item that the hand took last and rise above it, without a turn; None when that is done.
+
+        Args:
+            next_item: what the hand goes to next; it does not rise from that.
+        """
+        item = self._item
+        if item in ("", next_item) or not self.view.is_thing(item) or self.is_away(item):
+            return None
+        self.closing = 0
+        up = _RETREAT if self.is_open or not any(self.view.touching(item)) else 0.0
+        return Move("release", self.view.gripper + np.array([0.0, 0.0, up]), self.view.rotation, OPEN)
+
     def grips(self, name: str, point: np.ndarray, body: str) -> bool:
         """Return True if the hand has closed on a part (`body`) of a fixture at a point [3]."""
         near = float(np.linalg.norm(point - self.view.gripper)) < _LOST

@@ -11,7 +11,9 @@ from cogvla.libero.experts.view import Joint, SceneView
 _UP_THE_SLOPE, _ALONG_THE_RACK = 0.05, 0.05
 """Metres on a wine rack from the region's centre, away from the post in its middle."""
 _BESIDE = 0.05
-_INTO_DRAWER = 0.02
+_INTO_DRAWER = 0.01
+_INTO_DRAWER_DEPTH = 0.02
+"""Metres below the upper end of a drawer's walls that the fingers may reach."""
 _INTO_BOWL = 0.015
 _BESIDE_DRAWER, _ENOUGH = 0.075, 0.055
 """Metres from what a drawer opens over to the middle of a thing that the hand takes beside it: aim, and what is enough.
@@ -67,7 +69,8 @@ def place_for(view: SceneView, name: str, side: int = 0) -> Place:
     if joint is not None:
         low, high = view.box(view.joint_body(joint))
         point = centre + _INTO_DRAWER * joint.out
-        return Place(np.array([point[0], point[1], low[2] + 0.012]), 0.02, 0.03, walls=high[2], fixture=owner)
+        point[2] = low[2] + 0.012
+        return Place(point, 0.02, 0.03, walls=high[2] - _INTO_DRAWER_DEPTH, fixture=owner)
     frame = view.region_frame(name)
     if abs(frame[2, 2]) < 0.9:  # a slope; the region's third axis points up along it
         up = frame[:, 2] * np.sign(frame[2, 2])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 VERBS = ("clear", "open", "turnon", "put", "push", "close")
 """Verbs of subgoals, in the order in which the expert carries them out."""
 _PREDICATES = {"in": "put", "on": "put", "open": "open", "close": "close", "turnon": "turnon"}
+_BEHIND_DOOR = "_heating_region"
 _DRAWER = re.compile(r".*cabinet_\d+_(top|middle|bottom)_region$")
 
 
@@ -61,8 +62,13 @@ def subgoals(goal: Iterable[tuple[str, ...]]) -> tuple[Subgoal, ...]:
     return tuple(sorted(found, key=lambda subgoal: VERBS.index(subgoal.verb)))
 
 
+def has_door(place: str) -> bool:
+    """Return True for the inside of something with a door at its front."""
+    return place.endswith(_BEHIND_DOOR)
+
+
 def door_of(place: str) -> str | None:
     """Return the drawer or door that must be open before something can go into a place; None if there is none."""
     if _DRAWER.match(place):
         return place
-    return place.removesuffix("_heating_region") if place.endswith("_heating_region") else None
+    return place.removesuffix(_BEHIND_DOOR) if has_door(place) else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from cogvla.libero.experts.fixtures import close, open_drawer, push, turn_on
+from cogvla.libero.experts.fixtures import close, insert, open_drawer, push, turn_on
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import Move
 from cogvla.libero.experts.places import in_the_way, is_shut, place_beside
-from cogvla.libero.experts.plan import Subgoal
+from cogvla.libero.experts.plan import Subgoal, has_door
 
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "turn")
 
@@ -20,7 +20,12 @@ def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
         leaving = hand.leave()
         if leaving is not None:
             return leaving
+    rising = hand.rise_from(subgoal.item)
+    if rising is not None:
+        return rising
     match subgoal.verb:
+        case "put" if has_door(subgoal.place):
+            return insert(hand, subgoal.item, subgoal.place)
         case "put":
             return hand.put(subgoal.item, subgoal.place, subgoal.side)
         case "clear":
@@ -40,7 +45,7 @@ def is_done(hand: Hand, subgoal: Subgoal) -> bool:
     """Return True if a subgoal is done."""
     view = hand.view
     if subgoal.verb == "clear":
-        if not is_shut(view, subgoal.place):
+        if not is_shut(view, subgoal.place) or view.holds(*subgoal.until):
             return True
         return not in_the_way(view, subgoal.item, subgoal.place) and hand.is_away(subgoal.item)
     if subgoal.verb == "open":

@@ -204,6 +204,21 @@ class SceneView:
         over_G = mask_G & (low_G3[:, :2] < spot).all(1) & (high_G3[:, :2] > spot).all(1)
         return float(high_G3[over_G, 2].max() if over_G.any() else low_G3[mask_G, 2].min())
 
+    def room(self, name: str, start: np.ndarray, way: np.ndarray) -> float:
+        """Return the metres from a point [3] along a unit vector [3] to the next box of a thing (along the axes).
+
+        inf if nothing is there.
+        """
+        low_G3, high_G3 = (corner_G3[self._mask(name)] for corner_G3 in self.boxes())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            one_G3, other_G3 = (low_G3 - start) / way, (high_G3 - start) / way
+        inside_G3 = (low_G3 <= start) & (start <= high_G3)
+        level = np.abs(way) < 1e-9
+        near_G3 = np.where(level, np.where(inside_G3, -np.inf, np.inf), np.minimum(one_G3, other_G3))
+        far_G3 = np.where(level, np.where(inside_G3, np.inf, -np.inf), np.maximum(one_G3, other_G3))
+        near_G, far_G = near_G3.max(1), far_G3.min(1)
+        return float(near_G[(near_G <= far_G) & (far_G > 0)].min(initial=np.inf))
+
     def points(self, name: str) -> np.ndarray:
         """Return the corners [P,3] of the boxes of a thing or body."""
         self._refresh()

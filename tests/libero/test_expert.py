@@ -137,31 +137,48 @@ def test_what_falls_out_of_the_hand_is_taken_again(env: LiberoEnv) -> None:
     assert success
 
 
-@pytest.fixture(scope="module")
-def goal_env() -> Iterator[LiberoEnv]:
+@needs_assets
+@pytest.mark.parametrize(
+    ("suite_name", "task", "state"),
+    [
+        pytest.param("libero_goal", 3, 7, id="a bowl where the drawer opens"),
+        pytest.param("libero_goal", 5, 3, id="a box in the plate's way"),
+        pytest.param("libero_goal", 5, 9, id="an arm nearly stretched out"),
+        pytest.param("libero_goal", 2, 0, id="a far place"),
+        pytest.param("libero_10", 3, 0, id="a drawer below others to shut"),
+        pytest.param("libero_10", 9, 0, id="a mug through an opening at the front"),
+    ],
+)
+def test_what_is_in_the_way_and_what_is_far(suite_name: str, task: int, state: int) -> None:
     settings = LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
-    built = libero_suite("libero_goal", settings).make(render=False)
-    assert isinstance(built, LiberoEnv)
-    yield built
-    built.close()
+    suite = libero_suite(suite_name, settings)
+    env = suite.make(render=False)
+    env.reset(options={"task": task, "initial_state": state})
+    for _ in range(10):
+        env.step(OPEN_HAND)
+    expert, success = libero_expert(env, np.random.default_rng(0)), False
+    for _ in range(suite.max_steps):
+        *_, success, _, _ = env.step(expert.act())
+        if success:
+            break
+    env.close()
+    assert success
 
 
 @needs_assets
-@pytest.mark.parametrize(
-    ("task", "state"),
-    [(3, 7), (5, 3), (5, 9), (2, 0)],
-    ids=["a bowl where the drawer opens", "a box in the plate's way", "an arm nearly stretched out", "a far place"],
-)
-def test_what_is_in_the_way_and_what_is_far(goal_env: LiberoEnv, task: int, state: int) -> None:
-    goal_env.reset(options={"task": task, "initial_state": state})
-    for _ in range(10):
-        goal_env.step(OPEN_HAND)
-    expert, success = libero_expert(goal_env, np.random.default_rng(0)), False
-    for _ in range(300):
-        *_, success, _, _ = goal_env.step(expert.act())
-        if success:
-            break
-    assert success
+def test_the_room_in_a_thing_ends_at_its_walls() -> None:
+    settings = LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
+    env = libero_suite("libero_10", settings).make(render=False)
+    assert isinstance(env, LiberoEnv)
+    env.reset(options={"task": 9, "initial_state": 0})
+    view, region = SceneView(env.scene), "microwave_1_heating_region"
+    low, high = view.box("microwave_1")
+    centre = view.position(region)
+    back, front, down = (view.room("microwave_1", centre, np.array(way)) for way in ([0, 1, 0], [0, -1, 0], [0, 0, -1]))
+    env.close()
+    assert front == np.inf, "the door is open"
+    assert 0.0 < back < high[1] - centre[1]
+    assert 0.0 < down < centre[2] - low[2]
 
 
 @needs_assets
