@@ -47,6 +47,7 @@ def run(config: DictConfig) -> None:
         robot=embodiment,
         api_key=None if config.api_key is None else str(config.api_key),
         certificate=None if config.certificate is None else Path(config.certificate),
+        jpeg_quality=config.jpeg_quality,
     )
     if (waiting := asyncio.run(check_server(config.server, asking))) is not None:
         print(f"no policy server yet: {waiting}", flush=True)

@@ -116,6 +116,7 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
             robot=embodiment,
             api_key=None if config.api_key is None else str(config.api_key),
             certificate=None if config.certificate is None else Path(config.certificate),
+            jpeg_quality=config.jpeg_quality,
         )
         return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
     check_checkpoint_folder(str(config.checkpoint), "give another one, or server=ws://HOST:PORT")
