@@ -100,8 +100,9 @@ async def _robot(uri: str, settings: ClientSettings, calls: int, image: int | No
         seen = replace(seen, images={name: _smooth(each) for name, each in seen.images.items()})
     answers = [await client.infer(seen) for _ in range(WARM_UP + calls)]
     await client.close()
-    how = {"resize": settings.resize, "jpeg_quality": settings.jpeg_quality}
-    request = RequestFormat(info.embodiment, info.keys, info.images).write(seen, 0, 1.0, **how)
+    request = RequestFormat(info.embodiment, info.keys, info.images).write(
+        seen, 0, 1.0, resize=settings.resize, jpeg_quality=settings.jpeg_quality
+    )
     return len(request), answers[WARM_UP:]
 
 
