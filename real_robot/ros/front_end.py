@@ -4,7 +4,7 @@
     out   commands (Float64MultiArray, JointTrajectory or TwistStamped), in a dry run on ~/dry_run instead; /diagnostics
     ~/estop, ~/reset, ~/activate    as services (SetBool, Trigger, SetBool) and as topics (Bool, Empty, Bool)
 
-Shape legend: A action dimension, S state dimension.
+Shape legend: A action dimension, S state dimension, G grippers.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 import rclpy
+from rclpy.clock import JumpThreshold
+from rclpy.duration import Duration
 from rclpy.exceptions import NameValidationException
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -26,6 +28,7 @@ from rclpy.signals import SignalHandlerOptions
 
 from cogvla.real_robot.ros.network import RosSettings, environment
 from cogvla.real_robot.ros.node import TRIGGER, Answer, Delivery, Fields, resolve
+from cogvla.real_robot.ros.stepping_clock import SteppingClock
 
 _log = logging.getLogger(__name__)
 _DEPTH = {Delivery.SENSOR: 5, Delivery.EVENTS: 10}
@@ -52,14 +55,19 @@ class RclpyNode:
         self._destroy: list[Callable[[], Any]] = []
         self._clients: dict[str, Any] = {}
         self.failure: BaseException | None = None
+        self._stepping = SteppingClock()
+        every = JumpThreshold(min_forward=Duration(nanoseconds=1), min_backward=Duration(nanoseconds=-1))
+        self._jumps = node.get_clock().create_jump_callback(
+            every, post_callback=lambda _: self._stepping.step(self._clock_s(), time.monotonic())
+        )
 
     @property
     def name(self) -> str:
         return str(self._node.get_fully_qualified_name())
 
     def now(self) -> float:
-        """Return the time of the ROS clock in seconds; simulated time if `use_sim_time` is set."""
-        return float(self._node.get_clock().now().nanoseconds * 1e-9)
+        """Return the time of the ROS clock in seconds; with `use_sim_time` the simulation's, see `SteppingClock`."""
+        return self._stepping.now(self._clock_s(), time.monotonic())
 
     def subscribe(self, topic: str, kind: str, delivery: Delivery, callback: Callable[[Any], None]) -> None:
         """See `RosNode.subscribe`."""
@@ -142,9 +150,13 @@ class RclpyNode:
 
     def destroy(self) -> None:
         """Remove all subscriptions, publishers and services."""
+        self._jumps.unregister()
         self._clients.clear()
         while self._destroy:
             self._destroy.pop()()
+
+    def _clock_s(self) -> float:
+        return float(self._node.get_clock().now().nanoseconds * 1e-9)
 
     # --- internals ----------------------------------------------------------------------------------------------------
 

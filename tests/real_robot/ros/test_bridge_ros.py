@@ -28,6 +28,7 @@ from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd, RosTopics
 from cogvla.real_robot.ros.network import PROFILE, PROFILE_VARIABLES, RosSettings, environment
 from cogvla.real_robot.ros.node import ARRAY, TRAJECTORY, TWIST, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
 from cogvla.real_robot.ros.parameters import API_KEY, PARAMETERS, check_names, parts
+from cogvla.real_robot.ros.stepping_clock import SteppingClock
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import check_server
 from cogvla.scripts.command import compose, plain
@@ -122,6 +123,28 @@ def test_equal_stamps_stay_equal_until_a_clock_is_set() -> None:
 
 
 # --- the front end --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("period", [0.002, 0.1, 0.5])
+def test_time_goes_on_between_two_steps_of_a_simulation_for_one_step(period: float) -> None:
+    clock = SteppingClock()
+    assert clock.now(7.0, 100.0) == 7.0, "no simulation: the system's clock"
+    clock.step(5.0, 100.0)
+    assert clock.now(5.0, 100.1) == 5.0, "the length of a step is not known yet"
+    clock.step(5.0 + period, 101.0)
+    shown = [clock.now(5.0 + period, 101.0 + period * share) for share in (0.0, 0.5, 1.0, 9.0)]
+    assert shown == pytest.approx([5.0 + period * steps for steps in (1.0, 1.5, 2.0, 2.0)])
+    assert clock.now(5.0 + 2 * period, 102.0) == 5.0 + 2 * period, "a step that has only just come"
+
+
+@pytest.mark.parametrize("set_to", [3.0, 1e9])
+def test_a_simulation_whose_clock_was_set_stands_still_until_the_next_step(set_to: float) -> None:
+    clock = SteppingClock()
+    clock.step(5.0, 100.0)
+    clock.step(set_to, 100.1)
+    assert clock.now(set_to, 101.0) == set_to
+    clock.step(set_to + 0.1, 101.0)
+    assert clock.now(set_to + 0.1, 101.05) == pytest.approx(set_to + 0.15)
 
 
 @dataclass
