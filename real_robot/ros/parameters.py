@@ -21,6 +21,7 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
     "server": ("ws://127.0.0.1:8000", "address of the policy server"),
     "api_key_file": ("", f"file with the API key of the policy server; empty: the variable {API_KEY}, or no key"),
     "certificate": ("", "PEM file to trust, for a server with a self-signed certificate"),
+    "jpeg_quality": (0, "1 to 95: send images to the server as JPEG, for slow networks; 0: raw, in the policy's size"),
     "robot": ("tabletop", "limits and loop: a name in configs/robot, or a YAML file"),
     "embodiment": ("tabletop", "cameras and sizes: a name in configs/embodiment, or a YAML file"),
     "topics": ("tabletop", "topics: a name in configs/topics, or a YAML file"),
@@ -57,6 +58,10 @@ def typed(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"parameter {name} must be true or false, got {value!r}")
         return value
+    if isinstance(default, int):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"parameter {name} must be a whole number, got {value!r}")
+        return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"parameter {name} must be a {'number' if isinstance(default, float) else 'text'}: {value!r}")
     if isinstance(default, str):
@@ -91,7 +96,12 @@ def parts(values: Mapping[str, Any]) -> Parts:
         robot,
         embodiment,
         topics,
-        ClientSettings(robot=embodiment, api_key=_api_key(values["api_key_file"]), certificate=certificate),
+        ClientSettings(
+            robot=embodiment,
+            api_key=_api_key(values["api_key_file"]),
+            certificate=certificate,
+            jpeg_quality=values["jpeg_quality"] or None,
+        ),
         BridgeSettings(dry_run=values["dry_run"], diagnostics_s=values["diagnostics_s"]),
         values["instruction"],
     )

@@ -418,6 +418,8 @@ def test_parameters_make_a_bridge_and_are_checked(monkeypatch: pytest.MonkeyPatc
     assert parts(DEFAULTS | {"api_key_file": str(tmp_path / "key")}).client.api_key == "67890"
     made = parts(DEFAULTS | {"diagnostics_s": 2, "instruction": 7})
     assert (made.settings.diagnostics_s, made.instruction) == (2.0, "7")
+    assert made.client.jpeg_quality is None
+    assert parts(DEFAULTS | {"jpeg_quality": 90}).client.jpeg_quality == 90
 
 
 @pytest.mark.parametrize(
@@ -431,6 +433,9 @@ def test_parameters_make_a_bridge_and_are_checked(monkeypatch: pytest.MonkeyPatc
         ({"diagnostics_s": "1"}, "parameter diagnostics_s must be a number, got '1'"),
         ({"diagnostics_s": True}, "parameter diagnostics_s must be a number"),
         ({"diagnostics_s": 0}, "diagnostics_s must be positive"),
+        ({"jpeg_quality": 90.5}, "parameter jpeg_quality must be a whole number, got 90.5"),
+        ({"jpeg_quality": True}, "parameter jpeg_quality must be a whole number"),
+        ({"jpeg_quality": 200}, "jpeg_quality must be 1 to 95"),
         ({"instruction": False}, "parameter instruction must be a text"),
         ({"api_key_file": "/nowhere/key"}, "api_key_file '/nowhere/key' cannot be read"),
     ],
