@@ -217,8 +217,8 @@ def test_slow_messages_do_not_take_the_memory_of_others() -> None:
         for client in slow:
             client.sendall(frame(BINARY, bytes(900_000), length=1_000_000))
             until(lambda: server._guard.held > 0)
-        until(lambda: len(server._guard.clients()) <= 5)
-        assert server._guard.held <= server._guard.limits.held_bytes
+        # an aborted connection leaves in the server's next round, and gives back its memory then
+        until(lambda: len(server._guard.clients()) <= 5 and server._guard.held <= server._guard.limits.held_bytes)
         assert is_cut_off(slow[0]), "the oldest goes first"
         np.testing.assert_array_equal(good.infer(observation()).actions, expected())
         for client in slow:
