@@ -53,6 +53,8 @@ class Suite:
         settling_steps: control steps with an open hand before an expert begins, for things to come to rest.
         perturbations: dimension of the robustness benchmark -> magnitudes of its levels. Others than `sensor` and
             `wording` need the part `Perturbable` of the contract.
+        labels: number of the meaning of the labels, raised when it changes: data sets with another one are not reused
+            or continued; None: the first one.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Suite:
     expert: Callable[..., Expert] | None = None
     settling_steps: int = 0
     perturbations: Mapping[str, Sequence[Values]] = field(default_factory=lambda: EVERYWHERE)
+    labels: int | None = None
 
     def magnitudes(self, perturbation: Perturbation) -> Values:
         """Return the magnitudes of a perturbation; ValueError if the suite does not support this dimension."""

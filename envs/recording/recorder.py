@@ -108,6 +108,7 @@ def record(
         "video": video,
         "randomise": list(randomised) or None,  # recordings from before this key were not randomised
         "counterfactual": float(counterfactual) or None,  # likewise
+        "labels": suite.labels,
         "tasks": [task.instruction for task in suite.tasks],
         "policy": None if corrected is None else corrected.request(),
     }

@@ -26,7 +26,7 @@ class Family:
     """Definition of one tabletop suite.
 
     Attributes:
-        name, tasks, max_steps: as in `Suite`.
+        name, tasks, max_steps, labels: as in `Suite`.
         seed: first number of the seed of every initial state.
         items: all items that may stand on the table.
         draw: draws a scene; `goals` of its layout has the task and its alternatives.
@@ -42,3 +42,4 @@ class Family:
     draw: Draw
     furniture: Sequence[Sequence[str]] = ()
     sides: Mapping[int, int] = field(default_factory=dict)
+    labels: int | None = None

@@ -15,6 +15,8 @@ from cogvla.envs.tabletop.scene import PLATE_HEIGHT, TRAY_FLOOR, TRAY_WALL, Pose
 
 Shifts = Mapping[str, tuple[float, float]]
 """Item -> shift along x and y in metres."""
+LABELS = 2
+"""Meaning of the labels of suites with pushing, see `Suite.labels`; in 1, `target` was the centre of what is pushed."""
 PUSH_FROM = 0.028
 """Metres behind the point of touch where the hand comes down to push."""
 _PUSHER = 0.0115

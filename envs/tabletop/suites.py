@@ -17,7 +17,15 @@ def tabletop_suite(family: Family) -> Suite:
     """Build the suite of a family."""
     # A partial and no closure, because rollouts pickle it for their environment processes.
     make = partial(TabletopEnv, family)
-    return Suite(family.name, family.tasks, family.max_steps, make, expert=Expert, perturbations=PERTURBATIONS)
+    return Suite(
+        family.name,
+        family.tasks,
+        family.max_steps,
+        make,
+        expert=Expert,
+        perturbations=PERTURBATIONS,
+        labels=family.labels,
+    )
 
 
 def make_env(suite: str, image_size: int = 128, render: bool = True) -> gym.Env:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cogvla.envs.suite import Task
 from cogvla.envs.tabletop.family import Family
-from cogvla.envs.tabletop.goals import Goal, Layout, Shifts
+from cogvla.envs.tabletop.goals import LABELS, Goal, Layout, Shifts
 from cogvla.envs.tabletop.placement import NoRoomError, Placer, until_drawn
 from cogvla.envs.tabletop.scene import Item, Pose
 
@@ -106,4 +106,4 @@ def draw(rng: np.random.Generator, task: int, moved: Shifts) -> Layout:
 
 def family() -> Family:
     """Return the suite's definition. The expert needs 23 steps on average and at most 37 (about 80 with noise)."""
-    return Family("tabletop_goal", tuple(task for task, _ in TASKS), 120, 3, ITEMS, draw, FURNITURE)
+    return Family("tabletop_goal", tuple(task for task, _ in TASKS), 120, 3, ITEMS, draw, FURNITURE, labels=LABELS)

@@ -6,7 +6,7 @@ import numpy as np
 
 from cogvla.envs.suite import Task
 from cogvla.envs.tabletop.family import Family
-from cogvla.envs.tabletop.goals import Layout, Shifts
+from cogvla.envs.tabletop.goals import LABELS, Layout, Shifts
 from cogvla.envs.tabletop.tasks_goal import FURNITURE, ITEMS, TASKS, draw_layout
 
 PAIRS = (
@@ -37,4 +37,4 @@ def family() -> Family:
         Task(f"{first}_then_{second}", f"{_BY_NAME[first][0].instruction}, then {_BY_NAME[second][0].instruction}")
         for first, second in PAIRS
     )
-    return Family("tabletop_long", tasks, 200, 4, ITEMS, draw, FURNITURE)
+    return Family("tabletop_long", tasks, 200, 4, ITEMS, draw, FURNITURE, labels=LABELS)

@@ -1,4 +1,4 @@
-"""What a file of pictures that is being written already has, so that a killed process loses only the files in work.
+"""Journal of a file of pictures that is being written, so that a killed process loses only the files in work.
 
     records, one after the other: header | name of the decoded file | its pictures (`RECORD`)
 

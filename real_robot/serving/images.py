@@ -49,11 +49,6 @@ def check_size(camera: Camera, height: int, width: int) -> None:
         )
 
 
-def is_encoded(data: bytes) -> bool:
-    """Return whether these bytes begin like a JPEG or a PNG."""
-    return data.startswith((_JPEG_START, _PNG_START))
-
-
 def encoded_size(data: bytes) -> tuple[int, int]:
     """Return rows and columns of a JPEG or PNG from its header.
 

@@ -76,7 +76,7 @@ class RequestKeys:
 
 @dataclass(frozen=True)
 class ImageOffer:
-    """Which images a server takes, besides raw ones of the policy's size.
+    """Images that a server takes, besides raw ones of the policy's size.
 
     Attributes:
         formats: some of "raw" (arrays of any accepted size), "jpeg" and "png" (the bytes of a file).

@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from urllib.request import urlopen
 
 import hydra
 import numpy as np
@@ -30,6 +29,7 @@ from cogvla.policy.interface import Camera, Observation
 from cogvla.policy.provenance import machine
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.tests.support.hostile_clients import HostileClient, memory_bytes
+from cogvla.tests.support.policy_servers import wait_for_server
 
 DEFAULTS = {
     "defaults": ["_self_", {"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}],
@@ -41,7 +41,7 @@ DEFAULTS = {
     "hydra": {"run": {"dir": "."}, "output_subdir": None, "job": {"chdir": False}},
 }
 ConfigStore.instance().store("bench_hostile", DEFAULTS)
-START_S, PERIOD_S = 240.0, 0.1
+PERIOD_S = 0.1
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="bench_hostile")
@@ -53,7 +53,7 @@ def main(config: DictConfig) -> None:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         try:
-            _wait(server, uri)
+            wait_for_server(server, uri)
             print(machine())
             asyncio.run(_measure(uri, server.pid, config))
         finally:
@@ -114,17 +114,6 @@ def _row(messages: int, trips: list[float], process: int) -> str:
         f"| {messages} | {len(trips)} | {p50:.1f} | {p95:.1f} | {p99:.1f} | {max(trips):.1f} | "
         f"{memory_bytes(process) / 1e6:.0f} | {os.getloadavg()[0]:.1f} |"
     )
-
-
-def _wait(server: subprocess.Popen[bytes], uri: str) -> None:
-    last = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < last:
-        try:
-            with urlopen(uri.replace("ws", "http", 1) + "/healthz", timeout=1):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise SystemExit("the server did not start")
 
 
 if __name__ == "__main__":

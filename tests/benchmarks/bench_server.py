@@ -14,9 +14,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from urllib.request import urlopen
 
 import hydra
 import numpy as np
@@ -29,6 +27,7 @@ from cogvla.policy.provenance import machine
 from cogvla.real_robot.serving.async_client import Answer, AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.serving.request import RequestFormat
 from cogvla.real_robot.serving.resize import resize_image
+from cogvla.tests.support.policy_servers import wait_for_server
 
 DEFAULTS = {
     "defaults": ["_self_", {"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}],
@@ -51,7 +50,6 @@ WAYS = {
     "policy's size, JPEG 90": ClientSettings(answer_s=60.0, jpeg_quality=90),
     "camera's size, JPEG 90": ClientSettings(answer_s=60.0, resize=False, jpeg_quality=90),
 }
-START_S = 120.0
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="bench_server")
@@ -61,7 +59,7 @@ def main(config: DictConfig) -> None:
     command += [f"{key}={config[key]}" for key in ("checkpoint", "device", "threads", "port")]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        _wait(server, f"http://127.0.0.1:{config.port}/healthz")
+        wait_for_server(server, f"ws://127.0.0.1:{config.port}")
         print(machine())
         print("| images | kB | clients | p50 ms | p95 ms | p99 ms | forward pass ms | share | batch |")
         print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
@@ -122,17 +120,6 @@ def _row(begin: str, answers: list[Answer]) -> str:
         f"| {begin} | {found.p50:.1f} | {found.p95:.1f} | "
         f"{found.p99:.1f} | {np.median(passes):.1f} | {np.sum(passes) / np.sum(trips):.0%} | {batch:.1f} |"
     )
-
-
-def _wait(server: subprocess.Popen[bytes], address: str) -> None:
-    last = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < last:
-        try:
-            with urlopen(address, timeout=1):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise SystemExit("the server did not start")
 
 
 if __name__ == "__main__":

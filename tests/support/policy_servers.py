@@ -143,6 +143,13 @@ def get(uri: str, path: str, headers: dict[str, str] | None = None) -> tuple[int
         return 0, ""
 
 
+def wait_for_server(process: subprocess.Popen[bytes], uri: str) -> None:
+    """Return once a server's process answers; SystemExit if it has ended."""
+    until(lambda: process.poll() is not None or get(uri, "/healthz")[0] == 200, 240)
+    if process.poll() is not None:
+        raise SystemExit("the server did not start")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -30,7 +30,7 @@ from cogvla.envs.recording.dataset_writer import DatasetWriter, features
 from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSettings, ExpertFailedError
 from cogvla.envs.recording.recorder import record
-from cogvla.envs.suite import FIRST_TRAINING_STATE
+from cogvla.envs.suite import FIRST_TRAINING_STATE, get_suite
 from cogvla.tests.support import toy_suite
 from cogvla.tests.support.toy_suite import INSTRUCTIONS, NAME, ToyExpert
 
@@ -111,6 +111,19 @@ def test_another_seed_records_something_else(recorded: Path, tmp_path: Path) -> 
     other = record(NAME, 1, tmp_path / "other", image_size=16, workers=0, seed=1, expert=ToyExpert)
     assert rows(other)[0]["label.initial_state"] != rows(recorded)[0]["label.initial_state"]
     assert rows(other)[0]["observation.state"] != rows(recorded)[0]["observation.state"]
+
+
+def test_a_recording_whose_labels_meant_something_else_is_not_reused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"image_size": 32, "workers": 1}
+    suite = replace(get_suite("tabletop_object"), labels=None)
+    root = record(suite, 1, tmp_path / "set", **settings)
+    about = root / "meta" / "recording.json"
+    older = json.loads(about.read_text())
+    del older["labels"]  # as before there was this key
+    about.write_text(json.dumps(older))
+    assert record(suite, 1, root, **settings) == root
+    with pytest.raises(ValueError, match="was recorded with labels=None; choose another output, or delete it"):
+        record(replace(suite, labels=2), 1, root, **settings)
 
 
 def test_randomised_scenes(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from cogvla.real_robot.serving.images import (
     decode_image,
     encode_jpeg,
     encoded_size,
-    is_encoded,
 )
 from cogvla.real_robot.serving.request import ImageOffer, RequestFormat
 from cogvla.real_robot.serving.resize import KERNELS, resize_image
@@ -33,7 +32,6 @@ ROTATED[0x0112] = 6
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_files_give_their_pixels(kind: str) -> None:
     data = encoded(SMOOTH[:, :20], kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
-    assert is_encoded(data)
     assert encoded_size(data) == (24, 20)
     assert np.abs(decode_image(data).astype(int) - SMOOTH[:, :20]).max() <= (4 if kind == "JPEG" else 0)
 
