@@ -33,7 +33,7 @@ DATACLASSES: dict[str, tuple[str, ...]] = {
     "router": ("routing.router.RouterConfig",),
     "routing": ("policy.model.config.RoutingConfig",),
     "teleop": ("real_robot.lerobot.teleoperator.TeleopSettings",),
-    "topics": ("real_robot.ros.front_end.RosTopics",),
+    "topics": ("real_robot.ros.topics.RosTopics",),
     "training": ("policy.training.config.TrainingConfig",),
     "wordings": ("policy.training.wordings.InstructionAugmentation",),
     "": (

@@ -42,8 +42,8 @@ from cogvla.policy.training.wordings import InstructionAugmentation
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.lerobot.robot import LeRobotSettings
 from cogvla.real_robot.lerobot.teleoperator import TeleopSettings
-from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.ros.network import RosSettings
+from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.command import compose
 from cogvla.scripts.training.build import build_trainer

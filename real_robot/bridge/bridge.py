@@ -12,12 +12,13 @@ chunks or time. `run_trials`, recorders and displays observe the bridge through 
 The bridge sends under the lock, so it sends nothing after `estop` has returned. For this reason a front end's `send`
 must be quick and must not wait for the robot.
 
-Shape legend: A action dimension, S state dimension, H, W image size.
+Shape legend: A action dimension, N coming ticks, S state dimension, H, W image size.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -35,6 +36,8 @@ from cogvla.real_robot.control.settings import LoopSettings, RobotConfig
 from cogvla.real_robot.serving.async_client import Answer, UnavailableError
 from cogvla.real_robot.serving.client import EventLoopThread
 
+_log = logging.getLogger(__name__)
+
 
 class FrontEnd(Protocol):
     """Interface of a robot: its sensors, its controller and its operator's buttons."""
@@ -43,11 +46,21 @@ class FrontEnd(Protocol):
         """Start to call the bridge with every sample and every button, from any thread."""
         ...
 
-    def send(self, action_A: np.ndarray, dry_run: bool) -> None:
+    @property
+    def ahead(self) -> bool:
+        """True if the controller gets all commands that are known, and executes them by itself."""
+        ...
+
+    def send(self, action_A: np.ndarray, coming_NA: np.ndarray | None, dry_run: bool) -> None:
         """Send a command [A] to the controller; in a dry run only show it.
 
-        The bridge calls this under its lock, so it must be quick.
+        The bridge calls this under its lock, so it must be quick. With `ahead`, `coming_NA` are the commands of the
+        following ticks until the arm rests; None if they are those of the last call.
         """
+        ...
+
+    def stop(self, dry_run: bool) -> None:
+        """End the motion of a controller that goes on without commands. The bridge calls this under its lock."""
         ...
 
     def show(self, diagnostics: Mapping[str, Any]) -> None:
@@ -135,7 +148,8 @@ class Bridge:
         self.embodiment = embodiment
         # in a dry run the arm does not follow the commands, which must not count as a fault
         limits = replace(robot.limits, lead=None) if self.settings.dry_run else robot.limits
-        self._loop = ControlLoop(embodiment, limits, robot.loop)
+        self._loop = ControlLoop(embodiment, limits, robot.loop, front_end.ahead)
+        self._driving = False
         self._client, self._front_end, self._on_tick = client, front_end, on_tick
         self._lock = threading.RLock()
         self._stop, self._closed = threading.Event(), threading.Event()
@@ -170,6 +184,7 @@ class Bridge:
         self._closed.set()
         with self._lock:
             self._loop.deactivate()
+            self._stop_driving()
         if self._tick_thread.is_alive():
             self._tick_thread.join()
         self._front_end.close()
@@ -224,6 +239,10 @@ class Bridge:
                 self._failure = error
                 self._loop.stop(f"the bridge has failed: {type(error).__name__}: {error}")
                 self._stop.set()
+                try:
+                    self._stop_driving()
+                except Exception:  # what has failed may be the way to the robot
+                    _log.exception("the robot could not be stopped")
 
     def instruct(self, text: str) -> None:
         """Set the instruction; empty text holds the arm."""
@@ -239,6 +258,7 @@ class Bridge:
         with self._lock:
             if not active:
                 self._loop.deactivate()
+                self._stop_driving()
                 return True, self._loop.state.value
             if self._loop.activate():
                 return True, "dry run: commands are not sent" if self.settings.dry_run else self._loop.state.value
@@ -247,10 +267,12 @@ class Bridge:
     def estop(self, engaged: bool) -> tuple[bool, str]:
         """Engage or release the emergency stop; returns like `activate`.
 
-        The bridge sends nothing after this has returned, until the stop is released, reset and activated again.
+        It ends the motion (`FrontEnd.stop`), and sends nothing after this has returned, until the stop is released,
+        reset and activated again.
         """
         with self._lock:
             self._loop.estop(engaged)
+            self._stop_driving()
             return True, "engaged" if engaged else f"released; {self._loop.state.value}, reset to go on"
 
     def reset(self) -> tuple[bool, str]:
@@ -259,6 +281,7 @@ class Bridge:
             if self._failure is not None:
                 return False, f"{self._loop.fault}; start it again"
             done = self._loop.reset()
+            self._stop_driving()
         return done, "idle; activate to go on" if done else "the emergency stop is engaged"
 
     def take_over(self, active: bool = True) -> tuple[bool, str]:
@@ -307,6 +330,12 @@ class Bridge:
         with self._lock:
             return {"dry_run": self.settings.dry_run, **self._loop.diagnostics(self.now())}
 
+    def _stop_driving(self) -> None:
+        """End the motion if the loop sends no more commands. Call it under the lock."""
+        if self._driving and self._loop.state in (State.IDLE, State.STOPPED):
+            self._driving = False
+            self._front_end.stop(self.settings.dry_run)
+
     def _stopped(self) -> str:
         what_to_do = "reset first" if self._failure is None else "start it again"
         return f"stopped: {self._loop.fault}; {what_to_do}"
@@ -338,7 +367,9 @@ class Bridge:
                 if command.action_A is not None:
                     if self.settings.dry_run:
                         self._loop.measurements.counts["dry_run"] += 1
-                    self._front_end.send(command.action_A, self.settings.dry_run)
+                    self._driving = True
+                    self._front_end.send(command.action_A, command.coming_NA, self.settings.dry_run)
+                self._stop_driving()
                 self._ask_if_due()
                 seen = Tick(command, self._loop.newest_images, self._loop.newest_state, self._loop.instruction, now)
             if self._on_tick is not None:

@@ -32,12 +32,13 @@ because its pose is far from the arm's, the arm holds; once it has moved the arm
 policy. Deactivate, reset, e-stop and faults end the take-over. After a hand-back, the policy gets no observation that
 is older than it.
 
-Shape legend: A action dimension, N ticks of the old plan, S state dimension, H, W image size, K chunk length.
+Shape legend: A action dimension, N ticks of a plan, S state dimension, H, W image size, K chunk length.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,8 @@ class ControlLoop:
             them.
         limits: safety limits of every command.
         settings: timing, blending and limits of the loop; None for the defaults.
+        ahead: the robot's controller executes the coming commands (`Command.coming_NA`) by itself. Ticks that are late
+            by whole periods have passed then. Absolute targets only.
 
     Attributes:
         embodiment: as given.
@@ -71,8 +74,18 @@ class ControlLoop:
         measurements: counters and latency samples for reports.
     """
 
-    def __init__(self, embodiment: Embodiment, limits: SafetyLimits, settings: LoopSettings | None = None) -> None:
+    def __init__(
+        self,
+        embodiment: Embodiment,
+        limits: SafetyLimits,
+        settings: LoopSettings | None = None,
+        ahead: bool = False,
+    ) -> None:
         settings = settings or LoopSettings()
+        if ahead and limits.kind != "absolute":
+            raise ValueError("a plan for the controller needs absolute targets: limits.kind must be absolute")
+        self._ahead = ahead
+        self._given_NA = np.empty((0, embodiment.action_dim))  # what the controller executes from the last tick on
         self.embodiment = embodiment
         self.settings = settings
         self.measurements = Measurements()
@@ -148,6 +161,7 @@ class ControlLoop:
         if self.state is State.IDLE:
             self._new_epoch()
             self._limiter.forget()
+            self._given_NA = self._given_NA[:0]
             self._clock.pause()
         return self._watchdog.on(Event.ACTIVATE) is not State.STOPPED
 
@@ -285,17 +299,33 @@ class ControlLoop:
         """Return the command of this tick. Call it `control_hz` times a second; it never waits."""
         now = self._at(now)
         self._expire(now)
-        tick = self._clock.next_tick
-        gap = self._clock.tick()
+        due = self._clock.next_tick
+        gap = self._clock.tick(skip=max(len(self._given_NA) - 1, 0))
+        tick = self._clock.next_tick - 1
         if gap is not None and gap > self.settings.clock_gap_s:
             self._void()
         elif gap is not None:
             self.measurements.jitter_ms.append(abs(gap - self._period) * 1e3)
+        if len(self._given_NA) > 1:  # else the controller rests
+            now_due = 1 + tick - due
+            self._limiter.passed(self._given_NA[1:now_due])
+            self._given_NA = self._given_NA[min(now_due, len(self._given_NA) - 1) :]
         command = self._decide(tick, now)
+        if self._ahead and command.action_A is not None:
+            command = self._with_coming(command, command.action_A)
         if command.action_A is not None and (command.kind is not Kind.HOLD or not self._limiter.at_rest):
             self._moved_tick = tick
         self._counts[command.kind.value] += 1
         return command
+
+    def _with_coming(self, command: Command, action_A: np.ndarray) -> Command:
+        """Return the command with those that follow it, unless the controller has all of them."""
+        plan_NA = self._queue.plan(command.tick + 1) if command.kind is Kind.ACTION else self._given_NA[:0]
+        given_NA = np.concatenate([action_A[None], self._limiter.ahead(plan_NA)])
+        old_NA, self._given_NA = self._given_NA, given_NA
+        if given_NA.shape == old_NA.shape and np.allclose(given_NA, old_NA, rtol=0, atol=1e-9):
+            return command
+        return replace(command, coming_NA=given_NA[1:])
 
     def _decide(self, tick: int, now: float) -> Command:
         state = self.state

@@ -1,6 +1,6 @@
 """Output types of the control loop: commands to the controller, and requests to the policy.
 
-Shape legend: A action dimension, N ticks of the old plan.
+Shape legend: A action dimension, N ticks of a plan.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ class Command:
         tick: absolute number of the tick.
         action_A: command to send, float64 [A], within all limits; None if nothing is to be sent.
         reason: why this is no action; empty for an action.
+        coming_NA: for a controller that executes plans, the commands [N,A] of the following ticks until the arm rests;
+            None if they are what it has been given before, or if nothing is to be sent.
     """
 
     kind: Kind
     tick: int
     action_A: np.ndarray | None
     reason: str = ""
+    coming_NA: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -18,7 +18,8 @@ may move towards the limit by itself; then the position limit takes precedence o
 Grippers are separate: each is clamped to the embodiment's range, changes by at most `gripper_step` per tick, and is
 never braked.
 
-Shape legend: A action dimension, D arm dimensions (the action without its grippers), G grippers, S state dimension.
+Shape legend: A action dimension, D arm dimensions (the action without its grippers), G grippers, S state dimension,
+N actions of a plan, M commands that follow from it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ FAR = 1e9
 """Value that means "no limit"; finite, so that the arithmetic needs no special cases."""
 SEED_TOLERANCE = 0.01
 """Distance in m or rad by which an arm at its mechanical stop may measure outside its limits."""
+BRAKING = 100
+"""Largest number of braking commands at the end of a plan; an arm that brakes for longer gets the rest later."""
 _SLACK = 1e-9
 
 
@@ -133,6 +136,39 @@ class SafetyLimiter:
         reference_D = self._reference_D if state_S is None or self._absolute else self._locate(state_S)
         self.limited = ()
         return self._commanded(self._clamp(np.zeros_like(reference_D), reference_D), reference_D)
+
+    def ahead(self, actions_NA: np.ndarray) -> np.ndarray:
+        """Return the commands [M,A] that follow the last one if nothing else happens; they change nothing here.
+
+        These are the allowed commands nearest to the actions [N,A], absolute targets, and then those that brake the arm
+        to rest, up to `BRAKING` of them. An action that `move` would refuse ends the actions.
+        """
+        assert self._absolute, "where the arm will be is known for absolute targets only"
+        before = self._reference_D, self._moved_D, self._grip_G, self.limited
+        commands: list[np.ndarray] = []
+        for action_A in actions_NA:
+            assert self._reference_D is not None, "a command has been sent"
+            wanted_D = self._wanted(action_A, self._reference_D)
+            if self._rejected(self._exceeded(wanted_D, self._reference_D)):
+                break
+            self._grip_G = self._gripped(action_A[self._grippers].astype(float))
+            commands.append(self._commanded(self._clamp(wanted_D, self._reference_D), self._reference_D))
+        for _ in range(BRAKING):
+            if self.at_rest:
+                break
+            stop_A = self.hold(None)
+            assert stop_A is not None, "a command has been sent"
+            commands.append(stop_A)
+        self._reference_D, self._moved_D, self._grip_G, self.limited = before
+        return np.array(commands).reshape(len(commands), len(self._arm) + len(self._grippers))
+
+    def passed(self, commands_NA: np.ndarray) -> None:
+        """Take note that the controller has executed commands [N,A] of `ahead` by itself."""
+        for command_A in commands_NA:
+            assert self._reference_D is not None, "a command has been sent"
+            self._moved_D = command_A[self._arm] - self._reference_D
+            self._reference_D = command_A[self._arm]
+            self._grip_G = command_A[self._grippers]
 
     def _wanted(self, action_A: np.ndarray, reference_D: np.ndarray) -> np.ndarray:
         """Return the displacement [D] that an action [A] asks for."""

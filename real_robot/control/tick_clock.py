@@ -1,7 +1,8 @@
 """Clock of the control loop: count ticks, detect jumps, and find the tick of an observation.
 
-Ticks are counted, not computed from the time. So a late tick delays the plan; it does not skip actions. A step back of
-the clock, or a long gap in which the process was suspended, is a jump: the loop discards what it knows about the robot.
+Ticks are counted, not computed from the time. So a late tick delays the plan; it does not skip actions, unless the
+robot's controller has the plan and executes it by itself (`skip`). A step back of the clock, or a long gap in which the
+process was suspended, is a jump: the loop discards what it knows about the robot.
 """
 
 from __future__ import annotations
@@ -44,9 +45,18 @@ class TickClock:
         self.now = now if jumped else max(self.now, now)
         return jumped
 
-    def tick(self) -> float | None:
-        """Count a tick at `now`. Return the seconds since the last tick; None for the first one after a pause."""
-        gap = self.now - self._ticked_at[-1] if self._ticked_at else None
+    def tick(self, skip: int = 0) -> float | None:
+        """Count a tick at `now`. Return the seconds since the last tick; None for the first one after a pause.
+
+        Args:
+            skip: largest number of missed ticks to count, too, because the controller went on in them by itself.
+        """
+        last = self._ticked_at[-1] if self._ticked_at else None
+        gap = None if last is None else self.now - last
+        if skip and last is not None:
+            missed = min(max(round((self.now - last) / self._period_s) - 1, 0), skip)
+            self._ticked_at.extend(last + self._period_s * (i + 1) for i in range(missed))
+            self.next_tick += missed
         if gap is not None and gap > self._gap_s:
             self._ticked_at.clear()
         self._ticked_at.append(self.now)

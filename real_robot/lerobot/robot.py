@@ -168,6 +168,8 @@ class LeRobotFrontEnd:
         ValueError: robot, settings and embodiment do not match.
     """
 
+    ahead = False
+
     def __init__(self, robot: Robot, settings: LeRobotSettings, embodiment: Embodiment) -> None:
         settings.check(embodiment)
         settings.check_robot(robot, embodiment)
@@ -185,12 +187,15 @@ class LeRobotFrontEnd:
         self._thread = threading.Thread(target=self._run, args=(bridge,), name="robot", daemon=True)
         self._thread.start()
 
-    def send(self, action_A: np.ndarray, dry_run: bool) -> None:
+    def send(self, action_A: np.ndarray, coming_NA: np.ndarray | None, dry_run: bool) -> None:
         """See `FrontEnd.send`."""
         if not dry_run:
             with self._condition:
                 self._command = action_A, self._now()
                 self._condition.notify()
+
+    def stop(self, dry_run: bool) -> None:
+        """Do nothing: motors come to rest at the last command, and one that waits is dropped."""
 
     def show(self, diagnostics: Mapping[str, Any]) -> None:
         """Do nothing: the program that runs the bridge prints the diagnostics."""

@@ -30,9 +30,10 @@ from rosbags.typesys import Stores, get_typestore
 from cogvla.envs.recording.demonstration import encode_png
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.ros.front_end import RosTopics
+from cogvla.real_robot.ros.commands import Commands
 from cogvla.real_robot.ros.messages import compressed_image_of, image_of, state_of
-from cogvla.real_robot.ros.node import COMPRESSED_IMAGE, seconds_of
+from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, seconds_of
+from cogvla.real_robot.ros.topics import COMMANDS, RosTopics
 
 DISTROS = {
     "humble": Stores.ROS2_HUMBLE,
@@ -140,12 +141,13 @@ class BagReader:
     def __init__(
         self, path: Path, embodiment: Embodiment, robot: RobotConfig, topics: RosTopics, distro: str = "humble"
     ) -> None:
-        topics.check(embodiment)
         robot.limits.check(embodiment)
+        topics.check(embodiment, robot.limits)
         if distro not in DISTROS:
             raise ValueError(f"distro must be one of {', '.join(DISTROS)}, got {distro!r}")
         self._path, self._embodiment, self._robot, self._topics = path, embodiment, robot, topics
         self._distro = distro
+        self._commands = Commands(topics, embodiment)
         self._open = ExitStack()
         self.skipped: Counter[str] = Counter()
 
@@ -250,6 +252,19 @@ class BagReader:
             raise ValueError(
                 f"{self._path} has no {', '.join(missing)}; it has {', '.join(sorted(self._connections)) or 'nothing'}"
             )
+        kinds: dict[str | None, tuple[str, ...]] = {
+            topics.joint_states: (JOINT_STATE,),
+            topics.command: (COMMANDS[topics.command_type],),
+            topics.gripper: (ARRAY,),
+            topics.instruction: (STRING,),
+            **dict.fromkeys(topics.cameras.values(), (IMAGE, COMPRESSED_IMAGE)),
+        }
+        for topic, connection in self._connections.items():
+            if connection.msgtype not in kinds.get(topic, (connection.msgtype,)):
+                raise ValueError(
+                    f"{topic} in {self._path} has messages of {connection.msgtype}, expected "
+                    f"{' or '.join(kinds[topic])}: correct configs/topics"
+                )
 
     def _messages(self, topic: str, numbers: Sequence[int] | None = None) -> Iterator[tuple[int, float, Any]]:
         """Yield index, time of recording in seconds and message, of all messages of a topic or of some."""
@@ -262,26 +277,31 @@ class BagReader:
                 return
 
     def _samples(self, topic: str) -> Samples:
-        """Read the joint states or the commands of a topic."""
-        samples = Samples()
-        is_state = topic == self._topics.joint_states
+        """Read the joint states [S], the commands of the arm [D] or those of the grippers [G] of a topic.
+
+        A trajectory of several points gives a command for each tick until the next trajectory.
+        """
+        read = {
+            self._topics.joint_states: lambda message: state_of(message, self._topics.joints)[None],
+            self._topics.gripper: lambda message: self._commands.grippers_of(message)[None],
+            self._topics.command: self._commands.arm_of,
+        }[topic]
+        samples, period = Samples(), 1.0 / self._embodiment.control_hz
         for _, recorded, message in self._messages(topic):
-            value = state_of(message, self._topics.joints) if is_state else self._command_of(message)
-            if not np.isfinite(value).all():
+            try:
+                values = read(message)
+            except ValueError as error:
+                raise ValueError(f"{topic} in {self._path}: {error}") from None
+            if not np.isfinite(values).all():
                 raise ValueError(f"{topic} in {self._path} holds NaN or infinite values")
-            samples.times.append(self._time(topic, message, recorded) if is_state else recorded)
-            samples.values.append(value)
+            first = self._time(topic, message, recorded) if topic == self._topics.joint_states else recorded
+            while samples.times and topic == self._topics.command and samples.times[-1] > first - period / 2:
+                samples.times.pop()  # the rest of the trajectory before
+                samples.values.pop()
+            samples.times += [first + period * number for number in range(len(values))]
+            samples.values += list(values)
         samples.sort()
         return samples
-
-    def _command_of(self, message: Any) -> np.ndarray:
-        joints = self._topics.command_joints
-        if not hasattr(message, "points"):
-            return np.asarray(message.data, float)
-        if not message.points or joints is None:
-            raise ValueError(f"a trajectory on {self._topics.command} has no points, or topics.command_joints is null")
-        positions = dict(zip(message.joint_names, message.points[0].positions, strict=True))
-        return np.array([positions[name] for name in joints])
 
     def _instructions(self, instruction: str | None) -> Samples:
         if instruction is not None:
@@ -323,25 +343,7 @@ class BagReader:
             action_A = command
         else:
             grip_G = gripper.newest(when + half_s)
-            action_A = None if grip_G is None else self._with_grippers(command, grip_G)
-        if action_A is not None and action_A.shape != (self._embodiment.action_dim,):
-            raise ValueError(
-                f"a command on {self._topics.command} has {action_A.size} entries, "
-                f"{self._embodiment.name!r} has {self._embodiment.action_dim}"
-            )
-        return action_A
-
-    def _with_grippers(self, command_D: np.ndarray, grip_G: np.ndarray) -> np.ndarray:
-        grippers = list(self._embodiment.grippers)
-        if grip_G.shape != (len(grippers),):
-            raise ValueError(
-                f"a command on {self._topics.gripper} has {grip_G.size} entries, {self._embodiment.name!r} has "
-                f"{len(grippers)} gripper(s)"
-            )
-        action_A = np.empty(command_D.size + grip_G.size, np.result_type(command_D, grip_G))
-        if max(grippers) < len(action_A):  # else the command has a wrong size, which the caller reports
-            action_A[grippers] = grip_G
-            action_A[[i for i in range(len(action_A)) if i not in grippers]] = command_D
+            action_A = None if grip_G is None else self._commands.action(command, grip_G)
         return action_A
 
     def _hold(self, action_A: np.ndarray) -> np.ndarray:

@@ -4,14 +4,14 @@
     out   commands (Float64MultiArray, JointTrajectory or TwistStamped), in a dry run on ~/dry_run instead; /diagnostics
     ~/estop, ~/reset, ~/activate    as services (SetBool, Trigger, SetBool) and as topics (Bool, Empty, Bool)
 
-Shape legend: A action dimension, S state dimension, G grippers.
+Shape legend: A action dimension, N ticks of a trajectory, S state dimension, H, W image size.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,15 +19,9 @@ import numpy as np
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.control.observations import STATE
-from cogvla.real_robot.ros.messages import (
-    array_fields,
-    compressed_image_of,
-    diagnostics_fields,
-    image_of,
-    state_of,
-    trajectory_fields,
-    twist_fields,
-)
+from cogvla.real_robot.control.settings import SafetyLimits
+from cogvla.real_robot.ros.commands import Commands
+from cogvla.real_robot.ros.messages import compressed_image_of, diagnostics_fields, image_of, state_of
 from cogvla.real_robot.ros.node import (
     ARRAY,
     BOOL,
@@ -38,112 +32,18 @@ from cogvla.real_robot.ros.node import (
     JOINT_STATE,
     SET_BOOL,
     STRING,
-    TRAJECTORY,
     TRIGGER,
-    TWIST,
     Answer,
     Delivery,
     RosNode,
     seconds_of,
 )
+from cogvla.real_robot.ros.topics import COMMANDS, RosTopics
 
-COMMANDS = {"array": ARRAY, "trajectory": TRAJECTORY, "twist": TWIST}
 STOP_PERIODS = 2.0
-"""Control periods without a command after which a twist of zero stops the arm."""
-STAMPS = ("header", "arrival")
+"""Control periods without a command after which a twist of zero stops the arm, should the bridge hang."""
 DRIFT_S = 1e-3
 """Change of a clock offset, in seconds, from which on the clocks have drifted or one was set."""
-
-
-@dataclass(frozen=True)
-class RosTopics:
-    """Topics of a robot: its sensors, its instruction and its controller. Ready-made ones: configs/topics/*.yaml.
-
-    Attributes:
-        cameras: camera of the embodiment -> topic with an Image, or a CompressedImage if it ends in `/compressed`.
-        joint_states: topic with a JointState.
-        joints: [S] joint names in the JointState, one per entry of the embodiment's state.
-        instruction: topic with the instruction as a String; empty text holds the arm.
-        command: topic of the controller.
-        command_type: "array" (Float64MultiArray with the action), "trajectory" (JointTrajectory with one point) or
-            "twist" (TwistStamped, for MoveIt Servo; the action is six displacements).
-        point_periods: time until a trajectory's point is reached, in control periods. With 1 the controller has nothing
-            left to do whenever the next command is a little late, and stops; a larger value is slower to follow.
-        twist_scale: [6] twist of the action 1.0: m/s and rad/s, or shares of MoveIt Servo's own limits (`unitless`).
-        twist_frame: frame of the twist.
-        command_joints: joint names of a trajectory in the order of the action, without a gripper with its own topic.
-        gripper: topic with a Float64MultiArray for the actions of all grippers; None: the command contains them.
-        gripper_positions: what its topic gets for an open and a closed gripper; None: the action as it is.
-        stamps: "header": the sensor's own time stamps; "arrival": the time of arrival.
-            Use "arrival" for replays and for drivers that do not set time stamps.
-    """
-
-    cameras: Mapping[str, str]
-    joint_states: str
-    joints: tuple[str, ...]
-    instruction: str
-    command: str
-    command_type: str = "array"
-    command_joints: tuple[str, ...] | None = None
-    gripper: str | None = None
-    point_periods: float = 1.5
-    twist_scale: tuple[float, ...] | None = None
-    twist_frame: str = ""
-    gripper_positions: tuple[float, ...] | None = None
-    stamps: str = "header"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "joints", tuple(self.joints))
-        if self.command_joints is not None:
-            object.__setattr__(self, "command_joints", tuple(self.command_joints))
-        for name, size in (("twist_scale", 6), ("gripper_positions", 2)):
-            numbers = getattr(self, name)
-            if numbers is not None:
-                if len(numbers) != size or not np.isfinite(np.asarray(numbers, float)).all():
-                    raise ValueError(f"topics.{name} must be {size} finite numbers, got {list(numbers)}")
-                object.__setattr__(self, name, tuple(map(float, numbers)))
-        if self.command_type not in COMMANDS:
-            raise ValueError(f"topics.command_type must be one of {', '.join(COMMANDS)}, got {self.command_type!r}")
-        if self.stamps not in STAMPS:
-            raise ValueError(f"topics.stamps must be one of {', '.join(STAMPS)}, got {self.stamps!r}")
-        if not 0 < self.point_periods <= 20:
-            raise ValueError(f"topics.point_periods must be above 0 and at most 20, got {self.point_periods}")
-        if (self.command_type == "twist") != (self.twist_scale is not None and bool(self.twist_frame)):
-            raise ValueError("topics.twist_scale and twist_frame belong to command_type=twist, which needs both")
-        if self.gripper_positions is not None and self.gripper is None:
-            raise ValueError("topics.gripper_positions needs topics.gripper, the topic that gets them")
-        if (self.command_type == "trajectory") != bool(self.command_joints):
-            raise ValueError("topics.command_joints names the joints of a trajectory; other commands have none")
-
-    def names(self, embodiment: Embodiment) -> dict[str, tuple[str, ...]]:
-        """Return the names of the numbers in a recording's features; an array of commands has none."""
-        action = list(self.command_joints or ())
-        if action and self.gripper is not None:
-            for number, index in enumerate(embodiment.grippers, 1):
-                action.insert(index, "gripper" if len(embodiment.grippers) == 1 else f"gripper {number}")
-        return {"observation.state": self.joints} | ({"action": tuple(action)} if action else {})
-
-    def check(self, embodiment: Embodiment) -> None:
-        """Raise ValueError if cameras, joints or commands do not match the embodiment."""
-        if set(self.cameras) != set(embodiment.camera_names):
-            raise ValueError(
-                f"topics.cameras has {sorted(self.cameras)}, embodiment {embodiment.name!r} has "
-                f"{sorted(embodiment.camera_names)}: give a topic for each"
-            )
-        if len(self.joints) != embodiment.state_dim:
-            raise ValueError(
-                f"topics.joints names {len(self.joints)} joints, the state of {embodiment.name!r} has "
-                f"{embodiment.state_dim} entries"
-            )
-        if self.gripper is not None and not embodiment.grippers:
-            raise ValueError(f"topics.gripper is given, but {embodiment.name!r} has no gripper_index; make it null")
-        size = embodiment.action_dim - (0 if self.gripper is None else len(embodiment.grippers))
-        if self.command_type == "twist" and size != 6:
-            raise ValueError(
-                f"a twist has 6 numbers, the command of {embodiment.name!r} has {size}: give topics.gripper"
-            )
-        if self.command_joints is not None and len(self.command_joints) != size:
-            raise ValueError(f"topics.command_joints names {len(self.command_joints)} joints, the command has {size}")
 
 
 class RosFrontEnd:
@@ -151,17 +51,23 @@ class RosFrontEnd:
 
     Args:
         node: ROS 2 node, started or not.
-        topics: topics of the robot; the constructor checks them against the embodiment.
+        topics: topics of the robot.
         embodiment: embodiment of the bridge.
+        limits: limits of the bridge, for the kind of its actions.
         orders: offer the operator's services and topics, see `offer_orders`.
+
+    Raises:
+        ValueError: the topics do not fit the embodiment or the limits.
     """
 
-    def __init__(self, node: RosNode, topics: RosTopics, embodiment: Embodiment, orders: bool = True) -> None:
-        topics.check(embodiment)
+    def __init__(
+        self, node: RosNode, topics: RosTopics, embodiment: Embodiment, limits: SafetyLimits, orders: bool = True
+    ) -> None:
+        topics.check(embodiment, limits)
         self._node, self._topics, self._orders = node, topics, orders
         self._period_s = 1.0 / embodiment.control_hz
-        self._grippers = list(embodiment.grippers) if topics.gripper is not None else []
-        self._arm = [i for i in range(embodiment.action_dim) if i not in self._grippers]
+        self._commands = Commands(topics, embodiment)
+        self._grips = topics.gripper is not None
         kind = COMMANDS[topics.command_type]
         self._command = node.advertise(topics.command, kind, Delivery.COMMAND)
         self._preview = node.advertise("~/dry_run", kind, Delivery.COMMAND)
@@ -169,9 +75,15 @@ class RosFrontEnd:
         self._diagnostics = node.advertise("/diagnostics", DIAGNOSTICS, Delivery.EVENTS)
         self._offset = ClockOffset()
         self._closed = False
-        self._open_close = (embodiment.gripper_open, embodiment.gripper_close)
+        self._sending = threading.Lock()
+        self._given: tuple[float, np.ndarray] | None = None  # when the last trajectory was sent, and its actions [N,A]
         self._sent, self._moving = threading.Event(), False
-        self._stopping: threading.Thread | None = None
+        self._silence: threading.Thread | None = None
+
+    @property
+    def ahead(self) -> bool:
+        """See `FrontEnd.ahead`."""
+        return self._topics.points == "chunk"
 
     def start(self, bridge: Bridge) -> None:
         """Subscribe to the topics and offer the services."""
@@ -184,48 +96,53 @@ class RosFrontEnd:
         for delivery in (Delivery.LATCHED, Delivery.EVENTS):  # a latched reader never hears a volatile writer
             node.subscribe(topics.instruction, STRING, delivery, self._instruction(bridge))
         if topics.command_type == "twist":
-            self._stopping = threading.Thread(target=self._stop_when_silent, args=(bridge,), daemon=True)
-            self._stopping.start()
+            self._silence = threading.Thread(target=self._stop_when_silent, args=(bridge,), daemon=True)
+            self._silence.start()
         if self._orders:
             offer_orders(node, bridge, lambda: self._closed)
 
-    def send(self, action_A: np.ndarray, dry_run: bool) -> None:
+    def send(self, action_A: np.ndarray, coming_NA: np.ndarray | None, dry_run: bool) -> None:
         """See `FrontEnd.send`."""
-        fields = self._fields(action_A[self._arm])
-        if dry_run:
-            self._preview(fields)
-            return
-        self._command(fields)
-        if self._command_gripper:
-            self._command_gripper(array_fields(self._gripper_positions(action_A[self._grippers])))
-        self._moving = True
-        self._sent.set()
+        with self._sending:
+            if not self.ahead:
+                self._publish(action_A[None], dry_run)
+            elif coming_NA is not None:
+                actions_NA = np.concatenate([action_A[None], coming_NA])
+                self._publish(actions_NA, dry_run)
+                self._given = time.monotonic(), actions_NA
+            if not dry_run:
+                if self._command_gripper:
+                    self._command_gripper(self._commands.grippers(action_A))
+                self._moving = True
+                self._sent.set()
 
-    def _fields(self, arm_A: np.ndarray) -> Mapping[str, Any]:
-        topics = self._topics
-        if topics.twist_scale is not None:
-            return twist_fields(arm_A * np.array(topics.twist_scale), self._node.now(), topics.twist_frame)
-        if topics.command_joints is not None:
-            return trajectory_fields(arm_A, topics.command_joints, topics.point_periods * self._period_s)
-        return array_fields(arm_A)
+    def stop(self, dry_run: bool) -> None:
+        """See `FrontEnd.stop`: send a twist of zero, or a trajectory that ends at the point the arm is heading for."""
+        with self._sending:
+            if self._topics.command_type == "twist":
+                self._publish(self._commands.rest()[None], dry_run)
+            elif self._given is not None:
+                (sent_at, actions_NA), self._given = self._given, None
+                gone_s = time.monotonic() - sent_at
+                left_s = [self._commands.after_s(number) - gone_s for number in range(len(actions_NA) - 1)]
+                next_one = next((i for i, seconds in enumerate(left_s) if seconds >= self._period_s / 2), None)
+                if next_one is not None:  # else the trajectory is about to end by itself
+                    self._publish(actions_NA[next_one][None], dry_run, left_s[next_one])
+            self._moving = False
 
-    def _gripper_positions(self, grip_G: np.ndarray) -> np.ndarray:
-        if self._topics.gripper_positions is None:
-            return grip_G
-        opened, closed = self._open_close
-        return np.interp((grip_G - opened) / (closed - opened), (0.0, 1.0), self._topics.gripper_positions)
+    def _publish(self, actions_NA: np.ndarray, dry_run: bool, first_s: float | None = None) -> None:
+        fields = self._commands.arm(actions_NA, self._node.now(), first_s)
+        (self._preview if dry_run else self._command)(fields)
 
     def _stop_when_silent(self, bridge: Bridge) -> None:
-        """Send a twist of zero when commands stop, because a velocity goes on until something ends it."""
+        """Send a twist of zero when no commands come, because a velocity goes on until something ends it."""
         try:
-            while not self._closed or self._moving:
+            while not self._closed:
                 self._sent.wait()
-                if self._closed and not self._moving:
-                    return
                 while not self._closed and self._sent.wait(STOP_PERIODS * self._period_s):
                     self._sent.clear()
-                self._moving = False
-                self._command(self._fields(np.zeros(6)))
+                if self._moving:
+                    self.stop(dry_run=False)
         except Exception as error:
             bridge.fail(error)
 
@@ -237,8 +154,8 @@ class RosFrontEnd:
         """Stop calling the bridge. The caller closes the node."""
         self._closed = True
         self._sent.set()
-        if self._stopping is not None:
-            self._stopping.join()
+        if self._silence is not None:
+            self._silence.join()
 
     def _instruction(self, bridge: Bridge) -> Callable[[Any], None]:
         def take(message: Any) -> None:

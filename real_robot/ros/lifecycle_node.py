@@ -104,7 +104,7 @@ class BridgeNode(LifecycleNode):
             made = parts({name: self.get_parameter(name).value for name in PARAMETERS})
             waiting = asyncio.run(check_server(made.server, made.client))
             self._ros = RclpyNode(self, self._failed)
-            front_end = RosFrontEnd(self._ros, made.topics, made.embodiment, orders=False)
+            front_end = RosFrontEnd(self._ros, made.topics, made.embodiment, made.robot.limits, orders=False)
         except (ValueError, TypeError, OSError, ParameterUninitializedException) as error:
             self.get_logger().error(f"not configured: {error}")
             self.disconnect()

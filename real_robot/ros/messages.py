@@ -3,7 +3,8 @@
 Incoming messages are objects with the fields as attributes, such as those of rclpy and rosbags. Outgoing messages are
 plain nested values (`Fields`).
 
-Shape legend: H, W image size, b bytes of a pixel, S state dimension, A action dimension.
+Shape legend: H, W image size, b bytes of a pixel, S state dimension, A action dimension,
+D joints of a trajectory, N its points.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.real_robot.ros.node import Fields, stamp_of
+from cogvla.real_robot.ros.node import Fields, seconds_of, stamp_of
 from cogvla.real_robot.serving.images import decode_image, encode_jpeg
 
 _CHANNELS: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -89,10 +90,12 @@ def state_of(message: Any, joints: Sequence[str]) -> np.ndarray:
     """Return the positions [S] of `joints` in a sensor_msgs/JointState, which may hold more joints in any order.
 
     Raises:
-        ValueError: a joint is missing or has no position.
+        ValueError: a joint is missing, named twice or has no position.
     """
     positions = dict(zip(message.name, message.position, strict=False))
     missing = [name for name in joints if name not in positions]
+    if twice := [name for name in joints if list(message.name).count(name) > 1]:
+        raise ValueError(f"a joint state names {', '.join(twice)} twice")
     if missing:
         raise ValueError(f"no position of {', '.join(missing)}; there are {', '.join(positions) or 'none'}")
     return np.array([positions[name] for name in joints])
@@ -136,13 +139,36 @@ def array_fields(action_A: np.ndarray) -> Fields:
     return {"layout": {"dim": [dimension]}, "data": np.asarray(action_A, float)}
 
 
-def trajectory_fields(action_A: np.ndarray, joints: Sequence[str], after_s: float) -> Fields:
-    """Return the fields of a trajectory_msgs/JointTrajectory with one point, to reach in `after_s` seconds.
+def trajectory_fields(points_ND: np.ndarray, joints: Sequence[str], times_s: Sequence[float]) -> Fields:
+    """Return the fields of a trajectory_msgs/JointTrajectory to be at each point [N,D] after so many seconds.
 
     The stamp is 0, which means now. Without velocities the controller interpolates positions and ends at rest.
     """
-    point = {"positions": np.asarray(action_A, float), "time_from_start": stamp_of(after_s)}
-    return {"joint_names": list(joints), "points": [point]}
+    points = [
+        {"positions": np.asarray(point_D, float), "time_from_start": stamp_of(after_s)}
+        for point_D, after_s in zip(points_ND, times_s, strict=True)
+    ]
+    return {"joint_names": list(joints), "points": points}
+
+
+def trajectory_of(message: Any, joints: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions [N,D] and times [N] in seconds of a trajectory_msgs/JointTrajectory.
+
+    It may hold more joints than `joints`, in any order.
+
+    Raises:
+        ValueError: it has no points, a joint is missing or named twice, or a point has another number of positions.
+    """
+    names = list(message.joint_names)
+    if not message.points:
+        raise ValueError("a trajectory has no points")
+    if missing := [name for name in joints if names.count(name) != 1]:
+        raise ValueError(f"a trajectory must name {', '.join(missing)} once; it names {', '.join(names) or 'none'}")
+    for point in message.points:
+        if len(point.positions) != len(names):
+            raise ValueError(f"a point has {len(point.positions)} positions, the trajectory {len(names)} joints")
+    points_ND = np.array([[point.positions[names.index(name)] for name in joints] for point in message.points], float)
+    return points_ND, np.array([seconds_of(point.time_from_start) for point in message.points])
 
 
 def twist_fields(velocity_6: np.ndarray, stamp: float, frame: str) -> Fields:
@@ -152,6 +178,11 @@ def twist_fields(velocity_6: np.ndarray, stamp: float, frame: str) -> Fields:
         "header": {"stamp": stamp_of(stamp), "frame_id": frame},
         "twist": {"linear": {"x": x, "y": y, "z": z}, "angular": {"x": roll, "y": pitch, "z": yaw}},
     }
+
+
+def twist_of(message: Any) -> np.ndarray:
+    """Return the linear and angular velocity [6] of a geometry_msgs/TwistStamped."""
+    return np.array([getattr(part, axis) for part in (message.twist.linear, message.twist.angular) for axis in "xyz"])
 
 
 LEVELS = {"idle": 0, "running": 0, "holding": 1, "stopped": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
 DIAGNOSTICS = "diagnostic_msgs/msg/DiagnosticArray"
 SET_BOOL = "std_srvs/srv/SetBool"
 TRIGGER = "std_srvs/srv/Trigger"
+_NAME = re.compile(r"(/[A-Za-z_][A-Za-z0-9_]*)+")
 
 
 class Delivery(Enum):
@@ -61,10 +63,16 @@ class RosNode(Protocol):
 
 
 def resolve(name: str, node: str) -> str:
-    """Return the full name of a topic: `~/x` is below the node, `x` is `/x`."""
-    if name.startswith("~"):
-        return node + name[1:]
-    return name if name.startswith("/") else "/" + name
+    """Return the full name of a topic or service: `~/x` is below the node, `x` is `/x`.
+
+    Raises:
+        ValueError: ROS 2 does not allow the name.
+    """
+    if isinstance(name, str):
+        full = node + name[1:] if name.startswith("~") else name if name.startswith("/") else "/" + name
+        if _NAME.fullmatch(full) and "__" not in full:
+            return full
+    raise ValueError(f"{name!r} is no name of a topic or service: use letters, digits, _ and /")
 
 
 def stamp_of(seconds: float) -> Fields:

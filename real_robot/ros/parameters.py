@@ -13,7 +13,7 @@ from cogvla.configs.load import load
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import BridgeSettings
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.ros.front_end import RosTopics
+from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
 
 API_KEY = "COGVLA_API_KEY"
@@ -87,9 +87,9 @@ def parts(values: Mapping[str, Any]) -> Parts:
     values = {name: typed(name, values[name]) for name in PARAMETERS}
     embodiment = build(Embodiment, load("embodiment", values["embodiment"]), "embodiment")
     topics = build(RosTopics, load("topics", values["topics"]), "topics")
-    topics.check(embodiment)
     robot = build(RobotConfig, load("robot", values["robot"]), "robot")
     robot.limits.check(embodiment)
+    topics.check(embodiment, robot.limits)
     certificate = Path(values["certificate"]) if values["certificate"] else None
     return Parts(
         values["server"],

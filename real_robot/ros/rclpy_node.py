@@ -88,7 +88,7 @@ class RclpyNode:
             self._guarded(ask)
             return response
 
-        name = self._checked(service)
+        name = resolve(service, self.name)
         made = self._node.create_service(ros_type(kind), name, answer)
         self._destroy.append(lambda: self._node.destroy_service(made))
 
@@ -126,7 +126,7 @@ class RclpyNode:
 
     def client(self, service: str, kind: str) -> Any:
         """Return the client of a service, made by the first call."""
-        name = self._checked(service)
+        name = resolve(service, self.name)
         if name not in self._clients:
             made = self._clients[name] = self._node.create_client(ros_type(kind), name)
             self._destroy.append(lambda: self._node.destroy_client(made))
@@ -160,21 +160,16 @@ class RclpyNode:
 
     # --- internals ----------------------------------------------------------------------------------------------------
 
-    def _checked(self, name: str) -> str:
-        """Return the full name of a topic or service; ValueError if ROS 2 does not allow it."""
-        full = resolve(name, self.name)
-        if not re.fullmatch(r"(/[A-Za-z_][A-Za-z0-9_]*)+", full) or "__" in full:
-            raise ValueError(f"{name!r} is no name of a topic or service: use letters, digits, _ and /")
-        return full
-
     def _subscribe(
         self, topic: str, kind: str, delivery: Delivery, callback: Callable[..., None], raw: bool = False
     ) -> None:
-        made = self._node.create_subscription(ros_type(kind), self._checked(topic), callback, qos(delivery), raw=raw)
+        made = self._node.create_subscription(
+            ros_type(kind), resolve(topic, self.name), callback, qos(delivery), raw=raw
+        )
         self._destroy.append(lambda: self._node.destroy_subscription(made))
 
     def _publisher(self, topic: str, kind: str, delivery: Delivery) -> Callable[[Any], None]:
-        made = self._node.create_publisher(ros_type(kind), self._checked(topic), qos(delivery))
+        made = self._node.create_publisher(ros_type(kind), resolve(topic, self.name), qos(delivery))
         self._destroy.append(lambda: self._node.destroy_publisher(made))
         publish: Callable[[Any], None] = made.publish
         return publish

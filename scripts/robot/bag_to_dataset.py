@@ -17,7 +17,7 @@ from cogvla.configs.build import build
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.recording.recorder import SHORTEST, RecordingFolder
-from cogvla.real_robot.ros.front_end import RosTopics
+from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.scripts import console
 from cogvla.scripts.command import plain
 

@@ -51,7 +51,7 @@ def run(config: DictConfig, keyboard: int | None = None) -> None:
     teleop, keys = open_teleoperator(config, embodiment)
     client, described = open_policy_client(config, embodiment)
     with ExitStack() as stack:
-        front_end, _ = open_front_end(config, embodiment, stack)
+        front_end, _ = open_front_end(config, embodiment, robot.limits, stack)
         recorder = None
         if config.record is not None:
             names = recorded_names(config, embodiment)

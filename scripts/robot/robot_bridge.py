@@ -22,7 +22,8 @@ from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
+from cogvla.real_robot.ros.front_end import RosFrontEnd
+from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient, check_server
 from cogvla.scripts import console
@@ -53,7 +54,7 @@ def run(config: DictConfig) -> None:
         print(f"no policy server yet: {waiting}", flush=True)
     client = ReconnectingClient(config.server, asking)
     node = ros_node(config.transport, config.node, plain(config.ros))
-    front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment)
+    front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment, robot.limits)
     with node, Bridge(robot, embodiment, client, front_end, settings) as bridge:
         if config.instruction is not None:
             bridge.instruct(config.instruction)

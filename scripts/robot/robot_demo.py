@@ -41,7 +41,8 @@ from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
 from cogvla.real_robot.bridge.live_view import RerunView, VideoView, choose_view
 from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
-from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
+from cogvla.real_robot.ros.front_end import RosFrontEnd
+from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.real_robot.serving.remote_policy import RemotePolicy
@@ -102,11 +103,12 @@ def _play(
                 VideoView(output / "demo.mp4", embodiment.control_hz) if view == "video" else RerunView("robot_demo")
             )
             open_things.enter_context(shown)
+        robot = build(RobotConfig, plain(config.robot), "robot")
         bridge = Bridge(
-            build(RobotConfig, plain(config.robot), "robot"),
+            robot,
             embodiment,
             ReconnectingClient(uri, ClientSettings(robot=embodiment)),
-            RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment),
+            RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment, robot.limits),
             BridgeSettings(dry_run=False),
             on_tick=None if shown is None else shown.show,
         )

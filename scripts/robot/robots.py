@@ -14,6 +14,7 @@ from cogvla.configs.build import build
 from cogvla.policy.checkpoint_folder import check_checkpoint_folder
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import AsksPolicy, FrontEnd
+from cogvla.real_robot.control.settings import SafetyLimits
 from cogvla.real_robot.ros.network import RosSettings
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.serving.local_policy import LocalPolicy
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 TRANSPORTS = ("rclpy", "lerobot")
 
 
-def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack) -> tuple[FrontEnd, Any]:
+def open_front_end(
+    config: DictConfig, embodiment: Embodiment, limits: SafetyLimits, stack: ExitStack
+) -> tuple[FrontEnd, Any]:
     """Connect to the robot by `config.transport`; return its front end, and its ROS 2 node or None.
 
     Raises:
-        ValueError: the transport is unknown or not installed, or the robot does not fit the embodiment.
+        ValueError: the transport is unknown or not installed, or the robot does not fit the embodiment or the limits.
         OSError: the robot cannot be reached.
     """
     if config.transport == "lerobot":
@@ -44,10 +47,11 @@ def open_front_end(config: DictConfig, embodiment: Embodiment, stack: ExitStack)
         return LeRobotFrontEnd(stack.enter_context(connected(robot)), settings, embodiment), None
     if config.transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {config.transport!r}")
-    from cogvla.real_robot.ros.front_end import RosFrontEnd, RosTopics
+    from cogvla.real_robot.ros.front_end import RosFrontEnd
+    from cogvla.real_robot.ros.topics import RosTopics
 
     node = ros_node(config.transport, config.node, plain(config.ros))
-    front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment)
+    front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment, limits)
     stack.enter_context(node)
     return front_end, node
 
@@ -77,7 +81,7 @@ def recorded_names(config: DictConfig, embodiment: Embodiment) -> dict[str, tupl
         from cogvla.real_robot.lerobot.robot import LeRobotSettings
 
         return build(LeRobotSettings, plain(config.lerobot), "lerobot").names
-    from cogvla.real_robot.ros.front_end import RosTopics
+    from cogvla.real_robot.ros.topics import RosTopics
 
     return build(RosTopics, plain(config.topics), "topics").names(embodiment)
 

@@ -29,9 +29,9 @@ from omegaconf import DictConfig
 
 from cogvla.configs.build import build
 from cogvla.envs.suite import get_suite
-from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.ros.messages import compressed_image_fields, image_fields, joint_state_fields
 from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, Delivery, RosNode
+from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.real_robot.simulated.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated.simulated_arm import SceneStart, SceneStatus, SimulatedArm
 from cogvla.scripts import console

@@ -57,6 +57,8 @@ class Front:
     error: Exception | None = None
     closed: bool = False
     bridge: Bridge | None = None
+    ahead: bool = False
+    stops: int = 0
 
     def start(self, bridge: Bridge) -> None:
         self.bridge = bridge
@@ -71,7 +73,10 @@ class Front:
                 self.bridge.observe_image(camera, image(camera), now)
             self.bridge.observe_state(np.zeros(3), now)
 
-    def send(self, action_A: np.ndarray, dry_run: bool) -> None:
+    def stop(self, dry_run: bool) -> None:
+        self.stops += 1
+
+    def send(self, action_A: np.ndarray, coming_NA: np.ndarray | None, dry_run: bool) -> None:
         if self.error is not None:
             raise self.error
         self.sent.append((time.monotonic(), action_A, dry_run))

@@ -24,11 +24,13 @@ from cogvla.configs.load import load
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros import messages as messages
-from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd, RosTopics
+from cogvla.real_robot.ros.commands import Commands
+from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd
 from cogvla.real_robot.ros.network import PROFILE, PROFILE_VARIABLES, RosSettings, environment
 from cogvla.real_robot.ros.node import ARRAY, TRAJECTORY, TWIST, Answer, Delivery, Fields, resolve, seconds_of, stamp_of
 from cogvla.real_robot.ros.parameters import API_KEY, PARAMETERS, check_names, parts
 from cogvla.real_robot.ros.stepping_clock import SteppingClock
+from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import check_server
 from cogvla.scripts.command import compose, plain
@@ -98,10 +100,16 @@ def test_joints_are_found_by_name() -> None:
     np.testing.assert_array_equal(messages.state_of(message, ["a", "b"]), [1.0, 2.0])
     with pytest.raises(ValueError, match="no position of c; there are b, other, a"):
         messages.state_of(message, ["a", "c"])
+    message.name[1] = "a"
+    with pytest.raises(ValueError, match="names a twice"):
+        messages.state_of(message, ["a", "b"])
+    message.name[1], message.position = "other", message.position[:2]
+    with pytest.raises(ValueError, match="no position of a; there are b, other"):
+        messages.state_of(message, ["a", "b"])
 
 
 def test_a_trajectory_starts_now_and_takes_one_period() -> None:
-    fields = messages.trajectory_fields(np.array([0.1, 0.2]), ["j1", "j2"], 0.05)
+    fields = messages.trajectory_fields(np.array([[0.1, 0.2]]), ["j1", "j2"], [0.05])
     assert "header" not in fields, "stamp 0 means now"
     assert fields["points"][0]["time_from_start"] == {"sec": 0, "nanosec": 50_000_000}
 
@@ -187,7 +195,8 @@ class Bridge:
 def front(name: str, **changes: Any) -> tuple[Remembers, Bridge, RosFrontEnd, Embodiment]:
     node, bridge = Remembers(), Bridge()
     embodiment = build(Embodiment, load("embodiment", name), "embodiment")
-    made = RosFrontEnd(node, build(RosTopics, load("topics", name) | changes, "topics"), embodiment)
+    limits = build(RobotConfig, load("robot", name), "robot").limits
+    made = RosFrontEnd(node, build(RosTopics, load("topics", name) | changes, "topics"), embodiment, limits)
     made.start(bridge)  # type: ignore[arg-type]
     return node, bridge, made, embodiment
 
@@ -251,8 +260,8 @@ def test_orders_come_by_topic_and_by_service() -> None:
 def test_displacements_go_out_as_they_are() -> None:
     node, _, made, _ = front("tabletop")
     action = np.linspace(-1, 1, 7)
-    made.send(action, False)
-    made.send(action, True)
+    made.send(action, None, False)
+    made.send(action, None, True)
     (topic, kind, fields), (preview, _, _) = node.published
     assert (topic, kind, preview) == ("/arm_controller/commands", ARRAY, "~/dry_run")
     np.testing.assert_array_equal(fields["data"], action)
@@ -260,7 +269,7 @@ def test_displacements_go_out_as_they_are() -> None:
 
 def test_joint_targets_go_out_as_a_trajectory_and_a_gripper() -> None:
     node, _, made, embodiment = front("six_joints")
-    made.send(np.arange(7.0), False)
+    made.send(np.arange(7.0), None, False)
     (topic, kind, fields), (gripper, gripper_kind, grip) = node.published
     assert (topic, kind) == ("/joint_trajectory_controller/joint_trajectory", TRAJECTORY)
     assert fields["joint_names"] == [f"joint{i}" for i in range(1, 7)]
@@ -270,6 +279,113 @@ def test_joint_targets_go_out_as_a_trajectory_and_a_gripper() -> None:
     np.testing.assert_array_equal(grip["data"], [6.0])
 
 
+CHUNK = {"points": "chunk", "gripper_positions": [0.04, 0.0]}
+PLAN = np.linspace(0.0, 0.6, 49).reshape(7, 7)
+
+
+def positions(fields: Fields) -> np.ndarray:
+    return np.array([point["positions"] for point in fields["points"]])
+
+
+def seconds(fields: Fields) -> list[float]:
+    return [point["time_from_start"]["sec"] + point["time_from_start"]["nanosec"] * 1e-9 for point in fields["points"]]
+
+
+def test_a_chunk_goes_out_as_one_trajectory_and_the_gripper_in_every_tick() -> None:
+    node, _, made, embodiment = front("six_joints", **CHUNK)
+    assert made.ahead
+    assert not front("six_joints")[2].ahead
+    made.send(PLAN[0], PLAN[1:], False)
+    made.send(PLAN[1], None, False)
+    (topic, kind, fields), (_, _, grip), (next_topic, _, next_grip) = node.published
+    assert (topic, kind) == ("/joint_trajectory_controller/joint_trajectory", TRAJECTORY)
+    np.testing.assert_array_equal(positions(fields), PLAN[:, :6])
+    np.testing.assert_allclose(seconds(fields), (1.5 + np.arange(7)) / embodiment.control_hz, atol=1e-9)
+    assert next_topic == "/gripper_controller/commands"
+    opened, closed = embodiment.gripper_open, embodiment.gripper_close
+    for got, action in ((grip, PLAN[0]), (next_grip, PLAN[1])):
+        assert got["data"] == pytest.approx([0.04 * (closed - action[6]) / (closed - opened)])
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_stop_replaces_the_chunk_by_the_point_that_the_arm_is_heading_for(dry_run: bool) -> None:
+    node, _, made, embodiment = front("six_joints", **CHUNK)
+    made.stop(dry_run)
+    assert node.published == [], "there is no trajectory"
+    made.send(PLAN[0], np.tile(PLAN[1:], (200, 1)), dry_run)
+    began = time.monotonic()
+    time.sleep(3.2 / embodiment.control_hz)
+    made.stop(dry_run)
+    gone = (time.monotonic() - began) * embodiment.control_hz
+    made.stop(dry_run)
+    sent = [fields for topic, _, fields in node.published if topic != "/gripper_controller/commands"]
+    assert len(sent) == 2, "it is stopped once"
+    [left] = seconds(sent[1])
+    assert 0.5 - 1e-6 <= left * embodiment.control_hz <= 1.5 + 1e-6
+    heading_for = round(gone - 1.5 + left * embodiment.control_hz)  # it comes to rest at this point
+    assert heading_for >= 2
+    np.testing.assert_array_equal(positions(sent[1]), positions(sent[0])[[heading_for]])
+    assert {topic for topic, _, _ in node.published} & {"~/dry_run"} == ({"~/dry_run"} if dry_run else set())
+
+
+def test_a_trajectory_that_ends_by_itself_is_not_stopped() -> None:
+    for coming, wait_s in ((PLAN[1:1], 0.0), (PLAN[1:2], 0.2)):
+        node, _, made, _ = front("six_joints", **CHUNK)
+        made.send(PLAN[0], coming, False)
+        time.sleep(wait_s)
+        made.stop(False)
+        assert [topic for topic, _, _ in node.published].count("/joint_trajectory_controller/joint_trajectory") == 1
+
+
+GRIPS = {"gripper_positions": [0.04, 0.0]}
+JOINTS = {"command_type": "trajectory", "command_joints": [f"joint{i}" for i in range(1, 7)]}
+
+
+@pytest.mark.parametrize(
+    ("robot", "changes"),
+    [
+        ("tabletop", {}),
+        ("tabletop", GRIPS),
+        ("tabletop", {"gripper": "/gripper"} | GRIPS),
+        ("tabletop", {"command_type": "twist", "gripper": "/gripper", "twist_frame": "b", "twist_scale": [2] * 6}),
+        ("six_joints", {}),
+        ("six_joints", GRIPS),
+        ("six_joints", CHUNK),
+        ("six_joints", GRIPS | JOINTS | {"gripper": None, "command_joints": [*JOINTS["command_joints"], "gripper"]}),
+    ],
+)
+def test_commands_can_be_read_again(robot: str, changes: dict[str, Any]) -> None:
+    """So that a bag of them holds the actions of the policy, whatever a gripper or MoveIt Servo gets."""
+    embodiment = build(Embodiment, load("embodiment", robot), "embodiment")
+    topics = build(RosTopics, load("topics", robot) | changes, "topics")
+    commands = Commands(topics, embodiment)
+    plan = PLAN if topics.points == "chunk" else PLAN[:1]
+    arm = commands.arm_of(as_message(commands.arm(plan, 1.0)))
+    grips = [commands.grippers_of(as_message(commands.grippers(action))) for action in plan] if topics.gripper else None
+    read = [commands.action(arm[i], None if grips is None else grips[i]) for i in range(len(plan))]
+    np.testing.assert_allclose(read, plan, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"points": []}, "has no points"),
+        ({"joint_names": ["joint1"] * 6}, "must name joint1, joint2"),
+        ({"joint_names": ["a", *JOINTS["command_joints"]]}, "a point has 6 positions, the trajectory 7 joints"),
+        ({"joint_names": [*JOINTS["command_joints"][:5], "x"]}, "must name joint6 once; it names joint1"),
+    ],
+)
+def test_trajectories_that_cannot_be_read_are_refused(changes: dict[str, Any], words: str) -> None:
+    embodiment = build(Embodiment, load("embodiment", "six_joints"), "embodiment")
+    commands = Commands(build(RosTopics, load("topics", "six_joints") | CHUNK, "topics"), embodiment)
+    good = dict(commands.arm(PLAN, 0.0))
+    with pytest.raises(ValueError, match=words):
+        commands.arm_of(as_message(good | changes))
+    slow = [point | {"time_from_start": stamp_of(1.0 + i)} for i, point in enumerate(good["points"])]
+    with pytest.raises(ValueError, match=r"must be 0\.0333333 s apart"):
+        commands.arm_of(as_message(good | {"points": slow}))
+
+
 TWISTS = {"twist_scale": [1, 1, 1, 2, 2, 2], "twist_frame": "base"}
 
 
@@ -277,8 +393,8 @@ def test_a_twist_is_scaled_and_ends_when_commands_end() -> None:
     grips = {"gripper": "/gripper/commands", "gripper_positions": [0.04, 0.0]}
     node, _, made, embodiment = front("tabletop", command_type="twist", **TWISTS, **grips)
     opened, closed = embodiment.gripper_open, embodiment.gripper_close
-    made.send(np.array([0.1, 0, 0, 0, 0, 0.5, closed]), False)
-    made.send(np.array([0.1, 0, 0, 0, 0, 0.5, opened]), False)
+    made.send(np.array([0.1, 0, 0, 0, 0, 0.5, closed]), None, False)
+    made.send(np.array([0.1, 0, 0, 0, 0, 0.5, opened]), None, False)
     until(lambda: [topic for topic, _, _ in node.published].count("/arm_controller/commands") == 3)
     made.close()
     (_, kind, fields), (_, _, grip), _, (_, _, later), (_, _, last) = node.published[:5]
@@ -290,10 +406,20 @@ def test_a_twist_is_scaled_and_ends_when_commands_end() -> None:
     assert len(node.published) == 5, "at rest, the end says nothing"
 
 
+def test_a_twist_is_stopped_at_once() -> None:
+    node, _, made, _ = front("tabletop", command_type="twist", gripper="/gripper/commands", **TWISTS)
+    made.send(np.ones(7), None, False)
+    made.stop(False)
+    topic, _, fields = node.published[-1]
+    assert topic == "/arm_controller/commands"
+    assert not any([*fields["twist"]["linear"].values(), *fields["twist"]["angular"].values()])
+    made.close()
+
+
 def test_a_dry_run_sends_no_twist_and_the_end_of_a_motion_stops_it() -> None:
     for dry_run, sent in ((True, 0), (False, 2)):
         node, _, made, _ = front("tabletop", command_type="twist", gripper="/gripper/commands", **TWISTS)
-        made.send(np.ones(7), dry_run)
+        made.send(np.ones(7), None, dry_run)
         made.close()
         assert [topic for topic, _, _ in node.published].count("/arm_controller/commands") == sent
 
@@ -308,8 +434,30 @@ def test_a_dry_run_sends_no_twist_and_the_end_of_a_motion_stops_it() -> None:
         ({"command_type": "trajectory"}, "command_joints names the joints of a trajectory"),
         ({"command_type": "twist"}, "command_type=twist, which needs both"),
         ({"command_type": "twist", **TWISTS}, "a twist has 6 numbers, the command of 'tabletop_panda' has 7"),
-        ({"gripper_positions": [0, 1]}, "gripper_positions needs topics.gripper"),
+        ({"gripper_positions": [1, 1]}, "gripper_positions must be two different numbers"),
+        ({"gripper_positions": [0, "1"]}, "gripper_positions must be 2 finite numbers"),
+        ({"gripper_type": "GripperCommand"}, "GripperCommand is not supported: its package control_msgs has no wheel"),
+        ({"gripper_type": "effort"}, "gripper_type must be one of array"),
+        ({"points": "chunk"}, "points=chunk needs command_type=trajectory"),
+        ({"points": 3}, "points must be one of next, chunk"),
+        ({"point_periods": "1"}, "point_periods must be above 0"),
+        ({"point_periods": float("nan")}, "point_periods must be above 0"),
+        ({"cameras": ["/a", "/b"]}, "cameras must be a mapping"),
+        ({"cameras": {"agentview": "/a b", "wrist": "/c"}}, "cameras.agentview: '/a b' is no name of a topic"),
+        (
+            {"cameras": {"agentview": "/a", "wrist": "a"}},
+            "wrist and topics.cameras.agentview are the same",
+        ),
+        ({"joint_states": 7}, "joint_states: 7 is no name of a topic"),
+        ({"command": ""}, "command: '' is no name of a topic"),
+        ({"gripper": "/arm_controller/commands"}, "gripper and topics.command are the same topic"),
+        ({"joints": "tcp_x"}, "joints must be a list of names, got 'tcp_x'"),
+        ({"joints": ["a", None]}, "joints must be a list of names"),
+        ({"joints": ["a", "b", "a"]}, "joints names a twice"),
+        ({"twist_frame": ["base"]}, "twist_frame must be the name of a frame"),
+        ({"command_type": "trajectory", "command_joints": list("abcdefg")}, "needs absolute actions, the robot's"),
         ({"twist_scale": [1, 2]}, "twist_scale must be 6 finite numbers"),
+        ({"twist_scale": 0.5}, "twist_scale must be 6 finite numbers"),
         ({"point_periods": 0}, "point_periods must be above 0"),
         ({"command_type": "trajectory", "command_joints": ["a"]}, "names 1 joints, the command has 7"),
     ],
@@ -322,8 +470,9 @@ def test_topics_that_do_not_fit_the_robot_are_refused(changes: dict[str, Any], w
 @pytest.mark.parametrize("name", ["tabletop", "six_joints"])
 def test_the_files_of_a_robot_fit_together(name: str) -> None:
     embodiment = build(Embodiment, load("embodiment", name), "embodiment")
-    build(RobotConfig, load("robot", name), "robot").limits.check(embodiment)
-    build(RosTopics, load("topics", name), "topics").check(embodiment)
+    limits = build(RobotConfig, load("robot", name), "robot").limits
+    limits.check(embodiment)
+    build(RosTopics, load("topics", name), "topics").check(embodiment, limits)
 
 
 def test_named_configs_list_what_there_is(tmp_path: Path) -> None:

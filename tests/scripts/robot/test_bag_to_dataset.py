@@ -22,7 +22,6 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig, SafetyLimits
 from cogvla.real_robot.recording.bag_reader import PAUSE_TICKS, BagReader
-from cogvla.real_robot.ros.front_end import RosTopics
 from cogvla.real_robot.ros.messages import (
     array_fields,
     compressed_image_fields,
@@ -31,6 +30,7 @@ from cogvla.real_robot.ros.messages import (
     trajectory_fields,
 )
 from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, TRAJECTORY
+from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.scripts.command import compose
 from cogvla.scripts.robot.bag_to_dataset import run
 from cogvla.tests.support.bag_messages import STORE, to_cdr
@@ -176,7 +176,7 @@ def test_trajectories_and_a_gripper_of_its_own(bag: Bag) -> None:
     bag.add(0.9, "/gripper", ARRAY, array_fields(np.array([-1.0])))
     bag.add(1.52, "/gripper", ARRAY, array_fields(np.array([0.75])))
     for i in range(10):
-        fields = trajectory_fields(np.array([10.0 + i, float(i)]), ["b", "a"], 0.1)
+        fields = trajectory_fields(np.array([[10.0 + i, float(i)]]), ["b", "a"], [0.1])
         bag.add(1.0 + i / HZ, "/trajectory", TRAJECTORY, fields)
     topics = replace(
         TOPICS, command="/trajectory", command_type="trajectory", command_joints=("a", "b"), gripper="/gripper"
@@ -188,6 +188,43 @@ def test_trajectories_and_a_gripper_of_its_own(bag: Bag) -> None:
     assert topics.names(ARM) == {"observation.state": ("a", "b", "finger"), "action": ("a", "b", "gripper")}
 
 
+def test_a_trajectory_of_a_chunk_gives_a_command_for_every_tick_until_the_next_one(bag: Bag) -> None:
+    bag.sensors(4.0)
+    bag.instruct(0.0, "push")
+    bag.add(0.9, "/gripper", ARRAY, array_fields(np.array([0.04])))
+    for start in (0, 6):  # the second one comes before the first has ended
+        points = np.array([[10.0 + i, float(i)] for i in range(start, start + 9)])
+        fields = trajectory_fields(points, ["b", "a"], [1.5 / HZ + i / HZ for i in range(9)])
+        bag.add(1.0 + start / HZ, "/trajectory", TRAJECTORY, fields)
+    topics = replace(
+        TOPICS,
+        command="/trajectory",
+        command_type="trajectory",
+        command_joints=("a", "b"),
+        gripper="/gripper",
+        gripper_positions=(0.04, 0.0),
+        points="chunk",
+    )
+    with reader(bag, ABSOLUTE, topics) as found:
+        [episode] = found.episodes()
+    np.testing.assert_allclose(episode.actions, [(i, 10 + i, ARM.gripper_open) for i in range(15)])
+
+
+@pytest.mark.parametrize("changes", [{"command_type": "array"}, {"joint_states": "/other"}, {"gripper": "/trajectory"}])
+def test_topics_with_other_messages_are_refused(bag: Bag, changes: dict[str, Any]) -> None:
+    bag.sensors(1.0)
+    bag.instruct(0.0, "push")
+    fields = trajectory_fields(np.array([[1.0, 2.0, 3.0]]), ["a", "b", "c"], [0.1])
+    for topic in ("/trajectory", "/other"):
+        bag.add(0.5, topic, TRAJECTORY, fields)
+    bag.add(0.5, "/commands", ARRAY, array_fields(np.zeros(3)))
+    command = "/commands" if "gripper" in changes else "/trajectory"
+    topics = replace(TOPICS, command=command, **{"command_type": "array"} | changes)
+    said = "has messages of trajectory_msgs/msg/JointTrajectory, expected"
+    with pytest.raises(ValueError, match=said), reader(bag, ABSOLUTE, topics):
+        pass
+
+
 @pytest.mark.parametrize("grips", [(-1.0, 0.5), (-1.0,)])
 def test_two_grippers_of_one_topic(bag: Bag, grips: tuple[float, ...]) -> None:
     arm = replace(ARM, gripper_index=(0, 2))
@@ -195,7 +232,7 @@ def test_two_grippers_of_one_topic(bag: Bag, grips: tuple[float, ...]) -> None:
     bag.instruct(0.0, "push")
     bag.add(0.9, "/gripper", ARRAY, array_fields(np.array(grips)))
     for i in range(10):
-        bag.add(1.0 + i / HZ, "/trajectory", TRAJECTORY, trajectory_fields(np.array([float(i)]), ["b"], 0.1))
+        bag.add(1.0 + i / HZ, "/trajectory", TRAJECTORY, trajectory_fields(np.array([[float(i)]]), ["b"], [0.1]))
     topics = replace(
         TOPICS, command="/trajectory", command_type="trajectory", command_joints=("b",), gripper="/gripper"
     )
@@ -206,7 +243,7 @@ def test_two_grippers_of_one_topic(bag: Bag, grips: tuple[float, ...]) -> None:
             [episode] = found.episodes()
             np.testing.assert_allclose(episode.actions, [(-1.0, i, 0.5) for i in range(10)])
         else:
-            with pytest.raises(ValueError, match=r"a command on /gripper has 1 entries, 'bag_arm' has 2 gripper\(s\)"):
+            with pytest.raises(ValueError, match=r"/gripper in .*: the command has 1 numbers, there are 2 grippers"):
                 list(found.episodes())
 
 
