@@ -212,6 +212,25 @@ def _saved_tokenizer(description: dict[str, Any], encoder: str | None, folder: P
     return found
 
 
+def described(body: Mapping[str, Any], statistics: dict[str, Any], folder: Path) -> tuple[CogVLAConfig, Preprocessor]:
+    """Return the configuration and the preprocessor that a checkpoint describes.
+
+    Args:
+        body: content of the checkpoint's `config.json`.
+        statistics: content of its `statistics.json`.
+        folder: folder with the files of its tokenizer, if it has any.
+
+    Raises:
+        EncoderError, ValueError, KeyError: see `_saved_tokenizer`.
+        ValueError, TypeError, AttributeError: a value does not fit.
+    """
+    embodiment = build(Embodiment, body["embodiment"], "embodiment")
+    config = saved_config(body, folder)
+    tokenizer = _saved_tokenizer(body["tokenizer"], config.language.encoder, folder)
+    # Checkpoints that are older than augmentation have no "pictures" entry: their images are not cropped.
+    return config, Preprocessor(embodiment, tokenizer, statistics, **body.get("pictures", {}))
+
+
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Load the weights of a checkpoint.
 
@@ -250,11 +269,8 @@ def load_policy(
     body = read_config(folder)
     saved = read_object(folder / STATISTICS, ANOTHER)
     try:
-        embodiment = build(Embodiment, body["embodiment"], "embodiment")
-        config, description = saved_config(body, folder), dict(body["description"])
-        tokenizer = _saved_tokenizer(body["tokenizer"], config.language.encoder, folder)
-        # Checkpoints that are older than augmentation have no "pictures" entry: their images are not cropped.
-        preprocessor = Preprocessor(embodiment, tokenizer, saved, **body.get("pictures", {}))
+        config, preprocessor = described(body, saved, folder)
+        description = dict(body["description"])
     except EncoderError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -274,7 +290,7 @@ def load_policy(
         description["router"] = {"plugged_in": True, **asdict(router)}
     elif config.routing.router.name is not None:
         description["router"] = asdict(config.routing.router)
-    model = empty_model(config, embodiment)
+    model = empty_model(config, preprocessor.embodiment)
     try:
         # Tensors of the memory-mapped file are copied, since products differ in the last digits if memory is not
         # aligned. They are copied one by one, so that a large model is not in memory twice.

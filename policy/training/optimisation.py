@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 OPTIMISERS = ("adamw", "adamw8bit")
 BETAS = (0.9, 0.95)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters as groups for an optimiser: matrices with weight decay, and all others."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def adamw(module: nn.Module, learning_rate: float, weight_decay: float, kind: str = "adamw") -> torch.optim.Optimizer:
@@ -23,11 +33,7 @@ def adamw(module: nn.Module, learning_rate: float, weight_decay: float, kind: st
     Raises:
         ValueError: bitsandbytes is not installed, or does not work on this machine.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(module, weight_decay)
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
     try:

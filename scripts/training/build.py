@@ -42,7 +42,7 @@ def build_trainer(
     """
     worded = training_wordings(data, config.wordings)
     texts = [text for some in worded.values() for text in some]
-    tokenizer = _tokenizer(model_config.language, texts, base, reworded=len(texts) > len(data.instructions))
+    tokenizer = choose_tokenizer(model_config.language, texts, base, reworded=len(texts) > len(data.instructions))
     check_instructions(tokenizer, data)  # `Trainer` does it, too, but after the model is built
     if config.wordings.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
         print(f"{len(plain)} of {len(worded)} instructions have no other wordings, for example {plain[0]!r}")
@@ -52,7 +52,7 @@ def build_trainer(
     model = CogVLA(model_config, embodiment)
     if model.text is not None:
         model.text.fit(*tokenizer.inputs(data.instructions))
-    for said in _start(model, base):
+    for said in load_start(model, base):
         print(f"loaded {said}")
     preprocessor = Preprocessor(embodiment, tokenizer, data.statistics(), config.augmentation.crop_area)
     teacher: CogVLA | None = None
@@ -63,14 +63,14 @@ def build_trainer(
     return Trainer(config, objective, model_config, preprocessor, data, output, log)
 
 
-def _start(model: CogVLA, base: str | None) -> list[str]:
+def load_start(model: CogVLA, base: str | None) -> list[str]:
     """Load the initial weights of the model in place; return lines for the log."""
     if base is None:
         return load_backbones(model)
     return load_own(model, base) if is_own(base) else load_base(model, base)
 
 
-def _tokenizer(language: LanguageConfig, instructions: list[str], base: str | None, reworded: bool) -> Tokenizer:
+def choose_tokenizer(language: LanguageConfig, instructions: list[str], base: str | None, reworded: bool) -> Tokenizer:
     """Return the text encoder; else the tokenizer of base or pretrained language model; else the words of the data.
 
     Raises:
