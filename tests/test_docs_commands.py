@@ -66,7 +66,7 @@ def called(line: str) -> Iterator[Command]:
 
 def is_prefix(word: str) -> bool:
     """Whether a word may stand before the command: `uv run`, `accelerate launch`, options, variables."""
-    known = {"uv", "run", "accelerate", "launch", "python", "time", "ros", "bags", "ray", "libero"}
+    known = {"uv", "run", "accelerate", "launch", "python", "time", "ros", "bags", "ray", "libero", "harness"}
     return word in known or word.startswith("-") or word.isdigit() or "=" in word or word.endswith(".yaml")
 
 

@@ -221,7 +221,10 @@ class RequestFormat:
         """Check a frame from a client, except for the pixels of encoded images; FrameError says what is wrong."""
         if isinstance(frame, str):
             raise FrameError("the request is a text frame; send msgpack in a binary frame")
-        message, dialect = unpack_any(frame)
+        return self.check(*unpack_any(frame))
+
+    def check(self, message: Any, dialect: Dialect = OPENPI) -> ReceivedRequest:
+        """Check a decoded request, except for the pixels of encoded images; FrameError says what is wrong."""
         if not isinstance(message, dict):
             raise FrameError(f"the request is {shown(message)}, not a map of {self._known}")
         values = _flat(message)

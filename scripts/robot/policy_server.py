@@ -42,7 +42,7 @@ def run(config: DictConfig) -> None:
     settings, batching = take(ServerSettings, values), take(BatchSettings, values)
     settings.tls.context()  # check the files before the policy is loaded
     keys = build(RequestKeys, values["request_keys"], "request_keys")
-    if not _loopback(settings.host) and (settings.api_key is None or settings.tls.cert is None):
+    if not is_loopback(settings.host) and (settings.api_key is None or settings.tls.cert is None):
         print("warning: the server is open to the network; set COGVLA_API_KEY, tls.cert and tls.key")
     if str(config.checkpoint).startswith(REMOTE):
         raise ValueError(f"checkpoint={config.checkpoint} is served already; give a folder, or random")
@@ -81,7 +81,8 @@ def _gpu_bytes(device: str) -> Callable[[], float] | None:
     return lambda: float(torch.cuda.memory_allocated(device))
 
 
-def _loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
