@@ -14,7 +14,7 @@ import inspect
 import signal
 from typing import TYPE_CHECKING, Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -124,7 +124,7 @@ def check_benchmarks(path: str, server: PolicyModelServer) -> None:
 
 def _accepted(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     """Return the values that a benchmark takes as keywords, itself or in a class that it builds on."""
-    names = {name for each in kind.__mro__[:-1] for name in inspect.signature(each.__init__).parameters}
+    names = {name for each in kind.__mro__[:-1] for name in inspect.signature(each).parameters}
     return {key: value for key, value in values.items() if key in names}
 
 

@@ -29,7 +29,7 @@ from cogvla.envs.harness.benchmark import ParameterError, SuiteBenchmark, Tablet
 from cogvla.envs.rotations import rotation_vector
 from cogvla.real_robot.harness.model_server import PolicyModelServer
 
-POINT = {"suite": "point", "image_size": 32, "imports": [point_suite.__name__]}
+POINT: dict[str, Any] = {"suite": "point", "image_size": 32, "imports": [point_suite.__name__]}
 
 
 @pytest.fixture

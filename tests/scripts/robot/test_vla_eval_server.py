@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from cogvla.envs.evaluation.protocol import protocol_for
 from cogvla.envs.rollout.rollout import rollout
