@@ -37,7 +37,7 @@ def seeds_of(x_BS: Tensor, seed: int) -> Tensor:
         x_BS: the samples' numbers.
         seed: added to all seeds.
     """
-    bits_BS = x_BS.float().contiguous().view(torch.int32).long()
+    bits_BS = _bits(x_BS.float())
     order_S = torch.arange(1, bits_BS.shape[1] + 1, device=x_BS.device)
     return _mix(bits_BS + order_S * _STEP).sum(1) + seed
 
@@ -45,6 +45,17 @@ def seeds_of(x_BS: Tensor, seed: int) -> Tensor:
 def children(draw_B: Tensor, count: int) -> Tensor:
     """Derive `count` seeds [B,count] from each seed, for example one per view."""
     return _mix(draw_B[:, None] + torch.arange(1, count + 1, device=draw_B.device) * _FIRST)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Return the bits of float32 numbers as int64, as `x.view(torch.int32)` does, which torch.jit cannot record.
+
+    Numbers below 2**-126 count as zero.
+    """
+    fraction, exponent = torch.frexp(x.abs())
+    bits = ((exponent.long() + 126) << 23) + (fraction * 2.0**24).long() - 2**23
+    bits = torch.where(x.abs() < 2.0**-126, torch.zeros_like(bits), bits)
+    return bits - (torch.signbit(x).long() << 31)
 
 
 def _mix(z: Tensor) -> Tensor:

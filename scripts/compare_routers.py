@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from cogvla.configs.build import build
 from cogvla.envs.analysis.router_comparison import (
     ROUNDS,
     Cell,
@@ -90,8 +91,9 @@ class _Comparison:
         self.values, self.suite, self.protocol, self.command = values, suite, protocol, command
         self.output, self.trained = Path(values["output"]), values["regime"] == "fine_tuned"
         self.device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-        # The engine does not support routers, and the policy with all tokens must run in the same way as the others.
-        self.policy, self.identity = open_policy(values["checkpoint"], self.device, engine=EngineConfig("plain"))
+        self.engine = build(EngineConfig, values["engine"], "engine")
+        policy, self.identity = open_policy(values["checkpoint"], self.device, engine=EngineConfig("plain"))
+        self.policy = policy.with_engine(self.engine)
         if self.policy.model.router is not None:
             name = self.policy.model.router.config.name
             raise ValueError(f"the policy in {values['checkpoint']} has the router {name!r}; give one without router")
@@ -127,6 +129,7 @@ class _Comparison:
         """
         file = self.output / COSTS
         settings = {"calls": self.values["calls"], "checkpoint": self.identity, "device": self.device}
+        settings["engine"] = self.values["engine"]
         settings |= {"cells": {cell.key: json.loads(json.dumps(asdict(cell.router))) for cell in self.cells}}
         if file.is_file():
             saved = json.loads(file.read_text())
@@ -165,6 +168,7 @@ class _Comparison:
             policy = load_policy(self._train(cell, folder / "training"), self.device)
         else:
             policy = load_policy(self.values["checkpoint"], self.device, cell.router)
+        policy = policy.with_engine(self.engine, release=True)
         report = evaluate(
             policy,
             self.suite,

@@ -84,7 +84,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     objective_config = build(ObjectiveConfig, values["objective"], "objective")
     training_config = build(TrainingConfig, values["training"], "training")
     engine_config = build(EngineConfig, values["engine"], "engine")
-    engine_config.check_trained(model_config.routing.router.name)
+    engine_config.check_trained()
     played = [get_suite(name, values) for name in names]
     for suite in played if values["evaluation"] is not None else ():
         _protocol(values["evaluation"], suite)

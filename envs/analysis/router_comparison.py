@@ -21,6 +21,7 @@ from cogvla.configs.build import build
 from cogvla.envs.evaluation.statistics import Latency, Rate, latency, sign_test
 from cogvla.envs.suite import Suite
 from cogvla.policy.cost.flops import REPEATED, count_flops
+from cogvla.policy.engine.engine import Engine
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.token_router import PolicyRouter
@@ -39,6 +40,8 @@ VARIANTS: tuple[Mapping[str, Any], ...] = (
 """Routers to compare, in addition to every router with its defaults."""
 ROUNDS = 5
 """Rounds of timing. Routers take turns, so that a busy minute of the machine does not affect one router only."""
+ROUTER_CALLS = 4
+"""Timed calls of each round for the router's own part."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Cost:
 
     Attributes:
         latency: latency of `Policy.act`.
-        router_ms: median time of the router in ms, including everything that is computed only for it.
+        router_ms: median time of the router in ms, including everything that is computed only for it; without the
+            engine, which runs it together with the rest.
         flops: FLOPs of one pass, as torch counts its matrix products, including those of the router.
         router_flops: FLOPs of the router, including everything that is computed only for it.
         tokens: number of vision tokens that enter the language model.
@@ -200,9 +204,9 @@ def _built(model: CogVLA, config: RouterConfig) -> PolicyRouter:
     return router
 
 
-def _kept(router: PolicyRouter) -> tuple[int | None, ...]:
-    """Return the numbers of tokens that enter the language model, and that each routed layer processes."""
-    return (router.tokens, *(router.left(layer) for layer in router.config.layers))
+def _kept(router: PolicyRouter) -> tuple[int, ...]:
+    """Return the numbers of tokens that enter the language model, and that each router in it leaves."""
+    return (router.tokens, *router.left.values())
 
 
 def first_observations(suite: Suite, embodiment: Embodiment, count: int) -> list[Observation]:
@@ -225,39 +229,54 @@ def costs(
     """Measure the cost of all cells in turns; return key of the cell -> cost.
 
     Args:
-        policy: policy without a router, whose weights all cells share. Times do not depend on weights.
+        policy: policy without a router, whose weights all cells share; with an engine, or without.
+            Times do not depend on weights.
         cells: the cells to measure.
         observations: observations to use in turns.
         calls: least number of timed calls of each cell; rounded up to whole rounds.
     """
-    routed = {
+    plain = {
         cell.key: CogVLAPolicy(policy.model.with_router(cell.router).eval(), policy.preprocessor) for cell in cells
     }
-    stopwatches = {key: Stopwatch() for key in routed}
-    samples: dict[str, list[float]] = {key: [] for key in routed}
-    own: dict[str, list[float]] = {key: [] for key in routed}
+    routed = {key: _in_engine(each, policy.engine) for key, each in plain.items()}
+    stopwatches = {key: Stopwatch() for key in plain}
+    samples: dict[str, list[float]] = {key: [] for key in plain}
+    own: dict[str, list[float]] = {key: [] for key in plain}
     for key, each in routed.items():
-        assert each.model.router is not None
-        each.model.router.stopwatch = stopwatches[key]
-        each.warm_up(1)
+        each.warm_up(1, [observation.instruction[0] for observation in observations])
+        router = plain[key].model.router
+        assert router is not None
+        router.stopwatch = stopwatches[key]
     for _ in range(ROUNDS):
-        for key, each in routed.items():
+        for key in plain:
             for call in range(-1, math.ceil(calls / ROUNDS)):
-                stopwatches[key].seconds, started = 0.0, time.perf_counter()
-                each.act(observations[0])
+                started = time.perf_counter()
+                routed[key].act(observations[0])
                 if call >= 0:  # the first call has other weights in the cache, and a new instruction
                     samples[key].append(1e3 * (time.perf_counter() - started))
+            for call in range(-1, ROUTER_CALLS):
+                stopwatches[key].seconds = 0.0
+                plain[key].act(observations[0])
+                if call >= 0:
                     own[key].append(1e3 * stopwatches[key].seconds)
         observations = [*observations[1:], observations[0]]
     found: dict[str, Cost] = {}
     for cell in cells:
-        each, spent = routed[cell.key], latency(samples[cell.key])
+        each, spent = plain[cell.key], latency(samples[cell.key])
         assert spent is not None, "at least one call was timed"
         flops, without = _flops(each, observations[0])
         router = each.model.router
         assert router is not None
         found[cell.key] = Cost(spent, float(np.median(own[cell.key])), flops, max(flops - without, 0), router.tokens)
     return found
+
+
+def _in_engine(policy: CogVLAPolicy, engine: Engine | None) -> CogVLAPolicy:
+    """Return the policy with this engine of the same model without a router; None: without an engine."""
+    if engine is None:
+        return policy
+    with torch.inference_mode():
+        return CogVLAPolicy(policy.model, policy.preprocessor, engine=engine.with_router(policy.model))
 
 
 @torch.no_grad()

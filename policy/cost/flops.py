@@ -30,7 +30,6 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.vision import VisionTower
-from cogvla.routing.keep_schedule import keep_count
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter
 
@@ -307,26 +306,19 @@ def _decoder(model: CogVLA, layout: TokenLayout, counting: Counting) -> list[Sta
     decoder = model.decoder
     layers = list(decoder.llm.layers)
     parameters, work = {False: 0, True: 0}, {False: Work(), True: Work()}
-    routers, present = Work(), layout.vision
-    for index, (layer, ratio) in enumerate(zip(layers, decoder.ratios, strict=True)):
-        left, bypass = (None, False) if model.router is None else (model.router.left(index), model.router.bypass)
-        if left is not None and not bypass:
-            present = left
-        seen = present if left is None else left
-        if ratio is not None:
-            seen = min(keep_count(layout.vision, ratio), present)
+    routers = Work()
+    for index, (layer, tokens) in enumerate(zip(layers, model.plan(layout.vision), strict=True)):
+        if routed := str(index) in decoder.routers:
             router = cast(FiLMRouter, decoder.routers[str(index)])
-            scored = layout.with_vision(present).length if router.score_all else present
+            scored = layout.with_vision(tokens.enter).length if router.score_all else tokens.enter
             routers += _linears([router.scale, router.shift], 1) + _linear(router.logits, scored)
             context = layout.context.stop - layout.context.start
             routers += Work(context * router.logits.in_features, 0, context + (context + 1) * router.logits.in_features)
-            present = seen if decoder.routing.mode == "drop" else present
-        now = layout.with_vision(seen)
+        now = layout.with_vision(tokens.process)
         read = decoder.read_rows(now)
         last = index == len(layers) - 1 and not counting.every_row
         asking = read.stop - read.start if last else now.length
         heads = layer.self_attn
-        routed = ratio is not None
         parameters[routed] += _parameters([layer])
         work[routed] += _linears([heads.k_proj, heads.v_proj], now.length)
         work[routed] += _linears([heads.q_proj, heads.o_proj, layer.mlp], asking)

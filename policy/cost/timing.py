@@ -20,6 +20,7 @@ from cogvla.policy.engine.linear import FusedLinear
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import Tensors, record
 from cogvla.policy.interface import Observation
+from cogvla.policy.model.token_router import Routed
 from cogvla.policy.policy import CogVLAPolicy
 
 STAGE_CALLS = 50
@@ -240,9 +241,11 @@ def _stages(policy: CogVLAPolicy, observation: Observation, calls: int) -> dict[
     else:
         network, encoded = engine.network, engine.encode(inputs.text_ids, inputs.text_mask)
         tensors = {"pixels": inputs.pixels, "state": inputs.state, **encoded.tensors}
-        see = record(engine.kind, _Stage(network, lambda part, given: part.see(given)), tensors)
+        see = record(engine.kind, _Stage(network, lambda part, given: part.see(given).vision_BnD), tensors)
         seen: dict[str, Tensor] = {**tensors, "vision": see(tensors)}
-        decide = record(engine.kind, _Stage(network, lambda part, given: part.decide(given["vision"], given)), seen)
+        decide = record(
+            engine.kind, _Stage(network, lambda part, given: part.decide(Routed(given["vision"]), given)), seen
+        )
         states = {"states": decide(seen)}
         head = record(engine.kind, _Stage(network, lambda part, given: part.head(given["states"])), states)
         parts |= {"vision": lambda: see(tensors), "decide": lambda: decide(seen), "head": lambda: head(states)}

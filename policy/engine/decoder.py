@@ -4,6 +4,7 @@ Tests check that it computes the same as `policy.model.language.RoutedDecoder`. 
 - RMSNorm weights are folded into the linear layers after them; q, k and v are one layer, gate and up another
 - the router's modulation and its two logits are folded into one vector, so that a score is a single product
 - masks, rotations and row numbers are computed once per instruction and passed as tensors
+- token routers read copies of what they need of their layers
 
 Shape legend: B batch, S sequence, N vision tokens, n of them kept, J action tokens, Q query rows, D width,
 h heads, g key/value heads, e head width, U = 2e, I inputs, O outputs.
@@ -11,6 +12,8 @@ h heads, g key/value heads, e head width, U = 2e, I inputs, O outputs.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -20,10 +23,13 @@ from torch import Tensor, nn
 
 from cogvla.policy.engine.linear import FusedLinear, fused
 from cogvla.policy.engine.recording import Tensors
-from cogvla.policy.model.language import DecoderContext, RoutedDecoder
-from cogvla.routing.keep_schedule import keep_count
+from cogvla.policy.model.language import DecoderContext, LayerRouting, RoutedDecoder
+from cogvla.policy.model.language_layer import Frame, joined_turn
+from cogvla.policy.model.layer_router import FROM_ATTENTION, FROM_NEURONS
+from cogvla.policy.model.token_router import PolicyRouter
+from cogvla.routing.layer_plan import LayerTokens
 from cogvla.routing.layout import TokenLayout
-from cogvla.routing.pruning import FiLMRouter, put_rows, take_rows
+from cogvla.routing.pruning import FiLMRouter, Selection, put_rows, take_rows
 
 
 class FusedRouter(nn.Module):
@@ -122,33 +128,53 @@ class FusedDecoder(nn.Module):
 
     Args:
         decoder: decoder to copy; its layers must be Llama's or Qwen2's with plain linear layers.
-        vision_tokens: N.
+        plan: vision tokens of each layer.
         action_tokens: J.
+        router: token routers of the policy; None: none.
         release: free each layer of `decoder` as soon as it is copied.
     """
 
     final_gain: Tensor
 
-    def __init__(self, decoder: RoutedDecoder, vision_tokens: int, action_tokens: int, release: bool = False) -> None:
+    def __init__(
+        self,
+        decoder: RoutedDecoder,
+        plan: tuple[LayerTokens, ...],
+        action_tokens: int,
+        router: PolicyRouter | None = None,
+        release: bool = False,
+    ) -> None:
         super().__init__()
         routing = decoder.routing
         self.shifted, self.bypass = decoder.shifted, routing.mode == "bypass"
-        self.renumber = routing.position_policy == "renumber"
-        self.vision_tokens, self.action_tokens = vision_tokens, action_tokens
+        self.renumber, self.action_tokens = routing.position_policy == "renumber", action_tokens
+        self.rotary = copy.deepcopy(decoder.llm.rotary_emb)
+        self._take_router(decoder, plan, router)
         self.layers = nn.ModuleList()
-        self.counts: list[int | None] = []
-        left = vision_tokens
         for index, (layer, ratio) in enumerate(zip(decoder.llm.layers, decoder.ratios, strict=True)):
-            router = None if ratio is None else decoder.routers[str(index)]
-            assert router is None or isinstance(router, FiLMRouter)
-            self.layers.append(FusedLayer(layer, router, routing.scale == "values"))
-            count = None if ratio is None else min(keep_count(vision_tokens, ratio), left)
-            self.counts.append(count)
-            left = left if self.bypass or count is None else count
+            film = None if ratio is None else decoder.routers[str(index)]
+            assert film is None or isinstance(film, FiLMRouter)
+            self.layers.append(FusedLayer(layer, film, routing.scale == "values"))
             if release:
                 layer.to("meta")
         self.eps = decoder.llm.norm.variance_epsilon
         self.register_buffer("final_gain", decoder.llm.norm.weight.detach().clone(), persistent=False)
+
+    def _take_router(self, decoder: RoutedDecoder, plan: tuple[LayerTokens, ...], router: PolicyRouter | None) -> None:
+        self.plan, self.vision_tokens = plan, plan[0].arrive
+        self.compact = self.renumber or (router is not None and router.config.position == "compact")
+        needs = {} if router is None else router.needed_of_layers()
+        layers = decoder.llm.layers
+        self.read = nn.ModuleDict({str(index): _readable(layers[index], needs[index]) for index in sorted(needs)})
+
+    def with_router(
+        self, decoder: RoutedDecoder, plan: tuple[LayerTokens, ...], router: PolicyRouter | None
+    ) -> FusedDecoder:
+        """Return the same decoder for other token routers; `decoder` is the one that was copied, not released."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other._take_router(decoder, plan, router)
+        return other
 
     def prepare(self, context: DecoderContext) -> dict[str, Tensor]:
         """Compute masks, rotations and row numbers for these instructions, by name."""
@@ -159,54 +185,71 @@ class FusedDecoder(nn.Module):
             "last_word": context.last_word_B11,
             "turn": context.turn_SU[position_BS],
         }
-        for count in {layout.vision, *(count for count in self.counts if count is not None)}:
+        for count in {count for tokens in self.plan for count in (tokens.arrive, tokens.enter, tokens.process)}:
             fewer, pruned = layout.vision - count, layout.with_vision(count)
             tensors[f"mask{count}"] = context.mask_B1SS[:, :, fewer:, fewer:].contiguous()
             row_BS = torch.arange(batch * pruned.length, device=device).view(batch, -1)
             tensors[f"bos{count}"], tensors[f"rest{count}"] = row_BS[:, pruned.bos], row_BS[:, pruned.rest]
-            if self.renumber and fewer:
+            if self.compact and fewer:
                 tensors[f"turn{count}"] = context.turn_SU[position_BS[:, fewer:] - fewer]
         return tensors
 
-    def forward(self, x_BSD: Tensor, text: Tensors) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        text: Tensors,
+        position_BN: Tensor | None = None,
+        routing: LayerRouting | None = None,
+    ) -> Tensor:
         """Compute the states [B,J,D] of the action tokens.
 
         Args:
             x_BSD: embeddings of the sequence.
-            text: result of `prepare` for these instructions.
+            text: result of `prepare` for these instructions, and their `text_mask` for token routers.
+            position_BN: see `RoutedDecoder.forward`.
+            routing: see `RoutedDecoder.forward`.
         """
         words = x_BSD.shape[1] - TokenLayout(self.vision_tokens, 0, self.action_tokens).length
         layout = TokenLayout(self.vision_tokens, words, self.action_tokens)
-        turn_BSU, width, last = text["turn"], x_BSD.shape[-1], len(self.layers) - 1
-        for index, (layer, count) in enumerate(zip(self.layers, self.counts, strict=True)):
+        context = _Context(text, layout, self.renumber)
+        now = Frame(layout, text[f"mask{layout.vision}"], self._turn(x_BSD, text["turn"], layout, position_BN))
+        width, last = x_BSD.shape[-1], len(self.layers) - 1
+        for index, (layer, tokens) in enumerate(zip(self.layers, self.plan, strict=True)):
             assert isinstance(layer, FusedLayer)
+            chosen = None
+            if routing is not None and str(index) in self.read:
+                read = self.read[str(index)]
+                x_BSD, now, _ = routing.shorten(read, index, x_BSD, now, context)
+                chosen = routing.choose(read, index, x_BSD, now, context)
             h_BSD = F.rms_norm(x_BSD, (width,), eps=layer.eps)
-            if count is None:
-                first = self.first_read(layout) if index == last else 0
-                x_BSD = layer(x_BSD, h_BSD, text[f"mask{layout.vision}"], turn_BSU, None, first)
+            if layer.router is not None:
+                kept_Bn, factor_BS1 = layer.router(h_BSD, now.layout, text["summary"], tokens.process)
+                rows = context.rows(now.layout, kept_Bn)
+                chosen = Selection(kept_Bn, rows, now.layout.with_vision(tokens.process), factor_BS1)
+            if chosen is None:
+                first = self.first_read(now.layout) if index == last else 0
+                x_BSD = layer(x_BSD, h_BSD, now.mask_B1SS, now.turn_BSU, None, first)
                 continue
-            assert layer.router is not None
-            kept_Bn, factor_BS1 = layer.router(h_BSD, layout, text["summary"], count)
-            bos_B1 = text[f"bos{layout.vision}"]
-            rows = torch.cat((bos_B1, kept_Bn + (bos_B1 + 1), text[f"rest{layout.vision}"]), dim=1).flatten()
-            pruned = layout.with_vision(count)
-            if self.renumber and pruned.vision < self.vision_tokens:
-                pruned_turn_BSU = text[f"turn{count}"]
-            else:
-                pruned_turn_BSU = take_rows(turn_BSU, rows)
-            first = self.first_read(pruned) if index == last else 0
-            out_BSD = layer(
-                take_rows(x_BSD, rows), take_rows(h_BSD, rows), text[f"mask{count}"], pruned_turn_BSU, factor_BS1, first
-            )
+            frame = context.pruned(chosen, before=now)
+            first = self.first_read(frame.layout) if index == last else 0
+            x_BnD, h_BnD = take_rows(x_BSD, chosen.rows), take_rows(h_BSD, chosen.rows)
+            out_BSD = layer(x_BnD, h_BnD, frame.mask_B1SS, frame.turn_BSU, chosen.factor_BS1, first)
             if index == last or not self.bypass:
-                x_BSD, layout, turn_BSU = out_BSD, pruned, pruned_turn_BSU
+                x_BSD, now = out_BSD, frame
             else:
-                x_BSD = put_rows(x_BSD, rows, out_BSD)
+                x_BSD = put_rows(x_BSD, chosen.rows, out_BSD)
         return F.rms_norm(self._read(x_BSD, text, words), (width,), self.final_gain, self.eps)
 
     def first_read(self, layout: TokenLayout) -> int:
         """Return the first row that the last layer has to compute."""
         return layout.state.start if self.shifted else layout.answer.start
+
+    def _turn(self, x_BSD: Tensor, turn_BSU: Tensor, layout: TokenLayout, position_BN: Tensor | None) -> Tensor:
+        """Return the rotations of the whole sequence, with vision tokens at these positions."""
+        if position_BN is None:
+            return turn_BSU
+        vision_BNU = joined_turn(*self.rotary(x_BSD, position_BN))
+        return torch.cat((turn_BSU[:, layout.bos], vision_BNU, turn_BSU[:, layout.rest]), dim=1)
 
     def _read(self, x_BQD: Tensor, text: Tensors, words: int) -> Tensor:
         if not self.shifted:
@@ -214,3 +257,39 @@ class FusedDecoder(nn.Module):
         before_B1D = x_BQD.gather(1, text["last_word"].expand(-1, -1, x_BQD.shape[-1]))
         first = 1 + words
         return torch.cat((before_B1D, x_BQD[:, first : first + self.action_tokens - 1]), dim=1)
+
+
+class _Context:
+    """`DecoderContext` of tensors that `FusedDecoder.prepare` computed."""
+
+    def __init__(self, text: Tensors, layout: TokenLayout, renumber: bool) -> None:
+        self._text, self._vision, self._renumber = text, layout.vision, renumber
+        self.text_mask_BT = text.get("text_mask", text["summary"])
+
+    def rows(self, layout: TokenLayout, kept_Bn: Tensor) -> Tensor:
+        """Return the rows of the flattened batch that remain if only these vision tokens are kept."""
+        bos_B1 = self._text[f"bos{layout.vision}"]
+        return torch.cat((bos_B1, kept_Bn + (bos_B1 + 1), self._text[f"rest{layout.vision}"]), dim=1).flatten()
+
+    def pruned(self, chosen: Selection, before: Frame, renumber: bool = False) -> Frame:
+        """Return the frame of the tokens chosen from `before`."""
+        count = chosen.layout.vision
+        if (self._renumber or renumber) and count < self._vision:
+            turn_BSU = self._text[f"turn{count}"]
+        else:
+            turn_BSU = take_rows(before.turn_BSU, chosen.rows)
+        frame = Frame(chosen.layout, self._text[f"mask{count}"], turn_BSU)
+        return frame if before.seen_BN is None else frame.hiding(before.seen_BN.gather(1, chosen.kept_Bn))
+
+
+def _readable(layer: Any, needs: Collection[str]) -> nn.Module:
+    """Return a copy of those parts of a transformers layer that a router with these needs reads."""
+    part = nn.Module()
+    part.input_layernorm = layer.input_layernorm
+    if FROM_ATTENTION & set(needs):
+        part.self_attn = nn.Module()
+        part.self_attn.q_proj, part.self_attn.k_proj = layer.self_attn.q_proj, layer.self_attn.k_proj
+    if FROM_NEURONS & set(needs):
+        part.post_attention_layernorm, part.mlp = layer.post_attention_layernorm, nn.Module()
+        part.mlp.gate_proj, part.mlp.up_proj, part.mlp.act_fn = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.act_fn
+    return copy.deepcopy(part).requires_grad_(False)

@@ -72,11 +72,8 @@ class EngineConfig:
         if sorted(set(self.text_buckets)) != list(self.text_buckets) or min(self.text_buckets, default=1) < 1:
             raise ValueError(f"engine.text_buckets must be increasing positive lengths, got {self.text_buckets}")
 
-    def check_trained(self, name: str | None) -> None:
+    def check_trained(self) -> None:
         """Check that a newly trained policy can run in this engine.
-
-        Args:
-            name: its token router; None: none.
 
         Raises:
             ValueError: the engine cannot run it.
@@ -85,11 +82,6 @@ class EngineConfig:
             raise ValueError(
                 f"engine.dtype={self.dtype} works for trained checkpoints only: train with engine.dtype=null, "
                 f"then evaluate with `eval_libero engine.dtype={self.dtype}`"
-            )
-        if name is not None and (self.kind not in ("auto", "plain") or self.dtype not in (None, AUTO)):
-            raise ValueError(
-                f"the engine does not support token routers such as {name!r}: set engine.kind=auto (or plain) and "
-                "engine.dtype=null"
             )
 
 
@@ -105,7 +97,7 @@ class Engine:
     """Runs a model: `encode` instructions once, then `run` on every observation.
 
     A shape is a number of observations and a text bucket. `warm_up` records shapes; any other shape runs operation by
-    operation.
+    operation. So does a policy whose token router cannot be recorded, if `config.kind` is `auto`.
 
     Args:
         model: trained model.
@@ -128,7 +120,7 @@ class Engine:
         assert config.kind != "plain", "`plain` runs without an engine"
         assert config.dtype != AUTO, "the policy chooses before it builds an engine"
         first = next(model.parameters())
-        self.kind = config.kind
+        self.kind, self._automatic = config.kind, config.kind == "auto"
         if config.kind == "auto":
             self.kind = "cuda_graph" if first.is_cuda else "trace"
         if self.kind == "cuda_graph" and not first.is_cuda:
@@ -156,6 +148,15 @@ class Engine:
                 self.to_float8(calibration)
             if config.dtype == "int8":
                 to_int8(self.network, config.smallest)
+
+    def with_router(self, model: CogVLA) -> Engine:
+        """Return an engine for the same model with other token routers (`CogVLA.with_router`); it shares the weights.
+
+        The engine must not have released the model's layers.
+        """
+        other = copy.copy(self)
+        other._model, other._recorded, other.network = model, {}, self.network.with_router(model)
+        return other
 
     def bucket(self, words: int) -> int:
         """Return the length to which an instruction of this many tokens is padded."""
@@ -221,4 +222,15 @@ class Engine:
                 mask_BT = torch.ones(shape, dtype=torch.bool, device=ids_BT.device)
                 text = self.encode(ids_BT, mask_BT)
                 tensors = {"pixels": inputs.pixels, "state": inputs.state, **text.tensors}
-                self._recorded[shape] = record(self.kind, self.network, tensors)
+                others = {**tensors, "pixels": inputs.pixels.flip(-1), "state": 1 - inputs.state}
+                try:
+                    self._recorded[shape] = record(self.kind, self.network, tensors, others)
+                except RuntimeError as error:
+                    if not self._automatic or self.network.router is None:
+                        raise
+                    name = self.network.router.config.name
+                    print(
+                        f"note: the router {name!r} cannot be recorded, the policy runs operation by operation: {error}"
+                    )
+                    self.kind = "eager"
+                    self._recorded.clear()

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from cogvla.policy.engine.decoder import FusedDecoder
 from cogvla.policy.engine.recording import Tensors
 from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
+from cogvla.policy.model.attention_probe import AttentionProbe
 from cogvla.policy.model.cogvla import CogVLA, TextFeatures
+from cogvla.policy.model.token_router import PolicyRouter, Routed
 from cogvla.policy.model.vision import cut_patches
 
 
@@ -48,11 +50,22 @@ class FusedNetwork(nn.Module):
         together = shape_of(towers[0]) == shape_of(towers[1])
         groups = [towers] if together else [[tower] for tower in towers]
         self.towers = nn.ModuleList(FusedTowers(group, release) for group in groups)
-        self.decoder = FusedDecoder(model.decoder, model.vision_tokens, model.action_tokens, release)
+        self.router = _copied(model.router)
+        self.decoder = FusedDecoder(model.decoder, model.plan(), model.action_tokens, self.router, release)
+
+    def with_router(self, model: CogVLA) -> FusedNetwork:
+        """Return the network of the same model with other token routers; all other weights are shared."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.router = _copied(model.router)
+        other.decoder = self.decoder.with_router(model.decoder, model.plan(), other.router)
+        return other
 
     def prepare(self, text: TextFeatures) -> dict[str, Tensor]:
         """Compute the inputs of `forward` that depend on the instructions only, by name."""
         tensors = {"bos": text.bos_B1D, "tail": text.tail_BRD, **self.decoder.prepare(text.context)}
+        if self.router is not None:
+            tensors["text_mask"] = text.context.text_mask_BT
         if text.vision.weights_B2 is not None:
             tensors["streams"] = text.vision.weights_B2
         films = [film for film in text.vision.films if film is not None]
@@ -74,18 +87,24 @@ class FusedNetwork(nn.Module):
         """
         return self.head(self.decide(self.see(inputs), inputs))
 
-    def see(self, inputs: Tensors) -> Tensor:
-        """Run stage 1; return the vision tokens [B,N,D]."""
-        return self.fusion(self.streams(inputs["pixels"], inputs), inputs.get("streams"))
+    def see(self, inputs: Tensors) -> Routed:
+        """Run stage 1 and the token router before the language model."""
+        weights_B2, router = inputs.get("streams"), self.router
+        if router is None:
+            return Routed(self.fusion(self.streams(inputs["pixels"], inputs), weights_B2))
+        probe, text_mask_BT = router.probe(), inputs["text_mask"]
+        streams = self.streams(inputs["pixels"], inputs, probe)
+        words_BTD, draw_B = inputs["tail"][:, : text_mask_BT.shape[1]], router.draws(inputs["state"])
+        return router(streams, self.fusion, weights_B2, words_BTD, text_mask_BT, inputs["pixels"], draw_B, probe)
 
-    def decide(self, vision_BND: Tensor, inputs: Tensors) -> Tensor:
+    def decide(self, seen: Routed, inputs: Tensors) -> Tensor:
         """Run stages 2 and 3; return the states of the action tokens [B,J,D]."""
-        state_B1D = self.state(inputs["state"].to(vision_BND.dtype))[:, None]
-        sequence = (inputs["bos"], vision_BND, state_B1D, inputs["tail"])
-        return self.decoder(torch.cat(sequence, dim=1), inputs)
+        state_B1D = self.state(inputs["state"].to(seen.vision_BnD.dtype))[:, None]
+        sequence = (inputs["bos"], seen.vision_BnD, state_B1D, inputs["tail"])
+        return self.decoder(torch.cat(sequence, dim=1), inputs, seen.position_Bn, seen.layers)
 
-    def streams(self, pixels_BVCHW: Tensor, text: Tensors) -> list[Tensor]:
-        """Compute the tokens of each tower before projection, [B,V*N,F]."""
+    def streams(self, pixels_BVCHW: Tensor, text: Tensors, probe: AttentionProbe | None = None) -> list[Tensor]:
+        """Compute the tokens of each tower before projection, [B,V*N,F]; the probe reads the first tower."""
         streams: list[Tensor] = []
         patches: dict[int, Tensor] = {}
         with _Aside(pixels_BVCHW.is_cuda and len(self.towers) > 1) as aside:
@@ -96,9 +115,13 @@ class FusedNetwork(nn.Module):
                     patches[size] = cut_patches(pixels_BVCHW, size, towers.positions.dtype)
                 films = (text[f"scale{index}"], text[f"shift{index}"]) if f"scale{index}" in text else None
                 with aside.stream(index):
-                    x_GXNF = towers(patches[size], films)
+                    x_GXNF = towers(patches[size], films, None if index else probe)
                 streams += rearrange(x_GXNF, "g (b v) n w -> g b (v n) w", v=self.views).unbind(0)
         return streams
+
+
+def _copied(router: PolicyRouter | None) -> PolicyRouter | None:
+    return None if router is None else copy.deepcopy(router).requires_grad_(False)
 
 
 class _Aside:
@@ -130,10 +153,6 @@ class _Aside:
 
 def not_fusible(model: CogVLA) -> str | None:
     """Return the reason why a model cannot be fused; None if it can."""
-    if model.router is not None:
-        return f"the engine does not support the router {model.router.config.name!r}"
-    if (router := model.config.routing.router.name) is not None:
-        return f"its vision tokens go through the router {router!r}"
     for name, tower in model.vision.named_towers():
         if reason := why_not(tower):
             return f"the {name} tower has {reason}"

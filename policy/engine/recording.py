@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Tensors = Mapping[str, Tensor]
 """The inputs of a function, by name."""
@@ -25,29 +27,47 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest allowed difference from the eager pass, relative to the largest value of the result."""
 
 
-def record(kind: str, function: Run, inputs: Tensors) -> Run:
+def record(kind: str, function: Run, inputs: Tensors, others: Tensors | None = None) -> Run:
     """Record a function for inputs of these shapes.
 
     Args:
         kind: one of the ways that the module docstring lists.
         function: function to record.
         inputs: example inputs.
+        others: inputs of the same shapes with other values, which show whether a value became a constant; None: none.
 
     Raises:
-        RuntimeError: the recording computes other results than the function.
+        RuntimeError: the recording computes other results than the function, or the function reads values of tensors,
+            which would become constants.
     """
     if kind == "eager":
         return function
+    with _NoValues():
+        function(inputs)
     recorders: dict[str, Callable[[Run, Tensors], Run]]
     recorders = {"trace": _traced, "cuda_graph": _CudaGraph, "compile": _compiled}
     run = recorders[kind](function, inputs)
-    expected = function(inputs)
     for _ in range(WARM_UP):
-        found = run(inputs)
-    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-    if not error <= TOLERANCE[expected.dtype]:
-        raise RuntimeError(f"engine.kind={kind} differs from the eager pass by {error:.1e}; use engine.kind=eager")
+        run(inputs)
+    for given in (inputs,) if others is None else (inputs, others):
+        expected, found = function(given), run(given)
+        error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        if not error <= TOLERANCE[expected.dtype]:
+            raise RuntimeError(f"engine.kind={kind} differs from the eager pass by {error:.1e}; use engine.kind=eager")
     return run
+
+
+_aten = torch.ops.aten
+_READS = (_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default, _aten.equal.default)
+
+
+class _NoValues(TorchDispatchMode):
+    """Raises if a value of a tensor is read on the host, as `item` and `if tensor` do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            raise RuntimeError("it reads a value of a tensor in Python; use engine.kind=eager")
+        return func(*args, **(kwargs or {}))
 
 
 class _Flat(nn.Module):

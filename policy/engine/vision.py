@@ -10,7 +10,8 @@ C bytes per patch, F tower width, L blocks, h heads, e head width, R rows, I inp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from timm.layers import Attention, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
 from cogvla.policy.engine.linear import FusedLinear, fused
+from cogvla.policy.model.attention_probe import AttentionProbe
 from cogvla.policy.model.vision import VisionTower
 
 
@@ -68,7 +70,14 @@ class FusedBlock(nn.Module):
         self.inner = _linear([_after_norm(block.mlp.fc1, block.norm2) for block in blocks])
         self.outer = _linear([fused([b.mlp.fc2], scale_O=_layer_scale(b.ls2)) for b in blocks])
 
-    def forward(self, x: Tensor, film: tuple[Tensor, Tensor] | None, images: int, rows: int | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        film: tuple[Tensor, Tensor] | None,
+        images: int,
+        rows: int | None,
+        read: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
         """Run the block on tokens [...,X*N,F]; return [...,X*rows,F].
 
         Args:
@@ -76,12 +85,15 @@ class FusedBlock(nn.Module):
             film: `1 + scale` and shift, [...,X,1,F]; None: no FiLM.
             images: X.
             rows: number of tokens to compute, the last ones of each image; None: all.
+            read: function called with the scaled queries and the keys of the first tower, [X,h,N,e]; None: none.
         """
         width = x.shape[-1]
         qkv = self.qkv(F.layer_norm(x, (width,), eps=self.eps[0]))
         q, k, v = rearrange(
             qkv, "... (x n) (three h e) -> three (... x) h n e", three=3, x=images, h=self.heads
         ).unbind(0)
+        if read is not None:
+            read(q[:images].float() * self.scale, k[:images].float())
         if rows is not None:
             q = q[:, :, -rows:]
             x = x.unflatten(-2, (images, -1))[..., -rows:, :].flatten(-3, -2)
@@ -126,12 +138,15 @@ class FusedTowers(nn.Module):
         self.norms = nn.ModuleList(tower.vit.norm_pre for tower in towers)
         self.normed = any(not isinstance(norm, nn.Identity) for norm in self.norms)
 
-    def forward(self, patches_XPC: Tensor, films: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, patches_XPC: Tensor, films: tuple[Tensor, Tensor] | None, probe: AttentionProbe | None = None
+    ) -> Tensor:
         """Compute tokens [G,X,N,F].
 
         Args:
             patches_XPC: patches with values 0 to 255, see `policy.model.vision.cut_patches`.
             films: `1 + scale` and shift, [L,G,X,1,F]; None: no FiLM.
+            probe: reads the attention of the first tower; None: nothing reads it.
         """
         images = patches_XPC.shape[0]
         patches_RC = patches_XPC.flatten(0, 1)
@@ -153,7 +168,9 @@ class FusedTowers(nn.Module):
             if films is not None:
                 film = (films[0][index], films[1][index])
                 film = (film[0][0], film[1][0]) if alone else film
-            x = block(x, film, images, self.rows if index == len(self.blocks) - 1 else None)
+            rows = self.rows if index == len(self.blocks) - 1 else None
+            read = partial(probe.read, index) if probe is not None and probe.watches(index) else None
+            x = block(x, film, images, rows, read)
         x_GXNF = (x[None] if alone else x).unflatten(1, (images, -1))
         return x_GXNF if self.rows is not None else x_GXNF[:, :, self.prefix :]
 

@@ -44,13 +44,16 @@ class AttentionProbe:
 
     @torch.no_grad()
     def __call__(self, index: int, block: Any, x_XSF: Tensor) -> None:
-        if not self.needs or index not in self.blocks:
-            return
-        with self.timer:
-            self._watch(index, block, x_XSF)
+        if self.watches(index):
+            with self.timer:
+                self.read(index, *_queries_and_keys(block, x_XSF))
 
-    def _watch(self, index: int, block: Any, x_XSF: Tensor) -> None:
-        q_XhSC, k_XhSC = _queries_and_keys(block, x_XSF)
+    def watches(self, index: int) -> bool:
+        """Return whether the probe reads this block."""
+        return bool(self.needs) and index in self.blocks
+
+    def read(self, index: int, q_XhSC: Tensor, k_XhSC: Tensor) -> None:
+        """Store what is needed of a block with these scaled queries and keys of all tokens, float32."""
         patches, last = slice(self.prefix, None), index == self.blocks[-1]
         if "attention_LBN" in self.needs and self.has_cls:
             self.rows.append(_attention(q_XhSC[:, :, :1], k_XhSC)[:, 0, patches])

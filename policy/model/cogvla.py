@@ -23,6 +23,7 @@ from cogvla.policy.model.text_projection import TextProjection
 from cogvla.policy.model.token_router import PolicyRouter, Routed
 from cogvla.policy.model.vision import DualVision, Observer, VisionCondition
 from cogvla.routing.aggregation import two_layer
+from cogvla.routing.layer_plan import LayerTokens
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.router import RouterConfig
 from cogvla.routing.word_order import WordOrder
@@ -191,6 +192,13 @@ class CogVLA(nn.Module):
         """N, the number of vision tokens of all views in the language model's sequence."""
         return self.vision.tokens if self.router is None else self.router.tokens
 
+    def plan(self, vision: int | None = None) -> tuple[LayerTokens, ...]:
+        """Return the vision tokens of each language layer, if `vision` of them enter; None: as many as configured."""
+        vision = self.vision_tokens if vision is None else vision
+        if self.router is None:
+            return self.decoder.plan(vision)
+        return self.decoder.plan(vision, self.router.left, self.router.bypass)
+
     def encode_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor, budget: int | float | None = None) -> TextFeatures:
         """Compute embeddings, FiLM parameters, stream weights, mask and positions for the instructions.
 
@@ -212,7 +220,7 @@ class CogVLA(nn.Module):
             vision = vision if budget is None else self.router.leaves(budget)
             gap = self.router.gap(vision)
         layout = TokenLayout(vision=vision, text=text_mask_BT.shape[1], action=self.action_tokens)
-        context = self.decoder.context(layout, text_mask_BT, gap)
+        context = self.decoder.context(layout, text_mask_BT, gap, self.plan(vision))
         bos_1D, stop_1D = self.decoder.embed(self.special_ids).split(1)
         zeros_JD = embedded_BTD.new_zeros(self.action_tokens, self.width)
         answer_RD = torch.cat((zeros_JD if self.placeholder is None else self.placeholder, stop_1D))

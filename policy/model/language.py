@@ -10,6 +10,7 @@ D width, h heads, g key/value heads, e head width, U = 2e.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from cogvla.policy.model.config import LanguageConfig, RoutingConfig
 from cogvla.policy.model.language_layer import Frame, attention_rows, joined_turn, normed, run_layer
 from cogvla.policy.model.recompute import call
 from cogvla.routing.attention import additive, attention_mask
-from cogvla.routing.keep_schedule import keep_count
+from cogvla.routing.layer_plan import LayerTokens, plan_layers
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter, Selection, context_weights, put_rows, take_rows
 
@@ -71,12 +72,21 @@ class LayerRouting(Protocol):
     """Interface of routers in or between the layers, besides LFP; see `policy.model.layer_router`."""
 
     def shorten(
-        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
+        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
     ) -> tuple[Tensor, Frame, Tensor | None]:
         """Return the sequence before layer `index`, its frame, and the kept vision tokens (None: all)."""
 
-    def choose(self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext) -> Selection | None:
+    def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
         """Return the tokens that layer `index` processes; None: all."""
+
+
+class LayerContext(Protocol):
+    """What routers in the layers need to know about the instructions: `DecoderContext`, or the engine's."""
+
+    text_mask_BT: Tensor
+
+    def pruned(self, chosen: Selection, before: Frame, renumber: bool = False) -> Frame:
+        """Return the frame of the tokens chosen from `before`."""
 
 
 class RoutedDecoder(nn.Module):
@@ -109,9 +119,21 @@ class RoutedDecoder(nn.Module):
         """Return the embeddings of token ids."""
         return self.llm.embed_tokens(ids)
 
-    def context(self, layout: TokenLayout, text_mask_BT: Tensor, gap: int = 0) -> DecoderContext:
+    def context(
+        self,
+        layout: TokenLayout,
+        text_mask_BT: Tensor,
+        gap: int = 0,
+        plan: tuple[LayerTokens, ...] | None = None,
+    ) -> DecoderContext:
         """Build mask and positions of a sequence, see `DecoderContext`."""
-        return DecoderContext(self, layout, text_mask_BT, gap)
+        return DecoderContext(self, layout, text_mask_BT, gap, plan)
+
+    def plan(
+        self, vision: int, routed: Mapping[int, int] | None = None, bypass: bool = False
+    ) -> tuple[LayerTokens, ...]:
+        """Return the tokens of each layer, see `plan_layers`."""
+        return plan_layers(vision, self.ratios, self.routing.mode == "drop", routed, bypass)
 
     def forward(
         self,
@@ -164,12 +186,12 @@ class RoutedDecoder(nn.Module):
         routing: LayerRouting | None = None,
     ) -> tuple[Tensor, Frame, Tensor | None]:
         """Run layer `index`; return its output, the frame of the output, and the kept vision tokens (None: all)."""
-        layer, ratio, last = self.llm.layers[index], self.ratios[index], index == len(self.llm.layers) - 1
+        layer, last = self.llm.layers[index], index == len(self.llm.layers) - 1
         read = self.read_rows if last and not every_row else None
         h_BSD = normed(layer.input_layernorm, x_BSD)
-        chosen = None if routing is None else routing.choose(layer, index, h_BSD, now, context)
-        if ratio is not None:
-            count = min(keep_count(context.layout.vision, ratio), now.layout.vision)
+        chosen = None if routing is None else routing.choose(layer, index, x_BSD, now, context)
+        if str(index) in self.routers:
+            count = context.plan[index].process
             chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count)
         if chosen is None:
             return run_layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout)), now, None
@@ -212,11 +234,20 @@ class DecoderContext:
         text_mask_BT: False on padding.
         gap: number of unused positions after the vision tokens, for tokens that were routed away; negative if vision
             tokens have less than one position each. If it is not 0, pass their positions to the decoder's `forward`.
+        plan: the vision tokens of each layer; None: those of LFP alone.
     """
 
-    def __init__(self, decoder: RoutedDecoder, layout: TokenLayout, text_mask_BT: Tensor, gap: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: RoutedDecoder,
+        layout: TokenLayout,
+        text_mask_BT: Tensor,
+        gap: int = 0,
+        plan: tuple[LayerTokens, ...] | None = None,
+    ) -> None:
         like = decoder.llm.embed_tokens.weight
         self.layout, self.renumber = layout, decoder.routing.position_policy == "renumber"
+        self.plan = decoder.plan(layout.vision) if plan is None else plan
         valid_BS = layout.valid(text_mask_BT)
         self.summary_B1T = context_weights(layout, valid_BS, like.dtype)
         self.mask_B1SS = additive(attention_mask(layout, valid_BS, decoder.routing.attention), like.dtype)

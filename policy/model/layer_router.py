@@ -15,17 +15,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cogvla.policy.model.language import DecoderContext
+from cogvla.policy.model.language import LayerContext
 from cogvla.policy.model.language_layer import Frame, attention_rows, normed
 from cogvla.routing.pruning import Selection, rows_of
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 
-FROM_LANGUAGE = frozenset(
-    {
-        "draw_B", "text_BTE", "attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "score_BN", "growth_BN",
-        "share_B2", "neurons_BNI", "text_neurons_BTI",
-    }
-)  # fmt: skip
+FROM_ATTENTION = frozenset({"attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "growth_BN", "share_B2"})
+FROM_NEURONS = frozenset({"neurons_BNI", "text_neurons_BTI"})
+"""Items of `RouterContext` that are computed from a layer's queries and keys, and from its MLP."""
+FROM_LANGUAGE = FROM_ATTENTION | FROM_NEURONS | {"draw_B", "text_BTE", "score_BN"}
 """Items of `RouterContext` that a language layer can provide."""
 
 
@@ -62,7 +60,7 @@ class LayerPass:
         self.earlier_BN: Tensor | None = None  # attention in the previous layer
 
     def shorten(
-        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
+        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
     ) -> tuple[Tensor, Frame, Tensor | None]:
         place_Bn = None
         with self.timer:
@@ -74,7 +72,7 @@ class LayerPass:
         return x_BSD, now, place_Bn
 
     def _without(
-        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: DecoderContext
+        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
     ) -> tuple[Tensor, Frame, Tensor]:
         """Return the sequence without the removed tokens, its frame, and the places of those that stay."""
         routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
@@ -86,15 +84,16 @@ class LayerPass:
         frame = context.pruned(chosen, before=now, renumber=self.compact)
         return x_BSD, frame if routed.mask_Bn is None else frame.hiding(routed.mask_Bn), place_Bn
 
-    def choose(self, layer: Any, index: int, h_BSD: Tensor, now: Frame, context: DecoderContext) -> Selection | None:
+    def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
         if not self.bypass or index not in self.routers:
             return None
         with self.timer:
+            h_BSD = normed(layer.input_layernorm, x_BSD)
             kept_Bn = self._route(layer, index, h_BSD, h_BSD, now, context).index_Bn
             return Selection(kept_Bn, rows_of(now.layout, kept_Bn), now.layout.with_vision(kept_Bn.shape[1]))
 
     def _route(
-        self, layer: Any, index: int, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: DecoderContext
+        self, layer: Any, index: int, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: LayerContext
     ) -> RoutedTokens:
         router, budget = self.routers[index]
         items = language_items(router.needs, layer, x_BSD, h_BSD, now, context)
@@ -112,7 +111,7 @@ class LayerPass:
 
 
 def language_items(
-    needs: Collection[str], layer: Any, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: DecoderContext
+    needs: Collection[str], layer: Any, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: LayerContext
 ) -> dict[str, Any]:
     """Compute the context items in `needs` from a language layer.
 
@@ -142,7 +141,7 @@ def language_items(
             head_width = now.turn_BSU.shape[-1] // 2
             keys_BND = layer.self_attn.k_proj(h_BSD[:, visual])
             items["keys_BNC"] = rearrange(keys_BND, "b n (h c) -> b n h c", c=head_width).float().mean(2)
-        if {"neurons_BNI", "text_neurons_BTI"} & set(needs):
+        if FROM_NEURONS & set(needs):
             items |= {
                 "neurons_BNI": _active(layer, x_BSD[:, visual]),
                 "text_neurons_BTI": _active(layer, x_BSD[:, layout.words]),

@@ -49,9 +49,9 @@ class Routed:
     """
 
     vision_BnD: Tensor
-    position_Bn: Tensor | None
-    layers: LayerPass | None
-    tokens: RoutedTokens | None
+    position_Bn: Tensor | None = None
+    layers: LayerPass | None = None
+    tokens: RoutedTokens | None = None
 
     def losses(self) -> dict[str, Tensor]:
         """Return the auxiliary losses of all routers; call it after the decoder has run."""
@@ -159,9 +159,19 @@ class PolicyRouter(nn.Module):
             return self.all_tokens
         return self.rows * self.before.leaves(self._count(budget))
 
-    def left(self, layer: int) -> int | None:
-        """Return the number of vision tokens that this language layer processes; None if it is not routed."""
-        return cast(TokenRouter, self.layers[str(layer)]).leaves(self.counts[layer]) if layer in self.counts else None
+    @property
+    def left(self) -> dict[int, int]:
+        """Language layer -> number of vision tokens that its router leaves; for routed layers."""
+        routers = {layer: cast(TokenRouter, self.layers[str(layer)]) for layer in self.counts}
+        return {layer: routers[layer].leaves(count) for layer, count in self.counts.items()}
+
+    def needed_of_layers(self) -> dict[int, frozenset[str]]:
+        """Return the context items that routers read of each language layer; a layer that none reads is missing."""
+        found = {layer: cast(TokenRouter, self.layers[str(layer)]).needs for layer in self.counts}
+        for layer, needs in list(found.items()):
+            if "growth_BN" in needs and layer > 0:  # it compares with the layer before
+                found[layer - 1] = found.get(layer - 1, frozenset()) | {"growth_BN"}
+        return found
 
     @property
     def bypass(self) -> bool:

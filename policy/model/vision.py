@@ -198,7 +198,8 @@ def cut_patches(pixels_BVCHW: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     Bytes are cut before conversion, with a quarter of the memory traffic of floats, and if possible eight at a time.
     """
     pixels = pixels_BVCHW
-    word = 8 if pixels.dtype == torch.uint8 and size % 8 == 0 and pixels.is_contiguous() else 1
+    wide = pixels.dtype == torch.uint8 and size % 8 == 0 and pixels.is_contiguous()
+    word = 8 if wide and not torch.jit.is_tracing() else 1  # torch.jit cannot record the change of type
     if word > 1:
         pixels = pixels.view(torch.int64)
     cut = rearrange(pixels, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=size, q=size // word)

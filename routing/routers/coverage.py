@@ -69,7 +69,7 @@ def cover(utility_BUN: Tensor, count: int) -> tuple[Tensor, Tensor]:
         gain_B1, chosen_B1 = gain_BN.max(1, keepdim=True)
         column_BU1 = utility_BUN.gather(2, chosen_B1[:, None].expand(-1, utility_BUN.shape[1], -1))
         best_BU1 = torch.maximum(best_BU1, column_BU1)
-        taken_BN = taken_BN.scatter(1, chosen_B1, True)
+        taken_BN = taken_BN.scatter(1, chosen_B1, 1)
         found.append(chosen_B1)
         gains.append(gain_B1)
     return torch.cat(found, dim=1), torch.cat(gains, dim=1)

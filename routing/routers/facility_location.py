@@ -42,7 +42,8 @@ class FacilityLocation(TokenRouter):
             gain_BN = (similarity_BNN - covered_BN[..., None]).clamp_min(0).sum(1) + self.text * fit_BN
             gain_B1, chosen_B1 = gain_BN.masked_fill(taken_BN, float("-inf")).max(1, keepdim=True)
             covered_BN = torch.maximum(covered_BN, take(similarity_BNN, chosen_B1)[:, 0])
-            taken_BN, score_BN = taken_BN.scatter(1, chosen_B1, True), score_BN.scatter(1, chosen_B1, gain_B1)
+            taken_BN = taken_BN.scatter(1, chosen_B1, 1)
+            score_BN = score_BN.scatter(1, chosen_B1, gain_B1)
             found.append(chosen_B1)
         return kept(tokens_BND, torch.cat(found, dim=1), score_BN)
 

@@ -54,7 +54,7 @@ class SelectorMerger(TokenRouter):
         score_BN = logit_BN2[..., 1] - logit_BN2[..., 0]
         probability_BN = score_BN.sigmoid()
         index_Bn = best(score_BN.detach(), context.budget)
-        kept_BN = torch.zeros_like(score_BN, dtype=torch.bool).scatter_(1, index_Bn, True)
+        kept_BN = torch.zeros_like(score_BN, dtype=torch.bool).scatter(1, index_Bn, 1)
         y_BnD = straight_through(kept(x_BND, index_Bn), probability_BN).tokens_BnD
         before_1nn = torch.ones(context.budget, context.budget, dtype=torch.bool, device=x_BND.device).tril()[None]
         y_BnD = self.among(y_BnD, mask=before_1nn)

@@ -62,7 +62,7 @@ class ZerothOrder(TokenRouter):
             chosen_B1 = value_BN.masked_fill(taken_BN, float("-inf")).argmax(1, keepdim=True)
             similarity_BN = (x_BND @ take(x_BND, chosen_B1).mT)[..., 0]
             nearest_BN = torch.maximum(nearest_BN, similarity_BN) if number else similarity_BN
-            taken_BN = taken_BN.scatter(1, chosen_B1, True)
+            taken_BN = taken_BN.scatter(1, chosen_B1, 1)
             found.append(chosen_B1)
         return torch.cat(found, dim=1), score_BN
 

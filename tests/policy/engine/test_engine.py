@@ -294,7 +294,7 @@ def test_a_trained_policy_in_integers_does_what_it_did() -> None:
     policy, _ = open_policy(SHIPPED, "cpu", engine=EngineConfig(dtype="int8", smallest=64))
     assert_near(policy.act(seen).actions, exact, INT8_ROUNDING, linear_layers(policy))
     with pytest.raises(ValueError, match=r"engine\.dtype=null, then evaluate with `eval_libero engine\.dtype=int8`"):
-        EngineConfig(dtype="int8").check_trained(None)
+        EngineConfig(dtype="int8").check_trained()
 
 
 def test_integers_of_one_sample_do_not_depend_on_the_others() -> None:

@@ -86,7 +86,7 @@ def test_without_a_calibration_the_way_out_is_said(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"run `calibrate_policy checkpoint=FOLDER` once, or give engine.dtype=bf"):
         open_policy(checkpoint, "cpu", engine=FLOAT8)
     with pytest.raises(ValueError, match=r"train with engine\.dtype=null"):
-        FLOAT8.check_trained(None)
+        FLOAT8.check_trained()
 
 
 @pytest.mark.parametrize(
