@@ -20,13 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.features.features import numpy_to_pyarrow_listarray
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-from lerobot.datasets.compute_stats import compute_episode_stats
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.utils import DEFAULT_FEATURES, update_chunk_file_indices
 from PIL import Image
 
 from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.envs.recording.label_names import label_names
+from cogvla.lerobot_versions import (
+    DEFAULT_FEATURES,
+    LeRobotDataset,
+    compute_episode_stats,
+    encoding,
+    episode_buffer,
+    get_hf_features_from_features,
+    update_chunk_file_indices,
+)
 
 VIDEO_CODEC = "h264"  # decodes everywhere; libsvtav1, lerobot's default, takes three times as long to encode
 BYTES_PER_MB = 1024**2
@@ -82,12 +88,12 @@ class DatasetWriter:
             root=root,
             robot_type=robot_type,
             use_videos=video,
-            vcodec=VIDEO_CODEC,
+            **encoding(VIDEO_CODEC),
             streaming_encoding=video,
             encoder_queue_maxsize=0,  # unbounded: lerobot drops frames when the queue is full
             video_backend="pyav",
         )
-        self._schema: pa.Schema = self._dataset.hf_features.arrow_schema
+        self._schema: pa.Schema = get_hf_features_from_features(self._dataset.features).arrow_schema
         self._writer: pq.ParquetWriter | None = None
         self._chunk = self._file = self._bytes = 0
 
@@ -165,7 +171,7 @@ class DatasetWriter:
                 with Image.open(io.BytesIO(files[step])) as image:
                     frame[camera] = np.asarray(image.convert("RGB"))
             self._dataset.add_frame(frame | {"task": episode.instruction})
-        buffer = self._dataset.episode_buffer
+        buffer = episode_buffer(self._dataset)
         for name, array in episode.arrays.items():
             if array.shape[1:] == (1,):  # lerobot 0.4.4 cannot turn one-element arrays into numbers with numpy 2.4
                 buffer[name] = [value.item() for value in buffer[name]]

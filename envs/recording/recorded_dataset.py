@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lerobot.datasets.utils import DEFAULT_FEATURES, load_tasks
 
 from cogvla.envs.recording.demonstration import Demonstration, pack_encoded
 from cogvla.files import visible
+from cogvla.lerobot_versions import DEFAULT_FEATURES, load_tasks
 
 
 class EditedError(ValueError):

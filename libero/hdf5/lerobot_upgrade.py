@@ -10,10 +10,8 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-CONVERTER = "lerobot.datasets.v30.convert_dataset_v21_to_v30"
 OLD, NEW = "v2.1", "v3"
 STATISTICS = "episodes_stats.jsonl"
 
@@ -49,18 +47,20 @@ def upgrade(source: Path, output: Path) -> Path:
     Raises:
         ValueError: `output` exists, or lerobot's converter failed; the message holds the last line of its output.
     """
+    from cogvla.lerobot_versions import converter  # here, because importing lerobot takes seconds
+
     if output.exists():
         raise ValueError(f"{output} exists: choose another output, or delete it")
     work = output.with_name(output.name + ".converting")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     (work / "dataset").symlink_to(source.resolve(), target_is_directory=True)
-    command = [sys.executable, "-m", CONVERTER, f"--root={work}", "--repo-id=dataset", "--push-to-hub=false"]
+    command = converter(work / "dataset")
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         shutil.rmtree(work)
         said = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ValueError(f"lerobot's converter (python -m {CONVERTER}) could not convert {source}: {said[0]}")
+        raise ValueError(f"lerobot's converter (python -m {command[2]}) could not convert {source}: {said[0]}")
     os.replace(work / "dataset", output)
     shutil.rmtree(work)
     return output

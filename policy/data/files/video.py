@@ -1,15 +1,21 @@
-"""Frames of a video by their number, without a system FFmpeg.
+"""Frames of a video by their number.
 
 The times of all frames are read from the file's packets first, which decodes nothing. So the number of frames is known,
 and a frame is found by its place and not by a time that may lie between two frames.
+
+torchcodec decodes where it finds a system FFmpeg, because it needs a third of the time. PyAV, which brings its own,
+decodes elsewhere, and what torchcodec would decode otherwise or refuses. The frames are the same to the last bit.
 
 Shape legend: F frames, H, W image.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,6 +23,8 @@ import numpy as np
 from cogvla.policy.data.files.columns import AGAIN
 
 FRAMES_AT_ONCE = 64
+_opened = threading.local()
+"""The decoder that each thread used last: to open a video takes as long as to read through it."""
 
 
 def frame_times(path: Path, fps: float) -> np.ndarray:
@@ -65,6 +73,23 @@ def frames(path: Path, times_F: np.ndarray, wanted_f: np.ndarray) -> Iterator[tu
     Raises:
         ValueError: a frame cannot be decoded.
     """
+    done = 0
+    decoder = by_torchcodec(path)
+    if decoder is not None and len(decoder) == len(times_F):
+        for start in range(0, len(wanted_f), FRAMES_AT_ONCE):
+            some = wanted_f[start : start + FRAMES_AT_ONCE]
+            try:
+                pictures = decoder.get_frames_at([int(frame) for frame in some]).data.numpy()
+            except Exception:  # it raises almost anything; PyAV says what is wrong
+                break
+            yield np.arange(start, start + len(some)), pictures
+            done += len(some)
+    if done < len(wanted_f):
+        for places, pictures in _with_pyav(path, times_F, wanted_f[done:]):
+            yield done + places, pictures
+
+
+def _with_pyav(path: Path, times_F: np.ndarray, wanted_f: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     place = {int(times_F[frame]): index for index, frame in enumerate(wanted_f)}
     last, first = max(place), min(place)
     places: list[int] = []
@@ -79,7 +104,7 @@ def frames(path: Path, times_F: np.ndarray, wanted_f: np.ndarray) -> Iterator[tu
                     if damaged := frame.is_corrupt:
                         break
                     places.append(place.pop(frame.pts))
-                    pictures.append(frame.to_ndarray(format="rgb24"))
+                    pictures.append(_rgb(frame))
                     if len(places) == FRAMES_AT_ONCE:
                         yield np.array(places), np.stack(pictures)
                         places, pictures = [], []
@@ -92,3 +117,46 @@ def frames(path: Path, times_F: np.ndarray, wanted_f: np.ndarray) -> Iterator[tu
         raise ValueError(f"{path}: frame {wanted_f[min(place.values())]} {problem}; {AGAIN}")
     if places:
         yield np.array(places), np.stack(pictures)
+
+
+def _rgb(frame: Any) -> np.ndarray:
+    """Return a frame of PyAV as uint8 [H,W,3], with the colour space and range that the video declares."""
+    levels = frame.color_range
+    return np.asarray(
+        frame.to_ndarray(
+            format="rgb24",
+            src_colorspace=frame.colorspace,
+            dst_colorspace="ITU601",  # PyAV's default, the source's own, lets swscale take every video for BT.601
+            src_color_range=levels,
+            dst_color_range=levels,
+        )
+    )
+
+
+@cache
+def _torchcodec_decoder() -> Any:
+    """Return torchcodec's class of decoders; None where it is not installed or finds no FFmpeg."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except Exception:  # ImportError, and RuntimeError with pages of tracebacks where there is no FFmpeg
+        return None
+    return VideoDecoder
+
+
+def by_torchcodec(path: Path) -> Any:
+    """Return torchcodec's decoder of a video; None where PyAV is to decode it."""
+    if _torchcodec_decoder() is None:
+        return None
+    try:
+        status = path.stat()
+        key = (path, status.st_ino, status.st_mtime_ns, status.st_size)
+        if getattr(_opened, "key", None) != key:
+            with av.open(str(path)) as container:
+                deep = any(component.bits > 8 for component in container.streams.video[0].format.components)
+            decoder = _torchcodec_decoder()(str(path), dimension_order="NHWC")
+            # Ten bits are rounded otherwise, and it turns what was filmed with a turned camera.
+            _opened.decoder = None if deep or getattr(decoder.metadata, "rotation", None) else decoder
+            _opened.key = key
+    except Exception:
+        return None
+    return _opened.decoder

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.datasets.dataset_tools import add_features
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
 from cogvla.envs.recording.dataset_writer import DatasetWriter, features
 from cogvla.envs.recording.demonstration import encode_png
 from cogvla.envs.recording.recorded_dataset import recorded_episodes
 from cogvla.envs.recording.recorder import record
+from cogvla.lerobot_versions import OLD, LeRobotDataset, episode_buffer
 from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.mixture.task_labels import TASK_LABELS
@@ -54,12 +54,13 @@ def edit(operation: str, **arguments: str) -> list[str]:
 
 def commands(kind: str) -> dict[str, list[str]]:
     """All commands of lerobot that edit a data set, and some that use one, for the data set of this kind."""
+    merged, codec = ("repo_id", "vcodec") if OLD else ("new_repo_id", "rgb_encoder.vcodec")
     removed = "observation.images.wrist" if kind == "robot" else "label.phase"
     found = {
         "info": edit("info", repo_id=kind, show_features="true"),
         "delete": edit("delete_episodes", repo_id=kind, new_repo_id=f"{kind}_delete", episode_indices="[1]"),
         "split": edit("split", repo_id=kind, splits='{"a": [0, 2], "b": [1, 3]}'),
-        "merge": edit("merge", repo_id=f"{kind}_merge", repo_ids=f"['{kind}_a', '{kind}_b']"),
+        "merge": edit("merge", **{merged: f"{kind}_merge"}, repo_ids=f"['{kind}_a', '{kind}_b']"),
         "remove": edit("remove_feature", repo_id=kind, new_repo_id=f"{kind}_remove", feature_names=f"['{removed}']"),
         "modify": edit("modify_tasks", repo_id=f"{kind}_modify", episode_tasks='{"0": "push the button"}'),
         "show": [
@@ -72,7 +73,7 @@ def commands(kind: str) -> dict[str, list[str]]:
     if kind == "videos":
         del found["show"]  # reads videos with torchcodec only, which needs a system FFmpeg
     if kind != "videos":
-        found["film"] = edit("convert_image_to_video", repo_id=kind, new_repo_id=f"{kind}_film", vcodec="h264")
+        found["film"] = edit("convert_image_to_video", repo_id=kind, new_repo_id=f"{kind}_film", **{codec: "h264"})
     if kind == "robot":
         found["replay"] = [
             "lerobot.scripts.lerobot_replay",
@@ -291,7 +292,7 @@ def test_older_recordings_with_tables_are_read_and_grow(home: Path, tmp_path: Pa
             old.add_frame(frame | {"task": episode.instruction})
         for name, array in episode.arrays.items():
             if array.shape[1:] == (1,):
-                old.episode_buffer[name] = [value.item() for value in old.episode_buffer[name]]
+                episode_buffer(old)[name] = [value.item() for value in episode_buffer(old)[name]]
         old.save_episode()
     old.finalize()
     shutil.copy(home / "simulated" / "meta" / "recording.json", root / "meta" / "recording.json")

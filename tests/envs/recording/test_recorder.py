@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
 from cogvla.envs.contract import ContractError
@@ -31,6 +30,7 @@ from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSettings, ExpertFailedError
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import FIRST_TRAINING_STATE, get_suite
+from cogvla.lerobot_versions import LeRobotDataset, episode_buffer
 from cogvla.tests.support import toy_suite
 from cogvla.tests.support.toy_suite import INSTRUCTIONS, NAME, ToyExpert
 
@@ -285,7 +285,7 @@ def test_the_files_equal_those_of_lerobots_own_writer(tmp_path: Path) -> None:
             theirs.add_frame(frame | {"task": episode.instruction})
         for name, array in episode.arrays.items():
             if array.shape[1:] == (1,):
-                theirs.episode_buffer[name] = [value.item() for value in theirs.episode_buffer[name]]
+                episode_buffer(theirs)[name] = [value.item() for value in episode_buffer(theirs)[name]]
         theirs.save_episode()
     ours.close()
     theirs.finalize()

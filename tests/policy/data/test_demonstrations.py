@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from cogvla.lerobot_versions import LeRobotDataset, encoding
 from cogvla.policy.data import frame_cache
 from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
@@ -58,7 +58,7 @@ def write(root: Path, lengths: tuple[int, ...] = LENGTHS, video: bool = False, *
         for key in CAMERAS.values():
             features[key] |= {"dtype": "video", "shape": (64, 64, 3)}
     data = LeRobotDataset.create(
-        "someone/toy", 10, features, root, use_videos=video, vcodec="h264", video_backend="pyav"
+        "someone/toy", 10, features, root, use_videos=video, **encoding("h264"), video_backend="pyav"
     )
     for episode, length in enumerate(lengths):
         for step in range(length):
