@@ -13,6 +13,7 @@ from cogvla.real_robot.serving.wire import shown
 
 SERVER = "cogvla"
 PROTOCOL_VERSION = 1
+HERE, THERE = "on this computer", "on the server's computer"
 CHECKED = ("state_dim", "action_dim", "chunk", "control_hz", "gripper_index", "gripper_open", "gripper_close")
 """Fields of `Embodiment` that must be equal for robot and policy, besides the camera names."""
 
@@ -56,16 +57,28 @@ class ServerInfo:
 
     @staticmethod
     def from_dict(values: Any) -> ServerInfo:
-        """Read the metadata that a server sent; ValueError if it is no cogvla server or has another version."""
+        """Read the metadata that a server sent.
+
+        Raises:
+            ValueError: it is no cogvla server, or it has another version; the message says which side to update.
+        """
         if not isinstance(values, dict) or values.get("server") != SERVER:
             raise ValueError("this is no cogvla policy server: its metadata does not describe the embodiment")
-        if values.get("protocol_version") != PROTOCOL_VERSION:
+        version = values.get("protocol_version")
+        if version != PROTOCOL_VERSION:
+            newer = isinstance(version, int) and version > PROTOCOL_VERSION
             raise ValueError(
-                f"the server speaks protocol version {shown(values.get('protocol_version'))}, "
-                f"this client version {PROTOCOL_VERSION}: install the same version of cogvla on both"
+                f"the server speaks protocol version {shown(version)}, this client version {PROTOCOL_VERSION}: update "
+                f"cogvla {HERE if newer else THERE}"
             )
         try:
             limits = values["limits"]
+            unknown = sorted(values["embodiment"].keys() - _known(Embodiment, values["embodiment"]).keys())
+            if unknown:
+                raise ValueError(
+                    f"the policy's embodiment has {', '.join(map(shown, unknown))}, which this client does not know: "
+                    f"update cogvla {HERE}"
+                )
             info = ServerInfo(
                 Embodiment(**values["embodiment"]),
                 RequestKeys(**_known(RequestKeys, values["request"])),
@@ -76,7 +89,9 @@ class ServerInfo:
             )
             RequestFormat(info.embodiment, info.keys)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the server's metadata is incomplete: {error!r}") from error
+            raise ValueError(
+                f"the server's metadata is incomplete: {shown(repr(error), 200)}: update cogvla {THERE}"
+            ) from error
         return info
 
     def check(self, robot: Embodiment) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -82,7 +83,8 @@ class Operator:
         scenes: every status of the simulated robot.
     """
 
-    def __init__(self, domain: int) -> None:
+    def __init__(self, domain: int, joints: Sequence[str] = STATE_NAMES) -> None:
+        self.domain, self._joints = domain, joints
         self.node = OwnNode("/operator", RosSettings(domain=domain))
         self.diagnostics: dict[str, Any] = {}
         self.commands: deque[tuple[float, np.ndarray]] = deque(maxlen=10_000)
@@ -103,7 +105,7 @@ class Operator:
         self.diagnostics = diagnostics_of(message)
 
     def _move(self, message: Any) -> None:
-        self.positions.append((seconds_of(message.header.stamp), state_of(message, STATE_NAMES)))
+        self.positions.append((seconds_of(message.header.stamp), state_of(message, self._joints)))
 
     def _command(self, cdr: bytes, sent: float) -> None:
         self.commands.append((sent, np.asarray(deserialize_message(cdr, ros_type(ARRAY)).data)))

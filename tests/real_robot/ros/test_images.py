@@ -11,13 +11,9 @@ from PIL import Image
 
 from cogvla.real_robot.ros.messages import compressed_image_of, image_of
 from cogvla.tests.support.image_files import SMOOTH, encoded, png
+from cogvla.tests.support.ros_images import COLOURS, ORDERS, PATTERNS, one_colour
 
 HEIGHT, WIDTH = 6, 8
-COLOURS = {"red": (254, 0, 0), "blue": (0, 0, 254), "cyan": (0, 254, 254), "grey": (128, 128, 128)}
-YUV = {"red": (81, 90, 240), "blue": (41, 240, 110), "cyan": (170, 166, 16), "grey": (126, 128, 128)}
-"""Y, U and V of these colours in ITU-R BT.601, as in its colour bars."""
-ORDERS = {"yuv422": "UYVY", "uyvy": "UYVY", "yuv422_yuy2": "YUYV", "yuyv": "YUYV"}
-PATTERNS = {"bayer_rggb8": "RGGB", "bayer_bggr8": "BGGR", "bayer_gbrg8": "GBRG", "bayer_grbg8": "GRBG"}
 
 
 def message(encoding: str, pixels_HR: np.ndarray, padding: int = 0, **changes: Any) -> SimpleNamespace:
@@ -37,8 +33,7 @@ def message(encoding: str, pixels_HR: np.ndarray, padding: int = 0, **changes: A
 @pytest.mark.parametrize("encoding", ORDERS)
 @pytest.mark.parametrize("padding", [0, 6])
 def test_yuv_is_converted(encoding: str, colour: str, padding: int) -> None:
-    pair = [YUV[colour]["YUV".index(letter)] for letter in ORDERS[encoding]]
-    image = image_of(message(encoding, np.tile(pair, (HEIGHT, WIDTH // 2)), padding))
+    image = image_of(message(encoding, one_colour(encoding, colour, HEIGHT, WIDTH), padding))
     assert image.shape == (HEIGHT, WIDTH, 3)
     assert np.abs(image.astype(int) - COLOURS[colour]).max() <= 2
 

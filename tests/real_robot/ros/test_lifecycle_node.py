@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml  # type: ignore[import-untyped]
 
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.policy_servers import SumPolicy, free_port, get, serving
@@ -21,68 +19,23 @@ from cogvla.tests.support.waiting import until
 pytest.importorskip("rclpy", reason=needs("ros"))
 
 from cogvla.real_robot.ros.messages import image_fields
-from cogvla.real_robot.ros.node import IMAGE, SET_BOOL, STRING, TRIGGER, Delivery
-from cogvla.tests.support.robot_processes import BRIDGE, Operator, Process
+from cogvla.real_robot.ros.node import IMAGE, STRING, Delivery
+from cogvla.tests.support.lifecycle_process import (
+    ACTIVATE,
+    BOOLEAN,
+    CLEANUP,
+    CONFIGURE,
+    DEACTIVATE,
+    DOUBLE,
+    TEXT,
+    LifecycleProcess,
+    domain_of,
+    lifecycle_node,
+)
+from cogvla.tests.support.robot_processes import Operator, Process
 
-DOMAIN = 101 + os.getpid() % 40
+DOMAIN = domain_of(101)
 PERIOD = 0.05
-TOLERANT = {"image_age_s": 2.0, "state_age_s": 2.0, "sync_tolerance_s": 0.5, "deadline_s": 5.0, "hold_limit_s": 600.0}
-CONFIGURE, CLEANUP, ACTIVATE, DEACTIVATE = 1, 2, 3, 4
-TEXT, BOOLEAN, DOUBLE = 4, 1, 3
-SERVICES = {
-    "estop": SET_BOOL,
-    "reset": TRIGGER,
-    "activate": SET_BOOL,
-    "set_parameters": "rcl_interfaces/srv/SetParameters",
-    "change_state": "lifecycle_msgs/srv/ChangeState",
-    "get_state": "lifecycle_msgs/srv/GetState",
-}
-
-
-class Node:
-    """The node as a process, and what its user does with it."""
-
-    def __init__(self, folder: Path, operator: Operator, domain: int = DOMAIN, **parameters: Any) -> None:
-        robot = yaml.safe_load((Path(__file__).parents[3] / "configs" / "robot" / "tabletop.yaml").read_text())
-        robot["loop"] |= {"ask": "ahead", "execute_steps": None, **TOLERANT}
-        del robot["defaults"]
-        (folder / "robot.yaml").write_text(yaml.safe_dump(robot))
-        values = {"robot": str(folder / "robot.yaml"), "diagnostics_s": 0.05, **parameters}
-        file = folder / "parameters.yaml"
-        file.write_text(yaml.safe_dump({BRIDGE: {"ros__parameters": values}}))
-        self.operator = operator
-        self.process = Process(
-            "cogvla.real_robot.ros.lifecycle_node", "--ros-args", "--params-file", str(file), domain=domain
-        )
-        for service, kind in SERVICES.items():
-            operator.node.client(f"{BRIDGE}/{service}", kind)
-        until(self.answers, 120)  # whoever knows this client, the last one made, knows all of them
-
-    def answers(self) -> bool:
-        try:
-            self.operator.node.request(f"{BRIDGE}/get_state", SERVICES["get_state"], {}, timeout_s=3)
-        except TimeoutError:
-            return False
-        return True
-
-    def change(self, transition: int) -> bool:
-        request = {"transition": {"id": transition}}
-        kind = "lifecycle_msgs/srv/ChangeState"
-        answer = self.operator.node.request(f"{BRIDGE}/change_state", kind, request, timeout_s=60)
-        return bool(answer.success)
-
-    def state(self) -> str:
-        kind = "lifecycle_msgs/srv/GetState"
-        return str(self.operator.node.request(f"{BRIDGE}/get_state", kind, {}, timeout_s=60).current_state.label)
-
-    def set(self, name: str, **value: Any) -> tuple[bool, str]:
-        request = {"parameters": [{"name": name, "value": value}]}
-        kind = "rcl_interfaces/srv/SetParameters"
-        answer = self.operator.node.request(f"{BRIDGE}/set_parameters", kind, request, timeout_s=60)
-        return answer.results[0].successful, answer.results[0].reason
-
-    def said(self, words: str) -> None:
-        until(lambda: any(words in line for line in self.process.lines), 60)
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +56,12 @@ def operator() -> Iterator[Operator]:
     made.close()
 
 
-@pytest.fixture
-def node(server: str, operator: Operator, tmp_path: Path) -> Iterator[Node]:
-    operator.diagnostics = {}
-    made = Node(tmp_path, operator, server=server, dry_run=False, instruction="draw", diagnostics_s=1)
-    yield made
-    made.process.kill()
-    assert not any("Traceback" in line for line in made.process.lines)
+def test_the_lifecycle_and_the_operators_orders(server: str, operator: Operator, tmp_path: Path) -> None:
+    with lifecycle_node(operator, tmp_path, server=server, dry_run=False, instruction="draw", diagnostics_s=1) as node:
+        check_orders(node, operator)
 
 
-def test_the_lifecycle_and_the_operators_orders(node: Node, operator: Operator) -> None:
+def check_orders(node: LifecycleProcess, operator: Operator) -> None:
     refused = (False, "not active: activate the lifecycle node first")
     assert operator.activate() == refused
     assert node.state() == "unconfigured"
@@ -153,25 +102,25 @@ def test_the_lifecycle_and_the_operators_orders(node: Node, operator: Operator) 
     assert node.process.end(by=signal.SIGTERM) == 0
 
 
-def test_an_emergency_stop_at_any_moment_is_the_last_word(node: Node, operator: Operator) -> None:
-    assert node.change(CONFIGURE)
-    assert node.change(ACTIVATE)
+def test_an_emergency_stop_at_any_moment_is_the_last_word(server: str, operator: Operator, tmp_path: Path) -> None:
     chance = random.Random(0)
-    for _ in range(30):
-        operator.state("running")
-        time.sleep(chance.uniform(0, 3 * PERIOD))
-        assert operator.estop() == (True, "engaged")
-        confirmed = time.time()
-        seen = operator.count("tick")
-        operator.until(
-            lambda seen=seen: operator.diagnostics["state"] == "stopped" and operator.count("tick") > seen + 3
-        )
-        assert not [sent for sent, _ in list(operator.commands) if sent > confirmed]
-        operator.estop(False)
-        operator.reset()
-        assert operator.activate()[0]
-    assert np.isfinite([action for _, action in operator.commands]).all()
-    assert node.process.end(by=signal.SIGINT) == 0
+    with lifecycle_node(operator, tmp_path, server=server, dry_run=False, instruction="draw") as node:
+        node.run()
+        for _ in range(30):
+            operator.state("running")
+            time.sleep(chance.uniform(0, 3 * PERIOD))
+            assert operator.estop() == (True, "engaged")
+            confirmed = time.time()
+            seen = operator.count("tick")
+            operator.until(
+                lambda seen=seen: operator.diagnostics["state"] == "stopped" and operator.count("tick") > seen + 3
+            )
+            assert not [sent for sent, _ in list(operator.commands) if sent > confirmed]
+            operator.estop(False)
+            operator.reset()
+            assert operator.activate()[0]
+        assert np.isfinite([action for _, action in operator.commands]).all()
+        assert node.process.end(by=signal.SIGINT) == 0
 
 
 @pytest.mark.parametrize(
@@ -189,26 +138,25 @@ def test_an_emergency_stop_at_any_moment_is_the_last_word(node: Node, operator: 
 def test_configure_says_what_is_wrong(
     operator: Operator, parameters: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    node = Node(tmp_path, operator, **parameters)
-    assert not node.change(CONFIGURE)
-    node.said(words)
-    assert node.state() == "unconfigured"
-    assert node.process.end() == 0
-    assert not any("Traceback" in line or "12345" in line for line in node.process.lines)
+    with lifecycle_node(operator, tmp_path, **parameters) as node:
+        assert not node.change(CONFIGURE)
+        node.said(words)
+        assert node.state() == "unconfigured"
+        assert node.process.end() == 0
+    assert not any("12345" in line for line in node.process.lines)
 
 
 def test_a_policy_of_another_robot_is_refused_and_an_absent_server_is_waited_for(
     operator: Operator, tmp_path: Path
 ) -> None:
-    with serving(SumPolicy()) as (uri, _):
-        node = Node(tmp_path, operator, server=uri)
+    with serving(SumPolicy()) as (uri, _), lifecycle_node(operator, tmp_path, server=uri) as node:
         assert not node.change(CONFIGURE)
-    node.said("does not fit the robot")
-    absent = f"ws://127.0.0.1:{free_port()}"
-    assert node.set("server", type=TEXT, string_value=absent) == (True, "")
-    assert node.change(CONFIGURE)
-    node.said("no policy server yet, the arm will hold until there is one")
-    assert node.process.end() == 0
+        node.said("does not fit the robot")
+        absent = f"ws://127.0.0.1:{free_port()}"
+        assert node.set("server", type=TEXT, string_value=absent) == (True, "")
+        assert node.change(CONFIGURE)
+        node.said("no policy server yet, the arm will hold until there is one")
+        assert node.process.end() == 0
 
 
 def test_large_images_arrive(operator: Operator) -> None:

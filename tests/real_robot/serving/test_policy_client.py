@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from cogvla.real_robot.serving.async_client import (
 from cogvla.real_robot.serving.client import PolicyClient, ReconnectingPolicyClient
 from cogvla.real_robot.serving.reconnecting import Backoff, ReconnectingClient
 from cogvla.real_robot.serving.remote_policy import RemotePolicy
+from cogvla.real_robot.serving.request import ImageOffer
 from cogvla.real_robot.serving.server_info import ServerInfo
 from cogvla.tests.support.policy_servers import (
     LIBERO_KEYS,
@@ -35,6 +37,37 @@ from cogvla.tests.support.policy_servers import (
     serving,
 )
 from cogvla.tests.support.waiting import until
+
+OLD_METADATA: dict[str, Any] = {
+    "server": "cogvla",
+    "protocol_version": 1,
+    "embodiment": {
+        "name": "toy_arm",
+        "cameras": [{"name": "agentview", "height": 8, "width": 8}, {"name": "wrist", "height": 8, "width": 8}],
+        "state_dim": 4,
+        "action_dim": 3,
+        "chunk": 5,
+        "control_hz": 20.0,
+        "state_normalisation": "q99",
+        "action_normalisation": "q99",
+        "action_normalise_mask": [True, True, True],
+        "gripper_index": 2,
+        "gripper_open": -1.0,
+        "gripper_close": 1.0,
+    },
+    "request": {
+        "state": "observation/state",
+        "prompt": "prompt",
+        "images": {"agentview": "observation/image", "wrist": "observation/wrist_image"},
+        "layout": "hwc",
+        "default_prompt": None,
+        "ignored": [],
+        "optional": {"observation_id": "whole number that the answer repeats"},
+    },
+    "policy": {"preset": "circle", "parameters": 0},
+    "limits": {"max_message_bytes": 16777216, "max_batch": 8},
+}
+"""As the server sent it before it took compressed images."""
 
 FAST = ClientSettings(answer_s=10.0, connect_s=10.0)
 PATIENT = ClientSettings(answer_s=1e6, connect_s=10.0)
@@ -295,3 +328,31 @@ def test_clients_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_metadata_of_an_older_server_are_read_and_of_a_newer_one_what_is_known() -> None:
+    info = ServerInfo.from_dict(OLD_METADATA)
+    info.check(ROBOT)
+    assert info.images == ImageOffer()
+    more = {"limits": OLD_METADATA["limits"] | {"rate": 9}, "request": OLD_METADATA["request"] | {"x": 1}, "new": {}}
+    assert ServerInfo.from_dict(OLD_METADATA | more) == info
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"protocol_version": 2}, "version 2, this client version 1: update cogvla on this computer"),
+        ({"protocol_version": 0}, "version 0, this client version 1: update cogvla on the server's computer"),
+        ({"protocol_version": None}, "update cogvla on the server's computer"),
+        (
+            {"embodiment": OLD_METADATA["embodiment"] | {"legs": 4}},
+            "the policy's embodiment has 'legs', which this client does not know: update cogvla on this computer",
+        ),
+        ({"embodiment": {"name": "toy_arm"}}, "incomplete: .*update cogvla on the server's computer"),
+        ({"limits": {}}, "incomplete: .*update cogvla on the server's computer"),
+        ({"request": None}, "incomplete: .*update cogvla on the server's computer"),
+    ],
+)
+def test_metadata_that_do_not_fit_say_which_side_to_update(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ServerInfo.from_dict(OLD_METADATA | changes)
