@@ -35,14 +35,17 @@ def choose_view(view: str) -> str:
     """Return the view to use: for "auto" rerun if this machine has it and a screen, else video.
 
     Raises:
-        ValueError: `view` is none of `VIEWS`.
+        ValueError: `view` is none of `VIEWS`, or rerun is not installed.
     """
     if view not in VIEWS:
         raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
+    installed = find_spec("rerun") is not None
+    if view == "rerun" and not installed:
+        raise ValueError("view=rerun: rerun is not installed; `uv pip install rerun-sdk`, or choose view=video")
     if view != "auto":
         return view
     screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return "rerun" if screen and find_spec("rerun") is not None else "video"
+    return "rerun" if screen and installed else "video"
 
 
 class VideoView(WritingThread[tuple[Tick, str]]):

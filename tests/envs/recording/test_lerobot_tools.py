@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def commands(kind: str) -> dict[str, list[str]]:
         ],
         "transforms": ["lerobot.scripts.lerobot_imgtransform_viz", f"--repo_id={kind}", "--video_backend=pyav"],
     }
-    if kind == "videos":
-        del found["show"]  # reads videos with torchcodec only, which needs a system FFmpeg
+    if kind == "videos" or find_spec("rerun") is None:
+        del found["show"]  # reads videos with torchcodec only, which needs a system FFmpeg; 0.6 has it with `viz` only
     if kind != "videos":
         found["film"] = edit("convert_image_to_video", repo_id=kind, new_repo_id=f"{kind}_film", **{codec: "h264"})
     if kind == "robot":
