@@ -36,15 +36,19 @@ def load(group: str, name: str) -> dict[str, Any]:
     Values of files that it builds on (`defaults:`) are included, those that are the dataclass's own are not.
 
     Raises:
-        ValueError: there is no such name (the text lists them), or no mapping in the file.
+        ValueError: there is no such name (the text lists them); the file cannot be read, has a key twice or no mapping.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a default of {group} must be a name, got {name!r}")
     if name.endswith((".yaml", ".yml")):
-        text = Path(name).read_text()
+        try:
+            values = read_once(Path(name), f"{group} {name!r}")
+        except OSError as error:
+            raise ValueError(f"{group} {name!r} cannot be read: {error.strerror or error}") from None
     elif name in names(group):
-        text = (resources.files("cogvla.configs") / group / f"{name}.yaml").read_text()
+        values = yaml.load((resources.files("cogvla.configs") / group / f"{name}.yaml").read_text(), _Loader)
     else:
         raise ValueError(f"{group} {name!r} is neither a YAML file nor one of {', '.join(names(group))}")
-    values = yaml.load(text, _Loader)
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{group} {name!r} holds no mapping")
     dataclasses = {dotted.rpartition(".")[2] for dotted in DATACLASSES.get(group, ())}

@@ -52,3 +52,13 @@ def test_every_folder_is_in_the_architecture() -> None:
     row = next(line for line in ARCHITECTURE.splitlines() if line.startswith("| `configs/`"))
     groups = {path.parent.name for path in (ROOT / "configs").glob("*/*.yaml")}
     assert not [group for group in groups if not re.search(rf"\b{group}\b", row)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    named = set(re.findall(r"`(?:[\w/.]*/)?(test_\w+)(?:\.py)?`", page.read_text()))
+    there = {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
+    if named - there:
+        sources = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+        there |= set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
+    assert named <= there, sorted(named - there)

@@ -97,8 +97,8 @@ class BridgeSettings:
     diagnostics_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.diagnostics_s > 0:
-            raise ValueError(f"diagnostics_s must be positive, got {self.diagnostics_s}")
+        if not 0.01 <= self.diagnostics_s <= 3600:
+            raise ValueError(f"diagnostics_s must be 0.01 to 3600 seconds, got {self.diagnostics_s}")
 
 
 @dataclass(frozen=True, eq=False)

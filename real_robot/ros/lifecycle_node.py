@@ -101,6 +101,8 @@ class BridgeNode(LifecycleNode):
         """Check the parameters and the policy server, and connect, without sending commands."""
         try:
             check_names(self._names)
+            if not isinstance(sim_time := self.get_parameter("use_sim_time").value, bool):
+                raise ValueError(f"parameter use_sim_time must be true or false, got {sim_time!r}")
             made = parts({name: self.get_parameter(name).value for name in PARAMETERS})
             waiting = asyncio.run(check_server(made.server, made.client))
             self._ros = RclpyNode(self, self._failed)

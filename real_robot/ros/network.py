@@ -31,6 +31,8 @@ class RosSettings:
     def __post_init__(self) -> None:
         if isinstance(self.domain, bool) or not isinstance(self.domain, int) or not 0 <= self.domain <= 232:
             raise ValueError(f"ros.domain must be from 0 to 232, got {self.domain!r}")
+        if not isinstance(self.sim_time, bool):
+            raise ValueError(f"ros.sim_time must be true or false, got {self.sim_time!r}")
         if self.discovery not in RANGES:
             raise ValueError(f"ros.discovery must be one of {', '.join(RANGES)}, got {self.discovery!r}")
 

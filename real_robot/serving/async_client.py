@@ -236,7 +236,7 @@ def _explain(error: BaseException, server: str) -> None:
             raise ValueError(f"{server} is no policy server (status {error.response.status_code})") from error
         case InvalidStatus():
             raise UnavailableError(f"{server} is busy or stopping (status {error.response.status_code})") from error
-        case InvalidURI():
+        case InvalidURI() | ValueError() if isinstance(error, InvalidURI) or str(error).startswith("Port "):
             raise ValueError(f"{server!r} is no address; give ws://HOST:PORT or wss://HOST:PORT") from error
         case ssl.SSLCertVerificationError():
             raise ValueError(f"the certificate of {server} is not trusted: {error.verify_message}") from error

@@ -270,5 +270,6 @@ def test_wait_says_whether_the_bridge_has_ended() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="diagnostics_s must be positive"):
-        BridgeSettings(diagnostics_s=0)
+    for seconds in (0, -1.0, 1e-9, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"diagnostics_s must be 0\.01 to 3600 seconds"):
+            BridgeSettings(diagnostics_s=seconds)

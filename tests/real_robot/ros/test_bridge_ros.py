@@ -480,9 +480,16 @@ def test_named_configs_list_what_there_is(tmp_path: Path) -> None:
         load("topics", "nothing")
     (tmp_path / "mine.yaml").write_text("a: 1\n")
     assert load("topics", str(tmp_path / "mine.yaml")) == {"a": 1}
-    (tmp_path / "mine.yaml").write_text("")
-    with pytest.raises(ValueError, match="holds no mapping"):
-        load("topics", str(tmp_path / "mine.yaml"))
+    for text, words in (
+        ("", "holds no mapping"),
+        ("- 1", "holds no mapping"),
+        ("a: [1", "is no YAML at line"),
+        ("a: 1\na: 2\n", "has the key 'a' twice"),
+        ("defaults: [{a: b}]", "a default of topics must be a name"),
+    ):
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            load("topics", str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize("command", ["robot_bridge", "sim_robot", "drive_robot"])
@@ -491,6 +498,7 @@ def test_named_configs_list_what_there_is(tmp_path: Path) -> None:
     [
         (["transport=dds"], "transport must be rclpy, got 'dds'"),
         (["transport=rclpy", "ros.domain=400"], "ros.domain must be from 0 to 232"),
+        (["transport=rclpy", "ros.sim_time=maybe"], "ros.sim_time must be true or false, got 'maybe'"),
         (["transport=rclpy", "ros.discovery=ETH0"], "ros.discovery must be one of OFF, LOCALHOST"),
         (["transport=rclpy"], r"transport=rclpy needs ROS 2, .*: `uv sync --extra ros`"),
     ],
@@ -541,6 +549,8 @@ def test_a_server_that_is_not_there_yet_is_no_mistake() -> None:
     [
         ("nonsense", None, "is no address"),
         ("http://127.0.0.1:1", None, "is no address"),
+        ("ws://127.0.0.1:99999", None, "'ws://127.0.0.1:99999' is no address"),
+        ("ws://127.0.0.1:port", None, "'ws://127.0.0.1:port' is no address"),
         ("wss://127.0.0.1:1", "missing.pem", "certificate missing.pem cannot be used"),
         ("ws://127.0.0.1:1", "missing.pem", "no address of a server with TLS"),
     ],
@@ -581,7 +591,9 @@ def test_parameters_make_a_bridge_and_are_checked(monkeypatch: pytest.MonkeyPatc
         ({"dry_run": 0}, "parameter dry_run must be true or false, got 0"),
         ({"diagnostics_s": "1"}, "parameter diagnostics_s must be a number, got '1'"),
         ({"diagnostics_s": True}, "parameter diagnostics_s must be a number"),
-        ({"diagnostics_s": 0}, "diagnostics_s must be positive"),
+        ({"diagnostics_s": 0}, "diagnostics_s must be 0.01 to"),
+        ({"diagnostics_s": float("inf")}, "diagnostics_s must be 0.01 to"),
+        ({"topics": "/nowhere.yaml"}, "topics '/nowhere.yaml' cannot be read: No such file"),
         ({"jpeg_quality": 90.5}, "parameter jpeg_quality must be a whole number, got 90.5"),
         ({"jpeg_quality": True}, "parameter jpeg_quality must be a whole number"),
         ({"jpeg_quality": 200}, "jpeg_quality must be 1 to 95"),

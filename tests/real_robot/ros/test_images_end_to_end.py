@@ -85,7 +85,7 @@ def test_every_encoding_arrives_as_rgb_or_is_refused_by_name(tmp_path: Path) -> 
         for encoding, size in REFUSED.items():
             robot.images["agentview"] = fields_of(encoding, np.zeros((SIZE, SIZE * size), np.uint8), SIZE)
             operator.state("holding", f"encoding '{encoding}' is not supported")
-        robot.images["agentview"] = good | {"data": good["data"][:-1]}
+        robot.images["agentview"] = {**good, "data": good["data"][:-1]}
         operator.state("holding", "has only")
         robot.images["agentview"] = good
         operator.state("running")

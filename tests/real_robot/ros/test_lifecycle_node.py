@@ -131,6 +131,7 @@ def test_an_emergency_stop_at_any_moment_is_the_last_word(server: str, operator:
         ({"server": "wss://127.0.0.1:1", "certificate": "/no.pem"}, "certificate /no.pem cannot be used"),
         ({"api_key": 12345}, "api_key is no parameter, because every node could read it"),
         ({"dryrun": False}, "there is no parameter dryrun"),
+        ({"use_sim_time": "yes"}, "parameter use_sim_time must be true or false, got 'yes'"),
         ({"dry_run": "no"}, "parameter dry_run must be true or false, got 'no'"),
         ({"topics": "six_joints"}, "topics.joints names 7 joints"),
     ],
