@@ -19,5 +19,5 @@ def _fails(front_end: RosFrontEnd, *arguments: Any) -> None:
 
 
 if __name__ == "__main__":
-    RosFrontEnd.send = _fails  # type: ignore[method-assign]
+    RosFrontEnd.send = _fails  # type: ignore[assignment,method-assign]
     main()

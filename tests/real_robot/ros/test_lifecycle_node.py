@@ -126,17 +126,12 @@ def test_an_emergency_stop_at_any_moment_is_the_last_word(server: str, operator:
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"server": "nonsense"}, "'nonsense' is no address"),
-        ({"server": "http://127.0.0.1:1"}, "is no address; give ws://HOST:PORT"),
-        ({"server": "wss://127.0.0.1:1", "certificate": "/no.pem"}, "certificate /no.pem cannot be used"),
         ({"api_key": 12345}, "api_key is no parameter, because every node could read it"),
-        ({"dryrun": False}, "there is no parameter dryrun"),
         ({"use_sim_time": "yes"}, "parameter use_sim_time must be true or false, got 'yes'"),
-        ({"dry_run": "no"}, "parameter dry_run must be true or false, got 'no'"),
-        ({"topics": "six_joints"}, "topics.joints names 7 joints"),
+        ({"dry_run": "no", "server": 5}, "parameter dry_run must be true or false, got 'no'"),
     ],
 )
-def test_configure_says_what_is_wrong(
+def test_a_file_of_parameters_that_is_wrong_is_refused(
     operator: Operator, parameters: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with lifecycle_node(operator, tmp_path, **parameters) as node:
@@ -145,6 +140,31 @@ def test_configure_says_what_is_wrong(
         assert node.state() == "unconfigured"
         assert node.process.end() == 0
     assert not any("12345" in line for line in node.process.lines)
+
+
+WRONG = {
+    "'nonsense' is no address": {"server": "nonsense"},
+    "'http://127.0.0.1:1' is no address; give ws://HOST:PORT": {"server": "http://127.0.0.1:1"},
+    "certificate /no.pem cannot be used": {"server": "wss://127.0.0.1:1", "certificate": "/no.pem"},
+    "topics.joints names 7 joints": {"topics": "six_joints"},
+    "topics '/no.yaml' cannot be read": {"topics": "/no.yaml"},
+}
+
+
+def test_configure_says_what_is_wrong_until_it_is_right(server: str, operator: Operator, tmp_path: Path) -> None:
+    with lifecycle_node(operator, tmp_path) as node:
+        for words, parameters in WRONG.items():
+            for name, text in parameters.items():
+                assert node.set(name, type=TEXT, string_value=text) == (True, "")
+            assert not node.change(CONFIGURE)
+            node.said(f"not configured: {words}")
+            assert node.state() == "unconfigured"
+        refused = node.set("dry_run", type=TEXT, string_value="no")
+        assert refused == (False, "parameter dry_run must be true or false, got 'no'")
+        for name, text in {"server": server, "certificate": "", "topics": "tabletop"}.items():
+            node.set(name, type=TEXT, string_value=text)
+        assert node.change(CONFIGURE)
+        assert node.process.end() == 0
 
 
 def test_a_policy_of_another_robot_is_refused_and_an_absent_server_is_waited_for(
