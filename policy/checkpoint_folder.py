@@ -34,7 +34,12 @@ def check_checkpoint_folder(source: Path | str, otherwise: str = "train one with
     said = f"{folder} is not a complete checkpoint: {', '.join(missing)} missing; "
     if (folder / "policy" / CONFIG).is_file():
         raise ValueError(f"{said}give {folder / 'policy'}")
-    own = (folder / CONFIG).is_file() and '"embodiment"' in (folder / CONFIG).read_text(errors="replace")
-    if not own and STATISTICS in missing and any(visible(folder, pattern) for pattern in _PUBLISHED):
+    text = (folder / CONFIG).read_text(errors="replace") if (folder / CONFIG).is_file() else ""
+    if '"type"' in text and '"input_features"' in text:
+        raise ValueError(
+            f"{folder} holds a policy of lerobot: give checkpoint=lerobot:{folder} where a command takes it, or turn a "
+            "cogvla policy into a checkpoint with `convert_checkpoint`"
+        )
+    if '"embodiment"' not in text and STATISTICS in missing and any(visible(folder, pattern) for pattern in _PUBLISHED):
         raise ValueError(f"{said}these are published weights: run `import_checkpoint {folder} output=FOLDER` first")
     raise ValueError(f"{said}give the folder of another one")

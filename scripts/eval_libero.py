@@ -3,6 +3,7 @@
     eval_libero checkpoint=FOLDER suite=tabletop_object workers=4
     eval_libero checkpoint=random suite=all_tabletop episodes_per_task=2
     eval_libero checkpoint=ws://127.0.0.1:8000 suite=tabletop_object         (through a policy_server)
+    eval_libero checkpoint=lerobot:PATH suite=tabletop_object                (ACT, diffusion, SmolVLA ... of lerobot)
     eval_libero checkpoint=FOLDER asked=both
     eval_libero checkpoint=FOLDER perturbation=all                (the robustness benchmark; or =light level=2)
     eval_libero checkpoint=FOLDER router.name=random router.budget=0.25                      (a plugged-in token router)
@@ -34,7 +35,7 @@ from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
-from cogvla.scripts.policies import open_any_policy
+from cogvla.scripts.policies import open_any_policy, report_name
 
 ALL = {"all_tabletop": "tabletop_", "all_libero": "libero_"}
 """Names for all suites with the same prefix, except libero_90."""
@@ -73,9 +74,10 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         engine=plain(config.engine),
         router=plain(config.router),
         statistics=config.statistics,
+        cameras=plain(config.cameras),
     )
     plugged_in = "" if config.router.name is None else f"_{config.router.name}_{config.router.budget}"
-    output = Path(config.output or f"outputs/eval_libero/{Path(config.checkpoint).resolve().name}{plugged_in}")
+    output = Path(config.output or f"outputs/eval_libero/{report_name(str(config.checkpoint))}{plugged_in}")
     reports: dict[str, Report] = {}
     for suite, protocol, perturbed in zip(played, protocols, cells, strict=True):
         if config.protocol.name == OWN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cogvla.configs.build import build
@@ -11,6 +12,7 @@ from cogvla.policy.interface import Embodiment, Policy
 
 RANDOM = "random"
 REMOTE = ("ws://", "wss://")
+LEROBOT = "lerobot:"
 
 
 def open_any_policy(
@@ -25,13 +27,15 @@ def open_any_policy(
     engine: Mapping[str, Any] | None = None,
     router: Mapping[str, Any] | None = None,
     statistics: str | None = None,
+    cameras: Mapping[str, str] | None = None,
 ) -> tuple[Policy, dict[str, str]]:
     """Open the policy that `source` names.
 
     Args:
-        source: a checkpoint folder, "random", or the address of a policy server, ws://HOST:PORT.
-        embodiment: robot of a random policy, as in `configs/embodiment`.
-        seed: seed of a random policy.
+        source: a checkpoint folder, "random", the address of a policy server, ws://HOST:PORT, or lerobot:PATH for a
+            policy of lerobot.
+        embodiment: robot of a random policy or a policy of lerobot, as in `configs/embodiment`.
+        seed: seed of a random policy, or of a policy of lerobot that draws random numbers.
         api_key: key of a policy server.
         device: torch device of a checkpoint, see `open_policy`.
         threads: torch's threads for a checkpoint, see `open_policy`.
@@ -39,19 +43,22 @@ def open_any_policy(
         engine: engine of a checkpoint, as in `configs/engine`; None: the default.
         router: token router of a checkpoint, fields of `RouterConfig`; None, or without a name: as trained.
         statistics: name of the data set whose statistics a checkpoint uses, see `load_policy`.
+        cameras: camera of the robot -> camera of a policy of lerobot, where their names differ.
 
     Returns:
-        The policy, and for a checkpoint its `weights_sha256`; otherwise an empty mapping.
+        The policy, and for a checkpoint what identifies it, such as `weights_sha256`; otherwise an empty mapping.
 
     Raises:
         ValueError: there is no such folder, or the settings do not fit the policy.
         OSError: there is no policy server at the address.
     """
     plugged_in = None if router is None else router["name"]
-    if plugged_in is not None and (source == RANDOM or source.startswith(REMOTE)):
-        raise ValueError(f"router.name={plugged_in} needs the folder of a checkpoint, not {source}")
-    if statistics is not None and (source == RANDOM or source.startswith(REMOTE)):
-        raise ValueError(f"statistics={statistics} needs the folder of a checkpoint, not {source}")
+    own = source != RANDOM and not source.startswith((*REMOTE, LEROBOT))
+    for key, value in (("router.name", plugged_in), ("statistics", statistics)):
+        if value is not None and not own:
+            raise ValueError(f"{key}={value} needs the folder of a checkpoint, not {source}")
+    if cameras and not source.startswith(LEROBOT):
+        raise ValueError(f"cameras={dict(cameras)} needs checkpoint={LEROBOT}PATH, not {source}")
     if source == RANDOM:
         from cogvla.policy.baselines import RandomPolicy
 
@@ -60,6 +67,13 @@ def open_any_policy(
         from cogvla.real_robot.serving.remote_policy import RemotePolicy
 
         return RemotePolicy(source, api_key=api_key), {}
+    if source.startswith(LEROBOT):
+        from cogvla.policy.lerobot.loading import open_lerobot_policy
+        from cogvla.policy.threads import use_threads
+
+        use_threads(threads, workers)
+        robot = build(Embodiment, embodiment, "embodiment")
+        return open_lerobot_policy(source.removeprefix(LEROBOT), robot, device, cameras, seed)
     check_checkpoint_folder(source, "train one with `train_policy`, or give random")
 
     from cogvla.policy.checkpoint import open_policy
@@ -72,3 +86,10 @@ def open_any_policy(
     if policy.choice is not None:
         print(policy.choice)
     return policy, identity
+
+
+def report_name(source: str) -> str:
+    """Return a name for reports on a policy; lerobot calls the folder of every checkpoint `pretrained_model`."""
+    path = Path(source.removeprefix(LEROBOT)).resolve()
+    parts = [part for part in path.parts if part not in ("checkpoints", "pretrained_model")]
+    return "_".join(parts[-2:]) if source.startswith(LEROBOT) else path.name

@@ -3,6 +3,7 @@
     policy_server checkpoint=FOLDER
     COGVLA_API_KEY=... policy_server checkpoint=FOLDER host=0.0.0.0 tls.cert=cert.pem tls.key=key.pem
     policy_server checkpoint=random request_keys=by_name
+    policy_server checkpoint=lerobot:PATH                                    (ACT, diffusion, SmolVLA ... of lerobot)
 
 Ctrl-C answers pending requests and ends.
 """
@@ -53,6 +54,7 @@ def run(config: DictConfig) -> None:
         threads=config.threads,
         engine=values["engine"],
         statistics=config.statistics,
+        cameras=values["cameras"],
     )
     gpu_bytes = _gpu_bytes(policy.describe().get("device", ""))
     server = PolicyServer(policy, settings, batching, keys, identity, ServerMetrics(gpu_bytes))

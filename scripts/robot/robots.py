@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSett
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.scripts.command import plain
-from cogvla.scripts.policies import open_any_policy
+from cogvla.scripts.policies import LEROBOT, open_any_policy
 
 if TYPE_CHECKING:
     from cogvla.real_robot.ros.rclpy_node import OwnNode
@@ -123,9 +124,14 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
             jpeg_quality=config.jpeg_quality,
         )
         return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
-    check_checkpoint_folder(str(config.checkpoint), "give another one, or server=ws://HOST:PORT")
+    if not str(config.checkpoint).startswith(LEROBOT):
+        check_checkpoint_folder(str(config.checkpoint), "give another one, or server=ws://HOST:PORT")
     policy, identity = open_any_policy(
-        str(config.checkpoint), device=config.device, threads=config.threads, statistics=config.statistics
+        str(config.checkpoint),
+        embodiment=asdict(embodiment),
+        device=config.device,
+        threads=config.threads,
+        statistics=config.statistics,
     )
     return LocalPolicy(policy, embodiment), {**policy.describe(), **identity}
 

@@ -79,11 +79,11 @@ class CogVLAEnv(EnvConfig):
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, gym.vector.VectorEnv]]:
         """Return `{suite: {task: environments}}`, as lerobot 0.6 asks for it."""
-        from lerobot.envs.utils import freeze_after_episode_end
-
         suite = _suite(str(self.task), self.imports)
         chosen = list(range(len(suite.tasks))) if self.task_ids is None else list(self.task_ids)
         _check_tasks(suite, chosen)
+        from lerobot.envs.utils import freeze_after_episode_end
+
         several = use_async_envs and n_envs > 1
         kind = partial(gym.vector.AsyncVectorEnv, context="forkserver") if several else gym.vector.SyncVectorEnv
 

@@ -1,0 +1,1 @@
+"""Policies of lerobot behind our contract."""
