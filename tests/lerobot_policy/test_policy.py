@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from lerobot.configs.policies import PreTrainedConfig
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
+from cogvla.lerobot_versions import LeRobotDataset
 from cogvla.policy.checkpoint import load_policy, load_weights
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Observation
