@@ -67,7 +67,6 @@ class RosFrontEnd:
         self._node, self._topics, self._orders = node, topics, orders
         self._period_s = 1.0 / embodiment.control_hz
         self._commands = Commands(topics, embodiment)
-        self._grips = topics.gripper is not None
         kind = COMMANDS[topics.command_type]
         self._command = node.advertise(topics.command, kind, Delivery.COMMAND)
         self._preview = node.advertise("~/dry_run", kind, Delivery.COMMAND)
