@@ -29,12 +29,14 @@ class Selection:
         layout: layout of the kept sequence.
         factor_BS1: factors [B,S',1]: the router's probability for each kept vision token; 1 for the other tokens, or
             their own probability if the router scores them too. None: 1 for all.
+        score_BN: scores of the vision tokens to choose from, higher is more worth keeping; None: there are none.
     """
 
     kept_Bn: Tensor
     rows: Tensor
     layout: TokenLayout
     factor_BS1: Tensor | None = None
+    score_BN: Tensor | None = None
 
 
 class FiLMRouter(nn.Module):
@@ -82,7 +84,7 @@ class FiLMRouter(nn.Module):
         else:
             after = layout.length - layout.rest.start
             factor_BS1 = F.pad(probability_Bn1, (0, 0, 1, after), value=1.0)
-        return Selection(kept_Bn, rows, layout.with_vision(count), factor_BS1)
+        return Selection(kept_Bn, rows, layout.with_vision(count), factor_BS1, score_BN.detach())
 
 
 def context_weights(layout: TokenLayout, valid_BS: Tensor, dtype: torch.dtype) -> Tensor:

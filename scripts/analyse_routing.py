@@ -83,6 +83,7 @@ def page(
         }
         sheet = strip(episode, grid, pictures, views)
         shown.append({"episode": episode, "sheet": sheet, "video": video.read_bytes(), "figures": figures})
+        shown[-1]["fates"] = numbers["fates"]
     layers = [f"layer {n}" for n in range(data["information"]["layers"])]
     by_layer = {
         "entropy of the action tokens’ attention to vision tokens": (data["attention_entropy"], "nats"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cogvla.envs.analysis.routing_recording import Moment, WatchedEpisode
+from cogvla.envs.analysis.token_fates import fates
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.language import DecoderTrace
 from cogvla.policy.policy import CogVLAPolicy
@@ -61,9 +62,13 @@ def findings(
         "readings": readings(policy, some, instructions),
         "information": horizon(policy.model, some),
         "episodes": [
-            {"task": e.name, "success": e.result.success, "steps": e.result.steps, **over_time(e)} for e in episodes
+            {
+                "task": e.name, "success": e.result.success, "steps": e.result.steps, **over_time(e),
+                "fates": fates_of(e, policy.embodiment.camera_names),
+            }
+            for e in episodes
         ],
-    }
+    }  # fmt: skip
 
 
 def over_time(episode: WatchedEpisode) -> dict[str, Any]:
@@ -73,6 +78,19 @@ def over_time(episode: WatchedEpisode) -> dict[str, Any]:
         "target_kept": {stage: [target_share(m, stage) for m in episode.moments] for stage in stages},
         "flicker": {stage: flicker([m.kept[stage].tolist() for m in episode.moments]) for stage in stages},
     }
+
+
+def fates_of(episode: WatchedEpisode, views: Sequence[str]) -> dict[str, Any]:
+    """Return which choices did not keep each token at the middle decision; tokens are numbered within their view."""
+    number = len(episode.moments) // 2
+    moment = episode.moments[number]
+    found = fates(moment.choices, len(moment.tokens_ND))
+    each = len(found) // len(views)
+    told = [
+        {"view": views[token // each], "token": token % each, "not_kept": [asdict(one) for one in fate]}
+        for token, fate in enumerate(found)
+    ]
+    return {"decision": number + 1, "tokens": told}
 
 
 def target_share(moment: Moment, stage: str) -> float | None:

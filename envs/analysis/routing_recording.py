@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogvla.envs.analysis.token_fates import TokenChoice, choices_of
 from cogvla.envs.contract import SuiteEnv, TargetMasks, offered
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.protocol import EvaluationProtocol
@@ -53,6 +54,7 @@ class Moment:
         attention: language layer -> attention [n] of those tokens from the action tokens.
         after: language layer -> numbers of the tokens that leave it.
         hidden: language layer -> states [n,D] of those tokens.
+        choices: every choice of tokens, in order.
         target_P: bool, patches of the target object; None if the environment does not say.
     """
 
@@ -68,6 +70,7 @@ class Moment:
     attention: Mapping[int, Tensor]
     after: Mapping[int, Tensor]
     hidden: Mapping[int, Tensor]
+    choices: tuple[TokenChoice, ...]
     target_P: Tensor | None = None
 
 
@@ -163,6 +166,7 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
         attention={layer: read_Bn[0] for layer, read_Bn in inside["attention"].items()},
         after=after,
         hidden={layer: x_BSD[0, 1 : 1 + len(after[layer])].float() for layer, x_BSD in inside["hidden"].items()},
+        choices=choices_of(inside, entering_n, model.vision.tokens, 1 if model.router is None else model.router.rows),
     )
 
 

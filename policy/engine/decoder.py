@@ -234,7 +234,7 @@ class FusedDecoder(nn.Module):
             first = self.first_read(frame.layout) if index == last else 0
             x_BnD, h_BnD = take_rows(x_BSD, chosen.rows), take_rows(h_BSD, chosen.rows)
             out_BSD = layer(x_BnD, h_BnD, frame.mask_B1SS, frame.turn_BSU, chosen.factor_BS1, first)
-            if index == last or not self.bypass:
+            if index == last or (layer.router is not None and not self.bypass):
                 x_BSD, now = out_BSD, frame
             else:
                 x_BSD = put_rows(x_BSD, chosen.rows, out_BSD)

@@ -107,6 +107,7 @@ class Engine:
         calibration: input ranges of this model; needed for `float8`.
 
     Attributes:
+        model: the model, which encodes instructions.
         precision: one of the values of `EngineConfig.dtype`.
 
     Raises:
@@ -139,7 +140,7 @@ class Engine:
                 model, release = copy.deepcopy(model), True
             for parameter in model.parameters():  # `model.to` would also round the frequencies of the positions
                 parameter.data = parameter.data.to(dtype)
-        self._model = model
+        self.model = model
         self._recorded: dict[tuple[int, int], Run] = {}
         with torch.no_grad():
             self.network = FusedNetwork(model, release)
@@ -155,7 +156,7 @@ class Engine:
         The engine must not have released the model's layers.
         """
         other = copy.copy(self)
-        other._model, other._recorded, other.network = model, {}, self.network.with_router(model)
+        other.model, other._recorded, other.network = model, {}, self.network.with_router(model)
         return other
 
     def bucket(self, words: int) -> int:
@@ -167,7 +168,7 @@ class Engine:
         words = self.bucket(text_ids_BT.shape[1])
         missing = (0, words - text_ids_BT.shape[1])
         of_states = (0, 0) * (text_ids_BT.ndim - 2)  # a text encoder's [B,T,E]
-        text = self._model.encode_text(F.pad(text_ids_BT, of_states + missing), F.pad(text_mask_BT, missing))
+        text = self.model.encode_text(F.pad(text_ids_BT, of_states + missing), F.pad(text_mask_BT, missing))
         return EncodedText(self.network.prepare(text), words)
 
     def run(self, inputs: ModelInput, text: EncodedText) -> Tensor:

@@ -51,6 +51,27 @@ def build_language_model(config: LanguageConfig) -> Any:
     return model
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A choice of vision tokens, for the trace. Tokens are counted from the first vision token of the whole sequence.
+
+    Attributes:
+        layer: language layer.
+        by: `router` (a token router) or `LFP`.
+        among_BN: tokens to choose from, int64; None: all.
+        kept_Bn: tokens that were kept, int64.
+        score_BN: scores of those to choose from, higher is more worth keeping; None: the method has none.
+        gone: the others are removed; False: they skip this layer.
+    """
+
+    layer: int
+    by: str
+    among_BN: Tensor | None
+    kept_Bn: Tensor
+    score_BN: Tensor | None
+    gone: bool
+
+
 @dataclass
 class DecoderTrace:
     """Intermediate results of a debug forward pass, by layer.
@@ -60,12 +81,21 @@ class DecoderTrace:
         kept: vision tokens of routed layers, int64 [B,n], counted from the first vision token of the whole sequence.
         present: the vision tokens in the sequence of the layer, counted alike; None: all.
         attention: [B,N'] that those get in the layer from the action tokens, mean over heads and action tokens.
+        choices: every choice of vision tokens, in order.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     present: dict[int, Tensor | None] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
+
+    def choose(self, layer: int, by: str, among_BN: Tensor | None, chosen: Selection, gone: bool) -> Tensor:
+        """Add a choice and return the kept tokens, counted in the whole sequence."""
+        kept_Bn = chosen.kept_Bn if among_BN is None else among_BN.gather(1, chosen.kept_Bn)
+        self.choices.append(Choice(layer, by, among_BN, kept_Bn, chosen.score_BN, gone))
+        self.kept[layer] = kept_Bn
+        return kept_Bn
 
 
 class LayerRouting(Protocol):
@@ -73,7 +103,7 @@ class LayerRouting(Protocol):
 
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
-    ) -> tuple[Tensor, Frame, Tensor | None]:
+    ) -> tuple[Tensor, Frame, Selection | None]:
         """Return the sequence before layer `index`, its frame, and the kept vision tokens (None: all)."""
 
     def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
@@ -156,23 +186,23 @@ class RoutedDecoder(nn.Module):
         current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
         for index, layer in enumerate(self.llm.layers):
             if routing is not None:
-                x_BSD, now, left_Bn = routing.shorten(layer, index, x_BSD, now, context)
-                if trace is not None and left_Bn is not None:
-                    current_BN = trace.kept[index] = left_Bn if current_BN is None else current_BN.gather(1, left_Bn)
+                x_BSD, now, left = routing.shorten(layer, index, x_BSD, now, context)
+                if trace is not None and left is not None:
+                    current_BN = trace.choose(index, "router", current_BN, left, gone=True)
             if trace is not None:
                 h_BSD = normed(layer.input_layernorm, x_BSD)
                 read_BN = attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
                 trace.present[index], trace.attention[index] = current_BN, read_BN
             # A traced pass computes every row of every layer.
-            x_BSD, now, kept_Bn = call(
+            x_BSD, now, chosen = call(
                 self.recompute, self._routed, index, x_BSD, now, context, trace is not None, routing
             )
             if trace is not None:
                 trace.hidden[index] = x_BSD
-            if trace is not None and kept_Bn is not None:
-                kept_Bn = kept_Bn if current_BN is None else current_BN.gather(1, kept_Bn)
-                trace.kept[index] = kept_Bn
-                current_BN = kept_Bn if self.routing.mode == "drop" else current_BN
+            if trace is not None and chosen is not None:
+                by, gone = ("LFP" if str(index) in self.routers else "router"), self._removes(index)
+                kept_Bn = trace.choose(index, by, current_BN, chosen, gone)
+                current_BN = kept_Bn if gone else current_BN
         read_BQD = x_BSD if trace is None else x_BSD[:, self.read_rows(now.layout)]
         return normed(self.llm.norm, self._action_states(read_BQD, context))
 
@@ -184,7 +214,7 @@ class RoutedDecoder(nn.Module):
         context: DecoderContext,
         every_row: bool,
         routing: LayerRouting | None = None,
-    ) -> tuple[Tensor, Frame, Tensor | None]:
+    ) -> tuple[Tensor, Frame, Selection | None]:
         """Run layer `index`; return its output, the frame of the output, and the kept vision tokens (None: all)."""
         layer, last = self.llm.layers[index], index == len(self.llm.layers) - 1
         read = self.read_rows if last and not every_row else None
@@ -205,9 +235,13 @@ class RoutedDecoder(nn.Module):
             scale_values=self.routing.scale == "values",
             rows=read and read(frame.layout),
         )
-        if self.routing.mode == "drop" or read:
-            return out_BSD, frame, chosen.kept_Bn
-        return put_rows(x_BSD, chosen.rows, out_BSD), now, chosen.kept_Bn
+        if self._removes(index) or read:
+            return out_BSD, frame, chosen
+        return put_rows(x_BSD, chosen.rows, out_BSD), now, chosen
+
+    def _removes(self, index: int) -> bool:
+        """Return whether tokens that this layer does not keep are gone; a token router in a layer only skips it."""
+        return self.routing.mode == "drop" and str(index) in self.routers
 
     def read_rows(self, layout: TokenLayout) -> slice:
         """Return the rows that the last layer has to compute."""

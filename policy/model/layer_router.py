@@ -61,36 +61,38 @@ class LayerPass:
 
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
-    ) -> tuple[Tensor, Frame, Tensor | None]:
-        place_Bn = None
+    ) -> tuple[Tensor, Frame, Selection | None]:
+        left = None
         with self.timer:
             if index in self.routers and not self.bypass:
-                x_BSD, now, place_Bn = self._without(layer, index, x_BSD, now, context)
+                x_BSD, now, left = self._without(layer, index, x_BSD, now, context)
             after = self.routers.get(index + 1)
             if after is not None and "growth_BN" in after[0].needs:
                 self.earlier_BN = _read(layer, normed(layer.input_layernorm, x_BSD), now)
-        return x_BSD, now, place_Bn
+        return x_BSD, now, left
 
     def _without(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
-    ) -> tuple[Tensor, Frame, Tensor]:
-        """Return the sequence without the removed tokens, its frame, and the places of those that stay."""
+    ) -> tuple[Tensor, Frame, Selection]:
+        """Return the sequence without the removed tokens, its frame, and those that stay, by their places."""
         routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
         place_Bn, layout = routed.place_Bn.round().long(), now.layout
-        chosen = Selection(place_Bn, rows_of(layout, place_Bn), layout.with_vision(place_Bn.shape[1]))
+        fewer = layout.with_vision(place_Bn.shape[1])
+        chosen = Selection(place_Bn, rows_of(layout, place_Bn), fewer, score_BN=routed.score_BN)
         if self.score_BN is not None:
             self.score_BN = self.score_BN.gather(1, place_Bn)
         x_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BnD, x_BSD[:, layout.rest]), dim=1)
         frame = context.pruned(chosen, before=now, renumber=self.compact)
-        return x_BSD, frame if routed.mask_Bn is None else frame.hiding(routed.mask_Bn), place_Bn
+        return x_BSD, frame if routed.mask_Bn is None else frame.hiding(routed.mask_Bn), chosen
 
     def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
         if not self.bypass or index not in self.routers:
             return None
         with self.timer:
             h_BSD = normed(layer.input_layernorm, x_BSD)
-            kept_Bn = self._route(layer, index, h_BSD, h_BSD, now, context).index_Bn
-            return Selection(kept_Bn, rows_of(now.layout, kept_Bn), now.layout.with_vision(kept_Bn.shape[1]))
+            routed = self._route(layer, index, h_BSD, h_BSD, now, context)
+            kept_Bn, fewer = routed.index_Bn, now.layout.with_vision(routed.index_Bn.shape[1])
+            return Selection(kept_Bn, rows_of(now.layout, kept_Bn), fewer, score_BN=routed.score_BN)
 
     def _route(
         self, layer: Any, index: int, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: LayerContext

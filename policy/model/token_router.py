@@ -29,12 +29,12 @@ from torch.func import functional_call
 from cogvla.policy.model.attention_probe import FROM_VISION, AttentionProbe
 from cogvla.policy.model.config import RoutingConfig
 from cogvla.policy.model.layer_router import FROM_LANGUAGE, LayerPass
+from cogvla.policy.model.stopwatch import Stopwatch
 from cogvla.policy.model.vision import WHITE, DualVision
 from cogvla.routing.aggregation import StreamFusion
 from cogvla.routing.draws import children, seeds_of
 from cogvla.routing.registry import build_router, registered_routers
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter, count_of
-from cogvla.routing.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)

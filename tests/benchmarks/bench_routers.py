@@ -2,10 +2,12 @@
 
 python tests/benchmarks/bench_routers.py
 python tests/benchmarks/bench_routers.py --side 16 --width 512 --budget 64 --policy none
+python tests/benchmarks/bench_routers.py --policy small --share 0.125 --only identity random coverage
 python tests/benchmarks/bench_routers.py --device cuda --batches 1 8 --calls 200
 
-The policy is the preset `tiny` with `routing=router` and random weights, at batch 1; its column is the whole forward
-pass with a known instruction: the difference to `identity` is the router, its context, and what fewer tokens save.
+The policy is a preset with `routing=router` and random weights, at batch 1; its columns are the whole forward pass with
+a known instruction, operation by operation and recorded by the engine: the difference to `identity` is the router, its
+context, and what fewer tokens save.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cogvla.configs.build import build
+from cogvla.policy.engine.engine import Engine, EngineConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig
@@ -59,9 +62,9 @@ def router_ms(name: str, batch: int, args: argparse.Namespace) -> float:
     return milliseconds(lambda: router(tokens, context), args.calls, args.device)
 
 
-def preset() -> tuple[CogVLA, ModelInput]:
-    """The tiny policy with patches, and one observation for it."""
-    composed = compose("train_policy", ["routing=router", "routing.router.name=identity"])
+def preset(name: str) -> tuple[CogVLA, ModelInput]:
+    """A policy with patches and without a router, and one observation for it."""
+    composed = compose("train_policy", [f"policy={name}", "routing=router", "routing.router.name=null"])
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     robot = build(Embodiment, values["embodiment"], "embodiment")
     torch.manual_seed(0)
@@ -72,20 +75,22 @@ def preset() -> tuple[CogVLA, ModelInput]:
     return model, ModelInput(pixels, words, torch.ones(1, 7, dtype=torch.bool), torch.randn(1, robot.state_dim))
 
 
-def policy_ms(name: str, model: CogVLA, inputs: ModelInput, args: argparse.Namespace) -> float | None:
-    """A whole forward pass with this router keeping a quarter; None where the policy cannot give its context."""
-    router = RouterConfig(name, 0.25)
+def policy_ms(name: str, engine: Engine, inputs: ModelInput, args: argparse.Namespace) -> list[float] | None:
+    """A whole forward pass with this router, plain and in the engine; None where the policy cannot give its context."""
+    router = RouterConfig(name, args.share)
     if registered_routers()[name].stages == ("llm_layer",):
-        router = RouterConfig("random", 1.0, layers=(1,), layer_router=name, layer_budgets=(0.25,))
+        router = RouterConfig("random", 1.0, layers=(1,), layer_router=name, layer_budgets=(args.share,))
         if name == "carried":
             router = replace(router, name="token_norm")
     try:
-        routed = model.with_router(router).eval()
+        routed = engine.model.with_router(router).eval().to(args.device)
     except ValueError:
         return None
-    routed, inputs = routed.to(args.device), inputs.to(args.device)
-    text = routed.encode_text(inputs.text_ids, inputs.text_mask)
-    return milliseconds(lambda: routed(inputs, text), args.calls, args.device)
+    text, recorded = routed.encode_text(inputs.text_ids, inputs.text_mask), engine.with_router(routed)
+    recorded.warm_up(inputs, inputs.text_ids.shape[1])
+    encoded = recorded.encode(inputs.text_ids, inputs.text_mask)
+    runs = (lambda: routed(inputs, text), lambda: recorded.run(inputs, encoded))
+    return [milliseconds(run, args.calls, args.device) for run in runs]
 
 
 @torch.inference_mode()
@@ -96,24 +101,32 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128, help="of tokens")
     parser.add_argument("--budget", type=int, default=16, help="tokens kept")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="views at once")
-    parser.add_argument("--policy", choices=("tiny", "none"), default="tiny")
+    parser.add_argument("--policy", choices=("tiny", "small", "none"), default="tiny")
+    parser.add_argument("--share", type=float, default=0.25, help="share of the policy's tokens kept")
+    parser.add_argument("--only", nargs="+", default=list(registered_routers()), help="routers")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--calls", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, inputs = preset() if args.policy == "tiny" else (None, None)
+    engine = None
+    if args.policy != "none":
+        model, inputs = preset(args.policy)
+        inputs = inputs.to(args.device)
+        engine = Engine(model.to(args.device), EngineConfig())
     print(
         f"{args.side} x {args.side} tokens of width {args.width}, {args.budget} kept; "
         f"torch {torch.__version__} on {args.device}"
     )
-    columns = [f"ms, {batch} view(s)" for batch in args.batches] + (["ms, policy"] if model is not None else [])
+    columns = [f"ms, {batch} view(s)" for batch in args.batches] + (
+        [] if engine is None else ["ms, plain policy", "ms, engine"]
+    )
     print("| router | " + " | ".join(columns) + " |\n|---|" + "--:|" * len(columns))
-    for name in registered_routers():
+    for name in args.only:
         row = [f"{router_ms(name, batch, args):.2f}" for batch in args.batches]
-        if model is not None and inputs is not None:
-            whole = policy_ms(name, model, inputs, args)
-            row.append("-" if whole is None else f"{whole:.2f}")
+        if engine is not None:
+            whole = policy_ms(name, engine, inputs, args)
+            row += ["-"] * 2 if whole is None else [f"{value:.2f}" for value in whole]
         print(f"| `{name}` | " + " | ".join(row) + " |", flush=True)
 
 

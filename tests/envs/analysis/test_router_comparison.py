@@ -319,6 +319,11 @@ def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypat
     assert 'src="http' not in page
     assert data["tokens"] == VIEWS * 2
     assert data["stages"]["layer 1"]["target_kept"] is None, "this suite has no masks"
+    told = data["episodes"][0]["fates"]["tokens"]
+    assert len(told) == VIEWS * 2
+    assert any(token["not_kept"] and token["not_kept"][0]["stage"] == "layer 1, LFP" for token in told)
+    assert page.count("why each token was not kept") == 2
+    assert page.count("skips the layer") >= 2
     assert sum(data["kinds"]["before routing"].values()) == pytest.approx(1)
     assert set(data["readings"]["layer 0"]["words"]) <= {"go", "to", "the", "right", "left", "up"}
     analyse(command("analyse_routing", *overrides, "router.name=random", "router.budget=1"), "analyse_routing ...")

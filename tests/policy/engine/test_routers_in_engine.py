@@ -32,7 +32,8 @@ ALONE = [
 TOGETHER: dict[str, dict[str, Any]] = {
     "before and in the layers": {"name": "token_norm", "layers": [1, 2], "layer_budgets": [3, 2]},
     "scores carried into a layer": {"name": "token_norm", "layers": [1], "layer_router": "carried"},
-    "growth in two layers": {"name": "attention_growth", "stage": "llm_layer", "layers": [1, 2], "layer_budgets": [4, 2]},
+    "growth in two layers": {"name": "attention_growth", "stage": "llm_layer", "layers": [1, 2], "budget": 3},
+    "a layer is skipped": {"name": "token_norm", "stage": "llm_layer", "mode": "bypass"},
     "joint views": {"name": "coverage", "joint": True},
     "scaled positions": {"name": "spatial_pool", "position": "v2pe"},
     "the same draw always": {"name": "random", "resample": False},
@@ -63,8 +64,10 @@ def test_every_router_is_recorded_and_computes_what_the_model_computes(
 
 
 @pytest.mark.parametrize("name", TOGETHER)
-@pytest.mark.parametrize("routing", [{}, {"lfp": True}, {"lfp": True, "mode": "drop"}])
+@pytest.mark.parametrize("routing", [{}, {"mode": "drop"}, {"lfp": True}, {"lfp": True, "mode": "drop"}])
 def test_routers_together(name: str, routing: dict[str, Any]) -> None:
+    if routing.get("lfp") and "bypass" in TOGETHER[name].values():
+        pytest.skip("a router that skips layers replaces LFP")
     policy = routed_policy(TOGETHER[name], **routing)
     engine = policy.with_engine(TRACE)
     engine.warm_up(2)

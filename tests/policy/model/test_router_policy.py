@@ -70,6 +70,14 @@ def test_keeping_everything_changes_no_bit(vision: dict[str, Any], lfp: bool) ->
         assert torch.equal(plain.with_router(router)(inputs).actions, expected)
 
 
+@torch.inference_mode()
+def test_tokens_that_skip_a_layer_are_there_in_the_next_whatever_lfp_does() -> None:
+    router = config("token_norm", "llm_layer", mode="bypass")
+    skipped, dropped = (routed(router, mode=mode)(tiny_input(), debug=True) for mode in ("bypass", "drop"))
+    assert torch.equal(skipped.actions, dropped.actions), "routing.mode is that of LFP, which is off"
+    assert [choice.gone for choice in dropped.debug["choices"]] == [False, False]
+
+
 def test_another_router_shares_the_weights_and_leaves_the_model_as_it_was() -> None:
     plain = tiny_model(efa=False)
     other = plain.with_router(config("random"))
