@@ -17,7 +17,6 @@ Shape legend: R tokens that are not kept whole, M recycled tokens, C cells, P pi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -69,7 +68,8 @@ class GlobalAttention(TokenRouter):
             where_N2 = _where(context.grid, tokens_BND.device)
             distance_BRM = torch.cdist(where_N2[rest_BR], where_N2[target_BM])
             nearest_BR = distance_BRM.argmin(-1)
-            weight_BRM = F.one_hot(nearest_BR, count) * score_BN.gather(1, rest_BR).clamp_min(1e-12)[..., None]
+            mine_BRM = nearest_BR[..., None] == torch.arange(count, device=nearest_BR.device)
+            weight_BRM = mine_BRM * score_BN.gather(1, rest_BR).clamp_min(1e-12)[..., None]
             recycled_BMD = (weight_BRM / weight_BRM.sum(1, keepdim=True)).mT @ take(tokens_BND, rest_BR).float()
             owner_BN.scatter_(1, rest_BR, slot_Bn[:, whole_Bn.shape[1] :].gather(1, nearest_BR))
         both_BnD = torch.cat((take(tokens_BND, whole_Bn), recycled_BMD.to(tokens_BND.dtype)), dim=1)
@@ -95,7 +95,7 @@ class GlobalAttention(TokenRouter):
         cell_N2 = (_where(grid, score_BN.device) / max(self.cell, 1)).long()
         cell_N = cell_N2[:, 0] * (grid[1] + 1) + cell_N2[:, 1]
         score_BR, cell_BR = score_BN.gather(1, rest_BR), cell_N[rest_BR]
-        top_BC = score_BR.new_full((len(score_BR), int(cell_N.max()) + 1), float("-inf"))
+        top_BC = score_BR.new_full((len(score_BR), (grid[0] + 1) * (grid[1] + 1)), float("-inf"))
         top_BC = top_BC.scatter_reduce(1, cell_BR, score_BR, "amax")
         return score_BR + (score_BR >= top_BC.gather(1, cell_BR)) * (score_BR.amax() + 1)
 
