@@ -27,6 +27,7 @@ require_plugin()
 from lerobot_policy_cogvla.conversion import from_lerobot
 from lerobot_policy_cogvla.environment_cogvla import CogVLAEnv, SuiteEnvironment
 
+pytestmark = pytest.mark.timeout(1800)  # lerobot's commands import for a minute where the cores are busy
 LAST = Path("checkpoints", "last", "pretrained_model")
 STATES = (3, 4)
 
