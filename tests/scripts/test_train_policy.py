@@ -279,7 +279,6 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         (["wordings.share=0.9"], r"error: wordings\.share must be in \[0,0\.7\], got 0\.9"),
         (["data.paraphrases=/nowhere.yaml"], r"error: .*No such file or directory: '/nowhere\.yaml'"),
         (["+evaluation.speed=2"], "error: unknown key speed in protocol; valid keys are name, .*"),
-        (["routing=router", "engine.dtype=bfloat16"], "error: the engine does not support .*'random'"),
         (
             ["suite=[tabletop_object,tabletop_goal]"],
             r"error: data\.root=.* is one folder for tabletop_object and tabletop",

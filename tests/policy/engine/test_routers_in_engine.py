@@ -27,13 +27,14 @@ ALONE = [
     for stage in kind.stages
     for other in ({}, {"position": "compact"}, {"mode": "bypass"})
     if name not in ("progressive_video", "carried")  # one needs earlier observations, the other a router before it
-    and not (other.get("mode") and (stage != "llm_layer" or not kind.selects))
+    and (not other or (stage == "llm_layer" and (kind.selects or "mode" not in other)))
 ]
 TOGETHER: dict[str, dict[str, Any]] = {
     "before and in the layers": {"name": "token_norm", "layers": [1, 2], "layer_budgets": [3, 2]},
     "scores carried into a layer": {"name": "token_norm", "layers": [1], "layer_router": "carried"},
     "growth in two layers": {"name": "attention_growth", "stage": "llm_layer", "layers": [1, 2], "budget": 3},
     "a layer is skipped": {"name": "token_norm", "stage": "llm_layer", "mode": "bypass"},
+    "positions without gaps": {"name": "coverage", "position": "compact"},
     "joint views": {"name": "coverage", "joint": True},
     "scaled positions": {"name": "spatial_pool", "position": "v2pe"},
     "the same draw always": {"name": "random", "resample": False},
