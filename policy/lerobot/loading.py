@@ -124,6 +124,8 @@ def _configuration(folder: Path, body: Mapping[str, Any], device: str) -> Any:
             "use that one"
         ) from error
     config.device = device
+    if getattr(config, "pretrained_backbone_weights", None) is not None:
+        config.pretrained_backbone_weights = None  # they would be downloaded, and replaced by the checkpoint's
     return config
 
 

@@ -49,6 +49,8 @@ DIFFUSION = {
     "num_train_timesteps": 4,
     "spatial_softmax_num_keypoints": 4,
     "drop_n_last_frames": 0,
+    "use_group_norm": True,
+    "pretrained_backbone_weights": None,
 }
 toy_suite.register()
 
@@ -116,7 +118,7 @@ def test_what_lerobot_would_execute(act: Path) -> None:
     config = ACTConfig(**ACT, **features("agentview", "wrist"), device="cpu", push_to_hub=False)
     theirs = get_policy_class("act").from_pretrained(act, config=config)
     before, after = make_pre_post_processors(config, pretrained_path=str(act))
-    batch = {
+    batch: dict[str, Any] = {
         f"observation.images.{name}": torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
         for name, image in seen.images.items()
     }
@@ -155,6 +157,15 @@ def test_several_observations_are_refused(diffusion: Path, tmp_path: Path) -> No
     write(folder, n_obs_steps=2, n_action_steps=3)
     with pytest.raises(ValueError, match=r"reads 2 observations .*: train it with --policy.n_obs_steps=1"):
         opened(folder)
+
+
+def test_nothing_is_downloaded_that_the_checkpoint_replaces(act: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(act, tmp_path / "copy")
+    write(folder, pretrained_backbone_weights="ResNet18_Weights.IMAGENET1K_V1")
+    policy = opened(folder)
+    seen = policy.embodiment.fake_observation(1)
+    np.testing.assert_array_equal(policy.act(seen).actions, opened(act).act(seen).actions)
+    assert policy._parts.policy.config.pretrained_backbone_weights is None
 
 
 def test_cameras_of_other_names(tmp_path: Path) -> None:
