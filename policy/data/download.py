@@ -49,14 +49,13 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> t
             "or set data.root to another folder or data.repo_id to a data set of the hub"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         wanted = commit_of(repo_id, revision)
         snapshot_download(repo_id, repo_type="dataset", revision=wanted, local_dir=folder)
         if _downloaded_commit(folder) != wanted:  # huggingface_hub only warns, and returns the folder as it was
             raise OSError(f"it stopped answering before {folder} had revision {wanted}")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except hub_errors() as error:
         if there and revision is None:
             return folder, commit
         kept = f"; {folder} has revision {commit}, which data.revision={commit} uses as it is" if there else ""
@@ -78,6 +77,17 @@ def commit_of(repo_id: str, revision: str | None) -> str:
         readable = [[int(part) for part in tag[1:].split(".")] for tag in tags if READABLE.fullmatch(tag)]
         revision = "v{}.{}".format(*max(readable)) if readable else None
     return str(HfApi().repo_info(repo_id, repo_type="dataset", revision=revision).sha)
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of a hub that cannot be reached or says no; from version 1 on, some of them are httpx's."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        from httpx import HTTPError
+    except ImportError:
+        return HfHubHTTPError, HFValidationError, OSError
+    return HfHubHTTPError, HFValidationError, OSError, HTTPError
 
 
 def give_up_waiting() -> None:

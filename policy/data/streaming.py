@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from cogvla.files import read_object, write_atomic
 from cogvla.policy.data.config import DataConfig
-from cogvla.policy.data.download import commit_of, first_line, give_up_waiting, local_root
+from cogvla.policy.data.download import commit_of, first_line, give_up_waiting, hub_errors, local_root
 from cogvla.policy.data.files.columns import parquet
 from cogvla.policy.data.files.metadata import Metadata
 
@@ -308,7 +308,7 @@ def _asked(address: str, ask: Callable[[], T], pauses: Sequence[float] | None = 
         give_up_waiting()
         try:
             return ask()
-        except (HfHubHTTPError, HFValidationError, OSError, RuntimeError, pa.ArrowException) as error:
+        except (*hub_errors(), RuntimeError, pa.ArrowException) as error:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
             reason = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error

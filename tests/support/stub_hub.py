@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -175,17 +176,25 @@ def _entry(path: Path, name: str) -> dict[str, Any]:
 @contextmanager
 def stub_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
     """Serve a folder, and let huggingface_hub of this process ask there, without pauses between its attempts."""
-    from huggingface_hub import constants, file_download, hf_file_system
-    from huggingface_hub.utils import http_backoff, reset_sessions
+    from huggingface_hub import constants, file_download, hf_file_system, utils
 
+    reset_sessions = (
+        getattr(utils, "reset_sessions", None) or utils.close_session
+    )  # huggingface_hub below 1, and from it
     hub = StubHub(root)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):
+        if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for module in (file_download, hf_file_system):
-        monkeypatch.setattr(module, "http_backoff", partial(http_backoff, base_wait_time=0, max_retries=1))
-    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
+        for name in ("http_backoff", "http_stream_backoff"):
+            if hasattr(module, name):
+                patient = partial(getattr(module, name), base_wait_time=0, max_retries=1)
+                monkeypatch.setattr(module, name, patient)
+    for module in (file_download, utils._http):
+        monkeypatch.setattr(module, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _: None}))
     reset_sessions()
     try:
         yield hub

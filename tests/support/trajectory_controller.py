@@ -15,8 +15,8 @@ class TrajectoryController:
     """
 
     def __init__(self, start_D: np.ndarray) -> None:
-        self._times = np.zeros(1)
-        self._points_ND = np.asarray(start_D, float)[None]
+        self._times: np.ndarray = np.zeros(1)
+        self._points_ND: np.ndarray = np.asarray(start_D, float)[None]
         self.received = 0
 
     def take(self, times_s: Any, points_ND: np.ndarray, now: float) -> None:

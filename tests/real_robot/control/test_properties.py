@@ -53,7 +53,7 @@ class Anything(RuleBasedStateMachine):
         loop = LoopSettings(overlap=overlap, execute_steps=execute, hold_limit_s=0.4, deadline_s=0.3, retry_s=0.05)
         self.loop = ControlLoop(ROBOT, LIMITS[limits], loop)
         self.now = 50.0
-        self.arm = np.zeros(2)
+        self.arm: np.ndarray = np.zeros(2)
         self.moved: np.ndarray | None = None  # in the last tick; None where nothing was sent before
         self.last: Command | None = None
         self.asked: list[ChunkRequest] = []
