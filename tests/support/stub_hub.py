@@ -178,9 +178,8 @@ def stub_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
     """Serve a folder, and let huggingface_hub of this process ask there, without pauses between its attempts."""
     from huggingface_hub import constants, file_download, hf_file_system, utils
 
-    reset_sessions = (
-        getattr(utils, "reset_sessions", None) or utils.close_session
-    )  # huggingface_hub below 1, and from it
+    # the name below version 1 of huggingface_hub, and from it on
+    reset_sessions = getattr(utils, "reset_sessions" if hasattr(utils, "reset_sessions") else "close_session")
     hub = StubHub(root)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
