@@ -1,4 +1,4 @@
-"""What differs between the versions of lerobot that fit: 0.4.4 (Python 3.11) and 0.6 from 0.6.1 (from Python 3.12).
+"""The differences between the versions of lerobot that fit: 0.4.4 (Python 3.11) and 0.6 from 0.6.1 (from Python 3.12).
 
 Only this module knows the differences; `tests/test_versions.py` checks that nobody else imports these names.
 Importing it takes seconds, because lerobot does.

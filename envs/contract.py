@@ -25,6 +25,17 @@ import numpy as np
 from cogvla.envs.perturbation.perturbation import Perturbation
 
 Part = TypeVar("Part")
+CAMERAS = ("agentview", "wrist")
+"""Images of every suite's observation."""
+ACTION_DIM, GRIPPER, OPEN = 7, 6, -1.0
+"""Width of every suite's action, the index of its gripper, and the value that opens it."""
+
+
+def resting_action(gripper: float = OPEN) -> np.ndarray:
+    """Return the action without motion, float32 [7], with the gripper open or as given."""
+    action = np.zeros(ACTION_DIM, np.float32)
+    action[GRIPPER] = gripper
+    return action
 
 
 class SuiteEnv(Protocol):

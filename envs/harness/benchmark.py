@@ -20,16 +20,13 @@ import numpy as np
 from vla_eval.benchmarks.base import StepBenchmark, StepResult
 from vla_eval.specs import DimSpec
 
+from cogvla.envs.contract import ACTION_DIM, CAMERAS, GRIPPER, OPEN, resting_action
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.evaluation.protocol import protocol_for
 from cogvla.envs.harness.specs import SUITE_ACTION, listed, suite_observation
 from cogvla.envs.rollout.player import Advance, Failed, Finished, Observed, Play, Player, PlayerRequest, PlayerSettings
 from cogvla.envs.suite import get_suite
 from cogvla.plugins import import_plugin
-
-CAMERAS = ("agentview", "wrist")
-ACTION_DIM, GRIPPER, OPEN = 7, 6, -1.0
-"""Actions of every suite, see `SuiteEnv` in envs/contract.py."""
 
 
 class ParameterError(SystemExit, ValueError):
@@ -81,8 +78,6 @@ class SuiteBenchmark(StepBenchmark):
         except (ValueError, OSError, TypeError) as error:
             raise ParameterError(f"error: {error}") from error
         self._observation = suite_observation(send_wrist_image, send_state)
-        waiting_A = np.zeros(ACTION_DIM, np.float32)
-        waiting_A[GRIPPER] = OPEN
         limit = self._protocol.max_steps
         assert isinstance(limit, int), "`for_suite` has chosen the limit"
         self._limit = limit
@@ -94,7 +89,7 @@ class SuiteBenchmark(StepBenchmark):
                 cameras=CAMERAS,
                 max_steps=limit,
                 waiting_steps=self._protocol.waiting_steps,
-                waiting_action=waiting_A,
+                waiting_action=resting_action(),
                 suite=self._suite.name,
                 instructions=tuple(task.instruction for task in self._suite.tasks),
             )
@@ -155,9 +150,7 @@ class SuiteBenchmark(StepBenchmark):
     def get_hold_action(self, last_action: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what to do in real time while no new action is there: rest, with the hand as it was last told."""
         self._untold += last_action is None
-        hold_A = np.zeros(ACTION_DIM, np.float32)
-        hold_A[GRIPPER] = OPEN if last_action is None else _action(last_action)[GRIPPER]
-        return {"actions": hold_A}
+        return {"actions": resting_action(OPEN if last_action is None else _action(last_action)[GRIPPER])}
 
     def get_metadata(self) -> dict[str, Any]:
         """Return the limits of the protocol."""

@@ -1,4 +1,4 @@
-"""What suites and policies send and expect, in the terms of vla-eval, and whether they fit."""
+"""Observations and actions of suites and policies in the terms of vla-eval, and a check that they fit."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
+from cogvla.envs.contract import CAMERAS
 from cogvla.envs.perturbation.perturbation import (
     BACKGROUND,
     CAMERA,
@@ -55,7 +56,6 @@ from cogvla.envs.tabletop.perturbations import (
 )
 from cogvla.envs.tabletop.scene import TIMESTEP, Scene
 
-CAMERAS = ("agentview", "wrist")
 START_REGION = np.array([[0.40, -0.20, 0.15], [0.60, 0.20, 0.30]])
 """Lowest and highest position of the gripper centre in initial states, in metres."""
 START_YAW = 0.3

@@ -226,10 +226,15 @@ def peak_memory_gib(device: str) -> float:
 
 @torch.inference_mode()
 def _stages(policy: CogVLAPolicy, observation: Observation, calls: int) -> dict[str, float]:
-    """Measure the median time in ms of each stage alone; with an engine, each stage is recorded separately."""
+    """Measure the median time in ms of each stage alone; with an engine, each stage is recorded separately.
+
+    A policy with token routers has no such stages: they pass more than vision tokens on.
+    """
     inputs = policy.preprocessor.observation(observation)
     device = str(policy.preprocessor.device)
     parts: dict[str, Callable[[], object]] = {"prepare": lambda: policy.preprocessor.observation(observation)}
+    if policy.model.router is not None:
+        return {name: _median(part, device, calls) for name, part in parts.items()}
     if (engine := policy.engine) is None:
         model = policy.model
         text = model.encode_text(inputs.text_ids, inputs.text_mask)

@@ -181,6 +181,7 @@ class FusedDecoder(nn.Module):
         layout, position_BS = context.layout, context.position_BS
         batch, device = len(position_BS), position_BS.device
         tensors = {
+            "text_mask": context.text_mask_BT,
             "summary": context.summary_B1T,
             "last_word": context.last_word_B11,
             "turn": context.turn_SU[position_BS],
@@ -205,7 +206,7 @@ class FusedDecoder(nn.Module):
 
         Args:
             x_BSD: embeddings of the sequence.
-            text: result of `prepare` for these instructions, and their `text_mask` for token routers.
+            text: result of `prepare` for these instructions.
             position_BN: see `RoutedDecoder.forward`.
             routing: see `RoutedDecoder.forward`.
         """
@@ -264,7 +265,7 @@ class _Context:
 
     def __init__(self, text: Tensors, layout: TokenLayout, renumber: bool) -> None:
         self._text, self._vision, self._renumber = text, layout.vision, renumber
-        self.text_mask_BT = text.get("text_mask", text["summary"])
+        self.text_mask_BT = text["text_mask"]
 
     def rows(self, layout: TokenLayout, kept_Bn: Tensor) -> Tensor:
         """Return the rows of the flattened batch that remain if only these vision tokens are kept."""

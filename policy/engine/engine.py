@@ -154,7 +154,15 @@ class Engine:
         """Return an engine for the same model with other token routers (`CogVLA.with_router`); it shares the weights.
 
         The engine must not have released the model's layers.
+
+        Raises:
+            ValueError: the engine runs in another precision than the model's.
         """
+        mine, theirs = (next(each.parameters()).dtype for each in (self.model, model))
+        if mine != theirs or self.precision in ("int8", "float8"):
+            raise ValueError(
+                f"other routers need the model's own precision, not {self.precision}: give engine.dtype=null"
+            )
         other = copy.copy(self)
         other.model, other._recorded, other.network = model, {}, self.network.with_router(model)
         return other

@@ -64,8 +64,6 @@ class FusedNetwork(nn.Module):
     def prepare(self, text: TextFeatures) -> dict[str, Tensor]:
         """Compute the inputs of `forward` that depend on the instructions only, by name."""
         tensors = {"bos": text.bos_B1D, "tail": text.tail_BRD, **self.decoder.prepare(text.context)}
-        if self.router is not None:
-            tensors["text_mask"] = text.context.text_mask_BT
         if text.vision.weights_B2 is not None:
             tensors["streams"] = text.vision.weights_B2
         films = [film for film in text.vision.films if film is not None]

@@ -29,7 +29,7 @@ LETTERBOXING = ("resize_imgs_with_padding", "image_resolution")
 
 @dataclass(frozen=True)
 class Parts:
-    """What lerobot loads from a checkpoint.
+    """The parts of a policy that lerobot loads from a checkpoint.
 
     Attributes:
         policy: the policy, on its device.

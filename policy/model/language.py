@@ -111,7 +111,7 @@ class LayerRouting(Protocol):
 
 
 class LayerContext(Protocol):
-    """What routers in the layers need to know about the instructions: `DecoderContext`, or the engine's."""
+    """Interface of what routers in the layers read about the instructions: `DecoderContext`, or the engine's."""
 
     text_mask_BT: Tensor
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 OPTIMISERS = ("adamw", "adamw8bit")
 BETAS = (0.9, 0.95)
+LEARNING_RATE_FLOOR = 0.02
+"""Last learning rate as a share of the highest."""
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -46,7 +48,7 @@ def adamw(module: nn.Module, learning_rate: float, weight_decay: float, kind: st
     return AdamW8bit(groups, lr=learning_rate, betas=BETAS)
 
 
-def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.02) -> float:
+def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = LEARNING_RATE_FLOOR) -> float:
     """Return the share of the peak learning rate: linear warm-up, then a cosine down to `floor` at `steps`."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -85,9 +85,8 @@ class ControlLoop:
         if ahead and limits.kind != "absolute":
             raise ValueError("a plan for the controller needs absolute targets: limits.kind must be absolute")
         self._ahead = ahead
-        self._given_NA: np.ndarray = np.empty(
-            (0, embodiment.action_dim)
-        )  # what the controller executes from the last tick on
+        # What the controller executes from the last tick on.
+        self._given_NA: np.ndarray = np.empty((0, embodiment.action_dim))
         self.embodiment = embodiment
         self.settings = settings
         self.measurements = Measurements()

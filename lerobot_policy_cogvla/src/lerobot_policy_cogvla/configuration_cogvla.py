@@ -10,15 +10,13 @@ from lerobot.configs.types import NormalizationMode
 from lerobot.optim.optimizers import AdamWConfig
 from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
 
-BETAS = (0.9, 0.95)
-FLOOR = 0.02
-"""Last learning rate as a share of the peak; both are those of `train_policy`."""
+from cogvla.policy.training.optimisation import BETAS, LEARNING_RATE_FLOOR
 
 
 @PreTrainedConfig.register_subclass("cogvla")
 @dataclass
 class CogVLAConfig(PreTrainedConfig):
-    """What `--policy.NAME=` sets. Everything about the network itself is in `cogvla`, as in a checkpoint of ours.
+    """Options `--policy.NAME=` of lerobot's commands. `cogvla` describes the network, as in a checkpoint of ours.
 
     Attributes:
         chunk_size: number of actions that one forward pass predicts.
@@ -91,7 +89,7 @@ class CogVLAConfig(PreTrainedConfig):
             num_warmup_steps=self.scheduler_warmup_steps,
             num_decay_steps=self.scheduler_decay_steps,
             peak_lr=self.optimizer_lr,
-            decay_lr=FLOOR * self.optimizer_lr,
+            decay_lr=LEARNING_RATE_FLOOR * self.optimizer_lr,
         )
 
     def validate_features(self) -> None:

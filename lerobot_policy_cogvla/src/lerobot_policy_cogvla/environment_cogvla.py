@@ -16,13 +16,10 @@ import numpy as np
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 
-from cogvla.envs.contract import SuiteEnv
+from cogvla.envs.contract import ACTION_DIM, CAMERAS, SuiteEnv, resting_action
 from cogvla.envs.evaluation.protocol import protocol_for
 from cogvla.envs.suite import Suite, get_suite
 
-CAMERAS = ("agentview", "wrist")
-WAITING = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
-"""Action without motion and with an open gripper, see `SuiteEnv`."""
 GYM_ID = "cogvla/Suite-v0"
 
 
@@ -31,14 +28,14 @@ def _features(image_size: int) -> dict[str, PolicyFeature]:
     return {
         **{f"pixels/{name}": image for name in CAMERAS},
         "agent_pos": PolicyFeature(FeatureType.STATE, (8,)),
-        "action": PolicyFeature(FeatureType.ACTION, (7,)),
+        "action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,)),
     }
 
 
 @EnvConfig.register_subclass("cogvla")
 @dataclass
 class CogVLAEnv(EnvConfig):
-    """What `--env.NAME=` sets.
+    """Options `--env.NAME=` of lerobot's commands.
 
     Attributes:
         task: name of a suite, such as tabletop_object.
@@ -152,7 +149,7 @@ class SuiteEnvironment(gym.Env[dict[str, Any], np.ndarray]):
         task, state = (number % tasks, number // tasks) if self._task_id is None else (self._task_id, number)
         self._seen, info = self._env.reset(seed=0, options={"task": task, "initial_state": state % states})
         for _ in range(self._waiting_steps):
-            self._seen, _, _, _, info = self._env.step(WAITING)
+            self._seen, _, _, _, info = self._env.step(resting_action())
         self._steps, self.task_description = 0, str(info["instruction"])
         return self._observation(), {"is_success": False, "task": task, "initial_state": state % states}
 

@@ -23,7 +23,7 @@ from lerobot_policy_cogvla.processor_cogvla import OBS_PIXELS
 from lerobot_policy_cogvla.start import check_data, start
 
 PREFIX = "model."
-"""What `model.safetensors` of lerobot's checkpoints has before our names."""
+"""Prefix of our names in `model.safetensors` of lerobot's checkpoints."""
 
 
 class CogVLAPolicy(PreTrainedPolicy):

@@ -1,4 +1,4 @@
-"""What a policy takes from the data set that it is trained on: the robot, statistics and words; and whether they fit.
+"""Start a policy from the data set that it is trained on: robot, statistics and words, and a check that they fit.
 
 Shape legend: N frames.
 """

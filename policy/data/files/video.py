@@ -157,6 +157,6 @@ def by_torchcodec(path: Path) -> Any:
             # Ten bits are rounded otherwise, and it turns what was filmed with a turned camera.
             _opened.decoder = None if deep or getattr(decoder.metadata, "rotation", None) else decoder
             _opened.key = key
-    except Exception:
+    except Exception:  # as above: PyAV says what is wrong
         return None
     return _opened.decoder

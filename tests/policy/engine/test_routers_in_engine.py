@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import cogvla.tests.support.small_data as small
+from cogvla.policy.cost.timing import _stages
 from cogvla.policy.engine.engine import Engine, EngineConfig
 from cogvla.policy.engine.recording import record
 from cogvla.policy.model.vision import cut_patches
@@ -101,6 +102,22 @@ def test_other_routers_share_the_engine_s_weights() -> None:
             assert all(new[key] is value for key, value in old.items()), "nothing is copied"
     assert first.network.router is None
     assert not first._recorded
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_other_routers_need_the_model_s_precision(dtype: str) -> None:
+    plain = random_policy(routing=PATCHES)
+    engine = plain.with_engine(EngineConfig("trace", dtype=dtype, smallest=16)).engine
+    assert engine is not None
+    with pytest.raises(ValueError, match=rf"not {dtype}: give engine\.dtype=null"):
+        engine.with_router(plain.model.with_router(RouterConfig("random", 4)))
+
+
+@pytest.mark.parametrize("engine", [None, TRACE])
+def test_a_policy_with_routers_is_timed_as_a_whole(engine: EngineConfig | None) -> None:
+    policy = routed_policy({"name": "token_norm", "layers": [1], "layer_budgets": [2]})
+    policy = policy if engine is None else policy.with_engine(engine)
+    assert list(_stages(policy, observation(1), 1)) == ["prepare"]
 
 
 class HostRouter(TokenRouter):
