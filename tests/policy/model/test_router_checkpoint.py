@@ -76,6 +76,19 @@ def test_training_with_a_router_does_not_depend_on_how_a_step_is_divided(name: s
     assert all(torch.equal(again[key], value) for key, value in whole.items())
 
 
+@pytest.mark.parametrize("name", ["lightvla", "grids", "compressor_vla", "flash_pooling"])
+def test_a_router_learns_with_its_policy_and_is_saved_with_it(name: str, tmp_path: Path) -> None:
+    routing = {**PLAIN, "router": asdict(RouterConfig(name, 4))}
+    torch.manual_seed(0)
+    trainer = small_trainer(tmp_path / "run", settings(steps=2, validate_every=0), **routing)
+    before = {key: value.clone() for key, value in trainer.policy().model.state_dict().items()}
+    policy = trainer.run()
+    moved = [key for key, value in policy.model.state_dict().items() if not torch.equal(value, before[key])]
+    assert [key for key in moved if "fusion" in key]
+    assert [key for key in before if key.startswith("router")] == [key for key in moved if key.startswith("router")]
+    np.testing.assert_array_equal(actions(load_policy(saved(tmp_path / "it", policy))), actions(policy))
+
+
 def test_grounding_needs_a_fixed_number_of_tokens() -> None:
     model = tiny_model(**PLAIN, router=asdict(RouterConfig("random", 4, train_budgets=(2, 4))))
     with pytest.raises(ValueError, match=r"set objective\.grounding=0"):
