@@ -12,7 +12,7 @@ All routers keep these rules, and `tests/routing/test_routers_contract.py` check
 
 Shape legend: B rows to route (samples, or samples times views), N tokens in, n tokens out, D token width, H x W grid of
 a view, T text tokens, E language width, L vision layers asked for, C width of keys, F width of encoder tokens,
-I neurons of an MLP, O observations of a history.
+I neurons of an MLP, O observations of a history, P tokens of all views as they leave the vision towers.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class RouterSizes:
         text_width: E.
         grid: (H, W); None if the tokens are not a grid.
         budget: n, or the largest of several.
+        encoder_width: F.
     """
 
     tokens: int
@@ -127,6 +128,7 @@ class RouterSizes:
     text_width: int
     grid: tuple[int, int] | None
     budget: int
+    encoder_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,9 @@ class RouterContext:
         neurons_BNI: bool, neurons of the language layer's MLP that each vision token activates.
         text_neurons_BTI: bool, the same for instruction tokens.
         history_BOND: tokens of O earlier observations, the oldest first.
+        patches_BPF: output of the vision towers for all views, for routers in the language model.
+        owner_BP: int64, for each of `patches_BPF` the token that it went into, or else the nearest one of its view; -1
+            if there is none.
     """
 
     budget: int
@@ -176,6 +181,8 @@ class RouterContext:
     neurons_BNI: Tensor | None = None
     text_neurons_BTI: Tensor | None = None
     history_BOND: Tensor | None = None
+    patches_BPF: Tensor | None = None
+    owner_BP: Tensor | None = None
 
 
 ITEMS = frozenset(f.name for f in fields(RouterContext)) - {"budget", "training", "text_mask_BT"}

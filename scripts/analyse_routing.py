@@ -93,6 +93,15 @@ def page(
         "information left in the vision tokens": (
             dict(zip(layers, data["information"]["information"], strict=True)), "1 − exp(−change of actions)",
         ),
+        "points where the action tokens are most similar to vision tokens, on the target": (
+            {name: values["high"] for name, values in data["read"].items()}, "share",
+        ),
+        "cosine of vision tokens with words": (
+            {name: values["between"] for name, values in data["alignment"].items()}, "cosine",
+        ),
+        "neurons that vision tokens and words share": (
+            {name: values["overlap"] for name, values in data["alignment"].items()}, "overlap",
+        ),
     }  # fmt: skip
     charts = {
         name: lines({"": [values.get(layer) for layer in layers]}, "language layer", unit, start=0)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvla.envs.analysis.representations import representations
 from cogvla.envs.analysis.routing_recording import Moment, WatchedEpisode
 from cogvla.envs.analysis.token_fates import fates
 from cogvla.policy.model.cogvla import CogVLA
@@ -47,7 +48,7 @@ def findings(
         policy: policy that played the episodes.
         episodes: the played episodes.
         instructions: all instructions of the suite, for `readings`.
-        few: number of moments for the slow analyses, `readings` and `horizon`.
+        few: number of moments for the slow analyses: `readings`, `horizon`, `read` and `alignment`.
     """
     moments = [moment for episode in episodes for moment in episode.moments]
     some = [moments[i] for i in sorted(set(np.linspace(0, len(moments) - 1, min(few, len(moments))).astype(int)))]
@@ -61,6 +62,7 @@ def findings(
         "kinds": kinds(episodes),
         "readings": readings(policy, some, instructions),
         "information": horizon(policy.model, some),
+        **representations(policy.model, some, moments),
         "episodes": [
             {
                 "task": e.name, "success": e.result.success, "steps": e.result.steps, **over_time(e),

@@ -4,7 +4,7 @@ A vision token keeps the number that it has when it leaves the towers, all views
 of a view), or with EFA V * (aggregation tokens). Patches are numbered in the same way, P = V * H * W.
 
 Shape legend: V views, N tokens before routing, n tokens now, P patches of all views, D language width, M aggregation
-tokens of a view, h heads.
+tokens of a view, h heads, T words, J action tokens.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Moment:
         attention: language layer -> attention [n] of those tokens from the action tokens.
         after: language layer -> numbers of the tokens that leave it.
         hidden: language layer -> states [n,D] of those tokens.
+        words: language layer -> states [T,D] of the words after it.
+        acting: language layer -> states [J,D] of the action tokens after it.
         choices: every choice of tokens, in order.
         target_P: bool, patches of the target object; None if the environment does not say.
     """
@@ -70,6 +72,8 @@ class Moment:
     attention: Mapping[int, Tensor]
     after: Mapping[int, Tensor]
     hidden: Mapping[int, Tensor]
+    words: Mapping[int, Tensor]
+    acting: Mapping[int, Tensor]
     choices: tuple[TokenChoice, ...]
     target_P: Tensor | None = None
 
@@ -153,6 +157,10 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
         shorter = x_BSD.shape[1] - others < len(present[layer])
         after[layer] = kept[f"layer {layer}"] if shorter else present[layer]
     looks_NP, entropy = _looks(model, inputs, text, output.gaze)
+    layout, real_T = inside["layout"], inputs.text_mask[0]
+    # Vision tokens may be fewer than in the layout, so the words and action tokens are counted from the end.
+    parts = (layout.words, layout.actions)
+    words, acting = (slice(part.start - layout.length, part.stop - layout.length) for part in parts)
     return Moment(
         inputs=inputs,
         instruction=observation.instruction[0],
@@ -166,6 +174,8 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
         attention={layer: read_Bn[0] for layer, read_Bn in inside["attention"].items()},
         after=after,
         hidden={layer: x_BSD[0, 1 : 1 + len(after[layer])].float() for layer, x_BSD in inside["hidden"].items()},
+        words={layer: x_BSD[0, words][real_T].float() for layer, x_BSD in inside["hidden"].items()},
+        acting={layer: x_BSD[0, acting].float() for layer, x_BSD in inside["hidden"].items()},
         choices=choices_of(inside, entering_n, model.vision.tokens, 1 if model.router is None else model.router.rows),
     )
 

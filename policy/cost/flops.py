@@ -137,7 +137,7 @@ def count_flops(
     views, fusion = len(embodiment.cameras), model.vision.fusion
     towers = model.vision.named_towers()
     once: list[nn.Module] = [tower.film for _, tower in towers if tower.film is not None]
-    once += [fusion.weigher] if fusion.kind == "mix" else []
+    once += [] if fusion.weigher is None else [fusion.weigher]
     # Folding the normalisation of pixels into the bias is a small matrix-vector product per tower.
     fold = sum((Work(3 * tower.width, 0, 4 * tower.width) for _, tower in towers), Work())
     instruction = _linears(once, batch) + fold

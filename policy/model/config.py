@@ -182,7 +182,7 @@ class RoutingConfig:
     Attributes:
         efa: stage 1; False: patch tokens with the channels of both towers concatenated, and one projector.
         film: without stage 1, still modulate the towers with the instruction, and keep the patches (OpenVLA-OFT+).
-        fusion: combination of the two streams with `efa` or `film`: `mix`, `sum` or `concat`.
+        fusion: combination of the two streams with `efa` or `film`: `mix`, `sum`, `concat` or `experts`.
             See `routing.aggregation.StreamFusion`.
         summary: summary of the instruction: `contextual` (mean of the words, and what a layer says about their order,
             see `routing.word_order`), `words` (the mean alone), or `faithful` (the mean with bos and stop).
@@ -203,7 +203,7 @@ class RoutingConfig:
 
     efa: bool = True
     film: bool = False
-    fusion: Literal["mix", "sum", "concat"] = "mix"
+    fusion: Literal["mix", "sum", "concat", "experts"] = "mix"
     summary: Literal["contextual", "words", "faithful"] = "contextual"
     film_init: float | None = 1.0
     lfp: bool = True

@@ -2,7 +2,8 @@
 
 The vision tokens of all views form one sequence here and compete with each other.
 
-Shape legend: B batch, S sequence, N vision tokens now, n of them kept, D width, C width of attention keys.
+Shape legend: B batch, S sequence, N vision tokens now, n of them kept, D width, C width of attention keys, P tokens as
+they leave the towers, F width of these.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 FROM_ATTENTION = frozenset({"attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "growth_BN", "share_B2"})
 FROM_NEURONS = frozenset({"neurons_BNI", "text_neurons_BTI"})
 """Items of `RouterContext` that are computed from a layer's queries and keys, and from its MLP."""
-FROM_LANGUAGE = FROM_ATTENTION | FROM_NEURONS | {"draw_B", "text_BTE", "score_BN"}
+FROM_TOWERS = frozenset({"patches_BPF", "owner_BP"})
+"""Items of `RouterContext` that come from the vision towers, past the language model."""
+FROM_LANGUAGE = FROM_ATTENTION | FROM_NEURONS | FROM_TOWERS | {"draw_B", "text_BTE", "score_BN"}
 """Items of `RouterContext` that a language layer can provide."""
 
 
@@ -38,6 +41,7 @@ class LayerPass:
         score_BN: scores from the router before the language model; None: no scores.
         training: see `RouterContext`.
         timer: context manager that times the work of the routers.
+        towers: `patches_BPF` and `owner_BP` of `RouterContext`; None if no router needs them.
 
     Attributes:
         losses: auxiliary losses of the routers, by name and layer.
@@ -52,8 +56,10 @@ class LayerPass:
         score_BN: Tensor | None,
         training: bool,
         timer: AbstractContextManager[Any] | None = None,
+        towers: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.timer = timer or nullcontext()
+        self.towers = towers
         self.routers, self.bypass, self.compact = routers, bypass, compact
         self.draw_B, self.score_BN, self.training = draw_B, score_BN, training
         self.losses: dict[str, Tensor] = {}
@@ -81,6 +87,8 @@ class LayerPass:
         chosen = Selection(place_Bn, rows_of(layout, place_Bn), fewer, score_BN=routed.score_BN)
         if self.score_BN is not None:
             self.score_BN = self.score_BN.gather(1, place_Bn)
+        if self.towers is not None:
+            self.towers = self.towers[0], renumbered(self.towers[1], place_Bn, layout.vision)
         x_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BnD, x_BSD[:, layout.rest]), dim=1)
         frame = context.pruned(chosen, before=now, renumber=self.compact)
         return x_BSD, frame if routed.mask_Bn is None else frame.hiding(routed.mask_Bn), chosen
@@ -106,10 +114,22 @@ class LayerPass:
         if "growth_BN" in router.needs:
             read_BN = _read(layer, h_BSD, now)
             items["growth_BN"] = read_BN if self.earlier_BN is None else read_BN - self.earlier_BN
+        if FROM_TOWERS & router.needs:
+            assert self.towers is not None
+            items["patches_BPF"], items["owner_BP"] = self.towers
         items["draw_B"] = self.draw_B
         routed: RoutedTokens = router(x_BSD[:, now.layout.visual], RouterContext(budget, self.training, **items))
         self.losses |= {f"{name}_layer{index}": value for name, value in routed.losses.items()}
         return routed
+
+
+def renumbered(owner_BP: Tensor, place_Bn: Tensor, tokens: int) -> Tensor:
+    """Return the owners after only these of the `tokens` stayed; -1 for those whose token is gone."""
+    none_BN = torch.full((len(place_Bn), tokens), -1, device=place_Bn.device)
+    number_BN = none_BN.scatter(
+        1, place_Bn, torch.arange(place_Bn.shape[1], device=place_Bn.device).expand_as(place_Bn)
+    )
+    return torch.where(owner_BP < 0, -1, number_BN.gather(1, owner_BP.clamp_min(0)))
 
 
 def language_items(
@@ -145,8 +165,8 @@ def language_items(
             items["keys_BNC"] = rearrange(keys_BND, "b n (h c) -> b n h c", c=head_width).float().mean(2)
         if FROM_NEURONS & set(needs):
             items |= {
-                "neurons_BNI": _active(layer, x_BSD[:, visual]),
-                "text_neurons_BTI": _active(layer, x_BSD[:, layout.words]),
+                "neurons_BNI": active_neurons(layer, x_BSD[:, visual]),
+                "text_neurons_BTI": active_neurons(layer, x_BSD[:, layout.words]),
             }
     return items
 
@@ -157,7 +177,7 @@ def _read(layer: Any, h_BSD: Tensor, now: Frame) -> Tensor:
     return attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
 
 
-def _active(layer: Any, x_BND: Tensor) -> Tensor:
+def active_neurons(layer: Any, x_BND: Tensor) -> Tensor:
     """Return which MLP neurons are positive for these tokens, bool [B,N,I]; the layer's attention is skipped."""
     h_BND = normed(layer.post_attention_layernorm, x_BND)
     return layer.mlp.act_fn(layer.mlp.gate_proj(h_BND)) * layer.mlp.up_proj(h_BND) > 0

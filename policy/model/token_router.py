@@ -9,7 +9,7 @@ Each view is routed separately, as a row of the batch, unless the views are `joi
 router are computed in addition to the towers, and only if the router needs them.
 
 Shape legend: B batch, V views, X = B*V (or B with joint views), N tokens of a row, n of them kept, F width of both
-streams, D language width, T text tokens, S state.
+streams, D language width, T text tokens, S state, P tokens of all views as they leave the towers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.func import functional_call
 
 from cogvla.policy.model.attention_probe import FROM_VISION, AttentionProbe
 from cogvla.policy.model.config import RoutingConfig
-from cogvla.policy.model.layer_router import FROM_LANGUAGE, LayerPass
+from cogvla.policy.model.layer_router import FROM_LANGUAGE, FROM_TOWERS, LayerPass
 from cogvla.policy.model.stopwatch import Stopwatch
 from cogvla.policy.model.vision import WHITE, DualVision
 from cogvla.routing.aggregation import StreamFusion
@@ -96,7 +96,7 @@ class PolicyRouter(nn.Module):
             tokens, token_width = self.all_tokens // self.rows, sum(self.widths)
             largest = max(self._count(budget) for budget in (config.budget, *config.train_budgets))
             sizes = RouterSizes(
-                tokens, token_width if self.stage == "encoder_out" else width, width, self.grid, largest
+                tokens, token_width if self.stage == "encoder_out" else width, width, self.grid, largest, token_width
             )
             self.before = self._build(config.name, self.stage, sizes, config.options)
             self.tokens = self.leaves(config.budget)
@@ -104,9 +104,9 @@ class PolicyRouter(nn.Module):
                 self.leaves(budget)
         self.counts: dict[int, int] = {}
         self.layers = nn.ModuleDict()
-        self._build_layers(layers)
+        self._build_layers(layers, routing.lfp and routing.mode == "drop")
 
-    def _build_layers(self, layers: int) -> None:
+    def _build_layers(self, layers: int, lfp_drops: bool) -> None:
         config, now = self.config, self.tokens
         name = config.layer_router or config.name or ""
         options = config.options if config.layer_router is None else None
@@ -115,7 +115,13 @@ class PolicyRouter(nn.Module):
             if not 0 <= layer < layers:
                 raise ValueError(f"router.layers names layer {layer}; the language model has layers 0 to {layers - 1}")
             count = min(now, self.views * count_of(budget, self.all_tokens // self.views))
-            router = self._build(name, "llm_layer", RouterSizes(now, self.width, self.width, None, count), options)
+            sizes = RouterSizes(now, self.width, self.width, None, count, sum(self.widths))
+            router = self._build(name, "llm_layer", sizes, options)
+            if FROM_TOWERS & router.needs and lfp_drops:
+                raise ValueError(
+                    f"router {name!r} has to know which tokens are left, and LFP removes some: set routing.lfp=false "
+                    "or routing.mode=bypass"
+                )
             if config.mode == "bypass" and not router.selects:
                 raise ValueError(f"router {name!r} makes new tokens, which cannot bypass a layer; set router.mode=drop")
             self.counts[layer], self.layers[str(layer)] = count, router
@@ -270,7 +276,10 @@ class PolicyRouter(nn.Module):
             if routed is not None and routed.score_BN is not None:
                 score_BN = routed.score_BN.gather(1, routed.place_Bn.round().long())
             compact = self.config.position == "compact"
-            layers = LayerPass(routers, self.bypass, compact, draw_B, score_BN, self.training, self.stopwatch)
+            towers = None
+            if any(FROM_TOWERS & router.needs for router, _ in routers.values()):
+                towers = torch.cat(list(streams), dim=-1), self._owners(routed, draw_B)
+            layers = LayerPass(routers, self.bypass, compact, draw_B, score_BN, self.training, self.stopwatch, towers)
         return Routed(vision_BnD, position_Bn, layers, routed)
 
     def _items(
@@ -299,6 +308,22 @@ class PolicyRouter(nn.Module):
                 value = rearrange(value, pattern.get(name, "(b v) n c -> b (v n) c"), v=self.views)
             items[name] = value
         return items
+
+    def _owners(self, routed: RoutedTokens | None, draw_B: Tensor) -> Tensor:
+        """Return for each token of the towers the token that it went into, or the nearest one of its view, [B,P]."""
+        all_P = torch.arange(self.all_tokens, device=draw_B.device)
+        if routed is None:
+            return all_P.expand(len(draw_B), -1)
+        if routed.owner_BN is not None:
+            return routed.owner_BN
+        each, columns = self.all_tokens // self.views, 1 if self.grid is None else self.grid[1]
+
+        def spot(number: Tensor) -> Tensor:
+            inside = number % each
+            parts = (number // each * self.all_tokens, inside // columns, inside % columns)
+            return torch.stack(parts, dim=-1).float()
+
+        return torch.cdist(spot(all_P)[None], spot(routed.place_Bn.round().long())).argmin(-1)
 
     def _together(self, routed: RoutedTokens, vision_BnD: Tensor) -> RoutedTokens:
         """Join the results of all rows of a sample; indices count through all its rows."""

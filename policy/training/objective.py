@@ -33,10 +33,12 @@ from torch import Tensor, nn
 
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, ModelOutput
 from cogvla.policy.model.heads.interface import ActionHead
+from cogvla.policy.training.auxiliary.concepts import Concepts
 from cogvla.policy.training.auxiliary.contrast import contrast_loss
 from cogvla.policy.training.auxiliary.distillation import Distillation, attention_match
 from cogvla.policy.training.auxiliary.diversity import AttentionDiversity, check_readable
 from cogvla.policy.training.auxiliary.masking import TokenMask, hide
+from cogvla.policy.training.auxiliary.matching import Matching
 from cogvla.policy.training.auxiliary.pointing import Pointer, pointing_loss
 
 GROUNDING_DIM = 6
@@ -60,6 +62,9 @@ class ObjectiveConfig:
         pointer: weight of the loss of two pointing tokens (MolmoPoint), for routing=patches; 0: off.
             `pointing` has no effect there.
         contrast: weight of the contrastive loss between vision tokens and words (CG-VLM; start with 0.1).
+        matching: weight of the loss that matches pictures with instructions (ALBEF; 1.0 in its source).
+        concepts: weight of the contrastive loss between their sparse codes (FDT; 1.0 in its source).
+        concept_pool: number of entries of the codebook of these codes.
         diversity: weight of the diversity loss on the towers' attention (ADL; 1.0 in its source).
         masking: share of vision tokens in [0,1] that a learned pool replaces in training (Croc; 0.75 in its source).
         mask_pool: number of entries of that pool.
@@ -81,6 +86,9 @@ class ObjectiveConfig:
     phase_weights: tuple[float, ...] = (2, 1, 1, 1.5, 1, 1, 1, 1, 1)
     pointer: float = 0.0
     contrast: float = 0.0
+    matching: float = 0.0
+    concepts: float = 0.0
+    concept_pool: int = 256
     diversity: float = 0.0
     masking: float = 0.0
     mask_pool: int = 64
@@ -97,13 +105,15 @@ class ObjectiveConfig:
             raise ValueError(f"objective.gripper_state must name x, y and z or nothing, got {self.gripper_state}")
         weights = (
             *(self.grounding, self.reading, self.pointing, self.pointer),
-            *(self.contrast, self.diversity, self.distillation),
+            *(self.contrast, self.matching, self.concepts, self.diversity, self.distillation),
         )
         shares = (self.state_dropout, self.masking, self.vision_dropout, self.prior)
         if min(weights) < 0 or not 0 <= self.counterfactual < 1 or min(shares) < 0 or max(shares) > 1:
             raise ValueError(f"weights must be positive and shares between 0 and 1, got {self}")
         if self.mask_pool < 1:
             raise ValueError(f"objective.mask_pool must be at least 1 (a single mask token), got {self.mask_pool}")
+        if self.concept_pool < 2:
+            raise ValueError(f"objective.concept_pool must be at least 2 (entries to choose), got {self.concept_pool}")
         if self.distillation and self.teacher is None:
             raise ValueError(
                 "objective.distillation needs a teacher: objective.teacher=FOLDER, a checkpoint of this policy with "
@@ -206,6 +216,8 @@ class Objective(nn.Module):
         self.reading = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs)) if config.reading else None
         self.pointer = Pointer(width, model.vision.grid) if config.pointer else None
         self.mask = TokenMask(config.masking, config.mask_pool, width) if config.masking else None
+        self.matching = Matching(width) if config.matching else None
+        self.concepts = Concepts(width, config.concept_pool) if config.concepts else None
         self.distillation: Distillation | None = None
         if config.distillation:
             assert teacher is not None, "distillation needs a teacher"
@@ -217,8 +229,8 @@ class Objective(nn.Module):
         Returns:
             `loss`, which is minimised, and its parts without their weights: `action_ERROR`, where ERROR is the head's
             `error_name`; `grounding_l1`, `reading_l1` and `pointing_ce` if the batch has labels; `router_NAME` for
-            losses of token routers; and `pointer_ce`, `contrast_nce`, `diversity_cos`, `teacher_kl` and `teacher_ERROR`
-            if they are turned on.
+            losses of token routers; and `pointer_ce`, `contrast_nce`, `matching_ce`, `concepts_nce`, `diversity_cos`,
+            `teacher_kl` and `teacher_ERROR` if they are turned on.
         """
         config = self.config
         watch = config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
@@ -256,11 +268,16 @@ class Objective(nn.Module):
             assert batch.point_weight_BV2 is not None
             points = batch.image_points_BV22, batch.point_weight_BV2
             add("pointer_ce", self.pointer(output.states, output.vision, output.kept, *points), config.pointer)
-        if config.contrast:
+        if config.contrast or config.matching or config.concepts:
             assert batch.instruction_B is not None
-            words_BTD, mask_BT = self.model.embed_text(batch.inputs.text_ids), batch.inputs.text_mask
-            loss = contrast_loss(output.vision, words_BTD, mask_BT, batch.instruction_B)
-            add("contrast_nce", loss, config.contrast)
+            words_BTD = self.model.embed_text(batch.inputs.text_ids)
+            texts = output.vision, words_BTD, batch.inputs.text_mask, batch.instruction_B
+            if config.contrast:
+                add("contrast_nce", contrast_loss(*texts), config.contrast)
+            if self.matching is not None:
+                add("matching_ce", self.matching(*texts, batch.inputs.draw), config.matching)
+            if self.concepts is not None:
+                add("concepts_nce", self.concepts(*texts), config.concepts)
         if observer is not None:
             add("diversity_cos", observer.loss(), config.diversity)
         if self.distillation is not None:

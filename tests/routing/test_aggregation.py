@@ -62,5 +62,15 @@ def test_variants() -> None:
     torch.testing.assert_close(joined(streams, None), joined.project(torch.cat(streams, -1)))
     with pytest.raises(ValueError, match="same number of tokens, got 5 and 4"):
         joined([streams[0], streams[1][:, :4]], None)
+    experts = StreamFusion([3, 4], 6, "experts")
+    weights = experts.weights(torch.randn(2, 6))
+    assert weights is not None
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2))
+    base = experts.projectors[0](streams[0]) + experts.projectors[1](streams[1])
+    torch.testing.assert_close(experts(streams, weights), base), "they start as a plain sum"
+    for parameter in experts.experts.parameters():
+        torch.nn.init.normal_(parameter)
+    only_third = torch.tensor([[0.0, 0, 1, 0]]).expand(2, -1)
+    torch.testing.assert_close(experts(streams, only_third), base + experts.experts[2](base))
     with pytest.raises(ValueError, match="mix, sum, concat"):
         StreamFusion([3, 4], 6, "product")

@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cogvla.policy.model.layer_router import renumbered
 from cogvla.routing.draws import uniform
 from cogvla.routing.registry import build_router
 from cogvla.routing.router import RouterContext, RouterSizes
+from cogvla.routing.routers.channel_attention import over_channels
 from cogvla.routing.routers.compressor_vla import windows_of
 from cogvla.routing.routers.grids import bilinear
 from cogvla.routing.routers.lightvla import votes, wishes
 from cogvla.routing.routers.team_vla import density, seeds
+from cogvla.routing.routers.token_pooling import around
 from cogvla.tests.support.router_contexts import WIDTH, context_for, router_of, tokens_of
 
 ONE_WORD = torch.tensor([[True]])
@@ -250,3 +253,105 @@ def test_compressor_windows() -> None:
 def test_wrong_options(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         router_of(name, 4, **options)
+
+
+# --- Vision Remember ---
+
+
+def test_remembering_starts_as_nothing_and_looks_at_own_patches_only() -> None:
+    torch.manual_seed(0)
+    router: Any = build_router("vision_remember", RouterSizes(4, WIDTH, WIDTH, None, 4, 6))
+    x, patches = torch.randn(2, 4, WIDTH), torch.randn(2, 8, 6)
+    owner = torch.tensor([[0, 0, 1, 1, 1, 3, 3, -1], [2, 2, 2, 2, 2, 2, 2, 2]])
+    assert torch.equal(router(x, RouterContext(4, patches_BPF=patches, owner_BP=owner)).tokens_BnD, x)
+    with torch.no_grad():
+        router.out.weight.normal_()
+    before = router(x, RouterContext(4, patches_BPF=patches, owner_BP=owner)).tokens_BnD
+    assert ((before - x).abs().sum(-1) > 1e-3).tolist() == [[True, True, False, True], [False, False, True, False]]
+    changed = patches.clone()
+    changed[0, 3] += 1
+    after = router(x, RouterContext(4, patches_BPF=changed, owner_BP=owner)).tokens_BnD
+    assert (before != after).any(-1).tolist() == [[False, True, False, False], [False] * 4]
+    alone = router(x, RouterContext(4, patches_BPF=patches[:, :1], owner_BP=owner[:, :1])).tokens_BnD[0, 0]
+    value = router.kv(router.patch_norm(patches[0, 0]))[64:]
+    torch.testing.assert_close(alone, x[0, 0] + router.out(value))
+
+
+def test_owners_after_tokens_are_removed() -> None:
+    owner, stayed = torch.tensor([[0, 2, 1, 2, -1]]), torch.tensor([[0, 2]])
+    assert renumbered(owner, stayed, 3).tolist() == [[0, 1, -1, 1, -1]]
+
+
+# --- refined tokens, and outliers ---
+
+
+def test_channels_attend_to_channels() -> None:
+    q, k, v = torch.eye(2), torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[1.0, 2], [3, 4]])
+    expected = torch.tensor([[0.1956, 0.5], [0.8044, 0.5]])
+    torch.testing.assert_close(over_channels(q, k, v, mean=False), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        over_channels(q, torch.cat((k, k)), torch.cat((v, v)), True), over_channels(q, k, v, True)
+    )
+    with pytest.raises(ValueError, match="cannot cut width 12 into 5 groups"):
+        router_of("channel_attention", 4, groups=5)
+
+
+def test_means_of_the_surroundings() -> None:
+    ramp = torch.arange(25.0)[None, :, None]
+    near, far = around(ramp, (5, 5), 1)[0, :, 0], around(ramp, (5, 5), 2)[0, :, 0]
+    assert near[12].item() == far[12].item() == 12
+    assert near[0].item() == (0 + 1 + 5 + 6) / 4, "only what is inside counts"
+    assert far[0].item() == (0 + 2 + 10 + 12) / 4
+    router: Any = build_router("token_pooling", RouterSizes(25, 1, 1, (5, 5), 25))
+    with torch.no_grad():
+        router.weigh.bias.copy_(torch.tensor([0.0, 100, 0, 0]))
+    context = RouterContext(25, grid=(5, 5))
+    torch.testing.assert_close(router(ramp, context).tokens_BnD[0, :, 0], near)
+    with torch.no_grad():
+        router.weigh.bias.copy_(torch.tensor([0.0, -100, -100, -100]))
+    torch.testing.assert_close(router(ramp, context).tokens_BnD, ramp)
+
+
+@pytest.mark.parametrize("name", ["channel_attention", "token_pooling"])
+def test_a_refined_base_is_the_base_on_other_tokens(name: str) -> None:
+    x, router = tokens_of(), router_of(name, 4, base="token_norm")
+    routed: Any = router(x, context_for(router))
+    refined = router.refine(x, context_for(router))  # type: ignore[operator]
+    assert not torch.allclose(refined, x)
+    expected = build_router("token_norm", sizes(4))(refined, RouterContext(4))
+    torch.testing.assert_close(routed.tokens_BnD, expected.tokens_BnD)
+    assert torch.equal(routed.place_Bn, expected.place_Bn)
+    assert (routed.index_Bn == -1).all(), "none of them is a token of the input"
+    assert torch.equal(routed.owner_BN.gather(1, routed.place_Bn), torch.arange(4).expand(3, -1))
+    assert (routed.owner_BN >= 0).sum() == 12
+    pooled = router_of(name, 4, base="spatial_pool")
+    assert pooled.leaves(4) == 4
+    with pytest.raises(ValueError, match="possible budgets"):
+        pooled.leaves(5)
+
+
+def test_a_base_for_other_stages_is_explained() -> None:
+    with pytest.raises(ValueError, match="base 'late_exit' works at llm_layer only: choose one for encoder_out, proj"):
+        router_of("token_pooling", 4, base="late_exit")
+
+
+@pytest.mark.parametrize("base", ["cls_attention", "token_norm", "diversity", "visual_attention_merge", "identity"])
+def test_outliers_are_taken_away_before_the_base_chooses(base: str) -> None:
+    if base in ("visual_attention_merge", "identity"):
+        with pytest.raises(ValueError, match=f"needs a base that chooses tokens .* not '{base}'"):
+            router_of("damro", 4, base=base)
+        return
+    x = tokens_of()
+    attention = torch.rand(1, 3, 16, generator=torch.Generator().manual_seed(3))
+    attention[..., [2, 9]] += 1
+    router = router_of("damro", 4, base=base, count=2)
+    routed = router(x, context_for(router, attention_LBN=attention))
+    others = [i for i in range(16) if i not in (2, 9)]
+    plain = build_router(base, RouterSizes(14, WIDTH, WIDTH, None, 4)).eval()
+    alone = plain(x[:, others], context_for(plain, attention_LBN=attention[..., others]))
+    assert torch.equal(routed.index_Bn, torch.tensor(others)[alone.index_Bn])
+    assert routed.score_BN is not None
+    assert (routed.score_BN[:, [2, 9]] <= routed.score_BN.amin(1, keepdim=True)).all()
+    everything = router(x, context_for(router, attention_LBN=attention, budget=15)).index_Bn
+    assert not (everything == 9).logical_or(everything == 2).all()
+    assert everything.shape == (3, 15), "as many outliers are taken as the budget allows"

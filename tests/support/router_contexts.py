@@ -21,7 +21,7 @@ NAMES = list(registered_routers())
 
 
 def sizes_for(budget: int, grid: tuple[int, int] = GRID, width: int = WIDTH) -> RouterSizes:
-    return RouterSizes(grid[0] * grid[1], width, width, grid, budget)
+    return RouterSizes(grid[0] * grid[1], width, width, grid, budget, width)
 
 
 def router_of(name: str, budget: int, grid: tuple[int, int] = GRID, **options: Any) -> TokenRouter:
@@ -78,6 +78,8 @@ def everything(
         "neurons_BNI": torch.rand(batch, tokens, 20, generator=draw) > 0.5,
         "text_neurons_BTI": torch.rand(batch, TEXT, 20, generator=draw) > 0.5,
         "history_BOND": torch.randn(batch, 2, tokens, width, generator=draw),
+        "patches_BPF": torch.randn(batch, tokens, width, generator=draw),
+        "owner_BP": torch.randint(-1, tokens, (batch, tokens), generator=draw),
     }
 
 

@@ -40,13 +40,22 @@ def contrast_loss(vision_BND: Tensor, words_CTD: Tensor, mask_CT: Tensor, instru
         mask_CT: False on padding.
         instruction_C: number of the instruction, whatever its wording.
     """
+    return info_nce(similarity(vision_BND, words_CTD, mask_CT) / TEMPERATURE, instruction_C)
+
+
+def similarity(vision_BND: Tensor, words_CTD: Tensor, mask_CT: Tensor) -> Tensor:
+    """Return the mean cosine [B,C] of each picture with the words of each text, which get no gradient."""
     picture_BD = F.normalize(vision_BND.float().mean(1), dim=-1)
     weight_CT1 = mask_CT[..., None].float()
     word_CTD = F.normalize(words_CTD.detach().float(), dim=-1)
     # The mean of the similarities to words equals the similarity to the mean of the words.
     text_CD = (word_CTD * weight_CT1).sum(1) / weight_CT1.sum(1)
     with torch.autocast(picture_BD.device.type, enabled=False):  # a small temperature needs exact similarities
-        similarity_BC = picture_BD @ text_CD.mT / TEMPERATURE
+        return picture_BD @ text_CD.mT
+
+
+def info_nce(similarity_BC: Tensor, instruction_C: Tensor) -> Tensor:
+    """Return the InfoNCE loss of rows and columns; those with the same instruction are positives of each other."""
     alike_BC = instruction_C[:, None] == instruction_C[None]
     own_BC = similarity_BC.masked_fill(~alike_BC, float("-inf"))
     losses = [similarity_BC.logsumexp(dim).mean() - own_BC.logsumexp(dim).mean() for dim in (1, 0)]

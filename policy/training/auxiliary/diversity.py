@@ -9,8 +9,8 @@ It is reported to make networks more robust to camera noise. It also spreads the
 token routers that use attention.
 
 Here the loss covers all tokens of both vision towers. In the last block with stage 1, only the rows of the aggregation
-tokens are computed, so only those count. The paper's other part, attention over pooled tokens (TAP), changes the
-network and is not implemented.
+tokens are computed, so only those count. The paper's other part, pooling (TAP), is the router
+`token_pooling`.
 
 The attention is computed in addition to the fused kernels, n x n numbers per head and block, which makes this the most
 expensive loss in `policy/training/auxiliary`. With `training.gradient_checkpointing`, it is not stored for the backward

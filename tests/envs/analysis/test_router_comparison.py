@@ -326,6 +326,10 @@ def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypat
     assert page.count("skips the layer") >= 2
     assert sum(data["kinds"]["before routing"].values()) == pytest.approx(1)
     assert set(data["readings"]["layer 0"]["words"]) <= {"go", "to", "the", "right", "left", "up"}
+    assert data["read"]["layer 1"] == {"high": None, "low": None, "all": None}, "no masks, no points on them"
+    assert data["alignment"]["layer 0"]["overlap"] is None
+    assert 0 < data["alignment"]["layer 1"]["overlap"] <= 1
+    assert 0 <= data["language"]["entropy"] <= data["language"]["largest"]
     analyse(command("analyse_routing", *overrides, "router.name=random", "router.budget=1"), "analyse_routing ...")
     assert (tmp_path / "policy_random_1" / "routing.html").is_file()
     with pytest.raises(ValueError, match="tasks 0 to 2"):

@@ -76,6 +76,15 @@ def test_routers_together(name: str, routing: dict[str, Any]) -> None:
     assert_same(policy, engine, 2)
 
 
+def test_what_the_towers_saw_reaches_the_layers_of_the_engine() -> None:
+    policy = routed_policy({"name": "spatial_pool", "layers": [1], "layer_router": "vision_remember"})
+    assert policy.model.router is not None
+    torch.nn.init.normal_(policy.model.router.layers["1"].out.weight)  # type: ignore[union-attr, arg-type]
+    engine = policy.with_engine(TRACE)
+    engine.warm_up(2)
+    assert_same(policy, engine, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "efa"), [("token_norm", True), ("approx_error", True), ("text_guided", False), ("film_pruning", False)]
 )

@@ -23,6 +23,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "none": {"efa": False, "lfp": False, "attention": "causal"},
     "sum": {"fusion": "sum"},
     "concat": {"fusion": "concat"},
+    "experts": {"fusion": "experts"},
 }
 HEADS: dict[str, dict[str, Any]] = {
     "new": {},

@@ -76,7 +76,9 @@ def test_training_with_a_router_does_not_depend_on_how_a_step_is_divided(name: s
     assert all(torch.equal(again[key], value) for key, value in whole.items())
 
 
-@pytest.mark.parametrize("name", ["lightvla", "grids", "compressor_vla", "flash_pooling"])
+@pytest.mark.parametrize(
+    "name", ["lightvla", "grids", "compressor_vla", "flash_pooling", "channel_attention", "token_pooling"]
+)
 def test_a_router_learns_with_its_policy_and_is_saved_with_it(name: str, tmp_path: Path) -> None:
     routing = {**PLAIN, "router": asdict(RouterConfig(name, 4))}
     torch.manual_seed(0)

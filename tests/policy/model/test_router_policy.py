@@ -24,6 +24,7 @@ from cogvla.routing.schedule_search import search
 from cogvla.tests.support.tiny_model import alone, tiny_config, tiny_input, tiny_model
 
 PATCHES, VIEWS = 16, 2
+WHOLE = ("identity", "channel_attention", "token_pooling")
 EVERYWHERE = [
     (name, stage)
     for name, kind in registered_routers().items()
@@ -52,10 +53,10 @@ def test_every_router_at_every_stage_leaves_the_tokens_it_says_alone_and_in_a_ba
     assert output.actions.isfinite().all()
     assert output.vision.shape[1] == model.vision_tokens
     if stage == "llm_layer":
-        left = {"identity": [32, 32], "late_exit": [0, 0]}.get(name, [12, 6])
+        left = [32, 32] if name in (*WHOLE, "vision_remember") else [0, 0] if name == "late_exit" else [12, 6]
         assert [kept.shape[1] for kept in output.debug["kept"].values()] == left
     else:
-        assert model.vision_tokens == (32 if name == "identity" else VIEWS * 4)
+        assert model.vision_tokens == (32 if name in WHOLE else VIEWS * 4)
     torch.testing.assert_close(model(inputs).actions, output.actions, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(alone(inputs, 1)).actions, output.actions[1:2], rtol=1e-4, atol=1e-5)
 
@@ -320,6 +321,42 @@ def test_flops_of_what_is_left_are_what_torch_counts(router: RouterConfig) -> No
     costs = count_flops(model.config, model.embodiment, text_length=7)
     total = next(cost for cost in costs if cost.stage == TOTAL)
     assert total.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+# --- what the towers saw, in the language model ---
+
+
+def remembering(name: str, **router: Any) -> CogVLA:
+    return routed(config(name, layers=(1,), layer_budgets=(), layer_router="vision_remember", **router))
+
+
+@torch.inference_mode()
+def test_pooled_tokens_remember_the_patches_of_their_cell() -> None:
+    inputs, seen = tiny_input(), []
+    for name in ("spatial_pool", "grid_stride", "token_norm"):
+        model = remembering(name)
+        assert model.router is not None
+        model.router.layers["1"].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+        inside = model(inputs, debug=True).debug
+        assert inside["present"][1] is None or inside["present"][1].shape[1] == 8
+        torch.testing.assert_close(seen[-1].patches_BPF, torch.cat(inside["streams"], -1))
+        plain = routed(config(name))
+        assert torch.equal(model(inputs).actions, plain(inputs).actions), "weights of the start change nothing"
+    cells = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3])
+    pooled, strided, chosen = seen[0].owner_BP, seen[2].owner_BP, seen[4].owner_BP
+    assert torch.equal(pooled[0], torch.cat((cells, cells + 4)))
+    for owner in (strided, chosen):
+        assert (owner[:, :16] < 4).all()
+        assert (owner[:, 16:] >= 4).all(), "views stay apart"
+    kept = remembering("token_norm")(inputs, debug=True).debug["routed"].index_Bn
+    assert torch.equal(chosen.gather(1, kept), torch.arange(8).expand(3, -1)), "a kept patch is its own"
+
+
+def test_what_remembers_needs_all_tokens_to_be_there() -> None:
+    with pytest.raises(ValueError, match=r"LFP removes some: set routing\.lfp=false or routing\.mode=bypass"):
+        routed(config("spatial_pool", layers=(1,), layer_router="vision_remember"), lfp=True, mode="drop")
+    with pytest.raises(ValueError, match="cannot bypass a layer"):
+        routed(config("spatial_pool", layers=(1,), layer_router="vision_remember", mode="bypass"))
 
 
 # --- mistakes ---

@@ -19,11 +19,13 @@ from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.training.auxiliary.blind_weights import BlindWeights, relative_weight
+from cogvla.policy.training.auxiliary.concepts import Concepts, sparsemax
 from cogvla.policy.training.auxiliary.contrast import contrast_loss
 from cogvla.policy.training.auxiliary.distillation import attention_match
 from cogvla.policy.training.auxiliary.diversity import AttentionDiversity, row_similarity
 from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.training.auxiliary.masking import TokenMask, hide
+from cogvla.policy.training.auxiliary.matching import Matching, negatives
 from cogvla.policy.training.auxiliary.pointing import Pointer, patch_weights
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
@@ -98,6 +100,73 @@ def test_contrast_moves_pictures_and_not_words() -> None:
     assert vision.grad is not None
     assert vision.grad.norm() > 0
     assert words.grad is None
+
+
+# --- matching and concepts ---
+
+
+def test_negatives_are_drawn_by_similarity_among_other_instructions() -> None:
+    close = torch.tensor([[5.0, 4.0, 0.0]]).expand(4000, -1)
+    other = torch.tensor([[False, True, True]]).expand(4000, -1)
+    draw = torch.randint(2**62, (4000, 2), generator=seeded())
+    drawn = [negatives(close, other, draw, which) for which in (0, 1)]
+    for found in drawn:
+        assert torch.bincount(found, minlength=3).div(4000).tolist() == pytest.approx([0, 0.982, 0.018], abs=0.01)
+    assert not torch.equal(*drawn)
+    assert (negatives(close, other, None, 0) == 1).all(), "the hardest, without seeds"
+
+
+def test_a_batch_of_one_instruction_has_nothing_to_match() -> None:
+    torch.manual_seed(0)
+    head, vision, words = Matching(8), torch.randn(3, 4, 8, requires_grad=True), torch.randn(3, 2, 8)
+    mask, draw = torch.ones(3, 2).bool(), torch.arange(6).view(3, 2)
+    assert head(vision, words, mask, torch.tensor([4, 4, 4]), draw).item() == 0
+    two = head(vision, words, mask, torch.tensor([4, 5, 5]), draw)
+    right = head.match(vision, words, mask)
+    assert two.item() > 0
+    two.backward()
+    assert vision.grad is not None
+    assert all(p.grad is not None for p in head.parameters())
+    padded = torch.tensor([[True, True, False, False]]).expand(3, -1)
+    torch.testing.assert_close(right, head.match(vision, torch.cat((words, 9 + words), 1), padded))
+
+
+def test_matching_is_the_mean_over_one_match_and_two_that_are_none() -> None:
+    torch.manual_seed(0)
+    head, vision, words = Matching(8), torch.randn(2, 4, 8), torch.randn(2, 2, 8)
+    mask = torch.ones(2, 2).bool()
+    loss = head(vision, words, mask, torch.tensor([1, 2]), None)
+    right, wrong = (head.match(vision, w, mask).log_softmax(-1) for w in (words, words.flip(0)))
+    # each of the two wrong pairs is met twice: from its picture and from its text
+    torch.testing.assert_close(loss, -(right[:, 1].sum() + 2 * wrong[:, 0].sum()) / 6)
+
+
+def test_sparsemax() -> None:
+    torch.testing.assert_close(sparsemax(torch.tensor([[1.0, 0.8, 0.0]])), torch.tensor([[0.6, 0.4, 0.0]]))
+    x = torch.randn(50, 7, generator=seeded()) * 3
+    share = sparsemax(x)
+    torch.testing.assert_close(share.sum(1), torch.ones(50))
+    assert (share == 0).any()
+    torch.testing.assert_close(sparsemax(x + 5), share)
+    nearest = torch.tensor([[0.2, 0.3, 0.5]])
+    torch.testing.assert_close(sparsemax(nearest), nearest), "probabilities stay"
+
+
+def test_concepts_of_a_picture_made_of_words() -> None:
+    torch.manual_seed(0)
+    concepts, words = Concepts(8, 32), torch.randn(4, 3, 8)
+    concepts.picture.load_state_dict(concepts.text.state_dict())
+    mask = torch.tensor([[True, True, False]]).expand(4, -1)
+    number = torch.arange(4)
+    own = concepts(words[:, :2], words, mask, number)
+    other = concepts(words[[1, 2, 3, 0], :2], words, mask, number)
+    assert own < other
+    share = concepts.share(concepts.text(words), mask)
+    changed = words.clone()
+    changed[:, 2] += 1
+    assert torch.equal(concepts.share(concepts.text(changed), mask), share), "padding is not seen"
+    own.backward()
+    assert all(p.grad is not None and p.grad.any() for p in concepts.parameters() if p.ndim == 2)
 
 
 # --- attention diversity ---
@@ -430,6 +499,9 @@ def test_checkpoints_that_cannot_judge_these_data_are_explained(tmp_path: Path) 
         ({"contrast": -1.0}, "weights must be positive"),
         ({"diversity": -1.0}, "weights must be positive"),
         ({"reading": -1.0}, "weights must be positive"),
+        ({"matching": -1.0}, "weights must be positive"),
+        ({"concepts": -1.0}, "weights must be positive"),
+        ({"concept_pool": 1}, r"objective\.concept_pool must be at least 2"),
         ({"mask_pool": 0}, r"objective\.mask_pool must be at least 1"),
         ({"distillation": 1.0}, r"objective\.distillation needs a teacher: objective\.teacher=FOLDER.*base=FOLDER"),
         ({"prior": 1.0}, r"objective\.prior needs a policy that does not see: objective\.blind=FOLDER"),

@@ -19,7 +19,10 @@ from cogvla.policy.training.trainer import Trainer
 from cogvla.tests.policy.training.test_auxiliary import PATCHES, batch_of, saved
 from cogvla.tests.support.small_data import IMITATION, LABELLED, settings, small_trainer
 
-ON: dict[str, Any] = {"contrast": 0.1, "diversity": 1.0, "masking": 0.5, "mask_pool": 4, "vision_dropout": 0.25}
+ON: dict[str, Any] = {
+    "contrast": 0.1, "matching": 0.3, "concepts": 0.2, "concept_pool": 16, "diversity": 1.0, "masking": 0.5,
+    "mask_pool": 4, "vision_dropout": 0.25,
+}  # fmt: skip
 ROUTINGS: dict[str, dict[str, Any]] = {
     "cogvla": {},
     "patches": PATCHES,
@@ -85,7 +88,8 @@ def test_all_of_them_go_with_every_routing(routing: str, tmp_path: Path) -> None
     assert {"train/contrast_nce", "train/diversity_cos", "train/teacher_kl", "train/teacher_l1"} <= row.keys()
     assert all(torch.tensor(value).isfinite() for value in row.values())
     assert (row["train/teacher_kl"] == 0) == (routing == "new tokens")
-    parts = [(0.1, "contrast_nce"), (1, "diversity_cos"), (1, "teacher_kl"), (1, "teacher_l1"), (1, "action_l1")]
+    parts = [(0.1, "contrast_nce"), (0.3, "matching_ce"), (0.2, "concepts_nce")]
+    parts += [(1, "diversity_cos"), (1, "teacher_kl"), (1, "teacher_l1"), (1, "action_l1")]
     if "train/pointer_ce" in row:
         parts.append((0.1, "pointer_ce"))
     assert ("train/pointer_ce" in row) == (not ROUTINGS[routing].get("efa", True))
@@ -95,7 +99,8 @@ def test_all_of_them_go_with_every_routing(routing: str, tmp_path: Path) -> None
 def alone(tmp_path: Path, change: dict[str, Any], **routing: Any) -> Objective:
     """One switch on, and towers whose attention is not even: theirs is nearly so before they are trained."""
     config = everything(tmp_path, efa=False)
-    off = replace(config, pointer=0, contrast=0, diversity=0, masking=0, vision_dropout=0, distillation=0, prior=0)
+    switches = ("pointer", "contrast", "matching", "concepts", "diversity", "masking", "vision_dropout")
+    off = replace(config, **dict.fromkeys((*switches, "distillation", "prior"), 0))
     objective = small_trainer(tmp_path / "run", settings(), replace(off, **change), **routing).raw.train()
     with torch.no_grad():
         for name, weight in objective.model.vision.named_parameters():
@@ -109,6 +114,8 @@ def alone(tmp_path: Path, change: dict[str, Any], **routing: Any) -> Objective:
     [
         ({"pointer": 1.0}, "pointer_ce", 0.8),
         ({"contrast": 1.0}, "contrast_nce", 0.8),
+        ({"matching": 1.0}, "matching_ce", 0.8),
+        ({"concepts": 1.0}, "concepts_nce", 0.8),
         ({"diversity": 1.0}, "diversity_cos", 0.8),
         ({"distillation": 1.0}, "teacher_kl", 0.8),
         ({"distillation": 1.0}, "teacher_l1", 0.8),
@@ -206,8 +213,8 @@ def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, to
 def test_a_step_in_parts_is_masked_hidden_taught_and_weighted_as_the_whole(
     change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the contrast, whose negatives are those of a part; diversity is a mean over rows too."""
-    config = replace(everything(tmp_path, efa=False), contrast=0.0)
+    """All but those whose negatives are those of a part; diversity is a mean over rows too."""
+    config = replace(everything(tmp_path, efa=False), contrast=0.0, matching=0.0, concepts=0.0)
     step = settings(clip_norm=1e9, validate_every=0)
     whole = gradients(small_trainer(tmp_path / "whole", step, config, **ROUTINGS["router"]), monkeypatch)
     divided = small_trainer(tmp_path / "parts", replace(step, **change), config, **ROUTINGS["router"])
