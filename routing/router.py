@@ -20,14 +20,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cogvla.files import read_object
 from cogvla.routing.pruning import MODES
 
-STAGES = ("encoder_out", "projector_out", "llm_layer")
+STAGES = ("encoder_block", "encoder_out", "projector_out", "llm_layer")
 POSITIONS = ("keep", "compact", "v2pe")
 
 
@@ -38,12 +40,15 @@ class RouterConfig:
     Attributes:
         name: name of the router, one of `routing.registry.registered_routers()`; None: no router.
         budget: tokens to keep of each view: an integer is a number, a float is a share (1: one token, 1.0: all).
-        stage: place of the router: `encoder_out`, `projector_out` or `llm_layer`; None: the router's default.
-            `encoder_out` is before the projection, with both streams joined. `llm_layer` routes at `layers` only.
-        options: options of the router by name, e.g. {variant: maxsum}; None: its defaults.
+        stage: place of the router: `encoder_block`, `encoder_out`, `projector_out` or `llm_layer`; None: the router's
+            default. `encoder_block` is inside of both vision towers, before their block `block`. `encoder_out` is
+            before the projection, with both streams joined. `llm_layer` routes at `layers` only.
+        options: options of the router by name, e.g. {variant: maxsum}, or a file that `calibrate_router` wrote; None:
+            its defaults.
         mode: at a language layer, other tokens are removed from there on (`drop`), or skip this layer (`bypass`).
         position: position ids of the kept tokens: unchanged (`keep`), consecutive (`compact`) or scaled (`v2pe`).
         position_step: factor on the position ids, for position=v2pe.
+        block: vision block, from 0, before which stage=encoder_block routes; None: half of the blocks.
         joint: let all views compete for V*n tokens; False: keep n tokens of each view.
         layers: language layers, from 0, before which tokens are routed (again, if `stage` is an earlier one).
         layer_router: name of the router at `layers`; None: `name`.
@@ -56,11 +61,12 @@ class RouterConfig:
 
     name: str | None = None
     budget: int | float = 0.25
-    stage: Literal["encoder_out", "projector_out", "llm_layer"] | None = None
+    stage: Literal["encoder_block", "encoder_out", "projector_out", "llm_layer"] | None = None
     options: Mapping[str, Any] | None = None
     mode: Literal["drop", "bypass"] = "drop"
     position: Literal["keep", "compact", "v2pe"] = "keep"
     position_step: float = 0.25
+    block: int | None = None
     joint: bool = False
     layers: tuple[int, ...] = ()
     layer_router: str | None = None
@@ -70,6 +76,12 @@ class RouterConfig:
     resample: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.options, str):
+            object.__setattr__(self, "options", saved_options(self.options))
+        if self.options is not None and not isinstance(self.options, Mapping):
+            raise ValueError(
+                f"router.options is {self.options!r}; give names and values, such as '{{variant: maxsum}}'"
+            )
         for name in ("layers", "layer_budgets", "train_budgets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, allowed in (("stage", (None, *STAGES)), ("mode", MODES), ("position", POSITIONS)):
@@ -86,6 +98,19 @@ class RouterConfig:
             raise ValueError("router.stage=llm_layer needs router.layers, for example router.layers=[1]")
         if self.position_step <= 0:
             raise ValueError(f"router.position_step must be positive, got {self.position_step}")
+
+
+def saved_options(file: str) -> dict[str, Any]:
+    """Return the options in a file that `calibrate_router` wrote.
+
+    Raises:
+        ValueError: the file is missing or damaged, or is another one.
+    """
+    advice = "router.options takes names and values, or a file that `calibrate_router` wrote"
+    options = read_object(Path(file), advice).get("options")
+    if not isinstance(options, dict):
+        raise ValueError(f"{file} has no options; {advice}")
+    return options
 
 
 def count_of(budget: int | float, tokens: int | None) -> int:
@@ -152,6 +177,8 @@ class RouterContext:
         pixels_B3HW: image, 0 to 255.
         score_BN: scores from the router before the language model, of the tokens that are left.
         growth_BN: increase of the attention from the action tokens since the layer before.
+        guide_BN: attention that each token gets from the action tokens in a deeper language layer, if no token is
+            removed; in training only, for routers with a `guide_layer`.
         share_B2: share of the text and action tokens' attention that goes to vision tokens, and share of the vision
             tokens' attention that goes to text and action tokens.
         neurons_BNI: bool, neurons of the language layer's MLP that each vision token activates.
@@ -183,9 +210,10 @@ class RouterContext:
     history_BOND: Tensor | None = None
     patches_BPF: Tensor | None = None
     owner_BP: Tensor | None = None
+    guide_BN: Tensor | None = None
 
 
-ITEMS = frozenset(f.name for f in fields(RouterContext)) - {"budget", "training", "text_mask_BT"}
+ITEMS = frozenset(f.name for f in fields(RouterContext)) - {"budget", "training", "text_mask_BT", "guide_BN"}
 """Names of the items that a router can need."""
 
 
@@ -225,10 +253,14 @@ class TokenRouter(nn.Module, ABC):
     """Items of `RouterContext` that the router reads."""
     stage: ClassVar[str] = "encoder_out"
     """Default stage."""
-    stages: ClassVar[tuple[str, ...]] = STAGES
+    stages: ClassVar[tuple[str, ...]] = STAGES[1:]
     """Stages that the router supports."""
     selects: ClassVar[bool] = True
     """True if every output token is an input token, False if the router can make new ones."""
+    projects: bool = False
+    """True if the router replaces the projector: at `encoder_out`, its output has the language model's width."""
+    guide_layer: int | None = None
+    """Language layer whose attention to all tokens the router learns from (`RouterContext.guide_BN`); None: none."""
 
     def __init__(self, sizes: RouterSizes) -> None:
         super().__init__()
@@ -241,6 +273,10 @@ class TokenRouter(nn.Module, ABC):
             ValueError: the router does not support this budget.
         """
         return budget
+
+    def shape(self, budget: int) -> tuple[int, int] | None:
+        """Return rows and columns of the tokens that the router leaves; None: they are no grid."""
+        return None
 
     def attention_blocks(self, depth: int) -> range:
         """Return the vision blocks, of `depth`, whose attention `attention_LBN` holds."""
@@ -257,3 +293,22 @@ class TokenRouter(nn.Module, ABC):
             routed = self.route(tokens_BND, context)
         assert routed.tokens_BnD.shape[:2] == routed.index_Bn.shape == routed.place_Bn.shape
         return routed
+
+
+class Calibrated(ABC):
+    """A router with options that should be measured on the policy's own observations, as `calibrate_router` does."""
+
+    trouble: ClassVar[str] = ""
+    """What `troubled` says of a row."""
+
+    @abstractmethod
+    def observed(self, tokens_BND: Tensor, context: RouterContext) -> Tensor:
+        """Return what is averaged over all rows of all observations, [B,...]."""
+
+    @abstractmethod
+    def fitted(self, mean: Tensor) -> dict[str, float]:
+        """Return the options that follow from the mean of `observed`."""
+
+    def troubled(self, tokens_BND: Tensor, context: RouterContext) -> Tensor | None:
+        """Return the rows for which the present options do not work, bool [B]; None: there is no such measure."""
+        return None

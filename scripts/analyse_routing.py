@@ -103,10 +103,23 @@ def page(
             {name: values["overlap"] for name, values in data["alignment"].items()}, "overlap",
         ),
     }  # fmt: skip
+    more = {
+        "information left, if a share of the tokens stays": (
+            data["information"]["by_share"],
+            "1 − exp(−change of actions)",
+        ),
+    }
+    if data["injection"] is not None:
+        entering = {"": data["injection"]}
+        more["change of the actions if the tokens enter at a later layer"] = (entering, "normalised actions")
+    if data["single_tokens"] is not None:
+        single = {"share of tokens that tell something alone": data["single_tokens"]["telling"]}
+        more["single tokens"] = (single, "share")
     charts = {
         name: lines({"": [values.get(layer) for layer in layers]}, "language layer", unit, start=0)
         for name, (values, unit) in by_layer.items()
     }
+    charts |= {name: lines(series, "language layer", unit, start=0) for name, (series, unit) in more.items()}
     return template("routing.html.j2").render(data=data, episodes=shown, charts=charts)
 
 

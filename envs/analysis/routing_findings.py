@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cogvla.envs.analysis.layer_probes import horizon, injection, single_tokens
 from cogvla.envs.analysis.representations import representations
 from cogvla.envs.analysis.routing_recording import Moment, WatchedEpisode
 from cogvla.envs.analysis.token_fates import fates
-from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.language import DecoderTrace
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.diagnostics import (
@@ -26,8 +26,6 @@ from cogvla.routing.diagnostics import (
     SINK,
     attention_entropy,
     flicker,
-    information,
-    information_horizon,
     kept_share,
     nearest,
     token_kinds,
@@ -63,6 +61,8 @@ def findings(
         "readings": readings(policy, some, instructions),
         "information": horizon(policy.model, some),
         **representations(policy.model, some, moments),
+        "injection": injection(policy.model, some),
+        "single_tokens": single_tokens(policy.model, some[:: max(1, len(some) // 4)][:4]),
         "episodes": [
             {
                 "task": e.name, "success": e.result.success, "steps": e.result.steps, **over_time(e),
@@ -247,43 +247,6 @@ def _groups(moment: Moment, layer: int, token: int) -> list[str]:
     if (kept := moment.kept.get(f"layer {layer}")) is not None:
         groups.append("kept" if bool((kept == token).any()) else "gone")
     return groups
-
-
-# --- what later layers still need ---
-
-
-@torch.inference_mode()
-def horizon(model: CogVLA, moments: Sequence[Moment]) -> dict[str, Any]:
-    """Measure the change of the actions if all vision tokens are dropped before a layer, and find the horizon.
-
-    The horizon is the first layer from which on the change is small.
-    """
-    layers = range(model.config.language.layers)
-    changes = torch.zeros(len(layers))
-    emptied = [without_vision_from(model, layer) for layer in layers]
-    for moment in moments:
-        whole_BKA = model(moment.inputs).actions
-        for layer in layers:
-            changes[layer] += float((emptied[layer](moment.inputs).actions - whole_BKA).abs().mean()) / len(moments)
-    information_L = information(changes)
-    return {
-        "action_change": changes.tolist(),
-        "information": information_L.tolist(),
-        "horizon": information_horizon(information_L),
-        "layers": len(layers),
-    }
-
-
-def without_vision_from(model: CogVLA, layer: int) -> CogVLA:
-    """Return the same network, but with all vision tokens dropped before this language layer."""
-    own = model.config.routing.router
-    changes: dict[str, Any] = {"layers": (layer,), "layer_router": "late_exit", "layer_budgets": (), "mode": "drop"}
-    if own.name is None:
-        changes |= {"name": "identity", "budget": 1.0, "stage": None, "options": None}
-    other = model.with_router(replace(own, **changes)).eval()
-    if model.router is not None and other.router is not None:  # keep the trained weights of the router
-        other.router.load_state_dict(model.router.state_dict(), strict=False)
-    return other
 
 
 def mean(values: Sequence[float | None]) -> float | None:

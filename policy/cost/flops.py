@@ -155,14 +155,19 @@ def count_flops(
         once.append(encoder)
         instruction += _encoder(encoder, text_length, counting).for_samples(batch)
     rows = [StageCost(INSTRUCTION, _parameters(once), instruction)]
+    reduced = None
+    if model.router is not None and len(model.router.inside):
+        reduced = model.router.block, model.vision_tokens // views
     for name, tower in towers:
-        work = _tower(tower, counting).for_samples(batch * views)
+        work = _tower(tower, counting, reduced).for_samples(batch * views)
         rows.append(StageCost(f"tower {name}", _parameters([tower]) - _parameters([tower.film]), work))
     projectors = [module for module in fusion.children() if module not in once]
     # A router before the projectors reduces their tokens; a router after them does not.
-    whole = model.router is not None and model.router.stage != "encoder_out"
+    whole = model.router is not None and model.router.stage not in ("encoder_block", "encoder_out")
     projected = batch * (model.vision.tokens if whole else model.vision_tokens)
-    rows.append(StageCost("fusion", _parameters(projectors), _linears(projectors, projected)))
+    before = None if model.router is None else model.router.before
+    projecting = [before] if before is not None and before.projects else projectors
+    rows.append(StageCost("fusion", _parameters(projectors), _linears(projecting, projected)))
     rows.append(StageCost("state", _parameters([model.state]), _linears([model.state], batch)))
     layout = TokenLayout(model.vision_tokens, text_length, model.action_tokens)
     rows += [StageCost(r.stage, r.parameters, r.work.for_samples(batch)) for r in _decoder(model, layout, counting)]
@@ -274,8 +279,8 @@ def _attention(asking: int, keys: int, width: int, counting: Counting) -> Work:
     return Work(2 * asking * keys * width, 0, 2 * (asking + keys) * width) if counting.attention else Work()
 
 
-def _tower(tower: VisionTower, counting: Counting) -> Work:
-    """Count the work of a tower for one view."""
+def _tower(tower: VisionTower, counting: Counting, reduced: tuple[int, int] | None = None) -> Work:
+    """Count the work of a tower for one view; `reduced`: a block, and the number of patches from it on."""
     vit, width = tower.vit, tower.width
     patches = vit.patch_embed.num_patches
     extra = 0 if tower.aggregation is None else len(tower.aggregation.tokens)
@@ -283,6 +288,8 @@ def _tower(tower: VisionTower, counting: Counting) -> Work:
     kernel = vit.patch_embed.proj.weight
     work = Work(patches * kernel.numel(), kernel.numel() + width, patches * (kernel[0].numel() + width))
     for index, block in enumerate(vit.blocks[: tower.computed]):
+        if reduced is not None and index == reduced[0]:
+            tokens += reduced[1] - patches
         # The last block returns only the aggregation tokens, so only these have queries and an MLP.
         few = extra and index == tower.computed - 1 and type(block.attn) is Attention and not counting.every_row
         asking = extra if few else tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
 from cogvla.policy.model.attention_probe import AttentionProbe
 from cogvla.policy.model.cogvla import CogVLA, TextFeatures
 from cogvla.policy.model.token_router import PolicyRouter, Routed
+from cogvla.policy.model.tower_reducer import TowerReducer
 from cogvla.policy.model.vision import cut_patches
 
 
@@ -90,10 +92,12 @@ class FusedNetwork(nn.Module):
         weights_B2, router = inputs.get("streams"), self.router
         if router is None:
             return Routed(self.fusion(self.streams(inputs["pixels"], inputs), weights_B2))
-        probe, text_mask_BT = router.probe(), inputs["text_mask"]
-        streams = self.streams(inputs["pixels"], inputs, probe)
+        probe, reducer, text_mask_BT = router.probe(), router.reducer(), inputs["text_mask"]
+        streams = self.streams(inputs["pixels"], inputs, probe, reducer)
         words_BTD, draw_B = inputs["tail"][:, : text_mask_BT.shape[1]], router.draws(inputs["state"])
-        return router(streams, self.fusion, weights_B2, words_BTD, text_mask_BT, inputs["pixels"], draw_B, probe)
+        return router(
+            streams, self.fusion, weights_B2, words_BTD, text_mask_BT, inputs["pixels"], draw_B, probe, reducer=reducer
+        )
 
     def decide(self, seen: Routed, inputs: Tensors) -> Tensor:
         """Run stages 2 and 3; return the states of the action tokens [B,J,D]."""
@@ -101,7 +105,13 @@ class FusedNetwork(nn.Module):
         sequence = (inputs["bos"], seen.vision_BnD, state_B1D, inputs["tail"])
         return self.decoder(torch.cat(sequence, dim=1), inputs, seen.position_Bn, seen.layers)
 
-    def streams(self, pixels_BVCHW: Tensor, text: Tensors, probe: AttentionProbe | None = None) -> list[Tensor]:
+    def streams(
+        self,
+        pixels_BVCHW: Tensor,
+        text: Tensors,
+        probe: AttentionProbe | None = None,
+        reducer: TowerReducer | None = None,
+    ) -> list[Tensor]:
         """Compute the tokens of each tower before projection, [B,V*N,F]; the probe reads the first tower."""
         streams: list[Tensor] = []
         patches: dict[int, Tensor] = {}
@@ -113,7 +123,9 @@ class FusedNetwork(nn.Module):
                     patches[size] = cut_patches(pixels_BVCHW, size, towers.positions.dtype)
                 films = (text[f"scale{index}"], text[f"shift{index}"]) if f"scale{index}" in text else None
                 with aside.stream(index):
-                    x_GXNF = towers(patches[size], films, None if index else probe)
+                    numbers = range(len(streams), len(streams) + towers.towers)
+                    reduce = None if reducer is None else [partial(reducer, number) for number in numbers]
+                    x_GXNF = towers(patches[size], films, None if index else probe, reduce)
                 streams += rearrange(x_GXNF, "g (b v) n w -> g b (v n) w", v=self.views).unbind(0)
         return streams
 

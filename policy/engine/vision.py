@@ -139,7 +139,11 @@ class FusedTowers(nn.Module):
         self.normed = any(not isinstance(norm, nn.Identity) for norm in self.norms)
 
     def forward(
-        self, patches_XPC: Tensor, films: tuple[Tensor, Tensor] | None, probe: AttentionProbe | None = None
+        self,
+        patches_XPC: Tensor,
+        films: tuple[Tensor, Tensor] | None,
+        probe: AttentionProbe | None = None,
+        reduce: Sequence[Callable[[int, Tensor], Tensor]] | None = None,
     ) -> Tensor:
         """Compute tokens [G,X,N,F].
 
@@ -147,6 +151,7 @@ class FusedTowers(nn.Module):
             patches_XPC: patches with values 0 to 255, see `policy.model.vision.cut_patches`.
             films: `1 + scale` and shift, [L,G,X,1,F]; None: no FiLM.
             probe: reads the attention of the first tower; None: nothing reads it.
+            reduce: for each tower, see `VisionTower.forward`; None: all patches stay.
         """
         images = patches_XPC.shape[0]
         patches_RC = patches_XPC.flatten(0, 1)
@@ -164,6 +169,10 @@ class FusedTowers(nn.Module):
         x = x_GXNF.flatten(1, 2)
         x = x[0] if alone else x
         for index, block in enumerate(self.blocks):
+            if reduce is not None:
+                x_GXNF = (x[None] if alone else x).unflatten(1, (images, -1))
+                fewer = torch.stack([one(index, part) for one, part in zip(reduce, x_GXNF, strict=True)]).flatten(1, 2)
+                x = fewer[0] if alone else fewer
             film = None
             if films is not None:
                 film = (films[0][index], films[1][index])

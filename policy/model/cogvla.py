@@ -258,14 +258,17 @@ class CogVLA(nn.Module):
         else:
             budget = self.router.drawn_budget(inputs.draw)
             text = text or self.encode_text(inputs.text_ids, inputs.text_mask, budget)
-            probe = self.router.probe()
-            streams = self.vision.streams(inputs.pixels, text.vision, gaze, probe, observer)
+            probe, reducer = self.router.probe(), self.router.reducer(budget)
+            streams = self.vision.streams(inputs.pixels, text.vision, gaze, probe, observer, reducer)
+            guided = self.training and self.router.guide_layer is not None
+            guide_BN = self._guide(streams, inputs, text) if guided else None
             draw_B = self.router.draws(inputs.state) if inputs.draw is None else inputs.draw[:, 0]
             words_BTD, mask_BT = text.tail_BRD[:, : text.context.layout.text], text.context.text_mask_BT
             weights_B2, pixels = text.vision.weights_B2, inputs.pixels
             routed = self.router(
-                streams, self.vision.fusion, weights_B2, words_BTD, mask_BT, pixels, draw_B, probe, budget
-            )
+                streams, self.vision.fusion, weights_B2, words_BTD, mask_BT, pixels, draw_B, probe, budget, reducer,
+                guide_BN,
+            )  # fmt: skip
             vision_BND = routed.vision_BnD
         if change is not None:
             vision_BND = change(vision_BND)
@@ -273,6 +276,18 @@ class CogVLA(nn.Module):
         if output.debug is not None:
             output.debug.update(streams=streams, stream_weights=text.vision.weights_B2)
         return output if gaze is None else replace(output, gaze=gaze)
+
+    @torch.no_grad()
+    def _guide(self, streams: list[Tensor], inputs: ModelInput, text: TextFeatures) -> Tensor:
+        """Return the attention [B,N] of the action tokens to all vision tokens in the router's `guide_layer`."""
+        assert self.router is not None
+        assert self.router.guide_layer is not None
+        vision_BND = self.vision.fusion(streams, text.vision.weights_B2)
+        whole = self.with_router(RouterConfig())
+        features = whole.encode_text(inputs.text_ids, inputs.text_mask)
+        inside = whole.decide(vision_BND, inputs.state, features, debug=True, decode=False).debug
+        assert inside is not None
+        return inside["attention"][self.router.guide_layer]
 
     def decide(
         self,

@@ -220,7 +220,7 @@ class RoutedDecoder(nn.Module):
         read = self.read_rows if last and not every_row else None
         h_BSD = normed(layer.input_layernorm, x_BSD)
         chosen = None if routing is None else routing.choose(layer, index, x_BSD, now, context)
-        if str(index) in self.routers:
+        if chosen is None and str(index) in self.routers:
             count = context.plan[index].process
             chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count)
         if chosen is None:

@@ -42,6 +42,7 @@ class LayerPass:
         training: see `RouterContext`.
         timer: context manager that times the work of the routers.
         towers: `patches_BPF` and `owner_BP` of `RouterContext`; None if no router needs them.
+        guide_BN: see `RouterContext`; None outside of training.
 
     Attributes:
         losses: auxiliary losses of the routers, by name and layer.
@@ -57,8 +58,9 @@ class LayerPass:
         training: bool,
         timer: AbstractContextManager[Any] | None = None,
         towers: tuple[Tensor, Tensor] | None = None,
+        guide_BN: Tensor | None = None,
     ) -> None:
-        self.timer = timer or nullcontext()
+        self.timer, self.guide_BN = timer or nullcontext(), guide_BN
         self.towers = towers
         self.routers, self.bypass, self.compact = routers, bypass, compact
         self.draw_B, self.score_BN, self.training = draw_B, score_BN, training
@@ -117,7 +119,7 @@ class LayerPass:
         if FROM_TOWERS & router.needs:
             assert self.towers is not None
             items["patches_BPF"], items["owner_BP"] = self.towers
-        items["draw_B"] = self.draw_B
+        items |= {"draw_B": self.draw_B, "guide_BN": None if router.guide_layer is None else self.guide_BN}
         routed: RoutedTokens = router(x_BSD[:, now.layout.visual], RouterContext(budget, self.training, **items))
         self.losses |= {f"{name}_layer{index}": value for name, value in routed.losses.items()}
         return routed

@@ -3,6 +3,7 @@
 ::
 
     towers -> streams joined [B,V*N,F] -> ROUTER (encoder_out) -> fusion -> ROUTER (projector_out) -> language model
+      ^- ROUTERS (encoder_block, policy.tower_reducer)
                                                                        ROUTERS at `layers` (policy.layer_router) -^
 
 Each view is routed separately, as a row of the batch, unless the views are `joint`. Attention and other inputs of a
@@ -30,6 +31,7 @@ from cogvla.policy.model.attention_probe import FROM_VISION, AttentionProbe
 from cogvla.policy.model.config import RoutingConfig
 from cogvla.policy.model.layer_router import FROM_LANGUAGE, FROM_TOWERS, LayerPass
 from cogvla.policy.model.stopwatch import Stopwatch
+from cogvla.policy.model.tower_reducer import TowerReducer
 from cogvla.policy.model.vision import WHITE, DualVision
 from cogvla.routing.aggregation import StreamFusion
 from cogvla.routing.draws import children, seeds_of
@@ -88,23 +90,71 @@ class PolicyRouter(nn.Module):
         towers = [tower for _, tower in vision.named_towers()]
         self.widths = [tower.width for tower in towers]
         self.blocks, self.prefix, self.has_cls = towers[0].computed, towers[0].prefix, towers[0].has_cls
+        self.prefixes = [tower.prefix for tower in towers]
         known = registered_routers()
         self.stage = config.stage or (known[config.name].stage if config.name in known else "encoder_out")
         self.before: TokenRouter | None = None
+        self.inside = nn.ModuleList()
         self.tokens = self.all_tokens
-        if self.stage != "llm_layer":
+        if self.stage == "encoder_block":
+            self._build_inside(config.name)
+        elif self.stage != "llm_layer":
             tokens, token_width = self.all_tokens // self.rows, sum(self.widths)
             largest = max(self._count(budget) for budget in (config.budget, *config.train_budgets))
             sizes = RouterSizes(
                 tokens, token_width if self.stage == "encoder_out" else width, width, self.grid, largest, token_width
             )
             self.before = self._build(config.name, self.stage, sizes, config.options)
+        if self.stage != "llm_layer":
             self.tokens = self.leaves(config.budget)
             for budget in config.train_budgets:
                 self.leaves(budget)
         self.counts: dict[int, int] = {}
         self.layers = nn.ModuleDict()
         self._build_layers(layers, routing.lfp and routing.mode == "drop")
+        if len(self.inside) and any(FROM_TOWERS & router.needs for router in self._routers()):
+            raise ValueError(
+                "a router in the language model reads the patches, which router.stage=encoder_block has reduced: "
+                "use another stage"
+            )
+        self._check_guide(routing, layers)
+
+    @property
+    def block(self) -> int:
+        """Vision block before which the towers are reduced, with `stage=encoder_block`."""
+        return self.blocks // 2 if self.config.block is None else self.config.block
+
+    def _build_inside(self, name: str) -> None:
+        config = self.config
+        if self.grid is None:
+            raise ValueError(
+                "router.stage=encoder_block reduces patches of one view: set routing.efa=false and router.joint=false"
+            )
+        if not 0 <= self.block < self.blocks:
+            raise ValueError(
+                f"router.block is {self.block}, and these towers compute {self.blocks} blocks: choose 0 to "
+                f"{self.blocks - 1}"
+            )
+        tokens = self.all_tokens // self.rows
+        largest = max(self._count(budget) for budget in (config.budget, *config.train_budgets))
+        for width in self.widths:
+            sizes = RouterSizes(tokens, width, self.width, self.grid, largest)
+            self.inside.append(self._build(name, self.stage, sizes, config.options))
+
+    def _check_guide(self, routing: RoutingConfig, layers: int) -> None:
+        """Check the layer whose attention a router learns from."""
+        if (guide := self.guide_layer) is None:
+            return
+        if len(self._routers()) > 1 or (routing.lfp and routing.mode == "drop"):
+            raise ValueError("guide_layer needs a policy in which only this router removes tokens")
+        first = max(self.counts, default=-1) + 1
+        if not first <= guide < layers:
+            raise ValueError(f"guide_layer is {guide}; it must be deeper than the router, {first} to {layers - 1} here")
+
+    @property
+    def guide_layer(self) -> int | None:
+        """Language layer whose attention, with all tokens, a router learns from; None: no router does."""
+        return next((r.guide_layer for r in self._routers() if r.guide_layer is not None), None)
 
     def _build_layers(self, layers: int, lfp_drops: bool) -> None:
         config, now = self.config, self.tokens
@@ -145,6 +195,8 @@ class PolicyRouter(nn.Module):
 
     def _given(self, stage: str) -> frozenset[str]:
         """Return the context items that are available at a stage."""
+        if stage == "encoder_block":
+            return frozenset({"grid"})
         if stage == "llm_layer":
             scored = self.before is not None
             return FROM_LANGUAGE - (set() if scored else {"score_BN"})
@@ -161,9 +213,17 @@ class PolicyRouter(nn.Module):
 
     def leaves(self, budget: int | float) -> int:
         """Return the number of vision tokens of all views that enter the language model with this budget."""
-        if self.before is None:
-            return self.all_tokens
-        return self.rows * self.before.leaves(self._count(budget))
+        first = self._first()
+        return self.all_tokens if first is None else self.rows * first.leaves(self._count(budget))
+
+    def _first(self) -> TokenRouter | None:
+        """Return the router before the language model, or the first tower's; None: there is none."""
+        return cast(TokenRouter, self.inside[0]) if len(self.inside) else self.before
+
+    def shape(self, tokens: int) -> tuple[int, int] | None:
+        """Return rows and columns of a view's tokens if all views have this number of them; None: they are no grid."""
+        first = self._first()
+        return None if first is None else first.shape(tokens // self.views)
 
     @property
     def left(self) -> dict[int, int]:
@@ -186,7 +246,7 @@ class PolicyRouter(nn.Module):
 
     def gap(self, tokens: int) -> int:
         """Return the number of free positions after `tokens` vision tokens, see `DecoderContext`."""
-        if self.before is None or self.config.position == "compact":
+        if self._first() is None or self.config.position == "compact":
             return 0
         return math.ceil(self._step * self.all_tokens) - tokens
 
@@ -201,6 +261,15 @@ class PolicyRouter(nn.Module):
         blocks = self.before.attention_blocks(self.blocks)
         return AttentionProbe(self.before.needs, blocks, self.prefix, self.has_cls, self.stopwatch)
 
+    def reducer(self, budget: int | float | None = None) -> TowerReducer | None:
+        """Return what reduces the patches inside of the towers; None if nothing does; `budget` as in `forward`."""
+        if not len(self.inside):
+            return None
+        count = self._count(self.config.budget if budget is None else budget)
+        routers = [cast(TokenRouter, router) for router in self.inside]
+        context = RouterContext(count, self.training, grid=self.grid)
+        return TowerReducer(routers, self.block, self.prefixes, context, self.stopwatch)
+
     def draws(self, state_BS: Tensor) -> Tensor:
         """Return the seeds [B] for observations with these states."""
         if self.config.resample and any("draw_B" in router.needs for router in self._routers()):
@@ -209,7 +278,7 @@ class PolicyRouter(nn.Module):
 
     def _routers(self) -> list[TokenRouter]:
         before = [] if self.before is None else [self.before]
-        return before + [cast(TokenRouter, router) for router in self.layers.values()]
+        return before + [cast(TokenRouter, router) for router in (*self.inside, *self.layers.values())]
 
     def drawn_budget(self, draw_B2: Tensor | None) -> int | float | None:
         """Return the budget of this training step; None: the configured one."""
@@ -228,6 +297,8 @@ class PolicyRouter(nn.Module):
         draw_B: Tensor,
         probe: AttentionProbe | None,
         budget: int | float | None = None,
+        reducer: TowerReducer | None = None,
+        guide_BN: Tensor | None = None,
     ) -> Routed:
         """Route the towers' streams [B,V*N,F] and project them for the language model.
 
@@ -241,10 +312,16 @@ class PolicyRouter(nn.Module):
             draw_B: seeds.
             probe: result of `probe()`, after the towers ran with it.
             budget: budget that replaces the configured one; None: the configured one.
+            reducer: result of `reducer()`, after the towers ran with it.
+            guide_BN: attention that the towers' tokens get in `guide_layer`; None outside of training.
         """
         routed: RoutedTokens | None = None
         position_Bn: Tensor | None = None
-        if self.before is None:
+        if reducer is not None:
+            assert reducer.routed is not None
+            vision_BnD = fusion(streams, weights_B2)
+            routed = self._together(replace(reducer.routed, losses=reducer.losses), vision_BnD)
+        elif self.before is None:
             vision_BnD = fusion(streams, weights_B2)
         else:
             joined_BNF = torch.cat(list(streams), dim=-1)
@@ -260,13 +337,16 @@ class PolicyRouter(nn.Module):
                 x_XNC = project(joined_XNF)
             with self.stopwatch or nullcontext():
                 items = self._items(words_BTD, text_mask_BT, pixels_BVCHW, draw_B, probe)
+                if guide_BN is not None:
+                    items["guide_BN"] = rearrange(guide_BN, "b (r n) -> (b r) n", r=self.rows)
                 items |= {"encoder_BNF": joined_XNF} if self.stage == "projector_out" else {"projector": asked}
                 routed = cast(RoutedTokens, self.before(x_XNC, RouterContext(count, self.training, **items)))
-            x_XnD = project(routed.tokens_BnD) if self.stage == "encoder_out" else routed.tokens_BnD
+            raw = self.stage == "encoder_out" and not self.before.projects
+            x_XnD = project(routed.tokens_BnD) if raw else routed.tokens_BnD
             vision_BnD = rearrange(x_XnD, "(b r) k d -> b (r k) d", r=self.rows)
             routed = self._together(routed, vision_BnD)
-            if self.config.position != "compact":
-                position_Bn = 1 + (routed.place_Bn if self._step == 1 else self._step * routed.place_Bn)
+        if routed is not None and self.config.position != "compact":
+            position_Bn = 1 + (routed.place_Bn if self._step == 1 else self._step * routed.place_Bn)
         layers = None
         if self.layers:
             routers = {
@@ -279,7 +359,9 @@ class PolicyRouter(nn.Module):
             towers = None
             if any(FROM_TOWERS & router.needs for router, _ in routers.values()):
                 towers = torch.cat(list(streams), dim=-1), self._owners(routed, draw_B)
-            layers = LayerPass(routers, self.bypass, compact, draw_B, score_BN, self.training, self.stopwatch, towers)
+            layers = LayerPass(
+                routers, self.bypass, compact, draw_B, score_BN, self.training, self.stopwatch, towers, guide_BN
+            )
         return Routed(vision_BnD, position_Bn, layers, routed)
 
     def _items(

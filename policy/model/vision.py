@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import timm
@@ -32,6 +33,8 @@ from cogvla.routing.film import FiLM, modulate
 WHITE = 255.0  # largest pixel value
 Probe = Callable[[int, Any, Tensor], None]
 """Function that is called with the number of a block, the block, and its input [X,P',F] with all prefix tokens."""
+Reducer = Callable[[int, int, Tensor], Tensor]
+"""Function from the number of a tower, that of a block, and the block's input [X,P',F], to that with fewer patches."""
 Observer = Callable[["VisionTower", int, Tensor], None]
 """Function that is called with a tower, the number of a block, and its input [X,P',F], with or without EFA."""
 
@@ -139,6 +142,7 @@ class VisionTower(nn.Module):
         gaze: list[Tensor] | None = None,
         probe: Probe | None = None,
         observer: Observer | None = None,
+        reduce: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Compute tokens [X,N,F].
 
@@ -149,6 +153,7 @@ class VisionTower(nn.Module):
                 block, [X,h,M,P].
             probe: function called with every block, unless EFA is on.
             observer: function called with every block.
+            reduce: function from the number of a block and its input to that with fewer patches.
         """
         vit = self.vit
         x = x_XPF
@@ -161,6 +166,8 @@ class VisionTower(nn.Module):
         if self.aggregation is not None:
             x, probe = self.aggregation.append_to(x), None
         for index, block in enumerate(vit.blocks[: self.computed]):
+            if reduce is not None:
+                x = reduce(index, x)
             if probe is not None:
                 probe(index, block, x)
             if observer is not None:
@@ -284,6 +291,7 @@ class DualVision(nn.Module):
         gaze: list[Tensor] | None = None,
         probe: Probe | None = None,
         observer: Observer | None = None,
+        reducer: Reducer | None = None,
     ) -> list[Tensor]:
         """Run both towers; return the tokens of each before projection, [B,V*N,F].
 
@@ -293,6 +301,7 @@ class DualVision(nn.Module):
             gaze: list that receives one entry per tower, see `VisionTower.forward`.
             probe: function called with every block of the first tower, see `VisionTower.forward`.
             observer: function called with every block of both towers.
+            reducer: reduces the patches inside of the towers; None: they stay.
         """
         views = pixels_BVCHW.shape[1]
         patches: dict[int, Tensor] = {}
@@ -301,7 +310,8 @@ class DualVision(nn.Module):
             size = tower.patch_size
             if size not in patches:
                 patches[size] = cut_patches(pixels_BVCHW, size, tower.vit.patch_embed.proj.weight.dtype)
-            x_XNF = tower(F.linear(patches[size], *embedding), film, gaze, None if streams else probe, observer)
+            reduce = None if reducer is None else partial(reducer, len(streams))
+            x_XNF = tower(F.linear(patches[size], *embedding), film, gaze, None if streams else probe, observer, reduce)
             streams.append(rearrange(x_XNF, "(b v) n w -> b (v n) w", v=views))
         return streams
 

@@ -18,8 +18,8 @@ first four need labels from the simulator:
 
 Further losses, which are off by default, are in `policy/training/auxiliary`, one per file.
 
-Shape legend: B batch, V views, K chunk, A action, R draws of noise, N vision tokens, D width, T tasks of the suite,
-G = 6 (target xyz, goal xyz).
+Shape legend: B batch, V views, X = B*V, H, W grid of a view's tokens, K chunk, A action, R draws of noise, N vision
+tokens, D width, T tasks of the suite, G = 6 (target xyz, goal xyz).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -68,6 +69,7 @@ class ObjectiveConfig:
         diversity: weight of the diversity loss on the towers' attention (ADL; 1.0 in its source).
         masking: share of vision tokens in [0,1] that a learned pool replaces in training (Croc; 0.75 in its source).
         mask_pool: number of entries of that pool.
+        mask_matching: entries for masked tokens: the `nearest` of each, or different ones (`hungarian`).
         vision_dropout: share of samples in [0,1] whose vision tokens are hidden.
         distillation: weight of the distillation loss from a teacher that keeps all tokens (Align-TI).
         teacher: checkpoint folder of the teacher; the YAML sets the run's `base`.
@@ -92,6 +94,7 @@ class ObjectiveConfig:
     diversity: float = 0.0
     masking: float = 0.0
     mask_pool: int = 64
+    mask_matching: str = "nearest"
     vision_dropout: float = 0.0
     distillation: float = 0.0
     teacher: str | None = None
@@ -198,11 +201,16 @@ class Objective(nn.Module):
                 "objective.pointing needs square images and an even policy.vision.aggregation_tokens, "
                 f"got {camera.height}x{camera.width} and {tokens}; or set it to 0"
             )
-        if config.grounding and model.config.routing.router.train_budgets:
+        self.model, self.config = model, config
+        varies = bool(model.config.routing.router.train_budgets)
+        if config.grounding and varies and self._grid(vision_tokens) is None:
             raise ValueError(
-                "objective.grounding needs a fixed number of vision tokens, routing.router.train_budgets varies it: "
-                "set objective.grounding=0 or train_budgets=[]"
+                "objective.grounding needs a fixed number of vision tokens, or grids of them; "
+                "routing.router.train_budgets varies the number, and this router does not leave grids: "
+                "set objective.grounding=0 or train_budgets=[], or use a router that pools, such as flex_count"
             )
+        if model.router is not None and model.router.before is not None and model.router.before.projects:
+            model.vision.fusion.requires_grad_(False)  # the router is the projector
         if config.pointer and model.config.routing.efa:
             raise ValueError(
                 "objective.pointer points at patches, but with routing.efa=true vision tokens are not patches: use "
@@ -210,14 +218,14 @@ class Objective(nn.Module):
             )
         if config.diversity:
             check_readable(model.vision)
-        self.model, self.config = model, config
+        self.vision_tokens = vision_tokens
         outputs = 2 * GROUNDING_DIM if config.gripper_state else GROUNDING_DIM
         self.grounding = GroundingHead(vision_tokens, width, outputs) if config.grounding else None
         self.reading = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs)) if config.reading else None
         self.pointer = Pointer(width, model.vision.grid) if config.pointer else None
-        self.mask = TokenMask(config.masking, config.mask_pool, width) if config.masking else None
         self.matching = Matching(width) if config.matching else None
         self.concepts = Concepts(width, config.concept_pool) if config.concepts else None
+        self.mask = TokenMask(config.masking, config.mask_pool, width, config.mask_matching) if config.masking else None
         self.distillation: Distillation | None = None
         if config.distillation:
             assert teacher is not None, "distillation needs a teacher"
@@ -253,7 +261,11 @@ class Objective(nn.Module):
             losses[name] = value.detach()
 
         if self.grounding is not None and batch.positions_BG is not None:
-            add("grounding_l1", (self.grounding(output.vision) - batch.positions_BG).abs().mean(), config.grounding)
+            add(
+                "grounding_l1",
+                (self.grounding(self._same_grid(output.vision)) - batch.positions_BG).abs().mean(),
+                config.grounding,
+            )
         if self.reading is not None and batch.positions_BG is not None:
             add("reading_l1", (self.reading(output.states) - batch.positions_BG[:, None]).abs().mean(), config.reading)
         for name, value in output.losses.items():
@@ -287,6 +299,21 @@ class Objective(nn.Module):
             add("teacher_kl", attention_match(output.debug, inside), config.distillation)
             add(f"teacher_{head.error_name}", error_BK.mean(), config.distillation)
         return losses
+
+    def _grid(self, tokens: int) -> tuple[int, int] | None:
+        """Return rows and columns of the tokens of a view if all views have this number; None: they are no grid."""
+        return None if self.model.router is None else self.model.router.shape(tokens)
+
+    def _same_grid(self, vision_BND: Tensor) -> Tensor:
+        """Return vision tokens, of whose number a step has drawn another, pooled or repeated to the usual number."""
+        if vision_BND.shape[1] == self.vision_tokens:
+            return vision_BND
+        here, usual = self._grid(vision_BND.shape[1]), self._grid(self.vision_tokens)
+        assert here is not None
+        assert usual is not None
+        views = len(self.model.embodiment.cameras)
+        x_XDHW = rearrange(vision_BND, "b (v h w) d -> (b v) d h w", v=views, h=here[0])
+        return rearrange(F.adaptive_avg_pool2d(x_XDHW, usual), "(b v) d h w -> b (v h w) d", v=views)
 
     def _change(self, draw_B2: Tensor | None, vision_BND: Tensor) -> Tensor:
         """Mask and hide vision tokens in training; without seeds, as in evaluation, return them unchanged."""

@@ -2,7 +2,8 @@
 router reads the attention.
 
 The authors' fitted trends are exp(rate * i) for token number i, with rates of 0.0011 to 0.0046 for 576 tokens, so every
-attention score is multiplied by exp(-rate * i). `fit_rate` fits the rate to a mean attention profile.
+attention score is multiplied by exp(-rate * i). `calibrate_router` fits the rate to the mean attention of recorded
+observations; the default is LLaVA's.
 
 Our choices: the rate scales with 576 / N; their step for padded pictures is left out, since pictures here are not
 padded. In an encoder, which is not causal, expect a rate near 0.
@@ -18,13 +19,13 @@ import torch
 from torch import Tensor
 
 from cogvla.routing.registry import build_router, register_router
-from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.router import Calibrated, RoutedTokens, RouterContext, RouterSizes, TokenRouter
 
 TOKENS = 576  # the authors' rates are for this many tokens
 
 
 @register_router("debias")
-class Debias(TokenRouter):
+class Debias(TokenRouter, Calibrated):
     """Run another router on attention without the trend.
 
     Args:
@@ -54,6 +55,18 @@ class Debias(TokenRouter):
 
     def attention_blocks(self, depth: int) -> range:
         return self.base.attention_blocks(depth)
+
+    def observed(self, tokens_BND: Tensor, context: RouterContext) -> Tensor:
+        """Return the attention that each token gets [B,N]."""
+        if context.attention_LBN is not None:
+            return context.attention_LBN.float().sum(0)
+        if context.received_BN is not None:
+            return context.received_BN.float()
+        assert context.attention_BNN is not None
+        return context.attention_BNN.float().mean(1)
+
+    def fitted(self, mean: Tensor) -> dict[str, float]:
+        return {"rate": fit_rate(mean)}
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         weight_N = torch.exp(-self.rate * torch.arange(tokens_BND.shape[1], device=tokens_BND.device))

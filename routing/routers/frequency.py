@@ -45,6 +45,9 @@ class Frequency(TokenRouter):
         grid_shape(self.sizes.grid, budget)
         return budget
 
+    def shape(self, budget: int) -> tuple[int, int]:
+        return grid_shape(self.sizes.grid, budget)
+
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.grid is not None
         grid, shape = context.grid, grid_shape(context.grid, context.budget)

@@ -2,19 +2,23 @@
 
 Global tokens are patches that get more than `threshold` times the mean attention. The importance of a token is the mean
 attention that it gets from them, plus `entropy` times the softmax of the patches' Shannon entropy (of a grey histogram
-of 256 bins). M = N / cell^2 of the n tokens are recycled tokens: importance-weighted means of removed tokens, each at
-the place of the most important removed token of a cell.
+of 256 bins). The most important tokens stay whole. Each cell of cell x cell patches that has removed tokens leaves one
+recycled token: their importance-weighted mean, at the place of the most important of them.
 
-The paper's search found entropy = 0 every time, so that is the default. Our choices: there are exactly M recycled
-tokens, at most n/2, and each removed token contributes to the nearest one (in the paper there is one recycled token for
-each cell that has removed tokens); the defaults of `threshold` and `cell` are for small grids (the paper found 28.7 to
-39.3, and 11.8 to 17.4, for 27 x 27 patches); if no token is global, the one with the most attention counts as global.
-Pruning inside the language model is `carried`; the search is `schedule_search`.
+The paper's search found entropy = 0 every time, so that is the default. Differences: the paper keeps n - N / cell^2
+tokens whole, and the number of cells with removed tokens comes on top, so that its n is only approximate. Here as many
+stay whole as possible such that they and the recycled tokens are exactly n; that number always exists, because one more
+whole token is at most one recycled token less. Our choices: the cell grows until there are at most n/2 cells (for n = 1
+nothing is recycled); the defaults of `threshold` and `cell` are for small grids (the paper found 28.7 to 39.3, and 11.8
+to 17.4, for 27 x 27 patches; search them with `search_schedule`); if no token is global, the one with the most
+attention counts as global. Pruning inside the language model is `carried`.
 
-Shape legend: R tokens that are not kept whole, M recycled tokens, C cells, P pixels of a patch, G bins of grey.
+Shape legend: C cells, P pixels of a patch, G bins of grey, I = N+1 numbers of whole tokens.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from einops import rearrange
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
-from cogvla.routing.selection import best, remaining, take
+from cogvla.routing.selection import best, ranked, take
 
 GREY, BINS = (0.299, 0.587, 0.114), 256
 
@@ -34,10 +38,11 @@ class GlobalAttention(TokenRouter):
     Args:
         sizes: see `RouterSizes`.
         threshold: least attention that a global token gets, as a multiple of the mean.
-        cell: side of the cells of recycled tokens, in patches; 0: no recycled tokens.
+        cell: least side of the cells of recycled tokens, in patches, may be a fraction; 0: no recycled tokens.
         entropy: weight of the patches' entropy.
     """
 
+    needs = frozenset({"attention_BNN", "grid"})
     stages = ("encoder_out", "projector_out")
     selects = False
 
@@ -46,35 +51,55 @@ class GlobalAttention(TokenRouter):
         if threshold < 0 or (cell and cell < 1):
             raise ValueError(f"global_attention needs threshold >= 0 and cell 0 or at least 1, got {threshold}, {cell}")
         self.threshold, self.cell, self.entropy = threshold, cell, entropy
-        self.needs = frozenset({"attention_BNN", "grid"}) | (frozenset({"pixels_B3HW"}) if entropy else frozenset())
+        self.needs = self.needs | (frozenset({"pixels_B3HW"}) if entropy else frozenset())
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.grid is not None
-        score_BN, tokens = self.importance(context), tokens_BND.shape[1]
-        wanted = int(tokens / self.cell**2) if self.cell else 0
-        count = min(wanted, context.budget // 2, tokens - context.budget)
-        whole_Bn = best(score_BN, context.budget - count)
-        owner_BN = torch.full_like(score_BN, -1, dtype=torch.int64)
-        rest_BR = remaining(whole_Bn, tokens)
-        target_BM = rest_BR[:, :count]
-        if count:
-            # The most important removed token of each cell comes first; if there are fewer cells than M, others follow.
-            target_BM = rest_BR.gather(1, best(self._first_of_cells(score_BN, rest_BR, context.grid), count))
-        place_Bn, order_Bn = torch.cat((whole_Bn, target_BM), dim=1).sort(dim=1)
-        slot_Bn = order_Bn.argsort(dim=1)
-        owner_BN.scatter_(1, whole_Bn, slot_Bn[:, : whole_Bn.shape[1]])
-        recycled_BMD = take(tokens_BND, target_BM).float()
-        if count:
-            where_N2 = _where(context.grid, tokens_BND.device)
-            distance_BRM = torch.cdist(where_N2[rest_BR], where_N2[target_BM])
-            nearest_BR = distance_BRM.argmin(-1)
-            mine_BRM = nearest_BR[..., None] == torch.arange(count, device=nearest_BR.device)
-            weight_BRM = mine_BRM * score_BN.gather(1, rest_BR).clamp_min(1e-12)[..., None]
-            recycled_BMD = (weight_BRM / weight_BRM.sum(1, keepdim=True)).mT @ take(tokens_BND, rest_BR).float()
-            owner_BN.scatter_(1, rest_BR, slot_Bn[:, whole_Bn.shape[1] :].gather(1, nearest_BR))
-        both_BnD = torch.cat((take(tokens_BND, whole_Bn), recycled_BMD.to(tokens_BND.dtype)), dim=1)
-        index_Bn = torch.where(order_Bn < whole_Bn.shape[1], place_Bn, -1)
-        return RoutedTokens(take(both_BnD, order_Bn), index_Bn, place_Bn, score_BN, owner_BN)
+        score_BN, n = self.importance(context), context.budget
+        cell_N, count = self._cells(context.grid, n, tokens_BND.device)
+        rank_BN = ranked(score_BN).argsort(dim=1)
+        if count == 0:
+            chosen_Bn = best(score_BN, n)
+            return RoutedTokens(take(tokens_BND, chosen_Bn), chosen_Bn, chosen_Bn, score_BN)
+        cell_BN = cell_N.expand_as(rank_BN)
+        last_BC = rank_BN.new_full((len(rank_BN), count), -1).scatter_reduce(1, cell_BN, rank_BN, "amax")
+        # With w whole tokens, those of ranks 0 to w-1, the cells with a token of rank w or more are not empty.
+        whole_I = torch.arange(rank_BN.shape[1] + 1, device=rank_BN.device)
+        total_BI = whole_I + (last_BC[:, None] >= whole_I[:, None]).sum(-1)
+        whole_B1 = (total_BI <= n).sum(1, keepdim=True) - 1
+        gone_BN = rank_BN >= whole_B1
+        waiting_BN = torch.where(gone_BN, rank_BN, rank_BN.shape[1])
+        first_BC = rank_BN.new_full((len(rank_BN), count), rank_BN.shape[1]).scatter_reduce(
+            1, cell_BN, waiting_BN, "amin"
+        )
+        recycled_BN = gone_BN & (rank_BN == first_BC.gather(1, cell_BN))
+        place_Bn = best((~gone_BN | recycled_BN).float(), n)
+        weight_BNC = (gone_BN * score_BN.clamp_min(1e-12))[..., None] * (
+            cell_N[:, None] == torch.arange(count, device=cell_N.device)
+        )
+        share_BNC = weight_BNC / weight_BNC.sum(1, keepdim=True).clamp_min(1e-30)
+        mean_BnD = take(share_BNC.mT @ tokens_BND.float(), cell_N[place_Bn]).to(tokens_BND.dtype)
+        made_Bn = recycled_BN.gather(1, place_Bn)
+        slot_BN = (~gone_BN | recycled_BN).long().cumsum(1) - 1
+        heir_BC = slot_BN.new_zeros(len(slot_BN), count).scatter_add(1, cell_BN, slot_BN * recycled_BN)
+        return RoutedTokens(
+            torch.where(made_Bn[..., None], mean_BnD, take(tokens_BND, place_Bn)),
+            torch.where(made_Bn, -1, place_Bn),
+            place_Bn,
+            score_BN,
+            torch.where(gone_BN, heir_BC.gather(1, cell_BN), slot_BN),
+        )
+
+    def _cells(self, grid: tuple[int, int], budget: int, device: torch.device) -> tuple[Tensor, int]:
+        """Return the cell of each patch, int64 [N], and the number of cells; 0: nothing is recycled."""
+        side, (rows, columns) = self.cell, grid
+        if not side or budget < 2:
+            return torch.zeros(rows * columns, dtype=torch.int64, device=device), 0
+        while math.ceil(rows / side) * math.ceil(columns / side) > budget // 2:
+            side += 1
+        number_N = torch.arange(rows * columns, device=device)
+        row_N, column_N = (number_N // columns / side).long(), (number_N % columns / side).long()
+        return row_N * math.ceil(columns / side) + column_N, math.ceil(rows / side) * math.ceil(columns / side)
 
     def importance(self, context: RouterContext) -> Tensor:
         """Return the importance of each token, float32 [B,N]."""
@@ -90,15 +115,6 @@ class GlobalAttention(TokenRouter):
             score_BN = score_BN + self.entropy * patch_entropy(context.pixels_B3HW, context.grid).softmax(-1)
         return score_BN
 
-    def _first_of_cells(self, score_BN: Tensor, rest_BR: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the scores of the removed tokens, with the best one of each cell raised above all others."""
-        cell_N2 = (_where(grid, score_BN.device) / max(self.cell, 1)).long()
-        cell_N = cell_N2[:, 0] * (grid[1] + 1) + cell_N2[:, 1]
-        score_BR, cell_BR = score_BN.gather(1, rest_BR), cell_N[rest_BR]
-        top_BC = score_BR.new_full((len(score_BR), (grid[0] + 1) * (grid[1] + 1)), float("-inf"))
-        top_BC = top_BC.scatter_reduce(1, cell_BR, score_BR, "amax")
-        return score_BR + (score_BR >= top_BC.gather(1, cell_BR)) * (score_BR.amax() + 1)
-
 
 def patch_entropy(pixels_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the Shannon entropy of each patch's grey values (0 to 255), in bits [B,N]."""
@@ -108,9 +124,3 @@ def patch_entropy(pixels_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
         2, grey_BNP, torch.ones_like(grey_BNP, dtype=pixels_B3HW.dtype)
     )
     return torch.special.entr(counts_BNG / grey_BNP.shape[2]).sum(-1) / torch.log(torch.tensor(2.0))
-
-
-def _where(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Return row and column of each patch, float32 [N,2]."""
-    number_N = torch.arange(grid[0] * grid[1], device=device)
-    return torch.stack((number_N // grid[1], number_N % grid[1]), dim=1).float()

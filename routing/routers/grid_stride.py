@@ -29,6 +29,9 @@ class GridStride(TokenRouter):
         grid_shape(self.sizes.grid, budget)
         return budget
 
+    def shape(self, budget: int) -> tuple[int, int]:
+        return grid_shape(self.sizes.grid, budget)
+
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.grid is not None
         _, middle_n = cells(context.grid, grid_shape(context.grid, context.budget), tokens_BND.device)

@@ -2,7 +2,13 @@
 
 At layer 7L/8 the paper removes all vision tokens if the share of attention from text to vision and that from vision to
 text are both below a threshold, whose value it does not give. In a policy, action tokens also attend to vision, so they
-count as text.
+count as text. `calibrate_router` finds a threshold for a policy: the largest one below which no recorded observation's
+actions change by more than a tolerance.
+
+**The test is one-sided here.** In the paper's models a text precedes the picture, to which vision tokens attend. Here
+all text follows, and the mask is causal (`routing.attention` other than `bidirectional`), so that the share from vision
+to text is exactly 0 and only the share from text and actions to vision decides. Nothing is lost: in such a model
+information flows in this direction only.
 
 Our choices: without a `threshold`, all vision tokens are removed at this layer, which really shortens the sequence;
 choose the layer such that the actions do not change. With a threshold, the rule is applied to each sample, and its
@@ -49,3 +55,19 @@ class LateExit(TokenRouter):
         assert context.share_B2 is not None
         stays_B1 = (context.share_B2 >= self.threshold).any(1, keepdim=True)
         return RoutedTokens(routed.tokens_BnD, index_Bn, index_Bn, mask_Bn=stays_B1.expand_as(index_Bn))
+
+
+def fit_threshold(share_X2: Tensor, change_X: Tensor, tolerance: float) -> float | None:
+    """Return the largest threshold at which no observation that exits has changed by more than the tolerance.
+
+    Args:
+        share_X2: `RouterContext.share_B2` of all observations.
+        change_X: change of the actions if the vision tokens are removed.
+        tolerance: largest change that is accepted.
+
+    Returns:
+        The threshold; None if every observation may exit. At 0 none does.
+    """
+    changed_X = change_X > tolerance
+    # An observation stays if one of its shares is at least the threshold.
+    return float(share_X2.amax(1)[changed_X].min()) if changed_X.any() else None

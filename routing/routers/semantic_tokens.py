@@ -1,6 +1,10 @@
 """STViT ("Making Vision Transformers Efficient from A Token Sparsification View"): replace the patches by a few
 semantic tokens, which act as cluster centres.
 
+With `router.stage=encoder_block`, as in the paper, they replace the patches in the middle of each tower, before block
+`router.block`: later blocks compute n tokens, which saves their time. Prefix tokens ([CLS], registers) go on beside
+them. At the other stages the towers compute all patches.
+
 S0 = adaptive max pool of the grid to g x g = n; S1 = S0 + scale * attention of S0 to [S0; X], then an MLP; S2 is
 computed in the same way from S1 + G, with n learned vectors G (truncated normal, 0.02). LayerScale starts at 1e-5.
 
@@ -36,7 +40,8 @@ class SemanticTokens(TokenRouter):
     """
 
     needs = frozenset({"grid"})
-    stages = ("encoder_out", "projector_out")
+    stage = "encoder_out"
+    stages = ("encoder_block", "encoder_out", "projector_out")
     selects = False
 
     def __init__(self, sizes: RouterSizes, *, variant: str = "trained", heads: int = 4) -> None:
@@ -57,6 +62,9 @@ class SemanticTokens(TokenRouter):
             )
         grid_shape(self.sizes.grid, budget)
         return budget
+
+    def shape(self, budget: int) -> tuple[int, int]:
+        return grid_shape(self.sizes.grid, budget)
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.grid is not None

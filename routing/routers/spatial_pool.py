@@ -20,7 +20,7 @@ class SpatialPool(TokenRouter):
     """Pool the grid to means of blocks of patches."""
 
     needs = frozenset({"grid"})
-    stages = ("encoder_out", "projector_out")
+    stages = ("encoder_block", "encoder_out", "projector_out")
     selects = False
 
     def __init__(self, sizes: RouterSizes) -> None:
@@ -30,6 +30,9 @@ class SpatialPool(TokenRouter):
     def leaves(self, budget: int) -> int:
         grid_shape(self.sizes.grid, budget)
         return budget
+
+    def shape(self, budget: int) -> tuple[int, int]:
+        return grid_shape(self.sizes.grid, budget)
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.grid is not None

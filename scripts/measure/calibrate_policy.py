@@ -12,37 +12,22 @@ Shape legend: N frames, B of them at once, K chunk, A action.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 
-from cogvla.configs.build import build
 from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
-from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
-from cogvla.policy.data.mixture.mixture import open_data
-from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
-from cogvla.policy.threads import use_threads
-from cogvla.policy.training.batches import BatchBuilder
-from cogvla.policy.training.objective import Batch, ObjectiveConfig
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, import_modules, plain
-
-BATCH = 8
-"""Frames in one pass."""
-NO_LABELS = ObjectiveConfig(
-    grounding=0.0, reading=0.0, pointing=0.0, counterfactual=0.0, gripper_state=(), state_dropout=0.5, phase_weights=()
-)
-"""An objective without labels, so that any data set will do."""
+from cogvla.scripts.command import as_typed, plain
+from cogvla.scripts.measure.recorded import batches, draw_frames, start
 
 
 def main(config: DictConfig) -> None:
@@ -58,33 +43,21 @@ def run(config: DictConfig, command: str) -> Calibration:
         ValueError: a number of frames is too small or too large, or the checkpoint does not support float8.
     """
     values = plain(config)
-    import_modules(values["imports"])
-    for name in ("observations", "checked"):
-        if values[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {values[name]}")
-    use_threads(values["threads"])
-    folder = Path(values["checkpoint"])
-    policy = load_policy(folder, values["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
-    data = open_data(build(DataConfig, values["data"], "data"), policy.embodiment)
-    count = values["observations"] + values["checked"]
-    if count > len(data):
-        raise ValueError(
-            f"the data set has {len(data)} frames, but observations={values['observations']} and "
-            f"checked={values['checked']} need {count}"
-        )
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(values["seed"]))[:count]
+    folder, device = start(values, "observations", "checked")
+    policy = load_policy(folder, device)
+    data, rows = draw_frames(policy, values, observations=values["observations"], checked=values["checked"])
     seen, checked = rows[: values["observations"]], rows[values["observations"] :]
 
     as_saved = _actions(policy, data, checked, "as saved")
     policy = policy.with_engine(EngineConfig("eager", dtype="bfloat16"), release=True)
     assert policy.engine is not None
     in_bfloat16 = _actions(policy, data, checked, "bfloat16")
-    observations = (batch.inputs for batch in _batches(policy, data, seen, "ranges"))
+    observations = (batch.inputs for batch in batches(policy, data, seen, "ranges"))
     calibration = policy.engine.calibrate(observations, values["smallest"])
     policy.engine.to_float8(calibration)
     in_float8 = _actions(policy, data, checked, "float8")
 
-    expert_BKA = torch.cat([batch.actions_BKA.cpu() for batch in _batches(policy, data, checked)])
+    expert_BKA = torch.cat([batch.actions_BKA.cpu() for batch in batches(policy, data, checked)])
     about = {
         "command": command,
         "weights_sha256": weights_hash(folder),
@@ -106,19 +79,10 @@ def run(config: DictConfig, command: str) -> Calibration:
     return calibration
 
 
-def _batches(
-    policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor, progress: str | None = None
-) -> Iterator[Batch]:
-    """Yield batches of these frames with the expert's actions; `progress` is the name of a progress bar."""
-    batches, builder = TrainingBatches(data, BATCH, seed=0), BatchBuilder(data, policy.preprocessor, NO_LABELS)
-    for rows_B in tqdm(rows_N.split(BATCH), desc=progress, unit="batch", disable=progress is None):
-        yield builder.evaluation(batches.gather(rows_B))
-
-
 def _actions(policy: CogVLAPolicy, data: DemonstrationData, rows_N: Tensor, name: str) -> Tensor:
     """Compute the policy's normalised actions [N,K,A] for these frames."""
-    batches = _batches(policy, data, rows_N, name)
-    return torch.cat([policy.normalised_actions(batch.inputs).float().cpu() for batch in batches])
+    seen = batches(policy, data, rows_N, name)
+    return torch.cat([policy.normalised_actions(batch.inputs).float().cpu() for batch in seen])
 
 
 def _distance(one: Tensor, other: Tensor) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cogvla.routing.registry import build_router
-from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes
+from cogvla.routing.router import Calibrated, RoutedTokens, RouterContext, RouterSizes
 from cogvla.routing.routers.approx_error import approximation_error, sample_far
 from cogvla.routing.routers.core_neurons import bend
 from cogvla.routing.routers.coverage import cover
@@ -18,10 +18,11 @@ from cogvla.routing.routers.debias import fit_rate
 from cogvla.routing.routers.diversity import farthest
 from cogvla.routing.routers.frequency import Frequency, dct
 from cogvla.routing.routers.global_attention import patch_entropy
+from cogvla.routing.routers.late_exit import fit_threshold
 from cogvla.routing.routers.text_guided import diverse, relevance
 from cogvla.routing.routers.zeroth_order import ZerothOrder
 from cogvla.routing.selection import best, effective_rank, grid_shape, ranked, unit
-from cogvla.tests.support.router_contexts import WIDTH, context_for, router_of, tokens_of
+from cogvla.tests.support.router_contexts import WIDTH, context_for, everything, router_of, tokens_of
 
 
 def attention(*values: float, batch: int = 3, layers: int = 1) -> torch.Tensor:
@@ -220,6 +221,18 @@ def test_adaptive_erank_without_a_limit_is_attention_and_with_one_keeps_no_doubl
     assert everything[0].tolist() == [2, 4, 9], "doubles fill the budget in order of attention"
 
 
+def test_adaptive_erank_says_where_its_candidates_run_out() -> None:
+    """With a small mean, thresholds are large, and tokens that were removed must fill the budget."""
+    x = torch.cat((torch.ones(1, 16, WIDTH), tokens_of(1)))
+    seen = attention(*range(16, 0, -1), batch=2)
+    generous, strict = (router_of("adaptive_erank", 5, mean_erank=mean, limit=2.0) for mean in (1000.0, 0.01))
+    for router, expected in ((generous, [True, False]), (strict, [True, True])):
+        assert isinstance(router, Calibrated)
+        troubled = router.troubled(x, context_for(router, budget=5, attention_LBN=seen))
+        assert troubled is not None
+        assert troubled.tolist() == expected
+
+
 # --- what cannot be expressed, frequencies, sensitivity ---
 
 
@@ -269,6 +282,41 @@ def test_zeroth_order_sensitivity_is_that_of_the_jacobian() -> None:
     assert ((found[0] / expected - 0.95).abs() < 0.1).all()
 
 
+def recycled_by_hand(
+    x: torch.Tensor, score: list[float], grid: tuple[int, int], cell: float, n: int
+) -> tuple[list[int], list[int], torch.Tensor]:
+    """Places, indices and tokens: as many whole ones as fit beside one recycled token for each cell of the others."""
+    while math.ceil(grid[0] / cell) * math.ceil(grid[1] / cell) > n // 2:
+        cell += 1
+    cells = [(int(i // grid[1] / cell), int(i % grid[1] / cell)) for i in range(len(score))]
+    order = sorted(range(len(score)), key=lambda i: (-score[i], i))
+    whole = next(w for w in range(len(score), -1, -1) if w + len({cells[i] for i in order[w:]}) == n)
+    found = {i: (i, x[i]) for i in order[:whole]}
+    for one in {cells[i] for i in order[whole:]}:
+        inside = [i for i in order[whole:] if cells[i] == one]
+        weight = torch.tensor([score[i] for i in inside])
+        found[inside[0]] = (-1, weight @ x[inside] / weight.sum())
+    places = sorted(found)
+    return places, [found[i][0] for i in places], torch.stack([found[i][1] for i in places])
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 3), (6, 6)])
+@pytest.mark.parametrize("cell", [2.0, 2.5, 4.0])
+@pytest.mark.parametrize("n", [2, 4, 8, 12])
+def test_global_attention_recycles_by_cell(grid: tuple[int, int], cell: float, n: int) -> None:
+    router: Any = router_of("global_attention", n, grid, cell=cell)
+    x, context = tokens_of(3, grid), context_for(router, **everything(budget=n, grid=grid))
+    routed, score = router(x, context), router.importance(context)
+    for row in range(3):
+        places, indices, tokens = recycled_by_hand(x[row], score[row].tolist(), grid, cell, n)
+        assert routed.place_Bn[row].tolist() == places
+        assert routed.index_Bn[row].tolist() == indices
+        torch.testing.assert_close(routed.tokens_BnD[row], tokens)
+        whole = [i for i in indices if i >= 0]
+        assert [places[i] for i in routed.owner_BN[row][whole].tolist()] == whole
+    assert (routed.owner_BN >= 0).all()
+
+
 def test_global_attention_follows_the_global_token_and_recycles_the_rest() -> None:
     x, spread = tokens_of(1), torch.full((1, 16, 16), 1e-3)
     spread[:, :, 3] = 0.5  # everyone looks at 3
@@ -299,6 +347,15 @@ def test_late_exit() -> None:
     assert mask is not None
     assert mask.all(1).tolist() == [False, True]
     assert mask.any(1).tolist() == [False, True]
+
+
+def test_the_threshold_of_an_exit_lets_no_large_change_through() -> None:
+    share = torch.tensor([[0.1, 0.0], [0.2, 0.5], [0.3, 0.0], [0.4, 0.0]])
+    change = torch.tensor([0.001, 0.002, 0.02, 0.001])
+    assert fit_threshold(share, change, 0.01) == pytest.approx(0.3)
+    assert fit_threshold(share, change, 0.0015) == pytest.approx(0.3), "both shares must be below it"
+    assert fit_threshold(share, change, 0.0005) == pytest.approx(0.1)
+    assert fit_threshold(share, change, 0.1) is None
 
 
 def test_core_neurons_keep_what_the_words_switch_on_and_cut_at_the_knee() -> None:

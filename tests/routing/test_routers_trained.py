@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 
 from cogvla.routing.registry import build_router
 from cogvla.routing.router import RouterConfig, RouterContext, RouterSizes
-from cogvla.routing.schedule_search import Schedule, completed, search
+from cogvla.routing.schedule_search import Schedule, completed, expected_improvement, search
+from cogvla.tests.support.extras import needs
 from cogvla.tests.support.router_contexts import WIDTH, context_for, router_of, tokens_of
 
 
@@ -124,6 +126,38 @@ def test_flex_count_starts_as_pooling_and_learns_all_sizes_together() -> None:
         assert error(joint, budget) < error(fixed, budget)
 
 
+def test_flex_count_as_published_is_the_projector() -> None:
+    sizes = RouterSizes(16, WIDTH, 20, (4, 4), 16)
+    torch.manual_seed(0)
+    router: Any = build_router("flex_count", sizes, {"variant": "projector", "growth": 2.0})
+    assert router.projects
+    assert router.stages == ("encoder_out",)
+    x = tokens_of()
+    pool = build_router("spatial_pool", sizes)(x, RouterContext(4, grid=(4, 4))).tokens_BnD
+    gate, up, down = router.gate.weight, router.up.weight, router.down.weight
+    hidden = F.silu(pool @ gate.T + router.gate.bias) * (pool @ up.T + router.up.bias)
+    assert (gate.shape, down.shape) == ((24, WIDTH), (20, 24))
+    found = router(x, RouterContext(4, grid=(4, 4))).tokens_BnD
+    torch.testing.assert_close(found, hidden @ down.T + router.down.bias)
+    with pytest.raises(ValueError, match="flex_count needs variant of added, projector"):
+        build_router("flex_count", sizes, {"variant": "swiglu"})
+
+
+def test_the_learned_pruner_learns_from_a_deeper_layer() -> None:
+    with pytest.raises(ValueError, match="above 0 for a guide_layer"):
+        router_of("learned_pruner", 4, guide_layer=2)
+    router, x = router_of("learned_pruner", 4, guide=1.0, guide_layer=2), tokens_of()
+    assert router.needs == {"text_BTE"}, "nothing else is computed at inference"
+    context = context_for(router, training=True)
+    plain = router(x, replace(context, training=False))
+    seen = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    guided = router(x, replace(context, guide_BN=seen))
+    assert plain.score_BN is not None
+    target = seen / seen.sum(1, keepdim=True)
+    expected = (target * (target.log() - plain.score_BN.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(guided.losses["guide"], expected)
+
+
 def test_the_first_causal_queries_do_not_see_the_others() -> None:
     x, router = tokens_of(), router_of("causal_queries", 8)
     whole = router(x, context_for(router, budget=8)).tokens_BnD
@@ -190,6 +224,28 @@ def test_the_search_moves_tokens_to_where_they_are_read() -> None:
     assert list(schedule.shares) == sorted(schedule.shares, reverse=True)
     again, _ = search(lambda s: s.shares[0], (3, 8), 12, 0.25, evaluations=200)
     assert again == schedule
+
+
+def test_expected_improvement_is_the_mean_of_what_exceeds_the_best() -> None:
+    mean, deviation = torch.tensor([0.0, 1.0, -2.0, 0.5]), torch.tensor([1.0, 0.1, 3.0, 0.0])
+    drawn = mean + deviation * torch.randn(400_000, 4, generator=torch.Generator().manual_seed(0))
+    expected = (drawn - 0.4).clamp_min(0).mean(0)
+    found = expected_improvement(mean.double(), deviation.double(), 0.4)
+    torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=2e-3)
+
+
+def test_a_gaussian_process_finds_a_narrow_optimum() -> None:
+    pytest.importorskip("sklearn", reason=needs("search"))
+
+    def objective(schedule: Schedule) -> float:
+        return -((schedule.shares[0] - 0.71) ** 2) - 0.01 * (schedule.options["threshold"] - 12) ** 2
+
+    ranges = {"threshold": (0.0, 50.0)}
+    schedule, value = search(objective, (3, 8), 12, 0.4, ranges, evaluations=45, method="gaussian")
+    assert schedule.mean(12) == pytest.approx(0.4)
+    assert value > -0.02
+    assert value == objective(schedule)
+    assert search(objective, (3, 8), 12, 0.4, ranges, evaluations=45, method="gaussian")[0] == schedule
 
 
 def test_the_search_finds_numbers_of_the_router_too() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cogvla.envs.analysis.layer_probes import horizon, injection, keeping, single_tokens
 from cogvla.envs.analysis.router_comparison import (
     ROUNDS,
     CellOutcome,
@@ -20,7 +21,6 @@ from cogvla.envs.analysis.router_comparison import (
     pareto_front,
     wanted_routers,
 )
-from cogvla.envs.analysis.routing_findings import horizon
 from cogvla.envs.analysis.routing_pictures import DARK, SIDE, kept_map, picture
 from cogvla.envs.analysis.routing_recording import covered, look
 from cogvla.envs.evaluation.plots import lines, pareto
@@ -31,9 +31,11 @@ from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.language_layer import Frame, normed, run_layer
 from cogvla.policy.policy import CogVLAPolicy
+from cogvla.routing import registry
 from cogvla.routing.registry import registered_routers
-from cogvla.routing.router import RouterConfig
+from cogvla.routing.router import RoutedTokens, RouterConfig, RouterContext, RouterSizes, TokenRouter
 from cogvla.scripts import compare_routers
 from cogvla.scripts.analyse_routing import run as analyse
 from cogvla.scripts.command import compose
@@ -304,6 +306,73 @@ def test_emptied_layers_change_nothing_where_vision_is_not_read() -> None:
             layer.self_attn.q_proj.weight.zero_()
             layer.self_attn.v_proj.weight.zero_()
     assert horizon(blind.model, [look(blind, EMBODIMENT.fake_observation(1))])["horizon"] == 0
+
+
+@torch.inference_mode()
+def test_tokens_that_enter_late_are_those_of_a_decoder_without_the_first_layers() -> None:
+    """The words and actions pass the first layer alone; then the tokens join them as they left the projector."""
+    policy = point_policy(**PLAIN)
+    model, moment = policy.model, look(policy, EMBODIMENT.fake_observation(1))
+    changes = injection(model, [moment])
+    assert changes is not None
+    assert changes[0] == 0
+    text = model.encode_text(moment.inputs.text_ids, moment.inputs.text_mask)
+    vision, layout = model.vision(moment.inputs.pixels, text.vision), text.context.layout
+    state = model.state(moment.inputs.state)[:, None]
+    whole = torch.cat((text.bos_B1D, vision, state, text.tail_BRD), dim=1)
+    blind = whole[:, [0, *range(layout.rest.start, layout.length)]]
+    places = text.context.turn_SU[text.context.position_BS]
+    first, second = model.decoder.llm.layers
+    few = layout.with_vision(0)
+    mask = text.context.mask_B1SS[:, :, layout.vision :, layout.vision :]
+    turn = places[:, [0, *range(layout.rest.start, layout.length)]]
+    after = run_layer(first, blind, normed(first.input_layernorm, blind), Frame(few, mask, turn))
+    joined = torch.cat((after[:, :1], vision, after[:, 1:]), dim=1)
+    frame = text.context.whole
+    out = run_layer(second, joined, normed(second.input_layernorm, joined), frame)
+    actions = model.head(normed(model.decoder.llm.norm, out[:, layout.actions]))
+    expected = (actions - model(moment.inputs).actions).abs().mean().item()
+    assert changes[1] == pytest.approx(expected, rel=1e-3)
+    assert injection(point_policy(**PLAIN, router={"name": "random", "budget": 4}).model, [moment]) is None
+    with_lfp = point_policy(efa=False, lfp=True)
+    assert injection(with_lfp.model, [look(with_lfp, EMBODIMENT.fake_observation(1))]) is not None
+
+
+class Only(TokenRouter):
+    """Hide all tokens but one."""
+
+    stages = ("llm_layer",)
+
+    def __init__(self, sizes: RouterSizes, *, token: int) -> None:
+        super().__init__(sizes)
+        self.token = token
+
+    def leaves(self, budget: int) -> int:
+        return self.sizes.tokens
+
+    def route(self, tokens_BND: torch.Tensor, context: RouterContext) -> RoutedTokens:
+        number_BN = torch.arange(tokens_BND.shape[1]).expand(len(tokens_BND), -1)
+        return RoutedTokens(tokens_BND, number_BN, number_BN, mask_Bn=number_BN == self.token)
+
+
+@torch.inference_mode()
+def test_what_a_token_tells_is_measured_by_keeping_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._ROUTERS, "only", Only)
+    policy = point_policy(**PLAIN)
+    model, moment = policy.model, look(policy, EMBODIMENT.fake_observation(1))
+    found = single_tokens(model, [moment])
+    assert found is not None
+    whole, tokens = model(moment.inputs).actions, model.vision_tokens
+    for layer in range(2):
+        none = torch.exp(-(keeping(model, layer, 0.0)(moment.inputs).actions - whole).abs().mean())
+        told = []
+        for token in range(tokens):
+            one = model.with_router(RouterConfig("only", 1, "llm_layer", {"token": token}, layers=(layer,))).eval()
+            told.append(torch.exp(-(one(moment.inputs).actions - whole).abs().mean()) - none)
+        assert found["mean"][layer] == pytest.approx(torch.stack(told).mean().item(), rel=1e-3, abs=1e-6)
+        assert found["largest"][layer] == pytest.approx(torch.stack(told).max().item(), rel=1e-3, abs=1e-6)
+    assert all(0 <= share <= 1 for share in found["telling"])
+    assert horizon(model, [moment])["by_share"].keys() == {"0% kept", "10% kept", "25% kept", "50% kept"}
 
 
 def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

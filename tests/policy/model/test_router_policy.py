@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +19,7 @@ from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.language_layer import attention_rows, normed
 from cogvla.policy.model.schedule_objective import schedule_objective
 from cogvla.policy.model.token_router import PolicyRouter
+from cogvla.policy.model.vision import cut_patches
 from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RouterConfig, RouterContext
 from cogvla.routing.schedule_search import search
@@ -311,8 +313,10 @@ def test_a_schedule_is_found_for_a_policy() -> None:
         config("random", "llm_layer"),
         config("random", "llm_layer", mode="bypass"),
         config("random", layers=(2,), layer_router="late_exit"),
+        config("spatial_pool", "encoder_block", block=1),
+        config("spatial_pool", "encoder_block", block=0, layers=(2,), layer_router="random"),
     ],
-    ids=lambda r: f"{r.stage}-{r.mode}-{r.layer_router}",
+    ids=lambda r: f"{r.stage}-{r.block}-{r.mode}-{r.layer_router}",
 )
 def test_flops_of_what_is_left_are_what_torch_counts(router: RouterConfig) -> None:
     model, inputs = routed(router), alone(tiny_input(), 1)
@@ -357,6 +361,90 @@ def test_what_remembers_needs_all_tokens_to_be_there() -> None:
         routed(config("spatial_pool", layers=(1,), layer_router="vision_remember"), lfp=True, mode="drop")
     with pytest.raises(ValueError, match="cannot bypass a layer"):
         routed(config("spatial_pool", layers=(1,), layer_router="vision_remember", mode="bypass"))
+    with pytest.raises(ValueError, match=r"which router.stage=encoder_block has reduced"):
+        routed(config("spatial_pool", "encoder_block", layers=(1,), layer_router="vision_remember"))
+
+
+def test_a_router_that_is_the_projector_is_counted_instead_of_it() -> None:
+    model = routed(config("flex_count", options={"variant": "projector"}))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = model(alone(tiny_input(), 1))
+    assert output.vision.shape[1:] == (8, 32)
+    total = next(cost for cost in count_flops(model.config, model.embodiment, 7) if cost.stage == TOTAL)
+    assert total.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+# --- inside of the towers, and guided from below ---
+
+
+@torch.inference_mode()
+def test_pooling_before_the_first_block_is_pooling_the_embedded_patches() -> None:
+    """Beside them the tower computes [CLS] and registers, as ever."""
+    inputs, model = tiny_input(), routed(config("spatial_pool", "encoder_block", block=0))
+    text = model.encode_text(inputs.text_ids, inputs.text_mask)
+    assert model.router is not None
+    streams = model.vision.streams(inputs.pixels, text.vision, reducer=model.router.reducer())
+    for (_, tower), stream in zip(model.vision.named_towers(), streams, strict=True):
+        patches = cut_patches(inputs.pixels, tower.patch_size, torch.float32)
+        vit, grid = tower.vit, (F.linear(patches, *tower.embedding()) + tower.vit.pos_embed).unflatten(1, (4, 4))
+        few = F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), (2, 2)).flatten(2).mT
+        prefix = [token.expand(len(few), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+        x = torch.cat((*prefix, few), dim=1)
+        for block in vit.blocks[: tower.computed]:
+            x = block(x)
+        expected = x[:, vit.num_prefix_tokens :].unflatten(0, (-1, VIEWS)).flatten(1, 2)
+        torch.testing.assert_close(stream, expected)
+
+
+@torch.inference_mode()
+def test_tokens_reduced_inside_of_the_towers_keep_their_places_and_go_on() -> None:
+    inputs = tiny_input()
+    for router in (config("semantic_tokens", "encoder_block"), config("spatial_pool", "encoder_block", block=1)):
+        model = routed(replace(router, layers=(2,), layer_router="token_norm", layer_budgets=(2,)))
+        output = model(inputs, debug=True)
+        found = output.debug["routed"]
+        assert output.vision.shape[1] == model.vision_tokens == VIEWS * 4
+        middles = [5, 7, 13, 15]
+        assert found.place_Bn[0].tolist() == middles + [16 + i for i in middles]
+        assert output.debug["kept"][2].shape[1] == VIEWS * 2
+        torch.testing.assert_close(model(alone(inputs, 1)).actions, output.actions[1:2], rtol=1e-4, atol=1e-5)
+    whole = routed(RouterConfig("spatial_pool", 16, "encoder_block"))(inputs).actions
+    plain = tiny_model(efa=False, lfp=False).eval()(inputs).actions
+    torch.testing.assert_close(whole, plain)
+
+
+def test_semantic_tokens_in_the_middle_of_the_towers_save_there_and_learn() -> None:
+    model = routed(config("semantic_tokens", "encoder_block")).train()
+    model(tiny_input()).actions.sum().backward()
+    assert model.router is not None
+    weights = dict(model.router.named_parameters())
+    assert {name.split(".")[1] for name in weights} == {"0", "1"}, "one for each tower"
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in weights.values())
+    models = [routed(config("semantic_tokens", stage)) for stage in ("encoder_block", "encoder_out")]
+    middle, behind = (count_flops(one.config, one.embodiment, 7) for one in models)
+    for one, other in zip(middle, behind, strict=True):
+        assert (one.flops < other.flops) == (one.stage.startswith("tower") or one.stage.startswith("total"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", [
+    config("learned_pruner", options={"guide": 1.0, "guide_layer": 2}),
+    config("learned_pruner", joint=True, options={"guide": 1.0, "guide_layer": 2}),
+    RouterConfig("learned_pruner", 4, "llm_layer", layers=(1,), options={"guide": 1.0, "guide_layer": 2}),
+], ids=["views", "joint", "layer"])  # fmt: skip
+def test_a_router_is_guided_by_the_attention_to_all_tokens_in_a_deeper_layer(router: RouterConfig) -> None:
+    inputs = tiny_input()
+    model = routed(router)
+    seen: list[RouterContext] = []
+    assert model.router is not None
+    one = model.router.before or model.router.layers["1"]
+    one.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    model(inputs)
+    assert seen[0].guide_BN is None, "not at inference"
+    assert "guide" in " ".join(model.train()(inputs).losses)
+    expected = model.with_router(RouterConfig()).eval()(inputs, debug=True).debug["attention"][2]
+    assert seen[1].guide_BN is not None
+    torch.testing.assert_close(seen[1].guide_BN.reshape(expected.shape), expected, rtol=1e-4, atol=1e-6)
 
 
 # --- mistakes ---
@@ -372,6 +460,42 @@ def test_mistakes_say_what_is_possible() -> None:
         ({"name": "cls_attention"}, {"efa": True}, "does not provide at encoder_out .*possible routers are .*random"),
         ({"name": "progressive_video"}, {}, "needs history_BOND, which this policy does not provide"),
         ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),
+        (
+            {"name": "random", "stage": "encoder_block"},
+            {},
+            "works at encoder_out, projector_out, llm_layer, not at encoder_bl",
+        ),
+        ({"name": "spatial_pool", "stage": "encoder_block", "block": 2}, {}, "compute 2 blocks: choose 0 to 1"),
+        (
+            {"name": "spatial_pool", "stage": "encoder_block"},
+            {"efa": True},
+            "set routing.efa=false and router.joint=false",
+        ),
+        (
+            {"name": "flex_count", "stage": "projector_out", "options": {"variant": "projector"}},
+            {},
+            "works at encoder_out, ",
+        ),
+        (
+            {"name": "learned_pruner", "options": {"guide": 1.0, "guide_layer": 4}},
+            {},
+            "deeper than the router, 0 to 3 here",
+        ),
+        (
+            {
+                "name": "learned_pruner",
+                "stage": "llm_layer",
+                "layers": (2,),
+                "options": {"guide": 1.0, "guide_layer": 2},
+            },
+            {},
+            "3 to 3",
+        ),
+        (
+            {"name": "learned_pruner", "options": {"guide": 1.0, "guide_layer": 3}},
+            {"lfp": True, "mode": "drop"},
+            "in which only this",
+        ),
         ({"name": "random", "stage": "llm_layer", "layers": (9,)}, {}, "has layers 0 to 3"),
         ({"name": "carried", "stage": "llm_layer", "layers": (1,)}, {}, "needs score_BN"),
         ({"name": "approx_error", "stage": "llm_layer", "layers": (1,), "mode": "bypass"}, {}, "cannot bypass a layer"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +26,12 @@ from cogvla.policy.training.auxiliary.contrast import contrast_loss
 from cogvla.policy.training.auxiliary.distillation import attention_match
 from cogvla.policy.training.auxiliary.diversity import AttentionDiversity, row_similarity
 from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
-from cogvla.policy.training.auxiliary.masking import TokenMask, hide
+from cogvla.policy.training.auxiliary.masking import TokenMask, hide, hungarian
 from cogvla.policy.training.auxiliary.matching import Matching, negatives
 from cogvla.policy.training.auxiliary.pointing import Pointer, patch_weights
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
+from cogvla.tests.support.extras import needs
 from cogvla.tests.support.small_data import (
     IMITATION,
     INSTRUCTIONS,
@@ -280,6 +283,32 @@ def test_masked_tokens_are_the_nearest_of_the_pool_and_the_others_stay() -> None
     assert masked.sum(1).tolist() == [3, 3, 3], "the share is exact"
     nearest = torch.tensor([[0.0, 1.0], [10.0, 0.0]] * 3).expand(3, 6, 2)
     assert torch.equal(found, torch.where(masked[..., None], nearest, vision))
+
+
+def test_the_hungarian_matching_gives_each_token_another_entry_with_the_least_sum() -> None:
+    pytest.importorskip("scipy", reason=needs("search"))
+    distance = torch.rand(3, 4, 6, generator=seeded())
+    found = hungarian(distance)
+    for row, entries in zip(distance, found.tolist(), strict=True):
+        cheapest = min(
+            itertools.permutations(range(6), 4), key=lambda p: sum(row[i, e].item() for i, e in enumerate(p))
+        )
+        assert entries == list(cheapest)
+    mask, vision = TokenMask(0.5, 3, 4, "hungarian"), torch.randn(2, 6, 4, generator=seeded())
+    replaced = mask(vision, torch.arange(2))
+    for row, before in zip(replaced, vision, strict=True):
+        taken = row[(row != before).any(-1)]
+        assert sorted(taken.tolist()) == sorted(mask.pool_PD.tolist()), "all three entries, each once"
+    with pytest.raises(ValueError, match=r"gives 4 masked tokens different entries, but the pool has 3: .*at least 4"):
+        mask(torch.zeros(1, 8, 4), torch.arange(1))
+    with pytest.raises(ValueError, match="unknown matching 'optimal'; one of nearest, hungarian"):
+        TokenMask(0.5, 3, 4, "optimal")
+
+
+def test_without_scipy_the_hungarian_matching_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"needs scipy: install the extra `search`.*or use mask_matching=nearest"):
+        TokenMask(0.5, 3, 4, "hungarian")
 
 
 def test_a_sample_is_masked_alike_alone_and_in_a_batch_and_by_its_seed_only() -> None:

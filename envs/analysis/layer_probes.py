@@ -1,0 +1,162 @@
+"""What vision tokens tell the layers of the language model, measured by the change of the actions.
+
+- `horizon`: some or all of the tokens are removed before a layer (information horizon);
+- `injection`: the tokens skip the first layers, and enter at a later one as they leave the projector (EmbedLens);
+- `single_tokens`: all tokens but one are removed before a layer.
+
+The papers use the probability of the right answer. Here the answer with all tokens counts as right: p = exp(-change of
+the normalised actions).
+
+Shape legend: B samples, N vision tokens, n kept, L language layers, S sequence, D width, K chunk, A action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvla.envs.analysis.routing_recording import Moment
+from cogvla.policy.model.cogvla import CogVLA, TextFeatures
+from cogvla.policy.model.language import LayerContext
+from cogvla.policy.model.language_layer import Frame
+from cogvla.policy.model.layer_router import LayerPass
+from cogvla.policy.model.token_router import Routed
+from cogvla.routing.diagnostics import information, information_horizon
+from cogvla.routing.pruning import Selection, rows_of
+from cogvla.routing.router import RouterSizes
+from cogvla.routing.routers.carried import Carried
+
+SHARES = (0.0, 0.1, 0.25, 0.5)
+"""Shares of the vision tokens, drawn at random, that stay for `horizon`."""
+TELLING = 0.05
+"""A token tells something if its information is above this share of what all tokens tell the first layer."""
+
+
+@torch.inference_mode()
+def horizon(model: CogVLA, moments: Sequence[Moment]) -> dict[str, Any]:
+    """Measure the change of the actions if vision tokens are removed before a layer, and find the horizon.
+
+    The horizon is the first layer from which on the change is small if all of them are removed. The removed tokens of
+    the other shares are drawn at random.
+    """
+    layers = range(model.config.language.layers)
+    changes = {share: torch.zeros(len(layers)) for share in SHARES}
+    fewer = {(share, layer): keeping(model, layer, share) for share in SHARES for layer in layers}
+    for moment in moments:
+        whole_BKA = model(moment.inputs).actions
+        for (share, layer), other in fewer.items():
+            change = float((other(moment.inputs).actions - whole_BKA).abs().mean())
+            changes[share][layer] += change / len(moments)
+    information_L = information(changes[0.0])
+    return {
+        "action_change": changes[0.0].tolist(),
+        "information": information_L.tolist(),
+        "by_share": {f"{share:.0%} kept": information(change_L).tolist() for share, change_L in changes.items()},
+        "horizon": information_horizon(information_L),
+        "layers": len(layers),
+    }
+
+
+def keeping(model: CogVLA, layer: int, share: float) -> CogVLA:
+    """Return the same network, but with this share of the vision tokens, at random, from this language layer on."""
+    own = model.config.routing.router
+    changes: dict[str, Any] = {"layers": (layer,), "layer_budgets": (share,), "layer_router": "random", "mode": "drop"}
+    if not share:
+        changes |= {"layer_router": "late_exit", "layer_budgets": ()}
+    if own.name is None:
+        changes |= {"name": "identity", "budget": 1.0, "stage": None, "options": None}
+    other = model.with_router(replace(own, **changes)).eval()
+    if model.router is not None and other.router is not None:  # keep the trained weights of the router
+        other.router.load_state_dict(model.router.state_dict(), strict=False)
+    return other
+
+
+class _Injected:
+    """`LayerRouting` in which vision tokens skip all layers before one."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def shorten(
+        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
+    ) -> tuple[Tensor, Frame, Selection | None]:
+        return x_BSD, now, None
+
+    def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
+        if index >= self.layer:
+            return None
+        none_B0 = torch.zeros(len(x_BSD), 0, dtype=torch.int64, device=x_BSD.device)
+        return Selection(none_B0, rows_of(now.layout, none_B0), now.layout.with_vision(0))
+
+
+@torch.inference_mode()
+def injection(model: CogVLA, moments: Sequence[Moment]) -> list[float] | None:
+    """Return the change of the actions [L] if the vision tokens enter at each layer only; 0 at the first layer.
+
+    None for a policy with a token router, or one that removes tokens in its layers (LFP with mode=drop).
+    """
+    if model.router is not None or (model.config.routing.lfp and model.config.routing.mode == "drop"):
+        return None
+    layers = range(model.config.language.layers)
+    changes = torch.zeros(len(layers))
+    for moment in moments:
+        text, vision_BND = _seen(model, moment)
+        whole_BKA = model.decide(vision_BND, moment.inputs.state, text).actions
+        for layer in layers:
+            late = Routed(vision_BND, layers=_Injected(layer))  # type: ignore[arg-type]
+            late_BKA = model.decide(vision_BND, moment.inputs.state, text, routed=late).actions
+            changes[layer] += float((late_BKA - whole_BKA).abs().mean()) / len(moments)
+    return changes.tolist()
+
+
+@torch.inference_mode()
+def single_tokens(model: CogVLA, moments: Sequence[Moment]) -> dict[str, list[float]] | None:
+    """Measure what each vision token tells each layer: p(all tokens but it are removed) - p(all are removed).
+
+    Returns:
+        For each layer the mean over tokens, the largest, and the share of tokens that tell something (`TELLING`). None
+        for a policy with a token router.
+    """
+    if model.router is not None:
+        return None
+    layers = range(model.config.language.layers)
+    told = torch.stack([_told(model, moment) for moment in moments])  # moments, L, N+1
+    least = TELLING * told[:, :1, -1:]
+    return {
+        "mean": [float(told[:, layer, :-1].mean()) for layer in layers],
+        "largest": [float(told[:, layer, :-1].amax(-1).mean()) for layer in layers],
+        "telling": [float((told[:, layer, :-1] > least[:, 0]).float().mean()) for layer in layers],
+    }
+
+
+def _told(model: CogVLA, moment: Moment) -> Tensor:
+    """Return what each token tells each layer, [L,N+1]; last what all tokens tell."""
+    text, vision_BND = _seen(model, moment)
+    whole_BKA = model.decide(vision_BND, moment.inputs.state, text).actions
+    tokens = vision_BND.shape[1]
+    rows = []
+    for layer in range(model.config.language.layers):
+        none_1KA = keeping(model, layer, 0.0)(moment.inputs).actions
+        many = model.encode_text(
+            *(x.expand(tokens, *x.shape[1:]) for x in (moment.inputs.text_ids, moment.inputs.text_mask))
+        )
+        many.context.plan = model.decoder.plan(tokens, {layer: 1})
+        router = Carried(RouterSizes(tokens, model.width, model.width, None, 1)).eval()
+        score_NN = torch.eye(tokens, device=vision_BND.device)  # sample k keeps token k
+        draw_N = torch.zeros(tokens, dtype=torch.int64, device=vision_BND.device)
+        only = LayerPass({layer: (router, 1)}, False, False, draw_N, score_NN, False)
+        seen_NND = vision_BND.expand(tokens, -1, -1)
+        state_NS = moment.inputs.state.expand(tokens, -1)
+        one_NKA = model.decide(seen_NND, state_NS, many, routed=Routed(seen_NND, layers=only)).actions
+        p_N, p_none = (torch.exp(-(x - whole_BKA).abs().flatten(1).mean(1)) for x in (one_NKA, none_1KA))
+        rows.append(torch.cat((p_N - p_none, 1 - p_none)))
+    return torch.stack(rows).cpu()
+
+
+def _seen(model: CogVLA, moment: Moment) -> tuple[TextFeatures, Tensor]:
+    text = model.encode_text(moment.inputs.text_ids, moment.inputs.text_mask)
+    return text, model.vision(moment.inputs.pixels, text.vision)

@@ -1,0 +1,127 @@
+"""`search_schedule`: find at which language layers how many vision tokens can go (VFlowOpt), on recorded observations.
+
+    search_schedule checkpoint=FOLDER router.name=token_norm 'router.layers=[1,2]' mean=0.25
+    search_schedule checkpoint=FOLDER router.name=global_attention 'router.layers=[1,2]' 'ranges={threshold: [0, 50]}'
+
+The shares before and in the language model are searched such that their mean over its layers is `mean`, and the states
+of the action tokens change least. Prints the router's keys, and writes them with all schedules that were tried.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from cogvla.configs.build import build
+from cogvla.files import write_atomic
+from cogvla.policy.checkpoint import load_policy, weights_hash
+from cogvla.policy.model.cogvla import ModelInput
+from cogvla.policy.model.schedule_objective import schedule_objective
+from cogvla.policy.provenance import provenance
+from cogvla.routing.router import RouterConfig
+from cogvla.routing.schedule_search import Schedule, search
+from cogvla.scripts import console
+from cogvla.scripts.command import as_typed, plain
+from cogvla.scripts.measure.calibrate_router import flow
+from cogvla.scripts.measure.recorded import batches, draw_frames, start
+
+CARRIED = "carried"
+
+
+def main(config: DictConfig) -> None:
+    """Run the command, whose entry point is in `scripts/console.py`."""
+    run(config, as_typed("search_schedule"))
+
+
+def run(config: DictConfig, command: str) -> RouterConfig:
+    """Search, print and save a schedule; return the router with it.
+
+    Raises:
+        ValueError: the router does not fit the policy, or a number is out of range.
+    """
+    values = plain(config)
+    folder, device = start(values, "observations", "evaluations")
+    router = build(RouterConfig, values["router"], "router")
+    if router.name is None or not router.layers:
+        raise ValueError("search_schedule needs router.name and router.layers, for example router.layers=[1,2]")
+    if router.stage == "llm_layer":
+        raise ValueError("search_schedule also searches the share before the language model: leave out router.stage")
+    router = replace(router, layer_router=router.layer_router or CARRIED, layer_budgets=())
+    policy = load_policy(folder, device, replace(router, layer_budgets=(values["mean"],) * len(router.layers)))
+    data, rows = draw_frames(policy, values, observations=values["observations"])
+    parts = [batch.inputs for batch in batches(policy, data, rows)]
+    objective = schedule_objective(policy.model, together(parts), router)
+    tried: list[dict[str, Any]] = []
+    started = time.monotonic()
+    with tqdm(total=values["evaluations"], unit="schedule") as bar:
+
+        def watch(schedule: Schedule, value: float) -> None:
+            tried.append({"shares": schedule.shares, "options": dict(schedule.options), "value": value})
+            bar.set_postfix(best=f"{max(one['value'] for one in tried):.5f}")
+            bar.update()
+
+        ranges = {name: tuple(bounds) for name, bounds in (values["ranges"] or {}).items()}
+        depth = policy.model.config.language.layers
+        schedule, value = search(
+            objective, router.layers, depth, values["mean"], ranges, values["evaluations"], values["seed"],
+            values["method"], watch,
+        )  # fmt: skip
+    found = schedule.applied(router)
+    about = {
+        "command": command,
+        "value": value,
+        "flat": tried[0]["value"],
+        "seconds": round(time.monotonic() - started, 1),
+        "weights_sha256": weights_hash(folder),
+        "data_set": data.describe(),
+        "observations": len(rows),
+        "tried": tried,
+        **provenance(),
+    }
+    output = Path(values["output"].replace("CHECKPOINT", folder.resolve().name).replace("ROUTER", router.name))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, json.dumps({"router": asdict(found), "about": about}, indent=2) + "\n")
+    print(f"cosine of the action tokens' states: {value:.5f}; with equal shares {tried[0]['value']:.5f}")
+    print(words(found))
+    print(f"all {len(tried)} schedules: {output}")
+    return found
+
+
+def words(router: RouterConfig) -> str:
+    """Return a router with a schedule as keys of the command line."""
+    shares = ",".join(f"{share:.4g}" for share in router.layer_budgets)
+    keys = [
+        f"router.name={router.name}",
+        f"router.layer_router={router.layer_router}",
+        f"router.budget={router.budget:.4g}",
+        f"'router.layers=[{','.join(map(str, router.layers))}]'",
+        f"'router.layer_budgets=[{shares}]'",
+    ]
+    return " ".join(keys + ([f"router.options='{flow(dict(router.options))}'"] if router.options else []))
+
+
+def together(parts: list[ModelInput]) -> ModelInput:
+    """Join batches whose instructions are padded to different lengths."""
+    longest = max(part.text_mask.shape[1] for part in parts)
+
+    def padded(text: torch.Tensor) -> torch.Tensor:
+        return torch.cat((text, text.new_zeros(len(text), longest - text.shape[1], *text.shape[2:])), dim=1)
+
+    names = ("pixels", "text_ids", "text_mask", "state")
+    return ModelInput(
+        *(
+            torch.cat([padded(x) if name.startswith("text") else x for x in (getattr(p, name) for p in parts)])
+            for name in names
+        )
+    )
+
+
+if __name__ == "__main__":
+    console.search_schedule()
