@@ -7,7 +7,7 @@
 The papers use the probability of the right answer. Here the answer with all tokens counts as right: p = exp(-change of
 the normalised actions).
 
-Shape legend: B samples, N vision tokens, n kept, L language layers, S sequence, D width, K chunk, A action.
+Shape legend: B samples, N vision tokens, n kept, L language layers, S sequence, D width, T text tokens, K chunk, A action.
 """
 
 from __future__ import annotations
@@ -75,16 +75,12 @@ def keeping(model: CogVLA, layer: int, share: float) -> CogVLA:
     return other
 
 
-class _Injected:
-    """`LayerRouting` in which vision tokens skip all layers before one."""
+class _Injected(LayerPass):
+    """Vision tokens skip all layers before one."""
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, draw_B: Tensor) -> None:
+        super().__init__({}, True, False, draw_B, None, False)
         self.layer = layer
-
-    def shorten(
-        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
-    ) -> tuple[Tensor, Frame, Selection | None]:
-        return x_BSD, now, None
 
     def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
         if index >= self.layer:
@@ -107,7 +103,8 @@ def injection(model: CogVLA, moments: Sequence[Moment]) -> list[float] | None:
         text, vision_BND = _seen(model, moment)
         whole_BKA = model.decide(vision_BND, moment.inputs.state, text).actions
         for layer in layers:
-            late = Routed(vision_BND, layers=_Injected(layer))  # type: ignore[arg-type]
+            draw_B = torch.zeros(len(vision_BND), dtype=torch.int64, device=vision_BND.device)
+            late = Routed(vision_BND, layers=_Injected(layer, draw_B))
             late_BKA = model.decide(vision_BND, moment.inputs.state, text, routed=late).actions
             changes[layer] += float((late_BKA - whole_BKA).abs().mean()) / len(moments)
     return changes.tolist()
@@ -141,9 +138,8 @@ def _told(model: CogVLA, moment: Moment) -> Tensor:
     rows = []
     for layer in range(model.config.language.layers):
         none_1KA = keeping(model, layer, 0.0)(moment.inputs).actions
-        many = model.encode_text(
-            *(x.expand(tokens, *x.shape[1:]) for x in (moment.inputs.text_ids, moment.inputs.text_mask))
-        )
+        ids_1T, mask_1T = moment.inputs.text_ids, moment.inputs.text_mask
+        many = model.encode_text(ids_1T.expand(tokens, *ids_1T.shape[1:]), mask_1T.expand(tokens, -1))
         many.context.plan = model.decoder.plan(tokens, {layer: 1})
         router = Carried(RouterSizes(tokens, model.width, model.width, None, 1)).eval()
         score_NN = torch.eye(tokens, device=vision_BND.device)  # sample k keeps token k

@@ -13,6 +13,7 @@ probabilities and widths are not known. Any other router can be trained with `tr
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class FlexCount(TokenRouter):
     """
 
     needs = frozenset({"grid"})
-    stages = ("encoder_out", "projector_out")
+    stages: ClassVar[tuple[str, ...]] = ("encoder_out", "projector_out")
     selects = False
 
     def __init__(self, sizes: RouterSizes, *, growth: float = 1.0, variant: str = "added") -> None:

@@ -91,7 +91,8 @@ def _constants(
     policy: CogVLAPolicy, router: RouterConfig, data: DemonstrationData, rows: Tensor, tolerance: float
 ) -> tuple[dict[str, Any], list[str]]:
     """Measure the options of a `Calibrated` router; return them, and what was found."""
-    model, total, troubled = policy.model, 0, []
+    model, total, troubled = policy.model, 0, list[Tensor]()
+    sums: Tensor | None = None
 
     def watch(one: TokenRouter, tokens_BND: Tensor, context: RouterContext) -> None:
         nonlocal sums, total
@@ -104,7 +105,6 @@ def _constants(
     def share() -> float | None:
         return float(torch.cat(troubled).double().mean()) if troubled else None
 
-    sums: Tensor | None = None
     _pass(policy, model, data, rows, watch, "observations")
     assert sums is not None
     before, fitted = share(), cast(Calibrated, _router_of(model)).fitted(sums / total)

@@ -54,6 +54,7 @@ def run(config: DictConfig, command: str) -> RouterConfig:
     if router.stage == "llm_layer":
         raise ValueError("search_schedule also searches the share before the language model: leave out router.stage")
     router = replace(router, layer_router=router.layer_router or CARRIED, layer_budgets=())
+    ranges = _ranges(values["ranges"])
     policy = load_policy(folder, device, replace(router, layer_budgets=(values["mean"],) * len(router.layers)))
     data, rows = draw_frames(policy, values, observations=values["observations"])
     parts = [batch.inputs for batch in batches(policy, data, rows)]
@@ -67,7 +68,6 @@ def run(config: DictConfig, command: str) -> RouterConfig:
             bar.set_postfix(best=f"{max(one['value'] for one in tried):.5f}")
             bar.update()
 
-        ranges = {name: tuple(bounds) for name, bounds in (values["ranges"] or {}).items()}
         depth = policy.model.config.language.layers
         schedule, value = search(
             objective, router.layers, depth, values["mean"], ranges, values["evaluations"], values["seed"],
@@ -92,6 +92,18 @@ def run(config: DictConfig, command: str) -> RouterConfig:
     print(words(found))
     print(f"all {len(tried)} schedules: {output}")
     return found
+
+
+def _ranges(values: Any) -> dict[str, tuple[float, float]]:
+    """Return the ranges of the key `ranges`; ValueError if they are something else."""
+    values = {} if values is None else values
+    fits = isinstance(values, dict) and all(
+        isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(x, int | float) for x in bounds)
+        for bounds in values.values()
+    )
+    if not fits:
+        raise ValueError(f"ranges is {values!r}; give options and bounds, such as 'ranges={{threshold: [0, 50]}}'")
+    return {str(name): (float(low), float(high)) for name, (low, high) in values.items()}
 
 
 def words(router: RouterConfig) -> str:

@@ -212,7 +212,7 @@ def test_mistakes_say_what_is_possible() -> None:
     for wrong in (0, -1, 1.5, 0.0, True, "all"):
         with pytest.raises(ValueError, match="is a number of tokens or a share"):
             count_of(wrong, 16)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must be one of null, encoder_out"):
+    with pytest.raises(ValueError, match="must be one of null, encoder_block, encoder_out"):
         RouterConfig(stage="somewhere")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"needs router\.layers"):
         RouterConfig(name="random", stage="llm_layer")
