@@ -7,7 +7,8 @@
 The papers use the probability of the right answer. Here the answer with all tokens counts as right: p = exp(-change of
 the normalised actions).
 
-Shape legend: B samples, N vision tokens, n kept, L language layers, S sequence, D width, T text tokens, K chunk, A action.
+Shape legend: B samples, N vision tokens, n kept, L language layers, S sequence, T text tokens, D width, K chunk,
+A action.
 """
 
 from __future__ import annotations
