@@ -1,4 +1,4 @@
-"""Render images of a MuJoCo scene off screen, with one OpenGL context per process and only the requested effects.
+"""Render images of a MuJoCo scene off screen, with one OpenGL context per thread and only the requested effects.
 
 The environment variable `MUJOCO_GL` (egl, osmesa or glfw) chooses the backend. Without it, the backend is EGL, or else
 OSMesa.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import functools
 import os
+import threading
 from collections.abc import Collection
 from typing import Any
 
@@ -70,10 +70,26 @@ def choose_backend(requested: str = "") -> str:
     raise RuntimeError(_HELP)
 
 
-@functools.cache
-def _context(process: int) -> Any:
-    """Return the OpenGL context of this process. The argument keeps a fork from sharing its parent's context."""
-    del process
+class _Contexts(threading.local):
+    """The OpenGL contexts of a thread: one that is current in another thread, or comes from a fork, cannot be used."""
+
+    def __init__(self) -> None:
+        self.of_process: dict[int, Any] = {}
+
+
+_contexts = _Contexts()
+
+
+def _context() -> Any:
+    """Return the OpenGL context of this thread and process."""
+    found = _contexts.of_process
+    process = os.getpid()
+    if process not in found:
+        found[process] = _new_context()
+    return found[process]
+
+
+def _new_context() -> Any:
     backend = choose_backend(os.environ.get("MUJOCO_GL", ""))
     try:
         if backend == "egl":
@@ -112,7 +128,7 @@ class SceneRenderer:
     ) -> None:
         self._model = model
         self._process = os.getpid()
-        self._gl = _context(self._process)
+        self._gl = _context()
         self._gl.make_current()
         self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + (model.nsite if sites else 0) + 50)
         self._scene.flags[:] = 0
@@ -177,6 +193,6 @@ class SceneRenderer:
         return np.ascontiguousarray(pixels[::-1])
 
     def close(self) -> None:
-        """Free the GPU memory of this model. The process keeps its OpenGL context."""
+        """Free the GPU memory of this model. The thread keeps its OpenGL context."""
         self._gl.make_current()
         self._mujoco_context.free()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from cogvla.envs.suite import get_suite
@@ -20,3 +22,20 @@ def test_renderers_take_turns() -> None:
             assert np.array_equal(first_images(env, state), alone[env, state])
     for each in envs:
         each.close()
+
+
+def test_every_thread_has_a_context_of_its_own() -> None:
+    """One that is current in a thread cannot be used by another, even if that thread has ended."""
+
+    def first_image() -> np.ndarray:
+        env = get_suite("tabletop_object").make(image_size=32)
+        observation, _ = env.reset(options={"task": 0, "initial_state": 0})
+        image = np.array(observation["agentview"])
+        env.close()
+        return image
+
+    here = first_image()
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as other:
+            assert np.array_equal(other.submit(first_image).result(), here)
+    assert np.array_equal(first_image(), here)
