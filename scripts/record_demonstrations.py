@@ -22,7 +22,7 @@ from cogvla.files import read_object
 from cogvla.policy.checkpoint_folder import check_checkpoint_folder
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
-from cogvla.scripts.policies import open_any_policy
+from cogvla.scripts.policies import LEROBOT, open_any_policy
 
 
 def main(config: DictConfig) -> None:
@@ -55,14 +55,19 @@ def main(config: DictConfig) -> None:
 
 def _corrected(config: DictConfig) -> Corrected:
     """Open the policy that `config.checkpoint` names."""
-    check_checkpoint_folder(str(config.checkpoint), "train one with `train_policy`")
+    source = str(config.checkpoint)
+    if not source.startswith(LEROBOT):
+        check_checkpoint_folder(source, "train one with `train_policy`")
     policy, identity = open_any_policy(
-        str(config.checkpoint),
+        source,
+        embodiment=plain(config.embodiment),
+        seed=config.seed,
         device=config.device,
         threads=config.threads,
         workers=config.workers,
         engine=plain(config.engine),
         statistics=config.statistics,
+        cameras=plain(config.cameras),
     )
     chosen = {} if config.statistics is None else {"statistics": str(config.statistics)}
     return Corrected(policy, identity | chosen, config.patience, config.execute_steps)

@@ -337,5 +337,8 @@ def test_demonstrations_recorded_beforehand_are_those_that_training_asks_for() -
 def test_recording_takes_what_train_policy_gives() -> None:
     taken = set(inspect.signature(record).parameters)
     assert composed("train_policy")["demonstrations"].keys() <= taken
-    of_a_policy = {"checkpoint", "patience", "execute_steps", "device", "threads", "engine", "statistics"}
+    of_a_policy = {"checkpoint", "patience", "execute_steps", "device", "threads", "engine", "statistics"} | {
+        "embodiment",
+        "cameras",
+    }
     assert composed("record_demonstrations").keys() - {"suite", "libero", "imports"} - of_a_policy <= taken

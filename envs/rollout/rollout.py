@@ -289,7 +289,8 @@ class _Loop:
         if missing:
             raise ValueError(
                 f"the policy needs the cameras {missing}, suite {self._suite.name!r} has {sorted(ready.observation)}: "
-                "evaluate on another suite, or train with its cameras"
+                "evaluate on another suite, train with its cameras, or, with checkpoint=lerobot:PATH, map their names "
+                "(cameras={SUITE_CAMERA: POLICY_CAMERA})"
             )
         if ready.observation.get("state") != (embodiment.state_dim,) or ready.action != (embodiment.action_dim,):
             raise ValueError(

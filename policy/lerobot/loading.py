@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from cogvla.files import read_object, visible
 from cogvla.policy.interface import Camera, Embodiment
@@ -19,6 +21,12 @@ PREFIX = "lerobot:"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
 LAST = Path("checkpoints", "last", "pretrained_model")
+REPLACED = {"pretrained_backbone_weights": None, "load_vlm_weights": False}
+"""Fields of configurations that download weights which the checkpoint's replace -> the value that does not."""
+EXECUTED = ("n_action_steps", "action_chunk_size")
+"""Fields that say how many actions are executed until the policy looks again; the second one is VQ-BeT's."""
+HUB = re.compile(r"huggingface\.co|offline mode|gated repo", re.IGNORECASE)
+"""What errors say when files of the hub cannot be had."""
 MIGRATE = "python -m lerobot.processor.migrate_policy_normalization"
 
 
@@ -51,7 +59,7 @@ def open_lerobot_policy(
     config = _configuration(folder, body, device)
     _check_runnable(config, folder)
     found = _features(config, embodiment, dict(cameras or {}), folder)
-    robot = replace(embodiment, cameras=tuple(found), chunk=int(getattr(config, "n_action_steps", 1)))
+    robot = replace(embodiment, cameras=tuple(found), chunk=_executed(config))
     policy, before, after = _loaded(config, folder, device)
     about = {"lerobot": version("lerobot"), "checkpoint": str(source)}
     parts = Parts(policy, before, after, {camera.name: key for camera, key in found.items()}, about)
@@ -89,8 +97,8 @@ def _check_folder(folder: Path, body: Mapping[str, Any]) -> None:
     missing = [name for name in PROCESSORS if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder} has no {' and no '.join(missing)}: lerobot before 0.4 saved it. Convert it with `{MIGRATE} "
-            f"--pretrained-path {folder}`"
+            f"{folder} has no {' and no '.join(missing)}: it was saved half, or by lerobot before 0.4; such "
+            f"a one is converted with `{MIGRATE} --pretrained-path {folder}`"
         )
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete, or of an adapter alone")
@@ -124,9 +132,15 @@ def _configuration(folder: Path, body: Mapping[str, Any], device: str) -> Any:
             "use that one"
         ) from error
     config.device = device
-    if getattr(config, "pretrained_backbone_weights", None) is not None:
-        config.pretrained_backbone_weights = None  # they would be downloaded, and replaced by the checkpoint's
+    for name, none in REPLACED.items():
+        if getattr(config, name, none) != none:
+            setattr(config, name, none)
     return config
+
+
+def _executed(config: Any) -> int:
+    """Return how many actions the policy executes until it looks again; 1 if its configuration does not say it."""
+    return int(next((getattr(config, name) for name in EXECUTED if hasattr(config, name)), 1))
 
 
 def _check_runnable(config: Any, folder: Path) -> None:
@@ -197,17 +211,39 @@ def _loaded(config: Any, folder: Path, device: str) -> tuple[Any, Any, Any]:
         named = any(step.get("registry_name") == "device_processor" for step in steps)
         overrides = {"device_processor": {"device": device}} if named else {}
         before, after = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+        _check_weights(policy, folder)
     except (ImportError, PackageNotFoundError) as error:
         raise ValueError(
             f"the {config.type} policy in {folder} needs a package that is not installed: {_said(error)}; lerobot "
             f"names it as an extra, `uv pip install 'lerobot[{config.type}]'`"
         ) from error
     except Exception as error:  # a damaged or foreign file makes lerobot raise almost anything
+        if HUB.search(str(error)):
+            raise ValueError(
+                f"the {config.type} policy in {folder} needs files of the hub that are not on this machine, such as "
+                "a tokenizer: load it once with a network (and a login, if they are gated), or name a folder with "
+                f"them in {CONFIG} and {PROCESSORS[0]} ({_said(error)})"
+            ) from error
         raise ValueError(
             f"lerobot {version('lerobot')} cannot load the {config.type} policy in {folder}: {_said(error)}; the files "
             "are damaged, or another version saved them"
         ) from error
     return policy.eval(), before, after
+
+
+def _check_weights(policy: Any, folder: Path) -> None:
+    """Raise ValueError unless a policy has the saved weights: some of lerobot's only print that they cannot be read."""
+    there = policy.state_dict()
+    with safe_open(folder / WEIGHTS, "pt") as saved:
+        found = {name: key for name in saved.keys() for key in (name, f"model.{name}") if key in there}  # noqa: SIM118
+        wrong = [
+            name
+            for name, key in found.items()
+            if not torch.equal(saved.get_tensor(name).to(there[key].dtype), there[key].cpu())
+        ]
+    if wrong or not found:
+        at = f" ({', '.join(wrong[:3])})" if wrong else ""
+        raise ValueError(f"lerobot has not loaded the weights in {WEIGHTS}{at}")
 
 
 def _identity(folder: Path) -> dict[str, str]:

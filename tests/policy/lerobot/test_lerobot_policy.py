@@ -15,17 +15,19 @@ import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from safetensors.torch import load_file, save_file
 
 from cogvla.configs.build import build
 from cogvla.configs.load import load
 from cogvla.policy.interface import Embodiment, Observation
-from cogvla.policy.lerobot.loading import open_lerobot_policy
+from cogvla.policy.lerobot.loading import _check_weights, open_lerobot_policy
 from cogvla.policy.lerobot.policy import LeRobotPolicy
-from cogvla.scripts import eval_libero
+from cogvla.scripts import eval_libero, record_demonstrations
 from cogvla.scripts.command import compose
 from cogvla.scripts.policies import open_any_policy, report_name
 from cogvla.tests.support import toy_suite
 from cogvla.tests.support.paths import SHIPPED
+from cogvla.tests.support.smolvlm import write_smolvlm
 
 ROBOT = build(Embodiment, load("embodiment", "tabletop"), "embodiment")
 SIZE = 32
@@ -51,6 +53,34 @@ DIFFUSION = {
     "drop_n_last_frames": 0,
     "use_group_norm": True,
     "pretrained_backbone_weights": None,
+}
+VQBET = {
+    "n_obs_steps": 1,
+    "n_action_pred_token": 2,
+    "action_chunk_size": 3,
+    "crop_shape": None,
+    "pretrained_backbone_weights": None,
+    "use_group_norm": True,
+    "spatial_softmax_num_keypoints": 4,
+    "vqvae_n_embed": 4,
+    "vqvae_embedding_dim": 8,
+    "vqvae_enc_hidden_dim": 8,
+    "gpt_block_size": 32,
+    "gpt_input_dim": 16,
+    "gpt_output_dim": 16,
+    "gpt_n_layer": 1,
+    "gpt_n_head": 2,
+    "gpt_hidden_dim": 16,
+}
+SMOLVLA = {
+    "chunk_size": 6,
+    "n_action_steps": 4,
+    "num_vlm_layers": 2,
+    "num_steps": 3,
+    "resize_imgs_with_padding": (32, 32),
+    "expert_width_multiplier": 0.5,
+    "max_state_dim": 8,
+    "max_action_dim": 8,
 }
 toy_suite.register()
 
@@ -97,8 +127,31 @@ def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(config, tmp_path_factory.mktemp("diffusion") / "pretrained_model")
 
 
+@pytest.fixture(scope="module")
+def vqbet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
+
+    config = VQBeTConfig(**VQBET, **features("agentview"), device="cpu", push_to_hub=False)
+    return saved(config, tmp_path_factory.mktemp("vqbet") / "pretrained_model")
+
+
+@pytest.fixture(scope="module")
+def smolvla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("num2words", reason="needs lerobot[smolvla]")
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+
+    vlm = write_smolvlm(tmp_path_factory.mktemp("vlm"))
+    shapes = features("agentview", "wrist")
+    config = SmolVLAConfig(**SMOLVLA, **shapes, vlm_model_name=str(vlm), device="cpu", push_to_hub=False)
+    return saved(config, tmp_path_factory.mktemp("smolvla") / "pretrained_model")
+
+
 def opened(folder: Path | str, **changes: Any) -> LeRobotPolicy:
     return open_lerobot_policy(str(folder), **{"embodiment": ROBOT, "device": "cpu", **changes})[0]
+
+
+def opened_identity(folder: Path) -> dict[str, str]:
+    return open_lerobot_policy(str(folder), ROBOT, "cpu")[1]
 
 
 def part(observation: Observation, *rows: int) -> Observation:
@@ -130,7 +183,7 @@ def test_what_lerobot_would_execute(act: Path) -> None:
     assert policy.describe()["policy"] == "lerobot act"
 
 
-@pytest.mark.parametrize("kind", ["act", "diffusion"])
+@pytest.mark.parametrize("kind", ["act", "diffusion", "vqbet", "smolvla"])
 def test_calls_stand_alone(kind: str, request: pytest.FixtureRequest) -> None:
     """Whatever was asked before, and in whatever batch, an observation gets the same actions."""
     policy = opened(request.getfixturevalue(kind))
@@ -150,6 +203,42 @@ def test_random_numbers_have_a_seed(diffusion: Path) -> None:
     assert np.abs(first - other).max() > 1e-3
     assert torch.equal(before, torch.get_rng_state()), "the caller's random numbers are left alone"
     assert policies[2].describe()["seed"] == 1
+
+
+def test_the_chunk_is_what_is_executed(vqbet: Path) -> None:
+    """VQ-BeT has another name for the number of actions that it executes until it looks again."""
+    policy = opened(vqbet)
+    assert policy.embodiment.chunk == VQBET["action_chunk_size"]
+    assert policy.act(policy.embodiment.fake_observation(2)).actions.shape == (2, 3, 7)
+
+
+def test_files_of_the_hub(smolvla: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that the checkpoint replaces are not asked for; a network or tokenizer that is not here is named."""
+    folder = shutil.copytree(smolvla, tmp_path / "copy")
+    write(folder, load_vlm_weights=True)
+    seen = opened(folder).embodiment.fake_observation(1)
+    np.testing.assert_array_equal(opened(folder).act(seen).actions, opened(smolvla).act(seen).actions)
+    before = folder / "policy_preprocessor.json"
+    here, there = json.loads((folder / "config.json").read_text())["vlm_model_name"], "nobody/nothing"
+    for file in (before, folder / "config.json"):
+        file.write_text(file.read_text().replace(here, there))
+        with pytest.raises(
+            ValueError, match=r"needs files of the hub .* name a folder with them in config.json"
+        ) as error:
+            opened(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_that_were_not_loaded(act: Path, tmp_path: Path) -> None:
+    """Some policies of lerobot only print that their weights cannot be read, and go on with random ones."""
+    policy = opened(act)._parts.policy
+    _check_weights(policy, act)
+    weights = load_file(act / "model.safetensors")
+    last = sorted(weights)[-1]
+    for content in ({**weights, last: weights[last] + 1}, {"nothing": torch.zeros(1)}):
+        save_file(content, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"has not loaded the weights in model.safetensors"):
+            _check_weights(policy, tmp_path)
 
 
 def test_several_observations_are_refused(diffusion: Path, tmp_path: Path) -> None:
@@ -209,6 +298,19 @@ def test_eval_libero_plays_it(act: Path, tmp_path: Path) -> None:
     assert len(described["processors_sha256"]) == 64
 
 
+def test_record_demonstrations_corrects_it(act: Path, tmp_path: Path) -> None:
+    given = [
+        f"checkpoint='lerobot:{act}'",
+        "suite=tabletop_object",
+        f"image_size={SIZE}",
+        f"output={tmp_path / 'data'}",
+    ]
+    record_demonstrations.main(compose("record_demonstrations", [*given, "episodes=1", "workers=0", "patience=5"]))
+    made = json.loads((tmp_path / "data" / "meta" / "recording.json").read_text())
+    assert made["policy"]["processors_sha256"] == opened_identity(act)["processors_sha256"]
+    assert 0 < made["intervention_share"] <= 1
+
+
 def write(folder: Path, **changes: Any) -> None:
     body = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**body, **changes}))
@@ -238,7 +340,10 @@ def feature(folder: Path, key: str, value: Any) -> None:
         (lambda f: (f / "config.json").write_text('{"a": 1}'), "does not say a type of policy"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
-        (lambda f: (f / "policy_preprocessor.json").unlink(), "no policy_preprocessor.json: lerobot before 0.4"),
+        (
+            lambda f: (f / "policy_preprocessor.json").unlink(),
+            "no policy_preprocessor.json: it was saved half, or by lerobot before 0.4",
+        ),
         (lambda f: (f / "policy_postprocessor.json").write_text("[]"), "cannot load the act policy"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"0" * 100), "cannot load the act policy"),
