@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ __all__ = [
     "converter",
     "encoding",
     "episode_buffer",
+    "frozen_at_the_end",
     "get_hf_features_from_features",
     "load_tasks",
     "update_chunk_file_indices",
@@ -81,6 +83,16 @@ def episode_buffer(dataset: Any) -> dict[str, Any]:
     """Return the frames that were added to a data set since its last episode: feature -> list of values."""
     buffer: dict[str, Any] = dataset.episode_buffer if OLD else dataset.writer.episode_buffer
     return buffer
+
+
+def frozen_at_the_end(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a factory of environments that compute nothing between the end of an episode and the next one."""
+    if OLD:
+        return make
+    from lerobot.envs.utils import freeze_after_episode_end
+
+    frozen: Callable[[], Any] = freeze_after_episode_end(make)
+    return frozen
 
 
 def converter(folder: Path) -> list[str]:

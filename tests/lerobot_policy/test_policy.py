@@ -105,11 +105,12 @@ def test_a_chunk_goes_on_from_what_is_left(converted: Path, delay: int, left: in
     old_HA = torch.zeros(padded, 7)
     old_HA[:left] = 5.0
     chunk_KA = policy.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=old_HA)[0]
-    kept = min(delay, left)
-    torch.testing.assert_close(chunk_KA[:kept], old_HA[:kept])
-    torch.testing.assert_close(chunk_KA[left:], new_KA[left:])
-    share_K = ((chunk_KA - new_KA) / (5.0 - new_KA)).mean(dim=1)[: left + 1]
+    kept = min(max(delay - 1, 0), left)  # the first action of the chunk is executed before what is left
+    torch.testing.assert_close(chunk_KA[1 : kept + 1], old_HA[:kept])
+    torch.testing.assert_close(chunk_KA[left + 1 :], new_KA[left + 1 :])
+    share_K = ((chunk_KA - new_KA) / (5.0 - new_KA)).mean(dim=1)[1 : left + 2]
     assert (share_K.diff() <= 1e-6).all(), "it turns to the new actions step by step"
+    assert (share_K.diff()[kept - 1 if kept else 0 :] < -1e-3).all()
     torch.testing.assert_close(policy.predict_action_chunk(batch, prev_chunk_left_over=old_HA * 0)[0], new_KA)
 
 
@@ -207,6 +208,7 @@ def test_another_data_set(recording: Path, converted: Path, change: Any, said: s
     plain = SimpleNamespace(
         **{name: getattr(data, name) for name in ("features", "fps", "camera_keys", "repo_id", "root", "tasks")},
         total_episodes=3,
+        total_frames=data.total_frames,
     )
     changes = change(data)
     if new and not changes:
@@ -222,6 +224,19 @@ def test_a_checkpoint_keeps_its_statistics_if_asked(recording: Path, converted: 
     config.keep_statistics = True
     CogVLAPolicy(config, dataset_meta=meta(recording))
     assert json.dumps(config.cogvla) == before
+
+
+def test_a_data_set_that_is_only_begun(recording: Path, converted: Path, tmp_path: Path) -> None:
+    """What `lerobot-record` of 0.4 gives: features are compared, statistics are not there yet."""
+    data = meta(recording)
+    config = PreTrainedConfig.from_pretrained(converted)
+    begun = LeRobotDataset.create(
+        "local/begun", fps=20, features=data.features, root=tmp_path / "begun", use_videos=False
+    )
+    CogVLAPolicy(config, dataset_meta=begun.meta)
+    slow = LeRobotDataset.create("local/slow", fps=10, features=data.features, root=tmp_path / "slow", use_videos=False)
+    with pytest.raises(ValueError, match="has 10 frames per second"):
+        CogVLAPolicy(config, dataset_meta=slow.meta)
 
 
 def test_statistics_need_files(recording: Path, tmp_path: Path) -> None:
@@ -267,6 +282,102 @@ def test_processors_of_another_version(converted: Path, tmp_path: Path, name: st
     (folder / name).write_text(json.dumps(pipeline))
     with pytest.raises(ValueError, match=f"another version of lerobot_policy_cogvla .*version {version}"):
         opened(folder)
+
+
+CONFIG, BEFORE, AFTER = "config.json", "policy_preprocessor.json", "policy_postprocessor.json"
+
+
+def step_of(body: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of our step in a saved pipeline."""
+    (found,) = [step for step in body["steps"] if step["registry_name"].startswith("cogvla_")]
+    config: dict[str, Any] = found["config"]
+    return config
+
+
+Change = Callable[[dict[str, Any]], Any]
+DAMAGED: dict[str, tuple[str, Change | str, str]] = {
+    "before is half written": (BEFORE, '{"steps": [', "policy_preprocessor.json is damaged"),
+    "before is empty": (BEFORE, "", "policy_preprocessor.json is damaged"),
+    "after is a list": (AFTER, "[]", "policy_postprocessor.json is damaged"),
+    "our step is gone": (BEFORE, lambda b: b["steps"].pop(2), "has no step cogvla_inputs"),
+    "no steps": (AFTER, lambda b: b.pop("steps"), "has no step cogvla_actions"),
+    "a field of another version": (
+        BEFORE,
+        lambda b: step_of(b).update(colour=1),
+        "by another version of lerobot_policy",
+    ),
+    "no words": (BEFORE, lambda b: step_of(b)["saved"].pop("tokenizer"), "cogvla_inputs .* does not say its tokenizer"),
+    "no statistics": (AFTER, lambda b: step_of(b)["saved"].pop("statistics"), "does not say its statistics"),
+    "nothing saved": (AFTER, lambda b: step_of(b).pop("saved"), "does not say its embodiment, statistics"),
+    "before of another policy": (
+        BEFORE,
+        lambda b: step_of(b)["saved"]["statistics"]["state"].update(q99=[9.0] * 8),
+        "policy_preprocessor.json is of another checkpoint than the policy: other statistics",
+    ),
+    "after of another policy": (
+        AFTER,
+        lambda b: step_of(b)["saved"]["embodiment"].update(gripper_open=0.0),
+        "policy_postprocessor.json is of another checkpoint than the policy: other embodiment",
+    ),
+    "a format of the future": (
+        CONFIG,
+        lambda b: b["cogvla"].update(format=99),
+        "has format 99; this version .* reads 1",
+    ),
+    "no network": (CONFIG, lambda b: b["cogvla"].pop("model"), "description is damaged .*model"),
+    "no robot": (CONFIG, lambda b: b["cogvla"].pop("embodiment"), "description is damaged .*embodiment"),
+    "no statistics of the policy": (
+        CONFIG,
+        lambda b: b["cogvla"].pop("statistics"),
+        "description is damaged .*statistics",
+    ),
+    "an unknown field of the network": (CONFIG, lambda b: b["cogvla"]["model"].update(colour=1), "unknown key colour"),
+    "another state": (
+        CONFIG,
+        lambda b: b["input_features"]["observation.state"].update(shape=[6]),
+        r"declares observation.state of shape \[6\], .* has \[8\]",
+    ),
+    "another action": (
+        CONFIG,
+        lambda b: b["output_features"]["action"].update(shape=[14]),
+        r"declares action of shape \[14\], .* has \[7\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_and_mixed_folders(converted: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(converted, tmp_path / "copy")
+    file, change, said = DAMAGED[name]
+    if isinstance(change, str):
+        (folder / file).write_text(change)
+    else:
+        body = json.loads((folder / file).read_text())
+        change(body)
+        (folder / file).write_text(json.dumps(body))
+    with pytest.raises(ValueError, match=said) as error:
+        opened(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda b: b["cogvla"].pop("statistics"), "description is damaged"),
+        (lambda b: b.update(field_of_the_future=1), "config.json cannot be read .*field_of_the_future"),
+        (lambda b: b.update(cogvla="nothing"), "config.json cannot be read"),
+        (lambda b: b.update(n_action_steps=9), "n_action_steps is 9; it must be from 1 to chunk_size"),
+    ],
+)
+def test_converting_what_is_damaged(converted: Path, tmp_path: Path, change: Change, said: str) -> None:
+    folder = shutil.copytree(converted, tmp_path / "copy")
+    body = json.loads((folder / CONFIG).read_text())
+    change(body)
+    (folder / CONFIG).write_text(json.dumps(body))
+    with pytest.raises(SystemExit, match=said) as error:
+        main([str(folder), str(tmp_path / "ours")])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ours").exists()
 
 
 def test_missing_weights_are_an_error(converted: Path, tmp_path: Path) -> None:

@@ -19,13 +19,13 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 
 from cogvla.files import read_object
-from cogvla.policy.checkpoint import STATISTICS, described, load_policy, load_weights, read_config, save_checkpoint
+from cogvla.policy.checkpoint import STATISTICS, load_policy, load_weights, read_config, save_checkpoint
 from cogvla.policy.checkpoint_folder import CONFIG
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
 from lerobot_policy_cogvla.configuration_cogvla import CogVLAConfig
 from lerobot_policy_cogvla.modeling_cogvla import PREFIX, CogVLAPolicy
-from lerobot_policy_cogvla.processor_cogvla import make_cogvla_pre_post_processors
+from lerobot_policy_cogvla.processor_cogvla import make_cogvla_pre_post_processors, network_and_words
 
 AGAIN = "give the folder of a checkpoint"
 
@@ -82,11 +82,17 @@ def from_lerobot(source: Path | str, output: Path | str) -> None:
         ValueError: it is damaged, or of another policy; or the output exists.
     """
     source, output = Path(source), _new(output)
-    config = PreTrainedConfig.from_pretrained(source)
+    try:
+        config = PreTrainedConfig.from_pretrained(source)
+    except Exception as error:  # draccus raises errors of its own
+        said = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise ValueError(
+            f"{source / CONFIG} cannot be read ({said}): it is damaged, or another version saved it"
+        ) from error
     if not isinstance(config, CogVLAConfig) or not config.cogvla:
         raise ValueError(f"{source} holds a policy of type {config.type!r}; only cogvla can be converted")
+    network, preprocessor = network_and_words(config.cogvla)
     statistics = {key: Statistics(**values) for key, values in config.cogvla["statistics"].items()}
-    network, preprocessor = described(config.cogvla, dict(statistics), source)
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in load_weights(source).items()}
     save_checkpoint(output, weights, network, preprocessor, dict(statistics), config.cogvla["description"])
     load_policy(output)

@@ -6,7 +6,7 @@ initial state `seed` modulo their number for one task; for all tasks in turn, ep
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -14,11 +14,13 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 from lerobot.configs.types import FeatureType, PolicyFeature
-from lerobot.envs.configs import EnvConfig
+from lerobot.envs.configs import EnvConfig, HubEnvConfig
 
 from cogvla.envs.contract import ACTION_DIM, CAMERAS, SuiteEnv, resting_action
 from cogvla.envs.evaluation.protocol import protocol_for
 from cogvla.envs.suite import Suite, get_suite
+from cogvla.lerobot_versions import frozen_at_the_end
+from cogvla.plugins import import_plugin
 
 GYM_ID = "cogvla/Suite-v0"
 
@@ -34,7 +36,7 @@ def _features(image_size: int) -> dict[str, PolicyFeature]:
 
 @EnvConfig.register_subclass("cogvla")
 @dataclass
-class CogVLAEnv(EnvConfig):
+class CogVLAEnv(HubEnvConfig):
     """Options `--env.NAME=` of lerobot's commands.
 
     Attributes:
@@ -43,6 +45,9 @@ class CogVLAEnv(EnvConfig):
         task_ids: indices of the tasks to play; None: all.
         image_size: height and width of the images in pixels.
         imports: modules that register further suites.
+        protocol: name of the evaluation protocol that says waiting steps, step limit and seed; None: the suite's own.
+        libero: settings of the suites of LIBERO, keys of `LiberoSettings`.
+        hub_path: repository of the hub whose `env.py` builds the environments, see `envhub/env.py`; None: built here.
     """
 
     task: str | None = "tabletop_object"
@@ -50,6 +55,8 @@ class CogVLAEnv(EnvConfig):
     task_ids: list[int] | None = None
     image_size: int = 128
     imports: list[str] = field(default_factory=list)
+    protocol: str | None = None
+    libero: dict[str, Any] = field(default_factory=dict)
     features: dict[str, PolicyFeature] = field(default_factory=dict)
     features_map: dict[str, str] = field(
         default_factory=lambda: {
@@ -76,22 +83,27 @@ class CogVLAEnv(EnvConfig):
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, gym.vector.VectorEnv]]:
         """Return `{suite: {task: environments}}`, as lerobot 0.6 asks for it."""
-        suite = _suite(str(self.task), self.imports)
+        suite = _suite(str(self.task), self.imports, self.libero)
         chosen = list(range(len(suite.tasks))) if self.task_ids is None else list(self.task_ids)
         _check_tasks(suite, chosen)
-        from lerobot.envs.utils import freeze_after_episode_end
-
         several = use_async_envs and n_envs > 1
         kind = partial(gym.vector.AsyncVectorEnv, context="forkserver") if several else gym.vector.SyncVectorEnv
 
         def build(task: int) -> gym.vector.VectorEnv:
-            one = freeze_after_episode_end(partial(SuiteEnvironment, **self._arguments(task)))
+            one = frozen_at_the_end(partial(SuiteEnvironment, **self._arguments(task)))
             return kind([one] * n_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
         return {suite.name: {task: build(task) for task in chosen}}
 
     def _arguments(self, task: int | None) -> dict[str, Any]:
-        return {"suite": str(self.task), "task_id": task, "image_size": self.image_size, "imports": tuple(self.imports)}
+        return {
+            "suite": str(self.task),
+            "task_id": task,
+            "image_size": self.image_size,
+            "imports": tuple(self.imports),
+            "protocol": self.protocol,
+            "libero": dict(self.libero),
+        }
 
 
 class SuiteEnvironment(gym.Env[dict[str, Any], np.ndarray]):
@@ -102,10 +114,12 @@ class SuiteEnvironment(gym.Env[dict[str, Any], np.ndarray]):
         task_id: index of the task; None: the seed of each reset chooses it.
         image_size: height and width of the images in pixels.
         imports: modules that register further suites.
+        protocol: see `CogVLAEnv`.
+        libero: see `CogVLAEnv`.
         render_mode: for gymnasium; there is only `rgb_array`.
 
     Raises:
-        ValueError: there is no such suite or task.
+        ValueError: there is no such suite, task or protocol, or LIBERO cannot be played here.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -116,13 +130,16 @@ class SuiteEnvironment(gym.Env[dict[str, Any], np.ndarray]):
         task_id: int | None = None,
         image_size: int = 128,
         imports: tuple[str, ...] = (),
+        protocol: str | None = None,
+        libero: Mapping[str, Any] | None = None,
         render_mode: str = "rgb_array",
     ) -> None:
-        self._suite = _suite(suite, imports)
+        self._suite = _suite(suite, imports, libero)
         if task_id is not None:
             _check_tasks(self._suite, [task_id])
-        protocol = protocol_for(self._suite, None, {}).for_suite(self._suite)
-        self._waiting_steps, self._max_episode_steps = protocol.waiting_steps, int(str(protocol.max_steps))
+        rules = protocol_for(self._suite, protocol, {}).for_suite(self._suite)
+        self._waiting_steps, self._max_episode_steps = rules.waiting_steps, int(str(rules.max_steps))
+        self._seed = rules.seed
         self._task_id, self.render_mode = task_id, render_mode
         self._env: SuiteEnv = self._suite.make(image_size=image_size)
         self._steps = 0
@@ -147,7 +164,7 @@ class SuiteEnvironment(gym.Env[dict[str, Any], np.ndarray]):
         states, tasks = self._suite.initial_states, len(self._suite.tasks)
         number = int(self.np_random.integers(states * tasks)) if seed is None else int(seed)
         task, state = (number % tasks, number // tasks) if self._task_id is None else (self._task_id, number)
-        self._seen, info = self._env.reset(seed=0, options={"task": task, "initial_state": state % states})
+        self._seen, info = self._env.reset(seed=self._seed, options={"task": task, "initial_state": state % states})
         for _ in range(self._waiting_steps):
             self._seen, _, _, _, info = self._env.step(resting_action())
         self._steps, self.task_description = 0, str(info["instruction"])
@@ -173,10 +190,10 @@ class SuiteEnvironment(gym.Env[dict[str, Any], np.ndarray]):
         return {"pixels": pixels, "agent_pos": np.asarray(self._seen["state"], np.float32)}
 
 
-def _suite(name: str, imports: tuple[str, ...] | list[str]) -> Suite:
+def _suite(name: str, imports: Sequence[str], libero: Mapping[str, Any] | None) -> Suite:
     for module in imports:
-        importlib.import_module(module)
-    return get_suite(name)
+        import_plugin(module, "env.imports")
+    return get_suite(name, {"libero": libero or {}})
 
 
 def _check_tasks(suite: Suite, tasks: list[int]) -> None:

@@ -14,12 +14,12 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
-from cogvla.policy.checkpoint import described, load_weights
+from cogvla.policy.checkpoint import load_weights
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.heads.interface import DRAWS
 from cogvla.policy.training.optimisation import parameter_groups
 from lerobot_policy_cogvla.configuration_cogvla import CogVLAConfig
-from lerobot_policy_cogvla.processor_cogvla import OBS_PIXELS
+from lerobot_policy_cogvla.processor_cogvla import AGAIN, OBS_PIXELS, check_processors, network_and_words
 from lerobot_policy_cogvla.start import check_data, start
 
 PREFIX = "model."
@@ -54,7 +54,7 @@ class CogVLAPolicy(PreTrainedPolicy):
         if config.cogvla:
             if dataset_meta is not None:
                 check_data(config, dataset_meta)
-            model_config, preprocessor = described(config.cogvla, config.cogvla["statistics"], Path())
+            model_config, preprocessor = network_and_words(config.cogvla)
             self.model = CogVLA(model_config, preprocessor.embodiment)
         elif dataset_meta is not None:
             self.model = start(config, dataset_meta)
@@ -63,16 +63,27 @@ class CogVLAPolicy(PreTrainedPolicy):
                 "a new policy needs a data set, which says what the robot is: lerobot-train --policy.type=cogvla, or "
                 "--policy.path=FOLDER for one that was trained"
             )
-        if self.model.embodiment.chunk != config.chunk_size:
+        robot = self.model.embodiment
+        for feature, key, width in (
+            (config.robot_state_feature, OBS_STATE, robot.state_dim),
+            (config.action_feature, ACTION, robot.action_dim),
+        ):
+            if feature is not None and tuple(feature.shape) != (width,):
+                raise ValueError(
+                    f"config.json declares {key} of shape {list(feature.shape)}, but the policy for {robot.name} has "
+                    f"[{width}]; {AGAIN}"
+                )
+        if robot.chunk != config.chunk_size:
             raise ValueError(
-                f"chunk_size is {config.chunk_size}, but the checkpoint predicts {self.model.embodiment.chunk} actions "
-                f"at once: give --policy.chunk_size={self.model.embodiment.chunk} and n_action_steps up to that"
+                f"chunk_size is {config.chunk_size}, but the checkpoint predicts {robot.chunk} actions "
+                f"at once: give --policy.chunk_size={robot.chunk} and n_action_steps up to that"
             )
         self.reset()
 
     @classmethod
     def _load_as_safetensor(cls, model: CogVLAPolicy, model_file: str, map_location: str, strict: bool) -> CogVLAPolicy:
         """Load all weights, each in its precision; lerobot's own loader only logs that some are missing."""
+        check_processors(Path(model_file).parent, model.config.cogvla)
         weights = {name.removeprefix(PREFIX): x.clone() for name, x in load_weights(Path(model_file).parent).items()}
         try:
             model.model.load_state_dict(weights, assign=True)
@@ -167,14 +178,18 @@ class CogVLAPolicy(PreTrainedPolicy):
 
 
 def _continued(new_BKA: Tensor, left_HA: Tensor, delay: int) -> Tensor:
-    """Return the chunk that goes on from a previous one: its actions first, then a linear change to the new ones."""
+    """Return the chunk that goes on from a previous one: its actions first, then a linear change to the new ones.
+
+    The new chunk begins at the observation. The action of that step is sent already when lerobot's thread takes what is
+    left, so what is left begins one step later. lerobot drops the first `delay` actions of the result.
+    """
     left_BHA = left_HA if left_HA.ndim == 3 else left_HA[None]
     real_H = left_BHA.abs().sum(dim=(0, 2)).ne(0)
-    steps = min(int(real_H.nonzero().max()) + 1 if real_H.any() else 0, new_BKA.shape[1])
-    kept = min(delay, steps)
+    steps = min(int(real_H.nonzero().max()) + 1 if real_H.any() else 0, new_BKA.shape[1] - 1)
+    kept = min(max(delay - 1, 0), steps)
     step_K = torch.arange(new_BKA.shape[1], device=new_BKA.device)
-    share_K = (1 - (step_K - kept + 1) / (steps - kept + 1)).clamp(0, 1).to(new_BKA)
-    share_K[step_K < kept], share_K[step_K >= steps] = 1.0, 0.0
+    share_K = (1 - (step_K - kept) / (steps - kept + 1)).clamp(0, 1).to(new_BKA)
+    share_K[0], share_K[steps + 1 :] = 0.0, 0.0
     padded_BKA = torch.zeros_like(new_BKA)
-    padded_BKA[:, :steps] = left_BHA[:, :steps]
+    padded_BKA[:, 1 : steps + 1] = left_BHA[:, :steps]
     return torch.lerp(new_BKA, padded_BKA, share_K[None, :, None])

@@ -34,26 +34,80 @@ from lerobot.utils.constants import (
 from torch import Tensor
 
 from cogvla.configs.build import build
-from cogvla.policy.checkpoint import described
+from cogvla.files import read_object
+from cogvla.policy.checkpoint import FORMAT, described
 from cogvla.policy.inputs.normalise import Normaliser, normalisers
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.interface import Embodiment
+from cogvla.policy.model.config import CogVLAConfig as NetworkConfig
 from lerobot_policy_cogvla.configuration_cogvla import CogVLAConfig
 
 VERSION = 1
 """Version of the steps; raised when they would do something else with what is saved."""
 OBS_PIXELS = "observation.cogvla_pixels"
+BEFORE, AFTER = f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"
+INPUTS, ACTIONS = "cogvla_inputs", "cogvla_actions"
+NEEDED = {INPUTS: ("format", "embodiment", "statistics", "tokenizer", "model"), ACTIONS: ("embodiment", "statistics")}
+SHARED = ("embodiment", "statistics", "tokenizer", "pictures")
+"""What processors do, as both they and the policy's configuration say it."""
+AGAIN = "give another checkpoint, or convert it again with convert_checkpoint"
 
 
-def _checked(saved: dict[str, Any], version: int) -> None:
-    if version != VERSION or not saved:
+def network_and_words(saved: dict[str, Any]) -> tuple[NetworkConfig, Preprocessor]:
+    """Return what a configuration's `cogvla` describes: the network, and the preprocessor with its words.
+
+    Raises:
+        ValueError: something is missing, does not fit, or has a format of another version.
+    """
+    if saved.get("format") != FORMAT:
+        raise ValueError(f"the checkpoint has format {saved.get('format')!r}; this version of cogvla reads {FORMAT}")
+    try:
+        return described(saved, saved["statistics"], Path())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the checkpoint's description is damaged ({type(error).__name__}: {error}); {AGAIN}"
+        ) from error
+
+
+def _checked(step: str, config: dict[str, Any]) -> None:
+    """Raise ValueError for the configuration of a step that another version saved, or that lacks something."""
+    version, saved = config.get("version", 0), config.get("saved") or {}
+    if version != VERSION or config.keys() - {"saved", "version"}:
         raise ValueError(
             f"the processor was saved by another version of lerobot_policy_cogvla (its steps have version {version}, "
             f"these read {VERSION}): convert the checkpoint again with convert_checkpoint, or install that version"
         )
+    if missing := [key for key in NEEDED[step] if key not in saved]:
+        raise ValueError(f"step {step} of the processor does not say its {', '.join(missing)}; {AGAIN}")
 
 
-@ProcessorStepRegistry.register("cogvla_inputs")
+def check_processors(folder: Path, policy: dict[str, Any]) -> None:
+    """Check that the processors in a checkpoint are those of its policy; files that are not there are left to lerobot.
+
+    Args:
+        folder: lerobot's `pretrained_model` folder.
+        policy: `CogVLAConfig.cogvla` of the policy.
+
+    Raises:
+        ValueError: a file is damaged, of another version of the plugin, or of another checkpoint.
+    """
+    for name, step in ((BEFORE, INPUTS), (AFTER, ACTIONS)):
+        file = folder / name
+        if not file.is_file():
+            continue
+        steps = read_object(file, AGAIN).get("steps")
+        found = [s for s in steps if isinstance(s, dict) and s.get("registry_name") == step] if steps else []
+        if len(found) != 1:
+            raise ValueError(f"{file} has no step {step}; {AGAIN}")
+        values = found[0].get("config") or {}
+        _checked(step, values)
+        saved = values["saved"]
+        others = [key for key in SHARED if key in saved and saved[key] != policy.get(key)]
+        if others:
+            raise ValueError(f"{file} is of another checkpoint than the policy: other {', '.join(others)}; {AGAIN}")
+
+
+@ProcessorStepRegistry.register(INPUTS)
 @dataclass
 class CogVLAInputsStep(ProcessorStep):
     """Normalise state and actions, resize images, and turn instructions into ids, as `Preprocessor` does.
@@ -67,12 +121,12 @@ class CogVLAInputsStep(ProcessorStep):
     version: int = 0
 
     def __post_init__(self) -> None:
-        _checked(self.saved, self.version)
+        _checked(INPUTS, self.get_config())
 
     @cached_property
     def preprocessor(self) -> Preprocessor:
         """The preprocessor that is described."""
-        return described(self.saved, self.saved["statistics"], Path())[1]
+        return network_and_words(self.saved)[1]
 
     def get_config(self) -> dict[str, Any]:
         """See `ProcessorStep`."""
@@ -105,7 +159,7 @@ class CogVLAInputsStep(ProcessorStep):
         return features
 
 
-@ProcessorStepRegistry.register("cogvla_actions")
+@ProcessorStepRegistry.register(ACTIONS)
 @dataclass
 class CogVLAActionsStep(ProcessorStep):
     """Bring normalised actions back to physical units; attributes as in `CogVLAInputsStep`."""
@@ -114,7 +168,7 @@ class CogVLAActionsStep(ProcessorStep):
     version: int = 0
 
     def __post_init__(self) -> None:
-        _checked(self.saved, self.version)
+        _checked(ACTIONS, self.get_config())
 
     @cached_property
     def normaliser(self) -> Normaliser:

@@ -88,7 +88,7 @@ def check_data(config: CogVLAConfig, meta: Any) -> None:
     """
     robot = build(Embodiment, config.cogvla["embodiment"], "embodiment")
     check_features(robot, meta)
-    if config.keep_statistics:
+    if config.keep_statistics or meta.total_frames == 0:  # `lerobot-record` of 0.4 gives the data set that it begins
         return
     found = data_statistics(robot, meta)
     for key, theirs in found.items():
