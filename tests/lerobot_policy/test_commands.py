@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ STATES = (3, 4)
 ENV_FILE = ROOT / "lerobot_policy_cogvla" / "envhub" / "env.py"
 
 
-def lerobot(command: str, *arguments: str, fails: bool = False, **variables: str) -> str:
-    """Run a command of lerobot, and return what it prints."""
+def lerobot(command: str, *arguments: str, fails: bool = False, variables: Mapping[str, str] | None = None) -> str:
+    """Run a command of lerobot, with other environment variables, and return what it prints."""
     words = [sys.executable, "-m", f"lerobot.scripts.lerobot_{command}", *arguments]
-    environment = {**os.environ, "MUJOCO_GL": "egl", **variables}
+    environment = {**os.environ, "MUJOCO_GL": "egl", **(variables or {})}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -105,7 +106,8 @@ def as_a_repository(file: Path, cache: Path) -> str:
 @pytest.mark.parametrize("source", ["plugin", "EnvHub"])
 def test_the_same_episodes_as_ours(source: str, converted: Path, tmp_path: Path) -> None:
     """The same initial states, success and number of steps as in `eval_libero` without an engine."""
-    options, variables = [], {}
+    options: list[str] = []
+    variables: dict[str, str] = {}
     if source == "EnvHub":
         options = [f"--env.hub_path={as_a_repository(ENV_FILE, tmp_path / 'hub')}", "--trust_remote_code=true"]
         variables = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -121,7 +123,7 @@ def test_the_same_episodes_as_ours(source: str, converted: Path, tmp_path: Path)
         f"--seed={STATES[0]}",
         f"--output_dir={tmp_path}",
         *options,
-        **variables,
+        variables=variables,
     )
     specs = [EpisodeSpec(0, state) for state in STATES]
     ours = {r.initial_state: r for r in rollout(load_policy(SHIPPED), get_suite("tabletop_object"), specs)}
