@@ -7,7 +7,7 @@ This file imports only numpy, so that a robot process can use the contract witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -122,11 +122,14 @@ class Observation:
         images: for each camera name, uint8 [B,H,W,3] RGB.
         state: float32 [B,S] in physical units.
         instruction: B strings.
+        slots: the robot of each sample, for policies that remember an episode (`Remembering`). None: sample i is
+            robot i.
     """
 
     images: Mapping[str, np.ndarray]
     state: np.ndarray
     instruction: Sequence[str]
+    slots: Sequence[Hashable] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -168,6 +171,18 @@ class Observation:
             images={name: np.concatenate([o.images[name] for o in observations]) for name in first.images},
             state=np.concatenate([o.state for o in observations]),
             instruction=[text for o in observations for text in o.instruction],
+            slots=None
+            if any(o.slots is None for o in observations)
+            else [slot for o in observations for slot in o.slots or ()],
+        )
+
+    def row(self, index: int) -> Observation:
+        """Return one sample as a batch of size 1."""
+        return Observation(
+            images={name: image[index : index + 1] for name, image in self.images.items()},
+            state=self.state[index : index + 1],
+            instruction=[self.instruction[index]],
+            slots=None if self.slots is None else [self.slots[index]],
         )
 
 
@@ -186,7 +201,10 @@ class ActionChunk:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Interface of all policies: observations in, action chunks out. No state between calls, except for caches."""
+    """Interface of all policies: observations in, action chunks out.
+
+    No state between calls, except for caches, and what `Remembering` policies know of an episode.
+    """
 
     @property
     def embodiment(self) -> Embodiment: ...
@@ -196,7 +214,7 @@ class Policy(Protocol):
         ...
 
     def reset(self) -> None:
-        """Clear the caches of an episode."""
+        """Clear the caches of an episode, and what is remembered of all robots."""
         ...
 
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
@@ -211,3 +229,28 @@ class Policy(Protocol):
     def act(self, observation: Observation) -> ActionChunk:
         """Predict actions [B,K,A] for B observations in one batched forward pass."""
         ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A policy that may remember the episode of each robot ("slot"); `Observation.slots` says whose a sample is."""
+
+    def begin(self, slots: Sequence[Hashable]) -> None:
+        """Begin an episode of these robots: forget their earlier ones."""
+        ...
+
+    def end(self, slots: Sequence[Hashable]) -> None:
+        """Forget these robots, which give no more observations."""
+        ...
+
+
+def begin_episode(policy: Policy, slots: Sequence[Hashable]) -> None:
+    """Tell a policy that these robots begin an episode; policies that never remember need not know."""
+    if isinstance(policy, Remembering):
+        policy.begin(slots)
+
+
+def end_episode(policy: Policy, slots: Sequence[Hashable]) -> None:
+    """Tell a policy that these robots are gone; see `begin_episode`."""
+    if isinstance(policy, Remembering):
+        policy.end(slots)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cogvla.policy.engine.engine import AUTO, EncodedText, Engine, EngineConfig
+from cogvla.policy.engine.engine import AUTO, EncodedText, Engine, EngineConfig, starting
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.engine.network import not_fusible
 from cogvla.policy.engine.precision import Choice, choose_precision
+from cogvla.policy.episode_memory import EpisodeMemory
+from cogvla.policy.inputs.normalise import Normaliser
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import TextEncoder
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
+from cogvla.policy.model.router_memory import Memory
 
 CHOICE_OBSERVATIONS = 8
 """Random observations on which precisions are compared."""
@@ -25,6 +30,8 @@ CHOICE_OBSERVATIONS = 8
 
 class CogVLAPolicy:
     """Preprocess observations, run one batched forward pass, and unnormalise the actions.
+
+    A policy with token routers that remember keeps the memory of each robot (`policy.interface.Remembering`).
 
     Args:
         model: the network, on its device.
@@ -50,7 +57,22 @@ class CogVLAPolicy:
         self.preprocessor = preprocessor.to(device)
         self.engine, self.calibration, self.choice = engine, calibration, choice
         self._description = description or {}
-        self._text: tuple[tuple[str, ...], TextFeatures | EncodedText] | None = None
+        self._text: dict[bool, tuple[tuple[str, ...], TextFeatures | EncodedText]] = {}  # of sparse and dense passes
+        self._memory = self._build_memory()
+        self._state_normaliser: Normaliser | None = None  # on the CPU, for routers with a gate
+
+    def _build_memory(self) -> EpisodeMemory | None:
+        model = self.model if self.engine is None else self.engine.model
+        router = model.router
+        if router is None or router.memory is None:
+            return None
+
+        def empty(batch: int) -> Memory:
+            memory = model.empty_memory(batch)
+            assert memory is not None, "its routers remember"
+            return memory
+
+        return EpisodeMemory(router.memory, empty, router.gate)
 
     def with_statistics(self, name: str | None) -> CogVLAPolicy:
         """Return the same policy with the statistics of another of its data sets, see `Preprocessor.choosing`."""
@@ -84,7 +106,7 @@ class CogVLAPolicy:
     @torch.inference_mode()
     def _choose_precision(self, config: EngineConfig) -> Choice:
         seen = [self.embodiment.fake_observation(1, seed) for seed in range(CHOICE_OBSERVATIONS)]
-        inputs = [self.preprocessor.observation(observation) for observation in seen]
+        inputs = [starting(self.model, self.preprocessor.observation(observation)) for observation in seen]
         return choose_precision(self.model, config, inputs, self.calibration)
 
     @property
@@ -118,9 +140,23 @@ class CogVLAPolicy:
             **self._description,
         }
 
+    @torch.inference_mode()
     def reset(self) -> None:
-        """Forget the encoded instruction of the episode."""
-        self._text = None
+        """Forget the encoded instruction of the episode, and what is remembered of all robots."""
+        self._text = {}
+        if self._memory is not None:
+            self._memory.restart()
+
+    @torch.inference_mode()
+    def begin(self, slots: Sequence[Hashable]) -> None:
+        """See `Remembering.begin`; without token routers that remember it does nothing."""
+        if self._memory is not None:
+            self._memory.begin(slots)
+
+    def end(self, slots: Sequence[Hashable]) -> None:
+        """See `Remembering.end`."""
+        if self._memory is not None:
+            self._memory.end(slots)
 
     @torch.inference_mode()
     def act(self, observation: Observation) -> ActionChunk:
@@ -154,6 +190,7 @@ class CogVLAPolicy:
     @torch.inference_mode()
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
         """See `Policy.warm_up`."""
+        self.reset()
         inputs = self.preprocessor.observation(self.embodiment.fake_observation(batch))
         if self.engine is not None:
             lengths: set[int | None] = {len(self.preprocessor.text([text])[0][0]) for text in instructions}
@@ -164,22 +201,89 @@ class CogVLAPolicy:
         self.reset()
 
     def normalised_actions(self, inputs: ModelInput) -> Tensor:
-        """Return the network's normalised actions [B,K,A]; the encoded instructions are not cached."""
+        """Return the network's normalised actions [B,K,A]; the encoded instructions are not cached.
+
+        For token routers that remember, every sample without `memory` is the first of its episode.
+        """
+        inputs = starting(self.model, inputs) if inputs.memory is None else inputs
         if self.engine is None:
             return self.model(inputs).actions
         return self.engine.run(inputs, self.engine.encode(inputs.text_ids, inputs.text_mask))
 
+    @torch.inference_mode()
+    def inputs(self, observation: Observation) -> ModelInput:
+        """Return the model's input for an observation with all that is remembered, without deciding anything.
+
+        Raises:
+            ValueError: see `Preprocessor.observation` and `EpisodeMemory.slots_of`; or robots of one batch differ in
+                whether a token router works now.
+        """
+        inputs = self.preprocessor.observation(observation)
+        if self._memory is None:
+            return inputs
+        slots = self._memory.slots_of(observation.slots, observation.batch_size)
+        dense = set(self._memory.dense(slots, self._hand(observation)))
+        if len(dense) > 1:
+            raise ValueError("the token router removes tokens of some of these robots only: give one robot at a time")
+        return replace(inputs, memory=self._memory.recall(slots), dense=dense.pop())
+
+    def _hand(self, observation: Observation) -> Tensor:
+        """Return the normalised state's entries of `RouterConfig.hand`, on the CPU."""
+        router = self.model.router
+        assert router is not None
+        if self._state_normaliser is None:
+            self._state_normaliser = copy.deepcopy(self.preprocessor.state_normaliser).cpu()
+        state_BS = torch.as_tensor(np.array(observation.state, np.float32))
+        return self._state_normaliser(state_BS)[:, list(router.config.hand)]
+
     def _run(self, observation: Observation, inputs: ModelInput) -> Tensor:
-        """Return normalised actions [B,K,A].
+        """Return normalised actions [B,K,A], and remember the decision."""
+        instructions, memory = tuple(observation.instruction), self._memory
+        if memory is None:
+            return self._step(instructions, inputs)[0]
+        slots = memory.slots_of(observation.slots, len(instructions))
+        gated = self.model.router is not None and self.model.router.gate is not None
+        state_BC = self._hand(observation) if gated else torch.empty(0)
+        dense = memory.dense(slots, state_BC)
+        inputs = replace(inputs, memory=memory.recall(slots))
+        if len(set(dense)) == 1:
+            actions_BKA, new = self._step(instructions, inputs, dense[0])
+        else:
+            actions_BKA, new = self._in_two(instructions, inputs, dense)
+        assert new is not None, "its routers remember"
+        memory.store(slots, new, state_BC, dense)
+        return actions_BKA
+
+    def _in_two(
+        self, instructions: tuple[str, ...], inputs: ModelInput, dense: Sequence[bool]
+    ) -> tuple[Tensor, Memory]:
+        """Run the samples that keep all tokens, and the others, one after the other."""
+        rows = [[row for row, each in enumerate(dense) if each is kind] for kind in (False, True)]
+        parts = []
+        for kind, chosen in zip((False, True), rows, strict=True):
+            some = inputs.rows(torch.tensor(chosen, device=inputs.state.device))
+            parts.append(self._step(tuple(instructions[row] for row in chosen), some, kind))
+        order_B = torch.tensor([*rows[0], *rows[1]]).argsort().to(inputs.state.device)
+        (sparse_BKA, some_new), (dense_BKA, other_new) = parts
+        assert some_new is not None
+        assert other_new is not None
+        new = {name: torch.cat((value, other_new[name]))[order_B] for name, value in some_new.items()}
+        return torch.cat((sparse_BKA, dense_BKA))[order_B], new
+
+    def _step(
+        self, instructions: tuple[str, ...], inputs: ModelInput, dense: bool = False
+    ) -> tuple[Tensor, Memory | None]:
+        """Return normalised actions [B,K,A] and the new memory.
 
         The encoded instructions are cached until they change, which usually is a whole episode.
         """
-        instructions = tuple(observation.instruction)
-        if self._text is None or self._text[0] != instructions:
+        known = self._text.get(dense)
+        if known is None or known[0] != instructions:
             encode = self.model.encode_text if self.engine is None else self.engine.encode
-            self._text = (instructions, encode(inputs.text_ids, inputs.text_mask))
-        text = self._text[1]
+            known = self._text[dense] = (instructions, encode(inputs.text_ids, inputs.text_mask, dense=dense))
+        text = known[1]
         if isinstance(text, EncodedText):
             assert self.engine is not None, "only an engine gives EncodedText"
-            return self.engine.run(inputs, text)
-        return self.model(inputs, text).actions
+            return self.engine.step(inputs, text)
+        output = self.model(replace(inputs, dense=dense), text)
+        return output.actions, output.memory

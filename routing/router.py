@@ -11,15 +11,16 @@ All routers keep these rules, and `tests/routing/test_routers_contract.py` check
 - scores are float32 whatever the precision of the tokens, and of equal scores the earlier token wins
 
 Shape legend: B rows to route (samples, or samples times views), N tokens in, n tokens out, D token width, H x W grid of
-a view, T text tokens, E language width, L vision layers asked for, C width of keys, F width of encoder tokens,
-I neurons of an MLP, O observations of a history, P tokens of all views as they leave the vision towers.
+a view, T text tokens, E language width, L vision layers asked for, C width of keys or entries of the state,
+F width of encoder tokens, I neurons of an MLP, O earlier decisions, P tokens of all views as they leave the vision
+towers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -57,6 +58,10 @@ class RouterConfig:
         train_budgets: budgets of which every training step draws one at random (TokenFLEX); (): only `budget`.
         seed: random seed of the routers' draws.
         resample: draw again for every new observation; False: use the same draw for all.
+        hand: entries of the state with the end effector's position, then those with its rotation, if any; for routers
+            that read its motion.
+        decision_steps: control steps between two decisions, for routers that remember; training takes its history from
+            the data at this distance. None: a whole chunk.
     """
 
     name: str | None = None
@@ -74,6 +79,8 @@ class RouterConfig:
     train_budgets: tuple[int | float, ...] = ()
     seed: int = 0
     resample: bool = True
+    hand: tuple[int, ...] = (0, 1, 2)
+    decision_steps: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.options, str):
@@ -82,7 +89,7 @@ class RouterConfig:
             raise ValueError(
                 f"router.options is {self.options!r}; give names and values, such as '{{variant: maxsum}}'"
             )
-        for name in ("layers", "layer_budgets", "train_budgets"):
+        for name in ("layers", "layer_budgets", "train_budgets", "hand"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, allowed in (("stage", (None, *STAGES)), ("mode", MODES), ("position", POSITIONS)):
             if getattr(self, name) not in allowed:
@@ -96,6 +103,10 @@ class RouterConfig:
             )
         if self.name is not None and self.stage == "llm_layer" and not self.layers:
             raise ValueError("router.stage=llm_layer needs router.layers, for example router.layers=[1]")
+        if len(self.hand) < 3 or len(set(self.hand)) != len(self.hand) or min(self.hand) < 0:
+            raise ValueError(f"router.hand must name x, y and z among the entries of the state, got {list(self.hand)}")
+        if self.decision_steps is not None and self.decision_steps < 1:
+            raise ValueError(f"router.decision_steps must be at least 1, got {self.decision_steps}")
         if self.position_step <= 0:
             raise ValueError(f"router.position_step must be positive, got {self.position_step}")
 
@@ -183,7 +194,20 @@ class RouterContext:
             tokens' attention that goes to text and action tokens.
         neurons_BNI: bool, neurons of the language layer's MLP that each vision token activates.
         text_neurons_BTI: bool, the same for instruction tokens.
-        history_BOND: tokens of O earlier observations, the oldest first.
+        text_attention_BN: attention that each token gets from the words in this language layer, mean over heads and
+            words.
+        text_match_BN: products of the words' queries and the token's key in this language layer, without rotation and
+            softmax, mean over heads and words.
+        age_B: number of decisions of this episode that are remembered, int64, 0 to O; 0 at its first decision.
+        history_BOND: tokens of the last O decisions, the oldest first, as they came to the router. Where the episode is
+            younger, the present takes the place of these and of the other past items, except for attention (0).
+        past_pixels_BO3HW: images of the last O decisions, 0 to 255.
+        alike_BON: cosine of each patch's pixels with those of the same patch at the last O decisions.
+        motion_BOC: change of the state's entries `RouterConfig.hand` from each of the last O decisions to the next one
+            (the last one to now), in units of the normalised state; 0 where the episode is younger.
+        past_attention_BON: attention that each token got from the action tokens at the last O decisions, in layer
+            `TokenRouter.watched_layer`. A token that was not in that layer has its value from the decision before.
+        past_seen_BON: bool, False for tokens that were not in that layer.
         patches_BPF: output of the vision towers for all views, for routers in the language model.
         owner_BP: int64, for each of `patches_BPF` the token that it went into, or else the nearest one of its view; -1
             if there is none.
@@ -207,10 +231,31 @@ class RouterContext:
     share_B2: Tensor | None = None
     neurons_BNI: Tensor | None = None
     text_neurons_BTI: Tensor | None = None
+    text_attention_BN: Tensor | None = None
+    text_match_BN: Tensor | None = None
+    age_B: Tensor | None = None
     history_BOND: Tensor | None = None
     patches_BPF: Tensor | None = None
     owner_BP: Tensor | None = None
     guide_BN: Tensor | None = None
+    past_pixels_BO3HW: Tensor | None = None
+    alike_BON: Tensor | None = None
+    motion_BOC: Tensor | None = None
+    past_attention_BON: Tensor | None = None
+    past_seen_BON: Tensor | None = None
+
+
+PAST = ("history_BOND", "past_pixels_BO3HW", "alike_BON", "motion_BOC", "past_attention_BON", "past_seen_BON")
+"""Items with an entry for each earlier decision."""
+
+
+def latest(context: RouterContext, decisions: int) -> RouterContext:
+    """Return the context with no more than this number of earlier decisions."""
+    found = {name: getattr(context, name) for name in PAST}
+    shorter: dict[str, Any] = {name: value[:, -decisions:] for name, value in found.items() if value is not None}
+    if context.age_B is not None:
+        shorter["age_B"] = context.age_B.clamp(max=decisions)
+    return replace(context, **shorter)
 
 
 ITEMS = frozenset(f.name for f in fields(RouterContext)) - {"budget", "training", "text_mask_BT", "guide_BN"}
@@ -261,6 +306,10 @@ class TokenRouter(nn.Module, ABC):
     """True if the router replaces the projector: at `encoder_out`, its output has the language model's width."""
     guide_layer: int | None = None
     """Language layer whose attention to all tokens the router learns from (`RouterContext.guide_BN`); None: none."""
+    remembers: int = 0
+    """O, the number of earlier decisions that the router reads."""
+    gated: bool = False
+    """True if `prunes` says for each decision whether the router works; otherwise it always does."""
 
     def __init__(self, sizes: RouterSizes) -> None:
         super().__init__()
@@ -281,6 +330,22 @@ class TokenRouter(nn.Module, ABC):
     def attention_blocks(self, depth: int) -> range:
         """Return the vision blocks, of `depth`, whose attention `attention_LBN` holds."""
         return range(depth - 1, depth)
+
+    def watched_layer(self, depth: int) -> int:
+        """Return the language layer, of `depth`, whose attention `past_attention_BON` holds."""
+        return max(depth // 2 - 1, 0)
+
+    def prunes(self, motion_BOC: Tensor, age_B: Tensor, run_B: Tensor) -> Tensor:
+        """Return for each sample whether the router works in this decision, bool [B]; else all tokens are kept.
+
+        A policy asks before the forward pass, on the CPU, so that the network has two fixed shapes.
+
+        Args:
+            motion_BOC: see `RouterContext`.
+            age_B: see `RouterContext`.
+            run_B: number of decisions without a break in which it worked, until now.
+        """
+        return torch.ones_like(age_B, dtype=torch.bool)
 
     @abstractmethod
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:

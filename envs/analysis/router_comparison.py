@@ -21,7 +21,7 @@ from cogvla.configs.build import build
 from cogvla.envs.evaluation.statistics import Latency, Rate, latency, sign_test
 from cogvla.envs.suite import Suite
 from cogvla.policy.cost.flops import REPEATED, count_flops
-from cogvla.policy.engine.engine import Engine
+from cogvla.policy.engine.engine import Engine, starting
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.stopwatch import Stopwatch
@@ -244,6 +244,7 @@ def costs(
     own: dict[str, list[float]] = {key: [] for key in plain}
     for key, each in routed.items():
         each.warm_up(1, [observation.instruction[0] for observation in observations])
+        plain[key].reset()
         router = plain[key].model.router
         assert router is not None
         router.stopwatch = stopwatches[key]
@@ -282,7 +283,8 @@ def _in_engine(policy: CogVLAPolicy, engine: Engine | None) -> CogVLAPolicy:
 @torch.no_grad()
 def _flops(policy: CogVLAPolicy, observation: Observation) -> tuple[int, int]:
     """Return the FLOPs of a pass with a known instruction: as torch counts them, and without those of the router."""
-    inputs, model = policy.preprocessor.observation(observation), policy.model
+    model = policy.model
+    inputs = starting(model, policy.preprocessor.observation(observation))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:  # torch's counter fails for modules with parameters that need gradients
         parameter.requires_grad_(False)

@@ -141,8 +141,8 @@ def covered(mask_VHW: Tensor, grid: tuple[int, int], share: float = COVERED) -> 
 @torch.inference_mode()
 def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
     """Run the policy on one observation and return the moment, without its target."""
-    model, inputs = policy.model, policy.preprocessor.observation(observation)
-    text = model.encode_text(inputs.text_ids, inputs.text_mask)
+    model, inputs = policy.model, policy.inputs(observation)
+    text = model.encode_text(inputs.text_ids, inputs.text_mask, dense=inputs.dense)
     output = model(inputs, text, debug=True, watch=True)
     inside = output.debug
     assert inside is not None

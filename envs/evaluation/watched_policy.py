@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy
+from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy, begin_episode, end_episode
 
 
 class WatchedPolicy:
@@ -28,6 +28,12 @@ class WatchedPolicy:
 
     def reset(self) -> None:
         self._policy.reset()
+
+    def begin(self, slots: Sequence[Hashable]) -> None:
+        begin_episode(self._policy, slots)
+
+    def end(self, slots: Sequence[Hashable]) -> None:
+        end_episode(self._policy, slots)
 
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
         self._policy.warm_up(batch, instructions)

@@ -42,7 +42,7 @@ from cogvla.envs.rollout.player import (
 from cogvla.envs.rollout.workers import LocalWorker, ProcessWorker, Worker
 from cogvla.envs.suite import Suite
 from cogvla.policy.chunking import Chunker, OpenLoop, TemporalEnsemble
-from cogvla.policy.interface import Embodiment, Observation, Policy
+from cogvla.policy.interface import Embodiment, Observation, Policy, begin_episode
 
 __all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "patience", "rollout"]
 
@@ -317,6 +317,7 @@ class _Loop:
         slot.started = time.perf_counter()
         slot.inference_ms, slot.batch = [], []
         self._chunker.reset(id(slot))
+        begin_episode(self._policy, [id(slot)])
         slot.send(Play(slot.spec))
 
     def _act(self, waiting: list[_Slot]) -> Iterator[EpisodeResult]:
@@ -325,6 +326,7 @@ class _Loop:
             images={name: np.stack([o.images[name] for o in seen]) for name in seen[0].images},
             state=np.stack([o.state for o in seen]),
             instruction=[o.instruction for o in seen],
+            slots=[id(slot) for slot in waiting],
         )
         started = time.perf_counter()
         chunks_NKA = np.asarray(self._policy.act(observation).actions, np.float32)

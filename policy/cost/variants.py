@@ -153,6 +153,7 @@ def run_as(
     if not variant.engine:
         return plain, None
     seen = [observe(plain.embodiment, 1, seed) for seed in range(CALIBRATION)]
+    plain.reset()
     expected = [torch.from_numpy(plain.act(observation).actions) for observation in seen]
     plain.reset()
     dtype = None if variant.precision == "float8" else variant.precision
@@ -167,6 +168,7 @@ def run_as(
         raise NotMeasuredError(str(error)) from error
 
     def deviation(policy: CogVLAPolicy) -> tuple[float, float]:
+        policy.reset()
         found = [torch.from_numpy(policy.act(observation).actions) for observation in seen]
         difference = torch.stack([(a - b).abs() for a, b in zip(found, expected, strict=True)])
         return float(difference.mean()), float(difference.max())

@@ -2,7 +2,7 @@
 
 A batch is built by a few array operations, without a Python loop over samples and without loader processes.
 
-Shape legend: N frames of the data, B batch, V views, H, W image, S state, A action, K chunk.
+Shape legend: N frames of the data, B batch, V views, H, W image, S state, A action, K chunk, O earlier frames.
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ class TrainingBatches:
     An epoch is a permutation of the data's frames; its last batch is filled with the first frames of the next epoch.
     The data sets of a mixture take turns (`Interleaving`), each with epochs of its own: in proportion to its frames
     times its weight. Iteration increments `step`; `rows(step)` and `gather(rows)` do not change it.
+
+    Args:
+        data: demonstrations.
+        batch_size: B.
+        seed: seed of the order.
+        history: number O of earlier frames of the same episode that come with each sample, and the steps between them.
     """
 
-    def __init__(self, data: DemonstrationData, batch_size: int, seed: int) -> None:
+    def __init__(self, data: DemonstrationData, batch_size: int, seed: int, history: tuple[int, int] = (0, 1)) -> None:
+        self.history = history
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         if not len(data):
@@ -47,6 +54,8 @@ class TrainingBatches:
         self._turns = Interleaving([w * len(e.rows) for w, e in zip(weights, self._epochs, strict=True)])
         changes = data.episode_N.diff().nonzero().flatten() + 1
         ends = torch.cat([changes, torch.tensor([len(data.episode_N)])])
+        starts = torch.cat([torch.tensor([0]), changes])
+        self._start_N = starts[torch.searchsorted(ends, torch.arange(len(data.episode_N)), right=True)]
         self._end_N = ends[torch.searchsorted(ends, torch.arange(len(data.episode_N)), right=True)]
 
     def rows(self, step: int) -> Tensor:
@@ -76,9 +85,24 @@ class TrainingBatches:
             `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the episode's last action is
             repeated), `action_is_pad` bool [B,K] (True after the end of the episode, and where there is nothing to
             learn), `instruction_id` int64 [B], and `labels`, name -> [B,...]; with statistics of each data set, `set`
-            int64 [B], its index; where frames differ in it, `weight` float32 [B].
+            int64 [B], its index; where frames differ in it, `weight` float32 [B]. With a history, `past_pixels` uint8
+            [B,O,V,3,H,W] and `past_state` float32 [B,O,S], the oldest first, and `past_age` int64 [B], the number of
+            them that are in the episode; the others repeat its first frame.
         """
-        return {"pixels": torch.from_numpy(self.data.frames.take(rows_B.numpy())), **self.columns(rows_B)}
+        samples = {"pixels": torch.from_numpy(self.data.frames.take(rows_B.numpy())), **self.columns(rows_B)}
+        if self.history[0]:
+            past_BO, _ = self._past(rows_B)
+            past = torch.from_numpy(self.data.frames.take(past_BO.flatten().numpy()))
+            samples["past_pixels"] = past.unflatten(0, past_BO.shape)
+        return samples
+
+    def _past(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the frames of the history [B,O], and how many of them are in the episode [B]."""
+        decisions, steps = self.history
+        start_B = self._start_N[rows_B]
+        back_O = torch.arange(decisions, 0, -1) * steps
+        age_B = ((rows_B - start_B) // steps).clamp(max=decisions)
+        return torch.maximum(rows_B[:, None] - back_O, start_B[:, None]), age_B
 
     def columns(self, rows_B: Tensor) -> dict[str, Any]:
         """Return the samples of `gather` without the pixels."""
@@ -95,7 +119,14 @@ class TrainingBatches:
             "instruction_id": data.instruction_N[rows_B],
             "labels": {name: values[rows_B] for name, values in data.frame_labels.items()},
             **({"set": data.part_of(rows_B)} if data.each else {}),
+            **self._past_columns(rows_B),
         }
+
+    def _past_columns(self, rows_B: Tensor) -> dict[str, Tensor]:
+        if not self.history[0]:
+            return {}
+        past_BO, age_B = self._past(rows_B)
+        return {"past_state": self.data.state_NS[past_BO], "past_age": age_B}
 
     def __iter__(self) -> TrainingBatches:
         return self

@@ -176,6 +176,12 @@ class FusedDecoder(nn.Module):
         other._take_router(decoder, plan, router)
         return other
 
+    def with_plan(self, plan: tuple[LayerTokens, ...]) -> FusedDecoder:
+        """Return the same decoder for another plan; all weights are shared."""
+        other = copy.copy(self)
+        other.plan, other.vision_tokens = plan, plan[0].arrive
+        return other
+
     def prepare(self, context: DecoderContext) -> dict[str, Tensor]:
         """Compute masks, rotations and row numbers for these instructions, by name."""
         layout, position_BS = context.layout, context.position_BS

@@ -6,8 +6,9 @@ Shape legend: B batch, T text tokens, K chunk, A action dimension.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from cogvla.policy.engine.int8 import to_int8
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import Run, record
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
+from cogvla.policy.model.router_memory import Memory
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16, "int8": torch.float32}
@@ -87,10 +89,17 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Encoded instructions: the network's tensors by name, and the padded length in tokens."""
+    """Encoded instructions.
+
+    Attributes:
+        tensors: the network's tensors by name.
+        words: padded length in tokens.
+        dense: see `ModelInput`.
+    """
 
     tensors: dict[str, Tensor]
     words: int
+    dense: bool = False
 
 
 class Engine:
@@ -141,7 +150,7 @@ class Engine:
             for parameter in model.parameters():  # `model.to` would also round the frequencies of the positions
                 parameter.data = parameter.data.to(dtype)
         self.model = model
-        self._recorded: dict[tuple[int, int], Run] = {}
+        self._recorded: dict[tuple[int, int] | tuple[int, int, bool], Run] = {}
         with torch.no_grad():
             self.network = FusedNetwork(model, release)
             if config.dtype == "float8":
@@ -149,6 +158,11 @@ class Engine:
                 self.to_float8(calibration)
             if config.dtype == "int8":
                 to_int8(self.network, config.smallest)
+            self.dense = self._keeping_all()
+
+    def _keeping_all(self) -> FusedNetwork | None:
+        router = self.network.router
+        return None if router is None or router.gate is None else self.network.keeping_all(self.model)
 
     def with_router(self, model: CogVLA) -> Engine:
         """Return an engine for the same model with other token routers (`CogVLA.with_router`); it shares the weights.
@@ -165,24 +179,54 @@ class Engine:
             )
         other = copy.copy(self)
         other.model, other._recorded, other.network = model, {}, self.network.with_router(model)
+        other.dense = other._keeping_all()
         return other
 
     def bucket(self, words: int) -> int:
         """Return the length to which an instruction of this many tokens is padded."""
         return next((bucket for bucket in self.buckets if bucket >= words), words)
 
-    def encode(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> EncodedText:
-        """Compute everything that depends on the instructions only; the result can be used for many observations."""
+    def encode(self, text_ids_BT: Tensor, text_mask_BT: Tensor, dense: bool = False) -> EncodedText:
+        """Compute everything that depends on the instructions only; the result can be used for many observations.
+
+        Args:
+            text_ids_BT: see `ModelInput`.
+            text_mask_BT: see `ModelInput`.
+            dense: see `ModelInput`; for token routers with a gate only.
+        """
         words = self.bucket(text_ids_BT.shape[1])
         missing = (0, words - text_ids_BT.shape[1])
         of_states = (0, 0) * (text_ids_BT.ndim - 2)  # a text encoder's [B,T,E]
-        text = self.model.encode_text(F.pad(text_ids_BT, of_states + missing), F.pad(text_mask_BT, missing))
-        return EncodedText(self.network.prepare(text), words)
+        ids_BT, mask_BT = F.pad(text_ids_BT, of_states + missing), F.pad(text_mask_BT, missing)
+        text = self.model.encode_text(ids_BT, mask_BT, dense=dense)
+        return EncodedText(self._network(dense).prepare(text), words, dense)
+
+    def _network(self, dense: bool) -> FusedNetwork:
+        if not dense:
+            return self.network
+        assert self.dense is not None, "only a router with a gate keeps all tokens at times"
+        return self.dense
 
     def run(self, inputs: ModelInput, text: EncodedText) -> Tensor:
         """Return normalised actions [B,K,A]."""
-        run = self._recorded.get((len(inputs.state), text.words), self.network)
-        return run({"pixels": inputs.pixels, "state": inputs.state, **text.tensors})
+        return self.step(inputs, text)[0]
+
+    def step(self, inputs: ModelInput, text: EncodedText) -> tuple[Tensor, Memory | None]:
+        """Return normalised actions [B,K,A], and the new memory of token routers (None: they remember nothing)."""
+        run = self._recorded.get(_shape(len(inputs.state), text), self._network(text.dense))
+        result = run(self._inputs(inputs, text))
+        if isinstance(result, Tensor):
+            return result, None
+        return result[0], dict(zip(self.network.remembered, result[1:], strict=True))
+
+    def _inputs(self, inputs: ModelInput, text: EncodedText) -> dict[str, Tensor]:
+        tensors = {"pixels": inputs.pixels, "state": inputs.state, **text.tensors}
+        router = self.network.router
+        if router is not None and router.memory is not None:
+            if inputs.memory is None:
+                raise router.forgetful()
+            tensors |= {f"memory_{name}": value for name, value in inputs.memory.items()}
+        return tensors
 
     def calibrate(self, observations: Iterable[ModelInput], smallest: int = 256) -> Calibration:
         """Measure the input ranges of large layers.
@@ -197,7 +241,7 @@ class Engine:
 
         def play() -> None:
             for inputs in observations:
-                self.run(inputs, self.encode(inputs.text_ids, inputs.text_mask))
+                self.run(starting(self.model, inputs), self.encode(inputs.text_ids, inputs.text_mask))
 
         largest = largest_inputs(self.network, play, smallest)
         if not largest:
@@ -213,7 +257,7 @@ class Engine:
         if self._recorded:
             raise ValueError("calibrate before warm_up: shapes are already recorded with the old layers")
         to_float8(self.network, calibration.largest_inputs)
-        self.precision = "float8"
+        self.precision, self.dense = "float8", self._keeping_all()
 
     def warm_up(self, inputs: ModelInput, words: int | None = None) -> None:
         """Record shapes with this number of observations, which takes about a second each on a CPU.
@@ -224,16 +268,19 @@ class Engine:
             inputs: inputs of the policy's image size and precision; their values do not matter.
             words: length of an instruction in tokens; None: all text buckets.
         """
-        for bucket in sorted({self.bucket(words)} if words is not None else set(self.buckets)):
-            shape = (len(inputs.state), bucket)
+        batch = len(inputs.state)
+        buckets = sorted({self.bucket(words)} if words is not None else set(self.buckets))
+        for bucket, dense in itertools.product(buckets, (False,) if self.dense is None else (False, True)):
+            ids_BT = inputs.text_ids.new_zeros((batch, bucket, *inputs.text_ids.shape[2:]))
+            mask_BT = torch.ones((batch, bucket), dtype=torch.bool, device=ids_BT.device)
+            shape = _shape(batch, EncodedText({}, bucket, dense))
             if shape not in self._recorded:
-                ids_BT = inputs.text_ids.new_zeros(shape + inputs.text_ids.shape[2:])
-                mask_BT = torch.ones(shape, dtype=torch.bool, device=ids_BT.device)
-                text = self.encode(ids_BT, mask_BT)
-                tensors = {"pixels": inputs.pixels, "state": inputs.state, **text.tensors}
+                text = self.encode(ids_BT, mask_BT, dense)
+                tensors = self._inputs(starting(self.model, inputs), text)
                 others = {**tensors, "pixels": inputs.pixels.flip(-1), "state": 1 - inputs.state}
+                others |= {name: _another(value) for name, value in tensors.items() if name.startswith("memory_")}
                 try:
-                    self._recorded[shape] = record(self.kind, self.network, tensors, others)
+                    self._recorded[shape] = record(self.kind, self._network(dense), tensors, others)
                 except RuntimeError as error:
                     if not self._automatic or self.network.router is None:
                         raise
@@ -243,3 +290,17 @@ class Engine:
                     )
                     self.kind = "eager"
                     self._recorded.clear()
+
+
+def starting(model: CogVLA, inputs: ModelInput) -> ModelInput:
+    """Return the same inputs as first observations of their episodes, for token routers that remember."""
+    return replace(inputs, memory=model.empty_memory(len(inputs.state)))
+
+
+def _shape(batch: int, text: EncodedText) -> tuple[int, int] | tuple[int, int, bool]:
+    return (batch, text.words, True) if text.dense else (batch, text.words)
+
+
+def _another(memory: Tensor) -> Tensor:
+    """Return other values for a part of a memory, those of an episode that has gone on."""
+    return torch.arange(memory.numel(), device=memory.device).remainder(7).view_as(memory).to(memory.dtype) + 1

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cogvla.policy.engine.decoder import FusedDecoder
-from cogvla.policy.engine.recording import Tensors
+from cogvla.policy.engine.recording import Result, Tensors
 from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
 from cogvla.policy.model.attention_probe import AttentionProbe
 from cogvla.policy.model.cogvla import CogVLA, TextFeatures
@@ -53,6 +53,7 @@ class FusedNetwork(nn.Module):
         groups = [towers] if together else [[tower] for tower in towers]
         self.towers = nn.ModuleList(FusedTowers(group, release) for group in groups)
         self.router = _copied(model.router)
+        self.dense = False
         self.decoder = FusedDecoder(model.decoder, model.plan(), model.action_tokens, self.router, release)
 
     def with_router(self, model: CogVLA) -> FusedNetwork:
@@ -61,6 +62,13 @@ class FusedNetwork(nn.Module):
         other._modules = dict(self._modules)
         other.router = _copied(model.router)
         other.decoder = self.decoder.with_router(model.decoder, model.plan(), other.router)
+        return other
+
+    def keeping_all(self, model: CogVLA) -> FusedNetwork:
+        """Return the network of this model that keeps all vision tokens (`ModelInput.dense`); it shares the weights."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.dense, other.decoder = True, self.decoder.with_plan(model.plan(dense=True))
         return other
 
     def prepare(self, text: TextFeatures) -> dict[str, Tensor]:
@@ -78,25 +86,37 @@ class FusedNetwork(nn.Module):
                 )
         return tensors
 
-    def forward(self, inputs: Tensors) -> Tensor:
-        """Compute normalised actions [B,K,A].
+    def forward(self, inputs: Tensors) -> Result:
+        """Compute normalised actions [B,K,A], and with them the new memory of routers that remember (`remembered`).
 
         Args:
-            inputs: `pixels`, uint8 [B,V,3,H,W]; `state`, normalised, [B,S]; and the tensors of `prepare` for the B
-                instructions.
+            inputs: `pixels`, uint8 [B,V,3,H,W]; `state`, normalised, [B,S]; the tensors of `prepare` for the B
+                instructions; and `memory_NAME` for each part of the memory.
         """
-        return self.head(self.decide(self.see(inputs), inputs))
+        seen = self.see(inputs)
+        actions_BKA = self.head(self.decide(seen, inputs))
+        memory = seen.next_memory()
+        return actions_BKA if memory is None else (actions_BKA, *(memory[name] for name in self.remembered))
+
+    @property
+    def remembered(self) -> tuple[str, ...]:
+        """Names of the parts of the memory, in the order of the results."""
+        return () if self.router is None or self.router.memory is None else tuple(self.router.memory.shapes)
 
     def see(self, inputs: Tensors) -> Routed:
         """Run stage 1 and the token router before the language model."""
         weights_B2, router = inputs.get("streams"), self.router
         if router is None:
             return Routed(self.fusion(self.streams(inputs["pixels"], inputs), weights_B2))
-        probe, reducer, text_mask_BT = router.probe(), router.reducer(), inputs["text_mask"]
+        probe, reducer = (None, None) if self.dense else (router.probe(), router.reducer())
+        text_mask_BT = inputs["text_mask"]
+        memory = {name: inputs[f"memory_{name}"] for name in self.remembered}
+        remembered = router.recall(memory, inputs["state"], inputs["pixels"])
         streams = self.streams(inputs["pixels"], inputs, probe, reducer)
         words_BTD, draw_B = inputs["tail"][:, : text_mask_BT.shape[1]], router.draws(inputs["state"])
+        given = words_BTD, text_mask_BT, inputs["pixels"], draw_B, probe
         return router(
-            streams, self.fusion, weights_B2, words_BTD, text_mask_BT, inputs["pixels"], draw_B, probe, reducer=reducer
+            streams, self.fusion, weights_B2, *given, reducer=reducer, remembered=remembered, dense=self.dense
         )
 
     def decide(self, seen: Routed, inputs: Tensors) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cogvla.policy.engine.engine import Engine, EngineConfig
+from cogvla.policy.engine.engine import Engine, EngineConfig, starting
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 
@@ -82,6 +82,7 @@ def choose_precision(
             if dtype == own:
                 raise
             refused.append(Measured(dtype, refused=str(error).partition(":")[0]))
+    inputs = [starting(model, one) for one in inputs]
     words = inputs[0].text_ids.shape[1]
     for engine in engines.values():
         engine.warm_up(inputs[0], words)

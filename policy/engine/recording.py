@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Tensors = Mapping[str, Tensor]
 """The inputs of a function, by name."""
-Run = Callable[[Tensors], Tensor]
+Result = Tensor | tuple[Tensor, ...]
+Run = Callable[[Tensors], Any]
+"""A function of tensors; it returns a `Result`."""
 
 WARM_UP = 3
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -50,11 +52,23 @@ def record(kind: str, function: Run, inputs: Tensors, others: Tensors | None = N
     for _ in range(WARM_UP):
         run(inputs)
     for given in (inputs,) if others is None else (inputs, others):
-        expected, found = function(given), run(given)
-        error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-        if not error <= TOLERANCE[expected.dtype]:
-            raise RuntimeError(f"engine.kind={kind} differs from the eager pass by {error:.1e}; use engine.kind=eager")
+        for expected, found in zip(_several(function(given)), _several(run(given)), strict=True):
+            error, allowed = _difference(expected, found)
+            if not error <= allowed:
+                raise RuntimeError(
+                    f"engine.kind={kind} differs from the eager pass by {error:.1e}; use engine.kind=eager"
+                )
     return run
+
+
+def _several(result: Result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """Return the largest difference relative to the largest value, and the largest that is allowed."""
+    difference = (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-6)
+    return float(difference), TOLERANCE.get(expected.dtype, 0.0)
 
 
 _aten = torch.ops.aten
@@ -77,7 +91,7 @@ class _Flat(nn.Module):
         super().__init__()
         self.function, self.names = function, names
 
-    def forward(self, *values: Tensor) -> Tensor:
+    def forward(self, *values: Tensor) -> Result:
         return self.function(dict(zip(self.names, values, strict=True)))
 
 
@@ -111,10 +125,12 @@ class _CudaGraph:
         with torch.cuda.graph(self._graph):
             self._output = function(self._inputs)
 
-    def __call__(self, inputs: Tensors) -> Tensor:
+    def __call__(self, inputs: Tensors) -> Result:
         for name, tensor in self._inputs.items():
             if inputs[name] is not self._given[name]:  # the instruction's tensors are the same for a whole episode
                 tensor.copy_(inputs[name], non_blocking=True)
                 self._given[name] = inputs[name]
         self._graph.replay()
-        return self._output.clone()
+        if isinstance(self._output, Tensor):
+            return self._output.clone()
+        return tuple(output.clone() for output in self._output)

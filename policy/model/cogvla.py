@@ -1,7 +1,7 @@
 """The CogVLA network, with instruction-driven routing and sparsification: pixels to a chunk of actions in one pass.
 
 Shape legend: B batch, V views, M aggregation tokens per view, N = V*M, T text tokens, S state dimension, K chunk,
-A action dimension, J action tokens, D language width.
+A action dimension, J action tokens, D language width, O earlier decisions.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.heads.interface import HeadSizes
 from cogvla.policy.model.heads.registry import HEADS
 from cogvla.policy.model.language import DecoderContext, DecoderTrace, RoutedDecoder
+from cogvla.policy.model.router_memory import Memory
 from cogvla.policy.model.text_projection import TextProjection
 from cogvla.policy.model.token_router import PolicyRouter, Routed
 from cogvla.policy.model.vision import DualVision, Observer, VisionCondition
@@ -27,6 +28,24 @@ from cogvla.routing.layer_plan import LayerTokens
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.router import RouterConfig
 from cogvla.routing.word_order import WordOrder
+
+
+@dataclass(frozen=True)
+class Past:
+    """Earlier observations of an episode, the oldest first.
+
+    Attributes:
+        pixels: [B,O,V,3,H,W], as in `ModelInput`.
+        state: [B,O,S], normalised.
+        age: number of them that belong to the episode, the last ones, int64 [B].
+    """
+
+    pixels: Tensor
+    state: Tensor
+    age: Tensor
+
+    def to(self, device: torch.device | str) -> Past:
+        return Past(self.pixels.to(device), self.state.to(device), self.age.to(device))
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,9 @@ class ModelInput:
         state: float [B,S], normalised.
         draw: random seeds int64 [B,2] of token routers in training: one per sample, and one that all samples of a step
             share; None outside of training.
+        memory: what token routers remember of earlier decisions, see `policy.model.router_memory`; None: nothing.
+        past: earlier observations of the same episode, from which the memory is computed, for training; None: none.
+        dense: keep all vision tokens, as if there were no token routers (they still remember).
     """
 
     pixels: Tensor
@@ -47,12 +69,25 @@ class ModelInput:
     text_mask: Tensor
     state: Tensor
     draw: Tensor | None = None
+    memory: Memory | None = None
+    past: Past | None = None
+    dense: bool = False
 
     def to(self, device: torch.device | str) -> ModelInput:
-        there: dict[str, Any] = {
-            f.name: None if getattr(self, f.name) is None else getattr(self, f.name).to(device) for f in fields(self)
-        }
-        return ModelInput(**there)
+        def there(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: tensor.to(device) for name, tensor in value.items()}
+            return value.to(device) if hasattr(value, "to") else value
+
+        return ModelInput(**{f.name: there(getattr(self, f.name)) for f in fields(self)})
+
+    def rows(self, index_b: Tensor) -> ModelInput:
+        """Return the samples with these indices; `past` must be None."""
+        assert self.past is None, "only training gives earlier observations"
+        memory = None if self.memory is None else {name: value[index_b] for name, value in self.memory.items()}
+        draw = None if self.draw is None else self.draw[index_b]
+        given = (self.pixels[index_b], self.text_ids[index_b], self.text_mask[index_b], self.state[index_b])
+        return ModelInput(*given, draw=draw, memory=memory, dense=self.dense)
 
 
 @dataclass(frozen=True)
@@ -69,6 +104,7 @@ class ModelOutput:
         gaze: if asked for, for each tower the logarithm of the aggregation tokens' attention to patches, [B*V,h,M,P].
         kept: index of each vision token among the towers' tokens, int64 [B,N], -1 for new ones; None: all, in order.
         losses: weighted auxiliary losses of token routers.
+        memory: what token routers remember at the next decision; None: nothing.
     """
 
     actions: Tensor
@@ -78,6 +114,7 @@ class ModelOutput:
     gaze: list[Tensor] | None = None
     kept: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -184,28 +221,44 @@ class CogVLA(nn.Module):
         config = self.config
         if config.routing.router.name is None:
             return None
-        views = len(self.embodiment.cameras)
-        return PolicyRouter(config.routing, self.vision, views, config.language.width, config.language.layers)
+        robot, language = self.embodiment, config.language
+        image = (robot.cameras[0].height, robot.cameras[0].width)
+        views = len(robot.cameras)
+        return PolicyRouter(config.routing, self.vision, views, language.width, language.layers, image, robot.state_dim)
+
+    def empty_memory(self, batch: int) -> dict[str, Tensor] | None:
+        """Return the memory of samples whose episode begins; None if no token router remembers."""
+        if self.router is None or self.router.memory is None:
+            return None
+        return self.router.memory.empty(batch, next(self.state.parameters()))
 
     @property
     def vision_tokens(self) -> int:
         """N, the number of vision tokens of all views in the language model's sequence."""
         return self.vision.tokens if self.router is None else self.router.tokens
 
-    def plan(self, vision: int | None = None) -> tuple[LayerTokens, ...]:
-        """Return the vision tokens of each language layer, if `vision` of them enter; None: as many as configured."""
+    def plan(self, vision: int | None = None, dense: bool = False) -> tuple[LayerTokens, ...]:
+        """Return the vision tokens of each language layer.
+
+        Args:
+            vision: number that enters the first; None: as many as configured.
+            dense: no token router removes any.
+        """
+        if self.router is None or dense:
+            return self.decoder.plan(self.vision.tokens if vision is None else vision)
         vision = self.vision_tokens if vision is None else vision
-        if self.router is None:
-            return self.decoder.plan(vision)
         return self.decoder.plan(vision, self.router.left, self.router.bypass)
 
-    def encode_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor, budget: int | float | None = None) -> TextFeatures:
+    def encode_text(
+        self, text_ids_BT: Tensor, text_mask_BT: Tensor, budget: int | float | None = None, dense: bool = False
+    ) -> TextFeatures:
         """Compute embeddings, FiLM parameters, stream weights, mask and positions for the instructions.
 
         Args:
             text_ids_BT: token ids or a text encoder's states, see `ModelInput`.
             text_mask_BT: False on padding.
             budget: budget of the token router; None: the configured one.
+            dense: see `ModelInput`.
         """
         embedded_BTD = self.embed_text(text_ids_BT)
         weight_BT1 = text_mask_BT[..., None].to(embedded_BTD.dtype)
@@ -215,12 +268,12 @@ class CogVLA(nn.Module):
         summary_BD = total_BD / count_B1
         if self.order is not None:
             summary_BD = summary_BD + self.order(embedded_BTD, text_mask_BT)
-        vision, gap = self.vision_tokens, 0
+        vision, gap = self.vision.tokens if dense else self.vision_tokens, 0
         if self.router is not None:
-            vision = vision if budget is None else self.router.leaves(budget)
+            vision = vision if budget is None or dense else self.router.leaves(budget)
             gap = self.router.gap(vision)
         layout = TokenLayout(vision=vision, text=text_mask_BT.shape[1], action=self.action_tokens)
-        context = self.decoder.context(layout, text_mask_BT, gap, self.plan(vision))
+        context = self.decoder.context(layout, text_mask_BT, gap, self.plan(vision, dense))
         bos_1D, stop_1D = self.decoder.embed(self.special_ids).split(1)
         zeros_JD = embedded_BTD.new_zeros(self.action_tokens, self.width)
         answer_RD = torch.cat((zeros_JD if self.placeholder is None else self.placeholder, stop_1D))
@@ -256,19 +309,12 @@ class CogVLA(nn.Module):
             streams = self.vision.streams(inputs.pixels, text.vision, gaze, observer=observer)
             vision_BND = self.vision.fusion(streams, text.vision.weights_B2)
         else:
-            budget = self.router.drawn_budget(inputs.draw)
-            text = text or self.encode_text(inputs.text_ids, inputs.text_mask, budget)
-            probe, reducer = self.router.probe(), self.router.reducer(budget)
-            streams = self.vision.streams(inputs.pixels, text.vision, gaze, probe, observer, reducer)
-            guided = self.training and self.router.guide_layer is not None
-            guide_BN = self._guide(streams, inputs, text) if guided else None
-            draw_B = self.router.draws(inputs.state) if inputs.draw is None else inputs.draw[:, 0]
-            words_BTD, mask_BT = text.tail_BRD[:, : text.context.layout.text], text.context.text_mask_BT
-            weights_B2, pixels = text.vision.weights_B2, inputs.pixels
-            routed = self.router(
-                streams, self.vision.fusion, weights_B2, words_BTD, mask_BT, pixels, draw_B, probe, budget, reducer,
-                guide_BN,
-            )  # fmt: skip
+            if text is None:
+                budget = self.router.drawn_budget(inputs.draw)
+                text = self.encode_text(inputs.text_ids, inputs.text_mask, budget, inputs.dense)
+            if inputs.past is not None:
+                inputs = replace(inputs, memory=self._replayed(self.router, inputs, inputs.past, text), past=None)
+            streams, routed = self._route(self.router, inputs, text, gaze, observer)
             vision_BND = routed.vision_BnD
         if change is not None:
             vision_BND = change(vision_BND)
@@ -276,6 +322,56 @@ class CogVLA(nn.Module):
         if output.debug is not None:
             output.debug.update(streams=streams, stream_weights=text.vision.weights_B2)
         return output if gaze is None else replace(output, gaze=gaze)
+
+    def _route(
+        self,
+        router: PolicyRouter,
+        inputs: ModelInput,
+        text: TextFeatures,
+        gaze: list[Tensor] | None = None,
+        observer: Observer | None = None,
+    ) -> tuple[list[Tensor], Routed]:
+        """Run the towers and the token router before the language model."""
+        budget = router.drawn_budget(inputs.draw)
+        probe, reducer = (None, None) if inputs.dense else (router.probe(), router.reducer(budget))
+        remembered = router.recall(inputs.memory, inputs.state, inputs.pixels)
+        streams = self.vision.streams(inputs.pixels, text.vision, gaze, probe, observer, reducer)
+        guided = self.training and router.guide_layer is not None
+        guide_BN = self._guide(streams, inputs, text) if guided else None
+        draw_B = router.draws(inputs.state) if inputs.draw is None else inputs.draw[:, 0]
+        words_BTD, mask_BT = text.tail_BRD[:, : text.context.layout.text], text.context.text_mask_BT
+        seen = words_BTD, mask_BT, inputs.pixels, draw_B, probe
+        inside = budget, reducer, guide_BN, remembered, inputs.dense
+        return streams, router(streams, self.vision.fusion, text.vision.weights_B2, *seen, *inside)
+
+    @property
+    def history(self) -> tuple[int, int]:
+        """Number of earlier decisions that token routers remember, and control steps between them in training."""
+        if self.router is None or self.router.memory is None:
+            return 0, 1
+        return self.router.memory.decisions, self.router.config.decision_steps or self.embodiment.chunk
+
+    @torch.no_grad()
+    def _replayed(self, router: PolicyRouter, inputs: ModelInput, past: Past, text: TextFeatures) -> Memory | None:
+        """Return the memory after these earlier observations of the same instructions, without gradients."""
+        memory = self.empty_memory(len(past.age))
+        if memory is None:
+            return None
+        steps = past.age.new_tensor(past.pixels.shape[1])
+        for step in range(past.pixels.shape[1]):
+            before = replace(inputs, pixels=past.pixels[:, step], state=past.state[:, step], memory=memory, past=None)
+            if router.memory is not None and router.memory.watched is None:  # the language model changes nothing
+                after = self._route(router, before, text)[1].next_memory()
+            else:
+                after = self(before, text, decode=False).memory
+            assert after is not None
+            there_B = step >= steps - past.age
+            memory = {
+                name: torch.where(there_B.view(-1, *(1,) * (value.dim() - 1)), after[name].to(value.dtype), value)
+                for name, value in memory.items()
+            }
+        torch.clear_autocast_cache()  # it holds weights that were converted without gradients
+        return memory
 
     @torch.no_grad()
     def _guide(self, streams: list[Tensor], inputs: ModelInput, text: TextFeatures) -> Tensor:
@@ -317,9 +413,10 @@ class CogVLA(nn.Module):
         actions_BKA = self.head(action_BJD) if decode else action_BJD.new_empty(batch, 0, self.embodiment.action_dim)
         losses = {} if routed is None else routed.losses()
         kept_BN = None if routed is None or routed.tokens is None else routed.tokens.index_Bn
+        memory = None if routed is None else routed.next_memory()
         if trace is None:
-            return ModelOutput(actions_BKA, vision_BND, action_BJD, kept=kept_BN, losses=losses)
+            return ModelOutput(actions_BKA, vision_BND, action_BJD, kept=kept_BN, losses=losses, memory=memory)
         inside = {**vars(trace), "layout": text.context.layout}
         if routed is not None:
             inside["routed"] = routed.tokens
-        return ModelOutput(actions_BKA, vision_BND, action_BJD, inside, kept=kept_BN, losses=losses)
+        return ModelOutput(actions_BKA, vision_BND, action_BJD, inside, kept=kept_BN, losses=losses, memory=memory)

@@ -2,8 +2,8 @@
 
 The vision tokens of all views form one sequence here and compete with each other.
 
-Shape legend: B batch, S sequence, N vision tokens now, n of them kept, D width, C width of attention keys, P tokens as
-they leave the towers, F width of these.
+Shape legend: B batch, S sequence, T text tokens, N vision tokens now, n of them kept, D width, C width of attention
+keys, h heads, g key/value heads, e head width, P tokens as they leave the towers, F width of these.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from cogvla.policy.model.language import LayerContext
 from cogvla.policy.model.language_layer import Frame, attention_rows, normed
+from cogvla.policy.model.router_memory import TokenMemory
 from cogvla.routing.pruning import Selection, rows_of
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 
-FROM_ATTENTION = frozenset({"attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "growth_BN", "share_B2"})
+OF_WORDS = frozenset({"text_attention_BN", "text_match_BN"})
+FROM_ATTENTION = OF_WORDS | {"attention_LBN", "received_BN", "attention_BNN", "keys_BNC", "growth_BN", "share_B2"}
 FROM_NEURONS = frozenset({"neurons_BNI", "text_neurons_BTI"})
 """Items of `RouterContext` that are computed from a layer's queries and keys, and from its MLP."""
 FROM_TOWERS = frozenset({"patches_BPF", "owner_BP"})
@@ -43,6 +45,7 @@ class LayerPass:
         timer: context manager that times the work of the routers.
         towers: `patches_BPF` and `owner_BP` of `RouterContext`; None if no router needs them.
         guide_BN: see `RouterContext`; None outside of training.
+        memory: follows what routers remember; None: they remember nothing.
 
     Attributes:
         losses: auxiliary losses of the routers, by name and layer.
@@ -59,7 +62,9 @@ class LayerPass:
         timer: AbstractContextManager[Any] | None = None,
         towers: tuple[Tensor, Tensor] | None = None,
         guide_BN: Tensor | None = None,
+        memory: TokenMemory | None = None,
     ) -> None:
+        self.memory = memory
         self.timer, self.guide_BN = timer or nullcontext(), guide_BN
         self.towers = towers
         self.routers, self.bypass, self.compact = routers, bypass, compact
@@ -74,6 +79,8 @@ class LayerPass:
         with self.timer:
             if index in self.routers and not self.bypass:
                 x_BSD, now, left = self._without(layer, index, x_BSD, now, context)
+            if self.memory is not None and self.memory.watched == index:
+                self.memory.read(_read(layer, normed(layer.input_layernorm, x_BSD), now))
             after = self.routers.get(index + 1)
             if after is not None and "growth_BN" in after[0].needs:
                 self.earlier_BN = _read(layer, normed(layer.input_layernorm, x_BSD), now)
@@ -87,6 +94,8 @@ class LayerPass:
         place_Bn, layout = routed.place_Bn.round().long(), now.layout
         fewer = layout.with_vision(place_Bn.shape[1])
         chosen = Selection(place_Bn, rows_of(layout, place_Bn), fewer, score_BN=routed.score_BN)
+        if self.memory is not None:
+            self.memory.keep(routed.index_Bn)
         if self.score_BN is not None:
             self.score_BN = self.score_BN.gather(1, place_Bn)
         if self.towers is not None:
@@ -111,6 +120,8 @@ class LayerPass:
         items = language_items(router.needs, layer, x_BSD, h_BSD, now, context)
         if "text_BTE" in items:
             items["text_mask_BT"] = context.text_mask_BT
+        if self.memory is not None and router.remembers:
+            items |= self.memory.items(router.needs, router.remembers)
         if "score_BN" in router.needs:
             items["score_BN"] = self.score_BN
         if "growth_BN" in router.needs:
@@ -161,6 +172,8 @@ def language_items(
             reading_BQS = attention_rows(layer, h_BSD, now, rest)
             from_rest_B = reading_BQS[..., visual].sum(-1).mean(1)
             items["share_B2"] = torch.stack((from_rest_B, vision_BNS[..., rest].sum(-1).mean(1)), dim=1)
+        if OF_WORDS & set(needs):
+            items |= _of_words(needs, layer, h_BSD, now, context.text_mask_BT)
         if "keys_BNC" in needs:
             head_width = now.turn_BSU.shape[-1] // 2
             keys_BND = layer.self_attn.k_proj(h_BSD[:, visual])
@@ -177,6 +190,23 @@ def language_items(
 def _read(layer: Any, h_BSD: Tensor, now: Frame) -> Tensor:
     """Return the attention [B,N] from the action tokens to vision tokens."""
     return attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
+
+
+def _of_words(needs: Collection[str], layer: Any, h_BSD: Tensor, now: Frame, text_mask_BT: Tensor) -> dict[str, Tensor]:
+    """Return what the real words of the instruction look for: attention, or products without rotation."""
+    layout, items = now.layout, {}
+    share_BT1 = (text_mask_BT / text_mask_BT.sum(1, keepdim=True).clamp_min(1))[..., None].float()
+    if "text_attention_BN" in needs:
+        rows_BTN = attention_rows(layer, h_BSD, now, layout.words)[..., layout.visual]
+        items["text_attention_BN"] = (rows_BTN * share_BT1).sum(1)
+    if "text_match_BN" in needs:
+        head_width, split = now.turn_BSU.shape[-1] // 2, "b s (h e) -> b h s e"
+        q_BhTe = rearrange(layer.self_attn.q_proj(h_BSD[:, layout.words]), split, e=head_width).float()
+        k_BgNe = rearrange(layer.self_attn.k_proj(h_BSD[:, layout.visual]), split, e=head_width).float()
+        q_Bh1e = (q_BhTe * share_BT1[:, None]).sum(2, keepdim=True)
+        k_BhNe = k_BgNe.repeat_interleave(q_BhTe.shape[1] // k_BgNe.shape[1], dim=1)
+        items["text_match_BN"] = (k_BhNe * q_Bh1e).sum(-1).mean(1) * head_width**-0.5
+    return items
 
 
 def active_neurons(layer: Any, x_BND: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
                                                                        ROUTERS at `layers` (policy.layer_router) -^
 
 Each view is routed separately, as a row of the batch, unless the views are `joint`. Attention and other inputs of a
-router are computed in addition to the towers, and only if the router needs them.
+router are computed in addition to the towers, and only if the router needs them. What it remembers of earlier decisions
+comes with the inputs and leaves with the result (`policy.model.router_memory`).
 
 Shape legend: B batch, V views, X = B*V (or B with joint views), N tokens of a row, n of them kept, F width of both
 streams, D language width, T text tokens, S state, P tokens of all views as they leave the towers.
@@ -30,6 +31,7 @@ from torch.func import functional_call
 from cogvla.policy.model.attention_probe import FROM_VISION, AttentionProbe
 from cogvla.policy.model.config import RoutingConfig
 from cogvla.policy.model.layer_router import FROM_LANGUAGE, FROM_TOWERS, LayerPass
+from cogvla.policy.model.router_memory import ATTENTION, FROM_MEMORY, Memory, MemoryLayout, Remembered, TokenMemory
 from cogvla.policy.model.stopwatch import Stopwatch
 from cogvla.policy.model.tower_reducer import TowerReducer
 from cogvla.policy.model.vision import WHITE, DualVision
@@ -48,12 +50,20 @@ class Routed:
         position_Bn: their positions in the sequence, may be fractions; None: 1, 2, ...
         layers: routers for the decoder; None: no routers in it.
         tokens: result of the router before the language model, with the views in sequence; None: no such router.
+        memory: follows what the routers remember; None: they remember nothing.
+        remembered_BND: tokens to remember; None: none.
     """
 
     vision_BnD: Tensor
     position_Bn: Tensor | None = None
     layers: LayerPass | None = None
     tokens: RoutedTokens | None = None
+    memory: TokenMemory | None = None
+    remembered_BND: Tensor | None = None
+
+    def next_memory(self) -> dict[str, Tensor] | None:
+        """Return the memory for the next decision, None without memory; call it after the decoder has run."""
+        return None if self.memory is None else self.memory.next(self.remembered_BND)
 
     def losses(self) -> dict[str, Tensor]:
         """Return the auxiliary losses of all routers; call it after the decoder has run."""
@@ -70,15 +80,27 @@ class PolicyRouter(nn.Module):
         views: V.
         width: D.
         layers: number of layers of the language model.
+        image: (rows, columns) of a picture.
+        state: S.
 
     Attributes:
         stopwatch: set it to time the routers and the computation of their inputs.
+        memory: shapes of what the routers remember; None: nothing.
 
     Raises:
         ValueError: the router is unknown, needs inputs that this policy does not have, or does not support the budget.
     """
 
-    def __init__(self, routing: RoutingConfig, vision: DualVision, views: int, width: int, layers: int) -> None:
+    def __init__(
+        self,
+        routing: RoutingConfig,
+        vision: DualVision,
+        views: int,
+        width: int,
+        layers: int,
+        image: tuple[int, int],
+        state: int,
+    ) -> None:
         super().__init__()
         self.config = config = routing.router
         assert config.name is not None
@@ -93,6 +115,11 @@ class PolicyRouter(nn.Module):
         self.prefixes = [tower.prefix for tower in towers]
         known = registered_routers()
         self.stage = config.stage or (known[config.name].stage if config.name in known else "encoder_out")
+        if self.stage == "llm_layer" and not config.layers:
+            raise ValueError(
+                f"router {config.name!r} works at language layers: give router.layers, for example router.layers=[1], "
+                "or another router.stage"
+            )
         self.before: TokenRouter | None = None
         self.inside = nn.ModuleList()
         self.tokens = self.all_tokens
@@ -118,6 +145,34 @@ class PolicyRouter(nn.Module):
                 "use another stage"
             )
         self._check_guide(routing, layers)
+        grid = vision.grid if self.patches else None
+        self.memory = self._memory(layers, routing.lfp and routing.mode == "drop", (views, 3, *image), grid)
+        if self.memory is not None and "state" in self.memory.shapes and max(config.hand) >= state:
+            raise ValueError(
+                f"router.hand names the entries {list(config.hand)} of the state, which has {state}; router "
+                f"{config.name!r} reads the motion of the end effector: give the entries with its position"
+            )
+
+    def _memory(
+        self, depth: int, removes: bool, pixels: tuple[int, ...], grid: tuple[int, int] | None
+    ) -> MemoryLayout | None:
+        """Return the shapes of what the routers remember; `removes`: LFP removes tokens."""
+        routers = [router for router in self._routers() if router.remembers]
+        if not routers:
+            return None
+        needs = {need for router in routers for need in router.needs}
+        needs |= {"motion_BOC"} if any(router.gated for router in routers) else set()
+        watched = {router.watched_layer(depth) for router in routers if ATTENTION & router.needs}
+        if len(watched) > 1:
+            raise ValueError(f"the routers watch the attention of different language layers: {sorted(watched)}")
+        if watched and removes:
+            raise ValueError(
+                f"router {self.config.name!r} remembers the attention of all vision tokens, and routing.mode=drop "
+                "removes some of them: set routing.mode=bypass or routing.lfp=false"
+            )
+        width = sum(self.widths) if self.stage == "encoder_out" else self.width
+        decisions, tokens = max(router.remembers for router in routers), (self.all_tokens, width)
+        return MemoryLayout.of(needs, decisions, self.config.hand, pixels, tokens, grid, next(iter(watched), None))
 
     @property
     def block(self) -> int:
@@ -180,6 +235,8 @@ class PolicyRouter(nn.Module):
     def _build(self, name: str, stage: str, sizes: RouterSizes, options: Any) -> TokenRouter:
         router = build_router(name, sizes, options)
         given = self._given(stage)
+        if (asked := router.needs & FROM_MEMORY) and not router.remembers:
+            raise ValueError(f"router {name!r} needs {', '.join(sorted(asked))}: set its attribute `remembers`")
         if stage not in router.stages:
             raise ValueError(f"router {name!r} works at {', '.join(router.stages)}, not at {stage}: set router.stage")
         if missing := sorted(router.needs - given):
@@ -198,13 +255,22 @@ class PolicyRouter(nn.Module):
         if stage == "encoder_block":
             return frozenset({"grid"})
         if stage == "llm_layer":
-            scored = self.before is not None
-            return FROM_LANGUAGE - (set() if scored else {"score_BN"})
-        given = {"draw_B", "text_BTE", "projector" if stage == "encoder_out" else "encoder_BNF"}
+            scored, remembered = self.before is not None, FROM_MEMORY - {"history_BOND", "past_pixels_BO3HW"}
+            remembered -= set() if self.patches else {"alike_BON"}
+            return FROM_LANGUAGE - (set() if scored else {"score_BN"}) | remembered
+        given = {
+            "age_B",
+            "motion_BOC",
+            "history_BOND",
+            *ATTENTION,
+            "draw_B",
+            "text_BTE",
+            "projector" if stage == "encoder_out" else "encoder_BNF",
+        }
         if self.patches:
-            given |= FROM_VISION - ({"attention_BNN"} if self.config.joint else set())
+            given |= FROM_VISION - ({"attention_BNN"} if self.config.joint else set()) | {"alike_BON"}
         if self.grid is not None:
-            given |= {"grid", "pixels_B3HW"}
+            given |= {"grid", "pixels_B3HW", "past_pixels_BO3HW"}
         return frozenset(given)
 
     def _count(self, budget: int | float) -> int:
@@ -237,7 +303,34 @@ class PolicyRouter(nn.Module):
         for layer, needs in list(found.items()):
             if "growth_BN" in needs and layer > 0:  # it compares with the layer before
                 found[layer - 1] = found.get(layer - 1, frozenset()) | {"growth_BN"}
+        if self.memory is not None and self.memory.watched is not None:
+            found[self.memory.watched] = found.get(self.memory.watched, frozenset()) | {"attention_LBN"}
         return found
+
+    @property
+    def gate(self) -> TokenRouter | None:
+        """The router that says for each decision whether tokens are removed; None: they always are."""
+        return next((router for router in self._routers() if router.gated), None)
+
+    def forgetful(self) -> ValueError:
+        """Return the error of a place that gives no memory to routers that need it."""
+        return ValueError(
+            f"router {self.config.name!r} remembers earlier decisions of an episode, and none are given here: run the "
+            "policy with `Policy.act`, train it with `train_policy`, or set ModelInput.memory (`CogVLA.empty_memory` "
+            "at the start of an episode)"
+        )
+
+    def recall(self, memory: Memory | None, state_BS: Tensor, pixels_BVCHW: Tensor) -> Remembered | None:
+        """Return what the routers remember of these samples; None if they remember nothing.
+
+        Raises:
+            ValueError: they remember, and there is no memory, or one of other shapes.
+        """
+        if self.memory is None:
+            return None
+        if memory is None:
+            raise self.forgetful()
+        return Remembered(self.memory, memory, state_BS, pixels_BVCHW)
 
     @property
     def bypass(self) -> bool:
@@ -299,6 +392,8 @@ class PolicyRouter(nn.Module):
         budget: int | float | None = None,
         reducer: TowerReducer | None = None,
         guide_BN: Tensor | None = None,
+        remembered: Remembered | None = None,
+        dense: bool = False,
     ) -> Routed:
         """Route the towers' streams [B,V*N,F] and project them for the language model.
 
@@ -314,15 +409,24 @@ class PolicyRouter(nn.Module):
             budget: budget that replaces the configured one; None: the configured one.
             reducer: result of `reducer()`, after the towers ran with it.
             guide_BN: attention that the towers' tokens get in `guide_layer`; None outside of training.
+            remembered: result of `recall`.
+            dense: keep all tokens, as if there were no routers, but remember.
         """
         routed: RoutedTokens | None = None
         position_Bn: Tensor | None = None
+        remembered_BND: Tensor | None = None
+        history = remembered is not None and "tokens" in remembered.layout.shapes
         if reducer is not None:
             assert reducer.routed is not None
             vision_BnD = fusion(streams, weights_B2)
             routed = self._together(replace(reducer.routed, losses=reducer.losses), vision_BnD)
-        elif self.before is None:
+        elif self.before is None or dense:
             vision_BnD = fusion(streams, weights_B2)
+            if history:
+                remembered_BND = torch.cat(list(streams), dim=-1) if self.stage == "encoder_out" else vision_BnD
+            if dense and (self.before is not None or len(self.inside)) and self._step != 1:
+                place_n = torch.arange(vision_BnD.shape[1], device=vision_BnD.device)
+                position_Bn = (1 + self._step * place_n).expand(len(vision_BnD), -1)
         else:
             joined_BNF = torch.cat(list(streams), dim=-1)
             weights_X2 = None if weights_B2 is None else weights_B2.repeat_interleave(self.rows, dim=0)
@@ -340,6 +444,12 @@ class PolicyRouter(nn.Module):
                 if guide_BN is not None:
                     items["guide_BN"] = rearrange(guide_BN, "b (r n) -> (b r) n", r=self.rows)
                 items |= {"encoder_BNF": joined_XNF} if self.stage == "projector_out" else {"projector": asked}
+                if remembered is not None:
+                    items |= remembered.items(self.before.needs, self.before.remembers, self.rows, None)
+                if history and remembered is not None:
+                    remembered_BND = rearrange(x_XNC, "(b r) n w -> b (r n) w", r=self.rows)
+                if "history_BOND" in self.before.needs and remembered is not None and remembered_BND is not None:
+                    items["history_BOND"] = remembered.history(remembered_BND, self.before.remembers, self.rows)
                 routed = cast(RoutedTokens, self.before(x_XNC, RouterContext(count, self.training, **items)))
             raw = self.stage == "encoder_out" and not self.before.projects
             x_XnD = project(routed.tokens_BnD) if raw else routed.tokens_BnD
@@ -348,10 +458,12 @@ class PolicyRouter(nn.Module):
         if routed is not None and self.config.position != "compact":
             position_Bn = 1 + (routed.place_Bn if self._step == 1 else self._step * routed.place_Bn)
         layers = None
-        if self.layers:
-            routers = {
-                layer: (cast(TokenRouter, self.layers[str(layer)]), count) for layer, count in self.counts.items()
-            }
+        memory = None
+        if remembered is not None:
+            memory = TokenMemory(remembered, None if routed is None else routed.index_Bn)
+        if (self.layers and not dense) or (memory is not None and memory.watched is not None):
+            counts = {} if dense else self.counts
+            routers = {layer: (cast(TokenRouter, self.layers[str(layer)]), count) for layer, count in counts.items()}
             score_BN = None
             if routed is not None and routed.score_BN is not None:
                 score_BN = routed.score_BN.gather(1, routed.place_Bn.round().long())
@@ -359,10 +471,9 @@ class PolicyRouter(nn.Module):
             towers = None
             if any(FROM_TOWERS & router.needs for router, _ in routers.values()):
                 towers = torch.cat(list(streams), dim=-1), self._owners(routed, draw_B)
-            layers = LayerPass(
-                routers, self.bypass, compact, draw_B, score_BN, self.training, self.stopwatch, towers, guide_BN
-            )
-        return Routed(vision_BnD, position_Bn, layers, routed)
+            passing = self.bypass, compact, draw_B, score_BN, self.training, self.stopwatch
+            layers = LayerPass(routers, *passing, towers=towers, guide_BN=guide_BN, memory=memory)
+        return Routed(vision_BnD, position_Bn, layers, routed, memory, remembered_BND)
 
     def _items(
         self,

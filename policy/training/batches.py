@@ -3,7 +3,8 @@
 Random choices are made for a whole step at once, and weights have a mean of 1 over the step. So the gradients of the
 parts of a step (on several processes, or one after the other with accumulation) add up to the gradient of the whole.
 
-Shape legend: B batch, V views, K chunk, T tasks of the suite or words, G = 6 (target xyz, goal xyz).
+Shape legend: B batch, V views, K chunk, T tasks of the suite or words, G = 6 (target xyz, goal xyz), X samples times
+earlier observations.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.mixture.task_labels import TASK_LABELS, contradiction
 from cogvla.policy.inputs.augmentation import AugmentationConfig, Changes, centre, change, draw_changes, move_points
 from cogvla.policy.inputs.preprocess import Preprocessor
-from cogvla.policy.model.cogvla import ModelInput
+from cogvla.policy.model.cogvla import ModelInput, Past
 from cogvla.policy.model.heads.interface import DRAWS
 from cogvla.policy.training.auxiliary.blind_weights import BlindWeights
 from cogvla.policy.training.objective import Batch, ObjectiveConfig, choose_alternative
@@ -241,6 +242,7 @@ class BatchBuilder:
             self.preprocessor.normalised_state(samples["state"].to(device, non_blocking=True), samples.get("set")),
         )
         keep_B1 = choices.keep_state_B[:, None].to(inputs.state)
+        inputs = replace(inputs, past=self._past(samples, choices, keep_B1))
         actions_BKA = samples["actions"].to(device, non_blocking=True)
         actions_BKA = self.preprocessor.normalised_actions(actions_BKA, samples.get("set"))
         positions_BG = None
@@ -261,6 +263,20 @@ class BatchBuilder:
             there(choices.time_BR),
             there(self.wordings.group_I[choices.instruction_B]),
         )
+
+    def _past(self, samples: dict[str, Any], choices: Choices, keep_B1: Tensor) -> Past | None:
+        """Return the earlier observations, changed like the present one; None if the samples have none."""
+        if "past_pixels" not in samples:
+            return None
+        device, (batch, decisions) = keep_B1.device, samples["past_pixels"].shape[:2]
+        many = torch.arange(batch).repeat_interleave(decisions)
+        pixels = samples["past_pixels"].to(device, non_blocking=True).flatten(0, 1)
+        pixels = change(pixels, self.preprocessor.crop_area, choices.part(many).changes)
+        state_XS = samples["past_state"].to(device, non_blocking=True).flatten(0, 1)
+        set_X = samples["set"][many] if "set" in samples else None
+        state_XS = self.preprocessor.normalised_state(state_XS, set_X) * keep_B1[many.to(device)]
+        shape = (batch, decisions)
+        return Past(pixels.unflatten(0, shape), state_XS.unflatten(0, shape), samples["past_age"].to(device))
 
     def alternatives(self, samples: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw for each sample another task that is possible in its scene and has an instruction in the data.

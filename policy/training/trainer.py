@@ -107,7 +107,7 @@ class Trainer:
         if config.cpu_parts > 1 and alone_on_cpu and not bf16:
             self.parallel = ParallelGradients(self.raw, config.cpu_parts, config.compile)
         training, held_out = data.split(config.validation_fraction, config.seed)
-        self.batches = TrainingBatches(training, config.batch_size, config.seed)
+        self.batches = TrainingBatches(training, config.batch_size, config.seed, self.raw.model.history)
         self.held_out = held_out
         self.builder = BatchBuilder(data, self.preprocessor, self.raw.config, config.augmentation, config.wordings)
         self.metrics = MetricsFile(output / "metrics.jsonl")

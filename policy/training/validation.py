@@ -30,7 +30,7 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
         `NAME/action_l1` is the error on those of one.
     """
     held_out = held_out.evenly()
-    batches = TrainingBatches(held_out, min(BATCH, len(held_out)), seed=0)
+    batches = TrainingBatches(held_out, min(BATCH, len(held_out)), 0, objective.model.history)
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
 

@@ -76,7 +76,12 @@ class AsksPolicy(Protocol):
     """Interface of a policy client: `ReconnectingClient`, `LocalPolicy` or a stand-in of a test."""
 
     async def infer(
-        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+        self,
+        observation: Observation,
+        *,
+        timeout_s: float | None = None,
+        observation_id: int | None = None,
+        episode_id: int | None = None,
     ) -> Answer: ...
 
     async def close(self) -> None: ...
@@ -399,7 +404,10 @@ class Bridge:
             left_s = request.deadline - self.now()
             try:
                 answer = await self._client.infer(
-                    request.observation, timeout_s=max(left_s, 1e-3), observation_id=request.id
+                    request.observation,
+                    timeout_s=max(left_s, 1e-3),
+                    observation_id=request.id,
+                    episode_id=request.epoch,
                 )
             except (UnavailableError, ValueError) as error:
                 with self._lock:

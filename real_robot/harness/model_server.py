@@ -119,7 +119,9 @@ class PolicyModelServer(ModelServer):
         self._count()
 
     async def on_episode_end(self, result: Any, ctx: SessionContext) -> None:
-        self._episodes.pop(ctx, None)
+        episode = self._episodes.pop(ctx, None)
+        if episode is not None and self._batcher is not None:
+            self._batcher.forget(episode)
         self._count()
 
     async def on_observation(self, obs: Any, ctx: SessionContext) -> None:
@@ -138,7 +140,7 @@ class PolicyModelServer(ModelServer):
         if not episode.actions:
             assert self._batcher is not None, "vla-eval starts a server before it takes messages"
             request = await anyio.to_thread.run_sync(self._format.finish, received)
-            answer = await asyncio.wrap_future(self._batcher.submit(request.observation))
+            answer = await asyncio.wrap_future(self._batcher.submit(request.observation, slot=episode))
             episode.actions.extend(episode.chunker.plan([0], answer.actions_KA[None])[0])
         await ctx.send_action({"actions": episode.actions.popleft()})
 

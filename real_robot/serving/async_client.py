@@ -155,7 +155,12 @@ class AsyncPolicyClient:
         return self._connection.close_code is None and not self._connection.transport.is_closing()
 
     async def infer(
-        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+        self,
+        observation: Observation,
+        *,
+        timeout_s: float | None = None,
+        observation_id: int | None = None,
+        episode_id: int | None = None,
     ) -> Answer:
         """Ask the policy for the action chunk of one observation.
 
@@ -163,6 +168,8 @@ class AsyncPolicyClient:
             observation: batch size 1, images of the camera's size or the policy's; see `ClientSettings.resize`.
             timeout_s: deadline in seconds; None uses `ClientSettings.answer_s`.
             observation_id: number that the answer repeats; None uses a running number.
+            episode_id: number of the episode: with another one, a policy that remembers begins anew. None: the episode
+                lasts as long as the connection.
 
         Raises:
             UnavailableError: no answer in time. The connection is closed.
@@ -174,7 +181,12 @@ class AsyncPolicyClient:
         number = next(self._ids) if observation_id is None else observation_id
         sent_s = time.monotonic()
         frame = self._format.write(
-            observation, number, timeout_s, resize=self._settings.resize, jpeg_quality=self._settings.jpeg_quality
+            observation,
+            number,
+            timeout_s,
+            episode_id=episode_id if self.info.episodes else None,
+            resize=self._settings.resize,
+            jpeg_quality=self._settings.jpeg_quality,
         )
         if self._busy:
             raise RuntimeError("this client already waits for an answer; give every robot a client of its own")

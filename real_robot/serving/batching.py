@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cogvla.policy.interface import InstructionError, Observation, Policy
+from cogvla.policy.interface import InstructionError, Observation, Policy, begin_episode, end_episode
 from cogvla.real_robot.serving.quiet_log import QuietLog
 from cogvla.real_robot.serving.server_metrics import ServerMetrics
 
@@ -74,6 +74,8 @@ class BatchAnswer:
 class _Job:
     observation: Observation
     deadline: float | None
+    slot: Hashable = None
+    episode: Hashable = None
     arrived: float = field(default_factory=time.monotonic)
     future: Future[BatchAnswer] = field(default_factory=Future)
 
@@ -106,6 +108,8 @@ class Batcher:
         self._waiting: list[_Job] = []
         self._closed = False
         self._clients = 0
+        self._begun: dict[Hashable, Hashable] = {}  # slot -> its episode; only the inference thread uses it
+        self._gone: list[Hashable] = []
         metrics.queue.set_function(lambda: len(self._waiting))
         self.ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -125,18 +129,34 @@ class Batcher:
             self._clients = clients
             self._condition.notify()
 
-    def submit(self, observation: Observation, deadline: float | None = None) -> Future[BatchAnswer]:
+    def forget(self, slot: Hashable) -> None:
+        """Let a policy that remembers forget the robot of this slot, which sends no more requests."""
+        with self._condition:
+            self._gone.append(slot)
+
+    def submit(
+        self,
+        observation: Observation,
+        deadline: float | None = None,
+        slot: Hashable = None,
+        episode: Hashable = None,
+    ) -> Future[BatchAnswer]:
         """Queue an observation and return the future of its answer. Cancel the future to withdraw the request.
 
         Args:
             observation: batch size 1, already validated.
             deadline: `time.monotonic()` after which the request fails with `ExpiredError`; None for no deadline.
+            slot: whose observation it is, for policies that remember an episode; one request at a time. None: of a
+                robot of its own, whose episode begins.
+            episode: a value for each episode of the slot; with another one, the policy begins anew.
 
         Raises:
             PolicyError: the server is shutting down. The future raises it, too, if the policy fails, and
                 InstructionError if the policy cannot read the instruction.
         """
-        job = _Job(observation, deadline)
+        job = _Job(observation, deadline, object() if slot is None else slot, episode)
+        if slot is None:
+            job.future.add_done_callback(lambda _: self.forget(job.slot))
         with self._condition:
             if self._closed:
                 raise PolicyError("the server is shutting down")
@@ -191,6 +211,15 @@ class Batcher:
             self._waiting = [job for job in self._waiting if job not in jobs]
             return jobs
 
+    def _begin(self, jobs: Sequence[_Job]) -> None:
+        """Tell the policy which slots are gone, and which begin an episode."""
+        with self._condition:
+            gone, self._gone = self._gone, []
+        end_episode(self._policy, [slot for slot in gone if self._begun.pop(slot, self) is not self])
+        new = [job for job in jobs if self._begun.get(job.slot, self) != job.episode]
+        begin_episode(self._policy, [job.slot for job in new])
+        self._begun |= {job.slot: job.episode for job in new}
+
     @staticmethod
     def _wanted(job: _Job) -> bool:
         if not job.future.set_running_or_notify_cancel():
@@ -205,7 +234,9 @@ class Batcher:
             return
         started = time.monotonic()
         try:
-            chunk = self._policy.act(Observation.stack([job.observation for job in jobs]))
+            self._begin(jobs)
+            seen = Observation.stack([job.observation for job in jobs])
+            chunk = self._policy.act(replace(seen, slots=[job.slot for job in jobs]))
             actions_BKA = np.asarray(chunk.actions, np.float32)
             embodiment = self._policy.embodiment
             expected = (len(jobs), embodiment.chunk, embodiment.action_dim)

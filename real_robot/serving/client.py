@@ -56,10 +56,17 @@ class _Blocking:
     _client: AsyncPolicyClient | ReconnectingClient
 
     def infer(
-        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+        self,
+        observation: Observation,
+        *,
+        timeout_s: float | None = None,
+        observation_id: int | None = None,
+        episode_id: int | None = None,
     ) -> Answer:
         """Ask the policy for the action chunk of one observation. Arguments and errors: `AsyncPolicyClient.infer`."""
-        return self._loop.run(self._client.infer(observation, timeout_s=timeout_s, observation_id=observation_id))
+        return self._loop.run(
+            self._client.infer(observation, timeout_s=timeout_s, observation_id=observation_id, episode_id=episode_id)
+        )
 
     def close(self) -> None:
         """Close the connection, if there is one."""

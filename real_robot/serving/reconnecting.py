@@ -72,7 +72,12 @@ class ReconnectingClient:
         return (await self._connected(last_s)).info
 
     async def infer(
-        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+        self,
+        observation: Observation,
+        *,
+        timeout_s: float | None = None,
+        observation_id: int | None = None,
+        episode_id: int | None = None,
     ) -> Answer:
         """Ask the policy for the action chunk of one observation, see `AsyncPolicyClient.infer`.
 
@@ -83,7 +88,10 @@ class ReconnectingClient:
             client = await self._connected(last_s)
             try:
                 answer = await client.infer(
-                    observation, timeout_s=max(last_s - time.monotonic(), 1e-3), observation_id=observation_id
+                    observation,
+                    timeout_s=max(last_s - time.monotonic(), 1e-3),
+                    observation_id=observation_id,
+                    episode_id=episode_id,
                 )
                 self._reasons.clear()
                 return answer

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,9 @@ class RemotePolicy:
     def __init__(self, uri: str, *, api_key: str | None = None, answer_s: float = 60.0) -> None:
         self._uri, self._settings = uri, ClientSettings(api_key=api_key, answer_s=answer_s)
         self._loop = EventLoopThread()
+        self._of_connection: dict[Hashable, AsyncPolicyClient] = {}
+        self._of_slot: dict[Hashable, int] = {}  # the episode of each robot
+        self._count = self._of_all = 0
         try:
             self._clients = [self._loop.run(AsyncPolicyClient.connect(uri, self._settings))]
         except BaseException:
@@ -51,7 +53,20 @@ class RemotePolicy:
         return dict(self.info.policy)
 
     def reset(self) -> None:
-        """Do nothing: this object keeps no state between episodes, and the server has other clients."""
+        """Begin a new episode in all connections, for a policy that remembers."""
+        self._count += 1
+        self._of_all, self._of_slot, self._of_connection = self._count, {}, {}
+
+    def begin(self, slots: Sequence[Hashable]) -> None:
+        """See `Remembering.begin`."""
+        self._count += 1
+        self._of_slot |= dict.fromkeys(slots, self._count)
+
+    def end(self, slots: Sequence[Hashable]) -> None:
+        """See `Remembering.end`."""
+        for slot in slots:
+            self._of_slot.pop(slot, None)
+            self._of_connection.pop(slot, None)
 
     def warm_up(self, batch: int, instructions: Sequence[str] = ()) -> None:
         """Open one connection per sample. The server has warmed the policy up when it started."""
@@ -73,9 +88,17 @@ class RemotePolicy:
         self._loop.close()
 
     async def _act(self, observation: Observation) -> list[Answer]:
-        await self._connect(observation.batch_size)
-        rows = range(observation.batch_size)
-        return await asyncio.gather(*(self._clients[row].infer(_row(observation, row)) for row in rows))
+        slots = range(observation.batch_size) if observation.slots is None else observation.slots
+        await self._connect(len(set(slots) | self._of_connection.keys()))
+        free = [client for client in self._clients if client not in self._of_connection.values()]
+        for slot in slots:  # each robot keeps its connection, in which the server remembers it
+            if self._of_connection.get(slot) not in self._clients:
+                self._of_connection[slot] = free.pop(0)
+        asked = [
+            self._of_connection[slot].infer(observation.row(row), episode_id=self._of_slot.get(slot, self._of_all))
+            for row, slot in enumerate(slots)
+        ]
+        return await asyncio.gather(*asked)
 
     async def _connect(self, count: int) -> None:
         self._clients = [client for client in self._clients if client.open]  # the server closes idle connections
@@ -88,13 +111,3 @@ class RemotePolicy:
 
     async def _close(self) -> None:
         await asyncio.gather(*(client.close() for client in self._clients))
-
-
-def _row(observation: Observation, row: int) -> Observation:
-    """Return one sample of a batch as a batch of size 1."""
-    return replace(
-        observation,
-        images={name: image[row : row + 1] for name, image in observation.images.items()},
-        state=observation.state[row : row + 1],
-        instruction=[observation.instruction[row]],
-    )

@@ -34,9 +34,11 @@ MAX_BYTES = 16 * 2**20
 RAW = "raw"
 OBSERVATION_ID = "observation_id"
 DEADLINE_MS = "deadline_ms"
+EPISODE_ID = "episode_id"
 OPTIONAL = {
     OBSERVATION_ID: "whole number that the answer repeats",
     DEADLINE_MS: "milliseconds that the client waits for the answer; after that the server drops the request",
+    EPISODE_ID: "whole number of the episode; another number lets a policy that remembers begin anew",
 }
 """Optional keys with their meaning. openpi's clients do not send them."""
 LAYOUTS = ("hwc", "chw")
@@ -103,12 +105,14 @@ class PolicyRequest:
         observation_id: number that the answer repeats; None if the client sent none.
         deadline_s: seconds that the client waits for the answer; None if it sent none.
         dialect: form of the arrays, which the answer should have, too.
+        episode_id: number of the episode; None if the client sent none.
     """
 
     observation: Observation
     observation_id: int | None = None
     deadline_s: float | None = None
     dialect: Dialect = OPENPI
+    episode_id: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +127,7 @@ class ReceivedRequest:
         deadline_s: see `PolicyRequest`.
         dialect: see `PolicyRequest`.
         work: number of pixels to decode and to resize; 0: the images are ready.
+        episode_id: see `PolicyRequest`.
     """
 
     images: Mapping[str, np.ndarray | bytes]
@@ -132,6 +137,7 @@ class ReceivedRequest:
     deadline_s: float | None
     dialect: Dialect
     work: int
+    episode_id: int | None = None
 
 
 class RequestFormat:
@@ -171,6 +177,7 @@ class RequestFormat:
         observation_id: int | None = None,
         deadline_s: float | None = None,
         *,
+        episode_id: int | None = None,
         resize: bool = True,
         jpeg_quality: int | None = None,
     ) -> bytes:
@@ -180,6 +187,7 @@ class RequestFormat:
             observation: the observation.
             observation_id: number that the answer repeats.
             deadline_s: seconds that the client waits.
+            episode_id: number of the episode.
             resize: resize larger images to the policy's size, if the server says how it would do it.
             jpeg_quality: 1 to 95: send images as JPEG, if the server takes them; None: raw.
 
@@ -205,6 +213,8 @@ class RequestFormat:
             values[OBSERVATION_ID] = observation_id
         if deadline_s is not None:
             values[DEADLINE_MS] = 1e3 * deadline_s
+        if episode_id is not None:
+            values[EPISODE_ID] = episode_id
         frame = pack(values)
         if len(frame) > self.max_bytes:
             raise ValueError(
@@ -248,10 +258,11 @@ class RequestFormat:
             images,
             self._state(values[self.keys.state]),
             _check_prompt(self.keys.prompt, values.get(self.keys.prompt, self.keys.default_prompt)),
-            observation_id=_observation_id(values.get(OBSERVATION_ID)),
+            observation_id=_whole(OBSERVATION_ID, values.get(OBSERVATION_ID)),
             deadline_s=_deadline_s(values.get(DEADLINE_MS)),
             dialect=dialect,
             work=work,
+            episode_id=_whole(EPISODE_ID, values.get(EPISODE_ID)),
         )
 
     def finish(self, request: ReceivedRequest) -> PolicyRequest:
@@ -268,7 +279,8 @@ class RequestFormat:
                 image_HWC = resize_image(image_HWC, (camera.height, camera.width), self.offer.resize)
             images[camera.name] = image_HWC[None]
         observation = Observation(images, request.state[None], [request.instruction])
-        return PolicyRequest(observation, request.observation_id, request.deadline_s, request.dialect)
+        answering = request.observation_id, request.deadline_s, request.dialect
+        return PolicyRequest(observation, *answering, episode_id=request.episode_id)
 
     def _image(self, key: str, camera: Camera, value: Any) -> tuple[np.ndarray | bytes, tuple[int, int]]:
         """Return the image of a key as uint8 [H,W,3] or as the bytes of a file, and its rows and columns."""
@@ -342,9 +354,9 @@ def _check_prompt(key: str, value: Any) -> str:
     return value
 
 
-def _observation_id(value: Any) -> int | None:
+def _whole(key: str, value: Any) -> int | None:
     if value is not None and type(value) is not int:
-        raise FrameError(f"{OBSERVATION_ID} must be a whole number, got {_described(value)}")
+        raise FrameError(f"{key} must be a whole number, got {_described(value)}")
     return value
 
 

@@ -165,6 +165,7 @@ class PolicyServer:
             policy={**policy.describe(), **(identity or {})},
             max_message_bytes=int(settings.max_message_mb * 2**20),
             max_batch=batching.max_batch,
+            episodes=True,
             images=ImageOffer(ALL_FORMATS, kernel if kernel in KERNELS else None),
         )
         self._format = RequestFormat(policy.embodiment, self.info.keys, self.info.images, self.info.max_message_bytes)
@@ -282,7 +283,7 @@ class PolicyServer:
                 self._answering += 1
                 try:
                     assert frame is not None
-                    answering = self._answer(frame, connection.address, gone, last_ms)
+                    answering = self._answer(frame, connection, gone, last_ms)
                     frame = None  # the images may be many times larger than what is kept of them
                     answer = await answering
                     if answer is None:
@@ -305,6 +306,7 @@ class PolicyServer:
         finally:
             gone.cancel()
             connection.ending = True
+            self._batcher.forget(connection)
             self._count_clients()
 
     def _count_clients(self) -> None:
@@ -313,7 +315,7 @@ class PolicyServer:
         self._batcher.count_clients(clients)
 
     async def _answer(
-        self, frame: bytes | str, address: str, gone: asyncio.Future[None], last_ms: float | None
+        self, frame: bytes | str, connection: GuardedConnection, gone: asyncio.Future[None], last_ms: float | None
     ) -> bytes | str | None:
         """Return the frame to send back: the answer, or an error text. None if the client has left."""
         outcome: Outcome = "failed"
@@ -322,7 +324,7 @@ class PolicyServer:
             request = await self._request(frame)
             del frame
             deadline = None if request.deadline_s is None else arrived + request.deadline_s
-            job = self._batcher.submit(request.observation, deadline)
+            job = self._batcher.submit(request.observation, deadline, connection, request.episode_id)
             future = asyncio.wrap_future(job)
             await _first(future, gone)
             if not future.done():
@@ -338,7 +340,7 @@ class PolicyServer:
         except (FrameError, InstructionError) as error:
             outcome = "invalid"
             text = str(error)[:MAX_ERROR]
-            self._log.warning("invalid request from %s: %s", address, text)
+            self._log.warning("invalid request from %s: %s", connection.address, text)
             return f"invalid request: {text}"
         except ExpiredError as error:
             outcome = "expired"

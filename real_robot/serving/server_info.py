@@ -29,6 +29,7 @@ class ServerInfo:
         max_message_bytes: largest request in bytes; a larger one ends the connection.
         max_batch: largest number of requests in one forward pass.
         images: images that the server takes; an older server takes raw ones only.
+        episodes: True if the server takes `episode_id`; an older server refuses it.
     """
 
     embodiment: Embodiment
@@ -37,6 +38,7 @@ class ServerInfo:
     max_message_bytes: int
     max_batch: int
     images: ImageOffer = field(default_factory=ImageOffer)
+    episodes: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metadata as maps, lists, text and numbers, ready to send."""
@@ -50,7 +52,9 @@ class ServerInfo:
                 "optional": OPTIONAL,
             },
             "policy": dict(self.policy),
-            "images": asdict(self.images),  # an older client ignores this entry, but no new ones in the others
+            # An older client ignores these entries, but no new ones in the others.
+            "images": asdict(self.images),
+            "episodes": self.episodes,
             "limits": {"max_message_bytes": self.max_message_bytes, "max_batch": self.max_batch},
         }
         return json.loads(json.dumps(values, default=str))
@@ -86,6 +90,7 @@ class ServerInfo:
                 limits["max_message_bytes"],
                 limits["max_batch"],
                 ImageOffer(**_known(ImageOffer, values.get("images", {}))),
+                bool(values.get("episodes", False)),
             )
             RequestFormat(info.embodiment, info.keys)
         except (KeyError, TypeError, AttributeError) as error:

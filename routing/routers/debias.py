@@ -47,11 +47,15 @@ class Debias(TokenRouter, Calibrated):
         self.base, self.rate = build_router(base, sizes, base_options), rate * TOKENS / sizes.tokens
         self.needs, self.selects = self.base.needs, self.base.selects  # type: ignore[misc]
         self.stage, self.stages = self.base.stage, self.base.stages  # type: ignore[misc]
+        self.remembers, self.gated, self.prunes = self.base.remembers, self.base.gated, self.base.prunes  # type: ignore[method-assign]
         if not self.needs & {"attention_LBN", "received_BN", "attention_BNN"}:
             raise ValueError(f"debias needs a base that reads attention, and {base!r} does not")
 
     def leaves(self, budget: int) -> int:
         return self.base.leaves(budget)
+
+    def watched_layer(self, depth: int) -> int:
+        return self.base.watched_layer(depth)
 
     def attention_blocks(self, depth: int) -> range:
         return self.base.attention_blocks(depth)

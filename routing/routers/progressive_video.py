@@ -4,11 +4,10 @@ Tokens of the present frame attend to tokens of earlier frames at the same place
 contain is subtracted, and the rest is pooled to h x w = n tokens. A single picture counts as a video without motion.
 
 PVC trains its encoder for this, and that code is not published. So the block is ours: attention over time at each
-place, and a gate that starts half open. The router needs earlier frames. A policy's observation here
-(`policy.interface.Observation`) has only one moment, so a policy refuses `progressive_video` with an error that says
-so.
+place, and a gate that starts half open. Earlier frames are those of the policy's last decisions, as many as `frames`;
+before the first one the present takes their place. In training they come from the data, `router.decision_steps` apart.
 
-Shape legend: X rows times places, O earlier observations.
+Shape legend: X rows times places, O earlier decisions.
 """
 
 from __future__ import annotations
@@ -31,14 +30,18 @@ class ProgressiveVideo(TokenRouter):
     Args:
         sizes: see `RouterSizes`.
         heads: attention heads over time.
+        frames: number of earlier frames.
     """
 
     needs = frozenset({"history_BOND", "grid"})
     stages = ("encoder_out", "projector_out")
     selects = False
 
-    def __init__(self, sizes: RouterSizes, *, heads: int = 4) -> None:
+    def __init__(self, sizes: RouterSizes, *, heads: int = 4, frames: int = 2) -> None:
         super().__init__(sizes)
+        if frames < 1:
+            raise ValueError(f"progressive_video needs at least one earlier frame, got frames={frames}")
+        self.remembers = frames
         grid_shape(sizes.grid, sizes.budget)
         self.time = AttentionBlock(sizes.width, heads, sizes.width)
         self.gate = nn.Parameter(torch.zeros(sizes.width))

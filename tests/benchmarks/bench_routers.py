@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cogvla.configs.build import build
-from cogvla.policy.engine.engine import Engine, EngineConfig
+from cogvla.policy.engine.engine import Engine, EngineConfig, starting
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig
@@ -87,6 +87,7 @@ def policy_ms(name: str, engine: Engine, inputs: ModelInput, args: argparse.Name
     except ValueError:
         return None
     text, recorded = routed.encode_text(inputs.text_ids, inputs.text_mask), engine.with_router(routed)
+    inputs = starting(routed, inputs)
     recorded.warm_up(inputs, inputs.text_ids.shape[1])
     encoded = recorded.encode(inputs.text_ids, inputs.text_mask)
     runs = (lambda: routed(inputs, text), lambda: recorded.run(inputs, encoded))

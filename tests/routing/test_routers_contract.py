@@ -149,8 +149,17 @@ def test_the_order_of_tokens_does_not_matter_where_places_are_not_read(name: str
     router, x, order = router_of(name, 4), tokens_of(1), torch.randperm(ALL, generator=torch.Generator().manual_seed(3))
     items = everything(1)
     moved = dict(items)
-    for item in ("encoder_BNF", "attention_LBN", "received_BN", "keys_BNC", "score_BN", "growth_BN"):
-        dim = 2 if item == "attention_LBN" else 1
+    of_tokens = (
+        "encoder_BNF",
+        "received_BN",
+        "keys_BNC",
+        "score_BN",
+        "growth_BN",
+        "text_attention_BN",
+        "text_match_BN",
+    )
+    for item in (*of_tokens, "attention_LBN", "alike_BON", "past_attention_BON", "past_seen_BON"):
+        dim = 1 if item in of_tokens else 2
         moved[item] = items[item].index_select(dim, order)
     moved["attention_BNN"] = items["attention_BNN"][:, order][:, :, order]
     before = router(x, context_for(router, **items)).index_Bn[0].tolist()

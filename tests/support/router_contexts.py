@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvla.routing.registry import build_router, registered_routers
-from cogvla.routing.router import RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.router import RouterContext, RouterSizes, TokenRouter, latest
 
 GRID = (4, 4)
 WIDTH = 12
@@ -77,7 +77,15 @@ def everything(
         "share_B2": torch.rand(batch, 2, generator=draw),
         "neurons_BNI": torch.rand(batch, tokens, 20, generator=draw) > 0.5,
         "text_neurons_BTI": torch.rand(batch, TEXT, 20, generator=draw) > 0.5,
-        "history_BOND": torch.randn(batch, 2, tokens, width, generator=draw),
+        "history_BOND": torch.randn(batch, 4, tokens, width, generator=draw),
+        "text_attention_BN": torch.rand(batch, tokens, generator=draw),
+        "text_match_BN": torch.randn(batch, tokens, generator=draw),
+        "age_B": torch.randint(0, 5, (batch,), generator=draw),
+        "past_pixels_BO3HW": torch.randint(0, 256, (batch, 4, 3, 8 * grid[0], 8 * grid[1]), generator=draw).float(),
+        "alike_BON": 0.97 + 0.03 * torch.rand(batch, 4, tokens, generator=draw),
+        "motion_BOC": torch.randn(batch, 4, 3, generator=draw),
+        "past_attention_BON": torch.rand(batch, 4, tokens, generator=draw),
+        "past_seen_BON": torch.rand(batch, 4, tokens, generator=draw) > 0.3,
         "patches_BPF": torch.randn(batch, tokens, width, generator=draw),
         "owner_BP": torch.randint(-1, tokens, (batch, tokens), generator=draw),
     }
@@ -87,7 +95,7 @@ def context_for(router: TokenRouter, **items: Any) -> RouterContext:
     """What this router asked for, and nothing else."""
     values = {**everything(), **items}
     wanted = {*router.needs, "budget", "training"} | ({"text_mask_BT"} if "text_BTE" in router.needs else set())
-    return RouterContext(**{name: value for name, value in values.items() if name in wanted})
+    return latest(RouterContext(**{n: value for n, value in values.items() if n in wanted}), router.remembers or 4)
 
 
 def sample(context: RouterContext, index: int) -> RouterContext:

@@ -105,7 +105,8 @@ def test_every_router_is_played_or_left_out_for_a_reason() -> None:
     labels = [*(cell.label for cell in cells), *left_out]
     assert {label.split()[0] for label in labels} == set(registered_routers())
     assert "has weights of its own" in left_out["learned_pruner"]
-    assert "history_BOND" in left_out["progressive_video"]
+    assert "has weights of its own" in left_out["progressive_video"]
+    assert {"vla_pruner", "spec_prune", "adp", "vla_iap"} <= {cell.router.name for cell in cells}
     _, partly = cells_for(model, wanted_routers(["spatial_pool"], layer=1), [0.5, 7], trained=False)
     assert list(partly) == ["spatial_pool at 7"], "7 tokens are no grid"
     assert cells[0].key == "identity"

@@ -22,6 +22,7 @@ from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.resize import resize
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.tests.support.pixels import pixels_of
+from cogvla.tests.support.small_data import small_data
 
 LENGTHS = (5, 9, 4, 7)
 SIZE = 16
@@ -344,3 +345,17 @@ def test_a_merged_data_set(root: Path, tmp_path: Path) -> None:
     main = torch.from_numpy(frame_of(0, 2)["observation.images.main"]).permute(2, 0, 1)
     assert torch.equal(pixels_of(data)[-1, 0], main)
     assert data.episode_N.unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_earlier_frames_come_from_the_same_episode() -> None:
+    data = small_data()
+    batches = TrainingBatches(data, 4, 0, history=(2, 3))
+    first = int(data.episode_N.eq(1).nonzero()[0])
+    rows = first + torch.tensor([0, 2, 3, 6])
+    samples = batches.gather(rows)
+    past = first + torch.tensor([[0, 0], [0, 0], [0, 0], [0, 3]])
+    assert samples["past_age"].tolist() == [0, 0, 1, 2]
+    assert torch.equal(samples["past_state"], data.state_NS[past])
+    expected = torch.from_numpy(data.frames.take(past.flatten().numpy())).unflatten(0, (4, 2))
+    assert torch.equal(samples["past_pixels"], expected)
+    assert "past_age" not in TrainingBatches(data, 4, 0).gather(rows)

@@ -27,7 +27,7 @@ ALONE = [
     for name, kind in registered_routers().items()
     for stage in kind.stages
     for other in ({}, {"position": "compact"}, {"mode": "bypass"})
-    if name not in ("progressive_video", "carried")  # one needs earlier observations, the other a router before it
+    if name != "carried"  # it needs a router before it
     and (not other or (stage == "llm_layer" and (kind.selects or "mode" not in other)))
 ]
 TOGETHER: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def test_every_router_is_recorded_and_computes_what_the_model_computes(
     engine = policy.with_engine(TRACE)
     engine.warm_up(2)
     assert engine.engine is not None
-    assert list(engine.engine._recorded) == [(2, 6)]
+    assert list(engine.engine._recorded) == ([(2, 6), (2, 6, True)] if name == "adp" else [(2, 6)])
     assert engine.engine._recorded[2, 6] is not engine.engine.network
     assert_same(policy, engine, 2)
     assert_same(policy, engine, 3)  # not recorded

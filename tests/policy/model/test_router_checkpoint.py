@@ -60,7 +60,7 @@ def test_a_trained_router_comes_with_its_policy_and_can_be_taken_out(tmp_path: P
         load_policy(plain, router=RouterConfig("learned_pruner", 4))
 
 
-@pytest.mark.parametrize("name", ["random", "learned_pruner", "selector_merger"])
+@pytest.mark.parametrize("name", ["random", "learned_pruner", "selector_merger", "progressive_video"])
 def test_training_with_a_router_does_not_depend_on_how_a_step_is_divided(name: str, tmp_path: Path) -> None:
     routing = {**PLAIN, "router": asdict(RouterConfig(name, 4))}
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogvla.policy.cost.flops import TOTAL, count_flops
+from cogvla.policy.engine.engine import starting
 from cogvla.policy.model import layer_router
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
@@ -31,7 +32,7 @@ EVERYWHERE = [
     (name, stage)
     for name, kind in registered_routers().items()
     for stage in kind.stages
-    if name not in ("progressive_video", "carried") and not (stage == "llm_layer" and name == "debias")
+    if name != "carried" and not (stage == "llm_layer" and name == "debias")
 ]
 
 
@@ -50,7 +51,8 @@ def config(name: str, stage: str | None = None, **options: Any) -> RouterConfig:
 def test_every_router_at_every_stage_leaves_the_tokens_it_says_alone_and_in_a_batch(
     name: str, stage: str, film: bool
 ) -> None:
-    model, inputs = routed(config(name, stage), film=film), tiny_input()
+    model = routed(config(name, stage), film=film)
+    inputs = starting(model, tiny_input())
     output = model(inputs, debug=True)
     assert output.actions.isfinite().all()
     assert output.vision.shape[1] == model.vision_tokens
@@ -60,7 +62,8 @@ def test_every_router_at_every_stage_leaves_the_tokens_it_says_alone_and_in_a_ba
     else:
         assert model.vision_tokens == (32 if name in WHOLE else VIEWS * 4)
     torch.testing.assert_close(model(inputs).actions, output.actions, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(alone(inputs, 1)).actions, output.actions[1:2], rtol=1e-4, atol=1e-5)
+    first = starting(model, alone(inputs, 1))
+    torch.testing.assert_close(model(first).actions, output.actions[1:2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("vision", [{"efa": True}, {"efa": False}, {"efa": False, "film": True}])
@@ -202,7 +205,7 @@ def test_attention_is_computed_for_those_who_ask_only(monkeypatch: pytest.Monkey
     for name in ("random", "token_norm", "approx_error", "late_exit"):
         routed(config(name, "llm_layer"))(inputs)
     for name, kind in registered_routers().items():
-        if "encoder_out" in kind.stages and name not in ("progressive_video",):
+        if "encoder_out" in kind.stages:
             router = routed(config(name, "encoder_out")).router
             assert router is not None
             assert router.before is not None
@@ -458,7 +461,8 @@ def test_mistakes_say_what_is_possible() -> None:
         ({"name": "spatial_pool"}, {"efa": True}, "set routing.efa=false .patches"),
         ({"name": "spatial_pool", "joint": True}, {}, "router.joint=false .views apart"),
         ({"name": "cls_attention"}, {"efa": True}, "does not provide at encoder_out .*possible routers are .*random"),
-        ({"name": "progressive_video"}, {}, "needs history_BOND, which this policy does not provide"),
+        ({"name": "progressive_video", "joint": True}, {}, "router.joint=false .views apart"),
+        ({"name": "vla_pruner"}, {}, "works at language layers: give router.layers"),
         ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),
         (
             {"name": "random", "stage": "encoder_block"},

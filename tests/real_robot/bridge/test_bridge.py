@@ -35,7 +35,12 @@ class Client:
     closed: bool = False
 
     async def infer(
-        self, observation: Observation, *, timeout_s: float | None = None, observation_id: int | None = None
+        self,
+        observation: Observation,
+        *,
+        timeout_s: float | None = None,
+        observation_id: int | None = None,
+        episode_id: int | None = None,
     ) -> Answer:
         self.asked += 1
         await asyncio.sleep(0.001)

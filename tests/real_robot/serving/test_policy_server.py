@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from cogvla.policy.interface import ActionChunk, Camera, Observation
 from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.batching import Batcher, BatchSettings, ExpiredError, PolicyError
 from cogvla.real_robot.serving.client import PolicyClient
+from cogvla.real_robot.serving.remote_policy import RemotePolicy
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.serving.server import PolicyServer, ServerSettings, TlsFiles
 from cogvla.real_robot.serving.server_metrics import Outcome, ServerMetrics
@@ -369,3 +370,68 @@ def test_shutdown_answers_what_was_asked() -> None:
         with pytest.raises(ConnectionClosed, match="1001"):
             idle.infer(libero_request())
         assert get(uri, "/healthz")[0] == 0
+
+
+class CountingPolicy(SumPolicy):
+    """Actions that count the decisions of an episode, and what it was told about episodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decisions: dict[Any, int] = {}
+
+    def warm_up(self, batch: int, instructions: Any = ()) -> None:
+        """Nothing to prepare."""
+
+    def begin(self, slots: Sequence[Hashable]) -> None:
+        self.decisions |= dict.fromkeys(slots, 0)
+
+    def end(self, slots: Sequence[Hashable]) -> None:
+        for slot in slots:
+            del self.decisions[slot]
+
+    def act(self, observation: Observation) -> ActionChunk:
+        assert observation.slots is not None
+        for slot in observation.slots:
+            self.decisions[slot] += 1
+        shape = (self.embodiment.chunk, self.embodiment.action_dim)
+        counts = [np.full(shape, self.decisions[slot], np.float32) for slot in observation.slots]
+        return ActionChunk(np.stack(counts))
+
+
+def test_every_connection_has_a_memory_of_its_own() -> None:
+    policy = CountingPolicy()
+    with serving(policy) as (uri, _), PolicyClient(uri, PATIENT) as one:
+        with PolicyClient(uri, PATIENT) as other:
+
+            def ask(client: PolicyClient, episode: int | None = None) -> float:
+                return float(client.infer(observation(), episode_id=episode).actions[0, 0])
+
+            assert [ask(one), ask(one), ask(other), ask(one), ask(other)] == [1, 2, 1, 3, 2]
+            assert [ask(one, 7), ask(other), ask(one, 7), ask(one, 8), ask(one, 7)] == [1, 3, 2, 1, 1]
+            assert len(policy.decisions) == 2
+        until(lambda: len(policy.decisions) == 1 if ask(one, 7) else False)
+    with serving(CountingPolicy()) as (uri, _):
+        client = openpi(uri)
+        assert [client.infer(libero_request())["actions"][0, 0] for _ in range(3)] == [1, 2, 3]
+        with pytest.raises(RuntimeError, match="episode_id must be a whole number"):
+            client.infer(libero_request(episode_id="first"))
+
+
+def test_robots_of_a_remote_policy_keep_their_connections() -> None:
+    with serving(CountingPolicy()) as (uri, _):
+        policy = RemotePolicy(uri)
+        try:
+            policy.reset()
+
+            def ask(*slots: str) -> list[float]:
+                seen = Observation.stack([observation()] * len(slots))
+                return policy.act(replace(seen, slots=list(slots))).actions[:, 0, 0].tolist()
+
+            policy.begin(["a", "b"])
+            assert [ask("a"), ask("b", "a"), ask("a", "b")] == [[1], [1, 2], [3, 2]]
+            policy.begin(["b"])
+            assert [ask("a", "b"), ask("b")] == [[4, 1], [2]]
+            policy.reset()
+            assert policy.act(observation()).actions[0, 0, 0] == 1
+        finally:
+            policy.close()
