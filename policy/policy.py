@@ -228,9 +228,11 @@ class CogVLAPolicy:
         return replace(inputs, memory=self._memory.recall(slots), dense=dense.pop())
 
     def _hand(self, observation: Observation) -> Tensor:
-        """Return the normalised state's entries of `RouterConfig.hand`, on the CPU."""
+        """Return the normalised state's entries of `RouterConfig.hand`, on the CPU; nothing without a gate."""
         router = self.model.router
-        assert router is not None
+        assert router is not None, "its routers remember"
+        if router.gate is None:
+            return torch.empty(0)
         if self._state_normaliser is None:
             self._state_normaliser = copy.deepcopy(self.preprocessor.state_normaliser).cpu()
         state_BS = torch.as_tensor(np.array(observation.state, np.float32))
@@ -242,8 +244,7 @@ class CogVLAPolicy:
         if memory is None:
             return self._step(instructions, inputs)[0]
         slots = memory.slots_of(observation.slots, len(instructions))
-        gated = self.model.router is not None and self.model.router.gate is not None
-        state_BC = self._hand(observation) if gated else torch.empty(0)
+        state_BC = self._hand(observation)
         dense = memory.dense(slots, state_BC)
         inputs = replace(inputs, memory=memory.recall(slots))
         if len(set(dense)) == 1:

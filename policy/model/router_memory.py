@@ -126,7 +126,7 @@ class Remembered:
         self.layout, self.memory, self.age_B = layout, memory, memory["age"]
         order_O = torch.arange(layout.decisions, 0, -1, device=self.age_B.device)
         self.known_BO = order_O <= self.age_B[:, None]
-        self.state_BC = state_BS[:, list(layout.hand)]
+        self.state_BC = state_BS[:, list(layout.hand)] if "state" in layout.shapes else state_BS
         self.pixels_BVCHW = pixels_BVCHW
         if "pixels" in layout.shapes and pixels_BVCHW.dtype != torch.uint8:
             self.pixels_BVCHW = (pixels_BVCHW.float() * WHITE).round().clamp(0, WHITE).to(torch.uint8)
