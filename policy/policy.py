@@ -1,4 +1,7 @@
-"""A trained CogVLA network as a `Policy`."""
+"""A trained CogVLA network as a `Policy`.
+
+Shape legend: C entries of the state with the hand's position.
+"""
 
 from __future__ import annotations
 

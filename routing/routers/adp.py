@@ -14,6 +14,8 @@ Our choices, where text and released code (github.com/chen7086/VLA-ADP) leave so
 - distances are in units of the normalised state (`router.hand`), since a policy need not know metres
 - `base` puts the gate around any other router. In training, and where a network runs without a policy, tokens are
   always removed
+
+Shape legend: C entries of the state.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class ADP(TokenRouter):
             if router.gated:
                 raise ValueError(f"adp needs a base without a gate, {base!r} has one")
             self.needs, self.selects = router.needs, router.selects  # type: ignore[misc]
-            self.stage, self.stages = router.stage, router.stages  # type: ignore[misc]
+            self.stage, self.stages = router.stage, router.stages  # type: ignore[misc, assignment]
             self.remembers = max(self.remembers, router.remembers)
 
     def leaves(self, budget: int) -> int:

@@ -16,7 +16,7 @@ No code is released, and the paper's details were not at hand; our choices:
   mean for the named ones
 - the first decision of an episode has no motion, the second one counts twice its first difference
 
-Shape legend: X pictures, Y rows of a grid.
+Shape legend: X pictures, Y rows of a grid, E language width.
 """
 
 from __future__ import annotations

@@ -300,6 +300,6 @@ def test_a_gate_splits_a_batch() -> None:
     for decision in range(5):
         observation = seen(["still", "fast"], decision)
         state = np.zeros((2, ROBOT.state_dim), np.float32)
-        state[0, 0], state[1, 0] = -(2.0**-decision), 2.0**decision
+        state[0, 0], state[1, 0] = 1 - 0.5 ** (decision + 1), 0.02 * 2**decision
         policy.act(replace(observation, state=state))
     assert budgets == [(2, True)] * 3 + [(1, False), (1, True)] * 2
