@@ -236,7 +236,10 @@ class PolicyRouter(nn.Module):
         router = build_router(name, sizes, options)
         given = self._given(stage)
         if (asked := router.needs & FROM_MEMORY) and not router.remembers:
-            raise ValueError(f"router {name!r} needs {', '.join(sorted(asked))}: set its attribute `remembers`")
+            raise ValueError(
+                f"router {name!r} needs {', '.join(sorted(asked))} and remembers no earlier decisions: set its "
+                "attribute `remembers`, or choose a base that reads none"
+            )
         if stage not in router.stages:
             raise ValueError(f"router {name!r} works at {', '.join(router.stages)}, not at {stage}: set router.stage")
         if missing := sorted(router.needs - given):

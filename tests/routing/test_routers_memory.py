@@ -21,8 +21,8 @@ from cogvla.tests.support.router_contexts import context_for, everything, router
 NOBODY = torch.zeros(1, 4)
 
 
-def chosen(name: str, tokens: Tensor, budget: int, options: dict[str, Any] | None = None, **items: Any) -> list[int]:
-    router = router_of(name, budget, (1, tokens.shape[1]), **(options or {}))
+def chosen(name: str, tokens: Tensor, budget: int, **items: Any) -> list[int]:
+    router = router_of(name, budget, (1, tokens.shape[1]))
     return router(tokens, RouterContext(budget, **items)).index_Bn[0].tolist()
 
 
@@ -116,7 +116,7 @@ def test_adp_removes_tokens_while_the_hand_is_fast() -> None:
 
 
 def test_adp_around_another_router_gives_it_what_it_remembers() -> None:
-    options = {"base": "vla_pruner", "base_options": {"decisions": 2}}
+    options: dict[str, Any] = {"base": "vla_pruner", "base_options": {"decisions": 2}}
     router, base = router_of("adp", 4, **options), router_of("vla_pruner", 4, decisions=2)
     assert (router.remembers, router.needs, router.stages) == (3, base.needs, base.stages)
     x = tokens_of()

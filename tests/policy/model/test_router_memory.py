@@ -293,7 +293,7 @@ def test_a_gate_splits_a_batch() -> None:
     policy = policy_of("adp")
     budgets: list[tuple[int, bool]] = []
     step = policy._step
-    policy._step = lambda text, inputs, dense=False: (  # type: ignore[method-assign]
+    policy._step = lambda text, inputs, dense=False: (  # type: ignore[method-assign, assignment]
         budgets.append((len(text), dense)) or step(text, inputs, dense)  # type: ignore[func-returns-value]
     )
     policy.begin(["still", "fast"])
