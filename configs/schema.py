@@ -37,6 +37,7 @@ DATACLASSES: dict[str, tuple[str, ...]] = {
     "training": ("policy.training.config.TrainingConfig",),
     "wordings": ("policy.training.wordings.InstructionAugmentation",),
     "": (
+        "policy.export.export.ExportConfig",
         "real_robot.bridge.bridge.BridgeSettings",
         "real_robot.serving.batching.BatchSettings",
         "real_robot.serving.server.ServerSettings",

@@ -8,6 +8,8 @@ from pathlib import Path
 from cogvla.files import visible
 
 CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "statistics.json"
+EXPORTED = "exported.json"
+"""File that describes the others in the folder of an exported policy (`policy.export`)."""
 _PUBLISHED = ("*.safetensors", "*.pt", "*.bin", "checkpoints/*.pt")
 _HUB = re.compile(r"(?:https?:/+(?:huggingface|hf)\.co/)?([A-Za-z0-9][\w.-]*/[\w.-]+)/?")
 
@@ -43,3 +45,8 @@ def check_checkpoint_folder(source: Path | str, otherwise: str = "train one with
     if '"embodiment"' not in text and STATISTICS in missing and any(visible(folder, pattern) for pattern in _PUBLISHED):
         raise ValueError(f"{said}these are published weights: run `import_checkpoint {folder} output=FOLDER` first")
     raise ValueError(f"{said}give the folder of another one")
+
+
+def is_exported(source: str) -> bool:
+    """Return whether a source names an exported policy: its folder, or one of its files."""
+    return Path(source).suffix in (".onnx", ".xml", ".pt2") or (Path(source) / EXPORTED).is_file()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvla.configs.build import build
-from cogvla.policy.checkpoint_folder import check_checkpoint_folder
+from cogvla.policy.checkpoint_folder import check_checkpoint_folder, is_exported
 from cogvla.policy.interface import Embodiment, Policy
 
 RANDOM = "random"
@@ -32,8 +32,8 @@ def open_any_policy(
     """Open the policy that `source` names.
 
     Args:
-        source: a checkpoint folder, "random", the address of a policy server, ws://HOST:PORT, or lerobot:PATH for a
-            policy of lerobot.
+        source: a checkpoint folder, "random", the address of a policy server, ws://HOST:PORT, lerobot:PATH for a
+            policy of lerobot, or the folder or a file of an exported policy.
         embodiment: robot of a random policy or a policy of lerobot, as in `configs/embodiment`.
         seed: seed of a random policy, or of a policy of lerobot that draws random numbers.
         api_key: key of a policy server.
@@ -53,7 +53,8 @@ def open_any_policy(
         OSError: there is no policy server at the address.
     """
     plugged_in = None if router is None else router["name"]
-    own = source != RANDOM and not source.startswith((*REMOTE, LEROBOT))
+    exported = is_exported(source)
+    own = source != RANDOM and not source.startswith((*REMOTE, LEROBOT)) and not exported
     for key, value in (("router.name", plugged_in), ("statistics", statistics)):
         if value is not None and not own:
             raise ValueError(f"{key}={value} needs the folder of a checkpoint, not {source}")
@@ -74,6 +75,10 @@ def open_any_policy(
         use_threads(threads, workers)
         robot = build(Embodiment, embodiment, "embodiment")
         return open_lerobot_policy(source.removeprefix(LEROBOT), robot, device, cameras, seed)
+    if exported:
+        from cogvla.policy.export.exported import open_exported
+
+        return open_exported(source, device, threads)
     check_checkpoint_folder(source, "train one with `train_policy`, or give random")
 
     from cogvla.policy.checkpoint import open_policy

@@ -44,7 +44,7 @@ def record(kind: str, function: Run, inputs: Tensors, others: Tensors | None = N
     """
     if kind == "eager":
         return function
-    with _NoValues():
+    with NoValues():
         function(inputs)
     recorders: dict[str, Callable[[Run, Tensors], Run]]
     recorders = {"trace": _traced, "cuda_graph": _CudaGraph, "compile": _compiled}
@@ -75,7 +75,7 @@ _aten = torch.ops.aten
 _READS = (_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default, _aten.equal.default)
 
 
-class _NoValues(TorchDispatchMode):
+class NoValues(TorchDispatchMode):
     """Raises if a value of a tensor is read on the host, as `item` and `if tensor` do."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cogvla.scripts.verify_reference import main
+from cogvla.scripts.checkpoints.verify_reference import main
 from cogvla.tests.support.paths import SHARED
 
 FIXTURE = SHARED / "fixtures" / "cogvla_reference"

@@ -27,8 +27,8 @@ from cogvla.policy.weights.import_weights import load_parameters
 from cogvla.policy.weights.pretrained import load_base
 from cogvla.policy.weights.release import open_release
 from cogvla.policy.weights.safetensor_files import SafetensorFiles
+from cogvla.scripts.checkpoints.import_checkpoint import main, run
 from cogvla.scripts.command import compose
-from cogvla.scripts.import_checkpoint import main, run
 from cogvla.tests.support.plain_cogvla import PlainCogVLA, norm_stats, unnormalise
 from cogvla.tests.support.published_layouts import (
     SIZES,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvla.scripts.verify_reference import main, relative_error
+from cogvla.scripts.checkpoints.verify_reference import main, relative_error
 from cogvla.tests.support.plain_cogvla import Sizes, write_reference
 
 SCHEDULES: dict[str, dict[str, Any]] = {

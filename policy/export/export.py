@@ -1,0 +1,196 @@
+"""Export a checkpoint, and compare what was written with it.
+
+Shape legend: K chunk, A action, D = A.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogvla.policy.checkpoint import atomic_folder, weights_hash
+from cogvla.policy.checkpoint_folder import STATISTICS
+from cogvla.policy.export.exported import (
+    FORMAT,
+    MANIFEST,
+    ExportedPolicy,
+    InputFormat,
+    file_hash,
+    file_name,
+    open_exported,
+    repadded,
+)
+from cogvla.policy.export.formats import FORMATS, OPSETS, quantise, to_openvino, write
+from cogvla.policy.export.graph import PolicyGraph
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
+from cogvla.policy.interface import Camera, Observation
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.policy.provenance import provenance
+
+PRECISIONS = ("float32", "int8")
+OPSET = 20
+TOLERANCE = 1e-4
+"""Largest difference of normalised actions in float32."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is exported.
+
+    Attributes:
+        format: onnx, openvino or torch_export.
+        precision: float32; or int8, for onnx and openvino: matrix products in 8 bits.
+        text_tokens: text lengths in tokens, one file for each; an instruction is padded to the next of them.
+        camera_size: (height, width) of the images that the files take; None: those of the policy's cameras.
+        opset: version of ONNX's operators, for onnx and openvino.
+    """
+
+    format: str = "onnx"
+    precision: str = "float32"
+    text_tokens: tuple[int, ...] = (8, 16, 32)
+    camera_size: tuple[int, int] | None = None
+    opset: int = OPSET
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text_tokens", tuple(self.text_tokens))
+        if self.camera_size is not None:
+            object.__setattr__(self, "camera_size", tuple(self.camera_size))
+            if len(self.camera_size) != 2 or min(self.camera_size) < 1:
+                raise ValueError(f"camera_size must be [HEIGHT,WIDTH] in pixels, got {list(self.camera_size)}")
+        if self.format not in FORMATS:
+            raise ValueError(f"unknown format {self.format!r}; one of {', '.join(FORMATS)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; one of {', '.join(PRECISIONS)}")
+        if self.precision == "int8" and self.format == "torch_export":
+            raise ValueError("precision=int8 needs format=onnx or format=openvino")
+        if not self.text_tokens or sorted(set(self.text_tokens)) != list(self.text_tokens) or self.text_tokens[0] < 1:
+            raise ValueError(f"text_tokens must be increasing positive lengths, got {list(self.text_tokens)}")
+        if self.opset not in OPSETS:
+            raise ValueError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}")
+
+
+def export(
+    policy: CogVLAPolicy,
+    checkpoint: Path,
+    output: Path,
+    config: ExportConfig,
+    seen: Sequence[Observation],
+    calibration: Sequence[Observation] = (),
+    recorded: str | None = None,
+    command: str = "",
+) -> tuple[ExportedPolicy, dict[str, Any]]:
+    """Write an exported policy atomically, and compare its actions with the checkpoint's.
+
+    Args:
+        policy: the policy, on the CPU and without an engine; it is converted to float32.
+        checkpoint: the folder that it was loaded from.
+        output: folder to write; an exported policy there is replaced.
+        config: what is exported.
+        seen: observations, of the size that the files take, on which actions are compared.
+        calibration: other observations, from which int8 takes the ranges of its inputs.
+        recorded: data set of the observations; None: they are random.
+        command: command line, for the manifest.
+
+    Returns:
+        The policy, opened from its files, and the comparison.
+
+    Raises:
+        ValueError: a part of the policy cannot be exported, or a library is missing.
+        RuntimeError: the actions of what was written differ.
+    """
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.float()
+    graph = PolicyGraph(policy, config.camera_size).eval()
+    cameras = tuple(
+        Camera(camera.name, height, width)
+        for camera, (height, width) in zip(policy.embodiment.cameras, graph.sizes, strict=True)
+    )
+    inputs = InputFormat(replace(policy.embodiment, cameras=cameras), policy.preprocessor.tokenizer, config.text_tokens)
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise ValueError(f"{output} exists and is no exported policy; give another output")
+    with atomic_folder(output) as draft:
+        for length in config.text_tokens:
+            _write(graph, inputs, config, length, draft, calibration)
+        if isinstance(policy.preprocessor.tokenizer, PretrainedTokenizer):
+            policy.preprocessor.tokenizer.save(draft)
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "kind": config.format,
+            "precision": config.precision,
+            "opset": None if config.format == "torch_export" else config.opset,
+            "inputs": graph.inputs,
+            "embodiment": asdict(inputs.embodiment),
+            "resize_kernel": policy.resize_kernel,
+            "tokenizer": policy.preprocessor.tokenizer.to_dict(),
+            "statistics": json.loads((checkpoint / STATISTICS).read_text()),
+            "description": {
+                key: value for key, value in policy.describe().items() if key not in ("engine", "dtype", "device")
+            },
+            "weights_sha256": weights_hash(checkpoint),
+            "files": {
+                str(length): {path.name: file_hash(path) for path in sorted(draft.glob(f"policy_{length}.*"))}
+                for length in config.text_tokens
+            },
+            "checked": {},
+            "command": command,
+            **provenance(),
+        }
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        checked = {
+            "observations": len(seen),
+            "recorded": recorded,
+            **_compared(policy, open_exported(str(draft))[0], seen),
+        }
+        if config.precision == "float32" and not checked["max"] <= TOLERANCE:
+            raise RuntimeError(
+                f"the exported policy's normalised actions differ by {checked['max']:.1e}, more than {TOLERANCE}; "
+                "nothing was written"
+            )
+        (draft / MANIFEST).write_text(json.dumps({**manifest, "checked": checked}, indent=2) + "\n")
+    return open_exported(str(output))[0], checked
+
+
+def _write(
+    graph: PolicyGraph,
+    inputs: InputFormat,
+    config: ExportConfig,
+    length: int,
+    folder: Path,
+    calibration: Sequence[Observation],
+) -> None:
+    """Write the file for one text length."""
+    tensors = [torch.from_numpy(array) for array in inputs.example(length).values()]
+    graph.check(tensors)
+    path = folder / file_name(config.format, length)
+    if config.precision == "float32":
+        return write(config.format, graph, tensors, path, config.opset)
+    shorter = [given for each in calibration for needed, given in [inputs.of(each, 0)] if needed <= length]
+    if not shorter:
+        raise ValueError(
+            f"no instruction of the recorded frames has up to {length} tokens, so int8 cannot be measured for them: "
+            "leave this length out of text_tokens"
+        )
+    whole, small = (folder / f"{kind}_{length}.onnx" for kind in ("whole", "small"))
+    write("onnx", graph, tensors, whole, config.opset)
+    quantise(whole, small, (repadded(given, length) for given in shorter))
+    whole.unlink()
+    if config.format == "onnx":
+        small.rename(path)
+    else:
+        to_openvino(small, path)
+        small.unlink()
+    return None
+
+
+def _compared(policy: CogVLAPolicy, exported: ExportedPolicy, seen: Sequence[Observation]) -> dict[str, float]:
+    """Return mean and largest difference of the normalised actions."""
+    normaliser = policy.preprocessor.action_normaliser
+    scale_D = torch.where(normaliser.constant_D, torch.ones_like(normaliser.scale_D), normaliser.scale_D).numpy()
+    each = [np.abs(policy.act(one).actions - exported.act(one).actions) / scale_D for one in seen]
+    return {"mean": float(np.mean(each)), "max": float(np.max(each))}

@@ -1,0 +1,206 @@
+"""Exported policies: a folder with one file per text length, and `exported.json`, which says what is in them.
+
+    exported.json     embodiment, tokenizer, statistics, inputs, files with their hashes, what was compared
+    policy_8.onnx     the policy for instructions of up to 8 tokens (see `policy.export.formats` for other endings)
+    policy_16.onnx    ... of up to 16
+
+Shape legend: B batch, K chunk, A action, T text tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cogvla.configs.build import build
+from cogvla.files import read_object
+from cogvla.policy.checkpoint_folder import EXPORTED as MANIFEST
+from cogvla.policy.export.formats import FORMATS, Runtime, open_file
+from cogvla.policy.export.graph import IDS, MASK, STATE, image_names
+from cogvla.policy.inputs.tokenizer import Tokenizer, tokenizer_from_dict
+from cogvla.policy.interface import ActionChunk, Embodiment, InstructionError, Observation
+
+FORMAT = 1
+AGAIN = "export it again with `export_policy`"
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """Turns observations into the inputs of exported files.
+
+    Attributes:
+        embodiment: the robot, with cameras of the size that the files take.
+        tokenizer: tokenizer of the instructions.
+        lengths: text lengths in tokens for which there are files, increasing.
+    """
+
+    embodiment: Embodiment
+    tokenizer: Tokenizer
+    lengths: tuple[int, ...]
+
+    def of(self, observation: Observation, row: int) -> tuple[int, dict[str, np.ndarray]]:
+        """Return text length and inputs by name of one observation of a batch.
+
+        Raises:
+            InstructionError: the instruction is longer than all text lengths.
+            ValueError: an image has another size than the files take.
+        """
+        text = observation.instruction[row]
+        ids_1T, _ = self.tokenizer.encode([text])
+        tokens = ids_1T.shape[1]
+        length = next((length for length in self.lengths if length >= tokens), None)
+        if length is None:
+            raise InstructionError(
+                f"instruction {text!r} has {tokens} tokens; this exported policy takes {self.lengths[-1]}: export it "
+                "with longer text_tokens"
+            )
+        inputs: dict[str, np.ndarray] = {}
+        for name, camera in zip(image_names(len(self.embodiment.cameras)), self.embodiment.cameras, strict=True):
+            image_1HW3 = observation.images[camera.name][row : row + 1]
+            if image_1HW3.shape[1:3] != (camera.height, camera.width):
+                raise ValueError(
+                    f"camera {camera.name!r} gives {image_1HW3.shape[1]}x{image_1HW3.shape[2]} pixels, this exported "
+                    f"policy takes {camera.height}x{camera.width}: export it with camera_size=[HEIGHT,WIDTH]"
+                )
+            inputs[name] = np.ascontiguousarray(image_1HW3)
+        inputs[STATE] = np.ascontiguousarray(observation.state[row : row + 1], dtype=np.float32)
+        return length, {**inputs, **_padded(ids_1T.numpy(), length)}
+
+    def example(self, length: int) -> dict[str, np.ndarray]:
+        """Return inputs by name of random values, for an instruction of one token padded to `length`."""
+        seen, ids_11 = self.embodiment.fake_observation(), np.ones((1, 1), dtype=np.int64)
+        images = [seen.images[name] for name in self.embodiment.camera_names]
+        return {
+            **dict(zip(image_names(len(images)), images, strict=True)),
+            STATE: seen.state,
+            **_padded(ids_11, length),
+        }
+
+
+def repadded(inputs: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """Return the same inputs with the instruction padded to another length."""
+    return {**inputs, **_padded(inputs[IDS][:, : int(inputs[MASK].sum())], length)}
+
+
+def _padded(ids_1T: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    missing = ((0, 0), (0, length - ids_1T.shape[1]))
+    return {IDS: np.pad(ids_1T, missing), MASK: np.pad(np.ones(ids_1T.shape, dtype=bool), missing)}
+
+
+class ExportedPolicy:
+    """Run the files of an exported policy. Observations of a batch run one after the other.
+
+    Args:
+        manifest: content of `exported.json`.
+        inputs: what the files take.
+        files: text length -> file that runs.
+    """
+
+    def __init__(self, manifest: Mapping[str, Any], inputs: InputFormat, files: Mapping[int, Runtime]) -> None:
+        self._manifest, self._inputs, self._files = manifest, inputs, files
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self._inputs.embodiment
+
+    @property
+    def resize_kernel(self) -> str:
+        """Kernel for images of other sizes, which a policy server tells its clients."""
+        return str(self._manifest["resize_kernel"])
+
+    def unknown_words(self, instruction: str) -> list[str]:
+        """Return the words of an instruction that the tokenizer does not know."""
+        return self._inputs.tokenizer.unknown_words(instruction)
+
+    def describe(self) -> dict[str, Any]:
+        """Return checkpoint, parameters, format and precision, for reports."""
+        return {
+            **self._manifest["description"],
+            "engine": self._manifest["kind"],
+            "dtype": self._manifest["precision"],
+            "exported": {key: self._manifest[key] for key in ("opset", "checked", "versions")},
+        }
+
+    def reset(self) -> None:
+        """Do nothing: an exported policy keeps nothing between calls."""
+
+    def warm_up(self, batch: int, instructions: Any = ()) -> None:
+        """Run each file, so that `act` answers without delay."""
+        for length, run in self._files.items():
+            for _ in range(2):
+                run(self._inputs.example(length))
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """Predict actions float32 [B,K,A] in physical units, with the time of each stage in ms."""
+        start = time.perf_counter()
+        observation.validate(self.embodiment)
+        batch = [self._inputs.of(observation, row) for row in range(observation.batch_size)]
+        ready = time.perf_counter()
+        actions_BKA = np.concatenate([self._files[length](inputs) for length, inputs in batch])
+        end = time.perf_counter()
+        return ActionChunk(actions_BKA, {"preprocess_ms": 1e3 * (ready - start), "inference_ms": 1e3 * (end - ready)})
+
+
+def open_exported(
+    source: str, device: str | None = None, threads: int | None = None
+) -> tuple[ExportedPolicy, dict[str, str]]:
+    """Open an exported policy.
+
+    Args:
+        source: its folder, or one of its files.
+        device: see `policy.export.formats.open_file`.
+        threads: threads of the runtime; None: its default.
+
+    Returns:
+        The policy, and what identifies it: the hashes of the weights that were exported, and of the files.
+
+    Raises:
+        ValueError: files are missing, damaged or of another export; or see `policy.export.formats.open_file`.
+    """
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{source} is no exported policy: there is no {MANIFEST} beside it; {AGAIN}")
+    manifest = read_object(folder / MANIFEST, AGAIN)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / MANIFEST} has format {manifest.get('format')}, this version reads {FORMAT}; {AGAIN}"
+        )
+    try:
+        embodiment = build(Embodiment, manifest["embodiment"], "embodiment")
+        tokenizer = tokenizer_from_dict(manifest["tokenizer"], folder)
+        written = {int(length): dict(files) for length, files in manifest["files"].items()}
+        kind, identity = manifest["kind"], {"weights_sha256": manifest["weights_sha256"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is incomplete ({error!r}); {AGAIN}") from error
+    runs = {}
+    for length, hashes in sorted(written.items()):
+        for name, expected in hashes.items():
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing; copy the whole folder, or {AGAIN}")
+            if file_hash(folder / name) != expected:
+                raise ValueError(f"{folder / name} is damaged or of another export; copy the whole folder, or {AGAIN}")
+        runs[length] = open_file(kind, folder / file_name(kind, length), device, threads)
+    policy = ExportedPolicy(manifest, InputFormat(embodiment, tokenizer, tuple(runs)), runs)
+    try:
+        policy.warm_up(1)
+    except Exception as error:  # each runtime has errors of its own, without a common class
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder} does not take what its {MANIFEST} says ({first}); {AGAIN}") from error
+    return policy, identity
+
+
+def file_name(kind: str, length: int) -> str:
+    """Return the name of the file for instructions of up to `length` tokens."""
+    return f"policy_{length}{FORMATS[kind]}"
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,192 @@
+"""The formats of exported policies: how each is written, and how it runs.
+
+onnx          onnxruntime on CPUs and NVIDIA GPUs; TensorRT and OpenVINO read it, too
+openvino      OpenVINO's own files, for Intel and AMD CPUs
+torch_export  torch.export; needs torch, and nothing of this package
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvla.policy.export.graph import ACTIONS, PolicyGraph
+
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2"}
+"""Format -> ending of its files."""
+OPSETS = range(18, 21)
+"""Versions of ONNX's operators that the exporter writes and that were tried."""
+
+Arrays = Mapping[str, np.ndarray]
+"""The inputs of a file, by name."""
+Runtime = Callable[[Arrays], np.ndarray]
+"""Runs a file: inputs -> actions float32 [1,K,A]."""
+
+
+def library(name: str) -> Any:
+    """Import a library of the extra `export`; ValueError says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"{name.partition('.')[0]} is not installed: pip install 'cogvla[export]' ({error})"
+        ) from error
+
+
+def write(kind: str, graph: PolicyGraph, inputs: Sequence[Tensor], path: Path, opset: int) -> None:
+    """Write a policy for inputs of these shapes to a file of the format `kind`."""
+    if kind == "torch_export":
+        with torch.no_grad(), _quiet():
+            torch.export.save(torch.export.export(graph, tuple(inputs), strict=False), path)
+        return
+    file = path.with_suffix(FORMATS["onnx"])
+    for name in ("onnx", "onnxscript"):
+        library(name)
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            torch.export.export(graph, tuple(inputs), strict=False),
+            (),
+            input_names=graph.inputs,
+            output_names=[ACTIONS],
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(file)
+    written = {
+        each.domain: each.version for each in library("onnx").load(str(file), load_external_data=False).opset_import
+    }
+    if written.get("") != opset:
+        raise RuntimeError(f"{file} has opset {written.get('')}, asked for was {opset}")
+    if kind == "openvino":
+        to_openvino(file, path)
+        file.unlink()
+
+
+def to_openvino(onnx_file: Path, path: Path) -> None:
+    """Convert an ONNX file to OpenVINO's files `path` and the weights beside it, in full precision."""
+    openvino = library("openvino")
+    openvino.save_model(openvino.convert_model(str(onnx_file)), str(path), compress_to_fp16=False)
+
+
+def quantise(onnx_file: Path, path: Path, calibration: Iterable[Arrays]) -> None:
+    """Write an ONNX file that computes its matrix products in int8, with a scale per output.
+
+    Args:
+        onnx_file: file in float32.
+        path: file to write.
+        calibration: recorded inputs, from which the range of each layer's input is taken.
+    """
+    quantization = library("onnxruntime.quantization")
+    shaped = path.with_suffix(".shaped.onnx")
+    with _quiet():
+        library("onnxruntime.quantization.shape_inference").quant_pre_process(str(onnx_file), str(shaped))
+        quantization.quantize_static(
+            str(shaped),
+            str(path),
+            _Reader(iter(calibration)),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    shaped.unlink()
+
+
+class _Reader:
+    """`CalibrationDataReader` of onnxruntime."""
+
+    def __init__(self, inputs: Iterator[Arrays]) -> None:
+        self._inputs = inputs
+
+    def get_next(self) -> Arrays | None:
+        return next(self._inputs, None)
+
+
+def open_file(kind: str, path: Path, device: str | None = None, threads: int | None = None) -> Runtime:
+    """Open a file of the format `kind`.
+
+    Args:
+        kind: format.
+        path: file.
+        device: `cpu` or `cuda`; None: cuda if the runtime has it, else cpu.
+        threads: threads of the runtime; None: its default.
+
+    Raises:
+        ValueError: the runtime or device is missing, or cannot read the file.
+    """
+    try:
+        with _quiet():
+            return {"onnx": _onnxruntime, "openvino": _openvino, "torch_export": _torch_export}[kind](
+                path, device, threads
+            )
+    except ValueError:
+        raise
+    except Exception as error:  # each runtime has errors of its own, without a common class
+        raise ValueError(f"{path} cannot be opened; export it again ({str(error).splitlines()[0]})") from error
+
+
+def _onnxruntime(path: Path, device: str | None, threads: int | None) -> Runtime:
+    onnxruntime = library("onnxruntime")
+    gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device is not None and device.startswith("cuda") and not gpu:
+        raise ValueError(f"device={device} needs onnxruntime-gpu; give device=cpu")
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    providers = ["CUDAExecutionProvider"] if gpu and device != "cpu" else []
+    session = onnxruntime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
+    return lambda inputs: session.run([ACTIONS], dict(inputs))[0]
+
+
+def _openvino(path: Path, device: str | None, threads: int | None) -> Runtime:
+    openvino = library("openvino")
+    if device not in (None, "cpu"):
+        raise ValueError(f"device={device}: openvino runs on CPUs here; give device=cpu")
+    # Without the hint, machines with units for bfloat16 would compute in it.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+    return lambda inputs: request.infer(dict(inputs))[ACTIONS].copy()
+
+
+def _torch_export(path: Path, device: str | None, threads: int | None) -> Runtime:
+    if device not in (None, "cpu"):
+        raise ValueError(
+            f"device={device}: a torch_export file runs where it was exported, on the CPU; give device=cpu"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    module = torch.export.load(path).module()
+
+    @torch.inference_mode()
+    def run(inputs: Arrays) -> np.ndarray:
+        return module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs.values())).numpy()
+
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what exporters and runtimes say of their own insides."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "root")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

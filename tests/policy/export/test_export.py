@@ -1,0 +1,280 @@
+"""Exported policies: the same actions as the checkpoint in every format, and what is wrong with them in one line.
+
+Shape legend: H, W image.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cogvla.tests.support.small_data as small
+from cogvla.policy.checkpoint import load_policy, save_checkpoint, weights_hash
+from cogvla.policy.checkpoint_folder import is_exported
+from cogvla.policy.export.export import TOLERANCE, ExportConfig, export
+from cogvla.policy.export.exported import ExportedPolicy, file_hash, open_exported
+from cogvla.policy.export.graph import PolicyGraph, _weights
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.resize import KERNELS, resize
+from cogvla.policy.interface import InstructionError, Observation
+from cogvla.policy.policy import CogVLAPolicy
+from cogvla.tests.policy.engine.test_engine import random_policy
+from cogvla.tests.support.extras import needs
+
+pytest.importorskip("onnxscript", reason=needs("export"))
+pytest.importorskip("onnxruntime", reason=needs("export"))
+pytest.importorskip("openvino", reason=needs("export"))
+
+LENGTHS = (5, 8)
+SHORT, LONG = "touch the red square", "touch the blue one touch the blue one"
+PATCHES = {"efa": False, "film": True, "lfp": False}
+
+
+def observations(count: int, height: int = small.SIZE, width: int = small.SIZE, first: int = 0) -> list[Observation]:
+    rng = np.random.default_rng(first)
+    return [
+        Observation(
+            {name: rng.integers(0, 256, (1, height, width, 3), dtype=np.uint8) for name in small.ROBOT.camera_names},
+            rng.standard_normal((1, small.ROBOT.state_dim)).astype(np.float32),
+            [(SHORT, LONG)[index % 2]],
+        )
+        for index in range(count)
+    ]
+
+
+def saved(folder: Path, policy: CogVLAPolicy) -> Path:
+    statistics = small.small_data().statistics()
+    save_checkpoint(
+        folder, policy.model.state_dict(), policy.model.config, policy.preprocessor, statistics, {"step": 3}
+    )
+    return folder
+
+
+def exported(folder: Path, policy: CogVLAPolicy, config: ExportConfig, seen: list[Observation] | None = None) -> Path:
+    checkpoint, output = saved(folder / "policy", policy), folder / "exported"
+    shown = seen or observations(2)
+    export(load_policy(checkpoint, "cpu"), checkpoint, output, config, shown, observations(8, first=1), "recorded")
+    return output
+
+
+@pytest.fixture(scope="module")
+def policy() -> CogVLAPolicy:
+    return random_policy()
+
+
+@pytest.fixture(scope="module")
+def onnx(policy: CogVLAPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory.mktemp("onnx"), policy, ExportConfig(text_tokens=LENGTHS))
+
+
+def same(policy: CogVLAPolicy, other: ExportedPolicy, seen: Observation, tolerance: float = TOLERANCE) -> None:
+    expected, found = policy.act(seen).actions, other.act(seen).actions
+    assert found.dtype == np.float32
+    assert np.abs(expected).max() > 1e-3, "there is something to compare"
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+def test_a_batch_of_two_instructions_gets_the_actions_of_the_checkpoint(policy: CogVLAPolicy, onnx: Path) -> None:
+    opened, identity = open_exported(str(onnx), "cpu", 1)
+    batch = Observation.stack(observations(4, first=7))
+    opened.warm_up(2, batch.instruction)
+    same(policy, opened, batch)
+    assert opened.embodiment == small.ROBOT
+    assert identity["weights_sha256"] == weights_hash(onnx.parent / "policy")
+    assert identity["policy_5.onnx_sha256"] == file_hash(onnx / "policy_5.onnx")
+    assert opened.unknown_words("touch the violet square") == ["violet"]
+    described = opened.describe()
+    assert (described["step"], described["engine"], described["dtype"]) == (3, "onnx", "float32")
+    assert described["exported"]["checked"] == {
+        **json.loads((onnx / "exported.json").read_text())["checked"],
+        "observations": 2,
+        "recorded": "recorded",
+    }
+    assert 0 < described["exported"]["checked"]["max"] <= TOLERANCE
+
+
+def test_a_file_and_its_folder_are_the_same_policy(policy: CogVLAPolicy, onnx: Path) -> None:
+    assert is_exported(str(onnx))
+    assert is_exported(str(onnx / "policy_8.onnx"))
+    assert not is_exported(str(onnx.parent / "policy"))
+    opened, identity = open_exported(str(onnx / "policy_8.onnx"), "cpu", 1)
+    assert identity == open_exported(str(onnx), "cpu", 1)[1]
+    same(policy, opened, observations(1)[0])
+
+
+FORMATS: dict[str, ExportConfig] = {
+    "openvino": ExportConfig("openvino", text_tokens=(8,)),
+    "torch_export": ExportConfig("torch_export", text_tokens=(8,)),
+    "another opset": ExportConfig(text_tokens=(8,), opset=18),
+}
+
+
+@pytest.mark.parametrize("config", FORMATS.values(), ids=FORMATS)
+def test_each_format_computes_the_actions_of_the_checkpoint(
+    policy: CogVLAPolicy, config: ExportConfig, tmp_path: Path
+) -> None:
+    folder = exported(tmp_path, policy, config)
+    same(policy, open_exported(str(folder), "cpu", 1)[0], Observation.stack(observations(2, first=3)))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_int8_is_near_the_checkpoint_and_differs_from_it(policy: CogVLAPolicy, kind: str, tmp_path: Path) -> None:
+    folder = exported(tmp_path, policy, ExportConfig(kind, "int8", (8,)))
+    checked = json.loads((folder / "exported.json").read_text())["checked"]
+    assert TOLERANCE < checked["max"] < 0.5
+    assert [path.name for path in sorted(folder.glob("*.onnx"))] == (["policy_8.onnx"] if kind == "onnx" else [])
+    assert open_exported(str(folder), "cpu", 1)[0].describe()["dtype"] == "int8"
+
+
+PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "flow": ({"head": {"kind": "flow"}}, {}),
+    "discrete": ({"head": {"kind": "discrete"}}, {}),
+    "a router with draws": ({}, {**PATCHES, "router": {"name": "random", "budget": 4}}),
+    "a router in a layer": (
+        {"language": {"layers": 3}},
+        {**PATCHES, "router": {"name": "token_norm", "stage": "llm_layer", "layers": [1], "budget": 4}},
+    ),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_heads_and_routers(parts: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path) -> None:
+    policy = random_policy(*parts)
+    folder = exported(tmp_path, policy, ExportConfig(text_tokens=(8,)))
+    same(policy, open_exported(str(folder), "cpu", 1)[0], Observation.stack(observations(2, first=5)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_resizing_and_crop_are_inside(kernel: str, tmp_path: Path) -> None:
+    plain = random_policy()
+    words, statistics = plain.preprocessor.tokenizer, small.small_data().statistics()
+    policy = CogVLAPolicy(plain.model, Preprocessor(small.ROBOT, words, statistics, 0.9, kernel))
+    config = ExportConfig(text_tokens=(8,), camera_size=(48, 80))
+    folder = exported(tmp_path, policy, config, observations(2, 48, 80))
+    opened = open_exported(str(folder), "cpu", 1)[0]
+    assert [(camera.height, camera.width) for camera in opened.embodiment.cameras] == [(48, 80)] * 2
+    assert opened.resize_kernel == kernel
+    same(policy, opened, observations(1, 48, 80, first=9)[0])
+    with pytest.raises(ValueError, match="camera 'front' gives 32x32 pixels, this exported policy takes 48x80"):
+        opened.act(observations(1)[0])
+
+
+@given(st.sampled_from(KERNELS), st.tuples(*[st.integers(1, 90)] * 2), st.tuples(*[st.integers(1, 90)] * 2))
+def test_the_weights_of_resizing_are_those_of_preprocessing(
+    kernel: str, before_HW: tuple[int, int], after_HW: tuple[int, int]
+) -> None:
+    image = torch.randint(0, 256, (1, 1, *before_HW), dtype=torch.uint8)
+    rows, columns = (_weights(a, b, kernel) for a, b in zip(before_HW, after_HW, strict=True))
+    found = (rows @ image.float() @ columns.mT).round().clamp(0, 255)
+    assert (found - resize(image, after_HW, kernel).float()).abs().max() <= 1, "a tie may be rounded either way"
+
+
+def test_what_cannot_be_exported_says_why(onnx: Path, tmp_path: Path) -> None:
+    policy = random_policy(routing={**PATCHES, "router": {"name": "random", "budget": 4}})
+    graph = PolicyGraph(policy)
+    route = graph.network.router.route  # type: ignore[union-attr]
+
+    def reads(*given: Any) -> Any:
+        assert float(given[0].sum()) != 1
+        return route(*given)
+
+    graph.network.router.route = reads  # type: ignore[union-attr, assignment]
+    inputs = [torch.zeros(1, 32, 32, 3, dtype=torch.uint8)] * 2 + [torch.zeros(1, 3), torch.ones(1, 8).long()]
+    with pytest.raises(ValueError, match="its router 'random' decides in Python by values of tensors"):
+        graph.check([*inputs, torch.ones(1, 8, dtype=torch.bool)])
+
+    checkpoint = onnx.parent / "policy"
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError, match="exists and is no exported policy; give another output"):
+        export(load_policy(checkpoint), checkpoint, tmp_path / "notes", ExportConfig(), observations(1))
+    with pytest.raises(ValueError, match="no instruction of the recorded frames has up to 2 tokens"):
+        config = ExportConfig(precision="int8", text_tokens=(2,))
+        export(load_policy(checkpoint), checkpoint, tmp_path / "new", config, observations(1), observations(2))
+    assert not list(tmp_path.glob("*new*")), "nothing half written"
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "format": ({"format": "tensorrt"}, "unknown format 'tensorrt'; one of onnx, openvino, torch_export"),
+    "precision": ({"precision": "int4"}, "unknown precision 'int4'; one of float32, int8"),
+    "int8 of torch": ({"format": "torch_export", "precision": "int8"}, "needs format=onnx or format=openvino"),
+    "no lengths": ({"text_tokens": ()}, "text_tokens must be increasing positive lengths"),
+    "lengths fall": ({"text_tokens": (8, 4)}, "text_tokens must be increasing positive lengths"),
+    "one side": ({"camera_size": (128,)}, r"camera_size must be \[HEIGHT,WIDTH\] in pixels"),
+    "old opset": ({"opset": 11}, "opset must be 18 to 20, got 11"),
+}
+
+
+@pytest.mark.parametrize(("values", "words"), WRONG.values(), ids=WRONG)
+def test_settings_that_do_not_fit(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ExportConfig(**values)
+
+
+def changed(folder: Path, **values: Any) -> None:
+    manifest = json.loads((folder / "exported.json").read_text())
+    (folder / "exported.json").write_text(json.dumps({**manifest, **values}))
+
+
+def other_camera(folder: Path) -> None:
+    manifest = json.loads((folder / "exported.json").read_text())
+    for camera in manifest["embodiment"]["cameras"]:
+        camera["height"] = 64
+    changed(folder, embodiment=manifest["embodiment"])
+
+
+def other_state(folder: Path) -> None:
+    changed(folder, embodiment={**json.loads((folder / "exported.json").read_text())["embodiment"], "state_dim": 7})
+
+
+def cut(folder: Path) -> None:
+    file = folder / "policy_8.onnx"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def cut_and_declared(folder: Path) -> None:
+    cut(folder)
+    files = json.loads((folder / "exported.json").read_text())["files"]
+    changed(folder, files={**files, "8": {"policy_8.onnx": file_hash(folder / "policy_8.onnx")}})
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "a file is missing": (
+        lambda folder: (folder / "policy_8.onnx").unlink(),
+        "policy_8.onnx is missing; copy the whole",
+    ),
+    "a file is cut": (cut, "policy_8.onnx is damaged or of another export"),
+    "a file that no runtime reads": (cut_and_declared, "policy_8.onnx cannot be opened; export it again"),
+    "no manifest": (lambda folder: (folder / "exported.json").unlink(), "no exported.json beside it"),
+    "half a manifest": (lambda folder: (folder / "exported.json").write_text('{"form'), "exported.json is damaged"),
+    "another version": (lambda folder: changed(folder, format=9), "has format 9, this version reads 1"),
+    "no files": (lambda folder: changed(folder, files=None), "exported.json is incomplete"),
+    "other cameras": (other_camera, "does not take what its exported.json says"),
+    "another robot": (other_state, "does not take what its exported.json says"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_export_is_refused_in_one_line(onnx: Path, damage: Any, words: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(onnx, tmp_path / "copy")
+    damage(folder)
+    with pytest.raises(ValueError, match=words) as error:
+        open_exported(str(folder / "policy_5.onnx"), "cpu", 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_long_instruction_and_a_strange_device_are_refused(onnx: Path) -> None:
+    opened = open_exported(str(onnx), "cpu", 1)[0]
+    long = replace(observations(1)[0], instruction=["touch the red square " * 3])
+    with pytest.raises(InstructionError, match=r"has 12 tokens; this exported policy takes 8: export it with longer"):
+        opened.act(long)
+    with pytest.raises(ValueError, match="device=cuda needs onnxruntime-gpu; give device=cpu"):
+        open_exported(str(onnx), "cuda", 1)
