@@ -196,8 +196,8 @@ def test_what_cannot_be_exported_says_why(onnx: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     with pytest.raises(ValueError, match="exists and is no exported policy; give another output"):
         export(load_policy(checkpoint), checkpoint, tmp_path / "notes", ExportConfig(), observations(1))
+    config = ExportConfig(precision="int8", text_tokens=(2,))
     with pytest.raises(ValueError, match="no instruction of the recorded frames has up to 2 tokens"):
-        config = ExportConfig(precision="int8", text_tokens=(2,))
         export(load_policy(checkpoint), checkpoint, tmp_path / "new", config, observations(1), observations(2))
     assert not list(tmp_path.glob("*new*")), "nothing half written"
 
