@@ -43,31 +43,32 @@ def library(name: str) -> Any:
 
 
 def write(kind: str, graph: PolicyGraph, inputs: Sequence[Tensor], path: Path, opset: int) -> None:
-    """Write a policy for inputs of these shapes to a file of the format `kind`."""
-    if kind == "torch_export":
-        with torch.no_grad(), _quiet():
-            torch.export.save(torch.export.export(graph, tuple(inputs), strict=False), path)
-        return
-    file = path.with_suffix(FORMATS["onnx"])
-    for name in ("onnx", "onnxscript"):
+    """Write a policy for inputs of these shapes to a file of the format `kind`.
+
+    Raises:
+        ValueError: a library is missing, or the exporter does not know an operation of the policy.
+    """
+    for name in () if kind == "torch_export" else ("onnx", "onnxscript", *(("openvino",) * (kind == "openvino"))):
         library(name)
-    with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            torch.export.export(graph, tuple(inputs), strict=False),
-            (),
-            input_names=graph.inputs,
-            output_names=[ACTIONS],
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    program.save(file)
-    written = {
-        each.domain: each.version for each in library("onnx").load(str(file), load_external_data=False).opset_import
-    }
-    if written.get("") != opset:
-        raise RuntimeError(f"{file} has opset {written.get('')}, asked for was {opset}")
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(graph, tuple(inputs), strict=False)
+            if kind == "torch_export":
+                torch.export.save(program, path)
+                return
+            file = path.with_suffix(FORMATS["onnx"])
+            names = {"input_names": graph.inputs, "output_names": [ACTIONS]}
+            written = torch.onnx.export(program, (), **names, opset_version=opset, dynamo=True, verbose=False)
+    except Exception as error:  # exporters have errors of their own, without a common class
+        reasons = [str(each).strip().splitlines()[0] for each in (error.__cause__, error) if each and str(each).strip()]
+        other = "" if kind == "torch_export" else "; format=torch_export may know it"
+        raise ValueError(f"{kind} cannot hold an operation of this policy ({reasons[0]}){other}") from error
+    assert written is not None
+    written.save(file)
+    stored = library("onnx").load(str(file), load_external_data=False)
+    found = {each.domain: each.version for each in stored.opset_import}.get("")
+    if found != opset:
+        raise ValueError(f"the exporter wrote opset {found}, not {opset}: give opset={found}")
     if kind == "openvino":
         to_openvino(file, path)
         file.unlink()
