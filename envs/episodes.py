@@ -59,6 +59,8 @@ class EpisodeResult:
             transfer, waiting for the batch, preprocessing, inference.
         batch: number of environments that shared the forward pass, for each chunk.
         video: path of the mp4, or None.
+        seam: mean change of the action, without grippers, where a new chunk begins to decide, as a multiple of its mean
+            change elsewhere; None: there is no such place, or the actions do not change.
         perturbation: what was drawn for the perturbation of this episode, as plain values; None without one.
     """
 
@@ -80,6 +82,7 @@ class EpisodeResult:
     loop_ms: tuple[float, ...] = ()
     batch: tuple[int, ...] = ()
     video: str | None = None
+    seam: float | None = None
     perturbation: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:

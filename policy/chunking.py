@@ -1,4 +1,4 @@
-"""Action chunking: turn predicted chunks into one action per control tick (open loop, temporal ensemble).
+"""Action chunking: turn predicted chunks into one action per control tick (open loop, temporal ensemble, late chunks).
 
 A chunker is called every `steps` ticks. It receives the newest chunk of each robot that needs one, and returns the
 actions of that robot's next `steps` ticks. Its memory is separate for each robot ("slot"), so one object serves any
@@ -15,6 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+from cogvla.policy.chunk_queue import ChunkQueue
+
 
 class Chunker(Protocol):
     """Interface of all chunkers; see the module docstring."""
@@ -22,6 +24,11 @@ class Chunker(Protocol):
     @property
     def steps(self) -> int:
         """The number of ticks between two chunks."""
+        ...
+
+    @property
+    def delay(self) -> int:
+        """The number of ticks from the observation of a chunk to the first action that it decides."""
         ...
 
     def reset(self, slot: Hashable) -> None:
@@ -39,6 +46,8 @@ class Chunker(Protocol):
 
 class OpenLoop:
     """Execute the first `steps` actions of every chunk and drop the rest."""
+
+    delay = 0
 
     def __init__(self, steps: int) -> None:
         if steps < 1:
@@ -63,6 +72,8 @@ class TemporalEnsemble:
         m: decay of the weights.
         steps: ticks between two chunks; 1 calls the policy at every tick, as in the paper.
     """
+
+    delay = 0
 
     def __init__(self, m: float = 0.01, steps: int = 1) -> None:
         if steps < 1:
@@ -100,6 +111,55 @@ class TemporalEnsemble:
         weight_NCT /= weight_NCT.sum(axis=1, keepdims=True)
         candidates_NCTA = history_NCKA[:, age_C[:, None], np.minimum(index_CT, chunk - 1)]
         return np.einsum("nct,ncta->nta", weight_NCT, candidates_NCTA).astype(chunks_NKA.dtype)
+
+
+class Late:
+    """Execute chunks that arrive `delay` ticks after their observation, while the world moves on, as on a robot.
+
+        tick      0   1   2   3   4   5   6   7   8
+        chunk a   a0  a1  a2  a3  a4  a5                 the robot stands still until its first chunk is there
+        chunk b                   b0  b1  b2  b3  b4     steps 4, delay 2: observed at tick 4, there at tick 6
+        executed  a0  a1  a2  a3  a4  a5  b2  b3  b4
+
+    Args:
+        steps: ticks between two observations.
+        delay: ticks from an observation to its chunk; at most `steps`, as one chunk is computed at a time.
+        overlap: what happens in ticks that both chunks cover, see `policy.chunk_queue`.
+        ensemble_m: decay m of overlap="ensemble".
+    """
+
+    def __init__(self, steps: int, delay: int, overlap: str = "replace", ensemble_m: float = 0.01) -> None:
+        if not 0 <= delay <= steps:
+            raise ValueError(
+                f"the policy is asked every {steps} ticks, but a chunk takes {delay}: raise execute_steps, or "
+                "lower the latency"
+            )
+        self.steps, self.delay = steps, delay
+        self._overlap, self._m = overlap, ensemble_m
+        self._queues: dict[Hashable, tuple[ChunkQueue, int]] = {}  # slot -> queue, next tick
+
+    def reset(self, slot: Hashable) -> None:
+        """Forget the chunks of this slot."""
+        self._queues.pop(slot, None)
+
+    def plan(self, slots: Sequence[Hashable], chunks_NKA: np.ndarray) -> np.ndarray:
+        """See `Chunker.plan`.
+
+        Raises:
+            ValueError: a chunk is too short to last until the next one is there.
+        """
+        _check(slots, chunks_NKA, self.steps + self.delay)
+        planned_NTA = np.empty((len(slots), self.steps, chunks_NKA.shape[2]), chunks_NKA.dtype)
+        for planned_TA, slot, chunk_KA in zip(planned_NTA, slots, chunks_NKA, strict=True):
+            if slot in self._queues:
+                (queue, tick), wait = self._queues[slot], self.delay
+            else:
+                queue, tick, wait = ChunkQueue(chunks_NKA.shape[2], self._overlap, self._m), 0, 0
+            planned_TA[:wait] = queue.plan(tick)[:wait]
+            queue.add(chunk_KA, observed=tick, tick=tick + wait)
+            planned_TA[wait:] = queue.plan(tick + wait)[: self.steps - wait]
+            self._queues[slot] = queue, tick + self.steps
+        return planned_NTA
 
 
 def _check(slots: Sequence[Hashable], chunks_NKA: np.ndarray, steps: int) -> None:

@@ -141,7 +141,9 @@ def suites(wanted: str | Sequence[str]) -> list[str]:
 def protocol_of(suite: Suite, config: DictConfig) -> EvaluationProtocol:
     """Return the protocol for a suite with the changes of the configuration."""
     changes = {key: value for key, value in plain(config.protocol).items() if value != OWN}
-    changes |= {key: config[key] for key in ("episodes_per_task", "seed") if config[key] is not None}
+    changes |= {
+        key: config[key] for key in ("episodes_per_task", "seed", "latency", "overlap") if config[key] is not None
+    }
     return protocol_for(suite, None, changes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ from tqdm import tqdm
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EpisodeLog, VideoChoice
 from cogvla.envs.evaluation.perturbed import PICTURE, first_images
-from cogvla.envs.evaluation.protocol import EvaluationProtocol
+from cogvla.envs.evaluation.protocol import MEASURED, EvaluationProtocol
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
+from cogvla.envs.evaluation.statistics import latency
 from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
@@ -92,12 +94,15 @@ def evaluate(
     magnitudes = {} if perturbation is None else suite.magnitudes(perturbation)
     embodiment: Embodiment = policy.embodiment
     settings = protocol.for_suite(suite)
-    settings = replace(settings, execute_steps=settings.rollout_settings().chunker(embodiment.chunk).steps)
+    if settings.latency == MEASURED:
+        settings = replace(settings, latency=_measured_latency(policy, suite, specs[0], settings, min(workers, 1)))
+    chunker = settings.rollout_settings().chunker(embodiment.chunk, embodiment.control_hz)
+    settings = replace(settings, execute_steps=chunker.steps)
     described = {**policy.describe(), **(identity or {})}
     fingerprint = {
         "suite": suite.name,
         "asked": asked or "own task",
-        "protocol": {k: v for k, v in asdict(settings).items() if k not in ("name", "episodes_per_task")},
+        "protocol": _decisive(settings),
         "policy": described,
         **({"simulation": dict(suite.settings)} if suite.settings else {}),
         # With the magnitudes: results of other ones are not mixed.
@@ -172,6 +177,30 @@ def evaluate(
         )
         write_report(report, suite, output)
     return report
+
+
+def _decisive(protocol: EvaluationProtocol) -> dict[str, Any]:
+    """Return what changes an episode's result; without a latency, as evaluations were described that knew of none."""
+    without = {"name", "episodes_per_task"} | (set() if protocol.latency else {"latency", "overlap"})
+    return {key: value for key, value in asdict(protocol).items() if key not in without}
+
+
+def _measured_latency(
+    policy: Policy, suite: Suite, spec: EpisodeSpec, protocol: EvaluationProtocol, workers: int
+) -> float:
+    """Return the 95th percentile of the policy's latency in ms, rounded up to control steps.
+
+    Raises:
+        ValueError: no episode can be played.
+    """
+    policy.warm_up(1, [task.instruction for task in suite.tasks])
+    measured = latency(_probe(policy, suite, spec, protocol, workers))
+    if measured is None:
+        raise ValueError(f"latency={MEASURED}: the first episode of {suite.name} cannot be played; give milliseconds")
+    period_ms = 1000 / policy.embodiment.control_hz
+    found = math.ceil(measured.p95 / period_ms) * period_ms
+    print(f"{suite.name}: a call takes {measured.p95:.1f} ms (p95), so latency={found:g} ms")
+    return found
 
 
 def _unknown_words(policy: Policy, suite: Suite) -> dict[str, list[str]]:
@@ -255,7 +284,7 @@ def write_parquet(path: Path, episodes: Sequence[EpisodeResult], suite: Suite) -
             ("attempts", pa.int32()), ("reset_s", pa.float64()), ("environment_s", pa.float64()),
             ("wall_s", pa.float64()), ("inference_ms", pa.list_(pa.float64())), ("loop_ms", pa.list_(pa.float64())),
             ("batch", pa.list_(pa.int32())), ("video", pa.string()),
-            ("perturbation", pa.string()),
+            ("seam", pa.float64()), ("perturbation", pa.string()),
         ]
     )  # fmt: skip
     buffer = pa.BufferOutputStream()

@@ -12,6 +12,9 @@ from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.rollout.rollout import RolloutSettings
 from cogvla.envs.suite import Suite
 
+MEASURED = "measured"
+"""Value of `latency`: measure it."""
+
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
@@ -23,6 +26,9 @@ class EvaluationProtocol:
         first_initial_state: index of the first initial state of each task; the following episodes use the next ones.
         execute_steps: number of actions of each chunk to execute; None: the whole chunk.
         temporal_ensemble: decay m of the temporal ensemble; None: open loop.
+        latency: time in ms from an observation to its chunk, during which the robot moves on, rounded up to control
+            steps; or "measured": that of this policy on this machine. 0: the simulation waits for the policy.
+        overlap: with a latency, what happens in control steps that two chunks cover: "replace" or "real_time".
         waiting_steps: control steps without motion after each reset; they are not counted.
         max_steps: maximum number of control steps per episode, or suite -> number; None: the suite's own limit.
             A longer episode is a failure. Suites without a number use their own limit.
@@ -34,6 +40,8 @@ class EvaluationProtocol:
     first_initial_state: int = 0
     execute_steps: int | None = None
     temporal_ensemble: float | None = None
+    latency: float | str = 0
+    overlap: str = "replace"
     waiting_steps: int = 0
     max_steps: int | Mapping[str, int] | None = None
     seed: int = 0
@@ -44,6 +52,8 @@ class EvaluationProtocol:
                 f"protocol {self.name!r} needs at least one episode per task and initial states from 0, got "
                 f"episodes_per_task={self.episodes_per_task}, first_initial_state={self.first_initial_state}"
             )
+        if isinstance(self.latency, str) and self.latency != MEASURED:
+            raise ValueError(f"latency must be a number of milliseconds or {MEASURED!r}, got {self.latency!r}")
         for limit in self.max_steps.values() if isinstance(self.max_steps, Mapping) else [self.max_steps]:
             self._rollout_settings(limit)
 
@@ -61,6 +71,8 @@ class EvaluationProtocol:
         return RolloutSettings(
             execute_steps=self.execute_steps,
             temporal_ensemble=self.temporal_ensemble,
+            latency_ms=0.0 if self.latency == MEASURED else float(self.latency),
+            overlap=self.overlap,
             max_steps=max_steps,
             waiting_steps=self.waiting_steps,
         )

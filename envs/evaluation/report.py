@@ -40,6 +40,7 @@ class TaskSummary:
         steps_to_success: mean control steps of the successful episodes.
         inference: wall time of `Policy.act`, one sample for each chunk.
         loop: time from the finished observation to the first action, one sample for each chunk.
+        seam: mean of `EpisodeResult.seam`.
         unknown_words: words of the instruction that the policy does not know; in total, those of all tasks.
     """
 
@@ -53,6 +54,7 @@ class TaskSummary:
     steps_to_success: float | None
     inference: Latency | None
     loop: Latency | None
+    seam: float | None = None
     unknown_words: tuple[str, ...] = ()
 
 
@@ -193,6 +195,7 @@ def _row(name: str, instruction: str, results: Sequence[EpisodeResult], unknown:
         else None,
         inference=latency(ms for r in played for ms in r.inference_ms),
         loop=latency(ms for r in played for ms in r.loop_ms),
+        seam=_mean([r.seam for r in played if r.seam is not None]),
         unknown_words=tuple(unknown),
     )
 
@@ -229,6 +232,11 @@ def summary(report: Report) -> str:
         line += f"; inference p50 {probe.p50:.1f} ms, p95 {probe.p95:.1f} ms at batch 1"
     if total.loop is not None:
         line += f"; control loop p50 {total.loop.p50:.1f} ms, p95 {total.loop.p95:.1f} ms"
+    if report.reproduce["protocol"].get("latency"):
+        line += f"; chunks are {report.reproduce['protocol']['latency']:g} ms late"
+        line += (
+            "" if total.seam is None else f", and the action changes {total.seam:.1f} times as much there as elsewhere"
+        )
     return line + "".join(f"\nWARNING: {warning}" for warning in report.warnings)
 
 

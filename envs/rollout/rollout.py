@@ -14,6 +14,7 @@ Shape legend: N slots that are answered together, T actions of each until the ne
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,7 @@ from cogvla.envs.rollout.player import (
 )
 from cogvla.envs.rollout.workers import LocalWorker, ProcessWorker, Worker
 from cogvla.envs.suite import Suite
-from cogvla.policy.chunking import Chunker, OpenLoop, TemporalEnsemble
+from cogvla.policy.chunking import Chunker, Late, OpenLoop, TemporalEnsemble
 from cogvla.policy.interface import Embodiment, Observation, Policy, begin_episode
 
 __all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "patience", "rollout"]
@@ -58,6 +59,10 @@ class RolloutSettings:
     Attributes:
         execute_steps: number of actions to execute of each chunk; None: the whole chunk, or 1 with `temporal_ensemble`.
         temporal_ensemble: decay m of `TemporalEnsemble`; None: open loop.
+        latency_ms: time from an observation to its chunk, during which the robot moves on, see `Late`; it is rounded up
+            to control steps. 0: the simulation waits for the policy.
+        overlap: with a latency, what happens in steps that two chunks cover: "replace" or "real_time"
+            (`policy.chunk_queue`).
         max_steps: number of control steps after which an episode is a failure; None: the suite's limit.
         waiting_steps: steps without motion and with an open gripper after each reset; not counted in `max_steps`.
         video_size: height and width of recorded frames in pixels.
@@ -69,6 +74,8 @@ class RolloutSettings:
 
     execute_steps: int | None = None
     temporal_ensemble: float | None = None
+    latency_ms: float = 0.0
+    overlap: str = "replace"
     max_steps: int | None = None
     waiting_steps: int = 0
     video_size: int = 256
@@ -81,13 +88,34 @@ class RolloutSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.latency_ms < math.inf:
+            raise ValueError(f"latency must be a finite number of milliseconds, 0 or more; got {self.latency_ms}")
+        if self.overlap not in ("replace", "real_time"):
+            raise ValueError(f"overlap must be replace or real_time, got {self.overlap!r}")
+        if self.temporal_ensemble is not None and self.overlap != "replace":
+            raise ValueError("give either temporal_ensemble or overlap=real_time")
         if self.waiting_steps < 0:
             raise ValueError(f"waiting_steps must not be negative, got {self.waiting_steps}")
 
-    def chunker(self, chunk: int) -> Chunker:
-        """Build the chunker for chunks of `chunk` actions; ValueError if `execute_steps` is larger than that."""
+    def chunker(self, chunk: int, control_hz: float = 0.0) -> Chunker:
+        """Build the chunker for chunks of `chunk` actions, and with a latency for this control rate.
+
+        Raises:
+            ValueError: `execute_steps`, together with the latency, is larger than the chunk.
+        """
         if self.execute_steps is not None and self.execute_steps > chunk:
             raise ValueError(f"execute_steps is {self.execute_steps}, but the policy predicts {chunk} actions at once")
+        if self.latency_ms:
+            delay = math.ceil(self.latency_ms * control_hz / 1000 - 1e-6)
+            steps = self.execute_steps or max(1, chunk - delay)
+            if steps + delay > chunk:
+                raise ValueError(
+                    f"a latency of {self.latency_ms:g} ms is {delay} control steps; with execute_steps={steps} the "
+                    f"policy must predict {steps + delay} actions at once, and it predicts {chunk}: lower one of them"
+                )
+            if self.temporal_ensemble is not None:
+                return Late(steps, delay, "ensemble", self.temporal_ensemble)
+            return Late(steps, delay, self.overlap)
         if self.temporal_ensemble is not None:
             return TemporalEnsemble(self.temporal_ensemble, self.execute_steps or 1)
         return OpenLoop(self.execute_steps or chunk)
@@ -168,6 +196,7 @@ class _Slot:
     asked_at: float = field(default_factory=time.perf_counter)
     inference_ms: list[float] = field(default_factory=list)
     batch: list[int] = field(default_factory=list)
+    planned: list[np.ndarray] = field(default_factory=list)  # actions of the episode, [T,A] each
     observed: Observed | None = None  # the worker waits for a chunk
     result: EpisodeResult | None = None  # the episode is over and is being filmed
     idle: bool = False
@@ -198,7 +227,7 @@ class _Loop:
         self._policy = policy
         self._suite = suite
         self._settings, self._warned = settings, False
-        self._chunker = settings.chunker(embodiment.chunk)
+        self._chunker = settings.chunker(embodiment.chunk, embodiment.control_hz)
         self._queue = deque((spec, 1) for spec in episodes)
         self._player_settings = PlayerSettings(
             make=suite.make,
@@ -315,7 +344,7 @@ class _Loop:
             return
         slot.spec, slot.attempt = self._queue.popleft()
         slot.started = time.perf_counter()
-        slot.inference_ms, slot.batch = [], []
+        slot.inference_ms, slot.batch, slot.planned = [], [], []
         self._chunker.reset(id(slot))
         begin_episode(self._policy, [id(slot)])
         slot.send(Play(slot.spec))
@@ -335,6 +364,7 @@ class _Loop:
         finite_N = np.isfinite(planned_NTA).all(axis=(1, 2))
         for slot, planned_TA, finite in zip(waiting, planned_NTA, finite_N, strict=True):
             slot.observed = None
+            slot.planned.append(planned_TA)
             if finite:  # send everything first, so that no environment waits for the bookkeeping
                 slot.send(Advance(planned_TA))
         for slot, finite in zip(waiting, finite_N, strict=True):
@@ -398,8 +428,20 @@ class _Loop:
             wall_s=time.perf_counter() - slot.started,
             inference_ms=tuple(slot.inference_ms),
             batch=tuple(slot.batch),
+            seam=self._seam(slot.planned, finished.steps),
             **asdict(finished),
         )
+
+    def _seam(self, planned: list[np.ndarray], steps: int) -> float | None:
+        """Return how much larger the change of the action is where a chunk begins to decide than elsewhere."""
+        moving = np.ones(self._policy.embodiment.action_dim, bool)
+        moving[list(self._policy.embodiment.grippers)] = False
+        actions_TA = np.concatenate(planned)[:steps, moving]
+        change_T = np.linalg.norm(np.diff(actions_TA, axis=0), axis=1)  # entry t: from action t to t + 1
+        seam_T = (np.arange(1, len(actions_TA)) - self._chunker.delay) % self._chunker.steps == 0
+        seam_T[: max(0, self._chunker.steps + self._chunker.delay - 1)] = False  # the first chunk is not late
+        rest = change_T[~seam_T].mean() if (~seam_T).any() else 0.0
+        return float(change_T[seam_T].mean() / rest) if seam_T.any() and rest > 0 else None
 
     def _error(self, slot: _Slot, text: str) -> EpisodeResult:
         assert slot.spec is not None, "an error belongs to an episode"

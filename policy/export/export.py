@@ -106,6 +106,12 @@ def export(
     """
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.float()
+    router = policy.model.router
+    if config.format != "torch_export" and router is not None and router.draws_numbers:
+        raise ValueError(
+            f"router {router.config.name!r} draws numbers, and the whole numbers of ONNX overflow in another "
+            "way than torch, so that it would draw others: give format=torch_export, or export another router"
+        )
     graph = PolicyGraph(policy, config.camera_size).eval()
     cameras = tuple(
         Camera(camera.name, height, width)

@@ -158,7 +158,7 @@ def open_exported(
         threads: threads of the runtime; None: its default.
 
     Returns:
-        The policy, and what identifies it: the hashes of the weights that were exported, and of the files.
+        The policy, and what identifies it: the hashes of the weights that were exported, and of `exported.json`.
 
     Raises:
         ValueError: files are missing, damaged or of another export; or see `policy.export.formats.open_file`.
@@ -175,7 +175,7 @@ def open_exported(
         embodiment = build(Embodiment, manifest["embodiment"], "embodiment")
         tokenizer = tokenizer_from_dict(manifest["tokenizer"], folder)
         written = {int(length): dict(files) for length, files in manifest["files"].items()}
-        kind, identity = manifest["kind"], {"weights_sha256": manifest["weights_sha256"]}
+        kind, weights = manifest["kind"], manifest["weights_sha256"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST} is incomplete ({error!r}); {AGAIN}") from error
     runs = {}
@@ -192,7 +192,7 @@ def open_exported(
     except Exception as error:  # each runtime has errors of its own, without a common class
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder} does not take what its {MANIFEST} says ({first}); {AGAIN}") from error
-    return policy, identity
+    return policy, {"weights_sha256": weights, "exported_sha256": file_hash(folder / MANIFEST)}
 
 
 def file_name(kind: str, length: int) -> str:

@@ -366,9 +366,14 @@ class PolicyRouter(nn.Module):
         context = RouterContext(count, self.training, grid=self.grid)
         return TowerReducer(routers, self.block, self.prefixes, context, self.stopwatch)
 
+    @property
+    def draws_numbers(self) -> bool:
+        """True if a router draws random numbers."""
+        return any("draw_B" in router.needs for router in self._routers())
+
     def draws(self, state_BS: Tensor) -> Tensor:
         """Return the seeds [B] for observations with these states."""
-        if self.config.resample and any("draw_B" in router.needs for router in self._routers()):
+        if self.config.resample and self.draws_numbers:
             return seeds_of(state_BS, self.config.seed)
         return torch.full((len(state_BS),), self.config.seed, dtype=torch.int64, device=state_BS.device)
 

@@ -206,7 +206,8 @@ def cut_patches(pixels_BVCHW: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """
     pixels = pixels_BVCHW
     wide = pixels.dtype == torch.uint8 and size % 8 == 0 and pixels.is_contiguous()
-    word = 8 if wide and not torch.jit.is_tracing() else 1  # torch.jit cannot record the change of type
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # neither knows the change of type
+    word = 8 if wide and not recorded else 1
     if word > 1:
         pixels = pixels.view(torch.int64)
     cut = rearrange(pixels, "b v c (h p) (w q) -> (b v) (h w) (c p q)", p=size, q=size // word)

@@ -43,8 +43,8 @@ from typing import Any
 
 import numpy as np
 
+from cogvla.policy.chunk_queue import ChunkQueue
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
-from cogvla.real_robot.control.chunk_queue import ChunkQueue
 from cogvla.real_robot.control.loop_types import ChunkRequest, Command, Kind
 from cogvla.real_robot.control.measurements import RECENT, Measurements
 from cogvla.real_robot.control.observations import Observations

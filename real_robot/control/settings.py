@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 
+from cogvla.policy.chunk_queue import OVERLAPS
 from cogvla.policy.interface import Embodiment
 
 KINDS = ("delta", "absolute")
 LIMITS = ("position", "step", "velocity", "acceleration")
-OVERLAPS = ("replace", "ensemble", "real_time")
 ASK = ("ahead", "after")
 PerDimension = tuple[float | None, ...] | None
 
@@ -126,7 +126,7 @@ class LoopSettings:
             Only identical images during a change of the state by more than `frozen_motion` count.
         frozen_motion: maximum change of any state entry during which a camera may send the same image.
         overlap: handling of overlapping chunks: "replace", "ensemble" or "real_time".
-            See `cogvla.real_robot.control.chunk_queue`.
+            See `cogvla.policy.chunk_queue`.
         ensemble_m: decay m of the ensemble's weights exp(-m * i), i = 0 for the oldest chunk.
         ask: when to request the next chunk: "ahead" (during the last chunk) or "after" (with the arm at rest).
             With "ahead" the arm never pauses. "after" waits until `execute_steps` actions were executed; it suits

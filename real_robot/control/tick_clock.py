@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from cogvla.real_robot.control.chunk_queue import KEEP_PASSED
+from cogvla.policy.chunk_queue import KEEP_PASSED
 
 
 class TickClock:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvla.policy.chunking import OpenLoop, TemporalEnsemble
+from cogvla.policy.chunking import Late, OpenLoop, TemporalEnsemble
 
 
 def naive_ensemble(chunks: list[np.ndarray], m: float, steps: int) -> np.ndarray:
@@ -98,3 +98,49 @@ def test_bad_arguments_are_refused() -> None:
         TemporalEnsemble(float("nan"))
     with pytest.raises(ValueError, match="one chunk"):
         OpenLoop(1).plan([0, 1], np.zeros((1, 4, 2)))
+
+
+def naive_late(chunks: list[np.ndarray], steps: int, delay: int) -> np.ndarray:
+    """All actions: at each tick, that of the newest chunk that is there; the robot waits for its first chunk only."""
+    actions = []
+    for tick in range(len(chunks) * steps):
+        there = [i for i in range(len(chunks)) if (i * steps + delay if i else 0) <= tick]
+        actions.append(chunks[there[-1]][tick - there[-1] * steps])
+    return np.array(actions)
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps=st.integers(1, 6), data=st.data(), more=st.integers(0, 3), calls=st.integers(1, 6))
+def test_late_chunks_decide_when_they_are_there(steps: int, data: st.DataObject, more: int, calls: int) -> None:
+    delay = data.draw(st.integers(0, steps))
+    rng = np.random.default_rng(calls)
+    chunks = [rng.standard_normal((steps + delay + more, 2)) for _ in range(calls)]
+    for overlap in ("replace", "real_time", "ensemble"):
+        late = Late(steps, delay, overlap)
+        late.plan(["other"], chunks[-1][None])
+        planned = np.concatenate([late.plan(["robot"], chunk[None])[0] for chunk in chunks])
+        if overlap == "replace":
+            np.testing.assert_array_equal(planned, naive_late(chunks, steps, delay))
+        for call in range(1, calls):  # in whatever way chunks are blended: what passes while one is computed stands
+            standing = slice(call * steps, call * steps + delay)
+            without = Late(steps, delay, overlap)
+            for chunk in chunks[:call]:
+                without.plan(["robot"], chunk[None])
+            other = without.plan(["robot"], rng.standard_normal(chunks[call].shape)[None])[0]
+            np.testing.assert_allclose(planned[standing], other[:delay])
+        late.reset("robot")
+        np.testing.assert_array_equal(late.plan(["robot"], chunks[0][None])[0], chunks[0][:steps])
+
+
+@pytest.mark.parametrize("overlap", ["replace", "real_time"])
+def test_without_a_delay_late_chunks_are_the_open_loop(overlap: str) -> None:
+    chunks = np.random.default_rng(0).standard_normal((5, 1, 4, 3))
+    late = Late(4, 0, overlap)
+    np.testing.assert_allclose([late.plan(["a"], chunk)[0] for chunk in chunks], chunks[:, 0])
+
+
+def test_late_chunks_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="asked every 2 ticks, but a chunk takes 3: raise execute_steps, or lower the"):
+        Late(2, 3)
+    with pytest.raises(ValueError, match="cannot execute 6 actions of a chunk of 5"):
+        Late(4, 2).plan(["a"], np.zeros((1, 5, 1)))

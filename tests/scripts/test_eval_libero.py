@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -20,10 +22,11 @@ from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.evaluation.report import Report, summary
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
+from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.scripts.command import MISTAKES, compose
 from cogvla.scripts.eval_libero import run as run_command
 from cogvla.scripts.eval_libero import suites
-from cogvla.tests.support.point_suite import TASKS, ToyPolicy, solvable, toy_suite
+from cogvla.tests.support.point_suite import EMBODIMENT, TASKS, ToyPolicy, solvable, toy_suite
 
 PROTOCOL = EvaluationProtocol("toy", episodes_per_task=6)
 
@@ -342,3 +345,71 @@ def test_mistakes_are_explained(tmp_path: Path, overrides: list[str], said: str)
     config = compose("eval_libero", [f"output={tmp_path}", *overrides])
     with pytest.raises(MISTAKES, match=said):
         run_command(config, "")
+
+
+def test_with_a_latency_the_robot_moves_on_and_the_report_says_so(tmp_path: Path) -> None:
+    late = EvaluationProtocol("toy", 6, execute_steps=2, latency=1000 / EMBODIMENT.control_hz, overlap="real_time")
+    report = run(tmp_path / "late", late)
+    protocol = report.reproduce["protocol"]
+    assert (protocol["latency"], protocol["overlap"]) == (late.latency, "real_time")
+    assert f"chunks are {late.latency:g} ms late" in summary(report)
+    assert pq.read_table(tmp_path / "late" / "episodes.parquet")["seam"].to_pylist() == [
+        episode.seam for episode in report.episodes
+    ]
+    with pytest.raises(ValueError, match=r"protocol\.latency: .* there, .*resume=false"):
+        run(tmp_path / "late", replace(late, latency=2 * late.latency))
+    with pytest.raises(
+        ValueError, match="is 3 control steps; with execute_steps=2 the policy must predict 5 actions at"
+    ):
+        run(tmp_path / "later", replace(late, latency=2.5 * late.latency))
+
+
+def test_a_measured_latency_is_that_of_the_policy_in_whole_control_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    period_ms = 1000 / EMBODIMENT.control_hz
+    protocol = EvaluationProtocol("toy", 2, execute_steps=2, latency="measured")
+    latency = run(tmp_path, protocol).reproduce["protocol"]["latency"]
+    assert latency > 0
+    assert (latency / period_ms).is_integer()
+    assert f"so latency={latency:g} ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"latency": "soon"}, "latency must be a number of milliseconds or 'measured', got 'soon'"),
+        ({"latency": -1}, "latency must be a finite number of milliseconds, 0 or more; got -1"),
+        ({"latency": float("nan")}, "latency must be a finite number of milliseconds"),
+        ({"overlap": "ensemble"}, "overlap must be replace or real_time, got 'ensemble'"),
+        ({"overlap": "real_time", "temporal_ensemble": 0.1}, "give either temporal_ensemble or overlap=real_time"),
+    ],
+)
+def test_latencies_that_do_not_fit(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EvaluationProtocol("toy", **values)
+
+
+def test_a_seam_is_where_the_next_chunk_begins_to_decide(tmp_path: Path) -> None:
+    class Steps(ToyPolicy):
+        """Actions that change by 1 mm from each to the next, and by 3 mm from chunk to chunk."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.executed = 0, 0
+
+        def act(self, observation: Observation) -> ActionChunk:
+            start = self.calls * (self.executed + 2)
+            self.calls += 1
+            actions_BKA = np.zeros((1, 4, 7), np.float32)
+            actions_BKA[0, :, 2] = 1e-3 * (start + np.arange(4))
+            actions_BKA[..., 6] = self.calls % 2  # the gripper does not count
+            return ActionChunk(actions_BKA)
+
+    for latency, executed in ((0, 4), (0, 2), (50, 3), (50, 1), (100, 2)):
+        policy = Steps()
+        policy.executed = executed
+        protocol = EvaluationProtocol("toy", 1, execute_steps=executed, latency=latency)
+        report = run(tmp_path / f"{latency}_{executed}", protocol, policy, tasks=[0])
+        assert report.episodes[0].steps > 8
+        assert report.episodes[0].seam == pytest.approx(3)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvla.policy.chunk_queue import KEEP_PASSED, ChunkQueue, soft_mask
 from cogvla.policy.chunking import TemporalEnsemble
-from cogvla.real_robot.control.chunk_queue import KEEP_PASSED, ChunkQueue, soft_mask
 from cogvla.real_robot.control.prefetch import ENOUGH, WINDOW, LatencyEstimate, Prefetch
 
 

@@ -1,5 +1,7 @@
 """Queue of action chunks for asynchronous inference: one action per control tick, with blending of overlapping chunks.
 
+The control loop of a robot uses it, and evaluation with a latency (`policy.chunking.Late`).
+
     tick      10  11  12  13  14  15  16  17  18  19
     chunk a   a0  a1  a2  a3  a4  a5  a6  a7               observed at tick 10
     chunk b                   b0  b1  b2  b3  b4  b5       observed at tick 14, arrives before tick 16
@@ -30,6 +32,8 @@ from __future__ import annotations
 
 import numpy as np
 
+OVERLAPS = ("replace", "ensemble", "real_time")
+"""Ways to treat ticks that several chunks cover, see the module docstring."""
 KEEP_PASSED = 32
 """Number of past ticks that the plan keeps, because the observation of a request may be that old."""
 
