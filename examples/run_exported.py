@@ -30,7 +30,9 @@ def main(folder: Path, instruction: str) -> None:
 
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (1, c["height"], c["width"], 3), dtype=np.uint8) for c in robot["cameras"]]
-    inputs = {f"image_{index}": image for index, image in enumerate(images)}  # RGB, upright, in the order of cameras
+    inputs: dict[str, np.ndarray] = {
+        f"image_{index}": image for index, image in enumerate(images)
+    }  # RGB, upright, in the order of cameras
     inputs["state"] = np.zeros((1, robot["state_dim"]), dtype=np.float32)  # in physical units
     inputs["text_ids"] = np.array([ids + [0] * (length - len(ids))], dtype=np.int64)
     inputs["text_mask"] = np.arange(length)[None] < len(ids)

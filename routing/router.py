@@ -286,6 +286,11 @@ class RoutedTokens:
     mask_Bn: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> Tensor:
+        """The input token at each token's place, or nearest to it, int64 [B,n]."""
+        return self.place_Bn.round().long() if self.place_Bn.is_floating_point() else self.place_Bn
+
 
 class TokenRouter(nn.Module, ABC):
     """Base class of all routers. A subclass sets `needs` and implements `route`; its options are keyword arguments.

@@ -24,7 +24,6 @@ from cogvla.policy.export.exported import (
     file_hash,
     file_name,
     open_exported,
-    repadded,
 )
 from cogvla.policy.export.formats import FORMATS, OPSETS, quantise, to_openvino, write
 from cogvla.policy.export.graph import PolicyGraph
@@ -148,16 +147,13 @@ def export(
             **provenance(),
         }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        checked = {
-            "observations": len(seen),
-            "recorded": recorded,
-            **_compared(policy, open_exported(str(draft))[0], seen),
-        }
-        if config.precision == "float32" and not checked["max"] <= TOLERANCE:
+        difference = _compared(policy, open_exported(str(draft))[0], seen)
+        if config.precision == "float32" and not difference["max"] <= TOLERANCE:
             raise RuntimeError(
-                f"the exported policy's normalised actions differ by {checked['max']:.1e}, more than {TOLERANCE}; "
+                f"the exported policy's normalised actions differ by {difference['max']:.1e}, more than {TOLERANCE}; "
                 "nothing was written"
             )
+        checked = {"observations": len(seen), "recorded": recorded, **difference}
         (draft / MANIFEST).write_text(json.dumps({**manifest, "checked": checked}, indent=2) + "\n")
     return open_exported(str(output))[0], checked
 
@@ -176,7 +172,8 @@ def _write(
     path = folder / file_name(config.format, length)
     if config.precision == "float32":
         return write(config.format, graph, tensors, path, config.opset)
-    shorter = [given for each in calibration for needed, given in [inputs.of(each, 0)] if needed <= length]
+    only = replace(inputs, lengths=(length,))
+    shorter = [only.of(each, 0)[1] for each in calibration if only.fits(each.instruction[0])]
     if not shorter:
         raise ValueError(
             f"no instruction of the recorded frames has up to {length} tokens, so int8 cannot be measured for them: "
@@ -184,7 +181,7 @@ def _write(
         )
     whole, small = (folder / f"{kind}_{length}.onnx" for kind in ("whole", "small"))
     write("onnx", graph, tensors, whole, config.opset)
-    quantise(whole, small, (repadded(given, length) for given in shorter))
+    quantise(whole, small, shorter)
     whole.unlink()
     if config.format == "onnx":
         small.rename(path)

@@ -72,6 +72,10 @@ class InputFormat:
         inputs[STATE] = np.ascontiguousarray(observation.state[row : row + 1], dtype=np.float32)
         return length, {**inputs, **_padded(ids_1T.numpy(), length)}
 
+    def fits(self, instruction: str) -> bool:
+        """Return whether an instruction is not longer than all text lengths."""
+        return self.tokenizer.encode([instruction])[0].shape[1] <= self.lengths[-1]
+
     def example(self, length: int) -> dict[str, np.ndarray]:
         """Return inputs by name of random values, for an instruction of one token padded to `length`."""
         seen, ids_11 = self.embodiment.fake_observation(), np.ones((1, 1), dtype=np.int64)
@@ -81,11 +85,6 @@ class InputFormat:
             STATE: seen.state,
             **_padded(ids_11, length),
         }
-
-
-def repadded(inputs: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """Return the same inputs with the instruction padded to another length."""
-    return {**inputs, **_padded(inputs[IDS][:, : int(inputs[MASK].sum())], length)}
 
 
 def _padded(ids_1T: np.ndarray, length: int) -> dict[str, np.ndarray]:

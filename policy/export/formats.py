@@ -57,10 +57,15 @@ def write(kind: str, graph: PolicyGraph, inputs: Sequence[Tensor], path: Path, o
                 torch.export.save(program, path)
                 return
             file = path.with_suffix(FORMATS["onnx"])
-            names = {"input_names": graph.inputs, "output_names": [ACTIONS]}
-            own = library("cogvla.policy.export.onnx_operations").translations()
             written = torch.onnx.export(
-                program, (), **names, opset_version=opset, dynamo=True, verbose=False, custom_translation_table=own
+                program,
+                (),
+                input_names=graph.inputs,
+                output_names=[ACTIONS],
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+                custom_translation_table=library("cogvla.policy.export.onnx_operations").translations(),
             )
     except Exception as error:  # exporters have errors of their own, without a common class
         reasons = [str(each).strip().splitlines()[0] for each in (error.__cause__, error) if each and str(each).strip()]

@@ -11,15 +11,10 @@ from onnxscript import opset18 as op
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return a function for each operation, for `custom_translation_table` of `torch.onnx.export`."""
-    return {torch.ops.aten.sort.stable: stable_sort, torch.ops.aten.round.default: rounded}
+    return {torch.ops.aten.sort.stable: stable_sort}
 
 
 def stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
     """Sort along `dim`; of equal values the earlier one comes first, as TopK promises."""
     size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]), axis=0)
     return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
-
-
-def rounded(x: Any) -> Any:
-    """Round numbers, half to even; whole numbers, which ONNX does not round, stay as they are."""
-    return op.Identity(x) if "int" in str(x.dtype).lower() else op.Round(x)

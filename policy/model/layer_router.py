@@ -91,7 +91,7 @@ class LayerPass:
     ) -> tuple[Tensor, Frame, Selection]:
         """Return the sequence without the removed tokens, its frame, and those that stay, by their places."""
         routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
-        place_Bn, layout = routed.place_Bn.round().long(), now.layout
+        place_Bn, layout = routed.rows, now.layout
         fewer = layout.with_vision(place_Bn.shape[1])
         chosen = Selection(place_Bn, rows_of(layout, place_Bn), fewer, score_BN=routed.score_BN)
         if self.memory is not None:

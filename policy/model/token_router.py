@@ -474,7 +474,7 @@ class PolicyRouter(nn.Module):
             routers = {layer: (cast(TokenRouter, self.layers[str(layer)]), count) for layer, count in counts.items()}
             score_BN = None
             if routed is not None and routed.score_BN is not None:
-                score_BN = routed.score_BN.gather(1, routed.place_Bn.round().long())
+                score_BN = routed.score_BN.gather(1, routed.rows)
             compact = self.config.position == "compact"
             towers = None
             if any(FROM_TOWERS & router.needs for router, _ in routers.values()):

@@ -348,20 +348,21 @@ def test_mistakes_are_explained(tmp_path: Path, overrides: list[str], said: str)
 
 
 def test_with_a_latency_the_robot_moves_on_and_the_report_says_so(tmp_path: Path) -> None:
-    late = EvaluationProtocol("toy", 6, execute_steps=2, latency=1000 / EMBODIMENT.control_hz, overlap="real_time")
+    period_ms = 1000 / EMBODIMENT.control_hz
+    late = EvaluationProtocol("toy", 6, execute_steps=2, latency=period_ms, overlap="real_time")
     report = run(tmp_path / "late", late)
     protocol = report.reproduce["protocol"]
-    assert (protocol["latency"], protocol["overlap"]) == (late.latency, "real_time")
-    assert f"chunks are {late.latency:g} ms late" in summary(report)
+    assert (protocol["latency"], protocol["overlap"]) == (period_ms, "real_time")
+    assert f"chunks are {period_ms:g} ms late" in summary(report)
     assert pq.read_table(tmp_path / "late" / "episodes.parquet")["seam"].to_pylist() == [
         episode.seam for episode in report.episodes
     ]
     with pytest.raises(ValueError, match=r"protocol\.latency: .* there, .*resume=false"):
-        run(tmp_path / "late", replace(late, latency=2 * late.latency))
+        run(tmp_path / "late", replace(late, latency=2 * period_ms))
     with pytest.raises(
         ValueError, match="is 3 control steps; with execute_steps=2 the policy must predict 5 actions at"
     ):
-        run(tmp_path / "later", replace(late, latency=2.5 * late.latency))
+        run(tmp_path / "later", replace(late, latency=2.5 * period_ms))
 
 
 def test_a_measured_latency_is_that_of_the_policy_in_whole_control_steps(

@@ -53,7 +53,12 @@ def test_the_exported_policy_plays_the_same_episodes(folder: Path, tmp_path: Pat
     assert [(e.task, e.success, e.steps) for e in found.episodes] == [
         (e.task, e.success, e.steps) for e in expected.episodes
     ]
-    assert json.loads((tmp_path / folder.name / "report.json").read_text())["policy"]["engine"] == "onnx"
+    assert (
+        json.loads((tmp_path / folder.name / "tabletop_object" / "report.json").read_text())["reproduce"]["policy"][
+            "engine"
+        ]
+        == "onnx"
+    )
 
 
 def test_the_manifest_says_what_was_compared(folder: Path) -> None:
