@@ -16,6 +16,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -31,7 +32,8 @@ from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import CONFIGS, ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
-SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCRIPTS: dict[str, str] = PROJECT["scripts"]
 FILES = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "scripts").rglob("*.py") if path.stem in SCRIPTS]
 MODULES = {".".join(("cogvla", *file.parts)): file.name for file in FILES}
 CONSOLE = ROOT / "scripts" / "console.py"
@@ -67,8 +69,15 @@ def called(line: str) -> Iterator[Command]:
 
 def is_prefix(word: str) -> bool:
     """Whether a word may stand before the command: `uv run`, `accelerate launch`, options, variables."""
-    known = {"uv", "run", "accelerate", "launch", "python", "time", "ros", "bags", "ray", "libero", "harness"}
-    return word in known or word.startswith("-") or word.isdigit() or "=" in word or word.endswith(".yaml")
+    known = {"uv", "run", "accelerate", "launch", "python", "time"}
+    return (
+        word in known
+        or word in PROJECT["optional-dependencies"]
+        or word.startswith("-")
+        or word.isdigit()
+        or "=" in word
+        or word.endswith(".yaml")
+    )
 
 
 def understand(name: str, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

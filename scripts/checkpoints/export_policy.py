@@ -56,7 +56,10 @@ def run(config: DictConfig, command: str) -> ExportedPolicy:
     options = build(ExportConfig, {name: values[name] for name in OPTIONS}, "export")
     if values["compared"] < 1 or values["calibrated"] < 1:
         raise ValueError("compared and calibrated must be at least 1")
-    checkpoint, output = Path(values["checkpoint"]), Path(values["output"])
+    checkpoint, output = (
+        Path(values["checkpoint"]),
+        Path(values["output"] or f"{values['checkpoint']}/{options.format}"),
+    )
     policy = load_policy(checkpoint, "cpu", statistics=values["statistics"])
     calibrated = values["calibrated"] if options.precision == "int8" else 0
     seen, calibration, recorded = _observations(values, policy.embodiment, options.camera_size, calibrated)
