@@ -33,6 +33,7 @@ from cogvla.files import read_object
 from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
+from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import open_encoder
@@ -69,7 +70,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
         draft.mkdir()
         yield draft
-        for file in draft.iterdir():
+        for file in filter(Path.is_file, draft.rglob("*")):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         if folder.exists():
@@ -253,7 +254,7 @@ def load_policy(
     """Load the policy in a checkpoint folder, in the precision in which it was saved.
 
     Args:
-        folder: checkpoint folder.
+        folder: checkpoint folder, or USER/NAME[@REVISION] on the hub, which is downloaded.
         device: torch device.
         router: token router to use instead of the one that the policy was trained with (if any); None: do not change
             it.
@@ -265,7 +266,7 @@ def load_policy(
             router does not fit the policy; or its text encoder is missing, or another one than in training; or it has
             statistics of several data sets, and none or an unknown one is chosen.
     """
-    folder = Path(folder)
+    folder = find_checkpoint(folder)
     body = read_config(folder)
     saved = read_object(folder / STATISTICS, ANOTHER)
     try:
@@ -300,7 +301,7 @@ def load_policy(
         model.load_state_dict({name: weights.pop(name).clone() for name in list(weights)}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
-    description = {"checkpoint": folder.name, **description}
+    description = {"checkpoint": checkpoint_name(folder), **description}
     return CogVLAPolicy(model.to(device), preprocessor, description, calibration=_load_calibration(folder))
 
 
@@ -355,7 +356,7 @@ def open_policy(
     beside: int = 0,
     statistics: str | None = None,
 ) -> tuple[CogVLAPolicy, dict[str, str]]:
-    """Open a policy as commands do for `checkpoint=FOLDER`: load it, build its engine and set torch's threads.
+    """Open a policy as commands do for `checkpoint=SOURCE`: load it, build its engine and set torch's threads.
 
     Args:
         folder: see `load_policy`.
@@ -373,8 +374,9 @@ def open_policy(
         ValueError: see `load_policy`; or its 8-bit calibration was measured on other weights.
     """
     use_threads(threads, beside)
+    folder = find_checkpoint(folder)
     policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router, statistics)
-    identity = {"weights_sha256": weights_hash(Path(folder))}
+    identity = {"weights_sha256": weights_hash(folder)}
     engine = engine or EngineConfig()
     measured = None if engine.dtype != "float8" or policy.calibration is None else policy.calibration.about
     if measured is not None and measured.get("weights_sha256") != identity["weights_sha256"]:

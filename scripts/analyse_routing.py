@@ -26,6 +26,7 @@ from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.routing.router import RouterConfig
@@ -52,9 +53,11 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")
     router = None if values["router"]["name"] is None else build(RouterConfig, values["router"], "router")
-    folder = Path(values["checkpoint"])
+    folder = find_checkpoint(values["checkpoint"])
     policy, _ = open_policy(folder, values["device"], values["threads"], EngineConfig("plain"), router)
-    named = folder.resolve().name + ("" if router is None else f"_{router.name}_{router.budget}")
+    named = checkpoint_name(folder.resolve()).replace("/", "_") + (
+        "" if router is None else f"_{router.name}_{router.budget}"
+    )
     output = Path(values["output"].replace("CHECKPOINT", named))
     episodes = play(policy, suite, load_protocol(suite.protocol), tasks, values["initial_state"])
     found = findings(policy, episodes, [task.instruction for task in suite.tasks], values["readings"])

@@ -37,6 +37,7 @@ from cogvla.libero.conventions.recorded_episodes import RecordedEpisode, Recordi
 from cogvla.libero.conventions.replayed_episodes import ReplayTrace, replay
 from cogvla.libero.tasks import LIBERO_SUITES, tasks
 from cogvla.policy.data.config import DataConfig
+from cogvla.policy.hub.download import find_checkpoint, hub_source
 from cogvla.policy.interface import Embodiment
 from cogvla.scripts.command import compose, import_modules
 from cogvla.scripts.help import argument_parser
@@ -73,7 +74,7 @@ def run(dataset: str, config: DictConfig) -> list[Finding]:
     )
     name = config.suite or recordings.suite
     suite = None if name is None else get_suite(name, {str(key): value for key, value in plain.items()})
-    stored = None if config.statistics is None else _statistics(Path(config.statistics))
+    stored = None if config.statistics is None else _statistics(str(config.statistics))
     findings = check(recordings, suite, embodiment, episodes=config.episodes, checkpoint=stored)
     print(table(recordings.name, name, findings))
     output = Path(config.output or f"outputs/check_conventions/{recordings.name}.json")
@@ -189,8 +190,11 @@ def _task(episode: RecordedEpisode, known: dict[str, int]) -> int:
     return known[episode.instruction] if episode.start is None else episode.start.task
 
 
-def _statistics(path: Path) -> dict[str, Any]:
-    """Read the statistics of a checkpoint's folder, or of a JSON file like its `statistics.json`."""
+def _statistics(source: str) -> dict[str, Any]:
+    """Read the statistics of a checkpoint, or of a JSON file like its `statistics.json`."""
+    path = Path(source)
+    if not path.exists() and hub_source(source) is not None:
+        path = find_checkpoint(source)
     file = path / "statistics.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"statistics: there is no {file}")

@@ -46,6 +46,7 @@ from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
 from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.scripts import console
@@ -88,6 +89,8 @@ class _Comparison:
     """The comparison of one regime on one policy and suite."""
 
     def __init__(self, values: dict[str, Any], suite: Suite, protocol: EvaluationProtocol, command: str) -> None:
+        folder = find_checkpoint(values["checkpoint"])  # once: a branch of the hub may move meanwhile
+        self.checkpoint, values = checkpoint_name(folder), {**values, "checkpoint": str(folder)}
         self.values, self.suite, self.protocol, self.command = values, suite, protocol, command
         self.output, self.trained = Path(values["output"]), values["regime"] == "fine_tuned"
         self.device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +99,7 @@ class _Comparison:
         self.policy = policy.with_engine(self.engine)
         if self.policy.model.router is not None:
             name = self.policy.model.router.config.name
-            raise ValueError(f"the policy in {values['checkpoint']} has the router {name!r}; give one without router")
+            raise ValueError(f"the policy in {folder} has the router {name!r}; give one without router")
         routers = wanted_routers(values["routers"], values["layer"])
         self.cells, self.left_out = cells_for(self.policy.model, routers, values["budgets"], self.trained)
         if not self.cells:
@@ -211,7 +214,7 @@ class _Comparison:
         protocol = replace(self.protocol.for_suite(self.suite), name=self.protocol.name)
         data = {
             "command": self.command, "written": datetime.now(UTC).isoformat(timespec="seconds"),
-            "regime": self.values["regime"], "checkpoint": self.values["checkpoint"], "suite": self.suite.name,
+            "regime": self.values["regime"], "checkpoint": self.checkpoint, "suite": self.suite.name,
             "recipe": self.values["recipe"] if self.trained else None, "policy": self.policy.describe(),
             "protocol": asdict(protocol), "rows": [row.to_dict() for row in table], "left_out": self.left_out,
             **provenance(),

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cogvla.configs.build import build
-from cogvla.policy.checkpoint_folder import check_checkpoint_folder, is_exported
+from cogvla.policy.checkpoint_folder import is_exported
+from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.interface import Embodiment, Policy
 
 RANDOM = "random"
@@ -32,8 +33,8 @@ def open_any_policy(
     """Open the policy that `source` names.
 
     Args:
-        source: a checkpoint folder, "random", the address of a policy server, ws://HOST:PORT, lerobot:PATH for a
-            policy of lerobot, or the folder or a file of an exported policy.
+        source: a checkpoint folder or USER/NAME[@REVISION] of the hub, "random", the address of a policy server,
+            ws://HOST:PORT, lerobot:PATH for a policy of lerobot, or the folder or a file of an exported policy.
         embodiment: robot of a random policy or a policy of lerobot, as in `configs/embodiment`.
         seed: seed of a random policy, or of a policy of lerobot that draws random numbers.
         api_key: key of a policy server.
@@ -57,7 +58,7 @@ def open_any_policy(
     own = source != RANDOM and not source.startswith((*REMOTE, LEROBOT)) and not exported
     for key, value in (("router.name", plugged_in), ("statistics", statistics)):
         if value is not None and not own:
-            raise ValueError(f"{key}={value} needs the folder of a checkpoint, not {source}")
+            raise ValueError(f"{key}={value} needs a checkpoint, not {source}")
     if cameras and not source.startswith(LEROBOT):
         raise ValueError(f"cameras={dict(cameras)} needs checkpoint={LEROBOT}PATH, not {source}")
     if source == RANDOM:
@@ -79,7 +80,7 @@ def open_any_policy(
         from cogvla.policy.export.exported import open_exported
 
         return open_exported(source, device, threads)
-    check_checkpoint_folder(source, "train one with `train_policy`, or give random")
+    folder = find_checkpoint(source, "train one with `train_policy`, or give random")
 
     from cogvla.policy.checkpoint import open_policy
     from cogvla.policy.engine.engine import EngineConfig
@@ -87,7 +88,7 @@ def open_any_policy(
 
     how = EngineConfig() if engine is None else build(EngineConfig, engine, "engine")
     config = None if plugged_in is None else build(RouterConfig, router, "router")
-    policy, identity = open_policy(source, device, threads, how, config, workers, statistics)
+    policy, identity = open_policy(folder, device, threads, how, config, workers, statistics)
     if policy.choice is not None:
         print(policy.choice)
     return policy, identity

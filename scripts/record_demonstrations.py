@@ -19,7 +19,7 @@ from cogvla.envs.recording.dataset_folder import START_ANEW
 from cogvla.envs.recording.recorder import RECORDING_FILE, record
 from cogvla.envs.suite import get_suite
 from cogvla.files import read_object
-from cogvla.policy.checkpoint_folder import check_checkpoint_folder
+from cogvla.policy.hub.download import find_checkpoint
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
 from cogvla.scripts.policies import LEROBOT, open_any_policy
@@ -57,7 +57,7 @@ def _corrected(config: DictConfig) -> Corrected:
     """Open the policy that `config.checkpoint` names."""
     source = str(config.checkpoint)
     if not source.startswith(LEROBOT):
-        check_checkpoint_folder(source, "train one with `train_policy`")
+        source = str(find_checkpoint(source))
     policy, identity = open_any_policy(
         source,
         embodiment=plain(config.embodiment),

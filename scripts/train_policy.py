@@ -33,7 +33,7 @@ from cogvla.envs.recording.recorder import record
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import visible, write_atomic
-from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.checkpoint import load_policy, weights_hash
 from cogvla.policy.data.config import DataConfig, DataEntry
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.engine.engine import EngineConfig
@@ -136,12 +136,15 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         use_threads(values["threads"], values["evaluation"]["workers"])
         resume = trainer.first_step == trainer.step  # after training, earlier results are from another policy
         policy = load_policy(output / "policy", statistics=names_of[played[0].name]).with_engine(engine_config)
+        identity = {"weights_sha256": weights_hash(output / "policy")}
         with _timed(seconds, "evaluation"):
             if not resume and len(played) > 1:  # of all suites, before the first one is played
                 shutil.rmtree(output / EVALUATION, ignore_errors=True)
             for folder, suite in report_folders(played).items():
                 own_policy = policy.with_statistics(names_of[suite.name])
-                reports[folder] = _evaluate(own_policy, suite, values["evaluation"], output / folder, command, resume)
+                reports[folder] = _evaluate(
+                    own_policy, suite, values["evaluation"], output / folder, command, resume, identity
+                )
                 print(summary(reports[folder]))
         result["success"], rates = success_rates(reports.values())
         if len(played) > 1:
@@ -183,7 +186,13 @@ def _rollouts(
 
 
 def _evaluate(
-    policy: CogVLAPolicy, suite: Suite, settings: dict[str, Any], output: Path, command: str, resume: bool = True
+    policy: CogVLAPolicy,
+    suite: Suite,
+    settings: dict[str, Any],
+    output: Path,
+    command: str,
+    resume: bool = True,
+    identity: Mapping[str, str] | None = None,
 ) -> Report:
     return evaluate(
         policy,
@@ -194,6 +203,7 @@ def _evaluate(
         videos=settings["videos"],
         resume=resume,
         command=command,
+        identity=identity,
     )
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
+
+from cogvla.policy.hub.connection import COMMIT, first_line, give_up_waiting, hub_errors
 
 READABLE = re.compile(r"v[23]\.\d+")
 """Tags of the hub's LeRobotDatasets that can be read."""
-COMMIT = re.compile(r"[0-9a-f]{40}")
-
-ANSWER_S = 30.0
-"""Seconds after which a hub that does not answer is given up."""
 
 
 def local_root(root: str | None, repo_id: str | None, revision: str | None) -> tuple[Path, str | None]:
@@ -77,31 +74,6 @@ def commit_of(repo_id: str, revision: str | None) -> str:
         readable = [[int(part) for part in tag[1:].split(".")] for tag in tags if READABLE.fullmatch(tag)]
         revision = "v{}.{}".format(*max(readable)) if readable else None
     return str(HfApi().repo_info(repo_id, repo_type="dataset", revision=revision).sha)
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of a hub that cannot be reached or says no; from version 1 on, some of them are httpx's."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        from httpx import HTTPError
-    except ImportError:
-        return HfHubHTTPError, HFValidationError, OSError
-    return HfHubHTTPError, HFValidationError, OSError, HTTPError
-
-
-def give_up_waiting() -> None:
-    """Let this thread's requests to the hub end when nothing comes; huggingface_hub waits for some of them for ever."""
-    from huggingface_hub.utils import get_session
-
-    session = get_session()
-    if not isinstance(session.request, partial):
-        session.request = partial(session.request, timeout=ANSWER_S)  # type: ignore[method-assign]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _downloaded_commit(folder: Path) -> str | None:

@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 from cogvla.files import read_object, write_atomic
 from cogvla.policy.data.config import DataConfig
-from cogvla.policy.data.download import commit_of, first_line, give_up_waiting, hub_errors, local_root
+from cogvla.policy.data.download import commit_of, local_root
 from cogvla.policy.data.files.columns import parquet
 from cogvla.policy.data.files.metadata import Metadata
+from cogvla.policy.hub.connection import first_line, give_up_waiting, hub_errors
 
 T = TypeVar("T")
 GB = 1e9

@@ -65,6 +65,7 @@ class Trainer:
         output: folder of this run; training resumes from the newest checkpoint in it.
         log: function that is called with (metrics, step).
         evaluate: function that plays rollouts, (policy, step) -> metrics; None: no rollouts.
+        base: name of the checkpoint whose weights it starts from, for the provenance; None: none.
 
     Raises:
         ValueError: the settings do not fit together, the data, or this machine.
@@ -80,10 +81,11 @@ class Trainer:
         output: Path,
         log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
         evaluate: Callable[[CogVLAPolicy, int], dict[str, float]] | None = None,
+        base: str | None = None,
     ) -> None:
         check_instructions(preprocessor.tokenizer, data)
         self.config, self.model_config, self.data, self.output = config, model_config, data, output
-        self.log, self.evaluate = log, evaluate
+        self.log, self.evaluate, self.base = log, evaluate, base
         bf16 = config.precision == "bfloat16" or (config.precision == "auto" and torch.cuda.is_available())
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else "no",
@@ -168,10 +170,12 @@ class Trainer:
 
     def _policy(self, objective: Objective) -> CogVLAPolicy:
         model = adapters.fold(objective.model)
-        if len({p.dtype for p in model.parameters()}) > 1:  # a copy: frozen weights are those of training
-            model = copy.deepcopy(model)
+        if len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
+            packed = {id(p): p for p in model.parameters() if not p.is_floating_point()}  # in 4 bits
+            model = copy.deepcopy(model, packed)  # frozen weights are those of training
             for parameter in model.parameters():  # `model.to` would also round the frequencies of the positions
-                parameter.data = parameter.data.bfloat16()
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.bfloat16()
         return CogVLAPolicy(model, self.preprocessor, self.describe())
 
     def describe(self) -> dict[str, Any]:
@@ -181,6 +185,7 @@ class Trainer:
             "seed": self.config.seed,
             "batch_size": self.config.batch_size,
             "data_set": self.data.describe(),
+            **({} if self.base is None else {"base": self.base}),
             **({"drawn": drawn} if (drawn := self.batches.drawn(self.step)) else {}),
         }
 

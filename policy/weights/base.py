@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from cogvla.policy.checkpoint import CONFIG, load_weights, read_config
+from cogvla.policy.hub.connection import HubError
+from cogvla.policy.hub.download import NoCheckpointError, hub_source, load_from_hub
 from cogvla.policy.inputs.text_encoder import KEY, TextEncoder
 from cogvla.policy.inputs.tokenizer import (
     EMPTY_TOKEN,
@@ -26,6 +28,23 @@ def is_own(source: str | Path) -> bool:
     """Return True for a checkpoint folder of this package, False for published weights."""
     path = Path(source) / CONFIG
     return path.is_file() and '"embodiment"' in path.read_text()
+
+
+def find_base(source: str) -> str:
+    """Return the folder of a base; of the hub, a checkpoint of this package is downloaded, published weights are not.
+
+    Raises:
+        ValueError: see `load_from_hub`.
+    """
+    hub = None if Path(source).is_dir() else hub_source(source)
+    if hub is None:
+        return source
+    try:
+        return str(load_from_hub(*hub))
+    except (HubError, NoCheckpointError):
+        if hub[1] is not None:
+            raise
+        return source  # published weights, which may be in the cache
 
 
 def base_tokenizer(source: str) -> Tokenizer:

@@ -23,12 +23,12 @@ from omegaconf import DictConfig
 
 from cogvla.configs.build import build
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.checkpoint_folder import check_checkpoint_folder
 from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.export.export import ExportConfig, export
 from cogvla.policy.export.exported import ExportedPolicy
+from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.inputs.resize import resize
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.threads import use_threads
@@ -52,14 +52,13 @@ def run(config: DictConfig, command: str) -> ExportedPolicy:
     values = plain(config)
     import_modules(values["imports"])
     use_threads(values["threads"])
-    check_checkpoint_folder(values["checkpoint"])
+    checkpoint = find_checkpoint(values["checkpoint"])
     options = build(ExportConfig, {name: values[name] for name in OPTIONS}, "export")
     if values["compared"] < 1 or values["calibrated"] < 1:
         raise ValueError("compared and calibrated must be at least 1")
-    checkpoint, output = (
-        Path(values["checkpoint"]),
-        Path(values["output"] or f"{values['checkpoint']}/{options.format}"),
-    )
+    if values["output"] is None and not Path(values["checkpoint"]).is_dir():
+        raise ValueError("give output=FOLDER: without it, the files are written into the checkpoint's folder")
+    output = Path(values["output"] or checkpoint / options.format)
     policy = load_policy(checkpoint, "cpu", statistics=values["statistics"])
     calibrated = values["calibrated"] if options.precision == "int8" else 0
     seen, calibration, recorded = _observations(values, policy.embodiment, options.camera_size, calibrated)

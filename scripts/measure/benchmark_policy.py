@@ -43,6 +43,7 @@ from cogvla.policy.cost.variants import (
     random_policy,
     run_as,
 )
+from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.scripts.help import argument_parser
@@ -82,6 +83,8 @@ def run(options: argparse.Namespace) -> list[Measured]:
     variants, rows = (VARIANTS, [PUBLISHED, *VARIANTS]) if options.checkpoint is None else (AS_TRAINED, [*AS_TRAINED])
     if unknown := [name for name in options.rows or () if name not in rows]:
         raise ValueError(f"unknown row {unknown[0]!r}; one of {', '.join(map(repr, rows))}")
+    if options.checkpoint is not None:
+        options.checkpoint = find_checkpoint(options.checkpoint)
     for name in options.rows or rows:
         if name == PUBLISHED:
             results += _published(options, usual)
@@ -209,7 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argument_parser("benchmark_policy", __doc__)
     add = parser.add_argument
     add("--preset", default="tiny", help="a file of configs/policy: tiny, small or cogvla_7b")
-    add("--checkpoint", type=Path, help="a trained policy instead of a preset with random weights")
+    add(
+        "--checkpoint", help="a trained policy, folder or USER/NAME of the hub, instead of a preset with random weights"
+    )
     add("--imports", nargs="+", default=[], metavar="MODULE", help="modules to import first, e.g. to register routers")
     add("--rows", nargs="+", metavar="ROW", help="default: all")
     add("--batches", nargs="+", type=int, default=[1, 8], help="samples in one pass")

@@ -23,6 +23,7 @@ from cogvla.policy.checkpoint import load_policy, save_calibration, weights_hash
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
+from cogvla.policy.hub.download import hub_source
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.scripts import console
@@ -43,6 +44,11 @@ def run(config: DictConfig, command: str) -> Calibration:
         ValueError: a number of frames is too small or too large, or the checkpoint does not support float8.
     """
     values = plain(config)
+    if not Path(values["checkpoint"]).is_dir() and (hub := hub_source(values["checkpoint"])):
+        raise ValueError(
+            f"the calibration is written into the checkpoint: `hf download {hub[0]} --local-dir FOLDER`, then give "
+            "checkpoint=FOLDER"
+        )
     folder, device = start(values, "observations", "checked")
     policy = load_policy(folder, device)
     data, rows = draw_frames(policy, values, observations=values["observations"], checked=values["checked"])

@@ -24,6 +24,7 @@ from cogvla.configs.build import build
 from cogvla.policy.checkpoint import read_config, saved_config
 from cogvla.policy.cost.flops import TOTAL, Counting, StageCost, count_decoding, count_flops
 from cogvla.policy.cost.roofline import GPU, find_gpu, floors, format_table, header
+from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
 from cogvla.policy.inputs.text_encoder import with_encoder_width
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
@@ -81,10 +82,10 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
     import_modules(values["imports"])
     gpus = [find_gpu(gpu) for gpu in values["gpu"]]
     if values["checkpoint"] is not None:
-        folder = Path(values["checkpoint"])
+        folder = find_checkpoint(values["checkpoint"])
         body = read_config(folder)
         base, embodiment = saved_config(body, folder), build(Embodiment, body["embodiment"], "embodiment")
-        name = f"checkpoint {folder.name}"
+        name = f"checkpoint {checkpoint_name(folder)}"
     else:
         base = with_encoder_width(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
         embodiment = build(Embodiment, values["embodiment"], "embodiment")

@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvla.configs.build import build
-from cogvla.policy.checkpoint_folder import check_checkpoint_folder
 from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.data.sampling import TrainingBatches
+from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.batches import BatchBuilder
@@ -45,8 +45,7 @@ def start(values: Mapping[str, Any], *counts: str) -> tuple[Path, str]:
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")
     use_threads(values["threads"])
-    check_checkpoint_folder(values["checkpoint"], "train one with `train_policy`")
-    return Path(values["checkpoint"]), values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    return find_checkpoint(values["checkpoint"]), values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def draw_frames(policy: CogVLAPolicy, values: Mapping[str, Any], **counts: int) -> tuple[DemonstrationData, Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from cogvla.configs.build import build
-from cogvla.policy.checkpoint_folder import check_checkpoint_folder
+from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import AsksPolicy, FrontEnd
 from cogvla.real_robot.control.settings import SafetyLimits
@@ -124,10 +124,11 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
             jpeg_quality=config.jpeg_quality,
         )
         return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
-    if not str(config.checkpoint).startswith(LEROBOT):
-        check_checkpoint_folder(str(config.checkpoint), "give another one, or server=ws://HOST:PORT")
+    source = str(config.checkpoint)
+    if not source.startswith(LEROBOT):
+        source = str(find_checkpoint(source, "give another one, or server=ws://HOST:PORT"))
     policy, identity = open_any_policy(
-        str(config.checkpoint),
+        source,
         embodiment=asdict(embodiment),
         device=config.device,
         threads=config.threads,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.hub.download import checkpoint_name
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import open_encoder
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
@@ -20,7 +21,7 @@ from cogvla.policy.training.data_checks import check_instructions, rare_dimensio
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.policy.training.trainer import Trainer
 from cogvla.policy.training.wordings import training_wordings
-from cogvla.policy.weights.base import base_tokenizer, check_base_encoder, is_own, load_own
+from cogvla.policy.weights.base import base_tokenizer, check_base_encoder, find_base, is_own, load_own
 from cogvla.policy.weights.pretrained import load_backbones, load_base
 
 
@@ -36,10 +37,13 @@ def build_trainer(
 ) -> Trainer:
     """Build a model for this data, and its trainer.
 
-    The model starts from `base` (a checkpoint folder, or published weights as a folder or hub id). Without a base it
+    The model starts from `base` (a checkpoint or published weights, as a folder or hub id). Without a base it
     starts from the published backbones that its configuration names, if any. Words keep their ids of the base; the
     statistics of state and action are always those of the new data.
     """
+    named = base = None if base is None else find_base(base)
+    if base is not None and Path(base).is_dir():
+        named = checkpoint_name(Path(base).resolve())
     worded = training_wordings(data, config.wordings)
     texts = [text for some in worded.values() for text in some]
     tokenizer = choose_tokenizer(model_config.language, texts, base, reworded=len(texts) > len(data.instructions))
@@ -60,7 +64,7 @@ def build_trainer(
         assert objective_config.teacher is not None
         teacher = load_frozen(objective_config.teacher, "teacher", preprocessor, texts)
     objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width, teacher)
-    return Trainer(config, objective, model_config, preprocessor, data, output, log)
+    return Trainer(config, objective, model_config, preprocessor, data, output, log, base=named)
 
 
 def load_start(model: CogVLA, base: str | None) -> list[str]:

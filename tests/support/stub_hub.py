@@ -176,13 +176,23 @@ def _entry(path: Path, name: str) -> dict[str, Any]:
 @contextmanager
 def stub_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
     """Serve a folder, and let huggingface_hub of this process ask there, without pauses between its attempts."""
+    hub = StubHub(root)
+    try:
+        with asking(hub.address, monkeypatch):
+            yield hub
+    finally:
+        hub.close()
+
+
+@contextmanager
+def asking(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let huggingface_hub of this process ask at an address, without pauses between its attempts."""
     from huggingface_hub import constants, file_download, hf_file_system, utils
 
     # the name below version 1 of huggingface_hub, and from it on
     reset_sessions = getattr(utils, "reset_sessions" if hasattr(utils, "reset_sessions") else "close_session")
-    hub = StubHub(root)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
     for module in (constants, file_download):
         if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
             monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -196,8 +206,7 @@ def stub_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
         monkeypatch.setattr(module, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _: None}))
     reset_sessions()
     try:
-        yield hub
+        yield
     finally:
-        hub.close()
         monkeypatch.undo()
         reset_sessions()

@@ -21,6 +21,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from cogvla.files import read_object
 from cogvla.policy.checkpoint import STATISTICS, load_policy, load_weights, read_config, save_checkpoint
 from cogvla.policy.checkpoint_folder import CONFIG
+from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Embodiment
 from lerobot_policy_cogvla.configuration_cogvla import CogVLAConfig
@@ -34,14 +35,14 @@ def to_lerobot(source: Path | str, output: Path | str, statistics: str | None = 
     """Write a checkpoint of ours as lerobot's `pretrained_model` folder.
 
     Args:
-        source: checkpoint folder of ours.
+        source: checkpoint folder of ours, or USER/NAME[@REVISION] on the hub.
         output: folder to write; it must not exist.
         statistics: name of the data set whose statistics to take, for a policy with those of several.
 
     Raises:
         ValueError: see `load_policy`; or the output exists.
     """
-    source, output = Path(source), _new(output)
+    source, output = find_checkpoint(source), _new(output)
     body = read_config(source)
     policy = load_policy(source, statistics=statistics)
     saved = read_object(source / STATISTICS, AGAIN)

@@ -25,7 +25,7 @@ from cogvla.policy.inputs.text_encoder import with_encoder
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig as NetworkConfig
-from cogvla.policy.weights.base import is_own
+from cogvla.policy.weights.base import find_base, is_own
 from cogvla.scripts.training.build import choose_tokenizer, load_start
 from lerobot_policy_cogvla.configuration_cogvla import CogVLAConfig
 
@@ -44,10 +44,10 @@ def start(config: CogVLAConfig, meta: Any) -> CogVLA:
     Raises:
         ValueError: the data set, the embodiment or the base do not fit.
     """
-    own = config.base is not None and is_own(config.base)
-    body = read_config(Path(config.base)) if own and config.base is not None else None
+    base = None if config.base is None else find_base(config.base)
+    body = read_config(Path(base)) if base is not None and is_own(base) else None
     if body is not None:
-        network = saved_config(body, Path(str(config.base)))
+        network = saved_config(body, Path(str(base)))
         robot = replace(build(Embodiment, body["embodiment"], "embodiment"), chunk=config.chunk_size)
     else:
         network = with_encoder(
@@ -57,13 +57,13 @@ def start(config: CogVLAConfig, meta: Any) -> CogVLA:
     check_features(robot, meta)
     statistics = data_statistics(robot, meta)
     instructions = [str(text) for text in meta.tasks.index]
-    tokenizer = choose_tokenizer(network.language, instructions, config.base, reworded=False)
+    tokenizer = choose_tokenizer(network.language, instructions, base, reworded=False)
     pictures = {} if body is None else body.get("pictures", {})
     preprocessor = Preprocessor(robot, tokenizer, dict(statistics), **pictures)
     model = CogVLA(network, robot)
     if model.text is not None:
         model.text.fit(*tokenizer.inputs(instructions))
-    for said in load_start(model, config.base):
+    for said in load_start(model, base):
         print(f"loaded {said}")
     config.cogvla = {
         "format": FORMAT,

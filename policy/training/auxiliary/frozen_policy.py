@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cogvla.policy.checkpoint import EVERY, load_policy
+from cogvla.policy.hub.download import hub_source
 from cogvla.policy.inputs.normalise import Normaliser
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.model.cogvla import CogVLA
@@ -34,7 +35,7 @@ def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions:
         ValueError: there is no checkpoint of `train_policy`, or its robot, image size, words or statistics differ from
             those of this training.
     """
-    if not is_own(folder):
+    if hub_source(folder) is None and not is_own(folder):
         raise ValueError(f"objective.{key}={folder} is no checkpoint folder of train_policy, such as RUN/policy")
     policy = load_policy(folder, router=RouterConfig(), statistics=EVERY)
     theirs, ours = policy.preprocessor.cpu(), preprocessor

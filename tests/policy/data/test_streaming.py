@@ -174,7 +174,7 @@ def test_a_file_that_comes_at_the_second_attempt(
     reason="huggingface_hub 1 asks a silent hub for minutes before it gives up; it has no setting for that",
 )
 def test_a_hub_that_stops_answering(tmp_path: Path, hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogvla.policy.data.download.ANSWER_S", 0.2)
+    monkeypatch.setattr("cogvla.policy.hub.connection.ANSWER_S", 0.2)
     hub.silent = True
     refused(tmp_path, r"^cannot get the data set 'someone/toy' from the hub: .*timed? ?out")
     hub.silent = False

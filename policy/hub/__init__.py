@@ -1,0 +1,1 @@
+"""Policies and data sets on the Hugging Face hub: download, cards, upload."""

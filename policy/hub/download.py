@@ -1,0 +1,131 @@
+"""The folder of a checkpoint on the hub, downloaded once and pinned to a commit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
+from cogvla.policy.hub.connection import COMMIT, REPO_ID, HubError, give_up_waiting, hub_says
+
+UNUSED = ("training.pt", "README.md", ".*", "*/.*")
+"""Files of a repository that no policy needs."""
+_SOURCE = re.compile(rf"(?:https?:/+(?:huggingface|hf)\.co/)?({REPO_ID.pattern})/?(?:@([\w./-]+))?")
+
+
+class NoCheckpointError(ValueError):
+    """A repository of the hub holds no checkpoint of this package."""
+
+
+def hub_source(source: Path | str) -> tuple[str, str | None] | None:
+    """Return repository and revision of USER/NAME[@REVISION] or its address; None: it is no id, or is a path here.
+
+    `outputs/policy` is a path if there is a folder `outputs`, so that a mistyped path is not asked for on the hub.
+    """
+    if isinstance(source, Path):
+        return None
+    found = _SOURCE.fullmatch(source)
+    if found is None or (not source.startswith("http") and Path(source.partition("/")[0]).exists()):
+        return None
+    return found[1], found[2]
+
+
+def find_checkpoint(source: Path | str, otherwise: str = "train one with `train_policy`") -> Path:
+    """Return the folder of a checkpoint: the given one, or the downloaded one of a repository of the hub.
+
+    Args:
+        source: folder, or USER/NAME[@REVISION] on the hub.
+        otherwise: advice for a checkpoint that does not exist.
+
+    Raises:
+        ValueError: see `check_checkpoint_folder` and `load_from_hub`.
+    """
+    hub = None if Path(source).is_dir() else hub_source(source)
+    if hub is None:
+        check_checkpoint_folder(source, otherwise)
+        return Path(source)
+    try:
+        return load_from_hub(*hub)
+    except HubError as error:
+        raise ValueError(f"no checkpoint folder at {source}, and {error}; or {otherwise}") from error
+
+
+def load_from_hub(repo_id: str, revision: str | None = None) -> Path:
+    """Return the folder of a checkpoint of the hub; what is missing in huggingface_hub's cache is downloaded.
+
+    The folder belongs to one commit, and never changes. A commit that is downloaded already needs no network; a branch
+    or tag does, since it may have moved.
+
+    Args:
+        repo_id: USER/NAME.
+        revision: branch, tag or commit; None: the main branch.
+
+    Raises:
+        HubError: the hub has no such repository or revision, does not let us read it, or cannot be reached.
+        NoCheckpointError: it holds something else.
+        ValueError: the weights came damaged.
+        OSError: the cache cannot be written.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.hf_api import RepoFile
+
+    if revision is not None and COMMIT.fullmatch(revision) and (cached := _cached(repo_id, revision)) is not None:
+        return cached
+    give_up_waiting()
+    try:
+        with hub_says(repo_id, "read"):
+            commit = str(HfApi().model_info(repo_id, revision=revision).sha)
+    except HubError as error:
+        kept = [] if error.answered else _cached_commits(repo_id)
+        advice = f"; checkpoint={repo_id}@{kept[-1]} is downloaded, and needs no network" if kept else ""
+        raise HubError(f"{error}{advice}", error.answered) from error
+    if (cached := _cached(repo_id, commit)) is not None:
+        return cached
+    with hub_says(repo_id, "read"):
+        entries = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
+        files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        if missing := [name for name in (CONFIG, WEIGHTS, STATISTICS) if name not in files]:
+            raise NoCheckpointError(
+                f"{repo_id} on the hub is no checkpoint of this package: it has no {', '.join(missing)}; for published "
+                f"weights, run `import_checkpoint {repo_id} output=FOLDER` first"
+            )
+        # The configuration comes last: where it is, everything is.
+        folder = Path(snapshot_download(repo_id, revision=commit, ignore_patterns=[CONFIG, *UNUSED]))
+        if any(not (folder / name).is_file() for name in (WEIGHTS, STATISTICS)):  # huggingface_hub only warns
+            raise HubError(f"the hub stopped answering before {repo_id} was there: run the same command again", False)
+        large = files[WEIGHTS].lfs
+        if large is not None and _sha256(folder / WEIGHTS) != large.sha256:
+            (folder / WEIGHTS).resolve().unlink()
+            (folder / WEIGHTS).unlink(missing_ok=True)
+            raise ValueError(f"{WEIGHTS} of {repo_id} came damaged (its SHA-256 differs): run the same command again")
+        return Path(hf_hub_download(repo_id, CONFIG, revision=commit)).parent
+
+
+def checkpoint_name(folder: Path) -> str:
+    """Return a checkpoint's name for reports: USER/NAME@COMMIT in huggingface_hub's cache, else the folder's name."""
+    kind, *parts = folder.parent.parent.name.split("--")
+    if kind == "models" and len(parts) == 2 and folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):
+        return f"{'/'.join(parts)}@{folder.name}"
+    return folder.name
+
+
+def _cached(repo_id: str, commit: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, CONFIG, revision=commit)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _cached_commits(repo_id: str) -> list[str]:
+    """Return the downloaded commits of a repository, the newest download last."""
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "snapshots"
+    found = [path.parent for path in snapshots.glob(f"*/{CONFIG}") if COMMIT.fullmatch(path.parent.name)]
+    return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
