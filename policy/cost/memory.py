@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvla.policy.engine.nf4 import nf4_bytes
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
@@ -28,7 +29,7 @@ class TrainingMemory:
     """Memory of a training run, in bytes without sharding.
 
     Attributes:
-        frozen: frozen weights, in bfloat16.
+        frozen: frozen weights, in bfloat16 or 4 bits.
         trained: trained weights, in float32.
         gradients: gradients of the trained weights.
         moments: optimiser state of the trained weights.
@@ -59,10 +60,10 @@ def estimate_memory(
         model = CogVLA(config, embodiment)
     adapters.prepare(model, training.finetune)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen, packed = adapters.frozen_numbers(model)
     model.recompute_blocks(training.gradient_checkpointing)
     memory = TrainingMemory(
-        frozen=2 * frozen,
+        frozen=2 * (frozen - packed) + round(nf4_bytes(packed)),
         trained=4 * trained,
         gradients=4 * trained,
         moments=MOMENT_BYTES[training.optimiser] * trained,

@@ -17,13 +17,16 @@ from torch import Tensor
 from cogvla.policy.engine.float8 import Calibration, largest_inputs, to_float8
 from cogvla.policy.engine.int8 import to_int8
 from cogvla.policy.engine.network import FusedNetwork
+from cogvla.policy.engine.nf4 import to_nf4
 from cogvla.policy.engine.recording import Run, record
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.router_memory import Memory
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16, "int8": torch.float32}
-"""Precision of the layers that are not in 8 bits."""
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16, "int8": torch.float32, "nf4": None,
+}  # fmt: skip
+"""Precision of the layers that are not in 8 or 4 bits; None: as saved."""
 
 
 AUTO = "auto"
@@ -40,11 +43,12 @@ class EngineConfig:
             `cuda_graph` and `compile` as recorded for each shape that was announced by `warm_up`.
         text_buckets: instruction lengths in tokens; an instruction is padded to the next of them.
             Few shapes then cover all instructions. Longer instructions run without a recording.
-        dtype: float32, bfloat16, float8, int8 or auto; None: as saved (the only choice for `plain`).
+        dtype: float32, bfloat16, float8, int8, nf4 or auto; None: as saved (the only choice for `plain`).
             `float8` is bfloat16 with large layers in 8 bits, for checkpoints that `calibrate_policy` has measured.
             `int8` is float32 with large layers in 8 bits, for CPUs.
-            `auto` measures which of them is fastest here (`policy.engine.precision`).
-        smallest: minimum number of inputs and of outputs of a layer in `int8`; smaller layers would get slower.
+            `nf4` is as saved with the weights of large layers in 4 bits (bitsandbytes), to save memory; it is slower.
+            `auto` measures which of the others is fastest here (`policy.engine.precision`).
+        smallest: minimum number of inputs and of outputs of a layer in `int8` or `nf4`; smaller ones stay as they are.
         bound: largest mean deviation of normalised actions that `auto` accepts; 0.02 is 1 % of their range, -1 to 1.
     """
 
@@ -67,6 +71,8 @@ class EngineConfig:
             )
         if self.dtype == "int8" and self.kind in ("cuda_graph", "compile"):
             raise ValueError(f"engine.dtype=int8 is for CPUs, with engine.kind=trace or auto, not {self.kind}")
+        if self.dtype == "nf4" and self.kind not in ("auto", "eager"):
+            raise ValueError(f"engine.dtype=nf4 needs engine.kind=eager or auto, not {self.kind}")
         if not self.bound > 0:
             raise ValueError(f"engine.bound must be positive, got {self.bound}")
         if self.smallest < 1:
@@ -80,7 +86,7 @@ class EngineConfig:
         Raises:
             ValueError: the engine cannot run it.
         """
-        if self.dtype in ("float8", "int8"):
+        if self.dtype in ("float8", "int8", "nf4"):
             raise ValueError(
                 f"engine.dtype={self.dtype} works for trained checkpoints only: train with engine.dtype=null, "
                 f"then evaluate with `eval_libero engine.dtype={self.dtype}`"
@@ -132,7 +138,7 @@ class Engine:
         first = next(model.parameters())
         self.kind, self._automatic = config.kind, config.kind == "auto"
         if config.kind == "auto":
-            self.kind = "cuda_graph" if first.is_cuda else "trace"
+            self.kind = "eager" if config.dtype == "nf4" else "cuda_graph" if first.is_cuda else "trace"
         if self.kind == "cuda_graph" and not first.is_cuda:
             raise ValueError(
                 f"engine=cuda_graph needs a GPU, the policy is on {first.device}; use engine.kind=trace or auto"
@@ -142,7 +148,7 @@ class Engine:
                 "engine.dtype=float8 needs the range of each layer's inputs: run `calibrate_policy "
                 "checkpoint=FOLDER` once, or give engine.dtype=bfloat16"
             )
-        dtype = first.dtype if config.dtype is None else DTYPES[config.dtype]
+        dtype = (None if config.dtype is None else DTYPES[config.dtype]) or first.dtype
         self.buckets, self.precision = config.text_buckets, config.dtype or str(dtype).removeprefix("torch.")
         if dtype != first.dtype:
             if not release:
@@ -158,6 +164,8 @@ class Engine:
                 self.to_float8(calibration)
             if config.dtype == "int8":
                 to_int8(self.network, config.smallest)
+            if config.dtype == "nf4":
+                to_nf4(self.network, config.smallest)
             self.dense = self._keeping_all()
 
     def _keeping_all(self) -> FusedNetwork | None:
@@ -173,7 +181,7 @@ class Engine:
             ValueError: the engine runs in another precision than the model's.
         """
         mine, theirs = (next(each.parameters()).dtype for each in (self.model, model))
-        if mine != theirs or self.precision in ("int8", "float8"):
+        if mine != theirs or self.precision in ("int8", "float8", "nf4"):
             raise ValueError(
                 f"other routers need the model's own precision, not {self.precision}: give engine.dtype=null"
             )

@@ -63,7 +63,7 @@ def fused(
 
 
 def large_linears(network: nn.Module, smallest: int, multiple: int = 1) -> dict[str, FusedLinear]:
-    """Return the layers that are large enough for 8 bits, by name; routers are left out.
+    """Return the layers that are large enough for 8 or 4 bits, by name; routers are left out.
 
     Args:
         network: network with `FusedLinear` layers.
@@ -82,7 +82,7 @@ def large_linears(network: nn.Module, smallest: int, multiple: int = 1) -> dict[
     }
     if not found:
         raise ValueError(
-            f"no layer of this model has {smallest} or more inputs and outputs: 8 bits would not make it faster, set "
+            f"no layer of this model has {smallest} or more inputs and outputs: 8 bits or less would not help, set "
             "engine.dtype=null"
         )
     return found

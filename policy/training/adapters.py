@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cogvla.policy.engine.nf4 import Nf4Linear
+
 Model = TypeVar("Model", bound=nn.Module)
 
-ADAPTER, BASE = "default", ".base_layer."
+ADAPTER, BASE, PACKED = "default", ".base_layer.", ".packed"
 FINGERPRINT = 64
 """Numbers of each frozen tensor that a resumed run compares."""
 
@@ -34,6 +36,8 @@ class FinetuneConfig:
         rank: rank of the LoRA adapters.
         alpha: the output of an adapter is scaled by alpha / rank.
         dropout: dropout rate of the adapters.
+        bits: 4: keep the weights of layers with an adapter in 4 bits (QLoRA, NF4), see `policy.engine.nf4`; None: as
+            they are.
     """
 
     train: tuple[str, ...] = ("*",)
@@ -41,6 +45,7 @@ class FinetuneConfig:
     rank: int = 32
     alpha: float = 16.0
     dropout: float = 0.0
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("train", "adapt"):
@@ -52,13 +57,18 @@ class FinetuneConfig:
             raise ValueError("finetune.train and finetune.adapt are both empty: there is nothing to train")
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise ValueError("finetune: rank and alpha must be positive, dropout in [0,1)")
+        if self.bits not in (None, 4):
+            raise ValueError(f"finetune.bits must be 4 or null, got {self.bits!r}")
+        if self.bits is not None and not self.adapt:
+            raise ValueError("finetune.bits=4 needs finetune.adapt: weights in 4 bits are frozen")
 
 
 def prepare(model: nn.Module, config: FinetuneConfig) -> None:
     """Add adapters and freeze the weights that are not trained, in place.
 
     Raises:
-        ValueError: the model has no such part, there is no linear layer to adapt, or peft is not installed.
+        ValueError: the model has no such part, there is no linear layer to adapt, or peft or (for 4 bits) bitsandbytes
+            is not installed.
     """
     parts = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     roots = {name.partition(".")[0] for name in (*parts, *vars(model)) if not name.startswith("_")}
@@ -77,6 +87,8 @@ def prepare(model: nn.Module, config: FinetuneConfig) -> None:
         raise ValueError(f"finetune.adapt = {list(config.adapt)} leaves no linear layer to adapt")
     if targets:
         _inject(model, targets, config)
+    for _, layer in adapted_layers(model) if config.bits is not None else ():
+        layer.base_layer = Nf4Linear(layer.base_layer.weight, layer.base_layer.bias)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or (BASE not in name and _named(name, config.train)))
 
@@ -113,11 +125,18 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict with adapters folded in; the model is not changed.
 
+    Layers in 4 bits get the weights that these bits stand for, as in training. They are put on the CPU one by one,
+    since a GPU may have no room for all.
+
     All weights have one precision: bfloat16 if the model has several, because its frozen weights are in bfloat16.
     Buffers (statistics of a text encoder's states) keep theirs.
     """
     merged = {f"{name}.weight": _merged(layer) for name, layer in adapted_layers(model)}
-    state = {name.replace(BASE, "."): value for name, value in model.state_dict().items() if ".lora_" not in name}
+    state = {
+        name.replace(BASE, "."): value
+        for name, value in model.state_dict().items()
+        if ".lora_" not in name and not name.endswith(PACKED)
+    }
     whole = {**state, **merged}
     buffers = {name for name, _ in model.named_buffers()}
     mixed = len({value.dtype for name, value in whole.items() if name not in buffers}) > 1
@@ -125,9 +144,15 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge(model: nn.Module) -> dict[str, Tensor]:
-    """Fold the adapters into the weights, in place; return the original weights for `unmerge`."""
+    """Fold the adapters into the weights, in place; return the original weights for `unmerge`.
+
+    Raises:
+        ValueError: layers are in 4 bits, into which nothing can be folded.
+    """
     base = {}
     for name, layer in adapted_layers(model):
+        if isinstance(layer.base_layer, Nf4Linear):
+            raise ValueError("adapters of layers in 4 bits cannot be merged in place: use merged_state")
         base[name] = layer.base_layer.weight.detach().clone()
         layer.merge(safe_merge=True)
     return base
@@ -144,9 +169,11 @@ def unmerge(model: nn.Module, base: dict[str, Tensor]) -> None:
 def fold(model: Model) -> Model:
     """Replace adapted layers by plain linear layers with merged weights, in place; return the model.
 
-    Other models that share the original weights are not changed.
+    Other models that share the original weights are not changed. Layers in 4 bits keep their adapters.
     """
     for name, layer in list(adapted_layers(model)):
+        if isinstance(layer.base_layer, Nf4Linear):
+            continue
         plain = layer.base_layer
         plain.weight = nn.Parameter(_merged(layer), requires_grad=False)
         model.set_submodule(name, plain)
@@ -156,7 +183,8 @@ def fold(model: Model) -> Model:
 @torch.no_grad()
 def _merged(layer: Any) -> Tensor:
     weight = layer.base_layer.weight
-    return (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
+    merged = (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
+    return merged.cpu() if isinstance(layer.base_layer, Nf4Linear) and not merged.is_meta else merged
 
 
 def fingerprint(module: nn.Module) -> Tensor:
@@ -169,6 +197,17 @@ def summary(model: nn.Module) -> str:
     """Describe for the log how many parameters are trained fully, trained in adapters, and frozen."""
     full = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name)
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen, packed = frozen_numbers(model)
     layers = sum(1 for _ in adapted_layers(model))
-    return f"{full:,} parameters are trained, {adapters:,} in the adapters of {layers} layers, {frozen:,} are frozen"
+    said = f", {packed:,} of them in 4 bits" if packed else ""
+    return (
+        f"{full:,} parameters are trained, {adapters:,} in the adapters of {layers} layers, {frozen:,} are frozen{said}"
+    )
+
+
+def frozen_numbers(model: nn.Module) -> tuple[int, int]:
+    """Return how many numbers are frozen, and how many of these are in 4 bits."""
+    layers = [module for module in model.modules() if isinstance(module, Nf4Linear)]
+    stored = sum(layer.packed.numel() for layer in layers)
+    packed = sum(layer.in_features * layer.out_features for layer in layers)
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad) - stored + packed, packed

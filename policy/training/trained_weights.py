@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from cogvla.policy.engine.nf4 import Nf4Linear
 from cogvla.policy.training import adapters
 from cogvla.policy.training.adapters import FinetuneConfig
 from cogvla.policy.training.config import TrainingConfig
@@ -58,13 +59,18 @@ class TrainedWeights:
             accelerator.print(adapters.summary(objective))
         if accelerator.mixed_precision == "bf16":
             for parameter in objective.parameters():
-                if not parameter.requires_grad and parameter.ndim > 1:
+                if not parameter.requires_grad and parameter.ndim > 1 and parameter.is_floating_point():
                     parameter.data = parameter.data.bfloat16()
+            for module in objective.modules():
+                if isinstance(module, Nf4Linear):
+                    module.answer_in(torch.bfloat16)
         objective.model.recompute_blocks(config.gradient_checkpointing)
         self.frozen = adapters.fingerprint(objective)
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and (config.ema_decay or config.optimiser != "adamw"):
             raise ValueError("FSDP needs training.ema_decay=0 and training.optimiser=adamw")
+        if self.sharded and config.finetune.bits is not None:
+            raise ValueError("FSDP cannot divide weights in 4 bits: give finetune.bits=null")
         # Sharded modules cannot be copied: the first process gathers their weights in this copy.
         self.whole = copy.deepcopy(objective) if self.sharded and accelerator.is_main_process else None
         self.objective: Any
@@ -120,7 +126,7 @@ class TrainedWeights:
         Raises:
             ValueError: the state is from another objective, fine-tuning or base; nothing is changed then.
         """
-        if state.get("finetune", asdict(FinetuneConfig())) != asdict(self.config.finetune):
+        if asdict(FinetuneConfig()) | state.get("finetune", {}) != asdict(self.config.finetune):
             raise ValueError("was trained with another finetune")
         frozen = {name for name, p in self.raw.named_parameters() if not p.requires_grad}
         if state["objective"].keys() != self.raw.state_dict().keys() - frozen:
