@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from cogvla.configs.build import build
+from cogvla.policy.checkpoint_folder import is_exported
 from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import AsksPolicy, FrontEnd
@@ -125,7 +126,7 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
         )
         return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
     source = str(config.checkpoint)
-    if not source.startswith(LEROBOT):
+    if not source.startswith(LEROBOT) and not is_exported(source):
         source = str(find_checkpoint(source, "give another one, or server=ws://HOST:PORT"))
     policy, identity = open_any_policy(
         source,
