@@ -126,12 +126,11 @@ def together(parts: list[ModelInput]) -> ModelInput:
     def padded(text: torch.Tensor) -> torch.Tensor:
         return torch.cat((text, text.new_zeros(len(text), longest - text.shape[1], *text.shape[2:])), dim=1)
 
-    names = ("pixels", "text_ids", "text_mask", "state")
     return ModelInput(
-        *(
-            torch.cat([padded(x) if name.startswith("text") else x for x in (getattr(p, name) for p in parts)])
-            for name in names
-        )
+        torch.cat([part.pixels for part in parts]),
+        torch.cat([padded(part.text_ids) for part in parts]),
+        torch.cat([padded(part.text_mask) for part in parts]),
+        torch.cat([part.state for part in parts]),
     )
 
 

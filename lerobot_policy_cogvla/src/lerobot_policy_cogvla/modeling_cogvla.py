@@ -173,7 +173,7 @@ class CogVLAPolicy(PreTrainedPolicy):
             batch[OBS_LANGUAGE_TOKENS],
             batch[OBS_LANGUAGE_ATTENTION_MASK],
             batch[OBS_STATE],
-            **({} if draw_B2 is None else {"draw": draw_B2}),
+            draw_B2,
         )
 
 

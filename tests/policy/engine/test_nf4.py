@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_nothing_is_kept_for_the_backward_pass() -> None:
 def test_its_size_is_the_counted_one() -> None:
     layer = linear(512, 512)
     four = Nf4Linear(layer.weight, None)
-    state = four._state
+    state: Any = four._state
     stored = [four.packed, state.absmax, state.state2.absmax]
     assert sum(t.numel() * t.element_size() for t in stored) == pytest.approx(nf4_bytes(512 * 512), rel=0.01)
     assert nf4_bytes(512 * 512) / (512 * 512) * 8 == pytest.approx(4.127, abs=1e-3), "bits of a weight, as in the paper"

@@ -100,8 +100,8 @@ def alone(tmp_path: Path, change: dict[str, Any], **routing: Any) -> Objective:
     """One switch on, and towers whose attention is not even: theirs is nearly so before they are trained."""
     config = everything(tmp_path, efa=False)
     switches = ("pointer", "contrast", "matching", "concepts", "diversity", "masking", "vision_dropout")
-    off = replace(config, **dict.fromkeys((*switches, "distillation", "prior"), 0))
-    objective = small_trainer(tmp_path / "run", settings(), replace(off, **change), **routing).raw.train()
+    changes: dict[str, Any] = {**dict.fromkeys((*switches, "distillation", "prior"), 0), **change}
+    objective = small_trainer(tmp_path / "run", settings(), replace(config, **changes), **routing).raw.train()
     with torch.no_grad():
         for name, weight in objective.model.vision.named_parameters():
             if "qkv.weight" in name:
