@@ -384,7 +384,7 @@ def test_and_the_reverse(act: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"statistics": "libero"}, {"router": {"name": "random"}}])
 def test_keys_of_our_checkpoints(act: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="needs the folder of a checkpoint"):
+    with pytest.raises(ValueError, match="needs a checkpoint, not"):
         open_any_policy(f"lerobot:{act}", embodiment=asdict(ROBOT), **wrong)
 
 

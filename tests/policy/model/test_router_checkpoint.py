@@ -126,7 +126,7 @@ def test_eval_libero_plays_with_a_router(tmp_path: Path, monkeypatch: pytest.Mon
         (["router.name=random", "router.options={speed: 1}"], "has no option speed"),
         (["router.name=random", "router.mode=skip"], "must be one of bypass, drop"),
         (["router.name=random", "+router.speed=1"], "unknown key speed in router"),
-        (["router.name=random", "checkpoint=random"], "needs the folder of a checkpoint"),
+        (["router.name=random", "checkpoint=random"], "needs a checkpoint, not"),
     ],
 )
 def test_mistakes_on_the_command_line_are_explained(overrides: list[str], message: str) -> None:

@@ -100,7 +100,7 @@ def test_it_must_be_said_which_statistics(trained: Path, tmp_path: Path) -> None
         load_policy(trained, statistics="*").act(ROBOT.fake_observation(1))
     opened, _ = open_any_policy(str(trained), device="cpu", statistics="metres")
     assert opened.describe()["statistics"] == "metres"
-    with pytest.raises(ValueError, match="statistics=metres needs the folder of a checkpoint, not random"):
+    with pytest.raises(ValueError, match="statistics=metres needs a checkpoint, not random"):
         open_any_policy("random", statistics="metres")
     small_trainer(tmp_path, settings(steps=1)).run()
     with pytest.raises(ValueError, match=r"no statistics named 'metres'; leave it out: there is one set"):
