@@ -48,7 +48,10 @@ def find_checkpoint(source: Path | str, otherwise: str = "train one with `train_
     try:
         return load_from_hub(*hub)
     except HubError as error:
-        raise ValueError(f"no checkpoint folder at {source}, and {error}; or {otherwise}") from error
+        raise ValueError(
+            f"no checkpoint folder at {source}, and {error}; or {otherwise}; for published weights, run "
+            f"`import_checkpoint {hub[0]} output=FOLDER` first"
+        ) from error
 
 
 def load_from_hub(repo_id: str, revision: str | None = None) -> Path:
