@@ -1,7 +1,8 @@
-"""Write files so that a crash or a full disk leaves the old content, read JSON files, list the files of a folder."""
+"""Write files so that a crash or a full disk leaves the old content, hash them, read JSON files, list a folder."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Hashable, Sequence
@@ -20,6 +21,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class KeyTwiceError(ValueError):

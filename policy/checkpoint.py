@@ -13,7 +13,6 @@ Saving is atomic: the folder is written under a temporary name and then renamed.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvla.configs.build import build
-from cogvla.files import read_object
+from cogvla.files import file_hash, read_object
 from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
@@ -332,8 +331,7 @@ def _load_calibration(folder: Path) -> Calibration | None:
 
 def weights_hash(folder: Path) -> str:
     """Return the SHA-256 of the weights file, which identifies the weights."""
-    with (folder / WEIGHTS).open("rb") as weights:
-        return hashlib.file_digest(weights, "sha256").hexdigest()
+    return file_hash(folder / WEIGHTS)
 
 
 def _for_router(weights: dict[str, Tensor], model: CogVLA, router: RouterConfig) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a policy remembers of the episodes of several robots, for token routers that read earlier decisions.
+"""Memory of a policy: a row for the episode of each robot, for token routers that read earlier decisions.
 
 Each robot ("slot") has a row in tensors [M,...], one for each part of `policy.model.router_memory`. A forward pass gets
 the rows of its samples, and what it returns takes their place. A slot must begin an episode before it is used; nothing

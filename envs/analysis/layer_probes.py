@@ -1,4 +1,4 @@
-"""What vision tokens tell the layers of the language model, measured by the change of the actions.
+"""Measure by the change of the actions what the layers of the language model take from vision tokens.
 
 - `horizon`: some or all of the tokens are removed before a layer (information horizon);
 - `injection`: the tokens skip the first layers, and enter at a later one as they leave the projector (EmbedLens);

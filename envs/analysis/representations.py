@@ -1,4 +1,4 @@
-"""What vision tokens are like in the language model, and as a language of their own: READ, IMA, and word statistics.
+"""Describe vision tokens in the language model, and as a language of their own: READ, IMA, and word statistics.
 
 Shape legend: N vision tokens, n of them now, T words, J action tokens, D width, I neurons of an MLP, W codes.
 """

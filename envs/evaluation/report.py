@@ -189,10 +189,8 @@ def _row(name: str, instruction: str, results: Sequence[EpisodeResult], unknown:
         scene_task=success_rate(r.scene_task_success for r in played if r.scene_task_success is not None),
         errors=len(results) - len(played),
         repeated=sum(r.attempts > 1 for r in results),
-        steps=float(np.mean([r.steps for r in played])) if played else None,
-        steps_to_success=float(np.mean([r.steps for r in played if r.success]))
-        if any(r.success for r in played)
-        else None,
+        steps=_mean([r.steps for r in played]),
+        steps_to_success=_mean([r.steps for r in played if r.success]),
         inference=latency(ms for r in played for ms in r.inference_ms),
         loop=latency(ms for r in played for ms in r.loop_ms),
         seam=_mean([r.seam for r in played if r.seam is not None]),

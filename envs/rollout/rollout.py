@@ -97,8 +97,8 @@ class RolloutSettings:
         if self.waiting_steps < 0:
             raise ValueError(f"waiting_steps must not be negative, got {self.waiting_steps}")
 
-    def chunker(self, chunk: int, control_hz: float = 0.0) -> Chunker:
-        """Build the chunker for chunks of `chunk` actions, and with a latency for this control rate.
+    def chunker(self, chunk: int, control_hz: float) -> Chunker:
+        """Build the chunker for chunks of `chunk` actions at this control rate.
 
         Raises:
             ValueError: `execute_steps`, together with the latency, is larger than the chunk.

@@ -156,7 +156,7 @@ class Engine:
             for parameter in model.parameters():  # `model.to` would also round the frequencies of the positions
                 parameter.data = parameter.data.to(dtype)
         self.model = model
-        self._recorded: dict[tuple[int, int] | tuple[int, int, bool], Run] = {}
+        self._recorded: dict[tuple[int, int, bool], Run] = {}
         with torch.no_grad():
             self.network = FusedNetwork(model, release)
             if config.dtype == "float8":
@@ -221,7 +221,7 @@ class Engine:
 
     def step(self, inputs: ModelInput, text: EncodedText) -> tuple[Tensor, Memory | None]:
         """Return normalised actions [B,K,A], and the new memory of token routers (None: they remember nothing)."""
-        run = self._recorded.get(_shape(len(inputs.state), text), self._network(text.dense))
+        run = self._recorded.get((len(inputs.state), text.words, text.dense), self._network(text.dense))
         result = run(self._inputs(inputs, text))
         if isinstance(result, Tensor):
             return result, None
@@ -281,7 +281,7 @@ class Engine:
         for bucket, dense in itertools.product(buckets, (False,) if self.dense is None else (False, True)):
             ids_BT = inputs.text_ids.new_zeros((batch, bucket, *inputs.text_ids.shape[2:]))
             mask_BT = torch.ones((batch, bucket), dtype=torch.bool, device=ids_BT.device)
-            shape = _shape(batch, EncodedText({}, bucket, dense))
+            shape = (batch, bucket, dense)
             if shape not in self._recorded:
                 text = self.encode(ids_BT, mask_BT, dense)
                 tensors = self._inputs(starting(self.model, inputs), text)
@@ -303,10 +303,6 @@ class Engine:
 def starting(model: CogVLA, inputs: ModelInput) -> ModelInput:
     """Return the same inputs as first observations of their episodes, for token routers that remember."""
     return replace(inputs, memory=model.empty_memory(len(inputs.state)))
-
-
-def _shape(batch: int, text: EncodedText) -> tuple[int, int] | tuple[int, int, bool]:
-    return (batch, text.words, True) if text.dense else (batch, text.words)
 
 
 def _another(memory: Tensor) -> Tensor:

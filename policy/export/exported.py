@@ -9,7 +9,6 @@ Shape legend: B batch, K chunk, A action, T text tokens.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cogvla.configs.build import build
-from cogvla.files import read_object
+from cogvla.files import file_hash, read_object
 from cogvla.policy.checkpoint_folder import EXPORTED as MANIFEST
 from cogvla.policy.export.formats import FORMATS, Runtime, open_file
 from cogvla.policy.export.graph import IDS, MASK, STATE, image_names
@@ -197,9 +196,3 @@ def open_exported(
 def file_name(kind: str, length: int) -> str:
     """Return the name of the file for instructions of up to `length` tokens."""
     return f"policy_{length}{FORMATS[kind]}"
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -52,6 +52,11 @@ class PolicyGraph(nn.Module):
             )
         if reason := not_fusible(model):
             raise ValueError(f"this policy cannot be exported: {reason}")
+        if model.router is not None and model.router.memory is not None:
+            raise ValueError(
+                f"router {model.router.config.name!r} remembers earlier decisions, and an exported policy sees each "
+                "moment alone: export a policy with another router"
+            )
         self.model, self.network = model, FusedNetwork(model)
         self.state, self.action = preprocessor.state_normaliser, preprocessor.action_normaliser
         self.crop_area, self.size = preprocessor.crop_area, preprocessor.image_size

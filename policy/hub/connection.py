@@ -1,4 +1,4 @@
-"""What all requests to the hub share: its errors in one line, and how long to wait for an answer."""
+"""Requests to the hub: its errors in one line, and the time to wait for an answer."""
 
 from __future__ import annotations
 

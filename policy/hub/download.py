@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
+from cogvla.files import file_hash
 from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
 from cogvla.policy.hub.connection import COMMIT, REPO_ID, HubError, give_up_waiting, hub_says
 
@@ -98,7 +98,7 @@ def load_from_hub(repo_id: str, revision: str | None = None) -> Path:
         if any(not (folder / name).is_file() for name in (WEIGHTS, STATISTICS)):  # huggingface_hub only warns
             raise HubError(f"the hub stopped answering before {repo_id} was there: run the same command again", False)
         large = files[WEIGHTS].lfs
-        if large is not None and _sha256(folder / WEIGHTS) != large.sha256:
+        if large is not None and file_hash(folder / WEIGHTS) != large.sha256:
             (folder / WEIGHTS).resolve().unlink()
             (folder / WEIGHTS).unlink(missing_ok=True)
             raise ValueError(f"{WEIGHTS} of {repo_id} came damaged (its SHA-256 differs): run the same command again")
@@ -127,8 +127,3 @@ def _cached_commits(repo_id: str) -> list[str]:
     snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "snapshots"
     found = [path.parent for path in snapshots.glob(f"*/{CONFIG}") if COMMIT.fullmatch(path.parent.name)]
     return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime)]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

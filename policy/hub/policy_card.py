@@ -33,7 +33,7 @@ PUBLISHED = (
     CONFIG, WEIGHTS, STATISTICS, FLOAT8, CARD, f"{ENCODER}/*",
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
 )  # fmt: skip
-"""What of a checkpoint folder is published; all of this belongs to an upload."""
+"""Files of a checkpoint folder that are published; all of this belongs to an upload."""
 Body = Mapping[str, Any]
 
 

@@ -25,7 +25,7 @@ Kind = Literal["model", "dataset"]
 
 @dataclass(frozen=True)
 class Publication:
-    """What is to be published.
+    """A set of files to publish.
 
     Attributes:
         kind: what the hub calls it.

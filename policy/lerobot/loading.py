@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cogvla.files import read_object, visible
+from cogvla.files import file_hash, read_object, visible
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.lerobot.policy import IMAGES, STATE, LeRobotPolicy, Parts
 
@@ -248,12 +248,10 @@ def _check_weights(policy: Any, folder: Path) -> None:
 
 def _identity(folder: Path) -> dict[str, str]:
     """Return what identifies weights and processors."""
-    with (folder / WEIGHTS).open("rb") as weights:
-        found = {"weights_sha256": hashlib.file_digest(weights, "sha256").hexdigest()}
     whole = hashlib.sha256()
     for file in sorted(visible(folder, "policy_*")):
         whole.update(file.read_bytes())
-    return found | {"processors_sha256": whole.hexdigest()}
+    return {"weights_sha256": file_hash(folder / WEIGHTS), "processors_sha256": whole.hexdigest()}
 
 
 def _said(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What token routers remember of the earlier decisions of an episode, as tensors of fixed shapes.
+"""Memory of token routers: earlier decisions of an episode, as tensors of fixed shapes.
 
 The network is a pure function: it gets the memory of each sample (`ModelInput.memory`) and returns that of the next
 decision (`ModelOutput.memory`). `policy.episode_memory` keeps it for each robot.

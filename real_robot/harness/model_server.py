@@ -74,7 +74,7 @@ class PolicyModelServer(ModelServer):
         self._policy, self._batching = policy, batching or BatchSettings()
         self.embodiment = policy.embodiment
         self._execution = execution or RolloutSettings()
-        self._execution.chunker(self.embodiment.chunk)
+        self._chunker()  # an execution that does not fit ends here
         names = self.embodiment.camera_names
         named = dict.fromkeys(names) if cameras is None else cameras
         if not isinstance(named, Mapping) or set(named) != set(names):
@@ -115,7 +115,7 @@ class PolicyModelServer(ModelServer):
 
     async def on_episode_start(self, config: Any, ctx: SessionContext) -> None:
         """Forget all chunks. A benchmark that does not fit is refused later: an error here would have no request."""
-        self._episodes[ctx] = _Episode(self._execution.chunker(self.embodiment.chunk), self._misfit(config))
+        self._episodes[ctx] = _Episode(self._chunker(), self._misfit(config))
         self._count()
 
     async def on_episode_end(self, result: Any, ctx: SessionContext) -> None:
@@ -147,6 +147,9 @@ class PolicyModelServer(ModelServer):
     def _count(self) -> None:
         if self._batcher is not None:
             self._batcher.count_clients(len(self._episodes))
+
+    def _chunker(self) -> Chunker:
+        return self._execution.chunker(self.embodiment.chunk, self.embodiment.control_hz)
 
     def _misfit(self, config: Any) -> str | None:
         """Return why the benchmark of an episode does not fit, as far as its task says what it sends and executes."""

@@ -27,14 +27,28 @@ from torch import Tensor
 
 from cogvla.routing.registry import build_router, register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter, latest
+from cogvla.routing.routers.wrapping import WrappingRouter
 from cogvla.routing.selection import best, kept
 
 GATES, FULL = ("window", "average", "none"), 3
 """Rules of the gate, and the number of first decisions that keep everything."""
 
 
+class WordMatch(TokenRouter):
+    """Keep the tokens that the words ask for."""
+
+    needs = frozenset({"text_match_BN"})
+    stage = "llm_layer"
+    stages = ("llm_layer",)
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.text_match_BN is not None
+        score_BN = context.text_match_BN.float()
+        return kept(tokens_BND, best(score_BN, context.budget), score_BN)
+
+
 @register_router("adp")
-class ADP(TokenRouter):
+class ADP(WrappingRouter):
     """Keep the tokens that the words ask for, in fast motion only.
 
     Args:
@@ -45,9 +59,7 @@ class ADP(TokenRouter):
         base_options: options of that router.
     """
 
-    needs = frozenset({"text_match_BN"})
-    stage = "llm_layer"
-    stages = ("llm_layer",)
+    needs, stage, stages = WordMatch.needs, WordMatch.stage, WordMatch.stages
 
     def __init__(
         self,
@@ -58,30 +70,15 @@ class ADP(TokenRouter):
         base: str | None = None,
         base_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(sizes)
-        if gate not in GATES or longest < 1:
-            raise ValueError(f"adp needs gate of {', '.join(GATES)} and longest of at least 1, got {gate}, {longest}")
-        self.gate, self.longest, self.gated = gate, longest, gate != "none"
-        self.remembers = FULL if self.gated else 0
-        self.base: TokenRouter | None = None
         if base is None and base_options:
             raise ValueError("adp has base_options, but no base")
-        if base is not None:
-            self.base = router = build_router(base, sizes, base_options)
-            if router.gated:
-                raise ValueError(f"adp needs a base without a gate, {base!r} has one")
-            self.needs, self.selects = router.needs, router.selects  # type: ignore[misc]
-            self.stage, self.stages = router.stage, router.stages  # type: ignore[misc, assignment]
-            self.remembers = max(self.remembers, router.remembers)
-
-    def leaves(self, budget: int) -> int:
-        return budget if self.base is None else self.base.leaves(budget)
-
-    def attention_blocks(self, depth: int) -> range:
-        return super().attention_blocks(depth) if self.base is None else self.base.attention_blocks(depth)
-
-    def watched_layer(self, depth: int) -> int:
-        return super().watched_layer(depth) if self.base is None else self.base.watched_layer(depth)
+        super().__init__(sizes, WordMatch(sizes) if base is None else build_router(base, sizes, base_options))
+        if gate not in GATES or longest < 1:
+            raise ValueError(f"adp needs gate of {', '.join(GATES)} and longest of at least 1, got {gate}, {longest}")
+        if self.base.gated:
+            raise ValueError(f"adp needs a base without a gate, {base!r} has one")
+        self.gate, self.longest, self.gated = gate, longest, gate != "none"
+        self.remembers = max(FULL if self.gated else 0, self.base.remembers)
 
     def prunes(self, motion_BOC: Tensor, age_B: Tensor, run_B: Tensor) -> Tensor:
         distance_BO = motion_BOC[..., :3].float().norm(dim=-1)[:, -FULL:]
@@ -96,8 +93,4 @@ class ADP(TokenRouter):
         return moving_B & (age_B >= FULL) & (run_B < self.longest)
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
-        if self.base is not None:
-            return self.base.route(tokens_BND, latest(context, self.base.remembers))
-        assert context.text_match_BN is not None
-        score_BN = context.text_match_BN.float()
-        return kept(tokens_BND, best(score_BN, context.budget), score_BN)
+        return self.base.route(tokens_BND, latest(context, self.base.remembers))

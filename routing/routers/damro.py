@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cogvla.routing.registry import build_router, register_router
-from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes
+from cogvla.routing.routers.wrapping import WrappingRouter
 from cogvla.routing.selection import ranked, remaining, take
 
 WIDE = ("encoder_BNF", "keys_BNC")
@@ -26,7 +27,7 @@ FLAT = ("received_BN", "score_BN")
 
 
 @register_router("damro")
-class Damro(TokenRouter):
+class Damro(WrappingRouter):
     """Take outlier tokens away, then run another router.
 
     Args:
@@ -46,22 +47,17 @@ class Damro(TokenRouter):
         base_options: Mapping[str, Any] | None = None,
         count: int = 10,
     ) -> None:
-        super().__init__(sizes)
+        super().__init__(sizes, build_router(base, replace(sizes, grid=None), base_options))
         if count < 1:
             raise ValueError(f"damro needs count >= 1, got {count}")
-        self.base = build_router(base, replace(sizes, grid=None), base_options)
-        exact = self.base.selects and self.base.leaves(1) == 1
+        exact = self.base.selects and self.base.leaves(1) == 1 and not self.base.remembers
         if not exact or not set(self.base.stages) & set(Damro.stages):
-            raise ValueError(f"damro needs a base that chooses tokens before the language model, not {base!r}")
+            raise ValueError(
+                f"damro needs a base that chooses tokens before the language model by this moment alone, not {base!r}"
+            )
         self.count, self.needs = count, self.base.needs | {"attention_LBN"}  # type: ignore[misc]
         self.stages = tuple(stage for stage in Damro.stages if stage in self.base.stages)  # type: ignore[misc]
         self.stage = self.stages[0]  # type: ignore[misc]
-
-    def leaves(self, budget: int) -> int:
-        return self.base.leaves(budget)
-
-    def attention_blocks(self, depth: int) -> range:
-        return self.base.attention_blocks(depth)
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.attention_LBN is not None

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from cogvla.routing.registry import build_router, register_router
-from cogvla.routing.router import Calibrated, RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.router import Calibrated, RoutedTokens, RouterContext, RouterSizes
+from cogvla.routing.routers.wrapping import WrappingRouter
 
 TOKENS = 576  # the authors' rates are for this many tokens
 
 
 @register_router("debias")
-class Debias(TokenRouter, Calibrated):
+class Debias(WrappingRouter, Calibrated):
     """Run another router on attention without the trend.
 
     Args:
@@ -43,22 +44,10 @@ class Debias(TokenRouter, Calibrated):
         base_options: Mapping[str, Any] | None = None,
         rate: float = 0.002,
     ) -> None:
-        super().__init__(sizes)
-        self.base, self.rate = build_router(base, sizes, base_options), rate * TOKENS / sizes.tokens
-        self.needs, self.selects = self.base.needs, self.base.selects  # type: ignore[misc]
-        self.stage, self.stages = self.base.stage, self.base.stages  # type: ignore[misc]
-        self.remembers, self.gated, self.prunes = self.base.remembers, self.base.gated, self.base.prunes  # type: ignore[method-assign]
+        super().__init__(sizes, build_router(base, sizes, base_options))
+        self.rate = rate * TOKENS / sizes.tokens
         if not self.needs & {"attention_LBN", "received_BN", "attention_BNN"}:
             raise ValueError(f"debias needs a base that reads attention, and {base!r} does not")
-
-    def leaves(self, budget: int) -> int:
-        return self.base.leaves(budget)
-
-    def watched_layer(self, depth: int) -> int:
-        return self.base.watched_layer(depth)
-
-    def attention_blocks(self, depth: int) -> range:
-        return self.base.attention_blocks(depth)
 
     def observed(self, tokens_BND: Tensor, context: RouterContext) -> Tensor:
         """Return the attention that each token gets [B,N]."""

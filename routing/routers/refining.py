@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from cogvla.routing.registry import build_router
-from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
+from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes
+from cogvla.routing.routers.wrapping import WrappingRouter
 
 
-class RefiningRouter(TokenRouter):
+class RefiningRouter(WrappingRouter):
     """Run a base router on refined tokens. Every token is then a new one, and `owner_BN` says what it was made of.
 
     Args:
@@ -29,20 +30,15 @@ class RefiningRouter(TokenRouter):
     selects = False
 
     def __init__(self, sizes: RouterSizes, base: str, base_options: Mapping[str, Any] | None) -> None:
-        super().__init__(sizes)
-        self.base = build_router(base, sizes, base_options)
-        self.needs = type(self).needs | self.base.needs  # type: ignore[misc]
+        super().__init__(sizes, build_router(base, sizes, base_options))
+        self.needs, self.selects = type(self).needs | self.base.needs, False  # type: ignore[misc]
         self.stages = tuple(stage for stage in type(self).stages if stage in self.base.stages)  # type: ignore[misc]
         if not self.stages:
             wanted, has = ", ".join(type(self).stages), ", ".join(self.base.stages)
             raise ValueError(f"base {base!r} works at {has} only: choose one for {wanted}")
+        if "history_BOND" in self.needs:
+            raise ValueError(f"base {base!r} reads tokens of earlier decisions, which nothing refines: choose another")
         self.stage = self.base.stage if self.base.stage in self.stages else self.stages[0]  # type: ignore[misc]
-
-    def leaves(self, budget: int) -> int:
-        return self.base.leaves(budget)
-
-    def attention_blocks(self, depth: int) -> range:
-        return self.base.attention_blocks(depth)
 
     @abstractmethod
     def refine(self, tokens_BND: Tensor, context: RouterContext) -> Tensor:

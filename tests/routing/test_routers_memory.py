@@ -189,3 +189,20 @@ def test_latest_shortens_all_that_is_past() -> None:
 def test_mistakes(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         router_of(name, 4, **options)
+
+
+@pytest.mark.parametrize("name", ["token_pooling", "channel_attention"])
+def test_a_wrapper_has_the_gate_and_the_memory_of_its_base(name: str) -> None:
+    router = router_of(name, 4, base="adp", base_options={"base": "spatial_pool"})
+    assert (router.gated, router.remembers, router.selects) == (True, 3, False)
+    motion_BOC = torch.tensor([[[1.0], [2.0], [3.0]], [[3.0], [2.0], [1.0]]]).expand(-1, -1, 3)
+    assert router.prunes(motion_BOC, torch.tensor([3, 3]), torch.tensor([0, 0])).tolist() == [True, False]
+    guided = router_of(name, 4, base="learned_pruner", base_options={"guide": 1.0, "guide_layer": 2})
+    assert guided.guide_layer == 2
+
+
+def test_wrappers_refuse_what_they_would_not_change() -> None:
+    with pytest.raises(ValueError, match="by this moment alone, not 'adp'"):
+        router_of("damro", 4, base="adp", base_options={"base": "token_norm"})
+    with pytest.raises(ValueError, match="reads tokens of earlier decisions, which nothing refines"):
+        router_of("token_pooling", 4, base="progressive_video")

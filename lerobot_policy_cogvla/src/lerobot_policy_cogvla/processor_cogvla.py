@@ -49,7 +49,7 @@ BEFORE, AFTER = f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", f"{POLICY_POSTPROCES
 INPUTS, ACTIONS = "cogvla_inputs", "cogvla_actions"
 NEEDED = {INPUTS: ("format", "embodiment", "statistics", "tokenizer", "model"), ACTIONS: ("embodiment", "statistics")}
 SHARED = ("embodiment", "statistics", "tokenizer", "pictures")
-"""What processors do, as both they and the policy's configuration say it."""
+"""Settings that the processors and the policy's configuration share."""
 AGAIN = "give another checkpoint, or convert it again with convert_checkpoint"
 
 

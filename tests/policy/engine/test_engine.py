@@ -143,7 +143,7 @@ def test_a_recorded_network_computes_the_same(routing: str) -> None:
     engine = policy.with_engine(EngineConfig("trace", text_buckets=(6,)))
     engine.warm_up(2)
     assert engine.engine is not None
-    assert list(engine.engine._recorded) == [(2, 6)]
+    assert list(engine.engine._recorded) == [(2, 6, False)]
     for seed in range(3):  # other pixels, states and instructions than those it was recorded with
         seen = replace(observation(2, seed), instruction=small.INSTRUCTIONS[seed - 2 : seed] or small.INSTRUCTIONS[1:])
         np.testing.assert_allclose(engine.act(seen).actions, policy.act(seen).actions, atol=2e-5)
@@ -173,9 +173,9 @@ def test_unannounced_shapes_work_without_recording() -> None:
 def test_warm_up_records_the_lengths_that_are_expected() -> None:
     engine = random_policy().with_engine(EngineConfig("trace", text_buckets=(4, 8, 16)))
     engine.warm_up(1, small.INSTRUCTIONS)  # four words each
-    assert list(engine.engine._recorded) == [(1, 4)]  # type: ignore[union-attr]
+    assert list(engine.engine._recorded) == [(1, 4, False)]  # type: ignore[union-attr]
     engine.warm_up(1, ["touch the red square and then the green one"])  # nine
-    assert list(engine.engine._recorded) == [(1, 4), (1, 16)]  # type: ignore[union-attr]
+    assert list(engine.engine._recorded) == [(1, 4, False), (1, 16, False)]  # type: ignore[union-attr]
 
 
 def test_the_trained_model_stays_as_it_was() -> None:

@@ -194,6 +194,10 @@ def test_what_cannot_be_exported_says_why(onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its router 'random' decides in Python by values of tensors"):
         graph.check([*inputs, torch.ones(1, 8, dtype=torch.bool)])
 
+    remembering = random_policy({"language": {"layers": 3}}, {**PATCHES, "router": {"name": "vla_iap", "budget": 4}})
+    with pytest.raises(ValueError, match="router 'vla_iap' remembers earlier decisions, and an exported"):
+        PolicyGraph(remembering)
+
     random = saved(tmp_path / "random", policy)
     with pytest.raises(ValueError, match=r"router 'random' draws numbers, .* format=torch_export"):
         export(load_policy(random), random, tmp_path / "new", ExportConfig(text_tokens=(8,)), observations(1))
