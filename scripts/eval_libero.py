@@ -77,7 +77,8 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         cameras=plain(config.cameras),
     )
     plugged_in = "" if config.router.name is None else f"_{config.router.name}_{config.router.budget}"
-    output = Path(config.output or f"outputs/eval_libero/{report_name(str(config.checkpoint))}{plugged_in}")
+    late = f"_late_{config.latency}" if config.latency else ""
+    output = Path(config.output or f"outputs/eval_libero/{report_name(str(config.checkpoint))}{plugged_in}{late}")
     reports: dict[str, Report] = {}
     for suite, protocol, perturbed in zip(played, protocols, cells, strict=True):
         if config.protocol.name == OWN:

@@ -110,6 +110,11 @@ class Report:
         return None if cell == "none" else str(cell)
 
     @property
+    def late_ms(self) -> float:
+        """Time from an observation to its chunk while the robot moves on; 0: the simulation waited for the policy."""
+        return float(self.reproduce["protocol"].get("latency") or 0)
+
+    @property
     def swapped(self) -> bool:
         """True if the instructions were swapped."""
         return self.reproduce["asked"] == "swap"
@@ -230,8 +235,8 @@ def summary(report: Report) -> str:
         line += f"; inference p50 {probe.p50:.1f} ms, p95 {probe.p95:.1f} ms at batch 1"
     if total.loop is not None:
         line += f"; control loop p50 {total.loop.p50:.1f} ms, p95 {total.loop.p95:.1f} ms"
-    if report.reproduce["protocol"].get("latency"):
-        line += f"; chunks are {report.reproduce['protocol']['latency']:g} ms late"
+    if report.late_ms:
+        line += f"; chunks are {report.late_ms:g} ms late"
         line += (
             "" if total.seam is None else f", and the action changes {total.seam:.1f} times as much there as elsewhere"
         )

@@ -20,7 +20,7 @@ import numpy as np
 from cogvla.configs.build import build
 from cogvla.files import file_hash, read_object
 from cogvla.policy.checkpoint_folder import EXPORTED as MANIFEST
-from cogvla.policy.export.formats import FORMATS, Runtime, open_file
+from cogvla.policy.export.formats import FORMATS, Runtime, device_of, open_file
 from cogvla.policy.export.graph import IDS, MASK, STATE, image_names
 from cogvla.policy.inputs.tokenizer import Tokenizer, tokenizer_from_dict
 from cogvla.policy.interface import ActionChunk, Embodiment, InstructionError, Observation
@@ -98,10 +98,13 @@ class ExportedPolicy:
         manifest: content of `exported.json`.
         inputs: what the files take.
         files: text length -> file that runs.
+        device: where they run.
     """
 
-    def __init__(self, manifest: Mapping[str, Any], inputs: InputFormat, files: Mapping[int, Runtime]) -> None:
-        self._manifest, self._inputs, self._files = manifest, inputs, files
+    def __init__(
+        self, manifest: Mapping[str, Any], inputs: InputFormat, files: Mapping[int, Runtime], device: str
+    ) -> None:
+        self._manifest, self._inputs, self._files, self._device = manifest, inputs, files, device
 
     @property
     def embodiment(self) -> Embodiment:
@@ -120,6 +123,7 @@ class ExportedPolicy:
         """Return checkpoint, parameters, format and precision, for reports."""
         return {
             **self._manifest["description"],
+            "device": self._device,
             "engine": self._manifest["kind"],
             "dtype": self._manifest["precision"],
             "exported": {key: self._manifest[key] for key in ("opset", "checked", "versions")},
@@ -152,7 +156,7 @@ def open_exported(
 
     Args:
         source: its folder, or one of its files.
-        device: see `policy.export.formats.open_file`.
+        device: see `policy.export.formats.device_of`.
         threads: threads of the runtime; None: its default.
 
     Returns:
@@ -176,7 +180,7 @@ def open_exported(
         kind, weights = manifest["kind"], manifest["weights_sha256"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST} is incomplete ({error!r}); {AGAIN}") from error
-    runs = {}
+    runs, device = {}, device_of(kind, device)
     for length, hashes in sorted(written.items()):
         for name, expected in hashes.items():
             if not (folder / name).is_file():
@@ -184,7 +188,7 @@ def open_exported(
             if file_hash(folder / name) != expected:
                 raise ValueError(f"{folder / name} is damaged or of another export; copy the whole folder, or {AGAIN}")
         runs[length] = open_file(kind, folder / file_name(kind, length), device, threads)
-    policy = ExportedPolicy(manifest, InputFormat(embodiment, tokenizer, tuple(runs)), runs)
+    policy = ExportedPolicy(manifest, InputFormat(embodiment, tokenizer, tuple(runs)), runs, device)
     try:
         policy.warm_up(1)
     except Exception as error:  # each runtime has errors of its own, without a common class

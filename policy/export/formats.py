@@ -121,13 +121,22 @@ class _Reader:
         return next(self._inputs, None)
 
 
-def open_file(kind: str, path: Path, device: str | None = None, threads: int | None = None) -> Runtime:
+def device_of(kind: str, device: str | None) -> str:
+    """Return the device that runs files of a format: the wanted one; None: cuda if its runtime has it, else cpu."""
+    return device or ("cuda" if kind == "onnx" and _has_cuda() else "cpu")
+
+
+def _has_cuda() -> bool:
+    return "CUDAExecutionProvider" in library("onnxruntime").get_available_providers()
+
+
+def open_file(kind: str, path: Path, device: str, threads: int | None = None) -> Runtime:
     """Open a file of the format `kind`.
 
     Args:
         kind: format.
         path: file.
-        device: `cpu` or `cuda`; None: cuda if the runtime has it, else cpu.
+        device: `cpu` or `cuda`, see `device_of`.
         threads: threads of the runtime; None: its default.
 
     Raises:
@@ -144,22 +153,21 @@ def open_file(kind: str, path: Path, device: str | None = None, threads: int | N
         raise ValueError(f"{path} cannot be opened; export it again ({str(error).splitlines()[0]})") from error
 
 
-def _onnxruntime(path: Path, device: str | None, threads: int | None) -> Runtime:
+def _onnxruntime(path: Path, device: str, threads: int | None) -> Runtime:
     onnxruntime = library("onnxruntime")
-    gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if device is not None and device.startswith("cuda") and not gpu:
+    if device.startswith("cuda") and not _has_cuda():
         raise ValueError(f"device={device} needs onnxruntime-gpu; give device=cpu")
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    providers = ["CUDAExecutionProvider"] if gpu and device != "cpu" else []
+    providers = [] if device == "cpu" else ["CUDAExecutionProvider"]
     session = onnxruntime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
     return lambda inputs: session.run([ACTIONS], dict(inputs))[0]
 
 
-def _openvino(path: Path, device: str | None, threads: int | None) -> Runtime:
+def _openvino(path: Path, device: str, threads: int | None) -> Runtime:
     openvino = library("openvino")
-    if device not in (None, "cpu"):
+    if device != "cpu":
         raise ValueError(f"device={device}: openvino runs on CPUs here; give device=cpu")
     # Without the hint, machines with units for bfloat16 would compute in it.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -169,8 +177,8 @@ def _openvino(path: Path, device: str | None, threads: int | None) -> Runtime:
     return lambda inputs: request.infer(dict(inputs))[ACTIONS].copy()
 
 
-def _torch_export(path: Path, device: str | None, threads: int | None) -> Runtime:
-    if device not in (None, "cpu"):
+def _torch_export(path: Path, device: str, threads: int | None) -> Runtime:
+    if device != "cpu":
         raise ValueError(
             f"device={device}: a torch_export file runs where it was exported, on the CPU; give device=cpu"
         )

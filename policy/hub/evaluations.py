@@ -63,6 +63,7 @@ def _evaluation(body: Body) -> str:
     about, total = body["reproduce"], body["total"]
     kind = [] if about["asked"] == "own task" else ["another task asked for than the scene's own"]
     kind += [] if about.get("perturbation", "none") == "none" else [f"perturbed: {about['perturbation']}"]
+    kind += [f"chunks {late:g} ms late"] if (late := about["protocol"].get("latency")) else []
     kind += ["on a robot"] if on_robot(body) else []
     lines = [
         f"### {body['suite']}{', ' if kind else ''}{', '.join(kind)}",

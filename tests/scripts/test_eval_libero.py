@@ -354,6 +354,7 @@ def test_with_a_latency_the_robot_moves_on_and_the_report_says_so(tmp_path: Path
     protocol = report.reproduce["protocol"]
     assert (protocol["latency"], protocol["overlap"]) == (period_ms, "real_time")
     assert f"chunks are {period_ms:g} ms late" in summary(report)
+    assert f"chunks {period_ms:.0f} ms late" in (tmp_path / "late" / "report.html").read_text()
     assert pq.read_table(tmp_path / "late" / "episodes.parquet")["seam"].to_pylist() == [
         episode.seam for episode in report.episodes
     ]

@@ -93,7 +93,8 @@ def test_a_batch_of_two_instructions_gets_the_actions_of_the_checkpoint(policy: 
     assert identity["exported_sha256"] == file_hash(onnx / "exported.json")
     assert opened.unknown_words("touch the violet square") == ["violet"]
     described = opened.describe()
-    assert (described["step"], described["engine"], described["dtype"]) == (3, "onnx", "float32")
+    assert (described["step"], described["engine"], described["device"]) == (3, "onnx", "cpu")
+    assert described["dtype"] == "float32"
     assert described["exported"]["checked"] == {
         **json.loads((onnx / "exported.json").read_text())["checked"],
         "observations": 2,
