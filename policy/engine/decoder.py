@@ -242,6 +242,8 @@ class FusedDecoder(nn.Module):
             x_BnD, h_BnD = take_rows(x_BSD, chosen.rows), take_rows(h_BSD, chosen.rows)
             out_BSD = layer(x_BnD, h_BnD, frame.mask_B1SS, frame.turn_BSU, chosen.factor_BS1, first)
             if index == last or (layer.router is not None and not self.bypass):
+                if routing is not None:
+                    routing.removed(chosen, now.layout.vision)
                 x_BSD, now = out_BSD, frame
             else:
                 x_BSD = put_rows(x_BSD, chosen.rows, out_BSD)

@@ -109,6 +109,9 @@ class LayerRouting(Protocol):
     def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
         """Return the tokens that layer `index` processes; None: all."""
 
+    def removed(self, chosen: Selection, tokens: int) -> None:
+        """Note that LFP left only these of the `tokens` vision tokens in the sequence."""
+
 
 class LayerContext(Protocol):
     """Interface of what routers in the layers read about the instructions: `DecoderContext`, or the engine's."""
@@ -194,9 +197,12 @@ class RoutedDecoder(nn.Module):
                 read_BN = attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
                 trace.present[index], trace.attention[index] = current_BN, read_BN
             # A traced pass computes every row of every layer.
+            before = now.layout.vision
             x_BSD, now, chosen = call(
                 self.recompute, self._routed, index, x_BSD, now, context, trace is not None, routing
             )
+            if routing is not None and chosen is not None and self._removes(index):
+                routing.removed(chosen, before)
             if trace is not None:
                 trace.hidden[index] = x_BSD
             if trace is not None and chosen is not None:

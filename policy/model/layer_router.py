@@ -94,12 +94,7 @@ class LayerPass:
         place_Bn, layout = routed.rows, now.layout
         fewer = layout.with_vision(place_Bn.shape[1])
         chosen = Selection(place_Bn, rows_of(layout, place_Bn), fewer, score_BN=routed.score_BN)
-        if self.memory is not None:
-            self.memory.keep(routed.index_Bn)
-        if self.score_BN is not None:
-            self.score_BN = self.score_BN.gather(1, place_Bn)
-        if self.towers is not None:
-            self.towers = self.towers[0], renumbered(self.towers[1], place_Bn, layout.vision)
+        self._follow(routed.index_Bn, place_Bn, layout.vision)
         x_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BnD, x_BSD[:, layout.rest]), dim=1)
         frame = context.pruned(chosen, before=now, renumber=self.compact)
         return x_BSD, frame if routed.mask_Bn is None else frame.hiding(routed.mask_Bn), chosen
@@ -112,6 +107,20 @@ class LayerPass:
             routed = self._route(layer, index, h_BSD, h_BSD, now, context)
             kept_Bn, fewer = routed.index_Bn, now.layout.with_vision(routed.index_Bn.shape[1])
             return Selection(kept_Bn, rows_of(now.layout, kept_Bn), fewer, score_BN=routed.score_BN)
+
+    def removed(self, chosen: Selection, tokens: int) -> None:
+        self._follow(chosen.kept_Bn, chosen.kept_Bn, tokens)
+
+    def _follow(self, index_Bn: Tensor, place_Bn: Tensor, tokens: int) -> None:
+        """Keep what is known of those of the `tokens` that stay; `index_Bn` is -1 for new ones."""
+        if self.memory is not None:
+            self.memory.keep(index_Bn)
+        if self.score_BN is not None:
+            self.score_BN = self.score_BN.gather(1, place_Bn)
+        if self.earlier_BN is not None:
+            self.earlier_BN = self.earlier_BN.gather(1, place_Bn)
+        if self.towers is not None:
+            self.towers = self.towers[0], renumbered(self.towers[1], place_Bn, tokens)
 
     def _route(
         self, layer: Any, index: int, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: LayerContext

@@ -138,7 +138,7 @@ class PolicyRouter(nn.Module):
                 self.leaves(budget)
         self.counts: dict[int, int] = {}
         self.layers = nn.ModuleDict()
-        self._build_layers(layers, routing.lfp and routing.mode == "drop")
+        self._build_layers(layers)
         if len(self.inside) and any(FROM_TOWERS & router.needs for router in self._routers()):
             raise ValueError(
                 "a router in the language model reads the patches, which router.stage=encoder_block has reduced: "
@@ -146,17 +146,15 @@ class PolicyRouter(nn.Module):
             )
         self._check_guide(routing, layers)
         grid = vision.grid if self.patches else None
-        self.memory = self._memory(layers, routing.lfp and routing.mode == "drop", (views, 3, *image), grid)
+        self.memory = self._memory(layers, (views, 3, *image), grid)
         if self.memory is not None and "state" in self.memory.shapes and max(config.hand) >= state:
             raise ValueError(
                 f"router.hand names the entries {list(config.hand)} of the state, which has {state}; router "
                 f"{config.name!r} reads the motion of the end effector: give the entries with its position"
             )
 
-    def _memory(
-        self, depth: int, removes: bool, pixels: tuple[int, ...], grid: tuple[int, int] | None
-    ) -> MemoryLayout | None:
-        """Return the shapes of what the routers remember; `removes`: LFP removes tokens."""
+    def _memory(self, depth: int, pixels: tuple[int, ...], grid: tuple[int, int] | None) -> MemoryLayout | None:
+        """Return the shapes of what the routers remember."""
         routers = [router for router in self._routers() if router.remembers]
         if not routers:
             return None
@@ -165,11 +163,6 @@ class PolicyRouter(nn.Module):
         watched = {router.watched_layer(depth) for router in routers if ATTENTION & router.needs}
         if len(watched) > 1:
             raise ValueError(f"the routers watch the attention of different language layers: {sorted(watched)}")
-        if watched and removes:
-            raise ValueError(
-                f"router {self.config.name!r} remembers the attention of all vision tokens, and routing.mode=drop "
-                "removes some of them: set routing.mode=bypass or routing.lfp=false"
-            )
         width = sum(self.widths) if self.stage == "encoder_out" else self.width
         decisions, tokens = max(router.remembers for router in routers), (self.all_tokens, width)
         return MemoryLayout.of(needs, decisions, self.config.hand, pixels, tokens, grid, next(iter(watched), None))
@@ -211,7 +204,7 @@ class PolicyRouter(nn.Module):
         """Language layer whose attention, with all tokens, a router learns from; None: no router does."""
         return next((r.guide_layer for r in self._routers() if r.guide_layer is not None), None)
 
-    def _build_layers(self, layers: int, lfp_drops: bool) -> None:
+    def _build_layers(self, layers: int) -> None:
         config, now = self.config, self.tokens
         name = config.layer_router or config.name or ""
         options = config.options if config.layer_router is None else None
@@ -222,11 +215,6 @@ class PolicyRouter(nn.Module):
             count = min(now, self.views * count_of(budget, self.all_tokens // self.views))
             sizes = RouterSizes(now, self.width, self.width, None, count, sum(self.widths))
             router = self._build(name, "llm_layer", sizes, options)
-            if FROM_TOWERS & router.needs and lfp_drops:
-                raise ValueError(
-                    f"router {name!r} has to know which tokens are left, and LFP removes some: set routing.lfp=false "
-                    "or routing.mode=bypass"
-                )
             if config.mode == "bypass" and not router.selects:
                 raise ValueError(f"router {name!r} makes new tokens, which cannot bypass a layer; set router.mode=drop")
             self.counts[layer], self.layers[str(layer)] = count, router

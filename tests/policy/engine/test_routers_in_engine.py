@@ -33,7 +33,10 @@ ALONE = [
 TOGETHER: dict[str, dict[str, Any]] = {
     "before and in the layers": {"name": "token_norm", "layers": [1, 2], "layer_budgets": [3, 2]},
     "scores carried into a layer": {"name": "token_norm", "layers": [1], "layer_router": "carried"},
+    "scores carried past LFP": {"name": "token_norm", "layers": [3], "layer_router": "carried", "layer_budgets": [1]},
     "growth in two layers": {"name": "attention_growth", "stage": "llm_layer", "layers": [1, 2], "budget": 3},
+    "growth past LFP": {"name": "attention_growth", "stage": "llm_layer", "layers": [3], "budget": 2},
+    "patches seen again past LFP": {"name": "token_norm", "layers": [3], "layer_router": "vision_remember"},
     "a layer is skipped": {"name": "token_norm", "stage": "llm_layer", "mode": "bypass"},
     "positions without gaps": {"name": "coverage", "position": "compact"},
     "joint views": {"name": "coverage", "joint": True},

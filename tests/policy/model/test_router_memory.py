@@ -117,6 +117,21 @@ def test_the_watched_layer_is_that_of_the_trace(name: str) -> None:
 
 
 @torch.inference_mode()
+def test_the_past_of_tokens_that_lfp_leaves() -> None:
+    router = RouterConfig("vla_pruner", 1, layers=(3,))
+    model = tiny_model(efa=False, lfp=True, mode="drop", router=asdict(router)).eval()
+    inputs, contexts = tiny_input(), []
+    assert model.router is not None
+    model.router.layers["3"].register_forward_pre_hook(lambda module, args: contexts.append(args[1]))
+    memory = model(replace(inputs, memory=model.empty_memory(3))).memory
+    output = model(replace(inputs, memory=memory), debug=True)
+    assert memory is not None
+    assert output.debug is not None
+    left = output.debug["kept"][2]
+    torch.testing.assert_close(contexts[1].past_attention_BON[:, -1], memory["attention"][:, -1].gather(1, left))
+
+
+@torch.inference_mode()
 def test_patches_that_stay_the_same_are_alike() -> None:
     model, inputs = model_of("spec_prune"), tiny_input()
     contexts: list[RouterContext] = []
@@ -192,8 +207,6 @@ def test_a_place_without_memory_says_so(name: str) -> None:
 
 
 def test_what_cannot_be_remembered() -> None:
-    with pytest.raises(ValueError, match=r"set routing\.mode=bypass or routing\.lfp=false"):
-        model_of("vla_pruner", lfp=True, mode="drop")
     with pytest.raises(ValueError, match="needs alike_BON, which this policy does not provide"):
         model_of("spec_prune", efa=True)
     with pytest.raises(ValueError, match=r"works at language layers: give router\.layers"):

@@ -359,9 +359,38 @@ def test_pooled_tokens_remember_the_patches_of_their_cell() -> None:
     assert torch.equal(chosen.gather(1, kept), torch.arange(8).expand(3, -1)), "a kept patch is its own"
 
 
-def test_what_remembers_needs_all_tokens_to_be_there() -> None:
-    with pytest.raises(ValueError, match=r"LFP removes some: set routing\.lfp=false or routing\.mode=bypass"):
-        routed(config("spatial_pool", layers=(1,), layer_router="vision_remember"), lfp=True, mode="drop")
+def behind_lfp(router: RouterConfig) -> tuple[torch.Tensor, RouterContext, dict[str, Any]]:
+    """Return what the router at layer 3 got after LFP removed tokens in layers 1 and 2, and the inside of the pass."""
+    model, seen = routed(router, lfp=True, mode="drop"), []
+    assert model.router is not None
+    model.router.layers["3"].register_forward_pre_hook(lambda module, args: seen.append(args))
+    inside = model(tiny_input(), debug=True).debug
+    assert inside is not None
+    return *seen[0], inside
+
+
+@torch.inference_mode()
+def test_what_is_known_of_tokens_follows_those_that_lfp_leaves() -> None:
+    carried = RouterConfig("token_norm", 8, layers=(3,), layer_router="carried", layer_budgets=(1,))
+    tokens, context, inside = behind_lfp(carried)
+    left, routed = inside["kept"][2], inside["routed"]
+    assert tokens.shape[1] == left.shape[1] == 4
+    assert torch.equal(context.score_BN, routed.score_BN.gather(1, routed.index_Bn).gather(1, left))
+
+    tokens, context, inside = behind_lfp(RouterConfig("attention_growth", 4, stage="llm_layer", layers=(3,)))
+    left, before = inside["kept"][2], inside["present"][2]
+    earlier = inside["attention"][2].gather(1, (before[:, None] == left[..., None]).int().argmax(-1))
+    torch.testing.assert_close(context.growth_BN, inside["attention"][3] - earlier)
+
+    tokens, context, inside = behind_lfp(
+        RouterConfig("token_norm", 8, layers=(3,), layer_budgets=(1,), layer_router="vision_remember")
+    )
+    kept = inside["routed"].index_Bn.gather(1, inside["kept"][2])
+    assert torch.equal(context.owner_BP.gather(1, kept), torch.arange(4).expand(3, -1)), "a kept patch is its own"
+    assert (context.owner_BP < 0).any()
+
+
+def test_what_remembers_needs_tokens_that_were_reduced_and_not_skipped() -> None:
     with pytest.raises(ValueError, match="cannot bypass a layer"):
         routed(config("spatial_pool", layers=(1,), layer_router="vision_remember", mode="bypass"))
     with pytest.raises(ValueError, match=r"which router.stage=encoder_block has reduced"):
