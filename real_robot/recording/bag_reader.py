@@ -244,6 +244,11 @@ class BagReader:
 
     def _check(self) -> None:
         topics = self._topics
+        if topics.gripper_type == "GripperCommand":
+            raise ValueError(
+                "topics.gripper_type=GripperCommand: a bag has no goals of actions; let the gripper be commanded by a "
+                "topic while you record, and name it with gripper_type=array"
+            )
         needed = {f"camera {camera}": topic for camera, topic in topics.cameras.items()}
         needed |= {"joint states": topics.joint_states, "commands": topics.command}
         needed |= {} if topics.gripper is None else {"gripper": topics.gripper}

@@ -60,6 +60,10 @@ class Commands:
         """Return the message to the topic of the grippers."""
         return array_fields(self._with_positions(action_A[None])[0, self._grippers])
 
+    def gripper(self, action_A: np.ndarray) -> float:
+        """Return the position of the only gripper."""
+        return float(self._with_positions(action_A[None])[0, self._grippers[0]])
+
     def rest(self) -> np.ndarray:
         """Return the action [A] of displacements that does not move the arm."""
         return np.zeros(self._size)

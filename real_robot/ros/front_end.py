@@ -21,6 +21,7 @@ from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.control.observations import STATE
 from cogvla.real_robot.control.settings import SafetyLimits
 from cogvla.real_robot.ros.commands import Commands
+from cogvla.real_robot.ros.gripper import GripperGoals
 from cogvla.real_robot.ros.messages import compressed_image_of, diagnostics_fields, image_of, state_of
 from cogvla.real_robot.ros.node import (
     ARRAY,
@@ -28,6 +29,7 @@ from cogvla.real_robot.ros.node import (
     COMPRESSED_IMAGE,
     DIAGNOSTICS,
     EMPTY,
+    GRIPPER_COMMAND,
     IMAGE,
     JOINT_STATE,
     SET_BOOL,
@@ -35,6 +37,7 @@ from cogvla.real_robot.ros.node import (
     TRIGGER,
     Answer,
     Delivery,
+    Fields,
     RosNode,
     seconds_of,
 )
@@ -70,7 +73,12 @@ class RosFrontEnd:
         kind = COMMANDS[topics.command_type]
         self._command = node.advertise(topics.command, kind, Delivery.COMMAND)
         self._preview = node.advertise("~/dry_run", kind, Delivery.COMMAND)
-        self._command_gripper = topics.gripper and node.advertise(topics.gripper, ARRAY, Delivery.COMMAND)
+        self._goals: GripperGoals | None = None
+        self._command_gripper = (
+            node.advertise(topics.gripper, ARRAY, Delivery.COMMAND)
+            if topics.gripper is not None and topics.gripper_type == "array"
+            else None
+        )
         self._diagnostics = node.advertise("/diagnostics", DIAGNOSTICS, Delivery.EVENTS)
         self._offset = ClockOffset()
         self._closed = False
@@ -94,6 +102,11 @@ class RosFrontEnd:
         node.subscribe(topics.joint_states, JOINT_STATE, Delivery.SENSOR, self._state(bridge))
         for delivery in (Delivery.LATCHED, Delivery.EVENTS):  # a latched reader never hears a volatile writer
             node.subscribe(topics.instruction, STRING, delivery, self._instruction(bridge))
+        if topics.gripper_type == "GripperCommand":
+            assert topics.gripper is not None
+            assert topics.gripper_positions is not None
+            give = node.pursue(topics.gripper, GRIPPER_COMMAND, self._refused(bridge))
+            self._goals = GripperGoals(give, topics.gripper, topics.gripper_positions, topics.gripper_effort)
         if topics.command_type == "twist":
             self._silence = threading.Thread(target=self._stop_when_silent, args=(bridge,), daemon=True)
             self._silence.start()
@@ -110,8 +123,10 @@ class RosFrontEnd:
                 self._publish(actions_NA, dry_run)
                 self._given = time.monotonic(), actions_NA
             if not dry_run:
-                if self._command_gripper:
+                if self._command_gripper is not None:
                     self._command_gripper(self._commands.grippers(action_A))
+                if self._goals is not None:
+                    self._goals.send(self._commands.gripper(action_A))
                 self._moving = True
                 self._sent.set()
 
@@ -127,7 +142,17 @@ class RosFrontEnd:
                 next_one = next((i for i, seconds in enumerate(left_s) if seconds >= self._period_s / 2), None)
                 if next_one is not None:  # else the trajectory is about to end by itself
                     self._publish(actions_NA[next_one][None], dry_run, left_s[next_one])
+            if self._goals is not None:
+                self._goals.forget()
             self._moving = False
+
+    def _refused(self, bridge: Bridge) -> Callable[[Fields], None]:
+        def fail(goal: Fields) -> None:
+            position = goal["command"]["position"]
+            error = f"the gripper's controller refuses to move it to {position:g}: compare topics.gripper_positions"
+            bridge.fail(RuntimeError(error))
+
+        return fail
 
     def _publish(self, actions_NA: np.ndarray, dry_run: bool, first_s: float | None = None) -> None:
         fields = self._commands.arm(actions_NA, self._node.now(), first_s)

@@ -22,6 +22,7 @@ EMPTY = "std_msgs/msg/Empty"
 ARRAY = "std_msgs/msg/Float64MultiArray"
 TWIST = "geometry_msgs/msg/TwistStamped"
 TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
+GRIPPER_COMMAND = "control_msgs/action/GripperCommand"
 DIAGNOSTICS = "diagnostic_msgs/msg/DiagnosticArray"
 SET_BOOL = "std_srvs/srv/SetBool"
 TRIGGER = "std_srvs/srv/Trigger"
@@ -55,6 +56,13 @@ class RosNode(Protocol):
 
     def advertise(self, topic: str, kind: str, delivery: Delivery) -> Callable[[Fields], None]:
         """Return a function that publishes a message with the given fields."""
+        ...
+
+    def pursue(self, action: str, kind: str, refused: Callable[[Fields], None]) -> Callable[[Fields], bool]:
+        """Return a function that gives an action server a goal: False if there is no server.
+
+        `refused` is called back with a goal that the server does not accept.
+        """
         ...
 
     def serve(self, service: str, kind: str, callback: Callable[[bool], Answer]) -> None:

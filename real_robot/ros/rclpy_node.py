@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import rclpy
+from rclpy.action import ActionClient
 from rclpy.clock import JumpThreshold
 from rclpy.duration import Duration
 from rclpy.exceptions import NameValidationException
@@ -77,6 +78,20 @@ class RclpyNode:
         """See `RosNode.advertise`."""
         made, publish = ros_type(kind), self._publisher(topic, kind, delivery)
         return lambda fields: publish(fill(made(), fields))
+
+    def pursue(self, action: str, kind: str, refused: Callable[[Fields], None]) -> Callable[[Fields], bool]:
+        """See `RosNode.pursue`."""
+        made, client = ros_type(kind), ActionClient(self._node, ros_type(kind), resolve(action, self.name))
+        self._destroy.append(client.destroy)
+
+        def give(fields: Fields) -> bool:
+            if not client.server_is_ready():
+                return False
+            answer = client.send_goal_async(fill(made.Goal(), fields))
+            answer.add_done_callback(lambda done: None if done.result().accepted else self._guarded(refused, fields))
+            return True
+
+        return give
 
     def serve(self, service: str, kind: str, callback: Callable[[bool], Answer]) -> None:
         """See `RosNode.serve`."""
@@ -267,7 +282,7 @@ def qos(delivery: Delivery) -> QoSProfile:
 
 @cache
 def ros_type(name: str) -> Any:
-    """Return the class of a message or service type, such as `std_msgs/msg/String`.
+    """Return the class of a message, service or action type, such as `std_msgs/msg/String`.
 
     Raises:
         ValueError: its package is not installed.

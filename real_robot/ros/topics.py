@@ -16,10 +16,7 @@ KINDS = {"trajectory": "absolute", "twist": "delta"}
 """Type of command -> `SafetyLimits.kind` of the actions that it can express."""
 STAMPS = ("header", "arrival")
 POINTS = ("next", "chunk")
-NO_ACTIONS = (
-    "topics.gripper_type=GripperCommand is not supported: its package control_msgs has no wheel, so that nothing could "
-    "be tested; give the gripper a forward_command_controller, with gripper_type=array and gripper_positions"
-)
+GRIPPERS = ("array", "GripperCommand")
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,10 @@ class RosTopics:
         twist_scale: [6] twist of the action 1.0: m/s and rad/s, or shares of MoveIt Servo's own limits (`unitless`).
         twist_frame: frame of the twist.
         command_joints: joint names of a trajectory in the order of the action, without a gripper with its own topic.
-        gripper: topic with a Float64MultiArray for the actions of all grippers; None: the command contains them.
-        gripper_type: "array"; GripperCommand actions are not supported.
+        gripper: topic or action of the controller of the gripper (of all grippers); None: the command contains them.
+        gripper_type: "array" (Float64MultiArray with the action, in each tick) or "GripperCommand" (a goal of this
+            action whenever the gripper has to move; for one gripper, with `gripper_positions`).
+        gripper_effort: highest effort of such a goal; 0 leaves it to the gripper's controller.
         gripper_positions: what the controller gets for an open and a closed gripper; None: the action as it is.
         stamps: "header": the sensor's own time stamps; "arrival": the time of arrival.
             Use "arrival" for replays and for drivers that do not set time stamps.
@@ -58,6 +57,7 @@ class RosTopics:
     command_joints: tuple[str, ...] | None = None
     gripper: str | None = None
     gripper_type: str = "array"
+    gripper_effort: float = 0.0
     points: str = "next"
     point_periods: float = 1.5
     twist_scale: tuple[float, ...] | None = None
@@ -73,11 +73,9 @@ class RosTopics:
                 if not _is_list(numbers) or len(numbers) != size or not all(map(_is_number, numbers)):
                     raise ValueError(f"topics.{name} must be {size} finite numbers, got {numbers!r}")
                 object.__setattr__(self, name, tuple(map(float, numbers)))
-        if self.gripper_type == "GripperCommand":
-            raise ValueError(NO_ACTIONS)
         allowed: dict[str, tuple[str, ...]] = {
             "command_type": tuple(COMMANDS),
-            "gripper_type": ("array",),
+            "gripper_type": GRIPPERS,
             "points": POINTS,
             "stamps": STAMPS,
         }
@@ -90,6 +88,12 @@ class RosTopics:
             raise ValueError("topics.twist_scale and twist_frame belong to command_type=twist, which needs both")
         if self.gripper_positions is not None and self.gripper_positions[0] == self.gripper_positions[1]:
             raise ValueError(f"topics.gripper_positions must be two different numbers, got {self.gripper_positions}")
+        if not _is_number(self.gripper_effort) or self.gripper_effort < 0:
+            raise ValueError(f"topics.gripper_effort must be 0 or more, got {self.gripper_effort!r}")
+        if self.gripper_type == "GripperCommand" and (self.gripper is None or self.gripper_positions is None):
+            raise ValueError("topics.gripper_type=GripperCommand needs gripper, an action, and gripper_positions")
+        if self.gripper_effort and self.gripper_type != "GripperCommand":
+            raise ValueError("topics.gripper_effort belongs to gripper_type=GripperCommand")
         if (self.command_type == "trajectory") != bool(self.command_joints):
             raise ValueError("topics.command_joints names the joints of a trajectory; other commands have none")
         if self.points == "chunk" and self.command_type != "trajectory":
@@ -145,6 +149,11 @@ class RosTopics:
         for name in ("gripper", "gripper_positions"):
             if getattr(self, name) is not None and not embodiment.grippers:
                 raise ValueError(f"topics.{name} is given, but {embodiment.name!r} has no gripper_index; make it null")
+        if self.gripper_type == "GripperCommand" and len(embodiment.grippers) != 1:
+            raise ValueError(
+                f"topics.gripper_type=GripperCommand has one position, {embodiment.name!r} has "
+                f"{len(embodiment.grippers)} grippers: use array"
+            )
         size = embodiment.action_dim - (0 if self.gripper is None else len(embodiment.grippers))
         if self.command_type == "twist" and size != 6:
             raise ValueError(

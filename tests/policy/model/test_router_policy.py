@@ -375,6 +375,7 @@ def test_what_is_known_of_tokens_follows_those_that_lfp_leaves() -> None:
     tokens, context, inside = behind_lfp(carried)
     left, routed = inside["kept"][2], inside["routed"]
     assert tokens.shape[1] == left.shape[1] == 4
+    assert context.score_BN is not None
     assert torch.equal(context.score_BN, routed.score_BN.gather(1, routed.index_Bn).gather(1, left))
 
     tokens, context, inside = behind_lfp(RouterConfig("attention_growth", 4, stage="llm_layer", layers=(3,)))
@@ -386,6 +387,7 @@ def test_what_is_known_of_tokens_follows_those_that_lfp_leaves() -> None:
         RouterConfig("token_norm", 8, layers=(3,), layer_budgets=(1,), layer_router="vision_remember")
     )
     kept = inside["routed"].index_Bn.gather(1, inside["kept"][2])
+    assert context.owner_BP is not None
     assert torch.equal(context.owner_BP.gather(1, kept), torch.arange(4).expand(3, -1)), "a kept patch is its own"
     assert (context.owner_BP < 0).any()
 

@@ -175,6 +175,9 @@ class Remembers:
     def advertise(self, topic: str, kind: str, delivery: Delivery) -> Callable[[Fields], None]:
         return lambda fields: self.published.append((topic, kind, fields))
 
+    def pursue(self, action: str, kind: str, refused: Callable[[Fields], None]) -> Callable[[Fields], bool]:
+        raise AssertionError("no gripper of these tests has an action")
+
     def serve(self, service: str, kind: str, callback: Callable[[bool], Answer]) -> None:
         self.served[service] = callback
 
@@ -436,8 +439,10 @@ def test_a_dry_run_sends_no_twist_and_the_end_of_a_motion_stops_it() -> None:
         ({"command_type": "twist", **TWISTS}, "a twist has 6 numbers, the command of 'tabletop_panda' has 7"),
         ({"gripper_positions": [1, 1]}, "gripper_positions must be two different numbers"),
         ({"gripper_positions": [0, "1"]}, "gripper_positions must be 2 finite numbers"),
-        ({"gripper_type": "GripperCommand"}, "GripperCommand is not supported: its package control_msgs has no wheel"),
-        ({"gripper_type": "effort"}, "gripper_type must be one of array"),
+        ({"gripper_type": "GripperCommand"}, "GripperCommand needs gripper, an action, and gripper_positions"),
+        ({"gripper_type": "effort"}, "gripper_type must be one of array, GripperCommand"),
+        ({"gripper_effort": 5}, "gripper_effort belongs to gripper_type=GripperCommand"),
+        ({"gripper_effort": -1}, "gripper_effort must be 0 or more"),
         ({"points": "chunk"}, "points=chunk needs command_type=trajectory"),
         ({"points": 3}, "points must be one of next, chunk"),
         ({"point_periods": "1"}, "point_periods must be above 0"),

@@ -259,6 +259,13 @@ def test_what_a_bag_must_have_is_said(bag: Bag, tmp_path: Path) -> None:
         BagReader(tmp_path / "empty", ARM, DELTA, TOPICS).__enter__()
 
 
+def test_goals_of_a_gripper_are_in_no_bag(bag: Bag) -> None:
+    bag.sensors(2.0)
+    goals = replace(TOPICS, gripper="/grip", gripper_type="GripperCommand", gripper_positions=(1.0, 0.0))
+    with pytest.raises(ValueError, match="GripperCommand: a bag has no goals of actions"):
+        reader(bag, topics=goals).__enter__()
+
+
 def test_nobody_says_what_was_asked_for(bag: Bag) -> None:
     bag.sensors(2.0)
     bag.commands(0.5, 5)
