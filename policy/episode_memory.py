@@ -1,8 +1,8 @@
 """Memory of a policy: a row for the episode of each robot, for token routers that read earlier decisions.
 
-Each robot ("slot") has a row in tensors [M,...], one for each part of `policy.model.router_memory`. A forward pass gets
-the rows of its samples, and what it returns takes their place. A slot must begin an episode before it is used; nothing
-of an earlier episode can then be seen.
+Each robot ("slot") has a row in tensors [M,...], one for each part of `policy.model.routers.memory`. A forward pass
+gets the rows of its samples, and what it returns takes their place. A slot must begin an episode before it is used;
+nothing of an earlier episode can then be seen.
 
 Shape legend: M rows, B samples, O earlier decisions, C entries of the state.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from cogvla.policy.model.router_memory import Memory, MemoryLayout
+from cogvla.policy.model.routers.memory import Memory, MemoryLayout
 from cogvla.routing.router import TokenRouter
 
 

@@ -25,7 +25,7 @@ from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import TextEncoder
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
-from cogvla.policy.model.router_memory import Memory
+from cogvla.policy.model.routers.memory import Memory
 
 CHOICE_OBSERVATIONS = 8
 """Random observations on which precisions are compared."""

@@ -95,7 +95,7 @@ def search(
 
     Args:
         objective: value of a schedule, higher is better. For example the cosine between the states of the action tokens
-            with and without routing (`policy.model.schedule_objective`).
+            with and without routing (`policy.model.routers.schedule_objective`).
         layers: see `Schedule`.
         depth: number of layers of the language model.
         budget: mean share of tokens over all layers.

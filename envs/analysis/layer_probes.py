@@ -24,8 +24,8 @@ from cogvla.envs.analysis.routing_recording import Moment
 from cogvla.policy.model.cogvla import CogVLA, TextFeatures
 from cogvla.policy.model.language import LayerContext
 from cogvla.policy.model.language_layer import Frame
-from cogvla.policy.model.layer_router import LayerPass
-from cogvla.policy.model.token_router import Routed
+from cogvla.policy.model.routers.layer_router import LayerPass
+from cogvla.policy.model.routers.policy_router import Routed
 from cogvla.routing.diagnostics import information, information_horizon
 from cogvla.routing.pruning import Selection, rows_of
 from cogvla.routing.router import RouterSizes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cogvla.envs.analysis.routing_recording import Moment
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.model.layer_router import active_neurons
+from cogvla.policy.model.routers.layer_router import active_neurons
 from cogvla.routing.selection import minmax
 
 HIGH, LOW, POINTS = 0.8, 0.2, 30

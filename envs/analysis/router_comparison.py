@@ -24,8 +24,8 @@ from cogvla.policy.cost.flops import REPEATED, count_flops
 from cogvla.policy.engine.engine import Engine, starting
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.routers.policy_router import PolicyRouter
 from cogvla.policy.model.stopwatch import Stopwatch
-from cogvla.policy.model.token_router import PolicyRouter
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RouterConfig

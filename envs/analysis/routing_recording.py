@@ -26,8 +26,8 @@ from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.suite import Suite
 from cogvla.policy.interface import Observation
-from cogvla.policy.model.attention_probe import AttentionProbe
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
+from cogvla.policy.model.routers.attention_probe import AttentionProbe
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.diagnostics import attention_entropy
 

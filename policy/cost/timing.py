@@ -20,7 +20,7 @@ from cogvla.policy.engine.linear import FusedLinear
 from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.recording import Tensors, record
 from cogvla.policy.interface import Observation
-from cogvla.policy.model.token_router import Routed
+from cogvla.policy.model.routers.policy_router import Routed
 from cogvla.policy.policy import CogVLAPolicy
 
 STAGE_CALLS = 50

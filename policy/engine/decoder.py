@@ -25,8 +25,8 @@ from cogvla.policy.engine.linear import FusedLinear, fused
 from cogvla.policy.engine.recording import Tensors
 from cogvla.policy.model.language import DecoderContext, LayerRouting, RoutedDecoder
 from cogvla.policy.model.language_layer import Frame, joined_turn
-from cogvla.policy.model.layer_router import FROM_ATTENTION, FROM_NEURONS
-from cogvla.policy.model.token_router import PolicyRouter
+from cogvla.policy.model.routers.layer_router import FROM_ATTENTION, FROM_NEURONS
+from cogvla.policy.model.routers.policy_router import PolicyRouter
 from cogvla.routing.layer_plan import LayerTokens
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter, Selection, put_rows, take_rows

@@ -20,7 +20,7 @@ from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.nf4 import to_nf4
 from cogvla.policy.engine.recording import Run, record
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
-from cogvla.policy.model.router_memory import Memory
+from cogvla.policy.model.routers.memory import Memory
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
 DTYPES = {

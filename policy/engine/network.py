@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from cogvla.policy.engine.decoder import FusedDecoder
 from cogvla.policy.engine.recording import Result, Tensors
 from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
-from cogvla.policy.model.attention_probe import AttentionProbe
 from cogvla.policy.model.cogvla import CogVLA, TextFeatures
-from cogvla.policy.model.token_router import PolicyRouter, Routed
-from cogvla.policy.model.tower_reducer import TowerReducer
+from cogvla.policy.model.routers.attention_probe import AttentionProbe
+from cogvla.policy.model.routers.policy_router import PolicyRouter, Routed
+from cogvla.policy.model.routers.tower_reducer import TowerReducer
 from cogvla.policy.model.vision import cut_patches
 
 

@@ -21,7 +21,7 @@ from timm.layers import Attention, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
 from cogvla.policy.engine.linear import FusedLinear, fused
-from cogvla.policy.model.attention_probe import AttentionProbe
+from cogvla.policy.model.routers.attention_probe import AttentionProbe
 from cogvla.policy.model.vision import VisionTower
 
 

@@ -19,9 +19,9 @@ from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.heads.interface import HeadSizes
 from cogvla.policy.model.heads.registry import HEADS
 from cogvla.policy.model.language import DecoderContext, DecoderTrace, RoutedDecoder
-from cogvla.policy.model.router_memory import Memory
+from cogvla.policy.model.routers.memory import Memory
+from cogvla.policy.model.routers.policy_router import PolicyRouter, Routed
 from cogvla.policy.model.text_projection import TextProjection
-from cogvla.policy.model.token_router import PolicyRouter, Routed
 from cogvla.policy.model.vision import DualVision, Observer, VisionCondition
 from cogvla.routing.aggregation import two_layer
 from cogvla.routing.layer_plan import LayerTokens
@@ -59,7 +59,7 @@ class ModelInput:
         state: float [B,S], normalised.
         draw: random seeds int64 [B,2] of token routers in training: one per sample, and one that all samples of a step
             share; None outside of training.
-        memory: what token routers remember of earlier decisions, see `policy.model.router_memory`; None: nothing.
+        memory: what token routers remember of earlier decisions, see `policy.model.routers.memory`; None: nothing.
         past: earlier observations of the same episode, from which the memory is computed, for training; None: none.
         dense: keep all vision tokens, as if there were no token routers (they still remember).
     """

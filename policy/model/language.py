@@ -99,7 +99,7 @@ class DecoderTrace:
 
 
 class LayerRouting(Protocol):
-    """Interface of routers in or between the layers, besides LFP; see `policy.model.layer_router`."""
+    """Interface of routers in or between the layers, besides LFP; see `policy.model.routers.layer_router`."""
 
     def shorten(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext

@@ -23,7 +23,7 @@ from cogvla.configs.build import build
 from cogvla.files import write_atomic
 from cogvla.policy.checkpoint import load_policy, weights_hash
 from cogvla.policy.model.cogvla import ModelInput
-from cogvla.policy.model.schedule_objective import schedule_objective
+from cogvla.policy.model.routers.schedule_objective import schedule_objective
 from cogvla.policy.provenance import provenance
 from cogvla.routing.router import RouterConfig
 from cogvla.routing.schedule_search import Schedule, search

@@ -13,7 +13,7 @@ import time
 import torch
 
 from cogvla.policy.checkpoint import load_policy
-from cogvla.policy.model.schedule_objective import schedule_objective
+from cogvla.policy.model.routers.schedule_objective import schedule_objective
 from cogvla.routing.router import RouterConfig
 from cogvla.routing.schedule_search import METHODS, Schedule, search
 from cogvla.scripts.command import compose, plain

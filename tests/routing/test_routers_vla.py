@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cogvla.policy.model.layer_router import renumbered
+from cogvla.policy.model.routers.layer_router import renumbered
 from cogvla.routing.draws import uniform
 from cogvla.routing.registry import build_router
 from cogvla.routing.router import RouterContext, RouterSizes

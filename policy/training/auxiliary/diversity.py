@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor
 
-from cogvla.policy.model.attention_probe import mean_attention
 from cogvla.policy.model.recompute import call
+from cogvla.policy.model.routers.attention_probe import mean_attention
 from cogvla.policy.model.vision import DualVision, VisionTower
 
 THRESHOLD = 2.0

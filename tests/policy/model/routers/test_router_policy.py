@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvla.policy.cost.flops import TOTAL, count_flops
 from cogvla.policy.engine.engine import starting
-from cogvla.policy.model import layer_router
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.language_layer import attention_rows, normed
-from cogvla.policy.model.schedule_objective import schedule_objective
-from cogvla.policy.model.token_router import PolicyRouter
+from cogvla.policy.model.routers import layer_router
+from cogvla.policy.model.routers.policy_router import PolicyRouter
+from cogvla.policy.model.routers.schedule_objective import schedule_objective
 from cogvla.policy.model.vision import cut_patches
 from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RouterConfig, RouterContext
@@ -492,6 +492,7 @@ def test_mistakes_say_what_is_possible() -> None:
         ({"name": "spatial_pool"}, {"efa": True}, "set routing.efa=false .patches"),
         ({"name": "spatial_pool", "joint": True}, {}, "router.joint=false .views apart"),
         ({"name": "cls_attention"}, {"efa": True}, "does not provide at encoder_out .*possible routers are .*random"),
+        ({"name": "debias"}, {"efa": True}, "possible routers are (?!.*(debias|damro)).*channel_attention"),
         ({"name": "progressive_video", "joint": True}, {}, "router.joint=false .views apart"),
         ({"name": "vla_pruner"}, {}, "works at language layers: give router.layers"),
         ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),

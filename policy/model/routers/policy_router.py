@@ -8,7 +8,7 @@
 
 Each view is routed separately, as a row of the batch, unless the views are `joint`. Attention and other inputs of a
 router are computed in addition to the towers, and only if the router needs them. What it remembers of earlier decisions
-comes with the inputs and leaves with the result (`policy.model.router_memory`).
+comes with the inputs and leaves with the result (`policy.model.routers.memory`).
 
 Shape legend: B batch, V views, X = B*V (or B with joint views), N tokens of a row, n of them kept, F width of both
 streams, D language width, T text tokens, S state, P tokens of all views as they leave the towers.
@@ -28,16 +28,17 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cogvla.policy.model.attention_probe import FROM_VISION, AttentionProbe
 from cogvla.policy.model.config import RoutingConfig
-from cogvla.policy.model.layer_router import FROM_LANGUAGE, FROM_TOWERS, LayerPass
-from cogvla.policy.model.router_memory import ATTENTION, FROM_MEMORY, Memory, MemoryLayout, Remembered, TokenMemory
+from cogvla.policy.model.routers.attention_probe import FROM_VISION, AttentionProbe
+from cogvla.policy.model.routers.layer_router import FROM_TOWERS, LayerPass
+from cogvla.policy.model.routers.memory import ATTENTION, Memory, MemoryLayout, Remembered, TokenMemory
+from cogvla.policy.model.routers.offers import build_offered, items_offered
+from cogvla.policy.model.routers.tower_reducer import TowerReducer
 from cogvla.policy.model.stopwatch import Stopwatch
-from cogvla.policy.model.tower_reducer import TowerReducer
 from cogvla.policy.model.vision import WHITE, DualVision
 from cogvla.routing.aggregation import StreamFusion
 from cogvla.routing.draws import children, seeds_of
-from cogvla.routing.registry import build_router, registered_routers
+from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter, count_of
 
 
@@ -221,48 +222,10 @@ class PolicyRouter(nn.Module):
             now = now if config.mode == "bypass" else router.leaves(count)
 
     def _build(self, name: str, stage: str, sizes: RouterSizes, options: Any) -> TokenRouter:
-        router = build_router(name, sizes, options)
-        given = self._given(stage)
-        if (asked := router.needs & FROM_MEMORY) and not router.remembers:
-            raise ValueError(
-                f"router {name!r} needs {', '.join(sorted(asked))} and remembers no earlier decisions: set its "
-                "attribute `remembers`, or choose a base that reads none"
-            )
-        if stage not in router.stages:
-            raise ValueError(f"router {name!r} works at {', '.join(router.stages)}, not at {stage}: set router.stage")
-        if missing := sorted(router.needs - given):
-            possible = [
-                other for other, kind in registered_routers().items() if kind.needs <= given and stage in kind.stages
-            ]
-            raise ValueError(
-                f"router {name!r} needs {', '.join(missing)}, which this policy does not provide at {stage}"
-                f"{'' if self.patches else ' (routing.efa=false would keep the patches)'}; "
-                f"it provides {', '.join(sorted(given))}; possible routers are {', '.join(possible)}"
-            )
-        return router
-
-    def _given(self, stage: str) -> frozenset[str]:
-        """Return the context items that are available at a stage."""
-        if stage == "encoder_block":
-            return frozenset({"grid"})
-        if stage == "llm_layer":
-            scored, remembered = self.before is not None, FROM_MEMORY - {"history_BOND", "past_pixels_BO3HW"}
-            remembered -= set() if self.patches else {"alike_BON"}
-            return FROM_LANGUAGE - (set() if scored else {"score_BN"}) | remembered
-        given = {
-            "age_B",
-            "motion_BOC",
-            "history_BOND",
-            *ATTENTION,
-            "draw_B",
-            "text_BTE",
-            "projector" if stage == "encoder_out" else "encoder_BNF",
-        }
-        if self.patches:
-            given |= FROM_VISION - ({"attention_BNN"} if self.config.joint else set()) | {"alike_BON"}
-        if self.grid is not None:
-            given |= {"grid", "pixels_B3HW", "past_pixels_BO3HW"}
-        return frozenset(given)
+        scored, joint = self.before is not None, self.config.joint
+        grid = self.grid is not None
+        offered = items_offered(stage, patches=self.patches, joint=joint, grid=grid, scored=scored)
+        return build_offered(name, stage, sizes, options, offered, self.patches)
 
     def _count(self, budget: int | float) -> int:
         """Return the number of tokens of a row (one view, or all views if they are joint) for this budget."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.interface import Observation, Remembering, begin_episode
 from cogvla.policy.model.cogvla import CogVLA, Past
-from cogvla.policy.model.router_memory import MemoryLayout, Remembered, TokenMemory
+from cogvla.policy.model.routers.memory import MemoryLayout, Remembered, TokenMemory
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.router import RouterConfig, RouterContext
 from cogvla.tests.support.small_data import ROBOT, small_policy

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cogvla.policy.model.language import LayerContext
 from cogvla.policy.model.language_layer import Frame, attention_rows, normed
-from cogvla.policy.model.router_memory import TokenMemory
+from cogvla.policy.model.routers.memory import TokenMemory
 from cogvla.routing.pruning import Selection, rows_of
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 
