@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,16 @@ from cogvla.policy.checkpoint import weights_hash
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import TextEncoder
+from cogvla.policy.interface import Embodiment
 from cogvla.policy.training.objective import ObjectiveConfig
-from cogvla.policy.training.wordings import Wordings
+from cogvla.policy.training.wordings import InstructionAugmentation, Wordings
+
+SETTINGS: Mapping[str, type] = {
+    "objective": ObjectiveConfig,
+    "embodiment": Embodiment,
+    "training.wordings": InstructionAugmentation,
+}
+"""Parts of an identity -> the dataclass with their defaults."""
 
 
 def identity(
@@ -44,8 +52,14 @@ def identity(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say what differs between two results of `identity`, one text for each value."""
+    """Say what differs between two results of `identity`, one text for each value.
+
+    A setting that the version of `before` did not have counts as its default, which changes nothing.
+    """
     was, has = _flat(before), _flat(now)
+    for name, kind in SETTINGS.items():
+        if name in before:
+            was |= {key: value for key, value in _flat(_defaults(kind), f"{name}.").items() if key not in was}
     found = []
     for name in (*was, *(name for name in has if name not in was)):
         old, new = was.get(name), has.get(name)
@@ -53,6 +67,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             hashed = name.startswith(("data set", "vocabulary", "weights", "wordings", "text encoder"))
             found.append(f"{name} differs" if hashed else f"{name} was {old}, is {new}")
     return found
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:

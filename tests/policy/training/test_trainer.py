@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.frame_file import FrameFile, FrameWriter
 from cogvla.policy.data.frames import ArrayFrames
 from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.identity import differences
 from cogvla.policy.training.interrupt import Interruption
 from cogvla.policy.training.metrics import MetricsFile
+from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.policy.training.trainer import Trainer
 from cogvla.tests.support.full_disk import files_limited_to
 from cogvla.tests.support.pixels import pixels_of
@@ -235,6 +237,18 @@ def test_a_new_learning_rate_and_decay_count_after_a_resume(tmp_path: Path) -> N
     assert [group["weight_decay"] for group in trainer.optimiser.param_groups] == [0.5, 0.0]
     moved = max((value - before[name]).abs().max().item() for name, value in trainer.raw.named_parameters())
     assert 0 < moved < 1e-5
+
+
+def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -> None:
+    now = {"objective": asdict(LABELLED), "embodiment": asdict(ROBOT), "vocabulary": "a"}
+    assert LABELLED.matching == 0.0
+    old = {**now, "objective": {name: value for name, value in now["objective"].items() if name != "matching"}}
+    assert differences(old, now) == []
+    matched = {**now, "objective": asdict(replace(LABELLED, matching=0.5))}
+    assert differences(old, matched) == ["objective.matching was 0.0, is 0.5"]
+    assert differences({"objective": {}}, {"objective": asdict(ObjectiveConfig())}) == []
+    known = {**now, "embodiment": {**now["embodiment"], "name": "other"}}
+    assert differences(known, now) == [f"embodiment.name was other, is {ROBOT.name}"]
 
 
 @pytest.mark.parametrize(
