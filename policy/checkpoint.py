@@ -4,6 +4,7 @@
     model.safetensors    weights
     statistics.json      normalisation statistics of state and action
     float8.json          calibration of 8-bit layers, if `calibrate_policy` has measured it
+    forecast.json        forecast of the state while chunks are late, if `fit_forecast` has fitted it
     training.pt          optimiser, step and EMA; only in checkpoints to resume from
     encoder/             a copy of the text encoder, if a user put one there; it comes before the source in config.json
 
@@ -28,11 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cogvla.configs.build import build
-from cogvla.files import file_hash, read_object
+from cogvla.files import file_hash, read_object, write_atomic
 from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
+from cogvla.policy.inputs.forecast import Forecast
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import open_encoder
@@ -50,6 +52,7 @@ ROUTER_WEIGHTS = "router."
 ANOTHER = "use another checkpoint"
 TRAINING = "training.pt"
 FLOAT8 = "float8.json"
+FORECAST = "forecast.json"
 ENCODER = "encoder"
 EVERY = "*"
 """Name of the statistics for `load_policy`: keep those of all data sets, and choose later."""
@@ -301,6 +304,7 @@ def load_policy(
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
     description = {"checkpoint": checkpoint_name(folder), **description}
+    preprocessor.forecast = _load_forecast(folder, preprocessor.embodiment)
     return CogVLAPolicy(model.to(device), preprocessor, description, calibration=_load_calibration(folder))
 
 
@@ -310,12 +314,22 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    draft = folder / f".{FLOAT8}.partial"
+    write_atomic(folder / FLOAT8, json.dumps(asdict(calibration), indent=2) + "\n")
+
+
+def save_forecast(folder: Path, forecast: Forecast) -> None:
+    """Save a forecast in a checkpoint folder; it replaces an older one. OSError if the file cannot be written."""
+    write_atomic(folder / FORECAST, json.dumps(forecast.to_dict()) + "\n")
+
+
+def _load_forecast(folder: Path, robot: Embodiment) -> Forecast | None:
+    if not (folder / FORECAST).is_file():
+        return None
     try:
-        draft.write_text(json.dumps(asdict(calibration), indent=2) + "\n")
-        draft.replace(folder / FLOAT8)
-    finally:
-        draft.unlink(missing_ok=True)
+        body = read_object(folder / FORECAST, ANOTHER)
+        return Forecast.from_dict(body, robot.chunk, robot.state_dim, robot.action_dim)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / FORECAST} is damaged: delete it, or run `fit_forecast` again ({error})") from error
 
 
 def _load_calibration(folder: Path) -> Calibration | None:
@@ -366,7 +380,7 @@ def open_policy(
         statistics: see `load_policy`.
 
     Returns:
-        The policy, and `{"weights_sha256": ...}`, which identifies its weights.
+        The policy, and `{"weights_sha256": ...}`, which identifies its weights; with a forecast `forecast_sha256`, too.
 
     Raises:
         ValueError: see `load_policy`; or its 8-bit calibration was measured on other weights.
@@ -375,6 +389,8 @@ def open_policy(
     folder = find_checkpoint(folder)
     policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router, statistics)
     identity = {"weights_sha256": weights_hash(folder)}
+    if policy.preprocessor.forecast is not None:
+        identity["forecast_sha256"] = file_hash(folder / FORECAST)
     engine = engine or EngineConfig()
     measured = None if engine.dtype != "float8" or policy.calibration is None else policy.calibration.about
     if measured is not None and measured.get("weights_sha256") != identity["weights_sha256"]:

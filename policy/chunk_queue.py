@@ -18,10 +18,13 @@ A control tick looks up its action and never waits. Three ways to treat the over
 
 Which one to use for real-time chunking depends on the action head:
 
-- A flow or diffusion head can do it in the policy, as in the paper: it denoises the new chunk with guidance towards
-  the old plan, with the same mask. A `ChunkRequest` carries what it needs: the old plan (`committed_NA`) and the
-  number of its ticks that will pass (`delay_ticks`). Such a chunk already continues the old plan, so use "replace".
-- A regression head cannot be guided. Use "real_time", the fade in this queue.
+- A policy that was trained with committed actions (`head.prefix`, every head) continues the old plan by itself, from
+  the first action that is not certain: use "replace".
+- A flow or diffusion head can do it without such a training, as in the paper: it denoises the new chunk with guidance
+  towards the old plan, with the same mask. Use "replace", too.
+- Another regression head cannot be guided. Use "real_time", the fade in this queue.
+
+For the first two, `Observation.committed` carries the old plan and the number of its actions that will have passed.
 
 Both execute the old plan during inference, because these ticks have passed when the answer arrives.
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from cogvla.policy.chunk_queue import ChunkQueue
+from cogvla.policy.interface import Committed
 
 
 class Chunker(Protocol):
@@ -141,6 +142,13 @@ class Late:
     def reset(self, slot: Hashable) -> None:
         """Forget the chunks of this slot."""
         self._queues.pop(slot, None)
+
+    def committed(self, slot: Hashable) -> Committed | None:
+        """Return what this slot executes from its next observation on; None before its first chunk."""
+        if slot not in self._queues:
+            return None
+        queue, tick = self._queues[slot]
+        return Committed(queue.plan(tick).astype(np.float32), self.delay)
 
     def plan(self, slots: Sequence[Hashable], chunks_NKA: np.ndarray) -> np.ndarray:
         """See `Chunker.plan`.

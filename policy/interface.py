@@ -114,6 +114,38 @@ class Embodiment:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Committed:
+    """Actions that the robot will execute from an observation on, until the new chunk is there.
+
+    Attributes:
+        actions: [N,A] in the environment's units, N may be 0; action 0 is that of the observation's tick.
+        delay: number of the first of them that will certainly be executed. A policy may replace the others.
+    """
+
+    actions: np.ndarray
+    delay: int
+
+    def validate(self, embodiment: Embodiment) -> None:
+        """Check that a policy of this embodiment can read them; ValueError says in one line why not."""
+        shape, delay = self.actions.shape, self.delay
+        if len(shape) != 2 or shape[1] != embodiment.action_dim:
+            raise ValueError(
+                f"committed must have shape [N,A={embodiment.action_dim}], one row for each action, got {list(shape)}"
+            )
+        if not np.isfinite(self.actions).all():
+            raise ValueError("committed contains NaN or infinite values")
+        if delay < 0 or delay > len(self.actions):
+            raise ValueError(
+                f"delay must be the number of committed actions that are certain, 0 to {len(self.actions)}, got {delay}"
+            )
+        if delay >= embodiment.chunk:
+            raise ValueError(
+                f"a delay of {delay} control steps is as long as a chunk of {embodiment.chunk} actions or longer: "
+                "all of its actions would be late"
+            )
+
+
 @dataclass(frozen=True)
 class Observation:
     """The input of a policy. Images are upright, as a person sees the scene.
@@ -124,12 +156,15 @@ class Observation:
         instruction: B strings.
         slots: the robot of each sample, for policies that remember an episode (`Remembering`). None: sample i is
             robot i.
+        committed: for each sample the actions that will be executed before the chunk is there (`Committed`), or None;
+            None: none at all. For policies that read them (`reads_committed`); others ignore them.
     """
 
     images: Mapping[str, np.ndarray]
     state: np.ndarray
     instruction: Sequence[str]
     slots: Sequence[Hashable] | None = None
+    committed: Sequence[Committed | None] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -162,6 +197,11 @@ class Observation:
             )
         if not np.isfinite(self.state).all():
             raise ValueError("state contains NaN or infinite values; check the robot's joint states")
+        if self.committed is not None and len(self.committed) != batch:
+            raise ValueError(f"committed must have one entry per sample, {batch}, got {len(self.committed)}")
+        for committed in self.committed or ():
+            if committed is not None:
+                committed.validate(embodiment)
 
     @staticmethod
     def stack(observations: Sequence[Observation]) -> Observation:
@@ -174,6 +214,9 @@ class Observation:
             slots=None
             if any(o.slots is None for o in observations)
             else [slot for o in observations for slot in o.slots or ()],
+            committed=None
+            if all(o.committed is None for o in observations)
+            else [each for o in observations for each in o.committed or [None] * o.batch_size],
         )
 
     def row(self, index: int) -> Observation:
@@ -183,6 +226,7 @@ class Observation:
             state=self.state[index : index + 1],
             instruction=[self.instruction[index]],
             slots=None if self.slots is None else [self.slots[index]],
+            committed=None if self.committed is None else [self.committed[index]],
         )
 
 
@@ -242,6 +286,11 @@ class Remembering(Protocol):
     def end(self, slots: Sequence[Hashable]) -> None:
         """Forget these robots, which give no more observations."""
         ...
+
+
+def reads_committed(policy: Policy) -> bool:
+    """Return whether a policy uses `Observation.committed`; policies without `reads_committed` do not."""
+    return bool(getattr(policy, "reads_committed", False))
 
 
 def begin_episode(policy: Policy, slots: Sequence[Hashable]) -> None:

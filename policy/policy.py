@@ -20,8 +20,9 @@ from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.engine.network import not_fusible
 from cogvla.policy.engine.precision import Choice, choose_precision
 from cogvla.policy.episode_memory import EpisodeMemory
+from cogvla.policy.inputs.forecast import shifted
 from cogvla.policy.inputs.normalise import Normaliser
-from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.inputs.preprocess import Preprocessor, padded
 from cogvla.policy.inputs.text_encoder import TextEncoder
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
@@ -62,6 +63,7 @@ class CogVLAPolicy:
         self._description = description or {}
         self._text: dict[bool, tuple[tuple[str, ...], TextFeatures | EncodedText]] = {}  # of sparse and dense passes
         self._memory = self._build_memory()
+        self._said = False  # that committed actions are ignored
         self._state_normaliser: Normaliser | None = None  # on the CPU, for routers with a gate
 
     def _build_memory(self) -> EpisodeMemory | None:
@@ -121,6 +123,20 @@ class CogVLAPolicy:
         """Kernel that resizes images of other sizes, see `policy.inputs.resize`; a policy server tells its clients."""
         return self.preprocessor.resize_kernel
 
+    @property
+    def reads_committed(self) -> bool:
+        """True if `Observation.committed` changes the actions."""
+        return self._way is not None
+
+    @property
+    def _way(self) -> str | None:
+        """How the policy uses committed actions; None: not at all."""
+        if self.model.config.head.prefix:
+            return "prefix"
+        if self.preprocessor.forecast is not None:
+            return "forecast"
+        return "guidance" if self.model.reads_committed else None
+
     def unknown_words(self, instruction: str) -> list[str]:
         """Return the words of an instruction that the tokenizer does not know, so that the model cannot tell them."""
         return self.preprocessor.tokenizer.unknown_words(instruction)
@@ -139,6 +155,7 @@ class CogVLAPolicy:
             "engine": "plain" if self.engine is None else self.engine.kind,
             **({"text_encoder": encoder.source} if isinstance(encoder, TextEncoder) else {}),
             **({} if self.preprocessor.chosen is None else {"statistics": self.preprocessor.chosen}),
+            **({} if self._way is None else {"committed": self._way}),
             **({} if measured is None else {"float8": dict(measured.about)}),
             **self._description,
         }
@@ -165,13 +182,25 @@ class CogVLAPolicy:
     def act(self, observation: Observation) -> ActionChunk:
         """Predict actions float32 [B,K,A] in physical units for B observations, with the time of each stage in ms."""
         start = time.perf_counter()
-        inputs = self.preprocessor.observation(observation)
+        if observation.committed is not None and self._way == "forecast":
+            return self._act_later(observation)
+        inputs = self._with_committed(self.preprocessor.observation(observation), observation)
         ready = time.perf_counter()
         normalised_BKA = self._run(observation, inputs)
         actions = self.preprocessor.actions(normalised_BKA.float()).cpu().numpy()
         end = time.perf_counter()
         timing = {"preprocess_ms": 1e3 * (ready - start), "inference_ms": 1e3 * (end - ready)}
         return ActionChunk(actions, timing)
+
+    def _act_later(self, observation: Observation) -> ActionChunk:
+        """Act from the state that the committed actions lead to; the chunk begins with these actions."""
+        observation.validate(self.embodiment)
+        assert observation.committed is not None
+        assert self.preprocessor.forecast is not None
+        committed_BKA, delay_B, _ = padded(observation.committed, self.embodiment)
+        state_BS = self.preprocessor.forecast.after(observation.state, committed_BKA, delay_B)
+        chunk = self.act(replace(observation, state=state_BS, committed=None))
+        return ActionChunk(shifted(chunk.actions, committed_BKA, delay_B), chunk.timing)
 
     @torch.inference_mode()
     def to_float8(self, observations: Sequence[Observation], smallest: int = 256) -> None:
@@ -221,7 +250,7 @@ class CogVLAPolicy:
             ValueError: see `Preprocessor.observation` and `EpisodeMemory.slots_of`; or robots of one batch differ in
                 whether a token router works now.
         """
-        inputs = self.preprocessor.observation(observation)
+        inputs = self._with_committed(self.preprocessor.observation(observation), observation)
         if self._memory is None:
             return inputs
         slots = self._memory.slots_of(observation.slots, observation.batch_size)
@@ -229,6 +258,21 @@ class CogVLAPolicy:
         if len(dense) > 1:
             raise ValueError("the token router removes tokens of some of these robots only: give one robot at a time")
         return replace(inputs, memory=self._memory.recall(slots), dense=dense.pop())
+
+    def _with_committed(self, inputs: ModelInput, observation: Observation) -> ModelInput:
+        """Return the input with the committed actions, if the policy reads them; else say once that it does not."""
+        if observation.committed is None:
+            return inputs
+        if not self.reads_committed:
+            if not self._said:
+                print(
+                    "note: this policy ignores committed actions: `fit_forecast checkpoint=FOLDER`, or a training with "
+                    "policy.head.prefix, lets it use them"
+                )
+            self._said = True
+            return inputs
+        longest = self.model.config.head.prefix or None
+        return replace(inputs, committed=self.preprocessor.committed(observation.committed, longest))
 
     def _hand(self, observation: Observation) -> Tensor:
         """Return the normalised state's entries of `RouterConfig.hand`, on the CPU; nothing without a gate."""

@@ -181,7 +181,7 @@ def evaluate(
 
 def _decisive(protocol: EvaluationProtocol) -> dict[str, Any]:
     """Return what changes an episode's result; without a latency, as evaluations were described that knew of none."""
-    without = {"name", "episodes_per_task"} | (set() if protocol.latency else {"latency", "overlap"})
+    without = {"name", "episodes_per_task"} | (set() if protocol.latency else {"latency", "overlap", "committed"})
     return {key: value for key, value in asdict(protocol).items() if key not in without}
 
 

@@ -29,6 +29,8 @@ class EvaluationProtocol:
         latency: time in ms from an observation to its chunk, during which the robot moves on, rounded up to control
             steps; or "measured": that of this policy on this machine. 0: the simulation waits for the policy.
         overlap: with a latency, what happens in control steps that two chunks cover: "replace" or "real_time".
+        committed: with a latency, tell a policy that reads them which actions will be executed before its chunk is
+            there (real-time chunking in the policy).
         waiting_steps: control steps without motion after each reset; they are not counted.
         max_steps: maximum number of control steps per episode, or suite -> number; None: the suite's own limit.
             A longer episode is a failure. Suites without a number use their own limit.
@@ -42,6 +44,7 @@ class EvaluationProtocol:
     temporal_ensemble: float | None = None
     latency: float | str = 0
     overlap: str = "replace"
+    committed: bool = True
     waiting_steps: int = 0
     max_steps: int | Mapping[str, int] | None = None
     seed: int = 0
@@ -73,6 +76,7 @@ class EvaluationProtocol:
             temporal_ensemble=self.temporal_ensemble,
             latency_ms=0.0 if self.latency == MEASURED else float(self.latency),
             overlap=self.overlap,
+            committed=self.committed,
             max_steps=max_steps,
             waiting_steps=self.waiting_steps,
         )

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy, begin_episode, end_episode
+from cogvla.policy.interface import (
+    ActionChunk,
+    Embodiment,
+    Observation,
+    Policy,
+    begin_episode,
+    end_episode,
+    reads_committed,
+)
 
 
 class WatchedPolicy:
@@ -22,6 +30,10 @@ class WatchedPolicy:
     @property
     def embodiment(self) -> Embodiment:
         return self._policy.embodiment
+
+    @property
+    def reads_committed(self) -> bool:
+        return reads_committed(self._policy)
 
     def describe(self) -> dict[str, Any]:
         return self._policy.describe()

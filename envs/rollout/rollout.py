@@ -43,7 +43,7 @@ from cogvla.envs.rollout.player import (
 from cogvla.envs.rollout.workers import LocalWorker, ProcessWorker, Worker
 from cogvla.envs.suite import Suite
 from cogvla.policy.chunking import Chunker, Late, OpenLoop, TemporalEnsemble
-from cogvla.policy.interface import Embodiment, Observation, Policy, begin_episode
+from cogvla.policy.interface import Committed, Embodiment, Observation, Policy, begin_episode, reads_committed
 
 __all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "patience", "rollout"]
 
@@ -63,6 +63,8 @@ class RolloutSettings:
             to control steps. 0: the simulation waits for the policy.
         overlap: with a latency, what happens in steps that two chunks cover: "replace" or "real_time"
             (`policy.chunk_queue`).
+        committed: with a latency, tell a policy that reads them which actions will be executed before its chunk is
+            there.
         max_steps: number of control steps after which an episode is a failure; None: the suite's limit.
         waiting_steps: steps without motion and with an open gripper after each reset; not counted in `max_steps`.
         video_size: height and width of recorded frames in pixels.
@@ -76,6 +78,7 @@ class RolloutSettings:
     temporal_ensemble: float | None = None
     latency_ms: float = 0.0
     overlap: str = "replace"
+    committed: bool = True
     max_steps: int | None = None
     waiting_steps: int = 0
     video_size: int = 256
@@ -356,6 +359,7 @@ class _Loop:
             state=np.stack([o.state for o in seen]),
             instruction=[o.instruction for o in seen],
             slots=[id(slot) for slot in waiting],
+            committed=self._committed(waiting),
         )
         started = time.perf_counter()
         chunks_NKA = np.asarray(self._policy.act(observation).actions, np.float32)
@@ -375,6 +379,11 @@ class _Loop:
                 self._note_failure(slot, text)
                 yield self._error(slot, text)
                 self._next_episode(slot)
+
+    def _committed(self, waiting: list[_Slot]) -> list[Committed | None] | None:
+        if not (self._settings.committed and isinstance(self._chunker, Late) and reads_committed(self._policy)):
+            return None
+        return [self._chunker.committed(id(slot)) for slot in waiting]
 
     def _failed(self, slot: _Slot, reply: Failed) -> Iterator[EpisodeResult]:
         if reply.mistake is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cogvla.policy.data.config import INTERVENTION, DataConfig
 from cogvla.policy.data.frames import Frames
-from cogvla.policy.data.gripper import convert_grippers
+from cogvla.policy.data.gripper import convert_grippers, map_grippers
 from cogvla.policy.data.interventions import EXECUTED, Teaching, acted
 from cogvla.policy.data.labels import shaped
 from cogvla.policy.data.mixture.parts import DataPart
@@ -53,6 +53,8 @@ class DemonstrationData:
         each: True if each data set of a mixture is normalised by its own statistics.
         lacking: labels that not all data sets of a mixture have -> why they are left out.
         teaching: what each frame teaches; None: everything.
+        executed_NA: actions that were executed where they may differ from those to learn, which are without the
+            expert's noise, float32; None: the same.
     """
 
     frames: Frames = field(repr=False)
@@ -71,6 +73,7 @@ class DemonstrationData:
     lacking: Mapping[str, str] = field(default_factory=dict)
     each: bool = False
     teaching: Teaching | None = field(default=None, repr=False)
+    executed_NA: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         lengths = {len(x) for x in (self.frames, self.state_NS, self.action_NA, self.episode_N)}
@@ -108,11 +111,12 @@ class DemonstrationData:
         root, revision, hub = locate(config, progress)
         features, who = Metadata(root).features, config.intervention
         who = None if who == INTERVENTION and who not in features else who
+        aside = {**({} if who is None else {"": who}), **({EXECUTED: EXECUTED} if EXECUTED in features else {})}
         mapping = ReaderMapping(
             cameras=tuple(config.cameras[name] for name in embodiment.camera_names),
             state=config.state_keys,
             action=config.action_keys,
-            labels=(*sorted(config.labels.items()), *([] if who is None else [("", who)])),
+            labels=(*sorted(config.labels.items()), *aside.items()),
             instruction=config.instruction_key,
             state_dim=embodiment.state_dim,
             action_dim=embodiment.action_dim,
@@ -122,6 +126,9 @@ class DemonstrationData:
         own = {} if config.paraphrases is None else read_paraphrases(config.paraphrases, instructions)
         columns = {name: torch.from_numpy(array) for name, array in arrays.items()}
         actions = convert_grippers(columns.pop("action"), config.gripper, embodiment)
+        executed = columns.pop(f"label/{EXECUTED}", None)
+        if executed is not None:
+            executed = map_grippers(executed.reshape(actions.shape).float(), config.gripper, embodiment)
         notes = reader.notes
         if reader.metadata.fps != embodiment.control_hz:
             notes.append(
@@ -152,6 +159,7 @@ class DemonstrationData:
             notes=tuple(f"{root}: {note}" for note in notes),
             paraphrases=own,
             teaching=teaching,
+            executed_NA=executed,
         )
         provenance = {
             "name": config.repo_id or root.name,

@@ -83,11 +83,12 @@ class TrainingBatches:
 
         Returns:
             `pixels` uint8 [B,V,3,H,W], `state` float32 [B,S], `actions` float32 [B,K,A] (the episode's last action is
-            repeated), `action_is_pad` bool [B,K] (True after the end of the episode, and where there is nothing to
-            learn), `instruction_id` int64 [B], and `labels`, name -> [B,...]; with statistics of each data set, `set`
-            int64 [B], its index; where frames differ in it, `weight` float32 [B]. With a history, `past_pixels` uint8
-            [B,O,V,3,H,W] and `past_state` float32 [B,O,S], the oldest first, and `past_age` int64 [B], the number of
-            them that are in the episode; the others repeat its first frame.
+            repeated), `executed` float32 [B,K,A], the actions that were executed, `action_is_pad` bool [B,K] (True
+            after the end of the episode, and where there is nothing to learn), `instruction_id` int64 [B], and
+            `labels`, name -> [B,...]; with statistics of each data set, `set` int64 [B], its index; where frames differ
+            in it, `weight` float32 [B]. With a history, `past_pixels` uint8 [B,O,V,3,H,W] and `past_state` float32
+            [B,O,S], the oldest first, and `past_age` int64 [B], the number of them that are in the episode; the others
+            repeat its first frame.
         """
         samples = {"pixels": torch.from_numpy(self.data.frames.take(rows_B.numpy())), **self.columns(rows_B)}
         if self.history[0]:
@@ -109,12 +110,13 @@ class TrainingBatches:
         data = self.data
         index_BK = rows_B[:, None] + torch.arange(data.chunk)
         end_B1 = self._end_N[rows_B][:, None]
-        taught = data.teaching
+        taught, executed_NA = data.teaching, data.action_NA if data.executed_NA is None else data.executed_NA
         last_B1 = end_B1 if taught is None else torch.minimum(end_B1, (rows_B + taught.actions_N[rows_B])[:, None])
         return {
             **({} if taught is None else {"weight": taught.weight_N[rows_B]}),
             "state": data.state_NS[rows_B],
             "actions": data.action_NA[torch.minimum(index_BK, end_B1 - 1)],
+            "executed": executed_NA[torch.minimum(index_BK, end_B1 - 1)],
             "action_is_pad": index_BK >= last_B1,
             "instruction_id": data.instruction_N[rows_B],
             "labels": {name: values[rows_B] for name, values in data.frame_labels.items()},

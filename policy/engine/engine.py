@@ -20,6 +20,7 @@ from cogvla.policy.engine.network import FusedNetwork
 from cogvla.policy.engine.nf4 import to_nf4
 from cogvla.policy.engine.recording import Run, record
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
+from cogvla.policy.model.heads.committed import none_committed
 from cogvla.policy.model.routers.memory import Memory
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
@@ -229,6 +230,12 @@ class Engine:
 
     def _inputs(self, inputs: ModelInput, text: EncodedText) -> dict[str, Tensor]:
         tensors = {"pixels": inputs.pixels, "state": inputs.state, **text.tensors}
+        if self.network.reads_committed:
+            robot = self.model.embodiment
+            committed = inputs.committed or none_committed(
+                len(inputs.state), robot.chunk, robot.action_dim, inputs.state.device
+            )
+            tensors |= {"committed": committed.actions, "committed_weight": committed.weight}
         router = self.network.router
         if router is not None and router.memory is not None:
             if inputs.memory is None:
@@ -287,6 +294,9 @@ class Engine:
                 tensors = self._inputs(starting(self.model, inputs), text)
                 others = {**tensors, "pixels": inputs.pixels.flip(-1), "state": 1 - inputs.state}
                 others |= {name: _another(value) for name, value in tensors.items() if name.startswith("memory_")}
+                if self.network.reads_committed:  # weights from 1/7 to 1
+                    others["committed"] = _another(tensors["committed"]).sin()
+                    others["committed_weight"] = _another(tensors["committed_weight"]) / 7
                 try:
                     self._recorded[shape] = record(self.kind, self._network(dense), tensors, others)
                 except RuntimeError as error:
@@ -306,5 +316,5 @@ def starting(model: CogVLA, inputs: ModelInput) -> ModelInput:
 
 
 def _another(memory: Tensor) -> Tensor:
-    """Return other values for a part of a memory, those of an episode that has gone on."""
+    """Return other values for a part of a memory, those of an episode that has gone on; or for committed actions."""
     return torch.arange(memory.numel(), device=memory.device).remainder(7).view_as(memory).to(memory.dtype) + 1

@@ -19,6 +19,7 @@ from cogvla.policy.engine.decoder import FusedDecoder
 from cogvla.policy.engine.recording import Result, Tensors
 from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
 from cogvla.policy.model.cogvla import CogVLA, TextFeatures
+from cogvla.policy.model.heads.committed import CommittedInput, decoded
 from cogvla.policy.model.routers.attention_probe import AttentionProbe
 from cogvla.policy.model.routers.policy_router import PolicyRouter, Routed
 from cogvla.policy.model.routers.tower_reducer import TowerReducer
@@ -52,6 +53,8 @@ class FusedNetwork(nn.Module):
         together = shape_of(towers[0]) == shape_of(towers[1])
         groups = [towers] if together else [[tower] for tower in towers]
         self.towers = nn.ModuleList(FusedTowers(group, release) for group in groups)
+        self.committed = copy.deepcopy(model.committed)
+        self.reads_committed = model.reads_committed
         self.router = _copied(model.router)
         self.dense = False
         self.decoder = FusedDecoder(model.decoder, model.plan(), model.action_tokens, self.router, release)
@@ -91,10 +94,13 @@ class FusedNetwork(nn.Module):
 
         Args:
             inputs: `pixels`, uint8 [B,V,3,H,W]; `state`, normalised, [B,S]; the tensors of `prepare` for the B
-                instructions; and `memory_NAME` for each part of the memory.
+                instructions; `memory_NAME` for each part of the memory; and if `reads_committed`, `committed` [B,K,A]
+                and `committed_weight` [B,K], see `CommittedInput`.
         """
-        seen = self.see(inputs)
-        actions_BKA = self.head(self.decide(seen, inputs))
+        seen, committed = self.see(inputs), None
+        if self.reads_committed:
+            committed = CommittedInput(inputs["committed"], inputs["committed_weight"])
+        actions_BKA = decoded(self.head, self.decide(seen, inputs, committed), committed, self.committed is not None)
         memory = seen.next_memory()
         return actions_BKA if memory is None else (actions_BKA, *(memory[name] for name in self.remembered))
 
@@ -119,10 +125,13 @@ class FusedNetwork(nn.Module):
             streams, self.fusion, weights_B2, *given, reducer=reducer, remembered=remembered, dense=self.dense
         )
 
-    def decide(self, seen: Routed, inputs: Tensors) -> Tensor:
+    def decide(self, seen: Routed, inputs: Tensors, committed: CommittedInput | None = None) -> Tensor:
         """Run stages 2 and 3; return the states of the action tokens [B,J,D]."""
         state_B1D = self.state(inputs["state"].to(seen.vision_BnD.dtype))[:, None]
-        sequence = (inputs["bos"], seen.vision_BnD, state_B1D, inputs["tail"])
+        tail_BRD = inputs["tail"]
+        if self.committed is not None and committed is not None:
+            tail_BRD = self.committed(committed, tail_BRD)
+        sequence = (inputs["bos"], seen.vision_BnD, state_B1D, tail_BRD)
         return self.decoder(torch.cat(sequence, dim=1), inputs, seen.position_Bn, seen.layers)
 
     def streams(

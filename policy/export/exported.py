@@ -105,6 +105,7 @@ class ExportedPolicy:
         self, manifest: Mapping[str, Any], inputs: InputFormat, files: Mapping[int, Runtime], device: str
     ) -> None:
         self._manifest, self._inputs, self._files, self._device = manifest, inputs, files, device
+        self._said = False
 
     @property
     def embodiment(self) -> Embodiment:
@@ -142,6 +143,9 @@ class ExportedPolicy:
         """Predict actions float32 [B,K,A] in physical units, with the time of each stage in ms."""
         start = time.perf_counter()
         observation.validate(self.embodiment)
+        if observation.committed is not None and not self._said:
+            print("note: an exported policy has no input for committed actions, and ignores them")
+            self._said = True
         batch = [self._inputs.of(observation, row) for row in range(observation.batch_size)]
         ready = time.perf_counter()
         actions_BKA = np.concatenate([self._files[length](inputs) for length, inputs in batch])

@@ -18,6 +18,7 @@ from cogvla.policy.checkpoint import (
     ENCODER,
     EVERY,
     FLOAT8,
+    FORECAST,
     STATISTICS,
     TRAINING,
     WEIGHTS,
@@ -30,7 +31,7 @@ from cogvla.policy.hub.evaluations import on_robot, read_reports, section
 from cogvla.policy.hub.upload import CARD, Change, Publication, to_hub
 
 PUBLISHED = (
-    CONFIG, WEIGHTS, STATISTICS, FLOAT8, CARD, f"{ENCODER}/*",
+    CONFIG, WEIGHTS, STATISTICS, FLOAT8, FORECAST, CARD, f"{ENCODER}/*",
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
 )  # fmt: skip
 """Files of a checkpoint folder that are published; all of this belongs to an upload."""
@@ -60,7 +61,7 @@ def policy_publication(
     body = read_object(folder / CONFIG, ANOTHER)
     _check_portable(body, folder)
     for one, path in list(files.items()):
-        if fnmatchcase(one, "*config.json") or one == FLOAT8:
+        if fnmatchcase(one, "*config.json") or one in (FLOAT8, FORECAST):
             files[one] = cleaned(Path(path).read_bytes()) if isinstance(path, Path) else path
     digest = weights_hash(folder)
     with TemporaryDirectory() as staged:

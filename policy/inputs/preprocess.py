@@ -14,12 +14,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from cogvla.policy.chunk_queue import soft_mask
 from cogvla.policy.inputs.augmentation import centre, change, check_crop_area
+from cogvla.policy.inputs.forecast import Forecast
 from cogvla.policy.inputs.normalise import Normaliser, normalisers, of_each
 from cogvla.policy.inputs.resize import check_kernel, resize
 from cogvla.policy.inputs.tokenizer import Tokenizer
-from cogvla.policy.interface import Embodiment, Observation
+from cogvla.policy.interface import Committed, Embodiment, Observation
 from cogvla.policy.model.cogvla import ModelInput
+from cogvla.policy.model.heads.committed import CommittedInput
 
 INSTRUCTION_CACHE = 4096
 INSTRUCTION_CACHE_NUMBERS = 2**24
@@ -42,6 +45,7 @@ class Preprocessor(nn.Module):
     Attributes:
         sets: names of the data sets with statistics of their own; (): one set of statistics.
         chosen: the data set whose statistics observations get; None: not chosen, or one set of statistics.
+        forecast: forecast of the state while chunks are late; None: none was fitted.
 
     Raises:
         ValueError: the cameras have different sizes, or a value does not fit.
@@ -69,6 +73,7 @@ class Preprocessor(nn.Module):
         by_name = of_each(statistics)
         self.sets = tuple(name for name in by_name if name is not None)
         self.chosen: str | None = None
+        self.forecast: Forecast | None = None
         pairs = [normalisers(embodiment, values) for values in by_name.values()]
         self._states, self._actions = (nn.ModuleList(each) for each in zip(*pairs, strict=True))
         self._text: dict[str, tuple[Tensor, Tensor]] = {}
@@ -146,7 +151,7 @@ class Preprocessor(nn.Module):
         return change(pixels_BVCHW, self.crop_area, centre(self.crop_area, *pixels_BVCHW.shape[:2]))
 
     def observation(self, observation: Observation) -> ModelInput:
-        """Check an observation and convert it to model input on the policy's device.
+        """Check an observation and convert it to model input on the policy's device, without `committed`.
 
         Raises:
             ValueError: see `Observation.validate`.
@@ -156,6 +161,26 @@ class Preprocessor(nn.Module):
         state_BS = _tensor(observation.state).to(self.device, torch.float32)
         return self.model_input(self.pixels(images), state_BS, observation.instruction)
 
+    def committed(self, given: Sequence[Committed | None] | None, longest: int | None = None) -> CommittedInput | None:
+        """Convert the committed actions of B observations to model input, normalised and padded to a chunk.
+
+        Args:
+            given: `Observation.committed`, already checked.
+            longest: largest number that counts as certain; None: all.
+
+        Returns:
+            None if no observation has any.
+        """
+        if given is None or all(each is None for each in given):
+            return None
+        actions_BKA, delay_B, count_B = padded(given, self.embodiment)
+        delay_B = delay_B if longest is None else np.minimum(delay_B, longest)
+        chunk = self.embodiment.chunk
+        weight_BK = np.stack([soft_mask(chunk, *pair) for pair in zip(delay_B, count_B, strict=True)])
+        weight = torch.from_numpy(weight_BK).to(self.device, torch.float32)
+        normalised_BKA = self.action_normaliser(torch.from_numpy(actions_BKA).to(self.device))
+        return CommittedInput(torch.where(weight[..., None] > 0, normalised_BKA, 0.0), weight)
+
     def model_input(self, pixels_BVCHW: Tensor, state_BS: Tensor, instructions: Sequence[str]) -> ModelInput:
         """Build model input from cropped pixels uint8 [B,V,3,H,W], states [B,S] in physical units, B instructions."""
         text_ids_BT, text_mask_BT = self.text(instructions)
@@ -164,6 +189,22 @@ class Preprocessor(nn.Module):
     def actions(self, normalised_BKA: Tensor) -> Tensor:
         """Convert normalised actions [B,K,A] to physical units."""
         return self.action_normaliser.inverse(normalised_BKA)
+
+
+def padded(given: Sequence[Committed | None], embodiment: Embodiment) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return committed actions in fixed shapes.
+
+    Returns:
+        Actions float32 [B,K,A], 0 where there are none; the number of certain ones, int64 [B]; and of all, int64 [B].
+    """
+    actions_BKA = np.zeros((len(given), embodiment.chunk, embodiment.action_dim), np.float32)
+    delay_B, count_B = np.zeros((2, len(given)), np.int64)
+    for row, each in enumerate(given):
+        if each is not None:
+            count_B[row] = min(len(each.actions), embodiment.chunk)
+            actions_BKA[row, : count_B[row]] = each.actions[: count_B[row]]
+            delay_B[row] = each.delay
+    return actions_BKA, delay_B, count_B
 
 
 def _by_set(normalisers: nn.ModuleList, values_BX: Tensor, set_B: Tensor) -> Tensor:

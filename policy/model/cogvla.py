@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.heads.committed import CommittedInput, CommittedTokens, decoded
 from cogvla.policy.model.heads.interface import HeadSizes
 from cogvla.policy.model.heads.registry import HEADS
 from cogvla.policy.model.language import DecoderContext, DecoderTrace, RoutedDecoder
@@ -62,6 +63,8 @@ class ModelInput:
         memory: what token routers remember of earlier decisions, see `policy.model.routers.memory`; None: nothing.
         past: earlier observations of the same episode, from which the memory is computed, for training; None: none.
         dense: keep all vision tokens, as if there were no token routers (they still remember).
+        committed: actions that will be executed until the chunk is there; None: none. For policies that read them
+            (`CogVLA.reads_committed`); others ignore them.
     """
 
     pixels: Tensor
@@ -72,6 +75,7 @@ class ModelInput:
     memory: Memory | None = None
     past: Past | None = None
     dense: bool = False
+    committed: CommittedInput | None = None
 
     def to(self, device: torch.device | str) -> ModelInput:
         def there(value: Any) -> Any:
@@ -86,8 +90,9 @@ class ModelInput:
         assert self.past is None, "only training gives earlier observations"
         memory = None if self.memory is None else {name: value[index_b] for name, value in self.memory.items()}
         draw = None if self.draw is None else self.draw[index_b]
+        committed = None if self.committed is None else self.committed.rows(index_b)
         given = (self.pixels[index_b], self.text_ids[index_b], self.text_mask[index_b], self.state[index_b])
-        return ModelInput(*given, draw=draw, memory=memory, dense=self.dense)
+        return ModelInput(*given, draw=draw, memory=memory, dense=self.dense, committed=committed)
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,14 @@ class CogVLA(nn.Module):
         reads = config.routing.summary == "contextual" and (config.routing.efa or config.routing.film)
         self.order = WordOrder(width) if reads else None
         self.text = self._build_text_projection()
+        if config.head.prefix >= embodiment.chunk:
+            raise ValueError(
+                f"head.prefix is {config.head.prefix}, but a chunk has {embodiment.chunk} actions, of which the policy "
+                "must decide at least one: lower it"
+            )
+        self.committed: CommittedTokens | None = None
+        if config.head.prefix:
+            self.committed = CommittedTokens(embodiment.action_dim, per_step, width)
         ids = torch.tensor([config.language.bos_token, config.language.stop_token])
         self.register_buffer("special_ids", ids, persistent=False)
 
@@ -231,6 +244,11 @@ class CogVLA(nn.Module):
         if self.router is None or self.router.memory is None:
             return None
         return self.router.memory.empty(batch, next(self.state.parameters()))
+
+    @property
+    def reads_committed(self) -> bool:
+        """True if the network uses `ModelInput.committed`: it was trained with them, or its head can be guided."""
+        return self.committed is not None or self.head.guided
 
     @property
     def vision_tokens(self) -> int:
@@ -318,7 +336,7 @@ class CogVLA(nn.Module):
             vision_BND = routed.vision_BnD
         if change is not None:
             vision_BND = change(vision_BND)
-        output = self.decide(vision_BND, inputs.state, text, debug, decode, routed)
+        output = self.decide(vision_BND, inputs.state, text, debug, decode, routed, inputs.committed)
         if output.debug is not None:
             output.debug.update(streams=streams, stream_weights=text.vision.weights_B2)
         return output if gaze is None else replace(output, gaze=gaze)
@@ -359,7 +377,8 @@ class CogVLA(nn.Module):
             return None
         steps = past.age.new_tensor(past.pixels.shape[1])
         for step in range(past.pixels.shape[1]):
-            before = replace(inputs, pixels=past.pixels[:, step], state=past.state[:, step], memory=memory, past=None)
+            pixels_BVCHW, state_BS = past.pixels[:, step], past.state[:, step]
+            before = replace(inputs, pixels=pixels_BVCHW, state=state_BS, memory=memory, past=None, committed=None)
             if router.memory is not None and router.memory.watched is None:  # the language model changes nothing
                 after = self._route(router, before, text)[1].next_memory()
             else:
@@ -393,6 +412,7 @@ class CogVLA(nn.Module):
         debug: bool = False,
         decode: bool = True,
         routed: Routed | None = None,
+        committed: CommittedInput | None = None,
     ) -> ModelOutput:
         """Run stages 2 and 3 and the head.
 
@@ -403,14 +423,21 @@ class CogVLA(nn.Module):
             debug: see `forward`.
             decode: see `forward`.
             routed: result of the token routers; None without token routers.
+            committed: see `ModelInput`.
         """
         batch, dtype = len(state_BS), vision_BND.dtype
         state_B1D = self.state(state_BS.to(dtype))[:, None]
-        sequence = (text.bos_B1D.to(dtype), vision_BND, state_B1D, text.tail_BRD.to(dtype))
+        tail_BRD = text.tail_BRD.to(dtype)
+        if self.committed is not None and committed is not None:
+            tail_BRD = self.committed(committed, tail_BRD)
+        sequence = (text.bos_B1D.to(dtype), vision_BND, state_B1D, tail_BRD)
         trace = DecoderTrace() if debug else None
         placed = (None, None) if routed is None else (routed.position_Bn, routed.layers)
         action_BJD = self.decoder(torch.cat(sequence, dim=1), text.context, trace, *placed)
-        actions_BKA = self.head(action_BJD) if decode else action_BJD.new_empty(batch, 0, self.embodiment.action_dim)
+        actions_BKA = action_BJD.new_empty(batch, 0, self.embodiment.action_dim)
+        if decode:
+            given = committed if self.reads_committed else None
+            actions_BKA = decoded(self.head, action_BJD, given, self.committed is not None)
         losses = {} if routed is None else routed.losses()
         kept_BN = None if routed is None or routed.tokens is None else routed.tokens.index_Bn
         memory = None if routed is None else routed.next_memory()

@@ -158,6 +158,8 @@ class ActionHeadConfig:
         steps: number of steps from noise to action, for `diffusion` and `flow`.
         shifted: read each action from the token before it (the published code); False: from its own placeholder.
             The first action is then read from the last word, as in next-token prediction.
+        prefix: largest number of committed actions that the policy reads (training-time real-time chunking); 0: none.
+            Training then gives `training.prefix_share` of the samples the actions that come first.
     """
 
     kind: str = "l1"
@@ -166,9 +168,12 @@ class ActionHeadConfig:
     blocks: int = 2
     steps: int = 10
     shifted: bool = False
+    prefix: int = 0
 
     def __post_init__(self) -> None:
         _one_of("head.kind", self.kind, tuple(HEADS))
+        if self.prefix < 0:
+            raise ValueError(f"head.prefix must be a number of actions, or 0 for none; got {self.prefix}")
         if self.blocks < 0 or self.steps < 1:
             raise ValueError(f"head: blocks must be at least 0 and steps at least 1, got {self}")
         _one_of("head.tokens_per_step", self.tokens_per_step, ("one", "action_dim"))

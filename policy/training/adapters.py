@@ -90,7 +90,9 @@ def prepare(model: nn.Module, config: FinetuneConfig) -> None:
     for _, layer in adapted_layers(model) if config.bits is not None else ():
         layer.base_layer = Nf4Linear(layer.base_layer.weight, layer.base_layer.bias)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name or (BASE not in name and _named(name, config.train)))
+        # what is new in this training can only be learned in it
+        new = name.startswith("committed.")
+        parameter.requires_grad_(new or ".lora_" in name or (BASE not in name and _named(name, config.train)))
 
 
 def _inject(model: nn.Module, targets: list[str], config: FinetuneConfig) -> None:

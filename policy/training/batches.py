@@ -21,6 +21,7 @@ from cogvla.policy.data.mixture.task_labels import TASK_LABELS, contradiction
 from cogvla.policy.inputs.augmentation import AugmentationConfig, Changes, centre, change, draw_changes, move_points
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.model.cogvla import ModelInput, Past
+from cogvla.policy.model.heads.committed import CommittedInput
 from cogvla.policy.model.heads.interface import DRAWS
 from cogvla.policy.training.auxiliary.blind_weights import BlindWeights
 from cogvla.policy.training.objective import Batch, ObjectiveConfig, choose_alternative
@@ -48,6 +49,7 @@ class Choices:
         draw_B2: see `ModelInput.draw`; None in evaluation.
         wording_B: index of the wording, see `Wordings`; None: the instruction as the data has it.
         unknown_BT: True for words to replace by the unknown word; None: no word.
+        committed_B: number of committed actions, int64; None: none.
     """
 
     instruction_B: Tensor
@@ -64,6 +66,7 @@ class Choices:
     draw_B2: Tensor | None = None
     wording_B: Tensor | None = None
     unknown_BT: Tensor | None = None
+    committed_B: Tensor | None = None
 
     @property
     def changes(self) -> Changes:
@@ -87,6 +90,8 @@ class BatchBuilder:
         augmentation: image augmentation, with the same crop area as the preprocessor; None: crops only. Evaluation
             batches get the centre crop only.
         instructions: other wordings of the instructions in training; None: none.
+        prefix: largest number of committed actions in training, see `ActionHeadConfig.prefix`.
+        prefix_share: share of samples with committed actions, 1 to `prefix` of them.
 
     Raises:
         ValueError: the data does not have the labels that the objective needs, or the crop areas differ.
@@ -99,8 +104,11 @@ class BatchBuilder:
         config: ObjectiveConfig,
         augmentation: AugmentationConfig | None = None,
         instructions: InstructionAugmentation | None = None,
+        prefix: int = 0,
+        prefix_share: float = 0.75,
     ) -> None:
         self.preprocessor, self.config = preprocessor, config
+        self.prefix, self.prefix_share = prefix, prefix_share
         names = tuple(part.name for part in data.parts)
         if data.each and preprocessor.sets != names:
             raise ValueError(
@@ -200,10 +208,15 @@ class BatchBuilder:
         if self.blind is not None:
             asked = [self.instructions[i] for i in instruction_B.tolist()]
             weight_BK = weight_BK * self.blind(samples, asked, keep_B, weight_BK, noise_BRKA, time_BR)
+        committed_B: Tensor | None = None
+        if self.prefix:
+            given_B = torch.rand(len(instruction_B), generator=generator) < self.prefix_share
+            committed_B = torch.randint(1, self.prefix + 1, given_B.shape, generator=generator) * given_B
+            weight_BK = weight_BK * (torch.arange(robot.chunk) >= committed_B[:, None])
         choices = self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG, changes)
         wording_B, unknown_BT = self.wordings.draw(instruction_B, generator)
         draws = {"noise_BRKA": noise_BRKA, "time_BR": time_BR, "draw_B2": draw_B2}
-        return replace(choices, **draws, wording_B=wording_B, unknown_BT=unknown_BT)
+        return replace(choices, **draws, wording_B=wording_B, unknown_BT=unknown_BT, committed_B=committed_B)
 
     def evaluation(
         self, samples: dict[str, Any], instruction_B: Tensor | None = None, held_out_wording: bool = False
@@ -242,7 +255,8 @@ class BatchBuilder:
             self.preprocessor.normalised_state(samples["state"].to(device, non_blocking=True), samples.get("set")),
         )
         keep_B1 = choices.keep_state_B[:, None].to(inputs.state)
-        inputs = replace(inputs, past=self._past(samples, choices, keep_B1))
+        committed = self._committed(samples, choices.committed_B)
+        inputs = replace(inputs, past=self._past(samples, choices, keep_B1), committed=committed)
         actions_BKA = samples["actions"].to(device, non_blocking=True)
         actions_BKA = self.preprocessor.normalised_actions(actions_BKA, samples.get("set"))
         positions_BG = None
@@ -263,6 +277,15 @@ class BatchBuilder:
             there(choices.time_BR),
             there(self.wordings.group_I[choices.instruction_B]),
         )
+
+    def _committed(self, samples: dict[str, Any], number_B: Tensor | None) -> CommittedInput | None:
+        """Return the first actions that were executed as committed ones."""
+        if number_B is None:
+            return None
+        executed_BKA = samples["executed"].to(self.preprocessor.device, non_blocking=True)
+        normalised_BKA = self.preprocessor.normalised_actions(executed_BKA, samples.get("set"))
+        weight_BK = (torch.arange(executed_BKA.shape[1]) < number_B[:, None]).float().to(normalised_BKA)
+        return CommittedInput(normalised_BKA * weight_BK[..., None], weight_BK)
 
     def _past(self, samples: dict[str, Any], choices: Choices, keep_B1: Tensor) -> Past | None:
         """Return the earlier observations, changed like the present one; None if the samples have none."""

@@ -33,6 +33,7 @@ class TrainingConfig:
         compile: use torch.compile.
         gradient_checkpointing: recompute the blocks of towers and language model in the backward pass, to save memory.
         seed: random seed of the initial weights, the order of the data and all other random numbers.
+        prefix_share: share of samples with committed actions, for policies that read them (`head.prefix`).
         validation_fraction: share of the episodes that is held out for validation; 0: none.
         validate_every: steps between two validations; 0: never.
         checkpoint_every: steps between two checkpoints.
@@ -57,6 +58,7 @@ class TrainingConfig:
     compile: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0
+    prefix_share: float = 0.75
     validation_fraction: float = 0.03
     validate_every: int = 500
     checkpoint_every: int = 1000
@@ -80,5 +82,7 @@ class TrainingConfig:
             raise ValueError(f"unknown precision {self.precision!r}; one of {', '.join(PRECISIONS)}")
         if self.optimiser not in OPTIMISERS:
             raise ValueError(f"unknown optimiser {self.optimiser!r}; one of {', '.join(OPTIMISERS)}")
+        if not 0 < self.prefix_share <= 1:
+            raise ValueError(f"training.prefix_share must be above 0 and at most 1, got {self.prefix_share}")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise ValueError("learning_rate and clip_norm must be positive")

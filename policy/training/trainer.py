@@ -111,7 +111,9 @@ class Trainer:
         training, held_out = data.split(config.validation_fraction, config.seed)
         self.batches = TrainingBatches(training, config.batch_size, config.seed, self.raw.model.history)
         self.held_out = held_out
-        self.builder = BatchBuilder(data, self.preprocessor, self.raw.config, config.augmentation, config.wordings)
+        pictures_and_words = config.augmentation, config.wordings
+        prefix = model_config.head.prefix, config.prefix_share
+        self.builder = BatchBuilder(data, self.preprocessor, self.raw.config, *pictures_and_words, *prefix)
         self.metrics = MetricsFile(output / "metrics.jsonl")
         self.window = LossWindow(self.accelerator)
         self.interruption = Interruption()
@@ -192,7 +194,10 @@ class Trainer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that must be the same when this run resumes."""
-        return identity(self.data, self.preprocessor, self.raw.config, self.builder.wordings)
+        found = identity(self.data, self.preprocessor, self.raw.config, self.builder.wordings)
+        if self.builder.prefix:
+            found["committed"] = {"head.prefix": self.builder.prefix, "training.prefix_share": self.config.prefix_share}
+        return found
 
     def save(self) -> None:
         """Write `checkpoints/step_N` and delete all but the newest ones."""

@@ -44,7 +44,7 @@ from typing import Any
 import numpy as np
 
 from cogvla.policy.chunk_queue import ChunkQueue
-from cogvla.policy.interface import ActionChunk, Embodiment, Observation
+from cogvla.policy.interface import ActionChunk, Committed, Embodiment, Observation
 from cogvla.real_robot.control.loop_types import ChunkRequest, Command, Kind
 from cogvla.real_robot.control.measurements import RECENT, Measurements
 from cogvla.real_robot.control.observations import Observations
@@ -231,6 +231,7 @@ class ControlLoop:
         if self._pauses and found.stamp < self._rests_at:
             return None
         tick = self._clock.tick_of(found.stamp)
+        committed = self._committed(tick, next_tick - tick + self._prefetch.latency_ticks)
         self._requests += 1
         self._counts["requests"] += 1
         request = ChunkRequest(
@@ -240,16 +241,23 @@ class ControlLoop:
                 images={name: image_HW3[None] for name, image_HW3 in found.images.items()},
                 state=found.state_S[None].astype(np.float32),
                 instruction=[self._instruction],
+                committed=None if committed is None else [committed],
             ),
             stamp=found.stamp,
             tick=tick,
             asked_at=now,
             deadline=now + self.settings.deadline_s,
-            committed_NA=self._queue.plan(tick).copy(),
             delay_ticks=next_tick - tick + self._prefetch.latency_ticks,
         )
         self._prefetch.in_flight = request
         return request
+
+    def _committed(self, tick: int, delay: int) -> Committed | None:
+        """Return the plan from this tick on, of which `delay` actions pass until the answer; None without a plan."""
+        plan_NA = self._queue.plan(tick)
+        if not len(plan_NA):
+            return None
+        return Committed(plan_NA.astype(np.float32), min(delay, len(plan_NA), self.embodiment.chunk - 1))
 
     def deliver(self, chunk: ActionChunk, request: ChunkRequest, now: float) -> str | None:
         """Add the policy's answer, actions [1,K,A]. Return the reason if it is not used, else None."""

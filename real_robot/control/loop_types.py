@@ -52,14 +52,12 @@ class ChunkRequest:
     Attributes:
         id: running number of the request.
         epoch: epoch of the request; the loop uses the answer in this epoch only.
-        observation: observation of batch size 1.
+        observation: observation of batch size 1, with the plan from `tick` on (`Observation.committed`).
         stamp: time of the observation.
         tick: control tick of the observation; action 0 of the chunk belongs to it.
         asked_at: time of the request.
         deadline: time after which the loop does not use the answer.
-        committed_NA: plan [N,A] from `tick` on, N may be 0; for real-time chunking in the policy.
-        delay_ticks: expected number of actions that pass before the answer arrives; for real-time chunking in the
-            policy.
+        delay_ticks: expected number of ticks that pass from the observation until the answer arrives.
     """
 
     id: int
@@ -69,5 +67,4 @@ class ChunkRequest:
     tick: int
     asked_at: float
     deadline: float
-    committed_NA: np.ndarray
     delay_ticks: int

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import ssl
 import time
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from cogvla.real_robot.serving.server_info import ServerInfo
 from cogvla.real_robot.serving.wire import FrameError, shown, unpack
 
 CLOSE_S = 0.5
+_log = logging.getLogger(__name__)
 
 
 class UnavailableError(ConnectionError):
@@ -106,7 +108,7 @@ class AsyncPolicyClient:
         self._connection, self.info, self._settings = connection, info, settings
         self._format = RequestFormat(info.embodiment, info.keys, info.images, info.max_message_bytes)
         self._ids = itertools.count()
-        self._busy = False
+        self._busy = self._said = False
 
     @staticmethod
     async def connect(uri: str, settings: ClientSettings | None = None) -> AsyncPolicyClient:
@@ -166,6 +168,7 @@ class AsyncPolicyClient:
 
         Args:
             observation: batch size 1, images of the camera's size or the policy's; see `ClientSettings.resize`.
+                Its committed actions are sent if the server's policy reads them; else this is logged once.
             timeout_s: deadline in seconds; None uses `ClientSettings.answer_s`.
             observation_id: number that the answer repeats; None uses a running number.
             episode_id: number of the episode: with another one, a policy that remembers begins anew. None: the episode
@@ -180,11 +183,15 @@ class AsyncPolicyClient:
         timeout_s = self._settings.answer_s if timeout_s is None else timeout_s
         number = next(self._ids) if observation_id is None else observation_id
         sent_s = time.monotonic()
+        if observation.committed is not None and not self.info.committed and not self._said:
+            self._said = True
+            _log.warning("the server is older, or its policy ignores committed actions: they are not sent")
         frame = self._format.write(
             observation,
             number,
             timeout_s,
             episode_id=episode_id if self.info.episodes else None,
+            committed=self.info.committed,
             resize=self._settings.resize,
             jpeg_quality=self._settings.jpeg_quality,
         )

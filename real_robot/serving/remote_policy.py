@@ -48,6 +48,11 @@ class RemotePolicy:
     def embodiment(self) -> Embodiment:
         return self.info.embodiment
 
+    @property
+    def reads_committed(self) -> bool:
+        """True if the server's policy reads `Observation.committed`."""
+        return self.info.committed
+
     def describe(self) -> dict[str, Any]:
         """Return the description of the policy as the server sent it."""
         return dict(self.info.policy)

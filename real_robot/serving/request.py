@@ -2,7 +2,7 @@
 
 Server and clients use the same `RequestFormat`; the server sends it to the clients in its metadata.
 
-Shape legend: S state dimension, H image height, W image width.
+Shape legend: S state dimension, H image height, W image width, A action dimension, N committed actions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.policy.interface import Camera, Embodiment, Observation
+from cogvla.policy.interface import Camera, Committed, Embodiment, Observation
 from cogvla.real_robot.serving.images import (
     JPEG,
     PNG,
@@ -35,10 +35,14 @@ RAW = "raw"
 OBSERVATION_ID = "observation_id"
 DEADLINE_MS = "deadline_ms"
 EPISODE_ID = "episode_id"
+COMMITTED = "committed"
+DELAY = "delay"
 OPTIONAL = {
     OBSERVATION_ID: "whole number that the answer repeats",
     DEADLINE_MS: "milliseconds that the client waits for the answer; after that the server drops the request",
     EPISODE_ID: "whole number of the episode; another number lets a policy that remembers begin anew",
+    COMMITTED: "actions [N,A] that the robot will execute from the observation on; a policy may ignore them",
+    DELAY: "number of the first of them that will certainly be executed before the answer is there",
 }
 """Optional keys with their meaning. openpi's clients do not send them."""
 LAYOUTS = ("hwc", "chw")
@@ -128,6 +132,7 @@ class ReceivedRequest:
         dialect: see `PolicyRequest`.
         work: number of pixels to decode and to resize; 0: the images are ready.
         episode_id: see `PolicyRequest`.
+        committed: see `Observation.committed`.
     """
 
     images: Mapping[str, np.ndarray | bytes]
@@ -138,6 +143,7 @@ class ReceivedRequest:
     dialect: Dialect
     work: int
     episode_id: int | None = None
+    committed: Committed | None = None
 
 
 class RequestFormat:
@@ -178,6 +184,7 @@ class RequestFormat:
         deadline_s: float | None = None,
         *,
         episode_id: int | None = None,
+        committed: bool = False,
         resize: bool = True,
         jpeg_quality: int | None = None,
     ) -> bytes:
@@ -188,6 +195,7 @@ class RequestFormat:
             observation_id: number that the answer repeats.
             deadline_s: seconds that the client waits.
             episode_id: number of the episode.
+            committed: send the observation's committed actions; an older server refuses them.
             resize: resize larger images to the policy's size, if the server says how it would do it.
             jpeg_quality: 1 to 95: send images as JPEG, if the server takes them; None: raw.
 
@@ -215,6 +223,9 @@ class RequestFormat:
             values[DEADLINE_MS] = 1e3 * deadline_s
         if episode_id is not None:
             values[EPISODE_ID] = episode_id
+        given = observation.committed[0] if committed and observation.committed is not None else None
+        if given is not None and len(given.actions):
+            values |= {COMMITTED: given.actions.astype(np.float32), DELAY: given.delay}
         frame = pack(values)
         if len(frame) > self.max_bytes:
             raise ValueError(
@@ -263,6 +274,7 @@ class RequestFormat:
             dialect=dialect,
             work=work,
             episode_id=_whole(EPISODE_ID, values.get(EPISODE_ID)),
+            committed=self._committed(values.get(COMMITTED), _whole(DELAY, values.get(DELAY))),
         )
 
     def finish(self, request: ReceivedRequest) -> PolicyRequest:
@@ -278,7 +290,8 @@ class RequestFormat:
             if self.offer.resize is not None:
                 image_HWC = resize_image(image_HWC, (camera.height, camera.width), self.offer.resize)
             images[camera.name] = image_HWC[None]
-        observation = Observation(images, request.state[None], [request.instruction])
+        committed = None if request.committed is None else [request.committed]
+        observation = Observation(images, request.state[None], [request.instruction], committed=committed)
         answering = request.observation_id, request.deadline_s, request.dialect
         return PolicyRequest(observation, *answering, episode_id=request.episode_id)
 
@@ -308,6 +321,23 @@ class RequestFormat:
                 f"{key} must be a uint8 array {wanted}, or a JPEG or PNG as bytes, got {_described(value)}"
             )
         return value if channel == 2 else np.moveaxis(value, 0, -1)
+
+    def _committed(self, value: Any, delay: int | None) -> Committed | None:
+        """Return the committed actions, None if there are none."""
+        if value is None and delay is None:
+            return None
+        if value is None or delay is None:
+            given, missing = (DELAY, COMMITTED) if value is None else (COMMITTED, DELAY)
+            raise FrameError(f"the request has {given} without {missing}: send both, or neither")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fi":
+            raise FrameError(f"{COMMITTED} must be an array of numbers, got {_described(value)}")
+        with np.errstate(over="ignore"):
+            committed = Committed(value.astype(np.float32), delay)
+        try:
+            committed.validate(self.embodiment)
+        except ValueError as error:
+            raise FrameError(str(error)) from None
+        return committed
 
     def _state(self, value: Any) -> np.ndarray:
         """Return the state as float32 [S]."""

@@ -28,7 +28,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
-from cogvla.policy.interface import InstructionError, Policy
+from cogvla.policy.interface import InstructionError, Policy, reads_committed
 from cogvla.real_robot.serving.batching import BatchAnswer, Batcher, BatchSettings, ExpiredError, PolicyError
 from cogvla.real_robot.serving.connections import ConnectionLimits, Guard, GuardedConnection
 from cogvla.real_robot.serving.quiet_log import QuietLog
@@ -166,6 +166,7 @@ class PolicyServer:
             max_message_bytes=int(settings.max_message_mb * 2**20),
             max_batch=batching.max_batch,
             episodes=True,
+            committed=reads_committed(policy),
             images=ImageOffer(ALL_FORMATS, kernel if kernel in KERNELS else None),
         )
         self._format = RequestFormat(policy.embodiment, self.info.keys, self.info.images, self.info.max_message_bytes)

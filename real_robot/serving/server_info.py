@@ -30,6 +30,8 @@ class ServerInfo:
         max_batch: largest number of requests in one forward pass.
         images: images that the server takes; an older server takes raw ones only.
         episodes: True if the server takes `episode_id`; an older server refuses it.
+        committed: True if the server takes `committed` and `delay`, and its policy reads them; an older server refuses
+            them.
     """
 
     embodiment: Embodiment
@@ -39,6 +41,7 @@ class ServerInfo:
     max_batch: int
     images: ImageOffer = field(default_factory=ImageOffer)
     episodes: bool = False
+    committed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metadata as maps, lists, text and numbers, ready to send."""
@@ -55,6 +58,7 @@ class ServerInfo:
             # An older client ignores these entries, but no new ones in the others.
             "images": asdict(self.images),
             "episodes": self.episodes,
+            "committed": self.committed,
             "limits": {"max_message_bytes": self.max_message_bytes, "max_batch": self.max_batch},
         }
         return json.loads(json.dumps(values, default=str))
@@ -91,6 +95,7 @@ class ServerInfo:
                 limits["max_batch"],
                 ImageOffer(**_known(ImageOffer, values.get("images", {}))),
                 bool(values.get("episodes", False)),
+                bool(values.get("committed", False)),
             )
             RequestFormat(info.embodiment, info.keys)
         except (KeyError, TypeError, AttributeError) as error:

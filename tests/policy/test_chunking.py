@@ -144,3 +144,22 @@ def test_late_chunks_that_cannot_be() -> None:
         Late(2, 3)
     with pytest.raises(ValueError, match="cannot execute 6 actions of a chunk of 5"):
         Late(4, 2).plan(["a"], np.zeros((1, 5, 1)))
+
+
+@given(st.integers(2, 5), st.data(), st.integers(0, 3), st.sampled_from(["replace", "real_time", "ensemble"]))
+def test_late_chunks_are_announced_what_is_executed_until_they_are_there(
+    steps: int, data: st.DataObject, more: int, overlap: str
+) -> None:
+    delay = data.draw(st.integers(0, steps))
+    late, rng = Late(steps, delay, overlap), np.random.default_rng(0)
+    assert late.committed("a") is None, "it stands still until its first chunk"
+    for call in range(4):
+        told = late.committed("a")
+        executed_TA = late.plan(["a"], rng.normal(size=(1, steps + delay + more, 2)))[0]
+        if call:
+            assert told is not None
+            assert told.delay == delay
+            assert len(told.actions) >= delay
+            np.testing.assert_allclose(told.actions[:delay], executed_TA[:delay], rtol=1e-6)
+    late.reset("a")
+    assert late.committed("a") is None

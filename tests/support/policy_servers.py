@@ -41,8 +41,9 @@ LIBERO_KEYS = RequestKeys(
 class SumPolicy:
     """Actions that depend on every input, in float32 without rounding; instructions can ask for trouble."""
 
-    def __init__(self, embodiment: Embodiment = ROBOT, sleep_s: float = 0.0) -> None:
+    def __init__(self, embodiment: Embodiment = ROBOT, sleep_s: float = 0.0, reads_committed: bool = False) -> None:
         self.embodiment = embodiment
+        self.reads_committed = reads_committed
         self.sleep_s = sleep_s
         self.batches: list[int] = []
         self.go = threading.Event()
@@ -78,6 +79,8 @@ class SumPolicy:
             i * int(observation.images[name][row].sum()) for i, name in enumerate(sorted(observation.images), 1)
         )
         total += len(observation.instruction[row])
+        if observation.committed is not None and (committed := observation.committed[row]) is not None:
+            total += int(committed.actions.sum()) + 100 * committed.delay
         return total % 1000 + observation.state[row].sum() + np.arange(shape[0] * shape[1]).reshape(shape)
 
 
@@ -159,9 +162,12 @@ def free_port() -> int:
 class ServerProcess:
     """A server of a `SumPolicy` in a process of its own; `log` is a file for what it writes."""
 
-    def __init__(self, port: int, sleep_s: float = 0.0, log: IO[bytes] | None = None) -> None:
+    def __init__(
+        self, port: int, sleep_s: float = 0.0, log: IO[bytes] | None = None, reads_committed: bool = False
+    ) -> None:
         self.uri = f"ws://127.0.0.1:{port}"
-        self.process = subprocess.Popen([sys.executable, __file__, str(port), str(sleep_s)], stderr=log)
+        command = [sys.executable, __file__, str(port), str(sleep_s), *(["committed"] if reads_committed else [])]
+        self.process = subprocess.Popen(command, stderr=log)
         until(lambda: get(self.uri, "/healthz")[0] == 200)
 
     def kill(self) -> None:
@@ -231,9 +237,10 @@ class StallingProxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-async def _main(port: int, sleep_s: float) -> None:
-    await PolicyServer(SumPolicy(sleep_s=sleep_s), ServerSettings(port=port), keys=LIBERO_KEYS).run(asyncio.Event())
+async def _main(port: int, sleep_s: float, reads_committed: bool) -> None:
+    policy = SumPolicy(sleep_s=sleep_s, reads_committed=reads_committed)
+    await PolicyServer(policy, ServerSettings(port=port), keys=LIBERO_KEYS).run(asyncio.Event())
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(int(sys.argv[1]), float(sys.argv[2])))
+    asyncio.run(_main(int(sys.argv[1]), float(sys.argv[2]), "committed" in sys.argv))

@@ -184,6 +184,9 @@ def joined(places: Sequence[Place], sets: Sequence[DemonstrationData], config: D
         parts=parts,
         lacking=lacking,
         each=config.statistics == "each",
+        executed_NA=None
+        if all(data.executed_NA is None for data in sets)
+        else torch.cat([data.action_NA if data.executed_NA is None else data.executed_NA for data in sets]),
         teaching=concatenated([data.teaching for data in sets], [len(data) for data in sets], sets[0].chunk),
     )
 

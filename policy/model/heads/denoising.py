@@ -14,6 +14,11 @@ The rest of the policy runs once per chunk, only the `Denoiser` runs in every st
 noise. So actions depend on the observation only, not on the rest of the batch, and consecutive chunks choose the same
 way if there are several.
 
+Committed actions guide the decoding (real-time chunking, Black et al. 2025): in each step the chunk that the velocity
+leads to is pulled towards them, and the velocity is the one that leads there. The strength follows the paper, without
+its gradient through the network, so that a pass costs nothing more and can be recorded. Actions that will certainly be
+executed are set to that value in every step.
+
 Shape legend: as in `heads.interface`; S steps, E features of time. `...` is B when decoding, B R in training.
 """
 
@@ -27,10 +32,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from cogvla.policy.model.heads.committed import CommittedInput
 from cogvla.policy.model.heads.interface import ActionHead, HeadSizes
 
 TIME_FEATURES = 32
 NOISE_SEED = 0
+GUIDANCE = 5.0
+"""Largest guidance weight (beta in the paper)."""
 
 
 def time_features(time: Tensor) -> Tensor:
@@ -38,6 +46,17 @@ def time_features(time: Tensor) -> Tensor:
     frequency_e = torch.logspace(-3, 3, TIME_FEATURES // 2, base=2.0, device=time.device)
     angle = 2 * math.pi * time[..., None].float() * frequency_e
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
+def pull(time: float) -> float:
+    """Return the share in [0,1] by which guidance of weight 1 moves the chunk at a time, from 1 (noise) to 0.
+
+    The guidance weight of the paper with s = 1 - t is min(beta, (1 - s) / s (s^2 + (1 - s)^2) / (1 - s)^2); a velocity
+    that changes by so much moves the chunk by t times as much.
+    """
+    done = 1.0 - time
+    weight = GUIDANCE if done == 0 else min(GUIDANCE, (done**2 + time**2) / (done * time))
+    return min(1.0, time * weight)
 
 
 class DenoisingBlock(nn.Module):
@@ -82,6 +101,7 @@ class DenoisingHead(ActionHead):
     """Base of heads that follow a path from noise to action with a `Denoiser`."""
 
     error_name: ClassVar[str] = "mse"
+    guided: ClassVar[bool] = True
     noise_KA: Tensor
     left_S: Tensor
 
@@ -110,13 +130,35 @@ class DenoisingHead(ActionHead):
     def follow(noisy: Tensor, velocity: Tensor, time: float, until: float) -> Tensor:
         """Step from the noisy action at `time` to the noisy action at `until`, an earlier time."""
 
-    def decode(self, states_BJD: Tensor, noise_BKA: Tensor | None = None) -> Tensor:
-        """Decode actions float32 [B,K,A], starting from this noise; None: the head's fixed noise."""
+    @staticmethod
+    @abstractmethod
+    def towards(noisy: Tensor, velocity: Tensor, time: float) -> tuple[Tensor, float]:
+        """Return the actions to which a velocity leads, and its change when they change by 1, the noisy ones fixed."""
+
+    def forward(self, states_BJD: Tensor, committed: CommittedInput | None = None) -> Tensor:
+        """See `decode`."""
+        return self.decode(states_BJD, committed=committed)
+
+    def decode(
+        self, states_BJD: Tensor, noise_BKA: Tensor | None = None, committed: CommittedInput | None = None
+    ) -> Tensor:
+        """Decode actions float32 [B,K,A].
+
+        Args:
+            states_BJD: states of the action tokens.
+            noise_BKA: noise to start from; None: the head's fixed noise.
+            committed: actions that guide the chunk; None: none. Weights of 0 give the same bits as None.
+        """
         seen_BKD = self.denoiser.see(self.join(states_BJD))
         time_SD = self.denoiser.embed_time(self.left_S / self.sizes.steps)
         x_BKA = self.noise_KA.float().expand(len(seen_BKD), -1, -1) if noise_BKA is None else noise_BKA
         for time_D, time, until in zip(time_SD, self.times, self.times[1:], strict=False):
-            x_BKA = self.follow(x_BKA, self.denoiser(seen_BKD, x_BKA, time_D), time, until)
+            velocity_BKA = self.denoiser(seen_BKD, x_BKA, time_D)
+            if committed is not None:
+                found_BKA, slope = self.towards(x_BKA, velocity_BKA, time)
+                share_BK1 = torch.where(committed.sure, 1.0, pull(time) * committed.weight[..., None])
+                velocity_BKA = velocity_BKA + slope * (share_BK1 * (committed.actions.float() - found_BKA))
+            x_BKA = self.follow(x_BKA, velocity_BKA, time, until)
         return x_BKA
 
     def error(
@@ -149,6 +191,11 @@ class DiffusionHead(DenoisingHead):
         angle = (time - until) * math.pi / 2
         return math.cos(angle) * noisy - math.sin(angle) * velocity
 
+    @staticmethod
+    def towards(noisy: Tensor, velocity: Tensor, time: float) -> tuple[Tensor, float]:
+        cos, sin = math.cos(time * math.pi / 2), math.sin(time * math.pi / 2)
+        return cos * noisy - sin * velocity, -1 / sin
+
 
 class FlowHead(DenoisingHead):
     """Flow matching: follow a straight line by Euler's method."""
@@ -165,3 +212,7 @@ class FlowHead(DenoisingHead):
     @staticmethod
     def follow(noisy: Tensor, velocity: Tensor, time: float, until: float) -> Tensor:
         return noisy - (time - until) * velocity
+
+    @staticmethod
+    def towards(noisy: Tensor, velocity: Tensor, time: float) -> tuple[Tensor, float]:
+        return noisy - time * velocity, -1 / time

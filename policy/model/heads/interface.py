@@ -12,6 +12,8 @@ from typing import ClassVar
 from einops import rearrange
 from torch import Tensor, nn
 
+from cogvla.policy.model.heads.committed import CommittedInput
+
 DRAWS = 8
 """R. A head is cheap compared with the rest of the network, so each sample is trained with several draws of noise, as
 in CogACT (Li et al. 2024)."""
@@ -51,6 +53,8 @@ class ActionHead(nn.Module, ABC):
 
     error_name: ClassVar[str]
     """Name of the loss; its metric is `action_{error_name}`."""
+    guided: ClassVar[bool] = False
+    """True for heads that can be pulled towards committed actions while they decode, without having been trained so."""
 
     def __init__(self, sizes: HeadSizes) -> None:
         super().__init__()
@@ -75,7 +79,8 @@ class ActionHead(nn.Module, ABC):
             time_BR: draws from the uniform distribution on [0,1), for heads that start from noise.
         """
 
-    def forward(self, states_BJD: Tensor) -> Tensor:
+    def forward(self, states_BJD: Tensor, committed: CommittedInput | None = None) -> Tensor:
+        """Decode; heads that are not `guided` ignore committed actions."""
         return self.decode(states_BJD)
 
     def join(self, states_BJD: Tensor) -> Tensor:

@@ -161,8 +161,38 @@ def test_a_request_carries_the_old_plan_for_real_time_chunking() -> None:
     for _ in range(5):
         driver.tick()
     request = driver.ask()
-    np.testing.assert_allclose(request.committed_NA[:, 0], [0.5, 0.6, 0.7], rtol=1e-6)
+    assert request.observation.committed is not None
+    (committed,) = request.observation.committed
+    assert committed is not None
+    np.testing.assert_allclose(committed.actions[:, 0], [0.5, 0.6, 0.7], rtol=1e-6)
+    assert committed.delay == 2
     assert request.delay_ticks == 2
+
+
+def test_the_robot_does_what_a_request_says_it_will_do() -> None:
+    """Chunks arrive 2 ticks after their observation; the committed actions are compared with the commands sent."""
+    driver = Driver(LoopSettings(latency_s=2 * PERIOD, execute_steps=4)).start()
+    rng, waiting, told = np.random.default_rng(0), [], []
+    for tick in range(40):
+        driver.observe()
+        if (request := driver.loop.request_due(driver.now)) is not None:
+            waiting.append((tick + 2, request))
+            told.append((tick, request))
+        while waiting and waiting[0][0] == tick:
+            chunk = chunk_of(*rng.uniform(-0.1, 0.1, (8, 3)))
+            assert driver.loop.deliver(chunk, waiting.pop(0)[1], driver.now) is None
+        driver.tick(observe=False)
+    compared = 0
+    for tick, request in told:
+        if request.observation.committed is None:
+            continue
+        (committed,) = request.observation.committed
+        assert committed is not None
+        sent = [command.action_A for command in driver.sent[tick : tick + committed.delay]]
+        if len(sent) == committed.delay == 2:
+            np.testing.assert_allclose(committed.actions[:2], np.array(sent), atol=1e-6)
+            compared += 1
+    assert compared >= 6, [(tick, request.delay_ticks) for tick, request in told]
 
 
 @pytest.mark.parametrize(

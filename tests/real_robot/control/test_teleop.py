@@ -62,7 +62,7 @@ def test_take_over_drops_the_plan_and_hand_back_starts_from_a_fresh_observation(
     same(command.action_A, [0.3, 0.5, 0.2])
     request = driver.give(constant(0.4))
     assert request.stamp > driver.now - PERIOD / 2
-    assert len(request.committed_NA) == 0
+    assert request.observation.committed is None
     command = driver.tick()
     assert command.kind is Kind.ACTION
     same(command.action_A, [0.4] * 3)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogvla.policy.interface import ActionChunk, Camera, Observation
+from cogvla.policy.interface import ActionChunk, Camera, Committed, Observation
 from cogvla.real_robot.serving.async_client import (
     AsyncPolicyClient,
     ClientSettings,
@@ -318,6 +318,38 @@ def test_remote_policy_is_a_policy() -> None:
         assert chunk.timing["inference_ms"] > 0
         np.testing.assert_array_equal(remote.act(observation(3)).actions, policy.act(observation(3)).actions)
         remote.close()
+
+
+def with_plan(seed: int = 0, delay: int = 2) -> Observation:
+    return replace(observation(seed), committed=[Committed(np.full((4, 3), 2.0, np.float32), delay)])
+
+
+def test_committed_actions_reach_a_policy_that_reads_them_in_another_process() -> None:
+    reading = SumPolicy(reads_committed=True)
+    server = ServerProcess(free_port(), reads_committed=True)
+    try:
+        remote = RemotePolicy(server.uri)
+        assert remote.reads_committed
+        np.testing.assert_array_equal(remote.act(with_plan()).actions, reading.act(with_plan()).actions)
+        assert not np.array_equal(remote.act(with_plan()).actions, reading.act(observation()).actions)
+        # one of a batch, and a client that knows nothing of them
+        both = Observation.stack([observation(1), with_plan(2, delay=1)])
+        np.testing.assert_array_equal(remote.act(both).actions, reading.act(both).actions)
+        np.testing.assert_array_equal(remote.act(observation()).actions[0], expected(0))
+        remote.close()
+    finally:
+        server.kill()
+
+
+def test_committed_actions_are_not_sent_to_a_policy_that_ignores_them(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(SumPolicy()) as (uri, _), PolicyClient(uri, FAST) as client:
+        assert not client.info.committed
+        for seed in range(2):
+            np.testing.assert_array_equal(client.infer(with_plan(seed)).actions, expected(seed))
+    assert [r.message for r in caplog.records if "committed" in r.message] == [
+        "the server is older, or its policy ignores committed actions: they are not sent"
+    ]
+    assert not ServerInfo.from_dict(OLD_METADATA).committed
 
 
 def test_clients_need_no_torch() -> None:
