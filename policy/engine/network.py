@@ -20,6 +20,7 @@ from cogvla.policy.engine.recording import Result, Tensors
 from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
 from cogvla.policy.model.cogvla import CogVLA, TextFeatures
 from cogvla.policy.model.heads.committed import CommittedInput, decoded
+from cogvla.policy.model.heads.interface import ActionHead
 from cogvla.policy.model.routers.attention_probe import AttentionProbe
 from cogvla.policy.model.routers.policy_router import PolicyRouter, Routed
 from cogvla.policy.model.routers.tower_reducer import TowerReducer
@@ -97,10 +98,12 @@ class FusedNetwork(nn.Module):
                 instructions; `memory_NAME` for each part of the memory; and if `reads_committed`, `committed` [B,K,A]
                 and `committed_weight` [B,K], see `CommittedInput`.
         """
+        head = self.head
+        assert isinstance(head, ActionHead)
         seen, committed = self.see(inputs), None
         if self.reads_committed:
             committed = CommittedInput(inputs["committed"], inputs["committed_weight"])
-        actions_BKA = decoded(self.head, self.decide(seen, inputs, committed), committed, self.committed is not None)
+        actions_BKA = decoded(head, self.decide(seen, inputs, committed), committed, self.committed is not None)
         memory = seen.next_memory()
         return actions_BKA if memory is None else (actions_BKA, *(memory[name] for name in self.remembered))
 

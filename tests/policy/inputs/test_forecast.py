@@ -50,8 +50,8 @@ def test_only_actions_before_the_delay_count(forecast: Forecast) -> None:
     other_BKA = actions_BKA.copy()
     other_BKA[:, 2:] = 9.0
     delay_B = np.array([2])
-    same = (forecast.after(state_BS, given, delay_B) for given in (actions_BKA, other_BKA))
-    np.testing.assert_array_equal(*same)
+    expected_BS = forecast.after(state_BS, actions_BKA, delay_B)
+    np.testing.assert_array_equal(forecast.after(state_BS, other_BKA, delay_B), expected_BS)
 
 
 def test_random_motion_is_not_explained() -> None:
