@@ -240,7 +240,7 @@ def test_a_new_learning_rate_and_decay_count_after_a_resume(tmp_path: Path) -> N
 
 
 def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -> None:
-    now = {"objective": asdict(LABELLED), "embodiment": asdict(ROBOT), "vocabulary": "a"}
+    now: dict[str, Any] = {"objective": asdict(LABELLED), "embodiment": asdict(ROBOT), "vocabulary": "a"}
     assert LABELLED.matching == 0.0
     old = {**now, "objective": {name: value for name, value in now["objective"].items() if name != "matching"}}
     assert differences(old, now) == []
