@@ -38,6 +38,8 @@ DATACLASSES: dict[str, tuple[str, ...]] = {
     "wordings": ("policy.training.wordings.InstructionAugmentation",),
     "": (
         "policy.export.export.ExportConfig",
+        "policy.foresight.fitting.FittingConfig",
+        "policy.foresight.model.ForesightConfig",
         "real_robot.bridge.bridge.BridgeSettings",
         "real_robot.serving.batching.BatchSettings",
         "real_robot.serving.server.ServerSettings",

@@ -62,6 +62,8 @@ class EpisodeResult:
         seam: mean change of the action, without grippers, where a new chunk begins to decide, as a multiple of its mean
             change elsewhere; None: there is no such place, or the actions do not change.
         perturbation: what was drawn for the perturbation of this episode, as plain values; None without one.
+        noticed: what a policy that watches has noticed (`policy.interface.Watching`), as plain values; None: it does
+            not watch.
     """
 
     task: int
@@ -84,6 +86,7 @@ class EpisodeResult:
     video: str | None = None
     seam: float | None = None
     perturbation: Mapping[str, Any] | None = None
+    noticed: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON."""

@@ -288,6 +288,15 @@ class Remembering(Protocol):
         ...
 
 
+@runtime_checkable
+class Watching(Protocol):
+    """A policy that watches the episode of each robot while it acts."""
+
+    def noticed(self, slot: Hashable) -> Mapping[str, Any]:
+        """Return what was noticed in this robot's episode, as plain values; `alarm` says why it holds, or is None."""
+        ...
+
+
 def reads_committed(policy: Policy) -> bool:
     """Return whether a policy uses `Observation.committed`; policies without `reads_committed` do not."""
     return bool(getattr(policy, "reads_committed", False))

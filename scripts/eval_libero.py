@@ -6,6 +6,7 @@
     eval_libero checkpoint=lerobot:PATH suite=tabletop_object                (ACT, diffusion, SmolVLA ... of lerobot)
     eval_libero checkpoint=FOLDER asked=both
     eval_libero checkpoint=FOLDER perturbation=all                (the robustness benchmark; or =light level=2)
+    eval_libero checkpoint=FOLDER monitor=FOLDER                  (the robot holds where a calibrated monitor alarms)
     eval_libero checkpoint=FOLDER router.name=random router.budget=0.25                      (a plugged-in token router)
     eval_libero checkpoint=FOLDER suite=all_libero protocol=cogvla workers=8 shard=1/4
     eval_libero checkpoint=FOLDER suite=all_libero workers=64 ray=auto          (environments on a Ray cluster)
@@ -33,6 +34,7 @@ from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, suite_names, unknown_suite
 from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
+from cogvla.policy.foresight.monitored_policy import MonitoredPolicy
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
 from cogvla.scripts.policies import open_any_policy, report_name
@@ -76,6 +78,11 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         statistics=config.statistics,
         cameras=plain(config.cameras),
     )
+    if config.monitor is not None:
+        steps = {_executed(protocol, policy.embodiment.chunk) for protocol in protocols}
+        if len(steps) > 1:
+            raise ValueError("a monitor needs one execute_steps for all suites: give protocol.execute_steps=N")
+        policy = MonitoredPolicy.open(policy, Path(config.monitor), steps.pop())
     plugged_in = "" if config.router.name is None else f"_{config.router.name}_{config.router.budget}"
     late = f"_late_{config.latency}" if config.latency else ""
     output = Path(config.output or f"outputs/eval_libero/{report_name(str(config.checkpoint))}{plugged_in}{late}")
@@ -158,6 +165,13 @@ def _cells(config: DictConfig, suite: Suite) -> list[Perturbation]:
         raise ValueError("give either perturbation or asked: a swapped instruction is a measurement of its own")
     values = plain(config)
     return chosen_cells(values["perturbation"], values["level"], suite)
+
+
+def _executed(protocol: EvaluationProtocol, chunk: int) -> int:
+    """Return the number of executed actions of each chunk, for a monitor, which must know them."""
+    if protocol.temporal_ensemble is not None or protocol.latency:
+        raise ValueError("a monitor must know what is executed: it needs protocol.temporal_ensemble=null and latency=0")
+    return protocol.execute_steps or chunk
 
 
 def _shard(text: str | None) -> tuple[int, int]:

@@ -273,6 +273,7 @@ def write_parquet(path: Path, episodes: Sequence[EpisodeResult], suite: Suite) -
             "task_name": suite.tasks[r.task].name,
             **r.to_dict(),
             "perturbation": None if r.perturbation is None else json.dumps(r.perturbation),
+            "alarm": None if r.noticed is None else r.noticed["alarm"],
         }
         for r in episodes
     ]
@@ -284,7 +285,7 @@ def write_parquet(path: Path, episodes: Sequence[EpisodeResult], suite: Suite) -
             ("attempts", pa.int32()), ("reset_s", pa.float64()), ("environment_s", pa.float64()),
             ("wall_s", pa.float64()), ("inference_ms", pa.list_(pa.float64())), ("loop_ms", pa.list_(pa.float64())),
             ("batch", pa.list_(pa.int32())), ("video", pa.string()),
-            ("seam", pa.float64()), ("perturbation", pa.string()),
+            ("seam", pa.float64()), ("perturbation", pa.string()), ("alarm", pa.string()),
         ]
     )  # fmt: skip
     buffer = pa.BufferOutputStream()

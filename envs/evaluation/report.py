@@ -240,6 +240,11 @@ def summary(report: Report) -> str:
         line += (
             "" if total.seam is None else f", and the action changes {total.seam:.1f} times as much there as elsewhere"
         )
+    watched = [episode.noticed for episode in report.episodes if episode.noticed is not None]
+    if watched:
+        alarms = Counter(str(n["alarm"]).partition(" (")[0] for n in watched if n["alarm"] is not None)
+        line += f"; {sum(alarms.values())} of {len(watched)} episodes with an alarm"
+        line += "".join(f"\n{count} x {reason}" for reason, count in alarms.most_common())
     return line + "".join(f"\nWARNING: {warning}" for warning in report.warnings)
 
 

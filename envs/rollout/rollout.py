@@ -43,7 +43,15 @@ from cogvla.envs.rollout.player import (
 from cogvla.envs.rollout.workers import LocalWorker, ProcessWorker, Worker
 from cogvla.envs.suite import Suite
 from cogvla.policy.chunking import Chunker, Late, OpenLoop, TemporalEnsemble
-from cogvla.policy.interface import Committed, Embodiment, Observation, Policy, begin_episode, reads_committed
+from cogvla.policy.interface import (
+    Committed,
+    Embodiment,
+    Observation,
+    Policy,
+    Watching,
+    begin_episode,
+    reads_committed,
+)
 
 __all__ = ["EpisodeResult", "EpisodeSpec", "RolloutSettings", "patience", "rollout"]
 
@@ -438,6 +446,7 @@ class _Loop:
             inference_ms=tuple(slot.inference_ms),
             batch=tuple(slot.batch),
             seam=self._seam(slot.planned, finished.steps),
+            noticed=self._policy.noticed(id(slot)) if isinstance(self._policy, Watching) else None,
             **asdict(finished),
         )
 

@@ -30,6 +30,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
+from cogvla.real_robot.control.camera_watch import EpisodeMonitor
 from cogvla.real_robot.control.control_loop import ChunkRequest, Command, ControlLoop, State
 from cogvla.real_robot.control.measurements import Measurements
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig
@@ -136,6 +137,7 @@ class Bridge:
         settings: settings of the bridge; None for the defaults, which are a dry run.
         on_tick: callback with every tick; it runs in the control thread, so it must be quick.
         clock: monotonic clock in seconds; the stamps of `observe_*` are times of this clock.
+        monitor: watches the cameras, see `ControlLoop`; it runs in the control thread.
     """
 
     def __init__(
@@ -147,13 +149,14 @@ class Bridge:
         settings: BridgeSettings | None = None,
         on_tick: Callable[[Tick], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        monitor: EpisodeMonitor | None = None,
     ) -> None:
         self.settings = settings or BridgeSettings()
         self.now = clock
         self.embodiment = embodiment
         # in a dry run the arm does not follow the commands, which must not count as a fault
         limits = replace(robot.limits, lead=None) if self.settings.dry_run else robot.limits
-        self._loop = ControlLoop(embodiment, limits, robot.loop, front_end.ahead)
+        self._loop = ControlLoop(embodiment, limits, robot.loop, front_end.ahead, monitor)
         self._driving = False
         self._client, self._front_end, self._on_tick = client, front_end, on_tick
         self._lock = threading.RLock()

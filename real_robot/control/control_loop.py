@@ -45,9 +45,10 @@ import numpy as np
 
 from cogvla.policy.chunk_queue import ChunkQueue
 from cogvla.policy.interface import ActionChunk, Committed, Embodiment, Observation
+from cogvla.real_robot.control.camera_watch import CameraWatch, EpisodeMonitor
 from cogvla.real_robot.control.loop_types import ChunkRequest, Command, Kind
 from cogvla.real_robot.control.measurements import RECENT, Measurements
-from cogvla.real_robot.control.observations import Observations
+from cogvla.real_robot.control.observations import Observations, Synchronised
 from cogvla.real_robot.control.prefetch import Prefetch
 from cogvla.real_robot.control.safety import LimitError, SafetyLimiter
 from cogvla.real_robot.control.settings import LoopSettings, SafetyLimits
@@ -67,6 +68,8 @@ class ControlLoop:
         settings: timing, blending and limits of the loop; None for the defaults.
         ahead: the robot's controller executes the coming commands (`Command.coming_NA`) by itself. Ticks that are late
             by whole periods have passed then. Absolute targets only.
+        monitor: watches the cameras while the policy drives. On an alarm the loop holds, and says why, until it is
+            activated again or reset, the instruction changes or the operator hands back.
 
     Attributes:
         embodiment: as given.
@@ -80,6 +83,7 @@ class ControlLoop:
         limits: SafetyLimits,
         settings: LoopSettings | None = None,
         ahead: bool = False,
+        monitor: EpisodeMonitor | None = None,
     ) -> None:
         settings = settings or LoopSettings()
         if ahead and limits.kind != "absolute":
@@ -103,6 +107,7 @@ class ControlLoop:
         )
         self._limiter = SafetyLimiter(embodiment, limits)
         self._watchdog = Watchdog()
+        self._watch = CameraWatch(monitor)
         self._clock = TickClock(self._period, settings.clock_gap_s)
         self._instruction = ""
         self._epoch = 0
@@ -155,11 +160,13 @@ class ControlLoop:
         text = text.strip()
         if text != self._instruction:
             self._instruction = text
+            self._watch.begin()
             self._new_epoch()
 
     def activate(self) -> bool:
         """Start to ask the policy and to send commands. Return False if a fault must be reset first."""
         if self.state is State.IDLE:
+            self._watch.begin()
             self._new_epoch()
             self._limiter.forget()
             self._given_NA = self._given_NA[:0]
@@ -190,6 +197,7 @@ class ControlLoop:
     def reset(self) -> bool:
         """Clear a fault and go to IDLE, from any state. Return False while the e-stop is engaged."""
         self._teleoperated = False
+        self._watch.begin()
         self._new_epoch()
         return self._watchdog.on(Event.RESET) is State.IDLE
 
@@ -209,6 +217,7 @@ class ControlLoop:
         if self._teleoperated:
             self._teleoperated = False
             self._held_since = self._handed_back_at = now
+            self._watch.begin()
             self._new_epoch()
 
     # --- the policy ---------------------------------------------------------------------------------------------------
@@ -218,6 +227,8 @@ class ControlLoop:
         now = self._at(now)
         self._expire(now)
         if self.state not in (State.HOLDING, State.RUNNING) or not self._instruction or self._teleoperated:
+            return None
+        if self._watch.alarm is not None:
             return None
         next_tick = self._clock.next_tick
         remaining = self._queue.remaining(next_tick)
@@ -237,12 +248,7 @@ class ControlLoop:
         request = ChunkRequest(
             id=self._requests,
             epoch=self._epoch,
-            observation=Observation(
-                images={name: image_HW3[None] for name, image_HW3 in found.images.items()},
-                state=found.state_S[None].astype(np.float32),
-                instruction=[self._instruction],
-                committed=None if committed is None else [committed],
-            ),
+            observation=replace(self._observation(found), committed=None if committed is None else [committed]),
             stamp=found.stamp,
             tick=tick,
             asked_at=now,
@@ -325,6 +331,10 @@ class ControlLoop:
         if command.action_A is not None and (command.kind is not Kind.HOLD or not self._limiter.at_rest):
             self._moved_tick = tick
         self._counts[command.kind.value] += 1
+        if command.kind is Kind.ACTION and command.action_A is not None:
+            self._watch.sent(command.action_A)
+        else:
+            self._watch.interrupt()
         return command
 
     def _with_coming(self, command: Command, action_A: np.ndarray) -> Command:
@@ -353,7 +363,13 @@ class ControlLoop:
             return self._hold(tick, now, "no instruction")
         action_A = self._observations.teleop(now) if self._teleoperated else self._planned(tick, moving)
         if isinstance(action_A, str):
-            return self._hold(tick, now, action_A)
+            return self._hold(tick, now, self._alarm or action_A)
+        if not self._teleoperated:
+            self._watch.before_action(self._seen)
+            if (alarm := self._alarm) is not None:
+                self._counts["alarms"] += 1
+                self._new_epoch()
+                return self._hold(tick, now, alarm)
         state_S = self._observations.newest_state
         assert state_S is not None, "no sensor is stale, so there is a state"
         try:
@@ -382,6 +398,23 @@ class ControlLoop:
             self._counts["starvations"] += 1
         waiting = "waiting for the policy" if self._pauses else "no action for this tick"
         return waiting if self._last_failure is None else f"{waiting}: {self._last_failure}"
+
+    @property
+    def _alarm(self) -> str | None:
+        """The monitor's alarm, while the policy drives."""
+        return None if self._teleoperated else self._watch.alarm
+
+    def _seen(self) -> Observation | None:
+        """Return what the policy would be shown now, or None if the samples do not belong together."""
+        found = self._observations.synchronised()
+        return None if isinstance(found, str) else self._observation(found)
+
+    def _observation(self, found: Synchronised) -> Observation:
+        return Observation(
+            images={name: image_HW3[None] for name, image_HW3 in found.images.items()},
+            state=found.state_S[None].astype(np.float32),
+            instruction=[self._instruction],
+        )
 
     def _hold(self, tick: int, now: float, reason: str) -> Command:
         if self.state is State.RUNNING or not self._instruction:
@@ -453,6 +486,7 @@ class ControlLoop:
             "p95_latency_ms": self._prefetch.latency.p95 * 1e3,
             "ages_s": self._observations.ages(now),
             "stale": self._observations.stale(now),
+            "alarm": self._watch.alarm,
             "holds": self._hold_reason if self.state is State.HOLDING else None,
             "refusals": dict(self._observations.refusals),
             "last_refusal": dict(self._observations.last_refusal),

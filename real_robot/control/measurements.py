@@ -31,7 +31,7 @@ class Measurements:
             unexpected_chunks: answers to a request that was answered or given up before; refused_chunks: answers with
             a wrong shape or NaN;
             starvations: no action left while the arm moved; stale: holds because of a sensor;
-            clock_jumps, faults, epochs;
+            clock_jumps, faults, epochs; alarms: of a monitor;
             of a `Bridge`: late_ticks: ticks more than a period late (the missed ticks are skipped); dry_run: commands
             that were only shown.
     """

@@ -2,6 +2,7 @@
 
     robot_bridge instruction="pick up the cube"                                  commands are shown, nothing moves
     robot_bridge robot=my_arm embodiment=my_arm topics=my_arm ros.discovery=SUBNET
+    robot_bridge monitor=FOLDER                                                  it holds where a monitor alarms
     robot_bridge dry_run=false                                                   it moves after ~/activate is called
 
 Ctrl-C stops sending commands and prints a table of latencies.
@@ -52,10 +53,15 @@ def run(config: DictConfig) -> None:
     )
     if (waiting := asyncio.run(check_server(config.server, asking))) is not None:
         print(f"no policy server yet: {waiting}", flush=True)
+    monitor = None
+    if config.monitor is not None:  # imports torch, which a robot's process does not need otherwise
+        from cogvla.policy.foresight.monitored_policy import open_monitor
+
+        monitor = open_monitor(Path(config.monitor), embodiment)
     client = ReconnectingClient(config.server, asking)
     node = ros_node(config.transport, config.node, plain(config.ros))
     front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment, robot.limits)
-    with node, Bridge(robot, embodiment, client, front_end, settings) as bridge:
+    with node, Bridge(robot, embodiment, client, front_end, settings, monitor=monitor) as bridge:
         if config.instruction is not None:
             bridge.instruct(config.instruction)
         print(
@@ -88,7 +94,9 @@ def watch(bridge: Bridge, stop: threading.Event, failure: Callable[[], BaseExcep
         if (error := failure()) is not None:
             raise error
         seen = bridge.diagnostics()
-        waits = seen["holds"] if seen["teleoperated"] else seen["last_failure"] if seen["state"] == "holding" else None
+        waits = seen["last_failure"] if seen["state"] == "holding" else None
+        if seen["teleoperated"] or seen["alarm"]:
+            waits = seen["holds"]
         reason = seen["fault"] or seen["stale"] or waits
         state = seen["state"] + (", driven by the operator" if seen["teleoperated"] else "")
         line = f"{state}: {_without_numbers(reason)}" if reason else state

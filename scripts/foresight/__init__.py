@@ -1,0 +1,1 @@
+"""Commands of foresight: fit it, calibrate its monitor, and look at its predictions."""
