@@ -222,7 +222,7 @@ class Monitor:
         self.cameras = model.embodiment.camera_names
         self.horizon = model.embodiment.chunk
         self._episodes: dict[Hashable, _Episode] = {}
-        self._limit_Vs = np.full((len(self.cameras), len(SCORES)), np.inf)
+        self._limit_Vs: np.ndarray = np.full((len(self.cameras), len(SCORES)), np.inf)
         if thresholds is not None:
             self._limit_Vs = np.array([[thresholds.limit[c][s] for s in SCORES] for c in self.cameras])
 

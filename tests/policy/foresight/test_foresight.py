@@ -127,13 +127,14 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     class StoppedError(Exception):
         pass
 
+    drawn, gather = 0, windows.gather
+
     def stop(rows_B: torch.Tensor) -> None:
         nonlocal drawn
         drawn += 1
         if drawn > 5:
             raise StoppedError
 
-    drawn, gather = 0, windows.gather
     windows.gather = lambda rows_B: (stop(rows_B), gather(rows_B))[1]  # type: ignore[method-assign,func-returns-value]
     with pytest.raises(StoppedError):
         fit(stopped, windows, config, tmp_path / "part", {"data": 1}, progress=False)
