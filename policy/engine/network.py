@@ -19,8 +19,8 @@ from cogvla.policy.engine.decoder import FusedDecoder
 from cogvla.policy.engine.recording import Result, Tensors
 from cogvla.policy.engine.vision import FusedTowers, shape_of, why_not
 from cogvla.policy.model.cogvla import CogVLA, TextFeatures
-from cogvla.policy.model.heads.committed import CommittedInput, decoded
-from cogvla.policy.model.heads.interface import ActionHead
+from cogvla.policy.model.heads.committed import CommittedInput
+from cogvla.policy.model.heads.interface import ActionHead, decoded
 from cogvla.policy.model.routers.attention_probe import AttentionProbe
 from cogvla.policy.model.routers.policy_router import PolicyRouter, Routed
 from cogvla.policy.model.routers.tower_reducer import TowerReducer
@@ -96,12 +96,12 @@ class FusedNetwork(nn.Module):
         Args:
             inputs: `pixels`, uint8 [B,V,3,H,W]; `state`, normalised, [B,S]; the tensors of `prepare` for the B
                 instructions; `memory_NAME` for each part of the memory; and if `reads_committed`, `committed` [B,K,A]
-                and `committed_weight` [B,K], see `CommittedInput`.
+                and `committed_weight` [B,K], see `CommittedInput`, or neither.
         """
         head = self.head
         assert isinstance(head, ActionHead)
         seen, committed = self.see(inputs), None
-        if self.reads_committed:
+        if self.reads_committed and "committed" in inputs:
             committed = CommittedInput(inputs["committed"], inputs["committed_weight"])
         actions_BKA = decoded(head, self.decide(seen, inputs, committed), committed, self.committed is not None)
         memory = seen.next_memory()

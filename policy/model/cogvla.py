@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig
-from cogvla.policy.model.heads.committed import CommittedInput, CommittedTokens, decoded
-from cogvla.policy.model.heads.interface import HeadSizes
+from cogvla.policy.model.heads.committed import CommittedInput, CommittedTokens
+from cogvla.policy.model.heads.interface import HeadSizes, decoded
 from cogvla.policy.model.heads.registry import HEADS
 from cogvla.policy.model.language import DecoderContext, DecoderTrace, RoutedDecoder
 from cogvla.policy.model.routers.memory import Memory

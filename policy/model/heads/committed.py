@@ -9,14 +9,10 @@ Shape legend: B batch, K chunk, A action dimension, J action tokens, D language 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from cogvla.policy.model.heads.interface import ActionHead
 
 
 @dataclass(frozen=True)
@@ -57,21 +53,6 @@ def none_committed(batch: int, chunk: int, action_dim: int, device: torch.device
     """Return the input of samples without committed actions."""
     actions_BKA = torch.zeros(batch, chunk, action_dim, device=device)
     return CommittedInput(actions_BKA, actions_BKA[..., 0])
-
-
-def decoded(head: ActionHead, states_BJD: Tensor, committed: CommittedInput | None, trained: bool) -> Tensor:
-    """Decode actions [B,K,A] with the committed ones in their place.
-
-    Args:
-        head: the action head.
-        states_BJD: states of the action tokens.
-        committed: committed actions, None: none.
-        trained: the states know the certain ones (`CommittedTokens`). The chunk then continues them by itself, and its
-            other actions are free; else a head that can be guided is pulled towards the old plan.
-    """
-    if committed is None:
-        return head(states_BJD)
-    return committed.over(head(states_BJD, committed.certain() if trained else committed))
 
 
 class CommittedTokens(nn.Module):

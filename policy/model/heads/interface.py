@@ -86,3 +86,18 @@ class ActionHead(nn.Module, ABC):
     def join(self, states_BJD: Tensor) -> Tensor:
         """Concatenate the tokens of each step, [B,K,D or A*D]."""
         return rearrange(states_BJD, "b (k a) d -> b k (a d)", k=self.sizes.chunk)
+
+
+def decoded(head: ActionHead, states_BJD: Tensor, committed: CommittedInput | None, trained: bool) -> Tensor:
+    """Decode actions [B,K,A] with the committed ones in their place.
+
+    Args:
+        head: the action head.
+        states_BJD: states of the action tokens.
+        committed: committed actions, None: none.
+        trained: the states know the certain ones (`CommittedTokens`). The chunk then continues them by itself, and its
+            other actions are free; else a head that can be guided is pulled towards the old plan.
+    """
+    if committed is None:
+        return head(states_BJD)
+    return committed.over(head(states_BJD, committed.certain() if trained else committed))
