@@ -86,13 +86,15 @@ def test_what_was_shared_comes_back(hub: WritableHub, checkpoint: Path, capsys: 
     share(checkpoint, f"repo_id={NAME}", "license=mit")
     out = capsys.readouterr().out
     made = hub.repositories[KEY]
-    assert set(made.files) == {".gitattributes", "README.md", "config.json", "model.safetensors", "statistics.json"}
+    of_checkpoint = {"config.json", "forecast.json", "model.safetensors", "statistics.json"}
+    assert set(made.files) == {".gitattributes", "README.md", *of_checkpoint}
     assert len(made.commits) == 2, "the upload is one commit, after that of the new repository"
     assert not made.private
     assert f"{NAME}@{made.head}: written" in out
     assert "left out notes.txt" in out
     np.testing.assert_array_equal(actions(NAME), actions(checkpoint))
     assert load_policy(NAME).describe()["checkpoint"] == f"{NAME}@{made.head}"
+    assert load_policy(NAME).describe()["committed"] == "forecast"
 
 
 def test_the_same_again_writes_nothing(
