@@ -1,4 +1,4 @@
-"""What may happen to a robot during an episode, to measure whether a monitor notices it.
+"""Disturb episodes, to measure whether a monitor notices it.
 
     frozen    a camera repeats one picture
     covered   a camera shows one dark colour, with a little noise

@@ -50,7 +50,7 @@ WORST = 4
 
 @dataclass(frozen=True)
 class Normal:
-    """What is normal in each view: `place` expects a logarithm of the error of slope * log(predicted change) + offset.
+    """Normal values of each view: `place` expects a logarithm of the error of slope * log(predicted change) + offset.
 
     Attributes:
         slope: slope of each view.
@@ -200,7 +200,7 @@ class _Start:
 
 @dataclass
 class _Episode:
-    """What is known of one robot's episode."""
+    """State of one robot's episode."""
 
     starts: list[_Start] = field(default_factory=list)
     highest_Vs: np.ndarray | None = None

@@ -1,7 +1,7 @@
 """Samples of foresight: a frame, the actions that were executed from it on, and the frame after them.
 
-What moved the arm is `label.executed_action` in recordings of noisy experts and of corrections: there `action` is what
-should have been done.
+What moved the arm is `DemonstrationData.executed_NA` in recordings of noisy experts and of corrections: there `action`
+is what should have been done.
 
 Shape legend: as in docs/architecture.md, with N frames of the data set.
 """
@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from cogvla.policy.data.demonstrations import DemonstrationData
-
-EXECUTED_LABEL = "executed_action"
-"""Label in which a data set's executed actions are read."""
 
 
 @dataclass(frozen=True)
@@ -35,32 +32,19 @@ class Windows:
 
     Args:
         data: the demonstrations.
-        executed: True: the executed actions are in the label `EXECUTED_LABEL`; False: they are `action`.
+        executed: True: the actions that were executed; False: those to learn, for a comparison.
 
     Attributes:
         rows: first frames of the samples, int64.
         action_NA: the executed actions of all frames.
 
     Raises:
-        ValueError: the label is missing or has another size, or no episode is longer than the horizon.
+        ValueError: no episode is longer than the horizon.
     """
 
     def __init__(self, data: DemonstrationData, executed: bool = True) -> None:
         self.data, self.horizon = data, data.chunk
-        self.action_NA = data.action_NA
-        if executed:
-            label = data.frame_labels.get(EXECUTED_LABEL)
-            if label is None:
-                raise ValueError(
-                    "not all data sets say which actions were executed; if `action` is what was executed, give "
-                    "executed=null"
-                )
-            self.action_NA = label.float().reshape(len(label), -1)
-            if self.action_NA.shape != data.action_NA.shape:
-                raise ValueError(
-                    f"the executed actions have {self.action_NA.shape[1]} numbers, `action` has "
-                    f"{data.action_NA.shape[1]}; name the right feature with executed=KEY"
-                )
+        self.action_NA = data.executed_NA if executed and data.executed_NA is not None else data.action_NA
         rows = data.all_rows
         later = (rows + self.horizon).clamp(max=len(data.episode_N) - 1)
         whole = (rows + self.horizon < len(data.episode_N)) & (data.episode_N[later] == data.episode_N[rows])

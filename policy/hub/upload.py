@@ -47,7 +47,7 @@ class Publication:
 
 @dataclass(frozen=True)
 class Change:
-    """What publishing does to one place.
+    """Changes that publishing makes at one place.
 
     Attributes:
         place: folder or repository, for messages.

@@ -26,7 +26,7 @@ REPLACED = {"pretrained_backbone_weights": None, "load_vlm_weights": False}
 EXECUTED = ("n_action_steps", "action_chunk_size")
 """Fields that say how many actions are executed until the policy looks again; the second one is VQ-BeT's."""
 HUB = re.compile(r"huggingface\.co|offline mode|gated repo", re.IGNORECASE)
-"""What errors say when files of the hub cannot be had."""
+"""End of the errors about files of the hub that cannot be had."""
 MIGRATE = "python -m lerobot.processor.migrate_policy_normalization"
 
 

@@ -126,4 +126,4 @@ class Commands:
 def _mapped(values: np.ndarray, before: tuple[float, ...], after: tuple[float, ...]) -> np.ndarray:
     """Map the values of `before`, for an open and a closed gripper, to those of `after`."""
     share = np.clip((values - before[0]) / (before[1] - before[0]), 0.0, 1.0)
-    return after[0] + share * (after[1] - after[0])
+    return (1.0 - share) * after[0] + share * after[1]  # exact at both ends

@@ -1,7 +1,7 @@
 """`fit_foresight`: learn what the cameras will show after the next chunk, from recorded demonstrations.
 
     fit_foresight suite=tabletop_object
-    fit_foresight data=my_robot embodiment=my_robot executed=null output=outputs/foresight/my_robot
+    fit_foresight data=my_robot embodiment=my_robot output=outputs/foresight/my_robot
     fit_foresight suite=tabletop_object actions=false output=outputs/foresight/no_actions             (a comparison)
 
 Needs no labels of a simulator and no policy. Writes a folder with the model and `report.json`: its error on held-out
@@ -12,7 +12,7 @@ command resumes a stopped run.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from omegaconf import DictConfig
 
 from cogvla.configs.build import build, take
 from cogvla.files import write_atomic
+from cogvla.policy.data.config import DataConfig
+from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.foresight.fitting import FittingConfig, fit
 from cogvla.policy.foresight.measure import measure
 from cogvla.policy.foresight.model import Foresight, ForesightConfig, save_foresight
@@ -31,7 +33,6 @@ from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, plain
-from cogvla.scripts.foresight.recorded import open_recorded
 
 REPORT = "report.json"
 
@@ -52,12 +53,11 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     use_threads(values["threads"])
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
     fitting = take(FittingConfig, values)
-    data = open_recorded(values, embodiment)
+    data = open_data(replace(build(DataConfig, values["data"], "data"), labels={}, intervention=None), embodiment)
     for note in data.notes:
         print(f"note: {note}")
     training, held_out = data.split(fitting.validation_fraction, fitting.seed)
-    executed = values["executed"] is not None
-    windows, unseen = Windows(training, executed), Windows(held_out, executed)
+    windows, unseen = (Windows(part, values["executed"]) for part in (training, held_out))
     rows = training.all_rows
     statistics = {
         "state": Statistics.of(data.state_NS[rows].numpy()),
@@ -65,7 +65,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     }
     model = Foresight(take(ForesightConfig, values), embodiment, statistics)
     folder = Path(values["output"])
-    identity = {"data set": data.content(), "executed": values["executed"]}
+    identity = {"data set": data.content(), "executed actions": statistics["action"].to_dict()}
     losses = fit(model.train(), windows, fitting, folder, identity, values["resume"])
     report = {
         "command": command,

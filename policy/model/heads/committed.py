@@ -56,7 +56,7 @@ def none_committed(batch: int, chunk: int, action_dim: int, device: torch.device
 
 
 class CommittedTokens(nn.Module):
-    """What is added to the action tokens: `[action, 1]` times a matrix for certain actions, 0 for all others.
+    """Add committed actions to the action tokens: `[action, 1]` times a matrix for certain ones, 0 for all others.
 
     Args:
         action_dim: A.

@@ -35,7 +35,7 @@ KEEPS: Mapping[str, frozenset[str]] = {
     "past_attention_BON": frozenset({"attention", "seen"}),
     "past_seen_BON": frozenset({"attention", "seen"}),
 }
-"""What must be remembered for each of these items of `RouterContext`."""
+"""Item of `RouterContext` -> parts of the memory that it is computed from."""
 FROM_MEMORY = frozenset(KEEPS)
 ATTENTION = frozenset({"past_attention_BON", "past_seen_BON"})
 INTEGER = {"age": torch.int64, "pixels": torch.uint8, "seen": torch.uint8}

@@ -1,4 +1,4 @@
-"""What a policy can give to a router at each stage, and which routers can therefore work there."""
+"""Match token routers with the items that a policy can give them at each stage."""
 
 from __future__ import annotations
 

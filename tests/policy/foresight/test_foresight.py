@@ -21,7 +21,7 @@ from cogvla.policy.foresight.model import (
     load_foresight,
     save_foresight,
 )
-from cogvla.policy.foresight.windows import EXECUTED_LABEL, Windows
+from cogvla.policy.foresight.windows import Windows
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Camera
 from cogvla.tests.support.small_data import CHUNK, ROBOT, SIZE, small_data
@@ -49,7 +49,8 @@ def pushed_data(episodes: int = 60, frames: int = 9, seed: int = 0) -> Demonstra
         action_NA=torch.rand(count, 4, generator=generator),
         episode_N=torch.arange(episodes).repeat_interleave(frames),
         instruction_N=torch.zeros(count, dtype=torch.int64),
-        frame_labels={EXECUTED_LABEL: executed_NA},
+        frame_labels={},
+        executed_NA=executed_NA,
         teaching=None,
     )
 
@@ -64,10 +65,11 @@ def untrained(windows: Windows, config: ForesightConfig = SMALL) -> Foresight:
 
 def test_windows_end_in_their_episode_and_hold_what_was_executed() -> None:
     data = pushed_data(episodes=3, frames=6)
-    windows = Windows(data)
+    windows, executed_NA = Windows(data), data.executed_NA
+    assert executed_NA is not None
     assert windows.rows.tolist() == [0, 1, 6, 7, 12, 13]
     window = windows.gather(torch.tensor([1, 6]))
-    assert torch.equal(window.chunk_BKA, torch.stack([data.frame_labels[EXECUTED_LABEL][i : i + 4] for i in (1, 6)]))
+    assert torch.equal(window.chunk_BKA, torch.stack([executed_NA[i : i + 4] for i in (1, 6)]))
     assert torch.equal(window.after_BVCHW, torch.from_numpy(data.frames.take(torch.tensor([5, 10]).numpy())))
     assert torch.equal(Windows(data, executed=False).chunk(torch.tensor([1]))[0], data.action_NA[1:5])
     part, _ = data.split(0.34, 0)
@@ -77,11 +79,8 @@ def test_windows_end_in_their_episode_and_hold_what_was_executed() -> None:
 def test_what_cannot_be_a_sample_is_refused() -> None:
     with pytest.raises(ValueError, match="looks 4 frames ahead, and the longest episode has 4; record longer"):
         Windows(pushed_data(episodes=3, frames=4))
-    with pytest.raises(ValueError, match=r"not all data sets say which actions were executed.*executed=null"):
-        Windows(replace(pushed_data(), frame_labels={}))
-    data = pushed_data()
-    with pytest.raises(ValueError, match="have 2 numbers, `action` has 4"):
-        Windows(replace(data, frame_labels={EXECUTED_LABEL: data.frame_labels[EXECUTED_LABEL][:, :2]}))
+    data = replace(pushed_data(), executed_NA=None)
+    assert torch.equal(Windows(data).action_NA, data.action_NA), "what was executed is what is to be learned"
 
 
 def test_an_untrained_model_copies_and_a_fitted_one_needs_the_executed_actions(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ class Recorded:
         pass
 
     def act(self, observation: Observation) -> ActionChunk:
-        chunk_KA = self.data.frame_labels["executed_action"][self.frame : self.frame + CHUNK]
+        assert self.data.executed_NA is not None
+        chunk_KA = self.data.executed_NA[self.frame : self.frame + CHUNK]
         return ActionChunk(chunk_KA.numpy()[None].repeat(observation.batch_size, 0))
 
     def observation(self, frame: int, slots: list[Hashable] | None = None) -> Observation:

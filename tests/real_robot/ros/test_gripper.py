@@ -13,7 +13,9 @@ import pytest
 from cogvla.configs.build import build
 from cogvla.configs.load import load
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
+from cogvla.real_robot.ros.commands import Commands
 from cogvla.real_robot.ros.gripper import GripperGoals
+from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.tests.support import gripper_command
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.policy_servers import serving
@@ -44,6 +46,18 @@ def test_a_goal_is_given_when_the_gripper_has_to_be_elsewhere() -> None:
     goals.forget()
     goals.send(0.0009)
     assert server.positions[-2:] == [0.0009, 0.0009]
+
+
+@pytest.mark.parametrize("ends", [[0.085, 0.01], [0.0, 0.8], [-0.3, 0.1]])
+def test_the_ends_are_reached_exactly(ends: list[float]) -> None:
+    gripper = {"gripper": ACTION, "gripper_type": "GripperCommand", "gripper_positions": ends}
+    topics = build(RosTopics, load("topics", "six_joints") | gripper, "topics")
+    embodiment = build(Embodiment, load("embodiment", "six_joints"), "embodiment")
+    commands = Commands(topics, embodiment)
+    action_A = np.zeros(7, np.float32)
+    for value, end in zip((embodiment.gripper_open, embodiment.gripper_close), ends, strict=True):
+        action_A[6] = value
+        assert commands.gripper(action_A) == end
 
 
 def test_a_server_that_is_missing_is_an_error_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +115,6 @@ class OpenAndClose:
 @contextmanager
 def running(folder: Path, positions: list[float]) -> Iterator[tuple[Any, Any, Any]]:
     """An operator, the lifecycle node and the gripper, whose open and closed positions are given."""
-    from cogvla.real_robot.ros.topics import RosTopics
     from cogvla.tests.support.lifecycle_process import TOLERANT, changed, domain_of, lifecycle_node
     from cogvla.tests.support.robot_processes import Operator, Process
     from cogvla.tests.support.topic_robot import TopicRobot
