@@ -113,6 +113,11 @@ class RclpyNode:
         """Return a function that publishes serialised messages, such as those of a bag."""
         return self._publisher(topic, kind, delivery)
 
+    def heard(self, topic: str) -> bool:
+        """Return whether another node's subscription has found this node's publisher of a topic."""
+        name = resolve(topic, self.name)
+        return any(made.topic_name == name and made.get_subscription_count() > 0 for made in self._node.publishers)
+
     def subscribe_raw(
         self, topic: str, kind: str, delivery: Delivery, callback: Callable[[bytes, float], None]
     ) -> None:

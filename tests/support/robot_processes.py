@@ -96,8 +96,10 @@ class Operator:
         self.node.subscribe(
             "/sim_robot/status", STRING, Delivery.LATCHED, lambda m: self.scenes.append(json.loads(m.data))
         )
-        self._scene = self.node.advertise("/sim_robot/scene", STRING, Delivery.EVENTS)
-        self._fault = self.node.advertise("/sim_robot/fault", STRING, Delivery.EVENTS)
+        self._orders = {
+            topic: self.node.advertise(topic, STRING, Delivery.EVENTS)
+            for topic in ("/sim_robot/scene", "/sim_robot/fault")
+        }
         self._instruction = self.node.advertise("/instruction", STRING, Delivery.LATCHED)
         self.node.start()
 
@@ -119,13 +121,17 @@ class Operator:
 
     def fault(self, fault: str, sensor: str | None = None, seconds: float = 0.0) -> None:
         """Break a sensor of the simulated robot."""
-        self._fault({"data": json.dumps({"fault": fault, "sensor": sensor, "seconds": seconds})})
+        self._order("/sim_robot/fault", {"fault": fault, "sensor": sensor, "seconds": seconds})
 
     def scene(self, number: int, task: int = 0, initial_state: int = 0) -> dict[str, Any]:
         """Set up a scene; its first status."""
-        self._scene({"data": json.dumps({"number": number, "task": task, "initial_state": initial_state})})
+        self._order("/sim_robot/scene", {"number": number, "task": task, "initial_state": initial_state})
         self.until(lambda: self.scenes and self.scenes[-1]["number"] == number)
         return self.scenes[-1]
+
+    def _order(self, topic: str, order: dict[str, Any]) -> None:
+        self.until(lambda: self.node.heard(topic))  # what is said before is lost
+        self._orders[topic]({"data": json.dumps(order)})
 
     def estop(self, engaged: bool = True) -> tuple[bool, str]:
         return self.node.call(f"{BRIDGE}/estop", SET_BOOL, engaged, timeout_s=20)

@@ -75,7 +75,8 @@ class Robot:
         )
 
     def run(self) -> Operator:
-        """Everything is well, and the arm moves."""
+        """Everything is well, and the arm moves; the operator hears both."""
+        began = time.time()
         self.operator.fault("none")
         self.proxy.delay_s = 0.0
         self.proxy.lead_to(f"ws://127.0.0.1:{self.port}")
@@ -85,6 +86,7 @@ class Robot:
         self.operator.activate()
         ticks(self.operator)  # what was heard before may be old
         self.operator.state("running")
+        self.operator.until(lambda: since(self.operator, began) and len(self.operator.positions) > 5)
         return self.operator
 
     def close(self) -> None:
@@ -122,8 +124,8 @@ def ticks(operator: Operator, number: int = 4) -> None:
 
 def still(operator: Operator) -> bool:
     """The gripper has not moved in the last 0.3 s of joint states."""
-    newest = operator.positions[-1][0]
-    seen = [position for stamp, position in list(operator.positions) if stamp > newest - 0.3]
+    heard = list(operator.positions)
+    seen = [position for stamp, position in heard if stamp > heard[-1][0] - 0.3]
     return len(seen) > 5 and float(np.ptp([p[:3] for p in seen], axis=0).max()) < 1e-3
 
 
