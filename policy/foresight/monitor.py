@@ -143,6 +143,17 @@ def conformal_threshold(scores_E: Sequence[float], alpha: float) -> float:
     return float(sorted(scores_E)[place - 1])
 
 
+def episodes_needed(alpha: float, cameras: int) -> int:
+    """Return the number of good episodes that thresholds need.
+
+    Raises:
+        ValueError: alpha is no number between 0 and 1.
+    """
+    if not (isinstance(alpha, float | int) and 0 < alpha < 1):
+        raise ValueError(f"alpha must be above 0 and below 1, got {alpha}")
+    return math.ceil(max(1, cameras * len(SCORES)) / alpha - 1e-9) - 1
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """Thresholds [V,s] of the scores, and the medians [V,s] of the episodes that they come from.
@@ -166,16 +177,14 @@ class Thresholds:
         Raises:
             ValueError: there are too few episodes for alpha.
         """
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha must be above 0 and below 1, got {alpha}")
         cameras = tuple(highest[0]) if highest else ()
-        scores = max(1, len(cameras) * len(SCORES))
-        each, needed = alpha / scores, math.ceil(scores / alpha - 1e-9) - 1
+        needed, scores = episodes_needed(alpha, len(cameras)), max(1, len(cameras) * len(SCORES))
         if len(highest) < needed or not cameras:
             raise ValueError(
                 f"alpha={alpha:g}, shared by {scores} scores, needs {needed} successful episodes, there are "
                 f"{len(highest)}; raise episodes or alpha"
             )
+        each = alpha / scores
         drawn = {camera: {name: [e[camera][name] for e in highest] for name in SCORES} for camera in cameras}
         return cls(
             {camera: {n: conformal_threshold(v, each) for n, v in named.items()} for camera, named in drawn.items()},

@@ -333,8 +333,8 @@ class ControlLoop:
         self._counts[command.kind.value] += 1
         if command.kind is Kind.ACTION and command.action_A is not None:
             self._watch.sent(command.action_A)
-        else:
-            self._watch.interrupt()
+        elif not (self._pauses and command.kind is Kind.HOLD and self._sent_epoch == self._epoch):
+            self._watch.interrupt()  # an arm that rests between two chunks changes nothing
         return command
 
     def _with_coming(self, command: Command, action_A: np.ndarray) -> Command:

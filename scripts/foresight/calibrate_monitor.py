@@ -27,7 +27,7 @@ from cogvla.envs.suite import Suite
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.engine.engine import EngineConfig
-from cogvla.policy.foresight.monitor import Monitor, Thresholds
+from cogvla.policy.foresight.monitor import Monitor, Thresholds, episodes_needed
 from cogvla.policy.foresight.monitored_policy import find_foresight, open_monitor, save_thresholds
 from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.interface import Embodiment
@@ -62,6 +62,11 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     engine = build(EngineConfig, values["engine"], "engine")
     policy, identity = open_policy(checkpoint, values["device"], values["threads"], engine, None, values["workers"])
     monitor = open_monitor(folder, policy.embodiment, calibrated=False)
+    if values["episodes"] < (needed := episodes_needed(values["alpha"], len(monitor.cameras))):
+        raise ValueError(
+            f"alpha={values['alpha']:g} of {len(monitor.cameras)} cameras needs {needed} successful episodes, and "
+            f"episodes={values['episodes']}; raise episodes or alpha"
+        )
     about = {"command": command, "suite": suite.name, "policy": {**policy.describe(), **identity}, **provenance()}
     protocol = load_protocol(suite.protocol)
     steps = protocol.execute_steps or policy.embodiment.chunk

@@ -50,6 +50,9 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         OSError: something cannot be written.
     """
     values = plain(config)
+    for name in ("executed", "actions", "resume"):
+        if not isinstance(values[name], bool):
+            raise ValueError(f"{name} must be true or false, got {values[name]!r}")
     use_threads(values["threads"])
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
     fitting = take(FittingConfig, values)
@@ -75,6 +78,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         "loss": sum(losses[-100:]) / len(losses[-100:]),
         "normal": asdict(Normal.of(model, unseen, fitting.seed)),
         "seed": fitting.seed,
+        "validation_fraction": fitting.validation_fraction,
         "data_set": data.describe(),
         **provenance(),
     }

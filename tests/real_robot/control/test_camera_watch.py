@@ -45,7 +45,7 @@ class Listed:
         return self.said or None
 
 
-def driver(monitor: Listed, **settings: float) -> Driver:
+def driver(monitor: Listed, **settings: float | str) -> Driver:
     found = Driver(LoopSettings(**settings))  # type: ignore[arg-type]
     found.loop = ControlLoop(ROBOT, DELTA, found.settings, monitor=monitor)
     return found.start()
@@ -97,6 +97,21 @@ def test_the_operator_drives_in_spite_of_an_alarm() -> None:
     assert robot.tick().kind is Kind.TELEOP
     robot.loop.hand_back(robot.now)
     assert robot.loop.diagnostics(robot.now)["alarm"] is None
+
+
+def test_a_rest_between_two_chunks_is_no_interruption() -> None:
+    monitor = Listed(good=0)
+    robot = driver(monitor, ask="after", execute_steps=2)
+    for _ in range(12):
+        robot.observe()
+        request = robot.loop.request_due(robot.now)
+        robot.tick()
+        if request is not None:  # the answer takes a tick, in which the arm rests
+            robot.loop.deliver(constant(0.1), request, robot.now)
+    kinds = [command.kind for command in robot.sent if command.kind is not Kind.NONE]
+    assert kinds[:4] == [Kind.ACTION, Kind.ACTION, Kind.HOLD, Kind.ACTION]
+    assert Kind.ACTION not in kinds[4:]
+    assert robot.sent[-1].reason == "monitor: wrist: it stands still", "after three actions, the horizon"
 
 
 def test_a_hold_interrupts_what_is_compared() -> None:
