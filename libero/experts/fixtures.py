@@ -38,6 +38,10 @@ _PRESS_DEPTH = 0.006
 _PLATE_DEPTH = 0.006
 _ON_PLATE = 0.045
 _STRIDE = 0.035
+_AT_EASE, _HAND, _FARTHEST_LEAN = 0.62, 0.2, 0.5
+"""Metres from shoulder to wrist, up to which the hand points down; from wrist to fingertips; radians at most."""
+_PALM, _FINGERS = 0.15, 0.08
+"""Metres from the middle of the hand to the end of its palm, and some more; and from the fingertips to the palm."""
 _BESIDE, _INSIDE = 0.015, 0.012
 """Metres between a pushed thing and others, and from the border of the region to its middle."""
 
@@ -149,13 +153,21 @@ def push(hand: Hand, item: str, where: str) -> Move:
     view = hand.view
     way = _around(view, item, _clear_point(view, item, where) - view.position(item)[:2])
     left = float(np.hypot(*way))
-    level, grip = hand.level(), hand.fist()
-    surface = view.position(item) + np.array([0.0, 0.0, _PLATE_DEPTH])
+    grip = hand.fist()
+    surface = view.position(item) + [*_aside_of_tall(view, item), _PLATE_DEPTH]
+    rotation = _reaching(view, view.stretch(surface))
     offset = surface - view.gripper
     if float(np.hypot(offset[0], offset[1])) < _ON_PLATE and -offset[2] < 0.02:
         ahead = min(left + 0.01, _STRIDE) * way / max(left, 1e-6)
-        return Move("push", np.array([*(view.gripper[:2] + ahead), surface[2] - _PRESS_DEPTH]), level, CLOSE)
-    return Move("approach", over(view, surface, level, without=(item,), tolerance=0.01), level, grip)
+        return Move("push", np.array([*(view.gripper[:2] + ahead), surface[2] - _PRESS_DEPTH]), rotation, CLOSE)
+    return Move("approach", over(view, surface, rotation, without=(item,), tolerance=0.01), rotation, grip)
+
+
+def _reaching(view: SceneView, stretch: float) -> np.ndarray:
+    """Return the rotation [3,3] of a fist at an aim so far out: it leans outward, so that the wrist need not go there."""
+    outward = view.reach * (1.0, 1.0, 0.0) / np.hypot(*view.reach[:2])
+    lean = float(np.clip((stretch - _AT_EASE) / _HAND, 0.0, _FARTHEST_LEAN))
+    return pointing(np.cos(lean) * DOWN + np.sin(lean) * outward, np.cross(outward, _UP), view.rotation)
 
 
 def _clear_point(view: SceneView, item: str, where: str) -> np.ndarray:
@@ -184,10 +196,22 @@ def _around(view: SceneView, item: str, way: np.ndarray) -> np.ndarray:
     return way if size < 0.1 * length else turned * length / size
 
 
-def _gaps(view: SceneView, item: str, spot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the directions [G,2] and distances [G] from a point [2] to the other things that stand as low as one."""
+def _aside_of_tall(view: SceneView, item: str) -> np.ndarray:
+    """Return the way [2] from a thing's middle to where the fist comes down on it, so that the palm clears tall things."""
+    toward_G2, gap_G = _gaps(view, item, view.position(item)[:2], above=_FINGERS)
+    if not len(gap_G) or gap_G.min() > _PALM:
+        return np.zeros(2)
+    return -min(_PALM - gap_G.min(), _ON_PLATE / 2) * toward_G2[gap_G.argmin()]
+
+
+def _gaps(view: SceneView, item: str, spot: np.ndarray, above: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the directions [G,2] and distances [G] from a point [2] to the other things beside one.
+
+    `above`: to those beside what is so many metres above it.
+    """
     obstacles = view.obstacles(item)
-    low_G = obstacles.bottom_G < view.box(item)[1][2]
+    height = view.box(item)[1][2] + above
+    low_G = (obstacles.bottom_G < height) & ((obstacles.top_G > height) if above else True)
     reach_G2 = np.einsum("gij,gj->gi", np.abs(obstacles.rotation_G33), obstacles.half_G3)[low_G, :2]
     centre_G2 = obstacles.centre_G3[low_G, :2]
     offset_G2 = np.clip(spot, centre_G2 - reach_G2, centre_G2 + reach_G2) - spot
