@@ -154,7 +154,7 @@ def push(hand: Hand, item: str, where: str) -> Move:
     way = _around(view, item, _clear_point(view, item, where) - view.position(item)[:2])
     left = float(np.hypot(*way))
     grip = hand.fist()
-    surface = view.position(item) + [*_aside_of_tall(view, item), _PLATE_DEPTH]
+    surface = view.position(item) + np.array([*_aside_of_tall(view, item), _PLATE_DEPTH])
     rotation = _reaching(view, view.stretch(surface))
     offset = surface - view.gripper
     if float(np.hypot(offset[0], offset[1])) < _ON_PLATE and -offset[2] < 0.02:
@@ -164,7 +164,7 @@ def push(hand: Hand, item: str, where: str) -> Move:
 
 
 def _reaching(view: SceneView, stretch: float) -> np.ndarray:
-    """Return the rotation [3,3] of a fist at an aim so far out: it leans outward, so that the wrist need not go there."""
+    """Return the rotation [3,3] of a fist at a far aim: it leans outward, so that the wrist stays nearer."""
     outward = view.reach * (1.0, 1.0, 0.0) / np.hypot(*view.reach[:2])
     lean = float(np.clip((stretch - _AT_EASE) / _HAND, 0.0, _FARTHEST_LEAN))
     return pointing(np.cos(lean) * DOWN + np.sin(lean) * outward, np.cross(outward, _UP), view.rotation)
@@ -197,18 +197,14 @@ def _around(view: SceneView, item: str, way: np.ndarray) -> np.ndarray:
 
 
 def _aside_of_tall(view: SceneView, item: str) -> np.ndarray:
-    """Return the way [2] from a thing's middle to where the fist comes down on it, so that the palm clears tall things."""
+    """Return the way [2] from a thing's middle to where a fist comes down whose palm clears the nearest tall thing."""
     toward_G2, gap_G = _gaps(view, item, view.position(item)[:2], above=_FINGERS)
-    if not len(gap_G) or gap_G.min() > _PALM:
-        return np.zeros(2)
-    return -min(_PALM - gap_G.min(), _ON_PLATE / 2) * toward_G2[gap_G.argmin()]
+    near = min(gap_G, default=np.inf)
+    return -min(_PALM - near, _ON_PLATE / 2) * toward_G2[gap_G.argmin()] if near < _PALM else np.zeros(2)
 
 
 def _gaps(view: SceneView, item: str, spot: np.ndarray, above: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Return the directions [G,2] and distances [G] from a point [2] to the other things beside one.
-
-    `above`: to those beside what is so many metres above it.
-    """
+    """Return the directions [G,2] and distances [G] from a point [2] to the things beside one, or so far above it."""
     obstacles = view.obstacles(item)
     height = view.box(item)[1][2] + above
     low_G = (obstacles.bottom_G < height) & ((obstacles.top_G > height) if above else True)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from cogvla.envs.contract import Perturbable, required
+from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.recording.demonstrator import OPEN_HAND, Demonstrator, DemonstratorSettings
 from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
@@ -139,20 +141,25 @@ def test_what_falls_out_of_the_hand_is_taken_again(env: LiberoEnv) -> None:
 
 @needs_assets
 @pytest.mark.parametrize(
-    ("suite_name", "task", "state"),
+    ("suite_name", "task", "state", "robot"),
     [
-        pytest.param("libero_goal", 3, 7, id="a bowl where the drawer opens"),
-        pytest.param("libero_goal", 5, 3, id="a box in the plate's way"),
-        pytest.param("libero_goal", 5, 9, id="an arm nearly stretched out"),
-        pytest.param("libero_goal", 2, 0, id="a far place"),
-        pytest.param("libero_10", 3, 0, id="a drawer below others to shut"),
-        pytest.param("libero_10", 9, 0, id="a mug through an opening at the front"),
+        pytest.param("libero_goal", 3, 7, (), id="a bowl where the drawer opens"),
+        pytest.param("libero_goal", 5, 3, (), id="a box in the plate's way"),
+        pytest.param("libero_goal", 5, 9, (), id="an arm nearly stretched out"),
+        pytest.param("libero_goal", 5, 4, (Perturbation("robot", 3),), id="a plate at the end of the arm's reach"),
+        pytest.param("libero_goal", 5, 1, (Perturbation("robot", 1),), id="a plate beside a cabinet"),
+        pytest.param("libero_goal", 2, 0, (), id="a far place"),
+        pytest.param("libero_10", 3, 0, (), id="a drawer below others to shut"),
+        pytest.param("libero_10", 9, 0, (), id="a mug through an opening at the front"),
     ],
 )
-def test_what_is_in_the_way_and_what_is_far(suite_name: str, task: int, state: int) -> None:
+def test_what_is_in_the_way_and_what_is_far(
+    suite_name: str, task: int, state: int, robot: tuple[Perturbation, ...]
+) -> None:
     settings = LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
     suite = libero_suite(suite_name, settings)
     env = suite.make(render=False)
+    required(env, Perturbable, "perturbation").perturbations = robot
     env.reset(options={"task": task, "initial_state": state})
     for _ in range(10):
         env.step(OPEN_HAND)
