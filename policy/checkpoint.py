@@ -4,7 +4,7 @@
     model.safetensors    weights
     statistics.json      normalisation statistics of state and action
     float8.json          calibration of 8-bit layers, if `calibrate_policy` has measured it
-    forecast.json        forecast of the state while chunks are late, if `fit_forecast` has fitted it
+    forecast.json        forecast of the state while chunks are late, if training or `fit_forecast` has fitted it
     training.pt          optimiser, step and EMA; only in checkpoints to resume from
     encoder/             a copy of the text encoder, if a user put one there; it comes before the source in config.json
 

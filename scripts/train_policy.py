@@ -51,6 +51,7 @@ from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules
 from cogvla.scripts.eval_libero import suites
 from cogvla.scripts.training.build import build_trainer
+from cogvla.scripts.training.forecast import add_forecast
 from cogvla.scripts.training.rounds import CorrectionsConfig, train_in_rounds
 from cogvla.scripts.training.suites import (
     EVALUATION,
@@ -91,6 +92,8 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     rounds = values["rounds"]
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f"rounds must be 1 (train once) or more, got {rounds!r}")
+    if not isinstance(values["forecast"], bool):
+        raise ValueError(f"forecast must be true or false, got {values['forecast']!r}")
     corrections = build(CorrectionsConfig, values["corrections"], "corrections")
     if rounds > 1:
         settings = values["evaluation"] or {"protocol": None}
@@ -155,6 +158,10 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
             print(f"all reports: {page}")
         else:
             print(f"report: {output / EVALUATION / 'report.html'}")
+    if values["forecast"] and not model_config.head.prefix:
+        # After the evaluation, which is then the same as without a forecast, and resumes.
+        with _timed(seconds, "forecast"):
+            print(add_forecast(output / "policy", data, embodiment.chunk))
     (output / "summary.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     print("minutes: " + ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items()))
     for folder, report in reports.items():

@@ -5,7 +5,8 @@ recorded frames, says so: the change of the state over d control steps, from the
 present state. The policy then sees that state beside the present pictures, and its chunk begins d steps later (VLASH,
 Tang et al. 2025, where the policy is fine-tuned for it). It needs no new weights of the policy.
 
-    fit_forecast checkpoint=FOLDER      writes `forecast.json` into the checkpoint (scripts/measure/fit_forecast.py)
+    train_policy                        writes `forecast.json` into the policy's folder (scripts/training/forecast.py)
+    fit_forecast checkpoint=FOLDER      writes it into any checkpoint (scripts/measure/fit_forecast.py)
 
 Shape legend: B batch, S state, K chunk, A action, N frames, D longest delay = K - 1, X = K*A + S + 1 inputs of the map.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-FRAMES = 100_000
+FRAMES = 20_000
 """Most frames of a fit; of more, so many are taken at even distances."""
 POOR = 0.5
 """Share of a state entry's change that a forecast should explain."""

@@ -1,17 +1,18 @@
 """`fit_forecast`: fit the forecast of the state that lets a policy act while its chunks are late.
 
+`train_policy` does this at its end; this command is for other checkpoints, and for other recordings of the robot.
+
     fit_forecast checkpoint=checkpoints/FOLDER suite=tabletop_object
     eval_libero checkpoint=FOLDER latency=100 protocol.execute_steps=2
 
 Adds `forecast.json` to the checkpoint (`policy.inputs.forecast`). It depends on the robot and its controller, not on
-the weights. The actions of the frames are those that were executed, where the data set says so.
+the weights.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from omegaconf import DictConfig
 
 from cogvla.configs.build import build
@@ -22,6 +23,7 @@ from cogvla.policy.hub.download import hub_source
 from cogvla.policy.inputs.forecast import POOR, Forecast
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
+from cogvla.scripts.training.forecast import fit, poorly_explained
 
 
 def main(config: DictConfig) -> None:
@@ -45,9 +47,7 @@ def run(config: DictConfig) -> Forecast:
     folder = Path(values["checkpoint"])
     robot = load_policy(folder, statistics=EVERY).embodiment
     data = open_data(build(DataConfig, values["data"], "data"), robot)
-    executed_NA = data.action_NA if data.executed_NA is None else data.executed_NA
-    given = data.state_NS.numpy(), executed_NA.numpy(), data.episode_N.numpy()
-    forecast = Forecast.fit(*given, robot.chunk, {"data_set": data.describe()})
+    forecast = fit(data, robot.chunk)
     save_forecast(folder, forecast)
     print(summary(forecast))
     print(f"{folder} now reads committed actions")
@@ -60,8 +60,7 @@ def summary(forecast: Forecast) -> str:
         f"after {delay} steps: " + ", ".join(f"{share:.0%}" for share in shares)
         for delay, shares in enumerate(forecast.explained, start=1)
     ]
-    poor = np.flatnonzero(np.array(forecast.explained)[-1] < POOR).tolist()
-    if poor:
+    if poor := poorly_explained(forecast):
         lines.append(
             f"note: less than {POOR:.0%} of state entries {poor} is explained: their state after a delay is a guess"
         )

@@ -31,8 +31,8 @@ from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.training.trainer import PATIENCE
 
 SUMMARY, REQUEST = "summary.json", "rounds.json"
-FREE = ("rounds", "output", "wandb", "threads", "imports")
-"""Keys that may differ when rounds go on: they do not change a policy, or say how many rounds there are."""
+FREE = ("rounds", "output", "wandb", "threads", "imports", "forecast")
+"""Keys that may differ when rounds go on: they do not change the weights, or say how many rounds there are."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.checkpoint import FORECAST, load_policy
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training.run_log import RunLog
@@ -195,7 +195,7 @@ def test_it_leaves_demonstrations_checkpoints_metrics_and_a_report(root: Path) -
     assert (root / "run" / "evaluation" / "report.html").stat().st_size > 10_000
     summary = json.loads((root / "run" / "summary.json").read_text())
     assert summary["success"] == report["total"]["success"]["value"]
-    assert summary["seconds"].keys() == {"demonstrations", "training", "evaluation"}
+    assert summary["seconds"].keys() == {"demonstrations", "training", "evaluation", "forecast"}
     policy = load_policy(root / "run" / "policy")
     assert policy.describe()["data_set"]["episodes"] == 10
     assert policy.embodiment.cameras[0].height == 32
@@ -206,6 +206,28 @@ def test_the_second_time_nothing_is_done_twice(root: Path) -> None:
     assert any("episodes.jsonl" in name for name in before)
     run(root)
     assert contents(root) == before
+
+
+def test_the_forecast_changes_neither_the_policy_nor_its_evaluation(root: Path, tmp_path: Path) -> None:
+    """It comes last: an evaluation from before it goes on. Without it, or for a policy that reads a prefix, none."""
+    for part in ("demonstrations", "cache"):
+        (tmp_path / part).symlink_to(root / part)
+    short = "embodiment.chunk=4"  # of which the few frames tell enough
+    result = run(tmp_path, short, "forecast=false")
+    file = tmp_path / "run" / "policy" / FORECAST
+    assert "forecast" not in result["seconds"]
+    assert not file.exists()
+    before = contents(tmp_path)
+    assert run(tmp_path, short)["seconds"]["forecast"] > 0
+    assert contents(tmp_path) == before
+    assert load_policy(tmp_path / "run" / "policy").describe()["committed"] == "forecast"
+    saved = file.read_bytes()
+    run(tmp_path, short)
+    assert contents(tmp_path) == before
+    assert file.read_bytes() == saved
+    more = ("policy.head.prefix=2", "training.steps=1", "evaluation=null")
+    run(tmp_path, short, f"output={tmp_path}/prefix", *more)
+    assert not (tmp_path / "prefix" / "policy" / FORECAST).exists()
 
 
 def test_more_steps_go_on_and_are_evaluated_anew(root: Path, tmp_path: Path) -> None:
@@ -294,6 +316,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         ),
         (["data.mixture=[]"], r"error: data\.mixture must be a list of data sets"),
         (["data.mixture=[{root: A, weight: 0}]"], r"error: data\.mixture\[0\]\.weight must be a positive number"),
+        (["forecast=perhaps"], "error: forecast must be true or false, got 'perhaps'"),
         (["wandb.mode=loud"], "error: wandb.mode is 'loud'; it must be one of auto, online"),
         (["routing=no_efa"], "error: .* was trained with another policy or routing; choose another output, or delete"),
     ],
