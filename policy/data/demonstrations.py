@@ -173,7 +173,8 @@ class DemonstrationData:
     def content(self) -> dict[str, Any]:
         """Return a fingerprint of each part of the content; that of the pictures looks at `SAMPLED_FRAMES` frames.
 
-        That of a mixture has these of each data set, by its name, with its weight.
+        That of a mixture has these of each data set, by its name, with its weight. Executed actions are not in it, as
+        few trainings read them: see `executed_content`.
         """
         if self.parts:
             return {part.name: {**part.content, "weight": part.weight} for part in self.parts}
@@ -189,6 +190,10 @@ class DemonstrationData:
         if self.teaching is not None:
             parts["interventions"] = [self.teaching.actions_N.numpy(), self.teaching.weight_N.numpy()]
         return {name: _digest(*values) for name, values in parts.items()}
+
+    def executed_content(self) -> str:
+        """Return the fingerprint of the actions that were executed."""
+        return _digest((self.action_NA if self.executed_NA is None else self.executed_NA).numpy())
 
     def __len__(self) -> int:
         return len(self.episode_N) if self.rows is None else len(self.rows)

@@ -198,6 +198,7 @@ class Trainer:
         found = identity(self.data, self.preprocessor, self.raw.config, self.builder.wordings)
         if self.builder.prefix:
             found["committed"] = {"head.prefix": self.builder.prefix, "training.prefix_share": self.config.prefix_share}
+            found["data set, executed actions"] = self.data.executed_content()
         return found
 
     def save(self) -> None:

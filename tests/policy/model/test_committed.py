@@ -6,6 +6,7 @@ Shape legend: as in `policy.model.heads.committed`.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cogvla.policy.chunk_queue import soft_mask
+from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.engine.engine import Engine, EngineConfig
 from cogvla.policy.interface import Committed, Observation
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.heads.committed import CommittedInput, none_committed
 from cogvla.policy.model.heads.denoising import DenoisingHead, DiffusionHead, FlowHead, pull
 from cogvla.policy.model.heads.interface import HeadSizes
@@ -26,7 +29,17 @@ from cogvla.policy.model.heads.registry import HEADS
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import Objective
-from cogvla.tests.support.small_data import IMITATION, INSTRUCTIONS, MODEL, small_data, small_policy, small_preprocessor
+from cogvla.policy.training.trainer import Trainer
+from cogvla.scripts.training.build import build_trainer
+from cogvla.tests.support.small_data import (
+    IMITATION,
+    INSTRUCTIONS,
+    MODEL,
+    settings,
+    small_data,
+    small_policy,
+    small_preprocessor,
+)
 from cogvla.tests.support.small_data import ROBOT as SMALL
 from cogvla.tests.support.tiny_model import ROBOT, tiny_input, tiny_model
 
@@ -251,6 +264,23 @@ def test_the_matrix_is_learned_though_it_begins_at_zero() -> None:
     assert model.committed is not None
     assert model.committed.matrix.grad is not None
     assert (model.committed.matrix.grad.abs().amax(1) > 0).all(), "of each action dimension, and of the 1"
+
+
+def test_training_goes_on_only_with_the_same_executed_actions(tmp_path: Path) -> None:
+    model = type(small_policy().model.config).from_dict({**MODEL, "head": {"prefix": 2}})
+    data = small_data()
+    noisy = replace(data, executed_NA=data.action_NA + 0.25)
+
+    def trainer(output: str, data: DemonstrationData, config: CogVLAConfig) -> Trainer:
+        return build_trainer(settings(steps=1), config, IMITATION, SMALL, data, tmp_path / output, lambda *_: None)
+
+    trainer("told", noisy, model).run()
+    trainer("told", noisy, model).run()
+    with pytest.raises(ValueError, match="another setting: data set, executed actions differs; choose another output"):
+        trainer("told", data, model).run()
+    untold = small_policy().model.config
+    trainer("untold", noisy, untold).run()
+    trainer("untold", data, untold).run()  # they do not matter
 
 
 def test_a_policy_with_them_continues_the_plan() -> None:
