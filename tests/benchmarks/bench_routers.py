@@ -82,6 +82,8 @@ def policy_ms(name: str, engine: Engine, inputs: ModelInput, args: argparse.Name
         router = RouterConfig("random", 1.0, layers=(1,), layer_router=name, layer_budgets=(args.share,))
         if name == "carried":
             router = replace(router, name="token_norm")
+        if name == "vision_remember":  # it removes none: the router before it does
+            router = replace(router, name="spatial_pool", budget=args.share, layer_budgets=(1.0,))
     try:
         routed = engine.model.with_router(router).eval().to(args.device)
     except ValueError:
