@@ -7,7 +7,7 @@ Once a whole horizon of actions is executed, four scores of each camera compare 
                at its place with this predicted change; large if something moved that should not have
     error      mean error of the prediction; large if the camera was moved or covered
     look       how unusual the most regular patches are, such as those of the fingers before a wrist camera, in the
-               least unusual of the last pictures (`policy.foresight.regular_patches`); large if the camera was moved
+               less unusual of the last two pictures (`policy.foresight.regular_patches`); large if the camera was moved
                or covered, and as long as it is so
 
 A score above its threshold is an alarm, which stays until the next episode. Thresholds are conformal (Vovk et al.
@@ -50,7 +50,7 @@ LEAST_SPREAD = 0.1
 """Standard deviation below which that of a regular patch does not count: a picture of a simulation may be all alike."""
 WORST = 4
 """Patches that `place` looks at."""
-LASTING = 4
+LASTING = 2
 """Comparisons in a row that have to look unusual."""
 
 

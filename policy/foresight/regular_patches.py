@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 MOST = 8
 """Patches of a view that are looked at."""
-KEPT = 3 / 8
+KEPT = 1 / 4
 """Share of the directions of a latent in which a patch may vary."""
 SMALL = 1e-3
 
