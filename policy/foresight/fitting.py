@@ -26,8 +26,8 @@ from cogvla.policy.foresight.windows import Window, Windows
 from cogvla.policy.training.identity import differences
 
 TRAINING = "training.pt"
-PCA_FRAMES, REGULAR_FRAMES = 512, 2048
-"""Frames, with all views, that give the principal components, and the regular patches."""
+PCA_FRAMES = 512
+"""Frames, with all views, whose patches give the principal components."""
 SEED_STRIDE = 1_000_003
 
 
@@ -120,14 +120,12 @@ def prediction_loss(model: Foresight, window: Window) -> Tensor:
 
 
 def _begin(model: Foresight, windows: Windows, seed: int) -> None:
-    """Draw the weights, compute the principal components, and find the regular patches."""
+    """Draw the weights, and compute the principal components."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = Foresight(model.config, model.embodiment, model.statistics)
     model.load_state_dict(fresh.state_dict())
     model.pca.fit(windows.gather(windows.draw(PCA_FRAMES, seed)).before_BVCHW.flatten(0, 1))
-    parts = windows.draw(REGULAR_FRAMES, seed).split(64)
-    model.regular.fit(torch.cat([model.encode(windows.gather(rows_B).before_BVCHW) for rows_B in parts]))
 
 
 def _restore(path: Path, model: Foresight, optimiser: torch.optim.Optimizer, same: Mapping[str, Any]) -> list[float]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from cogvla.configs.build import build
 from cogvla.files import read_object, write_atomic
 from cogvla.policy.foresight.predictor import Predictor
-from cogvla.policy.foresight.regular_patches import RegularPatches
 from cogvla.policy.inputs.normalise import Normaliser, Statistics
 from cogvla.policy.inputs.patch_pca import PatchPCA
 from cogvla.policy.interface import Embodiment
@@ -72,7 +71,6 @@ class Foresight(nn.Module):
         actions = embodiment.chunk * embodiment.action_dim if config.actions else 0
         views = len(embodiment.cameras)
         self.predictor = Predictor(views, grid, config.latent, embodiment.state_dim, actions, config.channels)
-        self.regular = RegularPatches(views, grid[0] * grid[1], config.latent)
         self.normalise_state = Normaliser("mean_std", statistics["state"])
         self.normalise_action = Normaliser("mean_std", statistics["action"])
 

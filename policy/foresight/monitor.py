@@ -6,9 +6,7 @@ Once a whole horizon of actions is executed, four scores of each camera compare 
     place      mean of the four largest errors of patches, each in standard deviations of what is normal for a patch
                at its place with this predicted change; large if something moved that should not have
     error      mean error of the prediction; large if the camera was moved or covered
-    look       how unusual the most regular patches are, such as those of the fingers before a wrist camera, in the
-               less unusual of the last two pictures (`policy.foresight.regular_patches`); large if the camera was moved
-               or covered, and as long as it is so
+    look       how unusual the part of the picture is that the latents do not keep; needs no prediction
 
 A score above its threshold is an alarm, which stays until the next episode. Thresholds are conformal (Vovk et al.
 2005): the largest scores of n good episodes are n draws of what an undisturbed episode shows, so the k-th smallest of
@@ -16,7 +14,7 @@ them, k = ceil((n + 1)(1 - a)), is exceeded by a further such episode with a pro
 scores and cameras add up to `alpha`.
 
 Shape legend: as in docs/architecture.md, with N patches of a view, D numbers of a latent, s scores, E episodes,
-T executed actions, M regular patches.
+T executed actions.
 """
 
 from __future__ import annotations
@@ -40,18 +38,14 @@ REASONS = {
     "still": "the picture stands still although the arm moves",
     "place": "something in the picture moved that should not have",
     "error": "the picture is not what should be seen after these actions",
-    "look": "what always looks the same in the picture does not",
+    "look": "the picture looks unlike all that is known",
 }
 LEAST_MOTION = 0.1
 """Predicted change of a view (root mean square of its latents) below which `still` says nothing."""
 LEAST_SEEN = 0.01
 SMALL = 1e-3
-LEAST_SPREAD = 0.1
-"""Standard deviation below which that of a regular patch does not count: a picture of a simulation may be all alike."""
 WORST = 4
 """Patches that `place` looks at."""
-LASTING = 2
-"""Comparisons in a row that have to look unusual."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +55,14 @@ class Normal:
     Attributes:
         slope: slope of each view.
         offset, spread: offset of each patch of each view, and the standard deviation around the line.
-        look, look_spread: mean and standard deviation of what `RegularPatches` says of each regular patch of each view.
+        look, look_spread: mean and standard deviation of the logarithm of what the latents lose of a view.
     """
 
     slope: tuple[float, ...]
     offset: tuple[tuple[float, ...], ...]
     spread: tuple[tuple[float, ...], ...]
-    look: tuple[tuple[float, ...], ...]
-    look_spread: tuple[tuple[float, ...], ...]
+    look: tuple[float, ...]
+    look_spread: tuple[float, ...]
 
     @classmethod
     @torch.inference_mode()
@@ -80,26 +74,30 @@ class Normal:
             z_BVND = model.encode(window.before_BVCHW)
             guess_BVND = model(z_BVND, window.state_BS, window.chunk_BKA)
             later_BVND = model.encode(window.after_BVCHW)
-            logs.append((*_logs(z_BVND, guess_BVND, later_BVND), model.regular(later_BVND)))
-        change_BVN, error_BVN, look_BVM = (torch.cat(parts) for parts in zip(*logs, strict=True))
+            lost_BV = _lost(model, window.after_BVCHW, later_BVND)
+            logs.append((*_logs(z_BVND, guess_BVND, later_BVND), lost_BV))
+        change_BVN, error_BVN, lost_BV = (torch.cat(parts) for parts in zip(*logs, strict=True))
         x_BVN, y_BVN = (values - values.mean(0) for values in (change_BVN, error_BVN))
         slope_V1 = (x_BVN * y_BVN).sum((0, 2))[:, None] / x_BVN.square().sum((0, 2))[:, None].clamp(min=SMALL)
         rest_BVN = error_BVN - slope_V1 * change_BVN
         offset_VN, spread_VN = rest_BVN.mean(0), rest_BVN.std(0).clamp(min=SMALL)
-        look_VM, look_spread_VM = look_BVM.mean(0), look_BVM.std(0).clamp(min=LEAST_SPREAD)
+        look_V, look_spread_V = lost_BV.mean(0), lost_BV.std(0).clamp(min=SMALL)
         slope_V = slope_V1.flatten()
-        return cls(*(_tuples(values.tolist()) for values in (slope_V, offset_VN, spread_VN, look_VM, look_spread_VM)))
+        return cls(*(_tuples(values.tolist()) for values in (slope_V, offset_VN, spread_VN, look_V, look_spread_V)))
 
 
-def score(model: Foresight, normal: Normal, z_BVND: Tensor, guess_BVND: Tensor, later_BVND: Tensor) -> Tensor:
-    """Return the scores [B,V,s] of pictures, in the order of `SCORES`; `look` is that of these pictures alone.
+def score(
+    model: Foresight, normal: Normal, z_BVND: Tensor, guess_BVND: Tensor, pixels_BVCHW: Tensor, later_BVND: Tensor
+) -> Tensor:
+    """Return the scores [B,V,s] of pictures, in the order of `SCORES`.
 
     Args:
         model: the model.
         normal: what is normal.
         z_BVND: latents before the chunk.
         guess_BVND: prediction for after it.
-        later_BVND: latents of the pictures after it.
+        pixels_BVCHW: pictures after it.
+        later_BVND: their latents.
     """
     predicted_BV, seen_BV = ((x - z_BVND).square().mean((-1, -2)).sqrt() for x in (guess_BVND, later_BVND))
     still_BV = torch.where(predicted_BV > LEAST_MOTION, predicted_BV / (seen_BV + LEAST_SEEN), 0.0)
@@ -107,8 +105,8 @@ def score(model: Foresight, normal: Normal, z_BVND: Tensor, guess_BVND: Tensor, 
     slope_V, offset_VN, spread_VN = (torch.tensor(v) for v in (normal.slope, normal.offset, normal.spread))
     unusual_BVN = (error_BVN - slope_V[:, None] * change_BVN - offset_VN) / spread_VN
     place_BV = unusual_BVN.topk(min(WORST, unusual_BVN.shape[-1])).values.mean(-1)
-    look_VM, look_spread_VM = (torch.tensor(v) for v in (normal.look, normal.look_spread))
-    look_BV = ((model.regular(later_BVND) - look_VM) / look_spread_VM).mean(-1).clamp(min=SMALL)
+    look_V, look_spread_V = (torch.tensor(v) for v in (normal.look, normal.look_spread))
+    look_BV = ((_lost(model, pixels_BVCHW, later_BVND) - look_V) / look_spread_V).abs()
     return torch.stack((still_BV, place_BV, (guess_BVND - later_BVND).square().mean((-1, -2)), look_BV), dim=-1)
 
 
@@ -120,6 +118,12 @@ def _logs(z_BVND: Tensor, guess_BVND: Tensor, later_BVND: Tensor) -> tuple[Tenso
     """Return logarithms [B,V,N] of the predicted change and of the error of each patch."""
     change_BVN, error_BVN = ((guess_BVND - x).square().mean(-1) for x in (z_BVND, later_BVND))
     return (change_BVN + SMALL).log(), (error_BVN + SMALL).log()
+
+
+def _lost(model: Foresight, pixels_BVCHW: Tensor, z_BVND: Tensor) -> Tensor:
+    """Return the logarithm [B,V] of the mean squared difference between pictures and what their latents keep."""
+    lost_X = model.pca.lost(pixels_BVCHW.flatten(0, 1), z_BVND.flatten(0, 1))
+    return (lost_X.unflatten(0, pixels_BVCHW.shape[:2]) + 1e-6).log()
 
 
 def conformal_threshold(scores_E: Sequence[float], alpha: float) -> float:
@@ -209,7 +213,6 @@ class _Episode:
 
     starts: list[_Start] = field(default_factory=list)
     highest_Vs: np.ndarray | None = None
-    looks: list[np.ndarray] = field(default_factory=list)
     compared: int = 0
     alarm: str | None = None
 
@@ -261,7 +264,7 @@ class Monitor:
             z_BVND = torch.stack([start.z_VND for start in due])
             chunk_BKA = torch.from_numpy(np.stack([np.concatenate(start.executed) for start in due]))
             guess_BVND = self.model(z_BVND, torch.stack([start.state_S for start in due]), chunk_BKA)
-            scores_BVs = score(self.model, self.normal, z_BVND, guess_BVND, later_BVND[rows])
+            scores_BVs = score(self.model, self.normal, z_BVND, guess_BVND, pixels_BVCHW[rows], later_BVND[rows])
             for row, scores_Vs in zip(rows, scores_BVs.numpy(), strict=True):
                 self._note(episodes[row], scores_Vs)
         for episode, z_VND, state_S in zip(episodes, later_BVND, state_BS, strict=True):
@@ -289,9 +292,6 @@ class Monitor:
 
     def _note(self, episode: _Episode, scores_Vs: np.ndarray) -> None:
         episode.compared += 1
-        look = SCORES.index("look")
-        episode.looks = [*episode.looks, scores_Vs[:, look].copy()][-LASTING:]
-        scores_Vs[:, look] = np.min(episode.looks, axis=0) if len(episode.looks) == LASTING else SMALL
         before_Vs = episode.highest_Vs
         episode.highest_Vs = scores_Vs if before_Vs is None else np.maximum(before_Vs, scores_Vs)
         above_Vs = scores_Vs / self._limit_Vs

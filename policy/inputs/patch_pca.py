@@ -3,7 +3,8 @@
 Frozen, so that a predictor cannot make its task easier by making the latents say less, and one fixed space in which
 predictors are compared.
 
-Shape legend: X images, N patches of an image, E numbers of a patch, D components, f patches of all images.
+Shape legend: X images, N patches of an image, E numbers of a patch, D components, f patches of all images,
+F numbers of an image.
 """
 
 from __future__ import annotations
@@ -63,13 +64,27 @@ class PatchPCA(nn.Module):
     def decode(self, z_XND: Tensor, rows: int) -> Tensor:
         """Draw latents with so many rows of patches: float32 [X,3,H,W], about 0 to 1."""
         z_XDHW = (z_XND * self.scale).mT.unflatten(2, (rows, -1))
-        mean_CHW = self.mean_E.view(3, self.patch, self.patch).repeat(1, rows, z_XDHW.shape[3])
-        return F.conv_transpose2d(z_XDHW, self._kernel, stride=self.patch) + mean_CHW
+        return F.conv_transpose2d(z_XDHW, self._kernel, stride=self.patch) + self._mean(rows, z_XDHW.shape[3])
+
+    def lost(self, pixels_XCHW: Tensor, z_XND: Tensor) -> Tensor:
+        """Return the mean squared difference [X] of images, uint8, and their latents drawn again, without drawing them.
+
+        The components are orthonormal, so what they keep and what they lose add up.
+        """
+        height, width = pixels_XCHW.shape[-2:]
+        mean_F = self._mean(height // self.patch, width // self.patch).flatten()
+        x_XF = pixels_XCHW.to(mean_F.dtype).flatten(1)
+        square_X = torch.bmm(x_XF[:, None], x_XF[:, :, None]).flatten() / 255**2  # products make no large copies
+        far_X = square_X - x_XF @ (mean_F * (2 / 255)) + mean_F @ mean_F
+        return ((far_X - (z_XND * self.scale).square().sum((-1, -2))) / len(mean_F)).clamp(min=0)
 
     def change(self, before_XCHW: Tensor, after_XCHW: Tensor) -> Tensor:
         """Return the mean squared difference [X,N] of the pixels of patches; both 0 to 1, or uint8."""
         before, after = (x / 255 if x.dtype == torch.uint8 else x for x in (before_XCHW, after_XCHW))
         return F.avg_pool2d((after - before).square().mean(1), self.patch).flatten(1)
+
+    def _mean(self, rows: int, columns: int) -> Tensor:
+        return self.mean_E.view(3, self.patch, self.patch).repeat(1, rows, columns)
 
     @property
     def _kernel(self) -> Tensor:

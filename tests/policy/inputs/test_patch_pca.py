@@ -28,6 +28,16 @@ def test_all_components_lose_nothing_and_fewer_lose_the_smallest() -> None:
     torch.testing.assert_close(lost, variance_D[10:].sum() * whole.scale**2 / 48, rtol=0.02, atol=0)
 
 
+def test_what_is_lost_is_known_without_drawing() -> None:
+    fitted, others = pictures(40), pictures(7, size=32, seed=1)
+    for width in (1, 10, 48):
+        pca = PatchPCA(4, width)
+        pca.fit(fitted)
+        z_XND = pca.encode(others)
+        wanted_X = (others / 255 - pca.decode(z_XND, rows=8)).square().mean((-1, -2, -3))
+        torch.testing.assert_close(pca.lost(others, z_XND), wanted_X, atol=1e-6, rtol=1e-4)
+
+
 def test_latents_have_mean_zero_and_variance_one() -> None:
     pca = PatchPCA(4, 48)
     pca.fit(pictures())
