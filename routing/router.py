@@ -369,7 +369,7 @@ class Calibrated(ABC):
     """A router with options that should be measured on the policy's own observations, as `calibrate_router` does."""
 
     trouble: ClassVar[str] = ""
-    """What `troubled` says of a row."""
+    """Ending of the line about the rows that `troubled` finds, such as "run out of candidates"."""
 
     @abstractmethod
     def observed(self, tokens_BND: Tensor, context: RouterContext) -> Tensor:

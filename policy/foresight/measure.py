@@ -4,7 +4,7 @@
     shuffle gap (M2)   error with the actions of other samples / error - 1
 
 Both in the space of the PCA, which no predictor can change. A patch changes if the mean squared difference of its
-pixels is above `CHANGED`.
+pixels is above `patch_pca.CHANGED`.
 
 Shape legend: as in docs/architecture.md, with N patches of a view, D numbers of a latent, s sums.
 """
@@ -20,7 +20,6 @@ from torch import Tensor
 from cogvla.policy.foresight.model import Foresight
 from cogvla.policy.foresight.windows import Window, Windows
 
-CHANGED = 1e-3
 BATCH = 64
 
 
@@ -44,7 +43,7 @@ def measure(model: Foresight, windows: Windows, seed: int = 0, limit: int = 4096
     total_Vs = torch.zeros(len(model.embodiment.cameras), 5, dtype=torch.float64)
     for rows_B, others_B in zip(rows.split(BATCH), others.split(BATCH), strict=True):
         window = windows.gather(rows_B)
-        changed_BVN = changed(model, window)
+        changed_BVN = model.pca.changed(window.before_BVCHW, window.after_BVCHW)
         z_BVND, later_BVND = model.encode(window.before_BVCHW), model.encode(window.after_BVCHW)
         for column, guess in enumerate(
             (
@@ -72,12 +71,6 @@ def _ratios(sums_s: Tensor) -> dict[str, float | None]:
     }
 
 
-def changed(model: Foresight, window: Window) -> Tensor:
-    """Return which patches change, bool [B,V,N]."""
-    before, after = window.before_BVCHW, window.after_BVCHW
-    return model.pca.change(before.flatten(0, 1), after.flatten(0, 1)).unflatten(0, before.shape[:2]) > CHANGED
-
-
 def copy_ratios(model: Foresight, window: Window, guess: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return the copy ratio of each sample and view, float32 [B,V]; NaN where nothing changes.
 
@@ -88,7 +81,7 @@ def copy_ratios(model: Foresight, window: Window, guess: Callable[[Tensor], Tens
     """
     z_BVND, later_BVND = model.encode(window.before_BVCHW), model.encode(window.after_BVCHW)
     guess_BVND = model(z_BVND, window.state_BS, window.chunk_BKA) if guess is None else guess(z_BVND)
-    changed_BVN = changed(model, window)
+    changed_BVN = model.pca.changed(window.before_BVCHW, window.after_BVCHW)
     error_BV = ((guess_BVND - later_BVND).square().mean(-1) * changed_BVN).sum(-1)
     copy_BV = ((z_BVND - later_BVND).square().mean(-1) * changed_BVN).sum(-1)
     return error_BV / copy_BV

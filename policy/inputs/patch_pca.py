@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+CHANGED = 1e-3
+"""Mean squared difference of the pixels of a patch (0 to 1) above which it changes."""
+
 
 class PatchPCA(nn.Module):
     """z = W (x - mean) / scale for each patch x of an image, with orthonormal rows W; drawn again by its transpose.
@@ -82,6 +85,11 @@ class PatchPCA(nn.Module):
         """Return the mean squared difference [X,N] of the pixels of patches; both 0 to 1, or uint8."""
         before, after = (x / 255 if x.dtype == torch.uint8 else x for x in (before_XCHW, after_XCHW))
         return F.avg_pool2d((after - before).square().mean(1), self.patch).flatten(1)
+
+    def changed(self, before_BVCHW: Tensor, after_BVCHW: Tensor) -> Tensor:
+        """Return which patches of all views change, bool [B,V,N]; see `change` and `CHANGED`."""
+        change_XN = self.change(before_BVCHW.flatten(0, 1), after_BVCHW.flatten(0, 1))
+        return change_XN.unflatten(0, before_BVCHW.shape[:2]) > CHANGED
 
     def _mean(self, rows: int, columns: int) -> Tensor:
         return self.mean_E.view(3, self.patch, self.patch).repeat(1, rows, columns)

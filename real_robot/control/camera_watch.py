@@ -1,4 +1,4 @@
-"""What a control loop tells a monitor of its cameras, once per horizon of executed actions.
+"""Tell a monitor of the cameras what a control loop sees and executes, once per horizon of executed actions.
 
 Shape legend: A action dimension.
 """

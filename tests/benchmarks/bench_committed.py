@@ -1,4 +1,4 @@
-"""How well a policy acts while its chunk is late, told what is executed meanwhile, on recorded frames.
+"""Measure how well a policy acts while its chunk is late, told what is executed meanwhile, on recorded frames.
 
 python tests/benchmarks/bench_committed.py checkpoints/tabletop_object suite=tabletop_object
 python tests/benchmarks/bench_committed.py FOLDER suite=tabletop_object data.root=FOLDER

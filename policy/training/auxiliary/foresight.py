@@ -29,15 +29,13 @@ from cogvla.policy.inputs.patch_pca import PatchPCA
 
 TARGETS = ("future", "present")
 PATCH, LATENT = 16, 32
-CHANGED = 1e-3
-"""Mean squared difference of the pixels of a patch that changes, as in `policy/foresight/measure.py`."""
 FRAMES = 256
 """Frames whose patches give the principal components."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a batch shows, as frozen latents.
+    """Frozen latents of the pictures of a batch, now and at the end of the chunk.
 
     Attributes:
         now_BVPE: latents of the pictures.
@@ -75,7 +73,7 @@ class FrozenLatents:
         """Return the latents of pictures, uint8 [B,V,3,H,W], which are changed in the same way."""
         pca, views = self.pca.to(now_BVCHW.device), now_BVCHW.shape[1]
         now_XCHW, later_XCHW = now_BVCHW.flatten(0, 1), later_BVCHW.flatten(0, 1)
-        changed_BVP = (pca.change(now_XCHW, later_XCHW) > CHANGED).unflatten(0, (-1, views))
+        changed_BVP = pca.changed(now_BVCHW, later_BVCHW)
         now_BVPE, later_BVPE = (pca.encode(x_XCHW).unflatten(0, (-1, views)) for x_XCHW in (now_XCHW, later_XCHW))
         weight_BVP = patch_weights(changed_BVP) * weight_B[:, None, None].to(now_BVPE)
         return Seen(now_BVPE, later_BVPE, weight_BVP, state_BS)
