@@ -98,7 +98,7 @@ class PolicyGraph(nn.Module):
             name = "its router" if router is None else f"its router {router.config.name!r}"
             raise ValueError(
                 f"this policy cannot be exported: {name} decides in Python by values of tensors ({error}); routers "
-                "with a fixed number of tokens can, see docs/routing.md"
+                "with a fixed number of tokens can, see docs/routers.md"
             ) from error
 
     def _resized(self, index: int, image_1HW3: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def test_every_item_is_documented_and_tested() -> None:
 
 
 def test_the_router_of_the_documentation_is_one() -> None:
-    page = (ROOT / "docs" / "routing.md").read_text()
+    page = (ROOT / "docs" / "routers.md").read_text()
     code = page[page.index("class MostDifferent") :]
     names = {"TokenRouter": TokenRouter, "kept": kept, "best": best}
     exec("from __future__ import annotations\n" + code[: code.index("```")], names)
@@ -198,7 +198,7 @@ def test_the_router_of_the_documentation_is_one() -> None:
 
 
 def test_the_documentation_lists_every_router() -> None:
-    page = (ROOT / "docs" / "routing.md").read_text()
+    page = (ROOT / "docs" / "routers.md").read_text()
     assert not [name for name in NAMES if f"\n| `{name}` | " not in page]
 
 
