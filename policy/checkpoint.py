@@ -14,6 +14,7 @@ Saving is atomic: the folder is written under a temporary name and then renamed.
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import os
 import shutil
@@ -62,6 +63,8 @@ EVERY = "*"
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, which replaces `folder` if the block ends without an error.
 
+    A `folder` that has all these files already stays, with what was added to it since (calibration, export, monitor).
+
     Raises:
         OSError: writing failed, for example because the disk is full; the message gives the free space. `folder` is
             unchanged then.
@@ -72,7 +75,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
         draft.mkdir()
         yield draft
-        for file in filter(Path.is_file, draft.rglob("*")):
+        files = [file for file in draft.rglob("*") if file.is_file()]
+        if files and all(_same(file, folder / file.relative_to(draft)) for file in files):
+            return
+        for file in files:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         if folder.exists():
@@ -92,6 +98,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _same(file: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(file, other, shallow=False)
+
+
 def save_checkpoint(
     folder: Path | str,
     weights: dict[str, Tensor],
@@ -104,7 +114,7 @@ def save_checkpoint(
     """Write a checkpoint folder atomically.
 
     Args:
-        folder: checkpoint folder; an existing checkpoint there is replaced.
+        folder: checkpoint folder; another checkpoint there is replaced.
         weights: the model's state dict for inference (EMA).
         config: configuration of the model.
         preprocessor: preprocessing of observations, with tokenizer and embodiment.

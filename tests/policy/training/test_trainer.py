@@ -213,10 +213,17 @@ def test_after_kill_9_in_the_middle_of_saving_it_goes_on_exactly(uninterrupted: 
 
 def test_a_finished_run_is_not_done_again(uninterrupted: Path, tmp_path: Path) -> None:
     small_trainer(tmp_path).run()
+    added = tmp_path / "policy" / "float8.json"
+    added.write_text("{}")
     trainer = small_trainer(tmp_path)
     trainer.evaluate = lambda policy, step: pytest.fail("there is nothing left to evaluate")
     trainer.run()
     assert_same_run(tmp_path, uninterrupted)
+    assert added.is_file(), "what was added to the policy since stays"
+    (tmp_path / "policy" / "model.safetensors").write_bytes(b"damaged")
+    small_trainer(tmp_path).run()
+    assert_same_run(tmp_path, uninterrupted)
+    assert not added.exists(), "it was measured on another file"
 
 
 def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
