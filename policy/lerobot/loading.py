@@ -15,11 +15,11 @@ from safetensors import safe_open
 
 from cogvla.files import file_hash, read_object, visible
 from cogvla.policy.interface import Camera, Embodiment
+from cogvla.policy.lerobot.pipelines import PROCESSORS, check_registered, check_statistics, saved_steps
 from cogvla.policy.lerobot.policy import IMAGES, STATE, LeRobotPolicy, Parts
 
 PREFIX = "lerobot:"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
 LAST = Path("checkpoints", "last", "pretrained_model")
 REPLACED = {"pretrained_backbone_weights": None, "load_vlm_weights": False}
 """Fields of configurations that download weights which the checkpoint's replace -> the value that does not."""
@@ -205,14 +205,16 @@ def _features(config: Any, robot: Embodiment, cameras: Mapping[str, str], folder
 def _loaded(config: Any, folder: Path, device: str) -> tuple[Any, Any, Any]:
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
+    steps = saved_steps(folder)
     try:
         policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
-        steps = read_object(folder / PROCESSORS[0], "give another checkpoint").get("steps", [])
-        named = any(step.get("registry_name") == "device_processor" for step in steps)
+        named = any(step.get("registry_name") == "device_processor" for step in steps[PROCESSORS[0]])
         overrides = {"device_processor": {"device": device}} if named else {}
         before, after = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
         _check_weights(policy, folder)
+        check_statistics(config, before, after)
     except (ImportError, PackageNotFoundError) as error:
+        check_registered(steps, folder)
         raise ValueError(
             f"the {config.type} policy in {folder} needs a package that is not installed: {_said(error)}; lerobot "
             f"names it as an extra, `uv pip install 'lerobot[{config.type}]'`"

@@ -233,6 +233,17 @@ def test_a_data_set_of_another_robot(trained: Path, recording: Path, tmp_path: P
     assert "needs [6]" in said.strip().splitlines()[-1]
 
 
+def test_beside_another_lerobot_the_last_line_says_why(tmp_path: Path) -> None:
+    """The metadata of another lerobot lie first on the path, as after `pip install lerobot==0.4.3`."""
+    other = tmp_path / "lerobot-0.4.3.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: lerobot\nVersion: 0.4.3\n")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    asked = ["--policy.type=cogvla", "--dataset.repo_id=local/none", "--policy.push_to_hub=false"]
+    said = lerobot("train", *asked, fails=True, variables={"PYTHONPATH": paths}).strip().splitlines()[-1]
+    assert said.startswith("lerobot_policy_cogvla was not loaded: lerobot 0.4.3 does not fit: cogvla works with "), said
+
+
 @pytest.mark.parametrize(("task_id", "seed", "expected"), [(3, 7, (3, 7)), (3, 1000, (3, 0)), (None, 23, (3, 2))])
 def test_the_seed_names_the_episode(task_id: int | None, seed: int, expected: tuple[int, int]) -> None:
     env = SuiteEnvironment("tabletop_object", task_id, image_size=32)

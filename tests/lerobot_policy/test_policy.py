@@ -226,6 +226,31 @@ def test_a_checkpoint_keeps_its_statistics_if_asked(recording: Path, converted: 
     assert json.dumps(config.cogvla) == before
 
 
+JOINTS = [f"joint_{i}" for i in range(7)]
+
+
+def named(recording: Path, names: Any) -> Any:
+    """The metadata of a data set whose actions have names."""
+    data = meta(recording)
+    data.features["action"]["names"] = names
+    return data
+
+
+@pytest.mark.parametrize("saved", [JOINTS, {"motors": JOINTS}])
+def test_actions_in_another_order(recording: Path, saved: Any) -> None:
+    config = new_config()
+    CogVLAPolicy(config, dataset_meta=named(recording, saved))
+    assert config.action_feature_names == JOINTS, "lerobot-rollout reads it"
+    for fits in (JOINTS, {"motors": JOINTS}, [f"{name}.pos" for name in JOINTS], None):
+        CogVLAPolicy(config, dataset_meta=named(recording, fits))
+    config.keep_statistics = True
+    for other in (JOINTS[::-1], {"motors": JOINTS[::-1]}):
+        with pytest.raises(
+            ValueError, match=r"action of data set .* another order than the checkpoint: joint_6, .*not"
+        ):
+            CogVLAPolicy(config, dataset_meta=named(recording, other))
+
+
 def test_a_data_set_that_is_only_begun(recording: Path, converted: Path, tmp_path: Path) -> None:
     """What `lerobot-record` of 0.4 gives: features are compared, statistics are not there yet."""
     data = meta(recording)
@@ -245,6 +270,21 @@ def test_statistics_need_files(recording: Path, tmp_path: Path) -> None:
         data_statistics(OURS.embodiment, data)
 
 
+def test_statistics_of_nan(recording: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = shutil.copytree(recording, tmp_path / "nan")
+    (file,) = (folder / "data").rglob("*.parquet")
+    table = pq.read_table(file)
+    values = np.stack(table["action"].to_numpy())
+    values[3, 2] = np.nan
+    column = table.column_names.index("action")
+    pq.write_table(table.set_column(column, "action", pa.array(list(values), table.schema.field("action").type)), file)
+    with pytest.raises(ValueError, match="action is NaN or infinite in frame 3, dimension 2"):
+        data_statistics(OURS.embodiment, SimpleNamespace(root=folder, repo_id="me/data"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -254,6 +294,7 @@ def test_statistics_need_files(recording: Path, tmp_path: Path) -> None:
         (lambda b: b.pop("observation.state"), "observation.state is missing"),
         (lambda b: b.update({"observation.state": torch.zeros(2, 6)}), r"shape \[2, 6\]; the policy needs \[B,8\]"),
         (lambda b: b.update({"observation.state": torch.full((2, 8), torch.nan)}), "NaN or infinite"),
+        (lambda b: b.update(action=torch.full((2, 8, 7), torch.nan)), "action holds NaN"),
         (lambda b: b.pop("task"), "an instruction for each of 2"),
         (lambda b: b.update(task=["", "go"]), "an instruction for each of 2"),
     ],
@@ -300,6 +341,11 @@ DAMAGED: dict[str, tuple[str, Change | str, str]] = {
     "before is empty": (BEFORE, "", "policy_preprocessor.json is damaged"),
     "after is a list": (AFTER, "[]", "policy_postprocessor.json is damaged"),
     "our step is gone": (BEFORE, lambda b: b["steps"].pop(2), "has no step cogvla_inputs"),
+    "a step that is not installed": (
+        BEFORE,
+        lambda b: b["steps"].append({"registry_name": "fold_laundry", "config": {}}),
+        "has the step fold_laundry, which is not installed",
+    ),
     "no steps": (AFTER, lambda b: b.pop("steps"), "has no step cogvla_actions"),
     "a field of another version": (
         BEFORE,

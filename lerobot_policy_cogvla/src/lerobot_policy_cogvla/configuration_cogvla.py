@@ -27,6 +27,7 @@ class CogVLAConfig(PreTrainedConfig):
         image_size: height and width in pixels to which images are resized if the data set says what the robot is.
         base: checkpoint folder (or published weights) whose weights and words a new network starts from.
         keep_statistics: keep the checkpoint's statistics although those of the data set differ.
+        action_feature_names: names of the action's numbers in the data; lerobot-rollout commands a robot in this order.
         cogvla: content of `config.json` and `statistics.json` of a checkpoint; filled in when training begins.
     """
 
@@ -43,6 +44,7 @@ class CogVLAConfig(PreTrainedConfig):
     optimizer_grad_clip_norm: float = 1.0
     scheduler_warmup_steps: int = 100
     scheduler_decay_steps: int = 4000
+    action_feature_names: list[str] | None = None
     cogvla: dict[str, Any] = field(default_factory=dict)
     # Our own steps normalise: lerobot's quantiles have no mask for the gripper.
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -95,4 +97,5 @@ class CogVLAConfig(PreTrainedConfig):
     def validate_features(self) -> None:
         """Check the inputs that the network needs; ValueError if one is missing."""
         if not self.image_features or self.robot_state_feature is None or self.action_feature is None:
-            raise ValueError("cogvla needs at least one camera, observation.state and action")
+            found = ", ".join({**(self.input_features or {}), **(self.output_features or {})})
+            raise ValueError(f"cogvla needs at least one camera, observation.state and action; there are {found}")

@@ -95,8 +95,13 @@ def check_processors(folder: Path, policy: dict[str, Any]) -> None:
         file = folder / name
         if not file.is_file():
             continue
-        steps = read_object(file, AGAIN).get("steps")
-        found = [s for s in steps if isinstance(s, dict) and s.get("registry_name") == step] if steps else []
+        steps = [s for s in read_object(file, AGAIN).get("steps") or [] if isinstance(s, dict)]
+        names = [str(s["registry_name"]) for s in steps if "registry_name" in s]
+        if unknown := [name for name in names if name not in ProcessorStepRegistry.list()]:
+            raise ValueError(
+                f"{file} has the step {', '.join(unknown)}, which is not installed: another version saved it"
+            )
+        found = [s for s in steps if s.get("registry_name") == step]
         if len(found) != 1:
             raise ValueError(f"{file} has no step {step}; {AGAIN}")
         values = found[0].get("config") or {}
@@ -136,7 +141,7 @@ class CogVLAInputsStep(ProcessorStep):
         """Add pixels uint8 [B,V,3,H,W], ids [B,T] and mask [B,T]; normalise state [B,S] and actions [B,K,A].
 
         Raises:
-            ValueError: a camera, the state or the instruction is missing or of another shape.
+            ValueError: a camera, the state or the instruction is missing or of another shape, or a number not finite.
         """
         found = dict(transition)
         seen = dict(found.get("observation") or {})
@@ -151,6 +156,8 @@ class CogVLAInputsStep(ProcessorStep):
         seen[OBS_STATE] = preprocessor.normalised_state(state_BS)
         action = found.get("action")
         if action is not None:
+            if not action.isfinite().all():
+                raise ValueError("action holds NaN or infinite values; check the data set")
             found["action"] = preprocessor.normalised_actions(action)
         return found | {"observation": seen}
 

@@ -76,7 +76,9 @@ def start(config: CogVLAConfig, meta: Any) -> CogVLA:
             "data_set": {"name": str(meta.repo_id), "episodes": int(meta.total_episodes)},
         },
         "statistics": {key: value.to_dict() for key, value in statistics.items()},
+        "names": {key: names for key in (STATE, ACTION) if (names := _names(meta, key))},
     }
+    config.action_feature_names = config.cogvla["names"].get(ACTION)
     return model
 
 
@@ -84,10 +86,17 @@ def check_data(config: CogVLAConfig, meta: Any) -> None:
     """Check that a data set fits a policy that is trained further on it.
 
     Raises:
-        ValueError: it has other widths, another frame rate, too few cameras, or other statistics.
+        ValueError: it has other widths, another order, another frame rate, too few cameras, or other statistics.
     """
     robot = build(Embodiment, config.cogvla["embodiment"], "embodiment")
     check_features(robot, meta)
+    for key, saved in (config.cogvla.get("names") or {}).items():
+        names = _names(meta, key)
+        if names != saved and sorted(names) == sorted(saved):  # other names may mean the same
+            raise ValueError(
+                f"the {key} of data set {meta.repo_id} has another order than the checkpoint: {', '.join(names)}; not "
+                f"{', '.join(saved)}: record or train again with the same order"
+            )
     if config.keep_statistics or meta.total_frames == 0:  # `lerobot-record` of 0.4 gives the data set that it begins
         return
     found = data_statistics(robot, meta)
@@ -143,6 +152,10 @@ def data_statistics(robot: Embodiment, meta: Any) -> dict[str, Statistics]:
         key: np.concatenate([numbers(table[key], f"{file}, column {key}") for file, table in tables.items()])
         for key in (STATE, ACTION)
     }
+    for key, rows in values.items():
+        if not np.isfinite(rows).all():
+            frame, number = np.argwhere(~np.isfinite(rows))[0]
+            raise ValueError(f"data set {meta.repo_id}: {key} is NaN or infinite in frame {frame}, dimension {number}")
     if mistakes := gripper_mistakes(torch.from_numpy(values[ACTION].astype(np.float32)), None, robot):
         raise ValueError(f"data set {meta.repo_id}: {'; '.join(mistakes)}")
     return {"state": Statistics.of(values[STATE]), "action": Statistics.of(values[ACTION])}
@@ -163,6 +176,12 @@ def _embodiment(config: CogVLAConfig, meta: Any) -> Embodiment:
         chunk=config.chunk_size,
         control_hz=float(meta.fps),
     )
+
+
+def _names(meta: Any, key: str) -> list[str]:
+    """Return the names of a feature's numbers, which data sets save as a list or, in older ones, in a dictionary."""
+    found = meta.features[key].get("names") or []
+    return [str(name) for part in found.values() for name in part] if isinstance(found, dict) else list(map(str, found))
 
 
 def _plain(value: Any) -> Any:

@@ -321,6 +321,20 @@ def feature(folder: Path, key: str, value: Any) -> None:
     write(folder, input_features={**body["input_features"], key: value})
 
 
+def statistics(folder: Path, step: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    (file,) = folder.glob(f"*_{step}_processor.safetensors")
+    saved = load_file(file)
+    change(saved)
+    save_file(saved, file)
+
+
+def step_of_the_future(folder: Path) -> None:
+    file = folder / "policy_preprocessor.json"
+    body = json.loads(file.read_text())
+    body["steps"].insert(1, {"registry_name": "fold_laundry", "config": {}})
+    file.write_text(json.dumps(body))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -344,10 +358,37 @@ def feature(folder: Path, key: str, value: Any) -> None:
             lambda f: (f / "policy_preprocessor.json").unlink(),
             "no policy_preprocessor.json: it was saved half, or by lerobot before 0.4",
         ),
-        (lambda f: (f / "policy_postprocessor.json").write_text("[]"), "cannot load the act policy"),
+        (lambda f: (f / "policy_postprocessor.json").write_text("[]"), "policy_postprocessor.json"),
+        (lambda f: (f / "policy_postprocessor.json").write_text("{}"), "has no list of steps"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"0" * 100), "cannot load the act policy"),
         (lambda f: write(f, dim_model=64), "cannot load the act policy"),
+        (step_of_the_future, "policy_preprocessor.json has the step fold_laundry, which lerobot .* does not know"),
+        (lambda f: (f / "policy_preprocessor.json").write_text('{"steps": ['), "policy_preprocessor.json"),
+        (
+            lambda f: next(f.glob("*_normalizer_processor.safetensors")).unlink(),
+            "has no .*_normalizer_processor.* incomplete",
+        ),
+        (
+            lambda f: statistics(f, "normalizer", lambda s: s.pop("observation.state.mean")),
+            "NormalizerProcessorStep has no mean of observation.state",
+        ),
+        (
+            lambda f: statistics(f, "normalizer", lambda s: s["observation.images.wrist.std"].fill_(torch.nan)),
+            "has NaN or infinite numbers as std of observation.images.wrist",
+        ),
+        (
+            lambda f: statistics(f, "unnormalizer", lambda s: [s.pop(k) for k in list(s) if k.startswith("action.")]),
+            "UnnormalizerProcessorStep has no mean of action",
+        ),
+        (
+            lambda f: statistics(f, "unnormalizer", lambda s: s.update({"action.mean": s["action.mean"][:6].clone()})),
+            "cannot act on its own inputs|of two checkpoints",
+        ),
+        (
+            lambda f: statistics(f, "unnormalizer", lambda s: s["action.std"].fill_(9.0)),
+            "are of two checkpoints: other statistics of action",
+        ),
     ],
 )
 def test_what_cannot_run(act: Path, tmp_path: Path, change: Callable[[Path], Any], said: str) -> None:
