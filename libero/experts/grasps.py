@@ -1,4 +1,4 @@
-"""Choose a grasp for an object: around it if it is narrow enough, or else by its rim.
+"""Choose a grasp for an object: around it if it is narrow enough, or else by its knob or rim.
 
 All grasps point straight down. The footprint of the hand is two open fingers, with the palm above them; grasps where
 it would hit something cost more.
@@ -20,6 +20,8 @@ _UNDER_TOP = 0.035
 """Metres from the top of an object down to the grasp. The palm is a little higher than this above the fingertips."""
 _LOWEST = 0.012
 """Least height of a grasp above the ground in metres: the fingers reach 9 mm below their middle."""
+_KNOB_DEPTH = 0.006
+"""Metres from the top of an object down to the grasp of its knob; the fingertips stay above what is wider."""
 _RIM_DEPTH = 0.018
 _RIM_INWARD = (0.004, 0.016, 0.028)
 """Metres from the rim inwards to the middle of the hand. Larger values are for rims with little room outside; the
@@ -75,15 +77,19 @@ def candidates(view: SceneView, item: str, place: np.ndarray | None = None) -> l
         found.append((cost, Grasp(frame.T @ (point - origin), frame.T @ closing, rim)))
 
     angles = np.arange(_YAWS) * (np.pi / _YAWS)
-    around = view.points_between(item, height - _BELOW, height + _ABOVE)
-    for angle in angles:
-        closing = np.array([np.cos(angle), np.sin(angle), 0.0])
-        across = np.array([-closing[1], closing[0], 0.0])
-        along_P, aside_P = around @ closing, around @ across
-        width = float(np.ptp(along_P))
-        if width <= WIDEST:
-            centre = closing * (along_P.max() + along_P.min()) / 2 + across * (aside_P.max() + aside_P.min()) / 2
-            add(np.array([centre[0], centre[1], height]), closing, 10.0 * max(width - 0.06, 0.0), False)
+    knob = max(high[2] - _KNOB_DEPTH, low[2] + _LOWEST)
+    for at, below in ((height, _BELOW), (knob, _FINGER_DEPTH)):
+        if found:
+            break  # a knob is for things that are too wide below
+        around_P3 = view.points_between(item, at - below, at + _ABOVE)
+        for angle in angles:
+            closing = np.array([np.cos(angle), np.sin(angle), 0.0])
+            across = np.array([-closing[1], closing[0], 0.0])
+            along_P, aside_P = around_P3 @ closing, around_P3 @ across
+            width = float(np.ptp(along_P))
+            if width <= WIDEST:
+                centre = closing * (along_P.max() + along_P.min()) / 2 + across * (aside_P.max() + aside_P.min()) / 2
+                add(np.array([centre[0], centre[1], at]), closing, 10.0 * max(width - 0.06, 0.0), False)
     if not found:
         centre = (low + high) / 2
         top_P3 = points_P3[points_P3[:, 2] > high[2] - 0.01] - centre

@@ -141,7 +141,7 @@ def test_what_falls_out_of_the_hand_is_taken_again(env: LiberoEnv) -> None:
 
 @needs_assets
 @pytest.mark.parametrize(
-    ("suite_name", "task", "state", "robot"),
+    ("suite_name", "task", "state", "changes"),
     [
         pytest.param("libero_goal", 3, 7, (), id="a bowl where the drawer opens"),
         pytest.param("libero_goal", 5, 3, (), id="a box in the plate's way"),
@@ -151,15 +151,16 @@ def test_what_falls_out_of_the_hand_is_taken_again(env: LiberoEnv) -> None:
         pytest.param("libero_goal", 2, 0, (), id="a far place"),
         pytest.param("libero_10", 3, 0, (), id="a drawer below others to shut"),
         pytest.param("libero_10", 9, 0, (), id="a mug through an opening at the front"),
+        pytest.param("libero_10", 2, 0, (Perturbation("layout", 3),), id="a pot as wide as the open hand"),
     ],
 )
 def test_what_is_in_the_way_and_what_is_far(
-    suite_name: str, task: int, state: int, robot: tuple[Perturbation, ...]
+    suite_name: str, task: int, state: int, changes: tuple[Perturbation, ...]
 ) -> None:
     settings = LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
     suite = libero_suite(suite_name, settings)
     env = suite.make(render=False)
-    required(env, Perturbable, "perturbation").perturbations = robot
+    required(env, Perturbable, "perturbation").perturbations = changes
     env.reset(options={"task": task, "initial_state": state})
     for _ in range(10):
         env.step(OPEN_HAND)
