@@ -72,6 +72,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     draft, previous = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file has this name")
         shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
         draft.mkdir()
         yield draft
@@ -137,13 +139,13 @@ def save_checkpoint(
         (draft / CONFIG).write_text(json.dumps(body, indent=2) + "\n")
         (draft / STATISTICS).write_text(json.dumps(_plain(statistics), indent=2) + "\n")
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-        with _write_errors():
+        with write_errors():
             save_file(tensors, draft / WEIGHTS)
         (draft / WEIGHTS).chmod((draft / CONFIG).stat().st_mode)  # safetensors makes it unreadable for other users
         if isinstance(preprocessor.tokenizer, PretrainedTokenizer):
             preprocessor.tokenizer.save(draft)
         if training is not None:
-            with _write_errors():
+            with write_errors():
                 torch.save(training, draft / TRAINING)
 
 
@@ -152,8 +154,8 @@ def _plain(statistics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _write_errors() -> Iterator[None]:
-    """Raise OSError if the disk is full; neither library does."""
+def write_errors() -> Iterator[None]:
+    """Raise OSError if the disk is full; the libraries raise errors of their own."""
     try:
         yield
     except (safetensors.SafetensorError, RuntimeError) as error:

@@ -128,12 +128,16 @@ class Committed:
 
     def validate(self, embodiment: Embodiment) -> None:
         """Check that a policy of this embodiment can read them; ValueError says in one line why not."""
+        if not isinstance(self.actions, np.ndarray) or self.actions.dtype.kind not in "fi":
+            raise ValueError(f"committed must be an array of numbers, got {type(self.actions).__name__}")
+        if not isinstance(self.delay, int | np.integer) or isinstance(self.delay, bool):
+            raise ValueError(f"delay must be a whole number, got {self.delay!r}")
         shape, delay = self.actions.shape, self.delay
         if len(shape) != 2 or shape[1] != embodiment.action_dim:
             raise ValueError(
                 f"committed must have shape [N,A={embodiment.action_dim}], one row for each action, got {list(shape)}"
             )
-        if not np.isfinite(self.actions).all():
+        if not (np.abs(self.actions) <= np.finfo(np.float32).max).all():
             raise ValueError("committed contains NaN or infinite values")
         if delay < 0 or delay > len(self.actions):
             raise ValueError(

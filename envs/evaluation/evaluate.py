@@ -32,7 +32,7 @@ from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic
-from cogvla.policy.interface import Embodiment, Observation, Policy
+from cogvla.policy.interface import Embodiment, Observation, Policy, reads_committed
 from cogvla.policy.provenance import provenance
 
 _log = logging.getLogger(__name__)
@@ -98,6 +98,8 @@ def evaluate(
         settings = replace(settings, latency=_measured_latency(policy, suite, specs[0], settings, min(workers, 1)))
     chunker = settings.rollout_settings().chunker(embodiment.chunk, embodiment.control_hz)
     settings = replace(settings, execute_steps=chunker.steps)
+    if settings.latency and settings.committed and not reads_committed(policy):
+        print(f"{suite.name}: this policy ignores committed actions: it does not know what is executed meanwhile")
     described = {**policy.describe(), **(identity or {})}
     fingerprint = {
         "suite": suite.name,

@@ -55,10 +55,12 @@ class EvaluationProtocol:
                 f"protocol {self.name!r} needs at least one episode per task and initial states from 0, got "
                 f"episodes_per_task={self.episodes_per_task}, first_initial_state={self.first_initial_state}"
             )
-        if isinstance(self.latency, str) and self.latency != MEASURED:
+        if isinstance(self.latency, bool) or (isinstance(self.latency, str) and self.latency != MEASURED):
             raise ValueError(f"latency must be a number of milliseconds or {MEASURED!r}, got {self.latency!r}")
         for limit in self.max_steps.values() if isinstance(self.max_steps, Mapping) else [self.max_steps]:
             self._rollout_settings(limit)
+        if self.overlap != "replace" and not self.latency:
+            raise ValueError(f"overlap={self.overlap} is for chunks that arrive late: give latency=MS, too")
 
     def for_suite(self, suite: Suite) -> EvaluationProtocol:
         """Return this protocol with the step limit for one suite."""

@@ -97,12 +97,18 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         for name in ("execute_steps", "max_steps", "video_size", "timeout_s", "largest_batch"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("execute_steps", "max_steps", "waiting_steps"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{name} must be a whole number of control steps, got {value!r}")
         if not 0 <= self.latency_ms < math.inf:
             raise ValueError(f"latency must be a finite number of milliseconds, 0 or more; got {self.latency_ms}")
         if self.overlap not in ("replace", "real_time"):
             raise ValueError(f"overlap must be replace or real_time, got {self.overlap!r}")
+        if self.temporal_ensemble is not None and not math.isfinite(self.temporal_ensemble):
+            raise ValueError(f"temporal_ensemble must be a finite number, got {self.temporal_ensemble}")
         if self.temporal_ensemble is not None and self.overlap != "replace":
             raise ValueError("give either temporal_ensemble or overlap=real_time")
         if self.waiting_steps < 0:

@@ -6,15 +6,17 @@ Shape legend: D action dimension.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cogvla.files import file_hash
+from cogvla.files import file_hash, visible
 from cogvla.policy.checkpoint import atomic_folder, weights_hash
 from cogvla.policy.checkpoint_folder import STATISTICS
 from cogvla.policy.export.exported import (
@@ -23,11 +25,11 @@ from cogvla.policy.export.exported import (
     ExportedPolicy,
     InputFormat,
     file_name,
-    open_exported,
+    open_files,
 )
 from cogvla.policy.export.formats import FORMATS, OPSETS, quantise, to_openvino, write
 from cogvla.policy.export.graph import PolicyGraph
-from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
+from cogvla.policy.inputs.tokenizer import TOKENIZER_FILES, PretrainedTokenizer
 from cogvla.policy.interface import Camera, Observation
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
@@ -60,7 +62,7 @@ class ExportConfig:
         object.__setattr__(self, "text_tokens", tuple(self.text_tokens))
         if self.camera_size is not None:
             object.__setattr__(self, "camera_size", tuple(self.camera_size))
-            if len(self.camera_size) != 2 or min(self.camera_size) < 1:
+            if len(self.camera_size) != 2 or not _positive(self.camera_size):
                 raise ValueError(f"camera_size must be [HEIGHT,WIDTH] in pixels, got {list(self.camera_size)}")
         if self.format not in FORMATS:
             raise ValueError(f"unknown format {self.format!r}; one of {', '.join(FORMATS)}")
@@ -68,10 +70,15 @@ class ExportConfig:
             raise ValueError(f"unknown precision {self.precision!r}; one of {', '.join(PRECISIONS)}")
         if self.precision == "int8" and self.format == "torch_export":
             raise ValueError("precision=int8 needs format=onnx or format=openvino")
-        if not self.text_tokens or sorted(set(self.text_tokens)) != list(self.text_tokens) or self.text_tokens[0] < 1:
+        lengths = self.text_tokens
+        if not lengths or not _positive(lengths) or sorted(set(lengths)) != list(lengths):
             raise ValueError(f"text_tokens must be increasing positive lengths, got {list(self.text_tokens)}")
-        if self.opset not in OPSETS:
+        if self.opset not in OPSETS or type(self.opset) is not int:
             raise ValueError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}")
+
+
+def _positive(numbers: Sequence[Any]) -> bool:
+    return all(type(number) is int and number > 0 for number in numbers)
 
 
 def export(
@@ -117,8 +124,7 @@ def export(
         for camera, (height, width) in zip(policy.embodiment.cameras, graph.sizes, strict=True)
     )
     inputs = InputFormat(replace(policy.embodiment, cameras=cameras), policy.preprocessor.tokenizer, config.text_tokens)
-    if output.exists() and not (output / MANIFEST).is_file():
-        raise ValueError(f"{output} exists and is no exported policy; give another output")
+    _check_output(output)
     with atomic_folder(output) as draft:
         for length in config.text_tokens:
             _write(graph, inputs, config, length, draft, calibration)
@@ -146,16 +152,28 @@ def export(
             "command": command,
             **provenance(),
         }
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        difference = _compared(policy, open_exported(str(draft))[0], seen)
-        if config.precision == "float32" and not difference["max"] <= TOLERANCE:
+        difference = _compared(policy, open_files(manifest, draft), seen)
+        if not difference["max"] <= (TOLERANCE if config.precision == "float32" else sys.float_info.max):
             raise RuntimeError(
-                f"the exported policy's normalised actions differ by {difference['max']:.1e}, more than {TOLERANCE}; "
+                f"the exported policy's normalised actions differ by {difference['max']:.1e}, which is too much; "
                 "nothing was written"
             )
         checked = {"observations": len(seen), "recorded": recorded, **difference}
+        # Last, so that nothing is taken for an exported policy that was not compared.
         (draft / MANIFEST).write_text(json.dumps({**manifest, "checked": checked}, indent=2) + "\n")
     return checked
+
+
+def _check_output(output: Path) -> None:
+    """Check that a new export replaces nothing but an older one."""
+    if not output.exists():
+        return
+    if not (output / MANIFEST).is_file():
+        raise ValueError(f"{output} exists and is no exported policy; give another output")
+    ours = (MANIFEST, *(f"policy_*{ending}*" for ending in (*FORMATS.values(), ".bin")), *TOKENIZER_FILES)
+    others = [path.name for path in visible(output, "*") if not any(fnmatchcase(path.name, each) for each in ours)]
+    if others:
+        raise ValueError(f"{output} also holds {', '.join(others[:3])}, which would be lost; give another output")
 
 
 def _write(

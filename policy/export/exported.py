@@ -22,11 +22,19 @@ from cogvla.files import file_hash, read_object
 from cogvla.policy.checkpoint_folder import EXPORTED as MANIFEST
 from cogvla.policy.export.formats import FORMATS, Runtime, device_of, open_file
 from cogvla.policy.export.graph import IDS, MASK, STATE, image_names
+from cogvla.policy.hub.connection import first_line
+from cogvla.policy.inputs.resize import KERNELS
 from cogvla.policy.inputs.tokenizer import Tokenizer, tokenizer_from_dict
 from cogvla.policy.interface import ActionChunk, Embodiment, InstructionError, Observation
+from cogvla.policy.threads import use_threads
 
 FORMAT = 1
 AGAIN = "export it again with `export_policy`"
+DESCRIBED = (
+    "kind", "precision", "opset", "embodiment", "resize_kernel", "tokenizer", "description", "weights_sha256", "files",
+    "checked", "versions",
+)  # fmt: skip
+"""What a manifest must say to be opened."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ class ExportedPolicy:
     def describe(self) -> dict[str, Any]:
         """Return checkpoint, parameters, format and precision, for reports."""
         return {
-            **self._manifest["description"],
+            **{key: value for key, value in self._manifest["description"].items() if key != "committed"},
             "device": self._device,
             "engine": self._manifest["kind"],
             "dtype": self._manifest["precision"],
@@ -137,7 +145,9 @@ class ExportedPolicy:
         """Run each file, so that `act` answers without delay."""
         for length, run in self._files.items():
             for _ in range(2):
-                run(self._inputs.example(length))
+                found = run(self._inputs.example(length)).shape
+            if found != (1, self.embodiment.chunk, self.embodiment.action_dim):
+                raise ValueError(f"its actions have shape {list(found)}")
 
     def act(self, observation: Observation) -> ActionChunk:
         """Predict actions float32 [B,K,A] in physical units, with the time of each stage in ms."""
@@ -177,13 +187,42 @@ def open_exported(
         raise ValueError(
             f"{folder / MANIFEST} has format {manifest.get('format')}, this version reads {FORMAT}; {AGAIN}"
         )
+    policy = open_files(manifest, folder, device, threads)
+    named = [name for files in manifest["files"].values() for name in files]
+    if folder != Path(source) and Path(source).name not in named:
+        raise ValueError(f"{source} is none of the files of {folder / MANIFEST}: give one of {', '.join(named)}")
+    return policy, {
+        "weights_sha256": manifest["weights_sha256"],
+        "exported_sha256": file_hash(folder / MANIFEST),
+    }
+
+
+def open_files(
+    manifest: Mapping[str, Any], folder: Path, device: str | None = None, threads: int | None = None
+) -> ExportedPolicy:
+    """Open the files that a manifest describes, and check that they are those, and do what it says.
+
+    Raises:
+        ValueError: see `open_exported`.
+    """
+    if missing := [key for key in DESCRIBED if key not in manifest]:
+        raise ValueError(f"{folder / MANIFEST} is incomplete (no {', '.join(missing)}); {AGAIN}")
     try:
         embodiment = build(Embodiment, manifest["embodiment"], "embodiment")
         tokenizer = tokenizer_from_dict(manifest["tokenizer"], folder)
+        kind = manifest["kind"]
+        for key, known in (("kind", FORMATS), ("resize_kernel", KERNELS)):
+            if manifest[key] not in known:
+                raise ValueError(f"{key} is {manifest[key]!r}, not one of {', '.join(known)}")
         written = {int(length): dict(files) for length, files in manifest["files"].items()}
-        kind, weights = manifest["kind"], manifest["weights_sha256"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is incomplete ({error!r}); {AGAIN}") from error
+        unnamed = [length for length, files in written.items() if file_name(kind, length) not in files]
+        if unnamed or not written:
+            raise ValueError(f"files names no {FORMATS[kind]} file for text lengths {unnamed or 'of any kind'}")
+        manifest["description"].items()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{folder / MANIFEST} is damaged ({problem}); {AGAIN}") from error
+    use_threads(threads)
     runs, device = {}, device_of(kind, device)
     for length, hashes in sorted(written.items()):
         for name, expected in hashes.items():
@@ -196,9 +235,8 @@ def open_exported(
     try:
         policy.warm_up(1)
     except Exception as error:  # each runtime has errors of its own, without a common class
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder} does not take what its {MANIFEST} says ({first}); {AGAIN}") from error
-    return policy, {"weights_sha256": weights, "exported_sha256": file_hash(folder / MANIFEST)}
+        raise ValueError(f"{folder} does not take what its {MANIFEST} says ({first_line(error)}); {AGAIN}") from error
+    return policy
 
 
 def file_name(kind: str, length: int) -> str:

@@ -8,6 +8,7 @@ torch_export  torch.export; needs torch, and nothing of this package
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvla.policy.checkpoint import write_errors
 from cogvla.policy.export.graph import ACTIONS, PolicyGraph
+from cogvla.policy.hub.connection import first_line
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2"}
 """Format -> ending of its files."""
@@ -47,17 +50,14 @@ def write(kind: str, graph: PolicyGraph, inputs: Sequence[Tensor], path: Path, o
 
     Raises:
         ValueError: a library is missing, or the exporter does not know an operation of the policy.
+        OSError: the file cannot be written.
     """
     for name in () if kind == "torch_export" else ("onnx", "onnxscript", *(("openvino",) * (kind == "openvino"))):
         library(name)
     try:
         with torch.no_grad(), _quiet():
             program = torch.export.export(graph, tuple(inputs), strict=False)
-            if kind == "torch_export":
-                torch.export.save(program, path)
-                return
-            file = path.with_suffix(FORMATS["onnx"])
-            written = torch.onnx.export(
+            written = kind != "torch_export" and torch.onnx.export(
                 program,
                 (),
                 input_names=graph.inputs,
@@ -68,11 +68,17 @@ def write(kind: str, graph: PolicyGraph, inputs: Sequence[Tensor], path: Path, o
                 custom_translation_table=library("cogvla.policy.export.onnx_operations").translations(),
             )
     except Exception as error:  # exporters have errors of their own, without a common class
-        reasons = [str(each).strip().splitlines()[0] for each in (error.__cause__, error) if each and str(each).strip()]
         other = "" if kind == "torch_export" else "; format=torch_export may know it"
-        raise ValueError(f"{kind} cannot hold an operation of this policy ({reasons[0]}){other}") from error
-    assert written is not None
-    written.save(file)
+        reason = first_line(error.__cause__ or error)
+        raise ValueError(f"{kind} cannot hold an operation of this policy ({reason}){other}") from error
+    file = path.with_suffix(FORMATS["onnx"])
+    with write_errors(), _quiet():
+        if not written:
+            whole = io.BytesIO()  # given a path on a full disk, torch ends the process
+            torch.export.save(program, whole)
+            path.write_bytes(whole.getbuffer())
+            return
+        written.save(file)
     stored = library("onnx").load(str(file), load_external_data=False)
     found = {each.domain: each.version for each in stored.opset_import}.get("")
     if found != opset:
@@ -83,9 +89,21 @@ def write(kind: str, graph: PolicyGraph, inputs: Sequence[Tensor], path: Path, o
 
 
 def to_openvino(onnx_file: Path, path: Path) -> None:
-    """Convert an ONNX file to OpenVINO's files `path` and the weights beside it, in full precision."""
+    """Convert an ONNX file to OpenVINO's files `path` and the weights beside it, in full precision.
+
+    Raises:
+        ValueError: OpenVINO does not know an operation.
+        OSError: the files cannot be written.
+    """
     openvino = library("openvino")
-    openvino.save_model(openvino.convert_model(str(onnx_file)), str(path), compress_to_fp16=False)
+    try:
+        model = openvino.convert_model(str(onnx_file))
+    except Exception as error:  # errors of its own, without a common class
+        raise ValueError(
+            f"openvino cannot hold an operation of this policy ({first_line(error)}); format=onnx can"
+        ) from error
+    with write_errors():
+        openvino.save_model(model, str(path), compress_to_fp16=False)
 
 
 def quantise(onnx_file: Path, path: Path, calibration: Iterable[Arrays]) -> None:
@@ -150,7 +168,7 @@ def open_file(kind: str, path: Path, device: str, threads: int | None = None) ->
     except ValueError:
         raise
     except Exception as error:  # each runtime has errors of its own, without a common class
-        raise ValueError(f"{path} cannot be opened; export it again ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path} cannot be opened; export it again ({first_line(error)})") from error
 
 
 def _onnxruntime(path: Path, device: str, threads: int | None) -> Runtime:
@@ -177,13 +195,11 @@ def _openvino(path: Path, device: str, threads: int | None) -> Runtime:
     return lambda inputs: request.infer(dict(inputs))[ACTIONS].copy()
 
 
-def _torch_export(path: Path, device: str, threads: int | None) -> Runtime:
+def _torch_export(path: Path, device: str, _threads: int | None) -> Runtime:
     if device != "cpu":
         raise ValueError(
             f"device={device}: a torch_export file runs where it was exported, on the CPU; give device=cpu"
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
     module = torch.export.load(path).module()
 
     @torch.inference_mode()

@@ -1,12 +1,15 @@
-"""Requests to the hub: its errors in one line, and the time to wait for an answer."""
+"""Requests to the hub: its errors in one line, the time to wait for an answer, whether a file is the one it lists."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -97,3 +100,23 @@ def _reason(repo_id: str, do: str, status: int | None, error: Exception) -> str:
     if status is not None:
         return f"the hub answers HTTP {status} about {repo_id}: {first_line(error)}"
     return f"the hub cannot be reached for {repo_id}: {first_line(error)}"
+
+
+def same_content(file: Path | bytes, there: Any) -> bool:
+    """Return whether a file has the content of another one, or of an entry that the hub lists."""
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    if isinstance(there, Path):
+        return size == there.stat().st_size and _digest(file, hashlib.sha256()) == _digest(there, hashlib.sha256())
+    if there.lfs is not None:
+        return size == there.lfs.size and _digest(file, hashlib.sha256()) == there.lfs.sha256
+    return _digest(file, hashlib.sha1(b"blob %d\0" % size)) == there.blob_id
+
+
+def _digest(file: Path | bytes, digest: Any) -> str:
+    if isinstance(file, bytes):
+        digest.update(file)
+    else:
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return str(digest.hexdigest())

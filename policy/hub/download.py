@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from cogvla.files import file_hash
 from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
-from cogvla.policy.hub.connection import COMMIT, REPO_ID, HubError, give_up_waiting, hub_says
+from cogvla.policy.hub.connection import COMMIT, REPO_ID, HubError, give_up_waiting, hub_says, same_content
 
 UNUSED = ("training.pt", "README.md", ".*", "*/.*")
 """Files of a repository that no policy needs."""
@@ -67,11 +67,12 @@ def load_from_hub(repo_id: str, revision: str | None = None) -> Path:
     Raises:
         HubError: the hub has no such repository or revision, does not let us read it, or cannot be reached.
         NoCheckpointError: it holds something else.
-        ValueError: the weights came damaged.
+        ValueError: a file came damaged.
         OSError: the cache cannot be written.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import filter_repo_objects
 
     if revision is not None and COMMIT.fullmatch(revision) and (cached := _cached(repo_id, revision)) is not None:
         return cached
@@ -94,15 +95,23 @@ def load_from_hub(repo_id: str, revision: str | None = None) -> Path:
                 f"weights, run `import_checkpoint {repo_id} output=FOLDER` first"
             )
         # The configuration comes last: where it is, everything is.
-        folder = Path(snapshot_download(repo_id, revision=commit, ignore_patterns=[CONFIG, *UNUSED]))
-        if any(not (folder / name).is_file() for name in (WEIGHTS, STATISTICS)):  # huggingface_hub only warns
+        others = [CONFIG, *UNUSED]
+        folder = Path(snapshot_download(repo_id, revision=commit, ignore_patterns=others))
+        needed = list(filter_repo_objects(files, ignore_patterns=others))
+        if any(not (folder / name).is_file() for name in needed):  # huggingface_hub only warns
             raise HubError(f"the hub stopped answering before {repo_id} was there: run the same command again", False)
-        large = files[WEIGHTS].lfs
-        if large is not None and file_hash(folder / WEIGHTS) != large.sha256:
-            (folder / WEIGHTS).resolve().unlink()
-            (folder / WEIGHTS).unlink(missing_ok=True)
-            raise ValueError(f"{WEIGHTS} of {repo_id} came damaged (its SHA-256 differs): run the same command again")
-        return Path(hf_hub_download(repo_id, CONFIG, revision=commit)).parent
+        for name in needed:
+            _check(folder / name, files[name], name, repo_id)
+        _check(Path(hf_hub_download(repo_id, CONFIG, revision=commit)), files[CONFIG], CONFIG, repo_id)
+        return folder
+
+
+def _check(path: Path, listed: Any, name: str, repo_id: str) -> None:
+    """Remove a downloaded file from the cache, and say so, if it is not the one that the hub lists."""
+    if not same_content(path, listed):
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{name} of {repo_id} came damaged (its hash differs): run the same command again")
 
 
 def checkpoint_name(folder: Path) -> str:

@@ -45,7 +45,9 @@ def read_reports(paths: Sequence[Path | str], weights_sha256: str) -> list[dict[
 def _check_sums(body: Body) -> None:
     played = [episode for episode in body["episodes"] if episode["error"] is None]
     rate = body["total"]["success"]
-    if (rate["trials"], rate["successes"]) != (len(played), sum(episode["success"] for episode in played)):
+    trials, successes = len(played), sum(episode["success"] for episode in played)
+    value = successes / trials if trials else None
+    if (rate["trials"], rate["successes"], rate["value"]) != (trials, successes, value):
         raise ValueError("its success rate is not that of its episodes")
 
 

@@ -29,10 +29,10 @@ from cogvla.policy.hub.cards import card, check_license, cleaned, license_lines,
 from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.hub.evaluations import on_robot, read_reports, section
 from cogvla.policy.hub.upload import CARD, Change, Publication, to_hub
+from cogvla.policy.inputs.tokenizer import TOKENIZER_FILES
 
 PUBLISHED = (
-    CONFIG, WEIGHTS, STATISTICS, FLOAT8, FORECAST, CARD, f"{ENCODER}/*",
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
+    CONFIG, WEIGHTS, STATISTICS, FLOAT8, FORECAST, CARD, f"{ENCODER}/*", *TOKENIZER_FILES,
 )  # fmt: skip
 """Files of a checkpoint folder that are published; all of this belongs to an upload."""
 Body = Mapping[str, Any]

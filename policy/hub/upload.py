@@ -6,7 +6,6 @@ files stay. A README.md that was written by hand is not replaced unasked, see `c
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from cogvla.files import is_left_by_macos
 from cogvla.policy.checkpoint import atomic_folder
 from cogvla.policy.hub.cards import is_ours
-from cogvla.policy.hub.connection import REPO_ID, HubError, give_up_waiting, hub_errors, hub_says
+from cogvla.policy.hub.connection import REPO_ID, HubError, give_up_waiting, hub_errors, hub_says, same_content
 
 CARD = "README.md"
 WRITE_S = 600.0
@@ -81,7 +80,7 @@ def to_folder(what: Publication, folder: Path, replace_card: bool, dry_run: bool
         raise ValueError(f"{folder} holds other files ({', '.join(foreign[:3])}): choose another folder")
     if CARD in there:
         _check_card(there[CARD].read_bytes(), str(folder), replace_card)
-    same = {name for name, path in there.items() if name in what.files and _same(what.files[name], path)}
+    same = {name for name, path in there.items() if name in what.files and same_content(what.files[name], path)}
     change = _change(str(folder), what, there, same)
     if not (dry_run or change.empty):
         with atomic_folder(folder) as draft:
@@ -123,11 +122,11 @@ def to_hub(what: Publication, repo_id: str, private: bool, replace_card: bool, d
             raise HubError(f"the hub did not make {repo_id}: run the same command again", True)
     commit = None if info is None else str(info.sha)
     there = {} if commit is None else _listing(api, repo_id, what.kind, commit)
-    if commit is not None and CARD in there and not _same(what.files[CARD], there[CARD]):
+    if commit is not None and CARD in there and not same_content(what.files[CARD], there[CARD]):
         with hub_says(repo_id, "read"):
             held = api.hf_hub_download(repo_id, CARD, repo_type=what.kind, revision=commit)
         _check_card(Path(held).read_bytes(), repo_id, replace_card)
-    same = {name for name, file in there.items() if name in what.files and _same(what.files[name], file)}
+    same = {name for name, file in there.items() if name in what.files and same_content(what.files[name], file)}
     change = _change(repo_id, what, there, same, commit, private if info is None else bool(info.private))
     if dry_run or change.empty:
         return change
@@ -209,26 +208,6 @@ def _check_card(there: bytes, place: str, replace: bool) -> None:
         raise ValueError(
             f"{CARD} of {place} was written or changed by hand: replace_card=true replaces it; keep a copy first"
         )
-
-
-def _same(file: Path | bytes, there: Any) -> bool:
-    """Return whether a file has the content of another one, or of what the hub lists."""
-    size = len(file) if isinstance(file, bytes) else file.stat().st_size
-    if isinstance(there, Path):
-        return size == there.stat().st_size and _digest(file, hashlib.sha256()) == _digest(there, hashlib.sha256())
-    if there.lfs is not None:
-        return size == there.lfs.size and _digest(file, hashlib.sha256()) == there.lfs.sha256
-    return _digest(file, hashlib.sha1(b"blob %d\0" % size)) == there.blob_id
-
-
-def _digest(file: Path | bytes, digest: Any) -> str:
-    if isinstance(file, bytes):
-        digest.update(file)
-    else:
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-    return str(digest.hexdigest())
 
 
 def _source(file: Path | bytes) -> str | bytes:

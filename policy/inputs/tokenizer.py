@@ -23,6 +23,10 @@ from cogvla.policy.inputs.pretrained_source import load_pretrained
 from cogvla.policy.interface import InstructionError
 
 PAD, UNKNOWN = "<pad>", "<unk>"
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
+)  # fmt: skip
+"""Patterns of the files that a pretrained tokenizer is saved in."""
 PAPER_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 EMPTY_TOKEN = 29871
 """Llama's empty token, which OpenVLA and policies based on it append to the prompt."""

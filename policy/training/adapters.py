@@ -6,6 +6,7 @@ a checkpoint has the same format with and without them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,8 +56,10 @@ class FinetuneConfig:
             object.__setattr__(self, name, tuple(value))
         if not self.train and not self.adapt:
             raise ValueError("finetune.train and finetune.adapt are both empty: there is nothing to train")
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError("finetune: rank and alpha must be positive, dropout in [0,1)")
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"finetune.rank must be a positive whole number, got {self.rank!r}")
+        if not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
+            raise ValueError("finetune: alpha must be positive and finite, dropout in [0,1)")
         if self.bits not in (None, 4):
             raise ValueError(f"finetune.bits must be 4 or null, got {self.bits!r}")
         if self.bits is not None and not self.adapt:

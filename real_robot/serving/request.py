@@ -352,13 +352,14 @@ class RequestFormat:
 
 
 def _flat(message: dict[Any, Any], prefix: str = "", depth: int = 1) -> dict[str, Any]:
-    """Flatten nested maps: `{"a": {"b": x}}` becomes `{"a/b": x}`."""
+    """Flatten nested maps: `{"a": {"b": x}}` becomes `{"a/b": x}`; numpy's scalars become Python's."""
     if depth > MAX_NESTING:
         raise FrameError(f"maps are nested more than {MAX_NESTING} deep")
     values: dict[str, Any] = {}
     for name, value in message.items():
         if not isinstance(name, str):
             raise FrameError(f"keys must be text, got {shown(name)}")
+        value = value.item() if isinstance(value, np.generic) else value
         nested = _flat(value, f"{prefix}{name}/", depth + 1) if isinstance(value, dict) else {f"{prefix}{name}": value}
         twice = values.keys() & nested.keys()
         if twice:

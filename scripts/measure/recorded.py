@@ -42,8 +42,8 @@ def start(values: Mapping[str, Any], *counts: str) -> tuple[Path, str]:
     """
     import_modules(values["imports"])
     for name in counts:
-        if values[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {values[name]}")
+        if type(values[name]) is not int or values[name] < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1, got {values[name]}")
     use_threads(values["threads"])
     return find_checkpoint(values["checkpoint"]), values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cogvla.policy.export.export as exporting
 import cogvla.tests.support.small_data as small
 from cogvla.policy.checkpoint import load_policy, save_checkpoint, weights_hash
 from cogvla.policy.checkpoint_folder import is_exported
@@ -29,6 +30,7 @@ from cogvla.policy.interface import InstructionError, Observation
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.tests.policy.engine.test_engine import random_policy
 from cogvla.tests.support.extras import needs
+from cogvla.tests.support.full_disk import files_limited_to
 
 pytest.importorskip("onnxscript", reason=needs("export"))
 pytest.importorskip("onnxruntime", reason=needs("export"))
@@ -139,6 +141,7 @@ def test_int8_is_near_the_checkpoint_and_differs_from_it(policy: CogVLAPolicy, k
 PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "flow": ({"head": {"kind": "flow"}}, {}),
     "discrete": ({"head": {"kind": "discrete"}}, {}),
+    "diffusion with committed actions": ({"head": {"kind": "diffusion", "prefix": 2, "steps": 2}}, {}),
     "a router that sorts": ({}, {**PATCHES, "router": {"name": "token_norm", "budget": 4}}),
     "a router in a layer": (
         {"language": {"layers": 3}},
@@ -151,7 +154,9 @@ PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_heads_and_routers(parts: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path) -> None:
     policy = random_policy(*parts)
     folder = exported(tmp_path, policy, ExportConfig(text_tokens=(8,)))
-    same(policy, open_exported(str(folder), "cpu", 1)[0], Observation.stack(observations(2, first=5)))
+    opened = open_exported(str(folder), "cpu", 1)[0]
+    same(policy, opened, Observation.stack(observations(2, first=5)))
+    assert "committed" not in opened.describe(), "its files have no such input"
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -220,6 +225,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no lengths": ({"text_tokens": ()}, "text_tokens must be increasing positive lengths"),
     "lengths fall": ({"text_tokens": (8, 4)}, "text_tokens must be increasing positive lengths"),
     "one side": ({"camera_size": (128,)}, r"camera_size must be \[HEIGHT,WIDTH\] in pixels"),
+    "half a token": ({"text_tokens": (8.5,)}, "text_tokens must be increasing positive lengths"),
+    "half a pixel": ({"camera_size": (128.5, 128)}, r"camera_size must be \[HEIGHT,WIDTH\] in pixels"),
+    "half an opset": ({"opset": 18.0}, "opset must be 18 to 20"),
     "old opset": ({"opset": 11}, "opset must be 18 to 20, got 11"),
 }
 
@@ -242,8 +250,8 @@ def other_camera(folder: Path) -> None:
     changed(folder, embodiment=manifest["embodiment"])
 
 
-def other_state(folder: Path) -> None:
-    changed(folder, embodiment={**json.loads((folder / "exported.json").read_text())["embodiment"], "state_dim": 7})
+def robot(folder: Path, **values: Any) -> None:
+    changed(folder, embodiment={**json.loads((folder / "exported.json").read_text())["embodiment"], **values})
 
 
 def cut(folder: Path) -> None:
@@ -257,6 +265,12 @@ def cut_and_declared(folder: Path) -> None:
     changed(folder, files={**files, "8": {"policy_8.onnx": file_hash(folder / "policy_8.onnx")}})
 
 
+def without(folder: Path, key: str) -> None:
+    manifest = json.loads((folder / "exported.json").read_text())
+    del manifest[key]
+    (folder / "exported.json").write_text(json.dumps(manifest))
+
+
 DAMAGE: dict[str, tuple[Any, str]] = {
     "a file is missing": (
         lambda folder: (folder / "policy_8.onnx").unlink(),
@@ -267,9 +281,24 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "no manifest": (lambda folder: (folder / "exported.json").unlink(), "no exported.json beside it"),
     "half a manifest": (lambda folder: (folder / "exported.json").write_text('{"form'), "exported.json is damaged"),
     "another version": (lambda folder: changed(folder, format=9), "has format 9, this version reads 1"),
-    "no files": (lambda folder: changed(folder, files=None), "exported.json is incomplete"),
+    "no files": (lambda folder: changed(folder, files=None), "exported.json is damaged"),
+    "no file": (lambda folder: changed(folder, files={}), r"damaged \(files names no .onnx file"),
+    "a file without a hash": (
+        lambda folder: changed(folder, files={"8": {}}),
+        r"files names no .onnx file for text lengths \[8\]",
+    ),
+    "no length": (lambda folder: changed(folder, files={"long": {}}), "exported.json is damaged"),
+    "unknown kind": (lambda folder: changed(folder, kind="tensorrt"), "kind is 'tensorrt', not one of onnx, openvino"),
+    "the kind of other files": (lambda folder: changed(folder, kind="openvino"), "files names no .xml file for text"),
+    "unknown kernel": (lambda folder: changed(folder, resize_kernel="area"), "resize_kernel is 'area'"),
+    "a key is missing": (lambda folder: without(folder, "precision"), r"exported.json is incomplete \(no precision\)"),
+    "another chunk": (lambda folder: robot(folder, chunk=9), r"says \(its actions have shape \[1, 4, 4\]\)"),
+    "another action": (
+        lambda folder: robot(folder, action_dim=3, action_normalise_mask=[True] * 3, gripper_index=None),
+        r"says \(its actions have shape \[1, 4, 4\]\)",
+    ),
     "other cameras": (other_camera, "does not take what its exported.json says"),
-    "another robot": (other_state, "does not take what its exported.json says"),
+    "another robot": (lambda folder: robot(folder, state_dim=7), "does not take what its exported.json says"),
 }
 
 
@@ -289,3 +318,41 @@ def test_a_long_instruction_and_a_strange_device_are_refused(onnx: Path) -> None
         opened.act(long)
     with pytest.raises(ValueError, match="device=cuda needs onnxruntime-gpu; give device=cpu"):
         open_exported(str(onnx), "cuda", 1)
+
+
+def test_a_file_beside_an_export_is_not_taken_for_it(onnx: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(onnx, tmp_path / "copy")
+    for name in ("policy_16.onnx", "mine.onnx"):
+        with pytest.raises(ValueError, match=rf"{name} is none of the files of .*give one of policy_5.onnx, policy_8"):
+            open_exported(str(folder / name), "cpu", 1)
+    (folder / "notes.txt").write_text("mine")
+    checkpoint = onnx.parent / "policy"
+    with pytest.raises(ValueError, match=r"copy also holds notes\.txt, which would be lost; give another output"):
+        export(load_policy(checkpoint), checkpoint, folder, ExportConfig(), observations(1))
+
+
+def test_what_was_not_compared_is_no_exported_policy(
+    policy: CogVLAPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a process that is killed leaves nothing that could be taken for one."""
+    compare, seen = exporting._compared, []
+
+    def compared(*given: Any) -> Any:
+        seen.extend(path.name for path in tmp_path.rglob("*") if is_exported(str(path)) and path.is_dir())
+        assert list(tmp_path.rglob("policy_8.pt2")), "all files are written"
+        return compare(*given)
+
+    monkeypatch.setattr(exporting, "_compared", compared)
+    folder = exported(tmp_path, policy, ExportConfig("torch_export", text_tokens=(8,)))
+    assert not seen
+    assert is_exported(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch_export"])
+def test_a_full_disk(onnx: Path, kind: str, tmp_path: Path) -> None:
+    checkpoint = onnx.parent / "policy"
+    config = ExportConfig(kind, text_tokens=(8,))
+    with files_limited_to(20_000), pytest.raises(OSError, match=r"cannot write .* MB free") as error:
+        export(load_policy(checkpoint), checkpoint, tmp_path / "new", config, observations(1))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir()), "nothing half written"

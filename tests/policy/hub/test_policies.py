@@ -170,10 +170,11 @@ def test_an_interrupted_download_is_finished(hub: WritableHub, checkpoint: Path)
     np.testing.assert_array_equal(actions(NAME), actions(checkpoint))
 
 
-def test_damaged_weights_are_not_used(hub: WritableHub, checkpoint: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "statistics.json", "forecast.json", "config.json"])
+def test_a_damaged_file_is_not_used(name: str, hub: WritableHub, checkpoint: Path) -> None:
     share(checkpoint, f"repo_id={NAME}")
-    hub.flipped.add("model.safetensors")
-    with pytest.raises(ValueError, match="came damaged"):
+    hub.flipped.add(name)
+    with pytest.raises(ValueError, match=f"{name} of {NAME} came damaged"):
         find_checkpoint(NAME)
     hub.flipped.clear()
     np.testing.assert_array_equal(actions(NAME), actions(checkpoint))
@@ -296,9 +297,12 @@ def test_mistakes_are_one_line(hub: WritableHub, checkpoint: Path, evaluated: Pa
     no_report.write_text("{}")
     assert "is no report of an evaluation" in mistake(checkpoint, f"repo_id={NAME}", f"report={no_report}")
     report = json.loads((evaluated / CLEAN / "report.json").read_text())
-    report["total"]["success"]["successes"] += 1
-    no_report.write_text(json.dumps(report))
-    assert "is not that of its episodes" in mistake(checkpoint, f"repo_id={NAME}", f"report={no_report}")
+    rate = report["total"]["success"]
+    for wrong in ({"successes": rate["successes"] + 1}, {"value": 0.99}):
+        no_report.write_text(json.dumps({**report, "total": {**report["total"], "success": {**rate, **wrong}}}))
+        assert "is not that of its episodes" in mistake(checkpoint, f"repo_id={NAME}", f"report={no_report}")
+    assert "a file has this name" in mistake(checkpoint, f"folder={no_report}")
+    assert no_report.is_file()
 
 
 def test_a_report_of_another_checkpoint(evaluated: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,10 +189,15 @@ def test_every_list_of_committed_actions_has_the_same_shape(data: st.DataObject)
         (np.full((3, 4), np.nan), 1, "NaN"),
         (np.zeros((3, 4)), 4, "0 to 3, got 4"),
         (np.zeros((3, 4)), -1, "0 to 3, got -1"),
+        (np.zeros((3, 4)), 1.5, "delay must be a whole number, got 1.5"),
+        (np.zeros((3, 4)), True, "delay must be a whole number, got True"),
+        (np.zeros((3, 4), bool), 1, "committed must be an array of numbers"),
+        ([[0.0] * 4], 1, "committed must be an array of numbers, got list"),
+        (np.full((3, 4), 1e300), 1, "infinite"),
         (np.zeros((9, 4)), 4, "a delay of 4 control steps is as long as a chunk of 4 actions"),
     ],
 )
-def test_wrong_committed_actions_are_refused_in_one_line(actions: np.ndarray, delay: int, words: str) -> None:
+def test_wrong_committed_actions_are_refused_in_one_line(actions: Any, delay: Any, words: str) -> None:
     seen = replace(SMALL.fake_observation(), instruction=INSTRUCTIONS[:1], committed=[Committed(actions, delay)])
     with pytest.raises(ValueError, match=words) as refused:
         small_policy().act(seen)

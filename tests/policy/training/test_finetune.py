@@ -149,7 +149,9 @@ def test_merge_and_unmerge_is_a_round_trip_bit_for_bit() -> None:
         ({"train": ["*"], "adapt": ["decoder"]}, "leaves no linear layer to adapt"),
         ({"train": []}, "there is nothing to train"),
         ({"train": "head"}, "finetune.train must be a list of parts, got 'head'"),
-        ({"rank": 0}, "rank and alpha must be positive"),
+        ({"rank": 0}, r"finetune\.rank must be a positive whole number, got 0"),
+        ({"rank": 2.5}, r"finetune\.rank must be a positive whole number, got 2\.5"),
+        ({"alpha": float("nan")}, "alpha must be positive and finite"),
     ],
 )
 def test_mistakes_are_explained(bad: dict[str, Any], said: str) -> None:

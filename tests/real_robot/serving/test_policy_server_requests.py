@@ -71,6 +71,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "committed as list": (libero_request(committed=[0.0] * 3, delay=1), "committed must be an array of numbers"),
     "long delay": (libero_request(committed=np.zeros((9, 3)), delay=5), "a delay of 5 control steps is as long as"),
     "delay past the plan": (libero_request(committed=np.zeros((2, 3)), delay=3), "0 to 2, got 3"),
+    "delay is true": (libero_request(committed=np.zeros((2, 3)), delay=np.bool_(True)), "whole number, got True"),
     "delay of half a step": (libero_request(committed=np.zeros((2, 3)), delay=0.5), "delay"),
     "wrong state": (libero_request(**{"observation/state": np.zeros(5)}), r"array of 4 numbers, got float64 \[5\]"),
     "state as list": (libero_request(**{"observation/state": [0.0] * 4}), "array of 4 numbers, got list"),
@@ -352,3 +353,10 @@ def test_arrays_and_scalars_are_openpis(dtype: str) -> None:
 def test_nothing_but_numbers_is_sent(value: Any) -> None:
     with pytest.raises(ValueError, match="cannot send"):
         pack({"value": value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numbers = {"observation_id": np.int32(4), "deadline_ms": np.float32(40), "delay": np.int64(1)}
+    request = READER.read(msgpack_numpy.packb(libero_request(committed=np.zeros((2, 3)), **numbers)))
+    assert (request.observation_id, request.deadline_s) == (4, 0.04)
+    assert [each.delay for each in request.observation.committed or () if each is not None] == [1]

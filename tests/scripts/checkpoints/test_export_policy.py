@@ -84,7 +84,7 @@ def test_without_a_data_set_it_says_so_and_int8_is_refused(tmp_path: Path, capsy
     nowhere = (f"data.root={tmp_path / 'nowhere'}", f"output={tmp_path / 'out'}", "text_tokens=[8]")
     with pytest.raises(ValueError, match=r"precision=int8 needs recorded frames, and there are none at data.root="):
         run(*nowhere, "precision=int8")
-    with pytest.raises(ValueError, match="compared must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="compared must be a whole number, at least 1, got 0"):
         run(*nowhere, "compared=0")
     with pytest.raises(ValueError, match="no checkpoint folder at nothing"):
         run(*nowhere, "checkpoint=nothing")

@@ -115,7 +115,7 @@ def test_one_of_another_model_is_refused(checkpoint: Path) -> None:
     ("override", "message"),
     [
         ("observations=100000", "frames, but observations=100000 and checked=12 need 100012"),
-        ("checked=0", "checked must be at least 1, got 0"),
+        ("checked=0", "checked must be a whole number, at least 1, got 0"),
         ("smallest=4096", "no layer of this model has 4096 or more inputs and outputs"),
         ("+data.root_folder=here", "unknown key root_folder in data"),
     ],

@@ -136,7 +136,10 @@ def test_below_the_threshold_of_an_exit_no_action_changes_by_more(
             ["router.name=late_exit", "router.layers=[1]", "observations=100000"],
             r"but observations=100000 needs 100000",
         ),
-        (["router.name=late_exit", "router.layers=[1]", "observations=0"], "observations must be at least 1, got 0"),
+        (
+            ["router.name=late_exit", "router.layers=[1]", "observations=0"],
+            "observations must be a whole number, at least 1, got 0",
+        ),
         (["router.name=late_exit", "router.layers=[1]", "tolerance=0"], "tolerance must be positive"),
         (["router.name=debias", "router.options=nowhere.json"], "nowhere.json cannot be read"),
         (["router.name=debias", "router.options=[1]"], r"give names and values, such as '\{variant: maxsum\}'"),
@@ -197,7 +200,7 @@ def test_the_schedule_that_is_printed_is_the_best_that_was_tried(
         (["method=random", "ranges={speed: [1, 2]}"], "has no option speed"),
         (["ranges={threshold: 3}"], r"give options and bounds, such as 'ranges=\{threshold: \[0, 50\]\}'"),
         (["ranges=[1, 2]"], "give options and bounds"),
-        (["evaluations=0"], "evaluations must be at least 1, got 0"),
+        (["evaluations=0"], "evaluations must be a whole number, at least 1, got 0"),
     ],
 )
 def test_impossible_searches(recorded: Path, tmp_path: Path, words: list[str], message: str) -> None:
