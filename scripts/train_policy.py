@@ -138,7 +138,9 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     if played and values["evaluation"] is not None:
         use_threads(values["threads"], values["evaluation"]["workers"])
         resume = trainer.first_step == trainer.step  # after training, earlier results are from another policy
-        policy = load_policy(output / "policy", statistics=names_of[played[0].name]).with_engine(engine_config)
+        policy = load_policy(output / "policy", statistics=names_of[played[0].name])
+        policy.preprocessor.forecast = None  # of an earlier run of this command: the evaluation is then the same
+        policy = policy.with_engine(engine_config)
         identity = {"weights_sha256": weights_hash(output / "policy")}
         with _timed(seconds, "evaluation"):
             if not resume and len(played) > 1:  # of all suites, before the first one is played
