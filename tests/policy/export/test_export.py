@@ -335,7 +335,8 @@ def test_what_was_not_compared_is_no_exported_policy(
     policy: CogVLAPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So a process that is killed leaves nothing that could be taken for one."""
-    compare, seen = exporting._compared, []
+    compare = exporting._compared
+    seen: list[str] = []
 
     def compared(*given: Any) -> Any:
         seen.extend(path.name for path in tmp_path.rglob("*") if is_exported(str(path)) and path.is_dir())
