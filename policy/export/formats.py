@@ -57,23 +57,25 @@ def write(kind: str, graph: PolicyGraph, inputs: Sequence[Tensor], path: Path, o
     try:
         with torch.no_grad(), _quiet():
             program = torch.export.export(graph, tuple(inputs), strict=False)
-            written = kind != "torch_export" and torch.onnx.export(
-                program,
-                (),
-                input_names=graph.inputs,
-                output_names=[ACTIONS],
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-                custom_translation_table=library("cogvla.policy.export.onnx_operations").translations(),
-            )
+            written = None
+            if kind != "torch_export":
+                written = torch.onnx.export(
+                    program,
+                    (),
+                    input_names=graph.inputs,
+                    output_names=[ACTIONS],
+                    opset_version=opset,
+                    dynamo=True,
+                    verbose=False,
+                    custom_translation_table=library("cogvla.policy.export.onnx_operations").translations(),
+                )
     except Exception as error:  # exporters have errors of their own, without a common class
         other = "" if kind == "torch_export" else "; format=torch_export may know it"
         reason = first_line(error.__cause__ or error)
         raise ValueError(f"{kind} cannot hold an operation of this policy ({reason}){other}") from error
     file = path.with_suffix(FORMATS["onnx"])
     with write_errors(), _quiet():
-        if not written:
+        if written is None:
             whole = io.BytesIO()  # given a path on a full disk, torch ends the process
             torch.export.save(program, whole)
             path.write_bytes(whole.getbuffer())
