@@ -14,13 +14,13 @@ Saving is atomic: the folder is written under a temporary name and then renamed.
 from __future__ import annotations
 
 import errno
-import filecmp
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,12 @@ EVERY = "*"
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, keep_same: bool = False) -> Iterator[Path]:
     """Yield a temporary folder, which replaces `folder` if the block ends without an error.
 
-    A `folder` that has all these files already stays, with what was added to it since (calibration, export, monitor).
+    Args:
+        folder: what is written.
+        keep_same: keep a `folder` that has all these files already, with what was added to it since.
 
     Raises:
         OSError: writing failed, for example because the disk is full; the message gives the free space. `folder` is
@@ -78,7 +80,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         files = [file for file in draft.rglob("*") if file.is_file()]
-        if files and all(_same(file, folder / file.relative_to(draft)) for file in files):
+        there = [folder / file.relative_to(draft) for file in files]
+        if keep_same and all(b.is_file() and cmp(a, b, shallow=False) for a, b in zip(files, there, strict=True)):
             return
         for file in files:
             with file.open("rb") as handle:
@@ -89,8 +92,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         draft.rename(folder)
         shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
-        there = next(parent for parent in folder.absolute().parents if parent.exists())
-        free = shutil.disk_usage(there).free / 1e6
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
+        free = shutil.disk_usage(above).free / 1e6
         raise OSError(
             error.errno,
             f"cannot write {folder}: {error.strerror or error} ({free:.0f} MB free). What was saved before is "
@@ -98,10 +101,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _same(file: Path, other: Path) -> bool:
-    return other.is_file() and filecmp.cmp(file, other, shallow=False)
 
 
 def save_checkpoint(
@@ -116,7 +115,8 @@ def save_checkpoint(
     """Write a checkpoint folder atomically.
 
     Args:
-        folder: checkpoint folder; another checkpoint there is replaced.
+        folder: checkpoint folder; another checkpoint there is replaced. The same one stays, with what was added to it
+            since (calibration, export, monitor).
         weights: the model's state dict for inference (EMA).
         config: configuration of the model.
         preprocessor: preprocessing of observations, with tokenizer and embodiment.
@@ -127,7 +127,7 @@ def save_checkpoint(
     Raises:
         OSError: see `atomic_folder`.
     """
-    with atomic_folder(Path(folder)) as draft:
+    with atomic_folder(Path(folder), keep_same=True) as draft:
         body = {
             "format": FORMAT,
             "model": config.to_dict(),

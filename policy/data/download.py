@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cogvla.policy.hub.connection import COMMIT, first_line, give_up_waiting, hub_errors
+from cogvla.errors import first_line
+from cogvla.policy.hub.connection import COMMIT, give_up_waiting, hub_errors
 
 READABLE = re.compile(r"v[23]\.\d+")
 """Tags of the hub's LeRobotDatasets that can be read."""

@@ -33,12 +33,13 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from tqdm import tqdm
 
+from cogvla.errors import first_line
 from cogvla.files import read_object, write_atomic
 from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.download import commit_of, local_root
 from cogvla.policy.data.files.columns import parquet
 from cogvla.policy.data.files.metadata import Metadata
-from cogvla.policy.hub.connection import first_line, give_up_waiting, hub_errors
+from cogvla.policy.hub.connection import give_up_waiting, hub_errors
 
 T = TypeVar("T")
 GB = 1e9

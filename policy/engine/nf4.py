@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvla.errors import first_line
 from cogvla.policy.engine.linear import large_linears, put
 
 BLOCK, BLOCK_OF_SCALES = 64, 256
@@ -98,10 +99,9 @@ def _quantise(weight_OI: Tensor) -> tuple[Tensor, Any]:
     try:
         from bitsandbytes.functional import quantize_4bit
     except (ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f'weights in 4 bits need bitsandbytes ({reason}): `uv pip install "cogvla[nf4]"`, or choose another '
-            "precision"
+            f'weights in 4 bits need bitsandbytes ({first_line(error)}): `uv pip install "cogvla[nf4]"`, or choose '
+            "another precision"
         ) from error
     return quantize_4bit(weight_OI, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
 

@@ -6,7 +6,7 @@ Shape legend: D action dimension.
 from __future__ import annotations
 
 import json
-import sys
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -153,10 +153,11 @@ def export(
             **provenance(),
         }
         difference = _compared(policy, open_files(manifest, draft), seen)
-        if not difference["max"] <= (TOLERANCE if config.precision == "float32" else sys.float_info.max):
+        limit = TOLERANCE if config.precision == "float32" else math.inf
+        if not difference["max"] < limit:
             raise RuntimeError(
-                f"the exported policy's normalised actions differ by {difference['max']:.1e}, which is too much; "
-                "nothing was written"
+                f"the exported policy's normalised actions differ by {difference['max']:.1e}, not by less than "
+                f"{limit:g}; nothing was written"
             )
         checked = {"observations": len(seen), "recorded": recorded, **difference}
         # Last, so that nothing is taken for an exported policy that was not compared.

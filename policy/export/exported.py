@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from cogvla.configs.build import build
+from cogvla.errors import first_line
 from cogvla.files import file_hash, read_object
 from cogvla.policy.checkpoint_folder import EXPORTED as MANIFEST
 from cogvla.policy.export.formats import FORMATS, Runtime, device_of, open_file
 from cogvla.policy.export.graph import IDS, MASK, STATE, image_names
-from cogvla.policy.hub.connection import first_line
 from cogvla.policy.inputs.resize import KERNELS
 from cogvla.policy.inputs.tokenizer import Tokenizer, tokenizer_from_dict
 from cogvla.policy.interface import ActionChunk, Embodiment, InstructionError, Observation
@@ -34,7 +34,7 @@ DESCRIBED = (
     "kind", "precision", "opset", "embodiment", "resize_kernel", "tokenizer", "description", "weights_sha256", "files",
     "checked", "versions",
 )  # fmt: skip
-"""What a manifest must say to be opened."""
+"""Keys of every manifest."""
 
 
 @dataclass(frozen=True)

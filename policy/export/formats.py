@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvla.errors import first_line
 from cogvla.policy.checkpoint import write_errors
 from cogvla.policy.export.graph import ACTIONS, PolicyGraph
-from cogvla.policy.hub.connection import first_line
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2"}
 """Format -> ending of its files."""

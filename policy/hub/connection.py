@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogvla.errors import first_line
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ANSWER_S = 30.0
@@ -42,11 +44,6 @@ def give_up_waiting(seconds: float | None = None) -> None:
     request = session.request
     plain = request.func if isinstance(request, partial) else request
     session.request = partial(plain, timeout=ANSWER_S if seconds is None else seconds)  # type: ignore[method-assign]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class HubError(ValueError):

@@ -1,4 +1,4 @@
-"""What is saved of the pipelines around a policy of lerobot: whether all of it is there, and fits together."""
+"""Check the saved pipelines around a policy of lerobot: whether all of their files are there and fit together."""
 
 from __future__ import annotations
 

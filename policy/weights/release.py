@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cogvla.errors import first_line
 from cogvla.files import read_object, visible
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.model.cogvla import CogVLA
@@ -196,5 +197,6 @@ def checkpoint_folder(source: str | Path) -> Path:
         files = ["*.json", "*.safetensors", "*.pt", "*.model", "*.txt"]
         return Path(snapshot_download(str(source), allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{source} is not a folder, and cannot be downloaded from the hub ({reason})") from error
+        raise ValueError(
+            f"{source} is not a folder, and cannot be downloaded from the hub ({first_line(error)})"
+        ) from error

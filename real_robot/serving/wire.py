@@ -22,6 +22,8 @@ from typing import Any, Literal
 import msgpack
 import numpy as np
 
+from cogvla.errors import first_line
+
 MAX_DIMENSIONS = 8
 MAX_CONTAINERS = 256
 MAX_LENGTH = 1024
@@ -86,8 +88,7 @@ def unpack_any(frame: bytes) -> tuple[Any, Dialect]:
     except FrameError:
         raise
     except (ValueError, msgpack.exceptions.UnpackException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FrameError(f"the frame is not valid msgpack: {shown(reason, 100)}") from None
+        raise FrameError(f"the frame is not valid msgpack: {shown(first_line(error), 100)}") from None
     return value, hooks.dialect
 
 

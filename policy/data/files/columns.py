@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cogvla.errors import first_line
+
 AGAIN = "record or download the data set again"
 
 
@@ -48,8 +50,7 @@ def parquet(
             chosen = None if columns is None else [*columns, *(name for name in optional if has.count(name) == 1)]
             return file.read(chosen) if row_group is None else file.read_row_group(row_group, chosen)
     except (pa.ArrowException, OSError, KeyError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is missing or damaged ({reason}); {AGAIN}") from error
+        raise ValueError(f"{path} is missing or damaged ({first_line(error)}); {AGAIN}") from error
 
 
 def numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:

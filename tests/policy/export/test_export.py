@@ -6,6 +6,7 @@ Shape legend: H, W image.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,19 @@ def test_what_cannot_be_exported_says_why(onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no instruction of the recorded frames has up to 2 tokens"):
         export(load_policy(checkpoint), checkpoint, tmp_path / "new", config, observations(1), observations(2))
     assert not list(tmp_path.glob("*new*")), "nothing half written"
+
+
+def test_actions_that_are_no_numbers_are_refused(onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> dict[str, float]:
+        return {"mean": math.nan, "max": math.nan}
+
+    monkeypatch.setattr(exporting, "_compared", broken)
+    checkpoint = onnx.parent / "policy"
+    for precision, limit in (("float32", "0.0001"), ("int8", "inf")):
+        config = ExportConfig(precision=precision, text_tokens=(8,))
+        with pytest.raises(RuntimeError, match=f"differ by nan, not by less than {limit}; nothing was written"):
+            export(load_policy(checkpoint), checkpoint, tmp_path / "new", config, observations(1), observations(2))
+    assert not list(tmp_path.glob("*new*"))
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

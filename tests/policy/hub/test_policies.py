@@ -113,6 +113,17 @@ def test_the_same_again_writes_nothing(
             assert (tmp_path / "shared" / name).read_bytes() == content
 
 
+def test_what_is_stale_goes_from_a_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = tmp_path / "shared"
+    share(checkpoint, f"folder={shared}")
+    card = (shared / "README.md").read_bytes()
+    (shared / "float8.json").write_text("{}")  # of an earlier upload, and no part of the checkpoint any more
+    share(checkpoint, f"folder={shared}")
+    assert "removed  float8.json" in capsys.readouterr().out
+    assert (shared / "README.md").read_bytes() == card
+    assert not (shared / "float8.json").exists()
+
+
 def test_a_dry_run_writes_nothing(
     hub: WritableHub, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,6 +105,7 @@ def test_episodes_do_not_share_chunks() -> None:
         async with Connection(uri) as one, Connection(uri) as two:
             for client in (one, two):  # with the same names, as shards of one run may have
                 await client.start_episode({"task": {}, "recording": {"sid": "same", "eid": "same"}})
+                assert "needs `images`" in await answered(client, [])  # after it, the server knows of the episode
             for index in range(3):
                 answers = await asyncio.gather(*(answered(c, sent(observation(s))) for s, c in enumerate((one, two))))
                 np.testing.assert_array_equal(answers, [chunk(0)[index], chunk(1)[index]])
