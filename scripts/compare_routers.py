@@ -4,8 +4,9 @@
     compare_routers checkpoint=outputs/film_patches/policy quick=true            a test of some minutes
     compare_routers checkpoint=outputs/film_patches/policy 'routers=[identity,random,{name: diversity, options: {variant: maxsum}}]'
     compare_routers checkpoint=outputs/film_patches/policy regime=fine_tuned     each router is trained with the policy first
+    compare_routers checkpoint=... suite=all_tabletop perturbation=[light,wording] level=2      on more suites, and perturbed
 
-A cell is a router with a budget; all cells play the same episodes. The same command resumes a stopped run: finished
+A cell is a router with a budget; all cells play the same episodes, as they are and perturbed. The same command resumes a stopped run: finished
 cells are not played again, and an unfinished one continues with its next episode. `comparison.html` and
 `comparison.json` are written after every cell. The two regimes have separate output folders.
 """  # noqa: E501
@@ -16,8 +17,8 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,21 @@ from cogvla.envs.analysis.router_page import render_comparison
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, check_played
+from cogvla.envs.evaluation.robustness import CLEAN, chosen_cells
+from cogvla.envs.evaluation.statistics import success_rate
+from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.suite import Suite
 from cogvla.files import write_atomic
 from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
+from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.policy.threads import use_threads
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
+from cogvla.scripts.eval_libero import suites
 
 REGIMES = ("plug_in", "fine_tuned")
 QUICK: dict[str, Any] = {
@@ -79,19 +85,25 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         raise ValueError("budgets is empty; give shares of the tokens, such as [0.5,0.25]")
     import_modules(values["imports"])
     use_threads(values["threads"], values["evaluation"]["workers"])
-    suite = configured_suite(values["suite"], values["libero"])
+    played = [configured_suite(name, values["libero"]) for name in suites(values["suite"])]
     changes = {key: value for key, value in values["evaluation"].items() if key not in ("protocol", "workers")}
-    protocol = protocol_for(suite, values["evaluation"]["protocol"], changes)
-    return _Comparison(values, suite, protocol, command).run()
+    protocols = [protocol_for(suite, values["evaluation"]["protocol"], changes) for suite in played]
+    return _Comparison(values, list(zip(played, protocols, strict=True)), command).run()
 
 
 class _Comparison:
-    """The comparison of one regime on one policy and suite."""
+    """The comparison of one regime on one policy."""
 
-    def __init__(self, values: dict[str, Any], suite: Suite, protocol: EvaluationProtocol, command: str) -> None:
+    def __init__(
+        self, values: dict[str, Any], played: Sequence[tuple[Suite, EvaluationProtocol]], command: str
+    ) -> None:
         folder = find_checkpoint(values["checkpoint"])  # once: a branch of the hub may move meanwhile
         self.checkpoint, values = checkpoint_name(folder), {**values, "checkpoint": str(folder)}
-        self.values, self.suite, self.protocol, self.command = values, suite, protocol, command
+        self.values, self.played, self.command = values, played, command
+        self.conditions: dict[str, Perturbation | None] = {CLEAN: None}
+        for suite, _ in played:
+            cells = chosen_cells(values["perturbation"], values["level"], suite)
+            self.conditions |= {str(cell): cell for cell in cells}
         self.output, self.trained = Path(values["output"]), values["regime"] == "fine_tuned"
         self.device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         self.engine = build(EngineConfig, values["engine"], "engine")
@@ -109,18 +121,21 @@ class _Comparison:
     def run(self) -> dict[str, Any]:
         for name, why in self.left_out.items():
             print(f"left out: {name}: {why}")
-        episodes = len(self.protocol.episodes(self.suite, self.values["tasks"]))
-        print(f"{len(self.cells)} cells of {episodes} episodes")
+        episodes = sum(len(protocol.episodes(suite, self.values["tasks"])) for suite, protocol in self.played)
+        print(f"{len(self.cells)} cells of {episodes} episodes, played {', '.join(self.conditions)}")
         cost = self._costs()
-        outcomes = {cell.key: found for cell in self.cells if (found := self._finished(cell)) is not None}
+        outcomes: dict[str, dict[str, CellOutcome]] = {cell.key: self._finished(cell) for cell in self.cells}
         data = self._write(cost, outcomes)
         for cell in self.cells:
-            if cell.key in outcomes:
-                continue
-            outcomes[cell.key] = found = self._play(cell)
-            rate = found.success
-            print(f"{cell.key}: {rate.successes} of {rate.trials}, {cost[cell.key].latency.p50:.1f} ms per chunk")
-            data = self._write(cost, outcomes)
+            policy = None
+            for condition in self.conditions:
+                if condition in outcomes[cell.key]:
+                    continue
+                policy = policy or self._policy(cell)
+                outcomes[cell.key][condition] = found = self._play(cell, condition, policy)
+                solved, ms = f"{found.success.successes} of {found.success.trials}", cost[cell.key].latency.p50
+                print(f"{cell.key}, {condition}: {solved}, {ms:.1f} ms per chunk")
+                data = self._write(cost, outcomes)
         print(f"report: {self.output / PAGE}")
         return data
 
@@ -138,7 +153,7 @@ class _Comparison:
             saved = json.loads(file.read_text())
             if saved["settings"] == settings:
                 return {key: Cost.from_dict(value) for key, value in saved["costs"].items()}
-        observations = first_observations(self.suite, self.policy.embodiment, ROUNDS)
+        observations = first_observations(self.played[0][0], self.policy.embodiment, ROUNDS)
         found = costs(self.policy, self.cells, observations, self.values["calls"])
         body = {"settings": settings, "costs": {key: asdict(value) for key, value in found.items()}}
         self.output.mkdir(parents=True, exist_ok=True)
@@ -146,47 +161,59 @@ class _Comparison:
         return found
 
     def _settings(self, cell: Cell) -> dict[str, Any]:
-        """Return all settings that determine the outcome of a cell, as JSON data."""
-        protocol = self.protocol.for_suite(self.suite)
+        """Return all settings that determine the outcomes of a cell, as JSON data."""
         values = {
-            "router": asdict(cell.router), "suite": self.suite.name, "protocol": asdict(protocol),
+            "router": asdict(cell.router), "suite": list(self._protocols()), "protocol": self._protocols(),
             "tasks": self.values["tasks"], "checkpoint": self.identity, "regime": self.values["regime"],
             "recipe": self.values["recipe"] if self.trained else None,
         }  # fmt: skip
         return json.loads(json.dumps(values))
 
-    def _finished(self, cell: Cell) -> CellOutcome | None:
-        file = self.output / cell.key / OUTCOME
-        if not file.is_file():
-            return None
-        saved = json.loads(file.read_text())
-        if (settings := self._settings(cell)) != saved["settings"]:
-            changed = ", ".join(key for key in settings if settings[key] != saved["settings"].get(key))
-            raise ValueError(f"{file.parent} has results with another {changed}: choose another output, or delete it")
-        return CellOutcome.from_dict(saved["outcome"])
+    def _protocols(self) -> dict[str, Any]:
+        return {suite.name: asdict(protocol.for_suite(suite)) for suite, protocol in self.played}
 
-    def _play(self, cell: Cell) -> CellOutcome:
-        folder = self.output / cell.key
+    def _finished(self, cell: Cell) -> dict[str, CellOutcome]:
+        """Return condition -> outcome, of the conditions that are played."""
+        found = {}
+        for condition in self.conditions:
+            file = self.output / cell.key / condition / OUTCOME
+            if not file.is_file():
+                continue
+            saved = json.loads(file.read_text())
+            if (settings := self._settings(cell)) != saved["settings"]:
+                changed = ", ".join(key for key in settings if settings[key] != saved["settings"].get(key))
+                raise ValueError(f"{file.parent} has results with another {changed}: use another output, or delete it")
+            found[condition] = CellOutcome.from_dict(saved["outcome"])
+        return found
+
+    def _policy(self, cell: Cell) -> CogVLAPolicy:
         if self.trained:
-            policy = load_policy(self._train(cell, folder / "training"), self.device)
+            policy = load_policy(self._train(cell, self.output / cell.key / "training"), self.device)
         else:
             policy = load_policy(self.values["checkpoint"], self.device, cell.router)
-        policy = policy.with_engine(self.engine, release=True)
-        report = evaluate(
-            policy,
-            self.suite,
-            self.protocol,
-            folder,
-            workers=self.values["evaluation"]["workers"],
-            tasks=self.values["tasks"],
-            videos=0,
-            command=self.command,
-            identity={**self.identity, "regime": self.values["regime"]},
-        )
-        check_played(report, folder)
-        outcome = outcome_of(report)
+        return policy.with_engine(self.engine, release=True)
+
+    def _play(self, cell: Cell, condition: str, policy: CogVLAPolicy) -> CellOutcome:
+        folder = self.output / cell.key / condition
+        reports = []
+        for suite, protocol in self.played:
+            report = evaluate(
+                policy,
+                suite,
+                protocol,
+                folder / suite.name,
+                workers=self.values["evaluation"]["workers"],
+                tasks=self.values["tasks"],
+                perturbation=self.conditions[condition],
+                videos=0,
+                command=self.command,
+                identity={**self.identity, "regime": self.values["regime"]},
+            )
+            check_played(report, folder / suite.name)
+            reports.append(report)
+        outcome = outcome_of(reports)
         if outcome.errors:  # without OUTCOME, the same command plays these episodes again
-            print(f"{cell.key}: {outcome.errors} episodes could not be played, see {folder / 'report.html'}")
+            print(f"{cell.key}: {outcome.errors} episodes could not be played, see the reports in {folder}")
         else:
             body = {"settings": self._settings(cell), "outcome": asdict(outcome)}
             write_atomic(folder / OUTCOME, json.dumps(body, indent=2) + "\n")
@@ -198,7 +225,8 @@ class _Comparison:
         Raises:
             ValueError: the training failed.
         """
-        overrides = [f"base={self.values['checkpoint']}", "routing=router", f"suite={self.suite.name}"]
+        overrides = [f"base={self.values['checkpoint']}", "routing=router"]
+        overrides.append(f"suite={_written(list(self._protocols()))}")
         own = {key: value for key, value in asdict(self.policy.model.config.routing).items() if key != "router"}
         overrides += [f"routing.{key}={_written(value)}" for key, value in own.items()]
         overrides += [f"routing.router.{key}={_written(value)}" for key, value in asdict(cell.router).items()]
@@ -209,25 +237,29 @@ class _Comparison:
             raise ValueError(f"training failed; its command is: {shlex.join(['train_policy', *overrides])}")
         return folder / "policy"
 
-    def _write(self, cost: Mapping[str, Cost], outcomes: Mapping[str, CellOutcome]) -> dict[str, Any]:
+    def _write(self, cost: Mapping[str, Cost], outcomes: Mapping[str, Mapping[str, CellOutcome]]) -> dict[str, Any]:
         table = rows(self.cells, cost, outcomes)
-        protocol = replace(self.protocol.for_suite(self.suite), name=self.protocol.name)
         data = {
             "command": self.command, "written": datetime.now(UTC).isoformat(timespec="seconds"),
-            "regime": self.values["regime"], "checkpoint": self.checkpoint, "suite": self.suite.name,
-            "recipe": self.values["recipe"] if self.trained else None, "policy": self.policy.describe(),
-            "protocol": asdict(protocol), "rows": [row.to_dict() for row in table], "left_out": self.left_out,
-            **provenance(),
+            "regime": self.values["regime"], "checkpoint": self.checkpoint, "suites": list(self._protocols()),
+            "conditions": list(self.conditions), "recipe": self.values["recipe"] if self.trained else None,
+            "policy": self.policy.describe(), "protocol": self._protocols(),
+            "rows": [row.to_dict() for row in table], "left_out": self.left_out, **provenance(),
         }  # fmt: skip
         write_atomic(self.output / DATA, json.dumps(data, indent=2, default=str) + "\n")
         write_atomic(self.output / PAGE, render_comparison(table, data))
         return data
 
 
-def outcome_of(report: Report) -> CellOutcome:
-    """Return the numbers of a report that routers are compared by."""
-    played = {f"{r.task}/{r.initial_state}": r.success for r in report.episodes if r.error is None}
-    return CellOutcome(report.total.success, report.total.errors, played)
+def outcome_of(reports: Sequence[Report]) -> CellOutcome:
+    """Return the numbers of one condition, with a report for each suite, that routers are compared by."""
+    played = {
+        f"{report.suite}/{each.task}/{each.initial_state}": each.success
+        for report in reports
+        for each in report.episodes
+        if each.error is None
+    }
+    return CellOutcome(success_rate(played.values()), sum(report.total.errors for report in reports), played)
 
 
 def _written(value: Any) -> str:

@@ -157,11 +157,7 @@ def protocol_of(suite: Suite, config: DictConfig) -> EvaluationProtocol:
 
 def _cells(config: DictConfig, suite: Suite) -> list[Perturbation]:
     """Return the cells of the robustness benchmark to play after the clean run."""
-    if config.perturbation is None:
-        if config.level is not None:
-            raise ValueError("level= needs perturbation=NAME, or perturbation=all")
-        return []
-    if config.asked is not None:
+    if config.perturbation is not None and config.asked is not None:
         raise ValueError("give either perturbation or asked: a swapped instruction is a measurement of its own")
     values = plain(config)
     return chosen_cells(values["perturbation"], values["level"], suite)

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogvla.configs.build import build
-from cogvla.envs.evaluation.statistics import Latency, Rate, latency, sign_test
+from cogvla.envs.evaluation.robustness import CLEAN
+from cogvla.envs.evaluation.statistics import Latency, Rate, latency, sign_test, success_rate
 from cogvla.envs.suite import Suite
 from cogvla.policy.cost.flops import REPEATED, count_flops
 from cogvla.policy.engine.engine import Engine, starting
@@ -91,17 +92,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """Results of a cell's episodes.
+    """Results of a cell's episodes in one condition: as they are, or with a perturbation.
 
     Attributes:
         success: success rate of all episodes.
         errors: number of episodes that could not be played.
-        episodes: "task/initial state" -> success.
+        episodes: "suite/task/initial state" -> success.
     """
 
     success: Rate
     errors: int
     episodes: Mapping[str, bool]
+
+    def of_suite(self, suite: str) -> Rate:
+        """Return the success rate of a suite's episodes."""
+        return success_rate(solved for key, solved in self.episodes.items() if key.startswith(f"{suite}/"))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CellOutcome:
@@ -302,37 +307,59 @@ def _flops(policy: CogVLAPolicy, observation: Observation) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class CellReport:
-    """A line of the table: a cell with its cost and results; `outcome` is None until it has been played."""
+    """A line of the table: a cell with its cost and results.
+
+    Attributes:
+        outcomes: condition -> outcome, of those that have been played.
+        controls: condition -> label of a control -> comparison with it at the same budget.
+    """
 
     cell: Cell
     cost: Cost
-    outcome: CellOutcome | None
-    controls: Mapping[str, Paired]
+    outcomes: Mapping[str, CellOutcome]
+    controls: Mapping[str, Mapping[str, Paired]]
+
+    @property
+    def outcome(self) -> CellOutcome | None:
+        """Outcome without a perturbation; None: it has not been played."""
+        return self.outcomes.get(CLEAN)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON."""
-        paired = {name: asdict(value) for name, value in self.controls.items()}
-        outcome = None if self.outcome is None else asdict(self.outcome)
         return {
             "label": self.cell.label, "key": self.cell.key, "budgeted": self.cell.budgeted,
-            "router": asdict(self.cell.router), "cost": asdict(self.cost), "outcome": outcome, "against": paired,
+            "router": asdict(self.cell.router), "cost": asdict(self.cost),
+            "outcomes": {name: asdict(each) for name, each in self.outcomes.items()},
+            "against": {
+                name: {label: asdict(each) for label, each in paired.items()} for name, paired in self.controls.items()
+            },
         }  # fmt: skip
 
 
-def rows(cells: Sequence[Cell], cost: Mapping[str, Cost], outcomes: Mapping[str, CellOutcome]) -> list[CellReport]:
-    """Build the table. Each cell is compared with `CONTROLS` at the same budget."""
+def rows(
+    cells: Sequence[Cell], cost: Mapping[str, Cost], outcomes: Mapping[str, Mapping[str, CellOutcome]]
+) -> list[CellReport]:
+    """Build the table. Each cell is compared with `CONTROLS` at the same budget.
+
+    Args:
+        cells: the cells.
+        cost: key of a cell -> cost.
+        outcomes: key of a cell -> condition -> outcome, of what has been played.
+    """
     table = []
     for cell in cells:
-        outcome = outcomes.get(cell.key)
-        controls = {
-            other.label: against(outcome, outcomes[other.key])
+        others = [
+            other
             for other in cells
-            if outcome is not None
-            and other.label in CONTROLS
-            and other.label != cell.label
-            and other.key in outcomes
-            and cell.budgeted
-            and other.router.budget == cell.router.budget
+            if other.label in CONTROLS and other.label != cell.label and other.router.budget == cell.router.budget
+        ]
+        controls = {
+            condition: {
+                other.label: against(outcome, outcomes[other.key][condition])
+                for other in others
+                if cell.budgeted and condition in outcomes[other.key]
+            }
+            for condition, outcome in outcomes[cell.key].items()
         }
-        table.append(CellReport(cell, cost[cell.key], outcome, controls))
+        table.append(CellReport(cell, cost[cell.key], outcomes[cell.key], controls))
     return table

@@ -9,6 +9,8 @@ from typing import Any
 from cogvla.envs.analysis.router_comparison import ALL_TOKENS, CONTROLS, CellReport, pareto_front
 from cogvla.envs.evaluation.plots import pareto
 from cogvla.envs.evaluation.report import template
+from cogvla.envs.evaluation.robustness import CLEAN
+from cogvla.envs.evaluation.statistics import Rate
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def render_comparison(rows: Sequence[CellReport], data: Mapping[str, Any]) -> st
     return template("routers.html.j2").render(
         data=data,
         budgets=_budgets(rows),
-        matrix=_matrix(rows),
+        matrices=_matrices(rows, data["suites"], data["conditions"]),
         controls=CONTROLS,
         missing=len(rows) - len(played),
         episodes=max((row.outcome.success.trials for row in played if row.outcome), default=0),
@@ -84,12 +86,29 @@ def _budgets(rows: Sequence[CellReport]) -> list[Budget]:
     return [Budget(share, tuple(sorted(same, key=best_first))) for share, same in by_share.items()]
 
 
-def _matrix(rows: Sequence[CellReport]) -> tuple[list[int | float], list[tuple[str, list[CellReport | None]]]]:
-    """Return the budgets, and for each router its label and its rows in the order of the budgets."""
+@dataclass(frozen=True)
+class Matrix:
+    """Success of every router (`lines`, by label) at every budget (`shares`); None: not played."""
+
+    heading: str
+    shares: tuple[int | float, ...]
+    lines: Mapping[str, Sequence[Rate | None]]
+
+
+def _matrices(rows: Sequence[CellReport], suites: Sequence[str], conditions: Sequence[str]) -> list[Matrix]:
+    """Return the success in all suites together, in each of several suites, and with each perturbation."""
+    found = [_matrix(rows, "")]
+    if len(suites) > 1:
+        found += [_matrix(rows, suite, suite=suite) for suite in suites]
+    return found + [_matrix(rows, name, condition=name) for name in conditions if name != CLEAN]
+
+
+def _matrix(rows: Sequence[CellReport], heading: str, condition: str = CLEAN, suite: str | None = None) -> Matrix:
     shares = sorted({row.cell.router.budget for row in rows if row.cell.budgeted}, reverse=True)
-    lines = []
-    for label in dict.fromkeys(row.cell.label for row in rows):
-        own = {row.cell.router.budget: row for row in rows if row.cell.label == label and row.cell.budgeted}
-        alone = next((row for row in rows if row.cell.label == label and not row.cell.budgeted), None)
-        lines.append((label, [own.get(share, alone) for share in shares]))
-    return shares, lines
+    lines: dict[str, dict[int | float | None, Rate]] = {row.cell.label: {} for row in rows}
+    for row in rows:
+        if (outcome := row.outcomes.get(condition)) is not None:
+            rate = outcome.success if suite is None else outcome.of_suite(suite)
+            lines[row.cell.label][row.cell.router.budget if row.cell.budgeted else None] = rate
+    table = {label: [found.get(share, found.get(None)) for share in shares] for label, found in lines.items()}
+    return Matrix(heading, tuple(shares), table)

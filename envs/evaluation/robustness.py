@@ -76,17 +76,23 @@ class Robustness:
         return next((c for c in self.cells if c.perturbation == Perturbation(dimension, level)), None)
 
 
-def chosen_cells(names: str | Sequence[str], levels: int | Sequence[int] | None, suite: Suite) -> list[Perturbation]:
+def chosen_cells(
+    names: str | Sequence[str] | None, levels: int | Sequence[int] | None, suite: Suite
+) -> list[Perturbation]:
     """Return the cells that a command asks for.
 
     Args:
-        names: a dimension or a list of them, or `all`: those that the suite supports.
+        names: a dimension or a list of them, or `all`: those that the suite supports; None: no cells.
         levels: a level or a list of them; None: all.
         suite: the suite.
 
     Raises:
-        ValueError: there is no such dimension or level, or the suite does not support it.
+        ValueError: there is no such dimension or level, the suite does not support it, or there are levels alone.
     """
+    if names is None:
+        if levels is not None:
+            raise ValueError("level= needs perturbation=NAME, or perturbation=all")
+        return []
     chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if "all" in chosen:
         chosen = [name for name in DIMENSIONS if name in suite.perturbations]

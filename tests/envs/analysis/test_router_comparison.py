@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from cogvla.envs import suite as suites
 from cogvla.envs.analysis.layer_probes import horizon, injection, keeping, single_tokens
 from cogvla.envs.analysis.router_comparison import (
     ROUNDS,
@@ -39,7 +41,7 @@ from cogvla.routing.router import RoutedTokens, RouterConfig, RouterContext, Rou
 from cogvla.scripts import compare_routers
 from cogvla.scripts.analyse_routing import run as analyse
 from cogvla.scripts.command import compose
-from cogvla.tests.support.point_suite import EMBODIMENT, TASKS
+from cogvla.tests.support.point_suite import EMBODIMENT, TASKS, toy_suite
 from cogvla.tests.support.small_data import MODEL
 
 PATCHES, VIEWS = 16, 2
@@ -165,9 +167,10 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     evaluate, stopped_at = compare_routers.evaluate, ["random_0.25"]
 
     def counting(policy: Any, suite: Any, protocol: Any, folder: Path, **options: Any) -> Any:
-        if folder.name in stopped_at:
+        name = folder.parent.parent.name
+        if name in stopped_at:
             raise KeyboardInterrupt
-        played.append(folder.name)
+        played.append(name)
         return evaluate(policy, suite, protocol, folder, **options, progress=False)
 
     monkeypatch.setattr(compare_routers, "evaluate", counting)
@@ -175,20 +178,20 @@ def test_a_comparison_goes_on_where_it_was_stopped(
         compare_routers.run(command("compare_routers", *comparison), "compare_routers ...")
     costs = (tmp_path / "out" / "costs.json").read_text()
     partial = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert [row["outcome"] is None for row in partial["rows"]] == [False, True, True]
+    assert [not row["outcomes"] for row in partial["rows"]] == [False, True, True]
     assert "2 cells are not played yet" in (tmp_path / "out" / "comparison.html").read_text()
 
     stopped_at.clear()
     data = compare_routers.run(command("compare_routers", *comparison), "compare_routers ...")
     assert played == ["identity", "random_0.25", "spatial_pool_0.25"], "nothing is played twice"
     assert (tmp_path / "out" / "costs.json").read_text() == costs, "times are of one sitting"
-    assert [row["outcome"]["success"]["trials"] for row in data["rows"]] == [3, 3, 3]
+    assert [row["outcomes"]["clean"]["success"]["trials"] for row in data["rows"]] == [3, 3, 3]
     identity, random, pool = data["rows"]
     assert (identity["cost"]["tokens"], random["cost"]["tokens"]) == (VIEWS * PATCHES, VIEWS * PATCHES // 4)
     assert 0 < random["cost"]["flops"] < identity["cost"]["flops"]
     assert random["cost"]["router_flops"] < 1e-3 * random["cost"]["flops"], "drawing is no matrix product"
     assert random["cost"]["router_ms"] > 0
-    assert list(pool["against"]) == ["random"]
+    assert list(pool["against"]["clean"]) == ["random"]
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "data:image/png" in page
     assert 'src="http' not in page
@@ -196,6 +199,28 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     other = command("compare_routers", *comparison, "evaluation.episodes_per_task=2")
     with pytest.raises(ValueError, match="results with another protocol"):
         compare_routers.run(other, "...")
+
+
+def test_suites_are_counted_together_and_perturbed_cells_apart(
+    comparison: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A perturbation that is asked for later is added to a finished comparison."""
+    monkeypatch.setattr(suites, "_SUITES", dict(suites._SUITES))
+    suites.register_suite("point_again", lambda: replace(toy_suite(), name="point_again"))
+    both = [*comparison, "suite=[point,point_again]", "tasks=[0,2]"]
+    clean = compare_routers.run(command("compare_routers", *both), "...")
+    before = (tmp_path / "out" / "random_0.25" / "clean" / "outcome.json").stat().st_mtime_ns
+    data = compare_routers.run(command("compare_routers", *both, "perturbation=[sensor,wording]", "level=1"), "...")
+    assert (tmp_path / "out" / "random_0.25" / "clean" / "outcome.json").stat().st_mtime_ns == before
+    assert data["conditions"] == ["clean", "sensor_1", "wording_1"]
+    for old, row in zip(clean["rows"], data["rows"], strict=True):
+        assert row["outcomes"]["clean"] == old["outcomes"]["clean"]
+        for outcome in row["outcomes"].values():
+            assert sorted(outcome["episodes"]) == ["point/0/0", "point/2/0", "point_again/0/0", "point_again/2/0"]
+    assert list(data["rows"][1]["against"]["sensor_1"]) == ["spatial_pool"]
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    for heading in ("point_again", "sensor_1", "wording_1"):
+        assert f"<h3>{heading}</h3>" in page
 
 
 def test_fine_tuning_gives_each_router_to_training(
@@ -217,8 +242,9 @@ def test_fine_tuning_gives_each_router_to_training(
     assert RouterConfig(**composed.routing.router).options == {"hidden": 8}
     assert composed.routing.router.budget == 0.25
     assert composed.training.steps == 500
+    assert list(composed.suite) == ["point"]
     assert composed.evaluation is None
-    assert (data["regime"], data["rows"][0]["outcome"]["success"]["trials"]) == ("fine_tuned", 1)
+    assert (data["regime"], data["rows"][0]["outcomes"]["clean"]["success"]["trials"]) == ("fine_tuned", 1)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +252,9 @@ def test_fine_tuning_gives_each_router_to_training(
     [
         (["regime=both"], "plug_in or fine_tuned"),
         (["budgets=[]"], "budgets is empty"),
+        (["level=2"], "level= needs perturbation=NAME"),
+        (["perturbation=ligth"], "did you mean light"),
+        (["suite=[]"], "suite is empty"),
         (["routers=[learned_pruner]"], "supports none of the routers: .*weights of its own"),
         (["routers=[nothing]"], "possible are"),
     ],
