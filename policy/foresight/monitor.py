@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,12 @@ class Normal:
     look: tuple[float, ...]
     look_spread: tuple[float, ...]
 
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The values as tensors [V,1], [V,N], [V,N], [V], [V], made once."""
+        slope_V, *others = (torch.tensor(getattr(self, each.name)) for each in fields(self))
+        return slope_V[:, None], *others
+
     @classmethod
     @torch.inference_mode()
     def of(cls, model: Foresight, windows: Windows, seed: int = 0, samples: int = 1024) -> Normal:
@@ -102,10 +109,9 @@ def score(
     predicted_BV, seen_BV = ((x - z_BVND).square().mean((-1, -2)).sqrt() for x in (guess_BVND, later_BVND))
     still_BV = torch.where(predicted_BV > LEAST_MOTION, predicted_BV / (seen_BV + LEAST_SEEN), 0.0)
     change_BVN, error_BVN = _logs(z_BVND, guess_BVND, later_BVND)
-    slope_V, offset_VN, spread_VN = (torch.tensor(v) for v in (normal.slope, normal.offset, normal.spread))
-    unusual_BVN = (error_BVN - slope_V[:, None] * change_BVN - offset_VN) / spread_VN
+    slope_V1, offset_VN, spread_VN, look_V, look_spread_V = normal.tensors
+    unusual_BVN = (error_BVN - slope_V1 * change_BVN - offset_VN) / spread_VN
     place_BV = unusual_BVN.topk(min(WORST, unusual_BVN.shape[-1])).values.mean(-1)
-    look_V, look_spread_V = (torch.tensor(v) for v in (normal.look, normal.look_spread))
     look_BV = ((_lost(model, pixels_BVCHW, later_BVND) - look_V) / look_spread_V).abs()
     return torch.stack((still_BV, place_BV, (guess_BVND - later_BVND).square().mean((-1, -2)), look_BV), dim=-1)
 
@@ -264,7 +270,8 @@ class Monitor:
             z_BVND = torch.stack([start.z_VND for start in due])
             chunk_BKA = torch.from_numpy(np.stack([np.concatenate(start.executed) for start in due]))
             guess_BVND = self.model(z_BVND, torch.stack([start.state_S for start in due]), chunk_BKA)
-            scores_BVs = score(self.model, self.normal, z_BVND, guess_BVND, pixels_BVCHW[rows], later_BVND[rows])
+            seen = (x if len(rows) == len(x) else x[rows] for x in (pixels_BVCHW, later_BVND))  # one robot: no copies
+            scores_BVs = score(self.model, self.normal, z_BVND, guess_BVND, *seen)
             for row, scores_Vs in zip(rows, scores_BVs.numpy(), strict=True):
                 self._note(episodes[row], scores_Vs)
         for episode, z_VND, state_S in zip(episodes, later_BVND, state_BS, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_a_monitor_is_saved_and_what_is_missing_is_named(
     folder = tmp_path / "policy" / "foresight"
     with pytest.raises(ValueError, match=r"policy holds no foresight, and neither does .*`calibrate_monitor`"):
         open_monitor(tmp_path / "policy", ROBOT)
-    save_foresight(folder, model, {"normal": vars(normal)})
+    save_foresight(folder, model, {"normal": asdict(normal)})
     with pytest.raises(ValueError, match=r"has no thresholds \(monitor.json is missing\); calibrate it"):
         open_monitor(tmp_path / "policy", ROBOT)
     assert open_monitor(folder, ROBOT, calibrated=False).thresholds is None
