@@ -6,9 +6,9 @@
     compare_routers checkpoint=outputs/film_patches/policy regime=fine_tuned     each router is trained with the policy first
     compare_routers checkpoint=... suite=all_tabletop perturbation=[light,wording] level=2      on more suites, and perturbed
 
-A cell is a router with a budget; all cells play the same episodes, as they are and perturbed. The same command resumes a stopped run: finished
-cells are not played again, and an unfinished one continues with its next episode. `comparison.html` and
-`comparison.json` are written after every cell. The two regimes have separate output folders.
+A cell is a router with a budget; all cells play the same episodes, as they are and perturbed. The same command resumes a
+stopped run: what was played is not played again, and an unfinished cell continues with its next episode.
+`comparison.html` and `comparison.json` are written after every cell. The two regimes have separate output folders.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -100,10 +100,9 @@ class _Comparison:
         folder = find_checkpoint(values["checkpoint"])  # once: a branch of the hub may move meanwhile
         self.checkpoint, values = checkpoint_name(folder), {**values, "checkpoint": str(folder)}
         self.values, self.played, self.command = values, played, command
-        self.conditions: dict[str, Perturbation | None] = {CLEAN: None}
-        for suite, _ in played:
-            cells = chosen_cells(values["perturbation"], values["level"], suite)
-            self.conditions |= {str(cell): cell for cell in cells}
+        cells = [chosen_cells(values["perturbation"], values["level"], suite) for suite, _ in played]
+        everywhere = [cell for cell in cells[0] if all(cell in others for others in cells)]
+        self.conditions: dict[str, Perturbation | None] = {CLEAN: None} | {str(cell): cell for cell in everywhere}
         self.output, self.trained = Path(values["output"]), values["regime"] == "fine_tuned"
         self.device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         self.engine = build(EngineConfig, values["engine"], "engine")

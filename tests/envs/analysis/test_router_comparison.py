@@ -223,6 +223,15 @@ def test_suites_are_counted_together_and_perturbed_cells_apart(
         assert f"<h3>{heading}</h3>" in page
 
 
+def test_all_perturbations_are_those_of_every_suite(comparison: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "_SUITES", dict(suites._SUITES))
+    few = {"wording": toy_suite().perturbations["wording"]}
+    suites.register_suite("point_again", lambda: replace(toy_suite(), name="point_again", perturbations=few))
+    chosen = ["suite=[point,point_again]", "tasks=[0]", "routers=[identity]", "perturbation=all", "level=1"]
+    data = compare_routers.run(command("compare_routers", *comparison, *chosen), "...")
+    assert data["conditions"] == ["clean", "wording_1"]
+
+
 def test_fine_tuning_gives_each_router_to_training(
     comparison: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
