@@ -159,12 +159,15 @@ class _Comparison:
         write_atomic(file, json.dumps(body, indent=2) + "\n")
         return found
 
-    def _settings(self, cell: Cell) -> dict[str, Any]:
-        """Return all settings that determine the outcomes of a cell, as JSON data."""
+    def _settings(self, cell: Cell, condition: str) -> dict[str, Any]:
+        """Return all settings that determine an outcome of a cell, as JSON data."""
+        perturbation = self.conditions[condition]
         values = {
             "router": asdict(cell.router), "suite": list(self._protocols()), "protocol": self._protocols(),
             "tasks": self.values["tasks"], "checkpoint": self.identity, "regime": self.values["regime"],
             "recipe": self.values["recipe"] if self.trained else None,
+            "simulation": {suite.name: dict(suite.settings) for suite, _ in self.played},
+            "perturbation": perturbation and {suite.name: suite.magnitudes(perturbation) for suite, _ in self.played},
         }  # fmt: skip
         return json.loads(json.dumps(values))
 
@@ -179,7 +182,7 @@ class _Comparison:
             if not file.is_file():
                 continue
             saved = json.loads(file.read_text())
-            if (settings := self._settings(cell)) != saved["settings"]:
+            if (settings := self._settings(cell, condition)) != saved["settings"]:
                 changed = ", ".join(key for key in settings if settings[key] != saved["settings"].get(key))
                 raise ValueError(f"{file.parent} has results with another {changed}: use another output, or delete it")
             found[condition] = CellOutcome.from_dict(saved["outcome"])
@@ -214,7 +217,7 @@ class _Comparison:
         if outcome.errors:  # without OUTCOME, the same command plays these episodes again
             print(f"{cell.key}: {outcome.errors} episodes could not be played, see the reports in {folder}")
         else:
-            body = {"settings": self._settings(cell), "outcome": asdict(outcome)}
+            body = {"settings": self._settings(cell, condition), "outcome": asdict(outcome)}
             write_atomic(folder / OUTCOME, json.dumps(body, indent=2) + "\n")
         return outcome
 

@@ -35,7 +35,7 @@ def render_comparison(rows: Sequence[CellReport], data: Mapping[str, Any]) -> st
         budgets=_budgets(rows),
         matrices=_matrices(rows, data["suites"], data["conditions"]),
         controls=CONTROLS,
-        missing=len(rows) - len(played),
+        missing=sum(len(row.outcomes) < len(data["conditions"]) for row in rows),
         episodes=max((row.outcome.success.trials for row in played if row.outcome), default=0),
         on_front=fastest,
         figures={

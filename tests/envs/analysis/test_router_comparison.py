@@ -179,7 +179,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     costs = (tmp_path / "out" / "costs.json").read_text()
     partial = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [not row["outcomes"] for row in partial["rows"]] == [False, True, True]
-    assert "2 cells are not played yet" in (tmp_path / "out" / "comparison.html").read_text()
+    assert "2 cells are not played to the end yet" in (tmp_path / "out" / "comparison.html").read_text()
 
     stopped_at.clear()
     data = compare_routers.run(command("compare_routers", *comparison), "compare_routers ...")
@@ -199,6 +199,10 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     other = command("compare_routers", *comparison, "evaluation.episodes_per_task=2")
     with pytest.raises(ValueError, match="results with another protocol"):
         compare_routers.run(other, "...")
+    lean = {"rendering": "lean"}
+    monkeypatch.setattr(compare_routers, "configured_suite", lambda *_: replace(toy_suite(), settings=lean))
+    with pytest.raises(ValueError, match="results with another simulation"):
+        compare_routers.run(command("compare_routers", *comparison), "...")
 
 
 def test_suites_are_counted_together_and_perturbed_cells_apart(
