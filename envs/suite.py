@@ -78,6 +78,14 @@ class Suite:
             )
         return self.perturbations[perturbation.dimension][perturbation.level - 1]
 
+    def chosen_tasks(self, tasks: Sequence[int]) -> tuple[int, ...]:
+        """Return indices of tasks, each once; ValueError if one does not exist, or if there is none."""
+        listed = tasks if isinstance(tasks, Sequence) and not isinstance(tasks, str) else [tasks]
+        whole = all(isinstance(task, int) and not isinstance(task, bool) for task in listed)
+        if not listed or not whole or not all(0 <= task < len(self.tasks) for task in listed):
+            raise ValueError(f"suite {self.name!r} has tasks 0 to {len(self.tasks) - 1}, got tasks={tasks!r}")
+        return tuple(dict.fromkeys(listed))
+
 
 _ALIASES = {
     **dict.fromkeys(("libero_long", "libero10", "libero_ten", "libero_100", "long_libero"), "libero_10"),

@@ -46,9 +46,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     values = plain(config)
     import_modules(values["imports"])
     suite = configured_suite(values["suite"], values["libero"])
-    tasks = list(range(len(suite.tasks))) if values["tasks"] is None else values["tasks"]
-    if not tasks or not all(0 <= task < len(suite.tasks) for task in tasks):
-        raise ValueError(f"suite {suite.name!r} has tasks 0 to {len(suite.tasks) - 1}, got tasks={tasks}")
+    tasks = range(len(suite.tasks)) if values["tasks"] is None else suite.chosen_tasks(values["tasks"])
     for name in ("pictures", "readings"):
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")

@@ -101,7 +101,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
                 output / folder,
                 workers=config.workers,
                 start_worker=start_worker,
-                tasks=None if config.tasks is None else [int(task) for task in config.tasks],
+                tasks=plain(config)["tasks"],
                 asked=asked,
                 perturbation=perturbation,
                 shard=shard,

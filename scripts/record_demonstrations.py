@@ -3,6 +3,7 @@
     record_demonstrations
     record_demonstrations suite=tabletop_goal episodes=500 workers=4
     record_demonstrations episodes=2000 grow=true       (adds to a finished recording)
+    record_demonstrations suite=tabletop_spatial tasks=[7,9] seed=1     (more of what a policy does not yet know)
     record_demonstrations randomise=[camera,light,background]
     record_demonstrations suite=libero_object counterfactual=0.5    (half of the episodes show another possible task)
     record_demonstrations policy=CHECKPOINT             (corrections: the policy acts, the expert says what to do)
@@ -43,6 +44,7 @@ def main(config: DictConfig) -> None:
         randomise=plain(config)["randomise"],
         counterfactual=config.counterfactual,
         corrected=corrected,
+        tasks=plain(config)["tasks"],
     )
     print(f"{config.episodes} episodes of {config.suite} in {folder}")
     if corrected is not None:

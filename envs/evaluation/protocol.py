@@ -101,10 +101,7 @@ class EvaluationProtocol:
         Raises:
             ValueError: a task, an initial state or the shard does not exist.
         """
-        chosen = range(len(suite.tasks)) if tasks is None else list(dict.fromkeys(tasks))
-        unknown = [task for task in chosen if not 0 <= task < len(suite.tasks)]
-        if unknown or not chosen:
-            raise ValueError(f"suite {suite.name!r} has tasks 0 to {len(suite.tasks) - 1}, got tasks={list(chosen)}")
+        chosen = range(len(suite.tasks)) if tasks is None else suite.chosen_tasks(tasks)
         last = self.first_initial_state + self.episodes_per_task
         if last > suite.initial_states:
             raise ValueError(

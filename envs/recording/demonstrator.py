@@ -6,7 +6,7 @@ Shape legend: A action dimension, N tasks of the suite.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,7 @@ class DemonstratorSettings:
         settling_steps: control steps with an open hand before the expert begins; they are not recorded.
         counterfactual: share of the episodes, in [0,1], that show another task that is possible in the scene.
         corrects: a policy acts, until the expert takes over from it (`corrections`).
+        tasks: indices of the tasks whose scenes are shown; empty: all.
     """
 
     make: Callable[..., SuiteEnv]
@@ -69,23 +70,24 @@ class DemonstratorSettings:
     settling_steps: int = 0
     counterfactual: float = 0.0
     corrects: bool = False
+    tasks: tuple[int, ...] = ()
 
     def task(self, slot: int) -> int:
         """Return the task whose scene episode `slot` of the data set shows. Tasks take turns."""
-        return slot % len(self.instructions)
+        return self._tasks[slot % len(self._tasks)]
 
     def turn(self, slot: int) -> int | None:
         """Return which of the other tasks episode `slot` shows, as a place in their order; None: the scene's own task.
 
         Other tasks take turns, too. The share holds for each scene, and over all of them, to less than an episode.
         """
-        episode_of_task, task = divmod(slot, len(self.instructions))
-        owed = self.counterfactual * episode_of_task + task / len(self.instructions) + 1e-9  # 0.29 * 100 is below 29
+        episode_of_task, place = divmod(slot, len(self._tasks))
+        owed = self.counterfactual * episode_of_task + place / len(self._tasks) + 1e-9  # 0.29 * 100 is below 29
         return int(owed) if int(owed + self.counterfactual) > int(owed) else None
 
     def initial_state(self, slot: int, attempt: int) -> int:
         """Return the initial state of an attempt. It depends only on the seed and the arguments, not on the workers."""
-        episode_of_task = slot // len(self.instructions)
+        episode_of_task = slot // len(self._tasks)
         first = FIRST_TRAINING_STATE + self.seed * SEED_STRIDE + (SEED_STRIDE // 2 if self.corrects else 0)
         return first + episode_of_task * MAX_ATTEMPTS + attempt
 
@@ -106,6 +108,10 @@ class DemonstratorSettings:
         task, scene_task, state = (int(values[0, 0]) for values in labels if values is not None)
         fits = scene_task == self.task(slot) and state in states and (task == scene_task or self.turn(slot) is not None)
         return fits and 0 <= task < len(self.instructions) and episode.instruction == self.instructions[task]
+
+    @property
+    def _tasks(self) -> Sequence[int]:
+        return self.tasks or range(len(self.instructions))
 
 
 class ExpertFailedError(RuntimeError):

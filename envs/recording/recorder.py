@@ -53,8 +53,9 @@ def record(
     counterfactual: float = 0.0,
     expert: Callable[..., Expert] | None = None,
     corrected: Corrected | None = None,
+    tasks: Sequence[int] | None = None,
 ) -> Path:
-    """Record successful episodes of the suite's expert, spread evenly over its tasks, and return the data set's folder.
+    """Record successful episodes of the suite's expert, spread evenly over tasks, and return the data set's folder.
 
     With a policy to be corrected, the policy acts until it is stuck (`corrections`).
 
@@ -77,6 +78,7 @@ def record(
             instruction and labels. Scenes without one show their own task.
         expert: function `expert(env, rng, noise=...)`; None: the suite's own expert.
         corrected: the policy to be corrected; None: the expert acts from the beginning.
+        tasks: indices of the tasks whose scenes are shown; None: all.
 
     Raises:
         ValueError: an argument is out of its range, the suite has no expert or cannot be randomised in this way, the
@@ -97,6 +99,7 @@ def record(
     expert = expert or suite.expert
     if expert is None:
         raise ValueError(f"{suite.name} has no scripted expert; record its demonstrations in another way")
+    chosen = () if tasks is None else suite.chosen_tasks(tasks)
     randomised = _dimensions(randomise or (), suite)
     if corrected is not None:
         corrected.check(suite, image_size)
@@ -108,6 +111,7 @@ def record(
         "video": video,
         "randomise": list(randomised) or None,  # recordings from before this key were not randomised
         "counterfactual": float(counterfactual) or None,  # likewise
+        "chosen_tasks": list(chosen) or None,  # likewise: all
         "labels": suite.labels,
         "tasks": [task.instruction for task in suite.tasks],
         "policy": None if corrected is None else corrected.request(),
@@ -135,6 +139,7 @@ def record(
         randomise=randomised,
         counterfactual=counterfactual,
         corrects=corrected is not None,
+        tasks=chosen,
     )
 
     def play(missing: list[int]) -> DemonstrationPool | CorrectionPool:

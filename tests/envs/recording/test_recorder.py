@@ -84,6 +84,29 @@ def test_tasks_take_turns_and_evaluation_states_are_never_used(recorded: Path) -
     assert len({(int(row["label.task"]), int(row["label.initial_state"])) for row in starts}) == EPISODES
 
 
+def test_chosen_tasks_take_turns_and_the_rest_is_not_shown(recorded: Path, tmp_path: Path) -> None:
+    settings = {"image_size": 16, "workers": 0, "expert": ToyExpert}
+    root = record(NAME, 5, tmp_path / "chosen", tasks=[2, 0], **settings)
+    starts = [row for row in rows(root) if row["frame_index"] == 0]
+    assert [row["label.task"] for row in starts] == [2, 0, 2, 0, 2]
+    assert [row["label.initial_state"] - FIRST_TRAINING_STATE for row in starts] == [0, 0, 10, 10, 20]
+    whole = [row["action"] for row in rows(recorded) if row["episode_index"] == 2]
+    assert whole == [row["action"] for row in rows(root) if row["episode_index"] == 0], "as in the whole suite"
+    assert record(NAME, 5, root, tasks=[2, 0], **settings) == root
+    with pytest.raises(ValueError, match=r"was recorded with chosen_tasks=\[2, 0\]; choose another output"):
+        record(NAME, 5, root, **settings)
+    settings_of = replace(toy_settings(), counterfactual=0.3, tasks=(2, 0))
+    shown = np.array([settings_of.turn(slot) is not None for slot in range(200)]).reshape(100, 2)
+    assert (np.abs(shown.cumsum(0) - 0.3 * np.arange(1, 101)[:, None]) < 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("tasks", [[], [3], [-1], ["0"], [True], "0", 1.0])
+def test_tasks_that_do_not_exist(tasks: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"has tasks 0 to 2, got tasks={re.escape(repr(tasks))}"):
+        record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, expert=ToyExpert, tasks=tasks)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_label_is_the_clean_action_and_the_noisy_one_was_executed(recorded: Path) -> None:
     episode = [row for row in rows(recorded) if row["episode_index"] == 0]
     positions = np.array([row["observation.state"][:3] for row in episode])
