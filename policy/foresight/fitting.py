@@ -28,6 +28,8 @@ from cogvla.policy.training.identity import differences
 TRAINING = "training.pt"
 PCA_FRAMES = 512
 """Frames, with all views, whose patches give the principal components."""
+TURNED = 32
+"""Samples of a batch whose pictures are moved, for the estimate of a camera's turn."""
 SEED_STRIDE = 1_000_003
 
 
@@ -44,7 +46,7 @@ class FittingConfig:
         seed: seed of the split, the weights and the samples.
     """
 
-    steps: int = 1500
+    steps: int = 3000
     batch_size: int = 64
     learning_rate: float = 2e-3
     validation_fraction: float = 0.2
@@ -88,7 +90,7 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, same = folder / TRAINING, {**identity, "fitting": asdict(config), "model": asdict(model.config)}
-    optimiser = torch.optim.AdamW(model.predictor.parameters(), config.learning_rate, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.01)
     losses: list[float] = []
     if resume and path.exists():
         losses = _restore(path, model, optimiser, same)
@@ -98,10 +100,14 @@ def fit(
     for step in bar:
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config.steps)
-        loss = prediction_loss(model, windows.gather(windows.draw(config.batch_size, config.seed * SEED_STRIDE + step)))
+        drawn = config.seed * SEED_STRIDE + step
+        window = windows.gather(windows.draw(config.batch_size, drawn))
+        loss, surprise = prediction_losses(model, window)
+        turn = model.turn.loss(window.before_BVCHW[:TURNED], drawn)
         optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.predictor.parameters(), 1.0)
+        (loss + surprise + turn).backward()
+        for part in (model.predictor, model.turn):
+            torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         optimiser.step()
         losses.append(float(loss.detach()))
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
@@ -112,11 +118,12 @@ def fit(
     return losses
 
 
-def prediction_loss(model: Foresight, window: Window) -> Tensor:
-    """Return the mean squared error of the predicted latents; the latents have no gradient."""
+def prediction_losses(model: Foresight, window: Window) -> tuple[Tensor, Tensor]:
+    """Return the mean squared error of the predicted latents, and the surprise at it; the targets get no gradient."""
     with torch.no_grad():
         z_BVND, later_BVND = model.encode(window.before_BVCHW), model.encode(window.after_BVCHW)
-    return F.mse_loss(model(z_BVND, window.state_BS, window.chunk_BKA), later_BVND)
+    prediction = model.predict(z_BVND, window.state_BS, window.chunk_BKA)
+    return F.mse_loss(prediction.latents_BVND, later_BVND), prediction.surprise(later_BVND)
 
 
 def _begin(model: Foresight, windows: Windows, seed: int) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from cogvla.configs.build import build
 from cogvla.files import read_object, write_atomic
-from cogvla.policy.foresight.predictor import Predictor
+from cogvla.policy.foresight.predictor import Prediction, Predictor
+from cogvla.policy.foresight.turn import TurnEstimator
 from cogvla.policy.inputs.normalise import Normaliser, Statistics
 from cogvla.policy.inputs.patch_pca import PatchPCA
 from cogvla.policy.interface import Embodiment
@@ -71,6 +72,7 @@ class Foresight(nn.Module):
         actions = embodiment.chunk * embodiment.action_dim if config.actions else 0
         views = len(embodiment.cameras)
         self.predictor = Predictor(views, grid, config.latent, embodiment.state_dim, actions, config.channels)
+        self.turn = TurnEstimator(views)
         self.normalise_state = Normaliser("mean_std", statistics["state"])
         self.normalise_action = Normaliser("mean_std", statistics["action"])
 
@@ -84,6 +86,10 @@ class Foresight(nn.Module):
 
     def forward(self, z_BVND: Tensor, state_BS: Tensor, chunk_BKA: Tensor) -> Tensor:
         """Predict the latents [B,V,N,D] after the chunk; state and executed actions are in physical units."""
+        return self.predict(z_BVND, state_BS, chunk_BKA).latents_BVND
+
+    def predict(self, z_BVND: Tensor, state_BS: Tensor, chunk_BKA: Tensor) -> Prediction:
+        """Return the same, with the errors that are to be expected."""
         return self.predictor(z_BVND, self.normalise_state(state_BS), self.normalise_action(chunk_BKA))
 
 

@@ -1,20 +1,21 @@
 """Notice while a robot moves that its cameras do not show what they should.
 
-Once a whole horizon of actions is executed, four scores of each camera compare the picture with the one before them:
+Once a whole horizon of actions is executed, five scores of each camera compare the picture with the one before them:
 
     still      predicted change / seen change; large if the picture is frozen. 0 where hardly any change is predicted
-    place      mean of the four largest errors of patches, each in standard deviations of what is normal for a patch
-               at its place with this predicted change; large if something moved that should not have
+    place      mean of the four largest errors of patches, each in standard deviations of what the model expects;
+               large if something moved that should not have
     error      mean error of the prediction; large if the camera was moved or covered
     look       how unusual the part of the picture is that the latents do not keep; needs no prediction
+    turn       mean of the last two estimates of how far the camera is turned, in standard deviations; likewise
 
 A score above its threshold is an alarm, which stays until the next episode. Thresholds are conformal (Vovk et al.
 2005): the largest scores of n good episodes are n draws of what an undisturbed episode shows, so the k-th smallest of
 them, k = ceil((n + 1)(1 - a)), is exceeded by a further such episode with a probability of at most a. The a of all
 scores and cameras add up to `alpha`.
 
-Shape legend: as in docs/architecture.md, with N patches of a view, D numbers of a latent, s scores, E episodes,
-T executed actions.
+Shape legend: as in docs/architecture.md, with N patches of a view, D numbers of a latent, s scores, t numbers
+of a turn, E episodes, T executed actions.
 """
 
 from __future__ import annotations
@@ -30,71 +31,75 @@ import torch
 from torch import Tensor
 
 from cogvla.policy.foresight.model import Foresight
+from cogvla.policy.foresight.predictor import SMALL, Prediction
 from cogvla.policy.foresight.windows import Windows
 from cogvla.policy.inputs.resize import resize
 from cogvla.policy.interface import Observation
 
-SCORES = ("still", "place", "error", "look")
+SCORES = ("still", "place", "error", "look", "turn")
 REASONS = {
     "still": "the picture stands still although the arm moves",
     "place": "something in the picture moved that should not have",
     "error": "the picture is not what should be seen after these actions",
     "look": "the picture looks unlike all that is known",
+    "turn": "the camera is turned",
 }
 LEAST_MOTION = 0.1
 """Predicted change of a view (root mean square of its latents) below which `still` says nothing."""
 LEAST_SEEN = 0.01
-SMALL = 1e-3
+LAST = 2
+"""Estimates of which `turn` is the mean."""
 WORST = 4
 """Patches that `place` looks at."""
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal values of each view: `place` expects a logarithm of the error of slope * log(predicted change) + offset.
+    """Normal values of each view.
 
     Attributes:
-        slope: slope of each view.
-        offset, spread: offset of each patch of each view, and the standard deviation around the line.
+        offset, spread: mean and standard deviation of `Prediction.unusual` of each patch of each view.
         look, look_spread: mean and standard deviation of the logarithm of what the latents lose of a view.
+        turn, turn_spread: mean and standard deviation of the three numbers of the estimated turn of each camera.
     """
 
-    slope: tuple[float, ...]
     offset: tuple[tuple[float, ...], ...]
     spread: tuple[tuple[float, ...], ...]
     look: tuple[float, ...]
     look_spread: tuple[float, ...]
+    turn: tuple[tuple[float, ...], ...]
+    turn_spread: tuple[tuple[float, ...], ...]
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The values as tensors [V,1], [V,N], [V,N], [V], [V], made once."""
-        slope_V, *others = (torch.tensor(getattr(self, each.name)) for each in fields(self))
-        return slope_V[:, None], *others
+        """The values as tensors [V,N], [V,N], [V], [V], [V,t], [V,t], made once."""
+        return tuple(torch.tensor(getattr(self, each.name)) for each in fields(self))
 
     @classmethod
     @torch.inference_mode()
     def of(cls, model: Foresight, windows: Windows, seed: int = 0, samples: int = 1024) -> Normal:
         """Measure on samples that the model was not trained on."""
-        logs = []
+        parts = []
         for rows_B in windows.draw(samples, seed).split(64):
             window = windows.gather(rows_B)
-            z_BVND = model.encode(window.before_BVCHW)
-            guess_BVND = model(z_BVND, window.state_BS, window.chunk_BKA)
-            later_BVND = model.encode(window.after_BVCHW)
-            lost_BV = _lost(model, window.after_BVCHW, later_BVND)
-            logs.append((*_logs(z_BVND, guess_BVND, later_BVND), lost_BV))
-        change_BVN, error_BVN, lost_BV = (torch.cat(parts) for parts in zip(*logs, strict=True))
-        x_BVN, y_BVN = (values - values.mean(0) for values in (change_BVN, error_BVN))
-        slope_V1 = (x_BVN * y_BVN).sum((0, 2))[:, None] / x_BVN.square().sum((0, 2))[:, None].clamp(min=SMALL)
-        rest_BVN = error_BVN - slope_V1 * change_BVN
-        offset_VN, spread_VN = rest_BVN.mean(0), rest_BVN.std(0).clamp(min=SMALL)
-        look_V, look_spread_V = lost_BV.mean(0), lost_BV.std(0).clamp(min=SMALL)
-        slope_V = slope_V1.flatten()
-        return cls(*(_tuples(values.tolist()) for values in (slope_V, offset_VN, spread_VN, look_V, look_spread_V)))
+            z_BVND, later_BVND = model.encode(window.before_BVCHW), model.encode(window.after_BVCHW)
+            unusual_BVN = model.predict(z_BVND, window.state_BS, window.chunk_BKA).unusual(later_BVND)
+            parts.append((unusual_BVN, _lost(model, window.after_BVCHW, later_BVND), model.turn(window.after_BVCHW)))
+        values: list[Any] = []
+        for of_all in zip(*parts, strict=True):
+            x = torch.cat(of_all)
+            values += [x.mean(0), x.std(0).clamp(min=SMALL)]
+        return cls(*(_tuples(each.tolist()) for each in values))
 
 
 def score(
-    model: Foresight, normal: Normal, z_BVND: Tensor, guess_BVND: Tensor, pixels_BVCHW: Tensor, later_BVND: Tensor
+    model: Foresight,
+    normal: Normal,
+    z_BVND: Tensor,
+    prediction: Prediction,
+    pixels_BVCHW: Tensor,
+    later_BVND: Tensor,
+    turn_BVt: Tensor,
 ) -> Tensor:
     """Return the scores [B,V,s] of pictures, in the order of `SCORES`.
 
@@ -102,28 +107,25 @@ def score(
         model: the model.
         normal: what is normal.
         z_BVND: latents before the chunk.
-        guess_BVND: prediction for after it.
+        prediction: what was predicted for after it.
         pixels_BVCHW: pictures after it.
         later_BVND: their latents.
+        turn_BVt: mean of the last estimates of the cameras' turns.
     """
+    guess_BVND = prediction.latents_BVND
+    offset_VN, spread_VN, look_V, look_spread_V, turn_Vt, turn_spread_Vt = normal.tensors
     predicted_BV, seen_BV = ((x - z_BVND).square().mean((-1, -2)).sqrt() for x in (guess_BVND, later_BVND))
     still_BV = torch.where(predicted_BV > LEAST_MOTION, predicted_BV / (seen_BV + LEAST_SEEN), 0.0)
-    change_BVN, error_BVN = _logs(z_BVND, guess_BVND, later_BVND)
-    slope_V1, offset_VN, spread_VN, look_V, look_spread_V = normal.tensors
-    unusual_BVN = (error_BVN - slope_V1 * change_BVN - offset_VN) / spread_VN
+    unusual_BVN = (prediction.unusual(later_BVND) - offset_VN) / spread_VN
     place_BV = unusual_BVN.topk(min(WORST, unusual_BVN.shape[-1])).values.mean(-1)
+    error_BV = (guess_BVND - later_BVND).square().mean((-1, -2))
     look_BV = ((_lost(model, pixels_BVCHW, later_BVND) - look_V) / look_spread_V).abs()
-    return torch.stack((still_BV, place_BV, (guess_BVND - later_BVND).square().mean((-1, -2)), look_BV), dim=-1)
+    turned_BV = ((turn_BVt - turn_Vt) / turn_spread_Vt).square().sum(-1).sqrt()
+    return torch.stack((still_BV, place_BV, error_BV, look_BV, turned_BV), dim=-1)
 
 
 def _tuples(values: Any) -> Any:
     return tuple(map(_tuples, values)) if isinstance(values, list) else values
-
-
-def _logs(z_BVND: Tensor, guess_BVND: Tensor, later_BVND: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logarithms [B,V,N] of the predicted change and of the error of each patch."""
-    change_BVN, error_BVN = ((guess_BVND - x).square().mean(-1) for x in (z_BVND, later_BVND))
-    return (change_BVN + SMALL).log(), (error_BVN + SMALL).log()
 
 
 def _lost(model: Foresight, pixels_BVCHW: Tensor, z_BVND: Tensor) -> Tensor:
@@ -218,6 +220,7 @@ class _Episode:
     """State of one robot's episode."""
 
     starts: list[_Start] = field(default_factory=list)
+    turns_Vt: list[Tensor] = field(default_factory=list)
     highest_Vs: np.ndarray | None = None
     compared: int = 0
     alarm: str | None = None
@@ -264,14 +267,18 @@ class Monitor:
         state_BS = torch.from_numpy(np.ascontiguousarray(observation.state, np.float32))
         later_BVND = self.model.encode(pixels_BVCHW)
         episodes = [self._episodes.setdefault(slot, _Episode()) for slot in slots]
+        for episode, turn_Vt in zip(episodes, self.model.turn(pixels_BVCHW), strict=True):
+            episode.turns_Vt = [*episode.turns_Vt[1 - LAST :], turn_Vt]
         rows = [row for row, e in enumerate(episodes) if e.starts and e.starts[0].steps >= self.horizon]
         if rows:
             due = [episodes[row].starts.pop(0) for row in rows]
             z_BVND = torch.stack([start.z_VND for start in due])
             chunk_BKA = torch.from_numpy(np.stack([np.concatenate(start.executed) for start in due]))
-            guess_BVND = self.model(z_BVND, torch.stack([start.state_S for start in due]), chunk_BKA)
-            seen = (x if len(rows) == len(x) else x[rows] for x in (pixels_BVCHW, later_BVND))  # one robot: no copies
-            scores_BVs = score(self.model, self.normal, z_BVND, guess_BVND, *seen)
+            prediction = self.model.predict(z_BVND, torch.stack([start.state_S for start in due]), chunk_BKA)
+            whole = len(rows) == len(slots)  # one robot: no copies
+            seen_BVCHW, seen_BVND = (x if whole else x[rows] for x in (pixels_BVCHW, later_BVND))
+            turn_BVt = torch.stack([torch.stack(episodes[row].turns_Vt).mean(0) for row in rows])
+            scores_BVs = score(self.model, self.normal, z_BVND, prediction, seen_BVCHW, seen_BVND, turn_BVt)
             for row, scores_Vs in zip(rows, scores_BVs.numpy(), strict=True):
                 self._note(episodes[row], scores_Vs)
         for episode, z_VND, state_S in zip(episodes, later_BVND, state_BS, strict=True):

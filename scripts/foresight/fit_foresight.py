@@ -72,7 +72,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     losses = fit(model.train(), windows, fitting, folder, identity, values["resume"])
     report = {
         "command": command,
-        "parameters": sum(p.numel() for p in model.predictor.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "horizon": embodiment.chunk,
         "held_out": measure(model.eval(), unseen, fitting.seed),
         "loss": sum(losses[-100:]) / len(losses[-100:]),

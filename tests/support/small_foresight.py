@@ -41,7 +41,7 @@ def calibrate(folder: Path, *more: str) -> dict[str, Any]:
     overrides = [
         f"foresight={folder}",
         f"checkpoint={SHIPPED}",
-        "episodes=10",
+        "episodes=14",
         "alpha=0.9",
         "measured=0",
         "workers=0",

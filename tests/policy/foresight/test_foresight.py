@@ -10,7 +10,7 @@ import torch
 
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.frames import ArrayFrames
-from cogvla.policy.foresight.fitting import FittingConfig, fit, prediction_loss
+from cogvla.policy.foresight.fitting import FittingConfig, fit, prediction_losses
 from cogvla.policy.foresight.measure import copy_ratios, measure
 from cogvla.policy.foresight.model import (
     DESCRIPTION,
@@ -106,7 +106,13 @@ def test_the_latents_are_frozen_and_half_way_is_known() -> None:
     windows = Windows(pushed_data())
     model = untrained(windows)
     window = windows.gather(windows.rows[:4])
-    prediction_loss(model, window).backward()
+    loss, surprise = prediction_losses(model, window)
+    surprise.backward(retain_graph=True)
+    assert {name.split(".")[0] for name, p in model.predictor.named_parameters() if p.grad is not None} == {
+        "expect",
+        "place",
+    }
+    loss.backward()
     assert all(not buffer.requires_grad for buffer in model.pca.buffers())
     assert model.predictor.leave.weight.grad is not None
 

@@ -31,11 +31,11 @@ def test_it_takes_thresholds_and_measures_them(fitted: Path, capsys: pytest.Capt
     assert measured["covered"]["alarms"] == 1.0
     body = json.loads((fitted / "monitor.json").read_text())
     assert body["about"]["measured"] == measured
-    assert body["about"]["calibration"]["episodes"] == 10
+    assert body["about"]["calibration"]["episodes"] == 14
     assert body["thresholds"]["alpha"] == 0.9
     monitor = open_monitor(fitted, load_policy(SHIPPED).embodiment)
     assert monitor.thresholds is not None
-    assert monitor.thresholds.episodes == body["about"]["calibration"]["successful"] >= 8
+    assert monitor.thresholds.episodes == body["about"]["calibration"]["successful"] >= 11
     for camera in monitor.cameras:
         for name in SCORES:
             assert 0 <= monitor.thresholds.median[camera][name] <= monitor.thresholds.limit[camera][name]
@@ -44,7 +44,7 @@ def test_it_takes_thresholds_and_measures_them(fitted: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("alpha=0.5", "alpha=0.5 of 2 cameras needs 15 successful episodes, and episodes=10; raise episodes or alpha"),
+        ("alpha=0.5", "alpha=0.5 of 2 cameras needs 19 successful episodes, and episodes=14; raise episodes or alpha"),
         ("alpha=1", "alpha must be above 0 and below 1, got 1"),
         ("alpha=high", "alpha must be above 0 and below 1, got high"),
         ("episodes=0", "episodes must be at least 1"),
