@@ -45,7 +45,7 @@ class ForesightConfig:
 
 
 class Foresight(nn.Module):
-    """Latents of pictures, and a prediction of those after the chunk.
+    """Latents of pictures, a prediction of those after the chunk, and an estimate of how far the cameras are turned.
 
     Args:
         config: its sizes.
