@@ -85,7 +85,7 @@ def test_tasks_take_turns_and_evaluation_states_are_never_used(recorded: Path) -
 
 
 def test_chosen_tasks_take_turns_and_the_rest_is_not_shown(recorded: Path, tmp_path: Path) -> None:
-    settings = {"image_size": 16, "workers": 0, "expert": ToyExpert}
+    settings: dict[str, Any] = {"image_size": 16, "workers": 0, "expert": ToyExpert}
     root = record(NAME, 5, tmp_path / "chosen", tasks=[2, 0], **settings)
     starts = [row for row in rows(root) if row["frame_index"] == 0]
     assert [row["label.task"] for row in starts] == [2, 0, 2, 0, 2]
