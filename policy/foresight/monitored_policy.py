@@ -15,7 +15,7 @@ import numpy as np
 
 from cogvla.configs.build import build
 from cogvla.files import file_hash, read_object, write_atomic
-from cogvla.policy.foresight.model import DESCRIPTION, check_fits, load_foresight
+from cogvla.policy.foresight.model import DESCRIPTION, WEIGHTS, check_fits, load_foresight
 from cogvla.policy.foresight.monitor import SCORES, Monitor, Normal, Thresholds
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation, Policy, begin_episode, end_episode
 
@@ -72,12 +72,18 @@ def open_monitor(folder: Path, embodiment: Embodiment, calibrated: bool = True) 
             raise ValueError("a threshold is not positive")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / MONITOR} is damaged ({error}); {CALIBRATE}") from error
+    if body.get("weights_sha256") != file_hash(folder / WEIGHTS):
+        raise ValueError(f"{folder / MONITOR} was measured with another model than the one beside it; {CALIBRATE}")
     return Monitor(model, normal, thresholds)
 
 
 def save_thresholds(folder: Path, thresholds: Thresholds, about: Mapping[str, Any]) -> None:
-    """Write the thresholds into the folder of foresight."""
-    body = {"thresholds": asdict(thresholds), "about": dict(about)}
+    """Write the thresholds into the folder of foresight, with the hash of the model that they were measured with."""
+    body = {
+        "thresholds": asdict(thresholds),
+        "weights_sha256": file_hash(folder / WEIGHTS),
+        "about": dict(about),
+    }
     write_atomic(folder / MONITOR, json.dumps(body, indent=2, default=str) + "\n")
 
 

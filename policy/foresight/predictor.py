@@ -25,7 +25,7 @@ SMALL = 1e-3
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted of pictures.
+    """Predicted latents of pictures, and the errors to expect of them.
 
     Attributes:
         latents_BVND: their latents.

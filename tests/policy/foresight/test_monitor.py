@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable
 from dataclasses import asdict
@@ -188,6 +189,12 @@ def test_a_monitor_is_saved_and_what_is_missing_is_named(
     assert set(watched.describe()) == {"name", "monitor", "foresight"}
     with pytest.raises(ValueError, match="looks 4 actions ahead, which is no multiple of execute_steps=3"):
         MonitoredPolicy.open(Recorded(0), tmp_path / "policy", 3)
+    with torch.no_grad():
+        refitted = copy.deepcopy(model)
+        refitted.pca.scale.mul_(2)
+    save_foresight(folder, refitted, {"normal": asdict(normal)})
+    with pytest.raises(ValueError, match=r"monitor.json was measured with another model .*; calibrate it"):
+        open_monitor(folder, ROBOT)
     for damage in ('{"thresholds": {"limit": {}}}', "{}", "no", '{"thresholds": null}'):
         (folder / "monitor.json").write_text(damage)
         with pytest.raises(ValueError, match=r"monitor.json is damaged .*; calibrate it with `calibrate_monitor`"):

@@ -16,9 +16,7 @@ SIZE = 64
 def pictures(count: int, seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> torch.Tensor:
     """Draw pictures [X,3,H,W]: a fixed bright cross, as a camera sees the fingers, before things that differ."""
     generator = torch.Generator().manual_seed(seed)
-    things = torch.nn.functional.interpolate(
-        torch.rand(count, 3, 5, 5, generator=generator) * 100, size, mode="bilinear"
-    )
+    things = F.interpolate(torch.rand(count, 3, 5, 5, generator=generator) * 100, size, mode="bilinear")
     height, width = size
     things[:, :, height // 2 - 2 : height // 2 + 3] = 250
     things[:, 0, :, width // 2 - 2 : width // 2 + 3] = 250
@@ -59,9 +57,7 @@ def test_it_learns_from_pictures_alone() -> None:
     unseen = views(32, 99_999)
     assert torch.equal(model.loss(unseen, 7), model.loss(unseen, 7)), "what is drawn depends on the seed alone"
     with torch.inference_mode():
-        still, moved = (
-            model(unseen),
-            model(unseen.roll((-3, -2), dims=(3, 4))),
-        )  # as if it looked lower and to the right
+        still = model(unseen)
+        moved = model(unseen.roll((-3, -2), dims=(3, 4)))  # as if the cameras looked lower and to the right
     none_Vt, found_Vt, noise_Vt = still.mean(0)[:, :2], moved.mean(0)[:, :2], still.std(0)[:, :2]
     assert ((found_Vt - none_Vt) / noise_Vt > 3).all()
