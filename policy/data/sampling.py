@@ -33,7 +33,6 @@ class TrainingBatches:
         batch_size: B.
         seed: seed of the order.
         history: number O of earlier frames of the same episode that come with each sample, and the steps between them.
-        ahead: steps to a later frame that comes with each sample; 0: none.
     """
 
     def __init__(
@@ -42,9 +41,8 @@ class TrainingBatches:
         batch_size: int,
         seed: int,
         history: tuple[int, int] = (0, 1),
-        ahead: int = 0,
     ) -> None:
-        self.history, self.ahead = history, ahead
+        self.history = history
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         if not len(data):
@@ -96,17 +94,13 @@ class TrainingBatches:
             `labels`, name -> [B,...]; with statistics of each data set, `set` int64 [B], its index; where frames differ
             in it, `weight` float32 [B]. With a history, `past_pixels` uint8 [B,O,V,3,H,W] and `past_state` float32
             [B,O,S], the oldest first, and `past_age` int64 [B], the number of them that are in the episode; the others
-            repeat its first frame. With a later frame, `later_pixels` uint8 [B,V,3,H,W], and `later_is_pad` bool [B],
-            True where the episode ends before it; its last frame stands in.
+            repeat its first frame.
         """
         samples = {"pixels": torch.from_numpy(self.data.frames.take(rows_B.numpy())), **self.columns(rows_B)}
         if self.history[0]:
             past_BO, _ = self._past(rows_B)
             past = torch.from_numpy(self.data.frames.take(past_BO.flatten().numpy()))
             samples["past_pixels"] = past.unflatten(0, past_BO.shape)
-        if self.ahead:
-            later_B = torch.minimum(rows_B + self.ahead, self._end_N[rows_B] - 1)
-            samples["later_pixels"] = torch.from_numpy(self.data.frames.take(later_B.numpy()))
         return samples
 
     def _past(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +128,6 @@ class TrainingBatches:
             "labels": {name: values[rows_B] for name, values in data.frame_labels.items()},
             **({"set": data.part_of(rows_B)} if data.each else {}),
             **self._past_columns(rows_B),
-            **({"later_is_pad": rows_B + self.ahead >= self._end_N[rows_B]} if self.ahead else {}),
         }
 
     def _past_columns(self, rows_B: Tensor) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from cogvla.configs.build import build
 from cogvla.files import read_object, write_atomic
+from cogvla.policy.foresight.patch_pca import PatchPCA
 from cogvla.policy.foresight.predictor import Prediction, Predictor
 from cogvla.policy.foresight.turn import TurnEstimator
 from cogvla.policy.inputs.normalise import Normaliser, Statistics
-from cogvla.policy.inputs.patch_pca import PatchPCA
 from cogvla.policy.interface import Embodiment
 
 DESCRIPTION, WEIGHTS = "foresight.json", "foresight.safetensors"

@@ -24,7 +24,6 @@ from cogvla.policy.model.cogvla import ModelInput, Past
 from cogvla.policy.model.heads.committed import CommittedInput
 from cogvla.policy.model.heads.interface import DRAWS
 from cogvla.policy.training.auxiliary.blind_weights import BlindWeights
-from cogvla.policy.training.auxiliary.foresight import FrozenLatents, when
 from cogvla.policy.training.objective import Batch, ObjectiveConfig, choose_alternative
 from cogvla.policy.training.wordings import InstructionAugmentation, Wordings
 
@@ -51,7 +50,6 @@ class Choices:
         wording_B: index of the wording, see `Wordings`; None: the instruction as the data has it.
         unknown_BT: True for words to replace by the unknown word; None: no word.
         committed_B: number of committed actions, int64; None: none.
-        seen_B: weight of each sample for `ObjectiveConfig.foresight`; None without it.
     """
 
     instruction_B: Tensor
@@ -69,7 +67,6 @@ class Choices:
     wording_B: Tensor | None = None
     unknown_BT: Tensor | None = None
     committed_B: Tensor | None = None
-    seen_B: Tensor | None = None
 
     @property
     def changes(self) -> Changes:
@@ -173,8 +170,6 @@ class BatchBuilder:
         if self.has_alternatives:
             self.instruction_of_task = torch.full((labels["possible"].shape[-1],), -1)
             self.instruction_of_task[labels["task"].flatten()] = data.instruction_ids
-
-        self.latents = FrozenLatents(data) if config.foresight else None
         self.blind: BlindWeights | None = None
         if config.prior:
             assert config.blind is not None
@@ -220,9 +215,7 @@ class BatchBuilder:
         choices = self._weighted(samples, instruction_B, keep_B, weight_BK, points_BG, changes)
         wording_B, unknown_BT = self.wordings.draw(instruction_B, generator)
         draws = {"noise_BRKA": noise_BRKA, "time_BR": time_BR, "draw_B2": draw_B2}
-        seen_B = None if self.latents is None else when(samples, instruction_B)
-        more = replace(choices, **draws, wording_B=wording_B, unknown_BT=unknown_BT)
-        return replace(more, committed_B=committed_B, seen_B=seen_B)
+        return replace(choices, **draws, wording_B=wording_B, unknown_BT=unknown_BT, committed_B=committed_B)
 
     def evaluation(
         self, samples: dict[str, Any], instruction_B: Tensor | None = None, held_out_wording: bool = False
@@ -260,11 +253,6 @@ class BatchBuilder:
             text[1].to(device, non_blocking=True),
             self.preprocessor.normalised_state(samples["state"].to(device, non_blocking=True), samples.get("set")),
         )
-        seen = None
-        if self.latents is not None and choices.seen_B is not None:
-            later_BVCHW = samples["later_pixels"].to(device, non_blocking=True)
-            later_BVCHW = change(later_BVCHW, self.preprocessor.crop_area, choices.changes)
-            seen = self.latents(inputs.pixels, later_BVCHW, inputs.state, choices.seen_B)
         keep_B1 = choices.keep_state_B[:, None].to(inputs.state)
         committed = self._committed(samples, choices.committed_B)
         inputs = replace(inputs, past=self._past(samples, choices, keep_B1), committed=committed)
@@ -287,7 +275,6 @@ class BatchBuilder:
             there(choices.noise_BRKA),
             there(choices.time_BR),
             there(self.wordings.group_I[choices.instruction_B]),
-            seen,
         )
 
     def _committed(self, samples: dict[str, Any], number_B: Tensor | None) -> CommittedInput | None:

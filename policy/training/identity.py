@@ -23,6 +23,9 @@ SETTINGS: Mapping[str, type] = {
 }
 """Parts of an identity -> the dataclass with their defaults."""
 
+REMOVED = {"objective.foresight": 0.0, "objective.foresight_target": "future"}
+"""Settings that earlier versions had -> the value with which they changed nothing."""
+
 
 def identity(
     data: DemonstrationData, preprocessor: Preprocessor, objective: ObjectiveConfig, wordings: Wordings
@@ -54,9 +57,10 @@ def identity(
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say what differs between two results of `identity`, one text for each value.
 
-    A setting that the version of `before` did not have counts as its default, which changes nothing.
+    A setting that one of the versions does not have counts as its default, which changes nothing.
     """
     was, has = _flat(before), _flat(now)
+    was = {name: value for name, value in was.items() if name in has or REMOVED.get(name, MISSING) != value}
     for name, kind in SETTINGS.items():
         if name in before:
             was |= {key: value for key, value in _flat(_defaults(kind), f"{name}.").items() if key not in was}

@@ -38,7 +38,6 @@ from cogvla.policy.training.auxiliary.concepts import Concepts
 from cogvla.policy.training.auxiliary.contrast import contrast_loss
 from cogvla.policy.training.auxiliary.distillation import Distillation, attention_match
 from cogvla.policy.training.auxiliary.diversity import AttentionDiversity, check_readable
-from cogvla.policy.training.auxiliary.foresight import PATCH, TARGETS, ForesightHead, Seen
 from cogvla.policy.training.auxiliary.masking import TokenMask, hide
 from cogvla.policy.training.auxiliary.matching import Matching
 from cogvla.policy.training.auxiliary.pointing import Pointer, pointing_loss
@@ -76,8 +75,6 @@ class ObjectiveConfig:
         teacher: checkpoint folder of the teacher; the YAML sets the run's `base`.
         prior: strength in [0,1] of weighting actions by the error of a policy without vision (PRIOR).
         blind: checkpoint folder of the policy without vision, which objective=blind trains.
-        foresight: weight of predicting what the cameras show at the end of the chunk (0.1 in its sources); no labels.
-        foresight_target: `future`, or `present` for the control that reconstructs the frame that it sees.
 
     `policy/training/auxiliary` explains `pointer` and the fields below it, with their sources.
     """
@@ -103,8 +100,6 @@ class ObjectiveConfig:
     teacher: str | None = None
     prior: float = 0.0
     blind: str | None = None
-    foresight: float = 0.0
-    foresight_target: str = "future"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phase_weights", tuple(self.phase_weights))
@@ -113,7 +108,7 @@ class ObjectiveConfig:
             raise ValueError(f"objective.gripper_state must name x, y and z or nothing, got {self.gripper_state}")
         weights = (
             *(self.grounding, self.reading, self.pointing, self.pointer),
-            *(self.contrast, self.matching, self.concepts, self.diversity, self.distillation, self.foresight),
+            *(self.contrast, self.matching, self.concepts, self.diversity, self.distillation),
         )
         shares = (self.state_dropout, self.masking, self.vision_dropout, self.prior)
         if min(weights) < 0 or not 0 <= self.counterfactual < 1 or min(shares) < 0 or max(shares) > 1:
@@ -122,12 +117,6 @@ class ObjectiveConfig:
             raise ValueError(f"objective.mask_pool must be at least 1 (a single mask token), got {self.mask_pool}")
         if self.concept_pool < 2:
             raise ValueError(f"objective.concept_pool must be at least 2 (entries to choose), got {self.concept_pool}")
-        if self.foresight_target not in TARGETS:
-            raise ValueError(
-                f"objective.foresight_target must be {' or '.join(TARGETS)}, got {self.foresight_target!r}"
-            )
-        if self.foresight and (self.masking or self.vision_dropout):
-            raise ValueError("objective.foresight needs all vision tokens: set masking and vision_dropout to 0")
         if self.distillation and self.teacher is None:
             raise ValueError(
                 "objective.distillation needs a teacher: objective.teacher=FOLDER, a checkpoint of this policy with "
@@ -156,7 +145,6 @@ class Batch:
         noise_BRKA: noise for the head's error, see `ActionHead.error`.
         time_BR: times for the head's error, see `ActionHead.error`.
         instruction_B: number of the instruction, the same for all of its wordings.
-        seen: latents for `ObjectiveConfig.foresight`; None without it.
     """
 
     inputs: ModelInput
@@ -168,7 +156,6 @@ class Batch:
     noise_BRKA: Tensor | None = None
     time_BR: Tensor | None = None
     instruction_B: Tensor | None = None
-    seen: Seen | None = None
 
 
 class GroundingHead(nn.Module):
@@ -216,12 +203,11 @@ class Objective(nn.Module):
             )
         self.model, self.config = model, config
         varies = bool(model.config.routing.router.train_budgets)
-        reads = next((name for name in ("grounding", "foresight") if getattr(config, name)), None)
-        if reads and varies and self._grid(vision_tokens) is None:
+        if config.grounding and varies and self._grid(vision_tokens) is None:
             raise ValueError(
-                f"objective.{reads} needs a fixed number of vision tokens, or grids of them; "
+                "objective.grounding needs a fixed number of vision tokens, or grids of them; "
                 "routing.router.train_budgets varies the number, and this router does not leave grids: "
-                f"set objective.{reads}=0 or train_budgets=[], or use a router that pools, such as flex_count"
+                "set objective.grounding=0 or train_budgets=[], or use a router that pools, such as flex_count"
             )
         if model.router is not None and model.router.before is not None and model.router.before.projects:
             model.vision.fusion.requires_grad_(False)  # the router is the projector
@@ -240,11 +226,6 @@ class Objective(nn.Module):
         self.matching = Matching(width) if config.matching else None
         self.concepts = Concepts(width, config.concept_pool) if config.concepts else None
         self.mask = TokenMask(config.masking, config.mask_pool, width, config.mask_matching) if config.masking else None
-        self.foresight: ForesightHead | None = None
-        if config.foresight:
-            views, patches = len(model.embodiment.cameras), (camera.height // PATCH) * (camera.width // PATCH)
-            sizes = vision_tokens, width, model.embodiment.state_dim, views, patches
-            self.foresight = ForesightHead(*sizes, config.foresight_target)
         self.distillation: Distillation | None = None
         if config.distillation:
             assert teacher is not None, "distillation needs a teacher"
@@ -257,8 +238,7 @@ class Objective(nn.Module):
             `loss`, which is minimised, and its parts without their weights: `action_ERROR`, where ERROR is the head's
             `error_name`; `grounding_l1`, `reading_l1` and `pointing_ce` if the batch has labels; `router_NAME` for
             losses of token routers; and `pointer_ce`, `contrast_nce`, `matching_ce`, `concepts_nce`, `diversity_cos`,
-            `foresight_l1` (with `foresight_copy_l1`, the error of copying the present frame), `teacher_kl` and
-            `teacher_ERROR` if they are turned on.
+            `teacher_kl` and `teacher_ERROR` if they are turned on.
         """
         config = self.config
         watch = config.pointing and batch.image_points_BV22 is not None and self.model.config.routing.efa
@@ -310,10 +290,6 @@ class Objective(nn.Module):
                 add("matching_ce", self.matching(*texts, batch.inputs.draw), config.matching)
             if self.concepts is not None:
                 add("concepts_nce", self.concepts(*texts), config.concepts)
-        if self.foresight is not None:
-            assert batch.seen is not None
-            error, losses["foresight_copy_l1"] = self.foresight(self._same_grid(output.vision), batch.seen)
-            add("foresight_l1", error, config.foresight)
         if observer is not None:
             add("diversity_cos", observer.loss(), config.diversity)
         if self.distillation is not None:

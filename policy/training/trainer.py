@@ -109,8 +109,7 @@ class Trainer:
         if config.cpu_parts > 1 and alone_on_cpu and not bf16:
             self.parallel = ParallelGradients(self.raw, config.cpu_parts, config.compile)
         training, held_out = data.split(config.validation_fraction, config.seed)
-        ahead = data.chunk if self.raw.config.foresight else 0
-        self.batches = TrainingBatches(training, config.batch_size, config.seed, self.raw.model.history, ahead)
+        self.batches = TrainingBatches(training, config.batch_size, config.seed, self.raw.model.history)
         self.held_out = held_out
         pictures_and_words = config.augmentation, config.wordings
         prefix = model_config.head.prefix, config.prefix_share

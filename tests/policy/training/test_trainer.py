@@ -254,6 +254,10 @@ def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -
     matched = {**now, "objective": asdict(replace(LABELLED, matching=0.5))}
     assert differences(old, matched) == ["objective.matching was 0.0, is 0.5"]
     assert differences({"objective": {}}, {"objective": asdict(ObjectiveConfig())}) == []
+    gone = {**now, "objective": {**now["objective"], "foresight": 0.0, "foresight_target": "future"}}
+    assert differences(gone, now) == [], "a setting that is gone counts as its default, too"
+    gone["objective"]["foresight"] = 0.1
+    assert differences(gone, now) == ["objective.foresight was 0.1, is None"]
     known = {**now, "embodiment": {**now["embodiment"], "name": "other"}}
     assert differences(known, now) == [f"embodiment.name was other, is {ROBOT.name}"]
 

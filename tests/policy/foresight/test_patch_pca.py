@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cogvla.policy.inputs.patch_pca import PatchPCA
+from cogvla.policy.foresight.patch_pca import PatchPCA
 
 
 def pictures(count: int = 12, size: int = 16, seed: int = 0) -> torch.Tensor:
