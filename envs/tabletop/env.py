@@ -41,7 +41,7 @@ from cogvla.envs.suite import chosen_start
 from cogvla.envs.tabletop.arm import FINGER_JOINTS, FINGER_OPEN, NOMINAL_ROTATION
 from cogvla.envs.tabletop.control import CONTROL_HZ, ArmController
 from cogvla.envs.tabletop.family import Family
-from cogvla.envs.tabletop.goals import Goal, Layout, holds, labels
+from cogvla.envs.tabletop.goals import Goal, Layout, holds, labels, pushes_on
 from cogvla.envs.tabletop.perturbations import (
     PERTURBATIONS,
     PIVOT,
@@ -156,13 +156,13 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._layout
 
     def current_goal(self, task_index: int | None = None) -> Goal:
-        """Return the first goal of a task that does not hold yet, or the last goal if all hold.
+        """Return the first goal of a task that does not hold yet or is still pushed to, or the last goal if all hold.
 
         `task_index`: index of the task; None: the task of the instruction.
         """
         goals = self.goals if task_index is None else self.goals_for(task_index)
         for goal in goals[:-1]:
-            if not self._holds(goal):
+            if not self._holds(goal) or pushes_on(self.scene, goal, self.gripper_position):
                 return goal
         return goals[-1]
 
@@ -291,8 +291,11 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def target_mask(self, name: str, height: int, width: int) -> np.ndarray:
         """Return the mask of the pixels that show the item of the current goal, bool [H,W]."""
-        bodies_HW = self._renderer().bodies(self.scene.data, name, height, width)
-        return np.isin(bodies_HW, self.scene.bodies(self.current_goal().item))
+        return self.item_mask(self.current_goal().item, name, height, width)
+
+    def item_mask(self, item: str, name: str, height: int, width: int) -> np.ndarray:
+        """Return the mask of the pixels of a camera that show an item, bool [H,W]."""
+        return np.isin(self._renderer().bodies(self.scene.data, name, height, width), self.scene.bodies(item))
 
     def camera_projection(self, name: str) -> np.ndarray:
         """Return the projection matrix float32 [3,4] of a camera: homogeneous world point -> `(u*d, v*d, d)`.

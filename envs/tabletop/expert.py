@@ -14,7 +14,7 @@ import numpy as np
 from cogvla.envs.recording.execution_noise import ExecutionNoise
 from cogvla.envs.tabletop.control import POSITION_SCALE, ROTATION_SCALE, clip_norm
 from cogvla.envs.tabletop.env import TabletopEnv
-from cogvla.envs.tabletop.goals import Goal, destination_point, in_place, push_start
+from cogvla.envs.tabletop.goals import PUSH_HEIGHT, Goal, destination_point, in_place, push_offset, push_start
 
 PHASES = ("approach", "descend", "grasp", "transport", "lower", "release", "push", "pull", "press")
 GAIN = 0.4
@@ -26,6 +26,8 @@ _GRASP_ZONE = 0.010
 _WIDE_ZONE = 0.018
 _CLOSING = 0.036
 """Metres of finger position: a finger below this is closing, or has not opened yet."""
+_FIST = 0.004
+"""Metres of finger position: fingers below this hold nothing."""
 _STALLED = 0.01
 """Metres per second: a closing finger slower than this has met something."""
 _LOWEST = 0.018
@@ -34,7 +36,6 @@ _DROP, _STACK_DROP = 0.015, 0.007
 _RETREAT = 0.04
 _HANDLE_GRIPPED = 0.018
 """Metres of finger position: fingers below this hold the handle, which is 12 mm wide to each side."""
-_PUSH_HEIGHT = 0.016
 _RELEASE = {"tray": (0.030, 3.0), "plate": (0.025, 3.0), "cube": (0.007, 8.0)}
 """Kind of destination -> largest distance in metres off its centre to let go, and slope of the funnel."""
 
@@ -89,7 +90,7 @@ class Expert:
         gripper = self._env.gripper_position
         error = point - (gripper if reference is None else reference)
         distance = float(np.hypot(error[0], error[1]))
-        lowest = max(gripper[2] + error[2], _PUSH_HEIGHT)
+        lowest = max(gripper[2] + error[2], PUSH_HEIGHT)
         height = lowest + np.clip(slope * (distance - tolerance), 0.0, max(hover - lowest, 0.0))
         sideways = float(np.clip(1.0 - (height - gripper[2]) / 0.035, 0.0, 1.0))
         across = sideways * clip_norm(error[:2], POSITION_SCALE / GAIN)
@@ -123,7 +124,8 @@ class Expert:
             wait = float(np.clip((_CLOSING - finger) / 0.02, 0.0, 1.0))
             aim[2] = max(aim[2], point[2] + 0.06 * wait)
         self._set_phase("approach" if distance > 0.03 else "descend")
-        return aim, OPEN
+        pushed = finger < _FIST and distance > 0.06 and gripper[2] < HOVER / 2  # opening here would push once more
+        return aim, CLOSE if pushed else OPEN
 
     # --- skills ------------------------------------------------------------------------------------------------------
 
@@ -150,18 +152,16 @@ class Expert:
     def _push(self, goal: Goal) -> tuple[np.ndarray, float]:
         """Push an item from behind with closed fingers; steer so that the contact normal points to the destination."""
         gripper = self._env.gripper_position
-        start, touch, ahead = push_start(self._scene, goal)
+        start, _, ahead = push_start(self._scene, goal)
         left = float(np.hypot(*(self._scene.position(goal.destination) - self._scene.position(goal.item))[:2]))
-        aside = np.array([-ahead[1], ahead[0]])
-        offset = gripper[:2] - touch[:2]
-        behind, off = -float(offset @ ahead), float(offset @ aside)
-        if gripper[2] < _PUSH_HEIGHT + 0.01 and abs(off) < 0.02 and -0.015 < behind < 0.05:
+        off = push_offset(self._scene, goal, gripper)
+        if off is not None:
             self._set_phase("push")
-            step = min(left + 0.02, 0.035) * ahead - 1.5 * off * aside
-            return np.array([*(gripper[:2] + step), _PUSH_HEIGHT]), CLOSE
+            step = min(left + 0.02, 0.035) * ahead - 1.5 * off * np.array([-ahead[1], ahead[0]])
+            return np.array([*(gripper[:2] + step), PUSH_HEIGHT]), CLOSE
         distance = float(np.hypot(*(start - gripper)[:2]))
         self._set_phase("approach" if distance > 0.03 else "descend")
-        return self._funnel(np.array([*start[:2], _PUSH_HEIGHT]), 0.008, HOVER), self._make_fist(distance)
+        return self._funnel(np.array([*start[:2], PUSH_HEIGHT]), 0.008, HOVER), self._make_fist(distance)
 
     def _open(self, goal: Goal) -> tuple[np.ndarray, float]:
         offset = self._scene.contact_point(goal.item) - self._env.gripper_position

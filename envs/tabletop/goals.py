@@ -19,6 +19,10 @@ LABELS = 2
 """Meaning of the labels of suites with pushing, see `Suite.labels`; in 1, `target` was the centre of what is pushed."""
 PUSH_FROM = 0.028
 """Metres behind the point of touch where the hand comes down to push."""
+PUSH_HEIGHT = 0.016
+"""Height of the gripper centre in metres while it pushes."""
+PUSH_UNTIL = 0.016
+"""Metres from the destination up to which the hand pushes, although the item is in place much earlier."""
 _PUSHER = 0.0115
 """Half the width of the closed fingers in metres."""
 VERBS = ("put", "push", "open", "press")
@@ -123,6 +127,27 @@ def push_start(scene: Scene, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.nda
     reach = scene.items[goal.item].half[0] * ahead + _PUSHER * np.clip(ahead / 0.15, -1.0, 1.0)
     touch = np.array([*(item[:2] - reach), item[2]])
     return touch - PUSH_FROM * np.array([*ahead, 0.0]), touch, ahead
+
+
+def push_offset(scene: Scene, goal: Goal, gripper: np.ndarray) -> float | None:
+    """Return by how many metres the hand is beside the way of the item to push; None: it is not low behind the item."""
+    _, touch, ahead = push_start(scene, goal)
+    offset = gripper[:2] - touch[:2]
+    behind, off = -float(offset @ ahead), float(offset @ np.array([-ahead[1], ahead[0]]))
+    pushing = gripper[2] < PUSH_HEIGHT + 0.01 and abs(off) < 0.02 and -0.015 < behind < 0.05
+    return off if pushing else None
+
+
+def pushes_on(scene: Scene, goal: Goal, gripper: np.ndarray) -> bool:
+    """Return True while the hand, still behind an item to push, has not brought it to the middle of its destination.
+
+    Where another goal follows, a policy that has learned to leave as soon as the item is in place leaves a little
+    earlier, too, and then stays between both goals (docs/learning.md).
+    """
+    if goal.verb != "push" or push_offset(scene, goal, gripper) is None:
+        return False
+    left = scene.position(goal.destination) - scene.position(goal.item)
+    return float(np.hypot(left[0], left[1])) > PUSH_UNTIL
 
 
 def labels(scene: Scene, goal: Goal) -> dict[str, np.ndarray]:

@@ -6,9 +6,11 @@ import numpy as np
 
 from cogvla.envs.suite import Task
 from cogvla.envs.tabletop.family import Family
-from cogvla.envs.tabletop.goals import LABELS, Layout, Shifts
+from cogvla.envs.tabletop.goals import Layout, Shifts
 from cogvla.envs.tabletop.tasks_goal import FURNITURE, ITEMS, TASKS, draw_layout
 
+LABELS = 3
+"""Meaning of the labels; in 2, the next goal began as soon as the puck was in place, at the edge of the zone."""
 PAIRS = (
     ("red_on_plate", "blue_in_tray"),
     ("blue_on_plate", "red_in_tray"),

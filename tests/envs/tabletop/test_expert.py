@@ -9,7 +9,8 @@ from cogvla.envs import TABLETOP_SUITES
 from cogvla.envs.rotations import rotation_matrix, rotation_vector
 from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.control import POSITION_SCALE
-from cogvla.envs.tabletop.expert import PHASES, Expert
+from cogvla.envs.tabletop.expert import CLOSE, PHASES, Expert
+from cogvla.envs.tabletop.goals import destination_point, push_start
 from cogvla.scripts.command import compose
 from cogvla.scripts.expert_table import play, run
 from cogvla.tests.support import toy_suite
@@ -49,6 +50,22 @@ def test_expert_picks_up_what_was_taken_from_it() -> None:
     assert taken
     assert phases.count("grasp") >= 2
     assert (phases[0], phases[-1]) == ("approach", "release")
+
+
+def test_a_push_before_another_goal_goes_on_well_inside_the_zone() -> None:
+    env = tabletop("tabletop_long", render=False)
+    for state in range(4):
+        env.reset(options={"task": 6, "initial_state": state})
+        expert, push, pushed = Expert(env, np.random.default_rng(0)), env.goals[0], False
+        while not pushed or PHASES[expert.phase] == "push":
+            action = expert.act()
+            if PHASES[expert.phase] == "push":
+                pushed = True
+                assert np.allclose(env.labels()["target"], push_start(env.scene, push)[0], atol=1e-6), "labels push on"
+            left = destination_point(env.scene, push) - env.scene.position(push.item)
+            assert not env.step(action)[3], "too late"
+        assert np.hypot(*left[:2]) < 0.025, "it is in place from 0.038 on"
+        assert action[6] == CLOSE, "to open beside the puck would push it again"
 
 
 def test_action_depends_on_the_state_alone() -> None:
