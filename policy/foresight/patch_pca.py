@@ -77,7 +77,7 @@ class PatchPCA(nn.Module):
         height, width = pixels_XCHW.shape[-2:]
         mean_F = self._mean(height // self.patch, width // self.patch).flatten()
         x_XF = pixels_XCHW.to(mean_F.dtype).flatten(1)
-        square_X = torch.bmm(x_XF[:, None], x_XF[:, :, None]).flatten() / 255**2  # products make no large copies
+        square_X = torch.linalg.vector_norm(x_XF, dim=1).square() / 255**2
         far_X = square_X - x_XF @ (mean_F * (2 / 255)) + mean_F @ mean_F
         return ((far_X - (z_XND * self.scale).square().sum((-1, -2))) / len(mean_F)).clamp(min=0)
 

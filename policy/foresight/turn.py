@@ -11,6 +11,7 @@ Shape legend: as in docs/architecture.md, with X pictures, t the three numbers o
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -48,7 +49,8 @@ class TurnEstimator(nn.Module):
     def forward(self, pixels_BVCHW: Tensor) -> Tensor:
         """Return the turns [B,V,t] of pictures uint8 [B,V,3,H,W], each divided by the error that is to be expected."""
         x_XCHW = _small(pixels_BVCHW)
-        found_BVt, width_BVt = self._read(_moved(x_XCHW, x_XCHW.new_zeros(len(x_XCHW), NUMBERS)), len(pixels_BVCHW))
+        grid_XHW2 = _still(_ratio(x_XCHW), x_XCHW.device).expand(len(x_XCHW), -1, -1, -1)
+        found_BVt, width_BVt = self._read(_sampled(x_XCHW, grid_XHW2), len(pixels_BVCHW))
         return found_BVt * (-width_BVt).exp()
 
     def loss(self, pixels_BVCHW: Tensor, seed: int) -> Tensor:
@@ -75,21 +77,39 @@ class TurnEstimator(nn.Module):
 
 def _small(pixels_BVCHW: Tensor) -> Tensor:
     """Return pictures [X,3,h,w], 0 to 1, of which the network's are no coarse samples: about twice as large."""
-    factor = max(1, round(min(pixels_BVCHW.shape[-2:]) * SEEN / (2 * SIDE)))
+    factor = max(1, round(int(min(pixels_BVCHW.shape[-2:])) * SEEN / (2 * SIDE)))
     x_XCHW = pixels_BVCHW.flatten(0, 1).float() / 255
     return x_XCHW if factor == 1 else F.avg_pool2d(x_XCHW, factor)
 
 
 def _moved(x_XCHW: Tensor, turn_Xt: Tensor) -> Tensor:
     """Return what the network sees of pictures [X,3,h,w] that are moved by `turn_Xt`."""
-    ratio = x_XCHW.shape[2] / x_XCHW.shape[3]
+    return _sampled(x_XCHW, _grid(turn_Xt, _ratio(x_XCHW)))
+
+
+def _sampled(x_XCHW: Tensor, grid_XHW2: Tensor) -> Tensor:
+    return F.grid_sample(x_XCHW, grid_XHW2, padding_mode="border", align_corners=False)
+
+
+def _ratio(x_XCHW: Tensor) -> float:
+    """Return height by width, as a number also while the network is recorded."""
+    return int(x_XCHW.shape[2]) / int(x_XCHW.shape[3])
+
+
+@lru_cache(maxsize=4)
+def _still(ratio: float, device: torch.device) -> Tensor:
+    """Return the grid [1,H,W,2] of pictures that are not moved."""
+    return _grid(torch.zeros(1, NUMBERS, device=device), ratio)
+
+
+def _grid(turn_Xt: Tensor, ratio: float) -> Tensor:
+    """Return where the network looks in pictures of this height by width, [X,H,W,2]."""
     right_X, down_X, part_X = turn_Xt.unbind(1)
     angle_X, shift = torch.deg2rad(part_X * LARGEST_ANGLE), 2 * LARGEST_SHIFT  # a side is 2 long for `affine_grid`
     cosine_X, sine_X = SEEN * angle_X.cos(), SEEN * angle_X.sin()
     map_X6 = (cosine_X, -sine_X * ratio, shift * right_X, sine_X / ratio, cosine_X, shift * down_X)
     map_X23 = torch.stack(map_X6, dim=1).unflatten(1, (2, 3))
-    grid_XHW2 = F.affine_grid(map_X23, [len(x_XCHW), 3, SIDE, SIDE], align_corners=False)
-    return F.grid_sample(x_XCHW, grid_XHW2, padding_mode="border", align_corners=False)
+    return F.affine_grid(map_X23, [len(turn_Xt), 3, SIDE, SIDE], align_corners=False)
 
 
 def _changed(x_XCHW: Tensor, generator: torch.Generator) -> Tensor:
