@@ -104,9 +104,9 @@ def compare(
     """Compare disturbed with clean episodes.
 
     Returns:
-        `false_alarms`: alarms in clean episodes, with a 95 % interval; for each kind, its cameras, and pushes `in view`
-        or `hidden`: number of episodes, share with an alarm, and `auroc` of the monitor (`all`), of each score and of
-        the baselines, each the largest over both cameras.
+        `false_alarms`: alarms in clean episodes, with a 95 % interval; for `kind` and `kind camera`: number of
+        episodes, share with an alarm, and `auroc` of the monitor (`all`), of each score and of the baselines, each the
+        largest over both cameras.
     """
     found: dict[str, Any] = {
         "false_alarms": vars(success_rate((r.noticed or {})["alarm"] is not None for r in clean)),
@@ -119,10 +119,9 @@ def compare(
     groups: dict[str, list[EpisodeResult]] = {}
     for kind, results in disturbed_by.items():
         groups[kind] = list(results)
-        for result in results:
-            drawn = result.perturbation or {}
-            which = ("hidden" if drawn["hidden"] else "in view") if "hidden" in drawn else drawn["camera"]
-            groups.setdefault(f"{kind} {which}", []).append(result)
+        if kind != "pushed":
+            for result in results:
+                groups.setdefault(f"{kind} {(result.perturbation or {})['camera']}", []).append(result)
     for name, results in groups.items():
         found[name] = {
             "episodes": len(results),

@@ -3,8 +3,7 @@
     frozen    a camera repeats one picture
     covered   a camera shows one dark colour, with a little noise
     moved     a camera is turned by a few degrees
-    pushed    a thing that lies on the table, and not in the hand, is pushed; `hidden` says whether the fixed camera
-              shows it neither just before nor a chunk later, since the arm is in front of it
+    pushed    a thing that lies on the table, and not in the hand, is pushed
 
 The first two change observations of any suite; the others change MuJoCo's model, for environments with a `scene`, as
 the tabletop suites have it. When and what is drawn from the episode's task and initial state.
@@ -30,10 +29,6 @@ ONSET = (4, 20)
 DEGREES = 5.0
 SPEED = 1.0
 """Speed in m/s that a pushed thing gets."""
-SETTLED = 8
-"""Control steps after a push at which `hidden` looks again."""
-VISIBLE = 10
-"""Pixels of a thing, in a picture of 128 x 128, from which on it is not hidden."""
 CLEARANCE = 0.06
 """Distance in metres from the gripper beyond which a thing is not in the hand."""
 DARK, NOISE = 20, 2
@@ -61,25 +56,22 @@ class Disturbed:
             [DISTURBANCES.index(self._kind), drawn.get("task", 0), drawn.get("initial_state", 0)]
         )
         self._step, self._onset = 0, int(self._rng.integers(ONSET[0], ONSET[1] + 1))
-        self._pushed: tuple[str, int] | None = None
+        self._pushed = False
         self._camera = str(self._rng.choice(CAMERAS))
         self._last: np.ndarray = observation[self._camera]
-        self._drawn: dict[str, Any] = {"disturbance": self._kind, "step": self._onset, "camera": self._camera}
-        info["perturbation"] = self._drawn
+        info["perturbation"] = {"disturbance": self._kind, "step": self._onset, "camera": self._camera}
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Make a step; the disturbance begins before step number `_onset`."""
         if self._step == self._onset and self._kind == "moved":
             self._turn_camera()
-        if self._step >= self._onset and self._kind == "pushed" and self._pushed is None:
+        if self._step >= self._onset and self._kind == "pushed" and not self._pushed:
             self._push()
         if self._step + 1 == self._onset:
             self._env.unwrapped.skip_images = False
         observation, reward, terminated, truncated, info = self._env.step(action)
         self._step += 1
-        if self._pushed is not None and self._step == self._pushed[1] + SETTLED:
-            self._drawn["hidden"] &= not self._is_shown(self._pushed[0])
         if self._step <= self._onset:
             self._last = observation[self._camera]
         elif self._kind == "frozen":
@@ -109,16 +101,12 @@ class Disturbed:
         ]
         if not free:
             return
-        name = str(self._rng.choice(free))
-        self._pushed, self._drawn["hidden"] = (name, self._step), not self._is_shown(name)
-        body = scene.model.body(name)
+        body = scene.model.body(str(self._rng.choice(free)))
         velocity = scene.model.joint(int(body.jntadr[0])).dofadr[0]
         towards = np.array([0.5, 0.0]) - scene.data.xpos[body.id][:2]  # stays in the picture
         angle = np.arctan2(towards[1], towards[0]) + self._rng.uniform(-1, 1)
         scene.data.qvel[velocity : velocity + 2] = SPEED * np.array([np.cos(angle), np.sin(angle)])
-
-    def _is_shown(self, name: str) -> bool:
-        return int(self._env.unwrapped.item_mask(name, CAMERAS[0], 128, 128).sum()) >= VISIBLE
+        self._pushed = True
 
 
 def _build(make: Callable[..., Any], kind: str, **settings: Any) -> Any:
