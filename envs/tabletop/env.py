@@ -291,11 +291,8 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def target_mask(self, name: str, height: int, width: int) -> np.ndarray:
         """Return the mask of the pixels that show the item of the current goal, bool [H,W]."""
-        return self.item_mask(self.current_goal().item, name, height, width)
-
-    def item_mask(self, item: str, name: str, height: int, width: int) -> np.ndarray:
-        """Return the mask of the pixels of a camera that show an item, bool [H,W]."""
-        return np.isin(self._renderer().bodies(self.scene.data, name, height, width), self.scene.bodies(item))
+        bodies_HW = self._renderer().bodies(self.scene.data, name, height, width)
+        return np.isin(bodies_HW, self.scene.bodies(self.current_goal().item))
 
     def camera_projection(self, name: str) -> np.ndarray:
         """Return the projection matrix float32 [3,4] of a camera: homogeneous world point -> `(u*d, v*d, d)`.

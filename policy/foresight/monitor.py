@@ -251,6 +251,14 @@ class Monitor:
         for slot in slots:
             self._episodes.pop(slot, None)
 
+    def warm_up(self) -> None:
+        """Record what one robot needs, so that it does not wait for it while it moves; forgets all robots."""
+        robot = self.model.embodiment
+        for _ in range(2):
+            self.look([None], robot.fake_observation())
+            self.executed([None], np.zeros((1, self.horizon, robot.action_dim), np.float32))
+        self.clear()
+
     def clear(self) -> None:
         """Forget all robots."""
         self._episodes.clear()

@@ -74,7 +74,9 @@ def open_monitor(folder: Path, embodiment: Embodiment, calibrated: bool = True) 
         raise ValueError(f"{folder / MONITOR} is damaged ({error}); {CALIBRATE}") from error
     if body.get("weights_sha256") != file_hash(folder / WEIGHTS):
         raise ValueError(f"{folder / MONITOR} was measured with another model than the one beside it; {CALIBRATE}")
-    return Monitor(model, normal, thresholds)
+    monitor = Monitor(model, normal, thresholds)
+    monitor.warm_up()
+    return monitor
 
 
 def save_thresholds(folder: Path, thresholds: Thresholds, about: Mapping[str, Any]) -> None:

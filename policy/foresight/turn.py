@@ -97,6 +97,7 @@ def _ratio(x_XCHW: Tensor) -> float:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # it is kept, also for passes with gradients
 def _still(ratio: float, device: torch.device) -> Tensor:
     """Return the grid [1,H,W,2] of pictures that are not moved."""
     return _grid(torch.zeros(1, NUMBERS, device=device), ratio)

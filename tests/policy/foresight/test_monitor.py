@@ -184,7 +184,10 @@ def test_a_monitor_is_saved_and_what_is_missing_is_named(
         open_monitor(tmp_path / "policy", ROBOT)
     assert open_monitor(folder, ROBOT, calibrated=False).thresholds is None
     save_thresholds(folder, thresholds, {})
-    assert open_monitor(tmp_path / "policy", ROBOT).thresholds == thresholds
+    opened = open_monitor(tmp_path / "policy", ROBOT)
+    assert opened.thresholds == thresholds
+    assert set(opened._recorded) == {"see", "compare"}, "a moving robot does not wait for a recording"
+    assert not opened._episodes
     watched = MonitoredPolicy.open(Recorded(0), tmp_path / "policy", 2)
     assert set(watched.describe()) == {"name", "monitor", "foresight"}
     with pytest.raises(ValueError, match="looks 4 actions ahead, which is no multiple of execute_steps=3"):
