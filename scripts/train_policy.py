@@ -56,6 +56,7 @@ from cogvla.scripts.training.rounds import CorrectionsConfig, train_in_rounds
 from cogvla.scripts.training.suites import (
     EVALUATION,
     folders_to_record,
+    outdated,
     own_entry,
     percent,
     report_folders,
@@ -117,7 +118,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         for folder, suite in recordings.items() if processes.is_main_process else ():
             record(suite, output=folder, image_size=embodiment.cameras[0].height, **values["demonstrations"])
         data = open_data(data_configs[0], embodiment, entries)
-    for note in data.notes if processes.is_main_process else ():
+    for note in (*data.notes, *outdated(played, entries)) if processes.is_main_process else ():
         print(f"note: {note}")
     logging = values["wandb"] if processes.is_main_process else {**values["wandb"], "mode": "disabled"}
     with _timed(seconds, "training"), RunLog(logging, values, output) as log:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from cogvla.envs.evaluation.report import Report
+from cogvla.envs.recording.dataset_folder import START_ANEW
+from cogvla.envs.recording.recorder import RECORDING_FILE
 from cogvla.envs.suite import Suite
+from cogvla.files import read_object
 from cogvla.policy.data.config import DataConfig, DataEntry
 from cogvla.scripts.command import plain
 
@@ -46,6 +50,27 @@ def folders_to_record(played: Sequence[Suite], configs: Sequence[DataConfig]) ->
                 "as in 'data.root=outputs/demonstrations/${suite}', or give demonstrations=null if it holds both"
             )
     return found
+
+
+def outdated(played: Sequence[Suite], entries: Sequence[DataEntry]) -> list[str]:
+    """Return a note for each recording of these suites whose labels meant something else than they do now.
+
+    Raises:
+        ValueError: the file that describes a recording is damaged.
+    """
+    labels = {suite.name: suite.labels for suite in played}
+    notes = []
+    for root in dict.fromkeys(entry.config.root for entry in entries if entry.config.root is not None):
+        if not (path := Path(root) / RECORDING_FILE).is_file():
+            continue
+        made = read_object(path, START_ANEW)
+        name, meaning = made.get("suite"), made.get("labels")
+        if name in labels and meaning != labels[name]:
+            notes.append(
+                f"{root}: the labels of {name} meant something else when it was recorded ({meaning or 1}, now "
+                f"{labels[name]}): the policy learns what they were then; record it again for those of now"
+            )
+    return notes
 
 
 def own_entry(suite: Suite, config: DataConfig, entries: Sequence[DataEntry]) -> int:

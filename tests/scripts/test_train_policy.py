@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from cogvla.envs.suite import get_suite
 from cogvla.policy.checkpoint import FORECAST, load_policy
+from cogvla.policy.data.config import DataConfig, DataEntry
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training.run_log import RunLog
 from cogvla.scripts import console, train_policy
 from cogvla.scripts.command import compose
 from cogvla.scripts.training.build import build_trainer
+from cogvla.scripts.training.suites import outdated
 from cogvla.tests.support.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 
 CAMERAS = "[{name:agentview,height:32,width:32},{name:wrist,height:32,width:32}]"
@@ -386,3 +390,17 @@ def test_a_disabled_log_leaves_nothing(tmp_path: Path) -> None:
     with RunLog({"mode": "disabled", "project": "cogvla"}, {}, tmp_path) as log:
         log.write({"train/loss": 0.5}, 20)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("recorded", "said"), [(3, False), (2, True), (None, True)])
+def test_a_recording_whose_labels_meant_something_else_is_noted(
+    tmp_path: Path, recorded: int | None, said: bool
+) -> None:
+    suite = replace(get_suite("tabletop_long"), labels=3)
+    entries = [DataEntry(DataConfig({}, root=str(tmp_path / name))) for name in ("made", "bare", "missing")]
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "made/meta").mkdir(parents=True)
+    (tmp_path / "made/meta/recording.json").write_text(json.dumps({"suite": suite.name, "labels": recorded}))
+    notes = outdated([suite], entries)
+    assert [note.partition(": ")[0] for note in notes] == ([str(tmp_path / "made")] if said else [])
+    assert not outdated([replace(suite, name="another")], entries)

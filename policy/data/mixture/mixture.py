@@ -35,7 +35,10 @@ SMALL = 0.02
 
 @dataclass(frozen=True)
 class Place:
-    """A data set of a mixture that was found: name, folder, commit, rate, and the suite of its recording, if known."""
+    """A data set of a mixture that was found: name, folder, commit, rate, and how it was recorded, if known.
+
+    `suite` is that of the recording, `labels` the number of the meaning of its labels (`envs.suite.Suite.labels`).
+    """
 
     name: str
     entry: DataEntry
@@ -43,6 +46,7 @@ class Place:
     revision: str | None
     fps: float
     suite: str | None
+    labels: int | None = None
 
 
 def open_data(
@@ -93,8 +97,10 @@ def _places(entries: Sequence[DataEntry], progress: bool) -> list[Place]:
             root, revision, _ = locate(entry.config, progress)
             fps = Metadata(root).fps
             recording = root / "meta" / "recording.json"
-            suite = read_object(recording, "delete it").get("suite") if recording.is_file() else None
-        found.append(Place(said, entry, root, revision, fps, suite if isinstance(suite, str) else None))
+            made = read_object(recording, "delete it") if recording.is_file() else {}
+        suite, labels = made.get("suite"), made.get("labels")
+        recorded = suite if isinstance(suite, str) else None, labels if isinstance(labels, int) else None
+        found.append(Place(said, entry, root, revision, fps, *recorded))
     folders = [place.root.resolve() for place in found]
     if twice := [place for place in found if folders.count(place.root.resolve()) > 1]:
         raise ValueError(
@@ -155,7 +161,10 @@ def joined(places: Sequence[Place], sets: Sequence[DemonstrationData], config: D
     own = {} if config.paraphrases is None else read_paraphrases(config.paraphrases, instructions)
     digest = hashlib.sha256(json.dumps([[p.name, p.weight, dict(p.content)] for p in parts]).encode())
     notes = [note for data in sets for note in data.notes]
-    notes += [f"label {name} is left out: {why}" for name, why in lacking.items()]
+    notes += [
+        f"label {', '.join(sorted(name for name in lacking if lacking[name] == why))} is left out: {why}"
+        for why in dict.fromkeys(lacking.values())
+    ]
     notes += _twice(parts) + _phases(places, labels)
     if config.statistics == "joint":
         notes += _units("state", names, [data.state_NS for data in sets])
@@ -194,7 +203,15 @@ def joined(places: Sequence[Place], sets: Sequence[DemonstrationData], config: D
 def _labels(places: Sequence[Place], sets: Sequence[DemonstrationData]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the labels that all sets have, and why the others are left out."""
     lacking: dict[str, str] = {}
-    for name in dict.fromkeys(name for data in sets for name in data.frame_labels):
+    names = dict.fromkeys(name for data in sets for name in data.frame_labels)
+    for one, other in combinations(sorted(places, key=lambda place: place.labels or 0), 2):
+        if one.suite is not None and one.suite == other.suite and one.labels != other.labels:
+            why = (
+                f"the labels of {one.suite} meant something else when {one.name} was recorded than for {other.name} "
+                f"({one.labels or 1} and {other.labels}); record {one.name} again"
+            )
+            return {}, dict.fromkeys(names, why)
+    for name in names:
         without = [place.name for place, data in zip(places, sets, strict=True) if name not in data.frame_labels]
         shapes = {
             tuple(data.frame_labels[name].shape[1:]): place.name

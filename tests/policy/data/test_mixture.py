@@ -327,7 +327,7 @@ def test_recordings_of_one_suite_share_its_tasks() -> None:
     [
         (("target",), {}, r"grounding needs the labels target, .*\(target: B has none\): map"),
         (
-            ("task", "possible"),
+            ("possible", "task"),
             {},
             r"counterfactual needs the labels .*\(alternatives: it means nothing without",
         ),
@@ -339,7 +339,7 @@ def test_a_label_that_a_set_lacks_is_left_out(lost: tuple[str, ...], objective: 
     labels = {name: values for name, values in second.frame_labels.items() if name not in lost}
     data = both(first, replace(second, frame_labels=labels))
     assert not set(lost) & data.labels.keys()
-    assert any(note.startswith(f"label {lost[0]} is left out: B has none") for note in data.notes)
+    assert any(note.startswith(f"label {', '.join(sorted(lost))} is left out: B has none") for note in data.notes)
     with pytest.raises(ValueError, match=said):
         BatchBuilder(data, small_preprocessor(), replace(LABELLED, **objective))
 
@@ -352,6 +352,21 @@ def test_other_shapes_and_wrong_tasks_are_left_out_too() -> None:
     assert "B: task" in both(first, wrong).lacking["possible"]
     with pytest.raises(ValueError, match=r"counterfactual needs .* B: task \d of label `task` has two instructions"):
         BatchBuilder(both(first, wrong), small_preprocessor(), LABELLED)
+
+
+@pytest.mark.parametrize("older", [0, 1])
+def test_labels_of_another_meaning_are_left_out(older: int) -> None:
+    places = [replace(place(name, "tabletop_x"), labels=3) for name in "AB"]
+    places[older] = replace(places[older], labels=2)
+    data = joined(places, [small_data(), small_data(seed=1)], DataConfig({}, root="A"))
+    assert data.labels == {}
+    old, new = "AB"[older], "BA"[older]
+    why = f"meant something else when {old} was recorded than for {new} (2 and 3); record {old} again"
+    assert [note for note in data.notes if why in note] == list(data.notes), "one line for all labels"
+    with pytest.raises(ValueError, match=f"grounding needs the labels .* record {old} again"):
+        BatchBuilder(data, small_preprocessor(), LABELLED)
+    places[older] = replace(places[older], suite="tabletop_y")
+    assert joined(places, [small_data(), small_data(seed=1)], DataConfig({}, root="A")).labels
 
 
 def test_phases_of_other_families_are_noted() -> None:
