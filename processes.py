@@ -31,6 +31,8 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 PATIENCE_S = 3.0
 """How long a process may take to end by itself."""
 HUNG_UP = (EOFError, BrokenPipeError, ConnectionResetError)
+ATTEMPTS = 2
+"""Number of processes that a pool tries an item with, should they die."""
 
 
 class ProcessDiedError(RuntimeError):
@@ -141,6 +143,8 @@ class _Failure:
 class Pool:
     """Processes that take items in order and answer each; use it with `with`.
 
+    A process that dies (simulators crash) is replaced, and its item is tried again.
+
     Args:
         begin: a function of a module; in each process, `with begin(settings) as answer` gives what answers an item.
         settings: for `begin`.
@@ -158,17 +162,22 @@ class Pool:
         passed_on: tuple[type[Exception], ...] = (),
     ) -> None:
         self._begin, self._settings, self._passed_on = begin, settings, passed_on
-        self._queue = deque(items)
+        self._queue = deque((item, 1) for item in items)
         self._count = min(processes, len(self._queue))
         self._here: Callable[[Any], Any] | None = None
         self._stack = ExitStack()
         self._children: dict[Connection, Child] = {}
+        self._given: dict[Connection, tuple[Any, int]] = {}  # item, and which attempt this is
+        self._lost = 0  # processes that died before they had an item
 
     def __enter__(self) -> Pool:
         for _ in range(self._count):
-            child = Child(_serve, (self._begin, self._settings, self._passed_on))
-            self._children[child.connection] = child
+            self._start()
         return self
+
+    def _start(self) -> None:
+        child = Child(_serve, (self._begin, self._settings, self._passed_on))
+        self._children[child.connection] = child
 
     def __exit__(self, *_: object) -> None:
         for child in self._children.values():
@@ -184,12 +193,13 @@ class Pool:
         """Wait for the next answer, in no fixed order; call it at most once per item.
 
         Raises:
-            RuntimeError: a process died, or failed with an exception that is not passed on.
+            RuntimeError: a second process died with the same item, or before it had one; or one failed with an
+                exception that is not passed on.
         """
         if not self._count:
             if self._here is None:
                 self._here = self._stack.enter_context(self._begin(self._settings))
-            return self._here(self._queue.popleft())
+            return self._here(self._queue.popleft()[0])
         while True:
             for connection in wait(list(self._children)):
                 assert isinstance(connection, Connection)
@@ -197,10 +207,8 @@ class Pool:
                 try:
                     message = child.receive()
                 except ProcessDiedError as error:
-                    raise RuntimeError(
-                        f"a worker died: {error}. Use fewer workers if memory is short; the same command goes on where "
-                        "it stopped"
-                    ) from None
+                    self._replace(child, error)
+                    continue
                 match message:
                     case _Failure():
                         raise message.error or RuntimeError(f"a worker failed:\n{message.text}")
@@ -212,10 +220,30 @@ class Pool:
 
     def _hand_out(self, child: Child) -> None:
         if self._queue:
-            child.send(self._queue.popleft())
+            self._given[child.connection] = self._queue.popleft()
+            child.send(self._given[child.connection][0])
         else:
-            del self._children[child.connection]
-            child.close()
+            self._remove(child)
+
+    def _remove(self, child: Child) -> None:
+        del self._children[child.connection]
+        self._given.pop(child.connection, None)
+        child.close()
+
+    def _replace(self, dead: Child, error: ProcessDiedError) -> None:
+        item, attempt = self._given.get(dead.connection, (None, 0))
+        self._lost += attempt == 0
+        if ATTEMPTS in (attempt, self._lost):
+            raise RuntimeError(
+                f"a worker died: {error}. Use fewer workers if memory is short; the same command goes on where it "
+                "stopped"
+            ) from None
+        logging.getLogger(__name__).warning("a worker died and is replaced: %s", error)
+        self._remove(dead)
+        if attempt:
+            self._queue.appendleft((item, attempt + 1))
+        if self._queue:
+            self._start()
 
 
 def _serve(connection: Connection) -> None:

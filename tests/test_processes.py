@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cogvla.processes import Child, Pool, ProcessDiedError
-from cogvla.tests.support.child_functions import count, dividing
+from cogvla.tests.support.child_functions import count, dividing, dying
 
 
 def test_a_child_answers_and_ends_with_its_pipe() -> None:
@@ -48,4 +50,23 @@ def test_a_pool_raises_what_is_passed_on(processes: int) -> None:
 
 def test_a_pool_shows_the_traceback_of_other_failures() -> None:
     with Pool(dividing, 1.0, [0.0], 1) as pool, pytest.raises(RuntimeError, match=r"(?s)Traceback.*ZeroDivisionError"):
+        pool.next()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pool_replaces_a_process_that_dies(tmp_path: Path, processes: int, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("begin-1", "1-1", "3-1"):
+        (tmp_path / name).touch()
+    with Pool(dying, tmp_path, range(4), processes) as pool:
+        assert sorted(pool.next() for _ in range(4)) == [0, 1, 2, 3]
+    assert [record.message for record in caplog.records] == [
+        "a worker died and is replaced: SIGKILL (a crash, or not enough memory)"
+    ] * 3
+
+
+@pytest.mark.parametrize("fatal", ["begin", "0"])
+def test_a_pool_gives_up_what_kills_two_processes(tmp_path: Path, fatal: str) -> None:
+    for name in ("1", "2"):
+        (tmp_path / f"{fatal}-{name}").touch()
+    with Pool(dying, tmp_path, range(3), 1) as pool, pytest.raises(RuntimeError, match="worker died: SIGKILL"):
         pool.next()

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from cogvla.processes import send
 
@@ -28,3 +29,23 @@ def dividing(dividend: float) -> Iterator[Callable[[float], float]]:
     if dividend < 0:
         raise OSError("no negative dividend")
     yield lambda divisor: dividend / divisor
+
+
+@contextmanager
+def dying(folder: Path) -> Iterator[Callable[[int], int]]:
+    """Answer each number with itself; for each file NUMBER-* or begin-* of the folder, a process dies first."""
+
+    def die(what: str) -> None:
+        for death in folder.glob(f"{what}-*"):
+            try:
+                death.unlink()
+            except FileNotFoundError:  # another process was faster
+                continue
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def answer(number: int) -> int:
+        die(str(number))
+        return number
+
+    die("begin")
+    yield answer
