@@ -87,7 +87,7 @@ class CorrectingPlayer(Player):
                 self._progress = Progress(self._shared.patience)
                 self._stuck()
                 if self._number < MAX_ATTEMPTS:
-                    return self._observe()
+                    return self._observe(anew=True)
                 if self._finish():
                     return self._save(alone=False)
             raise expert_failed(how, self._slot)
@@ -95,10 +95,10 @@ class CorrectingPlayer(Player):
             self._mistake = mistake
             raise
 
-    def _observe(self) -> Observed:
+    def _observe(self, anew: bool = False) -> Observed:
         seen = self._attempt.observation
         images = {name: np.asarray(seen[name], np.uint8) for name in self._settings.cameras}
-        return Observed(images, np.asarray(seen["state"], np.float32), self._attempt.instruction)
+        return Observed(images, np.asarray(seen["state"], np.float32), self._attempt.instruction, anew)
 
     def _advance(self, actions_TA: np.ndarray) -> PlayerReply:
         attempt = self._attempt

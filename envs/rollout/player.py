@@ -110,11 +110,19 @@ class Ready:
 
 @dataclass(frozen=True)
 class Observed:
-    """Reply: the episode waits for a chunk. Holds images (camera -> uint8 [H,W,3]), state float32 [S], instruction."""
+    """Reply: the episode waits for a chunk.
+
+    Attributes:
+        images: camera -> uint8 [H,W,3].
+        state: float32 [S].
+        instruction: instruction.
+        anew: the player has begun the episode again, in another scene: the policy forgets the scene before.
+    """
 
     images: dict[str, np.ndarray]
     state: np.ndarray
     instruction: str
+    anew: bool = False
 
 
 @dataclass(frozen=True)

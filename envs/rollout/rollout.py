@@ -286,6 +286,8 @@ class _Loop:
                         self._next_episode(slot)
                     case Observed():
                         slot.observed, slot.asked_at = reply, time.perf_counter()
+                        if reply.anew:
+                            self._begin(slot)
                     case Finished():
                         self._failures = None  # one episode could be played
                         result = self._result(slot, reply)
@@ -361,10 +363,13 @@ class _Loop:
             return
         slot.spec, slot.attempt = self._queue.popleft()
         slot.started = time.perf_counter()
+        self._begin(slot)
+        slot.send(Play(slot.spec))
+
+    def _begin(self, slot: _Slot) -> None:
         slot.inference_ms, slot.batch, slot.planned = [], [], []
         self._chunker.reset(id(slot))
         begin_episode(self._policy, [id(slot)])
-        slot.send(Play(slot.spec))
 
     def _act(self, waiting: list[_Slot]) -> Iterator[EpisodeResult]:
         seen = [slot.observed for slot in waiting if slot.observed is not None]

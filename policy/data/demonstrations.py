@@ -127,6 +127,11 @@ class DemonstrationData:
         columns = {name: torch.from_numpy(array) for name, array in arrays.items()}
         actions = convert_grippers(columns.pop("action"), config.gripper, embodiment)
         executed = columns.pop(f"label/{EXECUTED}", None)
+        if executed is not None and executed[0].numel() != actions.shape[1]:
+            raise ValueError(
+                f"{EXECUTED!r} of {root} has {executed[0].numel()} numbers in each frame, data.action has "
+                f"{actions.shape[1]}: give the action that was recorded with it, or remove this feature"
+            )
         if executed is not None:
             executed = map_grippers(executed.reshape(actions.shape).float(), config.gripper, embodiment)
         notes = reader.notes
@@ -251,11 +256,14 @@ class DemonstrationData:
         return replace(self, rows=rows[~held_out]), replace(self, rows=rows[held_out])
 
     def _held_out(self, rows: Tensor, validation_fraction: float, seed: int) -> Tensor:
-        """Return True for the held-out ones among these frames of one data set."""
-        episodes = self.episode_N[rows].unique()
+        """Return True for the held-out ones among these frames of one data set.
+
+        Episodes that teach nothing are not held out, because nothing could be measured on them.
+        """
+        episodes = self.episode_N[self._taught(rows)].unique()
         count = max(1, round(len(episodes) * validation_fraction)) if validation_fraction else 0
         if self.parts:  # a single episode of one of them is for training
-            count = min(count, len(episodes) - 1)
+            count = max(0, min(count, len(episodes) - 1))
         if count >= len(episodes):
             raise ValueError(
                 f"{len(episodes)} episode(s) cannot be split with validation_fraction {validation_fraction}; "
@@ -266,7 +274,7 @@ class DemonstrationData:
 
     def evenly(self) -> DemonstrationData:
         """Return the same data, with weights that draw as many samples from each of its data sets."""
-        rows = self.all_rows
+        rows = self.taught_rows
         counts = [int(((rows >= part.start) & (rows < part.end)).sum()) for part in self.parts]
         return replace(
             self, parts=tuple(replace(p, weight=1 / max(1, n)) for p, n in zip(self.parts, counts, strict=True))
@@ -288,6 +296,14 @@ class DemonstrationData:
     def all_rows(self) -> Tensor:
         """Indices of the frames of this part, int64."""
         return torch.arange(len(self.episode_N)) if self.rows is None else self.rows
+
+    @property
+    def taught_rows(self) -> Tensor:
+        """Indices of the frames of this part whose actions are learned, int64."""
+        return self._taught(self.all_rows)
+
+    def _taught(self, rows: Tensor) -> Tensor:
+        return rows if self.teaching is None else rows[self.teaching.actions_N[rows] > 0]
 
     def _part(self, values: Tensor) -> Tensor:
         return values if self.rows is None else values[self.rows]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 ALTERNATIVES = "alternatives"
 PROJECTION = "projection_"
-SHAPES: dict[str, tuple[int, ...]] = {"target": (3,), "goal": (3,), ALTERNATIVES: (-1, 6)}
+SHAPES: dict[str, tuple[int, ...]] = {"target": (3,), "goal": (3,), "possible": (-1,), ALTERNATIVES: (-1, 6)}
 """Label -> shape in one frame; -1: any number."""
 
 
@@ -19,8 +19,8 @@ def shaped(name: str, key: str, values: Tensor) -> Tensor:
     """Return a label [N,...] in its shape; labels that are not listed here stay as they are.
 
     Args:
-        name: name of the label in a batch: `target`, `goal` [N,3], `alternatives` [N,T,6] or `projection_CAMERA`
-            [N,3,4].
+        name: name of the label in a batch: `target`, `goal` [N,3], `possible` [N,T], `alternatives` [N,T,6] or
+            `projection_CAMERA` [N,3,4].
         key: key of the data set, for messages.
         values: the label as stored: flat, or in its shape as in older recordings.
 
@@ -31,7 +31,7 @@ def shaped(name: str, key: str, values: Tensor) -> Tensor:
     if shape is None:
         return values
     stored, size = tuple(values.shape[1:]), math.prod(values.shape[1:])
-    fits = size > 0 and (size % shape[-1] == 0 if shape[0] == -1 else size == math.prod(shape))
+    fits = size > 0 and (size % math.prod(shape[1:]) == 0 if shape[0] == -1 else size == math.prod(shape))
     same = len(stored) == len(shape) and all(wanted in (-1, there) for wanted, there in zip(shape, stored, strict=True))
     if not fits or (len(stored) > 1 and not same):
         wanted = " x ".join("any number" if n == -1 else str(n) for n in shape)

@@ -156,7 +156,7 @@ class LeRobotReader:
             "state": self._joined("state", [values[key] for key in mapping.state]),
             "action": self._joined("action", [values[key] for key in mapping.action]),
             "episode": self._index.episode[order],
-            **{f"label/{name}": values[key] for name, key in mapping.labels},
+            **{f"label/{name}": self._finite(repr(key), values[key]) for name, key in mapping.labels},
         }
         said = self._instructions()
         distinct = sorted(set(said))
@@ -229,6 +229,7 @@ class LeRobotReader:
         key = self.mapping.cameras[part.view]
         if part.row_group is None:
             for places, frames_FHWC in video.frames(part.source, self._times(part.source), part.places):
+                self._check_size(key, frames_FHWC[0], str(part.source))
                 yield part.rows[places], frames_FHWC.transpose(0, 3, 1, 2)
             return
         table = parquet(part.source, [key], part.row_group, self._footer(part.source))
@@ -255,9 +256,21 @@ class LeRobotReader:
                         "camera, or store it with 8 bits per channel"
                     )
                 upright = ImageOps.exif_transpose(opened)  # as `datasets` and lerobot show it
-                return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+                picture = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
         except (OSError, TypeError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
             raise ValueError(f"{where} is damaged ({error}); {AGAIN}") from error
+        self._check_size(key, picture, where)
+        return picture
+
+    def _check_size(self, key: str, picture_HWC: np.ndarray, where: str) -> None:
+        """Raise a ValueError if a picture has not the declared size: it would be stretched unlike the others."""
+        declared = tuple(self.metadata.features[key].shape)
+        height, width = picture_HWC.shape[:2]
+        if (height, width) not in (declared[:2], declared[1:]):
+            raise ValueError(
+                f"{where} has {height} x {width} pixels, meta/info.json says shape {list(declared)} for {key!r}; "
+                f"correct its shape, or {AGAIN}"
+            )
 
     @cached_property
     def _data_files(self) -> list[Path]:
@@ -354,16 +367,21 @@ class LeRobotReader:
 
     def _joined(self, name: str, values: Sequence[np.ndarray]) -> np.ndarray:
         """Return these values one after the other, float32 [N,D]."""
-        with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+        with np.errstate(over="ignore"):  # becomes infinite, which is refused
             values_ND = np.concatenate([v.reshape(len(v), -1).astype(np.float32) for v in values], axis=1)
-        bad = np.flatnonzero(~np.isfinite(values_ND).all(axis=1))
+        return self._finite(name, values_ND)
+
+    def _finite(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Return these values [N,...]; ValueError if some are NaN, or infinite in float32."""
+        with np.errstate(over="ignore"):
+            bad = np.flatnonzero(~np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1))
         if len(bad):
             row = self._index.order[bad[0]]
             raise ValueError(
                 f"{name} has NaN or infinite values in {len(bad)} frames of {self.root}, first in episode "
                 f"{self._index.episode[row]}, frame {self._index.frame[row]}; remove them or record them anew"
             )
-        return values_ND
+        return values
 
     def _shaped(self, key: str, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Return all rows of a column, in the order of the files and the declared shape; (1,) becomes ()."""

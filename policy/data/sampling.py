@@ -48,11 +48,9 @@ class TrainingBatches:
         if not len(data):
             raise ValueError("there are no demonstrations to draw batches from")
         self.data, self.batch_size, self.seed, self.step = data, batch_size, seed, 0
-        rows = data.all_rows
-        if data.teaching is not None:
-            rows = rows[data.teaching.actions_N[rows] > 0]
-            if not len(rows):
-                raise ValueError("a policy acted in all frames, so that there is nothing to learn")
+        rows = data.taught_rows
+        if not len(rows):
+            raise ValueError("a policy acted in all frames, so that there is nothing to learn")
         mine = {part.name: rows[(rows >= part.start) & (rows < part.end)] for part in data.parts}
         self._names = [name for name, chosen in mine.items() if len(chosen)]
         weights = [part.weight for part in data.parts if part.name in self._names] or [1.0]

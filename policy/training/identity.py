@@ -10,6 +10,7 @@ from typing import Any
 
 from cogvla.policy.checkpoint import weights_hash
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import TextEncoder
 from cogvla.policy.interface import Embodiment
@@ -19,20 +20,31 @@ from cogvla.policy.training.wordings import InstructionAugmentation, Wordings
 SETTINGS: Mapping[str, type] = {
     "objective": ObjectiveConfig,
     "embodiment": Embodiment,
+    "training.augmentation": AugmentationConfig,
     "training.wordings": InstructionAugmentation,
 }
 """Parts of an identity -> the dataclass with their defaults."""
 
 REMOVED = {"objective.foresight": 0.0, "objective.foresight_target": "future"}
 """Settings that earlier versions had -> the value with which they changed nothing."""
+ADDED = ("weights of the base", "training.augmentation.")
+"""Beginnings of the names of values that earlier versions did not save: nothing is known of them then."""
+FINISHED = ("steps", "learning_rate", "warmup_steps", "optimiser", "weight_decay", "clip_norm", "ema_decay")
+"""Fields of `TrainingConfig` that may change while a run goes on, but not once it is finished."""
 
 
 def identity(
-    data: DemonstrationData, preprocessor: Preprocessor, objective: ObjectiveConfig, wordings: Wordings
+    data: DemonstrationData,
+    preprocessor: Preprocessor,
+    objective: ObjectiveConfig,
+    wordings: Wordings,
+    augmentation: AugmentationConfig,
+    base: str | None,
 ) -> dict[str, Any]:
     """Return the identity of a run as plain data: values where they are short, else fingerprints of the content.
 
-    The vocabulary is that of the data's instructions: their ids.
+    The vocabulary is that of the data's instructions: their ids. `base` is what the weights began with, as a
+    fingerprint or a name; None: random numbers.
     """
     ids_BT, mask_BT = preprocessor.tokenizer.encode(data.instructions)
     ids = hashlib.sha256(f"{ids_BT.tolist()} {mask_BT.tolist()}".encode()).hexdigest()[:16]
@@ -41,6 +53,8 @@ def identity(
         "embodiment": asdict(preprocessor.embodiment),
         "objective": asdict(objective),
         "vocabulary": ids,
+        "training.augmentation": asdict(augmentation),
+        "weights of the base": base,
     }
     if data.each:
         found["data.statistics"] = "each"
@@ -65,7 +79,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if name in before:
             was |= {key: value for key, value in _flat(_defaults(kind), f"{name}.").items() if key not in was}
     found = []
-    for name in (*was, *(name for name in has if name not in was)):
+    for name in (*was, *(name for name in has if name not in was and not name.startswith(ADDED))):
         old, new = was.get(name), has.get(name)
         if old != new:
             hashed = name.startswith(("data set", "vocabulary", "weights", "wordings", "text encoder"))

@@ -15,7 +15,7 @@ import copy
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from functools import cached_property, partial
@@ -38,7 +38,7 @@ from cogvla.policy.training import adapters
 from cogvla.policy.training.batches import BatchBuilder, Choices
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.data_checks import check_instructions
-from cogvla.policy.training.identity import differences, identity
+from cogvla.policy.training.identity import FINISHED, differences, identity
 from cogvla.policy.training.interrupt import Interruption
 from cogvla.policy.training.metrics import LossWindow, MetricsFile
 from cogvla.policy.training.objective import Batch, Objective
@@ -66,6 +66,7 @@ class Trainer:
         log: function that is called with (metrics, step).
         evaluate: function that plays rollouts, (policy, step) -> metrics; None: no rollouts.
         base: name of the checkpoint whose weights it starts from, for the provenance; None: none.
+        base_weights: what must be the same base when the run resumes: a fingerprint of its weights, or a name.
 
     Raises:
         ValueError: the settings do not fit together, the data, or this machine.
@@ -82,10 +83,12 @@ class Trainer:
         log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
         evaluate: Callable[[CogVLAPolicy, int], dict[str, float]] | None = None,
         base: str | None = None,
+        base_weights: str | None = None,
     ) -> None:
         check_instructions(preprocessor.tokenizer, data)
         self.config, self.model_config, self.data, self.output = config, model_config, data, output
         self.log, self.evaluate, self.base = log, evaluate, base
+        self.base_weights = base_weights
         bf16 = config.precision == "bfloat16" or (config.precision == "auto" and torch.cuda.is_available())
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else "no",
@@ -194,7 +197,8 @@ class Trainer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that must be the same when this run resumes."""
-        found = identity(self.data, self.preprocessor, self.raw.config, self.builder.wordings)
+        began = self.config.augmentation, self.base_weights
+        found = identity(self.data, self.preprocessor, self.raw.config, self.builder.wordings, *began)
         if self.builder.prefix:
             found["committed"] = {"head.prefix": self.builder.prefix, "training.prefix_share": self.config.prefix_share}
             found["data set, executed actions"] = self.data.executed_content()
@@ -208,6 +212,7 @@ class Trainer:
             **self.weights.state_dict(),
             "batches": self.batches.state_dict(),
             "identity": self.identity,
+            "settings": {name: getattr(self.config, name) for name in FINISHED},
             "window": self.window.state_dict(),
         }
         self._export(self.output / "checkpoints" / f"step_{self.step:07d}", training)
@@ -367,3 +372,14 @@ class Trainer:
             raise ValueError(f"{folder} {error}; {again}") from error
         self.window.load_state_dict(state["window"])
         self.step = state["step"]
+        self._check_finished(folder, state.get("settings", {}), again)
+
+    def _check_finished(self, folder: Path, settings: Mapping[str, Any], again: str) -> None:
+        """Raise a ValueError if there is nothing left to train, and this is not the run that was asked for."""
+        if self.step > self.config.steps:
+            raise ValueError(f"{folder} has {self.step} steps, more than training.steps={self.config.steps}; {again}")
+        if self.step == self.config.steps:
+            changed = [name for name, value in settings.items() if value != getattr(self.config, name)]
+            said = ", ".join(f"training.{name}={settings[name]}, not {getattr(self.config, name)}" for name in changed)
+            if changed:
+                raise ValueError(f"{folder} is the end of a run with {said}; {again}")

@@ -30,7 +30,8 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
         `NAME/action_l1` is the error on those of one.
     """
     held_out = held_out.evenly()
-    batches = TrainingBatches(held_out, min(BATCH, len(held_out)), 0, objective.model.history)
+    count = min(SAMPLES, len(held_out.taught_rows))
+    batches = TrainingBatches(held_out, min(BATCH, count), 0, objective.model.history)
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
 
@@ -39,7 +40,7 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
         counts[name] = counts.get(name, 0.0) + weight
 
     generator = torch.Generator().manual_seed(0)
-    for step in range(max(1, min(SAMPLES, len(held_out)) // batches.batch_size)):
+    for step in range(count // batches.batch_size):
         rows = batches.rows(step)
         samples: dict[str, Any] = batches.gather(rows)
         batch = builder.evaluation(samples)

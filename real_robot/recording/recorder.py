@@ -97,7 +97,16 @@ class RecordingFolder:
         images: dict[str, list[bytes]],
         interventions: list[bool] | None = None,
     ) -> None:
-        """Save an episode: T states [S], T actions [A], T PNG files of each camera, and whether the operator acted."""
+        """Save an episode: T states [S], T actions [A], T PNG files of each camera, and whether the operator acted.
+
+        Raises:
+            ValueError: their numbers differ.
+        """
+        counts = {len(states), len(actions), *map(len, images.values())} | (
+            {len(interventions)} if interventions else set()
+        )
+        if len(counts) > 1:
+            raise ValueError(f"an episode has {min(counts)} to {max(counts)} states, actions, pictures, interventions")
         arrays = {STATE_FEATURE: np.stack(states).astype(np.float32)}
         arrays[ACTION_FEATURE] = np.stack(actions).astype(np.float32)
         if interventions is not None:
@@ -162,6 +171,7 @@ class Recorder(WritingThread[Tick | str]):
         super().__init__("recorder", QUEUED)
         self._folder = RecordingFolder(output, embodiment, robot, video, resume, names=names, teleoperated=teleoperated)
         self._teleoperated = teleoperated
+        self._cameras = set(embodiment.camera_names)
         self._numbers = self._folder.numbers()
         self._instruction = ""
         self._states: list[np.ndarray] = []
@@ -208,10 +218,18 @@ class Recorder(WritingThread[Tick | str]):
         self._end()
 
     def _take(self, tick: Tick) -> None:
-        if tick.command.action_A is None or tick.instruction != self._instruction:
+        """Add a tick to the episode; end it where nothing is commanded, or where a state or picture is missing.
+
+        Samples are missing at the start and after a jump of the clock: without them, or with those of some cameras, the
+        frames would not belong together any more.
+        """
+        complete = tick.command.action_A is not None and tick.state_S is not None and set(tick.images) >= self._cameras
+        if not complete or tick.instruction != self._instruction:
             self._end()
-        if tick.command.action_A is None or tick.state_S is None or not tick.instruction:
+        if not complete or not tick.instruction:
             return
+        assert tick.state_S is not None
+        assert tick.command.action_A is not None
         self._instruction = tick.instruction
         self._states.append(tick.state_S)
         self._actions.append(tick.command.action_A)

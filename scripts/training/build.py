@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from cogvla.policy.checkpoint import weights_hash
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.hub.download import checkpoint_name
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -64,7 +65,8 @@ def build_trainer(
         assert objective_config.teacher is not None
         teacher = load_frozen(objective_config.teacher, "teacher", preprocessor, texts)
     objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width, teacher)
-    return Trainer(config, objective, model_config, preprocessor, data, output, log, base=named)
+    weights = weights_hash(Path(base)) if base is not None and is_own(base) else base
+    return Trainer(config, objective, model_config, preprocessor, data, output, log, base=named, base_weights=weights)
 
 
 def load_start(model: CogVLA, base: str | None) -> list[str]:

@@ -21,14 +21,19 @@ from typing import Any
 from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from cogvla.configs.build import build
 from cogvla.envs.recording.correction_pool import Corrected, check_advice
 from cogvla.envs.recording.dataset_folder import START_ANEW
 from cogvla.envs.recording.recorder import RECORDING_FILE, record
 from cogvla.envs.suite import Suite
 from cogvla.files import read_object, write_atomic
 from cogvla.policy.checkpoint import open_policy
+from cogvla.policy.data.config import INTERVENTION, DataConfig
+from cogvla.policy.data.files.metadata import Metadata
+from cogvla.policy.data.streaming import locate
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.training.trainer import PATIENCE
+from cogvla.scripts.training.suites import resolved_for
 
 SUMMARY, REQUEST = "summary.json", "rounds.json"
 FREE = ("rounds", "output", "wandb", "threads", "imports", "forecast")
@@ -82,18 +87,28 @@ def train_in_rounds(
         train: function that trains one round, given its configuration.
 
     Raises:
-        ValueError: there is no suite, an expert gives no advice, or the folder holds other rounds.
+        ValueError: there is no suite, an expert gives no advice, the folder holds other rounds or more of them, or the
+            settings do not fit data sets that grow from round to round.
     """
     output, rounds = Path(values["output"]), values["rounds"]
     if not suites:
         raise ValueError(f"rounds={rounds} needs a suite whose expert corrects the policy; give suite=NAME")
     if values["data"]["statistics"] != "joint":
         raise ValueError(f"rounds={rounds} needs data.statistics=joint: corrections are no robot of their own")
+    for name in ("distillation", "prior"):
+        if values["objective"][name]:
+            raise ValueError(
+                f"rounds={rounds} cannot have objective.{name}: its other policy was trained with the statistics of "
+                "other data than the next round's; set it to 0"
+            )
     for suite in suites:
         check_advice(suite)
+        _check_rate(resolved_for(config, suite.name))
     processes = PartialState(timeout=PATIENCE)
     with processes.main_process_first():
         _check_request(output, {key: value for key, value in values.items() if key not in FREE})
+        if (there := sum(1 for _ in output.glob(f"round_*/{SUMMARY}"))) > rounds:
+            raise ValueError(f"{output} holds {there} rounds; give rounds={there} or more, or choose another output")
     found: list[dict[str, Any]] = []
     for number in range(1, rounds + 1):
         folder = output / f"round_{number}"
@@ -116,6 +131,19 @@ def train_in_rounds(
             alone = f", the policy before solved {told['solved_alone']} alone" if "solved_alone" in told else ""
             print(f"round {told['round']}: success {rate}{alone}")
     return result
+
+
+def _check_rate(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a data set that is there already cannot be mixed with corrections."""
+    data, rate = build(DataConfig, values["data"], "data"), values["embodiment"]["control_hz"]
+    for entry in () if data.mixed_rates else data.entries():
+        own = entry.config.root if entry.config.repo_id is None else None
+        root = locate(entry.config, progress=True)[0] if own is None else Path(own)
+        if (root / "meta" / "info.json").is_file() and (fps := Metadata(root).fps) != rate:
+            raise ValueError(
+                f"{root} has {fps:g} frames per second, and corrections have {rate:g}: an action would mean another "
+                "speed in each; mix them as they are with data.mixed_rates=true"
+            )
 
 
 def _check_request(output: Path, request: dict[str, Any]) -> None:
@@ -174,11 +202,26 @@ def _of_round(config: DictConfig, output: Path, number: int, corrections: Correc
         one.base = str(output / f"round_{number - 1}" / "policy")
         mixture = OmegaConf.to_container(one.data.mixture) if one.data.mixture else [{}]
         assert isinstance(mixture, list)
+        keys = _recorded_keys(one)
         for earlier in range(2, number + 1):
             entry = {"root": f"{_corrections(output, earlier)}/${{suite}}", "name": f"${{suite}}_round_{earlier}"}
-            mixture.append({**entry, "weight": corrections.weight})
+            mixture.append({**entry, "weight": corrections.weight, **keys})
         one.data.mixture = mixture
     return one
+
+
+def _recorded_keys(config: DictConfig) -> dict[str, Any]:
+    """Return the keys of `data` for what the recorder writes, whatever they are for the user's own data set."""
+    return {
+        "cameras": {camera.name: f"observation.images.{camera.name}" for camera in config.embodiment.cameras},
+        "state": "observation.state",
+        "action": "action",
+        "labels": {name: f"label.{name.replace('projection_', 'projection.')}" for name in config.data.labels},
+        "gripper": None,
+        "instruction_key": "task",
+        "episodes": None,
+        "intervention": None if config.data.intervention is None else INTERVENTION,
+    }
 
 
 def _told(folder: Path, number: int, suites: Sequence[Suite]) -> dict[str, Any]:

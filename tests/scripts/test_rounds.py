@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cogvla.configs.build import build
 from cogvla.policy.checkpoint import load_policy, weights_hash
+from cogvla.policy.data.config import DataConfig
 from cogvla.scripts import train_policy
 from cogvla.scripts.command import compose
+from cogvla.scripts.training.rounds import CorrectionsConfig, _of_round
+from cogvla.scripts.training.suites import resolved_for
 from cogvla.tests.scripts.test_train_policy import overrides
 
 SMALL = ("rounds=2", "corrections.episodes=10", "corrections.workers=0", "corrections.patience=5")
@@ -67,11 +73,44 @@ def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
         ("corrections.weight=-1", "corrections: episodes, patience and weight must be positive"),
         ("suite=null", "rounds=2 needs a suite"),
         ("data.statistics=each", "rounds=2 needs data.statistics=joint"),
+        ("objective.prior=0.5", r"rounds=2 cannot have objective\.prior: its other policy"),
     ],
 )
 def test_mistakes(tmp_path: Path, change: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        run(tmp_path, change, "data.root=nowhere")
+        run(tmp_path, change, "data.root=nowhere", "objective.blind=nowhere")
+
+
+def test_fewer_rounds_than_there_are(root: Path) -> None:
+    (root / "run/round_3").mkdir()
+    summary = root / "run/round_3/summary.json"
+    summary.write_text("{}")
+    try:
+        with pytest.raises(ValueError, match=r"run holds 3 rounds; give rounds=3 or more, or choose another output"):
+            run(root)
+    finally:
+        summary.unlink()
+        summary.parent.rmdir()
+
+
+def test_a_data_set_of_another_rate_is_refused_before_the_first_round(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "demonstrations", tmp_path / "other")
+    info = tmp_path / "other/meta/info.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "fps": 10}))
+    with pytest.raises(ValueError, match=r"other has 10 frames per second, and corrections have 20: .*mixed_rates"):
+        run(tmp_path, f"data.root={tmp_path}/other", "demonstrations=null")
+
+
+def test_corrections_have_the_recorders_keys_whatever_those_of_the_users_data_are(tmp_path: Path) -> None:
+    own = ["data.cameras={agentview: image, wrist: hand}", "data.state=state", "data.action=actions"]
+    own += ["data.episodes=10%", "data.instruction_key=text", "data.intervention=helped"]
+    config = compose("train_policy", overrides(tmp_path, *own))
+    one = _of_round(config, tmp_path, 2, CorrectionsConfig())
+    data = build(DataConfig, resolved_for(one, "tabletop_object")["data"], "data")
+    mine, corrections = (entry.config for entry in data.entries())
+    assert (mine.state, mine.episodes, mine.instruction_key) == ("state", "10%", "text")
+    plain = build(DataConfig, resolved_for(compose("train_policy", overrides(tmp_path)), "tabletop_object")["data"], "")
+    assert corrections == replace(plain, root=f"{tmp_path}/round_2/corrections/tabletop_object")
 
 
 @pytest.mark.parametrize(

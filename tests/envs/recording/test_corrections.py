@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from cogvla.envs.recording.demonstrator import MAX_ATTEMPTS, STEPS_AFTER_SUCCESS
 from cogvla.envs.recording.progress import ANOTHER_PLACE, Progress
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import FIRST_TRAINING_STATE
-from cogvla.policy.interface import Camera
+from cogvla.policy.interface import ActionChunk, Camera, Observation
 from cogvla.tests.support import toy_suite
 from cogvla.tests.support.toy_suite import (
     NAME,
@@ -127,6 +127,27 @@ def test_a_scene_that_nobody_can_mend_is_left_to_the_expert_from_the_beginning(t
     seen = episode(corrections(tmp_path / "toy", ToyPolicy(0.0), 1, expert=DesertingExpert))
     assert seen["intervention"].all()
     assert seen["label.initial_state"][0] == FIRST_TRAINING_STATE + 500_000 + MAX_ATTEMPTS - 1
+
+
+def test_a_policy_that_remembers_forgets_the_scene_of_a_failed_attempt(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Remembers(ToyPolicy):
+        def begin(self, slots: Sequence[Hashable]) -> None:
+            told.append("begin")
+
+        def end(self, slots: Sequence[Hashable]) -> None:
+            pass
+
+        def act(self, observation: Observation) -> ActionChunk:
+            told.append("act")
+            return super().act(observation)
+
+    corrections(tmp_path / "toy", Remembers(0.0), 1, expert=DesertingExpert)
+    story = " ".join(told).replace("begin begin", "begin")
+    attempts = story.split("begin")[1:]
+    assert len(attempts) == MAX_ATTEMPTS - 1
+    assert all(attempt.split() for attempt in attempts), "each attempt of the policy is an episode of its own"
 
 
 def test_another_task_of_the_scene_is_corrected_too(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from cogvla.lerobot_versions import LeRobotDataset, encoding
 from cogvla.policy.data import frame_cache
 from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.labels import shaped
 from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.inputs.resize import resize
 from cogvla.policy.interface import Camera, Embodiment
@@ -113,6 +114,13 @@ def test_what_is_read_is_what_was_written(data: DemonstrationData) -> None:
         assert (data.labels["table"][row] == step).all()
         assert data.labels["table"][row].shape == (2, 3)
         assert data.labels["flags"][row].tolist() == [step % 2 == 0, True]
+
+
+def test_a_suite_with_one_task_has_labels_of_one_column() -> None:
+    assert shaped("possible", "label.possible", torch.ones(5, dtype=torch.bool)).shape == (5, 1)
+    assert shaped("possible", "label.possible", torch.ones(5, 3, dtype=torch.bool)).shape == (5, 3)
+    with pytest.raises(ValueError, match="label 'possible' must have any number values"):
+        shaped("possible", "label.possible", torch.ones(5, 3, 2, dtype=torch.bool))
 
 
 def test_samples_are_chunks_that_end_with_their_episode(data: DemonstrationData) -> None:

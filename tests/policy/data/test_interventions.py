@@ -20,6 +20,7 @@ from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.interventions import Teaching, acted, concatenated
 from cogvla.policy.data.mixture.mixture import open_data
+from cogvla.policy.data.mixture.parts import DataPart
 from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import ObjectiveConfig
@@ -129,6 +130,43 @@ def test_recordings_of_robots_teach_what_the_person_did_only(roots: dict[str, Pa
     (note,) = (note for note in data.notes if "intervention" in note)
     assert f"a policy acted in {untaught} of {len(data)} frames (intervention is false), which are not learned" in note
     assert not open_toy(roots["corrected"]).notes, "there the expert said in every frame what to do"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_only_episodes_that_teach_something_are_held_out(seed: int) -> None:
+    data = small_data()
+    acted_N = data.episode_N == 2
+    data = replace(data, teaching=Teaching.of(acted_N, False, 1.0))
+    with pytest.raises(ValueError, match="cannot be split"):
+        data.split(0.1, seed)
+    data = replace(data, teaching=Teaching.of(acted_N | (data.episode_N == 0), False, 1.0))
+    training, held_out = data.split(0.1, seed)
+    assert set(held_out.episode_N[held_out.all_rows].tolist()) <= {0, 2}
+    assert len(held_out.taught_rows) > 0
+    assert len(training.taught_rows) > 0
+
+
+def test_validation_draws_as_many_taught_samples_of_each_set() -> None:
+    data = small_data()
+    half = int(data.episode_N.max()) // 2
+    first = int((data.episode_N < half).sum())
+    parts = tuple(
+        DataPart(name, start, end, episode, 1.0, {}, {})
+        for name, start, end, episode in (("a", 0, first, 0), ("b", first, len(data), half))
+    )
+    few = (data.episode_N >= half) | (torch.arange(len(data)) < 4)
+    mixed = replace(data, parts=parts, teaching=Teaching.of(few, False, 1.0)).evenly()
+    batches = TrainingBatches(mixed, 8, 0)
+    assert (torch.cat([mixed.part_of(batches.rows(step)) for step in range(4)]) == 0).sum() == 16
+
+
+def test_executed_actions_of_another_size_are_refused(roots: dict[str, Path]) -> None:
+    robot = replace(
+        ToyPolicy.embodiment, action_dim=ToyPolicy.embodiment.state_dim, gripper_index=None, action_normalise_mask=()
+    )
+    config_ = config(roots["corrected"], action="observation.state")
+    with pytest.raises(ValueError, match=r"'label.executed_action' of .* numbers in each frame, data.action has"):
+        DemonstrationData.open(config_, robot, progress=False)
 
 
 def test_a_mixture_weighs_interventions_and_nothing_else(roots: dict[str, Path]) -> None:

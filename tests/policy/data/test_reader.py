@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +207,24 @@ def test_pictures_of_eight_bits(tmp_path: Path, stored: Callable[[np.ndarray], b
         (png(picture(0, 0))[:50], r"the image of .* at frame 5 of the data set is damaged"),
         (b"", r"the image of .* at frame 5 .* is damaged"),
         (None, r"the image of .* at frame 5 of the data set is missing"),
+        (
+            png(np.zeros((SIZE, 2 * SIZE, 3), np.uint8)),
+            rf"at frame 5 .* has {SIZE} x {2 * SIZE} pixels, meta/info.json says",
+        ),
     ],
 )
 def test_other_pictures_are_refused(tmp_path: Path, stored: bytes | None, message: str) -> None:
     given = rows()
     given[5][CAMERA] = {"bytes": stored, "path": None}
     refused(write(tmp_path / "toy", given=given), message)
+
+
+def test_a_video_of_another_size_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "toy", video=True)
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"][CAMERA]["shape"] = [SIZE, 2 * SIZE, 3]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    refused(root, rf"file-000.mp4 has {SIZE} x {SIZE} pixels, meta/info.json says shape \[{SIZE}, {2 * SIZE}, 3\]")
 
 
 def test_pictures_in_files_of_their_own(tmp_path: Path) -> None:
@@ -282,6 +295,15 @@ def test_doubtful_numbers_are_refused(tmp_path: Path, values: pa.Array, message:
     root = write(tmp_path / "toy", files=1)
     edit_table(data_file(root), action=values)
     refused(root, message)
+
+
+def test_a_label_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "toy", files=1)
+    robot = replace(ROBOT, action_dim=2, action_normalise_mask=())
+    open_data(root, labels={"any": "action"})
+    edit_table(data_file(root), action=with_action(8, [0.0, np.nan, 0.0], LIST))
+    with pytest.raises(ValueError, match=r"'action' has NaN or infinite values in 1 frames .* episode 2, frame 1"):
+        open_data(root, action="observation.state", labels={"any": "action"}, robot=robot)
 
 
 @pytest.mark.parametrize(

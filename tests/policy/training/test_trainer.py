@@ -21,6 +21,7 @@ from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.frame_file import FrameFile, FrameWriter
 from cogvla.policy.data.frames import ArrayFrames
+from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.identity import differences
 from cogvla.policy.training.interrupt import Interruption
@@ -258,6 +259,9 @@ def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -
     assert differences(gone, now) == [], "a setting that is gone counts as its default, too"
     gone["objective"]["foresight"] = 0.1
     assert differences(gone, now) == ["objective.foresight was 0.1, is None"]
+    told = {**now, "weights of the base": None, "training.augmentation": asdict(AugmentationConfig(hue=0.1))}
+    assert differences(now, told) == [], "of these it saved nothing"
+    assert differences({**told, "weights of the base": "abc"}, told) == ["weights of the base differs"]
     known = {**now, "embodiment": {**now["embodiment"], "name": "other"}}
     assert differences(known, now) == [f"embodiment.name was other, is {ROBOT.name}"]
 
@@ -298,6 +302,15 @@ def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -
             "action_normalisation was q99, is mean_std; choose",
         ),
         ({"robot": replace(ROBOT, gripper_index=None)}, "setting: embodiment.gripper_index was 3, is None; choose"),
+        (
+            {"config": settings(augmentation=AugmentationConfig(brightness=0.1))},
+            "setting: training.augmentation.brightness was 0.0, is 0.1; choose",
+        ),
+        ({"config": settings(steps=3)}, r"step_0000004 has 4 steps, more than training\.steps=3; choose another"),
+        (
+            {"config": settings(steps=4, learning_rate=1e-4, ema_decay=0.25)},
+            r"the end of a run with training\.learning_rate=[\d.]+, not 0.0001, training\.ema_decay=[\d.]+, not 0.25;",
+        ),
     ],
 )
 def test_checkpoints_of_another_run_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -306,6 +319,27 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path, change: dict[str
     with pytest.raises(ValueError, match=said):
         small_trainer(tmp_path, **change).run()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_from_another_base_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        small_trainer(tmp_path / name, settings(steps=2, seed=int(name == "b"))).run()
+    first, second = (str(tmp_path / name / "policy") for name in ("a", "b"))
+    small_trainer(tmp_path / "tuned", settings(steps=2), base=first).run()
+    small_trainer(tmp_path / "tuned", settings(steps=2), base=first).run()
+    for other in (second, None):
+        with pytest.raises(ValueError, match="another setting: weights of the base differs; choose another output"):
+            small_trainer(tmp_path / "tuned", settings(steps=4), base=other).run()
+
+
+def test_a_run_that_was_interrupted_early_is_not_a_shorter_one(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, settings(steps=8, checkpoint_every=4))
+    while trainer.step < 4:
+        trainer._train_step()
+        trainer.step += 1
+    trainer.save()
+    with pytest.raises(ValueError, match=r"step_0000004 is the end of a run with training\.steps=8, not 4; choose"):
+        small_trainer(tmp_path, settings(steps=4)).run()
 
 
 def test_a_truncated_checkpoint_is_explained(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings, Tick
 from cogvla.real_robot.control.control_loop import State
+from cogvla.real_robot.control.loop_types import Command, Kind
 from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
 from cogvla.real_robot.recording.recorder import Recorder
 from cogvla.real_robot.serving.local_policy import LocalPolicy
@@ -210,6 +211,21 @@ def test_what_the_robot_did_becomes_a_dataset(robot: PlaneArm, tmp_path: Path) -
         assert frame["observation.images.front"].shape == (3, 8, 12)
         level = round(float(frame["observation.images.front"].max()) * 255)
         assert level == int(100 + float(frame["observation.state"][0]))
+
+
+def test_an_episode_ends_where_samples_are_missing(tmp_path: Path) -> None:
+    """After a jump of the clock, states and pictures come back one after the other."""
+    recorder = Recorder(tmp_path / "recorded", PLANE, "plane_arm")
+    images = dict.fromkeys(PLANE.camera_names, np.zeros((8, 12, 3), np.uint8))
+    state = np.zeros(PLANE.state_dim)
+    commands = [Command(Kind.ACTION, n, np.full(PLANE.action_dim, n)) for n in range(9)]
+    whole = [Tick(each, images, state, INSTRUCTION, each.tick / 20) for each in commands]
+    gap = [replace(whole[4], state_S=None, images={}), replace(whole[5], images=dict(list(images.items())[1:]))]
+    recorder._write(iter([*whole[:4], *gap, *whole[6:]]))
+    assert recorder.episodes == 2
+    assert recorder._folder.assemble() == 2
+    data = LeRobotDataset("cogvla/recorded", root=tmp_path / "recorded")
+    assert [data[i]["action"][0].item() for i in range(len(data))] == [0, 1, 2, 3, 6, 7, 8]
 
 
 def test_a_recording_that_was_killed_goes_on(robot: PlaneArm, tmp_path: Path) -> None:
