@@ -41,14 +41,13 @@ def plan_layers(
         vision: N, vision tokens that enter the language model; LFP's ratios are shares of them.
         ratios: keep ratio of LFP at each layer; None where it does not route.
         drop: LFP removes the other tokens for good; False: they skip the layer.
-        routed: layer -> tokens that a token router leaves there.
+        routed: layer -> tokens that a token router leaves there, or all that arrive if they are fewer.
         bypass: other tokens skip a token router's layer; False: they are removed before it.
     """
     plan, now = [], vision
     for index, ratio in enumerate(ratios):
-        left = (routed or {}).get(index)
-        enter = now if left is None or bypass else left
-        process = enter if left is None else left
+        left = min((routed or {}).get(index, now), now)
+        enter, process = now if bypass else left, left
         if ratio is not None:
             process = min(keep_count(vision, ratio), enter)
         leave = process if drop and ratio is not None else enter

@@ -45,7 +45,7 @@ class Debias(WrappingRouter, Calibrated):
         rate: float = 0.002,
     ) -> None:
         super().__init__(sizes, build_router(base, sizes, base_options))
-        self.rate = rate * TOKENS / sizes.tokens
+        self.rate = rate * TOKENS / max(sizes.tokens, 1)
         if not self.needs & {"attention_LBN", "received_BN", "attention_BNN"}:
             raise ValueError(f"debias needs a base that reads attention, and {base!r} does not")
 

@@ -62,7 +62,7 @@ class LearnedPruner(TokenRouter):
         self.words = AttentionBlock(hidden, heads, read_width=sizes.text_width)
         self.tokens = AttentionBlock(hidden, heads)
         self.logit_norm, self.logit = nn.LayerNorm(hidden), nn.Linear(hidden, 1)
-        nn.init.constant_(self.logit.bias, math.log(sizes.budget / max(sizes.tokens - sizes.budget, 1)))
+        nn.init.constant_(self.logit.bias, math.log(max(sizes.budget, 1) / max(sizes.tokens - sizes.budget, 1)))
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.text_BTE is not None

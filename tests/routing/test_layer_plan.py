@@ -16,6 +16,8 @@ def test_known_answers() -> None:
     assert drop == (LayerTokens(64, 64, 16, 16), LayerTokens(16, 16, 16, 16), LayerTokens(16, 16, 16, 16))
     removed = plan_layers(64, (None, 0.5, None), drop=False, routed={1: 20})
     assert removed == (LayerTokens(64, 64, 64, 64), LayerTokens(64, 20, 20, 20), LayerTokens(20, 20, 20, 20))
+    fewer = plan_layers(64, (0.25, None, None), drop=True, routed={1: 20, 2: 8})
+    assert fewer == (LayerTokens(64, 64, 16, 16), LayerTokens(16, 16, 16, 16), LayerTokens(16, 8, 8, 8))
     skipped = plan_layers(64, (None, None, None), drop=False, routed={1: 20}, bypass=True)
     assert skipped[1:] == (LayerTokens(64, 64, 20, 64), LayerTokens(64, 64, 64, 64))
 
@@ -32,11 +34,7 @@ def test_tokens_only_get_fewer_and_a_layer_computes_no_more_than_there_are(
 ) -> None:
     routed: dict[int, int] = {}
     if not bypass or not any(ratios):
-        left = vision
-        for layer in sorted(data.draw(st.sets(st.integers(0, len(ratios) - 1)))):
-            routed[layer] = left = data.draw(st.integers(0, left))
-    if drop and any(ratio is not None for ratio in ratios):
-        routed = {}
+        routed = data.draw(st.dictionaries(st.integers(0, len(ratios) - 1), st.integers(0, 300)))
     plan = plan_layers(vision, ratios, drop, routed, bypass)
     assert plan[0].arrive == vision
     assert [a.leave for a in plan[:-1]] == [b.arrive for b in plan[1:]]

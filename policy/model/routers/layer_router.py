@@ -36,7 +36,7 @@ class LayerPass:
     """Routes the vision tokens of one forward pass.
 
     Args:
-        routers: layer -> router and the number of tokens that it keeps.
+        routers: layer -> router and the number of tokens that it keeps, or all if they are fewer.
         bypass: True: tokens that are not kept skip the layer; False: they are removed.
         compact: renumber the positions after tokens are removed.
         draw_B: seeds.
@@ -125,7 +125,11 @@ class LayerPass:
     def _route(
         self, layer: Any, index: int, x_BSD: Tensor, h_BSD: Tensor, now: Frame, context: LayerContext
     ) -> RoutedTokens:
-        router, budget = self.routers[index]
+        router, most = self.routers[index]
+        tokens_BND = x_BSD[:, now.layout.visual]
+        if not now.layout.vision:
+            none_B0 = torch.zeros(tokens_BND.shape[:2], dtype=torch.int64, device=x_BSD.device)
+            return RoutedTokens(tokens_BND, none_B0, none_B0)
         items = language_items(router.needs, layer, x_BSD, h_BSD, now, context)
         if "text_BTE" in items:
             items["text_mask_BT"] = context.text_mask_BT
@@ -140,13 +144,16 @@ class LayerPass:
             assert self.towers is not None
             items["patches_BPF"], items["owner_BP"] = self.towers
         items |= {"draw_B": self.draw_B, "guide_BN": None if router.guide_layer is None else self.guide_BN}
-        routed: RoutedTokens = router(x_BSD[:, now.layout.visual], RouterContext(budget, self.training, **items))
+        budget = min(most, now.layout.vision)
+        routed: RoutedTokens = router(tokens_BND, RouterContext(budget, self.training, **items))
         self.losses |= {f"{name}_layer{index}": value for name, value in routed.losses.items()}
         return routed
 
 
 def renumbered(owner_BP: Tensor, place_Bn: Tensor, tokens: int) -> Tensor:
     """Return the owners after only these of the `tokens` stayed; -1 for those whose token is gone."""
+    if not tokens:
+        return owner_BP  # all are gone already
     none_BN = torch.full((len(place_Bn), tokens), -1, device=place_Bn.device)
     number_BN = none_BN.scatter(
         1, place_Bn, torch.arange(place_Bn.shape[1], device=place_Bn.device).expand_as(place_Bn)

@@ -38,6 +38,7 @@ from cogvla.policy.model.stopwatch import Stopwatch
 from cogvla.policy.model.vision import WHITE, DualVision
 from cogvla.routing.aggregation import StreamFusion
 from cogvla.routing.draws import children, seeds_of
+from cogvla.routing.layer_plan import plan_layers
 from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter, count_of
 
@@ -139,7 +140,7 @@ class PolicyRouter(nn.Module):
                 self.leaves(budget)
         self.counts: dict[int, int] = {}
         self.layers = nn.ModuleDict()
-        self._build_layers(layers)
+        self._build_layers(routing, layers)
         if len(self.inside) and any(FROM_TOWERS & router.needs for router in self._routers()):
             raise ValueError(
                 "a router in the language model reads the patches, which router.stage=encoder_block has reduced: "
@@ -205,21 +206,29 @@ class PolicyRouter(nn.Module):
         """Language layer whose attention, with all tokens, a router learns from; None: no router does."""
         return next((r.guide_layer for r in self._routers() if r.guide_layer is not None), None)
 
-    def _build_layers(self, layers: int) -> None:
-        config, now = self.config, self.tokens
+    def _build_layers(self, routing: RoutingConfig, layers: int) -> None:
+        config, each = self.config, self.all_tokens // self.views
+        plan = partial(
+            plan_layers, ratios=routing.keep_ratios(layers), drop=routing.mode == "drop", bypass=config.mode == "bypass"
+        )
         name = config.layer_router or config.name or ""
         options = config.options if config.layer_router is None else None
         budgets = config.layer_budgets or (config.budget,) * len(config.layers)
         for layer, budget in sorted(zip(config.layers, budgets, strict=True)):
             if not 0 <= layer < layers:
                 raise ValueError(f"router.layers names layer {layer}; the language model has layers 0 to {layers - 1}")
-            count = min(now, self.views * count_of(budget, self.all_tokens // self.views))
-            sizes = RouterSizes(now, self.width, self.width, None, count, sum(self.widths))
+            tokens = plan(self.tokens, routed=self.left)[layer].arrive
+            count = min(tokens, self.views * count_of(budget, each))
+            sizes = RouterSizes(tokens, self.width, self.width, None, count, sum(self.widths))
             router = self._build(name, "llm_layer", sizes, options)
             if config.mode == "bypass" and not router.selects:
                 raise ValueError(f"router {name!r} makes new tokens, which cannot bypass a layer; set router.mode=drop")
             self.counts[layer], self.layers[str(layer)] = count, router
-            now = now if config.mode == "bypass" else router.leaves(count)
+            router.leaves(count)
+        for budget in config.train_budgets:
+            drawn = plan(self.leaves(budget), routed=self.left)
+            for layer, count in self.counts.items():
+                cast(TokenRouter, self.layers[str(layer)]).leaves(min(drawn[layer].arrive, count))
 
     def _build(self, name: str, stage: str, sizes: RouterSizes, options: Any) -> TokenRouter:
         scored, joint = self.before is not None, self.config.joint

@@ -392,6 +392,48 @@ def test_what_is_known_of_tokens_follows_those_that_lfp_leaves() -> None:
     assert (context.owner_BP < 0).any()
 
 
+@pytest.mark.parametrize("efa", [False, True])
+@pytest.mark.parametrize("name", [name for name, stage in EVERYWHERE if stage == "llm_layer"] + ["carried"])
+@torch.inference_mode()
+def test_no_router_is_asked_for_more_tokens_than_lfp_left(name: str, efa: bool) -> None:
+    if efa and name == "spec_prune":
+        pytest.skip("it reads patches")
+    for budget in (1, 1.0):
+        router = RouterConfig("token_norm", 1.0, layers=(3,), layer_router=name, layer_budgets=(budget,))
+        model = routed(router, efa=efa, lfp=True, mode="drop")
+        inside, last = model(starting(model, tiny_input()), debug=True).debug, model.plan()[3]
+        (kept,) = (choice.kept_Bn for choice in inside["choices"] if choice.by == "router")
+        assert kept.shape[1] == last.enter <= last.arrive == inside["kept"][2].shape[1]
+        assert all(row.unique().numel() == last.enter for row in kept), "each once"
+        vision = inside["hidden"][3].shape[1] - inside["layout"].length + inside["layout"].vision
+        assert vision == last.leave
+
+
+@torch.inference_mode()
+def test_lfp_may_leave_nothing_for_a_router() -> None:
+    few = {"efa": True, "lfp": True, "mode": "drop", "schedule": "deep_all", "mean_keep": 0.05}
+    for name in ("random", "diversity", "team_merge", "late_exit", "vision_remember"):
+        model = routed(config(name, "llm_layer", layers=(3,), layer_budgets=(2,)), **few)
+        assert [tokens.enter for tokens in model.plan()][3] == 0
+        assert model(tiny_input()).actions.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["drop", "bypass"])
+def test_a_budget_that_is_drawn_in_training_may_be_less_than_a_layer_keeps(mode: Any) -> None:
+    for name in ("diversity", "film_pruning", "random"):
+        router = RouterConfig(
+            "token_norm", 8, layers=(1, 2), layer_router=name, layer_budgets=(6, 3), train_budgets=(2, 8), mode=mode
+        )
+        model, plans = routed(router).train(), []
+        for step in range(2):
+            inside = model(replace(tiny_input(), draw=torch.tensor([[5, step]] * 3)), debug=True, decode=False).debug
+            plans.append([inside["kept"][layer].shape[1] for layer in (1, 2)])
+        assert plans == [[4, 4], [12, 6]]
+    fixed = replace(router, layer_router="film_aggregation", mode="drop")
+    with pytest.raises(ValueError, match="learns 12 tokens; the budget cannot be 4"):
+        routed(fixed)
+
+
 def test_what_remembers_needs_tokens_that_were_reduced_and_not_skipped() -> None:
     with pytest.raises(ValueError, match="cannot bypass a layer"):
         routed(config("spatial_pool", layers=(1,), layer_router="vision_remember", mode="bypass"))
