@@ -182,25 +182,42 @@ def cells_for(
         budgets: budgets for each router.
         trained: True if routers are trained first, so that routers with weights can be compared.
     """
-    cells: list[Cell] = []
+    cells: list[tuple[int, Cell]] = []  # with the number of the budget
     left_out: dict[str, str] = {}
     for label, router in routers.items():
-        built: dict[int | float, PolicyRouter] = {}
+        built: list[tuple[int, PolicyRouter]] = []
         refused: dict[str, str] = {}
-        for budget in budgets:
+        for number, budget in enumerate(budgets):
             try:
-                built[budget] = _built(model, replace(router, budget=budget))
+                built.append((number, _built(model, replace(router, budget=budget))))
             except ValueError as error:
                 refused[f"{label} at {budget}"] = str(error)
         left_out |= refused if built else {label: next(iter(refused.values()))}
-        if not trained and any(list(one.parameters()) for one in built.values()):
+        if not trained and any(list(one.parameters()) for _, one in built):
             left_out[label] = "has weights of its own, which only regime=fine_tuned trains"
-        elif label == ALL_TOKENS or (len(built) > 1 and len({_kept(one) for one in built.values()}) == 1):
-            cells.append(Cell(label, replace(router, budget=1.0), budgeted=False))
-        else:
-            cells += [Cell(label, replace(router, budget=budget)) for budget in built]
-    order = {budget: number for number, budget in enumerate(budgets)}
-    return sorted(cells, key=lambda cell: order[cell.router.budget] if cell.budgeted else -1), left_out
+            continue
+        whole = replace(router, budget=1.0)
+        if label == ALL_TOKENS or (len(built) > 1 and _all_leave_as_many(model, whole, [one for _, one in built])):
+            cells.append((-1, Cell(label, whole, budgeted=False)))
+            continue
+        first: dict[tuple[int, ...], int | float] = {}
+        for number, one in built:
+            budget = budgets[number]
+            if _kept(one) in first:
+                left_out[f"{label} at {budget}"] = f"leaves as many tokens as at {first[_kept(one)]}"
+            else:
+                first[_kept(one)] = budget
+                cells.append((number, Cell(label, replace(router, budget=budget))))
+    return [cell for _, cell in sorted(cells, key=lambda each: each[0])], left_out
+
+
+def _all_leave_as_many(model: CogVLA, whole: RouterConfig, built: Sequence[PolicyRouter]) -> bool:
+    """Return whether these routers leave as many tokens as one with the whole budget."""
+    try:
+        everything = _kept(_built(model, whole))
+    except ValueError:  # it does not support this budget
+        return False
+    return all(_kept(one) == everything for one in built)
 
 
 def _built(model: CogVLA, config: RouterConfig) -> PolicyRouter:
@@ -348,10 +365,12 @@ def rows(
     """
     table = []
     for cell in cells:
-        others = [
+        others = [  # at the same budget: 1 is one token, 1.0 all of them
             other
             for other in cells
-            if other.label in CONTROLS and other.label != cell.label and other.router.budget == cell.router.budget
+            if other.label in CONTROLS
+            and other.label != cell.label
+            and str(other.router.budget) == str(cell.router.budget)
         ]
         controls = {
             condition: {

@@ -117,6 +117,23 @@ def test_every_router_is_played_or_left_out_for_a_reason() -> None:
     assert [cell.key for cell in trained] == ["learned_pruner_0.5"]
 
 
+def test_budgets_that_leave_as_many_tokens_are_played_once_and_not_without_a_budget() -> None:
+    model = point_policy(**PLAIN).model
+    names = ["random", "identity", "diversity", {"name": "late_exit", "stage": "llm_layer"}]
+    for budgets in ([0.0625, 0.03], [0.25, 4]):
+        cells, left_out = cells_for(model, wanted_routers(names, 1), budgets, trained=False)
+        played = {cell.key for cell in cells}
+        assert {f"random_{budgets[0]}", f"diversity_{budgets[0]}", "identity"} < played
+        assert len(played) == 4, "the budget changes nothing for late_exit"
+        assert left_out == {
+            f"{name} at {budgets[1]}": f"leaves as many tokens as at {budgets[0]}" for name in ("random", "diversity")
+        }
+    cells, _ = cells_for(model, wanted_routers(["random"], 1), [0.5, 8, 0.25], trained=False)
+    assert [cell.router.budget for cell in cells] == [0.5, 0.25]
+    cells, left_out = cells_for(model, wanted_routers(["random"], 1), [1.0, 1], trained=False)
+    assert [cell.key for cell in cells] == ["random_1.0", "random_1"], "all tokens, and one token"
+
+
 def test_the_cost_of_every_router_is_counted_those_with_weights_too() -> None:
     policy = point_policy(**PLAIN)
     cells, _ = cells_for(policy.model, wanted_routers(None, 1), [0.25], trained=True)
