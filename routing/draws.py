@@ -47,6 +47,11 @@ def children(draw_B: Tensor, count: int) -> Tensor:
     return _mix(draw_B[:, None] + torch.arange(1, count + 1, device=draw_B.device) * _FIRST)
 
 
+def child(draw_B: Tensor, number: int) -> Tensor:
+    """Derive one seed [B] from each seed; numbers from 1 on are those of `children`, and negative ones are others."""
+    return _mix(draw_B + torch.full_like(draw_B, number) * _FIRST)
+
+
 def _bits(x: Tensor) -> Tensor:
     """Return the bits of float32 numbers as int64, as `x.view(torch.int32)` does, which torch.jit cannot record.
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvla.routing.draws import children, normal, seeds_of, uniform
+from cogvla.routing.draws import child, children, normal, seeds_of, uniform
 from cogvla.routing.registry import build_router, register_router, registered_routers
 from cogvla.routing.router import (
     ITEMS,
@@ -244,6 +244,8 @@ def test_draws_are_uniform_and_a_function_of_the_seed() -> None:
     assert z.isfinite().all()
     assert (z.mean().item(), z.std().item()) == (pytest.approx(0, abs=0.02), pytest.approx(1, abs=0.02))
     assert children(seeds, 3).unique().numel() == 6000
+    assert torch.equal(child(seeds, 2), children(seeds, 3)[:, 1])
+    assert torch.cat([children(seeds, 3).flatten(), child(seeds, -1), child(seeds, -30)]).unique().numel() == 10000
     states = torch.randn(1000, 8)
     assert seeds_of(states, 0).unique().numel() == 1000
     assert torch.equal(seeds_of(states[3:4], 1), seeds_of(states, 1)[3:4])

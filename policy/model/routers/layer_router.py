@@ -19,6 +19,7 @@ from torch import Tensor
 from cogvla.policy.model.language import LayerContext
 from cogvla.policy.model.language_layer import Frame, attention_rows, normed
 from cogvla.policy.model.routers.memory import TokenMemory
+from cogvla.routing.draws import child
 from cogvla.routing.pruning import Selection, rows_of
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 
@@ -39,7 +40,7 @@ class LayerPass:
         routers: layer -> router and the number of tokens that it keeps, or all if they are fewer.
         bypass: True: tokens that are not kept skip the layer; False: they are removed.
         compact: renumber the positions after tokens are removed.
-        draw_B: seeds.
+        draw_B: seeds of the first of these layers; those of the others are derived from them.
         score_BN: scores from the router before the language model; None: no scores.
         training: see `RouterContext`.
         timer: context manager that times the work of the routers.
@@ -143,7 +144,9 @@ class LayerPass:
         if FROM_TOWERS & router.needs:
             assert self.towers is not None
             items["patches_BPF"], items["owner_BP"] = self.towers
-        items |= {"draw_B": self.draw_B, "guide_BN": None if router.guide_layer is None else self.guide_BN}
+        later = index - min(self.routers)  # every layer draws anew, and other than the views before the language model
+        draw_B = child(self.draw_B, -later) if later else self.draw_B
+        items |= {"draw_B": draw_B, "guide_BN": None if router.guide_layer is None else self.guide_BN}
         budget = min(most, now.layout.vision)
         routed: RoutedTokens = router(tokens_BND, RouterContext(budget, self.training, **items))
         self.losses |= {f"{name}_layer{index}": value for name, value in routed.losses.items()}

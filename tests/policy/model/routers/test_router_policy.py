@@ -21,9 +21,11 @@ from cogvla.policy.model.routers import layer_router
 from cogvla.policy.model.routers.policy_router import PolicyRouter
 from cogvla.policy.model.routers.schedule_objective import schedule_objective
 from cogvla.policy.model.vision import cut_patches
+from cogvla.routing.draws import uniform
 from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RouterConfig, RouterContext
 from cogvla.routing.schedule_search import search
+from cogvla.routing.selection import best
 from cogvla.tests.support.tiny_model import alone, tiny_config, tiny_input, tiny_model
 
 PATCHES, VIEWS = 16, 2
@@ -287,6 +289,23 @@ def test_random_draws_follow_the_observation() -> None:
     assert not torch.equal(chosen(fresh, inputs), chosen(fresh, other))
     assert torch.equal(chosen(fixed, inputs), chosen(fixed, other))
     assert not torch.equal(chosen(fixed, inputs), chosen(routed(config("random", resample=False, seed=1)), inputs))
+
+
+@torch.inference_mode()
+def test_every_layer_draws_anew_and_the_first_one_as_ever() -> None:
+    """Of 32 tokens 16 and then 8 are left; with one draw for both layers, the first token stayed twice as often."""
+    model, one = routed(config("random", "llm_layer", layer_budgets=(8, 4))), tiny_input((3,))
+    many = 400
+    states = torch.randn(many, 5, generator=torch.Generator().manual_seed(1))
+    inputs = replace(
+        one, pixels=one.pixels.expand(many, -1, -1, -1, -1), text_ids=one.text_ids.expand(many, -1),
+        text_mask=one.text_mask.expand(many, -1), state=states,
+    )  # fmt: skip
+    kept = model(inputs, debug=True).debug["kept"]
+    assert model.router is not None
+    assert torch.equal(kept[1], best(uniform(model.router.draws(states), 32), 16)), "as with one layer"
+    for token in (0, 16, 31):
+        assert (kept[2] == token).any(1).float().mean().item() == pytest.approx(0.25, abs=0.09)
 
 
 def test_training_draws_budgets_and_router_losses_reach_the_output() -> None:
