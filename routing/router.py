@@ -307,6 +307,8 @@ class TokenRouter(nn.Module, ABC):
     """Stages that the router supports."""
     selects: ClassVar[bool] = True
     """True if every output token is an input token, False if the router can make new ones."""
+    hides: bool = False
+    """True if the router can hide tokens (`RoutedTokens.mask_Bn`)."""
     projects: bool = False
     """True if the router replaces the projector: at `encoder_out`, its output has the language model's width."""
     guide_layer: int | None = None

@@ -36,7 +36,7 @@ class CoreNeurons(TokenRouter):
 
     def __init__(self, sizes: RouterSizes, *, knee: bool = False) -> None:
         super().__init__(sizes)
-        self.knee = knee
+        self.knee = self.hides = knee
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
         assert context.neurons_BNI is not None

@@ -40,7 +40,7 @@ class LateExit(TokenRouter):
 
     def __init__(self, sizes: RouterSizes, *, threshold: float | None = None) -> None:
         super().__init__(sizes)
-        self.threshold = threshold
+        self.threshold, self.hides = threshold, threshold is not None
         self.needs = frozenset() if threshold is None else frozenset({"share_B2"})
 
     def leaves(self, budget: int) -> int:

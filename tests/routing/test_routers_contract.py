@@ -48,6 +48,7 @@ def test_exactly_k_tokens_in_order(name: str, budget: int) -> None:
     router, x = router_of(name, budget), tokens_of()
     routed = router(x, context_for(router, budget=budget))
     kept = router.leaves(budget)
+    assert routed.mask_Bn is None or router.hides
     assert kept == (ALL if name in WHOLE else 0 if name == "late_exit" else budget)
     assert routed.tokens_BnD.shape == (3, kept, x.shape[-1])
     assert routed.tokens_BnD.isfinite().all()

@@ -106,6 +106,7 @@ class LayerPass:
         with self.timer:
             h_BSD = normed(layer.input_layernorm, x_BSD)
             routed = self._route(layer, index, h_BSD, h_BSD, now, context)
+            assert routed.mask_Bn is None, "a router that hides tokens says so: `hides = True`"
             kept_Bn, fewer = routed.index_Bn, now.layout.with_vision(routed.index_Bn.shape[1])
             return Selection(kept_Bn, rows_of(now.layout, kept_Bn), fewer, score_BN=routed.score_BN)
 

@@ -122,6 +122,8 @@ class PolicyRouter(nn.Module):
                 f"router {config.name!r} works at language layers: give router.layers, for example router.layers=[1], "
                 "or another router.stage"
             )
+        if self.stage == "llm_layer":
+            self._check_without_first()
         self.before: TokenRouter | None = None
         self.inside = nn.ModuleList()
         self.tokens = self.all_tokens
@@ -174,6 +176,20 @@ class PolicyRouter(nn.Module):
         """Vision block before which the towers are reduced, with `stage=encoder_block`."""
         return self.blocks // 2 if self.config.block is None else self.config.block
 
+    def _check_without_first(self) -> None:
+        """Refuse what needs a router before the language model, where there is none."""
+        config = self.config
+        if config.train_budgets:
+            raise ValueError(
+                "router.train_budgets are budgets before the language model, where router.stage=llm_layer keeps all "
+                "tokens: set train_budgets=[], or another router.stage with router.layer_router"
+            )
+        if config.position == "v2pe" or (config.position == "compact" and self.bypass):
+            raise ValueError(
+                f"router.position={config.position} changes nothing with router.stage=llm_layer and "
+                f"router.mode={config.mode}: set router.position=keep"
+            )
+
     def _build_inside(self, name: str) -> None:
         config = self.config
         if self.grid is None:
@@ -223,6 +239,8 @@ class PolicyRouter(nn.Module):
             router = self._build(name, "llm_layer", sizes, options)
             if config.mode == "bypass" and not router.selects:
                 raise ValueError(f"router {name!r} makes new tokens, which cannot bypass a layer; set router.mode=drop")
+            if config.mode == "bypass" and router.hides:
+                raise ValueError(f"router {name!r} hides tokens, which cannot bypass a layer; set router.mode=drop")
             self.counts[layer], self.layers[str(layer)] = count, router
             router.leaves(count)
         for budget in config.train_budgets:

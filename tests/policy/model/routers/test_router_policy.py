@@ -21,9 +21,10 @@ from cogvla.policy.model.routers import layer_router
 from cogvla.policy.model.routers.policy_router import PolicyRouter
 from cogvla.policy.model.routers.schedule_objective import schedule_objective
 from cogvla.policy.model.vision import cut_patches
+from cogvla.routing import registry
 from cogvla.routing.draws import uniform
 from cogvla.routing.registry import registered_routers
-from cogvla.routing.router import RouterConfig, RouterContext
+from cogvla.routing.router import RoutedTokens, RouterConfig, RouterContext, TokenRouter
 from cogvla.routing.schedule_search import search
 from cogvla.routing.selection import best
 from cogvla.tests.support.tiny_model import alone, tiny_config, tiny_input, tiny_model
@@ -266,6 +267,27 @@ def test_hidden_tokens_are_as_good_as_gone() -> None:
 
 
 @torch.inference_mode()
+def test_a_token_that_one_layer_hid_is_hidden_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Quarters(TokenRouter):
+        """Hide the first quarter of the tokens in the first layer, the second in the next, and so on."""
+
+        stages, hides, given = ("llm_layer",), True, 0
+
+        def route(self, tokens_BND: torch.Tensor, context: RouterContext) -> RoutedTokens:
+            Quarters.given += 1
+            all_BN = torch.arange(32).expand(len(tokens_BND), -1)
+            return RoutedTokens(tokens_BND, all_BN, all_BN, mask_Bn=all_BN // 8 != Quarters.given - 1)
+
+    monkeypatch.setitem(registry._ROUTERS, "quarters", Quarters)
+    plain = tiny_model(efa=False, lfp=False).eval()
+    model = plain.with_router(RouterConfig("quarters", 1.0, "llm_layer", layers=(1, 2, 3)))
+    seen = model(tiny_input(), debug=True).debug["attention"]
+    for layer in range(4):
+        assert (seen[layer][:, : 8 * layer] == 0).all()
+        assert (seen[layer][:, 8 * layer :] > 0).all()
+
+
+@torch.inference_mode()
 def test_carried_scores_prune_in_the_language_model() -> None:
     router = RouterConfig("token_norm", 8, layers=(1, 2), layer_router="carried", layer_budgets=(5, 2))
     inside = routed(router)(tiny_input(), debug=True).debug
@@ -306,6 +328,19 @@ def test_every_layer_draws_anew_and_the_first_one_as_ever() -> None:
     assert torch.equal(kept[1], best(uniform(model.router.draws(states), 32), 16)), "as with one layer"
     for token in (0, 16, 31):
         assert (kept[2] == token).any(1).float().mean().item() == pytest.approx(0.25, abs=0.09)
+
+
+def test_training_draws_as_the_configuration_says() -> None:
+    inputs = tiny_input()
+    draws = [torch.tensor([[5, 0]] * 3), torch.tensor([[6, 0]] * 3)]
+    other = config("random", "llm_layer", resample=False, seed=1)
+    for router, same in ((config("random"), False), (config("random", resample=False), True), (other, True)):
+        model = routed(router).train()
+        tokens = [model(replace(inputs, draw=draw), decode=False, debug=True).debug for draw in draws]
+        kept = [inside["routed"].index_Bn if inside["routed"] else inside["kept"][1] for inside in tokens]
+        assert torch.equal(*kept) == same
+        seen = model.eval()(inputs, debug=True).debug
+        assert torch.equal(kept[0], seen["routed"].index_Bn if seen["routed"] else seen["kept"][1]) == same
 
 
 def test_training_draws_budgets_and_router_losses_reach_the_output() -> None:
@@ -597,6 +632,29 @@ def test_mistakes_say_what_is_possible() -> None:
         ({"name": "carried", "stage": "llm_layer", "layers": (1,)}, {}, "needs score_BN"),
         ({"name": "approx_error", "stage": "llm_layer", "layers": (1,), "mode": "bypass"}, {}, "cannot bypass a layer"),
         ({"name": "random", "layers": (1,), "mode": "bypass"}, {"lfp": True}, "set routing.lfp=false"),
+        *(
+            (
+                {"name": name, "stage": "llm_layer", "layers": (1,), "mode": "bypass", "options": options},
+                {},
+                "hides tokens, which cannot bypass a layer; set router.mode=drop",
+            )
+            for name, options in (
+                ("core_neurons", {"knee": True}),
+                ("late_exit", {"threshold": 0.5}),
+                ("adp", {"base": "core_neurons", "base_options": {"knee": True}}),
+            )
+        ),
+        (
+            {"name": "random", "stage": "llm_layer", "layers": (1,), "train_budgets": (2, 8)},
+            {},
+            r"set train_budgets=\[\], or another router.stage",
+        ),
+        ({"name": "vla_pruner", "layers": (1,), "position": "v2pe"}, {}, "set router.position=keep"),
+        (
+            {"name": "random", "stage": "llm_layer", "layers": (1,), "mode": "bypass", "position": "compact"},
+            {},
+            "compact changes nothing .*set router.position=keep",
+        ),
         ({"name": "random"}, {"position_policy": "renumber"}, "set router.position=compact"),
         ({"name": "random", "options": {"x": 1}}, {}, "no option x; it has none"),
     ]
