@@ -22,7 +22,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, read_width: int | None = None, mlp: float = 2.0) -> None:
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"a router of width {width} cannot have {heads} heads; choose a divisor")
         self.heads, hidden = heads, round(width * mlp)
         self.norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)

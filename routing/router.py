@@ -307,6 +307,8 @@ class TokenRouter(nn.Module, ABC):
     """Stages that the router supports."""
     selects: ClassVar[bool] = True
     """True if every output token is an input token, False if the router can make new ones."""
+    scores: bool = True
+    """False if the router has no scores (`RoutedTokens.score_BN` is None)."""
     hides: bool = False
     """True if the router can hide tokens (`RoutedTokens.mask_Bn`)."""
     projects: bool = False

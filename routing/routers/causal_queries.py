@@ -28,6 +28,7 @@ class CausalQueries(TokenRouter):
     """
 
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, blocks: int = 2, heads: int = 4) -> None:
         super().__init__(sizes)

@@ -41,6 +41,7 @@ class CompressorVLA(TokenRouter):
     needs = frozenset({"text_BTE", "grid"})
     stages = ("encoder_out", "projector_out")
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, queries: int | None = None, width: int = 64) -> None:
         super().__init__(sizes)

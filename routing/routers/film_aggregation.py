@@ -33,6 +33,7 @@ class FiLMAggregation(TokenRouter):
 
     needs = frozenset({"text_BTE"})
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, blocks: int = 2, heads: int = 4) -> None:
         super().__init__(sizes)

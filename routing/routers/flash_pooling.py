@@ -24,6 +24,7 @@ class FlashPooling(TokenRouter):
     """Replace the tokens by n means, weighted by learned queries."""
 
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes) -> None:
         super().__init__(sizes)

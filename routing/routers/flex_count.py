@@ -39,6 +39,7 @@ class FlexCount(TokenRouter):
     needs = frozenset({"grid"})
     stages: ClassVar[tuple[str, ...]] = ("encoder_out", "projector_out")
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, growth: float = 1.0, variant: str = "added") -> None:
         super().__init__(sizes)

@@ -35,6 +35,7 @@ class Frequency(TokenRouter):
     needs = frozenset({"grid"})
     stages = ("encoder_out", "projector_out")
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, rescale: bool = True) -> None:
         super().__init__(sizes)

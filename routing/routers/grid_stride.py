@@ -20,6 +20,7 @@ class GridStride(TokenRouter):
 
     needs = frozenset({"grid"})
     stages = ("encoder_out", "projector_out")
+    scores = False
 
     def __init__(self, sizes: RouterSizes) -> None:
         super().__init__(sizes)

@@ -14,6 +14,8 @@ from cogvla.routing.selection import kept
 class Identity(TokenRouter):
     """Keep all tokens."""
 
+    scores = False
+
     def leaves(self, budget: int) -> int:
         return self.sizes.tokens
 

@@ -37,6 +37,7 @@ class LateExit(TokenRouter):
 
     stage = "llm_layer"
     stages = ("llm_layer",)
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, threshold: float | None = None) -> None:
         super().__init__(sizes)

@@ -36,6 +36,7 @@ class ProgressiveVideo(TokenRouter):
     needs = frozenset({"history_BOND", "grid"})
     stages = ("encoder_out", "projector_out")
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, heads: int = 4, frames: int = 2) -> None:
         super().__init__(sizes)

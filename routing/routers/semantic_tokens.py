@@ -43,6 +43,7 @@ class SemanticTokens(TokenRouter):
     stage = "encoder_out"
     stages = ("encoder_block", "encoder_out", "projector_out")
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, variant: str = "trained", heads: int = 4) -> None:
         super().__init__(sizes)

@@ -29,6 +29,7 @@ class SlotAttention(TokenRouter):
     """
 
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, iterations: int = 3) -> None:
         super().__init__(sizes)

@@ -22,6 +22,7 @@ class SpatialPool(TokenRouter):
     needs = frozenset({"grid"})
     stages = ("encoder_block", "encoder_out", "projector_out")
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes) -> None:
         super().__init__(sizes)

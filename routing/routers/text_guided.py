@@ -81,6 +81,8 @@ def diverse(unit_BND: Tensor, order_BR: Tensor, count: int) -> Tensor:
     Returns:
         Indices [B,count].
     """
+    if not count:
+        return order_BR[:, :0]
     while order_BR.shape[1] > count:
         a_BA, b_BA = order_BR[:, ::2], order_BR[:, 1::2]
         likeness_BA = (take(unit_BND, a_BA) @ take(unit_BND, b_BA).mT).amax(-1)

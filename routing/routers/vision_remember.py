@@ -37,6 +37,7 @@ class VisionRemember(TokenRouter):
     stage = "llm_layer"
     stages = ("llm_layer",)
     selects = False
+    scores = False
 
     def __init__(self, sizes: RouterSizes, *, width: int = 64) -> None:
         super().__init__(sizes)

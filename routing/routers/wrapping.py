@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cogvla.routing.router import RouterSizes, TokenRouter
 
-OF_BASE = ("needs", "selects", "hides", "stage", "stages", "projects", "guide_layer", "remembers", "gated")
+OF_BASE = ("needs", "selects", "scores", "hides", "stage", "stages", "projects", "guide_layer", "remembers", "gated")
 
 
 class WrappingRouter(TokenRouter):

@@ -105,6 +105,13 @@ def test_text_guided_without_text_is_attention_and_diversity() -> None:
     assert torch.equal(found, expected)
 
 
+def test_text_guided_by_importance_alone_keeps_the_best() -> None:
+    x, seen = tokens_of(), attention(*range(16))
+    found = route("text_guided", x, 4, {"text": 0.0, "important": 1.0}, attention_LBN=seen).index_Bn
+    assert found.tolist() == [[12, 13, 14, 15]] * 3
+    assert diverse(unit(x), torch.arange(16).expand(3, -1), 0).shape == (3, 0)
+
+
 def test_text_guided_by_text_alone_keeps_the_token_that_is_a_word() -> None:
     x = tokens_of()
     words = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(1))

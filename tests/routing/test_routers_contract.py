@@ -49,6 +49,7 @@ def test_exactly_k_tokens_in_order(name: str, budget: int) -> None:
     routed = router(x, context_for(router, budget=budget))
     kept = router.leaves(budget)
     assert routed.mask_Bn is None or router.hides
+    assert (routed.score_BN is not None) == router.scores
     assert kept == (ALL if name in WHOLE else 0 if name == "late_exit" else budget)
     assert routed.tokens_BnD.shape == (3, kept, x.shape[-1])
     assert routed.tokens_BnD.isfinite().all()
@@ -213,6 +214,8 @@ def test_mistakes_say_what_is_possible() -> None:
 
     with pytest.raises(ValueError, match="has no option speed; it has variant, pivot"):
         build_router("diversity", sizes_for(4), {"speed": 1})
+    with pytest.raises(ValueError, match="cannot have 0 heads; choose a divisor"):
+        build_router("causal_queries", sizes_for(4), {"heads": 0})
     with pytest.raises(ValueError, match=r"5 tokens do not form a grid .* possible budgets: 1, 2, 4, 6, 8, 9, 12, 16"):
         build_router("grid_stride", sizes_for(5))
     with pytest.raises(ValueError, match=r"needs tokens that are patches of a grid.*or use one of .*random"):

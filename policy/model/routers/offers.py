@@ -20,7 +20,7 @@ def items_offered(stage: str, *, patches: bool, joint: bool, grid: bool, scored:
         patches: the tokens are patches, not aggregation tokens.
         joint: one row holds the tokens of all views.
         grid: a row is a grid of patches.
-        scored: a router before the language model has scored the tokens.
+        scored: a router before the language model scores the tokens.
     """
     if stage == "encoder_block":
         return frozenset({"grid"})

@@ -249,7 +249,7 @@ class PolicyRouter(nn.Module):
                 cast(TokenRouter, self.layers[str(layer)]).leaves(min(drawn[layer].arrive, count))
 
     def _build(self, name: str, stage: str, sizes: RouterSizes, options: Any) -> TokenRouter:
-        scored, joint = self.before is not None, self.config.joint
+        scored, joint = self.before is not None and self.before.scores, self.config.joint
         grid = self.grid is not None
         offered = items_offered(stage, patches=self.patches, joint=joint, grid=grid, scored=scored)
         return build_offered(name, stage, sizes, options, offered, self.patches)

@@ -664,6 +664,15 @@ def test_mistakes_say_what_is_possible() -> None:
             tiny_model(**values)
 
 
+def test_scores_are_carried_from_those_that_have_some() -> None:
+    without = [name for name, kind in registered_routers().items() if not kind.scores and kind.stages != ("llm_layer",)]
+    assert {"identity", "spatial_pool", "causal_queries"} < {*without}
+    pooled = {"options": {"base": "spatial_pool"}}
+    for name, more in [*((name, {}) for name in without), ("channel_attention", pooled), ("token_pooling", pooled)]:
+        with pytest.raises(ValueError, match="'carried' needs score_BN, which this policy does not provide"):
+            routed(config(name, layers=(1,), layer_router="carried", **more))
+
+
 def test_no_context_is_given_that_was_not_asked_for() -> None:
     model = routed(config("random"))
     assert isinstance(model.router, PolicyRouter)
