@@ -52,7 +52,7 @@ from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.provenance import provenance
+from cogvla.policy.provenance import machine, provenance
 from cogvla.policy.threads import use_threads
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
@@ -146,7 +146,8 @@ class _Comparison:
         """
         file = self.output / COSTS
         settings = {"calls": self.values["calls"], "checkpoint": self.identity, "device": self.device}
-        settings["engine"] = self.values["engine"]
+        here = machine()
+        settings |= {"engine": self.values["engine"], **{key: here[key] for key in ("cpu", "torch_threads", "gpus")}}
         settings |= {"cells": {cell.key: json.loads(json.dumps(asdict(cell.router))) for cell in self.cells}}
         if file.is_file():
             saved = json.loads(file.read_text())
@@ -166,6 +167,7 @@ class _Comparison:
             "router": asdict(cell.router), "suite": list(self._protocols()), "protocol": self._protocols(),
             "tasks": self.values["tasks"], "checkpoint": self.identity, "regime": self.values["regime"],
             "recipe": self.values["recipe"] if self.trained else None,
+            "engine": self.values["engine"], "device": self.device,
             "simulation": {suite.name: dict(suite.settings) for suite, _ in self.played},
             "perturbation": perturbation and {suite.name: suite.magnitudes(perturbation) for suite, _ in self.played},
         }  # fmt: skip

@@ -146,11 +146,11 @@ def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) 
     """Return label -> router without its budget.
 
     Args:
-        names: names, or values of `RouterConfig`; None: all registered routers, and `VARIANTS`.
+        names: names, or values of `RouterConfig` without a budget; None: all registered routers, and `VARIANTS`.
         layer: language layer for routers that work only in a language layer.
 
     Raises:
-        ValueError: a name or value is unknown, or a router is listed twice.
+        ValueError: a name or value is unknown, a router is listed twice, or has a budget.
     """
     found: dict[str, RouterConfig] = {}
     known = registered_routers()
@@ -160,7 +160,11 @@ def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) 
         name = values.get("name")
         if name not in known:
             raise ValueError(f"routers names {name!r}; possible are {', '.join(known)}")
-        if known[name].stages == ("llm_layer",):
+        if "budget" in values:
+            raise ValueError(
+                f"routers gives {name!r} a budget: every router is played with all `budgets`, so remove it"
+            )
+        if known[name].stages == ("llm_layer",) and values.get("stage") in (None, "llm_layer"):
             values = {"layers": (layer,), **values}
         router = build(RouterConfig, values, "routers")
         shown = {k: v for k, v in values.items() if k not in ("name", "options")} | dict(router.options or {})

@@ -154,6 +154,12 @@ def test_options_are_told_apart_and_mistakes_are_explained() -> None:
         wanted_routers(["randm"], layer=1)
     with pytest.raises(ValueError, match="twice"):
         wanted_routers(["random", "random"], layer=1)
+    elsewhere = {"name": "adp", "stage": "projector_out", "options": {"base": "coverage"}}
+    (router,) = wanted_routers([elsewhere], layer=1).values()
+    assert router.layers == ()
+    assert cells_for(point_policy(**PLAIN).model, {"adp": router}, [0.25], trained=False)[1] == {}
+    with pytest.raises(ValueError, match=r"gives 'random' a budget: .* remove it"):
+        wanted_routers([{"name": "random", "budget": 0.1}], layer=1)
     with pytest.raises(ValueError, match="speed"):
         wanted_routers([{"name": "random", "speed": 1}], layer=1)
 
@@ -220,6 +226,25 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     monkeypatch.setattr(compare_routers, "configured_suite", lambda *_: replace(toy_suite(), settings=lean))
     with pytest.raises(ValueError, match="results with another simulation"):
         compare_routers.run(command("compare_routers", *comparison), "...")
+
+
+def test_times_and_results_of_other_circumstances_are_not_mixed(
+    comparison: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, counted = dict(compare_routers.machine()), []
+    monkeypatch.setattr(compare_routers, "machine", lambda: here)
+    monkeypatch.setattr(compare_routers, "costs", lambda *given: counted.append(given) or costs(*given))
+    few = [*comparison, "routers=[identity]", "tasks=[0]"]
+    for change in ({}, {}, {"cpu": "another"}, {}, {"torch_threads": 8}, {"gpus": ["one"]}):
+        here |= change
+        compare_routers.run(command("compare_routers", *few), "...")
+    assert len(counted) == 4, "what was played is not played again, but all times are measured anew"
+    with pytest.raises(ValueError, match="results with another engine:"):
+        compare_routers.run(command("compare_routers", *few, "engine.kind=plain"), "...")
+    file = tmp_path / "out" / "identity" / "clean" / "outcome.json"
+    file.write_text(file.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    with pytest.raises(ValueError, match="results with another device:"):
+        compare_routers.run(command("compare_routers", *few), "...")
 
 
 def test_suites_are_counted_together_and_perturbed_cells_apart(
