@@ -199,4 +199,5 @@ def _looks(model: CogVLA, inputs: ModelInput, text: TextFeatures, gaze: list[Ten
     tower = model.vision.named_towers()[0][1]
     probe = AttentionProbe({"received_BN"}, range(tower.computed - 1, tower.computed), tower.prefix, tower.has_cls)
     model.vision.streams(inputs.pixels, text.vision, None, probe)
-    return torch.eye(model.vision.tokens), float(attention_entropy(probe.items()["received_BN"]).mean())
+    eye_NN = torch.eye(model.vision.tokens, device=inputs.pixels.device)
+    return eye_NN, float(attention_entropy(probe.items()["received_BN"]).mean())

@@ -24,7 +24,7 @@ from cogvla.envs.analysis.router_comparison import (
     wanted_routers,
 )
 from cogvla.envs.analysis.routing_pictures import DARK, SIDE, kept_map, picture
-from cogvla.envs.analysis.routing_recording import covered, look
+from cogvla.envs.analysis.routing_recording import _looks, covered, look
 from cogvla.envs.evaluation.plots import lines, pareto
 from cogvla.envs.evaluation.statistics import sign_test, success_rate
 from cogvla.policy.checkpoint import save_checkpoint
@@ -362,6 +362,17 @@ def test_what_is_kept_is_named_by_the_tokens_before_routing(routing: dict[str, A
     assert (rows <= 1 + 1e-5).all()
     if routing.get("efa", True) is False:
         assert torch.equal(moment.looks_NP, torch.eye(VIEWS * PATCHES))
+
+
+@pytest.mark.parametrize("routing", [{}, PLAIN])
+@torch.inference_mode()
+def test_what_tokens_look_at_is_on_the_device_of_the_policy(routing: dict[str, Any]) -> None:
+    policy = point_policy(**routing)
+    inputs = policy.inputs(EMBODIMENT.fake_observation(1))
+    text = policy.model.encode_text(inputs.text_ids, inputs.text_mask)
+    gaze = policy.model(inputs, text, watch=True).gaze
+    with torch.device("meta"):  # what is made without a device is elsewhere
+        assert _looks(policy.model, inputs, text, gaze)[0].device == inputs.pixels.device
 
 
 def test_what_is_not_kept_is_dark() -> None:
