@@ -356,8 +356,8 @@ class CogVLA(nn.Module):
         streams = self.vision.streams(inputs.pixels, text.vision, gaze, probe, observer, reducer)
         guided = self.training and router.guide_layer is not None
         guide_BN = self._guide(streams, inputs, text) if guided else None
-        drawn = inputs.draw is not None and router.config.resample
-        draw_B = inputs.draw[:, 0] if drawn else router.draws(inputs.state)
+        given = inputs.draw if router.config.resample else None
+        draw_B = router.draws(inputs.state) if given is None else given[:, 0]
         words_BTD, mask_BT = text.tail_BRD[:, : text.context.layout.text], text.context.text_mask_BT
         seen = words_BTD, mask_BT, inputs.pixels, draw_B, probe
         inside = budget, reducer, guide_BN, remembered, inputs.dense

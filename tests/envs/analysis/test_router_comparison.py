@@ -119,7 +119,7 @@ def test_every_router_is_played_or_left_out_for_a_reason() -> None:
 
 def test_budgets_that_leave_as_many_tokens_are_played_once_and_not_without_a_budget() -> None:
     model = point_policy(**PLAIN).model
-    names = ["random", "identity", "diversity", {"name": "late_exit", "stage": "llm_layer"}]
+    names: list[Any] = ["random", "identity", "diversity", {"name": "late_exit", "stage": "llm_layer"}]
     for budgets in ([0.0625, 0.03], [0.25, 4]):
         cells, left_out = cells_for(model, wanted_routers(names, 1), budgets, trained=False)
         played = {cell.key for cell in cells}
@@ -232,8 +232,13 @@ def test_times_and_results_of_other_circumstances_are_not_mixed(
     comparison: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, counted = dict(compare_routers.machine()), []
+
+    def counting(*given: Any) -> Any:
+        counted.append(given)
+        return costs(*given)
+
     monkeypatch.setattr(compare_routers, "machine", lambda: here)
-    monkeypatch.setattr(compare_routers, "costs", lambda *given: counted.append(given) or costs(*given))
+    monkeypatch.setattr(compare_routers, "costs", counting)
     few = [*comparison, "routers=[identity]", "tasks=[0]"]
     for change in ({}, {}, {"cpu": "another"}, {}, {"torch_threads": 8}, {"gpus": ["one"]}):
         here |= change

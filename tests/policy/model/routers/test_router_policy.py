@@ -667,7 +667,7 @@ def test_mistakes_say_what_is_possible() -> None:
 def test_scores_are_carried_from_those_that_have_some() -> None:
     without = [name for name, kind in registered_routers().items() if not kind.scores and kind.stages != ("llm_layer",)]
     assert {"identity", "spatial_pool", "causal_queries"} < {*without}
-    pooled = {"options": {"base": "spatial_pool"}}
+    pooled: dict[str, Any] = {"options": {"base": "spatial_pool"}}
     for name, more in [*((name, {}) for name in without), ("channel_attention", pooled), ("token_pooling", pooled)]:
         with pytest.raises(ValueError, match="'carried' needs score_BN, which this policy does not provide"):
             routed(config(name, layers=(1,), layer_router="carried", **more))
