@@ -1,4 +1,4 @@
-"""Checks of the training data: instructions that a policy cannot tell apart, dimensions that hardly ever move.
+"""Checks of the training data: instructions that a policy cannot tell apart, and what normalisation makes of actions.
 
 Shape legend: N frames, D state or action dimension, 2 minimum and maximum.
 """
@@ -14,6 +14,9 @@ from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.normalise import Statistics, rarely_used
 from cogvla.policy.inputs.tokenizer import Tokenizer, same_instruction
 from cogvla.policy.interface import Embodiment
+
+CLIPPED, BEYOND, LISTED = 0.05, 0.25, 5
+"""Share of an instruction's frames that is worth a note; how far outside, in widths of the range; longest list."""
 
 
 def check_instructions(tokenizer: Tokenizer, data: DemonstrationData) -> None:
@@ -79,3 +82,37 @@ def rare_dimensions(data: DemonstrationData, embodiment: Embodiment) -> list[str
                 f"{statistics.q01[d]:.4g} to {statistics.q99[d]:.4g}, with its {used} in place of the quantile"
             )
     return lines
+
+
+def clipped_instructions(data: DemonstrationData, embodiment: Embodiment) -> list[str]:
+    """Return a line for each instruction many of whose actions are far outside of q01 to q99, where they are clipped.
+
+    Quantiles are those of all data: what only one of many tasks needs, such as turning the hand, may be lost.
+    """
+    if data.each:
+        rows = data.all_rows
+        parts = [replace(data, rows=rows[(rows >= p.start) & (rows < p.end)], each=False) for p in data.parts]
+        return [line for part in parts for line in clipped_instructions(part, embodiment)]
+    if embodiment.action_normalisation != "q99":
+        return []
+    x_ND, instruction_N = data.action_NA[data.all_rows].numpy(), data.instruction_ids.numpy()
+    statistics = Statistics.of(x_ND)
+    low_D, high_D = np.array(statistics.q01), np.array(statistics.q99)
+    margin_D = BEYOND * (high_D - low_D)
+    outside_ND = ((x_ND < low_D - margin_D) | (x_ND > high_D + margin_D)) & np.array(embodiment.action_normalise_mask)
+    found = []
+    for number in np.unique(instruction_N):
+        share_D = outside_ND[instruction_N == number].mean(0)
+        d = int(share_D.argmax())
+        if share_D[d] > CLIPPED:
+            found.append((share_D[d], f"{data.instructions[number]!r}: {share_D[d]:.0%} of action {d}", d))
+    if not found:
+        return []
+    found.sort(key=lambda each: -each[0])
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    said = "; ".join(text for _, text, _ in found[:LISTED])
+    ranges = ", ".join(f"{d}: {low_D[d]:.3g} to {high_D[d]:.3g}" for d in sorted({d for _, _, d in found}))
+    return [
+        f"normalisation by q01 to q99 of all data (action {ranges}) clips what some instructions need: {said}{more}; "
+        "embodiment.action_normalisation=min_max keeps it"
+    ]

@@ -18,7 +18,7 @@ from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
 from cogvla.policy.training.config import TrainingConfig
-from cogvla.policy.training.data_checks import check_instructions, rare_dimensions
+from cogvla.policy.training.data_checks import check_instructions, clipped_instructions, rare_dimensions
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.policy.training.trainer import Trainer
 from cogvla.policy.training.wordings import training_wordings
@@ -51,7 +51,7 @@ def build_trainer(
     check_instructions(tokenizer, data)  # `Trainer` does it, too, but after the model is built
     if config.wordings.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
         print(f"{len(plain)} of {len(worded)} instructions have no other wordings, for example {plain[0]!r}")
-    for said in rare_dimensions(data, embodiment):
+    for said in (*rare_dimensions(data, embodiment), *clipped_instructions(data, embodiment)):
         print(said)
     torch.manual_seed(config.seed)
     model = CogVLA(model_config, embodiment)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, WordTokenizer
-from cogvla.policy.training.data_checks import check_instructions, rare_dimensions
+from cogvla.policy.training.data_checks import check_instructions, clipped_instructions, rare_dimensions
 from cogvla.tests.support.small_data import INSTRUCTIONS, ROBOT, small_data, small_trainer
 
 
@@ -126,3 +126,22 @@ def test_only_dimensions_that_are_normalised_by_quantiles_are_named() -> None:
     assert [line[:8] for line in rare_dimensions(resting(), replace(ROBOT, state_normalisation="mean_std"))] == [
         "action 0"
     ]
+
+
+def test_actions_that_only_one_task_needs_and_normalisation_clips_are_noted() -> None:
+    data = small_data(episodes=40)
+    assert not clipped_instructions(data, ROBOT)
+    count = len(data) // 150
+    action_NA, instruction_N = data.action_NA.clone(), data.instruction_N.clone()
+    action_NA[:, 1] = torch.linspace(-0.1, 0.1, len(data))
+    action_NA[:count, 1], instruction_N[: 2 * count] = -1.0, len(data.instructions)
+    instructions = [*data.instructions, "turn it"]
+    turned = replace(data, action_NA=action_NA, instruction_N=instruction_N, instructions=instructions)
+    (line,) = clipped_instructions(turned, ROBOT)
+    assert "clips what some instructions need: 'turn it': 50% of action 1; embodiment.action_norm" in line
+    assert "(action 1: -0.0" in line or "(action 1: -0.1" in line
+    for robot in (
+        replace(ROBOT, action_normalisation="min_max"),
+        replace(ROBOT, action_normalise_mask=(True, False, True, False)),
+    ):
+        assert not clipped_instructions(turned, robot)
