@@ -127,12 +127,12 @@ class DemonstrationData:
         columns = {name: torch.from_numpy(array) for name, array in arrays.items()}
         actions = convert_grippers(columns.pop("action"), config.gripper, embodiment)
         executed = columns.pop(f"label/{EXECUTED}", None)
-        if executed is not None and executed[0].numel() != actions.shape[1]:
-            raise ValueError(
-                f"{EXECUTED!r} of {root} has {executed[0].numel()} numbers in each frame, data.action has "
-                f"{actions.shape[1]}: give the action that was recorded with it, or remove this feature"
-            )
         if executed is not None:
+            if executed[0].numel() != actions.shape[1]:
+                raise ValueError(
+                    f"{EXECUTED!r} of {root} has {executed[0].numel()} numbers in each frame, data.action has "
+                    f"{actions.shape[1]}: give the action that was recorded with it, or remove this feature"
+                )
             executed = map_grippers(executed.reshape(actions.shape).float(), config.gripper, embodiment)
         notes = reader.notes
         if reader.metadata.fps != embodiment.control_hz:
@@ -261,13 +261,15 @@ class DemonstrationData:
         Episodes that teach nothing are not held out, because nothing could be measured on them.
         """
         episodes = self.episode_N[self._taught(rows)].unique()
+        if not len(episodes):  # `TrainingBatches` says so
+            return torch.zeros(len(rows), dtype=torch.bool)
         count = max(1, round(len(episodes) * validation_fraction)) if validation_fraction else 0
         if self.parts:  # a single episode of one of them is for training
-            count = max(0, min(count, len(episodes) - 1))
+            count = min(count, len(episodes) - 1)
         if count >= len(episodes):
             raise ValueError(
-                f"{len(episodes)} episode(s) cannot be split with validation_fraction {validation_fraction}; "
-                "record more, or set it to 0"
+                f"{len(episodes)} episode(s) to learn from cannot be split with validation_fraction "
+                f"{validation_fraction}; record more, or set it to 0"
             )
         order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed))
         return torch.isin(self.episode_N[rows], episodes[order[:count]])

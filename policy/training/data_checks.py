@@ -1,6 +1,6 @@
 """Checks of the training data: instructions that a policy cannot tell apart, and what normalisation makes of actions.
 
-Shape legend: N frames, D state or action dimension, 2 minimum and maximum.
+Shape legend: N frames, D state or action dimension, I instructions, 2 minimum and maximum.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def rare_dimensions(data: DemonstrationData, embodiment: Embodiment) -> list[str
     The lines are about dimensions that the embodiment normalises by q99; see `Statistics.of`.
     """
     if data.each:
-        rows = data.all_rows
-        parts = {p.name: replace(data, rows=rows[(rows >= p.start) & (rows < p.end)], each=False) for p in data.parts}
-        return [f"{name}: {line}" for name, part in parts.items() for line in rare_dimensions(part, embodiment)]
+        return [f"{name}: {line}" for name, one in _sets(data) for line in rare_dimensions(one, embodiment)]
     everything = (True,) * embodiment.state_dim
     lines = []
     for name, values_ND, kind, mask in (
@@ -90,9 +88,7 @@ def clipped_instructions(data: DemonstrationData, embodiment: Embodiment) -> lis
     Quantiles are those of all data: what only one of many tasks needs, such as turning the hand, may be lost.
     """
     if data.each:
-        rows = data.all_rows
-        parts = [replace(data, rows=rows[(rows >= p.start) & (rows < p.end)], each=False) for p in data.parts]
-        return [line for part in parts for line in clipped_instructions(part, embodiment)]
+        return [f"{name}: {line}" for name, one in _sets(data) for line in clipped_instructions(one, embodiment)]
     if embodiment.action_normalisation != "q99":
         return []
     x_ND, instruction_N = data.action_NA[data.all_rows].numpy(), data.instruction_ids.numpy()
@@ -100,19 +96,22 @@ def clipped_instructions(data: DemonstrationData, embodiment: Embodiment) -> lis
     low_D, high_D = np.array(statistics.q01), np.array(statistics.q99)
     margin_D = BEYOND * (high_D - low_D)
     outside_ND = ((x_ND < low_D - margin_D) | (x_ND > high_D + margin_D)) & np.array(embodiment.action_normalise_mask)
-    found = []
-    for number in np.unique(instruction_N):
-        share_D = outside_ND[instruction_N == number].mean(0)
-        d = int(share_D.argmax())
-        if share_D[d] > CLIPPED:
-            found.append((share_D[d], f"{data.instructions[number]!r}: {share_D[d]:.0%} of action {d}", d))
+    counts_I = np.maximum(np.bincount(instruction_N), 1)
+    share_DI = np.stack([np.bincount(instruction_N, outside_N) for outside_N in outside_ND.T]) / counts_I
+    worst_I, share_I = share_DI.argmax(0), share_DI.max(0)
+    found = [i for i in np.argsort(-share_I, kind="stable") if share_I[i] > CLIPPED]
     if not found:
         return []
-    found.sort(key=lambda each: -each[0])
     more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
-    said = "; ".join(text for _, text, _ in found[:LISTED])
-    ranges = ", ".join(f"{d}: {low_D[d]:.3g} to {high_D[d]:.3g}" for d in sorted({d for _, _, d in found}))
+    said = "; ".join(f"{data.instructions[i]!r}: {share_I[i]:.0%} of action {worst_I[i]}" for i in found[:LISTED])
+    ranges = ", ".join(f"{d}: {low_D[d]:.3g} to {high_D[d]:.3g}" for d in sorted(set(worst_I[found])))
     return [
-        f"normalisation by q01 to q99 of all data (action {ranges}) clips what some instructions need: {said}{more}; "
+        f"normalisation by q01 to q99 (action {ranges}) clips what some instructions need: {said}{more}; "
         "embodiment.action_normalisation=min_max keeps it"
     ]
+
+
+def _sets(data: DemonstrationData) -> list[tuple[str, DemonstrationData]]:
+    """Return each data set of a mixture, with its name, as data of its own."""
+    rows = data.all_rows
+    return [(p.name, replace(data, rows=rows[(rows >= p.start) & (rows < p.end)], each=False)) for p in data.parts]

@@ -103,9 +103,10 @@ def train_in_rounds(
             )
     for suite in suites:
         check_advice(suite)
-        _check_rate(resolved_for(config, suite.name))
     processes = PartialState(timeout=PATIENCE)
     with processes.main_process_first():
+        for suite in suites:
+            _check_rate(resolved_for(config, suite.name))
         _check_request(output, {key: value for key, value in values.items() if key not in FREE})
         if (there := sum(1 for _ in output.glob(f"round_*/{SUMMARY}"))) > rounds:
             raise ValueError(f"{output} holds {there} rounds; give rounds={there} or more, or choose another output")

@@ -139,6 +139,9 @@ def test_only_episodes_that_teach_something_are_held_out(seed: int) -> None:
     data = replace(data, teaching=Teaching.of(acted_N, False, 1.0))
     with pytest.raises(ValueError, match="cannot be split"):
         data.split(0.1, seed)
+    nothing = replace(data, teaching=Teaching.of(torch.zeros_like(acted_N), False, 1.0))
+    with pytest.raises(ValueError, match="a policy acted in all frames, so that there is nothing to learn"):
+        TrainingBatches(nothing.split(0.1, seed)[0], 4, 0)
     data = replace(data, teaching=Teaching.of(acted_N | (data.episode_N == 0), False, 1.0))
     training, held_out = data.split(0.1, seed)
     assert set(held_out.episode_N[held_out.all_rows].tolist()) <= {0, 2}

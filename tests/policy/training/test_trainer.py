@@ -507,7 +507,7 @@ def test_bad_settings_are_explained(bad: dict[str, Any], said: str) -> None:
 
 
 def test_too_few_episodes_to_hold_some_out(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"1 episode\(s\) cannot be split.*record more, or set it to 0"):
+    with pytest.raises(ValueError, match=r"1 episode\(s\) to learn from cannot be split.*record more, or set it to 0"):
         small_trainer(tmp_path, data=small_data(1))
     small_trainer(tmp_path, settings(steps=1, validation_fraction=0.0), IMITATION, small_data(1)).run()
 
