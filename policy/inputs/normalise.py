@@ -156,6 +156,17 @@ class Normaliser(nn.Module):
         self._check(y)
         return y * self.scale_D + self.shift_D
 
+    def change_to(self, other: Normaliser) -> tuple[Tensor, Tensor]:
+        """Return factor and offset [D] by which values that this one normalised become those of another one.
+
+        Dimensions that are constant for one of them are not changed: factor 1, offset 0.
+        """
+        same_D = self.constant_D | other.constant_D
+        scale_D = torch.where(same_D, torch.ones_like(other.scale_D), other.scale_D)
+        factor_D = torch.where(same_D, torch.ones_like(scale_D), self.scale_D / scale_D)
+        offset_D = torch.where(same_D, torch.zeros_like(scale_D), (self.shift_D - other.shift_D) / scale_D)
+        return factor_D, offset_D
+
     def _check(self, x: Tensor) -> None:
         if x.shape[-1] != self.shift_D.shape[0]:
             raise ValueError(f"expected {self.shift_D.shape[0]} dimensions, got {x.shape[-1]}")

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 
-from cogvla.policy.checkpoint import CONFIG, load_weights, read_config
+from cogvla.configs.build import build
+from cogvla.files import read_object
+from cogvla.policy.checkpoint import ANOTHER, CONFIG, STATISTICS, load_weights, read_config
 from cogvla.policy.hub.connection import HubError
 from cogvla.policy.hub.download import NoCheckpointError, hub_source, load_from_hub
+from cogvla.policy.inputs.normalise import normalisers, of_each
+from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import KEY, TextEncoder
 from cogvla.policy.inputs.tokenizer import (
     EMPTY_TOKEN,
@@ -18,7 +24,9 @@ from cogvla.policy.inputs.tokenizer import (
     Tokenizer,
     tokenizer_from_dict,
 )
+from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.heads.regression import L1Head
 
 BACKBONES = ("decoder.llm.*", "vision.towers.*.vit.*")
 """Parts that a base must have. Others, such as head and routers, may differ and are then initialised randomly."""
@@ -80,8 +88,13 @@ def check_base_encoder(source: str, encoder: TextEncoder | None) -> None:
         )
 
 
-def load_own(model: CogVLA, folder: Path | str) -> list[str]:
+def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | None = None) -> list[str]:
     """Load all weights of a checkpoint folder that fit the model by name and shape, in place.
+
+    Args:
+        model: the network to train.
+        folder: the checkpoint.
+        preprocessor: that of the training, to whose statistics the weights are changed; None: they are not changed.
 
     Returns:
         Lines for the log: what was loaded and what was not.
@@ -89,7 +102,7 @@ def load_own(model: CogVLA, folder: Path | str) -> list[str]:
     Raises:
         ValueError: the checkpoint is damaged, or its towers or language model do not fit the model.
     """
-    read_config(Path(folder))
+    body = read_config(Path(folder))
     wanted, source = model.state_dict(), load_weights(Path(folder))
     fits = {name for name, value in wanted.items() if name in source and source[name].shape == value.shape}
     new = [name for name in wanted if name not in fits]
@@ -107,8 +120,40 @@ def load_own(model: CogVLA, folder: Path | str) -> list[str]:
     with torch.no_grad():
         for name in fits:
             wanted[name].copy_(source[name])
+        if preprocessor is not None:
+            _change_units(model, fits, Path(folder), body["embodiment"], preprocessor)
     said = [f"{len(fits)} of {len(wanted)} tensors from {folder}"]
     return said + ([f"nothing into {', '.join(_parts(new))}, which are initialised randomly"] if new else [])
+
+
+def _change_units(
+    model: CogVLA, loaded: set[str], folder: Path, robot: dict[str, Any], preprocessor: Preprocessor
+) -> None:
+    """Change the layers that read states and actions, and those of an L1 head that write actions, in place.
+
+    So they compute the base's actions, in physical units, although states and actions are now normalised by other
+    statistics. Other heads cannot be changed exactly and stay. With statistics of several data sets, nothing changes.
+    """
+    statistics = read_object(folder / STATISTICS, ANOTHER)
+    if preprocessor.sets or None not in of_each(statistics):
+        return
+    base_state, base_action = normalisers(build(Embodiment, robot, "embodiment"), statistics)
+    state, action = preprocessor.state_normaliser, preprocessor.action_normaliser
+    if "state.0.weight" in loaded:
+        factor_S, offset_S = state.change_to(base_state)
+        reads = cast(nn.Linear, model.state[0])
+        reads.bias += reads.weight @ offset_S
+        reads.weight *= factor_S
+    if model.committed is not None and "committed.matrix" in loaded:
+        factor_A, offset_A = action.change_to(base_action)
+        matrix_XD = model.committed.matrix
+        matrix_XD[-1] += offset_A @ matrix_XD[:-1]
+        matrix_XD[:-1] *= factor_A[:, None]
+    if isinstance(model.head, L1Head) and f"head.net.{len(model.head.net) - 1}.weight" in loaded:
+        factor_A, offset_A = base_action.change_to(action)
+        writes = cast(nn.Linear, model.head.net[-1])
+        writes.weight *= factor_A[:, None]
+        writes.bias.mul_(factor_A).add_(offset_A)
 
 
 def _parts(names: list[str]) -> list[str]:

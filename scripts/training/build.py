@@ -57,9 +57,9 @@ def build_trainer(
     model = CogVLA(model_config, embodiment)
     if model.text is not None:
         model.text.fit(*tokenizer.inputs(data.instructions))
-    for said in load_start(model, base):
-        print(f"loaded {said}")
     preprocessor = Preprocessor(embodiment, tokenizer, data.statistics(), config.augmentation.crop_area)
+    for said in load_start(model, base, preprocessor):
+        print(f"loaded {said}")
     teacher: CogVLA | None = None
     if objective_config.distillation:
         assert objective_config.teacher is not None
@@ -69,11 +69,11 @@ def build_trainer(
     return Trainer(config, objective, model_config, preprocessor, data, output, log, base=named, base_weights=weights)
 
 
-def load_start(model: CogVLA, base: str | None) -> list[str]:
-    """Load the initial weights of the model in place; return lines for the log."""
+def load_start(model: CogVLA, base: str | None, preprocessor: Preprocessor) -> list[str]:
+    """Load the initial weights of the model in place, for these statistics; return lines for the log."""
     if base is None:
         return load_backbones(model)
-    return load_own(model, base) if is_own(base) else load_base(model, base)
+    return load_own(model, base, preprocessor) if is_own(base) else load_base(model, base)
 
 
 def choose_tokenizer(language: LanguageConfig, instructions: list[str], base: str | None, reworded: bool) -> Tokenizer:

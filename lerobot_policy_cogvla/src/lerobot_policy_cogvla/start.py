@@ -63,7 +63,7 @@ def start(config: CogVLAConfig, meta: Any) -> CogVLA:
     model = CogVLA(network, robot)
     if model.text is not None:
         model.text.fit(*tokenizer.inputs(instructions))
-    for said in load_start(model, base):
+    for said in load_start(model, base, preprocessor):
         print(f"loaded {said}")
     config.cogvla = {
         "format": FORMAT,

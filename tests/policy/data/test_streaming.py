@@ -30,7 +30,9 @@ from cogvla.tests.support.lerobot_files import (
     SIZE,
     assert_read,
     data_file,
+    edit_info,
     edit_table,
+    features,
     open_data,
     png,
     rows,
@@ -129,6 +131,7 @@ def test_of_pictures_in_parquet_files_the_numbers_come_alone(tmp_path: Path, mon
         for row in rows()
     ]
     root = write(tmp_path / "source", given=given, row_group=100)
+    edit_info(root, features=features(video=False) | {CAMERA: {"dtype": "image", "shape": [200, 200, 3]}})
     size = sum(path.stat().st_size for path in root.rglob("*.parquet"))
     with stub_hub(root, monkeypatch) as hub:
         streamed(tmp_path)

@@ -138,6 +138,21 @@ def test_outputs_outside_of_the_range_are_not_clipped_on_the_way_back() -> None:
     assert Normaliser("q99", KNOWN).inverse(torch.tensor([1.5])).item() == 12.5
 
 
+@given(kinds=st.tuples(st.sampled_from(NORMALISATIONS), st.sampled_from(NORMALISATIONS)), x=st.floats(1, 9, width=32))
+def test_a_change_to_other_statistics_is_that_of_the_values(kinds: tuple[str, str], x: float) -> None:
+    two = replace(KNOWN, q01=(-3.0,), q99=(12.0,), min=(-20.0,), mean=(5.0,))
+    first, second = Normaliser(kinds[0], KNOWN), Normaliser(kinds[1], two)
+    factor, offset = first.change_to(second)
+    value = torch.tensor([x])
+    torch.testing.assert_close(factor * first(value) + offset, second(value), atol=1e-4, rtol=1e-5)
+
+
+def test_a_change_to_other_statistics_leaves_constant_dimensions() -> None:
+    still = Normaliser("q99", Statistics.of(np.full((3, 1), 2.0)))
+    for first, second in ((still, Normaliser("q99", KNOWN)), (Normaliser("q99", KNOWN), still)):
+        assert first.change_to(second) == (torch.ones(1), torch.zeros(1))
+
+
 def test_it_works_on_chunks_and_says_which_size_it_wants() -> None:
     normaliser = Normaliser("q99", KNOWN)
     assert normaliser(torch.zeros(2, 8, 1)).shape == (2, 8, 1)

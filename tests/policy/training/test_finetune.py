@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from cogvla.configs.load import load
-from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.checkpoint import load_policy, save_checkpoint
+from cogvla.policy.inputs.preprocess import Preprocessor
+from cogvla.policy.interface import Committed, Observation
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.training import adapters
 from cogvla.policy.training.adapters import FinetuneConfig
 from cogvla.policy.training.optimisation import adamw
+from cogvla.policy.weights.base import load_own
 from cogvla.tests.policy.training.test_trainer import KILLED, assert_same_run, rows
 from cogvla.tests.support import small_data as small
 from cogvla.tests.support.extras import needs
@@ -327,14 +331,45 @@ def test_it_starts_from_a_checkpoint_with_its_words_and_the_new_statistics(tmp_p
     data.instructions[2] = "approach the blue one"
     trainer = small_trainer(tmp_path / "tuned", data=data, base=str(base / "policy"))
     learned = load_policy(base / "policy")
+    changed = {"state.0.weight", "state.0.bias", "head.net.6.weight", "head.net.6.bias"}  # with the statistics
     for name, value in learned.model.state_dict().items():
-        assert torch.equal(trainer.raw.model.state_dict()[name], value), name
+        assert torch.equal(trainer.raw.model.state_dict()[name], value) == (name not in changed), name
     words, tuned = learned.preprocessor.tokenizer.words, trainer.preprocessor.tokenizer.words  # type: ignore[attr-defined]
     assert tuned == (*words, "approach")
     expected = data.statistics()["action"]
     assert not np.allclose(expected.q01, learned.preprocessor.action_normaliser.shift_D.numpy())
     trainer.run()
     assert load_policy(tmp_path / "tuned" / "policy").preprocessor.tokenizer.words == tuned  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize(("state", "action"), [("q99", "min_max"), ("mean_std", "mean_std"), ("identity", "identity")])
+def test_other_statistics_do_not_change_the_actions_of_the_base(
+    tmp_path: Path, state: str, action: str, prefix: int
+) -> None:
+    config = small.small_config()
+    config = replace(config, head=replace(config.head, prefix=prefix))
+    torch.manual_seed(0)
+    base = CogVLAPolicy(CogVLA(config, ROBOT), small.small_preprocessor())
+    if base.model.committed is not None:
+        torch.nn.init.normal_(base.model.committed.matrix)
+    statistics = small.small_data().statistics()
+    save_checkpoint(tmp_path / "base", base.model.state_dict(), config, base.preprocessor, statistics, {})
+    robot = replace(ROBOT, state_normalisation=state, action_normalisation=action)
+    other = small.small_data(seed=1)
+    other.action_NA[:, 1] *= 3
+    preprocessor = Preprocessor(robot, base.preprocessor.tokenizer, other.statistics())
+    model = CogVLA(config, robot)
+    load_own(model, tmp_path / "base", preprocessor)
+    generator = np.random.default_rng(0)
+    observation = Observation(
+        {name: generator.integers(0, 256, (4, small.SIZE, small.SIZE, 3), np.uint8) for name in ROBOT.camera_names},
+        generator.uniform(0.3, 0.7, (4, 3)).astype(np.float32),
+        [small.INSTRUCTIONS[0]] * 4,
+        committed=[Committed(generator.uniform(-0.2, 0.2, (prefix, 4)).astype(np.float32), prefix)] * 4,
+    )
+    expected, found = (p.act(observation).actions for p in (base, CogVLAPolicy(model, preprocessor)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_base_with_other_routing_gives_what_fits_and_says_the_rest(
