@@ -142,17 +142,17 @@ def _change_units(
     if "state.0.weight" in loaded:
         factor_S, offset_S = state.change_to(base_state)
         reads = cast(nn.Linear, model.state[0])
-        reads.bias += reads.weight @ offset_S
-        reads.weight *= factor_S
+        reads.bias.add_(reads.weight @ offset_S)
+        reads.weight.mul_(factor_S)
     if model.committed is not None and "committed.matrix" in loaded:
         factor_A, offset_A = action.change_to(base_action)
         matrix_XD = model.committed.matrix
-        matrix_XD[-1] += offset_A @ matrix_XD[:-1]
-        matrix_XD[:-1] *= factor_A[:, None]
+        matrix_XD[-1].add_(offset_A @ matrix_XD[:-1])
+        matrix_XD[:-1].mul_(factor_A[:, None])
     if isinstance(model.head, L1Head) and f"head.net.{len(model.head.net) - 1}.weight" in loaded:
         factor_A, offset_A = base_action.change_to(action)
         writes = cast(nn.Linear, model.head.net[-1])
-        writes.weight *= factor_A[:, None]
+        writes.weight.mul_(factor_A[:, None])
         writes.bias.mul_(factor_A).add_(offset_A)
 
 
