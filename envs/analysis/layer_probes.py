@@ -83,11 +83,13 @@ class _Injected(LayerPass):
         super().__init__({}, True, False, draw_B, None, False)
         self.layer = layer
 
-    def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
-        if index >= self.layer:
-            return None
-        none_B0 = torch.zeros(len(x_BSD), 0, dtype=torch.int64, device=x_BSD.device)
-        return Selection(none_B0, rows_of(now.layout, none_B0), now.layout.with_vision(0))
+    def shorten(
+        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
+    ) -> tuple[Tensor, Frame, Selection | None]:
+        if index < self.layer:
+            none_B0 = torch.zeros(len(x_BSD), 0, dtype=torch.int64, device=x_BSD.device)
+            self.chosen[index] = Selection(none_B0, rows_of(now.layout, none_B0), now.layout.with_vision(0))
+        return x_BSD, now, None
 
 
 @torch.inference_mode()

@@ -227,7 +227,7 @@ class FusedDecoder(nn.Module):
             if routing is not None and str(index) in self.read:
                 read = self.read[str(index)]
                 x_BSD, now, _ = routing.shorten(read, index, x_BSD, now, context)
-                chosen = routing.choose(read, index, x_BSD, now, context)
+                chosen = routing.choose(index)
             h_BSD = F.rms_norm(x_BSD, (width,), eps=layer.eps)
             if layer.router is not None:
                 kept_Bn, factor_BS1 = layer.router(h_BSD, now.layout, text["summary"], tokens.process)

@@ -106,8 +106,8 @@ class LayerRouting(Protocol):
     ) -> tuple[Tensor, Frame, Selection | None]:
         """Return the sequence before layer `index`, its frame, and the kept vision tokens (None: all)."""
 
-    def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
-        """Return the tokens that layer `index` processes; None: all."""
+    def choose(self, index: int) -> Selection | None:
+        """Return the tokens that layer `index` processes, after `shorten`; None: all."""
 
     def removed(self, chosen: Selection, tokens: int) -> None:
         """Note that LFP left only these of the `tokens` vision tokens in the sequence."""
@@ -225,7 +225,7 @@ class RoutedDecoder(nn.Module):
         layer, last = self.llm.layers[index], index == len(self.llm.layers) - 1
         read = self.read_rows if last and not every_row else None
         h_BSD = normed(layer.input_layernorm, x_BSD)
-        chosen = None if routing is None else routing.choose(layer, index, x_BSD, now, context)
+        chosen = None if routing is None else routing.choose(index)
         if chosen is None and str(index) in self.routers:
             count = context.plan[index].process
             chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count)

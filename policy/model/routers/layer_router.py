@@ -20,7 +20,7 @@ from cogvla.policy.model.language import LayerContext
 from cogvla.policy.model.language_layer import Frame, attention_rows, normed
 from cogvla.policy.model.routers.memory import TokenMemory
 from cogvla.routing.draws import child
-from cogvla.routing.pruning import Selection, rows_of
+from cogvla.routing.pruning import Selection, put_rows, rows_of
 from cogvla.routing.router import RoutedTokens, RouterContext, TokenRouter
 
 OF_WORDS = frozenset({"text_attention_BN", "text_match_BN"})
@@ -50,6 +50,7 @@ class LayerPass:
 
     Attributes:
         losses: auxiliary losses of the routers, by name and layer.
+        chosen: layer -> tokens that it processes, if the others skip it.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class LayerPass:
         self.routers, self.bypass, self.compact = routers, bypass, compact
         self.draw_B, self.score_BN, self.training = draw_B, score_BN, training
         self.losses: dict[str, Tensor] = {}
+        self.chosen: dict[int, Selection] = {}
         self.earlier_BN: Tensor | None = None  # attention in the previous layer
 
     def shorten(
@@ -78,8 +80,8 @@ class LayerPass:
     ) -> tuple[Tensor, Frame, Selection | None]:
         left = None
         with self.timer:
-            if index in self.routers and not self.bypass:
-                x_BSD, now, left = self._without(layer, index, x_BSD, now, context)
+            if index in self.routers:
+                x_BSD, now, left = self._routed(layer, index, x_BSD, now, context)
             if self.memory is not None and self.memory.watched == index:
                 self.memory.read(_read(layer, normed(layer.input_layernorm, x_BSD), now))
             after = self.routers.get(index + 1)
@@ -87,28 +89,29 @@ class LayerPass:
                 self.earlier_BN = _read(layer, normed(layer.input_layernorm, x_BSD), now)
         return x_BSD, now, left
 
-    def _without(
+    def _routed(
         self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
-    ) -> tuple[Tensor, Frame, Selection]:
-        """Return the sequence without the removed tokens, its frame, and those that stay, by their places."""
+    ) -> tuple[Tensor, Frame, Selection | None]:
+        """Return the sequence without the removed tokens, its frame, and those that stay, by their places.
+
+        If the others skip the layer, all tokens are there, and `choose` returns those that it processes.
+        """
         routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
         place_Bn, layout = routed.rows, now.layout
         fewer = layout.with_vision(place_Bn.shape[1])
         chosen = Selection(place_Bn, rows_of(layout, place_Bn), fewer, score_BN=routed.score_BN)
-        self._follow(routed.index_Bn, place_Bn, layout.vision)
-        x_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BnD, x_BSD[:, layout.rest]), dim=1)
-        frame = context.pruned(chosen, before=now, renumber=self.compact)
-        return x_BSD, frame if routed.mask_Bn is None else frame.hiding(routed.mask_Bn), chosen
-
-    def choose(self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext) -> Selection | None:
-        if not self.bypass or index not in self.routers:
-            return None
-        with self.timer:
-            h_BSD = normed(layer.input_layernorm, x_BSD)
-            routed = self._route(layer, index, h_BSD, h_BSD, now, context)
+        shorter_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BnD, x_BSD[:, layout.rest]), dim=1)
+        if self.bypass:
             assert routed.mask_Bn is None, "a router that hides tokens says so: `hides = True`"
-            kept_Bn, fewer = routed.index_Bn, now.layout.with_vision(routed.index_Bn.shape[1])
-            return Selection(kept_Bn, rows_of(now.layout, kept_Bn), fewer, score_BN=routed.score_BN)
+            self.chosen[index] = chosen
+            # The kept tokens are the same to the bit, but in training the router learns through them.
+            return put_rows(x_BSD, chosen.rows, shorter_BSD) if self.training else x_BSD, now, None
+        self._follow(routed.index_Bn, place_Bn, layout.vision)
+        frame = context.pruned(chosen, before=now, renumber=self.compact)
+        return shorter_BSD, frame if routed.mask_Bn is None else frame.hiding(routed.mask_Bn), chosen
+
+    def choose(self, index: int) -> Selection | None:
+        return self.chosen.get(index)
 
     def removed(self, chosen: Selection, tokens: int) -> None:
         self._follow(chosen.kept_Bn, chosen.kept_Bn, tokens)

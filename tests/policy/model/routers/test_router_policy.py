@@ -252,6 +252,20 @@ def test_a_layer_that_keeps_everything_changes_nothing_and_bypassed_tokens_pass_
     assert inside["hidden"][2].shape == inside["hidden"][0].shape
 
 
+@pytest.mark.parametrize("name", ["token_norm", "core_neurons", "film_pruning", "learned_pruner"])
+def test_a_router_chooses_and_learns_alike_whether_the_others_are_gone_or_skip_the_layer(name: str) -> None:
+    plain, kept = tiny_model(efa=False, lfp=False), []
+    for mode in ("drop", "bypass"):
+        torch.manual_seed(0)
+        model = plain.with_router(RouterConfig(name, 4, "llm_layer", layers=(1,), mode=mode)).train()  # type: ignore[arg-type]
+        output = model(tiny_input(), debug=True, decode=False)
+        output.states.square().mean().backward()
+        assert model.router is not None
+        assert all(parameter.grad is not None for parameter in model.router.parameters())
+        kept.append(output.debug["kept"][1])
+    assert torch.equal(*kept)
+
+
 @torch.inference_mode()
 def test_hidden_tokens_are_as_good_as_gone() -> None:
     """A threshold that all samples are below hides what the unconditional exit drops."""
