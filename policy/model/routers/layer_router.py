@@ -192,8 +192,9 @@ def language_items(
             vision_BNS = attention_rows(layer, h_BSD, now, visual)
             items |= {"received_BN": vision_BNS[..., visual].mean(1), "attention_BNN": vision_BNS[..., visual]}
         if "share_B2" in needs:
-            reading_BQS = attention_rows(layer, h_BSD, now, rest)
-            from_rest_B = reading_BQS[..., visual].sum(-1).mean(1)
+            real_BQ = layout.valid(context.text_mask_BT)[:, rest]
+            to_vision_BQ = attention_rows(layer, h_BSD, now, rest)[..., visual].sum(-1)
+            from_rest_B = (to_vision_BQ * real_BQ).sum(1) / real_BQ.sum(1)
             items["share_B2"] = torch.stack((from_rest_B, vision_BNS[..., rest].sum(-1).mean(1)), dim=1)
         if OF_WORDS & set(needs):
             items |= _of_words(needs, layer, h_BSD, now, context.text_mask_BT)

@@ -281,6 +281,21 @@ def test_hidden_tokens_are_as_good_as_gone() -> None:
 
 
 @torch.inference_mode()
+def test_an_exit_does_not_depend_on_the_padding_of_the_instruction() -> None:
+    seen: list[RouterContext] = []
+    router = RouterConfig("late_exit", 1.0, "llm_layer", layers=(2,), options={"threshold": 0.5})
+    model, inputs = tiny_model(efa=False, lfp=False).eval().with_router(router), tiny_input()
+    assert model.router is not None
+    model.router.layers["2"].register_forward_pre_hook(lambda module, given: seen.append(given[1]))
+    for some in (inputs, alone(inputs, 0)):
+        model(some)
+    together, single = (context.share_B2 for context in seen)
+    assert together is not None
+    assert single is not None
+    torch.testing.assert_close(together[:1], single)
+
+
+@torch.inference_mode()
 def test_a_token_that_one_layer_hid_is_hidden_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     class Quarters(TokenRouter):
         """Hide the first quarter of the tokens in the first layer, the second in the next, and so on."""
