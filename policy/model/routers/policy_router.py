@@ -230,10 +230,11 @@ class PolicyRouter(nn.Module):
         name = config.layer_router or config.name or ""
         options = config.options if config.layer_router is None else None
         budgets = config.layer_budgets or (config.budget,) * len(config.layers)
+        entering = {self.leaves(budget) for budget in (config.budget, *config.train_budgets)}
         for layer, budget in sorted(zip(config.layers, budgets, strict=True)):
             if not 0 <= layer < layers:
                 raise ValueError(f"router.layers names layer {layer}; the language model has layers 0 to {layers - 1}")
-            tokens = plan(self.tokens, routed=self.left)[layer].arrive
+            tokens = plan(max(entering), routed=self.left)[layer].arrive
             count = min(tokens, self.views * count_of(budget, each))
             sizes = RouterSizes(tokens, self.width, self.width, None, count, sum(self.widths))
             router = self._build(name, "llm_layer", sizes, options)
@@ -242,9 +243,8 @@ class PolicyRouter(nn.Module):
             if config.mode == "bypass" and router.hides:
                 raise ValueError(f"router {name!r} hides tokens, which cannot bypass a layer; set router.mode=drop")
             self.counts[layer], self.layers[str(layer)] = count, router
-            router.leaves(count)
-        for budget in config.train_budgets:
-            drawn = plan(self.leaves(budget), routed=self.left)
+        for vision in sorted(entering, reverse=True):
+            drawn = plan(vision, routed=self.left)
             for layer, count in self.counts.items():
                 cast(TokenRouter, self.layers[str(layer)]).leaves(min(drawn[layer].arrive, count))
 

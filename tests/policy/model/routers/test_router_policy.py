@@ -517,6 +517,16 @@ def test_a_budget_that_is_drawn_in_training_may_be_less_than_a_layer_keeps(mode:
         routed(fixed)
 
 
+@pytest.mark.parametrize("name", ["identity", "token_norm", "vision_remember"])
+def test_a_layer_that_keeps_everything_keeps_all_of_a_larger_budget_that_is_drawn(name: str) -> None:
+    router = RouterConfig("token_norm", 2, layers=(1,), layer_router=name, layer_budgets=(1.0,), train_budgets=(2, 8))
+    model, lfp = routed(router).train(), {"lfp": True, "mode": "drop", "schedule": "deep_all"}
+    for step, left in ((0, 4), (1, 16)):
+        drawn = replace(tiny_input(), draw=torch.tensor([[5, step]] * 3))
+        assert model(drawn, debug=True, decode=False).debug["kept"][1].shape[1] == left
+        assert routed(router, **lfp)(drawn, debug=True, decode=False).debug["kept"][2].shape[1] == left // 2
+
+
 def test_what_remembers_needs_tokens_that_were_reduced_and_not_skipped() -> None:
     with pytest.raises(ValueError, match="cannot bypass a layer"):
         routed(config("spatial_pool", layers=(1,), layer_router="vision_remember", mode="bypass"))
