@@ -110,7 +110,8 @@ class PolicyRouter(nn.Module):
         self.views, self.all_tokens, self.width = views, vision.tokens, width
         self.rows = 1 if config.joint else views
         self.patches = not routing.efa
-        self.grid = vision.grid if self.patches and not config.joint else None
+        self.picture = vision.grid if self.patches else None
+        self.grid = None if config.joint else self.picture
         towers = [tower for _, tower in vision.named_towers()]
         self.widths = [tower.width for tower in towers]
         self.blocks, self.prefix, self.has_cls = towers[0].computed, towers[0].prefix, towers[0].has_cls
@@ -149,8 +150,7 @@ class PolicyRouter(nn.Module):
                 "use another stage"
             )
         self._check_guide(routing, layers)
-        grid = vision.grid if self.patches else None
-        self.memory = self._memory(layers, (views, 3, *image), grid)
+        self.memory = self._memory(layers, (views, 3, *image), self.picture)
         if self.memory is not None and "state" in self.memory.shapes and max(config.hand) >= state:
             raise ValueError(
                 f"router.hand names the entries {list(config.hand)} of the state, which has {state}; router "
@@ -495,14 +495,18 @@ class PolicyRouter(nn.Module):
             return all_P.expand(len(draw_B), -1)
         if routed.owner_BN is not None:
             return routed.owner_BN
-        each, columns = self.all_tokens // self.views, 1 if self.grid is None else self.grid[1]
+        each, columns = self.all_tokens // self.views, 1 if self.picture is None else self.picture[1]
 
         def spot(number: Tensor) -> Tensor:
             inside = number % each
             parts = (number // each * self.all_tokens, inside // columns, inside % columns)
             return torch.stack(parts, dim=-1).float()
 
-        return torch.cdist(spot(all_P)[None], spot(routed.place_Bn.round().long())).argmin(-1)
+        far_BPn = torch.cdist(
+            spot(all_P)[None], spot(routed.rows), compute_mode="donot_use_mm_for_euclid_dist"
+        )  # products of such large numbers would be rounded
+        nearest_BP, owner_BP = far_BPn.min(-1)
+        return torch.where(nearest_BP < self.all_tokens, owner_BP, -1)  # with joint views, a view may have no token
 
     def _together(self, routed: RoutedTokens, vision_BnD: Tensor) -> RoutedTokens:
         """Join the results of all rows of a sample; indices count through all its rows."""

@@ -442,6 +442,17 @@ def test_pooled_tokens_remember_the_patches_of_their_cell() -> None:
     assert torch.equal(chosen.gather(1, kept), torch.arange(8).expand(3, -1)), "a kept patch is its own"
 
 
+@torch.inference_mode()
+def test_with_joint_views_a_patch_belongs_to_the_nearest_kept_patch_of_its_own_picture() -> None:
+    router = routed(config("token_norm", joint=True)).router
+    assert router is not None
+    for kept, expected in ([3, 8, 20], {4: 8, 7: 3, 16: 20, 31: 20}), ([3, 8, 9], {4: 8, 7: 3, 16: None, 31: None}):
+        index_Bn = torch.tensor([kept])
+        owner_P = router._owners(RoutedTokens(torch.zeros(1, 3, 1), index_Bn, index_Bn), torch.zeros(1))[0]
+        found = {patch: None if owner_P[patch] < 0 else kept[owner_P[patch]] for patch in expected}
+        assert found == expected
+
+
 def behind_lfp(router: RouterConfig) -> tuple[torch.Tensor, RouterContext, dict[str, Any]]:
     """Return what the router at layer 3 got after LFP removed tokens in layers 1 and 2, and the inside of the pass."""
     model, seen = routed(router, lfp=True, mode="drop"), []
