@@ -22,7 +22,7 @@ from cogvla.routing.routers.wrapping import WrappingRouter
 from cogvla.routing.selection import ranked, remaining, take
 
 WIDE = ("encoder_BNF", "keys_BNC")
-FLAT = ("received_BN", "score_BN")
+FLAT = ("received_BN", "score_BN", "guide_BN")
 """Items of `RouterContext` with a row, or a number, for each token."""
 
 

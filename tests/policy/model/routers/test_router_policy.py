@@ -611,7 +611,8 @@ def test_semantic_tokens_in_the_middle_of_the_towers_save_there_and_learn() -> N
     config("learned_pruner", options={"guide": 1.0, "guide_layer": 2}),
     config("learned_pruner", joint=True, options={"guide": 1.0, "guide_layer": 2}),
     RouterConfig("learned_pruner", 4, "llm_layer", layers=(1,), options={"guide": 1.0, "guide_layer": 2}),
-], ids=["views", "joint", "layer"])  # fmt: skip
+    config("damro", options={"base": "learned_pruner", "base_options": {"guide": 1.0, "guide_layer": 2}}),
+], ids=["views", "joint", "layer", "outliers"])  # fmt: skip
 def test_a_router_is_guided_by_the_attention_to_all_tokens_in_a_deeper_layer(router: RouterConfig) -> None:
     inputs = tiny_input()
     model = routed(router)
