@@ -66,7 +66,7 @@ class SpecPrune(TokenRouter):
         assert context.age_B is not None
         assert context.text_attention_BN is not None
         begun_B1 = (context.age_B > 0)[:, None]
-        fine_B1 = (fine_motion(context.motion_BOC) & begun_B1[:, 0])[:, None]
+        fine_B1 = fine_motion(context.motion_BOC, context.age_B)[:, None]
         past_BN, now_BN = context.past_attention_BON[:, -1].float(), context.text_attention_BN.float()
         alike_BN = context.alike_BON[:, -1].float()
         tokens = self.sizes.tokens
@@ -91,16 +91,16 @@ def tiers(alike_BN: Tensor, static_BN: Tensor, anyway_BN: Tensor, past_BN: Tenso
     return level_BN + BELOW_ONE * torch.where(level_BN > 0, attention_BN, minmax(-alike_BN))
 
 
-def fine_motion(motion_BOC: Tensor) -> Tensor:
-    """Return whether the last of these motions [x, y, z, rotation ...] is fine, bool [B]."""
+def fine_motion(motion_BOC: Tensor, age_B: Tensor) -> Tensor:
+    """Return whether the last of these motions [x, y, z, rotation ...] is fine, bool [B]; only the last `age` count."""
     motion_BOC = motion_BOC.float()
     speed_BO, plane_BO = motion_BOC[..., :3].norm(dim=-1), motion_BOC[..., :2].norm(dim=-1)
     height_BO, turn_BO = motion_BOC[..., 2].abs(), motion_BOC[..., 3:].norm(dim=-1)
     slow_BO = (plane_BO < PLANE) & (height_BO < HEIGHT) & (turn_BO < TURN)
     enter_BO, leave_BO = (speed_BO < SPEED) | slow_BO, (height_BO > LEAVE_HEIGHT) | (turn_BO > LEAVE_TURN)
-    fine_B = torch.zeros_like(enter_BO[:, 0])
-    for step in range(motion_BOC.shape[1]):
-        fine_B = torch.where(fine_B, ~leave_BO[:, step], enter_BO[:, step])
+    fine_B, steps = torch.zeros_like(enter_BO[:, 0]), motion_BOC.shape[1]
+    for step in range(steps):
+        fine_B = torch.where(fine_B, ~leave_BO[:, step], enter_BO[:, step]) & (age_B >= steps - step)
     return fine_B
 
 

@@ -75,13 +75,16 @@ def test_spec_prune_drops_what_did_not_change_except_for_what_got_attention() ->
 def test_fine_motion_begins_and_ends_at_different_speeds() -> None:
     fast, slow, height, down = [1.0, 1, 0], [0.1, 0, 0], [0.5, 0, 0.15], [0.5, 0, -0.3]
 
-    def fine(*steps: list[float]) -> bool:
-        return bool(fine_motion(torch.tensor([steps])))
+    def fine(*steps: list[float], age: int = 0) -> bool:
+        return bool(fine_motion(torch.tensor([steps]), torch.tensor([age or len(steps)])))
 
     assert not fine(fast)
     assert fine(slow)
     assert fine(fast, slow, height), "it goes on until the hand rises faster"
     assert not fine(fast, height)
+    rest = [0.0, 0, 0]
+    assert fine(rest, rest, fast)
+    assert not fine(rest, rest, fast, age=1), "what is before the episode is no rest"
     assert not fine(slow, down), "down counts, too"
     assert fine([1.0, 1, 0, 0, 0, 0], [0.05, 0, 0.05, 0, 0.1, 0])
     assert not fine([0.0] * 6, [0.0, 0, 0, 0.4, 0, 0])
