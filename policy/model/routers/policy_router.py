@@ -125,6 +125,11 @@ class PolicyRouter(nn.Module):
             )
         if self.stage == "llm_layer":
             self._check_without_first()
+        if len(set(config.layers)) != len(config.layers):
+            raise ValueError(f"router.layers names a layer twice, {list(config.layers)}: name each once")
+        if not config.layers and (config.layer_router or self.bypass):
+            idle = f"layer_router={config.layer_router}" if config.layer_router else "mode=bypass"
+            raise ValueError(f"router.{idle} changes nothing without router.layers: give them, or leave it out")
         self.before: TokenRouter | None = None
         self.inside = nn.ModuleList()
         self.tokens = self.all_tokens

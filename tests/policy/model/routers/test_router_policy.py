@@ -642,6 +642,13 @@ def test_mistakes_say_what_is_possible() -> None:
         ({"name": "debias"}, {"efa": True}, "possible routers are (?!.*(debias|damro)).*channel_attention"),
         ({"name": "progressive_video", "joint": True}, {}, "router.joint=false .views apart"),
         ({"name": "vla_pruner"}, {}, "works at language layers: give router.layers"),
+        (
+            {"name": "token_norm", "layer_router": "carried"},
+            {},
+            "layer_router=carried changes nothing without router.layers",
+        ),
+        ({"name": "random", "mode": "bypass"}, {}, "mode=bypass changes nothing without router.layers"),
+        ({"name": "random", "layers": (1, 2, 1)}, {}, "router.layers names a layer twice"),
         ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),
         (
             {"name": "random", "stage": "encoder_block"},
