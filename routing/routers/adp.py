@@ -77,6 +77,11 @@ class ADP(WrappingRouter):
             raise ValueError(f"adp needs gate of {', '.join(GATES)} and longest of at least 1, got {gate}, {longest}")
         if self.base.gated:
             raise ValueError(f"adp needs a base without a gate, {base!r} has one")
+        if self.base.projects and gate != "none":
+            raise ValueError(
+                f"adp needs a base that leaves the projector as it is, unlike {base!r} here: when all tokens are kept, "
+                "they would pass the policy's own, which is not trained; set gate=none"
+            )
         self.gate, self.longest, self.gated = gate, longest, gate != "none"
         self.remembers = max(FULL if self.gated else 0, self.base.remembers)
 

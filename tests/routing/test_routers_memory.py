@@ -207,5 +207,7 @@ def test_a_wrapper_has_the_gate_and_the_memory_of_its_base(name: str) -> None:
 def test_wrappers_refuse_what_they_would_not_change() -> None:
     with pytest.raises(ValueError, match="by this moment alone, not 'adp'"):
         router_of("damro", 4, base="adp", base_options={"base": "token_norm"})
+    with pytest.raises(ValueError, match="would pass the policy's own, which is not trained; set gate=none"):
+        router_of("adp", 4, base="flex_count", base_options={"variant": "projector"})
     with pytest.raises(ValueError, match="reads tokens of earlier decisions, which nothing refines"):
         router_of("token_pooling", 4, base="progressive_video")
