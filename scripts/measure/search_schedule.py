@@ -107,16 +107,22 @@ def _ranges(values: Any) -> dict[str, tuple[float, float]]:
 
 
 def words(router: RouterConfig) -> str:
-    """Return a router with a schedule as keys of the command line."""
-    shares = ",".join(f"{share:.4g}" for share in router.layer_budgets)
-    keys = [
-        f"router.name={router.name}",
-        f"router.layer_router={router.layer_router}",
-        f"router.budget={router.budget:.4g}",
-        f"'router.layers=[{','.join(map(str, router.layers))}]'",
-        f"'router.layer_budgets=[{shares}]'",
-    ]
+    """Return a router with a schedule as keys of the command line: all that differ from the defaults."""
+    usual = asdict(RouterConfig())
+    given = {name: value for name, value in asdict(router).items() if value != usual[name] and name != "options"}
+    given["budget"] = router.budget
+    pairs = [f"router.{name}={_text(value)}" for name, value in given.items()]
+    keys = [f"'{pair}'" if "[" in pair else pair for pair in pairs]
     return " ".join(keys + ([f"router.options='{flow(dict(router.options))}'"] if router.options else []))
+
+
+def _text(value: Any) -> str:
+    """Return a value as the command line takes it; a share stays a fraction, because 1 is one token and 1.0 all."""
+    if isinstance(value, tuple):
+        return "[" + ",".join(map(_text, value)) + "]"
+    if isinstance(value, float):
+        return str(float(f"{value:.4g}"))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def together(parts: list[ModelInput]) -> ModelInput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,15 @@ def test_the_schedule_that_is_printed_is_the_best_that_was_tried(
     policy = load_policy(SHIPPED, router=router)
     assert policy.model.router is not None
     assert f"router.budget={router.budget:.4g} 'router.layers=[1,2]'" in said
+
+
+def test_a_schedule_is_printed_as_the_same_router() -> None:
+    router = RouterConfig(
+        "token_norm", 1.0, "projector_out", {"threshold": 0.5}, position="compact", joint=True, layers=(1, 2),
+        layer_router="carried", layer_budgets=(1.0, 0.25), resample=False,
+    )  # fmt: skip
+    typed = [f"checkpoint={SHIPPED}", *shlex.split(search_schedule.words(router))]
+    assert build(RouterConfig, plain(compose("analyse_routing", typed))["router"], "router") == router
 
 
 @pytest.mark.parametrize(
