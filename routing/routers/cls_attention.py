@@ -48,5 +48,5 @@ class ClsAttention(TokenRouter):
         if self.outliers is not None:
             norm_BN = tokens_BND.float().norm(dim=-1)
             outlier_BN = norm_BN > self.outliers * norm_BN.median(dim=1, keepdim=True).values
-            score_BN = score_BN - outlier_BN * (score_BN.amax() + 1)
+            score_BN = score_BN - outlier_BN * (score_BN.amax(1, keepdim=True) + 1)
         return kept(tokens_BND, best(score_BN, context.budget), score_BN)

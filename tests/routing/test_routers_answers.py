@@ -95,6 +95,14 @@ def test_outliers_are_not_kept_first() -> None:
         1,
         12,
     ]
+    more = planted(1, 7, 12) * torch.tensor([1.0, 1.0, 9.0])[:, None]
+    together, single = (
+        route("cls_attention", x[rows], 2, {"outliers": 5.0}, attention_LBN=more[:, rows]).score_BN
+        for rows in (slice(3), slice(1))
+    )
+    assert together is not None
+    assert single is not None
+    assert torch.equal(together[:1], single), "whatever else is in the batch"
 
 
 def test_text_guided_without_text_is_attention_and_diversity() -> None:
