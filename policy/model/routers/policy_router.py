@@ -142,6 +142,7 @@ class PolicyRouter(nn.Module):
                 tokens, token_width if self.stage == "encoder_out" else width, width, self.grid, largest, token_width
             )
             self.before = self._build(config.name, self.stage, sizes, config.options)
+            self.probe()  # it asks for no more blocks than there are
         if self.stage != "llm_layer":
             self.tokens = self.leaves(config.budget)
             for budget in config.train_budgets:

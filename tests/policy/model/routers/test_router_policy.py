@@ -641,6 +641,7 @@ def test_mistakes_say_what_is_possible() -> None:
         ({"name": "cls_attention"}, {"efa": True}, "does not provide at encoder_out .*possible routers are .*random"),
         ({"name": "debias"}, {"efa": True}, "possible routers are (?!.*(debias|damro)).*channel_attention"),
         ({"name": "progressive_video", "joint": True}, {}, "router.joint=false .views apart"),
+        ({"name": "cls_attention", "options": {"layers": 9}}, {}, "layers is 9, the tower computes 2 layers"),
         ({"name": "vla_pruner"}, {}, "works at language layers: give router.layers"),
         (
             {"name": "token_norm", "layer_router": "carried"},
