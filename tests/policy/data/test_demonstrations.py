@@ -123,6 +123,17 @@ def test_a_suite_with_one_task_has_labels_of_one_column() -> None:
         shaped("possible", "label.possible", torch.ones(5, 3, 2, dtype=torch.bool))
 
 
+def test_labels_have_the_type_that_training_needs() -> None:
+    for dtype in (torch.uint8, torch.int32, torch.float32, torch.float64):
+        found = shaped("phase", "step", torch.tensor([[2], [0]], dtype=dtype))
+        assert found.dtype == torch.int64
+        assert found.tolist() == [2, 0]
+    assert shaped("target", "cube", torch.zeros(2, 3, dtype=torch.float64)).dtype == torch.float32
+    for wrong in ([-1.0], [0.5], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="label 'phase' must be one whole number from 0 up in each frame, 'step'"):
+            shaped("phase", "step", torch.tensor([wrong]))
+
+
 def test_samples_are_chunks_that_end_with_their_episode(data: DemonstrationData) -> None:
     batches = TrainingBatches(data, 2, seed=0)
     sample = batches.gather(torch.tensor([2, 5]))  # two frames before the end of episode 0; the first of episode 1
