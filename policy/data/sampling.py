@@ -152,7 +152,9 @@ class TrainingBatches:
         Raises:
             ValueError: it is from other data, another batch size or another seed.
         """
-        changed = [f"{k} was {state.get(k)}, is {v}" for k, v in self._identity().items() if state.get(k) != v]
+        changed = [  # as texts: the order of the data sets counts, too
+            f"{k} was {state.get(k)}, is {v}" for k, v in self._identity().items() if str(state.get(k)) != str(v)
+        ]
         if changed:
             raise ValueError(f"cannot resume with another order of the data: {'; '.join(changed)}")
         self.step = state["step"]

@@ -143,6 +143,9 @@ def test_the_order_is_a_function_of_seed_and_step(folders: Path) -> None:
     other = mixed(folders, {"root": "first"}, {"root": "filmed", "weight": 3})
     with pytest.raises(ValueError, match=r"weights was \{'first': 1.0, 'filmed': 2.0\}, is .*3\.0"):
         TrainingBatches(other, 6, 3).load_state_dict(again.state_dict())
+    turned = mixed(folders, {"root": "filmed", "weight": 2}, {"root": "first"})
+    with pytest.raises(ValueError, match=r"weights was \{'first': 1.0, 'filmed': 2.0\}, is \{'filmed'"):
+        TrainingBatches(turned, 6, 3).load_state_dict(again.state_dict())
     with pytest.raises(ValueError, match="weights was None"):
         TrainingBatches(data, 6, 3).load_state_dict(
             TrainingBatches(files.open_data(folders / "first"), 6, 3).state_dict()
