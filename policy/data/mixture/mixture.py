@@ -165,7 +165,7 @@ def joined(places: Sequence[Place], sets: Sequence[DemonstrationData], config: D
         f"label {', '.join(sorted(name for name in lacking if lacking[name] == why))} is left out: {why}"
         for why in dict.fromkeys(lacking.values())
     ]
-    notes += _twice(parts) + _phases(places, labels)
+    notes += _twice(names, sets) + _phases(places, labels)
     if config.statistics == "joint":
         notes += _units("state", names, [data.state_NS for data in sets])
         notes += _units("action", names, [data.action_NA for data in sets])
@@ -250,12 +250,24 @@ def _labels(places: Sequence[Place], sets: Sequence[DemonstrationData]) -> tuple
     return joint, lacking
 
 
-def _twice(parts: Sequence[DataPart]) -> list[str]:
-    return [
-        f"{one.name} and {other.name} hold the same demonstrations"
-        for one, other in combinations(parts, 2)
-        if one.content == other.content
-    ]
+def _twice(names: Sequence[str], sets: Sequence[DemonstrationData]) -> list[str]:
+    """Return a note for every two sets that share episodes: frames count twice then, and held-out ones are trained."""
+    notes = []
+    for (one, a, first), (other, b, second) in combinations(zip(names, sets, map(_episodes, sets), strict=True), 2):
+        rows = [(first[key], second[key]) for key in first.keys() & second.keys()]
+        if count := sum(np.array_equal(a.frames.take(np.array([i])), b.frames.take(np.array([j]))) for i, j in rows):
+            notes.append(f"{one} and {other} hold the same demonstrations ({count} episodes)")
+    return notes
+
+
+def _episodes(data: DemonstrationData) -> dict[int, int]:
+    """Return the first frame of each episode by a hash of its instruction, states and actions."""
+    starts = np.flatnonzero(np.diff(data.episode_N.numpy(), prepend=-1)).tolist()
+    found = {}
+    for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
+        numbers = (values[start:end].numpy().tobytes() for values in (data.state_NS, data.action_NA))
+        found[hash((data.instructions[int(data.instruction_N[start])], *numbers))] = start
+    return found
 
 
 def _units(what: str, names: Sequence[str], values: Sequence[Tensor]) -> list[str]:

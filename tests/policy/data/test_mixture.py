@@ -255,7 +255,13 @@ def test_folders_of_one_name_are_told_apart(folders: Path, tmp_path: Path) -> No
 def test_the_same_demonstrations_and_other_units_are_noted(folders: Path, tmp_path: Path) -> None:
     files.write(tmp_path / "copy")
     data = mixed(folders, {"root": "first"}, {"root": str(tmp_path / "copy")})
-    assert "first and copy hold the same demonstrations" in data.notes
+    assert "first and copy hold the same demonstrations (3 episodes)" in data.notes
+    files.write(tmp_path / "longer", (4, 3, 5, 2))
+    data = mixed(folders, {"root": "first", "episodes": "0:2"}, {"root": str(tmp_path / "longer")})
+    assert "first and longer hold the same demonstrations (2 episodes)" in data.notes
+    files.write(tmp_path / "darker", given=[{**r, files.CAMERA: files.rows()[0][files.CAMERA]} for r in files.rows()])
+    data = mixed(folders, {"root": "first", "episodes": "1:"}, {"root": str(tmp_path / "darker")})
+    assert not [note for note in data.notes if "same demonstrations" in note]
     given = [{**row, "action": [1000 * x for x in row["action"]]} for row in files.rows()]
     files.write(tmp_path / "millimetres", given=given)
     data = mixed(folders, {"root": "first"}, {"root": str(tmp_path / "millimetres")})
