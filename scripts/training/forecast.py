@@ -12,10 +12,15 @@ from cogvla.policy.inputs.forecast import POOR, Forecast
 
 
 def fit(data: DemonstrationData, chunk: int) -> Forecast:
-    """Fit a forecast for chunks of K actions on recorded frames; ValueError if there are too few.
+    """Fit a forecast for chunks of K actions on recorded frames; ValueError if there are too few, or of several robots.
 
     The actions are those that were executed, where the data set says so.
     """
+    if data.each:
+        raise ValueError(
+            "with data.statistics=each, robots or units differ; `fit_forecast checkpoint=FOLDER data.root=FOLDER` fits "
+            "it on the data set of the robot that the policy will drive"
+        )
     executed_NA = data.action_NA if data.executed_NA is None else data.executed_NA
     given = data.state_NS.numpy(), executed_NA.numpy(), data.episode_N.numpy()
     return Forecast.fit(*given, chunk, {"data_set": data.describe()})

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from cogvla.policy.checkpoint import FORECAST
+from cogvla.policy.data.config import DataConfig, DataEntry
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.mixture.mixture import Place, joined
 from cogvla.policy.inputs.forecast import Forecast
 from cogvla.scripts.training.forecast import add_forecast, fit, poorly_explained
 from cogvla.tests.support.small_data import ROBOT, small_data
@@ -34,6 +36,14 @@ def data(episodes: int = 60, walk: int | None = None) -> DemonstrationData:
         state_NS[:, walk] = rng.normal(0, 1, len(found)).cumsum()
     tensors = [torch.from_numpy(each.astype(np.float32)) for each in (state_NS, executed_NA)]
     return replace(found, state_NS=tensors[0], executed_NA=tensors[1], provenance={"name": "sums"})
+
+
+def robots_of_other_units() -> DemonstrationData:
+    """The same robot in metres and, twice as often, in millimetres: one map explains most, and is wrong for metres."""
+    one = replace(data(), provenance={"episodes": 60})
+    parts = [replace(one, state_NS=unit * one.state_NS) for unit in (1, 1000, 1000)]
+    places = [Place(str(i), DataEntry(DataConfig({}, root=str(i))), Path(str(i)), None, 10, None) for i in range(3)]
+    return joined(places, parts, DataConfig({}, root="0", statistics="each"))
 
 
 def test_a_robot_that_obeys(tmp_path: Path) -> None:
@@ -59,6 +69,7 @@ def test_what_is_taught_is_not_what_was_executed() -> None:
         ),
         (data(episodes=4), K, r"the data set has \d+ frames .* needs \d+: record more"),
         (data(), 1, "a chunk is one action"),
+        (robots_of_other_units(), K, "with data.statistics=each, robots or units differ"),
     ],
 )
 def test_no_guess_is_saved(tmp_path: Path, given: DemonstrationData, chunk: int, said: str) -> None:
