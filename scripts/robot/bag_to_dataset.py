@@ -44,9 +44,10 @@ def run(config: DictConfig) -> None:
     if not bags:
         raise ValueError("give bags='[FOLDER, ...]'")
     source = {"bags": [str(bag) for bag in bags], "instruction": config.instruction, "topics": plain(config.topics)}
-    folder = RecordingFolder(
-        Path(config.output), embodiment, robot.name, bool(config.video), source=source, names=topics.names(embodiment)
-    )
+    ages = {"state_age_s": robot.loop.state_age_s, "image_age_s": robot.loop.image_age_s}
+    source |= {"kind": robot.limits.kind, **ages}  # they decide where episodes begin and end
+    video, names = bool(config.video), topics.names(embodiment)
+    folder = RecordingFolder(Path(config.output), embodiment, robot.name, video, config.resume, source, names)
     done = set(folder.numbers())
     skipped: Counter[str] = Counter()
     number = 0

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from cogvla.tests.support.extras import needs
 
@@ -22,6 +22,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig, SafetyLimits
 from cogvla.real_robot.recording.bag_reader import PAUSE_TICKS, BagReader
+from cogvla.real_robot.recording.recorder import RecordingFolder
 from cogvla.real_robot.ros.messages import (
     array_fields,
     compressed_image_fields,
@@ -297,19 +298,41 @@ def test_images_of_another_size_are_refused(bag: Bag) -> None:
             found.pictures(episode)
 
 
-def test_the_command_makes_a_dataset_and_goes_on_where_it_was(
-    bag: Bag, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def command(bag: Bag, output: Path) -> DictConfig:
+    """Write a bag of two episodes; return the configuration of the command that converts it."""
     bag.sensors(4.0)
     bag.instruct(0.0, "push")
     bag.instruct(1.95, "pull")
     bag.commands(1.0, 20)
     bag.write()
-    config = compose("bag_to_dataset", [f"bags=[{bag.path}]", f"output={tmp_path / 'made'}"])
+    config = compose("bag_to_dataset", [f"bags=[{bag.path}]", f"output={output}"])
     OmegaConf.set_struct(config, False)
     values: tuple[tuple[str, Any], ...] = (("embodiment", ARM), ("robot", DELTA), ("topics", TOPICS))
     for group, value in values:
         config[group] = OmegaConf.create(asdict(value))
+    return config
+
+
+def test_episodes_that_were_cut_by_other_settings_are_not_mixed(
+    bag: Bag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = command(bag, tmp_path / "made")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(RecordingFolder, "assemble", lambda self: 0)
+        with pytest.raises(ValueError, match="there is no episode"):
+            run(config)
+    config.robot.loop.image_age_s = 0.2
+    with pytest.raises(ValueError, match=r"another source; finish that one, .*resume=false"):
+        run(config)
+    config.resume = False
+    run(config)
+    assert len(LeRobotDataset("cogvla/made", root=tmp_path / "made")) == 20
+
+
+def test_the_command_makes_a_dataset_and_goes_on_where_it_was(
+    bag: Bag, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = command(bag, tmp_path / "made")
     run(config)
     assert "2 episodes in" in capsys.readouterr().out
     data = LeRobotDataset("cogvla/made", root=tmp_path / "made")
