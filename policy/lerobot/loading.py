@@ -47,7 +47,7 @@ def open_lerobot_policy(
         seed: see `LeRobotPolicy`.
 
     Returns:
-        The policy, and hashes of its weights and processors.
+        The policy, and what identifies it: hashes of its weights and processors, and `cameras` if they are given.
 
     Raises:
         ValueError: there is no such policy, it cannot be loaded or run, or it does not fit the robot.
@@ -64,7 +64,8 @@ def open_lerobot_policy(
     about = {"lerobot": version("lerobot"), "checkpoint": str(source)}
     parts = Parts(policy, before, after, {camera.name: key for camera, key in found.items()}, about)
     try:
-        return LeRobotPolicy(parts, robot, seed), _identity(folder)
+        sees = {"cameras": str(sorted(cameras.items()))} if cameras else {}
+        return LeRobotPolicy(parts, robot, seed), _identity(folder) | sees
     except Exception as error:  # whatever a policy of others raises
         raise ValueError(f"the policy in {folder} cannot act on its own inputs: {_said(error)}") from error
 

@@ -150,8 +150,8 @@ def opened(folder: Path | str, **changes: Any) -> LeRobotPolicy:
     return open_lerobot_policy(str(folder), **{"embodiment": ROBOT, "device": "cpu", **changes})[0]
 
 
-def opened_identity(folder: Path) -> dict[str, str]:
-    return open_lerobot_policy(str(folder), ROBOT, "cpu")[1]
+def opened_identity(folder: Path, **changes: Any) -> dict[str, str]:
+    return open_lerobot_policy(str(folder), ROBOT, "cpu", **changes)[1]
 
 
 def part(observation: Observation, *rows: int) -> Observation:
@@ -268,6 +268,8 @@ def test_cameras_of_other_names(tmp_path: Path) -> None:
         {"image": seen.images["wrist"], "image2": seen.images["agentview"]}, seen.state, seen.instruction
     )
     np.testing.assert_array_equal(policy.act(seen).actions, plain.act(renamed).actions)
+    turned = opened_identity(folder, cameras={"agentview": "image", "wrist": "image2"})
+    assert turned != opened_identity(folder, cameras={"agentview": "image2", "wrist": "image"}), "no resume with others"
     for wrong in ({"agentview": "top"}, {"agentview": "image", "wrist": "image"}):
         with pytest.raises(ValueError, match="cameras names"):
             opened(folder, cameras=wrong)
