@@ -165,7 +165,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         # After the evaluation, which is then the same as without a forecast, and resumes.
         with _timed(seconds, "forecast"):
             print(add_forecast(output / "policy", data, embodiment.chunk))
-    (output / "summary.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+    write_atomic(output / "summary.json", json.dumps(result, indent=2, default=str) + "\n")
     print("minutes: " + ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items()))
     for folder, report in reports.items():
         check_played(report, output / folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -210,6 +211,15 @@ def test_the_second_time_nothing_is_done_twice(root: Path) -> None:
     assert any("episodes.jsonl" in name for name in before)
     run(root)
     assert contents(root) == before
+
+
+def test_a_full_disk_leaves_the_summary(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rounds=N` takes a round with a summary for finished."""
+    before = (root / "run" / "summary.json").read_bytes()
+    monkeypatch.setattr(train_policy, "write_atomic", raising(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        run(root)
+    assert (root / "run" / "summary.json").read_bytes() == before
 
 
 def test_the_forecast_changes_neither_the_policy_nor_its_evaluation(root: Path, tmp_path: Path) -> None:
