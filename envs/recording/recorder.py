@@ -10,6 +10,7 @@ can grow: its episodes are the first ones of a longer data set.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,10 +88,11 @@ def record(
         ExpertFailedError: the expert failed on `MAX_ATTEMPTS` initial states of a task.
         ContractError: the environment or the expert lacks what recording needs.
     """
-    if episodes < 1 or image_size < 1 or workers < 0 or seed < 0 or noise < 0:
+    fits = all(type(n) is int and n >= least for n, least in ((episodes, 1), (image_size, 1), (workers, 0), (seed, 0)))
+    if not fits or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
         raise ValueError(
-            "episodes and image_size must be positive, workers, seed and noise not negative; "
-            f"got {episodes=}, {image_size=}, {workers=}, {seed=}, {noise=}"
+            "episodes and image_size must be positive whole numbers, workers and seed whole and not negative, noise a "
+            f"number of at least 0; got {episodes=}, {image_size=}, {workers=}, {seed=}, {noise=}"
         )
     if isinstance(counterfactual, bool) or not isinstance(counterfactual, (int, float)) or not 0 <= counterfactual <= 1:
         raise ValueError(f"counterfactual must be a share of the episodes, 0 to 1, got {counterfactual!r}")

@@ -12,6 +12,7 @@ Each part resumes by itself, and is skipped when it is finished.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,11 +60,13 @@ class CorrectionsConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.patience < 1 or self.workers < 0 or self.noise < 0 or not self.weight > 0:
+        whole = all(type(number) is int for number in (self.episodes, self.patience, self.workers))
+        if not whole or min(self.episodes, self.patience) < 1 or self.workers < 0:
             raise ValueError(
-                "corrections: episodes, patience and weight must be positive, noise and workers not negative; got "
-                f"{self}"
+                f"corrections: episodes and patience must be positive whole numbers, workers 0 or more; got {self}"
             )
+        if not 0 < self.weight < math.inf or not 0 <= self.noise < math.inf:
+            raise ValueError(f"corrections: weight must be a positive number, noise 0 or more; got {self}")
 
 
 def train_in_rounds(

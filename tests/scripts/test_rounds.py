@@ -69,8 +69,10 @@ def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
     [
         ("rounds=0", "rounds must be 1"),
         ("rounds=two", "rounds must be 1"),
-        ("corrections.episodes=0", "corrections: episodes, patience and weight must be positive"),
-        ("corrections.weight=-1", "corrections: episodes, patience and weight must be positive"),
+        ("corrections.episodes=0", "corrections: episodes and patience must be positive whole numbers"),
+        ("corrections.episodes=1e1", "corrections: episodes and patience must be positive whole numbers"),
+        ("corrections.weight=-1", "corrections: weight must be a positive number"),
+        ("corrections.weight=inf", "corrections: weight must be a positive number"),
         ("suite=null", "rounds=2 needs a suite"),
         ("data.statistics=each", "rounds=2 needs data.statistics=joint"),
         ("objective.prior=0.5", r"rounds=2 cannot have objective\.prior: its other policy"),

@@ -582,7 +582,13 @@ def test_folders_with_something_else_are_refused(tmp_path: Path) -> None:
     assert load(root).num_episodes == 1
 
 
-@pytest.mark.parametrize("wrong", [{"episodes": 0}, {"workers": -1}, {"seed": -1}, {"noise": -1.0}, {"image_size": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"episodes": 0}, {"workers": -1}, {"seed": -1}, {"noise": -1.0}, {"image_size": 0}),
+        *({"episodes": 2.0}, {"seed": 0.5}, {"noise": float("nan")}, {"noise": "much"}),
+    ],
+)
 def test_requests_that_make_no_sense(wrong: dict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         record(**{"suite": NAME, "episodes": 1, "output": tmp_path / "toy", "expert": ToyExpert, **wrong})
