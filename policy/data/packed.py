@@ -24,6 +24,7 @@ from torch import Tensor
 from cogvla.configs.build import build
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.frames import ArrayFrames, Frames
+from cogvla.policy.data.interventions import Teaching
 from cogvla.policy.interface import Embodiment
 
 QUALITY = 90
@@ -58,6 +59,10 @@ def pack(data: DemonstrationData, robot: Embodiment, path: Path, limit: int, qua
         "episode": data.episode_N[rows],
         "instruction": data.instruction_N[rows],
     }
+    if data.executed_NA is not None:
+        columns["executed"] = data.executed_NA[rows]
+    if data.teaching is not None:
+        columns |= {"taught": data.teaching.actions_N[rows], "weight": data.teaching.weight_N[rows]}
     about = {"instructions": json.dumps(data.instructions), "embodiment": json.dumps(asdict(robot))}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.partial")
@@ -87,6 +92,7 @@ def unpack(path: Path) -> tuple[DemonstrationData, Embodiment]:
         raise ValueError(f"{path} is no file of demonstrations ({error}); make one with `gpu_report --pack`") from error
     pictures = [_decode(jpeg[start:end].tobytes()) for start, end in zip([0, *ends], ends, strict=False)]
     _check(tensors, len(pictures) // len(robot.cameras), len(instructions), robot, path)
+    teaching = Teaching(tensors.pop("taught"), tensors.pop("weight")) if "taught" in tensors else None
     data = DemonstrationData(
         frames=ArrayFrames(np.stack(pictures).reshape(-1, len(robot.cameras), *pictures[0].shape)),
         state_NS=tensors.pop("state"),
@@ -94,6 +100,8 @@ def unpack(path: Path) -> tuple[DemonstrationData, Embodiment]:
         episode_N=tensors.pop("episode"),
         instruction_N=tensors.pop("instruction"),
         instructions=instructions,
+        executed_NA=tensors.pop("executed", None),
+        teaching=teaching,
         frame_labels={name.removeprefix(LABEL): values for name, values in tensors.items()},
         chunk=robot.chunk,
     )

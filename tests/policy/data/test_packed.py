@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cogvla.policy.data.interventions import Teaching
 from cogvla.policy.data.packed import pack, unpack
 from cogvla.tests.support.pixels import pixels_of
 from cogvla.tests.support.small_data import ROBOT, small_data
@@ -32,6 +34,19 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert found.chunk == data.chunk
     assert found.frames.shape == data.frames.shape
     assert (pixels_of(found).float() - pixels_of(data).float()).abs().mean() < 20, "JPEG loses a little"
+
+
+def test_where_a_policy_acted_comes_back(tmp_path: Path) -> None:
+    data, path = small_data(), tmp_path / "packed.safetensors"
+    taught = Teaching.of(torch.arange(len(data)) % 3 > 0, advised=False, weight=2.0)
+    pack(replace(data, teaching=taught, executed_NA=-data.action_NA), ROBOT, path, ROOM)
+    found, _ = unpack(path)
+    assert found.executed_NA is not None
+    assert torch.equal(found.executed_NA, -data.action_NA)
+    assert found.teaching is not None
+    assert torch.equal(found.teaching.actions_N, taught.actions_N)
+    assert torch.equal(found.teaching.weight_N, taught.weight_N)
+    assert found.frame_labels.keys() == data.frame_labels.keys()
 
 
 def test_what_does_not_fit_is_left_out_by_whole_episodes(tmp_path: Path) -> None:
