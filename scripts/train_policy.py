@@ -83,6 +83,11 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     model_config = with_encoder(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
     nodes = [resolved_for(config, name)["data"] for name in names] if len(names) > 1 else [values["data"]]
     data_configs = [build(DataConfig, node, "data") for node in nodes]
+    if len({str(each.paraphrases) for each in data_configs}) > 1:
+        raise ValueError(
+            f"data.paraphrases={data_configs[0].paraphrases} is for one suite, and one file is read for all: put all "
+            "instructions into one file, and give its name without ${suite}"
+        )
     objective_config = build(ObjectiveConfig, values["objective"], "objective")
     training_config = build(TrainingConfig, values["training"], "training")
     engine_config = build(EngineConfig, values["engine"], "engine")

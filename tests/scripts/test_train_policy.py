@@ -314,6 +314,10 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         ),
         (["wordings.share=0.9"], r"error: wordings\.share must be in \[0,0\.7\], got 0\.9"),
         (["data.paraphrases=/nowhere.yaml"], r"error: .*No such file or directory: '/nowhere\.yaml'"),
+        (
+            ["suite=[tabletop_object,tabletop_goal]", "data.paraphrases=${suite}.yaml"],
+            r"error: data\.paraphrases=tabletop_object\.yaml is for one suite, .* into one file, and give its name",
+        ),
         (["+evaluation.speed=2"], "error: unknown key speed in protocol; valid keys are name, .*"),
         (
             ["suite=[tabletop_object,tabletop_goal]"],
