@@ -108,7 +108,7 @@ class DatasetFolder:
             if changed:
                 raise ValueError(
                     f"{self.work} holds an unfinished {self.activity} with another {', '.join(changed)}; finish that "
-                    "one, choose another output, or start anew with resume=false"
+                    "one, choose another output, or delete that folder to start anew"
                 )
             return
         temporary = path.with_suffix(".tmp")

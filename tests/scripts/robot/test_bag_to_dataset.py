@@ -322,7 +322,7 @@ def test_episodes_that_were_cut_by_other_settings_are_not_mixed(
         with pytest.raises(ValueError, match="there is no episode"):
             run(config)
     config.robot.loop.image_age_s = 0.2
-    with pytest.raises(ValueError, match=r"another source; finish that one, .*resume=false"):
+    with pytest.raises(ValueError, match=r"another source; finish that one, .*delete that folder"):
         run(config)
     config.resume = False
     run(config)
