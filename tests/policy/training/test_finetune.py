@@ -130,6 +130,16 @@ def test_what_reads_the_words_is_trained_fully(name: str, summary: str, encoder_
     assert all(p.requires_grad and ".lora_" not in name for name, p in words.items())
 
 
+@pytest.mark.parametrize("name", ["lora", "lora_all"])
+@pytest.mark.parametrize("router", [{"name": "grids"}, {"name": "learned_pruner", "stage": "llm_layer", "layers": [1]}])
+def test_a_token_router_which_a_base_may_not_have_is_trained_fully(name: str, router: dict[str, Any]) -> None:
+    model = tiny_model(efa=False, film=True, router={**router, "budget": 4})
+    adapters.prepare(model, FinetuneConfig(**{**load("finetune", name), "rank": 4}))
+    own = {name: p for name, p in model.named_parameters() if name.startswith("router.")}
+    assert own
+    assert all(p.requires_grad and ".lora_" not in name for name, p in own.items())
+
+
 def test_merge_and_unmerge_is_a_round_trip_bit_for_bit() -> None:
     model = adapted()
     state = {name: value.clone() for name, value in model.state_dict().items()}
