@@ -73,14 +73,16 @@ def prepare(model: nn.Module, config: FinetuneConfig) -> None:
         ValueError: the model has no such part, there is no linear layer to adapt, or peft or (for 4 bits) bitsandbytes
             is not installed.
     """
-    parts = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
-    roots = {name.partition(".")[0] for name in (*parts, *vars(model)) if not name.startswith("_")}
+    parts = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    for above, module in model.named_modules():  # parts that other configurations have are None
+        parts |= {f"{above}.{name}".lstrip(".") for name, value in vars(module).items() if value is None}
     for pattern in (*config.train, *config.adapt):
-        if not any(fnmatchcase(root, pattern.partition(".")[0]) for root in roots):
-            known = sorted(name for name, _ in model.named_children())
-            raise ValueError(
-                f"finetune names {pattern!r}, but the policy's parts are {', '.join(known)} and placeholder"
-            )
+        if not any(fnmatchcase(name, pattern) for name in parts):
+            above = pattern.rpartition(".")[0]
+            known = {name.rpartition(".")[2] for name in parts if fnmatchcase(name.rpartition(".")[0], above)}
+            known = {name for name in known if name and not name.startswith("_")}
+            said = f"{above or 'the policy'} has {', '.join(sorted(known))}" if known else f"there is no {above}"
+            raise ValueError(f"finetune names {pattern!r}, but {said}")
     targets = [
         name
         for name, module in model.named_modules()

@@ -131,6 +131,12 @@ def test_what_reads_the_words_is_trained_fully(name: str, summary: str, encoder_
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_all"])
+@pytest.mark.parametrize("routing", [{"efa": False}, {"efa": False, "lfp": False}, {"summary": "words"}])
+def test_parts_that_this_policy_lacks_may_be_named(name: str, routing: dict[str, Any]) -> None:
+    adapters.prepare(tiny_model({"placeholder": "zero"}, **routing), FinetuneConfig(**load("finetune", name)))
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_all"])
 @pytest.mark.parametrize("router", [{"name": "grids"}, {"name": "learned_pruner", "stage": "llm_layer", "layers": [1]}])
 def test_a_token_router_which_a_base_may_not_have_is_trained_fully(name: str, router: dict[str, Any]) -> None:
     model = tiny_model(efa=False, film=True, router={**router, "budget": 4})
@@ -156,10 +162,9 @@ def test_merge_and_unmerge_is_a_round_trip_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (
-            {"train": ["haed"]},
-            r"finetune names 'haed', but the policy's parts are decoder, head, order, state, vision and",
-        ),
+        ({"train": ["haed"]}, r"names 'haed', but the policy has .*decoder, head, order, placeholder, .*, vision"),
+        ({"train": ["head", "decoder.rooters"]}, r"names 'decoder\.rooters', but decoder has .*llm, .*routers"),
+        ({"adapt": ["decodr.llm"]}, r"names 'decodr\.llm', but there is no decodr"),
         ({"train": ["*"], "adapt": ["decoder"]}, "leaves no linear layer to adapt"),
         ({"train": []}, "there is nothing to train"),
         ({"train": "head"}, "finetune.train must be a list of parts, got 'head'"),
