@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from cogvla.processes import Child, ProcessDiedError, send
 
-START = None  # message that starts the computation; all other messages are parts of a batch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT, LARGEST = 1 << 30, 32 << 20  # bytes; glibc takes no larger threshold
 
@@ -97,7 +96,8 @@ class ParallelGradients:
         part, self.own = self.own, None
         with self._closing_on_failure():
             for other in self.others:
-                other.start(self.parameters)
+                # drawn here, where the seed depends on the step: a new process repeats what an older one did
+                other.start(self.parameters, int(torch.randint(2**62, ())))
             own = _losses_and_gradients(self.forward, self.parameters, part)
             meanwhile()
             results = [own, *(other.receive() for other in self.others)]
@@ -137,11 +137,11 @@ class _Other:
         self.weights, self.gradients = _views(self.memory.fileno(), _trained(objective))
         self.child = Child(serve, (objective, compiled), [self.memory.fileno()])
 
-    def start(self, parameters: Sequence[Tensor]) -> None:
-        """Start the computation of the part that was sent last, with these weights."""
+    def start(self, parameters: Sequence[Tensor], seed: int) -> None:
+        """Start the computation of the part that was sent last, with these weights and this seed."""
         with torch.no_grad():
             torch._foreach_copy_(self.weights, list(parameters))
-        self.child.send(START)
+        self.child.send(seed)
 
     def receive(self) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         try:
@@ -174,9 +174,10 @@ def serve(connection: Connection, memory: int) -> None:
     part = None
     while True:
         message = connection.recv()
-        if message is not START:
+        if not isinstance(message, int):  # a seed starts the computation; all other messages are parts of a batch
             part = message
             continue
+        torch.manual_seed(message)
         try:
             losses, gradients = _losses_and_gradients(forward, parameters, part)
         except Exception:
