@@ -37,6 +37,7 @@ from cogvla.policy.provenance import provenance
 
 _log = logging.getLogger(__name__)
 ERROR = "error.txt"
+REPORT = ("report.html", "report.json", "episodes.parquet")
 PROBE_CALLS = 100
 """Number of calls of `Policy.act` that measure the latency at batch size 1."""
 
@@ -123,7 +124,8 @@ def evaluate(
     chosen = {} if precision is None else {"precision": str(precision)}
 
     with EpisodeLog(output, fingerprint, session, resume) as log:
-        (output / ERROR).unlink(missing_ok=True)
+        for name in (ERROR, *(() if resume else (*REPORT, PICTURE))):
+            (output / name).unlink(missing_ok=True)
         missing = [spec for spec in specs if (spec.task, spec.initial_state) not in log.results]
         choice = VideoChoice(log, videos)
         # The first calls compile and allocate memory; the latency of the control loop must not include that.
@@ -213,9 +215,10 @@ def _unknown_words(policy: Policy, suite: Suite) -> dict[str, list[str]]:
 
 def write_report(report: Report, suite: Suite, output: Path) -> None:
     """Write `episodes.parquet`, `report.json` and `report.html`."""
-    write_parquet(output / "episodes.parquet", report.episodes, suite)
-    write_atomic(output / "report.json", report_json(report))
-    write_atomic(output / "report.html", render_html(report, output))
+    html, body, table = REPORT
+    write_parquet(output / table, report.episodes, suite)
+    write_atomic(output / body, report_json(report))
+    write_atomic(output / html, render_html(report, output))
 
 
 class _Progress:

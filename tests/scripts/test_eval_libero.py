@@ -129,6 +129,14 @@ def test_results_of_another_configuration_are_not_mixed(tmp_path: Path, changes:
     assert len(run(tmp_path, **changes, resume=False).episodes) == len(lines(tmp_path)) == 18
 
 
+def test_nothing_of_deleted_results_is_left(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "perturbation.png").write_bytes(b"of the policy before")
+    with pytest.raises(EveryEpisodeFailsError):
+        run(tmp_path, resume=False, faults={"fault": "raise", "at": None})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["episodes.jsonl", "error.txt", "run.json"]
+
+
 def test_all_episodes_fail_for_one_reason(tmp_path: Path) -> None:
     with pytest.raises(EveryEpisodeFailsError, match=r"the toy is broken; all of it is in .*error.txt"):
         run(tmp_path, faults={"fault": "raise", "at": None})
