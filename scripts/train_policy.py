@@ -187,7 +187,8 @@ def _rollouts(
         for part, suite in report_folders(played).items():
             try:
                 own_policy = policy.with_statistics(statistics[suite.name])
-                reports.append(_evaluate(own_policy, suite, few, folder / part, command=""))
+                # never resumed: what an earlier attempt at this step has played may be of other weights
+                reports.append(_evaluate(own_policy, suite, few, folder / part, command="", resume=False))
             except EveryEpisodeFailsError as error:  # training does not depend on it
                 print(f"WARNING: no success rate of {suite.name} at step {step}: {error}")
                 continue

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,14 @@ from cogvla.envs.suite import get_suite
 from cogvla.policy.checkpoint import FORECAST, load_policy
 from cogvla.policy.data.config import DataConfig, DataEntry
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
+from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.training.run_log import RunLog
 from cogvla.scripts import console, train_policy
 from cogvla.scripts.command import compose
 from cogvla.scripts.training.build import build_trainer
 from cogvla.scripts.training.suites import outdated
+from cogvla.tests.support.point_suite import ToyPolicy, toy_suite
 from cogvla.tests.support.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 
 CAMERAS = "[{name:agentview,height:32,width:32},{name:wrist,height:32,width:32}]"
@@ -418,3 +421,18 @@ def test_a_recording_whose_labels_meant_something_else_is_noted(
     notes = outdated([suite], entries)
     assert [note.partition(": ")[0] for note in notes] == ([str(tmp_path / "made")] if said else [])
     assert not outdated([replace(suite, name="another")], entries)
+
+
+def test_rollouts_are_those_of_these_weights_though_an_earlier_attempt_reached_this_step(tmp_path: Path) -> None:
+    class Trained(ToyPolicy):
+        def with_statistics(self, name: str | None) -> Trained:
+            return self
+
+    class Worse(Trained):
+        def act(self, observation: Observation) -> ActionChunk:
+            return ActionChunk(0 * super().act(observation).actions)
+
+    few = {"protocol": "tabletop", "episodes_per_task": 10, "workers": 0, "videos": 0}
+    log: Any = SimpleNamespace(videos=lambda *_: None)
+    play = train_policy._rollouts([toy_suite()], few, tmp_path, log, {"point": None})
+    assert [play(policy, 500)["rollout/success"] for policy in (Trained(), Worse())] == [0.5, 0.0]
