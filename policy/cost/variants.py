@@ -189,7 +189,8 @@ def measure_row(
         calls: number of timed calls.
         peaks: peaks of this machine in the policy's precision.
     """
-    costs = count_flops(policy.model.config, policy.embodiment, len(INSTRUCTION.split()), batch)
+    words = policy.preprocessor.text([INSTRUCTION])[0].shape[1]  # with the prompt of a pretrained tokenizer
+    costs = count_flops(policy.model.config, policy.embodiment, words, batch)
     cost = next(cost for cost in costs if cost.stage == REPEATED)
     measured = measure(policy, observe(policy.embodiment, batch), calls, name, cost, peaks, INSTRUCTION)
     return measured if deviation is None or batch > 1 else replace(measured, deviation=deviation(policy))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from cogvla.policy.cost.flops import REPEATED, count_flops
-from cogvla.policy.cost.timing import machine_peaks
+from cogvla.policy.cost.timing import Peaks, machine_peaks
+from cogvla.policy.cost.variants import VARIANTS, measure_row, preset, random_policy
+from cogvla.policy.inputs.tokenizer import WordTokenizer
 from cogvla.scripts.measure.benchmark_policy import main
 from cogvla.tests.support.paths import SHIPPED
 
@@ -98,6 +102,18 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     costs = count_flops(policy.model.config, policy.embodiment, 7)
     assert row["flops"] == next(cost.flops for cost in costs if cost.stage == REPEATED)
     assert row["deviation"][1] < 1e-4
+
+
+def test_the_tokens_of_the_policys_own_prompt_are_counted() -> None:
+    class Prompt(WordTokenizer):
+        def encode(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+            return super().encode([f"what to do to {text} now" for text in instructions])
+
+    policy = random_policy(*preset(VARIANTS["drop"], "tiny"), "cpu", "float32")
+    policy.preprocessor.tokenizer = Prompt(["<pad>", "<unk>"])
+    measured = measure_row("prompt", policy, None, 1, 1, Peaks("none", 1.0, 1.0))
+    costs = count_flops(policy.model.config, policy.embodiment, 12)
+    assert measured.flops == next(cost.flops for cost in costs if cost.stage == REPEATED)
 
 
 @pytest.mark.parametrize(
