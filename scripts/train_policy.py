@@ -26,6 +26,7 @@ from accelerate import PartialState
 from omegaconf import DictConfig
 
 from cogvla.configs.build import build
+from cogvla.envs.evaluation.episode_log import RUN, read_run
 from cogvla.envs.evaluation.evaluate import evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, check_played, render_index, summary
@@ -143,11 +144,14 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         print("epochs: " + ", ".join(f"{name} {counts['epochs']:.2f}" for name, counts in drawn.items()))
     if played and values["evaluation"] is not None:
         use_threads(values["threads"], values["evaluation"]["workers"])
-        resume = trainer.first_step == trainer.step  # after training, earlier results are from another policy
         policy = load_policy(output / "policy", statistics=names_of[played[0].name])
         policy.preprocessor.forecast = None  # of an earlier run of this command: the evaluation is then the same
         policy = policy.with_engine(engine_config)
         identity = {"weights_sha256": weights_hash(output / "policy")}
+        # After training, earlier results are from another policy; so are those left by a run that was killed then.
+        runs = [read_run(output / folder)[0] for folder in report_folders(played) if (output / folder / RUN).is_file()]
+        same = all(run["policy"].get("weights_sha256") == identity["weights_sha256"] for run in runs)
+        resume = same and trainer.first_step == trainer.step
         with _timed(seconds, "evaluation"):
             if not resume and len(played) > 1:  # of all suites, before the first one is played
                 shutil.rmtree(output / EVALUATION, ignore_errors=True)

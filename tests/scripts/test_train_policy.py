@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -207,6 +208,21 @@ def test_it_leaves_demonstrations_checkpoints_metrics_and_a_report(root: Path) -
     policy = load_policy(root / "run" / "policy")
     assert policy.describe()["data_set"]["episodes"] == 10
     assert policy.embodiment.cameras[0].height == 32
+
+
+def test_a_longer_training_that_is_killed_before_its_evaluation_is_evaluated_by_the_same_command(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("demonstrations", "cache"):
+        (tmp_path / name).symlink_to(root / name)
+    shutil.copytree(root / "run", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_policy, "load_policy", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "training.steps=8")
+    run(tmp_path, "training.steps=8")
+    report = json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text())
+    assert report["reproduce"]["policy"]["step"] == 8
 
 
 def test_the_second_time_nothing_is_done_twice(root: Path) -> None:
