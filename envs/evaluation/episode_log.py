@@ -18,9 +18,11 @@ from types import TracebackType
 from typing import IO, Any
 
 from cogvla.envs.episodes import EpisodeResult
+from cogvla.envs.evaluation.perturbed import PICTURE
 from cogvla.files import write_atomic
 
 RUN, EPISODES, VIDEOS = "run.json", "episodes.jsonl", "videos"
+REPORT = ("report.html", "report.json", "episodes.parquet")
 Key = tuple[int, int]
 
 
@@ -31,7 +33,7 @@ class EpisodeLog:
         folder: folder of the evaluation; made if missing.
         fingerprint: everything that changes an episode's numbers, as plain values.
         session: present session (time, command line, versions), for the report.
-        resume: True goes on with the results in the folder; False deletes them.
+        resume: True goes on with the results in the folder; False deletes them, and their report.
 
     Raises:
         ValueError: the folder holds results of another fingerprint or no evaluation, or another process writes to it.
@@ -76,7 +78,8 @@ class EpisodeLog:
         if not self._resume:
             self._file.truncate(0)
             self._file.seek(0)
-            run.unlink(missing_ok=True)
+            for name in (RUN, *REPORT, PICTURE):
+                (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / VIDEOS, ignore_errors=True)
         if run.exists():
             fingerprint, self.sessions = read_run(self.folder)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.evaluation.episode_log import EpisodeLog, VideoChoice
+from cogvla.envs.evaluation.episode_log import REPORT, EpisodeLog, VideoChoice
 from cogvla.envs.evaluation.perturbed import PICTURE, first_images
 from cogvla.envs.evaluation.protocol import MEASURED, EvaluationProtocol
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
@@ -37,7 +37,6 @@ from cogvla.policy.provenance import provenance
 
 _log = logging.getLogger(__name__)
 ERROR = "error.txt"
-REPORT = ("report.html", "report.json", "episodes.parquet")
 PROBE_CALLS = 100
 """Number of calls of `Policy.act` that measure the latency at batch size 1."""
 
@@ -124,8 +123,7 @@ def evaluate(
     chosen = {} if precision is None else {"precision": str(precision)}
 
     with EpisodeLog(output, fingerprint, session, resume) as log:
-        for name in (ERROR, *(() if resume else (*REPORT, PICTURE))):
-            (output / name).unlink(missing_ok=True)
+        (output / ERROR).unlink(missing_ok=True)
         missing = [spec for spec in specs if (spec.task, spec.initial_state) not in log.results]
         choice = VideoChoice(log, videos)
         # The first calls compile and allocate memory; the latency of the control loop must not include that.
