@@ -126,10 +126,14 @@ class TrainedWeights:
         Raises:
             ValueError: the state is from another objective, fine-tuning or base; nothing is changed then.
         """
-        if asdict(FinetuneConfig()) | state.get("finetune", {}) != asdict(self.config.finetune):
-            raise ValueError("was trained with another finetune")
+        was, now = asdict(FinetuneConfig()) | state.get("finetune", {}), asdict(self.config.finetune)
         frozen = {name for name, p in self.raw.named_parameters() if not p.requires_grad}
-        if state["objective"].keys() != self.raw.state_dict().keys() - frozen:
+        same = state["objective"].keys() == self.raw.state_dict().keys() - frozen
+        # names of parts that this policy lacks, as a later version may list, change nothing
+        changed = [key for key in now if was[key] != now[key] and not (same and key in ("train", "adapt"))]
+        if changed:
+            raise ValueError("was trained with another finetune")
+        if not same:
             raise ValueError("was trained with another objective")
         if not torch.equal(state.get("frozen", self.frozen), self.frozen):
             raise ValueError("was trained from another base: its frozen weights are not these")

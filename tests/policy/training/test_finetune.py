@@ -235,6 +235,12 @@ def test_after_kill_9_with_adapters_it_goes_on_exactly(uninterrupted: Path, tmp_
     assert_same_run(tmp_path, uninterrupted)
 
 
+def test_parts_that_the_policy_lacks_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    before = replace(LORA, train=tuple(part for part in LORA.train if part != "router"))
+    old, new = (small_trainer(tmp_path, settings(finetune=config)).weights for config in (before, LORA))
+    new.load_state_dict(old.state_dict())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
