@@ -52,7 +52,9 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")
     router = None if values["router"]["name"] is None else build(RouterConfig, values["router"], "router")
     folder = find_checkpoint(values["checkpoint"])
-    policy, _ = open_policy(folder, values["device"], values["threads"], EngineConfig("plain"), router)
+    policy, _ = open_policy(
+        folder, values["device"], values["threads"], EngineConfig("plain"), router, statistics=values["statistics"]
+    )
     named = checkpoint_name(folder.resolve()).replace("/", "_") + (
         "" if router is None else f"_{router.name}_{router.budget}"
     )

@@ -106,7 +106,9 @@ class _Comparison:
         self.output, self.trained = Path(values["output"]), values["regime"] == "fine_tuned"
         self.device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         self.engine = build(EngineConfig, values["engine"], "engine")
-        policy, self.identity = open_policy(values["checkpoint"], self.device, engine=EngineConfig("plain"))
+        plain_engine, chosen = EngineConfig("plain"), values["statistics"]
+        policy, self.identity = open_policy(values["checkpoint"], self.device, engine=plain_engine, statistics=chosen)
+        self.identity |= {} if chosen is None else {"statistics": chosen}
         self.policy = policy.with_engine(self.engine)
         if self.policy.model.router is not None:
             name = self.policy.model.router.config.name
@@ -194,7 +196,7 @@ class _Comparison:
         if self.trained:
             policy = load_policy(self._train(cell, self.output / cell.key / "training"), self.device)
         else:
-            policy = load_policy(self.values["checkpoint"], self.device, cell.router)
+            policy = load_policy(self.values["checkpoint"], self.device, cell.router, self.values["statistics"])
         return policy.with_engine(self.engine, release=True)
 
     def _play(self, cell: Cell, condition: str, policy: CogVLAPolicy) -> CellOutcome:

@@ -117,6 +117,13 @@ def test_every_command_composes(command: str) -> None:
     assert composed(command)
 
 
+@pytest.mark.parametrize("command", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_command_that_runs_a_policy_chooses_its_statistics(command: str) -> None:
+    config = composed(command)
+    needs_none = {"count_flops", "fit_forecast", "share_policy"}
+    assert command in needs_none or "checkpoint" not in config or "statistics" in config
+
+
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in names(group)])
 def test_every_file_of_a_group_builds_its_dataclass(group: str, name: str) -> None:
     values = composed(COMPOSED_BY.get(group, "train_policy"), f"{group}={name}")[group]

@@ -60,7 +60,8 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     folder = find_foresight(Path(values["foresight"]))
     checkpoint = find_checkpoint(values["checkpoint"])
     engine = build(EngineConfig, values["engine"], "engine")
-    policy, identity = open_policy(checkpoint, values["device"], values["threads"], engine, None, values["workers"])
+    given = checkpoint, values["device"], values["threads"], engine, None, values["workers"], values["statistics"]
+    policy, identity = open_policy(*given)
     monitor = open_monitor(folder, policy.embodiment, calibrated=False)
     if values["episodes"] < (needed := episodes_needed(values["alpha"], len(monitor.cameras))):
         raise ValueError(

@@ -202,7 +202,7 @@ def _plain(variant: Variant, options: argparse.Namespace) -> CogVLAPolicy:
         return random_policy(
             *preset(variant, options.preset, options.views, options.size), options.device, options.dtype
         )
-    policy = load_policy(options.checkpoint, options.device)
+    policy = load_policy(options.checkpoint, options.device, statistics=options.statistics)
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.to(DTYPES[options.dtype])
     return CogVLAPolicy(policy.model, policy.preprocessor)
@@ -215,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--checkpoint", help="a trained policy, folder or USER/NAME of the hub, instead of a preset with random weights"
     )
+    add("--statistics", help="name of the data set whose statistics the checkpoint uses; default: the only ones")
     add("--imports", nargs="+", default=[], metavar="MODULE", help="modules to import first, e.g. to register routers")
     add("--rows", nargs="+", metavar="ROW", help="default: all")
     add("--batches", nargs="+", type=int, default=[1, 8], help="samples in one pass")

@@ -50,7 +50,7 @@ def run(config: DictConfig, command: str) -> Calibration:
             "checkpoint=FOLDER"
         )
     folder, device = start(values, "observations", "checked")
-    policy = load_policy(folder, device)
+    policy = load_policy(folder, device, statistics=values["statistics"])
     data, rows = draw_frames(policy, values, observations=values["observations"], checked=values["checked"])
     seen, checked = rows[: values["observations"]], rows[values["observations"] :]
 

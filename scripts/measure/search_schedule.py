@@ -55,7 +55,8 @@ def run(config: DictConfig, command: str) -> RouterConfig:
         raise ValueError("search_schedule also searches the share before the language model: leave out router.stage")
     router = replace(router, layer_router=router.layer_router or CARRIED, layer_budgets=())
     ranges = _ranges(values["ranges"])
-    policy = load_policy(folder, device, replace(router, layer_budgets=(values["mean"],) * len(router.layers)))
+    first = replace(router, layer_budgets=(values["mean"],) * len(router.layers))
+    policy = load_policy(folder, device, first, values["statistics"])
     data, rows = draw_frames(policy, values, observations=values["observations"])
     parts = [batch.inputs for batch in batches(policy, data, rows)]
     objective = schedule_objective(policy.model, together(parts), router)

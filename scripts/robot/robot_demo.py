@@ -182,6 +182,7 @@ def _server(config: DictConfig) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     arguments = [f"checkpoint={config.checkpoint}", f"port={port}", f"threads={config.threads}", "batch_wait_ms=0"]
+    arguments += [] if config.statistics is None else [f"statistics={config.statistics}"]
     with _process("policy_server", arguments, config) as process:
         last = time.monotonic() + START_S
         while not _healthy(port):
