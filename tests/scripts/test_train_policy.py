@@ -450,5 +450,5 @@ def test_rollouts_are_those_of_these_weights_though_an_earlier_attempt_reached_t
 
     few = {"protocol": "tabletop", "episodes_per_task": 10, "workers": 0, "videos": 0}
     log: Any = SimpleNamespace(videos=lambda *_: None)
-    play = train_policy._rollouts([toy_suite()], few, tmp_path, log, {"point": None})
+    play: Any = train_policy._rollouts([toy_suite()], few, tmp_path, log, {"point": None})
     assert [play(policy, 500)["rollout/success"] for policy in (Trained(), Worse())] == [0.5, 0.0]
