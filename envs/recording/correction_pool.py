@@ -14,7 +14,7 @@ from cogvla.envs.recording.corrections import CorrectingPlayers
 from cogvla.envs.recording.demonstrator import DemonstratorSettings
 from cogvla.envs.rollout.rollout import RolloutSettings, rollout
 from cogvla.envs.suite import FIRST_TRAINING_STATE, Suite
-from cogvla.policy.interface import Policy
+from cogvla.policy.interface import Embodiment, Policy
 
 OPEN, CLOSED = -1.0, 1.0
 """Gripper actions of every suite (`SuiteEnv`)."""
@@ -51,21 +51,21 @@ class Corrected:
             "patience": self.patience,
         }
 
-    def check(self, suite: Suite, image_size: int) -> None:
-        """Raise a ValueError if the policy does not fit a recording; what the environment must say is checked later."""
-        robot = self.policy.embodiment
-        sizes = {(camera.height, camera.width) for camera in robot.cameras}
-        if sizes != {(image_size, image_size)}:
-            seen = ", ".join(f"{camera.name} {camera.height} x {camera.width}" for camera in robot.cameras)
-            raise ValueError(
-                f"the policy sees {seen} pixels, and the recording has {image_size} x {image_size}: give the "
-                "policy's image_size"
-            )
-        if robot.grippers and (robot.gripper_open, robot.gripper_close) != (OPEN, CLOSED):
-            raise ValueError(
-                f"the policy opens its gripper with {robot.gripper_open:g} and closes it with {robot.gripper_close:g}, "
-                f"suite {suite.name!r} with {OPEN:g} and {CLOSED:g}"
-            )
+
+def check_robot(robot: Embodiment, suite: Suite, image_size: int) -> None:
+    """Raise a ValueError if a policy of this robot does not fit a recording; the environment is checked later."""
+    sizes = {(camera.height, camera.width) for camera in robot.cameras}
+    if sizes != {(image_size, image_size)}:
+        seen = ", ".join(f"{camera.name} {camera.height} x {camera.width}" for camera in robot.cameras)
+        raise ValueError(
+            f"the policy sees {seen} pixels, and the recording has {image_size} x {image_size}: give the policy's "
+            "image_size, which has to be square"
+        )
+    if robot.grippers and (robot.gripper_open, robot.gripper_close) != (OPEN, CLOSED):
+        raise ValueError(
+            f"the policy opens its gripper with {robot.gripper_open:g} and closes it with {robot.gripper_close:g}, "
+            f"suite {suite.name!r} with {OPEN:g} and {CLOSED:g}"
+        )
 
 
 def check_advice(suite: Suite) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cogvla.envs.contract import Expert
 from cogvla.envs.perturbation.perturbation import OF_THE_PLAYER, OF_THE_SCENE
-from cogvla.envs.recording.correction_pool import Corrected, CorrectionPool
+from cogvla.envs.recording.correction_pool import Corrected, CorrectionPool, check_robot
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.envs.recording.demonstration_pool import DemonstrationPool
@@ -104,7 +104,7 @@ def record(
     chosen = () if tasks is None else suite.chosen_tasks(tasks)
     randomised = _dimensions(randomise or (), suite)
     if corrected is not None:
-        corrected.check(suite, image_size)
+        check_robot(corrected.policy.embodiment, suite, image_size)
     request = {
         "suite": suite.name,
         "image_size": image_size,

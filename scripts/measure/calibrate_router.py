@@ -65,7 +65,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         )
     exits = issubclass(known[router.name], LateExit)
     if exits:
-        router = replace(router, stage="llm_layer", options={"threshold": 0.0})
+        router = replace(router, stage="llm_layer", options={**(router.options or {}), "threshold": 0.0})
     policy = load_policy(folder, device, router, values["statistics"])
     data, rows = draw_frames(policy, values, observations=values["observations"])
     measure = _exit if exits else _constants

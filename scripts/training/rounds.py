@@ -23,7 +23,7 @@ from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cogvla.configs.build import build
-from cogvla.envs.recording.correction_pool import Corrected, check_advice
+from cogvla.envs.recording.correction_pool import Corrected, check_advice, check_robot
 from cogvla.envs.recording.dataset_folder import START_ANEW
 from cogvla.envs.recording.recorder import RECORDING_FILE, record
 from cogvla.envs.suite import Suite
@@ -33,6 +33,7 @@ from cogvla.policy.data.config import INTERVENTION, DataConfig
 from cogvla.policy.data.files.metadata import Metadata
 from cogvla.policy.data.streaming import locate
 from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.interface import Embodiment
 from cogvla.policy.training.trainer import PATIENCE
 from cogvla.scripts.training.suites import resolved_for
 
@@ -104,7 +105,9 @@ def train_in_rounds(
                 f"rounds={rounds} cannot have objective.{name}: its other policy was trained with the statistics of "
                 "other data than the next round's; set it to 0"
             )
+    robot = build(Embodiment, values["embodiment"], "embodiment")
     for suite in suites:
+        check_robot(robot, suite, robot.cameras[0].height)
         check_advice(suite)
     processes = PartialState(timeout=PATIENCE)
     with processes.main_process_first():

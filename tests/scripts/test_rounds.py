@@ -74,13 +74,15 @@ def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
         ("corrections.weight=-1", "corrections: weight must be a positive number"),
         ("corrections.weight=inf", "corrections: weight must be a positive number"),
         ("suite=null", "rounds=2 needs a suite"),
+        ("embodiment.gripper_open=1,embodiment.gripper_close=-1", "the policy opens its gripper with 1 and closes it"),
+        ("embodiment.cameras.0.width=64", "the policy sees agentview .* x 64, .*, which has to be square"),
         ("data.statistics=each", "rounds=2 needs data.statistics=joint"),
         ("objective.prior=0.5", r"rounds=2 cannot have objective\.prior: its other policy"),
     ],
 )
 def test_mistakes(tmp_path: Path, change: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        run(tmp_path, change, "data.root=nowhere", "objective.blind=nowhere")
+        run(tmp_path, *change.split(","), "data.root=nowhere", "objective.blind=nowhere")
 
 
 def test_fewer_rounds_than_there_are(root: Path) -> None:
