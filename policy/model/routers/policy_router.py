@@ -125,6 +125,8 @@ class PolicyRouter(nn.Module):
             )
         if self.stage == "llm_layer":
             self._check_without_first()
+        if config.block is not None and self.stage != "encoder_block":
+            raise ValueError(f"router.block is for router.stage=encoder_block, not {self.stage}: leave it out")
         if len(set(config.layers)) != len(config.layers):
             raise ValueError(f"router.layers names a layer twice, {list(config.layers)}: name each once")
         if not config.layers and (config.layer_router or self.bypass):
@@ -190,6 +192,8 @@ class PolicyRouter(nn.Module):
                 "router.train_budgets are budgets before the language model, where router.stage=llm_layer keeps all "
                 "tokens: set train_budgets=[], or another router.stage with router.layer_router"
             )
+        if config.joint:
+            raise ValueError("router.joint changes nothing with router.stage=llm_layer, where all views are together")
         if config.position == "v2pe" or (config.position == "compact" and self.bypass):
             raise ValueError(
                 f"router.position={config.position} changes nothing with router.stage=llm_layer and "

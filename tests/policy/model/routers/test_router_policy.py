@@ -648,6 +648,12 @@ def test_mistakes_say_what_is_possible() -> None:
             {},
             "layer_router=carried changes nothing without router.layers",
         ),
+        (
+            {"name": "random", "block": 1},
+            {},
+            "router.block is for .*encoder_block, not encoder_out",
+        ),
+        ({"name": "random", "stage": "llm_layer", "layers": (1,), "joint": True}, {}, "joint changes nothing with"),
         ({"name": "random", "mode": "bypass"}, {}, "mode=bypass changes nothing without router.layers"),
         ({"name": "random", "layers": (1, 2, 1)}, {}, "router.layers names a layer twice"),
         ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),
