@@ -30,6 +30,7 @@ from torch.func import functional_call
 
 from cogvla.policy.model.config import RoutingConfig
 from cogvla.policy.model.routers.attention_probe import FROM_VISION, AttentionProbe
+from cogvla.policy.model.routers.keys import check_keys
 from cogvla.policy.model.routers.layer_router import FROM_TOWERS, LayerPass
 from cogvla.policy.model.routers.memory import ATTENTION, Memory, MemoryLayout, Remembered, TokenMemory
 from cogvla.policy.model.routers.offers import build_offered, items_offered
@@ -90,7 +91,8 @@ class PolicyRouter(nn.Module):
         memory: shapes of what the routers remember; None: nothing.
 
     Raises:
-        ValueError: the router is unknown, needs inputs that this policy does not have, or does not support the budget.
+        ValueError: the router is unknown, needs inputs that this policy does not have, does not support the budget, or
+            has a key that changes nothing (`check_keys`).
     """
 
     def __init__(
@@ -118,20 +120,7 @@ class PolicyRouter(nn.Module):
         self.prefixes = [tower.prefix for tower in towers]
         known = registered_routers()
         self.stage = config.stage or (known[config.name].stage if config.name in known else "encoder_out")
-        if self.stage == "llm_layer" and not config.layers:
-            raise ValueError(
-                f"router {config.name!r} works at language layers: give router.layers, for example router.layers=[1], "
-                "or another router.stage"
-            )
-        if self.stage == "llm_layer":
-            self._check_without_first()
-        if config.block is not None and self.stage != "encoder_block":
-            raise ValueError(f"router.block is for router.stage=encoder_block, not {self.stage}: leave it out")
-        if len(set(config.layers)) != len(config.layers):
-            raise ValueError(f"router.layers names a layer twice, {list(config.layers)}: name each once")
-        if not config.layers and (config.layer_router or self.bypass):
-            idle = f"layer_router={config.layer_router}" if config.layer_router else "mode=bypass"
-            raise ValueError(f"router.{idle} changes nothing without router.layers: give them, or leave it out")
+        check_keys(config, self.stage)
         self.before: TokenRouter | None = None
         self.inside = nn.ModuleList()
         self.tokens = self.all_tokens
@@ -183,22 +172,6 @@ class PolicyRouter(nn.Module):
     def block(self) -> int:
         """Vision block before which the towers are reduced, with `stage=encoder_block`."""
         return self.blocks // 2 if self.config.block is None else self.config.block
-
-    def _check_without_first(self) -> None:
-        """Refuse what needs a router before the language model, where there is none."""
-        config = self.config
-        if config.train_budgets:
-            raise ValueError(
-                "router.train_budgets are budgets before the language model, where router.stage=llm_layer keeps all "
-                "tokens: set train_budgets=[], or another router.stage with router.layer_router"
-            )
-        if config.joint:
-            raise ValueError("router.joint changes nothing with router.stage=llm_layer, where all views are together")
-        if config.position == "v2pe" or (config.position == "compact" and self.bypass):
-            raise ValueError(
-                f"router.position={config.position} changes nothing with router.stage=llm_layer and "
-                f"router.mode={config.mode}: set router.position=keep"
-            )
 
     def _build_inside(self, name: str) -> None:
         config = self.config
