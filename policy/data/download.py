@@ -33,7 +33,7 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> t
     folder = Path(root or ".")
     there = root is not None and (folder / "meta" / "info.json").is_file()
     commit = _downloaded_commit(folder)
-    if there and (revision == commit or (repo_id is None and revision is None)):
+    if there and (repo_id is None or commit is None) and revision in (None, commit):
         return folder, commit
     if there and (repo_id is None or commit is None):
         found = "was not downloaded from the hub" if commit is None else f"has revision {commit}"
@@ -54,7 +54,7 @@ def local_root(root: str | None, repo_id: str | None, revision: str | None) -> t
         if _downloaded_commit(folder) != wanted:  # huggingface_hub only warns, and returns the folder as it was
             raise OSError(f"it stopped answering before {folder} had revision {wanted}")
     except hub_errors() as error:
-        if there and revision is None:
+        if there and revision in (None, commit):
             return folder, commit
         kept = f"; {folder} has revision {commit}, which data.revision={commit} uses as it is" if there else ""
         raise ValueError(f"cannot get the data set {repo_id!r} from the hub: {first_line(error)}{kept}") from error

@@ -104,6 +104,8 @@ def test_a_folder_of_the_hub_is_brought_to_the_revision(tmp_path: Path, monkeypa
     assert_read(data, what_is_recorded())
     assert data.provenance["revision"] == "a" * 40
     assert asked == [("someone/toy", "dataset", "v3.0")]
+    (root / "data/chunk-000/file-001.parquet").unlink()  # as if the download had been killed
+    assert_read(open_data(root, repo_id="someone/toy", revision="a" * 40), what_is_recorded())
 
     def offline(self: HfApi, repo_id: str, **_: object) -> Answer:
         raise OSError("no network")
