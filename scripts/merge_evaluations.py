@@ -82,8 +82,8 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
     """Merge parts of an evaluation; write report, results and videos to `output` as one evaluation.
 
     Raises:
-        ValueError: a part is not finished or has another configuration, two parts have the same episode, or `output`
-            is not empty.
+        ValueError: a part is not finished or has another configuration, two parts have the same episode, a shard is
+            missing, or `output` is not empty.
     """
     if output.exists() and not all(map(is_left_by_macos, output.iterdir())):
         raise ValueError(f"{output} is not empty: choose another output")
@@ -98,6 +98,7 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
         if twice:
             raise ValueError(f"{part.folder} has episodes of another part, for example (task, state) {twice[0]}")
         results |= part.results
+    _check_complete(parts)
 
     (output / VIDEOS).mkdir(parents=True)
     for part in parts:
@@ -121,6 +122,16 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
     )
     write_report(report, suite, output)
     return report
+
+
+def _check_complete(parts: Sequence[FinishedEvaluation]) -> None:
+    """Check that all shards are there, as far as reports say of which they are."""
+    named = [part.report["reproduce"]["shard"] for part in parts if "shard" in part.report["reproduce"]]
+    counts = sorted({of for _, of in named})
+    if len(counts) > 1:
+        raise ValueError(f"the shards are of {' and of '.join(map(str, counts))} parts: give those of one division")
+    if missing := sorted(set(range(1, counts[0] + 1 if counts else 1)) - {number for number, _ in named}):
+        raise ValueError(f"shard {missing[0]}/{counts[0]} is missing: play it, and give the folders of all shards")
 
 
 def _suite(parts: Sequence[FinishedEvaluation]) -> Suite:
@@ -147,7 +158,7 @@ def _reproduce(parts: Sequence[FinishedEvaluation], command: str) -> dict[str, A
         return {part.folder.name: found[name] for part, found in zip(parts, each, strict=True)}
 
     return {
-        **each[0],
+        **{key: value for key, value in each[0].items() if key != "shard"},
         "command": command,
         "commands": [found["command"] for found in each],
         "machine": shared("machine"),

@@ -175,6 +175,7 @@ def evaluate(
                 **{key: session[key] for key in ("started", "versions", "commit", "machine")},
                 "sessions": len(log.sessions),
                 "commits": sorted({str((s.get("commit") or {}).get("hash")) for s in log.sessions}),
+                **({} if shard == (1, 1) else {"shard": list(shard)}),
             },
         )
         write_report(report, suite, output)

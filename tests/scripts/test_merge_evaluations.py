@@ -105,6 +105,16 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         merge([tmp_path / "a"], tmp_path / "merged")
 
 
+def test_a_missing_shard_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    for i in (1, 3):
+        run(tmp_path / str(i), (i, 3))
+    with pytest.raises(ValueError, match="shard 2/3 is missing: play it"):
+        merge([tmp_path / "1", tmp_path / "3"], tmp_path / "merged")
+    run(tmp_path / "other", (5, 5), protocol=replace(PROTOCOL, episodes_per_task=2))
+    with pytest.raises(ValueError, match="shards are of 3 and of 5 parts"):
+        merge([tmp_path / "1", tmp_path / "other"], tmp_path / "merged")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["a", "b"], "must be output=FOLDER"), (["nowhere", "output=x"], "is not the folder of an evaluation")],
