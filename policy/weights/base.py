@@ -120,24 +120,32 @@ def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | Non
     with torch.no_grad():
         for name in fits:
             wanted[name].copy_(source[name])
-        if preprocessor is not None:
-            _change_units(model, fits, Path(folder), body["embodiment"], preprocessor)
     said = [f"{len(fits)} of {len(wanted)} tensors from {folder}"]
+    if preprocessor is not None:
+        said += _change_units(model, fits, Path(folder), body["embodiment"], preprocessor)
     return said + ([f"nothing into {', '.join(_parts(new))}, which are initialised randomly"] if new else [])
 
 
+@torch.no_grad()
 def _change_units(
     model: CogVLA, loaded: set[str], folder: Path, robot: dict[str, Any], preprocessor: Preprocessor
-) -> None:
+) -> list[str]:
     """Change the layers that read states and actions, and those of an L1 head that write actions, in place.
 
     So they compute the base's actions, in physical units, although states and actions are now normalised by other
-    statistics. Other heads cannot be changed exactly and stay. With statistics of several data sets, nothing changes.
+    statistics. Other heads cannot be changed exactly and stay. Nothing changes for another robot, whose numbers mean
+    something else, nor with statistics of several data sets.
+
+    Returns:
+        A line for the log, if something was changed.
     """
     statistics = read_object(folder / STATISTICS, ANOTHER)
-    if preprocessor.sets or None not in of_each(statistics):
-        return
-    base_state, base_action = normalisers(build(Embodiment, robot, "embodiment"), statistics)
+    if robot.get("name") != preprocessor.embodiment.name or preprocessor.sets or None not in of_each(statistics):
+        return []
+    try:
+        base_state, base_action = normalisers(build(Embodiment, robot, "embodiment"), statistics)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{CONFIG} or {STATISTICS} in {folder} is damaged ({error}); {ANOTHER}") from error
     state, action = preprocessor.state_normaliser, preprocessor.action_normaliser
     if "state.0.weight" in loaded:
         factor_S, offset_S = state.change_to(base_state)
@@ -154,6 +162,7 @@ def _change_units(
         writes = cast(nn.Linear, model.head.net[-1])
         writes.weight.mul_(factor_A[:, None])
         writes.bias.mul_(factor_A).add_(offset_A)
+    return ["the layers for states and actions, changed to the statistics of these data"]
 
 
 def _parts(names: list[str]) -> list[str]:

@@ -100,12 +100,14 @@ class LayerPass:
         place_Bn, layout = routed.rows, now.layout
         fewer = layout.with_vision(place_Bn.shape[1])
         chosen = Selection(place_Bn, rows_of(layout, place_Bn), fewer, score_BN=routed.score_BN)
-        shorter_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BnD, x_BSD[:, layout.rest]), dim=1)
         if self.bypass:
             assert routed.mask_Bn is None, "a router that hides tokens says so: `hides = True`"
             self.chosen[index] = chosen
-            # The kept tokens are the same to the bit, but in training the router learns through them.
-            return put_rows(x_BSD, chosen.rows, shorter_BSD) if self.training else x_BSD, now, None
+            if not self.training:  # the kept tokens are the same to the bit
+                return x_BSD, now, None
+        shorter_BSD = torch.cat((x_BSD[:, layout.bos], routed.tokens_BnD, x_BSD[:, layout.rest]), dim=1)
+        if self.bypass:  # the router learns through the tokens that it kept
+            return put_rows(x_BSD, chosen.rows, shorter_BSD), now, None
         self._follow(routed.index_Bn, place_Bn, layout.vision)
         frame = context.pruned(chosen, before=now, renumber=self.compact)
         return shorter_BSD, frame if routed.mask_Bn is None else frame.hiding(routed.mask_Bn), chosen

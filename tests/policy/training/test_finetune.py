@@ -391,6 +391,12 @@ def test_other_statistics_do_not_change_the_actions_of_the_base(
     )
     expected, found = (p.act(observation).actions for p in (base, CogVLAPolicy(model, preprocessor)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    of_another = Preprocessor(replace(robot, name="another"), base.preprocessor.tokenizer, other.statistics())
+    load_own(model, tmp_path / "base", of_another)
+    assert all(torch.equal(value, base.model.state_dict()[name]) for name, value in model.state_dict().items())
+    (tmp_path / "base/statistics.json").write_text('{"state": {"q01": [0]}, "action": {"q01": [0]}}')
+    with pytest.raises(ValueError, match=r"statistics\.json in .*base is damaged .*; use another checkpoint"):
+        load_own(model, tmp_path / "base", preprocessor)
 
 
 def test_a_base_with_other_routing_gives_what_fits_and_says_the_rest(
