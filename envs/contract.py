@@ -23,12 +23,13 @@ import gymnasium as gym
 import numpy as np
 
 from cogvla.envs.perturbation.perturbation import Perturbation
+from cogvla.policy.interface import Embodiment
 
 Part = TypeVar("Part")
 CAMERAS = ("agentview", "wrist")
 """Images of every suite's observation."""
-ACTION_DIM, GRIPPER, OPEN = 7, 6, -1.0
-"""Width of every suite's action, the index of its gripper, and the value that opens it."""
+ACTION_DIM, GRIPPER, OPEN, CLOSED = 7, 6, -1.0, 1.0
+"""Width of every suite's action, the index of its gripper, and the values that open and close it."""
 
 
 def resting_action(gripper: float = OPEN) -> np.ndarray:
@@ -169,8 +170,30 @@ class Advisor(Protocol):
         ...
 
 
+def check_gripper(robot: Embodiment, suite: str) -> None:
+    """Raise a ValueError if a policy of this robot, when it opens its gripper, does something else in a suite."""
+    if robot.grippers and (robot.gripper_open, robot.gripper_close) != (OPEN, CLOSED):
+        raise ValueError(
+            f"the policy opens its gripper with {robot.gripper_open:g} and closes it with {robot.gripper_close:g}, "
+            f"suite {suite!r} with {OPEN:g} and {CLOSED:g}"
+        )
+    if robot.grippers not in ((), (GRIPPER,)):
+        raise ValueError(
+            f"the policy moves grippers by action {', '.join(map(str, robot.grippers))}, suite {suite!r} by {GRIPPER}"
+        )
+
+
 class ContractError(ValueError):
     """An environment or expert lacks members that it needs."""
+
+
+def picture(observation: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return an image of an observation, uint8 [H,W,3]; ContractError if it is none."""
+    image_HWC = np.asarray(observation[name])
+    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
+        got = f"{image_HWC.dtype} {list(image_HWC.shape)}"
+        raise ContractError(f"the image {name!r} of an observation must be uint8 [H,W,3] (envs/contract.py), got {got}")
+    return image_HWC
 
 
 def offered(thing: object, part: type[Part]) -> Part | None:
@@ -179,7 +202,7 @@ def offered(thing: object, part: type[Part]) -> Part | None:
     Raises:
         ContractError: it has some members but not all.
     """
-    inner = thing.unwrapped if isinstance(thing, gym.Env) else thing
+    inner: object = getattr(thing, "unwrapped", thing)
     members = _members(part)
     missing = [name for name in members if not hasattr(inner, name)]
     if len(missing) == len(members):

@@ -144,10 +144,6 @@ class SceneRenderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._mujoco_context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
 
-    def render(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
-        """Render one image uint8 [H,W,3]."""
-        return self._pixels(data, camera, height, width)
-
     def show(self, shadows: bool = False, textures: Collection[int] = ()) -> None:
         """Draw shadows too, if the model's lights cast any; upload textures that have changed."""
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW.value] = shadows or self._shadows
@@ -161,7 +157,7 @@ class SceneRenderer:
         before = self._scene.flags.copy()
         self._scene.flags[flags] = 1
         try:
-            colours_HW3 = self._pixels(data, camera, height, width).astype(np.int64)
+            colours_HW3 = self.render(data, camera, height, width).astype(np.int64)
         finally:
             self._scene.flags[:] = before
         number_HW = colours_HW3 @ np.array([1, 256, 65536]) - 1  # number of the drawn geom; black is the background
@@ -173,7 +169,8 @@ class SceneRenderer:
             table[number] = body
         return table[np.clip(number_HW, -1, len(table) - 2)]
 
-    def _pixels(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
+    def render(self, data: mujoco.MjData, camera: str, height: int, width: int) -> np.ndarray:
+        """Render one image uint8 [H,W,3]."""
         assert os.getpid() == self._process, "an environment was used in a forked process; build it there instead"
         self._gl.make_current()
         context = self._mujoco_context

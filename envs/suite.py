@@ -161,11 +161,14 @@ def chosen_start(options: Mapping[str, Any], tasks: int, rng: np.random.Generato
     A missing task is drawn from all tasks, a missing initial state from the training states.
 
     Raises:
-        ValueError: an option is unknown, or the task or state does not exist.
+        ValueError: an option is unknown or no whole number, or the task or state does not exist.
     """
     unknown = set(options) - {"task", "initial_state", "asked"}
     if unknown:
         raise ValueError(f"unknown reset options {sorted(unknown)}; use task, initial_state, asked")
+    for name, value in options.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+            raise ValueError(f"reset options are whole numbers, got {name}={value!r}")
     task, state = options.get("task"), options.get("initial_state")
     task = int(rng.integers(tasks) if task is None else task)
     state = int(rng.integers(FIRST_TRAINING_STATE, 2**31) if state is None else state)

@@ -162,6 +162,10 @@ class LiberoEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """Return True if the given task is done now in the current scene."""
         return self.scene.holds(self.goals_for(task))
 
+    def fixed_states(self) -> np.ndarray:
+        """Return the fixed initial states of the present scene's task [50, S]: time, positions and velocities."""
+        return np.stack([self.scene.with_bodies(state) for state in self._fixed_states(self._task)])
+
     def labels(self) -> dict[str, np.ndarray]:
         """Return the positions of the object to manipulate and of its goal, for the current task.
 

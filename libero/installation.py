@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from cogvla.files import write_atomic
+
 ASSETS_VARIABLE = "COGVLA_LIBERO_ASSETS"
 CONFIG_VARIABLE = "LIBERO_CONFIG_PATH"
 INSTALL = "LIBERO is not installed: `uv sync --extra libero`, or `pip install 'cogvla[libero]'`"
@@ -142,9 +144,7 @@ def libero_module() -> Any:
         config.parent.mkdir(parents=True, exist_ok=True)
         paths = {"benchmark_root": "", "bddl_files": "bddl_files", "init_states": "init_files", "datasets": "datasets"}
         values = {key: str(folder / path) for key, path in paths.items()} | {"assets": str(folder / "assets")}
-        partial = config.with_name(f".{config.name}.{os.getpid()}")
-        partial.write_text(json.dumps(values))  # JSON is YAML
-        os.replace(partial, config)
+        write_atomic(config, json.dumps(values))  # JSON is YAML
     os.environ[CONFIG_VARIABLE] = str(config.parent)
     # robosuite warns three times in every process that it has no file of private settings. Nobody needs that file.
     logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())

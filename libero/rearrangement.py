@@ -39,6 +39,8 @@ _FARTHEST = 0.72
 _FLAT = 0.4
 """Width in metres; a wider geom is something to stand on."""
 _LEVEL = 0.01
+_DRAWN = np.array([0, 1, 0, 0, 0, 0], np.uint8)
+"""The group of geoms that are drawn."""
 _LIMIT = 0.1
 """Radians between a joint's start and its stop."""
 _HAND_ABOVE = 0.10
@@ -109,6 +111,20 @@ class _Surroundings:
             if collides and model.body_weldid[body] == 0 and model.body_rootid[body] != self.robot:
                 return float(point[2])
             point[2] -= 0.001
+
+    def in_sight(self, point: np.ndarray) -> bool:
+        """Return True if nothing but the arm, which moves, is between a point [3] and the policy's outer camera."""
+        eye = self.data.camera("agentview").xpos
+        way, hit = point - eye, np.array([-1], np.int32)
+        start = eye.copy()
+        while (far := mujoco.mj_ray(self.model, self.data, start, way, _DRAWN, 1, -1, hit)) >= 0:
+            start += far * way
+            if (point - start) @ way <= 0:
+                return True
+            if self.model.body_rootid[self.model.geom_bodyid[hit[0]]] != self.robot:
+                return False
+            start += 0.001 * way
+        return True
 
     def is_level(self, spot: np.ndarray, radius: float, height: float) -> bool:
         """Return True if the ground around a point [2] is at this height."""
@@ -261,7 +277,7 @@ def _free_spot(
     swept: Sequence[tuple[np.ndarray, np.ndarray]],
     seen: Seen,
 ) -> np.ndarray:
-    """Return a place [2] for a spare, in view, beside all things and ways."""
+    """Return a place [2] for a spare, in view and behind nothing, beside all things and ways."""
     centre = np.asarray(around.scene.env.workspace_offset[:2])
     for gap, beside, around_end in _GAPS:
         for _ in range(_SPOTS):
@@ -273,6 +289,7 @@ def _free_spot(
                 and around.room(spot) > spare.radius + gap
                 and around.is_level(spot, spare.radius + 0.01, ground)
                 and seen(np.array([*spot, ground]))
+                and around.in_sight(np.array([*spot, ground + 2 * spare.size[-1]]))
             ):
                 return spot
     raise CrowdedSceneError(f"no room for {spare.name}")

@@ -247,9 +247,9 @@ class LiberoScene:
         # Place with a given state too: the seed decides the fixtures, and the controller keeps a posture without noise.
         robot.gripper.current_action = np.zeros(robot.gripper.dof)  # robosuite keeps the last episode's action
         self._place(seed)
-        return self.restore(self._with_bodies(state), change=change)
+        return self.restore(self.with_bodies(state), change=change)
 
-    def _with_bodies(self, state: np.ndarray) -> np.ndarray:
+    def with_bodies(self, state: np.ndarray) -> np.ndarray:
         """Return a state with the further bodies, where the model puts them; unchanged if it holds them already."""
         model = self.model
         positions, velocities = model.nq - 7 * self._bodies, model.nv - 6 * self._bodies

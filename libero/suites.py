@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from cogvla.envs.suite import Suite, get_suite, register_suite
+from cogvla.configs.build import build
+from cogvla.envs.suite import Suite, register_suite
 from cogvla.files import visible
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.installation import assets_folder, versions
@@ -52,11 +52,6 @@ def libero_suite(name: str, settings: LiberoSettings | None = None) -> Suite:
         perturbations=PERTURBATIONS,
         settling_steps=SETTLING_STEPS,
     )
-
-
-def configured_suite(name: str, libero: Mapping[str, Any]) -> Suite:
-    """Return a registered suite. `libero` (keys of `LiberoSettings`) configures LIBERO's suites; others ignore it."""
-    return get_suite(name, {"libero": libero})
 
 
 def _identity(settings: LiberoSettings, assets: Path) -> dict[str, Any]:
@@ -100,7 +95,7 @@ def make_env(suite: str, **options: Any) -> gym.Env:
 
 
 def _configured(name: str, **values: Any) -> Suite:
-    return libero_suite(name, LiberoSettings(**values))
+    return libero_suite(name, build(LiberoSettings, values, "libero"))
 
 
 for _name in LIBERO_SUITES:

@@ -32,6 +32,7 @@ from torch import Tensor
 from cogvla.configs.build import build
 from cogvla.files import file_hash, read_object, write_atomic
 from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS, check_checkpoint_folder
+from cogvla.policy.device import usable_device
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
 from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
@@ -278,9 +279,9 @@ def load_policy(
     Raises:
         ValueError: the folder is missing, incomplete or damaged, its weights do not fit its configuration, or the
             router does not fit the policy; or its text encoder is missing, or another one than in training; or it has
-            statistics of several data sets, and none or an unknown one is chosen.
+            statistics of several data sets, and none or an unknown one is chosen; or the device cannot be used here.
     """
-    folder = find_checkpoint(folder)
+    folder, device = find_checkpoint(folder), usable_device(device)
     body = read_config(folder)
     saved = read_object(folder / STATISTICS, ANOTHER)
     try:
@@ -399,7 +400,7 @@ def open_policy(
     """
     use_threads(threads, beside)
     folder = find_checkpoint(folder)
-    policy = load_policy(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), router, statistics)
+    policy = load_policy(folder, usable_device(device), router, statistics)
     identity = {"weights_sha256": weights_hash(folder)}
     if policy.preprocessor.forecast is not None:
         identity["forecast_sha256"] = file_hash(folder / FORECAST)

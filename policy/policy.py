@@ -30,6 +30,8 @@ from cogvla.policy.model.routers.memory import Memory
 
 CHOICE_OBSERVATIONS = 8
 """Random observations on which precisions are compared."""
+USUAL_PICTURES = {"crop_area": 1.0, "resize_kernel": "bilinear"}
+"""Preparation of images that descriptions of policies leave out."""
 
 
 class CogVLAPolicy:
@@ -97,7 +99,8 @@ class CogVLAPolicy:
         reason = not_fusible(self.model) if config.kind == "auto" else None
         if config.kind != "plain" and reason is None:
             choice = self._choose_precision(config) if config.dtype == AUTO else None
-            config = config if choice is None else replace(config, dtype=choice.dtype)
+            if choice is not None:
+                config = replace(config, dtype=None if choice.dtype == choice.measured[0].dtype else choice.dtype)
             engine = Engine(self.model, config, release, self.calibration)
             return CogVLAPolicy(self.model, self.preprocessor, self._description, engine, self.calibration, choice)
         own = str(next(self.model.parameters()).dtype).removeprefix("torch.")
@@ -147,6 +150,7 @@ class CogVLAPolicy:
         precision = own if self.engine is None else self.engine.precision
         encoder = self.preprocessor.tokenizer
         measured = self.calibration if precision == "float8" else None
+        pictures = {"crop_area": self.preprocessor.crop_area, "resize_kernel": self.preprocessor.resize_kernel}
         return {
             "policy": "cogvla",
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -156,6 +160,7 @@ class CogVLAPolicy:
             **({"text_encoder": encoder.source} if isinstance(encoder, TextEncoder) else {}),
             **({} if self.preprocessor.chosen is None else {"statistics": self.preprocessor.chosen}),
             **({} if self._way is None else {"committed": self._way}),
+            **({} if pictures == USUAL_PICTURES else {"pictures": pictures}),
             **({} if measured is None else {"float8": dict(measured.about)}),
             **self._description,
         }

@@ -61,8 +61,11 @@ def keep_ratios(schedule: str, depth: int, mean: float = 0.5, period: int | None
 
 
 def keep_count(tokens: int, ratio: float) -> int:
-    """Return the number of tokens to keep, rounded down as in the published code: it can be 0."""
-    return math.floor(tokens * ratio)
+    """Return the number of tokens to keep, rounded down as in the published code, but at least 1 of a positive share.
+
+    The published code has so many tokens that its shares are never below one.
+    """
+    return min(tokens, max(1, math.floor(tokens * ratio))) if ratio > 0 else 0
 
 
 # Same order of operations as the published code: counts are rounded down, so the last bit matters.

@@ -55,9 +55,13 @@ def build_router(name: str, sizes: RouterSizes, options: Mapping[str, Any] | Non
             f"router {name!r} needs tokens that are patches of a grid, and these are not: set routing.efa=false "
             f"(patches, no aggregation tokens) and router.joint=false (views apart), or use one of {gridless}"
         )
-    valid = [p.name for p in inspect.signature(known[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(known[name]).parameters
+    valid = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(options or {}) - set(valid)):
         raise ValueError(
             f"router {name!r} has no option {', '.join(unknown)}; it has {', '.join(valid) if valid else 'none'}"
         )
+    for option, value in (options or {}).items():  # Hydra reads `no` as text, which counts as true
+        if isinstance(parameters[option].default, bool) and not isinstance(value, bool):
+            raise ValueError(f"option {option} of router {name!r} must be true or false, got {value!r}")
     return known[name](sizes, **(options or {}))

@@ -157,6 +157,7 @@ class RouterSizes:
         grid: (H, W); None if the tokens are not a grid.
         budget: n, or the largest of several.
         encoder_width: F.
+        views: pictures whose tokens follow each other in a row; 1 in the language model, where all are one sequence.
     """
 
     tokens: int
@@ -165,6 +166,7 @@ class RouterSizes:
     grid: tuple[int, int] | None
     budget: int
     encoder_width: int = 0
+    views: int = 1
 
 
 @dataclass(frozen=True)

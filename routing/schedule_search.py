@@ -2,8 +2,9 @@
 at some of its layers, for a given mean share, such that the policy's answers change least.
 
 Shares decrease: s_0 of the tokens enter the language model, s_1 are left from layer l_1 on, and so on. Their mean over
-the layers is the budget, so the last share follows from the others. Options of the router, such as a threshold, can be
-searched at the same time. `search_schedule` is the command.
+the layers is the budget, so the last share follows from the others. With a number of `tokens`, shares are whole tokens
+of a view, and their mean is at most the budget: if they were rounded later, those that round up would be the best.
+Options of the router, such as a threshold, can be searched at the same time. `search_schedule` is the command.
 
 Two methods, of 300 evaluations, the first 27 of which are random points, as in the paper:
 
@@ -17,16 +18,18 @@ Shape legend: E points evaluated, C candidates, U numbers of a schedule that are
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogvla.routing.router import RouterConfig
+from cogvla.routing.router import RouterConfig, count_of
 
 FIRST_POINTS, STEP, LEAST = 27, 0.3, 0.01
 CANDIDATES, NEAR = 512, 4
@@ -62,7 +65,7 @@ class Schedule:
 
 
 def completed(
-    layers: tuple[int, ...], shares: tuple[float, ...], depth: int, budget: float
+    layers: tuple[int, ...], shares: tuple[float, ...], depth: int, budget: float, tokens: int | None = None
 ) -> tuple[float, ...] | None:
     """Append the last share, such that the mean over all layers is the budget.
 
@@ -71,13 +74,21 @@ def completed(
         shares: all shares but the last.
         depth: number of layers of the language model.
         budget: mean share.
+        tokens: tokens of a view; the last share is rounded down to whole ones. None: any share.
 
     Returns:
         All shares, or None if the last one would be larger than the one before it, or too small.
     """
     spent = sum(share * (end - start) for share, start, end in zip(shares, (0, *layers[:-1]), layers, strict=True))
     last = (budget * depth - spent) / (depth - layers[-1])
-    return (*shares, last) if LEAST <= last <= shares[-1] + 1e-9 else None
+    least = LEAST if tokens is None else 1 / tokens
+    last = last if tokens is None else _below(last, tokens)
+    return (*shares, last) if least <= last <= shares[-1] + 1e-9 else None
+
+
+def _below(share: float, tokens: int) -> float:
+    """Return the largest share of whole tokens that is not above this one."""
+    return math.floor(share * tokens + 1e-6) / tokens
 
 
 def search(
@@ -90,6 +101,7 @@ def search(
     seed: int = 0,
     method: str = "random",
     watch: Callable[[Schedule, float], None] | None = None,
+    tokens: int | None = None,
 ) -> tuple[Schedule, float]:
     """Search for the best schedule; return it and its value.
 
@@ -104,6 +116,7 @@ def search(
         seed: seed of the random points.
         method: one of `METHODS`.
         watch: function called with every schedule and its value; None: none.
+        tokens: tokens of a view, of which shares are whole ones; None: any shares.
 
     Raises:
         ValueError: layers, budget or evaluations out of range; unknown method, or scikit-learn is missing for it.
@@ -117,11 +130,15 @@ def search(
         raise ValueError(
             f"the budget must be between {LEAST} and 1, and evaluations at least 1; got {budget} and {evaluations}"
         )
+    if tokens is not None and budget * tokens < 1 - 1e-6:
+        raise ValueError(f"a mean of {budget} of {tokens} tokens is less than one token: give {1 / tokens:.4g} or more")
     draw, ranges = random.Random(seed), dict(options or {})
     for name, (low, high) in ranges.items():
         if not low < high:
             raise ValueError(f"the range of {name} must be [low, high] with low < high, got {[low, high]}")
-    flat = Schedule(layers, (budget,) * (len(layers) + 1), {name: (a + b) / 2 for name, (a, b) in ranges.items()})
+    equal = (budget if tokens is None else _below(budget, tokens),) * (len(layers) + 1)
+    flat = Schedule(layers, equal, {name: (a + b) / 2 for name, (a, b) in ranges.items()})
+    near = partial(_near, depth=depth, budget=budget, tokens=tokens, ranges=ranges, draw=draw)
     tried: list[tuple[Schedule, float]] = []
     best, value = flat, float("-inf")
     for number in range(evaluations):
@@ -129,12 +146,12 @@ def search(
         if number == 0:
             candidate = flat
         elif number < FIRST_POINTS:
-            candidate = _near(best, None, depth, budget, ranges, draw)
+            candidate = near(best, None)
         elif process is None:
-            candidate = _near(best, spread, depth, budget, ranges, draw)
+            candidate = near(best, spread)
         else:
             spreads = [spread if index % NEAR == 0 else None for index in range(CANDIDATES)]
-            candidates = [_near(best, each, depth, budget, ranges, draw) for each in spreads]
+            candidates = [near(best, each) for each in spreads]
             candidate = candidates[_most_promising(process, tried, candidates, ranges)]
         found = objective(candidate)
         tried.append((candidate, found))
@@ -197,6 +214,7 @@ def _near(
     spread: float | None,
     depth: int,
     budget: float,
+    tokens: int | None,
     ranges: Mapping[str, tuple[float, float]],
     draw: random.Random,
 ) -> Schedule:
@@ -205,7 +223,9 @@ def _near(
         free = best.shares[:-1]
         drawn = [draw.uniform(LEAST, 1) if spread is None else s + draw.gauss(0, spread) for s in free]
         shares = tuple(sorted((min(max(share, LEAST), 1.0) for share in drawn), reverse=True))
-        if whole := completed(best.layers, shares, depth, budget):
+        if tokens is not None:
+            shares = tuple(count_of(share, tokens) / tokens for share in shares)
+        if whole := completed(best.layers, shares, depth, budget, tokens):
             break
     options = {}
     for name, (low, high) in ranges.items():

@@ -22,8 +22,8 @@ from cogvla.envs.analysis.routing_recording import WatchedEpisode, play
 from cogvla.envs.evaluation.plots import lines
 from cogvla.envs.evaluation.protocol import load_protocol
 from cogvla.envs.evaluation.report import template
+from cogvla.envs.suite import get_suite
 from cogvla.files import write_atomic
-from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
@@ -32,6 +32,7 @@ from cogvla.policy.provenance import provenance
 from cogvla.routing.router import RouterConfig
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
+from cogvla.scripts.policies import named_router
 
 DATA, PAGE = "routing.json", "routing.html"
 
@@ -45,12 +46,12 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Play the episodes, measure, and write page and numbers; return the content of `routing.json`."""
     values = plain(config)
     import_modules(values["imports"])
-    suite = configured_suite(values["suite"], values["libero"])
+    suite = get_suite(values["suite"], values)
     tasks = range(len(suite.tasks)) if values["tasks"] is None else suite.chosen_tasks(values["tasks"])
     for name in ("pictures", "readings"):
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")
-    router = None if values["router"]["name"] is None else build(RouterConfig, values["router"], "router")
+    router = None if named_router(values["router"]) is None else build(RouterConfig, values["router"], "router")
     folder = find_checkpoint(values["checkpoint"])
     policy, _ = open_policy(
         folder, values["device"], values["threads"], EngineConfig("plain"), router, statistics=values["statistics"]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import resources
 from typing import Any, cast
 
 import hydra
@@ -22,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from cogvla.configs.build import check_kind
 from cogvla.configs.schema import DATACLASSES, defaults
 from cogvla.plugins import import_plugin
 
@@ -86,12 +88,58 @@ def check_overrides(words: Sequence[str]) -> None:
         raise ValueError(f"{word}: Hydra would merge the files of a list into one; {how}")
 
 
+TEXT = {"output", "record", "folder", "monitor", "certificate", "instruction", "repo_id", "license"}
+"""Keys that are text although they are null in the files of commands."""
+ONE = {"imports", "tasks"}
+"""Lists that take a single entry, too."""
+
+
+def check_kinds(command: str, config: DictConfig) -> None:
+    """Check that keys are of the kind that they have in the file of a command.
+
+    All but truth values may be null, and text may be a list. Hydra reads the folder 2024 as a number. Keys of groups
+    are checked where they are built.
+
+    Raises:
+        ValueError: one is not.
+    """
+
+    def check(default: Any, value: Any, key: str) -> None:
+        if key and key in DATACLASSES:  # "" is the whole configuration
+            return
+        if (isinstance(default, str) or key in TEXT) and isinstance(value, bool | int | float):
+            raise ValueError(f"""{key} must be text, got {value!r}: put it in quotes twice, '{key}="{value}"'""")
+        if isinstance(default, list) and isinstance(value, str | float | bool) and key not in ONE:
+            raise ValueError(f"{key} must be a list, got {value!r}: write {key}=[{value}]")
+        number = isinstance(default, int | float) and value is not None and "${" not in str(value)
+        if isinstance(default, bool) or number:
+            check_kind(type(default), value, key)
+        if key.rpartition(".")[2] == "seed" and type(default) is int and value is None:
+            raise ValueError(f"{key} must be a whole number, got null")
+        if key.rpartition(".")[2] == "seed" and isinstance(value, int) and value < 0:
+            raise ValueError(f"{key} must not be negative, got {value}")
+        if isinstance(default, dict) and value is not None:
+            check_kind(Mapping[str, Any], value, key or command)
+            for name in default.keys() & value.keys():
+                check(default[name], value[name], f"{key}.{name}" if key else str(name))
+
+    check(usual(command), OmegaConf.to_container(config), "")
+
+
+def usual(command: str) -> dict[str, Any]:
+    """Return the values in the file of a command, without those of groups."""
+    with resources.as_file(resources.files("cogvla.configs") / f"{command}.yaml") as file:
+        return cast(Any, OmegaConf.to_container(OmegaConf.load(file)))
+
+
 def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the configuration of a command with some values changed, as on its command line."""
     register()
     check_overrides(overrides)
     with initialize_config_module("cogvla.configs", version_base="1.3"):
-        return hydra.compose(command, renamed(command, overrides))
+        config = hydra.compose(command, renamed(command, overrides))
+    check_kinds(command, config)
+    return config
 
 
 def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -101,16 +149,17 @@ def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def import_modules(modules: Sequence[str]) -> None:
+def import_modules(modules: str | Sequence[str]) -> None:
     """Import the modules of the key `imports`, which register suites or routers; ValueError names one that fails."""
-    for module in modules:
-        import_plugin(module, "imports")
+    for module in [modules] if isinstance(modules, str) else modules:
+        import_plugin(str(module), "imports")
 
 
 def as_typed(command: str) -> str:
-    """Return the command line of the running Hydra command, for reports."""
+    """Return the command line of the running Hydra command, for reports, which others read: without `api_key`."""
     words = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # `${suite}` as it was typed
-    return shlex.join([command, *map(str, cast(Any, words))])
+    told = [word for word in map(str, cast(Any, words)) if word.lstrip("+").partition("=")[0] != "api_key"]
+    return shlex.join([command, *told])
 
 
 def stop_event() -> threading.Event:
@@ -120,3 +169,8 @@ def stop_event() -> threading.Event:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end the command as Ctrl-C does, so that robot, processes and terminal are left in order."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

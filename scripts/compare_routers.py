@@ -39,15 +39,14 @@ from cogvla.envs.analysis.router_comparison import (
     wanted_routers,
 )
 from cogvla.envs.analysis.router_page import render_comparison
-from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.evaluate import check_evaluation, evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, check_played
 from cogvla.envs.evaluation.robustness import CLEAN, chosen_cells
 from cogvla.envs.evaluation.statistics import success_rate
 from cogvla.envs.perturbation.perturbation import Perturbation
-from cogvla.envs.suite import Suite
+from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic
-from cogvla.libero.suites import configured_suite
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
@@ -55,7 +54,7 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import machine, provenance
 from cogvla.policy.threads import use_threads
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, import_modules, plain
+from cogvla.scripts.command import as_typed, import_modules, plain, usual
 from cogvla.scripts.eval_libero import suites
 
 REGIMES = ("plug_in", "fine_tuned")
@@ -76,18 +75,24 @@ def main(config: DictConfig) -> None:
 def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Measure and play every cell; return the content of `comparison.json`."""
     values = plain(config)
-    if values["quick"]:
-        values |= QUICK
-        values["evaluation"]["episodes_per_task"] = 1
+    if values["quick"]:  # what was given stays
+        before = usual("compare_routers")
+        values |= {key: value for key, value in QUICK.items() if values[key] == before[key]}
+        if values["evaluation"]["episodes_per_task"] == before["evaluation"]["episodes_per_task"]:
+            values["evaluation"]["episodes_per_task"] = 1
     if values["regime"] not in REGIMES:
         raise ValueError(f"regime must be {' or '.join(REGIMES)}, got {values['regime']!r}")
     if not values["budgets"]:
         raise ValueError("budgets is empty; give shares of the tokens, such as [0.5,0.25]")
+    if values["calls"] < 1:
+        raise ValueError(f"calls must be at least 1, got {values['calls']}")
     import_modules(values["imports"])
     use_threads(values["threads"], values["evaluation"]["workers"])
-    played = [configured_suite(name, values["libero"]) for name in suites(values["suite"])]
+    played = [get_suite(name, values) for name in suites(values["suite"])]
     changes = {key: value for key, value in values["evaluation"].items() if key not in ("protocol", "workers")}
     protocols = [protocol_for(suite, values["evaluation"]["protocol"], changes) for suite in played]
+    for suite, protocol in zip(played, protocols, strict=True):
+        check_evaluation(suite, protocol, workers=values["evaluation"]["workers"], tasks=values["tasks"])
     return _Comparison(values, list(zip(played, protocols, strict=True)), command).run()
 
 
@@ -233,8 +238,12 @@ class _Comparison:
         """
         overrides = [f"base={self.values['checkpoint']}", "routing=router"]
         overrides.append(f"suite={_written(list(self._protocols()))}")
-        own = {key: value for key, value in asdict(self.policy.model.config.routing).items() if key != "router"}
+        model, robot = asdict(self.policy.model.config), asdict(self.policy.embodiment)
+        own = {key: value for key, value in model.pop("routing").items() if key != "router"}
         overrides += [f"routing.{key}={_written(value)}" for key, value in own.items()]
+        overrides += [f"policy.{key}={_written(value)}" for key, value in model.items()]
+        overrides += [f"embodiment.{key}={_written(value)}" for key, value in robot.items()]
+        overrides.append(f"augmentation.crop_area={self.policy.preprocessor.crop_area}")
         overrides += [f"routing.router.{key}={_written(value)}" for key, value in asdict(cell.router).items()]
         overrides.append(f"imports={_written(self.values['imports'])}")
         overrides += ["evaluation=null", f"output={folder}", *self.values["recipe"]]

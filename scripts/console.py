@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from cogvla.envs.recording.demonstrator import ExpertFailedError
-from cogvla.scripts.command import check_overrides, mistakes_in_one_line, register, renamed
+from cogvla.scripts.command import check_kinds, check_overrides, mistakes_in_one_line, register, renamed
 from cogvla.scripts.help import FLAGS, command_help
 
 STOPPED = "stopped; every finished episode is saved: the same command plays the others"
@@ -32,14 +32,14 @@ def _command(
         config: the file of configs; None: the one of the command's name.
         stopped: what is said after Ctrl-C.
     """
-    dotted = f"cogvla.scripts.{module}"
+    dotted, name = f"cogvla.scripts.{module}", config or module.rpartition(".")[2]
 
     def task(values: DictConfig) -> None:
         with mistakes_in_one_line(*mistakes, stopped=stopped):
+            check_kinds(name, values)
             importlib.import_module(dotted).main(values)
 
     task.__module__ = dotted  # where Hydra takes the command's name from
-    name = config or module.rpartition(".")[2]
     composed = hydra.main(version_base="1.3", config_path="pkg://cogvla.configs", config_name=name)
 
     def start() -> None:

@@ -18,22 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from omegaconf import DictConfig
 
-from cogvla.envs.evaluation.evaluate import evaluate
-from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
+from cogvla.envs.evaluation.evaluate import check_evaluation, evaluate
+from cogvla.envs.evaluation.protocol import MEASURED, EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, check_played, render_index, summary
-from cogvla.envs.evaluation.robustness import CLEAN, chosen_cells, compare, table, write_page
+from cogvla.envs.evaluation.robustness import CLEAN, chosen_cells, compare, finished_cells, table, write_page
 from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.rollout.player import PlayerSettings
 from cogvla.envs.rollout.ray_worker import ray_cluster
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
-from cogvla.envs.suite import Suite, suite_names, unknown_suite
+from cogvla.envs.suite import Suite, get_suite, suite_names, unknown_suite
 from cogvla.files import write_atomic
-from cogvla.libero.suites import configured_suite
 from cogvla.policy.foresight.monitored_policy import MonitoredPolicy
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
@@ -59,12 +59,15 @@ def run(config: DictConfig, command: str) -> list[Report]:
 
 def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSettings], Worker]) -> list[Report]:
     import_modules(config.imports)
-    played = [configured_suite(name, plain(config.libero)) for name in suites(config.suite)]
+    played = [get_suite(name, plain(config)) for name in suites(config.suite)]
     protocols = [protocol_of(suite, config) for suite in played]
     shard = _shard(config.shard)
     if config.asked not in ASKED:
         raise ValueError(f"asked must be null, swap or both, got {config.asked!r}")
     cells = [_cells(config, suite) for suite in played]
+    for suite, protocol in zip(played, protocols, strict=True):  # before a policy is loaded
+        given = {"workers": config.workers, "videos": config.videos, "tasks": plain(config)["tasks"]}
+        check_evaluation(suite, protocol, shard=shard, **given)
     policy, identity = open_any_policy(
         str(config.checkpoint),
         embodiment=plain(config.embodiment),
@@ -76,7 +79,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         engine=plain(config.engine),
         router=plain(config.router),
         statistics=config.statistics,
-        cameras=plain(config.cameras),
+        cameras=plain(config.cameras or {}),
     )
     if config.monitor is not None:
         steps = {_executed(protocol, policy.embodiment.chunk) for protocol in protocols}
@@ -87,6 +90,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
     late = f"_late_{config.latency}" if config.latency else ""
     output = Path(config.output or f"outputs/eval_libero/{report_name(str(config.checkpoint))}{plugged_in}{late}")
     reports: dict[str, Report] = {}
+    listed: dict[str, Report] = {}
     for suite, protocol, perturbed in zip(played, protocols, cells, strict=True):
         if config.protocol.name == OWN:
             print(f"{suite.name}: protocol {protocol.name}, the suite's own; protocol=NAME chooses another one")
@@ -110,14 +114,19 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
                 command=command,
                 identity=identity,
             )
+            listed[folder] = reports[folder]
+            if protocol.latency == MEASURED:  # one latency for all of a suite
+                protocol = replace(protocol, latency=reports[folder].late_ms)
             print(summary(reports[folder]))
         if perturbed and config.shard is None:
-            found = compare(reports[suite.name], {p: reports[f"{suite.name}_{p}"] for p in perturbed})
-            folders = {str(p): f"{suite.name}_{p}" for p in perturbed} | {CLEAN: suite.name}
+            finished = finished_cells(reports[suite.name], suite, output)  # also those of earlier commands
+            found = compare(reports[suite.name], finished)
+            folders = {str(p): f"{suite.name}_{p}" for p in finished} | {CLEAN: suite.name}
+            listed |= {folders[str(p)]: report for p, report in finished.items()}
             print(table(found))
             print(f"robustness: {write_page(found, output, folders)}")
     if len(reports) > 1:
-        write_atomic(output / "index.html", render_index(reports))
+        write_atomic(output / "index.html", render_index(listed))
         print(f"all reports: {output / 'index.html'}")
     else:
         print(f"report: {output / folder / 'report.html'}")
@@ -126,7 +135,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
     return list(reports.values())
 
 
-def suites(wanted: str | Sequence[str]) -> list[str]:
+def suites(wanted: str | Sequence[str] | None) -> list[str]:
     """Return the names of the chosen suites, each once.
 
     Args:
@@ -136,7 +145,7 @@ def suites(wanted: str | Sequence[str]) -> list[str]:
         ValueError: a suite is unknown, or none is chosen.
     """
     names: list[str] = []
-    for item in [wanted] if isinstance(wanted, str) else wanted:
+    for item in [wanted] if isinstance(wanted, str) else wanted or ():
         names += [n for n in suite_names() if n.startswith(ALL[item]) and n != "libero_90"] if item in ALL else [item]
     if not names:
         raise ValueError(f"suite is empty; give a name, a list of names, {' or '.join(ALL)}")

@@ -9,6 +9,7 @@ The exit status is 1 if a task is solved less often than `required`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,8 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cogvla.envs.contract import Perturbable, required
-from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, Perturbation
-from cogvla.envs.recording.demonstrator import OPEN_HAND
+from cogvla.envs.contract import Perturbable, required, resting_action
+from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, CrowdedSceneError, Perturbation
 from cogvla.envs.suite import Suite, get_suite, suite_names
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
@@ -33,6 +33,7 @@ class ExpertResult:
     Attributes:
         instruction: instruction of the task.
         states: number of initial states played.
+        crowded: initial states whose perturbed scene has no room, which are not played.
         failed: initial states that it did not solve.
         steps: number of steps of each success.
     """
@@ -41,15 +42,17 @@ class ExpertResult:
     states: int
     failed: tuple[int, ...]
     steps: tuple[int, ...]
+    crowded: tuple[int, ...] = ()
 
     @property
     def rate(self) -> float:
-        return 1.0 - len(self.failed) / self.states
+        return 1.0 - len(self.failed) / self.states if self.states else 0.0
 
     def __str__(self) -> str:
         mean, longest = (np.mean(self.steps), max(self.steps)) if self.steps else (float("nan"), 0)
         solved = f"{self.states - len(self.failed)}/{self.states}"
         failed = f"  failed: {list(self.failed)}" if self.failed else ""
+        failed += f"  no room: {list(self.crowded)}" if self.crowded else ""
         return f"{self.instruction:78s} {solved:>7s} {100 * self.rate:6.1f} %  {mean:6.1f} {longest:5d}{failed}"
 
 
@@ -66,11 +69,15 @@ def play(
     env = suite.make(render=False)
     if perturbations:
         required(env, Perturbable, "perturbation").perturbations = perturbations
-    failed, steps = [], []
+    failed, steps, crowded = [], [], []
     for state in states:
-        env.reset(options={"task": task, "initial_state": state})
+        try:
+            env.reset(options={"task": task, "initial_state": state})
+        except CrowdedSceneError:
+            crowded.append(state)
+            continue
         for _ in range(suite.settling_steps):
-            env.step(OPEN_HAND)
+            env.step(resting_action())
         expert = suite.expert(env, np.random.default_rng([task, state]), noise=noise)
         count, success = 0, False
         while not success and count < suite.max_steps:
@@ -81,25 +88,27 @@ def play(
         else:
             failed.append(state)
     env.close()
-    return ExpertResult(suite.tasks[task].instruction, len(states), tuple(failed), tuple(steps))
+    played = len(states) - len(crowded)
+    return ExpertResult(suite.tasks[task].instruction, played, tuple(failed), tuple(steps), tuple(crowded))
 
 
 def run(config: DictConfig) -> list[ExpertResult]:
     """Print the table of each chosen suite; return all rows."""
     import_modules(config.imports)
     names = [n for n in suite_names() if n.startswith("tabletop_")] if config.suite == ALL else [config.suite]
-    if config.states < 1 or config.first_state < 0:
-        raise ValueError(
-            f"states must be at least 1 and first_state at least 0, got {config.states}, {config.first_state}"
-        )
+    for name, least in (("states", 1), ("first_state", 0)):
+        if type(config[name]) is not int or config[name] < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {config[name]!r}")
+    for name, most in (("noise", math.inf), ("required", 1)):
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most or value == math.inf:
+            raise ValueError(f"{name} must be a finite number from 0 to {most}, got {value!r}")
     states = range(config.first_state, config.first_state + config.states)
     table: list[ExpertResult] = []
     for name in names:
         suite = get_suite(name, plain(config))
         cells = _cells(config, suite)
-        tasks = range(len(suite.tasks)) if config.tasks is None else list(config.tasks)
-        if any(not 0 <= task < len(suite.tasks) for task in tasks):
-            raise ValueError(f"{name} has tasks 0..{len(suite.tasks) - 1}, got {list(tasks)}")
+        tasks = range(len(suite.tasks)) if config.tasks is None else suite.chosen_tasks(plain(config)["tasks"])
         print(f"\n{name} (at most {suite.max_steps} steps, noise {config.noise})")
         print(f"{'instruction':78s} {'solved':>7s} {'rate':>8s}  {'steps':>6s} {'max':>5s}")
         for task in tqdm(tasks, desc=name, leave=False):

@@ -8,10 +8,11 @@ neither the policy nor the simulator.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cogvla.envs.evaluation.episode_log import (
     RUN,
     VIDEOS,
     Key,
+    check_simulators,
     differences,
     read_episodes,
     read_run,
@@ -67,7 +69,7 @@ class FinishedEvaluation:
         """Read the folder of an evaluation.
 
         Raises:
-            ValueError: the evaluation is not finished.
+            ValueError: the evaluation is not finished, or lacks an episode of its report.
         """
         fingerprint, sessions = read_run(folder)
         if not (folder / "report.json").is_file():
@@ -75,6 +77,11 @@ class FinishedEvaluation:
         report = json.loads((folder / "report.json").read_text())
         reported = {(episode["task"], episode["initial_state"]) for episode in report["episodes"]}
         results = read_episodes(folder / EPISODES)
+        if lost := sorted(reported - results.keys()):
+            raise ValueError(
+                f"{folder / EPISODES} lacks an episode of its report, (task, state) {lost[0]}: run its eval_libero "
+                "command again"
+            )
         return cls(folder, fingerprint, sessions, report, {key: results[key] for key in sorted(reported)})
 
 
@@ -82,8 +89,8 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
     """Merge parts of an evaluation; write report, results and videos to `output` as one evaluation.
 
     Raises:
-        ValueError: a part is not finished or has another configuration, two parts have the same episode, a shard is
-            missing, or `output` is not empty.
+        ValueError: a part is not finished or has another configuration, two parts have the same episode, a shard or
+            an episode is missing, or `output` is not empty.
     """
     if output.exists() and not all(map(is_left_by_macos, output.iterdir())):
         raise ValueError(f"{output} is not empty: choose another output")
@@ -98,7 +105,9 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
         if twice:
             raise ValueError(f"{part.folder} has episodes of another part, for example (task, state) {twice[0]}")
         results |= part.results
-    _check_complete(parts)
+    _check_complete(parts, results)
+    sessions = [session for part in parts for session in part.sessions]
+    check_simulators(sessions, "play all shards with one version")
 
     (output / VIDEOS).mkdir(parents=True)
     for part in parts:
@@ -107,7 +116,6 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
     for part in reversed(parts):
         if (part.folder / PICTURE).exists():
             shutil.copy2(part.folder / PICTURE, output)
-    sessions = [session for part in parts for session in part.sessions]
     write_atomic(output / RUN, json.dumps({"fingerprint": first.fingerprint, "sessions": sessions}, indent=2) + "\n")
     ordered = [results[key] for key in sorted(results)]
     write_atomic(output / EPISODES, "".join(json.dumps(result.to_dict()) + "\n" for result in ordered))
@@ -124,14 +132,21 @@ def merge(folders: Sequence[Path], output: Path, command: str = "") -> Report:
     return report
 
 
-def _check_complete(parts: Sequence[FinishedEvaluation]) -> None:
-    """Check that all shards are there, as far as reports say of which they are."""
+def _check_complete(parts: Sequence[FinishedEvaluation], results: Mapping[Key, EpisodeResult]) -> None:
+    """Check that all shards are there, as far as reports say of which they are, and were played alike."""
     named = [part.report["reproduce"]["shard"] for part in parts if "shard" in part.report["reproduce"]]
     counts = sorted({of for _, of in named})
     if len(counts) > 1:
         raise ValueError(f"the shards are of {' and of '.join(map(str, counts))} parts: give those of one division")
     if missing := sorted(set(range(1, counts[0] + 1 if counts else 1)) - {number for number, _ in named}):
         raise ValueError(f"shard {missing[0]}/{counts[0]} is missing: play it, and give the folders of all shards")
+    tasks, states = ({key[part] for key in results} for part in (0, 1))
+    lost = sorted(key for key in itertools.product(tasks, states) if key not in results)
+    if named and lost:
+        raise ValueError(
+            f"no shard has the episode (task, state) {lost[0]}: they were played with other tasks or "
+            "episodes_per_task; run their eval_libero commands again with the same ones"
+        )
 
 
 def _suite(parts: Sequence[FinishedEvaluation]) -> Suite:

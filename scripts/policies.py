@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvla.configs.build import build
+from cogvla.configs.schema import defaults
 from cogvla.policy.checkpoint_folder import is_exported
 from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.interface import Embodiment, Policy
@@ -53,10 +54,13 @@ def open_any_policy(
         ValueError: there is no such folder, or the settings do not fit the policy.
         OSError: there is no policy server at the address.
     """
-    plugged_in = None if router is None else router["name"]
+    plugged_in = None if router is None else named_router(router)
     exported = is_exported(source)
     own = source != RANDOM and not source.startswith((*REMOTE, LEROBOT)) and not exported
-    for key, value in (("router.name", plugged_in), ("statistics", statistics)):
+    engine = engine or {}
+    kind = None if engine.get("kind") == "auto" else engine.get("kind")
+    others = ("statistics", statistics), ("engine.kind", kind), ("engine.dtype", engine.get("dtype"))
+    for key, value in (("router.name", plugged_in), *others):
         if value is not None and not own:
             raise ValueError(f"{key}={value} needs a checkpoint, not {source}")
     if cameras and not source.startswith(LEROBOT):
@@ -86,12 +90,29 @@ def open_any_policy(
     from cogvla.policy.engine.engine import EngineConfig
     from cogvla.routing.router import RouterConfig
 
-    how = EngineConfig() if engine is None else build(EngineConfig, engine, "engine")
+    how = build(EngineConfig, engine, "engine")
     config = None if plugged_in is None else build(RouterConfig, router, "router")
     policy, identity = open_policy(folder, device, threads, how, config, workers, statistics)
     if policy.choice is not None:
         print(policy.choice)
     return policy, identity
+
+
+def named_router(router: Mapping[str, Any], path: str = "router") -> str | None:
+    """Return the name of the token router that a command's keys configure, None for none.
+
+    Raises:
+        ValueError: there are keys, but no name, without which they change nothing.
+    """
+    usual = defaults("routing.router.RouterConfig")
+    # routing=faithful has a position, which a router that is added gets
+    given = [key for key, value in router.items() if key in usual and key != "position" and value != usual[key]]
+    if router["name"] is None and given:
+        raise ValueError(
+            f"{path}.{given[0]}={router[given[0]]} changes nothing without {path}.name: give the name of a token "
+            "router, or leave it out"
+        )
+    return router["name"]
 
 
 def report_name(source: str) -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from cogvla.envs.recording.correction_pool import Corrected
 from cogvla.envs.recording.dataset_folder import START_ANEW
-from cogvla.envs.recording.recorder import RECORDING_FILE, record
+from cogvla.envs.recording.recorder import RECORDING_FILE, check_recording, record
 from cogvla.envs.suite import get_suite
 from cogvla.files import read_object
 from cogvla.policy.hub.download import find_checkpoint
@@ -29,23 +29,13 @@ from cogvla.scripts.policies import LEROBOT, open_any_policy
 def main(config: DictConfig) -> None:
     """Record `config.episodes` demonstrations; see configs/record_demonstrations.yaml."""
     import_modules(config.imports)
+    suite = get_suite(config.suite, plain(config))
+    names = ("image_size", "workers", "noise", "seed", "randomise", "counterfactual", "tasks")
+    given = {name: plain(config)[name] for name in names}
+    check_recording(suite, config.episodes, **given)  # before a policy is loaded
     corrected = None if config.checkpoint is None else _corrected(config)
-    folder = record(
-        get_suite(config.suite, plain(config)),
-        config.episodes,
-        config.output,
-        image_size=config.image_size,
-        workers=config.workers,
-        noise=config.noise,
-        seed=config.seed,
-        resume=config.resume,
-        video=config.video,
-        grow=config.grow,
-        randomise=plain(config)["randomise"],
-        counterfactual=config.counterfactual,
-        corrected=corrected,
-        tasks=plain(config)["tasks"],
-    )
+    how = {"resume": config.resume, "video": config.video, "grow": config.grow}
+    folder = record(suite, config.episodes, config.output, **given, **how, corrected=corrected)
     print(f"{config.episodes} episodes of {config.suite} in {folder}")
     if corrected is not None:
         made = read_object(folder / RECORDING_FILE, START_ANEW)
@@ -69,7 +59,7 @@ def _corrected(config: DictConfig) -> Corrected:
         workers=config.workers,
         engine=plain(config.engine),
         statistics=config.statistics,
-        cameras=plain(config.cameras),
+        cameras=plain(config.cameras or {}),
     )
     chosen = {} if config.statistics is None else {"statistics": str(config.statistics)}
     return Corrected(policy, identity | chosen, config.patience, config.execute_steps)

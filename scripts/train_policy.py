@@ -27,10 +27,10 @@ from omegaconf import DictConfig
 
 from cogvla.configs.build import build
 from cogvla.envs.evaluation.episode_log import RUN, read_run
-from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.evaluate import check_evaluation, evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, check_played, render_index, summary
-from cogvla.envs.recording.recorder import record
+from cogvla.envs.recording.recorder import check_recording, record
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import visible, write_atomic
@@ -48,10 +48,12 @@ from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE
+from cogvla.policy.weights.base import find_base
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules
 from cogvla.scripts.eval_libero import suites
-from cogvla.scripts.training.build import build_trainer
+from cogvla.scripts.policies import named_router
+from cogvla.scripts.training.build import build_trainer, check_without_data
 from cogvla.scripts.training.forecast import add_forecast
 from cogvla.scripts.training.rounds import CorrectionsConfig, train_in_rounds
 from cogvla.scripts.training.suites import (
@@ -82,6 +84,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     # Check the whole configuration before anything slow starts.
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
     model_config = with_encoder(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
+    named_router(values["routing"]["router"], "routing.router")
     nodes = [resolved_for(config, name)["data"] for name in names] if len(names) > 1 else [values["data"]]
     data_configs = [build(DataConfig, node, "data") for node in nodes]
     if len({str(each.paraphrases) for each in data_configs}) > 1:
@@ -93,14 +96,21 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     training_config = build(TrainingConfig, values["training"], "training")
     engine_config = build(EngineConfig, values["engine"], "engine")
     engine_config.check_trained()
+    if values["base"] is not None:
+        find_base(values["base"])
     played = [get_suite(name, values) for name in names]
     for suite in played if values["evaluation"] is not None else ():
-        _protocol(values["evaluation"], suite)
+        settings = values["evaluation"]
+        check_evaluation(
+            suite,
+            _protocol(settings, suite),
+            workers=settings["workers"],
+            videos=settings["videos"],
+            robot=embodiment,
+        )
     rounds = values["rounds"]
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f"rounds must be 1 (train once) or more, got {rounds!r}")
-    if not isinstance(values["forecast"], bool):
-        raise ValueError(f"forecast must be true or false, got {values['forecast']!r}")
     corrections = build(CorrectionsConfig, values["corrections"], "corrections")
     if rounds > 1:
         settings = values["evaluation"] or {"protocol": None}
@@ -109,6 +119,10 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
             config, values, corrections, played, engine_config, execute_steps, lambda one: run(one, command)
         )
     recordings = {} if values["demonstrations"] is None else folders_to_record(played, data_configs)
+    for suite in recordings.values():  # before the first of them is recorded
+        check_recording(suite, image_size=embodiment.cameras[0].height, **values["demonstrations"])
+    if not all(Path(folder).exists() for folder in recordings):
+        check_without_data(training_config, model_config, objective_config, data_configs, embodiment)
     entries: list[DataEntry] = []
     for entry in (entry for data_config in data_configs for entry in data_config.entries()):
         if entry not in entries:  # one data set of several suites

@@ -52,6 +52,23 @@ def _ctrl_c_as_ever() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `demonstrations`, ten episodes of the tabletop's expert, and their `cache`: only to be read."""
+    from cogvla.envs.recording.recorder import record
+
+    root = tmp_path_factory.mktemp("recorded")
+    record("tabletop_object", 10, root / "demonstrations", workers=0)
+    return root
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out of reports: drawing takes most of the time of a small evaluation. test_report.py draws."""
+    for name in ("latency_curves", "length_histogram"):
+        monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
+
+
 @pytest.fixture
 def own_accelerator() -> Iterator[None]:
     """Let a test choose its precision: accelerate keeps the first one that a process asks for."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cogvla.configs.build import build
+from cogvla.configs.build import build, take
 from cogvla.configs.load import load
 from cogvla.configs.schema import DATACLASSES, defaults
 from cogvla.envs import TABLETOP_SUITES
@@ -39,6 +39,7 @@ from cogvla.policy.training.adapters import FinetuneConfig
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.policy.training.wordings import InstructionAugmentation
+from cogvla.real_robot.bridge.bridge import BridgeSettings
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.lerobot.robot import LeRobotSettings
 from cogvla.real_robot.lerobot.teleoperator import TeleopSettings
@@ -190,6 +191,13 @@ def test_an_unknown_key_of_a_part_of_training_is_explained(key: str) -> None:
     values = composed("train_policy", f"+{key}.sharpness=1")
     with pytest.raises(ValueError, match=rf"unknown key sharpness in training\.{key}; valid keys are"):
         build(TrainingConfig, values["training"], "training")
+
+
+@pytest.mark.parametrize("word", ["no", "Off", "flase"])
+def test_text_is_no_truth_value(word: str) -> None:
+    values = composed("robot_bridge", f"activate={word}")
+    with pytest.raises(ValueError, match=f"activate must be true or false, got '{word}'"):
+        take(BridgeSettings, values)
 
 
 def test_a_base_is_the_teacher_unless_another_is_named() -> None:

@@ -63,20 +63,23 @@ def error(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_suite_is_evaluated_and_recorded(tmp_path: Path, installed: bool) -> None:
-    package(tmp_path, "my_package", installed, suites=SUITES)
-    own = [] if installed else ["imports=[my_package.suites]"]
+def test_an_installed_suite_is_evaluated(tmp_path: Path) -> None:
+    package(tmp_path, "my_package", suites=SUITES)
     done = command(
         tmp_path, "eval_libero", "checkpoint=random", "suite=mine", "episodes_per_task=1", "videos=0", "workers=1",
-        "output=report", *own,
+        "output=report",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "of 3 episodes, 0 errors" in done.stdout
     assert (tmp_path / "report" / "mine" / "report.html").is_file()
+
+
+def test_a_suite_that_imports_names_is_recorded(tmp_path: Path) -> None:
+    package(tmp_path, "my_package", entry_points=False, suites=SUITES)
     done = command(
-        tmp_path, "record_demonstrations", "suite=mine", "episodes=3", "image_size=16", "workers=1", "output=data", *own
-    )
+        tmp_path, "record_demonstrations", "suite=mine", "episodes=3", "image_size=16", "workers=1", "output=data",
+        "imports=[my_package.suites]",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "data" / "meta" / "info.json").read_text())["total_episodes"] == 3
 
@@ -91,7 +94,11 @@ def test_a_router_is_plugged_in(tmp_path: Path, installed: bool) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "of 1 episodes, 0 errors" in done.stdout
-    done = command(tmp_path, "eval_libero", f"checkpoint={SHIPPED}", "router.name=softest", *own)
+
+
+def test_an_unknown_router_names_those_of_packages(tmp_path: Path) -> None:
+    package(tmp_path, "my_package", routers=ROUTERS)
+    done = command(tmp_path, "eval_libero", f"checkpoint={SHIPPED}", "router.name=softest")
     assert "unknown router 'softest'; one of " in error(done)
     assert "loudest" in done.stderr
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogvla.configs.build import build
+from cogvla.envs.contract import picture
 from cogvla.envs.evaluation.robustness import CLEAN
 from cogvla.envs.evaluation.statistics import Latency, Rate, latency, sign_test, success_rate
 from cogvla.envs.suite import Suite
@@ -25,6 +26,7 @@ from cogvla.policy.cost.flops import REPEATED, count_flops
 from cogvla.policy.engine.engine import Engine, starting
 from cogvla.policy.interface import Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.heads.committed import none_committed
 from cogvla.policy.model.routers.policy_router import PolicyRouter
 from cogvla.policy.model.stopwatch import Stopwatch
 from cogvla.policy.policy import CogVLAPolicy
@@ -155,6 +157,8 @@ def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) 
     found: dict[str, RouterConfig] = {}
     known = registered_routers()
     items: Sequence[str | Mapping[str, Any]] = (*known, *VARIANTS) if names is None else names
+    if isinstance(names, str | Mapping):
+        items = [names]
     for item in items:
         values: dict[str, Any] = {"name": item} if isinstance(item, str) else dict(item)
         name = values.get("name")
@@ -242,7 +246,7 @@ def first_observations(suite: Suite, embodiment: Embodiment, count: int) -> list
     try:
         for task in range(min(count, len(suite.tasks))):
             seen, info = env.reset(seed=0, options={"task": task, "initial_state": 0})
-            images = {name: np.asarray(seen[name], np.uint8)[None] for name in embodiment.camera_names}
+            images = {name: picture(seen, name)[None] for name in embodiment.camera_names}
             observations.append(Observation(images, np.asarray(seen["state"])[None], [str(info["instruction"])]))
     finally:
         env.close()
@@ -311,6 +315,9 @@ def _flops(policy: CogVLAPolicy, observation: Observation) -> tuple[int, int]:
     """Return the FLOPs of a pass with a known instruction: as torch counts them, and without those of the router."""
     model = policy.model
     inputs = starting(model, policy.preprocessor.observation(observation))
+    if model.committed is not None:  # `count_flops` counts this input, too
+        robot = model.embodiment
+        inputs = replace(inputs, committed=none_committed(1, robot.chunk, robot.action_dim, inputs.state.device))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:  # torch's counter fails for modules with parameters that need gradients
         parameter.requires_grad_(False)

@@ -76,14 +76,19 @@ def _figure(rows: Sequence[CellReport], cost: Any, label: str) -> bytes | None:
 
 
 def _budgets(rows: Sequence[CellReport]) -> list[Budget]:
-    by_share: dict[int | float | None, list[CellReport]] = {}
+    by_share: dict[str, list[CellReport]] = {}
     for row in rows:
-        by_share.setdefault(row.cell.router.budget if row.cell.budgeted else None, []).append(row)
+        by_share.setdefault(str(_share(row)), []).append(row)
 
     def best_first(row: CellReport) -> tuple[float, float]:
         return (-_value(row) if row.outcome and row.outcome.success.trials else 1.0, row.cost.latency.p50)
 
-    return [Budget(share, tuple(sorted(same, key=best_first))) for share, same in by_share.items()]
+    return [Budget(_share(same[0]), tuple(sorted(same, key=best_first))) for same in by_share.values()]
+
+
+def _share(row: CellReport) -> int | float | None:
+    """Return the budget of a row, None without one; as text it tells 1, one token, from 1.0, all of them."""
+    return row.cell.router.budget if row.cell.budgeted else None
 
 
 @dataclass(frozen=True)
@@ -104,11 +109,12 @@ def _matrices(rows: Sequence[CellReport], suites: Sequence[str], conditions: Seq
 
 
 def _matrix(rows: Sequence[CellReport], heading: str, condition: str = CLEAN, suite: str | None = None) -> Matrix:
-    shares = sorted({row.cell.router.budget for row in rows if row.cell.budgeted}, reverse=True)
-    lines: dict[str, dict[int | float | None, Rate]] = {row.cell.label: {} for row in rows}
+    known = {str(row.cell.router.budget): row.cell.router.budget for row in rows if row.cell.budgeted}
+    shares = sorted(known.values(), reverse=True)
+    lines: dict[str, dict[str, Rate]] = {row.cell.label: {} for row in rows}
     for row in rows:
         if (outcome := row.outcomes.get(condition)) is not None:
             rate = outcome.success if suite is None else outcome.of_suite(suite)
-            lines[row.cell.label][row.cell.router.budget if row.cell.budgeted else None] = rate
-    table = {label: [found.get(share, found.get(None)) for share in shares] for label, found in lines.items()}
+            lines[row.cell.label][str(_share(row))] = rate
+    table = {label: [found.get(str(share), found.get("None")) for share in shares] for label, found in lines.items()}
     return Matrix(heading, tuple(shares), table)

@@ -18,7 +18,7 @@ from cogvla.envs.analysis.layer_probes import horizon, injection, single_tokens
 from cogvla.envs.analysis.representations import representations
 from cogvla.envs.analysis.routing_recording import Moment, WatchedEpisode
 from cogvla.envs.analysis.token_fates import fates
-from cogvla.policy.model.language import DecoderTrace
+from cogvla.policy.model.language import DecoderContext, DecoderTrace
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.diagnostics import (
     ALIVE,
@@ -191,7 +191,7 @@ def word_bank(policy: CogVLAPolicy, instructions: Sequence[str]) -> Bank:
         trace = DecoderTrace()
         model.decoder(
             torch.cat((text.bos_B1D, state_B1D.to(text.bos_B1D.dtype), text.tail_BRD), dim=1),
-            model.decoder.context(layout, mask_BT),
+            DecoderContext(model.decoder, layout, mask_BT),
             trace,
         )
         ids_1T, _ = policy.preprocessor.tokenizer.encode([instruction])

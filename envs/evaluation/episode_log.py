@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -117,12 +117,17 @@ class EpisodeLog:
         os.fsync(self._file.fileno())
 
 
+def check_videos(per_task: int) -> None:
+    """Raise a ValueError if this is no number of videos per task."""
+    if type(per_task) is not int or per_task < 0:
+        raise ValueError(f"videos per task must be a whole number of at least 0, got {per_task!r}")
+
+
 class VideoChoice:
     """Choice of the episodes to film: for each task up to `per_task`, failures before successes."""
 
     def __init__(self, log: EpisodeLog, per_task: int) -> None:
-        if per_task < 0:
-            raise ValueError(f"videos per task must not be negative, got {per_task}")
+        check_videos(per_task)
         self._log = log
         self._per_task = per_task
         self._chosen: dict[int, list[bool]] = {}  # task -> success of each filmed episode
@@ -186,6 +191,21 @@ def read_episodes(path: Path) -> dict[Key, EpisodeResult]:
         if result.error is None or key not in results:
             results[key] = result
     return results
+
+
+def check_simulators(sessions: Iterable[Mapping[str, Any]], advice: str) -> None:
+    """Check that all sessions had one version of MuJoCo, since success rates change with it.
+
+    Args:
+        sessions: sessions, see `EpisodeLog`; older ones may not name their versions.
+        advice: what the user can do, the end of the message.
+
+    Raises:
+        ValueError: they had several.
+    """
+    found = sorted({str(each["versions"]["mujoco"]) for each in sessions if "mujoco" in (each.get("versions") or {})})
+    if len(found) > 1:
+        raise ValueError(f"episodes of MuJoCo {' and '.join(found)} cannot be mixed: {advice}")
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -19,7 +19,15 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.evaluation.episode_log import REPORT, EpisodeLog, VideoChoice
+from cogvla.envs.evaluation.episode_log import (
+    REPORT,
+    RUN,
+    EpisodeLog,
+    VideoChoice,
+    check_simulators,
+    check_videos,
+    read_run,
+)
 from cogvla.envs.evaluation.perturbed import PICTURE, first_images
 from cogvla.envs.evaluation.protocol import MEASURED, EvaluationProtocol
 from cogvla.envs.evaluation.report import Report, build_report, render_html, report_json
@@ -28,7 +36,7 @@ from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.rollout.player import PlayerSettings
-from cogvla.envs.rollout.rollout import rollout
+from cogvla.envs.rollout.rollout import check_workers, rollout
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic
@@ -37,6 +45,8 @@ from cogvla.policy.provenance import provenance
 
 _log = logging.getLogger(__name__)
 ERROR = "error.txt"
+MEASURED_MS = "measured_latency_ms"
+"""Key of a session that has measured the latency: what it has found."""
 PROBE_CALLS = 100
 """Number of calls of `Policy.act` that measure the latency at batch size 1."""
 
@@ -94,8 +104,12 @@ def evaluate(
     magnitudes = {} if perturbation is None else suite.magnitudes(perturbation)
     embodiment: Embodiment = policy.embodiment
     settings = protocol.for_suite(suite)
+    before = read_run(output)[1] if resume and (output / RUN).exists() else []
+    measured: dict[str, float] = {}
     if settings.latency == MEASURED:
-        settings = replace(settings, latency=_measured_latency(policy, suite, specs[0], settings, min(workers, 1)))
+        known = [each[MEASURED_MS] for each in before if MEASURED_MS in each]  # a resumed evaluation has one latency
+        found = known[0] if known else _measured_latency(policy, suite, specs[0], settings, min(workers, 1))
+        measured, settings = {MEASURED_MS: found}, replace(settings, latency=found)
     chunker = settings.rollout_settings().chunker(embodiment.chunk, embodiment.control_hz)
     settings = replace(settings, execute_steps=chunker.steps)
     if settings.latency and settings.committed and not reads_committed(policy):
@@ -110,7 +124,13 @@ def evaluate(
         # With the magnitudes: results of other ones are not mixed.
         **({} if perturbation is None else {"perturbation": {"cell": str(perturbation), **magnitudes}}),
     }
-    session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, **provenance()}
+    session = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        **provenance(),
+        **measured,
+    }
+    check_simulators([*before, session], f"choose another output than {output}, or resume=false")
     unknown = _unknown_words(policy, suite)
     told = [task for task in sorted({spec.task for spec in specs}) if unknown.get(str(task))]
     if told:
@@ -180,6 +200,32 @@ def evaluate(
         )
         write_report(report, suite, output)
     return report
+
+
+def check_evaluation(
+    suite: Suite,
+    protocol: EvaluationProtocol,
+    *,
+    workers: int,
+    videos: int = 0,
+    tasks: Sequence[int] | None = None,
+    shard: tuple[int, int] = (1, 1),
+    robot: Embodiment | None = None,
+) -> None:
+    """Check arguments of `evaluate` before there is a policy, so that a mistake is not said only after a training.
+
+    Args:
+        suite, protocol, workers, videos, tasks, shard: see `evaluate`.
+        robot: robot of the policy; None: not yet known.
+
+    Raises:
+        ValueError: one is out of its range, or they do not fit each other.
+    """
+    protocol.episodes(suite, tasks, None, shard)
+    check_workers(workers)
+    check_videos(videos)
+    if robot is not None:
+        protocol.for_suite(suite).rollout_settings().chunker(robot.chunk, robot.control_hz)
 
 
 def _decisive(protocol: EvaluationProtocol) -> dict[str, Any]:

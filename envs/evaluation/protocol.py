@@ -10,7 +10,7 @@ from cogvla.configs.build import build
 from cogvla.configs.load import load
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.rollout.rollout import RolloutSettings
-from cogvla.envs.suite import Suite
+from cogvla.envs.suite import Suite, suite_names, unknown_suite
 
 MEASURED = "measured"
 """Value of `latency`: measure it."""
@@ -50,11 +50,21 @@ class EvaluationProtocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.episodes_per_task < 1 or self.first_initial_state < 0:
+        for name, least in (("episodes_per_task", 1), ("first_initial_state", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(
+                    f"protocol {self.name!r}: {name} must be a whole number of at least {least}, got {value!r}"
+                )
+        if isinstance(self.temporal_ensemble, bool) or not isinstance(self.committed, bool):
             raise ValueError(
-                f"protocol {self.name!r} needs at least one episode per task and initial states from 0, got "
-                f"episodes_per_task={self.episodes_per_task}, first_initial_state={self.first_initial_state}"
+                f"protocol {self.name!r}: temporal_ensemble must be a number or null, and committed true or false, got "
+                f"{self.temporal_ensemble!r} and {self.committed!r}"
             )
+        if isinstance(self.max_steps, Mapping):
+            for suite in self.max_steps:
+                if suite not in suite_names():
+                    raise unknown_suite(suite)
         if isinstance(self.latency, bool) or (isinstance(self.latency, str) and self.latency != MEASURED):
             raise ValueError(f"latency must be a number of milliseconds or {MEASURED!r}, got {self.latency!r}")
         for limit in self.max_steps.values() if isinstance(self.max_steps, Mapping) else [self.max_steps]:

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from cogvla.envs.evaluation.episode_log import EPISODES, REPORT, RUN, check_simulators, read_episodes, read_run
 from cogvla.envs.evaluation.perturbed import PICTURE
-from cogvla.envs.evaluation.report import Report, template
+from cogvla.envs.evaluation.report import Report, build_report, template
 from cogvla.envs.evaluation.statistics import Rate, sign_test
 from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, Perturbation
 from cogvla.envs.suite import Suite
 from cogvla.files import write_atomic
 
 CLEAN = "clean"
+BODY = REPORT[1]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,38 @@ def chosen_cells(
     for cell in cells:
         suite.magnitudes(cell)
     return cells
+
+
+def finished_cells(clean: Report, suite: Suite, output: Path) -> dict[Perturbation, Report]:
+    """Return the cells in `output` that are finished and were played as the clean run there, over its episodes.
+
+    A note names the cells that are there and are not such ones.
+    """
+    fingerprint, sessions = read_run(output / suite.name)
+    keys = [(episode.task, episode.initial_state) for episode in clean.episodes]
+    found = {}
+    for cell in chosen_cells("all", None, suite):
+        folder = output / f"{suite.name}_{cell}"
+        if not (folder / RUN).exists():
+            continue
+        expected = fingerprint | {"perturbation": {"cell": str(cell), **suite.magnitudes(cell)}}
+        try:
+            theirs, their_sessions = read_run(folder)
+            check_simulators([*sessions, *their_sessions], "")
+            results, body = read_episodes(folder / EPISODES), json.loads((folder / BODY).read_text())
+            fits = theirs == json.loads(json.dumps(expected, default=str)) and results.keys() >= set(keys)
+        except (ValueError, OSError):
+            fits = False
+        if not fits:
+            print(
+                f"note: {cell} is not on the page of {suite.name}: it was played otherwise or lacks episodes of the "
+                f"clean run; perturbation={cell.dimension} level={cell.level} plays them or says what is different"
+            )
+            continue
+        rules = body["reproduce"]["protocol"]
+        hz = 1000 * rules["execute_steps"] / clean.chunk_ms
+        found[cell] = build_report(suite, [results[key] for key in keys], body["batch_1_ms"], hz, body["reproduce"])
+    return found
 
 
 def compare(clean: Report, perturbed: Mapping[Perturbation, Report]) -> Robustness:

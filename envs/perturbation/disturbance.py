@@ -11,7 +11,7 @@ the tabletop suites have it. When and what is drawn from the episode's task and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from cogvla.envs.rotations import rotation_matrix
 from cogvla.envs.suite import Suite
 
 DISTURBANCES = ("frozen", "covered", "moved", "pushed")
+OF_THE_SCENE = ("moved", "pushed")
 ONSET = (4, 20)
 """First and last control step before which a disturbance begins."""
 DEGREES = 5.0
@@ -122,3 +123,20 @@ def disturbed(suite: Suite, kind: str) -> Suite:
     if kind not in DISTURBANCES:
         raise ValueError(f"unknown disturbance {kind!r}; one of {', '.join(DISTURBANCES)}")
     return replace(suite, make=partial(_build, suite.make, kind))
+
+
+def check_disturbances(suite: Suite, kinds: Sequence[str]) -> None:
+    """Raise a ValueError, before something slow, if one of these disturbances cannot happen in a suite."""
+    of_the_scene = [kind for kind in kinds if kind in OF_THE_SCENE]
+    if not of_the_scene:
+        return
+    env: Any = suite.make(render=False)
+    try:
+        env.reset(options={"task": 0, "initial_state": 0})
+        if not hasattr(getattr(env.unwrapped, "scene", None), "placed"):
+            raise ValueError(
+                f"{', '.join(of_the_scene)} cannot happen in suite {suite.name!r}, which is no tabletop suite: give "
+                f"disturbances=[{','.join(kind for kind in DISTURBANCES if kind not in OF_THE_SCENE)}]"
+            )
+    finally:
+        env.close()

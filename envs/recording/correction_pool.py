@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.envs.contract import Advisor, required
+from cogvla.envs.contract import Advisor, check_gripper, required
 from cogvla.envs.recording.corrections import CorrectingPlayers
 from cogvla.envs.recording.demonstrator import DemonstratorSettings
 from cogvla.envs.rollout.rollout import RolloutSettings, rollout
 from cogvla.envs.suite import FIRST_TRAINING_STATE, Suite
 from cogvla.policy.interface import Embodiment, Policy
-
-OPEN, CLOSED = -1.0, 1.0
-"""Gripper actions of every suite (`SuiteEnv`)."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,8 @@ class Corrected:
     execute_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1 control step, got {self.patience}")
+        if type(self.patience) is not int or self.patience < 1:
+            raise ValueError(f"patience must be a whole number of at least 1 control step, got {self.patience!r}")
 
     def request(self) -> dict[str, Any]:
         """Return what decides the recording, as plain values."""
@@ -61,11 +58,7 @@ def check_robot(robot: Embodiment, suite: Suite, image_size: int) -> None:
             f"the policy sees {seen} pixels, and the recording has {image_size} x {image_size}: give the policy's "
             "image_size, which has to be square"
         )
-    if robot.grippers and (robot.gripper_open, robot.gripper_close) != (OPEN, CLOSED):
-        raise ValueError(
-            f"the policy opens its gripper with {robot.gripper_open:g} and closes it with {robot.gripper_close:g}, "
-            f"suite {suite.name!r} with {OPEN:g} and {CLOSED:g}"
-        )
+    check_gripper(robot, suite.name)
 
 
 def check_advice(suite: Suite) -> None:

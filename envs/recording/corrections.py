@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cogvla.envs.contract import ContractError
+from cogvla.envs.contract import ContractError, picture
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.perturbation.perturbation import CrowdedSceneError
 from cogvla.envs.recording.demonstrator import (
@@ -97,7 +97,7 @@ class CorrectingPlayer(Player):
 
     def _observe(self, anew: bool = False) -> Observed:
         seen = self._attempt.observation
-        images = {name: np.asarray(seen[name], np.uint8) for name in self._settings.cameras}
+        images = {name: picture(seen, name) for name in self._settings.cameras}
         return Observed(images, np.asarray(seen["state"], np.float32), self._attempt.instruction, anew)
 
     def _advance(self, actions_TA: np.ndarray) -> PlayerReply:

@@ -14,11 +14,12 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from cogvla.files import is_left_by_macos, read_object
+from cogvla.files import is_left_by_macos, read_object, write_atomic
 
 LOCK = "lock"
 START_ANEW = "delete its folder to start anew"
@@ -67,28 +68,39 @@ class DatasetFolder:
             )
         return read_object(found, START_ANEW)
 
-    def is_finished(self, request: dict[str, Any]) -> bool:
+    def is_finished(self, request: dict[str, Any], resume: bool = True, later: Mapping[str, Any] | None = None) -> bool:
         """Return True if the requested data set is finished.
 
+        Args:
+            request: everything that changes the data set.
+            resume: False: it shall not be there.
+            later: likewise, but a data set from before these keys fits any value.
+
         Raises:
-            ValueError: `output` holds a data set of another request, or something else.
+            ValueError: `output` holds a data set of another request, or something else, or it shall not be resumed.
         """
         if (existing := self.existing) is None:
             return False
-        changed = _changed(existing, request)
+        changed = _changed({**(later or {}), **existing}, request | dict(later or {}))
         if changed:
             was = ", ".join(f"{key}={existing.get(key)!r}" for key in changed)
             raise ValueError(
                 f"{self.output} was {self.made} with {was}; choose another output, or delete it to start anew"
             )
+        if not resume:
+            raise ValueError(
+                f"{self.output} is finished, and resume=false deletes only what is unfinished: choose another output, "
+                "or delete it to start anew"
+            )
         return True
 
-    def prepare(self, request: dict[str, Any], resume: bool) -> None:
+    def prepare(self, request: dict[str, Any], resume: bool, later: Mapping[str, Any] | None = None) -> None:
         """Lock the working folder and make it ready for work.
 
         Args:
             request: everything that changes the data set.
             resume: True keeps finished episodes; False deletes everything in the folder first.
+            later: likewise, but a folder from before these keys fits any value, and holds this one from then on.
 
         Raises:
             ValueError: the folder is of another request, or another process works there.
@@ -103,17 +115,14 @@ class DatasetFolder:
             leftover.unlink()
         shutil.rmtree(self.dataset, ignore_errors=True)
         path = self.work / "settings.json"
-        if path.exists():
-            changed = _changed(read_object(path, START_ANEW), request)
-            if changed:
-                raise ValueError(
-                    f"{self.work} holds an unfinished {self.activity} with another {', '.join(changed)}; finish that "
-                    "one, choose another output, or delete that folder to start anew"
-                )
-            return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(request, indent=1))
-        os.replace(temporary, path)
+        request = request | dict(later or {})
+        begun = {**(later or {}), **read_object(path, START_ANEW)} if path.exists() else request
+        if changed := _changed(begun, request):
+            raise ValueError(
+                f"{self.work} holds an unfinished {self.activity} with another {', '.join(changed)}; finish that "
+                "one, choose another output, or delete that folder (resume=false) to start anew"
+            )
+        write_atomic(path, json.dumps(begun, indent=1))
 
     def _hold(self) -> None:
         """Lock the working folder until `publish`, or until this process ends in any way."""
@@ -142,5 +151,5 @@ class DatasetFolder:
 
 
 def _changed(existing: dict[str, Any], request: dict[str, Any]) -> list[str]:
-    wanted = json.loads(json.dumps(request))  # JSON turns tuples into lists
-    return [key for key in wanted if existing.get(key) != wanted[key]]
+    there, wanted = (json.loads(json.dumps(each)) for each in (existing, request))  # JSON turns tuples into lists
+    return [key for key in wanted if there.get(key) != wanted[key]]

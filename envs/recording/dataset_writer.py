@@ -10,6 +10,7 @@ Shape legend: T steps.
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ class DatasetWriter:
         self._chunk = self._file = self._bytes = 0
 
     def add(self, episode: Demonstration) -> None:
-        """Append one episode."""
+        """Append one episode; OSError if it cannot be written."""
         if self.video:
             self._add_video(episode)
         else:
@@ -175,7 +176,10 @@ class DatasetWriter:
         for name, array in episode.arrays.items():
             if array.shape[1:] == (1,):  # lerobot 0.4.4 cannot turn one-element arrays into numbers with numpy 2.4
                 buffer[name] = [value.item() for value in buffer[name]]
-        self._dataset.save_episode()
+        try:
+            self._dataset.save_episode()
+        except RuntimeError as error:  # of lerobot's thread that encodes
+            raise OSError(errno.EIO, f"a video cannot be written: {error}") from error
 
 
 def _column(kind: pa.DataType, values: Any) -> pa.Array:

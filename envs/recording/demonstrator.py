@@ -21,6 +21,7 @@ from cogvla.envs.contract import (
     SuiteEnv,
     offered,
     required,
+    resting_action,
 )
 from cogvla.envs.perturbation.perturbation import DIMENSIONS, LEVELS, CrowdedSceneError, Perturbation
 from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, pack
@@ -37,7 +38,6 @@ SCENE_TASK = "scene_task"
 """Label of counterfactual recordings: the task whose scene an episode shows; `task` is the one that is done there."""
 INTERVENTION = "intervention"
 """Column of corrections: True where the expert executed its action, False where the policy acted."""
-OPEN_HAND = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,8 @@ class DemonstratorSettings:
         return first + episode_of_task * MAX_ATTEMPTS + attempt
 
     def perturbations(self, task: int, initial_state: int) -> tuple[Perturbation, ...]:
-        """Draw how an episode differs: in each dimension of `randomise` at one of the levels, or not at all."""
-        rng = np.random.default_rng([self.seed, task, initial_state, len(LEVELS)])
-        drawn = rng.integers(0, 1 + len(LEVELS), len(DIMENSIONS)).tolist()
-        levels = dict(zip(DIMENSIONS, drawn, strict=True))
-        return tuple(Perturbation(name, levels[name]) for name in self.randomise if levels[name])
+        """Draw how an episode differs, see `randomised`."""
+        return randomised(self.randomise, self.seed, task, initial_state)
 
     def recorded(self, episode: Demonstration, slot: int) -> bool:
         """Return True if this is episode `slot` of a recording with these settings."""
@@ -112,6 +109,14 @@ class DemonstratorSettings:
     @property
     def _tasks(self) -> Sequence[int]:
         return self.tasks or range(len(self.instructions))
+
+
+def randomised(dimensions: Sequence[str], seed: int, task: int, initial_state: int) -> tuple[Perturbation, ...]:
+    """Draw how an episode of a recording differs: in each dimension at one of the levels, or not at all."""
+    rng = np.random.default_rng([seed, task, initial_state, len(LEVELS)])
+    drawn = rng.integers(0, 1 + len(LEVELS), len(DIMENSIONS)).tolist()
+    levels = dict(zip(DIMENSIONS, drawn, strict=True))
+    return tuple(Perturbation(name, levels[name]) for name in dimensions if levels[name])
 
 
 class ExpertFailedError(RuntimeError):
@@ -194,7 +199,7 @@ class Attempt:
             raise self._cannot_be_asked(f"was given {asked=} and returns the instruction {self.instruction!r}")
         self._others = [int(other) for other in info.get("alternative_tasks", ())]  # only `reset` returns them
         for _ in range(settings.settling_steps):
-            self.observation, _, _, _, info = env.step(OPEN_HAND)
+            self.observation, _, _, _, info = env.step(resting_action())
         self._possible_N = np.zeros(len(settings.instructions), bool)
         self._possible_N[[self._task, *self._others]] = True
         built = settings.expert(env, np.random.default_rng(seed), noise=settings.noise)
@@ -282,8 +287,11 @@ class Attempt:
 
 
 def control_rate(env: SuiteEnv) -> int:
-    """Return the control rate of an environment in Hz."""
-    return round(env.metadata.get("render_fps", DEFAULT_FPS))
+    """Return the control rate of an environment in Hz; ContractError if it is no whole number, as data sets need it."""
+    rate = env.metadata.get("render_fps", DEFAULT_FPS)
+    if rate != round(rate) or rate < 1:
+        raise ContractError(f"recording needs a whole number of control steps per second, render_fps is {rate}")
+    return round(rate)
 
 
 def _positions(labels: Mapping[str, np.ndarray]) -> np.ndarray:

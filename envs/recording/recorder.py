@@ -11,6 +11,7 @@ can grow: its episodes are the first ones of a longer data set.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,7 @@ def record(
         workers: number of processes that play episodes; 0 plays them in this process.
         noise: scale of the execution noise of the expert, never of the policy; the clean action is the one to learn.
         seed: seed of initial states and noise.
-        resume: True goes on with an interrupted recording; False starts from the beginning.
+        resume: True goes on with an interrupted recording; False starts from the beginning. A finished one stays.
         video: store the cameras as videos: smaller on disk, slower to write and read, not lossless.
         grow: add episodes to a finished data set that has fewer; a training on that data set cannot go on afterwards.
         randomise: dimensions of the robustness benchmark (`envs/perturbation`) in which episodes differ; for each
@@ -88,19 +89,14 @@ def record(
         ExpertFailedError: the expert failed on `MAX_ATTEMPTS` initial states of a task.
         ContractError: the environment or the expert lacks what recording needs.
     """
-    fits = all(type(n) is int and n >= least for n, least in ((episodes, 1), (image_size, 1), (workers, 0), (seed, 0)))
-    if not fits or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
-        raise ValueError(
-            "episodes and image_size must be positive whole numbers, workers and seed whole and not negative, noise a "
-            f"number of at least 0; got {episodes=}, {image_size=}, {workers=}, {seed=}, {noise=}"
-        )
-    if isinstance(counterfactual, bool) or not isinstance(counterfactual, (int, float)) or not 0 <= counterfactual <= 1:
-        raise ValueError(f"counterfactual must be a share of the episodes, 0 to 1, got {counterfactual!r}")
     output = Path(output)
     suite = get_suite(suite) if isinstance(suite, str) else suite
     expert = expert or suite.expert
-    if expert is None:
-        raise ValueError(f"{suite.name} has no scripted expert; record its demonstrations in another way")
+    check_recording(
+        suite, episodes, image_size=image_size, workers=workers, noise=noise, seed=seed, randomise=randomise,
+        counterfactual=counterfactual, expert=expert, tasks=tasks,
+    )  # fmt: skip
+    assert expert is not None
     chosen = () if tasks is None else suite.chosen_tasks(tasks)
     randomised = _dimensions(randomise or (), suite)
     if corrected is not None:
@@ -118,16 +114,18 @@ def record(
         "tasks": [task.instruction for task in suite.tasks],
         "policy": None if corrected is None else corrected.request(),
     }
-    if suite.settings:
-        request["simulation"] = dict(suite.settings)
-    made = {"episodes": episodes, "simulation": {"mujoco": version("mujoco"), **suite.settings}}
+    expert_name = "the suite's own" if expert == suite.expert else _name(expert)
+    made: dict[str, Any] = {"simulation": {"mujoco": version("mujoco"), **suite.settings}, "expert": expert_name}
     folder = DatasetFolder(output, "recording", "recorded", RECORDING_FILE)
-    there = (folder.existing or {}).get("episodes", 0)
+    before = folder.existing or {}
+    there = before.get("episodes", 0)
     grows = grow and 0 < there < episodes
     if grows and video:
         raise ValueError(f"{output} has videos, which are not lossless and cannot be written again: give grow=false")
-    wanted = {"simulation": made["simulation"]} if grows else {"episodes": episodes}
-    if folder.is_finished(request | wanted) and not grows:
+    wanted: dict[str, Any] = {"simulation": made["simulation"]} if grows else {"episodes": episodes}
+    if suite.settings and not grows:  # a finished data set is used with any MuJoCo, unless the suite names its own
+        wanted["simulation"] = {"mujoco": (before.get("simulation") or {}).get("mujoco"), **suite.settings}
+    if folder.is_finished(request | wanted, resume or grows, {"expert": expert_name}) and not grows:
         return output
     settings = DemonstratorSettings(
         make=suite.make,
@@ -150,13 +148,48 @@ def record(
         return CorrectionPool(corrected, suite, settings, paths, missing, workers)
 
     with _explained(folder):
-        folder.prepare(request, resume)
+        folder.prepare(request, resume, made)
         paths = [folder.episodes / f"{slot:06d}.npz" for slot in range(episodes)]
         if grows:
             _take_over(output, paths[:there], settings)
         help_given = _assemble(folder, paths, play, video, suite.name)
-        folder.publish(request | made | ({} if corrected is None else help_given), instead=grows)
+        folder.publish(
+            request | {"episodes": episodes} | made | ({} if corrected is None else help_given), instead=grows
+        )
     return output
+
+
+def check_recording(
+    suite: Suite,
+    episodes: int,
+    *,
+    image_size: int = 128,
+    workers: int = 2,
+    noise: float = 1.0,
+    seed: int = 0,
+    randomise: Sequence[str] | None = None,
+    counterfactual: float = 0.0,
+    expert: Callable[..., Expert] | None = None,
+    tasks: Sequence[int] | None = None,
+    **_: Any,
+) -> None:
+    """Raise a ValueError if arguments of `record` are out of their range, or the suite cannot be recorded so.
+
+    Its other arguments are accepted and not checked.
+    """
+    fits = all(type(n) is int and n >= least for n, least in ((episodes, 1), (image_size, 1), (workers, 0), (seed, 0)))
+    if not fits or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+        raise ValueError(
+            "episodes and image_size must be positive whole numbers, workers and seed whole and not negative, noise a "
+            f"number of at least 0; got {episodes=}, {image_size=}, {workers=}, {seed=}, {noise=}"
+        )
+    if isinstance(counterfactual, bool) or not isinstance(counterfactual, (int, float)) or not 0 <= counterfactual <= 1:
+        raise ValueError(f"counterfactual must be a share of the episodes, 0 to 1, got {counterfactual!r}")
+    if expert is None and suite.expert is None:
+        raise ValueError(f"{suite.name} has no scripted expert; record its demonstrations in another way")
+    if tasks is not None:
+        suite.chosen_tasks(tasks)
+    _dimensions(randomise or (), suite)
 
 
 def _dimensions(given: Sequence[str], suite: Suite) -> tuple[str, ...]:
@@ -171,6 +204,13 @@ def _dimensions(given: Sequence[str], suite: Suite) -> tuple[str, ...]:
             known = f"one of {', '.join(offered)}" if offered else "its scenes cannot be changed"
             raise ValueError(f"{suite.name} cannot be randomised in {name!r}; {known}")
     return tuple(name for name in offered if name in given)
+
+
+def _name(expert: Callable[..., Expert]) -> str:
+    """Return what tells an expert from another one in later processes, too."""
+    if hasattr(expert, "__qualname__"):
+        return f"{expert.__module__}.{expert.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(expert))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from cogvla.envs.contract import Cameras, ImageSkipping, Perturbable, SuiteEnv, offered, required
+from cogvla.envs.contract import Cameras, ImageSkipping, Perturbable, SuiteEnv, offered, picture, required
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, SENSOR, WORDING
 from cogvla.envs.perturbation.sensor import Sensor
@@ -293,7 +293,7 @@ class Player:
         return self._observed(observation)
 
     def _observed(self, observation: Mapping[str, Any]) -> Observed:
-        images = {name: np.asarray(observation[name], np.uint8) for name in self._settings.cameras}
+        images = {name: picture(observation, name) for name in self._settings.cameras}
         reply = Observed(
             images if self._sensor is None else self._sensor(images, len(self._actions)),
             np.asarray(observation["state"], np.float32),

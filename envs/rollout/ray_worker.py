@@ -24,6 +24,7 @@ from cogvla.envs.rollout.player import (
     Record,
     Recorded,
 )
+from cogvla.files import write_atomic
 from cogvla.processes import ONE_THREAD
 
 UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
@@ -103,7 +104,7 @@ class RayWorker:
             return reply
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_bytes(video)
+            write_atomic(self._path, video)
         except OSError as error:
             return Failed(f"{self._path}: {error}")
         return Recorded(self._path)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cogvla.envs.contract import check_gripper
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.rollout.failures import FirstFailures, last_line
 from cogvla.envs.rollout.player import (
@@ -138,6 +139,12 @@ class RolloutSettings:
         return OpenLoop(self.execute_steps or chunk)
 
 
+def check_workers(workers: int) -> None:
+    """Raise a ValueError if this is no number of environment processes."""
+    if type(workers) is not int or workers < 0:
+        raise ValueError(f"workers must be a whole number, 0 (play in this process) or more, got {workers!r}")
+
+
 def rollout(
     policy: Policy,
     suite: Suite,
@@ -147,7 +154,6 @@ def rollout(
     settings: RolloutSettings | None = None,
     start_worker: Callable[[PlayerSettings], Worker] = ProcessWorker,
     choose_video: Callable[[EpisodeResult], Path | None] | None = None,
-    on_result: Callable[[EpisodeResult], None] | None = None,
     stop_if_all_fail: bool = False,
     player: Callable[[PlayerSettings], Player] | None = None,
 ) -> Iterator[EpisodeResult]:
@@ -162,7 +168,6 @@ def rollout(
         settings: see `RolloutSettings`.
         choose_video: function that gets each result without an error, and returns the path for its video, or None. To
             film, the episode's actions are played again: only filmed episodes cost time, and no measurement changes.
-        on_result: function that gets each result before it is yielded.
         stop_if_all_fail: raise EveryEpisodeFailsError, instead of trying every episode, if the first episodes of all
             workers, and at least two, end in the same error.
         player: function that builds what plays the episodes; None: `Player`.
@@ -175,8 +180,7 @@ def rollout(
     Closing the iterator, or an exception in it (Ctrl-C), ends the workers.
     """
     settings = settings or RolloutSettings()
-    if workers < 0:
-        raise ValueError(f"workers must be 0 (play in this process) or more, got {workers}")
+    check_workers(workers)
     for spec in episodes:
         if max(spec.task, spec.asked if isinstance(spec.asked, int) else 0) >= len(suite.tasks):
             raise ValueError(f"suite {suite.name!r} has tasks 0 to {len(suite.tasks) - 1}; {spec} asks for another one")
@@ -184,20 +188,13 @@ def rollout(
             suite.magnitudes(spec.perturbation)
     start = LocalWorker if workers == 0 else start_worker
     loop = _Loop(policy, suite, episodes, max(workers, 1), start, settings, stop_if_all_fail, player)
-    return _run(loop, choose_video, on_result)
+    return _run(loop, choose_video)
 
 
-def _run(
-    loop: _Loop,
-    choose_video: Callable[[EpisodeResult], Path | None] | None,
-    on_result: Callable[[EpisodeResult], None] | None,
-) -> Iterator[EpisodeResult]:
+def _run(loop: _Loop, choose_video: Callable[[EpisodeResult], Path | None] | None) -> Iterator[EpisodeResult]:
     try:
         loop.start()
-        for result in loop.run(choose_video):
-            if on_result is not None:
-                on_result(result)
-            yield result
+        yield from loop.run(choose_video)
     finally:
         loop.close()
 
@@ -345,6 +342,7 @@ class _Loop:
                 f"the policy has state [{embodiment.state_dim}] and action [{embodiment.action_dim}], "
                 f"suite {self._suite.name!r} has {ready.observation.get('state')} and {ready.action}"
             )
+        check_gripper(embodiment, self._suite.name)
         if ready.fps not in (None, embodiment.control_hz):
             said = (
                 f"the policy acts {embodiment.control_hz:g} times per second, suite {self._suite.name!r} takes "

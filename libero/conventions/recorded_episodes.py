@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cogvla.envs.recording.demonstrator import SCENE_TASK
+from cogvla.envs.perturbation.perturbation import Perturbation
+from cogvla.envs.recording.demonstrator import SCENE_TASK, randomised
 from cogvla.envs.recording.recorder import RECORDING_FILE
 from cogvla.files import read_object
 from cogvla.libero.hdf5 import reader as hdf5_reader
@@ -47,6 +48,7 @@ class EpisodeStart:
         fixtures: body -> position and quaternion (w, x, y, z) [7] of fixtures, for LIBERO only.
         waiting_steps: control steps without motion before the first action; None: the settling steps of the suite.
         scene_task: index of the task whose scene it was, if that is another one; or None.
+        perturbations: how the scene differed, in a recording with `randomise`.
     """
 
     task: int
@@ -55,6 +57,7 @@ class EpisodeStart:
     fixtures: Mapping[str, np.ndarray] = field(default_factory=dict)
     waiting_steps: int | None = None
     scene_task: int | None = None
+    perturbations: tuple[Perturbation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,12 @@ class Hdf5Recordings:
         self.name = path.name
         self.suite = suite or (suites.pop() if len(suites) == 1 else None)
         self._tasks = [task.name for task in tasks(self.suite)] if self.suite in LIBERO_SUITES else []
+        kinds = {file.regenerated: file.path.name for file in self._files}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{path} has files of two kinds, whose observations are of other times: {kinds[True]} is of the "
+                f"published regeneration, {kinds[False]} is not; check them apart, in two folders"
+            )
         self.delay = 0 if self._files[0].regenerated else 1
         missing = {file.path.name: hdf5_reader.lacks(file.path, file.keys[0]) for file in self._files}
         lacking = {name for names, _ in missing.values() for name in names}
@@ -163,7 +172,11 @@ class Hdf5Recordings:
             for file, (names, there) in missing.items()
             if names
         ]
-        self.simulation: Mapping[str, Any] = self._files[0].versions
+        named = [pair for file in self._files for pair in file.versions.items()]
+        self.simulation: Mapping[str, Any] = {
+            package: " and ".join(sorted({version for other, version in named if other == package}))
+            for package, _ in named
+        }
         self._places = [(file, key) for file in self._files for key in file.keys]
 
     @cached_property
@@ -213,6 +226,7 @@ class LeRobotRecordings:
             config.episodes,
         )
         made = _json(root / RECORDING_FILE) or _json(root / CONVERSION)
+        self._randomise, self._seed = made.get("randomise") or (), int(made.get("seed") or 0)
         self.suite = made.get("suite")
         self.simulation: Mapping[str, Any] = made.get("simulation", {})
         self.notices = [str(warning) for warning in made.get("warnings", [])]
@@ -286,6 +300,7 @@ class LeRobotRecordings:
             int(task[row]),
             initial_state=int(state[row]),
             scene_task=None if scene_task == int(task[row]) else scene_task,
+            perturbations=randomised(self._randomise, self._seed, scene_task, int(state[row])),
         )
 
     def images(self, episode: RecordedEpisode, camera: str, steps: Sequence[int]) -> np.ndarray:

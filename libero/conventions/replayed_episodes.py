@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cogvla.envs.contract import Perturbable, offered
 from cogvla.libero.conventions.recorded_episodes import EpisodeStart, RecordedEpisode
 
 PICTURED_STEPS = (0, 10)
@@ -122,6 +123,8 @@ def _unplaced(env: Any, start: EpisodeStart, waiting_steps: int) -> tuple[str, .
 
 
 def _begin(env: Any, start: EpisodeStart) -> dict[str, np.ndarray]:
+    if (perturbable := offered(env, Perturbable)) is not None:
+        perturbable.perturbations = start.perturbations
     if start.state is None:
         options = {"task": start.task, "initial_state": start.initial_state}
         if start.scene_task is not None:

@@ -33,6 +33,9 @@ _PRESS, _HARDEST = 0.25, 4.0
 """Factor on the action of a hand that stands still beside its aim: its growth in each step, and its limit. The
 controller has no integral part, so the expert adds one."""
 
+_EVERY = 7
+"""Step between the fixed initial states that decide, together, at which side a thing is taken."""
+
 
 class LiberoExpert:
     """Expert that solves the task that `env` was last reset to.
@@ -49,7 +52,8 @@ class LiberoExpert:
             raise ValueError(f"this expert plays LIBERO only, got an environment {type(unwrapped).__name__}")
         self._view = SceneView(unwrapped.scene)
         self._subgoals = subgoals(unwrapped.goal)
-        self._hand = Hand(self._view)
+        usual = [self._view.elsewhere(state) for state in unwrapped.fixed_states()[::_EVERY]]
+        self._hand = Hand(self._view, usual)
         self.noisy = ExecutionNoise(rng, noise)
         self._before, self._press = self._view.gripper, 1.0
         self.phase = 0

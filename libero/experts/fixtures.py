@@ -103,7 +103,8 @@ def insert(hand: Hand, item: str, region: str) -> Move:
     view = hand.view
     inward, middle = _inside(view, region)
     handle = _handle(view, item)
-    rotation = pointing(np.cos(_TILT) * inward + np.sin(_TILT) * DOWN, np.cross(inward, _UP), view.rotation)
+    way_in, opens = np.cos(_TILT) * inward + np.sin(_TILT) * DOWN, np.cross(_UP, inward)
+    rotation = np.column_stack([opens, np.cross(way_in, opens), way_in])  # always this one: both may be equally near
     low, high = view.box(item)
     way = middle - np.array([*(low + high)[:2] / 2, low[2] - _OVER_FLOOR])
     deep = float(way @ inward)

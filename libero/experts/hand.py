@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from cogvla.libero.experts.grasps import Grasp, candidates
+from cogvla.libero.experts.grasps import Grasp, Where, candidates
 from cogvla.libero.experts.motion import CLOSE, DOWN, OPEN, Move, over, pointing, turn_left
 from cogvla.libero.experts.places import Place, place_for
 from cogvla.libero.experts.view import FINGER_OPEN, SceneView
@@ -29,10 +31,15 @@ _AWAY = 0.02
 
 
 class Hand:
-    """The expert's hand, with its memory: the item, the chosen grasp, and the grasps that failed."""
+    """The expert's hand, with its memory: the item, the chosen grasp, and the grasps that failed.
 
-    def __init__(self, view: SceneView) -> None:
-        self.view = view
+    Args:
+        view: state of the simulation.
+        usual: other states of the same task, in which a good grasp should be good, too.
+    """
+
+    def __init__(self, view: SceneView, usual: Sequence[SceneView] = ()) -> None:
+        self.view, self._usual = view, usual
         self.closing = 0
         """Control steps since the hand began to close; 0: it is open."""
         self.fixture: str | None = None
@@ -140,12 +147,12 @@ class Hand:
 
     # --- taking ------------------------------------------------------------------------------------------------------
 
-    def take(self, item: str, place: np.ndarray | None = None) -> Move:
-        """Go to an item and close on it. `place` [3], where the item goes next, decides which grasp is good."""
+    def take(self, item: str, where: Where) -> Move:
+        """Go to an item and close on it. Where it goes next decides which grasp is good."""
         view = self.view
         if item != self._item:
             self._forget(item)
-        grasp = self._chosen(item, place)
+        grasp = self._chosen(item, where)
         frame = view.frame(item)
         point = view.position(item) + frame @ grasp.offset
         closing = frame @ grasp.closing
@@ -178,9 +185,9 @@ class Hand:
         self._failures.append(grasp)
         self._grasp, self.closing, self._stuck = None, 0, 0
 
-    def _chosen(self, item: str, place: np.ndarray | None) -> Grasp:
+    def _chosen(self, item: str, where: Where) -> Grasp:
         if self._grasp is None:
-            found = candidates(self.view, item, place)
+            found = candidates(self.view, item, where, () if self._failures else self._usual)
             self._grasp = min(found, key=lambda pair: pair[0] + sum(_alike(pair[1], f) for f in self._failures))[1]
         return self._grasp
 
@@ -188,11 +195,11 @@ class Hand:
 
     def put(self, item: str, where: str, side: int = 0) -> Move:
         """Take an item, carry it to a place (`side`: -1 or 1 for one side of it), and let go of it there."""
-        return self.put_at(item, place_for(self.view, where, side))
+        return self.put_at(item, lambda view: place_for(view, where, side))
 
-    def put_at(self, item: str, place: Place) -> Move:
+    def put_at(self, item: str, where: Where) -> Move:
         """Take an item, carry it to a place, and let go of it there."""
-        view = self.view
+        view, place = self.view, where(self.view)
         low, _ = view.box(item)
         bottom = np.array([*view.position(item)[:2], low[2]])
         aim = place.point.copy()
@@ -212,10 +219,10 @@ class Hand:
                 return Move(phase, target, level, CLOSE)
             self.closing = 0
             return Move("release", view.gripper, level, OPEN)
-        if not self.closing and self._in_place(item, place, bottom):
+        if not self.closing and self._in_place(place, bottom):
             up = _RETREAT if self.is_open or not any(view.touching(item)) else 0.0
             return Move("release", view.gripper + np.array([0.0, 0.0, up]), level, OPEN)
-        return self.take(item, place.point)
+        return self.take(item, where)
 
     def level(self) -> np.ndarray:
         """Return the hand's rotation [3,3], straightened so that the hand points down."""
@@ -223,7 +230,7 @@ class Hand:
         closing = now[:, 0] * (1.0, 1.0, 0.0)
         return pointing(DOWN, closing / np.linalg.norm(closing), now)
 
-    def _in_place(self, item: str, place: Place, bottom: np.ndarray) -> bool:
+    def _in_place(self, place: Place, bottom: np.ndarray) -> bool:
         off = bottom - place.point
         high = place.drop + 0.02 if place.walls is None else place.walls - place.point[2]
         return float(np.hypot(off[0], off[1])) < place.tolerance + 0.02 and off[2] < high

@@ -29,7 +29,7 @@ def carry_out(hand: Hand, subgoal: Subgoal) -> Move:
         case "put":
             return hand.put(subgoal.item, subgoal.place, subgoal.side)
         case "clear":
-            return hand.put_at(subgoal.item, place_beside(hand.view, subgoal.item, subgoal.place))
+            return hand.put_at(subgoal.item, lambda view: place_beside(view, subgoal.item, subgoal.place))
         case "push":
             return push(hand, subgoal.item, subgoal.place)
         case "open":

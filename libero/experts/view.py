@@ -7,9 +7,11 @@ Shape legend: G collision geoms, P points.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import mujoco
 import numpy as np
 
 from cogvla.libero.installation import Predicate
@@ -53,6 +55,13 @@ class Obstacles:
     top_G: np.ndarray
     bottom_G: np.ndarray
 
+    def near(self, point: np.ndarray, reach: float, margin: float) -> Obstacles:
+        """Return the boxes that end above a point [3] and, with `margin` around them, can be within `reach` of it."""
+        far_G = np.linalg.norm(self.half_G3 + margin, axis=1) + reach
+        near_G = (self.top_G > point[2]) & (np.hypot(*(self.centre_G3[:, :2] - point[:2]).T) < far_G)
+        parts = (self.centre_G3, self.half_G3, self.rotation_G33, self.top_G, self.bottom_G)
+        return Obstacles(*(part_G[near_G] for part_G in parts))
+
     def under(self, spots_P2: np.ndarray, margin: float = 0.0) -> np.ndarray:
         """Return bool [P,G]: the point of the plane lies under or over the box, with `margin` metres around the box."""
         offset_PG2 = spots_P2[:, None] - self.centre_G3[:, :2]
@@ -65,6 +74,7 @@ class SceneView:
 
     def __init__(self, scene: LiberoScene) -> None:
         self.scene = scene
+        self._other: mujoco.MjData | None = None
         env, model = scene.env, scene.model
         (robot,) = env.robots
         self._site = robot.eef_site_id
@@ -85,17 +95,36 @@ class SceneView:
         self._masks: dict[str, np.ndarray] = {}
         self._cached_at = -1.0
 
+    def elsewhere(self, state: np.ndarray) -> SceneView:
+        """Return a view of the same scene in another state, a row of `LiberoEnv.fixed_states`: its poses, no contacts.
+
+        `holds` and `touching` do not work there. Things keep their present height: in fixed states, they are still to
+        fall.
+        """
+        view, model = copy(self), self.scene.model
+        view._other = data = mujoco.MjData(model)
+        data.qpos[:] = state[1 : 1 + model.nq]
+        heights = model.jnt_qposadr[model.jnt_type == mujoco.mjtJoint.mjJNT_FREE] + 2
+        data.qpos[heights] = self.scene.data.qpos[heights]
+        mujoco.mj_kinematics(model, data)
+        view._cached_at = -1.0
+        return view
+
+    @property
+    def _data(self) -> mujoco.MjData:
+        return self.scene.data if self._other is None else self._other
+
     # --- the robot ---------------------------------------------------------------------------------------------------
 
     @property
     def gripper(self) -> np.ndarray:
         """The point between the fingertips [3]."""
-        return self.scene.data.site_xpos[self._site].copy()
+        return self._data.site_xpos[self._site].copy()
 
     @property
     def rotation(self) -> np.ndarray:
         """The hand's rotation [3,3]; columns: direction of the fingers' opening, the hand's side, where it points."""
-        return self.scene.data.site_xmat[self._site].reshape(3, 3).copy()
+        return self._data.site_xmat[self._site].reshape(3, 3).copy()
 
     @property
     def reach(self) -> np.ndarray:
@@ -107,25 +136,20 @@ class SceneView:
     @property
     def opening(self) -> float:
         """Metres between the fingers."""
-        return float(np.abs(self.scene.data.qpos[self._finger_positions]).sum())
+        return float(np.abs(self._data.qpos[self._finger_positions]).sum())
 
     @property
     def finger_speed(self) -> float:
         """The faster finger's speed in m/s."""
-        return float(np.abs(self.scene.data.qvel[self._finger_velocities]).max())
+        return float(np.abs(self._data.qvel[self._finger_velocities]).max())
 
     def touching(self, thing: str) -> tuple[bool, bool]:
         """Return, for each of the two fingers, True if it touches a thing (or one body of a thing)."""
         geoms = set(self._geoms_of(thing))
-        pairs = self.scene.data.contact.geom
+        pairs = self._data.contact.geom
         touched = {(int(a) if int(b) in geoms else int(b)) for a, b in pairs if (int(a) in geoms) != (int(b) in geoms)}
         left, right = (bool(touched & finger) for finger in self._fingers)
         return left, right
-
-    def in_contact(self, one: str, other: str) -> bool:
-        """Return True if two things touch."""
-        ours, theirs = set(self._geoms_of(one)), set(self._geoms_of(other))
-        return any((a in ours and b in theirs) or (b in ours and a in theirs) for a, b in self.scene.data.contact.geom)
 
     # --- things ------------------------------------------------------------------------------------------------------
 
@@ -140,8 +164,8 @@ class SceneView:
     def position(self, name: str) -> np.ndarray:
         """Return the origin of a thing's body, or the centre of a region [3]."""
         if self.is_thing(name):
-            return self.scene.data.xpos[self._body(name)].copy()
-        return self.scene.data.site(name).xpos.copy()
+            return self._data.xpos[self._body(name)].copy()
+        return self._data.site(name).xpos.copy()
 
     def owner(self, region: str) -> str | None:
         """Return the thing that a region belongs to, or None for places on the table."""
@@ -151,15 +175,15 @@ class SceneView:
     def region_half(self, region: str) -> np.ndarray:
         """Return half the size of a region along the world's axes [3]."""
         size = np.asarray(self.scene.env.object_sites_dict[region].size, float)
-        return np.abs(self.scene.data.site(region).xmat.reshape(3, 3) @ size)
+        return np.abs(self._data.site(region).xmat.reshape(3, 3) @ size)
 
     def region_frame(self, region: str) -> np.ndarray:
         """Return the axes of a region, as columns [3,3]."""
-        return self.scene.data.site(region).xmat.reshape(3, 3).copy()
+        return self._data.site(region).xmat.reshape(3, 3).copy()
 
     def joint(self, name: str) -> Joint | None:
         """Return the first joint of a region or fixture, or None if it has no joint."""
-        env, data, model = self.scene.env, self.scene.data, self.scene.model
+        env, data, model = self.scene.env, self._data, self.scene.model
         holder: Any = env.get_object(name) if self.is_thing(name) else env.object_sites_dict[name]
         if not holder.joints:
             return None
@@ -183,7 +207,7 @@ class SceneView:
 
     def frame(self, thing: str) -> np.ndarray:
         """Return the axes of a thing's body, as columns [3,3]."""
-        return self.scene.data.xmat[self._body(thing)].reshape(3, 3).copy()
+        return self._data.xmat[self._body(thing)].reshape(3, 3).copy()
 
     def outermost(self, name: str, way: np.ndarray) -> np.ndarray:
         """Return the centre [3] of the box of a thing or body that lies furthest in a direction [3]."""
@@ -235,7 +259,7 @@ class SceneView:
         chosen_G = self._obstacle_G.copy()
         for name in without:
             chosen_G &= ~self._mask(name)
-        rotation_G33 = self.scene.data.geom_xmat[self._geoms_G[chosen_G]].reshape(-1, 3, 3)
+        rotation_G33 = self._data.geom_xmat[self._geoms_G[chosen_G]].reshape(-1, 3, 3)
         centre_G3 = self._world_G83[chosen_G].mean(1)
         return Obstacles(
             centre_G3, self._half_G3[chosen_G], rotation_G33, self._high_G3[chosen_G, 2], self._low_G3[chosen_G, 2]
@@ -252,7 +276,7 @@ class SceneView:
         return float(np.hypot(np.hypot(way[0], way[1]) - _WRIST_BACK, way[2] + _WRIST_UP - _SHOULDER))
 
     def _refresh(self) -> None:
-        data = self.scene.data
+        data = self._data
         if data.time == self._cached_at:
             return
         self._cached_at = data.time

@@ -18,7 +18,7 @@ from cogvla.envs.recording.demonstration import Demonstration
 from cogvla.libero.env import LiberoSettings
 from cogvla.libero.hdf5.jobs import Job, ReplayOutcome, play
 from cogvla.libero.hdf5.page import page, summary
-from cogvla.libero.hdf5.reader import demonstrations
+from cogvla.libero.hdf5.reader import demonstrations, digest
 from cogvla.libero.hdf5.replay import WAITING_STEPS, ReplaySettings
 from cogvla.libero.suites import libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES, suites_of
@@ -37,12 +37,14 @@ class Conversion:
         settings: settings of the replays.
         jobs: all demonstrations, task after task.
         request: everything that changes the result. An interrupted conversion goes on only with an equal request.
+        digests: name of a file -> hash of its actions, states and models; not known of older conversions.
         instructions: instructions of the suite's tasks.
     """
 
     settings: ReplaySettings
     jobs: tuple[Job, ...]
     request: dict[str, Any]
+    digests: dict[str, str]
     instructions: tuple[str, ...]
 
     @classmethod
@@ -83,7 +85,8 @@ class Conversion:
             "simulation": dict(suite.settings),
         }
         jobs = tuple(Job(file.path, key, indices[file.task]) for file in files for key in file.keys)
-        return cls(settings, jobs, request, tuple(task.instruction for task in suite.tasks))
+        digests = {file.path.name: digest(file) for file in files}
+        return cls(settings, jobs, request, digests, tuple(task.instruction for task in suite.tasks))
 
 
 def _home(task: str) -> str:
@@ -101,7 +104,7 @@ def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool 
         conversion: demonstrations and settings.
         output: folder of the data set.
         workers: number of worker processes; 0 replays in this process.
-        resume: True goes on with an interrupted conversion; False starts from the beginning.
+        resume: True goes on with an interrupted conversion; False starts from the beginning. A finished one stays.
         video: True stores the cameras as videos, False as images.
 
     Raises:
@@ -112,11 +115,12 @@ def convert(conversion: Conversion, output: Path, workers: int, *, resume: bool 
         raise ValueError(f"workers must not be negative, got {workers}")
     request = conversion.request | {"video": video}
     folder = DatasetFolder(output, "converting", "converted", CONVERSION)
-    if folder.is_finished(request):
+    content = {"content": conversion.digests}
+    if folder.is_finished(request, resume, content):
         return output
-    folder.prepare(request, resume)
+    folder.prepare(request, resume, content)
     outcomes = play(conversion.settings, conversion.jobs, folder.episodes, workers)
-    folder.publish(request | _write(conversion, outcomes, folder.dataset, request))
+    folder.publish(request | content | _write(conversion, outcomes, folder.dataset, request))
     return output
 
 

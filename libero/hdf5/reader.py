@@ -21,6 +21,7 @@ Shape legend: T steps, D numbers of the flattened MuJoCo state.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,22 @@ def read(path: Path, key: str) -> Recording:
         observed_TS = _observed(demo, where)
         model = text(demo.attrs, "model_file", where)
     return Recording(actions_TA, states_TD, observed_TS, {} if model is None else fixtures_of(model, where))
+
+
+def digest(file: Demonstrations) -> str:
+    """Hash all that a replay does: actions, states and models, but not the images, which are nearly all of the file.
+
+    Raises:
+        ValueError: a part is damaged.
+    """
+    found = hashlib.sha256()
+    with opened(file.path) as opened_file:
+        for key in file.keys:
+            demo = _group(_group(opened_file, "data", str(file.path)), key, str(file.path))
+            found.update(f"{key} {demo.attrs.get('model_file')}".encode())
+            for name in (ACTIONS, STATES):
+                found.update(numbers(demo, name, None, f"{file.path}: {key}").tobytes())
+    return found.hexdigest()[:16]
 
 
 def _check_lengths(demo: Any, steps: int, where: str) -> None:

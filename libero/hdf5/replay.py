@@ -84,14 +84,12 @@ class Replayed:
         episode: the episode, or None if it was dropped.
         reason: why it was dropped, or None.
         noops: number of no-op steps that were left out.
-        recorded_steps: number of steps of the demonstration.
         unplaced: fixtures of the scene whose recorded poses are unknown; they stand where this simulator puts them.
     """
 
     episode: Demonstration | None
     reason: str | None
     noops: int
-    recorded_steps: int
     unplaced: tuple[str, ...] = ()
 
 
@@ -112,17 +110,17 @@ class Replayer:
         kept = list(range(total)) if self.settings.keep_noops else kept_steps(recording.actions_TA)
         noops = total - len(kept)
         if not kept:
-            return Replayed(None, "all steps are no-ops", noops, total)
+            return Replayed(None, "all steps are no-ops", noops)
         by_states = self.settings.replay == "states"
         steps: dict[str, list[np.ndarray]] = defaultdict(list)
         for step, observation in (self._shown if by_states else self._executed)(task, recording, kept):
             for name, value in self._row(task, observation, recording.actions_TA[step]).items():
                 steps[name].append(value)
         if not self.env.task_success(task):
-            return Replayed(None, f"the goal does not hold at the end of its {self.settings.replay}", noops, total)
+            return Replayed(None, f"the goal does not hold at the end of its {self.settings.replay}", noops)
         fixtures = self.env.scene.fixtures if by_states else []
         unplaced = tuple(name for name in fixtures if name not in recording.fixtures)
-        return Replayed(pack(self.env.tasks[task].instruction, CONTROL_HZ, steps), None, noops, total, unplaced)
+        return Replayed(pack(self.env.tasks[task].instruction, CONTROL_HZ, steps), None, noops, unplaced)
 
     def _shown(self, task: int, recording: Recording, kept: list[int]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Yield each kept step and its restored observation; leave the scene in the last recorded state."""

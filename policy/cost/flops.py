@@ -169,6 +169,10 @@ def count_flops(
     projecting = [before] if before is not None and before.projects else projectors
     rows.append(StageCost("fusion", _parameters(projectors), _linears(projecting, projected)))
     rows.append(StageCost("state", _parameters([model.state]), _linears([model.state], batch)))
+    if model.committed is not None:
+        steps, matrix = batch * embodiment.chunk, model.committed.matrix
+        adding = Work(steps * matrix.numel(), matrix.numel(), steps * sum(matrix.shape))
+        rows.append(StageCost("committed actions", matrix.numel(), adding))
     layout = TokenLayout(model.vision_tokens, text_length, model.action_tokens)
     rows += [StageCost(r.stage, r.parameters, r.work.for_samples(batch)) for r in _decoder(model, layout, counting)]
     embeddings = _parameters([model.decoder.llm.embed_tokens, model.decoder.llm.norm])

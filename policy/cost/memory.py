@@ -6,7 +6,8 @@ the meta device in bfloat16. This is an estimate, because real kernels store sli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.training import adapters
 from cogvla.policy.training.config import TrainingConfig
+from cogvla.routing.router import RouterConfig
 
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}
 WORDS = 30
@@ -34,7 +36,9 @@ class TrainingMemory:
         gradients: gradients of the trained weights.
         moments: optimiser state of the trained weights.
         average: moving average of the trained weights.
-        activations: stored activations of one sample.
+        teacher: weights of the teacher of `objective.distillation`, in bfloat16.
+        blind: weights of the policy without vision of `objective.prior`, in float32; every GPU holds all of them.
+        activations: stored activations of one sample, with what the distillation reads of student and teacher.
         samples: number of samples in one pass on one GPU.
     """
 
@@ -43,39 +47,74 @@ class TrainingMemory:
     gradients: int
     moments: int
     average: int
+    teacher: int
+    blind: int
     activations: int
     samples: int
 
     def total(self, shards: int = 1) -> int:
         """Return the bytes per GPU; weights and state are divided among `shards` GPUs (FSDP; 1: DDP or one GPU)."""
-        state = self.frozen + self.trained + self.gradients + self.moments + self.average
-        return state // shards + self.activations * self.samples
+        state = self.frozen + self.trained + self.gradients + self.moments + self.average + self.teacher
+        return state // shards + self.blind + self.activations * self.samples
 
 
 def estimate_memory(
-    config: CogVLAConfig, embodiment: Embodiment, training: TrainingConfig, gpus: int = 1
+    config: CogVLAConfig,
+    embodiment: Embodiment,
+    training: TrainingConfig,
+    gpus: int = 1,
+    teacher: CogVLAConfig | None = None,
+    blind: CogVLAConfig | None = None,
 ) -> tuple[TrainingMemory, str]:
-    """Estimate the memory of a bfloat16 run on `gpus` GPUs; also return a line about the trained parameters."""
+    """Estimate the memory of a bfloat16 run on `gpus` GPUs; also return a line about the trained parameters.
+
+    Args:
+        config: the policy.
+        embodiment: its robot.
+        training: settings of the training.
+        gpus: number of GPUs.
+        teacher: policy from which it learns (`objective.distillation`); None: none.
+        blind: policy without vision that weights the actions (`objective.prior`); None: none.
+    """
     with torch.device("meta"):
         model = CogVLA(config, embodiment)
+    taught, unseeing = _frozen(teacher, embodiment), _frozen(blind, embodiment)
     adapters.prepare(model, training.finetune)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen, packed = adapters.frozen_numbers(model)
     model.recompute_blocks(training.gradient_checkpointing)
+    activations = _kept(model.to("meta", torch.bfloat16), embodiment, debug=taught is not None)
+    if taught is not None:
+        activations += _kept(taught.to("meta", torch.bfloat16), embodiment, debug=True)
     memory = TrainingMemory(
         frozen=2 * (frozen - packed) + round(nf4_bytes(packed)),
         trained=4 * trained,
         gradients=4 * trained,
         moments=MOMENT_BYTES[training.optimiser] * trained,
         average=4 * trained if training.ema_decay else 0,
-        activations=_kept(model.to("meta", torch.bfloat16), embodiment),
+        teacher=2 * _numbers(taught),
+        blind=4 * _numbers(unseeing),
+        activations=activations,
         samples=training.batch_size // (gpus * training.accumulation),
     )
     return memory, adapters.summary(model)
 
 
-def _kept(model: CogVLA, embodiment: Embodiment) -> int:
-    """Return the bytes that autograd stores for one sample, without weights."""
+def _frozen(config: CogVLAConfig | None, embodiment: Embodiment) -> CogVLA | None:
+    """Build a policy as training loads it beside its own: without its token router."""
+    if config is None:
+        return None
+    with torch.device("meta"):
+        network = CogVLA(replace(config, routing=replace(config.routing, router=RouterConfig())), embodiment)
+    return network.requires_grad_(False)
+
+
+def _numbers(network: CogVLA | None) -> int:
+    return 0 if network is None else sum(p.numel() for p in network.parameters())
+
+
+def _kept(model: CogVLA, embodiment: Embodiment, debug: bool) -> int:
+    """Return the bytes that autograd stores for one sample, without weights; `debug`: and intermediate results."""
     own = {_storage(p) for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -94,10 +133,22 @@ def _kept(model: CogVLA, embodiment: Embodiment) -> int:
             torch.zeros(1, embodiment.state_dim, dtype=torch.bfloat16),
         )
         with torch.autograd.graph.saved_tensors_hooks(keep, _given):
-            output = model(inputs)
+            output = model(inputs, debug=debug)
+    if debug:
+        for tensor in _tensors(output.debug):
+            keep(tensor)
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del output
     return total
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield all tensors in nested mappings and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
 
 
 def _words(language: LanguageConfig) -> Tensor:
@@ -132,6 +183,8 @@ def report(memory: TrainingMemory, gpus: int, said: str) -> str:
     for name in ("frozen", "trained", "gradients", "moments", "average"):
         value = getattr(memory, name)
         lines.append(f"{name:>24} {value / 1e9:8.1f} {value / gpus / 1e9:9.1f}")
+    for name, value, each in (("teacher", memory.teacher, gpus), ("policy without vision", memory.blind, 1)):
+        lines += [f"{name:>24} {value / 1e9:8.1f} {value / each / 1e9:9.1f}"] if value else []
     activations = memory.activations * memory.samples
     lines.append(f"{f'activations, {memory.samples} samples':>24} {activations / 1e9:8.1f} {activations / 1e9:9.1f}")
     lines.append(f"{'total':>24} {memory.total() / 1e9:8.1f} {memory.total(gpus) / 1e9:9.1f}")

@@ -226,7 +226,7 @@ class DemonstrationData:
         rows = self.all_rows
         if not self.each:
             return self._statistics(rows)
-        return {p.name: self._statistics(rows[(rows >= p.start) & (rows < p.end)]) for p in self.parts}
+        return {p.name: self._statistics(rows[p.holds(rows)]) for p in self.parts}
 
     def _statistics(self, rows: Tensor) -> dict[str, Statistics]:
         return {
@@ -249,7 +249,7 @@ class DemonstrationData:
         rows = self.all_rows
         held_out = torch.zeros(len(rows), dtype=torch.bool)
         for part in self.parts:
-            mine = (rows >= part.start) & (rows < part.end)
+            mine = part.holds(rows)
             held_out[mine] = self._held_out(rows[mine], validation_fraction, seed)
         if not self.parts:
             held_out = self._held_out(rows, validation_fraction, seed)
@@ -269,7 +269,7 @@ class DemonstrationData:
         if count >= len(episodes):
             raise ValueError(
                 f"{len(episodes)} episode(s) to learn from cannot be split with validation_fraction "
-                f"{validation_fraction}; record more, or set it to 0"
+                f"{validation_fraction}; record more, or set it to 0 (in train_policy)"
             )
         order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed))
         return torch.isin(self.episode_N[rows], episodes[order[:count]])
@@ -277,7 +277,7 @@ class DemonstrationData:
     def evenly(self) -> DemonstrationData:
         """Return the same data, with weights that draw as many samples from each of its data sets."""
         rows = self.taught_rows
-        counts = [int(((rows >= part.start) & (rows < part.end)).sum()) for part in self.parts]
+        counts = [int(part.holds(rows).sum()) for part in self.parts]
         return replace(
             self, parts=tuple(replace(p, weight=1 / max(1, n)) for p, n in zip(self.parts, counts, strict=True))
         )

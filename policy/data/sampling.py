@@ -51,7 +51,7 @@ class TrainingBatches:
         rows = data.taught_rows
         if not len(rows):
             raise ValueError("a policy acted in all frames, so that there is nothing to learn")
-        mine = {part.name: rows[(rows >= part.start) & (rows < part.end)] for part in data.parts}
+        mine = {part.name: rows[part.holds(rows)] for part in data.parts}
         self._names = [name for name, chosen in mine.items() if len(chosen)]
         weights = [part.weight for part in data.parts if part.name in self._names] or [1.0]
         self._epochs = [_Epochs(mine[name], seed, i) for i, name in enumerate(self._names)] or [_Epochs(rows, seed)]

@@ -77,7 +77,8 @@ def choose_precision(
     refused: list[Measured] = []
     for dtype in (own, *others):
         try:
-            engines[dtype] = Engine(model, replace(config, dtype=dtype), calibration=calibration)
+            as_asked = replace(config, dtype=None if dtype == own else dtype)  # its own may be float16
+            engines[dtype] = Engine(model, as_asked, calibration=calibration)
         except ValueError as error:
             if dtype == own:
                 raise

@@ -30,7 +30,7 @@ from cogvla.policy.export.exported import (
 from cogvla.policy.export.formats import FORMATS, OPSETS, quantise, to_openvino, write
 from cogvla.policy.export.graph import PolicyGraph
 from cogvla.policy.inputs.tokenizer import TOKENIZER_FILES, PretrainedTokenizer
-from cogvla.policy.interface import Camera, Observation
+from cogvla.policy.interface import Camera, InstructionError, Observation
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 
@@ -104,7 +104,7 @@ def export(
         command: command line, for the manifest.
 
     Returns:
-        The comparison: mean and largest difference of the normalised actions, and on what.
+        The comparison: mean and largest difference of the normalised actions, on what, and which files it left out.
 
     Raises:
         ValueError: a part of the policy cannot be exported, or a library is missing.
@@ -210,9 +210,26 @@ def _write(
     return None
 
 
-def _compared(policy: CogVLAPolicy, exported: ExportedPolicy, seen: Sequence[Observation]) -> dict[str, float]:
-    """Return mean and largest difference of the normalised actions."""
+def _compared(policy: CogVLAPolicy, exported: ExportedPolicy, seen: Sequence[Observation]) -> dict[str, Any]:
+    """Compare each file on all instructions that it takes.
+
+    Returns:
+        Mean and largest difference of the normalised actions; and the text lengths for which no instruction was short
+        enough, so that their files are unchecked.
+    """
     normaliser = policy.preprocessor.action_normaliser
     scale_D = torch.where(normaliser.constant_D, torch.ones_like(normaliser.scale_D), normaliser.scale_D).numpy()
-    each = [np.abs(policy.act(one).actions - exported.act(one).actions) / scale_D for one in seen]
-    return {"mean": float(np.mean(each)), "max": float(np.max(each))}
+    wanted = [policy.act(one).actions for one in seen]
+    files = exported.by_file()
+    each: dict[int, list[np.ndarray]] = {}
+    for length, file in files.items():
+        each[length] = []
+        for one, actions_1KD in zip(seen, wanted, strict=True):
+            try:
+                each[length].append(np.abs(actions_1KD - file.act(one).actions) / scale_D)
+            except InstructionError:
+                if length == max(files):
+                    raise
+    found = [one for of_file in each.values() for one in of_file]
+    unchecked = [length for length, of_file in each.items() if not of_file]
+    return {"mean": float(np.mean(found)), "max": float(np.max(found)), "unchecked_text_tokens": unchecked}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,15 @@ class ExportedPolicy:
 
     def reset(self) -> None:
         """Do nothing: an exported policy keeps nothing between calls."""
+
+    def by_file(self) -> dict[int, ExportedPolicy]:
+        """Return policies that run one of the files each, by its text length."""
+        return {
+            length: ExportedPolicy(
+                self._manifest, replace(self._inputs, lengths=(length,)), {length: run}, self._device
+            )
+            for length, run in self._files.items()
+        }
 
     def warm_up(self, batch: int, instructions: Any = ()) -> None:
         """Run each file, so that `act` answers without delay."""

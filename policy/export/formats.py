@@ -175,13 +175,21 @@ def open_file(kind: str, path: Path, device: str, threads: int | None = None) ->
 
 def _onnxruntime(path: Path, device: str, threads: int | None) -> Runtime:
     onnxruntime = library("onnxruntime")
-    if device.startswith("cuda") and not _has_cuda():
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device={device}: onnxruntime runs on CPUs and NVIDIA GPUs here; give device=cpu or cuda")
+    if kind == "cuda" and not _has_cuda():
         raise ValueError(f"device={device} needs onnxruntime-gpu; give device=cpu")
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    providers = [] if device == "cpu" else ["CUDAExecutionProvider"]
-    session = onnxruntime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
+    gpu = [] if kind == "cpu" else [("CUDAExecutionProvider", {"device_id": number or "0"})]
+    session = onnxruntime.InferenceSession(str(path), options, providers=[*gpu, "CPUExecutionProvider"])
+    if gpu and gpu[0][0] not in session.get_providers():  # it only warns, and runs on the CPU
+        raise ValueError(
+            f"device={device}: onnxruntime cannot use the GPU, often because its CUDA or cuDNN is of another "
+            "version; give device=cpu"
+        )
     return lambda inputs: session.run([ACTIONS], dict(inputs))[0]
 
 

@@ -6,6 +6,7 @@ Shape legend: as in docs/architecture.md, with N patches of a view, D numbers of
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cogvla.configs.build import build
-from cogvla.files import read_object, write_atomic
+from cogvla.files import read_object
 from cogvla.policy.foresight.patch_pca import PatchPCA
 from cogvla.policy.foresight.predictor import Prediction, Predictor
 from cogvla.policy.foresight.turn import TurnEstimator
@@ -94,20 +95,25 @@ class Foresight(nn.Module):
 
 
 def save_foresight(folder: Path, model: Foresight, about: Mapping[str, Any]) -> None:
-    """Write the model and facts about it; each file is whole or not there.
+    """Write the model and facts about it, both or neither; other files in the folder stay.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: see `atomic_folder`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    from cogvla.policy.checkpoint import atomic_folder  # imports much that a robot's monitor does not need
+
     body = {
         "model": asdict(model.config),
         "embodiment": asdict(model.embodiment),
         "statistics": {name: values.to_dict() for name, values in model.statistics.items()},
         "about": dict(about),
     }
-    write_atomic(folder / WEIGHTS, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
-    write_atomic(folder / DESCRIPTION, json.dumps(body, indent=2, default=str) + "\n")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with atomic_folder(folder) as draft:
+        if folder.exists():
+            shutil.copytree(folder, draft, dirs_exist_ok=True)
+        (draft / WEIGHTS).write_bytes(save(tensors))
+        (draft / DESCRIPTION).write_text(json.dumps(body, indent=2, default=str) + "\n")
 
 
 def load_foresight(folder: Path) -> tuple[Foresight, dict[str, Any]]:

@@ -172,12 +172,14 @@ class Thresholds:
         median: medians by camera and score.
         alpha: largest share of good episodes with an alarm.
         episodes: number of these episodes.
+        execute_steps: number of actions of each chunk that were executed in them; None: not known.
     """
 
     limit: Mapping[str, Mapping[str, float]]
     median: Mapping[str, Mapping[str, float]]
     alpha: float
     episodes: int
+    execute_steps: int | None = None
 
     @classmethod
     def of(cls, highest: Sequence[Mapping[str, Mapping[str, float]]], alpha: float) -> Thresholds:
@@ -342,7 +344,7 @@ class Monitor:
         episode.compared += 1
         before_Vs = episode.highest_Vs
         episode.highest_Vs = scores_Vs if before_Vs is None else np.maximum(before_Vs, scores_Vs)
-        above_Vs = scores_Vs / self._limit_Vs
+        above_Vs = scores_Vs / np.maximum(self._limit_Vs, np.finfo(np.float32).tiny)  # `still` may always be 0
         view, which = np.unravel_index(int(np.argmax(above_Vs)), above_Vs.shape)
         if above_Vs[view, which] > 1 and episode.alarm is None:
             episode.alarm = (

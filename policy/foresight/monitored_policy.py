@@ -68,8 +68,8 @@ def open_monitor(folder: Path, embodiment: Embodiment, calibrated: bool = True) 
     body = read_object(folder / MONITOR, CALIBRATE)
     try:
         thresholds = build(Thresholds, body["thresholds"], "thresholds")
-        if any(not float(thresholds.limit[c][s]) > 0 for c in model.embodiment.camera_names for s in SCORES):
-            raise ValueError("a threshold is not positive")
+        if any(not float(thresholds.limit[c][s]) >= 0 for c in model.embodiment.camera_names for s in SCORES):
+            raise ValueError("a threshold is negative, or no number")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / MONITOR} is damaged ({error}); {CALIBRATE}") from error
     if body.get("weights_sha256") != file_hash(folder / WEIGHTS):
@@ -126,12 +126,28 @@ class MonitoredPolicy:
         """
         found = find_foresight(folder)
         monitor = open_monitor(found, policy.embodiment)
+        measured = monitor.thresholds.execute_steps if monitor.thresholds is not None else None
+        if measured not in (None, steps):
+            raise ValueError(
+                f"the thresholds in {found / MONITOR} hold for execute_steps={measured}, not {steps}: give "
+                f"protocol.execute_steps={measured}"
+            )
         about = {"monitor": file_hash(found / MONITOR), "foresight": file_hash(found / DESCRIPTION)}
         return cls(policy, monitor, steps, about)
 
     @property
     def embodiment(self) -> Embodiment:
         return self._policy.embodiment
+
+    @property
+    def choice(self) -> Any:
+        """The measurement that chose the policy's precision; None: it was given."""
+        return getattr(self._policy, "choice", None)
+
+    def unknown_words(self, instruction: str) -> list[str]:
+        """Return the words of an instruction that the policy does not know, if it can say so."""
+        ask = getattr(self._policy, "unknown_words", None)
+        return [] if ask is None else list(ask(instruction))
 
     def describe(self) -> dict[str, Any]:
         return {**self._policy.describe(), **self._about}

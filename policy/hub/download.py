@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from cogvla.policy.hub.connection import COMMIT, REPO_ID, HubError, give_up_wait
 
 UNUSED = ("training.pt", "README.md", ".*", "*/.*")
 """Files of a repository that no policy needs."""
+WHOLE = ".cogvla_whole"
+"""File in a downloaded folder that says that all others are there; others than we may leave it half downloaded."""
 _SOURCE = re.compile(rf"(?:https?:/+(?:huggingface|hf)\.co/)?({REPO_ID.pattern})/?(?:@([\w./-]+))?")
 
 
@@ -74,18 +77,23 @@ def load_from_hub(repo_id: str, revision: str | None = None) -> Path:
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import filter_repo_objects
 
-    if revision is not None and COMMIT.fullmatch(revision) and (cached := _cached(repo_id, revision)) is not None:
-        return cached
+    given = revision if revision is not None and COMMIT.fullmatch(revision) else None
+    if given is not None and (_snapshot(repo_id, given) / WHOLE).is_file():
+        return _snapshot(repo_id, given)
     give_up_waiting()
     try:
         with hub_says(repo_id, "read"):
             commit = str(HfApi().model_info(repo_id, revision=revision).sha)
     except HubError as error:
         kept = [] if error.answered else _cached_commits(repo_id)
+        if given is not None and given in kept:
+            folder = _snapshot(repo_id, given)
+            print(f"note: {folder} was downloaded by other means, and without a network nobody knows if it is whole")
+            return folder
         advice = f"; checkpoint={repo_id}@{kept[-1]} is downloaded, and needs no network" if kept else ""
         raise HubError(f"{error}{advice}", error.answered) from error
-    if (cached := _cached(repo_id, commit)) is not None:
-        return cached
+    if (_snapshot(repo_id, commit) / WHOLE).is_file():
+        return _snapshot(repo_id, commit)
     with hub_says(repo_id, "read"):
         entries = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
         files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
@@ -94,7 +102,6 @@ def load_from_hub(repo_id: str, revision: str | None = None) -> Path:
                 f"{repo_id} on the hub is no checkpoint of this package: it has no {', '.join(missing)}; for published "
                 f"weights, run `import_checkpoint {repo_id} output=FOLDER` first"
             )
-        # The configuration comes last: where it is, everything is.
         others = [CONFIG, *UNUSED]
         folder = Path(snapshot_download(repo_id, revision=commit, ignore_patterns=others))
         needed = list(filter_repo_objects(files, ignore_patterns=others))
@@ -103,6 +110,8 @@ def load_from_hub(repo_id: str, revision: str | None = None) -> Path:
         for name in needed:
             _check(folder / name, files[name], name, repo_id)
         _check(Path(hf_hub_download(repo_id, CONFIG, revision=commit)), files[CONFIG], CONFIG, repo_id)
+        with suppress(OSError):  # a cache that only others may write
+            (folder / WHOLE).touch()
         return folder
 
 
@@ -122,17 +131,19 @@ def checkpoint_name(folder: Path) -> str:
     return folder.name
 
 
-def _cached(repo_id: str, commit: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+def _snapshot(repo_id: str, commit: str) -> Path:
+    """Return the folder of a commit in huggingface_hub's cache, whether it is there or not."""
+    from huggingface_hub import constants
 
-    found = try_to_load_from_cache(repo_id, CONFIG, revision=commit)
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
 
 
 def _cached_commits(repo_id: str) -> list[str]:
-    """Return the downloaded commits of a repository, the newest download last."""
-    from huggingface_hub import constants
-
-    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "snapshots"
-    found = [path.parent for path in snapshots.glob(f"*/{CONFIG}") if COMMIT.fullmatch(path.parent.name)]
-    return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+    """Return the commits of a repository of which all that every policy needs is there, the newest download last."""
+    needed = CONFIG, WEIGHTS, STATISTICS
+    found = [
+        folder
+        for folder in _snapshot(repo_id, "").glob("*")
+        if COMMIT.fullmatch(folder.name) and all((folder / name).is_file() for name in needed)
+    ]
+    return [folder.name for folder in sorted(found, key=lambda folder: folder.stat().st_mtime)]

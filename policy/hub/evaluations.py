@@ -13,8 +13,15 @@ AGAIN = "evaluate again with `eval_libero checkpoint=... suite=...`"
 Body = Mapping[str, Any]
 
 
-def read_reports(paths: Sequence[Path | str], weights_sha256: str) -> list[dict[str, Any]]:
+def read_reports(
+    paths: Sequence[Path | str], weights_sha256: str, forecast_sha256: str | None = None
+) -> list[dict[str, Any]]:
     """Read `report.json` and `SUITE_robustness.json` files, and check that they are about these weights.
+
+    Args:
+        paths: the files.
+        weights_sha256: hash of the checkpoint's weights.
+        forecast_sha256: hash of its forecast, which changes what is played with a latency; None: it has none.
 
     Raises:
         ValueError: one is missing, damaged or no report, or is about another checkpoint.
@@ -26,7 +33,9 @@ def read_reports(paths: Sequence[Path | str], weights_sha256: str) -> list[dict[
             body = without_paths(body)
             section(body)
             about = body["reproduce"]["policy"]
-            theirs = about.get("weights_sha256")
+            theirs, forecast = about.get("weights_sha256"), about.get("forecast_sha256")
+            rules = body["reproduce"]["protocol"]
+            told = bool(rules.get("latency")) and rules.get("committed", True)
             if "total" in body:
                 _check_sums(body)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -38,6 +47,8 @@ def read_reports(paths: Sequence[Path | str], weights_sha256: str) -> list[dict[
                 f"{path} is about another checkpoint, {about.get('checkpoint')}: its weights have the SHA-256 "
                 f"{str(theirs)[:12]}…, these {weights_sha256[:12]}…; {AGAIN}"
             )
+        if told and forecast != forecast_sha256:
+            raise ValueError(f"{path} was played late with another forecast.json than this checkpoint's; {AGAIN}")
         found.append(body)
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors
 
-from cogvla.files import read_object, visible
+from cogvla.files import file_hash, read_object, visible
 from cogvla.policy.checkpoint import (
     ANOTHER,
     CONFIG,
@@ -76,7 +76,8 @@ def policy_publication(
         measured, statistics = policy.calibration, policy.preprocessor.sets
     if measured is not None and measured.about.get("weights_sha256") != digest:
         raise ValueError(f"{folder / FLOAT8} was measured on other weights: delete it, or run `calibrate_policy` again")
-    evaluated = read_reports(reports, digest)
+    forecast = file_hash(folder / FORECAST) if (folder / FORECAST).is_file() else None
+    evaluated = read_reports(reports, digest, forecast)
     facts = without_paths({**body, "parameters": _parameters(folder), "weights_sha256": digest, "sets": statistics})
     files[CARD] = policy_card(facts, evaluated, name, license).encode()
     left_out = [path.relative_to(folder).as_posix() for path in visible(folder, "**/*") if path.is_file()]

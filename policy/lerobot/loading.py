@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from cogvla.files import file_hash, read_object, visible
+from cogvla.policy.device import usable_device
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.lerobot.pipelines import PROCESSORS, check_registered, check_statistics, saved_steps
 from cogvla.policy.lerobot.policy import IMAGES, STATE, LeRobotPolicy, Parts
@@ -47,12 +48,13 @@ def open_lerobot_policy(
         seed: see `LeRobotPolicy`.
 
     Returns:
-        The policy, and what identifies it: hashes of its weights and processors, and `cameras` if they are given.
+        The policy, and what identifies it: hashes of its weights, processors and configuration, and
+        `cameras` if they are given.
 
     Raises:
         ValueError: there is no such policy, it cannot be loaded or run, or it does not fit the robot.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(device)
     folder = _folder(source)
     body = read_object(folder / CONFIG, "give another checkpoint")
     _check_folder(folder, body)
@@ -235,26 +237,39 @@ def _loaded(config: Any, folder: Path, device: str) -> tuple[Any, Any, Any]:
 
 
 def _check_weights(policy: Any, folder: Path) -> None:
-    """Raise ValueError unless a policy has the saved weights: some of lerobot's only print that they cannot be read."""
+    """Raise ValueError unless all weights of a policy are the saved ones: some of lerobot's print that they are not."""
     there = policy.state_dict()
     with safe_open(folder / WEIGHTS, "pt") as saved:
-        found = {name: key for name in saved.keys() for key in (name, f"model.{name}") if key in there}  # noqa: SIM118
-        wrong = [
-            name
-            for name, key in found.items()
-            if not torch.equal(saved.get_tensor(name).to(there[key].dtype), there[key].cpu())
-        ]
+        names = list(saved.keys())
+        found = {name: key for name in names for key in (name, f"model.{name}") if key in there}
+
+        def loaded(name: str, key: str) -> bool:
+            return torch.equal(saved.get_tensor(name).to(there[key].dtype), there[key].cpu())
+
+        wrong = [name for name, key in found.items() if not loaded(name, key)]
+        shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in names}
+        by_name = set(found.values())
+        for key, parameter in policy.named_parameters():
+            # Tied and renamed weights are there by another name.
+            if key not in by_name and not any(
+                shape == tuple(parameter.shape) and loaded(name, key) for name, shape in shapes.items()
+            ):
+                wrong.append(key)
     if wrong or not found:
         at = f" ({', '.join(wrong[:3])})" if wrong else ""
         raise ValueError(f"lerobot has not loaded the weights in {WEIGHTS}{at}")
 
 
 def _identity(folder: Path) -> dict[str, str]:
-    """Return what identifies weights and processors."""
+    """Return what identifies weights, processors and configuration."""
     whole = hashlib.sha256()
     for file in sorted(visible(folder, "policy_*")):
         whole.update(file.read_bytes())
-    return {"weights_sha256": file_hash(folder / WEIGHTS), "processors_sha256": whole.hexdigest()}
+    return {
+        "weights_sha256": file_hash(folder / WEIGHTS),
+        "processors_sha256": whole.hexdigest(),
+        "config_sha256": file_hash(folder / CONFIG),
+    }
 
 
 def _said(error: BaseException) -> str:

@@ -291,7 +291,7 @@ class CogVLA(nn.Module):
             vision = vision if budget is None or dense else self.router.leaves(budget)
             gap = self.router.gap(vision)
         layout = TokenLayout(vision=vision, text=text_mask_BT.shape[1], action=self.action_tokens)
-        context = self.decoder.context(layout, text_mask_BT, gap, self.plan(vision, dense))
+        context = DecoderContext(self.decoder, layout, text_mask_BT, gap, self.plan(vision, dense))
         bos_1D, stop_1D = self.decoder.embed(self.special_ids).split(1)
         zeros_JD = embedded_BTD.new_zeros(self.action_tokens, self.width)
         answer_RD = torch.cat((zeros_JD if self.placeholder is None else self.placeholder, stop_1D))

@@ -152,16 +152,6 @@ class RoutedDecoder(nn.Module):
         """Return the embeddings of token ids."""
         return self.llm.embed_tokens(ids)
 
-    def context(
-        self,
-        layout: TokenLayout,
-        text_mask_BT: Tensor,
-        gap: int = 0,
-        plan: tuple[LayerTokens, ...] | None = None,
-    ) -> DecoderContext:
-        """Build mask and positions of a sequence, see `DecoderContext`."""
-        return DecoderContext(self, layout, text_mask_BT, gap, plan)
-
     def plan(
         self, vision: int, routed: Mapping[int, int] | None = None, bypass: bool = False
     ) -> tuple[LayerTokens, ...]:
@@ -219,7 +209,7 @@ class RoutedDecoder(nn.Module):
         now: Frame,
         context: DecoderContext,
         every_row: bool,
-        routing: LayerRouting | None = None,
+        routing: LayerRouting | None,
     ) -> tuple[Tensor, Frame, Selection | None]:
         """Run layer `index`; return its output, the frame of the output, and the kept vision tokens (None: all)."""
         layer, last = self.llm.layers[index], index == len(self.llm.layers) - 1

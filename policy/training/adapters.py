@@ -66,13 +66,8 @@ class FinetuneConfig:
             raise ValueError("finetune.bits=4 needs finetune.adapt: weights in 4 bits are frozen")
 
 
-def prepare(model: nn.Module, config: FinetuneConfig) -> None:
-    """Add adapters and freeze the weights that are not trained, in place.
-
-    Raises:
-        ValueError: the model has no such part, there is no linear layer to adapt, or peft or (for 4 bits) bitsandbytes
-            is not installed.
-    """
+def check_parts(model: nn.Module, config: FinetuneConfig) -> None:
+    """Check that the model has every part that is named; ValueError lists those that it has."""
     parts = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     for above, module in model.named_modules():  # parts that other configurations have are None
         parts |= {f"{above}.{name}".lstrip(".") for name, value in vars(module).items() if value is None}
@@ -83,6 +78,16 @@ def prepare(model: nn.Module, config: FinetuneConfig) -> None:
             known = {name for name in known if name and not name.startswith("_")}
             said = f"{above or 'the policy'} has {', '.join(sorted(known))}" if known else f"there is no {above}"
             raise ValueError(f"finetune names {pattern!r}, but {said}")
+
+
+def prepare(model: nn.Module, config: FinetuneConfig) -> None:
+    """Add adapters and freeze the weights that are not trained, in place.
+
+    Raises:
+        ValueError: the model has no such part, there is no linear layer to adapt, or peft or (for 4 bits) bitsandbytes
+            is not installed.
+    """
+    check_parts(model, config)
     targets = [
         name
         for name, module in model.named_modules()

@@ -165,7 +165,7 @@ class BatchBuilder:
                 )
             self.position_mean, self.position_std = positions.mean(0), positions.std(0).clamp(min=1e-3)
             if config.gripper_state:
-                relative = self._relative(positions, data.state_NS if data.rows is None else data.state_NS[data.rows])
+                relative = self._relative(positions, data.state_NS[data.all_rows])
                 self.relative_mean, self.relative_std = relative.mean(0), relative.std(0).clamp(min=1e-3)
         if self.has_alternatives:
             self.instruction_of_task = torch.full((labels["possible"].shape[-1],), -1)

@@ -84,5 +84,11 @@ class TrainingConfig:
             raise ValueError(f"unknown optimiser {self.optimiser!r}; one of {', '.join(OPTIMISERS)}")
         if not 0 < self.prefix_share <= 1:
             raise ValueError(f"training.prefix_share must be above 0 and at most 1, got {self.prefix_share}")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
+        if not (self.learning_rate > 0 and self.clip_norm > 0):
             raise ValueError("learning_rate and clip_norm must be positive")
+        for name in ("ema_decay", "validation_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("seed", "warmup_steps", "weight_decay", "validate_every", "rollout_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"training.{name} must not be negative, got {getattr(self, name)}")

@@ -9,14 +9,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from cogvla.policy.data.demonstrations import DemonstrationData
-from cogvla.policy.inputs.normalise import Statistics, rarely_used
+from cogvla.policy.inputs.normalise import Statistics, normalisers, of_each, rarely_used
 from cogvla.policy.inputs.tokenizer import Tokenizer, same_instruction
 from cogvla.policy.interface import Embodiment
 
 CLIPPED, BEYOND, LISTED = 0.05, 0.25, 5
 """Share of an instruction's frames that is worth a note; how far outside, in widths of the range; longest list."""
+BEYOND_TOKENS = 0.01
+"""How far outside of -1 to 1 an action may be without a note: about one token of the discrete head."""
 
 
 def check_instructions(tokenizer: Tokenizer, data: DemonstrationData) -> None:
@@ -56,6 +59,21 @@ def check_texts(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]]) -> None:
             )
 
 
+def check_tokens(data: DemonstrationData, embodiment: Embodiment) -> None:
+    """Check that a head of tokens, which stand for -1 to 1, can express all actions of the data; else ValueError."""
+    for statistics in of_each(data.statistics()).values():
+        low_D, high_D = statistics["action"].min, statistics["action"].max
+        ends_2D = normalisers(embodiment, statistics)[1](torch.tensor([low_D, high_D]))
+        beyond = (ends_2D.abs() > 1 + BEYOND_TOKENS).any(0).nonzero().flatten().tolist()
+        if beyond:
+            d = beyond[0]
+            raise ValueError(
+                f"head.kind=discrete has tokens for normalised actions from -1 to 1, but action {d} is not normalised, "
+                f"and goes from {low_D[d]:.4g} to {high_D[d]:.4g}: set embodiment.action_normalisation=q99 or min_max "
+                "and its action_normalise_mask, or choose another head"
+            )
+
+
 def rare_dimensions(data: DemonstrationData, embodiment: Embodiment) -> list[str]:
     """Return a line for each dimension whose range of normalisation is not q01 to q99, because it rests nearly always.
 
@@ -71,7 +89,7 @@ def rare_dimensions(data: DemonstrationData, embodiment: Embodiment) -> list[str
     ):
         if kind != "q99":
             continue
-        x_ND = (values_ND if data.rows is None else values_ND[data.rows]).numpy()
+        x_ND = values_ND[data.all_rows].numpy()
         statistics, rare_2D = Statistics.of(x_ND), rarely_used(x_ND)
         for d in np.flatnonzero(rare_2D.any(0) & np.array(mask)):
             used = " and ".join(word for word, rare in zip(("minimum", "maximum"), rare_2D[:, d], strict=True) if rare)
@@ -114,4 +132,4 @@ def clipped_instructions(data: DemonstrationData, embodiment: Embodiment) -> lis
 def _sets(data: DemonstrationData) -> list[tuple[str, DemonstrationData]]:
     """Return each data set of a mixture, with its name, as data of its own."""
     rows = data.all_rows
-    return [(p.name, replace(data, rows=rows[(rows >= p.start) & (rows < p.end)], each=False)) for p in data.parts]
+    return [(p.name, replace(data, rows=rows[p.holds(rows)], each=False)) for p in data.parts]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from cogvla.files import write_atomic
 
 
 class LossWindow:
@@ -91,9 +92,7 @@ class MetricsFile:
             kept.append(row)
         if kept == rows:
             return
-        draft = self.path.with_suffix(f".{os.getpid()}.partial")
-        draft.write_text("".join(kept))
-        draft.replace(self.path)
+        write_atomic(self.path, "".join(kept))
 
 
 def _is_until(row: str, step: int) -> bool:

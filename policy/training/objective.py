@@ -109,6 +109,7 @@ class ObjectiveConfig:
         weights = (
             *(self.grounding, self.reading, self.pointing, self.pointer),
             *(self.contrast, self.matching, self.concepts, self.diversity, self.distillation),
+            *self.phase_weights,
         )
         shares = (self.state_dropout, self.masking, self.vision_dropout, self.prior)
         if min(weights) < 0 or not 0 <= self.counterfactual < 1 or min(shares) < 0 or max(shares) > 1:
@@ -183,18 +184,15 @@ class Objective(nn.Module):
     Args:
         model: network of the policy.
         config: loss weights and shares.
-        vision_tokens: N.
-        width: D.
         teacher: teacher for `config.distillation`, see `Distillation`.
 
     Raises:
         ValueError: the policy does not support one of the losses.
     """
 
-    def __init__(
-        self, model: CogVLA, config: ObjectiveConfig, vision_tokens: int, width: int, teacher: CogVLA | None = None
-    ) -> None:
+    def __init__(self, model: CogVLA, config: ObjectiveConfig, teacher: CogVLA | None = None) -> None:
         super().__init__()
+        width, self.vision_tokens = model.width, model.vision_tokens
         tokens, camera = model.config.vision.aggregation_tokens, model.embodiment.cameras[0]
         if config.pointing and model.config.routing.efa and (tokens % 2 or camera.height != camera.width):
             raise ValueError(
@@ -203,7 +201,7 @@ class Objective(nn.Module):
             )
         self.model, self.config = model, config
         varies = bool(model.config.routing.router.train_budgets)
-        if config.grounding and varies and self._grid(vision_tokens) is None:
+        if config.grounding and varies and self._grid(self.vision_tokens) is None:
             raise ValueError(
                 "objective.grounding needs a fixed number of vision tokens, or grids of them; "
                 "routing.router.train_budgets varies the number, and this router does not leave grids: "
@@ -218,9 +216,8 @@ class Objective(nn.Module):
             )
         if config.diversity:
             check_readable(model.vision)
-        self.vision_tokens = vision_tokens
         outputs = 2 * GROUNDING_DIM if config.gripper_state else GROUNDING_DIM
-        self.grounding = GroundingHead(vision_tokens, width, outputs) if config.grounding else None
+        self.grounding = GroundingHead(self.vision_tokens, width, outputs) if config.grounding else None
         self.reading = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs)) if config.reading else None
         self.pointer = Pointer(width, model.vision.grid) if config.pointer else None
         self.matching = Matching(width) if config.matching else None

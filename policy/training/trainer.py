@@ -103,7 +103,7 @@ class Trainer:
             )
         self.preprocessor = preprocessor.to(self.accelerator.device)
         self.weights = TrainedWeights(self.accelerator, objective, config)
-        self.objective, self.raw, self.optimiser = self.weights.objective, self.weights.raw, self.weights.optimiser
+        self.objective, self.raw = self.weights.objective, self.weights.raw
         self.forward = torch.compile(self.objective) if config.compile else self.objective
         self.parallel: ParallelGradients | None = None
         alone_on_cpu = self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
@@ -165,13 +165,9 @@ class Trainer:
         self._export(self.output / "policy")
         return self.policy()
 
-    def averaged(self) -> Objective:
-        """Return the policy and its heads with averaged weights, see `TrainedWeights.averaged`."""
-        return self.weights.averaged()
-
     def policy(self) -> CogVLAPolicy:
         """Return the policy with averaged weights, without adapters."""
-        return self._policy(self.averaged())
+        return self._policy(self.weights.averaged())
 
     def _policy(self, objective: Objective) -> CogVLAPolicy:
         model = adapters.fold(objective.model)
@@ -224,7 +220,7 @@ class Trainer:
     def _export(self, folder: Path, training: dict[str, Any] | None = None) -> None:
         if not (self.weights.sharded or self.accelerator.is_main_process):
             return
-        objective = self.averaged()
+        objective = self.weights.averaged()
         if self.accelerator.is_main_process:
             save_checkpoint(
                 folder,
@@ -255,7 +251,7 @@ class Trainer:
         plays = self.evaluate is not None and self._due(self.config.rollout_every)
         if not (validates or plays) or not (self.weights.sharded or self.accelerator.is_main_process):
             return
-        objective = self.averaged()
+        objective = self.weights.averaged()
         if not self.accelerator.is_main_process:
             return
         if validates:

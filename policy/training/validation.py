@@ -35,7 +35,7 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
 
-    def add(name: str, value: float, weight: float) -> None:
+    def add(name: str, value: float, weight: float = 1) -> None:
         sums[name] = sums.get(name, 0.0) + value * weight
         counts[name] = counts.get(name, 0.0) + weight
 
@@ -44,32 +44,31 @@ def validate(objective: Objective, held_out: DemonstrationData, builder: BatchBu
         rows = batches.rows(step)
         samples: dict[str, Any] = batches.gather(rows)
         batch = builder.evaluation(samples)
+        expert_BKA, weight_BK = batch.actions_BKA, batch.weight_BK
         output = objective.model(batch.inputs)
-        add("action_l1", masked_l1(output.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
-        for number, part in enumerate(held_out.parts):
-            if (chosen := held_out.part_of(rows) == number).any():
-                error = masked_l1(output.actions[chosen], batch.actions_BKA[chosen], batch.weight_BK[chosen])
-                add(f"{part.name}/action_l1", error.item(), int(chosen.sum()))
-        reworded = objective.model(builder.evaluation(samples, held_out_wording=True).inputs)
-        add("held_out_wording_error", masked_l1(reworded.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
+        add("action_l1", masked_l1(output.actions, expert_BKA, weight_BK).item())
+        groups = {f"{part.name}/action_l1": held_out.part_of(rows) == i for i, part in enumerate(held_out.parts)}
         if "phase" in samples["labels"]:
             phase_B = samples["labels"]["phase"].flatten()
-            for phase in phase_B.unique().tolist():
-                chosen = phase_B == phase
-                error = masked_l1(output.actions[chosen], batch.actions_BKA[chosen], batch.weight_BK[chosen])
-                add(f"phase{phase}_l1", error.item(), int(chosen.sum()))
+            groups |= {f"phase{phase}_l1": phase_B == phase for phase in phase_B.unique().tolist()}
+        for name, chosen_B in groups.items():
+            if chosen_B.any():
+                error = masked_l1(output.actions[chosen_B], expert_BKA[chosen_B], weight_BK[chosen_B])
+                add(name, error.item(), int(chosen_B.sum()))
+        reworded = objective.model(builder.evaluation(samples, held_out_wording=True).inputs)
+        add("held_out_wording_error", masked_l1(reworded.actions, expert_BKA, weight_BK).item())
         if objective.grounding is not None and batch.positions_BG is not None:
             scale = builder.position_std.to(batch.positions_BG)
             error_BG = (objective.grounding(output.vision) - batch.positions_BG)[:, : len(scale)] * scale
-            add("target_cm", 100 * error_BG[:, :3].norm(dim=-1).mean().item(), 1)
-            add("goal_cm", 100 * error_BG[:, 3:].norm(dim=-1).mean().item(), 1)
+            add("target_cm", 100 * error_BG[:, :3].norm(dim=-1).mean().item())
+            add("goal_cm", 100 * error_BG[:, 3:].norm(dim=-1).mean().item())
         if objective.reading is not None and batch.positions_BG is not None:
             found_BG = objective.reading(output.states[:, 0])
             error_B3 = (found_BG - batch.positions_BG)[:, :3] * builder.position_std[:3].to(found_BG)
-            add("read_target_cm", 100 * error_B3.norm(dim=-1).mean().item(), 1)
+            add("read_target_cm", 100 * error_B3.norm(dim=-1).mean().item())
         if builder.has_alternatives:
             task_B, allowed_B = builder.alternatives(samples, generator)
             wrong_B = torch.where(allowed_B, builder.instruction_of_task[task_B], samples["instruction_id"])
             wrong = objective.model(builder.evaluation(samples, wrong_B).inputs)
-            add("wrong_instruction_l1", masked_l1(wrong.actions, batch.actions_BKA, batch.weight_BK).item(), 1)
+            add("wrong_instruction_l1", masked_l1(wrong.actions, expert_BKA, weight_BK).item())
     return {f"validation/{name}": sums[name] / counts[name] for name in sorted(sums)}

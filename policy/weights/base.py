@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -26,10 +28,14 @@ from cogvla.policy.inputs.tokenizer import (
 )
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.model.heads.regression import L1Head
 
 BACKBONES = ("decoder.llm.*", "vision.towers.*.vit.*")
 """Parts that a base must have. Others, such as head and routers, may differ and are then initialised randomly."""
+
+LANGUAGE = ("heads", "rms_norm_eps", "rope_theta")
+"""Settings of the language model that the shapes of its weights do not show, beside `kv_heads`."""
 
 
 def is_own(source: str | Path) -> bool:
@@ -42,11 +48,12 @@ def find_base(source: str) -> str:
     """Return the folder of a base; of the hub, a checkpoint of this package is downloaded, published weights are not.
 
     Raises:
-        ValueError: see `load_from_hub`.
+        ValueError: there is no such folder, and it is no name of the hub; or see `load_from_hub`.
     """
-    hub = None if Path(source).is_dir() else hub_source(source)
-    if hub is None:
+    if Path(source).is_dir():
         return source
+    if (hub := hub_source(source)) is None:
+        raise ValueError(f"base={source} is neither a folder nor USER/NAME of the hub; give the folder of a checkpoint")
     try:
         return str(load_from_hub(*hub))
     except (HubError, NoCheckpointError):
@@ -117,6 +124,11 @@ def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | Non
             f"{folder} has {', '.join(deeper[:3])} ({len(deeper)} tensors), for which the configuration has no place; "
             "set policy=, routing= and image size as in its training"
         )
+    try:
+        config = CogVLAConfig.from_dict(body["model"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{CONFIG} in {folder} is damaged ({error!r}); {ANOTHER}") from error
+    _check_settings(config, model.config, folder)
     with torch.no_grad():
         for name in fits:
             wanted[name].copy_(source[name])
@@ -124,6 +136,39 @@ def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | Non
     if preprocessor is not None:
         said += _change_units(model, fits, Path(folder), body["embodiment"], preprocessor)
     return said + ([f"nothing into {', '.join(_parts(new))}, which are initialised randomly"] if new else [])
+
+
+def _check_settings(base: CogVLAConfig, ours: CogVLAConfig, folder: Path | str) -> None:
+    """Check what shapes do not show: with other heads or positions the weights fit, and compute something else.
+
+    Raises:
+        ValueError: towers or language model of the base differ in it.
+    """
+    check_language(base.language, ours.language, folder)
+    pairs = []
+    for tower in ("dinov2", "siglip"):
+        theirs, mine = getattr(base.vision, tower), getattr(ours.vision, tower)
+        pairs += [(f"vision.{tower}.{name}", getattr(theirs, name), getattr(mine, name)) for name in ("mean", "std")]
+        if None not in (theirs.heads, mine.heads):  # timm's towers say it themselves
+            pairs.append((f"vision.{tower}.heads", theirs.heads, mine.heads))
+    _check_equal(pairs, folder)
+
+
+def check_language(base: LanguageConfig, ours: LanguageConfig, folder: Path | str) -> None:
+    """Check what the shapes of a language model's weights do not show.
+
+    Raises:
+        ValueError: the language model of the base differs in it.
+    """
+    pairs = [(f"language.{name}", getattr(base, name), getattr(ours, name)) for name in LANGUAGE]
+    _check_equal([*pairs, ("language.kv_heads", base.kv_heads or base.heads, ours.kv_heads or ours.heads)], folder)
+
+
+def _check_equal(pairs: Sequence[tuple[str, object, object]], folder: Path | str) -> None:
+    for name, there, here in pairs:
+        near = isinstance(there, float) and isinstance(here, float) and math.isclose(there, here, rel_tol=1e-5)
+        if there != here and not near:  # GGUF has float32
+            raise ValueError(f"{folder} was trained with {name} {there}, not {here}: set policy.{name}={there}")
 
 
 @torch.no_grad()

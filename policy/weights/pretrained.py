@@ -5,10 +5,8 @@ Parameters without published weights keep their initial values.
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
-from typing import Any
 
 import timm
 from torch import Tensor, nn
@@ -16,9 +14,9 @@ from transformers import AutoModel
 
 from cogvla.policy.inputs.pretrained_source import load_pretrained
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.model.config import LanguageConfig
+from cogvla.policy.weights.base import check_language
 from cogvla.policy.weights.import_weights import check_numbers, load_parameters
-from cogvla.policy.weights.release import Release, open_release
+from cogvla.policy.weights.release import Release, open_release, with_published
 
 _PART = re.compile(
     r"decoder\.(?:llm|routers\.\d+)|vision\.(?:towers\.\w+\.\w+|fusion)|\w+"  # parts that are loaded completely or not
@@ -58,13 +56,14 @@ def load_backbones(model: CogVLA) -> list[str]:
             raise ValueError(
                 f"the weights of {hub!r} lack {', '.join(missing[:3])} ({len(missing)}); download them again"
             )
-        _check_settings(published.config, model.config.language, hub)
+        language = model.config.language
+        check_language(with_published(language, published.config.to_dict(), hub), language, hub)
         _copy(published.state_dict(), model.decoder.llm, hub)
         loaded.append(f"language: {hub}")
     return loaded
 
 
-def load_base(model: CogVLA, source: str | Path | Release) -> list[str]:
+def load_base(model: CogVLA, source: str | Path | Release) -> tuple[set[str], list[str]]:
     """Load the weights that a model and a published checkpoint have in common, in place.
 
     Towers and language model must fit. Each other part (head, state projector, fusion, ...) is loaded if the source has
@@ -75,12 +74,13 @@ def load_base(model: CogVLA, source: str | Path | Release) -> list[str]:
         source: folder or hub id of OpenVLA, OpenVLA-OFT, Prismatic or a CogVLA release, or an open `Release`.
 
     Returns:
-        Lines for the log: which parts were loaded and which are new.
+        The parts that were loaded, such as `head`, and lines for the log: which parts were loaded and which are new.
 
     Raises:
         ValueError: there is no such checkpoint, or its towers or language model do not fit the configuration.
     """
     release = source if isinstance(source, Release) else open_release(source)
+    check_language(release.language(model.config.language), model.config.language, release.folder)
     names, weights = release.names(model), release.weights
     new: set[str] = set()
     loaded: set[str] = set()
@@ -96,45 +96,15 @@ def load_base(model: CogVLA, source: str | Path | Release) -> list[str]:
     loaded -= new
     load_parameters(model, weights, lambda ours: names(ours) if _part(ours) in loaded else ())
     said = [f"{release.kind} from {release.folder}: {', '.join(sorted(loaded))}"]
-    return said + ([f"not in {release.folder}, initialised randomly: {', '.join(sorted(new))}"] if new else [])
+    if new:
+        said.append(f"not in {release.folder}, initialised randomly: {', '.join(sorted(new))}")
+    return loaded, said
 
 
 def _part(name: str) -> str:
     match = _PART.match(name)
     assert match, f"a parameter has a name, got {name!r}"
     return match[0]
-
-
-def _check_settings(published: Any, language: LanguageConfig, name: str) -> None:
-    """Check what shapes do not show: with other heads or positions the weights fit, and compute something else."""
-    rope = getattr(published, "rope_parameters", None) or getattr(published, "rope_scaling", None) or {}
-    theirs = {
-        "architecture": published.model_type,
-        "heads": getattr(published, "num_attention_heads", None),
-        "kv_heads": getattr(published, "num_key_value_heads", None),
-        "rms_norm_eps": getattr(published, "rms_norm_eps", None),
-        "rope_theta": rope.get("rope_theta", getattr(published, "rope_theta", None)),
-    }
-    ours = {
-        "architecture": language.architecture,
-        "heads": language.heads,
-        "kv_heads": language.kv_heads or language.heads,
-        "rms_norm_eps": language.rms_norm_eps,
-        "rope_theta": language.rope_theta,
-    }
-    for key, value in ours.items():
-        same = math.isclose(theirs[key] or 0, value, rel_tol=1e-5) if isinstance(value, float) else theirs[key] == value
-        if not same:
-            raise ValueError(
-                f"{name!r} has {key} {theirs[key]}, the configuration {value}: set policy.language.{key}"
-                + (", or choose a Llama or Qwen2" if key == "architecture" else "")
-            )
-    kind, activation = rope.get("rope_type", rope.get("type", "default")), getattr(published, "hidden_act", "silu")
-    if kind != "default" or activation != "silu":
-        raise ValueError(
-            f"{name!r} has positions of type {kind!r} and the activation {activation!r}; only 'default' and 'silu' are "
-            "supported: choose another model"
-        )
 
 
 def _copy(source: dict[str, Tensor], target: nn.Module, name: str) -> None:

@@ -16,7 +16,7 @@ from cogvla.errors import first_line
 from cogvla.files import read_object, visible
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
 from cogvla.policy.weights.import_cogvla import cogvla_names, cogvla_weights
 from cogvla.policy.weights.import_openvla import openvla_names, openvla_weights
 from cogvla.policy.weights.import_weights import Names, unused_tensors
@@ -31,8 +31,57 @@ _TEXT_CONFIG = {
     "num_attention_heads": "heads",
     "num_key_value_heads": "kv_heads",
     "rms_norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
 }
+_COMPUTED = {
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+}
+"""Settings of a language model that ours has no choice of -> what it computes."""
+
+
+def rope_theta(text: Mapping[str, Any], name: str | Path) -> float | None:
+    """Return the base of the positions of a language model that ours can compute; None: not given.
+
+    Args:
+        text: its settings; transformers 5 writes those of the positions as `rope_parameters`, 4 as `rope_theta` and
+            `rope_scaling`.
+        name: its name, for errors.
+
+    Raises:
+        ValueError: our language model does not compute what the settings say.
+    """
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    given = {**text, **rope}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    wrong = [] if kind == "default" else [f"positions of type {kind!r} (only 'default')"]
+    for key, ours in _COMPUTED.items():
+        if given.get(key) not in (None, ours):
+            wrong.append(f"{key} {given[key]!r} (only {ours!r})")
+    if wrong:
+        raise ValueError(f"{str(name)!r} has {', '.join(wrong)}, which is not computed here: choose another model")
+    return given.get("rope_theta")
+
+
+def with_published(config: LanguageConfig, text: Mapping[str, Any], name: str | Path) -> LanguageConfig:
+    """Return the configuration with what the settings (`text`) of a published language model say.
+
+    Raises:
+        ValueError: that language model computes something else than ours.
+    """
+    if (kind := text.get("model_type", config.architecture)) != config.architecture:
+        raise ValueError(
+            f"{name} has architecture {kind}, the configuration {config.architecture}: set "
+            "policy.language.architecture, or choose a Llama or Qwen2"
+        )
+    sizes = {ours: text[theirs] for theirs, ours in _TEXT_CONFIG.items() if theirs in text}
+    if (theta := rope_theta(text, name)) is not None:
+        sizes["rope_theta"] = theta
+    if "heads" in sizes:
+        sizes.setdefault("kv_heads", None)  # default: as many as heads
+    return replace(config, **sizes)
 
 
 @dataclass(frozen=True)
@@ -59,17 +108,15 @@ class Release:
         """Return the configuration with the sizes, towers and routing of `config.json`.
 
         Raises:
-            ValueError: the release is a variant of CogVLA that has no aggregation tokens, FiLM or stream weights.
+            ValueError: the release is a variant of CogVLA that has no aggregation tokens, FiLM or stream weights, or
+                its language model computes something else than ours.
         """
         text = self.config.get("text_config", {})
-        sizes = {ours: text[theirs] for theirs, ours in _TEXT_CONFIG.items() if theirs in text}
-        if "heads" in sizes:
-            sizes.setdefault("kv_heads", None)  # default: as many as heads
         towers = {}
         for name, timm in zip(("dinov2", "siglip"), self.config.get("timm_model_ids", ()), strict=False):
             tower = getattr(config.vision, name)
             towers[name] = replace(tower, timm=timm, width=None, depth=None, heads=None)
-        config = replace(config, language=replace(config.language, **sizes), vision=replace(config.vision, **towers))
+        config = replace(config, language=self.language(config.language), vision=replace(config.vision, **towers))
         if self.kind != "cogvla":
             return config
         for switch, needed in (("use_aggr", True), ("use_film", True), ("vision_aggregate_type", "moe")):
@@ -85,6 +132,10 @@ class Release:
                 routing = replace(routing, **{ours: text[theirs]})
         tokens = self.config.get("num_vision_aggr", config.vision.aggregation_tokens)
         return replace(config, routing=routing, vision=replace(config.vision, aggregation_tokens=tokens))
+
+    def language(self, config: LanguageConfig) -> LanguageConfig:
+        """Return the configuration of the language model with what `config.json` says of it, see `with_published`."""
+        return with_published(config, self.config.get("text_config", {}), self.folder)
 
     def statistics(self, dataset: str | None = None) -> tuple[dict[str, Statistics], tuple[bool, ...]]:
         """Read the statistics of state and action, and the mask of normalised action dimensions.

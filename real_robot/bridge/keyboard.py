@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import sys
@@ -12,9 +13,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Self
 
+_log = logging.getLogger(__name__)
+
 
 class Keyboard:
     """Context manager that calls back with every key, from its own thread.
+
+    An exception of the callback is logged, and the next key works: it may be the emergency stop.
 
     Args:
         on_key: callback with one character; line ends from a pipe are left out.
@@ -54,4 +59,7 @@ class Keyboard:
                 return
             for key in pressed:
                 if terminal or key not in "\r\n":
-                    self._on_key(key)
+                    try:
+                        self._on_key(key)
+                    except Exception:
+                        _log.exception("key %r has failed", key)

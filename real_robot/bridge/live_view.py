@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, Self
@@ -17,6 +19,8 @@ from cogvla.real_robot.bridge.writing_thread import WritingThread
 
 VIEWS = ("auto", "rerun", "video", "none")
 _HEIGHT = 256
+WAITING = 200
+"""Largest number of frames of a video that wait for encoding."""
 
 
 class LiveView(Protocol):
@@ -51,13 +55,15 @@ def choose_view(view: str) -> str:
 class VideoView(WritingThread[tuple[Tick, str]]):
     """Video of all cameras side by side, with instruction, state and note above them, one frame per tick.
 
+    Frames that a slow encoder has no room for are left out; the number of the tick above each shows where.
+
     Args:
         path: path of the mp4; the file is complete when the context is left.
         fps: frames per second, the control rate.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
-        super().__init__("video")
+        super().__init__("video", WAITING)
         self.path = path
         self._writer = VideoWriter(path, fps)
         self._note = ""
@@ -65,7 +71,8 @@ class VideoView(WritingThread[tuple[Tick, str]]):
     def show(self, tick: Tick) -> None:
         """See `LiveView`."""
         if tick.instruction and tick.images:
-            self._waiting.put((tick, self._note))
+            with suppress(queue.Full):
+                self._waiting.put_nowait((tick, self._note))
 
     def note(self, text: str) -> None:
         """See `LiveView`."""

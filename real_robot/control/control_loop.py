@@ -117,7 +117,8 @@ class ControlLoop:
         self._moved_tick = -1  # last tick whose command moved the arm
         self._rests_at = -math.inf  # time at which the last action of the policy has taken effect
         self._held_since = 0.0
-        self._last_failure: str | None = None  # reason of the last request without an answer, until one is answered
+        self._last_failure: str | None = None  # why the last request has no usable answer, until one has
+        self._unasked: str | None = None  # why there is no request although one is due
         self._stale = False
         self._hold_reason = ""
         self._teleoperated = False
@@ -184,9 +185,9 @@ class ControlLoop:
 
         Once engaged, the loop sends nothing. After the release the fault stays until the reset.
         """
+        self._counts["faults"] += engaged and self.state is not State.STOPPED
         self._watchdog.set_estop(engaged)
         if engaged:
-            self._counts["faults"] += 1
             self._teleoperated = False
             self._new_epoch()
 
@@ -237,6 +238,7 @@ class ControlLoop:
         if self._observations.stale(now) is not None:
             return None
         found = self._observations.synchronised()
+        self._unasked = found if isinstance(found, str) else None
         if isinstance(found, str) or found.stamp < self._handed_back_at:
             return None
         if self._pauses and found.stamp < self._rests_at:
@@ -278,9 +280,9 @@ class ControlLoop:
             return self._discard("old_epoch_chunks", f"asked in epoch {request.epoch}, now it is epoch {self._epoch}")
         actions, action_dim = chunk.actions, self.embodiment.action_dim
         if actions.ndim != 3 or len(actions) != 1 or actions.shape[2] != action_dim:
-            return self._discard("refused_chunks", f"expected actions [1,K,A={action_dim}], got {actions.shape}")
-        if actions.dtype.kind != "f" or not np.isfinite(actions).all():
-            return self._discard("refused_chunks", f"actions are NaN, infinite or not floating point ({actions.dtype})")
+            return self._refuse("refused_chunks", f"expected actions [1,K,A={action_dim}], got {actions.shape}")
+        if actions.dtype.kind != "f" or not (np.abs(actions) <= np.finfo(np.float32).max).all():  # told to the policy
+            return self._refuse("refused_chunks", f"actions are NaN, infinite or not floating point ({actions.dtype})")
         actions_KA = actions[0].astype(np.float64)
         next_tick = self._clock.next_tick
         # while the arm rests, no action of the chunk has passed
@@ -293,7 +295,7 @@ class ControlLoop:
         else:
             usable = self._queue.add(actions_KA, observed_tick, next_tick)
         if not usable:
-            return self._discard("late_chunks", f"all {len(actions_KA)} ticks of the chunk have passed")
+            return self._refuse("late_chunks", f"all {len(actions_KA)} ticks of the chunk have passed")
         self._counts["chunks"] += 1
         self._counts["late_actions"] += len(actions_KA) - usable
         self._observed_tick = observed_tick
@@ -397,7 +399,11 @@ class ControlLoop:
         if moving and not self._pauses:
             self._counts["starvations"] += 1
         waiting = "waiting for the policy" if self._pauses else "no action for this tick"
-        return waiting if self._last_failure is None else f"{waiting}: {self._last_failure}"
+        return waiting if self._trouble is None else f"{waiting}: {self._trouble}"
+
+    @property
+    def _trouble(self) -> str | None:
+        return self._unasked or self._last_failure
 
     @property
     def _alarm(self) -> str | None:
@@ -482,7 +488,7 @@ class ControlLoop:
             "teleoperated": self._teleoperated,
             "remaining": self._queue.remaining(self._clock.next_tick),
             "in_flight": self._prefetch.in_flight is not None,
-            "last_failure": self._last_failure,
+            "last_failure": self._trouble,
             "p95_latency_ms": self._prefetch.latency.p95 * 1e3,
             "ages_s": self._observations.ages(now),
             "stale": self._observations.stale(now),
@@ -517,7 +523,12 @@ class ControlLoop:
         self._epoch += 1
         self._counts["epochs"] += 1
         self._queue.clear()
-        self._unsent_stamp = None
+        self._unsent_stamp = self._unasked = None
+
+    def _refuse(self, count: str, reason: str) -> str:
+        """Discard an answer of this epoch, and keep the reason for those who wonder why the arm holds."""
+        self._last_failure = reason
+        return self._discard(count, reason)
 
     def _discard(self, count: str, reason: str) -> str:
         self._counts[count] += 1

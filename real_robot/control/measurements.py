@@ -33,7 +33,7 @@ class Measurements:
             starvations: no action left while the arm moved; stale: holds because of a sensor;
             clock_jumps, faults, epochs; alarms: of a monitor;
             of a `Bridge`: late_ticks: ticks more than a period late (the missed ticks are skipped); dry_run: commands
-            that were only shown.
+            that were only shown; unsent: commands that a newer one replaced before a robot of lerobot took them.
     """
 
     def __init__(self) -> None:
@@ -82,6 +82,7 @@ def latency_table(measurements: Measurements, control_hz: float) -> str:
         "teleop",
         "hold",
         "late_ticks",
+        "unsent",
         "deadline_misses",
         "starvations",
         "late_chunks",

@@ -32,7 +32,7 @@ from cogvla.real_robot.control.settings import PerDimension, SafetyLimits
 FAR = 1e9
 """Value that means "no limit"; finite, so that the arithmetic needs no special cases."""
 SEED_TOLERANCE = 0.01
-"""Distance in m or rad by which an arm at its mechanical stop may measure outside its limits."""
+"""`SafetyLimits.outside` unless it is given; for arms whose limits are in m or rad."""
 BRAKING = 100
 """Largest number of braking commands at the end of a plan; an arm that brakes for longer gets the rest later."""
 _SLACK = 1e-9
@@ -71,6 +71,7 @@ class SafetyLimiter:
         self._step_D = _numbers(limits.step, dims, FAR)
         self._speed_D = _numbers(limits.velocity, dims, FAR) * period
         self._change_D = _numbers(limits.acceleration, dims, FAR / period**2) * period**2
+        self._outside = SEED_TOLERANCE if limits.outside is None else limits.outside
         self._largest_D = np.minimum(self._step_D, self._speed_D)
         self._lead_D = _numbers(limits.lead, dims, FAR if self._absolute else 0.0)
         self.limited: tuple[str, ...] = ()
@@ -183,8 +184,8 @@ class SafetyLimiter:
         measured_D = np.where(self._measured_D, state_S[self._index_D], 0.0)
         if self._reference_D is None:
             outside_D = np.maximum(measured_D - self._high_D, self._low_D - measured_D)
-            if self._absolute and (outside_D > SEED_TOLERANCE).any():
-                names = [f"{d}: {measured_D[d]:.4f}" for d in np.flatnonzero(outside_D > SEED_TOLERANCE)]
+            if self._absolute and (outside_D > self._outside).any():
+                names = [f"{d}: {measured_D[d]:.4f}" for d in np.flatnonzero(outside_D > self._outside)]
                 raise LimitError(f"the arm is outside its joint limits ({', '.join(names)}); move it back by hand")
             return np.clip(measured_D, self._low_D, self._high_D) if self._absolute else measured_D
         ahead_D = np.where(self._measured_D, self._reference_D - measured_D, 0.0)

@@ -19,7 +19,7 @@ PerDimension = tuple[float | None, ...] | None
 
 @dataclass(frozen=True)
 class SafetyLimits:
-    """Safety limits of every command. Each [D] entry has one number per arm dimension, in physical units (m, rad).
+    """Safety limits of every command. Each [D] entry has one number per arm dimension, in the robot's units (m, rad).
 
     None, for one dimension or for all, means no limit. An action past a limit is clamped to it. If `reject` names the
     limit, such an action stops the loop with a fault instead. The braking of a hold is always clamped.
@@ -37,6 +37,8 @@ class SafetyLimits:
             For deltas it describes the robot's own controller, which limits its target in this way (None: its target
             starts from the measured position). For absolute targets a larger distance is a fault: the arm does
             not follow.
+        outside: distance by which an arm at its mechanical stop may measure outside its joint limits at the start;
+            None: 0.01, for m and rad.
         gripper_step: maximum change of each gripper's value per tick; its range is the embodiment's open to close.
         reject: limits that cause a fault instead of clamping: "position", "step", "velocity", "acceleration".
     """
@@ -50,6 +52,7 @@ class SafetyLimits:
     velocity: PerDimension = None
     acceleration: PerDimension = None
     lead: PerDimension = None
+    outside: float | None = None
     gripper_step: float | None = None
     reject: tuple[str, ...] = ()
 
@@ -66,6 +69,12 @@ class SafetyLimits:
             for value in getattr(self, name) or ():
                 if not (value is None or (math.isfinite(value) and value > 0)):
                     raise ValueError(f"limits: {name} must be positive numbers (null: no limit), got {value}")
+        for name in self.reject:
+            values = (self.position_low, self.position_high) if name == "position" else (getattr(self, name),)
+            if all(value is None for of_all in values for value in of_all or ()):
+                raise ValueError(f"limits: reject names {name}, which has no limit: give one, or no motion is past it")
+        if self.outside is not None and not self.outside >= 0:
+            raise ValueError(f"limits: outside must not be negative, got {self.outside}")
         if self.gripper_step is not None and not self.gripper_step > 0:
             raise ValueError(f"limits: gripper_step must be positive, got {self.gripper_step}")
         for low, high in zip(self.position_low or (), self.position_high or (), strict=False):
@@ -100,7 +109,10 @@ class SafetyLimits:
         bounded = [
             d
             for d in range(dims)
-            if any(values is not None and values[d] is not None for values in (self.position_low, self.position_high))
+            if any(
+                values is not None and values[d] is not None
+                for values in (self.position_low, self.position_high, self.lead)
+            )
         ]
         needed = range(dims) if self.kind == "absolute" else bounded
         unmeasured = [d for d in needed if index_D[d] is None]
@@ -138,7 +150,8 @@ class LoopSettings:
         deadline_s: time after which a request without an answer has failed.
         retry_s: pause after a failed request.
         hold_limit_s: maximum hold during motion; a longer one stops the loop with a fault.
-        clock_gap_s: gap between two ticks, or step back of the clock, after which the loop discards all samples.
+        clock_gap_s: gap between two ticks, or step back of the clock, after which the loop discards all samples;
+            longer than a control period.
     """
 
     image_age_s: float = 0.2
@@ -184,6 +197,8 @@ class LoopSettings:
             raise ValueError(f"loop: overlap must be one of {', '.join(OVERLAPS)}, got {self.overlap!r}")
         if self.ask not in ASK:
             raise ValueError(f"loop: ask must be one of {', '.join(ASK)}, got {self.ask!r}")
+        if self.ask == "after" and self.overlap != "replace":
+            raise ValueError(f"loop: overlap={self.overlap} needs ask=ahead; with ask=after no chunks overlap")
         if not math.isfinite(self.ensemble_m):
             raise ValueError(f"loop: ensemble_m must be finite, got {self.ensemble_m}")
 

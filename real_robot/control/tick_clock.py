@@ -18,7 +18,7 @@ class TickClock:
 
     Args:
         period_s: period of the control loop.
-        gap_s: `LoopSettings.clock_gap_s`.
+        gap_s: `LoopSettings.clock_gap_s`; ValueError if each tick would be a jump.
 
     Attributes:
         now: newest time passed to `tell`.
@@ -26,6 +26,8 @@ class TickClock:
     """
 
     def __init__(self, period_s: float, gap_s: float) -> None:
+        if gap_s <= period_s:
+            raise ValueError(f"loop: clock_gap_s must be longer than a control period of {period_s:g} s, got {gap_s:g}")
         self._period_s = period_s
         self._gap_s = gap_s
         self._ticked_at: deque[float] = deque(maxlen=KEEP_PASSED)

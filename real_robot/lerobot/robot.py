@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -177,13 +178,14 @@ class LeRobotFrontEnd:
         self._period_s = 1.0 / embodiment.control_hz
         self._now: Callable[[], float] = lambda: 0.0
         self._command: tuple[np.ndarray, float] | None = None
+        self._counts: Counter[str] = Counter()
         self._condition = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def start(self, bridge: Bridge) -> None:
         """See `FrontEnd.start`."""
-        self._now = bridge.now
+        self._now, self._counts = bridge.now, bridge.measurements.counts
         self._thread = threading.Thread(target=self._run, args=(bridge,), name="robot", daemon=True)
         self._thread.start()
 
@@ -191,6 +193,7 @@ class LeRobotFrontEnd:
         """See `FrontEnd.send`."""
         if not dry_run:
             with self._condition:
+                self._counts["unsent"] += self._command is not None
                 self._command = action_A, self._now()
                 self._condition.notify()
 

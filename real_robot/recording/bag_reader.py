@@ -41,8 +41,8 @@ DISTROS = {
     "jazzy": Stores.ROS2_JAZZY,
     "kilted": Stores.ROS2_KILTED,
 }
-SKEW_S = 10.0
-"""Largest difference between a stamp and the time of recording, in seconds; more means that the clocks differ."""
+LATCHED_S = 2.0
+"""Seconds from the beginning of a bag in which the recorder finds a latched instruction that was given before."""
 PAUSE_TICKS = 10
 """Number of ticks without a command that end an episode; in shorter pauses the arm was held."""
 
@@ -149,6 +149,7 @@ class BagReader:
         self._distro = distro
         self._commands = Commands(topics, embodiment)
         self._open = ExitStack()
+        self._away_s: dict[str, float] = {}  # topic -> how far its last sample of another clock was away
         self.skipped: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -234,12 +235,13 @@ class BagReader:
             return "no command"
         state_S = bag.states.newest(when, loop.state_age_s)
         if state_S is None:
-            return f"no joint state for {loop.state_age_s:g} s"
+            return f"no joint state for {loop.state_age_s:g} s{self._other_clock(self._topics.joint_states)}"
         images = {camera: times.newest(when, loop.image_age_s) for camera, times in bag.cameras.items()}
         there = {camera: number for camera, number in images.items() if number is not None}
         if len(there) < len(images):
-            missing = ", ".join(camera for camera in images if camera not in there)
-            return f"no image of {missing} for {loop.image_age_s:g} s"
+            missing = [camera for camera in images if camera not in there]
+            clocks = "".join(self._other_clock(self._topics.cameras[camera]) for camera in missing)
+            return f"no image of {', '.join(missing)} for {loop.image_age_s:g} s{clocks}"
         return _Frame(text, state_S, action_A, there, is_held=command_A is None)
 
     def _check(self) -> None:
@@ -299,13 +301,18 @@ class BagReader:
                 raise ValueError(f"{topic} in {self._path}: {error}") from None
             if not np.isfinite(values).all():
                 raise ValueError(f"{topic} in {self._path} holds NaN or infinite values")
-            first = self._time(topic, message, recorded) if topic == self._topics.joint_states else recorded
+            first: float | None = recorded
+            if topic == self._topics.joint_states:
+                first = self._time(topic, message, recorded, self._robot.loop.state_age_s)
+            if first is None:
+                continue
             while samples.times and topic == self._topics.command and samples.times[-1] > first - period / 2:
                 samples.times.pop()  # the rest of the trajectory before
                 samples.values.pop()
             samples.times += [first + period * number for number in range(len(values))]
             samples.values += list(values)
         samples.sort()
+        self._check_clock(topic, samples)
         return samples
 
     def _instructions(self, instruction: str | None) -> Samples:
@@ -317,28 +324,46 @@ class BagReader:
         for _, recorded, message in self._messages(self._topics.instruction):
             texts.times.append(recorded)
             texts.values.append(message.data.strip())
-        if texts.times:  # the topic is latched: the first text was already valid when recording began
-            texts.times[0] = float("-inf")
+        if texts.times and texts.times[0] - self._reader.start_time * 1e-9 <= LATCHED_S:
+            texts.times[0] = float("-inf")  # a latched one was valid before the recorder found it
         return texts
 
     def _image_times(self, camera: str) -> Samples:
         topic, samples = self._topics.cameras[camera], Samples()
         for number, recorded, message in self._messages(topic):
-            samples.times.append(self._time(topic, message, recorded))
-            samples.values.append(number)
+            when = self._time(topic, message, recorded, self._robot.loop.image_age_s)
+            if when is not None:
+                samples.times.append(when)
+                samples.values.append(number)
         samples.sort()
+        self._check_clock(topic, samples)
         return samples
 
-    def _time(self, topic: str, message: Any, recorded: float) -> float:
+    def _time(self, topic: str, message: Any, recorded: float, age_s: float) -> float | None:
+        """Return when a sample was taken; None if it is as far from the time of recording as the bridge refuses.
+
+        Commands have the time of recording, so a sensor with another clock would show what came long before or after.
+        """
         if self._topics.stamps == "arrival":
             return recorded
         stamp = seconds_of(message.header.stamp)
-        if abs(stamp - recorded) > SKEW_S:
+        away_s = abs(stamp - recorded)
+        if away_s <= age_s:
+            return stamp
+        self._away_s[topic] = away_s
+        return None
+
+    def _check_clock(self, topic: str, samples: Samples) -> None:
+        if not samples.times and topic in self._away_s:
             raise ValueError(
-                f"stamps of {topic} are {abs(stamp - recorded):.0f} s from the time of recording; give "
-                "topics.stamps=arrival if its driver does not fill them in"
+                f"stamps of {topic} are {self._away_s[topic]:.1f} s from the time of recording: its clock is another "
+                "one; give topics.stamps=arrival, also if its driver does not fill them in"
             )
-        return stamp
+
+    def _other_clock(self, topic: str) -> str:
+        """Return what to add to the reason for a missing sample: its stamp may have been that of another clock."""
+        away_s = self._away_s.get(topic)
+        return "" if away_s is None else f"; some stamps of {topic} are {away_s:.1f} s from the time of recording"
 
     def _action(self, commands: Samples, gripper: Samples | None, when: float) -> np.ndarray | None:
         """Return the action [A] of a tick, or None; a gripper with its own topic keeps its last command."""

@@ -177,6 +177,7 @@ class Recorder(WritingThread[Tick | str]):
         self._states: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
         self._interventions: list[bool] = []
+        self._dropped = False  # the running episode: what is left of it is not recorded
         self._images: defaultdict[str, list[bytes]] = defaultdict(list)
 
     @property
@@ -195,7 +196,10 @@ class Recorder(WritingThread[Tick | str]):
             ) from None
 
     def end_episode(self, keep: bool = True) -> None:
-        """End the running episode and keep or drop it; to drop without a running one deletes the last episode."""
+        """End the running episode and keep or drop it; to drop without a running one deletes the last episode.
+
+        The rest of a dropped episode is dropped, too, until the bridge stops sending or gets another instruction.
+        """
         self._waiting.put("end" if keep else "drop")
 
     def __exit__(
@@ -226,7 +230,7 @@ class Recorder(WritingThread[Tick | str]):
         complete = tick.command.action_A is not None and tick.state_S is not None and set(tick.images) >= self._cameras
         if not complete or tick.instruction != self._instruction:
             self._end()
-        if not complete or not tick.instruction:
+        if not complete or not tick.instruction or self._dropped:
             return
         assert tick.state_S is not None
         assert tick.command.action_A is not None
@@ -246,11 +250,13 @@ class Recorder(WritingThread[Tick | str]):
         self._clear()
 
     def _drop(self) -> None:
-        if self._states:
+        if self._states or self._dropped:
+            instruction = self._instruction
             self._clear()
+            self._instruction, self._dropped = instruction, True
         elif self._numbers:
             self._folder.remove(self._numbers.pop())
 
     def _clear(self) -> None:
         self._instruction, self._states, self._actions, self._images = "", [], [], defaultdict(list)
-        self._interventions = []
+        self._interventions, self._dropped = [], False

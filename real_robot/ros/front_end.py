@@ -95,6 +95,7 @@ class RosFrontEnd:
     def start(self, bridge: Bridge) -> None:
         """Subscribe to the topics and offer the services."""
         node, topics = self._node, self._topics
+        node.on_failure(lambda error: bridge.fail(ConnectionError(f"ROS 2: {type(error).__name__}: {error}")))
         for camera, topic in topics.cameras.items():
             compressed = topic.endswith("/compressed")
             kind, read = (COMPRESSED_IMAGE, compressed_image_of) if compressed else (IMAGE, image_of)
@@ -150,7 +151,7 @@ class RosFrontEnd:
         def fail(goal: Fields) -> None:
             position = goal["command"]["position"]
             error = f"the gripper's controller refuses to move it to {position:g}: compare topics.gripper_positions"
-            bridge.fail(RuntimeError(error))
+            bridge.fail(ValueError(error))
 
         return fail
 

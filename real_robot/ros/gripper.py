@@ -32,7 +32,7 @@ class GripperGoals:
         """Have the gripper move to a position.
 
         Raises:
-            RuntimeError: there is no action server.
+            ConnectionError: there is no action server.
         """
         if self._goal is not None:
             change = abs(position - self._goal)
@@ -41,7 +41,7 @@ class GripperGoals:
         if self._give({"command": {"position": position, "max_effort": self._effort}}):
             self._goal = position
         elif time.monotonic() > self._patient_until:
-            raise RuntimeError(f"the gripper has no action server {self._action}: start its controller")
+            raise ConnectionError(f"the gripper has no action server {self._action}: start its controller")
 
     def forget(self) -> None:
         """Send the next position in any case, because the gripper may have been moved in the meantime."""

@@ -29,7 +29,7 @@ from rclpy.signals import SignalHandlerOptions
 
 from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.ros.front_end import RosFrontEnd, offer_orders
-from cogvla.real_robot.ros.network import profile_variables
+from cogvla.real_robot.ros.network import no_port_of_the_dead, profile_variables
 from cogvla.real_robot.ros.node import Answer
 from cogvla.real_robot.ros.parameters import PARAMETERS, check_names, parts, typed
 from cogvla.real_robot.ros.rclpy_node import RclpyNode
@@ -92,7 +92,8 @@ class BridgeNode(LifecycleNode):
         self.add_on_set_parameters_callback(self._may_set)
         self._orders = Orders()
         self._ros: RclpyNode | None = None
-        self._always = RclpyNode(self, self._failed)
+        self._always = RclpyNode(self)
+        self._always.on_failure(self._failed)
         offer_orders(self._always, self._orders)
         self._seen_failure: BaseException | None = None
         self.create_timer(WATCH_S, self._watch, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -105,20 +106,19 @@ class BridgeNode(LifecycleNode):
                 raise ValueError(f"parameter use_sim_time must be true or false, got {sim_time!r}")
             made = parts({name: self.get_parameter(name).value for name in PARAMETERS})
             waiting = asyncio.run(check_server(made.server, made.client))
-            self._ros = RclpyNode(self, self._failed)
+            self._ros = RclpyNode(self)
             front_end = RosFrontEnd(self._ros, made.topics, made.embodiment, made.robot.limits, orders=False)
+            client = ReconnectingClient(made.server, made.client)
+            bridge = Bridge(made.robot, made.embodiment, client, front_end, made.settings)
+            self._orders.connect(bridge)
+            self._seen_failure = None
+            bridge.start()
         except (ValueError, TypeError, OSError, ParameterUninitializedException) as error:
             self.get_logger().error(f"not configured: {error}")
             self.disconnect()
             return TransitionCallbackReturn.FAILURE
         if waiting is not None:
             self.get_logger().warning(f"no policy server yet, the arm will hold until there is one: {waiting}")
-        bridge = Bridge(
-            made.robot, made.embodiment, ReconnectingClient(made.server, made.client), front_end, made.settings
-        )
-        self._orders.connect(bridge)
-        self._seen_failure = None
-        bridge.start()
         if made.instruction:
             bridge.instruct(made.instruction)
         return TransitionCallbackReturn.SUCCESS
@@ -178,7 +178,7 @@ class BridgeNode(LifecycleNode):
             return SetParametersResult(successful=False, reason=reason)
         return SetParametersResult(successful=True)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         """Stop for good after an exception of a callback, whose traceback is in the log."""
         if self._orders.bridge is not None:
             self._orders.bridge.fail(error)
@@ -201,8 +201,9 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(number, lambda *_: stop.set())
     os.environ.update(profile_variables())
     try:
-        rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
-        node = BridgeNode()
+        with no_port_of_the_dead():
+            rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
+            node = BridgeNode()
     except (RuntimeError, ValueError) as error:  # wrong --ros-args, or a file of parameters that cannot be read
         raise SystemExit(f"error: {error}") from None
     executor = SingleThreadedExecutor()

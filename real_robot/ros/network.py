@@ -1,10 +1,12 @@
-"""ROS 2's network: domain, range of discovery, and the profile of Fast DDS for large images. Needs no ROS 2."""
+"""ROS 2's network: domain, range of discovery, and what Fast DDS needs for large images. Needs no ROS 2."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,8 @@ RANGES = ("OFF", "LOCALHOST", "SUBNET", "SYSTEM_DEFAULT")
 PROFILE = Path(__file__).with_name("fastdds.xml")
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 """Environment variables with a file of profiles; the second one is deprecated."""
+SHARED_MEMORY = Path("/dev/shm")
+_PORT = re.compile(r"/(fast(?:dds|rtps)_port\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,38 @@ def environment(settings: RosSettings) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
-        yield
+        with no_port_of_the_dead():
+            yield
     finally:
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def no_port_of_the_dead() -> Iterator[None]:
+    """Keep Fast DDS, while a context and its first node are made, from ports that others share with a dead process.
+
+    A killed process leaves its ports in shared memory. A new process that takes the same number makes a new port, but
+    the others go on to write into the old one, for seconds, or for ever if the process died while it read: the new
+    process is deaf. A port whose lock is taken counts as used, so Fast DDS takes the next number.
+    """
+    with ExitStack() as held:
+        for port in _open_ports():
+            if (SHARED_MEMORY / f"{port}_sl").exists():
+                continue  # many may read it
+            with suppress(OSError):  # its process lives, or is another user's
+                lock = held.enter_context((SHARED_MEMORY / f"{port}_el").open("ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _open_ports() -> set[str]:
+    """Return the names of all ports of Fast DDS that a process of this user has open."""
+    found: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            found.update(_PORT.findall(maps.read_text(errors="replace")))
+    return found

@@ -69,6 +69,10 @@ class RosNode(Protocol):
         """Offer a `SET_BOOL` or `TRIGGER` service; the callback receives `data` (True for a trigger)."""
         ...
 
+    def on_failure(self, call: Callable[[BaseException], Any]) -> None:
+        """Call back with the first exception of a callback or a thread of the node, also with one before this call."""
+        ...
+
 
 def resolve(name: str, node: str) -> str:
     """Return the full name of a topic or service: `~/x` is below the node, `x` is `/x`.

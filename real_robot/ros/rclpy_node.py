@@ -45,14 +45,14 @@ class RclpyNode:
 
     Args:
         node: node of rclpy; its executor makes the callbacks.
-        on_failure: called once, with the first exception of a callback; the other callbacks go on.
 
     Attributes:
-        failure: first exception of a callback, or None.
+        failure: first exception of a callback or of the thread that makes them, or None.
     """
 
-    def __init__(self, node: Node, on_failure: Callable[[Exception], Any] = lambda _: None) -> None:
-        self._node, self._on_failure = node, on_failure
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._on_failure: Callable[[BaseException], Any] = lambda _: None
         self._destroy: list[Callable[[], Any]] = []
         self._clients: dict[str, Any] = {}
         self.failure: BaseException | None = None
@@ -106,6 +106,12 @@ class RclpyNode:
         name = resolve(service, self.name)
         made = self._node.create_service(ros_type(kind), name, answer)
         self._destroy.append(lambda: self._node.destroy_service(made))
+
+    def on_failure(self, call: Callable[[BaseException], Any]) -> None:
+        """See `RosNode.on_failure`."""
+        self._on_failure = call
+        if self.failure is not None:
+            call(self.failure)
 
     # --- further methods for operators and tests ----------------------------------------------------------------------
 
@@ -199,10 +205,13 @@ class RclpyNode:
         try:
             callback(*arguments)
         except Exception as error:
-            if self.failure is None:
-                self.failure = error
-                _log.exception("a callback of %s has failed", self.name)
-                self._on_failure(error)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+            _log.error("%s has failed", self.name, exc_info=error)
+            self._on_failure(error)
 
 
 class OwnNode(RclpyNode):
@@ -270,8 +279,8 @@ class OwnNode(RclpyNode):
         try:
             while not self._closed.is_set():
                 self._executor.spin_once(SPIN_S)
-        except BaseException as error:  # the owner of the node raises it
-            self.failure = self.failure or error
+        except BaseException as error:  # nobody hears the emergency stop any more
+            self._fail(error)
 
 
 def qos(delivery: Delivery) -> QoSProfile:

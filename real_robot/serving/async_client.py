@@ -68,17 +68,30 @@ class ClientSettings:
     jpeg_quality: int | None = None
 
     def __post_init__(self) -> None:
-        if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 95:
-            raise ValueError(f"jpeg_quality must be 1 to 95, got {self.jpeg_quality}")
+        if self.jpeg_quality is not None and (type(self.jpeg_quality) is not int or not 1 <= self.jpeg_quality <= 95):
+            raise ValueError(f"jpeg_quality must be 1 to 95, got {self.jpeg_quality!r}")
         for name in ("answer_s", "connect_s", "ping_s", "max_message_mb"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-    def tls(self) -> ssl.SSLContext:
-        """Return a TLS context that trusts the system's certificates and `certificate`."""
+    def tls(self, uri: str) -> ssl.SSLContext | None:
+        """Return a context that trusts the system's certificates and `certificate`; None for an address without TLS.
+
+        Raises:
+            ValueError: the certificate cannot be read, or the address has no TLS, so that it would not be used.
+        """
+        if not uri.startswith("wss:"):
+            if self.certificate is not None:
+                raise ValueError(
+                    f"a certificate is given, but {uri} is no address of a server with TLS: wss://HOST:PORT"
+                )
+            return None
         context = ssl.create_default_context()
         if self.certificate is not None:
-            context.load_verify_locations(self.certificate)
+            try:
+                context.load_verify_locations(self.certificate)
+            except OSError as error:
+                raise ValueError(f"certificate {self.certificate} cannot be used: {error}") from error
         return context
 
 
@@ -132,7 +145,7 @@ class AsyncPolicyClient:
                     additional_headers=None
                     if settings.api_key is None
                     else {"Authorization": f"Api-Key {settings.api_key}"},
-                    ssl=settings.tls() if uri.startswith("wss:") else None,
+                    ssl=settings.tls(uri),
                     compression=None,
                     proxy=None,  # a robot's server is in its own network
                     max_size=int(settings.max_message_mb * 2**20),

@@ -148,13 +148,6 @@ async def check_server(uri: str, settings: ClientSettings) -> str | None:
         ValueError: another try would fail, too: address or certificate are wrong, the server's policy is for another
             robot, or it refuses this client.
     """
-    if settings.certificate is not None and not uri.startswith("wss:"):
-        raise ValueError(f"a certificate is given, but {uri} is no address of a server with TLS: wss://HOST:PORT")
-    if uri.startswith("wss:"):
-        try:
-            settings.tls()
-        except OSError as error:
-            raise ValueError(f"certificate {settings.certificate} cannot be used: {error}") from error
     try:
         client = await AsyncPolicyClient.connect(uri, settings)
     except UnavailableError as error:

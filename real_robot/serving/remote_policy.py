@@ -103,7 +103,11 @@ class RemotePolicy:
             self._of_connection[slot].infer(observation.row(row), episode_id=self._of_slot.get(slot, self._of_all))
             for row, slot in enumerate(slots)
         ]
-        return await asyncio.gather(*asked)
+        answers = await asyncio.gather(*asked, return_exceptions=True)  # all: the next call finds none busy
+        for error in answers:
+            if isinstance(error, BaseException):
+                raise error
+        return [answer for answer in answers if isinstance(answer, Answer)]
 
     async def _connect(self, count: int) -> None:
         self._clients = [client for client in self._clients if client.open]  # the server closes idle connections

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 from cogvla.real_robot.control.observations import STATE
 
 FAULTS = ("none", "silent", "frozen", "small", "late", "out_of_order", "clock")
+IMAGES, SHIFTS = ("frozen", "small"), ("late", "out_of_order", "clock")
+"""Faults of cameras only, and those of stamps."""
 
 
 @dataclass
@@ -37,14 +39,21 @@ class SensorFaults:
     def __post_init__(self) -> None:
         if self.fault not in FAULTS:
             raise ValueError(f"fault must be one of {', '.join(FAULTS)}, got {self.fault!r}")
+        if not isinstance(self.seconds, int | float) or (self.fault in SHIFTS) != bool(self.seconds):
+            raise ValueError(f"the faults {', '.join(SHIFTS)} shift stamps by `seconds`, others do not: {self}")
+        if self.sensor == STATE and self.fault in IMAGES:
+            raise ValueError(f"the fault {self.fault} is one of cameras")
 
     @staticmethod
-    def from_json(text: str) -> SensorFaults:
-        """Read a fault from JSON such as `{"fault": "silent", "sensor": "wrist"}`; ValueError if it is wrong."""
+    def from_json(text: str, cameras: Collection[str]) -> SensorFaults:
+        """Read a fault from JSON such as `{"fault": "silent", "sensor": "wrist"}`; ValueError if it would not occur."""
         try:
-            return SensorFaults(**json.loads(text))
+            fault = SensorFaults(**json.loads(text))
         except TypeError as error:
             raise ValueError(f"a fault is a map of fault, sensor and seconds: {error}") from error
+        if fault.sensor not in (None, STATE, *cameras):
+            raise ValueError(f"sensor must be {', '.join(cameras)}, {STATE} or null for all, got {fault.sensor!r}")
+        return fault
 
     def image(self, camera: str, image_HW3: np.ndarray, stamp: float, send: Callable[[np.ndarray, float], Any]) -> None:
         """Send an image, changed by the fault."""

@@ -7,6 +7,7 @@ videos/           one video per trial, all cameras side by side
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from cogvla.real_robot.bridge.live_view import VideoView
 from cogvla.real_robot.control.measurements import Measurements
 from cogvla.real_robot.trials.trials import STOPPED
 
+_log = logging.getLogger(__name__)
 CONTROL = "control.jsonl"
 VIDEOS = "videos"
 
@@ -129,18 +131,24 @@ class Film:
             self._view.__enter__()
 
     def end(self, result: EpisodeResult | None) -> str | None:
-        """End the video, name it after the result and return its path; None without a result or without frames."""
+        """End the video, name it after the result and return its path.
+
+        None without a result or without frames, or if it cannot be written: the trial counts without its video, too.
+        """
         view, self._view = self._view, None
         if view is None or self._folder is None:
             return None
         try:
             view.__exit__(None, None, None)
+            if result is None:
+                view.path.unlink()
+                return None
+            outcome = "error" if result.error else "success" if result.success else "failure"
+            path = view.path.with_name(f"task{result.task:02d}_trial{result.initial_state:02d}_{outcome}.mp4")
+            os.replace(view.path, path)
         except ValueError:  # no frame: the attempt ended before it began
             return None
-        if result is None:
-            view.path.unlink()
+        except Exception:
+            _log.exception("a trial has no video")
             return None
-        outcome = "error" if result.error else "success" if result.success else "failure"
-        path = view.path.with_name(f"task{result.task:02d}_trial{result.initial_state:02d}_{outcome}.mp4")
-        os.replace(view.path, path)
         return str(path)

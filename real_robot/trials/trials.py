@@ -58,7 +58,8 @@ class SimulatedScene:
 
     def __init__(self, node: RosNode, robot: str = "/sim_robot", timeout_s: float = 30.0) -> None:
         self._timeout_s = timeout_s
-        self._numbers = count(1)
+        # A robot that goes on shows the last scene of the session before: its number must not come again.
+        self._numbers = count(time.time_ns())
         self._condition = threading.Condition()
         self._status = SceneStatus(0, "")
         self._ask = node.advertise(f"{robot}/scene", STRING, Delivery.EVENTS)
@@ -105,6 +106,9 @@ def play(
         spec: task, initial state and seed.
         timeout_s: limit in seconds, first for new samples of all sensors, then for the episode.
         on_start: callback with the status of the scene, just before the arm moves.
+
+    Raises:
+        BaseException: the error that ended the bridge.
     """
     bridge.activate(False)
     bridge.instruct("")
@@ -113,6 +117,7 @@ def play(
     try:
         status = scene.set_up(spec)
     except TimeoutError as late:
+        bridge.wait(0)
         wall_s = time.monotonic() - started
         return EpisodeResult(spec.task, spec.initial_state, spec.seed, error=str(late), wall_s=wall_s)
     on_start(status)
@@ -174,7 +179,7 @@ def _commands(bridge: Bridge) -> int:
 
 def _look(bridge: Bridge, began: float, timeout_s: float) -> str | None:
     """Wait until every sensor has sent a sample of the new scene. Return an error after the timeout, else None."""
-    while True:
+    while not bridge.wait(POLL_S):
         ages: dict[str, float | None] = bridge.diagnostics()["ages_s"]
         since = bridge.now() - began
         blind = [name for name, age in ages.items() if age is None or age > since - 0.05]
@@ -182,4 +187,4 @@ def _look(bridge: Bridge, began: float, timeout_s: float) -> str | None:
             return None
         if since > timeout_s:
             return f"no new {', '.join(blind)} within {timeout_s:g} s"
-        time.sleep(POLL_S)
+    return "the bridge has ended"

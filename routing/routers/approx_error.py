@@ -8,7 +8,7 @@ cosine. The k basis tokens stay unchanged: their error is 0, so they would never
 content of the picture would be lost with them.
 
 Our choices: k is at most half of the budget (the paper's 10 are for 96 tokens and more); basis tokens are not averaged
-into others; the first basis token is drawn at random.
+into others, and have the largest scores, so that `carried` keeps them longest; the first one is drawn at random.
 
 Shape legend: I informative tokens, R the rest.
 """
@@ -54,8 +54,9 @@ class ApproxError(TokenRouter):
         x_BND, tokens = tokens_BND.float(), tokens_BND.shape[1]
         count = min(self.basis, context.budget // 2)
         basis_Bn = sample_far(x_BND, context.draw_B % tokens, count)
-        error_BN = approximation_error(x_BND, take(x_BND, basis_Bn)).scatter(1, basis_Bn, -1.0)
-        informative_BI = best(error_BN, context.budget - count)
+        error_BN = approximation_error(x_BND, take(x_BND, basis_Bn))
+        informative_BI = best(error_BN.scatter(1, basis_Bn, -1.0), context.budget - count)
+        score_BN = error_BN.scatter(1, basis_Bn, error_BN.amax(1, keepdim=True).expand_as(basis_Bn) + 1)
         kept_Bn = torch.cat((informative_BI, basis_Bn), dim=1)
         rest_BR = remaining(kept_Bn, tokens)
         unit_BND = unit(x_BND)
@@ -70,7 +71,7 @@ class ApproxError(TokenRouter):
         owner_BN = torch.zeros_like(error_BN, dtype=torch.int64).scatter_(1, kept_Bn, slot_Bn)
         owner_BN.scatter_(1, rest_BR, slot_Bn.gather(1, owner_BR))
         return RoutedTokens(
-            take(both_BnD, order_Bn), torch.where(merged_Bn, -1, place_Bn), place_Bn, error_BN.clamp_min(0), owner_BN
+            take(both_BnD, order_Bn), torch.where(merged_Bn, -1, place_Bn), place_Bn, score_BN, owner_BN
         )
 
 

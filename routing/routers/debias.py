@@ -5,8 +5,9 @@ The authors' fitted trends are exp(rate * i) for token number i, with rates of 0
 attention score is multiplied by exp(-rate * i). `calibrate_router` fits the rate to the mean attention of recorded
 observations; the default is LLaVA's.
 
-Our choices: the rate scales with 576 / N; their step for padded pictures is left out, since pictures here are not
-padded. In an encoder, which is not causal, expect a rate near 0.
+Our choices: the rate scales with 576 / N; in a row of several pictures (`router.joint`) each has the trend from its own
+first token; their step for padded pictures is left out, since pictures here are not padded. In an encoder, which is not
+causal, expect a rate near 0.
 """
 
 from __future__ import annotations
@@ -45,24 +46,28 @@ class Debias(WrappingRouter, Calibrated):
         rate: float = 0.002,
     ) -> None:
         super().__init__(sizes, build_router(base, sizes, base_options))
-        self.rate = rate * TOKENS / max(sizes.tokens, 1)
+        self.each = max(sizes.tokens // sizes.views, 1)
+        self.rate = rate * TOKENS / self.each
         if not self.needs & {"attention_LBN", "received_BN", "attention_BNN"}:
             raise ValueError(f"debias needs a base that reads attention, and {base!r} does not")
 
     def observed(self, tokens_BND: Tensor, context: RouterContext) -> Tensor:
-        """Return the attention that each token gets [B,N]."""
+        """Return the attention that each token of a picture gets [B,n]."""
         if context.attention_LBN is not None:
-            return context.attention_LBN.float().sum(0)
-        if context.received_BN is not None:
-            return context.received_BN.float()
-        assert context.attention_BNN is not None
-        return context.attention_BNN.float().mean(1)
+            seen_BN = context.attention_LBN.float().sum(0)
+        elif context.received_BN is not None:
+            seen_BN = context.received_BN.float()
+        else:
+            assert context.attention_BNN is not None
+            seen_BN = context.attention_BNN.float().mean(1)
+        return seen_BN.unflatten(1, (-1, self.each)).mean(1)
 
     def fitted(self, mean: Tensor) -> dict[str, float]:
         return {"rate": fit_rate(mean)}
 
     def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
-        weight_N = torch.exp(-self.rate * torch.arange(tokens_BND.shape[1], device=tokens_BND.device))
+        number_N = torch.arange(tokens_BND.shape[1], device=tokens_BND.device) % self.each
+        weight_N = torch.exp(-self.rate * number_N)
         scores = {name: getattr(context, name) for name in ("attention_LBN", "received_BN", "attention_BNN")}
         freed = {name: value.float() * weight_N for name, value in scores.items() if value is not None}
         return self.base.route(tokens_BND, replace(context, **freed))

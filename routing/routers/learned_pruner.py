@@ -11,7 +11,7 @@ only; at inference nothing of it is computed. Without it, ours: the attention at
 Our choices: the guiding attention is that of the action tokens, the mean over heads; both losses are there in every
 step, not one after the other, and the policy is not frozen (`finetune` can freeze it); end to end, kept tokens are
 multiplied by 1, with the gradient of their probability (straight-through); the loss 0.1 (mean probability - n/N)^2
-keeps the mean probability at the budget.
+of each sample, which keeps n tokens, keeps its mean probability at the budget.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class LearnedPruner(TokenRouter):
             return routed
         probability_BN = logit_BN.sigmoid()
         share = context.budget / tokens_BND.shape[1]
-        losses = {"budget": BUDGET_WEIGHT * (probability_BN.mean() - share).square()}
+        losses = {"budget": BUDGET_WEIGHT * (probability_BN.mean(1) - share).square().mean()}
         if self.guide:
             seen_BN = context.guide_BN
             if seen_BN is None:

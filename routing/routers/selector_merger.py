@@ -5,14 +5,13 @@ Selector: an MLP with two logits per token. In training Gumbel noise is added, a
 the gradient of the keep probability (straight-through). Merger: kept tokens use causal self-attention, then read the
 dropped ones by cross-attention. A regulariser keeps the mean keep probability at the budget.
 
-Our choices: exactly n tokens stay, those with the largest difference of logits (the number varies in LaVIT); one block
-each; the regulariser's weight is 2.
+Our choices: exactly n tokens stay, those with the largest difference of logits (the number varies in LaVIT), so that
+the regulariser is of each sample, not of a batch; one block each; the regulariser's weight is 2.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvla.routing.attention_block import AttentionBlock
@@ -63,7 +62,7 @@ class SelectorMerger(TokenRouter):
         losses = {}
         if context.training:
             rate = context.budget / x_BND.shape[1]
-            losses["rate"] = RATE_WEIGHT * F.mse_loss(probability_BN.mean(), probability_BN.new_tensor(rate))
+            losses["rate"] = RATE_WEIGHT * (probability_BN.mean(1) - rate).square().mean()
         return RoutedTokens(
             y_BnD.to(tokens_BND.dtype), torch.full_like(index_Bn, -1), index_Bn, score_BN, losses=losses
         )

@@ -62,6 +62,9 @@ def run(config: DictConfig, command: str) -> None:
         f"normalised actions differ from the checkpoint's by {checked['mean']:.1e} on average, {checked['max']:.1e} at "
         f"most, on {len(seen)} {'random observations' if recorded is None else 'recorded frames'}"
     )
+    if lengths := checked["unchecked_text_tokens"]:
+        said = ", ".join(map(str, lengths))
+        print(f"note: unchecked are the files of text_tokens {said}: all instructions of these observations are longer")
 
 
 def _observations(

@@ -31,6 +31,7 @@ from cogvla.policy.weights.pretrained import load_base
 from cogvla.policy.weights.release import Release, open_release
 from cogvla.scripts.command import compose, mistakes_in_one_line, plain
 from cogvla.scripts.help import argument_parser
+from cogvla.scripts.policies import named_router
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -60,6 +61,7 @@ def run(values: dict[str, Any]) -> list[str]:
     dtype = DTYPES[values["dtype"]]
     release = open_release(values["source"], values["kind"], values["base"], values["merge_adapter"])
     config = release.configure(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
+    named_router(values["routing"]["router"], "routing.router")
     if config.language.encoder is not None:
         raise ValueError(
             "published policies read words with their own language model: leave policy.language.encoder out, and give "
@@ -74,11 +76,13 @@ def run(values: dict[str, Any]) -> list[str]:
         model = empty_model(config, embodiment)
         load_cogvla(model, release.weights, dtype)
         lines = [f"cogvla from {release.folder}: all of {sum(p.numel() for p in model.parameters()):,} parameters"]
-        if values["gripper"] == "openvla":
-            _speak_the_embodiments_gripper(model, embodiment)
+        published_head = True
     else:
         model = _random_model(config, embodiment, dtype)
-        lines = load_base(model, release)
+        loaded, lines = load_base(model, release)
+        published_head = "head" in loaded  # OpenVLA-OFT's, if it fits
+    if published_head and values["gripper"] == "openvla":
+        _speak_the_embodiments_gripper(model, embodiment)
     lines += release.left_out(model)
     description = {"imported": str(values["source"]), "kind": release.kind, "dataset": values["dataset"]}
     save_checkpoint(values["output"], model.state_dict(), config, preprocessor, statistics, description)

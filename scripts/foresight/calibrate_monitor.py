@@ -12,6 +12,7 @@ one.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from cogvla.configs.build import build
 from cogvla.envs.analysis.monitor_rollouts import MeasuredPolicy, compare, play
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.evaluation.protocol import load_protocol
-from cogvla.envs.perturbation.disturbance import DISTURBANCES
-from cogvla.envs.suite import Suite
-from cogvla.libero.suites import configured_suite
+from cogvla.envs.perturbation.disturbance import DISTURBANCES, check_disturbances
+from cogvla.envs.rollout.rollout import check_workers
+from cogvla.envs.suite import Suite, get_suite
 from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.foresight.monitor import Monitor, Thresholds, episodes_needed
@@ -47,16 +48,20 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     """Calibrate, measure and save; print a table, and return what was measured.
 
     Raises:
-        ValueError: the foresight is for another robot, or too few roll-outs succeed for alpha.
+        ValueError: the foresight is for another robot, a disturbance cannot happen in the suite, or too few roll-outs
+            succeed for alpha; or the monitor would be measured on the episodes of its thresholds.
     """
     values = plain(config)
     import_modules(values["imports"])
-    suite = configured_suite(values["suite"], values["libero"])
+    suite = get_suite(values["suite"], values)
     unknown = [kind for kind in values["disturbances"] if kind not in DISTURBANCES]
     if unknown:
         raise ValueError(f"unknown disturbance {unknown[0]!r}; disturbances are {', '.join(DISTURBANCES)}")
+    if values["measured"]:
+        check_disturbances(suite, values["disturbances"])
     if values["episodes"] < 1 or values["measured"] < 0:
         raise ValueError("episodes must be at least 1 and measured at least 0")
+    check_workers(values["workers"])
     folder = find_foresight(Path(values["foresight"]))
     checkpoint = find_checkpoint(values["checkpoint"])
     engine = build(EngineConfig, values["engine"], "engine")
@@ -73,13 +78,20 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     steps = protocol.execute_steps or policy.embodiment.chunk
     watched = MeasuredPolicy(policy, monitor, steps, holds=False)
     specs = _episodes(suite, values["episodes"], values["first_state"], values["seed"])
+    others = _episodes(suite, values["measured"], 0, values["seed"])
+    if set(specs) & set(others):
+        raise ValueError(
+            f"first_state={values['first_state']} measures the monitor on episodes that its thresholds come from: give "
+            f"first_state={others[-1].initial_state + 1} or more, or measured=0"
+        )
     good = [result for result in play(watched, suite, protocol, specs, values["workers"]) if result.success]
     thresholds = Thresholds.of([(result.noticed or {})["highest"] for result in good], values["alpha"])
+    thresholds = replace(thresholds, execute_steps=steps)
     about["calibration"] = {"episodes": len(specs), "successful": len(good)}
     measured: dict[str, Any] = {"time_ms": _time(monitor, policy.embodiment)}
+    save_thresholds(folder, thresholds, {**about, "measured": measured})  # what follows takes long, and may fail
     if values["measured"]:
         watched = MeasuredPolicy(policy, Monitor(monitor.model, monitor.normal, thresholds), steps, holds=False)
-        others = _episodes(suite, values["measured"], 0, values["seed"])
         clean = play(watched, suite, protocol, others, values["workers"])
         happened = {
             kind: play(watched, suite, protocol, others, values["workers"], kind) for kind in values["disturbances"]

@@ -50,9 +50,6 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         OSError: something cannot be written.
     """
     values = plain(config)
-    for name in ("executed", "actions", "resume"):
-        if not isinstance(values[name], bool):
-            raise ValueError(f"{name} must be true or false, got {values[name]!r}")
     use_threads(values["threads"])
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
     fitting = take(FittingConfig, values)

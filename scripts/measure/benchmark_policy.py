@@ -43,9 +43,11 @@ from cogvla.policy.cost.variants import (
     random_policy,
     run_as,
 )
+from cogvla.policy.device import usable_device
 from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
+from cogvla.policy.threads import use_threads
 from cogvla.scripts.help import argument_parser
 from cogvla.scripts.measure.roofline_plot import draw_roofline
 
@@ -55,9 +57,8 @@ PAPER = f"{PUBLISHED}: one action from one view; the paper reports 2.8 times its
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with these arguments; None: those of the command line."""
     options = _parser().parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     try:
+        use_threads(options.threads)
         for module in options.imports:
             import_plugin(module, "--imports")
         results = run(options)
@@ -73,8 +74,12 @@ def run(options: argparse.Namespace) -> list[Measured]:
     """Measure all rows and print each one when it is finished.
 
     Raises:
-        ValueError: a row is unknown, or a model cannot run.
+        ValueError: a row is unknown, a number is below 1, or a model cannot run.
     """
+    if min(options.calls, *options.batches) < 1:
+        raise ValueError(f"--calls and --batches must be at least 1, got {options.calls} and {options.batches}")
+    _check_model(options)
+    usable_device(options.device)
     usual = machine_peaks(options.device, options.dtype)
     print(f"{usual.name}, {options.dtype}: large products {usual.flops / 1e12:.3g} TFLOP/s, "
           f"copies {usual.bandwidth / 1e9:.3g} GB/s (measured now)")  # fmt: skip
@@ -113,6 +118,18 @@ def run(options: argparse.Namespace) -> list[Measured]:
         _free(options.device)
     _compare(results)
     return results
+
+
+def _check_model(options: argparse.Namespace) -> None:
+    """Fill in the preset; ValueError for options that change nothing with a checkpoint, or without one."""
+    if options.checkpoint is None:
+        if options.statistics is not None:
+            raise ValueError("--statistics names a data set of a --checkpoint: give one, or leave it out")
+        options.preset, options.views = options.preset or "tiny", 2 if options.views is None else options.views
+        return
+    for name in ("preset", "views", "size"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} changes nothing with --checkpoint, which has its own: leave it out")
 
 
 def header() -> str:
@@ -211,7 +228,7 @@ def _plain(variant: Variant, options: argparse.Namespace) -> CogVLAPolicy:
 def _parser() -> argparse.ArgumentParser:
     parser = argument_parser("benchmark_policy", __doc__)
     add = parser.add_argument
-    add("--preset", default="tiny", help="a file of configs/policy: tiny, small or cogvla_7b")
+    add("--preset", help="a file of configs/policy: tiny (the default), small or cogvla_7b")
     add(
         "--checkpoint", help="a trained policy, folder or USER/NAME of the hub, instead of a preset with random weights"
     )
@@ -224,8 +241,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", choices=("float32", "bfloat16"))
     add("--engine", default="auto", choices=("auto", "eager", "trace", "cuda_graph", "compile"))
     add("--smallest", type=int, default=256, help="least number of inputs and of outputs of an 8-bit layer")
-    add("--views", type=int, default=2)
-    add("--size", type=int, help="side of the square views in pixels; default 224, for tiny 128")
+    add("--views", type=int, help="number of views of a preset; default 2")
+    add("--size", type=int, help="side of a preset's square views in pixels; default 224, for tiny 128")
     add("--threads", type=int, help="threads of torch on a CPU")
     add("--output", type=Path, help="folder for benchmark.json and roofline.png")
     add("--profile", action="store_true", help="also write a trace of each row, into --output")

@@ -67,6 +67,12 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     if exits:
         router = replace(router, stage="llm_layer", options={**(router.options or {}), "threshold": 0.0})
     policy = load_policy(folder, device, router, values["statistics"])
+    assert policy.model.router is not None
+    if policy.model.router.before is not None and router.layers:
+        raise ValueError(
+            f"router {router.name!r} works at {policy.model.router.stage}, where it would be measured, and again at "
+            "router.layers: set router.stage=llm_layer to measure it there, or leave out router.layers"
+        )
     data, rows = draw_frames(policy, values, observations=values["observations"])
     measure = _exit if exits else _constants
     options, found = measure(policy, router, data, rows, values["tolerance"])

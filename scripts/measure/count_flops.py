@@ -30,6 +30,7 @@ from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
+from cogvla.scripts.policies import named_router
 
 DECODING = "OpenVLA as published (one view)"
 
@@ -89,6 +90,7 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
     else:
         base = with_encoder_width(CogVLAConfig.from_dict({**values["policy"], "routing": values["routing"]}))
         embodiment = build(Embodiment, values["embodiment"], "embodiment")
+        named_router(values["routing"]["router"], "routing.router")
     text, batch, counting = values["text_length"], values["batch"], build(Counting, values["counting"], "counting")
     counted = ", ".join(f"{key}={value}" for key, value in asdict(counting).items())
     print(f"{name}: {batch} sample(s), {len(embodiment.cameras)} views, {text} text tokens; counted: {counted}")

@@ -27,12 +27,7 @@ from cogvla.scripts.training.forecast import fit, poorly_explained
 
 
 def main(config: DictConfig) -> None:
-    """Run the command, whose entry point is in `scripts/console.py`."""
-    run(config)
-
-
-def run(config: DictConfig) -> Forecast:
-    """Fit and save the forecast, and print how much it explains; return it.
+    """Fit and save the forecast, and print how much it explains.
 
     Raises:
         ValueError: there is no such folder, or the data set does not fit the policy or is too small.
@@ -51,7 +46,6 @@ def run(config: DictConfig) -> Forecast:
     save_forecast(folder, forecast)
     print(summary(forecast))
     print(f"{folder} now reads committed actions")
-    return forecast
 
 
 def summary(forecast: Forecast) -> str:

@@ -15,6 +15,7 @@ from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.data.sampling import TrainingBatches
+from cogvla.policy.device import usable_device
 from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.threads import use_threads
@@ -45,7 +46,7 @@ def start(values: Mapping[str, Any], *counts: str) -> tuple[Path, str]:
         if type(values[name]) is not int or values[name] < 1:
             raise ValueError(f"{name} must be a whole number, at least 1, got {values[name]}")
     use_threads(values["threads"])
-    return find_checkpoint(values["checkpoint"]), values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    return find_checkpoint(values["checkpoint"]), usable_device(values["device"])
 
 
 def draw_frames(policy: CogVLAPolicy, values: Mapping[str, Any], **counts: int) -> tuple[DemonstrationData, Tensor]:

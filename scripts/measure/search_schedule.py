@@ -69,10 +69,10 @@ def run(config: DictConfig, command: str) -> RouterConfig:
             bar.set_postfix(best=f"{max(one['value'] for one in tried):.5f}")
             bar.update()
 
-        depth = policy.model.config.language.layers
+        depth, tokens = policy.model.config.language.layers, policy.model.vision.tokens
         schedule, value = search(
             objective, router.layers, depth, values["mean"], ranges, values["evaluations"], values["seed"],
-            values["method"], watch,
+            values["method"], watch, tokens // len(policy.embodiment.cameras),
         )  # fmt: skip
     found = schedule.applied(router)
     about = {
@@ -90,6 +90,7 @@ def run(config: DictConfig, command: str) -> RouterConfig:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, json.dumps({"router": asdict(found), "about": about}, indent=2) + "\n")
     print(f"cosine of the action tokens' states: {value:.5f}; with equal shares {tried[0]['value']:.5f}")
+    print(f"mean share of the tokens: {schedule.mean(depth):.4g}")
     print(words(found))
     print(f"all {len(tried)} schedules: {output}")
     return found

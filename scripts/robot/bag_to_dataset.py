@@ -23,11 +23,6 @@ from cogvla.scripts.command import plain
 
 
 def main(config: DictConfig) -> None:
-    """Run the command, whose entry point is in `scripts/console.py`."""
-    run(config)
-
-
-def run(config: DictConfig) -> None:
     """Convert the bags, and print how many seconds were left out and why.
 
     Raises:
@@ -40,9 +35,10 @@ def run(config: DictConfig) -> None:
     robot = build(RobotConfig, plain(config.robot), "robot")
     embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
     topics = build(RosTopics, plain(config.topics), "topics")
-    bags = [Path(bag) for bag in config.bags]
+    listed = plain(config)["bags"]
+    bags = [Path(bag) for bag in listed] if isinstance(listed, list) else []
     if not bags:
-        raise ValueError("give bags='[FOLDER, ...]'")
+        raise ValueError(f"give bags='[FOLDER, ...]', got {listed!r}")
     source = {"bags": [str(bag) for bag in bags], "instruction": config.instruction, "topics": plain(config.topics)}
     ages = {"state_age_s": robot.loop.state_age_s, "image_age_s": robot.loop.image_age_s}
     source |= {"kind": robot.limits.kind, **ages}  # they decide where episodes begin and end

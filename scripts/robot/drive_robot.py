@@ -6,8 +6,8 @@
     drive_robot ... teleop=so101 teleop.config.port=/dev/ttyACM1       a leader arm to take over with
     drive_robot ... checkpoint=FOLDER                                  run the policy in this process, without a server
 
-Keys: a activate, s stop, space emergency stop, r release it and reset, d drop the last recorded episode, t take over
-with the teleoperator or hand back, q quit.
+Keys: a activate, s stop, space emergency stop, r release it and reset, d drop the running or else the last episode,
+t take over with the teleoperator or hand back, q quit.
 """
 
 from __future__ import annotations
@@ -34,12 +34,7 @@ from cogvla.scripts.robot.robots import open_front_end, open_policy_client, open
 KEYS = "a activate, s stop, space emergency stop, r reset, d drop the last episode, t take over or hand back, q quit"
 
 
-def main(config: DictConfig) -> None:
-    """Run the command, whose entry point is in `scripts/console.py`."""
-    run(config)
-
-
-def run(config: DictConfig, keyboard: int | None = None) -> None:
+def main(config: DictConfig, keyboard: int | None = None) -> None:
     """Drive until `q`, SIGINT or SIGTERM; `keyboard` is a file descriptor with keys, None: standard input."""
     stop = stop_event()
     import_modules(config.imports)
@@ -50,15 +45,14 @@ def run(config: DictConfig, keyboard: int | None = None) -> None:
         raise ValueError("a dry run cannot be recorded, because nothing moves: give dry_run=false with record")
     teleop, keys = open_teleoperator(config, embodiment)
     client, described = open_policy_client(config, embodiment)
+    recorder = None
+    if config.record is not None:  # before the robot is connected: the folder may be there already
+        names = recorded_names(config, embodiment)
+        video, teleoperated = bool(config.record_video), teleop is not None
+        recorder = Recorder(Path(config.record), embodiment, robot.name, video, names=names, teleoperated=teleoperated)
     with ExitStack() as stack:
         front_end, _ = open_front_end(config, embodiment, robot.limits, stack)
-        recorder = None
-        if config.record is not None:
-            names = recorded_names(config, embodiment)
-            video, teleoperated = bool(config.record_video), teleop is not None
-            recorder = Recorder(
-                Path(config.record), embodiment, robot.name, video, names=names, teleoperated=teleoperated
-            )
+        if recorder is not None:
             stack.enter_context(recorder)
         on_tick = None if recorder is None else recorder.show
         bridge = stack.enter_context(Bridge(robot, embodiment, client, front_end, settings, on_tick))

@@ -28,11 +28,6 @@ from cogvla.scripts.policies import REMOTE, open_any_policy
 
 
 def main(config: DictConfig) -> None:
-    """Run the command, whose entry point is in `scripts/console.py`."""
-    run(config)
-
-
-def run(config: DictConfig) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
@@ -69,7 +64,7 @@ async def _serve(server: PolicyServer, settings: ServerSettings) -> None:
     scheme = "ws" if settings.tls.cert is None else "wss"
 
     def listening(port: int) -> None:
-        print(f"{server.info.embodiment.name} at {scheme}://{settings.host}:{port}", flush=True)
+        print(f"{server.info.embodiment.name} at {address(scheme, settings.host, port)}", flush=True)
 
     await server.run(stop, listening)
 
@@ -89,6 +84,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def address(scheme: str, host: str, port: int) -> str:
+    """Return the address of a server; the host of IPv6 gets brackets."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 if __name__ == "__main__":

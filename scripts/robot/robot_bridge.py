@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -25,32 +24,21 @@ from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros.front_end import RosFrontEnd
 from cogvla.real_robot.ros.topics import RosTopics
-from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import ReconnectingClient, check_server
 from cogvla.scripts import console
 from cogvla.scripts.command import plain, stop_event
-from cogvla.scripts.robot.robots import ros_node
+from cogvla.scripts.robot.robots import client_settings, ros_node
 
 POLL_S = 0.2
 
 
 def main(config: DictConfig) -> None:
-    """Run the command, whose entry point is in `scripts/console.py`."""
-    run(config)
-
-
-def run(config: DictConfig) -> None:
     """Run the bridge until SIGINT or SIGTERM; write `report.json` if an output folder is given."""
     stop = stop_event()
     robot = build(RobotConfig, plain(config.robot), "robot")
     embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
     settings = take(BridgeSettings, plain(config))
-    asking = ClientSettings(
-        robot=embodiment,
-        api_key=None if config.api_key is None else str(config.api_key),
-        certificate=None if config.certificate is None else Path(config.certificate),
-        jpeg_quality=config.jpeg_quality,
-    )
+    asking = client_settings(config, embodiment)
     if (waiting := asyncio.run(check_server(config.server, asking))) is not None:
         print(f"no policy server yet: {waiting}", flush=True)
     monitor = None
@@ -69,7 +57,7 @@ def run(config: DictConfig) -> None:
             + (", dry run: nothing is sent" if settings.dry_run else ""),
             flush=True,
         )
-        watch(bridge, stop, lambda: node.failure)
+        watch(bridge, stop)
     report = bridge.diagnostics() | {"robot": robot.name, "measurements": bridge.measurements.summary()}
     print(latency_table(bridge.measurements, embodiment.control_hz))
     if config.output is not None:
@@ -78,21 +66,18 @@ def run(config: DictConfig) -> None:
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def watch(bridge: Bridge, stop: threading.Event, failure: Callable[[], BaseException | None] = lambda: None) -> None:
+def watch(bridge: Bridge, stop: threading.Event) -> None:
     """Print changes of the loop's state until `stop` is set.
 
     Args:
         bridge: running bridge.
         stop: event that ends the function.
-        failure: function that returns an error of the connection to the robot, or None.
 
     Raises:
-        BaseException: the error that ended the bridge, or the one from `failure`.
+        BaseException: the error that ended the bridge.
     """
     shown = ""
     while not (stop.is_set() or bridge.wait(POLL_S)):
-        if (error := failure()) is not None:
-            raise error
         seen = bridge.diagnostics()
         waits = seen["last_failure"] if seen["state"] == "holding" else None
         if seen["teleoperated"] or seen["alarm"]:

@@ -48,7 +48,7 @@ from cogvla.real_robot.serving.reconnecting import ReconnectingClient
 from cogvla.real_robot.serving.remote_policy import RemotePolicy
 from cogvla.real_robot.trials.trials import SimulatedScene, play
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, import_modules, plain
+from cogvla.scripts.command import as_typed, end_on_sigterm, import_modules, plain
 from cogvla.scripts.robot.robots import ros_node
 
 START_S = 180.0
@@ -59,6 +59,7 @@ MARGIN_S = 20.0
 
 def main(config: DictConfig) -> None:
     """Run the command, whose entry point is in `scripts/console.py`."""
+    end_on_sigterm()
     run(config, as_typed("robot_demo"))
 
 
@@ -67,7 +68,7 @@ def run(config: DictConfig, command: str) -> Report:
     import_modules(config.imports)
     suite = get_suite(config.suite)
     protocol = load_protocol(suite.protocol, episodes_per_task=config.episodes_per_task).for_suite(suite)
-    specs = protocol.episodes(suite, None if config.tasks is None else list(config.tasks))
+    specs = protocol.episodes(suite, plain(config)["tasks"])
     output = Path(config.output)
     view = choose_view(config.view)
     with ExitStack() as processes:

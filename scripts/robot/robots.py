@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from cogvla.real_robot.ros.rclpy_node import OwnNode
 
 TRANSPORTS = ("rclpy", "lerobot")
+HERE, THERE = ("statistics", "device", "threads"), ("certificate", "jpeg_quality")
+"""Keys for a policy in this process, and those for its server."""
 
 
 def open_front_end(
@@ -114,16 +116,19 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
         The client, and the description of the policy.
 
     Raises:
-        ValueError: there is no such checkpoint, or the policy is for another robot.
+        ValueError: there is no such checkpoint, the policy is for another robot, or a key would change nothing.
         UnavailableError: the server cannot be reached.
     """
-    if config.checkpoint is None:
-        settings = ClientSettings(
-            robot=embodiment,
-            api_key=None if config.api_key is None else str(config.api_key),
-            certificate=None if config.certificate is None else Path(config.certificate),
-            jpeg_quality=config.jpeg_quality,
+    unused = {key: config[key] for key in (HERE if config.checkpoint is None else THERE) if config[key] is not None}
+    if unused:
+        what_to_do = (
+            "the policy is in its server: give this to policy_server, or give checkpoint=FOLDER to run it here"
+            if config.checkpoint is None
+            else f"this is for a policy server, but checkpoint={config.checkpoint} runs in this process"
         )
+        raise ValueError(f"{' '.join(f'{key}={value}' for key, value in unused.items())}: {what_to_do}")
+    if config.checkpoint is None:
+        settings = client_settings(config, embodiment)
         return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
     source = str(config.checkpoint)
     if not source.startswith(LEROBOT) and not is_exported(source):
@@ -136,6 +141,16 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
         statistics=config.statistics,
     )
     return LocalPolicy(policy, embodiment), {**policy.describe(), **identity}
+
+
+def client_settings(config: DictConfig, embodiment: Embodiment) -> ClientSettings:
+    """Return how a command's configuration asks the policy server."""
+    return ClientSettings(
+        robot=embodiment,
+        api_key=None if config.api_key is None else str(config.api_key),
+        certificate=None if config.certificate is None else Path(config.certificate),
+        jpeg_quality=config.jpeg_quality,
+    )
 
 
 async def _described(uri: str, settings: ClientSettings) -> Mapping[str, Any]:

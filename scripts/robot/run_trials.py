@@ -39,7 +39,7 @@ from cogvla.real_robot.trials.operator_scene import OperatorScene, SessionEndedE
 from cogvla.real_robot.trials.trial_log import ControlLog, Film
 from cogvla.real_robot.trials.trials import STOPPED, SimulatedScene, TrialScene, play
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, import_modules, plain
+from cogvla.scripts.command import as_typed, end_on_sigterm, import_modules, plain
 from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 
 SCENES = ("operator", "simulated")
@@ -49,6 +49,7 @@ MARGIN_S = 20.0
 
 def main(config: DictConfig) -> None:
     """Run the command, whose entry point is in `scripts/console.py`."""
+    end_on_sigterm()
     report = run(config, as_typed("run_trials"))
     if report is not None:
         check_played(report, Path(config.output))
@@ -69,7 +70,7 @@ def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report
     robot = build(RobotConfig, plain(config.robot), "robot")
     embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
     suite, protocol = _trials(config, robot, embodiment)
-    specs = protocol.episodes(suite, None if config.tasks is None else list(config.tasks))
+    specs = protocol.episodes(suite, plain(config)["tasks"])
     output = Path(config.output)
     client, described = open_policy_client(config, embodiment)
     fingerprint = {
@@ -156,6 +157,7 @@ class Session:
             self._film.begin()
             self._control.begin(self._bridge)
 
+        self._control.begin(self._bridge)  # also for a scene that cannot be set up
         result = None
         try:
             result = play(self._bridge, self._scene, spec, self._timeout_s, start)
@@ -195,9 +197,10 @@ def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> t
         return suite, replace(load_protocol(suite.protocol, episodes_per_task=config.trials), execute_steps=steps)
     if config.scene != "operator":
         raise ValueError(f"scene must be one of {', '.join(SCENES)}, got {config.scene!r}")
-    instructions = [str(text).strip() for text in config.instructions]
+    listed = plain(config)["instructions"]
+    instructions = [str(text).strip() for text in listed] if isinstance(listed, list) else []
     if not instructions or not all(instructions) or len(set(instructions)) < len(instructions):
-        raise ValueError(f"instructions must be a list of different sentences, got {instructions}")
+        raise ValueError(f"instructions must be a list of different sentences, got {listed!r}")
     limit = round(float(config.limit_s) * embodiment.control_hz)
     if limit < 1:
         raise ValueError(f"limit_s must be at least one control period, got {config.limit_s}")

@@ -42,11 +42,6 @@ _log = logging.getLogger(__name__)
 
 
 def main(config: DictConfig) -> None:
-    """Run the command, whose entry point is in `scripts/console.py`."""
-    run(config)
-
-
-def run(config: DictConfig) -> None:
     """Simulate until SIGINT or SIGTERM."""
     stop = stop_event()
     import_modules(config.imports)
@@ -132,7 +127,7 @@ class SimRobot:
 
     def _fault(self, message: Any) -> None:
         try:
-            self._faults = SensorFaults.from_json(message.data)
+            self._faults = SensorFaults.from_json(message.data, self._cameras)
         except ValueError as error:
             _log.warning("%s", error)
 

@@ -25,18 +25,13 @@ from cogvla.real_robot.serving.server import ServerSettings
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
 from cogvla.scripts.policies import open_any_policy
-from cogvla.scripts.robot.policy_server import is_loopback
+from cogvla.scripts.robot.policy_server import address, is_loopback
 
 if TYPE_CHECKING:
     from cogvla.real_robot.harness.model_server import PolicyModelServer
 
 
 def main(config: DictConfig) -> None:
-    """Run the command, whose entry point is in `scripts/console.py`."""
-    run(config)
-
-
-def run(config: DictConfig) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
@@ -52,8 +47,8 @@ def run(config: DictConfig) -> None:
     values = plain(config)
     batching = take(BatchSettings, values)
     execution = build(RolloutSettings, _some(values, "execute_steps", "temporal_ensemble"), "configuration")
-    address = build(ServerSettings, _some(values, "host", "port"), "configuration")
-    if not is_loopback(address.host):
+    where = build(ServerSettings, _some(values, "host", "port"), "configuration")
+    if not is_loopback(where.host):
         print("warning: the server is open to the network, and vla-eval's protocol has no passwords")
     policy, _ = open_any_policy(
         str(config.checkpoint),
@@ -68,7 +63,7 @@ def run(config: DictConfig) -> None:
     server = PolicyModelServer(policy, batching, execution, values["cameras"])
     if values["evaluation"] is not None:
         check_benchmarks(str(values["evaluation"]), server)
-    asyncio.run(_serve(server, address.host, address.port))
+    asyncio.run(_serve(server, where.host, where.port))
     print("stopped")
 
 
@@ -80,9 +75,11 @@ async def _serve(server: PolicyModelServer, host: str, port: int) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     name = server.embodiment.name
     try:
-        await serve(server, host, port, stop, lambda bound: print(f"{name} at ws://{host}:{bound}", flush=True))
+        await serve(
+            server, host, port, stop, lambda bound: print(f"{name} at {address('ws', host, bound)}", flush=True)
+        )
     except OSError as error:
-        raise OSError(f"cannot serve at ws://{host}:{port}: {error}") from error
+        raise OSError(f"cannot serve at {address('ws', host, port)}: {error}") from error
 
 
 def check_benchmarks(path: str, server: PolicyModelServer) -> None:

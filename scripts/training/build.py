@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from cogvla.configs.load import read_once
 from cogvla.policy.checkpoint import weights_hash
+from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.hub.download import checkpoint_name
 from cogvla.policy.inputs.preprocess import Preprocessor
@@ -15,10 +18,12 @@ from cogvla.policy.inputs.text_encoder import open_encoder
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
-from cogvla.policy.model.config import CogVLAConfig, LanguageConfig
-from cogvla.policy.training.auxiliary.frozen_policy import load_frozen
+from cogvla.policy.model.config import CogVLAConfig, LanguageConfig, RoutingConfig
+from cogvla.policy.model.empty_model import empty_model
+from cogvla.policy.training.adapters import check_parts
+from cogvla.policy.training.auxiliary.frozen_policy import check_frozen, load_frozen
 from cogvla.policy.training.config import TrainingConfig
-from cogvla.policy.training.data_checks import check_instructions, clipped_instructions, rare_dimensions
+from cogvla.policy.training.data_checks import check_instructions, check_tokens, clipped_instructions, rare_dimensions
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
 from cogvla.policy.training.trainer import Trainer
 from cogvla.policy.training.wordings import training_wordings
@@ -49,10 +54,13 @@ def build_trainer(
     texts = [text for some in worded.values() for text in some]
     tokenizer = choose_tokenizer(model_config.language, texts, base, reworded=len(texts) > len(data.instructions))
     check_instructions(tokenizer, data)  # `Trainer` does it, too, but after the model is built
+    if model_config.head.kind == "discrete":
+        check_tokens(data, embodiment)
     if config.wordings.share and (plain := [text for text, some in worded.items() if len(some) == 1]):
         print(f"{len(plain)} of {len(worded)} instructions have no other wordings, for example {plain[0]!r}")
     for said in (*rare_dimensions(data, embodiment), *clipped_instructions(data, embodiment)):
         print(said)
+    _check_fusion(model_config.routing)
     torch.manual_seed(config.seed)
     model = CogVLA(model_config, embodiment)
     if model.text is not None:
@@ -64,16 +72,50 @@ def build_trainer(
     if objective_config.distillation:
         assert objective_config.teacher is not None
         teacher = load_frozen(objective_config.teacher, "teacher", preprocessor, texts)
-    objective = Objective(model, objective_config, model.vision_tokens, model_config.language.width, teacher)
+    objective = Objective(model, objective_config, teacher)
     weights = weights_hash(Path(base)) if base is not None and is_own(base) else base
     return Trainer(config, objective, model_config, preprocessor, data, output, log, base=named, base_weights=weights)
+
+
+def check_without_data(
+    config: TrainingConfig,
+    model: CogVLAConfig,
+    objective: ObjectiveConfig,
+    data: Iterable[DataConfig],
+    robot: Embodiment,
+) -> None:
+    """Check what shows without data, so that a mistake is not said only after a recording.
+
+    Raises:
+        ValueError: robot, policy, objective and the parts to train do not fit each other, or a file or checkpoint that
+            they name cannot be used.
+        OSError: such a file cannot be read.
+    """
+    _check_fusion(model.routing)
+    network = empty_model(model, robot)
+    check_parts(network, config.finetune)
+    Objective(network, replace(objective, distillation=0.0))
+    for key, weight in (("teacher", objective.distillation), ("blind", objective.prior)):
+        if weight:
+            check_frozen(getattr(objective, key), key)
+    for path in {each.paraphrases for each in data if each.paraphrases is not None}:
+        read_once(Path(path), f"data.paraphrases={path}")
+
+
+def _check_fusion(routing: RoutingConfig) -> None:
+    """Raise a ValueError if `fusion` changes nothing, as published weights and older checkpoints may have it."""
+    if routing.fusion not in ("mix", "concat") and not (routing.efa or routing.film):
+        raise ValueError(
+            f"routing.fusion={routing.fusion} changes nothing with routing.efa=false and routing.film=false, where "
+            "channels are concatenated: set routing.film=true, or leave it out"
+        )
 
 
 def load_start(model: CogVLA, base: str | None, preprocessor: Preprocessor) -> list[str]:
     """Load the initial weights of the model in place, for these statistics; return lines for the log."""
     if base is None:
         return load_backbones(model)
-    return load_own(model, base, preprocessor) if is_own(base) else load_base(model, base)
+    return load_own(model, base, preprocessor) if is_own(base) else load_base(model, base)[1]
 
 
 def choose_tokenizer(language: LanguageConfig, instructions: list[str], base: str | None, reworded: bool) -> Tokenizer:

@@ -20,7 +20,7 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from cogvla.libero.suites import configured_suite
+from cogvla.envs.suite import get_suite
 from cogvla.policy.provenance import machine
 from cogvla.scripts.command import plain
 
@@ -44,7 +44,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 @hydra.main(version_base="1.3", config_path=None, config_name="bench_libero")
 def main(config: DictConfig) -> None:
     """Print the table."""
-    suite = configured_suite(config.suite, plain(config.libero))
+    suite = get_suite(config.suite, plain(config))
     env: Any = suite.make(image_size=config.image_size)
     env.unwrapped.skip_images = True
     action = np.array([0.1, 0, 0, 0, 0, 0, -1.0])

@@ -111,7 +111,7 @@ def measure(routing: str, folder: Path) -> dict[str, float]:
     )
     steps: dict[str, Callable[[], Any]] = {}
     for name, change in SWITCHES.items():
-        objective = Objective(model, replace(off, **change), model.vision_tokens, config.language.width, teacher)
+        objective = Objective(model, replace(off, **change), teacher)
         steps[name] = step_of(objective.train(), batch)
     steps["prior"] = weights_of(BlindWeights(str(folder), 1.0, preprocessor, [TEXT]), batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}

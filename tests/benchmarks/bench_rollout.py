@@ -13,7 +13,7 @@ import torch
 
 from cogvla.envs.evaluation.protocol import load_protocol
 from cogvla.envs.rollout.rollout import rollout
-from cogvla.libero.suites import configured_suite
+from cogvla.envs.suite import get_suite
 from cogvla.policy.checkpoint import open_policy
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,7 +28,7 @@ options = parser.parse_args()
 
 policy, _ = open_policy(options.checkpoint, threads=options.threads)
 lean = {"lean": True, "reflections": False, "extra_passes": False, "robot_meshes": options.robot_meshes}
-suite = configured_suite(options.suite, lean if options.lean else {})
+suite = get_suite(options.suite, {"libero": lean} if options.lean else {})
 per_task = -(-options.episodes // len(suite.tasks))
 protocol = load_protocol(suite.protocol, episodes_per_task=per_task).for_suite(suite)
 specs = protocol.episodes(suite, None, None, (1, 1))[: options.episodes]

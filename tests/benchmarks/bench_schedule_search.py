@@ -42,7 +42,8 @@ def main() -> None:
     router = RouterConfig(words.router, layer_router="carried", layers=(1, 2))
     objective = schedule_objective(policy.model, inputs, router)
     ranges = {name: tuple(bounds) for name, bounds in json.loads(words.ranges).items()}
-    for mean in (0.25, 0.1):
+    tokens = policy.model.vision.tokens // len(policy.embodiment.cameras)
+    for mean in (0.25, 0.125):
         for method in METHODS:
             for seed in range(words.seeds):
                 best: list[float] = []
@@ -51,7 +52,7 @@ def main() -> None:
                     best.append(max([value, *best[-1:]]))
 
                 started = time.monotonic()
-                search(objective, (1, 2), 3, mean, ranges, SHOWN[-1], seed, method, watch)
+                search(objective, (1, 2), 3, mean, ranges, SHOWN[-1], seed, method, watch, tokens)
                 shown = " ".join(f"{best[number - 1]:.5f}" for number in SHOWN)
                 print(f"{mean:<5} {method:<9} seed {seed}  {shown}  {time.monotonic() - started:.0f} s", flush=True)
 

@@ -26,6 +26,8 @@ from cogvla.scripts.eval_libero import run as run_command
 from cogvla.scripts.merge_evaluations import merge
 from cogvla.tests.support.point_suite import ToyPolicy, toy_suite
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def report(outcomes: str) -> Report:
     """A report whose episode N of task 0 succeeds (1), fails (0) or ends in an error (e)."""
@@ -158,7 +160,7 @@ def test_drawn_values_are_summed_up() -> None:
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two cells and the clean run over real processes; the second time nothing is played."""
     options = ["checkpoint=random", f"output={tmp_path}", "perturbation=wording", "tasks=[0]", "episodes_per_task=1"]
-    options += ["videos=0", "workers=1", "protocol.max_steps=8", "engine.kind=plain"]
+    options += ["videos=0", "workers=1", "protocol.max_steps=8"]
     for _ in range(2):
         run_command(compose("eval_libero", options), "")
     said = capsys.readouterr().out
@@ -176,3 +178,17 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert texts[0] == "put the red cube in the tray"
     assert len(set(texts)) == 4
     assert all(f"“{text}”" in page for text in texts[1:])
+
+    capsys.readouterr()
+    run_command(compose("eval_libero", [*options, "level=1"]), "")
+    assert json.loads((tmp_path / "tabletop_object_robustness.json").read_text())["cells"] == body["cells"]
+    index = (tmp_path / "index.html").read_text()
+    assert all(f"tabletop_object_wording_{level}/report.html" in index for level in LEVELS)
+    run = tmp_path / "tabletop_object_wording_2" / "run.json"
+    run.write_text(run.read_text().replace('"max_steps": 8', '"max_steps": 9'))
+    (tmp_path / "tabletop_object_wording_3" / "episodes.jsonl").write_text("")
+    run_command(compose("eval_libero", [*options, "level=1"]), "")
+    shorter = json.loads((tmp_path / "tabletop_object_robustness.json").read_text())
+    assert shorter["cells"] == body["cells"][:1], "only what can be compared"
+    said = capsys.readouterr().out
+    assert all(f"note: wording_{level} is not on the page of tabletop_object" in said for level in (2, 3))

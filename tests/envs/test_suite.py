@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
-from cogvla.envs.suite import get_suite, suite_names, unknown_suite
+from cogvla.envs.suite import chosen_start, get_suite, suite_names, unknown_suite
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,13 @@ def test_other_names(name: str) -> None:
     said = str(unknown_suite(name))
     assert said.startswith(f"unknown suite '{name}'; one of {', '.join(suite_names())}")
     assert ("did you mean" in said) == (name == "10")
+
+
+@pytest.mark.parametrize(("name", "value"), [("task", 1.9), ("task", "3"), ("task", True), ("initial_state", 0.7)])
+def test_half_a_task_is_not_rounded(name: str, value: Any) -> None:
+    rng = np.random.default_rng(0)
+    assert chosen_start({"task": np.int64(1), "initial_state": 2, "asked": None}, 10, rng) == (1, 2)
+    with pytest.raises(ValueError, match=rf"reset options are whole numbers, got {name}={value!r}"):
+        chosen_start({"task": 1, "initial_state": 2, name: value}, 10, rng)
+    with pytest.raises(ValueError, match=r"got asked=2\.7"):
+        chosen_start({"task": 1, "initial_state": 2, "asked": 2.7}, 10, rng)

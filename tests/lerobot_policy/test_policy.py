@@ -178,6 +178,16 @@ def test_a_base_gives_weights_and_words(recording: Path) -> None:
     assert policy.config.cogvla["statistics"] != json.loads((SHIPPED / "statistics.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("embodiment", "libero"), ("preset", "small"), ("routing", "no_efa"), ("image_size", 64)]
+)
+def test_what_a_base_says_itself_is_not_said_twice(recording: Path, name: str, value: Any) -> None:
+    config = new_config(base=str(SHIPPED))
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"leave out --policy.{name}$"):
+        CogVLAPolicy(config, dataset_meta=meta(recording))
+
+
 def changed(**values: Any) -> Callable[[Any], None]:
     def change(data: Any) -> None:
         for name, value in values.items():

@@ -6,13 +6,15 @@ Success over all tasks and initial states is measured by `expert_table suite=lib
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 import numpy as np
 import pytest
 
-from cogvla.envs.contract import Perturbable, required
+from cogvla.envs.contract import Perturbable, required, resting_action
 from cogvla.envs.perturbation.perturbation import Perturbation
-from cogvla.envs.recording.demonstrator import OPEN_HAND, Demonstrator, DemonstratorSettings
+from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSettings
+from cogvla.envs.rotations import rotation_vector
 from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.experts.motion import DOWN, pointing
@@ -125,7 +127,7 @@ def env(suite: Suite) -> Iterator[LiberoEnv]:
 def test_what_falls_out_of_the_hand_is_taken_again(env: LiberoEnv) -> None:
     env.reset(options={"task": 1, "initial_state": 0})
     for _ in range(10):
-        env.step(OPEN_HAND)
+        env.step(resting_action())
     expert = libero_expert(env, np.random.default_rng(0))
     view, dropped, success = SceneView(env.scene), 0, False
     for _ in range(280):
@@ -163,7 +165,7 @@ def test_what_is_in_the_way_and_what_is_far(
     required(env, Perturbable, "perturbation").perturbations = changes
     env.reset(options={"task": task, "initial_state": state})
     for _ in range(10):
-        env.step(OPEN_HAND)
+        env.step(resting_action())
     expert, success = libero_expert(env, np.random.default_rng(0)), False
     for _ in range(suite.max_steps):
         *_, success, _, _ = env.step(expert.act())
@@ -171,6 +173,35 @@ def test_what_is_in_the_way_and_what_is_far(
             break
     env.close()
     assert success
+
+
+@needs_assets
+@pytest.mark.parametrize(
+    ("suite_name", "task"),
+    [
+        pytest.param("libero_10", 3, id="beside a rack, into a drawer"),
+        pytest.param("libero_10", 9, id="by the handle, through an opening at the front"),
+        pytest.param("libero_spatial", 5, id="a tilted bowl"),
+        pytest.param("libero_spatial", 9, id="from high up"),
+    ],
+)
+def test_a_thing_is_taken_at_the_same_side_in_every_scene_of_a_task(suite_name: str, task: int) -> None:
+    settings = LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
+    suite = libero_suite(suite_name, settings)
+    env = suite.make(render=False)
+    assert isinstance(env, LiberoEnv)
+    rotations = []
+    for state in (0, 1, 5, 7, 1000, 1001):
+        env.reset(options={"task": task, "initial_state": state})
+        for _ in range(suite.settling_steps):
+            env.step(resting_action())
+        expert = libero_expert(env, np.random.default_rng(0))
+        while (action := expert.act())[6] < 0:
+            env.step(action)
+        rotations.append(SceneView(env.scene).rotation)
+    env.close()
+    angles = [np.degrees(np.linalg.norm(rotation_vector(a @ b.T))) for a, b in combinations(rotations, 2)]
+    assert max(angles) < 45
 
 
 @needs_assets

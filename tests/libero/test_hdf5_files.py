@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cogvla.libero.conventions.recorded_episodes import Hdf5Recordings
 from cogvla.libero.hdf5.reader import demonstrations, is_hdf5, lacks, read, read_images
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.libero_assets import needs_libero
@@ -296,3 +297,21 @@ def test_the_pose_is_read_from_one_data_set_or_from_two(path: Path) -> None:
     missing, there = lacks(path, "demo_0")
     assert missing == ["obs/agentview_rgb", "obs/ee_pos"]
     assert there.startswith("actions, dones, obs/ee_ori")
+
+
+# --- several files ---------------------------------------------------------------------------------------------------
+
+
+def test_all_files_say_their_version(path: Path) -> None:
+    actions = np.zeros((STEPS, 7))
+    write(path.parent / "open_the_middle_drawer_of_the_cabinet_demo.hdf5", [made_up(actions)], mujoco_version="3.3.2")
+    write(path, [made_up(actions)], mujoco_version="2.3.7")
+    assert Hdf5Recordings(path.parent).simulation["mujoco"] == "2.3.7 and 3.3.2"
+
+
+def test_files_of_two_kinds_are_not_checked_as_one(path: Path) -> None:
+    other = write(path.parent / "open_the_middle_drawer_of_the_cabinet_demo.hdf5", [made_up(np.zeros((STEPS, 7)))])
+    with h5py.File(other, "a") as file:
+        del file["data"].attrs["problem_info"]
+    with pytest.raises(ValueError, match=r"two kinds.*open_the_middle.* is of the published regeneration, turn_on"):
+        Hdf5Recordings(path.parent)

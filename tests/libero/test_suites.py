@@ -98,6 +98,10 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         LiberoSettings(extra_passes=False)
     with pytest.raises(ValueError, match=r"map\.json does not exist"):
         LiberoSettings(lean=True, robot_meshes=str(tmp_path))
+    with pytest.raises(ValueError, match=r"libero\.lean must be true or false, got 'flase'"):
+        get_suite("libero_goal", {"libero": {"lean": "flase"}})
+    with pytest.raises(ValueError, match=r"unknown key leen in libero; valid keys are assets, lean"):
+        get_suite("libero_goal", {"libero": {"leen": True}})
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cogvla.policy.checkpoint import (
     load_training_state,
     save_checkpoint,
 )
+from cogvla.policy.device import usable_device
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.tests.support.full_disk import files_limited_to
 from cogvla.tests.support.small_data import ROBOT, small_data, small_policy
@@ -203,3 +205,27 @@ def test_a_truncated_training_state_is_explained(saved: Path, share: float) -> N
     shorten(TRAINING, share)(saved)
     with pytest.raises(ValueError, match=rf"{TRAINING} is damaged or truncated .*delete .*best to resume"):
         load_training_state(saved)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_cannot_be_used_is_one_line(saved: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=rf"device={device} cannot be used here \(.*\); give device=cpu") as error:
+        load_policy(saved, device)
+    assert "\n" not in str(error.value)
+
+
+def test_a_second_gpu_is_the_one_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert usable_device("cuda:1") == "cuda:1"
+    assert usable_device(0) == "cuda:0"
+    assert chosen == [torch.device("cuda", 1), torch.device("cuda", 0)]
+
+
+def test_a_description_says_how_images_are_prepared_if_that_is_unusual(tmp_path: Path) -> None:
+    policy = small_policy()
+    assert "pictures" not in policy.describe()
+    policy.preprocessor.crop_area = 0.81
+    save(tmp_path / "it", policy)
+    assert load_policy(tmp_path / "it").describe()["pictures"] == {"crop_area": 0.81, "resize_kernel": "bilinear"}

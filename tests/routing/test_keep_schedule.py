@@ -56,10 +56,15 @@ def test_decays_fall_and_stay_in_range(depth: int, mean: float, schedule: str) -
 
 
 @given(st.integers(1, 1000), st.floats(0, 1))
-def test_keep_count_rounds_down(tokens: int, ratio: float) -> None:
+def test_keep_count_rounds_down_to_one_at_least(tokens: int, ratio: float) -> None:
     count = keep_count(tokens, ratio)
-    assert 0 <= count <= tokens
-    assert count <= tokens * ratio < count + 1
+    assert (ratio > 0) <= count <= tokens
+    assert count <= max(ratio > 0, tokens * ratio) < count + 1
+
+
+def test_few_tokens_are_not_rounded_to_none() -> None:
+    assert [keep_count(tokens, 0.15) for tokens in (0, 1, 4, 6, 7, 13, 14)] == [0, 1, 1, 1, 1, 1, 2]
+    assert keep_count(4, 0.0) == 0, "the end of shiftedlinear_decay"
 
 
 @pytest.mark.parametrize("schedule", ["shiftedcos_decay", "linear", "shiftedcos_decay_0.1_0.9", ""])

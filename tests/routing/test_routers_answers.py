@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,6 +174,20 @@ def test_debias_takes_the_trend_out() -> None:
         router_of("debias", 4, base="random")
 
 
+def test_debias_of_several_pictures_in_a_row_begins_anew_with_each() -> None:
+    trend = torch.exp(0.3 * torch.arange(8.0)).repeat(2)
+    profile = trend.clone()
+    profile[9] *= 1.5
+    profile[12] *= 1.4
+    options = {"rate": 0.3 * 8 / 576}
+    router = build_router("debias", RouterSizes(16, WIDTH, WIDTH, None, 2, views=2), options)
+    context = RouterContext(2, attention_LBN=profile.expand(1, 3, -1))
+    assert router(tokens_of(), context).index_Bn[0].tolist() == [9, 12]
+    assert isinstance(router, Calibrated)
+    measured = router.observed(tokens_of(), replace(context, attention_LBN=trend.expand(1, 3, -1)))
+    assert router.fitted(measured.mean(0)) == {"rate": pytest.approx(options["rate"], rel=1e-3)}
+
+
 # --- diversity and coverage ---
 
 
@@ -263,6 +278,8 @@ def test_approximation_error_finds_the_outlier() -> None:
     routed = route("approx_error", x, 4, {"basis": 2}, draw_B=torch.tensor([0]))
     assert 9 in routed.place_Bn[0].tolist()
     assert (routed.index_Bn >= 0).sum() == 2, "two of the basis, as they were"
+    assert routed.score_BN is not None
+    assert set(best(routed.score_BN, 2)[0].tolist()) == set(basis[0].tolist()), "`carried` keeps the basis longest"
     assert routed.owner_BN is not None
     assert (routed.owner_BN >= 0).all(), "nothing is lost"
     grams = approximation_error(x, x.gather(1, basis[..., None].expand(-1, -1, WIDTH))).gather(1, basis)

@@ -89,6 +89,15 @@ def test_a_batch_equals_its_samples(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_losses_do_not_depend_on_how_a_batch_is_divided(name: str) -> None:
+    router, x = router_of(name, 4), tokens_of()
+    context = context_for(router, training=True)
+    alone = [router(x[row : row + 1], sample(context, row)).losses for row in range(3)]
+    for loss, together in router(x, context).losses.items():
+        torch.testing.assert_close(together, torch.stack([losses[loss] for losses in alone]).mean())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_half_precision_comes_out_as_it_went_in_and_scores_are_float32(name: str) -> None:
     router, x = router_of(name, 4), tokens_of()
     context = context_for(router)
@@ -212,6 +221,8 @@ def test_mistakes_say_what_is_possible() -> None:
         @register_router("random")
         class Mine(TokenRouter): ...
 
+    with pytest.raises(ValueError, match="option rescale of router 'frequency' must be true or false, got 'no'"):
+        build_router("token_pooling", sizes_for(4), {"base": "frequency", "base_options": {"rescale": "no"}})
     with pytest.raises(ValueError, match="has no option speed; it has variant, pivot"):
         build_router("diversity", sizes_for(4), {"speed": 1})
     with pytest.raises(ValueError, match="cannot have 0 heads; choose a divisor"):

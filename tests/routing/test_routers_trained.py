@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cogvla.routing.registry import build_router
-from cogvla.routing.router import RouterConfig, RouterContext, RouterSizes
+from cogvla.routing.router import RouterConfig, RouterContext, RouterSizes, count_of
 from cogvla.routing.schedule_search import Schedule, completed, expected_improvement, search
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.router_contexts import WIDTH, context_for, router_of, tokens_of
@@ -224,6 +224,19 @@ def test_the_search_moves_tokens_to_where_they_are_read() -> None:
     assert list(schedule.shares) == sorted(schedule.shares, reverse=True)
     again, _ = search(lambda s: s.shares[0], (3, 8), 12, 0.25, evaluations=200)
     assert again == schedule
+
+
+def test_the_search_does_not_gain_tokens_by_rounding() -> None:
+    def kept(schedule: Schedule) -> float:
+        """The mean share that a policy of 8 tokens in each view keeps."""
+        return replace(schedule, shares=tuple(count_of(share, 8) / 8 for share in schedule.shares)).mean(3)
+
+    assert kept(search(kept, (1, 2), 3, 0.25, evaluations=60)[0]) > 0.3, "with any shares it does"
+    schedule, value = search(kept, (1, 2), 3, 0.25, evaluations=60, tokens=8)
+    assert value == schedule.mean(3) <= 0.25
+    assert search(kept, (1, 2), 3, 0.125, evaluations=5, tokens=8)[0].shares == (0.125,) * 3
+    with pytest.raises(ValueError, match=r"a mean of 0\.1 of 8 tokens is less than one token: give 0\.125 or more"):
+        search(kept, (1, 2), 3, 0.1, tokens=8)
 
 
 def test_expected_improvement_is_the_mean_of_what_exceeds_the_best() -> None:

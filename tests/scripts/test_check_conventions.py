@@ -18,8 +18,9 @@ from PIL import Image
 
 from cogvla.envs.recording.dataset_writer import DatasetWriter
 from cogvla.envs.recording.demonstration import Demonstration, pack
-from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSettings
-from cogvla.envs.suite import get_suite
+from cogvla.envs.recording.demonstrator import SEED_STRIDE, Demonstrator, DemonstratorSettings, randomised
+from cogvla.envs.recording.recorder import record
+from cogvla.envs.suite import FIRST_TRAINING_STATE, get_suite
 from cogvla.envs.tabletop.expert import Expert
 from cogvla.libero.conventions import declared as conventions
 from cogvla.libero.conventions.declared import Finding
@@ -389,6 +390,16 @@ def test_without_a_suite_everything_but_the_replay_is_checked(
     assert stop.value.code == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "gripper MISMATCH action 6 of the data, a gripper, has values from -1 to 1, but data.gripper says" in said
+
+
+def test_changed_scenes_are_played_as_they_were_recorded(tmp_path: Path) -> None:
+    assert all(randomised(["robot"], 3, task, FIRST_TRAINING_STATE + 3 * SEED_STRIDE) for task in (0, 3, 6))
+    root = record(
+        SUITE, 3, tmp_path / "changed", image_size=64, workers=0, tasks=[0, 3, 6], randomise=["robot"], seed=3
+    )
+    findings, code = check(root)
+    assert (mismatches(findings), code) == ([], 0)
+    assert findings["replay"].text.startswith("3 of 3")
 
 
 # --- mistakes of the user --------------------------------------------------------------------------------------------

@@ -272,6 +272,30 @@ def test_an_interrupted_conversion_goes_on(stove: Path, tmp_path: Path, monkeypa
 
 
 @needs_assets
+def test_files_that_have_changed_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cogvla.libero.hdf5.conversion.play", stopped)
+    path, out = tmp_path / f"{STOVE}_demo.hdf5", tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(write(path, [made_up(actions(1, 1))]), out)
+    size = path.stat().st_size
+    with pytest.raises(KeyboardInterrupt):
+        run(write(path, [made_up(actions(1, 1))]), out)
+    write(path, [made_up(actions(1, 1), seed=1)])
+    assert path.stat().st_size == size
+    with pytest.raises(ValueError, match=r"unfinished converting with another content; .*resume=false"):
+        run(path, out)
+    begun = tmp_path / "out.converting" / "settings.json"
+    begun.write_text(
+        json.dumps({key: value for key, value in json.loads(begun.read_text()).items() if key != "content"})
+    )
+    with pytest.raises(KeyboardInterrupt):  # of a version that did not note it
+        run(path, out)
+
+
+@needs_assets
 def test_nothing_to_keep_is_an_error(stove: Path, tmp_path: Path) -> None:
     folder = tmp_path / "failed"
     folder.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,8 @@ from cogvla.envs.evaluation.report import Report
 from cogvla.scripts.merge_evaluations import main, merge
 from cogvla.tests.support.point_suite import ToyPolicy, toy_suite
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 PROTOCOL = EvaluationProtocol("toy", episodes_per_task=5)
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of the time of a small evaluation."""
-    for name in ("latency_curves", "length_histogram"):
-        monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
 
 
 def run(output: Path, shard: tuple[int, int] = (1, 1), **options: Any) -> Report:
@@ -113,6 +108,30 @@ def test_a_missing_shard_is_not_left_out_in_silence(tmp_path: Path) -> None:
     run(tmp_path / "other", (5, 5), protocol=replace(PROTOCOL, episodes_per_task=2))
     with pytest.raises(ValueError, match="shards are of 3 and of 5 parts"):
         merge([tmp_path / "1", tmp_path / "other"], tmp_path / "merged")
+
+
+def test_shards_of_other_tasks_or_episodes_are_not_merged(tmp_path: Path) -> None:
+    run(tmp_path / "a", (1, 2), protocol=replace(PROTOCOL, episodes_per_task=7))
+    run(tmp_path / "b", (2, 2))
+    with pytest.raises(ValueError, match=r"no shard has the episode .* other tasks or episodes_per_task"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+
+
+def test_shards_of_two_simulators_are_not_mixed(tmp_path: Path) -> None:
+    for i in (1, 2):
+        run(tmp_path / str(i), (i, 2))
+    file = tmp_path / "2" / "run.json"
+    file.write_text(re.sub(r'"mujoco": "[^"]*"', '"mujoco": "3.4.0"', file.read_text()))
+    with pytest.raises(ValueError, match=r"episodes of MuJoCo 3\..* and 3\.4\.0 cannot be mixed: play all shards"):
+        merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
+
+
+def test_a_deleted_line_is_said(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    lines = tmp_path / "a" / "episodes.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=r"jsonl lacks an episode of its report, \(task, state\) \(0, 0\): run"):
+        merge([tmp_path / "a"], tmp_path / "merged")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from cogvla.scripts.training.rounds import CorrectionsConfig, _of_round
 from cogvla.scripts.training.suites import resolved_for
 from cogvla.tests.scripts.test_train_policy import overrides
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 SMALL = ("rounds=2", "corrections.episodes=10", "corrections.workers=0", "corrections.patience=5")
 
 
@@ -68,9 +69,9 @@ def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
     ("change", "said"),
     [
         ("rounds=0", "rounds must be 1"),
-        ("rounds=two", "rounds must be 1"),
+        ("rounds=two", "rounds must be a whole number, got 'two'"),
         ("corrections.episodes=0", "corrections: episodes and patience must be positive whole numbers"),
-        ("corrections.episodes=1e1", "corrections: episodes and patience must be positive whole numbers"),
+        ("corrections.episodes=1e1", "corrections.episodes must be a whole number, got 10.0"),
         ("corrections.weight=-1", "corrections: weight must be a positive number"),
         ("corrections.weight=inf", "corrections: weight must be a positive number"),
         ("suite=null", "rounds=2 needs a suite"),

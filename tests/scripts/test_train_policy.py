@@ -6,7 +6,6 @@ import errno
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -32,6 +30,7 @@ from cogvla.scripts import console, train_policy
 from cogvla.scripts.command import compose
 from cogvla.scripts.training.build import build_trainer
 from cogvla.scripts.training.suites import outdated
+from cogvla.tests.support.console_command import ended
 from cogvla.tests.support.point_suite import ToyPolicy, toy_suite
 from cogvla.tests.support.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 
@@ -300,26 +299,46 @@ def test_a_pretrained_language_model_brings_its_weights_and_its_tokenizer(tmp_pa
     assert policy.preprocessor.text(["touch"])[0].tolist()[0].count(2) == 1
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
-    """What the console script ends with."""
-    monkeypatch.setattr(sys, "argv", ["train_policy", *arguments])
-    GlobalHydra.instance().clear()
-    try:
-        with pytest.raises(SystemExit) as ended:
-            console.train_policy()
-    finally:
-        GlobalHydra.instance().clear()
-    return ended.value.code
-
-
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         (["suite=tabletop_objects"], r"error: unknown suite 'tabletop_objects'.*tabletop_object"),
         (["training.batch_size=7", "training.accumulation=2"], "error: batch_size 7 is not a multiple"),
-        (["training.steps=many"], "error: training: .*"),
+        (["training.steps=many"], "error: training.steps must be a whole number, got 'many'"),
+        (["training.ema_decay=1"], "error: training.ema_decay must be at least 0 and below 1, got 1"),
+        (
+            ["training.validation_fraction=2", "data.root=/new"],
+            "error: training.validation_fraction must be at least 0",
+        ),
+        (["seed=-1", "data.root=/new"], "error: seed must not be negative, got -1"),
+        (["policy.head.prefix=9", "data.root=/new"], "error: head.prefix is 9, but a chunk has 8 actions"),
+        (
+            ["objective.distillation=1", "objective.teacher=nowhere", "data.root=/new"],
+            r"error: objective\.teacher=nowhere is no checkpoint folder of train_policy",
+        ),
+        (
+            ["routing=no_efa", "routing.fusion=sum", "data.root=/new"],
+            r"error: routing\.fusion=sum changes nothing with",
+        ),
+        (["demonstrations.seed=-1", "data.root=/new"], r"error: demonstrations\.seed must not be negative, got -1"),
+        (
+            ["+demonstrations.video=true", "demonstrations.noise=-1", "data.root=/new"],
+            "error: episodes and image_size must be positive whole",
+        ),
+        (["evaluation.videos=-1", "data.root=/new"], "error: videos per task must be a whole number of at least 0"),
+        (["evaluation.workers=-1", "data.root=/new"], "error: workers must be a whole number, 0"),
+        (["evaluation.episodes_per_task=51", "data.root=/new"], "error: suite 'tabletop_object' has 50 initial states"),
+        (["+evaluation.execute_steps=9", "data.root=/new"], "error: execute_steps is 9, but the policy predicts 8"),
+        (["finetune.train=[nonsense]", "data.root=/new"], "error: finetune names 'nonsense', but the policy has "),
+        (["objective.pointer=1", "data.root=/new"], r"error: objective\.pointer points at patches, but with routing"),
+        (["data.paraphrases=/nowhere.yaml", "data.root=/new"], r"error: .*No such file .*: '/nowhere\.yaml'"),
+        (["base=nowhere", "data.root=/new"], "error: base=nowhere is neither a folder nor USER/NAME of the hub"),
         (["+training.stepss=5"], "error: unknown key stepss in training; valid keys are steps, .*"),
         (["+routing.efaa=true"], r"error: unknown key efaa in model\.routing; valid keys are efa, "),
+        (
+            ["routing.router.budget=16"],
+            r"error: routing\.router\.budget=16 changes nothing without routing\.router\.name",
+        ),
         (["routing.attention=sideways"], r"error: routing\.attention is 'sideways'; it must be one of coupled, causal"),
         (["evaluation.protocol=libero_x"], "error: protocol 'libero_x' is neither a YAML file nor one of "),
         (["data.cameras.wrist=observation.images.hand"], r"error: .*no camera 'observation\.images\.hand'; it has "),
@@ -358,10 +377,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | Non
         (["routing=no_efa"], "error: .* was trained with another policy or routing; choose another output, or delete"),
     ],
 )
-def test_mistakes_end_in_one_line(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: list[str], said: str
-) -> None:
-    code = command(monkeypatch, *overrides(root, *wrong))
+def test_mistakes_end_in_one_line(root: Path, capsys: pytest.CaptureFixture[str], wrong: list[str], said: str) -> None:
+    code = ended(console.train_policy, *overrides(root, *wrong))
     assert isinstance(code, str)
     assert len(code.splitlines()) == 1
     assert re.search(said, code), code
@@ -373,9 +390,9 @@ def test_mistakes_end_in_one_line(
     [("speed=3", "Could not override 'speed'"), ("policy=huge", "Could not find 'policy/huge'")],
 )
 def test_unknown_keys_and_options_are_explained_by_hydra(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str, said: str
+    capsys: pytest.CaptureFixture[str], wrong: str, said: str
 ) -> None:
-    assert command(monkeypatch, wrong) == 1
+    assert ended(console.train_policy, wrong) == 1
     message = capsys.readouterr().err
     assert said in message
     assert "Traceback" not in message
@@ -398,17 +415,15 @@ def raising(error: BaseException) -> Callable[..., Any]:
 )
 def test_how_the_command_ends(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: str | int) -> None:
     monkeypatch.setattr(train_policy, "run", raising(error))
-    ended = command(monkeypatch)
-    assert ended == code if isinstance(code, int) else str(ended).startswith(code)
+    end = ended(console.train_policy)
+    assert end == code if isinstance(code, int) else str(end).startswith(code)
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_policy, "run", raising(ZeroDivisionError()))
-    monkeypatch.setattr(sys, "argv", ["train_policy"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ZeroDivisionError):
-        console.train_policy()
-    GlobalHydra.instance().clear()
+        ended(console.train_policy)
 
 
 def test_an_offline_log_is_on_disk(tmp_path: Path) -> None:

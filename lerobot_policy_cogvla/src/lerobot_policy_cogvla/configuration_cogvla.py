@@ -25,7 +25,8 @@ class CogVLAConfig(PreTrainedConfig):
         routing: routing of a new network, a file of `configs/routing`.
         embodiment: the robot, a file of `configs/embodiment`; None: as the data set says, without a gripper.
         image_size: height and width in pixels to which images are resized if the data set says what the robot is.
-        base: checkpoint folder (or published weights) whose weights and words a new network starts from.
+        base: checkpoint folder (or published weights) whose weights and words a new network starts from. A checkpoint
+            also says preset, routing, embodiment and image size; another one of these is an error.
         keep_statistics: keep the checkpoint's statistics although those of the data set differ.
         action_feature_names: names of the action's numbers in the data; lerobot-rollout commands a robot in this order.
         cogvla: content of `config.json` and `statistics.json` of a checkpoint; filled in when training begins.

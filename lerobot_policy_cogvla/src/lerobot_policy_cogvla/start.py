@@ -49,6 +49,7 @@ def start(config: CogVLAConfig, meta: Any) -> CogVLA:
     if body is not None:
         network = saved_config(body, Path(str(base)))
         robot = replace(build(Embodiment, body["embodiment"], "embodiment"), chunk=config.chunk_size)
+        _check_nothing_else(config, robot)
     else:
         network = with_encoder(
             NetworkConfig.from_dict({**load("policy", config.preset), "routing": load("routing", config.routing)})
@@ -159,6 +160,20 @@ def data_statistics(robot: Embodiment, meta: Any) -> dict[str, Statistics]:
     if mistakes := gripper_mistakes(torch.from_numpy(values[ACTION].astype(np.float32)), None, robot):
         raise ValueError(f"data set {meta.repo_id}: {'; '.join(mistakes)}")
     return {"state": Statistics.of(values[STATE]), "action": Statistics.of(values[ACTION])}
+
+
+def _check_nothing_else(config: CogVLAConfig, robot: Embodiment) -> None:
+    """Check that no option says what the base says itself; ValueError if one does."""
+    wrong = [
+        name for name in ("preset", "routing", "image_size") if getattr(config, name) != getattr(CogVLAConfig, name)
+    ]
+    if config.embodiment is not None and load("embodiment", config.embodiment)["name"] != robot.name:
+        wrong.append("embodiment")
+    if wrong:
+        raise ValueError(
+            f"--policy.base={config.base} is a checkpoint for {robot.name}, whose network and pictures stay: leave out "
+            f"{', '.join(f'--policy.{name}' for name in wrong)}"
+        )
 
 
 def _embodiment(config: CogVLAConfig, meta: Any) -> Embodiment:

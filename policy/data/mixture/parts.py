@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class DataPart:
@@ -28,3 +30,7 @@ class DataPart:
     weight: float = 1.0
     content: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def holds(self, rows: Tensor) -> Tensor:
+        """Return True for the frames that are of this data set."""
+        return (rows >= self.start) & (rows < self.end)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cogvla.routing.router import RouterConfig
 
 
@@ -22,12 +24,42 @@ def check_keys(config: RouterConfig, stage: str) -> None:
         raise ValueError(f"router.{idle} changes nothing without router.layers: give them, or leave it out")
 
 
+def check_unread(config: RouterConfig, draws: bool, remembered: Collection[str]) -> None:
+    """Check that the routers read what keys are about.
+
+    Args:
+        config: configuration of the routers.
+        draws: True if one of them draws random numbers.
+        remembered: names of what they remember, see `policy.model.routers.memory`.
+
+    Raises:
+        ValueError: a key would change nothing.
+    """
+    unread = {
+        "resample": (not draws, "draws no random numbers"),
+        "seed": (not draws, "draws no random numbers"),
+        "decision_steps": (not remembered, "remembers no earlier decisions"),
+        "hand": ("state" not in remembered, "does not read the motion of the hand"),
+        "position_step": (config.position != "v2pe", "has no router.position=v2pe"),
+    }
+    for key, (idle, why) in unread.items():
+        if idle and (value := getattr(config, key)) != getattr(RouterConfig, key):
+            raise ValueError(
+                f"router.{key}={value} changes nothing with router {config.name!r}, which {why}: leave it out"
+            )
+
+
 def _check_without_first(config: RouterConfig) -> None:
     """Check the keys of a router at language layers only, with none before the language model."""
     if not config.layers:
         raise ValueError(
             f"router {config.name!r} works at language layers: give router.layers, for example router.layers=[1], or "
             "another router.stage"
+        )
+    if config.layer_router is not None:
+        raise ValueError(
+            f"router.layer_router={config.layer_router} works at all router.layers, so that nothing is left to "
+            f"router.name={config.name} with router.stage=llm_layer: give its name as router.name, and no layer_router"
         )
     if config.train_budgets:
         raise ValueError(

@@ -201,7 +201,8 @@ class Remembered:
         assert self.layout.grid is not None, "only patches have pixels"
         past_BOPC = _patches(self._known("pixels", self.pixels_BVCHW), self.layout.grid)
         now_B1PC = _patches(self.pixels_BVCHW[:, None], self.layout.grid)
-        return F.cosine_similarity(past_BOPC, now_B1PC, dim=-1)
+        same_BOP = (past_BOPC == now_B1PC).all(-1)  # a black patch has the cosine 0 with itself
+        return torch.where(same_BOP, 1.0, F.cosine_similarity(past_BOPC, now_B1PC, dim=-1))
 
 
 class TokenMemory:

@@ -30,10 +30,11 @@ from torch.func import functional_call
 
 from cogvla.policy.model.config import RoutingConfig
 from cogvla.policy.model.routers.attention_probe import FROM_VISION, AttentionProbe
-from cogvla.policy.model.routers.keys import check_keys
+from cogvla.policy.model.routers.keys import check_keys, check_unread
 from cogvla.policy.model.routers.layer_router import FROM_TOWERS, LayerPass
 from cogvla.policy.model.routers.memory import ATTENTION, Memory, MemoryLayout, Remembered, TokenMemory
 from cogvla.policy.model.routers.offers import build_offered, items_offered
+from cogvla.policy.model.routers.rows import joined, owners
 from cogvla.policy.model.routers.tower_reducer import TowerReducer
 from cogvla.policy.model.stopwatch import Stopwatch
 from cogvla.policy.model.vision import WHITE, DualVision
@@ -92,7 +93,7 @@ class PolicyRouter(nn.Module):
 
     Raises:
         ValueError: the router is unknown, needs inputs that this policy does not have, does not support the budget, or
-            has a key that changes nothing (`check_keys`).
+            has a key that changes nothing (`keys`).
     """
 
     def __init__(
@@ -124,20 +125,20 @@ class PolicyRouter(nn.Module):
         self.before: TokenRouter | None = None
         self.inside = nn.ModuleList()
         self.tokens = self.all_tokens
-        if self.stage == "encoder_block":
-            self._build_inside(config.name)
-        elif self.stage != "llm_layer":
-            tokens, token_width = self.all_tokens // self.rows, sum(self.widths)
-            largest = max(self._count(budget) for budget in (config.budget, *config.train_budgets))
-            sizes = RouterSizes(
-                tokens, token_width if self.stage == "encoder_out" else width, width, self.grid, largest, token_width
-            )
-            self.before = self._build(config.name, self.stage, sizes, config.options)
-            self.probe()  # it asks for no more blocks than there are
         if self.stage != "llm_layer":
-            self.tokens = self.leaves(config.budget)
-            for budget in config.train_budgets:
-                self.leaves(budget)
+            budgets = (config.budget, *config.train_budgets)
+            tokens, largest = self.all_tokens // self.rows, max(map(self._count, budgets))
+            if self.stage == "encoder_block":
+                self._build_inside(config.name, tokens, largest)
+            else:
+                token_width = sum(self.widths)
+                entering = token_width if self.stage == "encoder_out" else width
+                pictures = views // self.rows
+                sizes = RouterSizes(tokens, entering, width, self.grid, largest, token_width, pictures)
+                self.before = self._build(config.name, self.stage, sizes, config.options)
+                self.probe()  # it asks for no more blocks than there are
+            leaving = [self.leaves(budget) for budget in budgets]  # ValueError for one that the router cannot leave
+            self.tokens = leaving[0]
         self.counts: dict[int, int] = {}
         self.layers = nn.ModuleDict()
         self._build_layers(routing, layers)
@@ -147,14 +148,15 @@ class PolicyRouter(nn.Module):
                 "use another stage"
             )
         self._check_guide(routing, layers)
-        self.memory = self._memory(layers, (views, 3, *image), self.picture)
+        self.memory = self._memory(layers, (views, 3, *image))
+        check_unread(config, self.draws_numbers, () if self.memory is None else self.memory.shapes)
         if self.memory is not None and "state" in self.memory.shapes and max(config.hand) >= state:
             raise ValueError(
                 f"router.hand names the entries {list(config.hand)} of the state, which has {state}; router "
                 f"{config.name!r} reads the motion of the end effector: give the entries with its position"
             )
 
-    def _memory(self, depth: int, pixels: tuple[int, ...], grid: tuple[int, int] | None) -> MemoryLayout | None:
+    def _memory(self, depth: int, pixels: tuple[int, ...]) -> MemoryLayout | None:
         """Return the shapes of what the routers remember."""
         routers = [router for router in self._routers() if router.remembers]
         if not routers:
@@ -166,15 +168,15 @@ class PolicyRouter(nn.Module):
             raise ValueError(f"the routers watch the attention of different language layers: {sorted(watched)}")
         width = sum(self.widths) if self.stage == "encoder_out" else self.width
         decisions, tokens = max(router.remembers for router in routers), (self.all_tokens, width)
-        return MemoryLayout.of(needs, decisions, self.config.hand, pixels, tokens, grid, next(iter(watched), None))
+        layer = next(iter(watched), None)
+        return MemoryLayout.of(needs, decisions, self.config.hand, pixels, tokens, self.picture, layer)
 
     @property
     def block(self) -> int:
         """Vision block before which the towers are reduced, with `stage=encoder_block`."""
         return self.blocks // 2 if self.config.block is None else self.config.block
 
-    def _build_inside(self, name: str) -> None:
-        config = self.config
+    def _build_inside(self, name: str, tokens: int, largest: int) -> None:
         if self.grid is None:
             raise ValueError(
                 "router.stage=encoder_block reduces patches of one view: set routing.efa=false and router.joint=false"
@@ -184,11 +186,9 @@ class PolicyRouter(nn.Module):
                 f"router.block is {self.block}, and these towers compute {self.blocks} blocks: choose 0 to "
                 f"{self.blocks - 1}"
             )
-        tokens = self.all_tokens // self.rows
-        largest = max(self._count(budget) for budget in (config.budget, *config.train_budgets))
         for width in self.widths:
             sizes = RouterSizes(tokens, width, self.width, self.grid, largest)
-            self.inside.append(self._build(name, self.stage, sizes, config.options))
+            self.inside.append(self._build(name, self.stage, sizes, self.config.options))
 
     def _check_guide(self, routing: RoutingConfig, layers: int) -> None:
         """Check the layer whose attention a router learns from."""
@@ -388,7 +388,7 @@ class PolicyRouter(nn.Module):
         if reducer is not None:
             assert reducer.routed is not None
             vision_BnD = fusion(streams, weights_B2)
-            routed = self._together(replace(reducer.routed, losses=reducer.losses), vision_BnD)
+            routed = self._joined(replace(reducer.routed, losses=reducer.losses), vision_BnD)
         elif self.before is None or dense:
             vision_BnD = fusion(streams, weights_B2)
             if history:
@@ -403,7 +403,7 @@ class PolicyRouter(nn.Module):
             def project(x_XNF: Tensor) -> Tensor:
                 return fusion(x_XNF.split(self.widths, dim=-1), weights_X2)
 
-            asked = partial(_asked, fusion, self.widths, weights_X2)
+            projector = partial(_projected, fusion, self.widths, weights_X2)
             count = self._count(self.config.budget if budget is None else budget)
             x_XNC = joined_XNF = rearrange(joined_BNF, "b (r n) w -> (b r) n w", r=self.rows)
             if self.stage == "projector_out":
@@ -412,7 +412,7 @@ class PolicyRouter(nn.Module):
                 items = self._items(words_BTD, text_mask_BT, pixels_BVCHW, draw_B, probe)
                 if guide_BN is not None:
                     items["guide_BN"] = rearrange(guide_BN, "b (r n) -> (b r) n", r=self.rows)
-                items |= {"encoder_BNF": joined_XNF} if self.stage == "projector_out" else {"projector": asked}
+                items |= {"encoder_BNF": joined_XNF} if self.stage == "projector_out" else {"projector": projector}
                 if remembered is not None:
                     items |= remembered.items(self.before.needs, self.before.remembers, self.rows, None)
                 if history and remembered is not None:
@@ -423,7 +423,7 @@ class PolicyRouter(nn.Module):
             raw = self.stage == "encoder_out" and not self.before.projects
             x_XnD = project(routed.tokens_BnD) if raw else routed.tokens_BnD
             vision_BnD = rearrange(x_XnD, "(b r) k d -> b (r k) d", r=self.rows)
-            routed = self._together(routed, vision_BnD)
+            routed = self._joined(routed, vision_BnD)
         if routed is not None and self.config.position != "compact":
             position_Bn = 1 + (routed.place_Bn if self._step == 1 else self._step * routed.place_Bn)
         layers = None
@@ -472,45 +472,16 @@ class PolicyRouter(nn.Module):
         return items
 
     def _owners(self, routed: RoutedTokens | None, draw_B: Tensor) -> Tensor:
-        """Return for each token of the towers the token that it went into, or the nearest one of its view, [B,P]."""
-        all_P = torch.arange(self.all_tokens, device=draw_B.device)
+        """Return for each token of the towers the token that it went into, see `owners`."""
         if routed is None:
-            return all_P.expand(len(draw_B), -1)
-        if routed.owner_BN is not None:
-            return routed.owner_BN
-        each, columns = self.all_tokens // self.views, 1 if self.picture is None else self.picture[1]
+            return torch.arange(self.all_tokens, device=draw_B.device).expand(len(draw_B), -1)
+        return owners(routed, self.all_tokens, self.views, 1 if self.picture is None else self.picture[1])
 
-        def spot(number: Tensor) -> Tensor:
-            inside = number % each
-            parts = (number // each * self.all_tokens, inside // columns, inside % columns)
-            return torch.stack(parts, dim=-1).float()
-
-        far_BPn = torch.cdist(
-            spot(all_P)[None], spot(routed.rows), compute_mode="donot_use_mm_for_euclid_dist"
-        )  # products of such large numbers would be rounded
-        nearest_BP, owner_BP = far_BPn.min(-1)
-        return torch.where(nearest_BP < self.all_tokens, owner_BP, -1)  # with joint views, a view may have no token
-
-    def _together(self, routed: RoutedTokens, vision_BnD: Tensor) -> RoutedTokens:
-        """Join the results of all rows of a sample; indices count through all its rows."""
-        row_tokens, kept = self.all_tokens // self.rows, routed.index_Bn.shape[1]
-        row_X1 = torch.arange(self.rows, device=vision_BnD.device).repeat(len(vision_BnD))[:, None]
-
-        def joined(x_XN: Tensor) -> Tensor:
-            return rearrange(x_XN, "(b r) n -> b (r n)", r=self.rows)
-
-        index_Xn, owner_XN = routed.index_Bn, routed.owner_BN
-        return replace(
-            routed,
-            tokens_BnD=vision_BnD,
-            index_Bn=joined(torch.where(index_Xn < 0, -1, index_Xn + row_X1 * row_tokens)),
-            place_Bn=joined(routed.place_Bn + row_X1 * row_tokens),
-            score_BN=None if routed.score_BN is None else joined(routed.score_BN),
-            owner_BN=None if owner_XN is None else joined(torch.where(owner_XN < 0, -1, owner_XN + row_X1 * kept)),
-        )
+    def _joined(self, routed: RoutedTokens, vision_BnD: Tensor) -> RoutedTokens:
+        return joined(routed, vision_BnD, self.rows, self.all_tokens // self.rows)
 
 
-def _asked(fusion: StreamFusion, widths: list[int], weights_X2: Tensor | None, x_XNF: Tensor) -> Tensor:
+def _projected(fusion: StreamFusion, widths: list[int], weights_X2: Tensor | None, x_XNF: Tensor) -> Tensor:
     """Apply the fusion to tokens, in float32 if tokens and weights differ in precision."""
     if all(parameter.dtype == x_XNF.dtype for parameter in fusion.parameters()):
         return fusion(x_XNF.split(widths, dim=-1), weights_X2)

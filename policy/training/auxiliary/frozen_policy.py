@@ -22,6 +22,12 @@ Two recordings of the same expert differ by less.
 """
 
 
+def check_frozen(folder: str, key: str) -> None:
+    """Check that there is a checkpoint of `train_policy`, here or perhaps on the hub; ValueError if not."""
+    if hub_source(folder) is None and not is_own(folder):
+        raise ValueError(f"objective.{key}={folder} is no checkpoint folder of train_policy, such as RUN/policy")
+
+
 def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions: Sequence[str]) -> CogVLA:
     """Load the network of a checkpoint without its token router, frozen, in evaluation mode.
 
@@ -35,8 +41,7 @@ def load_frozen(folder: str, key: str, preprocessor: Preprocessor, instructions:
         ValueError: there is no checkpoint of `train_policy`, or its robot, image size, words or statistics differ from
             those of this training.
     """
-    if hub_source(folder) is None and not is_own(folder):
-        raise ValueError(f"objective.{key}={folder} is no checkpoint folder of train_policy, such as RUN/policy")
+    check_frozen(folder, key)
     policy = load_policy(folder, router=RouterConfig(), statistics=EVERY)
     theirs, ours = policy.preprocessor.cpu(), preprocessor
     differ: list[str] = []

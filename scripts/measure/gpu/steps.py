@@ -46,7 +46,7 @@ class Steps:
         tokenizer = WordTokenizer.from_instructions(data.instructions)
         self.preprocessor = Preprocessor(model.embodiment, tokenizer, data.statistics()).to(device)
         self.builder = BatchBuilder(data, self.preprocessor, objective)
-        whole = Objective(model, objective, model.vision_tokens, model.config.language.width).to(device)
+        whole = Objective(model, objective).to(device)
         self.weights = TrainedWeights(self.accelerator, whole, training)
         self.data, self.count = data, 0
         self.batches = TrainingBatches(data, training.batch_size, seed=0)

@@ -12,25 +12,32 @@ import numpy as np
 import pytest
 import torch
 
+from cogvla.configs.build import build
 from cogvla.envs import suite as suites
 from cogvla.envs.analysis.layer_probes import horizon, injection, keeping, single_tokens
 from cogvla.envs.analysis.router_comparison import (
     ROUNDS,
+    Cell,
     CellOutcome,
+    CellReport,
+    Cost,
     against,
     cells_for,
     costs,
     pareto_front,
     wanted_routers,
 )
+from cogvla.envs.analysis.router_page import _budgets, _matrices
 from cogvla.envs.analysis.routing_pictures import DARK, SIDE, kept_map, picture
 from cogvla.envs.analysis.routing_recording import _looks, covered, look
 from cogvla.envs.evaluation.plots import lines, pareto
-from cogvla.envs.evaluation.statistics import sign_test, success_rate
+from cogvla.envs.evaluation.robustness import CLEAN
+from cogvla.envs.evaluation.statistics import Latency, sign_test, success_rate
 from cogvla.policy.checkpoint import save_checkpoint
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
+from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.language_layer import Frame, normed, run_layer
@@ -40,7 +47,7 @@ from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RoutedTokens, RouterConfig, RouterContext, RouterSizes, TokenRouter
 from cogvla.scripts import compare_routers
 from cogvla.scripts.analyse_routing import run as analyse
-from cogvla.scripts.command import compose
+from cogvla.scripts.command import compose, plain
 from cogvla.tests.support.point_suite import EMBODIMENT, TASKS, toy_suite
 from cogvla.tests.support.small_data import MODEL
 
@@ -99,6 +106,18 @@ def test_cells_are_compared_by_the_episodes_that_both_have_played() -> None:
 
 
 # --- cells ---
+
+
+def test_one_token_is_not_all_of_them() -> None:
+    cost = Cost(Latency(1, 1, 1, 1, 1, 1), 0, 0, 0, 1)
+    table = [
+        CellReport(Cell("random", RouterConfig("random", budget)), cost, {CLEAN: outcome(a=solved)}, {})
+        for budget, solved in ((1.0, True), (1, False))
+    ]
+    assert [(str(budget.share), len(budget.rows)) for budget in _budgets(table)] == [("1.0", 1), ("1", 1)]
+    (matrix,) = _matrices(table, ["point"], [CLEAN])
+    assert list(map(str, matrix.shares)) == ["1.0", "1"]
+    assert [rate and rate.value for rate in matrix.lines["random"]] == [1.0, 0.0]
 
 
 def test_every_router_is_played_or_left_out_for_a_reason() -> None:
@@ -172,10 +191,8 @@ def command(name: str, *overrides: str) -> Any:
 
 
 @pytest.fixture
-def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> list[str]:
     monkeypatch.setattr("cogvla.envs.evaluation.evaluate.PROBE_CALLS", 1)
-    for name in ("latency_curves", "length_histogram"):  # drawing takes most of the time
-        monkeypatch.setattr(f"cogvla.envs.evaluation.report.{name}", lambda *_: "<svg/>")
     monkeypatch.setattr("cogvla.envs.analysis.router_page.pareto", lambda *_: b"picture")
     checkpoint = saved(tmp_path / "policy", **PLAIN)
     few = ["routers=[identity,random,spatial_pool]", "budgets=[0.25]", "calls=5"]
@@ -223,7 +240,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     with pytest.raises(ValueError, match="results with another protocol"):
         compare_routers.run(other, "...")
     lean = {"rendering": "lean"}
-    monkeypatch.setattr(compare_routers, "configured_suite", lambda *_: replace(toy_suite(), settings=lean))
+    monkeypatch.setattr(compare_routers, "get_suite", lambda *_: replace(toy_suite(), settings=lean))
     with pytest.raises(ValueError, match="results with another simulation"):
         compare_routers.run(command("compare_routers", *comparison), "...")
 
@@ -302,6 +319,10 @@ def test_fine_tuning_gives_each_router_to_training(
     assert RouterConfig(**composed.routing.router).options == {"hidden": 8}
     assert composed.routing.router.budget == 0.25
     assert composed.training.steps == 500
+    values = plain(composed)
+    assert build(Embodiment, values["embodiment"], "embodiment") == EMBODIMENT, "not the default of train_policy"
+    trained = CogVLAConfig.from_dict({**values["policy"], "routing": {**values["routing"], "router": {}}})
+    assert trained == point_policy(**PLAIN).model.config
     assert list(composed.suite) == ["point"]
     assert composed.evaluation is None
     assert (data["regime"], data["rows"][0]["outcomes"]["clean"]["success"]["trials"]) == ("fine_tuned", 1)
@@ -317,6 +338,8 @@ def test_fine_tuning_gives_each_router_to_training(
         (["suite=[]"], "suite is empty"),
         (["routers=[learned_pruner]"], "supports none of the routers: .*weights of its own"),
         (["routers=[nothing]"], "possible are"),
+        (["routers=nothing"], "routers names 'nothing'"),
+        (["calls=0"], "calls must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_explained(comparison: list[str], overrides: list[str], message: str) -> None:
@@ -325,6 +348,23 @@ def test_mistakes_are_explained(comparison: list[str], overrides: list[str], mes
 
 
 # --- analyse_routing ---
+
+
+def test_a_quick_comparison_keeps_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def compared(values: dict[str, Any], *_: Any) -> SimpleNamespace:
+        seen.append(values)
+        return SimpleNamespace(run=dict)
+
+    monkeypatch.setattr(compare_routers, "_Comparison", compared)
+    for given in ([], ["routers=[identity,coverage]", "budgets=[0.5]", "evaluation.episodes_per_task=3"]):
+        compare_routers.run(command("compare_routers", "checkpoint=it", "quick=true", *given), "compare_routers ...")
+    usual, own = seen
+    assert {key: usual[key] for key in compare_routers.QUICK} == compare_routers.QUICK
+    assert usual["evaluation"]["episodes_per_task"] == 1
+    assert (own["routers"], own["budgets"], own["calls"]) == (["identity", "coverage"], [0.5], usual["calls"])
+    assert own["evaluation"]["episodes_per_task"] == 3
 
 
 def test_patches_of_a_mask() -> None:

@@ -63,6 +63,24 @@ def test_limits_are_checked() -> None:
         EvaluationProtocol("wrong", max_steps={"libero_goal": 0})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"episodes_per_task": True}, "episodes_per_task must be a whole number of at least 1, got True"),
+        ({"episodes_per_task": 2.5}, "episodes_per_task must be a whole number"),
+        ({"first_initial_state": True}, "first_initial_state must be a whole number of at least 0"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"temporal_ensemble": True}, "temporal_ensemble must be a number or null"),
+        ({"committed": 0}, "committed true or false"),
+        ({"max_steps": {"libero_gaol": 300}}, "unknown suite 'libero_gaol'.*did you mean libero_goal"),
+    ],
+)
+def test_values_of_another_kind_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_protocol("openvla_oft", **changes)
+
+
 def test_all_libero_are_the_four_suites_of_the_published_tables() -> None:
     assert suites("all_libero") == ["libero_10", "libero_goal", "libero_object", "libero_spatial"]
     assert suites(["libero_90"]) == ["libero_90"]

@@ -179,3 +179,10 @@ def test_an_index_links_every_report() -> None:
     assert re.findall(r'href="([^"]+)"', html) == ["point/report.html", "point_swap/report.html"]
     assert html.count(f"{900 / 13:.1f} %") == 2
     assert html.count("instructed with another task of the scene") == 1
+
+
+def test_an_index_tells_perturbed_reports_apart() -> None:
+    clean = build()
+    lit = replace(clean, reproduce={**clean.reproduce, "perturbation": "light_2"})
+    html = render_index({"point": clean, "point_light_2": lit})
+    assert html.count("perturbed: light, level 2") == html.count("perturbed:") == 1

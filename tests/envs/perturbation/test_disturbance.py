@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogvla.envs.contract import CAMERAS, resting_action
-from cogvla.envs.perturbation.disturbance import DISTURBANCES, disturbed
+from cogvla.envs.contract import CAMERAS, ImageSkipping, Perturbable, required, resting_action
+from cogvla.envs.perturbation.disturbance import DISTURBANCES, check_disturbances, disturbed
+from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.suite import get_suite
+from cogvla.tests.support.point_suite import toy_suite
 
 
 def played(kind: str | None, task: int, steps: int) -> tuple[list[dict[str, np.ndarray]], dict[str, Any], np.ndarray]:
@@ -52,3 +54,19 @@ def test_a_disturbance_begins_at_its_step(kind: str) -> None:
 def test_an_unknown_disturbance_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown disturbance 'rain'; one of frozen, covered, moved, pushed"):
         disturbed(get_suite("tabletop_object"), "rain")
+
+
+def test_a_disturbed_environment_obeys_as_the_one_inside() -> None:
+    env: Any = disturbed(get_suite("tabletop_object"), "pushed").make(image_size=32, render=False)
+    required(env, Perturbable, "this test").perturbations = (Perturbation("light", 2),)
+    required(env, ImageSkipping, "this test").skip_images = True
+    assert env.unwrapped.perturbations == (Perturbation("light", 2),)
+    assert env.unwrapped.skip_images
+    env.close()
+
+
+def test_what_cannot_happen_is_said_before_anything_is_played() -> None:
+    check_disturbances(get_suite("tabletop_object"), DISTURBANCES)
+    check_disturbances(toy_suite(), ["frozen", "covered"])
+    with pytest.raises(ValueError, match=r"pushed cannot happen in suite 'point'.*disturbances=\[frozen,covered\]"):
+        check_disturbances(toy_suite(), ["frozen", "pushed"])

@@ -205,9 +205,9 @@ def test_what_does_not_fit_is_said(
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("patience", [0, -1])
-def test_patience_is_checked(patience: int) -> None:
-    with pytest.raises(ValueError, match="patience must be at least 1"):
+@pytest.mark.parametrize("patience", [0, -1, float("nan"), True, "30"])
+def test_patience_is_checked(patience: Any) -> None:
+    with pytest.raises(ValueError, match="patience must be a whole number of at least 1"):
         Corrected(ToyPolicy(0.0), patience=patience)
 
 

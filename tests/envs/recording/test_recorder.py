@@ -26,12 +26,16 @@ from cogvla.envs.perturbation.perturbation import OF_THE_SCENE, CrowdedSceneErro
 from cogvla.envs.recording import dataset_writer
 from cogvla.envs.recording.dataset_folder import DatasetFolder
 from cogvla.envs.recording.dataset_writer import DatasetWriter, features
-from cogvla.envs.recording.demonstration import Demonstration
+from cogvla.envs.recording.demonstration import Demonstration, pack
 from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSettings, ExpertFailedError
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import FIRST_TRAINING_STATE, get_suite
 from cogvla.lerobot_versions import LeRobotDataset, episode_buffer
+from cogvla.scripts import console, record_demonstrations
+from cogvla.scripts.command import compose
 from cogvla.tests.support import toy_suite
+from cogvla.tests.support.console_command import ended
+from cogvla.tests.support.full_disk import files_limited_to
 from cogvla.tests.support.toy_suite import INSTRUCTIONS, NAME, ToyExpert
 
 EPISODES = 7
@@ -227,6 +231,20 @@ def test_the_share_holds_in_every_scene_and_in_all(share: float) -> None:
     assert [turn for turn in turns if turn is not None] == list(range(shown[:, 0].sum())), "no turn is left out"
 
 
+def test_a_rate_that_data_sets_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(toy_suite.ToyEnv.metadata, "render_fps", 12.5)
+    with pytest.raises(ContractError, match=r"a whole number of control steps per second, render_fps is 12\.5"):
+        record(toy_suite.suite(), 1, tmp_path / "toy", image_size=16, workers=0)
+
+
+def test_a_full_disk_while_a_video_is_written_is_said(tmp_path: Path) -> None:
+    pictures = list(np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), np.uint8))
+    episode = pack("go", 10, {"action": [np.zeros(7, np.float32)] * 40, "observation.images.a": pictures})
+    writer = DatasetWriter(tmp_path / "videos", "toy", episode, "toy", video=True)
+    with files_limited_to(20_000), pytest.raises(OSError, match="File too large"):
+        writer.add(episode)
+
+
 def test_a_scene_shows_its_own_task_if_no_other_can_be_shown(tmp_path: Path) -> None:
     suite = toy_suite.suite()
     for name, changed in (
@@ -402,7 +420,7 @@ def test_after_kill_9_or_ctrl_c_the_same_command_goes_on(kill: signal.Signals, r
     assert not output.exists()
     for torn in (finished / ".000009.npz.1", finished / "000006.npz"):
         torn.write_bytes(b"PK")
-    record(NAME, EPISODES, output, image_size=16, workers=0, expert=ToyExpert)
+    record(NAME, EPISODES, output, image_size=16, workers=0, expert=toy_suite.SlowExpert)
     assert rows(output) == rows(recorded)
     assert load(output).num_episodes == EPISODES
 
@@ -420,17 +438,20 @@ def test_a_finished_data_set_grows(shorter: Path, recorded: Path) -> None:
     assert [path.name for path in shorter.parent.iterdir()] == ["shorter"]
 
 
-def test_growing_plays_only_what_is_missing(shorter: Path, recorded: Path) -> None:
+def test_growing_plays_only_what_is_missing(shorter: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = rows(shorter)
+    monkeypatch.setattr(ToyExpert, "act", toy_suite.BrokenExpert.act)
     with pytest.raises(ZeroDivisionError):
-        record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=toy_suite.BrokenExpert)
+        record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
+    monkeypatch.undo()
     assert rows(shorter) == before, "it is there until the longer one is"
     waiting = shorter.with_name("shorter.recording") / "episodes"
     assert len(list(waiting.iterdir())) == 3
     demonstrator = Demonstrator(toy_settings())
     for slot in range(3, EPISODES):
         demonstrator.record(slot)[0].save(waiting / f"{slot:06d}.npz")
-    record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=toy_suite.BrokenExpert)
+    monkeypatch.setattr(ToyExpert, "act", toy_suite.BrokenExpert.act)
+    record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
     assert rows(shorter) == rows(recorded)
 
 
@@ -447,7 +468,8 @@ def test_killed_between_the_two_renames(shorter: Path, recorded: Path, monkeypat
         record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
     monkeypatch.undo()
     assert not shorter.exists()
-    record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=toy_suite.BrokenExpert)
+    monkeypatch.setattr(ToyExpert, "act", toy_suite.BrokenExpert.act)
+    record(NAME, EPISODES, shorter, image_size=16, workers=0, grow=True, expert=ToyExpert)
     assert rows(shorter) == rows(recorded)
 
 
@@ -477,21 +499,52 @@ def test_finished_episodes_are_not_played_again(tmp_path: Path) -> None:
     assert len(rows(root)) == len(episode)
 
 
+def test_a_recording_goes_on_only_with_the_same_simulation_and_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(expert: Any = None) -> Path:
+        return record(NAME, 2, tmp_path / "toy", image_size=16, workers=0, expert=expert)
+
+    def forget(path: Path) -> None:
+        """Make it a file of a version that did not note these."""
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps({key: known[key] for key in known.keys() - {"simulation", "expert"}}))
+
+    monkeypatch.setattr(ToyExpert, "act", toy_suite.BrokenExpert.act)
+    with pytest.raises(ZeroDivisionError):
+        again()
+    monkeypatch.setattr("cogvla.envs.recording.recorder.version", lambda _: "2.0")
+    with pytest.raises(ValueError, match=r"with another simulation; .*resume=false"):
+        again()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"unfinished recording with another expert; .*resume=false"):
+        again(toy_suite.SlowExpert)
+    forget(tmp_path / "toy.recording" / "settings.json")
+    again(toy_suite.SlowExpert)
+    with pytest.raises(ValueError, match=r"was recorded with expert='cogvla\.tests\..*SlowExpert'; choose another"):
+        again()
+    forget(tmp_path / "toy" / "meta" / "recording.json")
+    again()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_the_environment_misses_is_not_taken_for_the_output(workers: int, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the environment failed: .*the-experts-file\.npy"):
         record(NAME, 1, tmp_path / "t", image_size=16, workers=workers, expert=toy_suite.MissingFileExpert)
 
 
-def test_a_full_disk_while_playing_loses_nothing(tmp_path: Path, recorded: Path) -> None:
-    output = tmp_path / "toy"
+def test_a_full_disk_while_playing_loses_nothing(
+    tmp_path: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, full = tmp_path / "toy", toy_suite.FullDiskExpert
     with pytest.raises(OSError, match=r"cannot write to .*Free.*\d finished episodes are kept in .*the same command"):
-        record(NAME, EPISODES, output, image_size=16, expert=toy_suite.FullDiskExpert)
+        record(NAME, EPISODES, output, image_size=16, expert=full)
     assert not output.exists()
     finished = list((tmp_path / "toy.recording" / "episodes").iterdir())
     assert finished
     assert not [path for path in finished if path.name.startswith(".")]
-    assert rows(record(NAME, EPISODES, output, image_size=16, workers=0, expert=ToyExpert)) == rows(recorded)
+    monkeypatch.setattr(full, "act", ToyExpert.act)
+    assert rows(record(NAME, EPISODES, output, image_size=16, workers=0, expert=full)) == rows(recorded)
 
 
 def test_a_full_disk_while_writing_loses_nothing(
@@ -546,7 +599,7 @@ def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
 
 def test_a_finished_data_set_is_left_alone_and_another_request_refused(recorded: Path) -> None:
     before = rows(recorded)
-    assert record(NAME, EPISODES, recorded, image_size=16, expert=toy_suite.BrokenExpert) == recorded
+    assert record(NAME, EPISODES, recorded, image_size=16, expert=ToyExpert) == recorded
     for episodes, grow in ((EPISODES + 1, False), (EPISODES - 1, True)):
         with pytest.raises(ValueError, match=r"was recorded with episodes=7; choose another output"):
             record(NAME, episodes, recorded, image_size=16, grow=grow, expert=ToyExpert)
@@ -579,6 +632,8 @@ def test_folders_with_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unfinished recording with another suite"):
         record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, expert=ToyExpert)
     root = record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, resume=False, expert=ToyExpert)
+    with pytest.raises(ValueError, match=r"toy is finished, and resume=false deletes only what is unfinished"):
+        record(NAME, 1, tmp_path / "toy", image_size=16, workers=0, resume=False, expert=ToyExpert)
     assert load(root).num_episodes == 1
 
 
@@ -594,20 +649,20 @@ def test_requests_that_make_no_sense(wrong: dict, tmp_path: Path) -> None:
         record(**{"suite": NAME, "episodes": 1, "output": tmp_path / "toy", "expert": ToyExpert, **wrong})
 
 
+@pytest.mark.parametrize("wrong", ["episodes=0", "noise=-1", "tasks=[10]", "randomise=[light,fog]", "counterfactual=2"])
+def test_mistakes_come_before_the_policy(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_demonstrations, "open_any_policy", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=wrong.partition("=")[0]):
+        record_demonstrations.main(compose("record_demonstrations", ["policy=x", f"output={tmp_path / 'x'}", wrong]))
+
+
 def test_an_expert_that_processes_cannot_be_given(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="function or class of a module"):
         record(NAME, 1, tmp_path / "toy", image_size=16, expert=lambda env, rng, noise: ToyExpert(env, rng, noise))
 
 
-def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "cogvla.scripts.record_demonstrations", "suite=nothing", f"output={tmp_path / 'x'}"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert run.returncode == 1
-    assert "unknown suite 'nothing'; one of" in run.stderr
-    assert "Traceback" not in run.stderr
+def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = ended(console.record_demonstrations, "suite=nothing", f"output={tmp_path / 'x'}")
+    assert str(said).startswith("error: unknown suite 'nothing'; one of")
     assert not list(tmp_path.iterdir())

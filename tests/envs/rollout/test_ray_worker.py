@@ -6,15 +6,17 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
-from cogvla.envs.rollout.player import PlayerSettings
+from cogvla.envs.rollout.player import Failed, PlayerSettings, Recorded
 from cogvla.envs.rollout.ray_worker import UV_HOOK, RayWorker, ray_cluster
 from cogvla.envs.rollout.rollout import rollout
 from cogvla.tests.support.extras import needs
+from cogvla.tests.support.full_disk import files_limited_to
 from cogvla.tests.support.point_suite import ToyPolicy, solvable, toy_suite
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason=needs("ray"))
@@ -120,3 +122,15 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match="uv sync --extra ray"), ray_cluster("auto"):
         pass
+
+
+def test_a_full_disk_leaves_no_part_of_a_video(tmp_path: Path) -> None:
+    worker = RayWorker.__new__(RayWorker)
+    worker.connection = SimpleNamespace(recv_bytes=lambda: b"")  # type: ignore[assignment]
+    worker._answer, worker._path = (Recorded(Path("far/video.mp4")), bytes(1000)), tmp_path / "video.mp4"
+    errors = SimpleNamespace(RayActorError=KeyError, RayError=IndexError)
+    worker._ray = SimpleNamespace(get=lambda answer: answer, exceptions=errors)
+    with files_limited_to(100):
+        assert isinstance(worker.receive(), Failed)
+    assert list(tmp_path.iterdir()) == []
+    assert worker.receive() == Recorded(tmp_path / "video.mp4")

@@ -265,6 +265,26 @@ def test_mistakes_are_named() -> None:
     other.embodiment = replace(EMBODIMENT, state_dim=9)
     with pytest.raises(ValueError, match=r"state \[9\]"):
         play(policy=other)
+    other.embodiment = replace(EMBODIMENT, gripper_open=1.0, gripper_close=-1.0)
+    with pytest.raises(ValueError, match="opens its gripper with 1 and closes it with -1, suite 'point' with -1 and 1"):
+        play(policy=other)
+    other.embodiment = replace(EMBODIMENT, gripper_index=5)
+    with pytest.raises(ValueError, match="moves grippers by action 5, suite 'point' by 6"):
+        play(policy=other)
+
+
+class FloatPictures(ToyEnv):
+    """Has pictures of numbers from 0 to 1, which are black as uint8."""
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        seen = super()._observation()
+        return seen | {name: seen[name] / np.float32(255) for name in ("agentview", "wrist")}
+
+
+def test_pictures_of_another_kind_are_an_error() -> None:
+    (result,) = rollout(ToyPolicy(), replace(toy_suite(), make=FloatPictures), SPECS[:1])
+    assert "the image 'agentview' of an observation must be uint8 [H,W,3]" in str(result.error)
+    assert "got float32 [32, 32, 3]" in str(result.error)
 
 
 def test_no_episodes_start_no_worker() -> None:
@@ -303,7 +323,7 @@ def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "episode\n"
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=300)
     assert out.splitlines()[-1] == "stopped"
     assert err == ""
     assert process.returncode == 0

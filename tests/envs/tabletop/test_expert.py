@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from cogvla.envs import TABLETOP_SUITES
+from cogvla.envs.perturbation.perturbation import CrowdedSceneError
 from cogvla.envs.rotations import rotation_matrix, rotation_vector
 from cogvla.envs.suite import get_suite
 from cogvla.envs.tabletop.control import POSITION_SCALE
@@ -123,10 +127,31 @@ def test_expert_table_prints_and_checks_its_input(capsys: pytest.CaptureFixture[
     (row,) = run(config)
     assert row.rate == 1.0
     assert "press the white button" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"tasks 0\.\.9"):
-        run(compose("expert_table", ["tasks=[10]"]))
+    for wrong in ("[10]", "[]", "[0.5]", "x"):
+        with pytest.raises(ValueError, match="tasks 0 to 9, got tasks="):
+            run(compose("expert_table", [f"tasks={wrong}"]))
+    for wrong in ("required=.nan", "required=95", "noise=.nan", "noise=-1", "states=2.5", "states=0", "first_state=-1"):
+        with pytest.raises(ValueError, match=f"{wrong.partition('=')[0]} must be a"):
+            run(compose("expert_table", [wrong]))
     with pytest.raises(ValueError, match="unknown suite"):
         run(compose("expert_table", ["suite=tabletop_nothing"]))
+
+
+class Crowded(toy_suite.ToyEnv):
+    """Has no room in the initial state 1."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if options and options["initial_state"] == 1:
+            raise CrowdedSceneError("no room for the brown ball")
+        return super().reset(seed=seed, options=options)
+
+
+def test_expert_table_goes_on_where_a_scene_has_no_room() -> None:
+    suite = replace(toy_suite.suite(), make=Crowded)
+    row = play(suite, 0, range(3), 0.0)
+    assert (row.states, row.rate, len(row.steps), row.crowded) == (2, 1.0, 2, (1,))
+    assert str(row).endswith("no room: [1]")
+    assert play(suite, 0, [1], 0.0).rate == 0.0
 
 
 def test_expert_table_plays_a_cell_of_the_robustness_benchmark() -> None:

@@ -15,6 +15,7 @@ from cogvla.policy.cost.flops import REPEATED, TOTAL, Counting, StageCost, Work,
 from cogvla.policy.cost.roofline import GPUS, find_gpu, floors, format_table
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.config import CogVLAConfig
+from cogvla.policy.model.heads.committed import none_committed
 from cogvla.tests.support.tiny_model import ROBOT, alone, tiny_config, tiny_input, tiny_model
 
 LIBERO = Embodiment("libero", (Camera("agentview", 224, 224), Camera("wrist", 224, 224)), 8, 7, 8, 20.0)
@@ -51,6 +52,20 @@ def test_the_count_is_what_torch_counts(routing: dict[str, Any], head: dict[str,
     total = by_stage(count_flops(tiny_config(head, **routing), ROBOT, text_length=7))[TOTAL]
     assert total.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
     assert total.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tokens_per_step", ["one", "action_dim"])
+def test_committed_actions_as_an_input_are_counted(tokens_per_step: str) -> None:
+    head = {"prefix": 2, "tokens_per_step": tokens_per_step}
+    model = tiny_model(head)
+    assert model.committed is not None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.committed(none_committed(1, ROBOT.chunk, ROBOT.action_dim, "cpu"), torch.zeros(1, 20, 32))
+    costs = by_stage(count_flops(tiny_config(head), ROBOT, text_length=7))
+    assert costs["committed actions"].flops == counter.get_total_flops() > 0
+    assert costs["committed actions"].weight_bytes == 2 * model.committed.matrix.numel()
+    assert costs[TOTAL].parameters == sum(p.numel() for p in model.parameters())
+    assert costs[TOTAL].flops == sum(cost.flops for name, cost in costs.items() if name not in (TOTAL, REPEATED))
 
 
 def test_an_instruction_seen_before_costs_what_torch_counts() -> None:

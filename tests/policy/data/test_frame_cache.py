@@ -85,7 +85,7 @@ def noisy(root: Path) -> Path:
 def test_a_killed_build_is_never_taken_for_complete(tmp_path: Path) -> None:
     root, folder = write(tmp_path / "toy"), tmp_path / "cache"
     killed = child(root, folder, "os.kill(os.getpid(), signal.SIGKILL)")
-    output, _ = killed.communicate(timeout=120)
+    output, _ = killed.communicate(timeout=300)
     assert killed.returncode == -signal.SIGKILL, output
     (left,) = files(folder)
     assert left.endswith(".partial")

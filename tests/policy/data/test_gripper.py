@@ -108,7 +108,7 @@ def test_conventions_of_other_dimensions(given: list[dict[str, float]], said: st
         ({"index": 1, "open": 1, "close": 1}, "must differ"),
         ({"index": 1, "open": float("nan"), "close": 1}, "must be finite"),
         ({"index": 1, "opened": 1, "close": 0}, "unknown key opened in data.gripper"),
-        ([{"index": 1}], "data.gripper: .*missing"),
+        ([{"index": 1}], r"data\.gripper\[0\]: open, close missing; valid keys are index, open"),
         ("open", "data.gripper must be a mapping"),
     ],
 )

@@ -242,6 +242,19 @@ def test_eight_bits_stay_near_and_are_fewer() -> None:
     assert_near(found, expected, FLOAT8, layers=8)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_eight_bits_without_units_for_them_give_the_same(bias: bool) -> None:
+    torch.manual_seed(0)
+    low = Float8Linear(
+        FusedLinear(torch.randn(16, 32), torch.randn(16) if bias else None, torch.bfloat16), torch.tensor(3.0)
+    )
+    x = torch.randn(2, 3, 32, dtype=torch.bfloat16)
+    x_RI = (x.flatten(0, 1) / low.input_scale.bfloat16()).to(torch.float8_e4m3fn)
+    scales = low.input_scale, low.weight_scale
+    y_RO = torch._scaled_mm(x_RI, low.weight.T, *scales, bias=low.bias, out_dtype=torch.bfloat16)
+    assert torch.allclose(low(x).flatten(0, 1), y_RO, rtol=2 * BFLOAT16, atol=1e-6)
+
+
 def test_eight_bits_clip_what_calibration_has_not_seen() -> None:
     torch.manual_seed(0)
     linear = FusedLinear(torch.randn(16, 32), torch.randn(16), torch.bfloat16)

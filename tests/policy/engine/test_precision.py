@@ -122,6 +122,16 @@ def test_a_model_without_engine_stays_as_it_is() -> None:
     assert policy.describe()["dtype"] == "float32"
 
 
+def test_a_float16_checkpoint_may_stay_as_it_is(clock: Callable[..., None]) -> None:
+    clock(1, 2, 3, 4)
+    policy = random_policy(WIDE)
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.half()
+    fast = policy.with_engine(replace(AUTO, bound=1.0))
+    assert fast.choice is not None
+    assert fast.choice.dtype == fast.describe()["dtype"] == "float16"
+
+
 def test_plain_runs_as_saved() -> None:
     with pytest.raises(ValueError, match=r"engine\.kind=plain runs the model as it was saved"):
         EngineConfig("plain", dtype="auto")

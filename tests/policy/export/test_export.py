@@ -24,6 +24,7 @@ from cogvla.policy.checkpoint import load_policy, save_checkpoint, weights_hash
 from cogvla.policy.checkpoint_folder import is_exported
 from cogvla.policy.export.export import TOLERANCE, ExportConfig, export
 from cogvla.policy.export.exported import ExportedPolicy, file_hash, open_exported
+from cogvla.policy.export.formats import open_file
 from cogvla.policy.export.graph import PolicyGraph, _weights
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.resize import KERNELS, resize
@@ -334,6 +335,26 @@ def test_a_long_instruction_and_a_strange_device_are_refused(onnx: Path) -> None
         open_exported(str(onnx), "cuda", 1)
 
 
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("gpu", "onnxruntime runs on CPUs and NVIDIA GPUs here; give device=cpu or cuda"),
+        ("cuda:1", "onnxruntime cannot use the GPU, .*give device=cpu"),  # as without a fitting CUDA
+    ],
+)
+def test_onnxruntime_does_not_fall_back_to_the_cpu(
+    device: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = pytest.importorskip("onnx.helper")
+    place = [make.make_tensor_value_info(name, 1, [1]) for name in ("state", "actions")]
+    graph = make.make_graph([make.make_node("Identity", ["state"], ["actions"])], "it", place[:1], place[1:])
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=8)
+    (tmp_path / "policy_8.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.setattr("cogvla.policy.export.formats._has_cuda", lambda: True)
+    with pytest.raises(ValueError, match=f"device={device}: {words}"):
+        open_file("onnx", tmp_path / "policy_8.onnx", device)
+
+
 def test_a_file_beside_an_export_is_not_taken_for_it(onnx: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(onnx, tmp_path / "copy")
     for name in ("policy_16.onnx", "mine.onnx"):
@@ -343,6 +364,25 @@ def test_a_file_beside_an_export_is_not_taken_for_it(onnx: Path, tmp_path: Path)
     checkpoint = onnx.parent / "policy"
     with pytest.raises(ValueError, match=r"copy also holds notes\.txt, which would be lost; give another output"):
         export(load_policy(checkpoint), checkpoint, folder, ExportConfig(), observations(1))
+
+
+def test_each_file_is_compared_or_said_to_be_unchecked(
+    policy: CogVLAPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, (short, long) = ExportConfig("torch_export", text_tokens=LENGTHS), observations(2)
+    folder = exported(tmp_path / "long", policy, config, [long])
+    assert json.loads((folder / "exported.json").read_text())["checked"]["unchecked_text_tokens"] == [LENGTHS[0]]
+    whole = exporting.open_files
+
+    def other(*given: Any) -> ExportedPolicy:
+        opened = whole(*given)
+        run = opened._files[LENGTHS[1]]
+        opened._files = {**opened._files, LENGTHS[1]: lambda inputs: run(inputs) + 1}
+        return opened
+
+    monkeypatch.setattr(exporting, "open_files", other)
+    with pytest.raises(RuntimeError, match="normalised actions differ"):
+        exported(tmp_path / "short", policy, config, [short])
 
 
 def test_what_was_not_compared_is_no_exported_policy(

@@ -24,6 +24,7 @@ from cogvla.policy.foresight.model import (
 from cogvla.policy.foresight.windows import Windows
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.interface import Camera
+from cogvla.tests.support.full_disk import files_limited_to
 from cogvla.tests.support.small_data import CHUNK, ROBOT, SIZE, small_data
 
 SMALL = ForesightConfig(patch=8, latent=16, channels=16)
@@ -176,6 +177,22 @@ def test_saving_keeps_all_and_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / DESCRIPTION).unlink()
     with pytest.raises(ValueError, match="holds no foresight"):
         load_foresight(tmp_path)
+
+
+def test_a_full_disk_leaves_the_weights_with_their_description(tmp_path: Path) -> None:
+    windows = Windows(pushed_data())
+    save_foresight(tmp_path / "foresight", untrained(windows), {"seed": 3})
+    (tmp_path / "foresight" / "other.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "foresight").iterdir()}
+    changed = untrained(windows)
+    changed.pca.scale.mul_(2)
+    size = len(before[WEIGHTS]) + 10_000
+    with files_limited_to(size), pytest.raises(OSError, match="cannot write"):
+        save_foresight(tmp_path / "foresight", changed, {"long": "x" * size})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "foresight").iterdir()} == before
+    save_foresight(tmp_path / "foresight", changed, {"seed": 4})
+    assert load_foresight(tmp_path / "foresight")[1] == {"seed": 4}
+    assert {path.name for path in (tmp_path / "foresight").iterdir()} == set(before)
 
 
 def test_image_sizes_that_cannot_be_cut_are_refused() -> None:

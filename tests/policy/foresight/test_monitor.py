@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Hashable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ class Recorded:
     @property
     def embodiment(self) -> Embodiment:
         return ROBOT
+
+    choice = "measured"
+
+    def unknown_words(self, instruction: str) -> list[str]:
+        return instruction.split()[1:]
 
     def describe(self) -> dict[str, Any]:
         return {"name": "recorded"}
@@ -192,6 +197,10 @@ def test_a_monitor_is_saved_and_what_is_missing_is_named(
     assert set(watched.describe()) == {"name", "monitor", "foresight"}
     with pytest.raises(ValueError, match="looks 4 actions ahead, which is no multiple of execute_steps=3"):
         MonitoredPolicy.open(Recorded(0), tmp_path / "policy", 3)
+    save_thresholds(folder, replace(thresholds, execute_steps=4), {})
+    MonitoredPolicy.open(Recorded(0), folder, 4)
+    with pytest.raises(ValueError, match=r"hold for execute_steps=4, not 2: give protocol.execute_steps=4"):
+        MonitoredPolicy.open(Recorded(0), folder, 2)
     with torch.no_grad():
         refitted = copy.deepcopy(model)
         refitted.pca.scale.mul_(2)
@@ -202,6 +211,26 @@ def test_a_monitor_is_saved_and_what_is_missing_is_named(
         (folder / "monitor.json").write_text(damage)
         with pytest.raises(ValueError, match=r"monitor.json is damaged .*; calibrate it with `calibrate_monitor`"):
             open_monitor(folder, ROBOT)
+
+
+def test_what_the_policy_can_say_passes_through() -> None:
+    monitor = Monitor(untrained(Windows(pushed_data())).eval(), Normal((), (), (), (), (), ()), None)
+    watched = MonitoredPolicy(Recorded(0), monitor, CHUNK)
+    assert (watched.unknown_words("go there"), watched.choice) == (["there"], "measured")
+
+
+def test_a_camera_in_which_hardly_anything_moves_has_alarms_for_other_reasons(tmp_path: Path) -> None:
+    windows = Windows(pushed_data())
+    model = untrained(windows).eval().requires_grad_(False)  # predicts that nothing changes, so that `still` is 0
+    limit = {camera: dict.fromkeys(SCORES, 1e-6) | {"still": 0.0} for camera in ROBOT.camera_names}
+    save_foresight(tmp_path, model, {"normal": asdict(Normal.of(model, windows, samples=64))})
+    save_thresholds(tmp_path, Thresholds(limit, limit, 0.2, 50), {})
+    monitor, recorded = open_monitor(tmp_path, ROBOT), Recorded(0)
+    for frame in (0, CHUNK):
+        monitor.look([0], recorded.observation(frame))
+        monitor.executed([0], recorded.act(recorded.observation(frame)).actions)
+    assert monitor.noticed(0)["highest"][ROBOT.camera_names[0]]["still"] == 0
+    assert str(monitor.alarm(0)).startswith("monitor: ")
 
 
 def test_still_abstains_where_hardly_any_change_is_predicted(fitted: tuple[Foresight, Normal]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import hf_hub_download
 from omegaconf import OmegaConf
 
 from cogvla.envs.evaluation.evaluate import evaluate
@@ -181,6 +182,33 @@ def test_an_interrupted_download_is_finished(hub: WritableHub, checkpoint: Path)
     np.testing.assert_array_equal(actions(NAME), actions(checkpoint))
 
 
+@pytest.mark.parametrize("got", [("config.json",), ("config.json", "model.safetensors", "statistics.json")])
+def test_a_download_that_others_began_is_finished(got: tuple[str, ...], hub: WritableHub, checkpoint: Path) -> None:
+    share(checkpoint, f"repo_id={NAME}")
+    source = f"{NAME}@{hub.repositories[KEY].head}"
+    for name in got:  # as an interrupted `hf download` leaves it
+        hf_hub_download(NAME, name, revision=hub.repositories[KEY].head)
+    folder = find_checkpoint(source)
+    assert {"model.safetensors", "statistics.json", "forecast.json"} <= {path.name for path in folder.iterdir()}
+    hub.close()
+    assert find_checkpoint(source) == folder
+
+
+def test_without_a_network_a_download_of_others_is_used_if_it_may_be_whole(
+    hub: WritableHub, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    share(checkpoint, f"repo_id={NAME}")
+    head = hub.repositories[KEY].head
+    for name in ("config.json", "statistics.json", "model.safetensors"):
+        path = hf_hub_download(NAME, name, revision=head)
+    hub.close()
+    assert find_checkpoint(f"{NAME}@{head}") == Path(path).parent
+    assert "was downloaded by other means" in capsys.readouterr().out
+    Path(path).unlink()
+    with pytest.raises(ValueError, match=f"the hub cannot be reached for {NAME}"):
+        find_checkpoint(f"{NAME}@{head}")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "statistics.json", "forecast.json", "config.json"])
 def test_a_damaged_file_is_not_used(name: str, hub: WritableHub, checkpoint: Path) -> None:
     share(checkpoint, f"repo_id={NAME}")
@@ -327,6 +355,19 @@ def test_a_report_of_another_checkpoint(evaluated: Path, checkpoint: Path, tmp_p
     (tmp_path / "other.json").write_text(json.dumps(report))
     said = mistake(checkpoint, "folder=shared", f"report={tmp_path / 'other.json'}")
     assert "does not say which weights were evaluated" in said
+
+
+def test_a_late_report_with_another_forecast(evaluated: Path, checkpoint: Path, tmp_path: Path) -> None:
+    report = json.loads((evaluated / CLEAN / "report.json").read_text())
+    (checkpoint / "forecast.json").write_bytes((checkpoint / "forecast.json").read_bytes() + b"\n")
+    for latency, refused in ((None, False), (100.0, True)):
+        report["reproduce"]["protocol"] |= {"latency": latency, "committed": True}
+        (tmp_path / "other.json").write_text(json.dumps(report))
+        given = f"folder={tmp_path / 'shared'}", f"report={tmp_path / 'other.json'}"
+        if refused:
+            assert "was played late with another forecast.json" in mistake(checkpoint, *given)
+        else:
+            share(checkpoint, *given)
 
 
 def test_a_checkpoint_that_is_half_written(hub: WritableHub, checkpoint: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from cogvla.configs.build import build
 from cogvla.configs.load import load
 from cogvla.policy.interface import Embodiment, Observation
-from cogvla.policy.lerobot.loading import _check_weights, open_lerobot_policy
+from cogvla.policy.lerobot.loading import _check_weights, _identity, open_lerobot_policy
 from cogvla.policy.lerobot.policy import LeRobotPolicy
 from cogvla.scripts import eval_libero, record_demonstrations
 from cogvla.scripts.command import compose
@@ -241,6 +241,18 @@ def test_weights_that_were_not_loaded(act: Path, tmp_path: Path) -> None:
             _check_weights(policy, tmp_path)
 
 
+def test_weights_that_the_file_lacks(act: Path, tmp_path: Path) -> None:
+    """Some policies of lerobot only print what is missing, and keep its random numbers."""
+    policy = opened(act)._parts.policy
+    weights = load_file(act / "model.safetensors")
+    missing = weights.pop("model.action_head.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has not loaded the weights in .*\(model.action_head.weight\)"):
+        _check_weights(policy, tmp_path)
+    save_file({**weights, "by.another.name": missing}, tmp_path / "model.safetensors")
+    _check_weights(policy, tmp_path)
+
+
 def test_several_observations_are_refused(diffusion: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(diffusion, tmp_path / "copy")
     write(folder, n_obs_steps=2, n_action_steps=3)
@@ -434,6 +446,22 @@ def test_keys_of_our_checkpoints(act: Path, wrong: dict[str, Any]) -> None:
 def test_cameras_are_for_policies_of_lerobot() -> None:
     with pytest.raises(ValueError, match="needs checkpoint=lerobot:PATH, not random"):
         open_any_policy("random", embodiment=asdict(ROBOT), cameras={"wrist": "image"})
+
+
+@pytest.mark.parametrize(("key", "value"), [("kind", "eager"), ("dtype", "bfloat16")])
+def test_an_engine_is_for_checkpoints(key: str, value: str) -> None:
+    engine = {"kind": "auto", "dtype": None} | {key: value}
+    with pytest.raises(ValueError, match=f"engine.{key}={value} needs a checkpoint, not random"):
+        open_any_policy("random", embodiment=asdict(ROBOT), engine=engine)
+
+
+def test_another_configuration_is_another_policy(tmp_path: Path) -> None:
+    found = []
+    (tmp_path / "model.safetensors").touch()
+    for steps in (10, 50):
+        (tmp_path / "config.json").write_text(f'{{"num_inference_steps": {steps}}}')
+        found.append(_identity(tmp_path))
+    assert found[0] != found[1]
 
 
 def test_reports_have_a_name_of_their_own() -> None:

@@ -134,7 +134,7 @@ def test_a_checkpoint_gives_the_same_actions(kind: str, tmp_path: Path) -> None:
 def test_training_weighs_its_error_and_keeps_the_other_losses(kind: str) -> None:
     data = small_data()
     torch.manual_seed(0)
-    objective = Objective(CogVLA(CogVLAConfig.from_dict({**MODEL, "head": {"kind": kind}}), ROBOT), LABELLED, 4, 16)
+    objective = Objective(CogVLA(CogVLAConfig.from_dict({**MODEL, "head": {"kind": kind}}), ROBOT), LABELLED)
     builder = BatchBuilder(data, small_preprocessor(data), LABELLED)
     samples = TrainingBatches(data, 6, seed=0).gather(torch.arange(6))
     choices = builder.choose(samples, seeded())

@@ -263,7 +263,7 @@ def test_the_matrix_is_learned_though_it_begins_at_zero() -> None:
     data = small_data()
     torch.manual_seed(0)
     model = CogVLA(type(small_policy().model.config).from_dict({**MODEL, "head": {"prefix": 2}}), SMALL)
-    objective = Objective(model, IMITATION, model.vision_tokens, 16)
+    objective = Objective(model, IMITATION)
     builder = BatchBuilder(data, small_preprocessor(data), IMITATION, prefix=2)
     batches = TrainingBatches(data, 16, seed=0)
     objective(builder.training(batches.gather(batches.rows(0)), torch.Generator().manual_seed(0)))["loss"].backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cogvla.policy.model.config import LanguageConfig, RoutingConfig
-from cogvla.policy.model.language import DecoderTrace, RoutedDecoder
+from cogvla.policy.model.language import DecoderContext, DecoderTrace, RoutedDecoder
 from cogvla.routing.layout import TokenLayout
 
 LAYOUT = TokenLayout(vision=10, text=5, action=4)
@@ -39,7 +39,7 @@ def sequence(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run(ours: RoutedDecoder, x: torch.Tensor, mask: torch.Tensor, trace: DecoderTrace | None = None) -> torch.Tensor:
-    return ours(x, ours.context(LAYOUT, mask), trace)
+    return ours(x, DecoderContext(ours, LAYOUT, mask), trace)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

@@ -225,7 +225,7 @@ def test_diversity_of_a_tower_that_does_not_show_its_attention() -> None:
     model = model_of()
     model.vision.named_towers()[1][1].vit.blocks[0].attn = nn.Identity()
     with pytest.raises(ValueError, match=r"objective\.diversity cannot read .* siglip, which is a Identity"):
-        Objective(model, replace(IMITATION, diversity=1.0), 4, 16)
+        Objective(model, replace(IMITATION, diversity=1.0))
 
 
 # --- pointing at patches ---
@@ -266,7 +266,7 @@ def test_patches_are_pointed_at_where_there_are_patches() -> None:
     with pytest.raises(
         ValueError, match=r"objective\.pointer points at patches.* use objective\.pointing, or routing=p"
     ):
-        Objective(model_of(), replace(IMITATION, pointer=0.1), 4, 16)
+        Objective(model_of(), replace(IMITATION, pointer=0.1))
 
 
 # --- masking and hiding ---
@@ -347,10 +347,10 @@ def test_everything_can_be_masked_or_hidden() -> None:
 
 def test_evaluation_masks_and_hides_nothing() -> None:
     config = replace(IMITATION, masking=0.5, vision_dropout=0.5)
-    objective = Objective(model_of(), config, 4, 16)
+    objective = Objective(model_of(), config)
     batch = batch_of(config)
     shown = replace(batch, inputs=replace(batch.inputs, draw=None))
-    plain = Objective(objective.model, IMITATION, 4, 16)
+    plain = Objective(objective.model, IMITATION)
     assert torch.equal(objective(shown)["loss"], plain(batch)["loss"])
     assert not torch.equal(objective(batch)["loss"], plain(batch)["loss"])
 
@@ -405,7 +405,7 @@ def distilled(tmp_path: Path, seed: int, **routing: Any) -> Objective:
     folder = saved(tmp_path / "teacher", seed=1, **PATCHES)
     teacher = load_frozen(folder, "teacher", small_preprocessor(), INSTRUCTIONS)
     config = replace(IMITATION, distillation=2.0, teacher=folder)
-    return Objective(model_of(seed, **PATCHES, **routing), config, 32, 16, teacher)
+    return Objective(model_of(seed, **PATCHES, **routing), config, teacher)
 
 
 def test_a_policy_that_is_its_teacher_has_nothing_to_learn_from_it(tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_a_teacher_of_another_shape_is_explained(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"it has 4 vision tokens and 2 language layers, the policy 32 and 2; train it"
     ):
-        Objective(model_of(**PATCHES), config, 32, 16, teacher)
+        Objective(model_of(**PATCHES), config, teacher)
 
 
 def test_the_teacher_has_no_token_router(tmp_path: Path) -> None:

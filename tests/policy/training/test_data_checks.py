@@ -15,8 +15,17 @@ from transformers import PreTrainedTokenizerFast
 
 from cogvla.policy.data.demonstrations import DemonstrationData
 from cogvla.policy.inputs.tokenizer import PretrainedTokenizer, WordTokenizer
-from cogvla.policy.training.data_checks import check_instructions, clipped_instructions, rare_dimensions
-from cogvla.tests.support.small_data import INSTRUCTIONS, ROBOT, small_data, small_trainer
+from cogvla.policy.training.data_checks import check_instructions, check_tokens, clipped_instructions, rare_dimensions
+from cogvla.scripts.training.build import build_trainer
+from cogvla.tests.support.small_data import (
+    IMITATION,
+    INSTRUCTIONS,
+    ROBOT,
+    settings,
+    small_config,
+    small_data,
+    small_trainer,
+)
 
 
 @pytest.fixture
@@ -145,3 +154,20 @@ def test_actions_that_only_one_task_needs_and_normalisation_clips_are_noted() ->
         replace(ROBOT, action_normalise_mask=(True, False, True, False)),
     ):
         assert not clipped_instructions(turned, robot)
+
+
+def test_actions_beyond_the_tokens_of_the_discrete_head_are_refused(tmp_path: Path) -> None:
+    data = small_data()
+    check_tokens(data, ROBOT)
+    check_tokens(data, replace(ROBOT, action_normalisation="identity"))  # they are within -1 to 1
+    wide = replace(data, action_NA=data.action_NA * torch.tensor([1.0, 3.0, 1.0, 1.0]))
+    check_tokens(wide, ROBOT)
+    with pytest.raises(
+        ValueError, match=r"action 1 is not normalised, and goes from -.* set embodiment\.action_normal"
+    ):
+        check_tokens(wide, replace(ROBOT, action_normalisation="identity"))
+    opened = replace(data, action_NA=data.action_NA * torch.tensor([1.0, 1.0, 1.0, 50.0]))  # a gripper in percent
+    config = small_config()
+    config = replace(config, head=replace(config.head, kind="discrete"))
+    with pytest.raises(ValueError, match="action 3 is not normalised, and goes from -50 to 50"):
+        build_trainer(settings(), config, IMITATION, ROBOT, opened, tmp_path, lambda metrics, step: None)

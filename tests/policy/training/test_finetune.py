@@ -202,7 +202,7 @@ def test_the_saved_policy_is_whole_and_plain(uninterrupted: Path, tmp_path: Path
     trainer = small_trainer(tmp_path, lora())
     trainer.output = uninterrupted
     trainer._resume()
-    merged = adapters.merged_state(trainer.averaged().model)
+    merged = adapters.merged_state(trainer.weights.averaged().model)
     assert merged.keys() == policy.model.state_dict().keys()
     assert all(torch.equal(merged[name], value) for name, value in policy.model.state_dict().items())
     observation = ROBOT.fake_observation(2)
@@ -319,7 +319,7 @@ def test_eight_bit_moments_resume_exactly(tmp_path: Path) -> None:
     config = settings(steps=4, checkpoint_every=2, validate_every=0, optimiser="adamw8bit")
     trainer = small_trainer(tmp_path, config)
     trainer.run()
-    assert torch.uint8 in {m["state1"].dtype for m in trainer.optimiser.optimizer.state.values()}
+    assert torch.uint8 in {m["state1"].dtype for m in trainer.weights.optimiser.optimizer.state.values()}
     whole = load_policy(tmp_path / "policy").model.state_dict()
     shutil.rmtree(tmp_path / "checkpoints" / "step_0000004")
     small_trainer(tmp_path, config).run()
@@ -399,6 +399,24 @@ def test_other_statistics_do_not_change_the_actions_of_the_base(
         load_own(model, tmp_path / "base", preprocessor)
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("language", {"rope_theta": 5e5}, "language.rope_theta 10000.0, not 500000.0"),
+        ("language", {"heads": 1, "kv_heads": None}, "language.heads 2, not 1"),
+    ],
+)
+def test_a_base_whose_weights_would_mean_something_else_is_refused(
+    tmp_path: Path, part: str, change: dict[str, Any], said: str
+) -> None:
+    config, base = small.small_config(), small.small_policy()
+    save_checkpoint(tmp_path, base.model.state_dict(), config, base.preprocessor, small.small_data().statistics(), {})
+    model = CogVLA(replace(config, **{part: replace(getattr(config, part), **change)}), ROBOT)
+    with pytest.raises(ValueError, match=f"was trained with {said}: set policy.{said.split()[0]}="):
+        load_own(model, tmp_path)
+    load_own(base.model, tmp_path)
+
+
 def test_a_base_with_other_routing_gives_what_fits_and_says_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -407,7 +425,7 @@ def test_a_base_with_other_routing_gives_what_fits_and_says_the_rest(
     assert "nothing into decoder.routers.1" in capsys.readouterr().out
     first, second = load_policy(tmp_path / "policy").model, trainer.raw.model
     assert torch.equal(first.decoder.llm.norm.weight, second.decoder.llm.norm.weight)
-    with pytest.raises(ValueError, match="nothing has no tokenizer: it is no checkpoint folder"):
+    with pytest.raises(ValueError, match="nothing is neither a folder nor USER/NAME of the hub"):
         small_trainer(tmp_path / "other", base=str(tmp_path / "nothing"))
 
 

@@ -233,7 +233,14 @@ def test_labels_that_are_not_finite_are_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"grounding": -1.0}, {"pointing": -0.1}, {"counterfactual": 1.0}, {"state_dropout": 1.1}]
+    "bad",
+    [
+        {"grounding": -1.0},
+        {"pointing": -0.1},
+        {"counterfactual": 1.0},
+        {"state_dropout": 1.1},
+        {"phase_weights": (2.0, -1.5)},
+    ],
 )
 def test_bad_shares_and_weights(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="weights must be positive and shares between 0 and 1"):
@@ -243,7 +250,7 @@ def test_bad_shares_and_weights(bad: dict[str, Any]) -> None:
 def test_pointing_needs_square_images_and_two_halves(tmp_path: Any) -> None:
     model = CogVLA(small_config(), replace(ROBOT, cameras=(Camera("front", 32, 16), Camera("wrist", 32, 16))))
     with pytest.raises(ValueError, match=r"needs square images and an even .*aggregation_tokens, got 32x16 and 2"):
-        Objective(model, LABELLED, model.vision_tokens, 16)
+        Objective(model, LABELLED)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path: Any) -> None:
@@ -267,10 +274,10 @@ def test_imitation_needs_no_labels(tmp_path: Any) -> None:
 
 def test_validation_knows_a_perfect_policy_and_one_that_does_not_listen(tmp_path: Any) -> None:
     trainer = small_trainer(tmp_path)
-    metrics = validate(trainer.averaged(), trainer.held_out, trainer.builder)
-    assert metrics == validate(trainer.averaged(), trainer.held_out, trainer.builder)
+    metrics = validate(trainer.weights.averaged(), trainer.held_out, trainer.builder)
+    assert metrics == validate(trainer.weights.averaged(), trainer.held_out, trainer.builder)
     assert metrics["validation/wrong_instruction_l1"] != metrics["validation/action_l1"]
-    deaf = trainer.averaged()
+    deaf = trainer.weights.averaged()
     with torch.no_grad():
         deaf.model.decoder.llm.embed_tokens.weight.zero_()
     metrics = validate(deaf, trainer.held_out, trainer.builder)

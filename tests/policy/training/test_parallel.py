@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cogvla import processes
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.parallel import ParallelGradients, keep_freed_memory
 from cogvla.tests.support.parallel_objective import FirstOnly, MeanSquare
@@ -120,7 +121,8 @@ def test_what_a_step_draws_depends_on_its_seed_only(parallel: Callable[..., Para
     assert torch.equal(step(first, 2), step(resumed, 2))
 
 
-def test_nothing_is_left_running(parallel: Callable[..., ParallelGradients]) -> None:
+def test_nothing_is_left_running(parallel: Callable[..., ParallelGradients], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE_S", 300)  # a process that has to be killed ends with another status
     two = parallel(nn.Linear(2, 1), 2)
     two.give(torch.randn(4, 2).chunk(2))
     two()

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from cogvla.configs.load import load
-from cogvla.policy.checkpoint import load_policy
+from cogvla.policy.checkpoint import load_policy, read_config, saved_config
+from cogvla.policy.cost.memory import estimate_memory
 from cogvla.policy.engine.nf4 import Nf4Linear
+from cogvla.policy.model.empty_model import empty_model
 from cogvla.policy.training import adapters
 from cogvla.policy.training.adapters import FinetuneConfig
+from cogvla.policy.training.config import TrainingConfig
 from cogvla.scripts.command import compose
 from cogvla.scripts.measure.training_memory import run as training_memory
 from cogvla.tests.policy.training.test_finetune import adapted, answers, assert_alike
@@ -102,3 +105,23 @@ def test_seven_billion_parameters_fit_into_16_gb() -> None:
         totals[name] = float(table.splitlines()[-1].split()[1])
     assert totals["qlora"] < 13
     assert totals["lora_all"] > 20
+
+
+def test_the_memory_of_a_teacher_and_of_a_policy_without_vision_is_counted() -> None:
+    shipped = Path(__file__).parents[3] / "checkpoints" / "tabletop_object"
+    config, robot = saved_config(read_config(shipped), shipped), load_policy(shipped).embodiment
+    numbers = sum(p.numel() for p in empty_model(config, robot).parameters())
+    alone, _ = estimate_memory(config, robot, TrainingConfig())
+    taught, _ = estimate_memory(config, robot, TrainingConfig(), teacher=config)
+    weighted, _ = estimate_memory(config, robot, TrainingConfig(), blind=config)
+    assert (alone.teacher, alone.blind) == (0, 0)
+    assert (taught.teacher, weighted.blind) == (2 * numbers, 4 * numbers)
+    hidden = 2 * config.language.width * config.language.layers  # of each token, of student and teacher
+    assert taught.activations > alone.activations + 2 * config.vision.aggregation_tokens * hidden
+    assert weighted.total(4) == alone.total(4) + 4 * numbers, "every GPU holds it"
+    given = [f"objective.{name}={shipped}" for name in ("teacher", "blind")]
+    table = training_memory(compose("train_policy", [*given, "objective.distillation=1", "objective.prior=1"]))
+    assert "\n                 teacher " in table
+    assert "\n   policy without vision " in table
+    with pytest.raises(ValueError, match=r"objective\.teacher=nowhere is no checkpoint folder"):
+        training_memory(compose("train_policy", ["objective.teacher=nowhere", "objective.distillation=1"]))

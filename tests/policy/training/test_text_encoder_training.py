@@ -96,7 +96,7 @@ def test_the_encoder_is_not_trained_saved_or_copied(trained: Trained, source: st
     assert not any(p.requires_grad for p in network.parameters())
     theirs = {id(p) for p in network.parameters()}
     assert not theirs & {id(p) for p in (*trainer.raw.parameters(), *policy.model.parameters())}
-    assert not theirs & {id(p) for group in trainer.optimiser.param_groups for p in group["params"]}
+    assert not theirs & {id(p) for group in trainer.weights.optimiser.param_groups for p in group["params"]}
     fresh = trainer_with(source, folder.parent / "fresh")
     assert (
         open_encoder(source).fingerprint == json.loads((folder / "config.json").read_text())["tokenizer"]["fingerprint"]

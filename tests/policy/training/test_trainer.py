@@ -242,7 +242,7 @@ def test_a_new_learning_rate_and_decay_count_after_a_resume(tmp_path: Path) -> N
     trainer._resume()
     before = {name: value.detach().clone() for name, value in trainer.raw.named_parameters()}
     trainer.run()
-    assert [group["weight_decay"] for group in trainer.optimiser.param_groups] == [0.5, 0.0]
+    assert [group["weight_decay"] for group in trainer.weights.optimiser.param_groups] == [0.5, 0.0]
     moved = max((value - before[name]).abs().max().item() for name, value in trainer.raw.named_parameters())
     assert 0 < moved < 1e-5
 
@@ -398,7 +398,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> N
 def gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainingConfig) -> dict[str, torch.Tensor]:
     """Of the first step, with counterfactual, state-less and padded samples in it."""
     trainer = small_trainer(tmp_path, config, LABELLED)
-    monkeypatch.setattr(trainer.optimiser, "zero_grad", lambda set_to_none: None)
+    monkeypatch.setattr(trainer.weights.optimiser, "zero_grad", lambda set_to_none: None)
     losses = trainer._train_step()
     found = {name: value.grad.clone() for name, value in trainer.raw.named_parameters() if value.grad is not None}
     return found | losses
@@ -499,11 +499,17 @@ def test_bfloat16(tmp_path: Path) -> None:
         ({"steps": 0}, "must be at least 1"),
         ({"precision": "int4"}, "unknown precision 'int4'; one of auto, float32, bfloat16"),
         ({"learning_rate": 0.0}, "learning_rate and clip_norm must be positive"),
+        ({"warmup_steps": -100}, r"training\.warmup_steps must not be negative, got -100"),
     ],
 )
 def test_bad_settings_are_explained(bad: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         TrainingConfig(**bad)
+
+
+def test_a_fusion_by_the_instruction_needs_towers_that_know_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"routing\.fusion=experts changes nothing with routing\.efa=false"):
+        small_trainer(tmp_path, fusion="experts", efa=False)
 
 
 def test_too_few_episodes_to_hold_some_out(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_a_resumed_run_is_exact_and_other_wordings_are_refused(tmp_path: Path) -
 
 def test_held_out_wordings_are_measured_and_are_always_the_same(tmp_path: Path) -> None:
     run = trainer(tmp_path)
-    first, second = (validate(run.averaged(), run.held_out, run.builder) for _ in range(2))
+    first, second = (validate(run.weights.averaged(), run.held_out, run.builder) for _ in range(2))
     assert first == second
     assert first["validation/held_out_wording_error"] != first["validation/action_l1"]
     wordings = run.builder.wordings

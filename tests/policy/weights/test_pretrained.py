@@ -110,11 +110,11 @@ def test_damaged_weights_are_refused(damage: str, tmp_path: Path) -> None:
     [
         (
             {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
-            "has heads 8, the configuration 4: set policy",
+            "language.heads 8, not 4: set policy.language.heads=8",
         ),
-        ({"rope_theta": 1e5}, "has rope_theta 100000.0, the configuration 10000.0"),
-        ({"rms_norm_eps": 1e-5}, "has rms_norm_eps 1e-05, the configuration 1e-06"),
-        ({"hidden_act": "gelu"}, "the activation 'gelu'"),
+        ({"rope_theta": 1e5}, "language.rope_theta 100000.0, not 10000.0"),
+        ({"rms_norm_eps": 1e-5}, "language.rms_norm_eps 1e-05, not 1e-06"),
+        ({"hidden_act": "gelu"}, "has hidden_act 'gelu'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "positions of type 'linear'"),
     ],
 )

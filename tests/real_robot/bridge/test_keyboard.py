@@ -30,6 +30,20 @@ def test_a_pipe_gives_keys_but_no_line_ends_and_may_be_closed() -> None:
         os.close(write)
 
 
+def test_a_key_that_fails_leaves_the_emergency_stop_alive() -> None:
+    read, write = os.pipe()
+    pressed: list[str] = []
+
+    def press(key: str) -> None:
+        if key == "a":
+            raise ConnectionError("no way to the arm")
+        pressed.append(key)
+
+    with Keyboard(press, read):
+        os.write(write, b"a ")
+        until(lambda: pressed == [" "], timeout_s=10)
+
+
 def test_a_keyboard_that_nobody_uses_can_be_closed() -> None:
     read, _ = os.pipe()
     with Keyboard(print, read):

@@ -1,13 +1,17 @@
-"""Which view is used, with and without rerun: lerobot 0.6 does not bring it."""
+"""Which view is used, with and without rerun (lerobot 0.6 does not bring it), and what a slow encoder does."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
-from cogvla.real_robot.bridge.live_view import choose_view
+from cogvla.real_robot.bridge.bridge import Tick
+from cogvla.real_robot.bridge.live_view import VideoView, choose_view
+from cogvla.real_robot.control.loop_types import Command, Kind
 
 
 @pytest.mark.parametrize(
@@ -34,6 +38,14 @@ def test_a_view_that_is_not_there(view: str, said: str, monkeypatch: pytest.Monk
     _machine(monkeypatch, ":0", False)
     with pytest.raises(ValueError, match=said):
         choose_view(view)
+
+
+def test_a_video_whose_encoder_is_slow_leaves_frames_out(tmp_path: Path) -> None:
+    view = VideoView(tmp_path / "slow.mp4", 20.0)  # its thread does not run: nothing is encoded
+    picture = {"front": np.zeros((8, 12, 3), np.uint8)}
+    for number in range(1000):
+        view.show(Tick(Command(Kind.NONE, number, None), picture, None, "pick", 0.0))
+    assert view._waiting.qsize() < 1000
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, screen: str, installed: bool) -> None:

@@ -310,6 +310,30 @@ def test_a_hold_and_its_fault_keep_the_reason_of_the_policy_client() -> None:
     assert driver.loop.fault == "held for more than 0.5 s: no action for this tick: ws://robot cannot be reached"
 
 
+def test_a_hold_says_which_samples_do_not_belong_together() -> None:
+    driver = Driver(LoopSettings(sync_tolerance_s=0.03)).start()
+    driver.loop.observe_image("front", image("front"), driver.now, driver.now)
+    driver.loop.observe_state(driver.state, driver.now, driver.now)
+    driver.loop.observe_image("wrist", image("wrist"), driver.now - 0.045, driver.now)
+    assert driver.loop.request_due(driver.now) is None
+    apart = "front: nearest sample is 0.045 s from the others, at most 0.03 s are allowed"
+    assert driver.loop.diagnostics(driver.now)["last_failure"] == apart
+    assert driver.tick(observe=False).reason == f"no action for this tick: {apart}"
+    driver.give()
+    assert driver.loop.diagnostics(driver.now)["last_failure"] is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+def test_a_hold_says_why_an_answer_is_of_no_use(value: float) -> None:
+    """1e39 is finite in float64 only: the policy is told the plan in float32."""
+    driver = Driver().start()
+    answer = constant(0.0)
+    driver.loop.deliver(replace(answer, actions=np.full(answer.actions.shape, value)), driver.ask(), driver.now)
+    assert "NaN" in driver.tick().reason
+    driver.give()
+    assert driver.loop.diagnostics(driver.now)["last_failure"] is None
+
+
 @pytest.mark.parametrize("ticks", [1, 6, 40])
 def test_a_late_first_answer_starts_at_its_first_action(ticks: int) -> None:
     """An arm with absolute targets and a limit of steps that rejects: the seventh action would be too far away."""
@@ -377,6 +401,17 @@ def test_a_limit_that_rejects_stops_the_loop() -> None:
     assert "step limit" in stopped.reason
     assert driver.loop.fault == stopped.reason
     assert driver.tick().kind is Kind.NONE
+
+
+def test_an_emergency_stop_that_is_said_again_is_one_fault() -> None:
+    loop = Driver().start().loop
+    for engaged in (True, True, False, True):
+        loop.estop(engaged)
+    assert loop.measurements.counts["faults"] == 1
+    loop.estop(False)
+    assert loop.reset()
+    loop.estop(True)
+    assert loop.measurements.counts["faults"] == 2
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -448,6 +483,12 @@ def test_a_jump_of_the_clock_voids_everything_and_is_recovered_from(jump: float)
     request = driver.give()
     assert request.asked_at == driver.now
     assert driver.tick().kind is Kind.ACTION
+
+
+def test_a_gap_that_every_tick_would_have_is_refused() -> None:
+    Driver(LoopSettings(clock_gap_s=1.5 * PERIOD))
+    with pytest.raises(ValueError, match=r"^loop: clock_gap_s must be longer than a control period of 0.05 s"):
+        Driver(LoopSettings(clock_gap_s=0.04))
 
 
 def test_a_clock_that_goes_back_a_little_stands_still() -> None:

@@ -15,7 +15,7 @@ from cogvla.configs.load import load, names
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.control.control_loop import ControlLoop
 from cogvla.real_robot.control.safety import LimitError, SafetyLimiter
-from cogvla.real_robot.control.settings import RobotConfig, SafetyLimits
+from cogvla.real_robot.control.settings import LoopSettings, RobotConfig, SafetyLimits
 from cogvla.tests.support.control_robot import ABSOLUTE, DELTA, HZ, PERIOD, ROBOT
 from cogvla.tests.support.paths import CONFIGS
 
@@ -113,6 +113,13 @@ def test_an_arm_outside_of_its_joint_limits_is_not_moved() -> None:
     assert guard.move(act(0.9, 0, 0.9), np.array([0.9, 1.005, 0]))[2] == 0.9, "within the tolerance"
 
 
+def test_an_arm_in_degrees_may_rest_on_its_stop() -> None:
+    limits = build(RobotConfig, load("robot", "so101"), "robot").limits
+    guard = SafetyLimiter(build(Embodiment, load("embodiment", "so101"), "embodiment"), limits)
+    low = np.array([*(limits.position_low or ()), 50.0])
+    np.testing.assert_array_equal(guard.move(low, low - 0.6)[:5], low[:5])
+
+
 def test_an_arm_that_does_not_follow_is_a_fault() -> None:
     guard = limiter(ABSOLUTE, lead=(0.3, 0.3))
     guard.move(act(0.25), REST)
@@ -149,7 +156,8 @@ def test_each_limit_clamps_or_rejects(name: str, limits: dict[str, Any], base: S
     with pytest.raises(LimitError, match=f"past the {name} limit"):
         limiter(base, **limits, reject=(name,)).move(wanted, REST)
     others = tuple({"position", "step", "velocity", "acceleration"} - {name})
-    limiter(base, **limits, reject=others).move(wanted, REST)
+    far = dict.fromkeys(("position_high", "step", "velocity", "acceleration"), (1e3, None))
+    limiter(base, **far | limits, reject=others).move(wanted, REST)
 
 
 def test_the_gripper_is_clamped_to_its_range_and_apart_from_the_arm() -> None:
@@ -245,6 +253,8 @@ def test_deltas_stay_in_the_workspace_whatever_is_measured(seed: int) -> None:
     [
         ({"kind": "torque"}, "kind must be one of delta, absolute"),
         ({"reject": ("speed",)}, "reject names"),
+        ({"reject": ("step", "position"), "step": (0.1, None)}, "reject names position, which has no limit"),
+        ({"lead": (0.1, 0.1), "state_index": (0, None)}, r"\[1\] need a state_index"),
         ({"step": (0.0, 0.1)}, "step must be positive"),
         ({"velocity": (np.nan, 0.1)}, "velocity must be positive"),
         ({"gripper_step": -1.0}, "gripper_step"),
@@ -274,6 +284,11 @@ def embodiment_of(config: RobotConfig) -> Embodiment:
 def test_every_robot_file_makes_a_loop(name: str) -> None:
     config = build(RobotConfig, load("robot", name), "robot")
     assert ControlLoop(embodiment_of(config), config.limits, config.loop).fault is None
+
+
+def test_chunks_that_never_overlap_are_not_blended() -> None:
+    with pytest.raises(ValueError, match="overlap=ensemble needs ask=ahead"):
+        LoopSettings(ask="after", overlap="ensemble")
 
 
 def test_an_unknown_key_of_a_robot_lists_the_known_ones() -> None:

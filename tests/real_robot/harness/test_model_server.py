@@ -66,7 +66,7 @@ async def told(uri: str, messages: Sequence[Any], task: dict[str, Any] | None = 
 
 async def answered(client: Connection, message: Any) -> Any:
     number = await client.send(MessageType.OBSERVATION, message)
-    answer = await client.recv(timeout=30)
+    answer = await client.recv(timeout=300)
     assert answer.seq == number, "each observation has one answer of its own"
     return answer.payload["actions"] if answer.type is MessageType.ACTION else answer.payload["error"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,12 +21,13 @@ from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings, Tick
 from cogvla.real_robot.control.control_loop import State
 from cogvla.real_robot.control.loop_types import Command, Kind
+from cogvla.real_robot.control.measurements import latency_table
 from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
 from cogvla.real_robot.recording.recorder import Recorder
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.command import compose
-from cogvla.scripts.robot.drive_robot import run
+from cogvla.scripts.robot.drive_robot import main
 from cogvla.tests.support.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
 from cogvla.tests.support.policy_servers import serving
 from cogvla.tests.support.waiting import until, wait_ticks
@@ -179,6 +181,16 @@ def test_a_command_that_waited_for_too_long_is_dropped(robot: PlaneArm) -> None:
         assert all(action["gripper.pos"] == 50.0 for _, action in robot.sent[sent:]), "the old command was sent"
 
 
+def test_commands_that_a_busy_robot_does_not_take_are_counted(robot: PlaneArm, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    monkeypatch.setattr(robot, "send_action", lambda action: free.wait(60) and action)
+    with bridged(robot) as bridge:
+        bridge.activate()
+        until(lambda: bridge.measurements.counts["unsent"] >= 3)
+        free.set()
+        assert "unsent" in latency_table(bridge.measurements, PLANE.control_hz)
+
+
 def test_what_the_robot_did_becomes_a_dataset(robot: PlaneArm, tmp_path: Path) -> None:
     output = tmp_path / "recorded"
     commanded: set[tuple[float, ...]] = set()
@@ -226,6 +238,24 @@ def test_an_episode_ends_where_samples_are_missing(tmp_path: Path) -> None:
     assert recorder._folder.assemble() == 2
     data = LeRobotDataset("cogvla/recorded", root=tmp_path / "recorded")
     assert [data[i]["action"][0].item() for i in range(len(data))] == [0, 1, 2, 3, 6, 7, 8]
+
+
+def test_the_rest_of_a_dropped_episode_is_dropped_too(tmp_path: Path) -> None:
+    """The operator drops what goes wrong while the arm moves, and stops it a moment later."""
+    recorder = Recorder(tmp_path / "recorded", PLANE, "plane_arm")
+    images = {camera.name: np.zeros((camera.height, camera.width, 3), np.uint8) for camera in PLANE.cameras}
+    ticks = [
+        Tick(Command(Kind.ACTION, n, np.full(PLANE.action_dim, n)), images, np.zeros(PLANE.state_dim), INSTRUCTION, n)
+        for n in range(14)
+    ]
+    stopped = replace(ticks[0], command=Command(Kind.NONE, 0, None))
+    recorder._write(iter([*ticks[:3], stopped, *ticks[3:6], "drop", ticks[6], "drop", *ticks[7:9], stopped]))
+    assert recorder.episodes == 1, "the episode before stays"
+    asked = [replace(tick, instruction="sweep to the right") for tick in ticks[12:]]
+    recorder._write(iter([*ticks[9:11], "drop", ticks[11], *asked]))
+    assert recorder._folder.assemble() == 2
+    data = LeRobotDataset("cogvla/recorded", root=tmp_path / "recorded")
+    assert [data[i]["action"][0].item() for i in range(len(data))] == [0, 1, 2, 12, 13]
 
 
 def test_a_recording_that_was_killed_goes_on(robot: PlaneArm, tmp_path: Path) -> None:
@@ -300,7 +330,7 @@ def test_drive_robot_with_keys_over_the_wire(
 
     with serving(Sweep(), keys=RequestKeys()) as (uri, _), ThreadPoolExecutor(1) as pool:
         operator = pool.submit(operate)
-        run(command(uri, "dry_run=false", f"record={output}"), keyboard=read)
+        main(command(uri, "dry_run=false", f"record={output}"), keyboard=read)
         operator.result()
     said = capsys.readouterr().out
     assert "plane_arm by sweep" in said
@@ -312,13 +342,35 @@ def test_drive_robot_with_keys_over_the_wire(
     assert [recorded.features[name]["names"] for name in ("observation.state", "action")] == [list(JOINTS)] * 2
 
 
+def test_a_folder_that_is_there_is_refused_before_the_robot_is_connected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object, **__: object) -> None:
+        raise AssertionError("the robot was connected")
+
+    monkeypatch.setattr(PlaneArm, "connect", connect)
+    (tmp_path / "data.txt").touch()
+    with serving(Sweep(), keys=RequestKeys()) as (uri, _), pytest.raises(ValueError, match="is there already"):
+        main(command(uri, "dry_run=false", f"record={tmp_path}"))
+
+
 def test_drive_robot_refuses_what_cannot_be() -> None:
     with serving(Sweep(), keys=RequestKeys()) as (uri, _):
         with pytest.raises(ValueError, match="give dry_run=false with record"):
-            run(command(uri, "record=somewhere"))
+            main(command(uri, "record=somewhere"))
         with pytest.raises(ValueError, match="transport must be one of rclpy, lerobot"):
-            run(command(uri, "transport=carrier_pigeon"))
+            main(command(uri, "transport=carrier_pigeon"))
+        with pytest.raises(
+            ValueError, match="statistics=pick threads=2: the policy is in its server: give this to pol"
+        ):
+            main(command(uri, "statistics=pick", "threads=2"))
+        with pytest.raises(
+            ValueError, match="jpeg_quality=90: this is for a policy server, but checkpoint=X runs in this"
+        ):
+            main(command(uri, "checkpoint=X", "jpeg_quality=90"))
+        with pytest.raises(ValueError, match=f"a certificate is given, but {uri} is no address of a server with TLS"):
+            main(command(uri, "certificate=ca.pem"))
         config = command(uri)
         config.embodiment.control_hz = 10.0
         with pytest.raises(ValueError, match=r"control_hz: robot 10\.0, policy 20\.0"):
-            run(config)
+            main(config)

@@ -29,7 +29,7 @@ from cogvla.real_robot.recording.recorder import Recorder
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.command import compose
-from cogvla.scripts.robot.drive_robot import run
+from cogvla.scripts.robot.drive_robot import main
 from cogvla.tests.support.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
 from cogvla.tests.support.planeleader import LEADER, PlaneLeader, PlaneLeaderConfig
 from cogvla.tests.support.policy_servers import serving
@@ -417,7 +417,7 @@ def test_drive_robot_takes_over_with_a_key_and_records_it(
 
     with serving(Stay(), keys=RequestKeys()) as (uri, _), ThreadPoolExecutor(1) as pool:
         operator = pool.submit(operate)
-        run(command(uri, "dry_run=false", f"record={output}"), keyboard=read)
+        main(command(uri, "dry_run=false", f"record={output}"), keyboard=read)
         operator.result()
     said = capsys.readouterr().out
     for line in ("teleoperator plane_leader is ready", "the operator drives", "the policy drives", "1 episodes in"):
@@ -435,11 +435,11 @@ def test_drive_robot_without_a_teleoperator_says_so(capsys: pytest.CaptureFixtur
     read, write = os.pipe()
     os.write(write, b"tq")
     with serving(Stay(), keys=RequestKeys()) as (uri, _):
-        run(command(uri, teleop=TeleopSettings()), keyboard=read)
+        main(command(uri, teleop=TeleopSettings()), keyboard=read)
     assert "there is no teleoperator: start with teleop=..." in capsys.readouterr().out
 
 
 def test_drive_robot_refuses_a_teleoperator_that_does_not_fit_before_anything_is_connected() -> None:
     config = command("ws://127.0.0.1:1", teleop=replace(LEADER, config={"keys": "x.pos"}))
     with pytest.raises(ValueError, match=r"plane_leader gives no shoulder.pos, elbow.pos, gripper.pos"):
-        run(config)
+        main(config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import mmap
 import os
 import re
 import sys
@@ -10,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,7 @@ from cogvla.configs.load import load
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros import messages as messages
+from cogvla.real_robot.ros import network
 from cogvla.real_robot.ros.commands import Commands
 from cogvla.real_robot.ros.front_end import ClockOffset, RosFrontEnd
 from cogvla.real_robot.ros.network import PROFILE, PROFILE_VARIABLES, RosSettings, environment
@@ -35,6 +39,7 @@ from cogvla.real_robot.serving.async_client import ClientSettings
 from cogvla.real_robot.serving.reconnecting import check_server
 from cogvla.scripts.command import compose, plain
 from cogvla.scripts.robot.robots import ros_node
+from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import ROOT
 from cogvla.tests.support.policy_servers import SumPolicy, free_port, serving
 from cogvla.tests.support.waiting import until
@@ -164,6 +169,7 @@ class Remembers:
     deliveries: list[tuple[str, Delivery]] = field(default_factory=list)
     published: list[tuple[str, str, Fields]] = field(default_factory=list)
     served: dict[str, Callable[[bool], Answer]] = field(default_factory=dict)
+    fail: Callable[[BaseException], Any] | None = None
 
     def now(self) -> float:
         return time.time()
@@ -180,6 +186,9 @@ class Remembers:
 
     def serve(self, service: str, kind: str, callback: Callable[[bool], Answer]) -> None:
         self.served[service] = callback
+
+    def on_failure(self, call: Callable[[BaseException], Any]) -> None:
+        self.fail = call
 
 
 class Bridge:
@@ -258,6 +267,29 @@ def test_orders_come_by_topic_and_by_service() -> None:
     made.close()
     node.subscribed["~/activate"](SimpleNamespace(data=True))
     assert len(bridge.told) == 7
+
+
+def test_a_node_that_fails_stops_the_bridge() -> None:
+    node, bridge, _, _ = front("tabletop")
+    assert node.fail is not None
+    node.fail(KeyError("data"))
+    [(what, error)] = bridge.told
+    assert what == "fail"
+    with pytest.raises(ConnectionError, match=r"^ROS 2: KeyError: 'data'$"):
+        raise error
+
+
+def test_a_thread_of_ros_2_that_ends_is_a_failure_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    rclpy_node = pytest.importorskip("rclpy", reason=needs("ros")) and import_module("cogvla.real_robot.ros.rclpy_node")
+    failures: list[BaseException] = []
+    node = rclpy_node.OwnNode("/dies")
+    monkeypatch.setattr(node._executor, "spin_once", lambda _: 1 / 0)
+    node.on_failure(failures.append)
+    with node:
+        until(lambda: failures)
+    node.on_failure(failures.append)
+    assert failures == [node.failure] * 2, "also who asks too late is told"
+    assert isinstance(node.failure, ZeroDivisionError)
 
 
 def test_displacements_go_out_as_they_are() -> None:
@@ -535,6 +567,38 @@ def test_the_profile_for_large_images_is_loaded_unless_the_user_has_one(
         assert os.environ.get(PROFILE_VARIABLES[1]) == before.get(PROFILE_VARIABLES[1])
     assert dict(os.environ) == before
     assert int(ElementTree.parse(PROFILE).findtext(".//{*}segment_size", "0")) == 64 * 2**20
+
+
+@pytest.mark.parametrize("locked_before", [True, False])
+@pytest.mark.parametrize("others_write", [True, False])
+def test_a_port_of_a_dead_process_is_not_taken_while_others_write_into_it(
+    others_write: bool, locked_before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "SHARED_MEMORY", tmp_path)
+    port, lock = tmp_path / "fastdds_port99999", tmp_path / "fastdds_port99999_el"
+    port.write_bytes(bytes(4096))
+    if locked_before:
+        lock.touch()
+
+    def free() -> bool:
+        with lock.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    with port.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as writer:
+        if not others_write:
+            writer.close()
+        with environment(RosSettings()):
+            assert free() is not others_write
+        assert free()
+        with lock.open() as living:
+            fcntl.flock(living, fcntl.LOCK_EX)
+            with environment(RosSettings()):  # no fault
+                assert not free()
+        assert free()
 
 
 def test_a_policy_for_another_robot_is_refused_before_anything_starts() -> None:

@@ -71,7 +71,7 @@ def test_a_server_that_is_missing_is_an_error_soon(monkeypatch: pytest.MonkeyPat
     assert server.positions == [0.02]
     server.there, now[0] = False, 103.0
     goals.send(0.02)  # nothing to give
-    with pytest.raises(RuntimeError, match=f"no action server {ACTION}: start its controller"):
+    with pytest.raises(ConnectionError, match=f"no action server {ACTION}: start its controller"):
         goals.send(0.03)
 
 

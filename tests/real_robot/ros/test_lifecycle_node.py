@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cogvla.tests.support.lifecycle_process import (
     DOUBLE,
     TEXT,
     LifecycleProcess,
+    changed,
     domain_of,
     lifecycle_node,
 )
@@ -165,6 +167,21 @@ def test_configure_says_what_is_wrong_until_it_is_right(server: str, operator: O
         for name, text in {"server": server, "certificate": "", "topics": "tabletop"}.items():
             node.set(name, type=TEXT, string_value=text)
         assert node.change(CONFIGURE)
+        assert node.process.end() == 0
+
+
+def test_a_bridge_that_cannot_start_is_said_in_one_line(server: str, operator: Operator, tmp_path: Path) -> None:
+    gap = changed(tmp_path, "robot", "tabletop", {"loop": {"clock_gap_s": 0.01}})
+    with lifecycle_node(operator, tmp_path, server=server, robot=gap) as node:
+        assert not node.change(CONFIGURE)
+        node.said("not configured: loop: clock_gap_s must be longer than a control period")
+        if find_spec("control_msgs") is None:
+            goals = {"gripper": "/grip", "gripper_type": "GripperCommand", "gripper_positions": [0.0, 1.0]}
+            topics = changed(tmp_path, "topics", "tabletop", goals)
+            for name, text in {"robot": "tabletop", "topics": topics}.items():
+                assert node.set(name, type=TEXT, string_value=text) == (True, "")
+            assert not node.change(CONFIGURE)
+            node.said("not configured: control_msgs/action/GripperCommand needs the ROS 2 package control_msgs")
         assert node.process.end() == 0
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from cogvla.policy.interface import ActionChunk, Camera, Committed, Observation
 from cogvla.real_robot.serving.async_client import (
+    Answer,
     AsyncPolicyClient,
     ClientSettings,
     RefusedError,
@@ -317,6 +318,26 @@ def test_remote_policy_is_a_policy() -> None:
         np.testing.assert_array_equal(chunk.actions, policy.act(batch).actions)
         assert chunk.timing["inference_ms"] > 0
         np.testing.assert_array_equal(remote.act(observation(3)).actions, policy.act(observation(3)).actions)
+        remote.close()
+
+
+def test_a_batch_with_one_failure_leaves_no_connection_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    infer, done = AsyncPolicyClient.infer, list[Observation]()
+
+    async def asked(client: AsyncPolicyClient, row: Observation, **more: Any) -> Answer:
+        if row.instruction == ["fail"]:
+            raise UnavailableError("the policy server closed the connection")
+        await asyncio.sleep(0.1)
+        done.append(row)
+        return await infer(client, row, **more)
+
+    monkeypatch.setattr(AsyncPolicyClient, "infer", asked)
+    with serving(SumPolicy()) as (uri, _):
+        remote = RemotePolicy(uri)
+        with pytest.raises(UnavailableError, match="closed the connection"):
+            remote.act(Observation.stack([observation(0, "fail"), observation(1), observation(2)]))
+        assert len(done) == 2
+        assert not any(client._busy for client in remote._clients)
         remote.close()
 
 

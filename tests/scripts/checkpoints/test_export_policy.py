@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from cogvla.envs.evaluation.report import Report
-from cogvla.envs.recording.recorder import record
 from cogvla.policy.checkpoint import load_policy
 from cogvla.scripts import eval_libero
 from cogvla.scripts.checkpoints import export_policy
@@ -30,16 +29,11 @@ def run(*overrides: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("exported")
-    record("tabletop_object", 10, root / "demonstrations", workers=0)
-    run(
-        f"output={root / 'onnx'}",
-        f"data.root={root / 'demonstrations'}",
-        f"data.cache={root / 'cache'}",
-        "text_tokens=[8]",
-    )
-    return root / "onnx"
+def folder(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    data = [f"data.root={recorded / 'demonstrations'}", f"data.cache={recorded / 'cache'}"]
+    run(f"output={folder}", *data, "text_tokens=[8]")
+    return folder
 
 
 def played(checkpoint: Path, output: Path) -> Report:
@@ -75,7 +69,7 @@ def test_the_example_needs_neither_torch_nor_this_package(folder: Path, tmp_path
     arguments = ["run_exported.py", str(folder), "put the red cube in the tray"]
     script = f"import sys; sys.modules.update(torch=None, cogvla=None); sys.argv = {arguments!r}; "
     script += f"exec(open({str(ROOT / 'examples' / 'run_exported.py')!r}).read())"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     robot = load_policy(SHIPPED).embodiment
     assert f"{robot.chunk} actions of {robot.action_dim} numbers" in done.stdout, done.stderr
 

@@ -29,7 +29,7 @@ from cogvla.policy.weights.release import open_release
 from cogvla.policy.weights.safetensor_files import SafetensorFiles
 from cogvla.scripts.checkpoints.import_checkpoint import main, run
 from cogvla.scripts.command import compose
-from cogvla.tests.support.plain_cogvla import PlainCogVLA, norm_stats, unnormalise
+from cogvla.tests.support.plain_cogvla import PlainCogVLA, norm_stats, random_weights, unnormalise
 from cogvla.tests.support.published_layouts import (
     SIZES,
     openvla_weights,
@@ -281,6 +281,38 @@ def test_what_is_missing_or_misshapen_is_named(damage: Callable[[Path], None], s
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize(
+    "positions", [{"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}]
+)
+def test_positions_are_read_as_each_transformers_writes_them(positions: dict[str, Any], tmp_path: Path) -> None:
+    write_openvla(tmp_path / "openvla")
+    body = json.loads((tmp_path / "openvla" / "config.json").read_text())
+    edit("config.json", text_config={**body["text_config"], **positions})(tmp_path / "openvla")
+    found = open_release(tmp_path / "openvla").configure(CogVLAConfig.from_dict(MODEL))
+    assert found.language.rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "positions of type 'linear'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, "positions of type 'llama3'"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"model_type": "mistral"}, "architecture mistral, the configuration llama"),
+    ],
+)
+def test_a_language_model_that_ours_does_not_compute_is_refused(
+    other: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    write_openvla(tmp_path / "openvla")
+    body = json.loads((tmp_path / "openvla" / "config.json").read_text())
+    edit("config.json", text_config={**body["text_config"], **other})(tmp_path / "openvla")
+    with pytest.raises(ValueError, match=said):
+        imported(tmp_path / "openvla", tmp_path / "ours")
+
+
 def model_with(routing: dict[str, Any]) -> CogVLA:
     language = {"width": SIZES.hidden, "intermediate": SIZES.inter, "layers": SIZES.layers, "heads": SIZES.llm_heads}
     language = {**MODEL["language"], **language, "vocab_size": SIZES.vocab_size}
@@ -293,9 +325,9 @@ def test_openvla_is_a_base(layout: str, tmp_path: Path) -> None:
     weights = openvla_weights()
     (write_openvla if layout == "hub" else write_prismatic)(tmp_path / "openvla", weights)
     model, fresh = model_with({}), model_with({}).state_dict()
-    said = load_base(model, tmp_path / "openvla")
+    loaded, said = load_base(model, tmp_path / "openvla")
+    assert loaded == {"decoder.llm", "vision.towers.dinov2.vit", "vision.towers.siglip.vit"}
     assert "decoder.llm" in said[0]
-    assert "decoder.routers" not in said[0]
     assert "vision.fusion" in said[1]
     towers: Any = model.vision.towers
     assert torch.equal(
@@ -314,8 +346,8 @@ def test_joined_streams_take_the_projector(tmp_path: Path) -> None:
     weights = openvla_weights()
     write_openvla(tmp_path / "openvla", weights)
     model = model_with({"efa": False, "lfp": False})
-    said = load_base(model, str(tmp_path / "openvla"))
-    assert "vision.fusion" in said[0]
+    loaded, _ = load_base(model, str(tmp_path / "openvla"))
+    assert "vision.fusion" in loaded
     project: Any = model.vision.fusion.project
     assert torch.equal(project[2].weight, weights["projector.fc2.weight"])
 
@@ -327,9 +359,9 @@ def test_a_cogvla_is_a_base_too(release: tuple[Path, dict[str, torch.Tensor]], t
     config["language"] = {**MODEL["language"], **language, "vocab_size": SIZES.vocab_size}
     config["routing"] = {"schedule": "interleave"}
     model = CogVLA(CogVLAConfig.from_dict(config), ROBOT)  # with one token per step, whose head is another
-    said = load_base(model, folder)
+    loaded, said = load_base(model, folder)
     assert "head" in said[1]
-    assert "vision.fusion" in said[0]
+    assert "vision.fusion" in loaded
     routers: Any = model.decoder.routers
     assert torch.equal(routers["3"].logits.bias, weights["language_model.model.layers.3.router.router.bias"])
 
@@ -345,6 +377,26 @@ def test_a_base_of_other_sizes_is_refused(tmp_path: Path) -> None:
         load_base(model_with({}), tmp_path / "short")
 
 
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ({"rope_theta": 500000.0}, "rope_theta 500000.0, not 10000.0: set policy.language.rope_theta=500000.0"),
+        ({"num_attention_heads": 1}, "heads 1, not"),
+        ({"num_key_value_heads": 1}, "kv_heads 1, not"),
+        ({"rms_norm_eps": 0.1}, "rms_norm_eps 0.1, not"),
+        ({"model_type": "qwen2"}, "architecture qwen2, the configuration llama"),
+    ],
+)
+def test_a_base_whose_language_model_computes_something_else_is_refused(
+    theirs: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    write_openvla(tmp_path / "openvla")
+    body = json.loads((tmp_path / "openvla" / "config.json").read_text())
+    edit("config.json", text_config={**body["text_config"], **theirs})(tmp_path / "openvla")
+    with pytest.raises(ValueError, match=said):
+        load_base(model_with({}), tmp_path / "openvla")
+
+
 def test_openvla_becomes_a_checkpoint(tmp_path: Path) -> None:
     write_openvla(tmp_path / "openvla")
     small = {**MODEL, "vision": {**MODEL["vision"], "aggregation_tokens": 4}}
@@ -356,6 +408,20 @@ def test_openvla_becomes_a_checkpoint(tmp_path: Path) -> None:
     assert statistics["state"]["q01"] == norm_stats(SIZES)["proprio"]["q01"]
     # It has statistics of two robots, and none was chosen.
     assert "training computes its own" in imported(tmp_path / "openvla", tmp_path / "base", policy=small)[-2]
+
+
+def test_the_head_of_openvla_oft_speaks_the_embodiments_gripper(tmp_path: Path) -> None:
+    write_openvla(tmp_path / "oft")
+    for part in ("action_head", "proprio_projector"):
+        own = {n.removeprefix(f"{part}."): t for n, t in random_weights(SIZES, 0).items() if n.startswith(f"{part}.")}
+        torch.save(own, tmp_path / "oft" / f"{part}--20_checkpoint.pt")
+    actions = []
+    for gripper in ("embodiment", "openvla"):
+        torch.manual_seed(0)
+        imported(tmp_path / "oft", tmp_path / gripper, dataset="robot", gripper=gripper)
+        actions.append(load_policy(tmp_path / gripper).act(ROBOT.fake_observation()).actions)
+    actions[0][..., 2] = 1 - 2 * actions[0][..., 2]  # as in a release
+    np.testing.assert_allclose(actions[1], actions[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "shiftedcos_decay_0.85_0.15": {"layers": 10},
     "shiftedcos_decay_1.0_0.15": {"lfp_avg": 0.6, "layers": 9},  # its first ratios are above one: not routed
     "shiftedlinear_decay_0.9_0.1": {"layers": 7},
-    "shiftedlinear_decay_0.98_0.0": {"layers": 33},  # deeper than the period of 31: nothing is kept at the end
+    "shiftedlinear_decay_0.98_0.0": {
+        "layers": 33,
+        "agg": 32,
+    },  # deeper than the period: nothing is kept at the end
     "interleave": {},
-    "deep_all": {"lfp_avg": 0.1},  # rounds down to no vision token at all with one view
+    "deep_all": {"lfp_avg": 0.4},
     "deep_all_wo_last": {"lfp_avg": 0.7},
     "none": {},
 }

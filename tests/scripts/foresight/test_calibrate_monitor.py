@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cogvla.envs.analysis.monitor_rollouts import compare
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.foresight.monitor import SCORES
 from cogvla.policy.foresight.monitored_policy import open_monitor
+from cogvla.scripts.foresight import calibrate_monitor
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.small_foresight import calibrate, fit, recorded
 
@@ -22,7 +25,14 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "foresight"
 
 
-def test_it_takes_thresholds_and_measures_them(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_takes_thresholds_and_measures_them(
+    fitted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare_later(*arguments: Any) -> dict[str, Any]:
+        assert (fitted / "monitor.json").exists(), "a measurement that fails loses no thresholds"
+        return compare(*arguments)
+
+    monkeypatch.setattr(calibrate_monitor, "compare", compare_later)
     measured = calibrate(fitted, "measured=2", "disturbances=[covered]")
     said = capsys.readouterr().out
     assert "false alarms: " in said
@@ -33,6 +43,7 @@ def test_it_takes_thresholds_and_measures_them(fitted: Path, capsys: pytest.Capt
     assert body["about"]["measured"] == measured
     assert body["about"]["calibration"]["episodes"] == 14
     assert body["thresholds"]["alpha"] == 0.9
+    assert body["thresholds"]["execute_steps"] == 4
     monitor = open_monitor(fitted, load_policy(SHIPPED).embodiment)
     assert monitor.thresholds is not None
     assert monitor.thresholds.episodes == body["about"]["calibration"]["successful"] >= 11
@@ -46,8 +57,9 @@ def test_it_takes_thresholds_and_measures_them(fitted: Path, capsys: pytest.Capt
     [
         ("alpha=0.5", "alpha=0.5 of 2 cameras needs 19 successful episodes, and episodes=14; raise episodes or alpha"),
         ("alpha=1", "alpha must be above 0 and below 1, got 1"),
-        ("alpha=high", "alpha must be above 0 and below 1, got high"),
+        ("alpha=high", "alpha must be a number, got 'high'"),
         ("episodes=0", "episodes must be at least 1"),
+        ("first_state=0,measured=11", r"first_state=0 measures .* give first_state=\d or more, or measured=0"),
         ("disturbances=[fire]", "unknown disturbance 'fire'; disturbances are"),
         ("foresight=nowhere", "nowhere holds no foresight"),
         ("checkpoint=nowhere", "nowhere"),
@@ -57,7 +69,7 @@ def test_it_takes_thresholds_and_measures_them(fitted: Path, capsys: pytest.Capt
 def test_mistakes_are_said_and_leave_the_thresholds_alone(fitted: Path, override: str, message: str) -> None:
     before = (fitted / "monitor.json").read_bytes() if (fitted / "monitor.json").exists() else None
     with pytest.raises(ValueError, match=message) as error:
-        calibrate(fitted, override)
+        calibrate(fitted, *override.split(","))
     assert "\n" not in str(error.value)
     assert ((fitted / "monitor.json").read_bytes() if (fitted / "monitor.json").exists() else None) == before
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from cogvla.policy.foresight.model import load_foresight
+from cogvla.scripts import console
+from cogvla.tests.support.console_command import ended
 from cogvla.tests.support.small_foresight import STEPS, fit, fitting, recorded
 from cogvla.tests.support.waiting import until
 
@@ -86,9 +88,7 @@ def test_a_mistake_is_named(root: Path, override: str, message: str) -> None:
 
 
 def test_at_the_command_line_it_is_one_line(root: Path) -> None:
-    command = [*COMMAND, *fitting(root, root / "whole"), "seed=1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "is of another run" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    said = str(ended(console.fit_foresight, *fitting(root, root / "whole"), "seed=1"))
+    assert said.startswith("error: ")
+    assert "is of another run" in said
+    assert "\n" not in said

@@ -137,3 +137,21 @@ def test_peaks_are_those_of_large_products() -> None:
     peaks = machine_peaks("cpu", "float32")
     assert 1e9 < peaks.flops < 1e14
     assert 1e8 < peaks.bandwidth < 1e13
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--calls", "0"], "--calls and --batches must be at least 1, got 0"),
+        (["--batches", "8", "0"], r"--calls and --batches must be at least 1, got 3 and \[8, 0\]"),
+        (["--device", "gpu"], "device=gpu cannot be used here"),
+        (["--threads", "0"], "threads must be a whole number, at least 1"),
+        (["--checkpoint", "it", "--views", "1"], "--views changes nothing with --checkpoint"),
+        (["--checkpoint", "it", "--preset", "tiny"], "--preset changes nothing with --checkpoint"),
+        (["--statistics", "it"], "--statistics names a data set of a --checkpoint"),
+    ],
+)
+def test_numbers_and_devices_that_make_no_sense_are_one_line(wrong: list[str], said: str) -> None:
+    with pytest.raises(SystemExit, match=f"error: {said}") as error:
+        main([*FEW, "--rows", "drop", *wrong])
+    assert "\n" not in str(error.value)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from cogvla.envs.recording.recorder import record
 from cogvla.policy.checkpoint import load_policy, open_policy
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.engine.float8 import Calibration
@@ -21,13 +20,6 @@ from cogvla.tests.support.paths import SHIPPED
 FLOAT8 = EngineConfig("eager", dtype="float8")
 ROUNDING = 2**-4
 """Largest relative error of a number in float8_e4m3fn."""
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("calibrate")
-    record("tabletop_object", 10, root / "demonstrations", workers=0)
-    return root
 
 
 @pytest.fixture

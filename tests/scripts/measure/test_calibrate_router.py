@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from cogvla.configs.build import build
-from cogvla.envs.recording.recorder import record
 from cogvla.policy.checkpoint import load_policy
 from cogvla.routing.router import RouterConfig, RouterContext
 from cogvla.routing.routers.debias import fit_rate
@@ -20,17 +19,12 @@ from cogvla.routing.selection import effective_rank
 from cogvla.scripts.command import compose, plain
 from cogvla.scripts.measure import calibrate_router, search_schedule
 from cogvla.scripts.measure.recorded import batches, draw_frames
+from cogvla.tests.policy.model.routers.test_router_checkpoint import saved
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.paths import SHIPPED
+from cogvla.tests.support.small_data import small_policy
 
 IN_A_LAYER = ("router.stage=llm_layer", "router.layers=[1]")
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("calibrate")
-    record("tabletop_object", 10, root / "demonstrations", workers=0)
-    return root
 
 
 def overrides(recorded: Path, folder: Path, *more: str) -> list[str]:
@@ -56,6 +50,13 @@ def contexts(
         for batch in batches(policy, data, rows):
             policy.model(batch.inputs)
     return seen
+
+
+def test_a_router_before_the_language_model_and_in_it_is_not_measured_at_one_of_both(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "it", small_policy(efa=False, film=True, lfp=False))
+    here = f"checkpoint={folder}", "router.name=adaptive_erank", "router.layers=[1]"
+    with pytest.raises(ValueError, match=r"works at encoder_out, .* router\.layers: set router\.stage=llm_layer"):
+        calibrate(tmp_path, tmp_path, *here)
 
 
 def test_the_mean_effective_rank_is_that_of_the_tokens_it_sees(
@@ -183,7 +184,8 @@ def test_the_schedule_that_is_printed_is_the_best_that_was_tried(
     assert tried[0]["value"] == content["about"]["flat"]
     best = max(tried, key=lambda one: one["value"])
     assert best["shares"] == [router.budget, *router.layer_budgets]
-    assert all(sum(one["shares"]) / 3 == pytest.approx(0.5) for one in tried), "layer 0, 1 and 2"
+    assert all(0.3 < sum(one["shares"]) / 3 <= 0.5 for one in tried), "layer 0, 1 and 2"
+    assert all(share * 8 == round(share * 8) for one in tried for share in one["shares"]), "whole tokens"
     said = capsys.readouterr().out
     policy = load_policy(SHIPPED, router=router)
     assert policy.model.router is not None

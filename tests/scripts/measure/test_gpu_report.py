@@ -48,6 +48,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.timeout(1800)  # a minute, on cores with nothing else to do
 def test_the_rehearsal_does_everything_where_nothing_else_is_installed(tmp_path: Path) -> None:
     arguments = ["--rehearse", "--output", str(tmp_path)]
     done = command(*arguments)
@@ -120,10 +121,10 @@ def test_an_error_becomes_a_row_and_is_measured_again(tmp_path: Path) -> None:
 
 
 def test_a_part_ends_at_its_limit_and_goes_on_later(tmp_path: Path) -> None:
-    report([SLOW, MIXED], settings(tmp_path, slow=2))
+    report([SLOW, MIXED], settings(tmp_path, slow=10))
     slow = results(tmp_path)["slow"]
     assert slow["state"] == "stopped"
-    assert "stopped at its limit of 2 s, in second" in slow["note"]
+    assert "stopped at its limit of 10 s, in second" in slow["note"]
     assert [row["row"] for row in found(results(tmp_path), "slow")] == ["first", "second"]
     assert results(tmp_path)["mixed"]["state"] == "finished"
     (tmp_path / "quick").touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -33,7 +34,7 @@ from cogvla.real_robot.ros.messages import (
 from cogvla.real_robot.ros.node import ARRAY, COMPRESSED_IMAGE, IMAGE, JOINT_STATE, STRING, TRAJECTORY
 from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.scripts.command import compose
-from cogvla.scripts.robot.bag_to_dataset import run
+from cogvla.scripts.robot.bag_to_dataset import main
 from cogvla.tests.support.bag_messages import STORE, to_cdr
 
 HZ = 10.0
@@ -70,18 +71,27 @@ class Bag:
     def add(self, recorded: float, topic: str, kind: str, fields: Mapping[str, Any]) -> None:
         self.messages.append((recorded, topic, kind, fields))
 
-    def sensors(self, seconds: float, shift: float = 0.0, wrist_until: float = np.inf, size: int = 8) -> None:
-        """Joints at 50 Hz that say the time, cameras at 20 Hz whose brightness counts images; 10 ms on their way."""
+    def sensors(
+        self, seconds: float, shift: float = 0.0, wrist_until: float = np.inf, size: int = 8, jump_at: float = -np.inf
+    ) -> None:
+        """Joints at 50 Hz that say the time, cameras at 20 Hz whose brightness counts images; 10 ms on their way.
+
+        Their clock is `shift` seconds away, from `jump_at` on.
+        """
+
+        def clock(when: float) -> float:
+            return BEGIN + when + (shift if when >= jump_at else 0.0)
+
         for i in range(round(seconds * 50)):
             when = i / 50
-            joints = joint_state_fields({"b": 10 + when, "finger": 0.5, "a": when}, BEGIN + shift + when)
+            joints = joint_state_fields({"b": 10 + when, "finger": 0.5, "a": when}, clock(when))
             self.add(when + 0.01, "/joint_states", JOINT_STATE, joints)
         for i in range(round(seconds * 20)):
             when = i / 20
-            image = image_fields(np.full((size, 12, 3), i % 256, np.uint8), BEGIN + shift + when, "front")
+            image = image_fields(np.full((size, 12, 3), i % 256, np.uint8), clock(when), "front")
             self.add(when + 0.01, TOPICS.cameras["front"], IMAGE, image)
             if when < wrist_until:
-                packed = compressed_image_fields(np.full((8, 8, 3), i % 256, np.uint8), BEGIN + shift + when, "wrist")
+                packed = compressed_image_fields(np.full((8, 8, 3), i % 256, np.uint8), clock(when), "wrist")
                 self.add(when + 0.01, TOPICS.cameras["wrist"], COMPRESSED_IMAGE, packed)
 
     def commands(self, begin: float, count: int) -> None:
@@ -274,8 +284,9 @@ def test_nobody_says_what_was_asked_for(bag: Bag) -> None:
         found.episodes()
 
 
-def test_stamps_of_another_clock_need_another_setting(bag: Bag) -> None:
-    bag.sensors(3.0, shift=-BEGIN)
+@pytest.mark.parametrize("shift", [-BEGIN, -2.0, 2.0])
+def test_stamps_of_another_clock_need_another_setting(bag: Bag, shift: float) -> None:
+    bag.sensors(3.0, shift=shift)
     bag.instruct(0.0, "push")
     bag.commands(0.5, 10)
     with (
@@ -286,6 +297,27 @@ def test_stamps_of_another_clock_need_another_setting(bag: Bag) -> None:
     with BagReader(bag.path, ARM, DELTA, replace(TOPICS, stamps="arrival")) as found:
         [episode] = found.episodes()
     assert len(episode) == 10
+
+
+def test_what_a_jump_of_a_clock_leaves_out_is_said(bag: Bag) -> None:
+    bag.sensors(3.0, shift=2.0, jump_at=1.0)
+    bag.instruct(0.0, "push")
+    bag.commands(0.5, 20)
+    with reader(bag) as found:
+        [episode] = found.episodes()
+        [reason] = found.skipped
+    assert 5 <= len(episode) < 20
+    assert re.fullmatch(r"no joint state for .* s; some stamps of /joint_states are 2.0 s from the time of .*", reason)
+
+
+def test_an_instruction_is_not_that_of_what_came_long_before_it(bag: Bag) -> None:
+    """Without a latched one at the beginning, nobody knows what was asked for."""
+    bag.sensors(6.0)
+    bag.instruct(3.95, "pull")
+    bag.commands(3.0, 20)
+    with reader(bag) as found:
+        assert [(e.instruction, len(e)) for e in found.episodes()] == [("pull", 10)]
+        assert found.skipped == {"no instruction": 10}
 
 
 def test_images_of_another_size_are_refused(bag: Bag) -> None:
@@ -320,20 +352,27 @@ def test_episodes_that_were_cut_by_other_settings_are_not_mixed(
     with monkeypatch.context() as stopped:
         stopped.setattr(RecordingFolder, "assemble", lambda self: 0)
         with pytest.raises(ValueError, match="there is no episode"):
-            run(config)
+            main(config)
     config.robot.loop.image_age_s = 0.2
     with pytest.raises(ValueError, match=r"another source; finish that one, .*delete that folder"):
-        run(config)
+        main(config)
     config.resume = False
-    run(config)
+    main(config)
     assert len(LeRobotDataset("cogvla/made", root=tmp_path / "made")) == 20
+
+
+def test_one_bag_is_a_list_of_one(bag: Bag, tmp_path: Path) -> None:
+    config = command(bag, tmp_path / "made")
+    config.bags = str(bag.path)
+    with pytest.raises(ValueError, match=r"give bags='\[FOLDER, ...\]', got '/"):
+        main(config)
 
 
 def test_the_command_makes_a_dataset_and_goes_on_where_it_was(
     bag: Bag, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = command(bag, tmp_path / "made")
-    run(config)
+    main(config)
     assert "2 episodes in" in capsys.readouterr().out
     data = LeRobotDataset("cogvla/made", root=tmp_path / "made")
     assert data.meta.total_episodes == 2
@@ -346,8 +385,8 @@ def test_the_command_makes_a_dataset_and_goes_on_where_it_was(
     assert round(float(frame["observation.images.front"].max()) * 255) == 26  # 20 images a second, at 1.3 s
     assert frame["observation.images.wrist"].shape == (3, 8, 8)
     with pytest.raises(ValueError, match="is there already"):
-        run(config)
+        main(config)
     shutil.rmtree(bag.path)
     config.output = str(tmp_path / "other")
     with pytest.raises(ValueError, match="there is no bag at"):
-        run(config)
+        main(config)

@@ -23,6 +23,7 @@ from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.serving.server import ServerSettings
 from cogvla.scripts.command import compose
 from cogvla.scripts.eval_libero import run as eval_libero
+from cogvla.scripts.robot.policy_server import address
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import ToyPolicy, solvable
 from cogvla.tests.support.policy_servers import free_port, get, observation, serving
@@ -49,6 +50,11 @@ def command() -> Iterator[tuple[subprocess.Popen[str], str]]:
     process.wait(10)
 
 
+def test_an_address_of_ipv6_has_brackets() -> None:
+    assert address("ws", "::1", 8000) == "ws://[::1]:8000"
+    assert address("wss", "127.0.0.1", 8000) == "wss://127.0.0.1:8000"
+
+
 def test_the_command_answers_as_the_policy_itself(command: tuple[subprocess.Popen[str], str]) -> None:
     process, uri = command
     policy = load_policy(SHIPPED)
@@ -71,7 +77,7 @@ def test_the_command_answers_as_the_policy_itself(command: tuple[subprocess.Pope
     for client in clients:
         client.close()
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert output.splitlines() == [f"tabletop_panda at {uri}", "stopped"]
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cogvla.envs.contract import SuiteEnv
 from cogvla.envs.episodes import EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EPISODES, EpisodeLog
+from cogvla.envs.rollout.video import VideoWriter
 from cogvla.envs.suite import Suite, Task
 from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
@@ -29,9 +33,9 @@ from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.simulated.simulated_arm import SceneStatus
 from cogvla.real_robot.trials.operator_scene import OperatorScene, SessionEndedError, listen
 from cogvla.real_robot.trials.trial_log import CONTROL, ControlLog, Film
-from cogvla.real_robot.trials.trials import EpisodeAbortedError, play
+from cogvla.real_robot.trials.trials import EpisodeAbortedError, SimulatedScene, play
 from cogvla.scripts.command import compose
-from cogvla.scripts.robot import run_trials
+from cogvla.scripts.robot import robot_demo, run_trials
 from cogvla.scripts.robot.run_trials import Session, run, summary
 from cogvla.tests.support.planearm import LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
 from cogvla.tests.support.policy_servers import serving
@@ -162,6 +166,23 @@ def test_errors_and_safety_stops_are_no_failures_and_are_tried_again(tmp_path: P
     assert text[3].endswith("all")
 
 
+def test_a_trial_counts_although_its_video_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(VideoWriter, "add", full)
+    log, _ = session(tmp_path, 1, Script("success", "failure"))
+    assert {key: (r.success, r.error, r.video) for key, r in log.results.items()} == {
+        (0, 0): (True, None, None),
+        (1, 0): (False, None, None),
+    }
+
+
+def test_a_scene_that_is_not_set_up_adds_nothing_to_what_was_measured(tmp_path: Path) -> None:
+    _, control = session(tmp_path, 1, Script("success", "never", "never"))
+    assert [attempt.counts.get("action", 0) > 0 for attempt in control.attempts] == [True, False, False]
+
+
 def test_what_was_interrupted_goes_on_and_tries_errors_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         session(tmp_path, 2, Script("success", "abort", "kill"), attempts=1)
@@ -194,6 +215,21 @@ def test_a_policy_that_is_away_is_no_failure_of_the_policy() -> None:
         result = play(bridge, scene, EpisodeSpec(0, 0), timeout_s=60.0)
     assert result.error == "the robot was never commanded: nobody is there"
     assert not result.success
+
+
+def test_a_bridge_that_fails_between_two_episodes_ends_the_trials() -> None:
+    class Breaks(Script):
+        def set_up(self, spec: EpisodeSpec) -> SceneStatus:
+            status = super().set_up(spec)
+            assert self.bridge is not None
+            self.bridge.fail(ConnectionError("ROS 2: no way to the arm"))
+            return status
+
+    with bridged() as bridge:
+        scene = Breaks("success")
+        scene.bridge = bridge
+        with pytest.raises(ConnectionError, match="no way to the arm"):
+            play(bridge, scene, EpisodeSpec(0, 0), timeout_s=60.0)
 
 
 def press_later(scene: OperatorScene, *keys: str) -> None:
@@ -277,6 +313,26 @@ def test_services_and_topic_of_a_node_do_what_keys_do() -> None:
     assert scene.status().success
 
 
+def test_a_simulated_scene_of_an_earlier_session_is_no_answer() -> None:
+    """`sim_robot` goes on between two sessions, and its latched status tells of the first scene of the one before."""
+    shown = SceneStatus(1, "put it there", 40, success=True, scene_task_success=True, over=True)
+
+    class Node:
+        def subscribe(self, topic: str, kind: str, delivery: object, callback: Any) -> None:
+            self.callback = callback
+            self.show(shown)
+
+        def advertise(self, topic: str, kind: str, delivery: object) -> Any:
+            return lambda fields: self.show(SceneStatus(json.loads(fields["data"])["number"], "push it"))
+
+        def show(self, status: SceneStatus) -> None:
+            self.callback(SimpleNamespace(data=json.dumps(asdict(status))))
+
+    scene = SimulatedScene(Node())  # type: ignore[arg-type]
+    status = scene.set_up(EpisodeSpec(0, 0))
+    assert (status.instruction, status.over) == ("push it", False)
+
+
 def command(uri: str, output: Path, *overrides: str) -> DictConfig:
     """`run_trials` for the plane arm."""
     config = compose("run_trials", [f"server={uri}", f"output={output}", "countdown_s=0", *overrides])
@@ -353,13 +409,35 @@ def test_run_trials_from_the_first_key_to_the_report(
             run(command(uri, tmp_path, "limit_s=5"), "")
 
 
+@pytest.mark.parametrize("script", [run_trials, robot_demo])
+def test_kill_ends_it_as_ctrl_c_does(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    def killed(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(10)
+        finally:
+            closed.append("bridge, processes, terminal")
+
+    monkeypatch.setattr(script, "run", killed)
+    monkeypatch.setattr(script, "as_typed", str)
+    before = signal.signal(signal.SIGTERM, lambda *_: closed.append("nothing"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            script.main(OmegaConf.create())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert closed == ["bridge, processes, terminal"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["scene=weather"], "scene must be one of operator, simulated"),
         (["scene=simulated"], "scene=simulated needs transport=rclpy"),
         (["limit_s=0"], "limit_s must be at least one control period"),
-        (["trials=0"], "at least one episode per task"),
+        (["trials=0"], "episodes_per_task must be a whole number of at least 1, got 0"),
     ],
 )
 def test_run_trials_refuses_what_cannot_be(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -369,7 +447,7 @@ def test_run_trials_refuses_what_cannot_be(tmp_path: Path, overrides: list[str],
 
 def test_instructions_are_different_sentences(tmp_path: Path) -> None:
     config = command("ws://127.0.0.1:1", tmp_path)
-    for wrong in ([], ["a", "a"], [" "]):
+    for wrong in ([], ["a", "a"], [" "], "push"):
         config.instructions = wrong
         with pytest.raises(ValueError, match="list of different sentences"):
             run(config, "")

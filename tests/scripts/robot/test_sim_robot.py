@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cogvla.envs.suite import get_suite
+from cogvla.envs.tabletop.env import CAMERAS
 from cogvla.real_robot.simulated.sensor_faults import SensorFaults
 from cogvla.real_robot.simulated.simulated_arm import STATE_NAMES, SceneStart, SceneStatus, SimulatedArm
 from cogvla.scripts.command import compose
@@ -163,13 +164,25 @@ def images_of(fault: SensorFaults, count: int = 3) -> list[tuple[int, int, float
     ],
 )
 def test_faults_do_what_they_say(text: str, expected: list[Any]) -> None:
-    assert images_of(SensorFaults.from_json(text)) == expected
+    assert images_of(SensorFaults.from_json(text, CAMERAS)) == expected
 
 
-@pytest.mark.parametrize("text", ['{"fault": "fire"}', '{"colour": "red"}', "fire"])
-def test_unknown_faults_are_refused(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"fault": "fire"}',
+        '{"colour": "red"}',
+        "fire",
+        '{"fault": "silent", "sensor": "wirst"}',
+        '{"fault": "late"}',
+        '{"fault": "late", "seconds": "1"}',
+        '{"fault": "silent", "seconds": 1}',
+        '{"fault": "frozen", "sensor": "state"}',
+    ],
+)
+def test_faults_that_would_not_occur_are_refused(text: str) -> None:
     with pytest.raises(ValueError):
-        SensorFaults.from_json(text)
+        SensorFaults.from_json(text, CAMERAS)
 
 
 # --- the whole chain ------------------------------------------------------------------------------------------------

@@ -151,6 +151,16 @@ def test_patches_that_stay_the_same_are_alike() -> None:
     assert (contexts[0].age_B, contexts[1].age_B) != (None, None)
 
 
+def test_black_patches_that_stay_black_are_alike() -> None:
+    layout = MemoryLayout.of({"alike_BON"}, 1, (0, 1, 2), (1, 3, 4, 12), (3, 4), (1, 3), None)
+    now = torch.zeros(1, 1, 3, 4, 12, dtype=torch.uint8)
+    before = now.clone()
+    before[..., 4:8] = 7  # only this patch was not black
+    memory = {"age": torch.tensor([1]), "pixels": before[:, None]}
+    alike = Remembered(layout, memory, torch.zeros(1, 3), now).items({"alike_BON"}, 1, 1, None)["alike_BON"]
+    assert alike.tolist() == [[[1.0, 0.0, 1.0]]]
+
+
 @torch.inference_mode()
 def test_motion_reads_the_entries_of_the_hand() -> None:
     model = tiny_model(

@@ -453,6 +453,14 @@ def test_with_joint_views_a_patch_belongs_to_the_nearest_kept_patch_of_its_own_p
         assert found == expected
 
 
+def test_a_router_of_joint_views_knows_how_many_pictures_a_row_holds() -> None:
+    for joint, views in ((True, 2), (False, 1)):
+        router = routed(config("debias", joint=joint)).router
+        assert router is not None
+        assert router.before is not None
+        assert router.before.sizes.views == views
+
+
 def behind_lfp(router: RouterConfig) -> tuple[torch.Tensor, RouterContext, dict[str, Any]]:
     """Return what the router at layer 3 got after LFP removed tokens in layers 1 and 2, and the inside of the pass."""
     model, seen = routed(router, lfp=True, mode="drop"), []
@@ -505,7 +513,7 @@ def test_no_router_is_asked_for_more_tokens_than_lfp_left(name: str, efa: bool) 
 
 @torch.inference_mode()
 def test_lfp_may_leave_nothing_for_a_router() -> None:
-    few = {"efa": True, "lfp": True, "mode": "drop", "schedule": "deep_all", "mean_keep": 0.05}
+    few = {"efa": True, "lfp": True, "mode": "drop", "schedule": "shiftedlinear_decay", "period": 2}
     for name in ("random", "diversity", "team_merge", "late_exit", "vision_remember"):
         model = routed(config(name, "llm_layer", layers=(3,), layer_budgets=(2,)), **few)
         assert [tokens.enter for tokens in model.plan()][3] == 0
@@ -655,6 +663,16 @@ def test_mistakes_say_what_is_possible() -> None:
         ),
         ({"name": "random", "stage": "llm_layer", "layers": (1,), "joint": True}, {}, "joint changes nothing with"),
         ({"name": "random", "mode": "bypass"}, {}, "mode=bypass changes nothing without router.layers"),
+        (
+            {"name": "random", "stage": "llm_layer", "layers": (1,), "layer_router": "token_norm"},
+            {},
+            "layer_router=token_norm works at all router.layers, so that nothing is left to router.name=random",
+        ),
+        ({"name": "token_norm", "resample": False}, {}, "resample=False changes nothing .*draws no random numbers"),
+        ({"name": "token_norm", "seed": 1}, {}, "seed=1 changes nothing .*draws no random numbers"),
+        ({"name": "random", "decision_steps": 4}, {}, "decision_steps=4 changes nothing .*remembers no earlier"),
+        ({"name": "random", "hand": (0, 1, 3)}, {}, "hand=.* changes nothing .*not read the motion of the hand"),
+        ({"name": "random", "position_step": 0.5}, {}, "position_step=0.5 changes nothing .*no router.position=v2pe"),
         ({"name": "random", "layers": (1, 2, 1)}, {}, "router.layers names a layer twice"),
         ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),
         (

@@ -94,7 +94,7 @@ def test_any_number_of_tokens_is_trained_with_grounding(variant: str, tmp_path: 
 def test_tokens_of_another_grid_are_pooled_and_repeated_for_the_grounding() -> None:
     config = RouterConfig("flex_count", 4, train_budgets=(1, 4, 16))
     model = tiny_model(**PATCHES, router=asdict(config))
-    objective = Objective(model, ObjectiveConfig(pointing=0.0), model.vision_tokens, 32)
+    objective = Objective(model, ObjectiveConfig(pointing=0.0))
     fine = torch.arange(2 * 16.0).view(1, 32, 1).expand(2, -1, 32)
     corner = torch.tensor([0.0, 1, 4, 5]).mean().item()
     expected = [corner, corner + 2, corner + 8, corner + 10]
