@@ -115,7 +115,9 @@ def _numbers(network: CogVLA | None) -> int:
 
 def _kept(model: CogVLA, embodiment: Embodiment, debug: bool) -> int:
     """Return the bytes that autograd stores for one sample, without weights; `debug`: and intermediate results."""
-    own = {_storage(p) for p in (*model.parameters(), *model.buffers())}
+    language = model.config.language
+    model.decoder.llm.rotary_emb = _Rotations(language.width // language.heads)
+    own = {_storage(p) for p in (*model.parameters(), *model.buffers())}  # all alive: no activation takes such an address
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -123,8 +125,7 @@ def _kept(model: CogVLA, embodiment: Embodiment, debug: bool) -> int:
             kept[_storage(tensor)] = tensor
         return tensor
 
-    camera, language = embodiment.cameras[0], model.config.language
-    model.decoder.llm.rotary_emb = _Rotations(language.width // language.heads)
+    camera = embodiment.cameras[0]
     with torch.device("meta"):
         inputs = ModelInput(
             torch.zeros(1, len(embodiment.cameras), 3, camera.height, camera.width, dtype=torch.bfloat16),

@@ -111,7 +111,8 @@ def test_the_memory_of_a_teacher_and_of_a_policy_without_vision_is_counted() -> 
     shipped = Path(__file__).parents[3] / "checkpoints" / "tabletop_object"
     config, robot = saved_config(read_config(shipped), shipped), load_policy(shipped).embodiment
     numbers = sum(p.numel() for p in empty_model(config, robot).parameters())
-    alone, _ = estimate_memory(config, robot, TrainingConfig())
+    alone, *again = (estimate_memory(config, robot, TrainingConfig())[0] for _ in range(4))
+    assert again == [alone] * 3, "activations were left out where they had the address of a dead buffer"
     taught, _ = estimate_memory(config, robot, TrainingConfig(), teacher=config)
     weighted, _ = estimate_memory(config, robot, TrainingConfig(), blind=config)
     assert (alone.teacher, alone.blind) == (0, 0)
