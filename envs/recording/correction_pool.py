@@ -24,7 +24,7 @@ class Corrected:
     Attributes:
         policy: the policy.
         identity: what identifies its weights, as `open_policy` returns it; recordings with other weights differ.
-        patience: control steps without progress after which the expert takes over.
+        patience: control steps without progress after which the expert takes over, until the next subgoal.
         execute_steps: number of actions to execute of each chunk; None: the whole chunk.
     """
 
@@ -46,6 +46,7 @@ class Corrected:
             **self.identity,
             "execute_steps": self.execute_steps or self.policy.embodiment.chunk,
             "patience": self.patience,
+            "helps_until": "next subgoal",
         }
 
 

@@ -1,9 +1,10 @@
 """Record corrections (DAgger): a policy acts, and the suite's expert says in every state what should be done.
 
 A policy drives until it has succeeded or is stuck (`progress`), or the step limit is reached. A stuck one hands over to
-the expert, which finishes the task and has the suite's step limit for it. The recorded action is always the expert's.
-Episodes that the expert cannot finish are not recorded, since nobody knows whether its advice was good there; the next
-initial state is tried. The last of `MAX_ATTEMPTS` is the expert's alone.
+the expert until the next subgoal, so that the policy is seen in all of them; at the step limit the expert does the
+rest, and has as many steps for it. The recorded action is always the expert's. Episodes that the expert cannot finish
+are not recorded, since nobody knows whether its advice was good there; the next initial state is tried. The last of
+`MAX_ATTEMPTS` is the expert's alone.
 
 This is a player for `envs/rollout`: the policy stays in the process of the rollout.
 """
@@ -86,10 +87,11 @@ class CorrectingPlayer(Player):
                     continue
                 self._progress = Progress(self._shared.patience)
                 self._stuck()
-                if self._number < MAX_ATTEMPTS:
+                self._alone = self._number < MAX_ATTEMPTS
+                if self._alone:
                     return self._observe(anew=True)
                 if self._finish():
-                    return self._save(alone=False)
+                    return self._save()
             raise expert_failed(how, self._slot)
         except (ContractError, ExpertFailedError) as mistake:
             self._mistake = mistake
@@ -106,10 +108,20 @@ class CorrectingPlayer(Player):
             attempt.step(action_A)
             if attempt.success:
                 if attempt.over:
-                    return self._save(alone=True)
+                    return self._save()
             elif attempt.over or self._stuck():
-                return self._save(alone=False) if self._finish() else self._begin()
+                return self._help()
         return self._observe()
+
+    def _help(self) -> PlayerReply:
+        """Let the expert act until the next subgoal, where the policy goes on; at the step limit it does the rest."""
+        attempt, self._alone = self._attempt, False
+        while not attempt.over:
+            attempt.step()
+            self._stuck()
+            if self._progress.at_next and not attempt.success:
+                return self._observe(anew=True)
+        return self._save() if attempt.success or self._finish() else self._begin()
 
     def _stuck(self) -> bool:
         """Take note of the state; return True if the policy is stuck."""
@@ -122,7 +134,7 @@ class CorrectingPlayer(Player):
             self._attempt.step()
         return self._attempt.success
 
-    def _save(self, alone: bool) -> Finished:
+    def _save(self) -> Finished:
         episode = self._attempt.demonstration()
         try:
             episode.save(self._shared.paths[self._slot])
@@ -132,10 +144,10 @@ class CorrectingPlayer(Player):
         return Finished(
             asked=None,
             instruction=episode.instruction,
-            success=alone,
+            success=self._alone,
             scene_task_success=None,
             steps=len(episode),
-            reward=float(alone),
+            reward=float(self._alone),
             reset_s=0.0,
             environment_s=time.perf_counter() - self._started,
             loop_ms=(),

@@ -22,6 +22,8 @@ class Progress:
     def __init__(self, patience: int) -> None:
         self._patience, self._steps, self._shortest = patience, 0, np.inf
         self._before: Mapping[str, np.ndarray] = {}
+        self.at_next = False
+        """True if the last state begins the next subgoal: its target or goal is another one."""
 
     def stuck(self, gripper: np.ndarray, labels: Mapping[str, np.ndarray]) -> bool:
         """Take note of one more state; return True if there was no progress for as long as `patience`.
@@ -32,7 +34,8 @@ class Progress:
         """
         moved = [float(np.linalg.norm(labels[name] - at)) for name, at in self._before.items()]
         self._before = {name: np.array(labels[name]) for name in ("target", "goal")}
-        if max(moved, default=0.0) > ANOTHER_PLACE:
+        self.at_next = max(moved, default=0.0) > ANOTHER_PLACE
+        if self.at_next:
             self._shortest = np.inf
         left = float(np.linalg.norm(gripper - labels["target"]) + np.linalg.norm(labels["target"] - labels["goal"]))
         self._steps += 1

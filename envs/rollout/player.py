@@ -116,7 +116,8 @@ class Observed:
         images: camera -> uint8 [H,W,3].
         state: float32 [S].
         instruction: instruction.
-        anew: the player has begun the episode again, in another scene: the policy forgets the scene before.
+        anew: the policy forgets what was before, because the player has begun the episode again in another scene, or
+            someone else has acted since.
     """
 
     images: dict[str, np.ndarray]

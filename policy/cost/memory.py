@@ -117,7 +117,9 @@ def _kept(model: CogVLA, embodiment: Embodiment, debug: bool) -> int:
     """Return the bytes that autograd stores for one sample, without weights; `debug`: and intermediate results."""
     language = model.config.language
     model.decoder.llm.rotary_emb = _Rotations(language.width // language.heads)
-    own = {_storage(p) for p in (*model.parameters(), *model.buffers())}  # all alive: no activation takes such an address
+    own = {
+        _storage(p) for p in (*model.parameters(), *model.buffers())
+    }  # all alive: no activation takes such an address
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

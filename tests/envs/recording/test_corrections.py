@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_a_policy_that_needs_no_help_acts_alone_and_the_expert_says_what_should_
     assert (made["solved_alone"], made["intervention_share"]) == (EPISODES, 0)
     assert made["policy"] == {
         "checkpoint": "toy", "step": 7, "weights_sha256": "a", "execute_steps": 4, "patience": PATIENCE,
+        "helps_until": "next subgoal",
     }  # fmt: skip
 
 
@@ -92,6 +94,67 @@ def test_the_expert_takes_over_from_one_that_hovers_errs_crawls_or_runs_out_of_t
     np.testing.assert_array_equal(seen["action"][steps:], seen["label.executed_action"][steps:])
     assert np.linalg.norm(seen["observation.state"][-1, :3] - PLACES[0]) < 0.1
     assert json.loads((root / "meta" / "recording.json").read_text())["solved_alone"] == 0
+
+
+class Detour(toy_suite.ToyEnv):
+    """The way leads over the starting point's left: the first subgoal."""
+
+    def reset(self, **other: Any) -> tuple[Any, dict[str, Any]]:
+        self.aside = False
+        observation, info = super().reset(**other)
+        self.over = self.position - [0, 0.3, 0]
+        return observation, info
+
+    def labels_for(self, task: int) -> dict[str, np.ndarray]:
+        return super().labels_for(task) if self.aside else {"target": self.over, "goal": self.over + 1}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.position += 0.1 * np.clip(action[:3], -1, 1)
+        self.aside |= bool(np.linalg.norm(self.position - self.over) < 0.05)
+        self.position -= 0.1 * np.clip(action[:3], -1, 1)
+        return super().step(action)
+
+    def _info(self) -> dict[str, Any]:
+        info = super()._info()
+        return {**info, "success": info["success"] and self.aside}
+
+
+class DetourExpert(ToyExpert):
+    def act(self) -> np.ndarray:
+        toward = self.env.labels()["target"] - self.env.position
+        return np.append(np.clip(3 * toward, -0.5, 0.5), [0, 0, 0, 1]).astype(np.float32)
+
+
+@pytest.mark.parametrize(("speed", "hands_over"), [(0.0, 2), (0.03, 1)])
+def test_the_expert_helps_until_the_next_subgoal(tmp_path: Path, speed: float, hands_over: int) -> None:
+    """`ToyPolicy` knows nothing of the detour; one that moves does the second subgoal alone."""
+    begins: list[Sequence[Hashable]] = []  # for the slot, the attempt, and each time that the policy goes on
+
+    class Remembers(ToyPolicy):
+        def begin(self, slots: Sequence[Hashable]) -> None:
+            begins.append(slots)
+
+        def end(self, slots: Sequence[Hashable]) -> None:
+            pass
+
+    suite = replace(toy_suite.suite(), make=Detour)
+    corrected = Corrected(Remembers(speed), patience=PATIENCE)
+    root = record(
+        suite, 1, tmp_path / "toy", image_size=16, workers=0, expert=DetourExpert, corrected=corrected, noise=0.0
+    )
+    seen = episode(root)
+    taken = np.flatnonzero(np.diff(np.append(False, seen["intervention"]).astype(int)) == 1)
+    given = np.flatnonzero(np.diff(seen["intervention"].astype(int)) == -1) + 1
+    next_subgoal = np.flatnonzero(np.abs(np.diff(seen["label.target"], axis=0)).max(1) > ANOTHER_PLACE) + 1
+    assert len(taken) == hands_over
+    np.testing.assert_array_equal(given, next_subgoal)
+    assert len(begins) == 2 + len(given), "what the policy remembers is of other states"
+    assert taken[0] >= PATIENCE
+    if hands_over == 2:
+        assert taken[1] == given[0] + PATIENCE
+    made = json.loads((root / "meta" / "recording.json").read_text())
+    assert made["solved_alone"] == 0
+    assert made["intervention_share"] == round(seen["intervention"].mean(), 4)
 
 
 def test_noise_is_the_experts_and_not_the_policys(tmp_path: Path) -> None:
