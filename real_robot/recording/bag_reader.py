@@ -28,6 +28,7 @@ from rosbags.rosbag2 import ReaderError
 from rosbags.typesys import Stores, get_typestore
 
 from cogvla.envs.recording.demonstration import encode_png
+from cogvla.files import file_hash, visible
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros.commands import Commands
@@ -41,6 +42,8 @@ DISTROS = {
     "jazzy": Stores.ROS2_JAZZY,
     "kilted": Stores.ROS2_KILTED,
 }
+STORAGE = (".mcap", ".db3", ".zstd")
+"""Endings of the files with messages; `ros2 bag reindex` writes the others anew."""
 LATCHED_S = 2.0
 """Seconds from the beginning of a bag in which the recorder finds a latched instruction that was given before."""
 PAUSE_TICKS = 10
@@ -170,6 +173,20 @@ class BagReader:
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
+
+    def check_instruction(self, instruction: str | None) -> None:
+        """Check that somebody says what was asked for: the command, or else the bag.
+
+        Raises:
+            ValueError: nobody does.
+        """
+        if instruction is None and self._topics.instruction not in self._connections:
+            raise ValueError(f"{self._path} has no {self._topics.instruction}: give instruction=... for the whole bag")
+
+    def content(self) -> list[str]:
+        """Return the hash of each file with messages: another bag at the same path has others."""
+        files = visible(self._path, "*") if self._path.is_dir() else [self._path]
+        return [file_hash(file) for file in files if file.suffix in STORAGE]
 
     def episodes(self, instruction: str | None = None) -> list[BagEpisode]:
         """Return the episodes of the bag, in order.
@@ -316,10 +333,9 @@ class BagReader:
         return samples
 
     def _instructions(self, instruction: str | None) -> Samples:
+        self.check_instruction(instruction)
         if instruction is not None:
             return Samples([float("-inf")], [instruction.strip()])
-        if self._topics.instruction not in self._connections:
-            raise ValueError(f"{self._path} has no {self._topics.instruction}: give instruction=... for the whole bag")
         texts = Samples()
         for _, recorded, message in self._messages(self._topics.instruction):
             texts.times.append(recorded)

@@ -3,7 +3,8 @@
     bag_to_dataset bags='[bag1, bag2]' robot=my_arm embodiment=my_arm topics=my_arm output=FOLDER
     bag_to_dataset bags='[bag1]' instruction="pick up the cube" output=FOLDER
 
-Each bag is read separately; the same command resumes an interrupted conversion. Needs the extra `bags`.
+Each bag is read separately. The same command resumes an interrupted conversion, also where the bags were moved, but not
+of other bags. Needs the extra `bags`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ def main(config: DictConfig) -> None:
     bags = [Path(bag) for bag in listed] if isinstance(listed, list) else []
     if not bags:
         raise ValueError(f"give bags='[FOLDER, ...]', got {listed!r}")
-    source = {"bags": [str(bag) for bag in bags], "instruction": config.instruction, "topics": plain(config.topics)}
+    readers = [BagReader(bag, embodiment, robot, topics, config.distro) for bag in bags]
+    contents = []
+    for bag in readers:  # all of them before the first is converted, which takes long
+        with bag:
+            bag.check_instruction(config.instruction)
+            contents.append(bag.content())
+    source = {"bags": contents, "instruction": config.instruction, "topics": plain(config.topics)}
     ages = {"state_age_s": robot.loop.state_age_s, "image_age_s": robot.loop.image_age_s}
     source |= {"kind": robot.limits.kind, **ages}  # they decide where episodes begin and end
     video, names = bool(config.video), topics.names(embodiment)
@@ -47,8 +54,8 @@ def main(config: DictConfig) -> None:
     done = set(folder.numbers())
     skipped: Counter[str] = Counter()
     number = 0
-    for bag in bags:
-        with BagReader(bag, embodiment, robot, topics, config.distro) as reader:
+    for reader in readers:
+        with reader:
             for episode in reader.episodes(config.instruction):
                 if len(episode) < SHORTEST:
                     skipped["an episode of one tick"] += len(episode)

@@ -361,6 +361,41 @@ def test_episodes_that_were_cut_by_other_settings_are_not_mixed(
     assert len(LeRobotDataset("cogvla/made", root=tmp_path / "made")) == 20
 
 
+def test_a_bag_is_known_by_its_content(bag: Bag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = command(bag, tmp_path / "made")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(RecordingFolder, "assemble", lambda self: 0)
+        with pytest.raises(ValueError, match="there is no episode"):
+            main(config)
+    kept = bag.path.rename(tmp_path / "kept")
+    bag.messages = [
+        (when, topic, kind, array_fields(np.array([9.0, 9.0, 9.0])) if topic == "/commands" else fields)
+        for when, topic, kind, fields in bag.messages
+    ]
+    bag.write()  # the same times, topics and sizes
+    with pytest.raises(ValueError, match=r"another source; finish that one, .*delete that folder"):
+        main(config)
+    config.bags = [str(kept)]
+    main(config)
+    assert len(LeRobotDataset("cogvla/made", root=tmp_path / "made")) == 20
+
+
+def test_all_bags_are_checked_before_the_first_is_converted(
+    bag: Bag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = command(bag, tmp_path / "made")
+    silent = Bag(tmp_path / "silent")
+    silent.sensors(4.0)
+    silent.commands(1.0, 20)
+    silent.write()
+    monkeypatch.setattr(BagReader, "episodes", lambda *_: pytest.fail("it converts"))
+    for wrong, said in ((silent.path, "no /instruction: give instruction="), (tmp_path / "no", "there is no bag at")):
+        config.bags = [str(bag.path), str(wrong)]
+        with pytest.raises(ValueError, match=said):
+            main(config)
+    assert not (tmp_path / "made.recording").exists()
+
+
 def test_one_bag_is_a_list_of_one(bag: Bag, tmp_path: Path) -> None:
     config = command(bag, tmp_path / "made")
     config.bags = str(bag.path)
