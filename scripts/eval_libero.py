@@ -34,7 +34,7 @@ from cogvla.envs.rollout.ray_worker import ray_cluster
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite, suite_names, unknown_suite
 from cogvla.files import write_atomic
-from cogvla.policy.foresight.monitored_policy import MonitoredPolicy
+from cogvla.policy.foresight.monitored_policy import MonitoredPolicy, open_monitor
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, import_modules, plain
 from cogvla.scripts.policies import open_any_policy, report_name
@@ -68,6 +68,10 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
     for suite, protocol in zip(played, protocols, strict=True):  # before a policy is loaded
         given = {"workers": config.workers, "videos": config.videos, "tasks": plain(config)["tasks"]}
         check_evaluation(suite, protocol, shard=shard, **given)
+    if config.monitor is not None:  # likewise
+        for protocol in protocols:
+            _check_watched(protocol)
+        open_monitor(Path(config.monitor), None)
     policy, identity = open_any_policy(
         str(config.checkpoint),
         embodiment=plain(config.embodiment),
@@ -82,7 +86,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         cameras=plain(config.cameras or {}),
     )
     if config.monitor is not None:
-        steps = {_executed(protocol, policy.embodiment.chunk) for protocol in protocols}
+        steps = {protocol.execute_steps or policy.embodiment.chunk for protocol in protocols}
         if len(steps) > 1:
             raise ValueError("a monitor needs one execute_steps for all suites: give protocol.execute_steps=N")
         policy = MonitoredPolicy.open(policy, Path(config.monitor), steps.pop())
@@ -172,11 +176,10 @@ def _cells(config: DictConfig, suite: Suite) -> list[Perturbation]:
     return chosen_cells(values["perturbation"], values["level"], suite)
 
 
-def _executed(protocol: EvaluationProtocol, chunk: int) -> int:
-    """Return the number of executed actions of each chunk, for a monitor, which must know them."""
+def _check_watched(protocol: EvaluationProtocol) -> None:
+    """Check that a monitor can know which actions are executed."""
     if protocol.temporal_ensemble is not None or protocol.latency:
         raise ValueError("a monitor must know what is executed: it needs protocol.temporal_ensemble=null and latency=0")
-    return protocol.execute_steps or chunk
 
 
 def _shard(text: str | None) -> tuple[int, int]:

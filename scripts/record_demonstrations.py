@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from cogvla.envs.recording.correction_pool import Corrected
+from cogvla.envs.recording.correction_pool import Corrected, check_advice, check_steps
 from cogvla.envs.recording.dataset_folder import START_ANEW
 from cogvla.envs.recording.recorder import RECORDING_FILE, check_recording, record
 from cogvla.envs.suite import get_suite
@@ -32,7 +32,10 @@ def main(config: DictConfig) -> None:
     suite = get_suite(config.suite, plain(config))
     names = ("image_size", "workers", "noise", "seed", "randomise", "counterfactual", "tasks")
     given = {name: plain(config)[name] for name in names}
-    check_recording(suite, config.episodes, **given)  # before a policy is loaded
+    check_recording(suite, config.episodes, **given)
+    if config.checkpoint is not None:  # before it is loaded
+        check_steps(config.patience, config.execute_steps)
+        check_advice(suite)
     corrected = None if config.checkpoint is None else _corrected(config)
     how = {"resume": config.resume, "video": config.video, "grow": config.grow}
     folder = record(suite, config.episodes, config.output, **given, **how, corrected=corrected)

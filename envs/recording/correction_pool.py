@@ -34,8 +34,7 @@ class Corrected:
     execute_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if type(self.patience) is not int or self.patience < 1:
-            raise ValueError(f"patience must be a whole number of at least 1 control step, got {self.patience!r}")
+        check_steps(self.patience, self.execute_steps)
 
     def request(self) -> dict[str, Any]:
         """Return what decides the recording, as plain values."""
@@ -48,6 +47,13 @@ class Corrected:
             "patience": self.patience,
             "helps_until": "next subgoal",
         }
+
+
+def check_steps(patience: Any, execute_steps: Any = None) -> None:
+    """Raise a ValueError if these numbers of control steps are out of their range, see `Corrected`."""
+    if type(patience) is not int or patience < 1:
+        raise ValueError(f"patience must be a whole number of at least 1 control step, got {patience!r}")
+    RolloutSettings(execute_steps=execute_steps)
 
 
 def check_robot(robot: Embodiment, suite: Suite, image_size: int) -> None:

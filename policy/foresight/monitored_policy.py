@@ -46,12 +46,12 @@ def normal_of(about: Mapping[str, Any], folder: Path) -> Normal:
     return build(Normal, nested, "normal")
 
 
-def open_monitor(folder: Path, embodiment: Embodiment, calibrated: bool = True) -> Monitor:
+def open_monitor(folder: Path, embodiment: Embodiment | None, calibrated: bool = True) -> Monitor:
     """Read the monitor of a folder, see `find_foresight`.
 
     Args:
         folder: the folder.
-        embodiment: the robot that it shall watch.
+        embodiment: the robot that it shall watch; None: not yet known, for a check before a policy is loaded.
         calibrated: False: without thresholds, to measure scores only.
 
     Raises:
@@ -59,7 +59,8 @@ def open_monitor(folder: Path, embodiment: Embodiment, calibrated: bool = True) 
     """
     folder = find_foresight(folder)
     model, about = load_foresight(folder)
-    check_fits(model, embodiment, folder)
+    if embodiment is not None:
+        check_fits(model, embodiment, folder)
     normal = normal_of(about, folder)
     if not calibrated:
         return Monitor(model, normal, None)

@@ -28,6 +28,7 @@ from cogvla.envs.rollout.rollout import check_workers
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.policy.checkpoint import open_policy
 from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.foresight.model import check_fits
 from cogvla.policy.foresight.monitor import Monitor, Thresholds, episodes_needed
 from cogvla.policy.foresight.monitored_policy import find_foresight, open_monitor, save_thresholds
 from cogvla.policy.hub.download import find_checkpoint
@@ -63,20 +64,12 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         raise ValueError("episodes must be at least 1 and measured at least 0")
     check_workers(values["workers"])
     folder = find_foresight(Path(values["foresight"]))
-    checkpoint = find_checkpoint(values["checkpoint"])
-    engine = build(EngineConfig, values["engine"], "engine")
-    given = checkpoint, values["device"], values["threads"], engine, None, values["workers"], values["statistics"]
-    policy, identity = open_policy(*given)
-    monitor = open_monitor(folder, policy.embodiment, calibrated=False)
+    monitor = open_monitor(folder, None, calibrated=False)
     if values["episodes"] < (needed := episodes_needed(values["alpha"], len(monitor.cameras))):
         raise ValueError(
             f"alpha={values['alpha']:g} of {len(monitor.cameras)} cameras needs {needed} successful episodes, and "
             f"episodes={values['episodes']}; raise episodes or alpha"
         )
-    about = {"command": command, "suite": suite.name, "policy": {**policy.describe(), **identity}, **provenance()}
-    protocol = load_protocol(suite.protocol)
-    steps = protocol.execute_steps or policy.embodiment.chunk
-    watched = MeasuredPolicy(policy, monitor, steps, holds=False)
     specs = _episodes(suite, values["episodes"], values["first_state"], values["seed"])
     others = _episodes(suite, values["measured"], 0, values["seed"])
     if set(specs) & set(others):
@@ -84,6 +77,15 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
             f"first_state={values['first_state']} measures the monitor on episodes that its thresholds come from: give "
             f"first_state={others[-1].initial_state + 1} or more, or measured=0"
         )
+    checkpoint = find_checkpoint(values["checkpoint"])
+    engine = build(EngineConfig, values["engine"], "engine")
+    given = checkpoint, values["device"], values["threads"], engine, None, values["workers"], values["statistics"]
+    policy, identity = open_policy(*given)
+    check_fits(monitor.model, policy.embodiment, folder)
+    about = {"command": command, "suite": suite.name, "policy": {**policy.describe(), **identity}, **provenance()}
+    protocol = load_protocol(suite.protocol)
+    steps = protocol.execute_steps or policy.embodiment.chunk
+    watched = MeasuredPolicy(policy, monitor, steps, holds=False)
     good = [result for result in play(watched, suite, protocol, specs, values["workers"]) if result.success]
     thresholds = Thresholds.of([(result.noticed or {})["highest"] for result in good], values["alpha"])
     thresholds = replace(thresholds, execute_steps=steps)

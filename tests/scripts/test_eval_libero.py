@@ -365,7 +365,8 @@ def test_mistakes_are_explained(tmp_path: Path, overrides: list[str], said: str)
 
 
 @pytest.mark.parametrize(
-    "wrong", ["seed=-1", "workers=-1", "videos=-1", "tasks=[10]", "episodes_per_task=51", "shard=1/999"]
+    "wrong",
+    ["seed=-1", "workers=-1", "videos=-1", "tasks=[10]", "episodes_per_task=51", "shard=1/999", "monitor=nowhere"],
 )
 def test_mistakes_come_before_the_policy(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eval_libero, "open_any_policy", lambda *_, **__: pytest.fail("loaded"))

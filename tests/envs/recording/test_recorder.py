@@ -649,7 +649,13 @@ def test_requests_that_make_no_sense(wrong: dict, tmp_path: Path) -> None:
         record(**{"suite": NAME, "episodes": 1, "output": tmp_path / "toy", "expert": ToyExpert, **wrong})
 
 
-@pytest.mark.parametrize("wrong", ["episodes=0", "noise=-1", "tasks=[10]", "randomise=[light,fog]", "counterfactual=2"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("episodes=0", "noise=-1", "tasks=[10]", "randomise=[light,fog]", "counterfactual=2"),
+        *("patience=0", "execute_steps=0", "execute_steps=2.5"),
+    ],
+)
 def test_mistakes_come_before_the_policy(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_demonstrations, "open_any_policy", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=wrong.partition("=")[0]):

@@ -13,6 +13,8 @@ from cogvla.envs.analysis.monitor_rollouts import compare
 from cogvla.policy.checkpoint import load_policy
 from cogvla.policy.foresight.monitor import SCORES
 from cogvla.policy.foresight.monitored_policy import open_monitor
+from cogvla.scripts import eval_libero
+from cogvla.scripts.command import compose
 from cogvla.scripts.foresight import calibrate_monitor
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.small_foresight import calibrate, fit, recorded
@@ -66,12 +68,34 @@ def test_it_takes_thresholds_and_measures_them(
         ("suite=tabletop_nothing", "tabletop_nothing"),
     ],
 )
-def test_mistakes_are_said_and_leave_the_thresholds_alone(fitted: Path, override: str, message: str) -> None:
+def test_mistakes_are_said_before_the_policy_and_leave_the_thresholds_alone(
+    fitted: Path, override: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate_monitor, "open_policy", lambda *_: pytest.fail("loaded"))
     before = (fitted / "monitor.json").read_bytes() if (fitted / "monitor.json").exists() else None
     with pytest.raises(ValueError, match=message) as error:
         calibrate(fitted, *override.split(","))
     assert "\n" not in str(error.value)
     assert ((fitted / "monitor.json").read_bytes() if (fitted / "monitor.json").exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "more", "message"),
+    [
+        (None, "seed=0", r"has no thresholds \(monitor.json is missing\); calibrate it"),
+        ("{}", "seed=0", "monitor.json is damaged"),
+        ("{}", "latency=100", "a monitor must know what is executed"),
+    ],
+)
+def test_an_evaluation_reads_the_monitor_before_the_policy(
+    fitted: Path, tmp_path: Path, thresholds: str | None, more: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_libero, "open_any_policy", lambda *_, **__: pytest.fail("loaded"))
+    shutil.copytree(fitted, tmp_path / "monitor", ignore=shutil.ignore_patterns("monitor.json"))
+    if thresholds is not None:
+        (tmp_path / "monitor" / "monitor.json").write_text(thresholds)
+    with pytest.raises(ValueError, match=message):
+        eval_libero.run(compose("eval_libero", ["checkpoint=x", f"monitor={tmp_path / 'monitor'}", more]), "")
 
 
 def test_foresight_of_another_robot_is_refused(fitted: Path, tmp_path: Path) -> None:
