@@ -109,7 +109,7 @@ class EvaluationProtocol:
             shard: (i, n) selects every n-th episode from the i-th on, i in 1..n, to share them among n machines.
 
         Raises:
-            ValueError: a task, an initial state or the shard does not exist.
+            ValueError: a task, an initial state or the shard does not exist, or a shard would measure its own latency.
         """
         chosen = range(len(suite.tasks)) if tasks is None else suite.chosen_tasks(tasks)
         last = self.first_initial_state + self.episodes_per_task
@@ -123,6 +123,11 @@ class EvaluationProtocol:
         part, parts = shard
         if not 1 <= part <= parts <= len(specs):
             raise ValueError(f"shard i/n needs i from 1 to n, and n up to {len(specs)} episodes, got {part}/{parts}")
+        if parts > 1 and self.latency == MEASURED:
+            raise ValueError(
+                f"latency={MEASURED} with shard={part}/{parts}: each shard would measure another one, and they could "
+                f"not be merged; give all of them latency=MS, as latency={MEASURED} without shard prints it first"
+            )
         return specs[part - 1 :: parts]
 
 

@@ -430,6 +430,16 @@ def test_a_latency_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run(tmp_path, protocol, resume=False).reproduce["protocol"]["latency"] > first
 
 
+def test_shards_do_not_measure_a_latency_each(tmp_path: Path) -> None:
+    protocol = EvaluationProtocol("toy", 2, execute_steps=2, latency="measured")
+    with pytest.raises(ValueError, match=r"latency=measured with shard=1/2: .* give all of them latency=MS"):
+        run(tmp_path, protocol, shard=(1, 2))
+    assert not list(tmp_path.iterdir())
+    words = ["checkpoint=nowhere", f"output={tmp_path}", "latency=measured", "shard=1/2"]
+    with pytest.raises(ValueError, match="latency=measured with shard=1/2"):  # before the policy
+        run_command(compose("eval_libero", words), "")
+
+
 def test_all_modes_of_a_suite_have_one_measured_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([40.0, *[90.0] * 9])
     monkeypatch.setattr("cogvla.envs.evaluation.evaluate._probe", lambda *_: [next(measured)] * 9)
