@@ -21,15 +21,17 @@ import torch
 from torch import Tensor
 
 from cogvla.envs.analysis.routing_recording import Moment
-from cogvla.policy.model.cogvla import CogVLA, TextFeatures
-from cogvla.policy.model.language import LayerContext
+from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
+from cogvla.policy.model.language import DecoderContext, LayerContext
 from cogvla.policy.model.language_layer import Frame
 from cogvla.policy.model.routers.layer_router import LayerPass
 from cogvla.policy.model.routers.policy_router import Routed
 from cogvla.routing.diagnostics import information, information_horizon
-from cogvla.routing.pruning import Selection, rows_of
-from cogvla.routing.router import RouterSizes
+from cogvla.routing.draws import seeds_of, uniform
+from cogvla.routing.pruning import Selection, rows_of, take_rows
+from cogvla.routing.router import RouterSizes, count_of
 from cogvla.routing.routers.carried import Carried
+from cogvla.routing.selection import best
 
 SHARES = (0.0, 0.1, 0.25, 0.5)
 """Shares of the vision tokens, drawn at random, that stay for `horizon`."""
@@ -46,12 +48,12 @@ def horizon(model: CogVLA, moments: Sequence[Moment]) -> dict[str, Any]:
     """
     layers = range(model.config.language.layers)
     changes = {share: torch.zeros(len(layers)) for share in SHARES}
-    fewer = {(share, layer): keeping(model, layer, share) for share in SHARES for layer in layers}
     for moment in moments:
         whole_BKA = model(moment.inputs).actions
-        for (share, layer), other in fewer.items():
-            change = float((other(moment.inputs).actions - whole_BKA).abs().mean())
-            changes[share][layer] += change / len(moments)
+        for share, change_L in changes.items():
+            for layer in layers:
+                fewer_BKA = keeping(model, moment.inputs, layer, share)
+                change_L[layer] += float((fewer_BKA - whole_BKA).abs().mean()) / len(moments)
     information_L = information(changes[0.0])
     return {
         "action_change": changes[0.0].tolist(),
@@ -62,18 +64,67 @@ def horizon(model: CogVLA, moments: Sequence[Moment]) -> dict[str, Any]:
     }
 
 
-def keeping(model: CogVLA, layer: int, share: float) -> CogVLA:
-    """Return the same network, but with this share of the vision tokens, at random, from this language layer on."""
-    own = model.config.routing.router
-    changes: dict[str, Any] = {"layers": (layer,), "layer_budgets": (share,), "layer_router": "random", "mode": "drop"}
-    if not share:
-        changes |= {"layer_router": "late_exit", "layer_budgets": ()}
-    if own.name is None:
-        changes |= {"name": "identity", "budget": 1.0, "stage": None, "options": None}
-    other = model.with_router(replace(own, **changes)).eval()
-    if model.router is not None and other.router is not None:  # keep the trained weights of the router
-        other.router.load_state_dict(model.router.state_dict(), strict=False)
-    return other
+def keeping(model: CogVLA, inputs: ModelInput, layer: int, share: float) -> Tensor:
+    """Return the normalised actions [B,K,A] if this share of the vision tokens, at random, stays from a layer on.
+
+    The policy's own routers choose among them.
+    """
+    router = model.router
+    text = model.encode_text(inputs.text_ids, inputs.text_mask, dense=inputs.dense)
+    if router is None:
+        routed = Routed(model.vision(inputs.pixels, text.vision))
+    else:
+        routed = model.route(router, inputs, text)[1]
+    views = len(model.embodiment.cameras)
+    count = views * count_of(share, model.vision.tokens // views) if share else 0
+    compact = router is not None and router.config.position == "compact"
+    draw_B = seeds_of(inputs.state, 0 if router is None else router.config.seed)
+    fewer: Any = _Fewer(routed.layers, text.context, layer, count, compact, draw_B)
+    routed = replace(routed, layers=fewer, memory=None)
+    return model.decide(routed.vision_BnD, inputs.state, text, routed=routed, committed=inputs.committed).actions
+
+
+class _Fewer:
+    """Random vision tokens are removed before one layer; implements `policy.model.language.LayerRouting`.
+
+    Args:
+        own: the policy's routers in the language model; None: it has none.
+        context: context of the instructions; its plan is changed to the tokens that are left.
+        layer: the layer.
+        count: number of tokens that stay, or all if they are fewer.
+        compact: renumber the positions.
+        draw_B: seeds of the draw.
+    """
+
+    def __init__(
+        self, own: LayerPass | None, context: DecoderContext, layer: int, count: int, compact: bool, draw_B: Tensor
+    ) -> None:
+        self.own, self.context, self.layer, self.count = own, context, layer, count
+        self.compact, self.draw_B = compact, draw_B
+        self.losses: dict[str, Tensor] = {} if own is None else own.losses
+
+    def shorten(
+        self, layer: Any, index: int, x_BSD: Tensor, now: Frame, context: LayerContext
+    ) -> tuple[Tensor, Frame, Selection | None]:
+        if index == self.layer:
+            tokens = now.layout.vision
+            kept_Bn = best(uniform(self.draw_B, tokens), min(self.count, tokens))
+            chosen = Selection(kept_Bn, rows_of(now.layout, kept_Bn), now.layout.with_vision(kept_Bn.shape[1]))
+            x_BSD, now = take_rows(x_BSD, chosen.rows), context.pruned(chosen, before=now, renumber=self.compact)
+            self.removed(chosen, tokens)
+        if self.own is not None:
+            x_BSD, now, _ = self.own.shorten(layer, index, x_BSD, now, context)
+        plan = list(self.context.plan)
+        plan[index] = replace(plan[index], process=min(plan[index].process, now.layout.vision))
+        self.context.plan = tuple(plan)
+        return x_BSD, now, None
+
+    def choose(self, index: int) -> Selection | None:
+        return None if self.own is None else self.own.choose(index)
+
+    def removed(self, chosen: Selection, tokens: int) -> None:
+        if self.own is not None:
+            self.own.removed(chosen, tokens)
 
 
 class _Injected(LayerPass):
@@ -140,7 +191,7 @@ def _told(model: CogVLA, moment: Moment) -> Tensor:
     tokens = vision_BND.shape[1]
     rows = []
     for layer in range(model.config.language.layers):
-        none_1KA = keeping(model, layer, 0.0)(moment.inputs).actions
+        none_1KA = keeping(model, moment.inputs, layer, 0.0)
         ids_1T, mask_1T = moment.inputs.text_ids, moment.inputs.text_mask
         many = model.encode_text(ids_1T.expand(tokens, *ids_1T.shape[1:]), mask_1T.expand(tokens, -1))
         many.context.plan = model.decoder.plan(tokens, {layer: 1})

@@ -332,7 +332,7 @@ class CogVLA(nn.Module):
                 text = self.encode_text(inputs.text_ids, inputs.text_mask, budget, inputs.dense)
             if inputs.past is not None:
                 inputs = replace(inputs, memory=self._replayed(self.router, inputs, inputs.past, text), past=None)
-            streams, routed = self._route(self.router, inputs, text, gaze, observer)
+            streams, routed = self.route(self.router, inputs, text, gaze, observer)
             vision_BND = routed.vision_BnD
         if change is not None:
             vision_BND = change(vision_BND)
@@ -341,7 +341,7 @@ class CogVLA(nn.Module):
             output.debug.update(streams=streams, stream_weights=text.vision.weights_B2)
         return output if gaze is None else replace(output, gaze=gaze)
 
-    def _route(
+    def route(
         self,
         router: PolicyRouter,
         inputs: ModelInput,
@@ -381,7 +381,7 @@ class CogVLA(nn.Module):
             pixels_BVCHW, state_BS = past.pixels[:, step], past.state[:, step]
             before = replace(inputs, pixels=pixels_BVCHW, state=state_BS, memory=memory, past=None, committed=None)
             if router.memory is not None and router.memory.watched is None:  # the language model changes nothing
-                after = self._route(router, before, text)[1].next_memory()
+                after = self.route(router, before, text)[1].next_memory()
             else:
                 after = self(before, text, decode=False).memory
             assert after is not None

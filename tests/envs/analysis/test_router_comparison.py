@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -505,7 +506,7 @@ def test_what_a_token_tells_is_measured_by_keeping_it_alone(monkeypatch: pytest.
     assert found is not None
     whole, tokens = model(moment.inputs).actions, model.vision_tokens
     for layer in range(2):
-        none = torch.exp(-(keeping(model, layer, 0.0)(moment.inputs).actions - whole).abs().mean())
+        none = torch.exp(-(keeping(model, moment.inputs, layer, 0.0) - whole).abs().mean())
         told = []
         for token in range(tokens):
             one = model.with_router(RouterConfig("only", 1, "llm_layer", {"token": token}, layers=(layer,))).eval()
@@ -514,6 +515,40 @@ def test_what_a_token_tells_is_measured_by_keeping_it_alone(monkeypatch: pytest.
         assert found["largest"][layer] == pytest.approx(torch.stack(told).max().item(), rel=1e-3, abs=1e-6)
     assert all(0 <= share <= 1 for share in found["telling"])
     assert horizon(model, [moment])["by_share"].keys() == {"0% kept", "10% kept", "25% kept", "50% kept"}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("routing", [{}, {"lfp": True}, {"lfp": True, "mode": "drop"}])
+def test_random_tokens_stay_as_with_a_random_router(routing: dict[str, Any]) -> None:
+    model = point_policy(**{**PLAIN, **routing}).model
+    inputs = look(CogVLAPolicy(model, point_policy(**PLAIN).preprocessor), EMBODIMENT.fake_observation(1)).inputs
+    for layer in range(2):
+        for share in (0.5, 1.0):
+            routed = model.with_router(RouterConfig("random", share, "llm_layer", layers=(layer,))).eval()
+            torch.testing.assert_close(keeping(model, inputs, layer, share), routed(inputs).actions)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("mode", ["drop", "bypass"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"name": "token_norm", "stage": "llm_layer"},
+        {"name": "token_norm", "layer_router": "random", "budget": 3},
+        {"name": "random", "stage": "projector_out", "position": "compact"},
+    ],
+)
+def test_a_probed_policy_keeps_its_own_routers(mode: str, router: dict[str, Any]) -> None:
+    policy = point_policy(**PLAIN, router={"budget": 0.5, **router, "layers": [0], "layer_budgets": [1], "mode": mode})
+    model, moment = policy.model, look(policy, EMBODIMENT.fake_observation(1))
+    torch.testing.assert_close(keeping(model, moment.inputs, 1, 1.0), model(moment.inputs).actions)
+    other = model.with_router(replace(model.config.routing.router, layer_budgets=(2,))).eval()
+    changed = [not torch.allclose(keeping(one, moment.inputs, 1, 0.0), keeping(model, moment.inputs, 1, 0.0))
+               for one in (model, other)]  # fmt: skip
+    assert changed == [False, True], "what the first layer removes is seen after the second"
+    found = horizon(model, [moment])
+    assert len(found["information"]) == 2
+    assert all(math.isfinite(value) for value in found["information"])
 
 
 def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
