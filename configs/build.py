@@ -35,16 +35,15 @@ def build(kind: type[T], values: Any, path: str) -> T:
     if missing := [name for name in given if name not in values]:
         raise ValueError(f"{path}: {', '.join(missing)} missing; valid keys are {', '.join(valid)}")
     hints = typing.get_type_hints(kind)
+    taken = {name: _value(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     wrong = [name for name, value in values.items() if not _fits(hints[name], value)]
     try:
-        taken = {name: _value(hints[name], value, f"{path}.{name}") for name, value in values.items()}
         built = kind(**taken)
-        wrong = [name for name in wrong if getattr(built, name) == taken[name]]  # others the class has converted
-    except (TypeError, AttributeError, ValueError) as error:
-        if not wrong or (isinstance(error, ValueError) and "to unpack" not in str(error)):
+    except (TypeError, AttributeError):  # without a wrong value it is a bug of the class
+        if not wrong:
             raise
-    if wrong:  # said last, because what a class says about its values is clearer
-        check_kind(hints[wrong[0]], values[wrong[0]], f"{path}.{wrong[0]}")
+    for name in wrong:  # said last, because what a class says about its values is clearer
+        check_kind(hints[name], values[name], f"{path}.{name}")
     return built
 
 
@@ -94,6 +93,8 @@ def _is(kind: Any, value: Any) -> bool:
         return kind is NoneType and value is None
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
     if kind in NUMBERS:
         return isinstance(value, NUMBERS[kind])
     if typing.get_origin(kind) is tuple:
@@ -118,6 +119,8 @@ def _said(hint: Any) -> str:
         if typing.get_origin(kind) is tuple:
             entries = ["..." if entry is Ellipsis else _said(entry) for entry in typing.get_args(kind)]
             said.append(f"a list [{', '.join(entries)}]")
+        elif typing.get_origin(kind) is typing.Literal:
+            said.append(f"one of {', '.join(map(str, typing.get_args(kind)))}")
         elif typing.get_origin(kind) is Mapping and (entry := typing.get_args(kind)[1]) is not Any:
             said.append(f"a mapping to {_said(entry)}")
         else:

@@ -67,7 +67,7 @@ class RouterConfig:
     name: str | None = None
     budget: int | float = 0.25
     stage: Literal["encoder_block", "encoder_out", "projector_out", "llm_layer"] | None = None
-    options: Mapping[str, Any] | None = None
+    options: Any = None
     mode: Literal["drop", "bypass"] = "drop"
     position: Literal["keep", "compact", "v2pe"] = "keep"
     position_step: float = 0.25

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from cogvla.configs.build import build
 from cogvla.configs.load import load, names
 from cogvla.configs.schema import DATACLASSES, MISSING, defaults
 from cogvla.envs.evaluation.protocol import load_protocol
+from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.control.settings import RobotConfig
+from cogvla.real_robot.serving.request import RequestKeys
+from cogvla.routing.router import RouterConfig
 from cogvla.tests.support.paths import CONFIGS
 
 OTHERS: tuple[Any, ...] = ("x", 2.5, True, None, ["x"], {})
@@ -47,6 +51,46 @@ def test_a_limit_that_is_no_list_of_numbers_is_refused(value: Any) -> None:
         ValueError, match=r"robot.limits.velocity must be a list \[a number or null, ...\] or null, got"
     ):
         build(RobotConfig, {**robot, "limits": {**robot["limits"], "velocity": value}}, "robot")
+
+
+@dataclass(frozen=True)
+class Box:
+    """Says a sentence of its own about a text, and has a bug for sizes above 9."""
+
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size == "all":
+            raise ValueError("a box has nothing to unpack: give its size")
+        if self.size > 9:
+            len(self.size)  # type: ignore[arg-type]
+
+
+def test_what_a_class_says_is_not_replaced_and_a_bug_is_no_mistake_of_the_user() -> None:
+    with pytest.raises(ValueError, match="a box has nothing to unpack: give its size"):
+        build(Box, {"size": "all"}, "box")
+    with pytest.raises(ValueError, match=r"box\.size must be a whole number, got 'x'"):
+        build(Box, {"size": "x"}, "box")
+    with pytest.raises(TypeError, match="has no len"):
+        build(Box, {"size": 10}, "box")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "said"),
+    [
+        (
+            RouterConfig,
+            {"name": "random", "layers": "12"},
+            r"it.layers must be a list \[a whole number, ...\], got '12'",
+        ),
+        (RequestKeys, {"ignored": "wrist"}, r"it.ignored must be a list \[text, ...\], got 'wrist'"),
+        (AugmentationConfig, {"contrast": [1.0]}, r"augmentation.contrast must be a list \[a number, a number\]"),
+        (RouterConfig, {"stage": 2}, "router.stage is 2; it must be one of null, encoder_block"),
+    ],
+)
+def test_no_value_is_turned_into_another(kind: type[Any], values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build(kind, values, "it")
 
 
 def test_half_an_episode_is_refused() -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from cogvla.configs.build import check_kind
 from cogvla.policy.inputs.light import LightConfig, relight
 
 HUE, SATURATION, CONTRAST, BRIGHTNESS = range(4)
@@ -49,6 +50,7 @@ class AugmentationConfig:
     def __post_init__(self) -> None:
         check_crop_area(self.crop_area)
         for name in ("contrast", "saturation"):
+            check_kind(tuple[float, float], getattr(self, name), f"augmentation.{name}")
             low, high = getattr(self, name)
             object.__setattr__(self, name, (low, high))
             if not 0 <= low <= high:

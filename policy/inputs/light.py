@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogvla.configs.build import check_kind
+
 GAINS, GAMMA, HAZE, COLOUR, NOISE, BLUR, PLACE = slice(0, 3), 3, 4, 5, 6, 7, 8
 """Columns of a drawn light: gain of each channel, exponent, share of haze, factor on the distance to grey, sigma of the
 noise, sigma of the blur as a share of the image's width, and where the noise is taken from."""
@@ -55,6 +57,7 @@ class LightConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("exposure", 0.01), ("gamma", 0.01), ("colour", 0)):
+            check_kind(tuple[float, float], getattr(self, name), f"augmentation.light.{name}")
             low, high = getattr(self, name)
             object.__setattr__(self, name, (low, high))
             if not least <= low <= high:
