@@ -121,21 +121,9 @@ def search(
     Raises:
         ValueError: layers, budget or evaluations out of range; unknown method, or scikit-learn is missing for it.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
+    check_search(layers, budget, options, evaluations, method, depth, tokens)
     process = _process() if method == "gaussian" else None
-    if not layers or list(layers) != sorted(set(layers)) or not 0 < layers[0] <= layers[-1] < depth:
-        raise ValueError(f"layers must increase, from 1 to at most {depth - 1}, got {layers}")
-    if not LEAST < budget < 1 or evaluations < 1:
-        raise ValueError(
-            f"the budget must be between {LEAST} and 1, and evaluations at least 1; got {budget} and {evaluations}"
-        )
-    if tokens is not None and budget * tokens < 1 - 1e-6:
-        raise ValueError(f"a mean of {budget} of {tokens} tokens is less than one token: give {1 / tokens:.4g} or more")
     draw, ranges = random.Random(seed), dict(options or {})
-    for name, (low, high) in ranges.items():
-        if not low < high:
-            raise ValueError(f"the range of {name} must be [low, high] with low < high, got {[low, high]}")
     equal = (budget if tokens is None else _below(budget, tokens),) * (len(layers) + 1)
     flat = Schedule(layers, equal, {name: (a + b) / 2 for name, (a, b) in ranges.items()})
     near = partial(_near, depth=depth, budget=budget, tokens=tokens, ranges=ranges, draw=draw)
@@ -160,6 +148,39 @@ def search(
         if found > value:
             best, value = candidate, found
     return best, value
+
+
+def check_search(
+    layers: tuple[int, ...],
+    budget: float,
+    options: Mapping[str, tuple[float, float]] | None = None,
+    evaluations: int = 300,
+    method: str = "random",
+    depth: int | None = None,
+    tokens: int | None = None,
+) -> None:
+    """Check arguments of `search`, for which see there, also before the `depth` of the policy is known (None).
+
+    Raises:
+        ValueError: see `search`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
+    if method == "gaussian":
+        _process()
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 1:
+        raise ValueError(f"layers must increase, from 1 on, got {layers}")
+    if depth is not None and layers[-1] >= depth:
+        raise ValueError(f"layers must increase, from 1 to at most {depth - 1}, got {layers}")
+    if not isinstance(budget, int | float) or not LEAST < budget < 1 or evaluations < 1:
+        raise ValueError(
+            f"the budget must be between {LEAST} and 1, and evaluations at least 1; got {budget} and {evaluations}"
+        )
+    if tokens is not None and budget * tokens < 1 - 1e-6:
+        raise ValueError(f"a mean of {budget} of {tokens} tokens is less than one token: give {1 / tokens:.4g} or more")
+    for name, (low, high) in (options or {}).items():
+        if not low < high:
+            raise ValueError(f"the range of {name} must be [low, high] with low < high, got {[low, high]}")
 
 
 def _process() -> Callable[[int], Any]:

@@ -26,7 +26,7 @@ from cogvla.policy.model.cogvla import ModelInput
 from cogvla.policy.model.routers.schedule_objective import schedule_objective
 from cogvla.policy.provenance import provenance
 from cogvla.routing.router import RouterConfig
-from cogvla.routing.schedule_search import Schedule, search
+from cogvla.routing.schedule_search import Schedule, check_search, search
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, plain
 from cogvla.scripts.measure.calibrate_router import flow
@@ -55,8 +55,14 @@ def run(config: DictConfig, command: str) -> RouterConfig:
         raise ValueError("search_schedule also searches the share before the language model: leave out router.stage")
     router = replace(router, layer_router=router.layer_router or CARRIED, layer_budgets=())
     ranges = _ranges(values["ranges"])
-    first = replace(router, layer_budgets=(values["mean"],) * len(router.layers))
+    given = router.layers, values["mean"], ranges, values["evaluations"], values["method"]
+    check_search(*given)  # what needs no policy
+    middle = {name: sum(ends) / 2 for name, ends in ranges.items()}
+    first = Schedule(router.layers, (values["mean"],) * (len(router.layers) + 1), middle).applied(router)
     policy = load_policy(folder, device, first, values["statistics"])
+    depth = policy.model.config.language.layers
+    tokens = policy.model.vision.tokens // len(policy.embodiment.cameras)
+    check_search(*given, depth, tokens)
     data, rows = draw_frames(policy, values, observations=values["observations"])
     parts = [batch.inputs for batch in batches(policy, data, rows)]
     objective = schedule_objective(policy.model, together(parts), router)
@@ -69,10 +75,9 @@ def run(config: DictConfig, command: str) -> RouterConfig:
             bar.set_postfix(best=f"{max(one['value'] for one in tried):.5f}")
             bar.update()
 
-        depth, tokens = policy.model.config.language.layers, policy.model.vision.tokens
         schedule, value = search(
             objective, router.layers, depth, values["mean"], ranges, values["evaluations"], values["seed"],
-            values["method"], watch, tokens // len(policy.embodiment.cameras),
+            values["method"], watch, tokens,
         )  # fmt: skip
     found = schedule.applied(router)
     about = {

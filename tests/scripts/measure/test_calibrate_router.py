@@ -52,11 +52,13 @@ def contexts(
     return seen
 
 
-def test_a_router_before_the_language_model_and_in_it_is_not_measured_at_one_of_both(tmp_path: Path) -> None:
+def test_a_router_before_the_language_model_and_in_it_is_not_measured_at_one_of_both(
+    recorded: Path, tmp_path: Path
+) -> None:
     folder = saved(tmp_path / "it", small_policy(efa=False, film=True, lfp=False))
     here = f"checkpoint={folder}", "router.name=adaptive_erank", "router.layers=[1]"
     with pytest.raises(ValueError, match=r"works at encoder_out, .* router\.layers: set router\.stage=llm_layer"):
-        calibrate(tmp_path, tmp_path, *here)
+        calibrate(recorded, tmp_path, *here)
 
 
 def test_the_mean_effective_rank_is_that_of_the_tokens_it_sees(
@@ -206,18 +208,38 @@ def test_a_schedule_is_printed_as_the_same_router() -> None:
     [
         (["router.layers=[]"], r"needs router.name and router.layers"),
         (["router.stage=llm_layer"], "leave out router.stage"),
-        (["mean=1.5"], "is a number of tokens or a share"),
+        (["router.layers=[0]", "method=random"], "layers must increase, from 1 on, got"),
+        (["mean=1.5", "method=random"], "the budget must be between 0.01 and 1"),
+        (["mean=null", "method=random"], "the budget must be between 0.01 and 1"),
         (["method=annealing"], "unknown method 'annealing'; one of gaussian, random"),
         (["method=random", "ranges={threshold: [3, 3]}"], r"range of threshold must be \[low, high\]"),
-        (["method=random", "ranges={speed: [1, 2]}"], "has no option speed"),
         (["ranges={threshold: 3}"], r"give options and bounds, such as 'ranges=\{threshold: \[0, 50\]\}'"),
         (["ranges=[1, 2]"], "give options and bounds"),
         (["evaluations=0"], "evaluations must be a whole number, at least 1, got 0"),
     ],
 )
-def test_impossible_searches(recorded: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_impossible_searches_end_before_the_policy(
+    recorded: Path, tmp_path: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_schedule, "load_policy", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         searched(recorded, tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ranges={speed: [1, 2]}"], "has no option speed"),
+        (["router.layers=[1,9]"], "layer 9; the language model has layers 0 to"),
+        (["mean=0.02"], "a mean of 0.02 of . tokens is less than one token"),
+    ],
+)
+def test_what_does_not_fit_the_policy_ends_before_the_data(
+    recorded: Path, tmp_path: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_schedule, "draw_frames", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=message):
+        searched(recorded, tmp_path, "method=random", *words)
 
 
 def test_without_scikit_learn_the_way_out_is_said(
