@@ -65,9 +65,9 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
     if config.asked not in ASKED:
         raise ValueError(f"asked must be null, swap or both, got {config.asked!r}")
     cells = [_cells(config, suite) for suite in played]
+    given = {"workers": config.workers, "videos": config.videos, "tasks": plain(config)["tasks"], "shard": shard}
     for suite, protocol in zip(played, protocols, strict=True):  # before a policy is loaded
-        given = {"workers": config.workers, "videos": config.videos, "tasks": plain(config)["tasks"]}
-        check_evaluation(suite, protocol, shard=shard, **given)
+        check_evaluation(suite, protocol, **given)
     if config.monitor is not None:  # likewise
         for protocol in protocols:
             _check_watched(protocol)
@@ -90,6 +90,8 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         if len(steps) > 1:
             raise ValueError("a monitor needs one execute_steps for all suites: give protocol.execute_steps=N")
         policy = MonitoredPolicy.open(policy, Path(config.monitor), steps.pop())
+    for suite, protocol in zip(played, protocols, strict=True):  # before the first of them is played
+        check_evaluation(suite, protocol, **given, robot=policy.embodiment)
     plugged_in = "" if config.router.name is None else f"_{config.router.name}_{config.router.budget}"
     late = f"_late_{config.latency}" if config.latency else ""
     output = Path(config.output or f"outputs/eval_libero/{report_name(str(config.checkpoint))}{plugged_in}{late}")

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from cogvla.envs.contract import check_gripper
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import (
     REPORT,
@@ -225,6 +226,7 @@ def check_evaluation(
     check_workers(workers)
     check_videos(videos)
     if robot is not None:
+        check_gripper(robot, suite.name)
         protocol.for_suite(suite).rollout_settings().chunker(robot.chunk, robot.control_hz)
 
 

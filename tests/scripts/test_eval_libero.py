@@ -374,6 +374,26 @@ def test_mistakes_come_before_the_policy(wrong: str, tmp_path: Path, monkeypatch
         run_command(compose("eval_libero", ["checkpoint=random", f"output={tmp_path}", wrong]), "")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("seed=0", None),
+        ("protocol.execute_steps=99", "execute_steps is 99, but the policy predicts"),
+        ("embodiment.gripper_open=2", "the policy opens its gripper with 2 .* suite 'tabletop_object' with -1"),
+    ],
+)
+def test_a_policy_must_fit_all_suites_before_the_first_is_played(
+    wrong: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def played(*_: Any, **__: Any) -> Report:
+        raise RuntimeError("played")
+
+    monkeypatch.setattr(eval_libero, "evaluate", played)
+    words = ["checkpoint=random", f"output={tmp_path}", "suite=[tabletop_object,tabletop_goal]", wrong]
+    with pytest.raises(ValueError if said else RuntimeError, match=said or "played"):
+        run_command(compose("eval_libero", words), "")
+
+
 @pytest.mark.parametrize("command", [eval_libero, compare_routers, analyse_routing, calibrate_monitor])
 def test_a_suite_gets_its_group_of_the_configuration(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, Any]] = []
