@@ -51,6 +51,8 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     for name in ("pictures", "readings"):
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")
+    if type(values["initial_state"]) is not int or values["initial_state"] < 0:
+        raise ValueError(f"initial_state must be a whole number of at least 0, got {values['initial_state']!r}")
     router = None if named_router(values["router"]) is None else build(RouterConfig, values["router"], "router")
     folder = find_checkpoint(values["checkpoint"])
     policy, _ = open_policy(

@@ -111,6 +111,7 @@ class _Comparison:
         self.output, self.trained = Path(values["output"]), values["regime"] == "fine_tuned"
         self.device = values["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         self.engine = build(EngineConfig, values["engine"], "engine")
+        routers = wanted_routers(values["routers"], values["layer"])  # before the policy is loaded
         plain_engine, chosen = EngineConfig("plain"), values["statistics"]
         policy, self.identity = open_policy(values["checkpoint"], self.device, engine=plain_engine, statistics=chosen)
         self.identity |= {} if chosen is None else {"statistics": chosen}
@@ -118,7 +119,6 @@ class _Comparison:
         if self.policy.model.router is not None:
             name = self.policy.model.router.config.name
             raise ValueError(f"the policy in {folder} has the router {name!r}; give one without router")
-        routers = wanted_routers(values["routers"], values["layer"])
         self.cells, self.left_out = cells_for(self.policy.model, routers, values["budgets"], self.trained)
         if not self.cells:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())

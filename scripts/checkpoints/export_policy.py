@@ -54,8 +54,12 @@ def run(config: DictConfig, command: str) -> None:
     if values["output"] is None and not Path(values["checkpoint"]).is_dir():
         raise ValueError("give output=FOLDER: without it, the files are written into the checkpoint's folder")
     output = Path(values["output"] or checkpoint / options.format)
+    source = build(DataConfig, values["data"], "data")
+    there = source.root is None or source.repo_id is not None or Path(source.root).exists()
+    if options.precision == "int8" and not there:
+        raise ValueError(f"precision=int8 needs recorded frames, and there are none at data.root={source.root}")
     policy = load_policy(checkpoint, "cpu", statistics=values["statistics"])
-    seen, calibration, recorded = _observations(values, policy, options)
+    seen, calibration, recorded = _observations(values, policy, options, source if there else None)
     checked = export(policy, checkpoint, output, options, seen, calibration, recorded, command)
     print(
         f"{output}: {options.format}, {options.precision}, instructions of up to {options.text_tokens[-1]} tokens\n"
@@ -68,17 +72,15 @@ def run(config: DictConfig, command: str) -> None:
 
 
 def _observations(
-    values: Mapping[str, Any], policy: CogVLAPolicy, options: ExportConfig
+    values: Mapping[str, Any], policy: CogVLAPolicy, options: ExportConfig, source: DataConfig | None
 ) -> tuple[list[Observation], list[Observation], str | None]:
-    """Return observations to compare, others to calibrate, and the data set that they are from."""
-    source, robot = build(DataConfig, values["data"], "data"), policy.embodiment
+    """Return observations to compare, others to calibrate, and the data set that they are from; None: random ones."""
+    robot = policy.embodiment
     counts = {name: values[name] for name in ("compared", "calibrated")}
     if options.precision != "int8":
         del counts["calibrated"]
-    if source.root is not None and source.repo_id is None and not Path(source.root).exists():
-        if "calibrated" in counts:
-            raise ValueError(f"precision=int8 needs recorded frames, and there are none at data.root={source.root}")
-        print(f"note: no data set at data.root={source.root}: actions are compared on random observations")
+    if source is None:
+        print(f"note: no data set at data.root={values['data']['root']}: actions are compared on random observations")
         random = [robot.fake_observation(1, seed) for seed in range(counts["compared"])]
         return [_resized(each, options.camera_size) for each in random], [], None
     data, rows_N = draw_frames(policy, values, **counts)

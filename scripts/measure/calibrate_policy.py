@@ -28,7 +28,7 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, plain
-from cogvla.scripts.measure.recorded import batches, draw_frames, start
+from cogvla.scripts.measure.recorded import batches, check_data, draw_frames, start
 
 
 def main(config: DictConfig) -> None:
@@ -50,6 +50,7 @@ def run(config: DictConfig, command: str) -> Calibration:
             "checkpoint=FOLDER"
         )
     folder, device = start(values, "observations", "checked")
+    check_data(values)
     policy = load_policy(folder, device, statistics=values["statistics"])
     data, rows = draw_frames(policy, values, observations=values["observations"], checked=values["checked"])
     seen, checked = rows[: values["observations"]], rows[values["observations"] :]

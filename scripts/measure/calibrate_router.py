@@ -35,7 +35,7 @@ from cogvla.routing.router import Calibrated, RouterConfig, RouterContext, Token
 from cogvla.routing.routers.late_exit import LateExit, fit_threshold
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, plain
-from cogvla.scripts.measure.recorded import batches, draw_frames, start
+from cogvla.scripts.measure.recorded import batches, check_data, draw_frames, start
 
 
 def main(config: DictConfig) -> None:
@@ -52,6 +52,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     """
     values = plain(config)
     folder, device = start(values, "observations")
+    check_data(values)
     if values["tolerance"] <= 0:
         raise ValueError(f"tolerance must be positive, got {values['tolerance']}")
     router = build(RouterConfig, values["router"], "router")

@@ -23,6 +23,7 @@ from cogvla.policy.hub.download import hub_source
 from cogvla.policy.inputs.forecast import POOR, Forecast
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
+from cogvla.scripts.measure.recorded import check_data
 from cogvla.scripts.training.forecast import fit, poorly_explained
 
 
@@ -39,6 +40,7 @@ def main(config: DictConfig) -> None:
             f"the forecast is written into the checkpoint: `hf download {hub[0]} --local-dir FOLDER`, then give "
             "checkpoint=FOLDER"
         )
+    check_data(values)
     folder = Path(values["checkpoint"])
     robot = load_policy(folder, statistics=EVERY).embodiment
     data = open_data(build(DataConfig, values["data"], "data"), robot)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cogvla.configs.build import build
 from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.data.download import local_root
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.data.sampling import TrainingBatches
 from cogvla.policy.device import usable_device
@@ -47,6 +48,17 @@ def start(values: Mapping[str, Any], *counts: str) -> tuple[Path, str]:
             raise ValueError(f"{name} must be a whole number, at least 1, got {values[name]}")
     use_threads(values["threads"])
     return find_checkpoint(values["checkpoint"]), usable_device(values["device"])
+
+
+def check_data(values: Mapping[str, Any]) -> None:
+    """Check the key `data` before a policy is loaded: its values, and that its folders hold data sets.
+
+    Raises:
+        ValueError: a value does not fit, or a folder holds none; what is on the hub is not looked up.
+    """
+    for entry in build(DataConfig, values["data"], "data").entries():
+        if entry.config.repo_id is None:
+            local_root(entry.config.root, None, entry.config.revision)
 
 
 def draw_frames(policy: CogVLAPolicy, values: Mapping[str, Any], **counts: int) -> tuple[DemonstrationData, Tensor]:

@@ -30,7 +30,7 @@ from cogvla.routing.schedule_search import Schedule, check_search, search
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, plain
 from cogvla.scripts.measure.calibrate_router import flow
-from cogvla.scripts.measure.recorded import batches, draw_frames, start
+from cogvla.scripts.measure.recorded import batches, check_data, draw_frames, start
 
 CARRIED = "carried"
 
@@ -48,6 +48,7 @@ def run(config: DictConfig, command: str) -> RouterConfig:
     """
     values = plain(config)
     folder, device = start(values, "observations", "evaluations")
+    check_data(values)
     router = build(RouterConfig, values["router"], "router")
     if router.name is None or not router.layers:
         raise ValueError("search_schedule needs router.name and router.layers, for example router.layers=[1,2]")

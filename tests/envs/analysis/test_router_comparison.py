@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,10 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing import registry
 from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RoutedTokens, RouterConfig, RouterContext, RouterSizes, TokenRouter
-from cogvla.scripts import compare_routers
+from cogvla.scripts import analyse_routing, compare_routers
 from cogvla.scripts.analyse_routing import run as analyse
 from cogvla.scripts.command import compose, plain
+from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import EMBODIMENT, TASKS, toy_suite
 from cogvla.tests.support.small_data import MODEL
 
@@ -549,6 +550,23 @@ def test_a_probed_policy_keeps_its_own_routers(mode: str, router: dict[str, Any]
     found = horizon(model, [moment])
     assert len(found["information"]) == 2
     assert all(math.isfinite(value) for value in found["information"])
+
+
+@pytest.mark.parametrize(
+    ("module", "wrong", "said"),
+    [
+        (analyse_routing, "initial_state=-1", "initial_state must be a whole number of at least 0, got -1"),
+        (analyse_routing, "initial_state=null", "initial_state must be a whole number of at least 0, got None"),
+        (compare_routers, "routers=[nothing]", "routers names 'nothing'; possible are"),
+    ],
+)
+def test_mistakes_come_before_the_policy(
+    module: ModuleType, wrong: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_policy", lambda *_, **__: pytest.fail("loaded"))
+    name = module.__name__.rpartition(".")[2]
+    with pytest.raises(ValueError, match=said):
+        module.run(command(name, f"checkpoint={SHIPPED}", wrong), "")
 
 
 def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

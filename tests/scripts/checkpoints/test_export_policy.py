@@ -74,10 +74,14 @@ def test_the_example_needs_neither_torch_nor_this_package(folder: Path, tmp_path
     assert f"{robot.chunk} actions of {robot.action_dim} numbers" in done.stdout, done.stderr
 
 
-def test_without_a_data_set_it_says_so_and_int8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_data_set_it_says_so_and_int8_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     nowhere = (f"data.root={tmp_path / 'nowhere'}", f"output={tmp_path / 'out'}", "text_tokens=[8]")
-    with pytest.raises(ValueError, match=r"precision=int8 needs recorded frames, and there are none at data.root="):
-        run(*nowhere, "precision=int8")
+    with monkeypatch.context() as before:
+        before.setattr(export_policy, "load_policy", lambda *_, **__: pytest.fail("loaded"))
+        with pytest.raises(ValueError, match=r"precision=int8 needs recorded frames, and there are none at data.root="):
+            run(*nowhere, "precision=int8")
     with pytest.raises(ValueError, match="compared must be a whole number, at least 1, got 0"):
         run(*nowhere, "compared=0")
     with pytest.raises(ValueError, match="no checkpoint folder at nothing"):
