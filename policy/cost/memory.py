@@ -117,9 +117,8 @@ def _kept(model: CogVLA, embodiment: Embodiment, debug: bool) -> int:
     """Return the bytes that autograd stores for one sample, without weights; `debug`: and intermediate results."""
     language = model.config.language
     model.decoder.llm.rotary_emb = _Rotations(language.width // language.heads)
-    own = {
-        _storage(p) for p in (*model.parameters(), *model.buffers())
-    }  # all alive: no activation takes such an address
+    # All of these are alive: no activation takes the address of one.
+    own = {_storage(p) for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -566,7 +566,7 @@ def test_mistakes_come_before_the_policy(
     monkeypatch.setattr(module, "open_policy", lambda *_, **__: pytest.fail("loaded"))
     name = module.__name__.rpartition(".")[2]
     with pytest.raises(ValueError, match=said):
-        module.run(command(name, f"checkpoint={SHIPPED}", wrong), "")
+        module.run(command(name, f"checkpoint={SHIPPED}", "tasks=[0]", wrong), "")
 
 
 def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
