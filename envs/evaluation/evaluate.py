@@ -216,7 +216,12 @@ def check_evaluation(
     """Check arguments of `evaluate` before there is a policy, so that a mistake is not said only after a training.
 
     Args:
-        suite, protocol, workers, videos, tasks, shard: see `evaluate`.
+        suite: see `evaluate`, as for all of these but the last.
+        protocol: how to evaluate.
+        workers: number of environment processes.
+        videos: number of videos.
+        tasks: task indices; None: all.
+        shard: (i, n), the part of the episodes.
         robot: robot of the policy; None: not yet known.
 
     Raises:
