@@ -168,10 +168,10 @@ def check_search(
         raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
     if method == "gaussian":
         _process()
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 1:
-        raise ValueError(f"layers must increase, from 1 on, got {layers}")
-    if depth is not None and layers[-1] >= depth:
-        raise ValueError(f"layers must increase, from 1 to at most {depth - 1}, got {layers}")
+    beyond = depth is not None and layers[-1:] >= (depth,)
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 1 or beyond:
+        most = "" if depth is None else f" to at most {depth - 1}"
+        raise ValueError(f"layers must increase, from 1{most}, got {layers}")
     if not isinstance(budget, int | float) or not LEAST < budget < 1 or evaluations < 1:
         raise ValueError(
             f"the budget must be between {LEAST} and 1, and evaluations at least 1; got {budget} and {evaluations}"
