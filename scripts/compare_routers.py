@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from cogvla.configs.build import build
@@ -39,6 +40,7 @@ from cogvla.envs.analysis.router_comparison import (
     wanted_routers,
 )
 from cogvla.envs.analysis.router_page import render_comparison
+from cogvla.envs.evaluation.episode_log import check_simulators
 from cogvla.envs.evaluation.evaluate import check_evaluation, evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, check_played
@@ -48,14 +50,18 @@ from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic
 from cogvla.policy.checkpoint import load_policy, open_policy
+from cogvla.policy.data.config import DataConfig
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
 from cogvla.policy.policy import CogVLAPolicy
-from cogvla.policy.provenance import machine, provenance
+from cogvla.policy.provenance import machine, provenance, versions
 from cogvla.policy.threads import use_threads
+from cogvla.policy.training.config import TrainingConfig
+from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, import_modules, plain, usual
+from cogvla.scripts.command import as_typed, compose, import_modules, plain, usual
 from cogvla.scripts.eval_libero import suites
+from cogvla.scripts.training.suites import resolved_for, suite_label
 
 REGIMES = ("plug_in", "fine_tuned")
 QUICK: dict[str, Any] = {
@@ -129,6 +135,8 @@ class _Comparison:
             print(f"left out: {name}: {why}")
         episodes = sum(len(protocol.episodes(suite, self.values["tasks"])) for suite, protocol in self.played)
         print(f"{len(self.cells)} cells of {episodes} episodes, played {', '.join(self.conditions)}")
+        if self.trained:
+            self._check_recipe()
         cost = self._costs()
         outcomes: dict[str, dict[str, CellOutcome]] = {cell.key: self._finished(cell) for cell in self.cells}
         data = self._write(cost, outcomes)
@@ -194,6 +202,7 @@ class _Comparison:
             if (settings := self._settings(cell, condition)) != saved["settings"]:
                 changed = ", ".join(key for key in settings if settings[key] != saved["settings"].get(key))
                 raise ValueError(f"{file.parent} has results with another {changed}: use another output, or delete it")
+            check_simulators([saved, {"versions": versions()}], f"use another output, or delete {file.parent}")
             found[condition] = CellOutcome.from_dict(saved["outcome"])
         return found
 
@@ -226,7 +235,7 @@ class _Comparison:
         if outcome.errors:  # without OUTCOME, the same command plays these episodes again
             print(f"{cell.key}: {outcome.errors} episodes could not be played, see the reports in {folder}")
         else:
-            body = {"settings": self._settings(cell, condition), "outcome": asdict(outcome)}
+            body = {"settings": self._settings(cell, condition), "outcome": asdict(outcome), "versions": versions()}
             write_atomic(folder / OUTCOME, json.dumps(body, indent=2) + "\n")
         return outcome
 
@@ -236,6 +245,14 @@ class _Comparison:
         Raises:
             ValueError: the training failed.
         """
+        overrides = self._training(cell, folder)
+        done = subprocess.run([sys.executable, "-m", "cogvla.scripts.train_policy", *overrides], check=False)
+        if done.returncode:
+            raise ValueError(f"training failed; its command is: {shlex.join(['train_policy', *overrides])}")
+        return folder / "policy"
+
+    def _training(self, cell: Cell, folder: Path) -> list[str]:
+        """Return the arguments of `train_policy` for a cell."""
         overrides = [f"base={self.values['checkpoint']}", "routing=router"]
         overrides.append(f"suite={_written(list(self._protocols()))}")
         model, robot = asdict(self.policy.model.config), asdict(self.policy.embodiment)
@@ -246,11 +263,22 @@ class _Comparison:
         overrides.append(f"augmentation.crop_area={self.policy.preprocessor.crop_area}")
         overrides += [f"routing.router.{key}={_written(value)}" for key, value in asdict(cell.router).items()]
         overrides.append(f"imports={_written(self.values['imports'])}")
-        overrides += ["evaluation=null", f"output={folder}", *self.values["recipe"]]
-        done = subprocess.run([sys.executable, "-m", "cogvla.scripts.train_policy", *overrides], check=False)
-        if done.returncode:
-            raise ValueError(f"training failed; its command is: {shlex.join(['train_policy', *overrides])}")
-        return folder / "policy"
+        return [*overrides, "evaluation=null", f"output={folder}", *self.values["recipe"]]
+
+    def _check_recipe(self) -> None:
+        """Check the settings of the trainings before anything is measured.
+
+        Raises:
+            ValueError: `train_policy` does not understand them.
+        """
+        cell = self.cells[0]
+        try:
+            config = compose("train_policy", self._training(cell, self.output / cell.key / "training"))
+        except HydraException as error:
+            raise ValueError(f"recipe: {str(error).strip().splitlines()[0]}") from error
+        values = resolved_for(config, suite_label(config.suite, list(self._protocols())))
+        for kind, name in ((TrainingConfig, "training"), (ObjectiveConfig, "objective"), (DataConfig, "data")):
+            build(kind, values[name], name)
 
     def _write(self, cost: Mapping[str, Cost], outcomes: Mapping[str, Mapping[str, CellOutcome]]) -> dict[str, Any]:
         table = rows(self.cells, cost, outcomes)

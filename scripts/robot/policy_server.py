@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import signal
+import socket
 from collections.abc import Callable
 
 from omegaconf import DictConfig
@@ -32,6 +33,7 @@ def main(config: DictConfig) -> None:
 
     Raises:
         ValueError: the checkpoint, a certificate or a setting cannot be used.
+        OSError: the address cannot be bound.
     """
     import_modules(config.imports)
     values = plain(config)
@@ -42,6 +44,7 @@ def main(config: DictConfig) -> None:
         print("warning: the server is open to the network; set COGVLA_API_KEY, tls.cert and tls.key")
     if str(config.checkpoint).startswith(REMOTE):
         raise ValueError(f"checkpoint={config.checkpoint} is served already; give a folder, or random")
+    check_address(_scheme(settings), settings.host, settings.port)
     policy, identity = open_any_policy(
         str(config.checkpoint),
         embodiment=values["embodiment"],
@@ -61,12 +64,15 @@ async def _serve(server: PolicyServer, settings: ServerSettings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    scheme = "ws" if settings.tls.cert is None else "wss"
 
     def listening(port: int) -> None:
-        print(f"{server.info.embodiment.name} at {address(scheme, settings.host, port)}", flush=True)
+        print(f"{server.info.embodiment.name} at {address(_scheme(settings), settings.host, port)}", flush=True)
 
     await server.run(stop, listening)
+
+
+def _scheme(settings: ServerSettings) -> str:
+    return "ws" if settings.tls.cert is None else "wss"
 
 
 def _gpu_bytes(device: str) -> Callable[[], float] | None:
@@ -89,6 +95,24 @@ def is_loopback(host: str) -> bool:
 def address(scheme: str, host: str, port: int) -> str:
     """Return the address of a server; the host of IPv6 gets brackets."""
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def check_address(scheme: str, host: str, port: int) -> None:
+    """Check that a server can listen at an address, before a policy is loaded for it.
+
+    Args:
+        scheme: of the address, for the message.
+        host: name or address of this machine.
+        port: port; 0: any free one.
+
+    Raises:
+        OSError: it cannot be bound, for instance because another process listens there.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise OSError(f"cannot serve at {address(scheme, host, port)}: {error}") from error
 
 
 if __name__ == "__main__":

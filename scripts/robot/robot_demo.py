@@ -71,12 +71,13 @@ def run(config: DictConfig, command: str) -> Report:
     specs = protocol.episodes(suite, plain(config)["tasks"])
     output = Path(config.output)
     view = choose_view(config.view)
+    parts = _parts(config)  # before any process is started
     with ExitStack() as processes:
         uri = processes.enter_context(_server(config))
         processes.enter_context(_simulator(config))
         remote = RemotePolicy(uri)
         processes.callback(remote.close)
-        results, bridge, began = _play(config, uri, specs, suite, view, output)
+        results, bridge, began = _play(config, parts, uri, specs, suite, view, output)
         report = _report(suite, protocol, results, remote, bridge, command, began)
         direct = list(_directly(remote, suite, specs, protocol)) if config.direct else None
     output.mkdir(parents=True, exist_ok=True)
@@ -89,10 +90,25 @@ def run(config: DictConfig, command: str) -> Report:
     return report
 
 
+def _parts(config: DictConfig) -> tuple[Embodiment, RobotConfig, RosTopics]:
+    values = plain(config)
+    return (
+        build(Embodiment, values["embodiment"], "embodiment"),
+        build(RobotConfig, values["robot"], "robot"),
+        build(RosTopics, values["topics"], "topics"),
+    )
+
+
 def _play(
-    config: DictConfig, uri: str, specs: Sequence[EpisodeSpec], suite: Suite, view: str, output: Path
+    config: DictConfig,
+    parts: tuple[Embodiment, RobotConfig, RosTopics],
+    uri: str,
+    specs: Sequence[EpisodeSpec],
+    suite: Suite,
+    view: str,
+    output: Path,
 ) -> tuple[list[EpisodeResult], Bridge, str]:
-    embodiment = build(Embodiment, plain(config.embodiment), "embodiment")
+    embodiment, robot, topics = parts
     began = datetime.now(UTC).isoformat(timespec="seconds")
     timeout_s = 2 * suite.max_steps / embodiment.control_hz + MARGIN_S
     results = []
@@ -104,12 +120,11 @@ def _play(
                 VideoView(output / "demo.mp4", embodiment.control_hz) if view == "video" else RerunView("robot_demo")
             )
             open_things.enter_context(shown)
-        robot = build(RobotConfig, plain(config.robot), "robot")
         bridge = Bridge(
             robot,
             embodiment,
             ReconnectingClient(uri, ClientSettings(robot=embodiment)),
-            RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment, robot.limits),
+            RosFrontEnd(node, topics, embodiment, robot.limits),
             BridgeSettings(dry_run=False),
             on_tick=None if shown is None else shown.show,
         )

@@ -25,7 +25,7 @@ from cogvla.real_robot.serving.server import ServerSettings
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain
 from cogvla.scripts.policies import open_any_policy
-from cogvla.scripts.robot.policy_server import address, is_loopback
+from cogvla.scripts.robot.policy_server import address, check_address, is_loopback
 
 if TYPE_CHECKING:
     from cogvla.real_robot.harness.model_server import PolicyModelServer
@@ -50,6 +50,7 @@ def main(config: DictConfig) -> None:
     where = build(ServerSettings, _some(values, "host", "port"), "configuration")
     if not is_loopback(where.host):
         print("warning: the server is open to the network, and vla-eval's protocol has no passwords")
+    check_address("ws", where.host, where.port)
     policy, _ = open_any_policy(
         str(config.checkpoint),
         embodiment=values["embodiment"],

@@ -266,6 +266,10 @@ def test_times_and_results_of_other_circumstances_are_not_mixed(
     with pytest.raises(ValueError, match="results with another engine:"):
         compare_routers.run(command("compare_routers", *few, "engine.kind=plain"), "...")
     file = tmp_path / "out" / "identity" / "clean" / "outcome.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_routers, "versions", lambda: {"mujoco": "0.1"})
+        with pytest.raises(ValueError, match=r"MuJoCo 0\.1 and [0-9.]+ cannot be mixed: .* delete .*clean"):
+            compare_routers.run(command("compare_routers", *few), "...")
     file.write_text(file.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     with pytest.raises(ValueError, match="results with another device:"):
         compare_routers.run(command("compare_routers", *few), "...")
@@ -342,9 +346,15 @@ def test_fine_tuning_gives_each_router_to_training(
         (["routers=[nothing]"], "possible are"),
         (["routers=nothing"], "routers names 'nothing'"),
         (["calls=0"], "calls must be at least 1, got 0"),
+        (["regime=fine_tuned", 'recipe=["training.step=9"]'], r"recipe: .*training\.step\b"),
+        (["regime=fine_tuned", 'recipe=["training.steps=0"]'], "steps, .* must be at least 1"),
+        (["regime=fine_tuned", 'recipe=["objective=none"]'], "recipe: .*objective/none"),
     ],
 )
-def test_mistakes_are_explained(comparison: list[str], overrides: list[str], message: str) -> None:
+def test_mistakes_are_explained(
+    comparison: list[str], overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_routers, "costs", lambda *_: pytest.fail("nothing is measured before"))
     with pytest.raises(ValueError, match=message):
         compare_routers.run(command("compare_routers", *comparison, *overrides), "...")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.serving.server import ServerSettings
 from cogvla.scripts.command import compose
 from cogvla.scripts.eval_libero import run as eval_libero
-from cogvla.scripts.robot.policy_server import address
+from cogvla.scripts.robot.policy_server import address, main
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import ToyPolicy, solvable
 from cogvla.tests.support.policy_servers import free_port, get, observation, serving
@@ -124,3 +125,10 @@ def test_eval_libero_plays_through_a_server(tmp_path: Path, monkeypatch: pytest.
     assert "sesame" not in (tmp_path / "point" / "report.json").read_text()
     with pytest.raises(ConnectionError, match="cannot be reached"):
         eval_libero(config, "")
+
+
+def test_an_address_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot serve at ws://127.0.0.1:{port}: .*in use"):
+            main(compose("policy_server", ["checkpoint=not_looked_for_yet", f"port={port}"]))

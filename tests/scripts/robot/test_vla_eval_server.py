@@ -174,7 +174,7 @@ def test_an_address_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot serve at ws://127.0.0.1:{port}: .*in use"):
-            main(compose("vla_eval_server", ["checkpoint=random", f"port={port}"]))
+            main(compose("vla_eval_server", ["checkpoint=not_looked_for_yet", f"port={port}"]))
 
 
 @pytest.mark.parametrize(
