@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import resources
 from typing import Any, cast
@@ -19,6 +19,7 @@ from typing import Any, cast
 import hydra
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -133,10 +134,14 @@ def usual(command: str) -> dict[str, Any]:
 
 
 def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Return the configuration of a command with some values changed, as on its command line."""
+    """Return the configuration of a command with some values changed, as on its command line.
+
+    In a running command, its `--config-dir` holds for the other one, too.
+    """
     register()
     check_overrides(overrides)
-    with initialize_config_module("cogvla.configs", version_base="1.3"):
+    running = GlobalHydra.instance().is_initialized()
+    with nullcontext() if running else initialize_config_module("cogvla.configs", version_base="1.3"):
         config = hydra.compose(command, renamed(command, overrides))
     check_kinds(command, config)
     return config

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra import initialize_config_module
 
 from cogvla.configs.build import build
 from cogvla.envs import suite as suites
@@ -355,8 +356,10 @@ def test_mistakes_are_explained(
     comparison: list[str], overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_routers, "costs", lambda *_: pytest.fail("nothing is measured before"))
-    with pytest.raises(ValueError, match=message):
-        compare_routers.run(command("compare_routers", *comparison, *overrides), "...")
+    config = command("compare_routers", *comparison, *overrides)
+    running = initialize_config_module("cogvla.configs", version_base="1.3")  # as in the command itself
+    with running, pytest.raises(ValueError, match=message):
+        compare_routers.run(config, "...")
 
 
 # --- analyse_routing ---
