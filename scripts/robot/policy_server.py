@@ -109,7 +109,7 @@ def check_address(scheme: str, host: str, port: int) -> None:
         OSError: it cannot be bound, for instance because another process listens there.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise OSError(f"cannot serve at {address(scheme, host, port)}: {error}") from error
