@@ -35,6 +35,10 @@ ATTEMPTS = 2
 """Number of processes that a pool tries an item with, should they die."""
 
 
+class WorkersDiedError(RuntimeError):
+    """Workers died several times; the message says what helps."""
+
+
 class ProcessDiedError(RuntimeError):
     """A process ended before it answered; the text says how."""
 
@@ -234,7 +238,7 @@ class Pool:
         item, attempt = self._given.get(dead.connection, (None, 0))
         self._lost += attempt == 0
         if ATTEMPTS in (attempt, self._lost):
-            raise RuntimeError(
+            raise WorkersDiedError(
                 f"a worker died: {error}. Use fewer workers if memory is short; the same command goes on where it "
                 "stopped"
             ) from None

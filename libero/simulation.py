@@ -54,7 +54,8 @@ def lighter_meshes(xml: str, folder: Path) -> str:
 def _seeded(seed: int) -> Iterator[None]:
     """Seed numpy's global generator, which robosuite draws from, and restore its state afterwards for other users."""
     before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed)  # noqa: NPY002
+    # It takes 32 bits, and the states of recordings with a large seed have more.
+    np.random.seed(seed if seed < 1 << 32 else np.random.SeedSequence(seed).generate_state(8))  # noqa: NPY002
     try:
         yield
     finally:

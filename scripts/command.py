@@ -27,9 +27,10 @@ from omegaconf.errors import MissingMandatoryValue
 from cogvla.configs.build import check_kind
 from cogvla.configs.schema import DATACLASSES, defaults
 from cogvla.plugins import import_plugin
+from cogvla.processes import WorkersDiedError
 
-MISTAKES: tuple[type[Exception], ...] = (ValueError, OSError, MissingMandatoryValue)
-"""Exceptions for mistakes that the user of a command can mend."""
+MISTAKES: tuple[type[Exception], ...] = (ValueError, OSError, MissingMandatoryValue, WorkersDiedError)
+"""Exceptions for what the user of a command can mend."""
 
 
 @contextmanager
@@ -168,14 +169,20 @@ def as_typed(command: str) -> str:
 
 
 def stop_event() -> threading.Event:
-    """Set by SIGINT and SIGTERM from now on; by nothing outside of the main thread, where there are no signals."""
+    """Set by SIGINT, SIGTERM and SIGHUP from now on; by nothing outside of the main thread: it has no signals."""
     stop = threading.Event()
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *_ends()):
             signal.signal(number, lambda *_: stop.set())
     return stop
 
 
 def end_on_sigterm() -> None:
-    """Let SIGTERM end the command as Ctrl-C does, so that robot, processes and terminal are left in order."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, so that robot and processes are left in order."""
+    for number in _ends():
+        signal.signal(number, signal.default_int_handler)
+
+
+def _ends() -> list[signal.Signals]:
+    """Return the signals that end a command besides Ctrl-C: also that of a lost terminal, unless `nohup` ignores it."""
+    return [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else [])]

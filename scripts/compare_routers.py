@@ -49,7 +49,7 @@ from cogvla.envs.evaluation.statistics import success_rate
 from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic
-from cogvla.policy.checkpoint import load_policy, open_policy
+from cogvla.policy.checkpoint import load_policy, open_policy, weights_hash
 from cogvla.policy.data.config import DataConfig
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
@@ -70,7 +70,7 @@ QUICK: dict[str, Any] = {
     "calls": ROUNDS,
     "recipe": ["objective=reading", "training.steps=2"],
 }
-COSTS, OUTCOME, DATA, PAGE = "costs.json", "outcome.json", "comparison.json", "comparison.html"
+COSTS, OUTCOME, DATA, PAGE, TRAINING = "costs.json", "outcome.json", "comparison.json", "comparison.html", "training"
 
 
 def main(config: DictConfig) -> None:
@@ -125,6 +125,9 @@ class _Comparison:
         if self.policy.model.router is not None:
             name = self.policy.model.router.config.name
             raise ValueError(f"the policy in {folder} has the router {name!r}; give one without router")
+        for suite, protocol in played:
+            workers = values["evaluation"]["workers"]
+            check_evaluation(suite, protocol, workers=workers, tasks=values["tasks"], robot=policy.embodiment)
         self.cells, self.left_out = cells_for(self.policy.model, routers, values["budgets"], self.trained)
         if not self.cells:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
@@ -137,8 +140,9 @@ class _Comparison:
         print(f"{len(self.cells)} cells of {episodes} episodes, played {', '.join(self.conditions)}")
         if self.trained:
             self._check_recipe()
-        cost = self._costs()
+        # Before the costs: those of another comparison in this folder must not be replaced.
         outcomes: dict[str, dict[str, CellOutcome]] = {cell.key: self._finished(cell) for cell in self.cells}
+        cost = self._costs()
         data = self._write(cost, outcomes)
         for cell in self.cells:
             policy = None
@@ -208,13 +212,17 @@ class _Comparison:
 
     def _policy(self, cell: Cell) -> CogVLAPolicy:
         if self.trained:
-            policy = load_policy(self._train(cell, self.output / cell.key / "training"), self.device)
+            policy = load_policy(self._train(cell, self.output / cell.key / TRAINING), self.device)
         else:
             policy = load_policy(self.values["checkpoint"], self.device, cell.router, self.values["statistics"])
         return policy.with_engine(self.engine, release=True)
 
     def _play(self, cell: Cell, condition: str, policy: CogVLAPolicy) -> CellOutcome:
         folder = self.output / cell.key / condition
+        identity = {**self.identity, "regime": self.values["regime"]}
+        if self.trained:  # what is played are the weights of the cell
+            trained = weights_hash(self.output / cell.key / TRAINING / "policy")
+            identity |= {"weights_sha256": trained, "base_sha256": self.identity["weights_sha256"]}
         reports = []
         for suite, protocol in self.played:
             report = evaluate(
@@ -227,7 +235,7 @@ class _Comparison:
                 perturbation=self.conditions[condition],
                 videos=0,
                 command=self.command,
-                identity={**self.identity, "regime": self.values["regime"]},
+                identity=identity,
             )
             check_played(report, folder / suite.name)
             reports.append(report)
@@ -273,7 +281,7 @@ class _Comparison:
         """
         cell = self.cells[0]
         try:
-            config = compose("train_policy", self._training(cell, self.output / cell.key / "training"))
+            config = compose("train_policy", self._training(cell, self.output / cell.key / TRAINING))
         except HydraException as error:
             raise ValueError(f"recipe: {str(error).strip().splitlines()[0]}") from error
         values = resolved_for(config, suite_label(config.suite, list(self._protocols())))

@@ -13,6 +13,8 @@ The same command resumes a stopped recording.
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig
 
 from cogvla.envs.recording.correction_pool import Corrected, check_advice, check_steps
@@ -22,7 +24,7 @@ from cogvla.envs.suite import get_suite
 from cogvla.files import read_object
 from cogvla.policy.hub.download import find_checkpoint
 from cogvla.scripts import console
-from cogvla.scripts.command import import_modules, plain
+from cogvla.scripts.command import import_modules, plain, usual
 from cogvla.scripts.policies import LEROBOT, open_any_policy
 
 
@@ -33,7 +35,9 @@ def main(config: DictConfig) -> None:
     names = ("image_size", "workers", "noise", "seed", "randomise", "counterfactual", "tasks")
     given = {name: plain(config)[name] for name in names}
     check_recording(suite, config.episodes, **given)
-    if config.checkpoint is not None:  # before it is loaded
+    if config.checkpoint is None:
+        _check_unused(plain(config))
+    else:  # before it is loaded
         check_steps(config.patience, config.execute_steps)
         check_advice(suite)
     corrected = None if config.checkpoint is None else _corrected(config)
@@ -46,6 +50,16 @@ def main(config: DictConfig) -> None:
             f"the policy solved {made['solved_alone']} of them alone; the expert executed "
             f"{made['intervention_share']:.0%} of the steps"
         )
+
+
+def _check_unused(values: dict[str, Any]) -> None:
+    """Check that no key is given that only a policy's recording has; ValueError names one."""
+    before = usual("record_demonstrations")
+    for key in ("patience", "execute_steps", "cameras", "statistics"):
+        if values[key] != before[key]:
+            raise ValueError(
+                f"{key}={values[key]} changes nothing without a policy: give policy=CHECKPOINT, or leave it out"
+            )
 
 
 def _corrected(config: DictConfig) -> Corrected:

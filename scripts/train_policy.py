@@ -50,12 +50,12 @@ from cogvla.policy.training.run_log import RunLog
 from cogvla.policy.training.trainer import PATIENCE
 from cogvla.policy.weights.base import find_base
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, import_modules
+from cogvla.scripts.command import as_typed, import_modules, usual
 from cogvla.scripts.eval_libero import suites
 from cogvla.scripts.policies import named_router
 from cogvla.scripts.training.build import build_trainer, check_without_data
 from cogvla.scripts.training.forecast import add_forecast
-from cogvla.scripts.training.rounds import CorrectionsConfig, train_in_rounds
+from cogvla.scripts.training.rounds import CorrectionsConfig, check_without_rounds, train_in_rounds
 from cogvla.scripts.training.suites import (
     EVALUATION,
     folders_to_record,
@@ -118,6 +118,11 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         return train_in_rounds(
             config, values, corrections, played, engine_config, execute_steps, lambda one: run(one, command)
         )
+    check_without_rounds(output)
+    if changed := [
+        f"{k}={v}" for k, v in values["corrections"].items() if usual("train_policy")["corrections"][k] != v
+    ]:
+        raise ValueError(f"corrections.{changed[0]} changes nothing in one training: give rounds=N, or leave it out")
     recordings = {} if values["demonstrations"] is None else folders_to_record(played, data_configs)
     for suite in recordings.values():  # before the first of them is recorded
         check_recording(suite, image_size=embodiment.cameras[0].height, **values["demonstrations"])

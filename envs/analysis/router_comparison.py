@@ -240,12 +240,21 @@ def _kept(router: PolicyRouter) -> tuple[int, ...]:
 
 
 def first_observations(suite: Suite, embodiment: Embodiment, count: int) -> list[Observation]:
-    """Return the first observation of each of the first `count` tasks, batch size 1."""
+    """Return the first observation of each of the first `count` tasks, batch size 1.
+
+    Raises:
+        ValueError: the suite lacks a camera.
+    """
     size = max(max(camera.height, camera.width) for camera in embodiment.cameras)
     env, observations = suite.make(image_size=size), []
     try:
         for task in range(min(count, len(suite.tasks))):
             seen, info = env.reset(seed=0, options={"task": task, "initial_state": 0})
+            if missing := [name for name in embodiment.camera_names if name not in seen]:
+                there = ", ".join(name for name in seen if name != "state")
+                raise ValueError(
+                    f"the policy sees {', '.join(missing)}, and suite {suite.name!r} has {there}: choose another suite"
+                )
             images = {name: picture(seen, name)[None] for name in embodiment.camera_names}
             observations.append(Observation(images, np.asarray(seen["state"])[None], [str(info["instruction"])]))
     finally:
@@ -269,15 +278,12 @@ def costs(
         cell.key: CogVLAPolicy(policy.model.with_router(cell.router).eval(), policy.preprocessor) for cell in cells
     }
     routed = {key: _in_engine(each, policy.engine) for key, each in plain.items()}
-    stopwatches = {key: Stopwatch() for key in plain}
+    stopwatch = Stopwatch()
     samples: dict[str, list[float]] = {key: [] for key in plain}
     own: dict[str, list[float]] = {key: [] for key in plain}
     for key, each in routed.items():
         each.warm_up(1, [observation.instruction[0] for observation in observations])
         plain[key].reset()
-        router = plain[key].model.router
-        assert router is not None
-        router.stopwatch = stopwatches[key]
     for _ in range(ROUNDS):
         for key in plain:
             for call in range(-1, math.ceil(calls / ROUNDS)):
@@ -285,11 +291,15 @@ def costs(
                 routed[key].act(observations[0])
                 if call >= 0:  # the first call has other weights in the cache, and a new instruction
                     samples[key].append(1e3 * (time.perf_counter() - started))
+            router = plain[key].model.router
+            assert router is not None
+            usual, router.stopwatch = router.stopwatch, stopwatch  # only now: it waits for a GPU
             for call in range(-1, ROUTER_CALLS):
-                stopwatches[key].seconds = 0.0
+                stopwatch.seconds = 0.0
                 plain[key].act(observations[0])
                 if call >= 0:
-                    own[key].append(1e3 * stopwatches[key].seconds)
+                    own[key].append(1e3 * stopwatch.seconds)
+            router.stopwatch = usual
         observations = [*observations[1:], observations[0]]
     found: dict[str, Cost] = {}
     for cell in cells:

@@ -87,11 +87,11 @@ class EpisodeLog:
             if changed:
                 raise ValueError(
                     f"{self.folder} holds results of another configuration ({'; '.join(changed)}): choose another "
-                    "output, or resume=false to delete those results"
+                    f"output, or delete {self.folder}"
                 )
             self.results = self._read()
         elif self._file.tell():
-            raise ValueError(f"{self.folder} holds episodes but no {RUN}; choose another output, or resume=false")
+            raise ValueError(f"{self.folder} holds episodes but no {RUN}; choose another output, or delete it")
         self.sessions.append(self._session)
         write_atomic(run, json.dumps({"fingerprint": self._fingerprint, "sessions": self.sessions}, indent=2) + "\n")
 
@@ -174,7 +174,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is not the folder of an evaluation: it has no {RUN}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{run} is damaged ({error}); choose another output, or resume=false") from error
+        raise ValueError(f"{run} is damaged ({error}); choose another output, or delete {folder}") from error
 
 
 def read_episodes(path: Path) -> dict[Key, EpisodeResult]:
@@ -185,7 +185,7 @@ def read_episodes(path: Path) -> dict[Key, EpisodeResult]:
             result = EpisodeResult.from_dict(json.loads(line))
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(
-                f"line {number} of {path} is damaged ({error}): delete that line, or resume=false"
+                f"line {number} of {path} is damaged ({error}): delete that line, or its folder"
             ) from error
         key = result.task, result.initial_state
         if result.error is None or key not in results:

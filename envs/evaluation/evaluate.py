@@ -131,7 +131,7 @@ def evaluate(
         **provenance(),
         **measured,
     }
-    check_simulators([*before, session], f"choose another output than {output}, or resume=false")
+    check_simulators([*before, session], f"choose another output, or delete {output}")
     unknown = _unknown_words(policy, suite)
     told = [task for task in sorted({spec.task for spec in specs}) if unknown.get(str(task))]
     if told:

@@ -131,7 +131,10 @@ class CorrectionPool:
         """Wait until one more episode is saved."""
         result = next(self._results)
         if result.error is not None:
-            raise RuntimeError(f"no episode of task {result.task} could be recorded: {result.error}")
+            text = f"no episode of task {result.task} could be recorded: {result.error}"
+            if "\n" in result.error.strip():  # a traceback: a fault of the environment, the expert or the policy's code
+                raise RuntimeError(text)
+            raise ValueError(f"{text}; what is recorded is kept, and the same command goes on")
         self.attempts += 1
         self.successes += result.success
         self.pending.remove(self._slots[result.task, result.initial_state])

@@ -15,13 +15,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from cogvla.files import is_left_by_macos, read_object, write_atomic
 
-LOCK = "lock"
+LOCK, SETTINGS = "lock", "settings.json"
 START_ANEW = "delete its folder to start anew"
 
 
@@ -107,14 +108,17 @@ class DatasetFolder:
         """
         self._hold()
         if not resume:
-            for content in self.work.iterdir():
-                if content.name != LOCK:
-                    shutil.rmtree(content) if content.is_dir() else content.unlink()
+            self._empty()
+        path = self.work / SETTINGS
+        if not path.exists() and self.episodes.is_dir() and any(self.episodes.glob("[!.]*")):
+            raise ValueError(
+                f"{self.work} holds episodes of an unknown request, for instance because its deletion was interrupted; "
+                "delete that folder (resume=false) to start anew"
+            )
         self.episodes.mkdir(parents=True, exist_ok=True)
         for leftover in self.episodes.glob(".*"):
             leftover.unlink()
         shutil.rmtree(self.dataset, ignore_errors=True)
-        path = self.work / "settings.json"
         request = request | dict(later or {})
         begun = {**(later or {}), **read_object(path, START_ANEW)} if path.exists() else request
         if changed := _changed(begun, request):
@@ -123,6 +127,12 @@ class DatasetFolder:
                 "one, choose another output, or delete that folder (resume=false) to start anew"
             )
         write_atomic(path, json.dumps(begun, indent=1))
+
+    def _empty(self) -> None:
+        """Delete everything in the working folder but the lock; last the settings, which say whose they are."""
+        for content in sorted(self.work.iterdir(), key=lambda each: each.name == SETTINGS):
+            if content.name != LOCK:
+                shutil.rmtree(content) if content.is_dir() else content.unlink()
 
     def _hold(self) -> None:
         """Lock the working folder until `publish`, or until this process ends in any way."""
@@ -145,7 +155,9 @@ class DatasetFolder:
                 leftover.unlink()
             self.output.rmdir()  # it is empty, because `is_finished` refuses other folders
         os.replace(self.dataset, self.output)
-        shutil.rmtree(self.work)
+        with suppress(OSError):  # the data set is there, and a network disk keeps the file of the lock while it is open
+            self._empty()
+            shutil.rmtree(self.work)
         if self._lock is not None:
             self._lock.close()
 

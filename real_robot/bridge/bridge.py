@@ -22,8 +22,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import Future
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -181,10 +180,10 @@ class Bridge:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the end of the bridge. Return False after the timeout; raise the error that ended it."""
-        with suppress(TimeoutError):
-            self._ended.result(timeout_s)
-            return True
-        return False
+        if not wait([self._ended], timeout_s).done:
+            return False
+        self._ended.result()  # outside of the wait: what ended the bridge may be a TimeoutError, too
+        return True
 
     def close(self) -> None:
         """Stop sending commands, and end threads, front end and client."""

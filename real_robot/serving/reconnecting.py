@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cogvla.policy.interface import Observation
 from cogvla.real_robot.serving.async_client import Answer, AsyncPolicyClient, ClientSettings, UnavailableError
 from cogvla.real_robot.serving.server_info import ServerInfo
+
+HOW = ("device", "dtype", "engine", "float8")
+"""Entries of a policy's description that say how it is computed, and not which one it is."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,15 @@ class Backoff:
 class ReconnectingClient:
     """Like `AsyncPolicyClient`, but connects again after a loss. The first call makes the first connection.
 
-    A server that comes back must serve the same embodiment as before; otherwise calls raise ValueError.
+    A server that comes back must serve the same embodiment as before, and the same `policy` if one is named; otherwise
+    calls raise ValueError.
 
     Attributes:
         uri: address of the server.
         settings: settings of each connection.
         backoff: pauses between attempts to connect.
+        policy: description of the only policy that may answer, as in `ServerInfo`; its device, precision and engine may
+            differ. None: any.
         random: source of the jitter.
         connections: number of connections made so far; more than 1 means that the connection was lost in between.
     """
@@ -55,6 +63,7 @@ class ReconnectingClient:
     uri: str
     settings: ClientSettings = field(default_factory=ClientSettings)
     backoff: Backoff = field(default_factory=Backoff)
+    policy: Mapping[str, Any] | None = None
     random: random.Random = field(default_factory=random.Random)
     connections: int = field(default=0, init=False)
     _client: AsyncPolicyClient | None = field(default=None, init=False)
@@ -125,11 +134,23 @@ class ReconnectingClient:
                 if time.monotonic() >= last_s:
                     raise self._gave_up() from error
                 continue
+            await self._check_policy(self._client)
             self.connections += 1
             self._failures = 0
             # a server that comes back later must fit the embodiment that the caller has seen
             self.settings = replace(self.settings, robot=self.settings.robot or self._client.info.embodiment)
         return self._client
+
+    async def _check_policy(self, client: AsyncPolicyClient) -> None:
+        """Close a connection to a server of another policy, and raise a ValueError."""
+        wanted, there = self.policy or {}, client.info.policy
+        changed = [key for key in {**wanted, **there} if key not in HOW and wanted.get(key) != there.get(key)]
+        if self.policy is not None and changed:
+            self._client = None
+            await client.close()
+            raise ValueError(
+                f"{self.uri} now serves another policy than at the start of this run (another {', '.join(changed)})"
+            )
 
     def _failed(self, error: UnavailableError) -> None:
         self._failures += 1

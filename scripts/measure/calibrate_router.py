@@ -186,12 +186,12 @@ def _router_of(model: CogVLA) -> TokenRouter:
 
 
 def flow(options: dict[str, Any]) -> str:
-    """Return options as the command line takes them."""
+    """Return options as the command line takes them, in all digits: a threshold that is rounded is another one."""
 
     def text(value: Any) -> str:
         if isinstance(value, dict):
             return flow(value)
-        return "null" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+        return "null" if value is None else repr(value) if isinstance(value, float) else str(value)
 
     return "{" + ", ".join(f"{name}: {text(value)}" for name, value in options.items()) + "}"
 

@@ -54,6 +54,10 @@ def run(config: DictConfig, command: str) -> RouterConfig:
         raise ValueError("search_schedule needs router.name and router.layers, for example router.layers=[1,2]")
     if router.stage == "llm_layer":
         raise ValueError("search_schedule also searches the share before the language model: leave out router.stage")
+    if router.layer_budgets:
+        raise ValueError("search_schedule finds router.layer_budgets: leave it out")
+    if router.mode == "bypass":
+        raise ValueError("search_schedule counts tokens as removed from their layer on: it needs router.mode=drop")
     router = replace(router, layer_router=router.layer_router or CARRIED, layer_budgets=())
     ranges = _ranges(values["ranges"])
     given = router.layers, values["mean"], ranges, values["evaluations"], values["method"]
@@ -96,7 +100,8 @@ def run(config: DictConfig, command: str) -> RouterConfig:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, json.dumps({"router": asdict(found), "about": about}, indent=2) + "\n")
     print(f"cosine of the action tokens' states: {value:.5f}; with equal shares {tried[0]['value']:.5f}")
-    print(f"mean share of the tokens: {schedule.mean(depth):.4g}")
+    lfp = ", before LFP, which removes more" if policy.model.config.routing.lfp else ""
+    print(f"mean share of the tokens: {schedule.mean(depth):.4g}{lfp}")
     print(words(found))
     print(f"all {len(tried)} schedules: {output}")
     return found

@@ -129,7 +129,8 @@ def open_policy_client(config: DictConfig, embodiment: Embodiment) -> tuple[Asks
         raise ValueError(f"{' '.join(f'{key}={value}' for key, value in unused.items())}: {what_to_do}")
     if config.checkpoint is None:
         settings = client_settings(config, embodiment)
-        return ReconnectingClient(config.server, settings), asyncio.run(_described(config.server, settings))
+        described = asyncio.run(_described(config.server, settings))
+        return ReconnectingClient(config.server, settings, policy=described), described
     source = str(config.checkpoint)
     if not source.startswith(LEROBOT) and not is_exported(source):
         source = str(find_checkpoint(source, "give another one, or server=ws://HOST:PORT"))

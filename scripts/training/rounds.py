@@ -35,11 +35,20 @@ from cogvla.policy.data.streaming import locate
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.training.trainer import PATIENCE
+from cogvla.scripts.command import usual
 from cogvla.scripts.training.suites import resolved_for
 
 SUMMARY, REQUEST = "summary.json", "rounds.json"
 FREE = ("rounds", "output", "wandb", "threads", "imports", "forecast")
 """Keys that may differ when rounds go on: they do not change the weights, or say how many rounds there are."""
+FREE_IN = {
+    "corrections": ("workers",),
+    "demonstrations": ("workers",),
+    "evaluation": ("workers", "videos"),
+    "data": ("cache", "cache_gb"),
+    "training": ("checkpoint_every", "keep_checkpoints", "rollout_every"),
+}
+"""Group -> its keys that may differ likewise: what a machine with less memory or another disk needs."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ def train_in_rounds(
     with processes.main_process_first():
         for suite in suites:
             _check_rate(resolved_for(config, suite.name))
-        _check_request(output, {key: value for key, value in values.items() if key not in FREE})
+        _check_request(output, _decisive(values))
         if (there := sum(1 for _ in output.glob(f"round_*/{SUMMARY}"))) > rounds:
             raise ValueError(f"{output} holds {there} rounds; give rounds={there} or more, or choose another output")
     found: list[dict[str, Any]] = []
@@ -153,11 +162,32 @@ def _check_rate(values: Mapping[str, Any]) -> None:
             )
 
 
+def _decisive(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that must stay the same."""
+    return {
+        group: {key: item for key, item in value.items() if key not in FREE_IN.get(group, ())}
+        if isinstance(value, Mapping)
+        else value
+        for group, value in values.items()
+        if group not in FREE
+    }
+
+
+def check_without_rounds(output: Path) -> None:
+    """Check that a training does not take the place of the last round's.
+
+    Raises:
+        ValueError: the folder holds rounds.
+    """
+    if (output / REQUEST).is_file():
+        raise ValueError(f"{output} holds rounds of corrections; give rounds=N to go on, or choose another output")
+
+
 def _check_request(output: Path, request: dict[str, Any]) -> None:
     """Write down what is asked for; ValueError if the folder holds rounds of something else, or another training."""
     path, wanted = output / REQUEST, json.loads(json.dumps(request, default=str))
     if path.is_file():
-        there = read_object(path, "choose another output")
+        there = _decisive(read_object(path, "choose another output"))
         if changed := [key for key in wanted if there.get(key) != wanted[key]]:
             raise ValueError(
                 f"{output} holds rounds with another {', '.join(changed)}; give the same, or choose another output"
@@ -204,6 +234,7 @@ def _of_round(config: DictConfig, output: Path, number: int, corrections: Correc
     one = config.copy()
     with open_dict(one):
         one.rounds, one.output = 1, str(output / f"round_{number}")
+        one.corrections = usual("train_policy")["corrections"]  # without rounds, they change nothing
         if number == 1:
             return one
         one.base = str(output / f"round_{number - 1}" / "policy")
@@ -227,7 +258,7 @@ def _recorded_keys(config: DictConfig) -> dict[str, Any]:
         "gripper": None,
         "instruction_key": "task",
         "episodes": None,
-        "intervention": None if config.data.intervention is None else INTERVENTION,
+        "intervention": INTERVENTION,
     }
 
 

@@ -301,6 +301,19 @@ def drawn_like_fixed(env: LiberoEnv, task: int) -> None:
     assert (np.abs(fixed - drawn) < (0.1, 0.1, 0.01)).all(), f"task {task}: {fixed} {drawn}"
 
 
+@needs_libero
+def test_a_large_seed_of_a_recording_is_a_seed_too() -> None:
+    from cogvla.libero.simulation import _seeded
+
+    def drawn(seed: int) -> list[float]:
+        with _seeded(seed):
+            return list(np.random.rand(3))  # noqa: NPY002
+
+    large = 1000 + 20240101 * 1_000_000  # `record_demonstrations seed=20240101`
+    assert drawn(large) == drawn(large) != drawn(large + 1)
+    assert drawn(7) == list(np.random.RandomState(7).rand(3)), "the scenes of earlier recordings"
+
+
 @needs_assets
 def test_drawn_states_put_things_on_fixtures() -> None:
     env = LiberoEnv("libero_spatial", FAST, image_size=32)

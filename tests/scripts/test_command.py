@@ -98,9 +98,13 @@ def test_kinds_that_fit() -> None:
     assert compose("eval_libero", ["protocol.max_steps=3", "cameras=null", "imports=json"]).protocol.max_steps == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", ENDS)
 def test_signals_stop(number: signal.Signals) -> None:
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.getsignal(each) for each in ENDS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run below `nohup`
     try:
         stop = stop_event()
         os.kill(os.getpid(), number)

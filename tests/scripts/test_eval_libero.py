@@ -124,7 +124,7 @@ def test_more_episodes_and_tasks_are_added(tmp_path: Path) -> None:
 def test_results_of_another_configuration_are_not_mixed(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     run(tmp_path)
     before = (tmp_path / "episodes.jsonl").read_text()
-    with pytest.raises(ValueError, match=f"{named}.*resume=false"):
+    with pytest.raises(ValueError, match=f"{named}.*: choose another output, or delete"):
         run(tmp_path, **changes)
     assert (tmp_path / "episodes.jsonl").read_text() == before
     assert len(run(tmp_path, **changes, resume=False).episodes) == len(lines(tmp_path)) == 18
@@ -134,7 +134,7 @@ def test_results_of_another_simulator_are_not_mixed(tmp_path: Path) -> None:
     run(tmp_path)
     file = tmp_path / "run.json"
     file.write_text(re.sub(r'"mujoco": "[^"]*"', '"mujoco": "3.4.0"', file.read_text()))
-    with pytest.raises(ValueError, match=r"episodes of MuJoCo 3\..* and 3\.4\.0 cannot be mixed: .*resume=false"):
+    with pytest.raises(ValueError, match=r"episodes of MuJoCo 3\..* and 3\.4\.0 cannot be mixed: .* delete"):
         run(tmp_path)
     assert len(run(tmp_path, resume=False).episodes) == 18
 
@@ -421,7 +421,7 @@ def test_with_a_latency_the_robot_moves_on_and_the_report_says_so(tmp_path: Path
     assert pq.read_table(tmp_path / "late" / "episodes.parquet")["seam"].to_pylist() == [
         episode.seam for episode in report.episodes
     ]
-    with pytest.raises(ValueError, match=r"protocol\.latency: .* there, .*resume=false"):
+    with pytest.raises(ValueError, match=r"protocol\.latency: .* there, .* delete"):
         run(tmp_path / "late", replace(late, latency=2 * period_ms))
     with pytest.raises(
         ValueError, match="is 3 control steps; with execute_steps=2 the policy must predict 5 actions at"

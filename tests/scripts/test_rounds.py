@@ -55,7 +55,7 @@ def test_every_round_learns_from_all_that_was_recorded(root: Path) -> None:
 
 def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in root.glob("run/round_*/**/*") if path.is_file()}
-    run(root, "threads=1", "forecast=false")
+    run(root, "threads=1", "forecast=false", "corrections.workers=1", "training.checkpoint_every=2", "data.cache_gb=9")
     assert times == {path: path.stat().st_mtime_ns for path in root.glob("run/round_*/**/*") if path.is_file()}
     for change, said in (
         ("training.steps=7", "holds rounds with another training"),
@@ -63,6 +63,8 @@ def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             run(root, change)
+    with pytest.raises(ValueError, match=r"run holds rounds of corrections; give rounds=N to go on"):
+        run(root, "rounds=1")
 
 
 @pytest.mark.parametrize(
@@ -106,9 +108,12 @@ def test_a_data_set_of_another_rate_is_refused_before_the_first_round(root: Path
         run(tmp_path, f"data.root={tmp_path}/other", "demonstrations=null")
 
 
-def test_corrections_have_the_recorders_keys_whatever_those_of_the_users_data_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("intervention", ["helped", "null"])
+def test_corrections_have_the_recorders_keys_whatever_those_of_the_users_data_are(
+    tmp_path: Path, intervention: str
+) -> None:
     own = ["data.cameras={agentview: image, wrist: hand}", "data.state=state", "data.action=actions"]
-    own += ["data.episodes=10%", "data.instruction_key=text", "data.intervention=helped"]
+    own += ["data.episodes=10%", "data.instruction_key=text", f"data.intervention={intervention}"]
     config = compose("train_policy", overrides(tmp_path, *own))
     one = _of_round(config, tmp_path, 2, CorrectionsConfig())
     data = build(DataConfig, resolved_for(one, "tabletop_object")["data"], "data")

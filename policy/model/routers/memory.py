@@ -195,7 +195,8 @@ class Remembered:
 
     def _motion(self) -> Tensor:
         past_BOC = self._known("state", self.state_BC)
-        return torch.cat((past_BOC, self.state_BC.to(past_BOC.dtype)[:, None]), dim=1).diff(dim=1).float()
+        moved_BOC = torch.cat((past_BOC, self.state_BC.to(past_BOC.dtype)[:, None]), dim=1).diff(dim=1).float()
+        return moved_BOC * self.known_BO[..., None]  # the hand did not come from what stands for the unknown
 
     def _alike(self) -> Tensor:
         assert self.layout.grid is not None, "only patches have pixels"

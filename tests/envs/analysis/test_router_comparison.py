@@ -26,6 +26,7 @@ from cogvla.envs.analysis.router_comparison import (
     against,
     cells_for,
     costs,
+    first_observations,
     pareto_front,
     wanted_routers,
 )
@@ -35,11 +36,11 @@ from cogvla.envs.analysis.routing_recording import _looks, covered, look
 from cogvla.envs.evaluation.plots import lines, pareto
 from cogvla.envs.evaluation.robustness import CLEAN
 from cogvla.envs.evaluation.statistics import Latency, sign_test, success_rate
-from cogvla.policy.checkpoint import save_checkpoint
+from cogvla.policy.checkpoint import save_checkpoint, weights_hash
 from cogvla.policy.inputs.normalise import Statistics
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.tokenizer import WordTokenizer
-from cogvla.policy.interface import Embodiment
+from cogvla.policy.interface import Camera, Embodiment
 from cogvla.policy.model.cogvla import CogVLA
 from cogvla.policy.model.config import CogVLAConfig
 from cogvla.policy.model.language_layer import Frame, normed, run_layer
@@ -264,8 +265,10 @@ def test_times_and_results_of_other_circumstances_are_not_mixed(
         here |= change
         compare_routers.run(command("compare_routers", *few), "...")
     assert len(counted) == 4, "what was played is not played again, but all times are measured anew"
+    measured = (tmp_path / "out" / "costs.json").read_text()
     with pytest.raises(ValueError, match="results with another engine:"):
         compare_routers.run(command("compare_routers", *few, "engine.kind=plain"), "...")
+    assert (tmp_path / "out" / "costs.json").read_text() == measured, "they belong to the cells that are there"
     file = tmp_path / "out" / "identity" / "clean" / "outcome.json"
     with monkeypatch.context() as patch:
         patch.setattr(compare_routers, "versions", lambda: {"mujoco": "0.1"})
@@ -274,6 +277,12 @@ def test_times_and_results_of_other_circumstances_are_not_mixed(
     file.write_text(file.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     with pytest.raises(ValueError, match="results with another device:"):
         compare_routers.run(command("compare_routers", *few), "...")
+
+
+def test_a_camera_that_the_suite_lacks_is_named() -> None:
+    robot = replace(EMBODIMENT, cameras=(*EMBODIMENT.cameras, Camera("front", 16, 16)))
+    with pytest.raises(ValueError, match=r"the policy sees front, and suite 'point' has .*: choose another suite"):
+        first_observations(toy_suite(), robot, 1)
 
 
 def test_suites_are_counted_together_and_perturbed_cells_apart(
@@ -333,6 +342,10 @@ def test_fine_tuning_gives_each_router_to_training(
     assert list(composed.suite) == ["point"]
     assert composed.evaluation is None
     assert (data["regime"], data["rows"][0]["outcomes"]["clean"]["success"]["trials"]) == ("fine_tuned", 1)
+    played = json.loads(next((tmp_path / "out").glob("*/clean/point/run.json")).read_text())["fingerprint"]["policy"]
+    own = weights_hash(next((tmp_path / "out").glob("*/training/policy")))
+    assert (played["weights_sha256"], played["base_sha256"]) == (own, weights_hash(tmp_path / "policy"))
+    assert own != played["base_sha256"], "episodes of one training are not continued with those of another"
 
 
 @pytest.mark.parametrize(
@@ -347,6 +360,7 @@ def test_fine_tuning_gives_each_router_to_training(
         (["routers=[nothing]"], "possible are"),
         (["routers=nothing"], "routers names 'nothing'"),
         (["calls=0"], "calls must be at least 1, got 0"),
+        (["+evaluation.execute_steps=99"], "the policy predicts . actions at once"),
         (["regime=fine_tuned", 'recipe=["training.step=9"]'], r"recipe: .*training\.step\b"),
         (["regime=fine_tuned", 'recipe=["training.steps=0"]'], "steps, .* must be at least 1"),
         (["regime=fine_tuned", 'recipe=["objective=none"]'], "recipe: .*objective/none"),

@@ -622,6 +622,49 @@ def test_what_somebody_else_put_there_meanwhile_is_kept(tmp_path: Path) -> None:
     assert folder.dataset.is_dir()
 
 
+def test_episodes_without_their_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deletion that is interrupted leaves either, but never episodes that another request would take over."""
+    folder = DatasetFolder(tmp_path / "data", "recording", "recorded", "record.json")
+    folder.prepare({"noise": 1.0}, resume=True)
+    (folder.episodes / "000000.npz").touch()
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    again = DatasetFolder(folder.output, "recording", "recorded", "record.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            again.prepare({"noise": 0.5}, resume=False)
+    with pytest.raises(ValueError, match="unfinished recording with another noise"):
+        again.prepare({"noise": 0.5}, resume=True)
+    (folder.work / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"holds episodes of an unknown request, .* \(resume=false\)"):
+        again.prepare({"noise": 0.5}, resume=True)
+    again.prepare({"noise": 0.5}, resume=False)
+    assert not list(again.episodes.iterdir())
+
+
+def test_what_cannot_be_deleted_afterwards_does_not_fail_a_finished_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network disk, the file of the lock stays until it is closed."""
+    folder = DatasetFolder(tmp_path / "data", "recording", "recorded", "record.json")
+    folder.prepare({"noise": 1.0}, resume=True)
+    folder.dataset.mkdir()
+    remove = shutil.rmtree
+
+    def kept(path: Path, *given: Any, **options: Any) -> None:
+        if path == folder.work:
+            raise OSError(39, "Directory not empty")
+        remove(path, *given, **options)
+
+    monkeypatch.setattr("shutil.rmtree", kept)
+    folder.publish({"noise": 1.0})
+    assert folder.is_finished({"noise": 1.0})
+    assert [each.name for each in folder.work.iterdir()] == ["lock"]
+
+
 def test_folders_with_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="was not recorded by this command, or another tool has edited it"):

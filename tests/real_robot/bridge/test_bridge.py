@@ -268,6 +268,13 @@ def test_a_client_that_breaks_ends_the_bridge() -> None:
         assert not front.sent
 
 
+def test_a_timeout_of_the_robot_ends_the_bridge_too() -> None:
+    with running() as (bridge, _, _):
+        bridge.fail(TimeoutError("no answer of the arm"))
+        with pytest.raises(TimeoutError, match="no answer of the arm"):
+            bridge.wait(20)
+
+
 def test_wait_says_whether_the_bridge_has_ended() -> None:
     with running() as (bridge, _, _):
         assert bridge.wait(0.05) is False

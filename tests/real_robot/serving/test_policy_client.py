@@ -248,6 +248,31 @@ def test_a_restarted_server_for_another_robot_is_not_obeyed() -> None:
         asyncio.run(check())
 
 
+def test_a_restarted_server_with_another_policy_does_not_answer_for_the_first() -> None:
+    class Other(SumPolicy):
+        def describe(self) -> dict[str, Any]:
+            return {**super().describe(), "preset": "other"}
+
+    class Elsewhere(SumPolicy):
+        def describe(self) -> dict[str, Any]:
+            return {**super().describe(), "device": "cuda:0"}
+
+    async def check() -> None:
+        client = ReconnectingClient(uri, FAST, policy=SumPolicy().describe())
+        for address in (uri, elsewhere):
+            client.uri = address
+            np.testing.assert_array_equal((await client.infer(observation(1))).actions, expected(1))
+            await client.close()
+        client.uri = other
+        for _ in range(2):  # no connection is left that a later call would use
+            with pytest.raises(ValueError, match=r"another policy than at the start .* \(another preset\)"):
+                await client.infer(observation())
+        assert (await ReconnectingClient(other, FAST).info()).policy["preset"] == "other", "any, where none is named"
+
+    with serving(SumPolicy()) as (uri, _), serving(Other()) as (other, _), serving(Elsewhere()) as (elsewhere, _):
+        asyncio.run(check())
+
+
 def test_slow_server() -> None:
     policy = SumPolicy()
     with serving(policy) as (uri, server), ReconnectingPolicyClient(uri, PATIENT) as client:

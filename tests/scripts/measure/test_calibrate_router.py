@@ -208,6 +208,8 @@ def test_a_schedule_is_printed_as_the_same_router() -> None:
     [
         (["router.layers=[]"], r"needs router.name and router.layers"),
         (["router.stage=llm_layer"], "leave out router.stage"),
+        (["router.mode=bypass"], "it needs router.mode=drop"),
+        (["router.layer_budgets=[4,2]"], "finds router.layer_budgets: leave it out"),
         (["router.layers=[0]", "method=random"], "layers must increase, from 1, got"),
         (["mean=1.5", "method=random"], "the budget must be between 0.01 and 1"),
         (["mean=null", "method=random"], "the budget must be between 0.01 and 1"),

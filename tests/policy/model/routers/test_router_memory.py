@@ -65,7 +65,7 @@ def test_what_is_older_than_the_episode_is_not_read() -> None:
     needs = {"age_B", "motion_BOC", "past_attention_BON", "past_seen_BON"}
     items = past.items(needs, 3, 2, None)
     assert items["age_B"].tolist() == [0, 0, 2, 2]
-    assert items["motion_BOC"][::2, :, 0].tolist() == [[0, 0, 0], [8, 0, -8]]
+    assert items["motion_BOC"][::2, :, 0].tolist() == [[0, 0, 0], [0, 0, -8]]
     assert items["past_attention_BON"][:, :, 0].tolist() == [[0, 0, 0]] * 2 + [[0, 9, 9]] * 2
     assert items["past_seen_BON"][:, :, 0].tolist() == [[False] * 3] * 2 + [[False, True, True]] * 2
     assert past.history(tokens, 3, 2)[::2, :, 0, 0].tolist() == [[1, 1, 1], [1, 9, 9]]
