@@ -6,6 +6,7 @@ Shape legend: A action dimension, D arm dimensions (the action without its gripp
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from cogvla.policy.chunk_queue import OVERLAPS
@@ -120,6 +121,26 @@ class SafetyLimits:
             raise ValueError(
                 f"limits: arm dimensions {unmeasured} need a state_index, because their position must be known"
             )
+
+    def check_names(self, embodiment: Embodiment, state: Sequence[str], action: Sequence[str]) -> None:
+        """Raise ValueError if `state_index` measures an absolute target of a joint by another joint.
+
+        The first command starts from the measured position, so the arm would jump.
+
+        Args:
+            embodiment: robot, for the grippers.
+            state: [S] names of the state's entries.
+            action: [A] names of the action's entries, or none if they are unknown.
+        """
+        if self.kind != "absolute":
+            return
+        arm = [name for i, name in enumerate(action) if i not in embodiment.grippers]
+        for name, index in zip(arm, self.state_index or (), strict=False):
+            if index is not None and name in state and 0 <= index < len(state) and state[index] != name:
+                raise ValueError(
+                    f"limits: state_index of {name} is {index}, the position of {state[index]}: "
+                    f"give {list(state).index(name)}"
+                )
 
 
 @dataclass(frozen=True)

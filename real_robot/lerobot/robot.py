@@ -29,6 +29,7 @@ from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import Bridge
 from cogvla.real_robot.control.control_loop import State
 from cogvla.real_robot.control.observations import STATE
+from cogvla.real_robot.control.settings import SafetyLimits
 
 if TYPE_CHECKING:
     from lerobot.robots import Robot
@@ -66,8 +67,8 @@ class LeRobotSettings:
         """Names of the numbers in a recording's features."""
         return {"observation.state": self.state, "action": self.action}
 
-    def check(self, embodiment: Embodiment) -> None:
-        """Raise ValueError if the cameras, state or action keys do not match the embodiment."""
+    def check(self, embodiment: Embodiment, limits: SafetyLimits) -> None:
+        """Raise ValueError if the cameras, state or action keys do not match the embodiment or `state_index`."""
         if set(self.cameras) != set(embodiment.camera_names):
             raise ValueError(
                 f"lerobot.cameras has {sorted(self.cameras)}, embodiment {embodiment.name!r} has "
@@ -79,6 +80,7 @@ class LeRobotSettings:
                     f"lerobot.{name} names {len(getattr(self, name))} features, the {name} of {embodiment.name!r} "
                     f"has {size} entries"
                 )
+        limits.check_names(embodiment, self.state, self.action)
 
     def check_robot(self, robot: Robot, embodiment: Embodiment) -> None:
         """Raise ValueError if the robot lacks one of these features or sends images of another size."""
@@ -164,15 +166,16 @@ class LeRobotFrontEnd:
         robot: connected robot; the caller disconnects it.
         settings: mapping of its features; the constructor checks it against robot and embodiment.
         embodiment: embodiment of the bridge.
+        limits: limits of the bridge.
 
     Raises:
-        ValueError: robot, settings and embodiment do not match.
+        ValueError: robot, settings, embodiment and limits do not match.
     """
 
     ahead = False
 
-    def __init__(self, robot: Robot, settings: LeRobotSettings, embodiment: Embodiment) -> None:
-        settings.check(embodiment)
+    def __init__(self, robot: Robot, settings: LeRobotSettings, embodiment: Embodiment, limits: SafetyLimits) -> None:
+        settings.check(embodiment, limits)
         settings.check_robot(robot, embodiment)
         self._robot, self._settings = robot, settings
         self._period_s = 1.0 / embodiment.control_hz

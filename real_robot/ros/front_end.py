@@ -56,7 +56,7 @@ class RosFrontEnd:
         node: ROS 2 node, started or not.
         topics: topics of the robot.
         embodiment: embodiment of the bridge.
-        limits: limits of the bridge, for the kind of its actions.
+        limits: limits of the bridge, for the kind of its actions and what measures their joints.
         orders: offer the operator's services and topics, see `offer_orders`.
 
     Raises:

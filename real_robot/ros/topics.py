@@ -135,7 +135,7 @@ class RosTopics:
         return {"observation.state": self.joints} | ({"action": tuple(action)} if action else {})
 
     def check(self, embodiment: Embodiment, limits: SafetyLimits) -> None:
-        """Raise ValueError if cameras, joints or commands do not match the embodiment or the kind of its actions."""
+        """Raise ValueError if cameras, joints or commands do not match the embodiment or the limits of its actions."""
         if set(self.cameras) != set(embodiment.camera_names):
             raise ValueError(
                 f"topics.cameras has {sorted(self.cameras)}, embodiment {embodiment.name!r} has "
@@ -166,6 +166,7 @@ class RosTopics:
                 f"topics.command_type={self.command_type} needs {KINDS[self.command_type]} actions, the robot's "
                 f"limits.kind is {limits.kind}"
             )
+        limits.check_names(embodiment, self.joints, self.names(embodiment).get("action", ()))
 
 
 def _is_list(value: Any) -> bool:

@@ -45,10 +45,10 @@ def open_front_end(
         from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
 
         settings = build(LeRobotSettings, plain(config.lerobot), "lerobot")
-        settings.check(embodiment)
+        settings.check(embodiment, limits)
         robot = make_robot(settings)
         settings.check_robot(robot, embodiment)  # before anything is connected
-        return LeRobotFrontEnd(stack.enter_context(connected(robot)), settings, embodiment), None
+        return LeRobotFrontEnd(stack.enter_context(connected(robot)), settings, embodiment, limits), None
     if config.transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {config.transport!r}")
     from cogvla.real_robot.ros.front_end import RosFrontEnd

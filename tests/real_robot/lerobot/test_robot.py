@@ -70,7 +70,7 @@ def robot() -> Iterator[PlaneArm]:
 
 @contextmanager
 def bridged(robot: PlaneArm, dry_run: bool = False, on_tick: Callable[[Tick], None] | None = None) -> Iterator[Bridge]:
-    front_end = LeRobotFrontEnd(robot, SETTINGS, PLANE)
+    front_end = LeRobotFrontEnd(robot, SETTINGS, PLANE, LIMITS.limits)
     settings = BridgeSettings(dry_run=dry_run)
     with Bridge(LIMITS, PLANE, LocalPolicy(Sweep(), PLANE), front_end, settings, on_tick) as bridge:
         bridge.instruct(INSTRUCTION)
@@ -92,6 +92,7 @@ def test_a_robot_of_lerobot_is_made_from_a_file_and_checked_before_it_is_connect
         ({"config": {"no_camera": True}}, "plane_arm observes no hand; it observes .*top"),
         ({"config": {"high": True}}, r"camera 'top' of plane_arm gives \(16, 12, 3\), .* has 8x12 for 'front'"),
         ({"cameras": {"front": "top"}}, r"lerobot.cameras has \['front'\]"),
+        ({"state": (JOINTS[1], JOINTS[0], JOINTS[2])}, "state_index of shoulder.pos is 0, .* elbow.pos: give 1"),
         ({"state": JOINTS[:2]}, "lerobot.state names 2 features, the state of 'plane_arm' has 3"),
         ({"action": ("shoulder.pos", "elbow.pos", "wrist.pos")}, "name all keys of the robot's action: .*gripper.pos"),
     ],
@@ -99,7 +100,7 @@ def test_a_robot_of_lerobot_is_made_from_a_file_and_checked_before_it_is_connect
 def test_a_robot_that_does_not_fit_is_refused_with_what_to_change(changes: dict[str, Any], message: str) -> None:
     settings: LeRobotSettings = replace(SETTINGS, **changes)
     with pytest.raises(ValueError, match=message):
-        LeRobotFrontEnd(make_robot(settings), settings, PLANE)
+        LeRobotFrontEnd(make_robot(settings), settings, PLANE, LIMITS.limits)
 
 
 def test_a_robot_without_calibration_is_left_alone() -> None:

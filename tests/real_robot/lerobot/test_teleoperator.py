@@ -78,7 +78,7 @@ class Session:
         self.said: list[str] = []
         self.ticks: list[Tick] = []
         self._recorder = recorder
-        front_end = LeRobotFrontEnd(self.arm, SETTINGS, PLANE)
+        front_end = LeRobotFrontEnd(self.arm, SETTINGS, PLANE, robot.limits)
         settings = BridgeSettings(dry_run=False, activate=True)
         self.bridge = Bridge(robot, PLANE, LocalPolicy(Stay(), PLANE), front_end, settings, self._watch)
         self.operator = Teleoperation(leader, JOINTS, self.bridge, self.said.append)

@@ -11,7 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -502,6 +502,27 @@ def test_a_dry_run_sends_no_twist_and_the_end_of_a_motion_stops_it() -> None:
 def test_topics_that_do_not_fit_the_robot_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         front("tabletop", **changes)
+
+
+ELBOW_FIRST = ["joint3", "joint2", "joint1", "joint4", "joint5", "joint6", "gripper"]
+
+
+@pytest.mark.parametrize("gripper", [0, 3, 6])
+def test_a_joint_that_is_measured_by_another_is_refused(gripper: int) -> None:
+    """The first command starts from the measured position: the arm would jump."""
+    embodiment = replace(build(Embodiment, load("embodiment", "six_joints"), "embodiment"), gripper_index=gripper)
+    limits = build(RobotConfig, load("robot", "six_joints"), "robot").limits
+    topics = build(RosTopics, load("topics", "six_joints") | {"joints": ELBOW_FIRST}, "topics")
+    inside = list(topics.command_joints or ())
+    inside.insert(gripper, "gripper")
+    for each in (topics, replace(topics, gripper=None, command_joints=inside)):
+        with pytest.raises(ValueError, match=r"state_index of joint1 is 0, the position of joint3: give 2$"):
+            each.check(embodiment, limits)
+        each.check(embodiment, replace(limits, state_index=(2, 1, 0, 3, 4, 5)))
+        unknown = ["a", "b", "c", "d", "e", "f", "gripper"]
+        replace(each, joints=unknown).check(embodiment, limits)
+    array = replace(topics, command_type="array", command_joints=None)
+    array.check(embodiment, limits)  # names nothing
 
 
 @pytest.mark.parametrize("name", ["tabletop", "six_joints"])

@@ -116,7 +116,7 @@ class Script:
 @contextmanager
 def bridged(client: Any = None, on_tick: Any = None) -> Iterator[Bridge]:
     with connected(PlaneArm(PlaneArmConfig(id="test"))) as robot:
-        front_end = LeRobotFrontEnd(robot, SETTINGS, PLANE)
+        front_end = LeRobotFrontEnd(robot, SETTINGS, PLANE, LIMITS.limits)
         client = client or LocalPolicy(Still(), PLANE)
         with Bridge(LIMITS, PLANE, client, front_end, BridgeSettings(dry_run=False), on_tick) as bridge:
             yield bridge
