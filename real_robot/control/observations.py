@@ -203,13 +203,14 @@ class Observations:
         return {name: now - s.samples[-1][0] if s.samples else None for name, s in self._sensors.items()}
 
     def stale(self, now: float) -> str | None:
-        """Return which sensor is missing, too old or frozen, as text; None if all are fresh."""
+        """Return which sensor is missing, too old or frozen, and why if it is known, as text; None if all are fresh."""
         for name, sensor in self._sensors.items():
             if not sensor.samples:
                 return self.last_refusal.get(name, f"{name}: nothing received yet")
             age = now - sensor.samples[-1][0]
             if age > sensor.age_s:
-                return f"{name}: {age:.3f} s old, at most {sensor.age_s:g} s are allowed"
+                why = self.last_refusal.get(name, "").removeprefix(f"{name}: ")
+                return f"{name}: {age:.3f} s old, at most {sensor.age_s:g} s are allowed" + (f"; {why}" if why else "")
         return self._frozen() if self._same_since else None
 
     def _frozen(self) -> str | None:

@@ -246,7 +246,8 @@ class LeRobotFrontEnd:
         try:
             seen = self._robot.get_observation()
         except (OSError, RuntimeError) as error:  # motors raise ConnectionError, cameras TimeoutError or RuntimeError
-            bridge.refuse(STATE, "unreadable", f"{type(error).__name__}: {error}")
+            for sensor in (*self._settings.cameras, STATE):
+                bridge.refuse(sensor, "unreadable", f"{type(error).__name__}: {error}")
             return
         missing = [key for key in self._settings.state if key not in seen]
         if missing:

@@ -150,6 +150,15 @@ def test_staleness_names_the_sensor_and_ends_with_a_new_sample() -> None:
     assert seen.stale(1.25) == "front: 0.250 s old, at most 0.2 s are allowed"
 
 
+def test_a_sensor_that_worked_and_is_refused_is_reported_with_the_reason() -> None:
+    seen = filled([1.0], [1.0], [1.0])
+    seen.refuse("front", "unreadable", "TimeoutError: no image")
+    assert seen.stale(1.1) is None
+    assert seen.stale(11.5) == "front: 10.500 s old, at most 10 s are allowed; TimeoutError: no image"
+    seen.add_image("front", image("front"), 2.0, 2.0)
+    assert seen.stale(12.5) == "front: 10.500 s old, at most 10 s are allowed"
+
+
 def test_sensors_whose_clock_jumps_are_refused_until_it_is_right_again() -> None:
     seen = observations()
     assert seen.add_state(STATE, 1.00, 1.00) is None
