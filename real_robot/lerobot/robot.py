@@ -8,7 +8,9 @@ Only one thread talks to the robot, because a motor bus carries one message at a
 The thread drops a command that is older than a control period (the robot was busy), or if the bridge has stopped. So
 after an e-stop, at most the message that is being written at that moment reaches the motors.
 
-The stamp of an observation is the time before reading it, so the observation is never older than its stamp says.
+An image has the time at which lerobot's camera took the newest image before the reading, whatever lerobot returns; a
+camera that does not tell it, and the state, the time before the reading. So no sample is older than its stamp says. The
+same image again is left out, so that a camera that stalls becomes stale.
 
 Shape legend: A action dimension, S state dimension.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -159,6 +162,19 @@ def connected(robot: Robot) -> Iterator[Robot]:
         robot.disconnect()
 
 
+def capture_times(robot: Robot) -> dict[str, float]:
+    """Return when each camera took its newest image, on the clock of `time.perf_counter`, by the observation's key.
+
+    Cameras that do not know it are missing: those without `latest_timestamp`, and all before their first image.
+    """
+    devices = dict(getattr(robot, "cameras", None) or {})
+    for side in ("left", "right"):  # robots with two arms put the side before the keys of each arm
+        arm_cameras = getattr(getattr(robot, f"{side}_arm", None), "cameras", None) or {}
+        devices |= {f"{side}_{key}": camera for key, camera in arm_cameras.items()}
+    times = {key: getattr(camera, "latest_timestamp", None) for key, camera in devices.items()}
+    return {key: taken for key, taken in times.items() if taken is not None}
+
+
 class LeRobotFrontEnd:
     """Front end of a lerobot robot.
 
@@ -182,6 +198,7 @@ class LeRobotFrontEnd:
         self._now: Callable[[], float] = lambda: 0.0
         self._command: tuple[np.ndarray, float] | None = None
         self._counts: Counter[str] = Counter()
+        self._taken: dict[str, float] = {}
         self._condition = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -242,7 +259,9 @@ class LeRobotFrontEnd:
 
         A failed read is no error: it may work a moment later, and until then the sensor becomes stale.
         """
+        taken = capture_times(self._robot)
         stamp = self._now()
+        clocks = stamp - time.perf_counter()
         try:
             seen = self._robot.get_observation()
         except (OSError, RuntimeError) as error:  # motors raise ConnectionError, cameras TimeoutError or RuntimeError
@@ -255,7 +274,10 @@ class LeRobotFrontEnd:
         else:
             bridge.observe_state(np.array([seen[key] for key in self._settings.state], float), stamp)
         for camera, key in self._settings.cameras.items():
-            if key in seen:
-                bridge.observe_image(camera, np.asarray(seen[key]), stamp)
-            else:
+            if key not in seen:
                 bridge.refuse(camera, "missing", f"the robot gave no {key!r}")
+            elif key not in taken:
+                bridge.observe_image(camera, np.asarray(seen[key]), stamp)
+            elif taken[key] != self._taken.get(camera):
+                self._taken[camera] = taken[key]
+                bridge.observe_image(camera, np.asarray(seen[key]), min(stamp, taken[key] + clocks))

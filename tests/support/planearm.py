@@ -67,6 +67,7 @@ class PlaneArm(Robot):
         sent: (time, action) of every command.
         unreadable, unwritable: what reading and sending raise from now on.
         silent: its observations lack this key.
+        cameras: devices that know when they took their newest image, as lerobot's do; none unless a test adds them.
     """
 
     config_class = PlaneArmConfig
@@ -80,6 +81,7 @@ class PlaneArm(Robot):
         self.unreadable: Exception | None = None
         self.unwritable: Exception | None = None
         self.silent: str | None = None
+        self.cameras: dict[str, Any] = {}
         self._connected = False
 
     @property

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from lerobot.cameras.opencv import OpenCVCamera, OpenCVCameraConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from omegaconf import DictConfig
 
@@ -22,7 +25,7 @@ from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings, Tick
 from cogvla.real_robot.control.control_loop import State
 from cogvla.real_robot.control.loop_types import Command, Kind
 from cogvla.real_robot.control.measurements import latency_table
-from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
+from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, capture_times, connected, make_robot
 from cogvla.real_robot.recording.recorder import Recorder
 from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.request import RequestKeys
@@ -33,6 +36,46 @@ from cogvla.tests.support.policy_servers import serving
 from cogvla.tests.support.waiting import until, wait_ticks
 
 INSTRUCTION = "sweep to the left"
+
+
+class Device:
+    """A camera of lerobot with 50 images per second; `stalls_at` is the time of its last one."""
+
+    stalls_at = float("inf")
+
+    @property
+    def latest_timestamp(self) -> float:
+        return min(time.perf_counter() // 0.02 * 0.02, self.stalls_at)
+
+
+class Noted:
+    """What a bridge with this clock is told."""
+
+    def __init__(self, ahead: float) -> None:
+        self.ahead = ahead
+        self.images: list[tuple[str, float]] = []
+        self.states: list[float] = []
+        self.refused: list[tuple[str, str, str]] = []
+
+    def now(self) -> float:
+        return time.perf_counter() + self.ahead
+
+    def observe_image(self, camera: str, image_HW3: np.ndarray, stamp: float) -> None:
+        self.images.append((camera, stamp))
+
+    def observe_state(self, state_S: np.ndarray, stamp: float) -> None:
+        self.states.append(stamp)
+
+    def refuse(self, *refusal: str) -> None:
+        self.refused.append(refusal)
+
+
+def observed(robot: PlaneArm, ahead: float = 0.0) -> tuple[Any, Callable[[], None]]:
+    """What the front end tells a bridge, and a call that lets it read the robot once."""
+    bridge: Any = Noted(ahead)
+    front_end = LeRobotFrontEnd(robot, SETTINGS, PLANE, LIMITS.limits)
+    front_end._now = bridge.now
+    return bridge, partial(front_end._observe, bridge)
 
 
 def more_than(items: Sized, number: int) -> bool:
@@ -160,6 +203,76 @@ def test_what_cannot_be_read_is_said_and_becomes_stale(robot: PlaneArm, fault: s
         until(lambda: bridge.state is State.HOLDING)
         setattr(robot, fault, None)
         until(lambda: bridge.state is State.RUNNING)
+
+
+@pytest.mark.parametrize("ahead", [0.0, 1e6, -1e6])
+def test_an_image_is_as_old_as_its_camera_says(robot: PlaneArm, ahead: float) -> None:
+    device = SimpleNamespace(latest_timestamp=time.perf_counter() - 0.4)
+    robot.cameras = {"top": device, "hand": SimpleNamespace(latest_timestamp=None), "other": None}
+    bridge, observe = observed(robot, ahead)
+    before = bridge.now()
+    observe()
+    (front, taken), (wrist, read) = bridge.images
+    assert (front, wrist) == ("front", "wrist")
+    assert device.latest_timestamp + ahead - 0.1 < taken <= device.latest_timestamp + ahead + 1e-6
+    assert before <= read == bridge.states[0] <= bridge.now(), "it is not known when: the time of the reading"
+
+    observe()
+    assert [camera for camera, _ in bridge.images[2:]] == ["wrist"], "the same image again"
+    assert bridge.refused == []
+    device.latest_timestamp += 0.1
+    observe()
+    assert [camera for camera, _ in bridge.images[3:]] == ["front", "wrist"]
+    device.latest_timestamp += 1e9  # another clock
+    observe()
+    assert bridge.images[-2][1] == bridge.states[-1]
+    assert len(bridge.states) == 4
+
+
+def test_robots_with_two_arms_and_without_cameras() -> None:
+    left, right, third = (SimpleNamespace(latest_timestamp=taken) for taken in (1.0, 2.0, None))
+    arms = {
+        "left_arm": SimpleNamespace(cameras={"wrist": left}),
+        "right_arm": SimpleNamespace(cameras={"wrist": right}),
+    }
+    robot: Any = SimpleNamespace(cameras={"wrist": right, "top": third}, **arms)
+    assert capture_times(robot) == {"wrist": 2.0, "left_wrist": 1.0, "right_wrist": 2.0}
+    nothing: Any = SimpleNamespace()
+    assert capture_times(nothing) == {}
+
+
+def test_lerobots_own_camera_says_when_it_took_an_image() -> None:
+    camera = OpenCVCamera(OpenCVCameraConfig(0))
+    assert camera.latest_timestamp is None
+
+
+def test_a_read_that_fails_is_the_reason_of_every_sensor(robot: PlaneArm) -> None:
+    robot.unreadable = TimeoutError("top: latest frame is too old")
+    bridge, observe = observed(robot)
+    observe()
+    reason = "TimeoutError: top: latest frame is too old"
+    assert bridge.refused == [(sensor, "unreadable", reason) for sensor in ("front", "wrist", "state")]
+
+
+def test_a_camera_that_stalls_holds_the_arm_although_it_is_read(robot: PlaneArm) -> None:
+    robot.cameras = {"top": Device(), "hand": Device()}
+    reasons: set[str] = set()
+
+    def watch(tick: Tick) -> None:
+        if tick.command.kind is Kind.HOLD:
+            reasons.add(str(tick.command.reason))
+
+    with bridged(robot, on_tick=watch) as bridge:
+        bridge.activate()
+        until(lambda: bridge.state is State.RUNNING)
+        robot.cameras["top"].stalls_at = time.perf_counter()
+        until(lambda: any("front: 2." in reason for reason in reasons))
+        assert not any("duplicate" in kind for kind in bridge.diagnostics()["refusals"])
+        robot.cameras["top"].stalls_at = float("inf")
+        until(lambda: bridge.state is State.RUNNING)
+        robot.unreadable = ConnectionError("no status packet")
+        said = "s old, at most 2 s are allowed; ConnectionError: no status packet"
+        until(lambda: any(said in reason for reason in reasons))
 
 
 def test_a_robot_that_takes_no_commands_ends_the_bridge(robot: PlaneArm) -> None:
