@@ -2,8 +2,8 @@
 
     camera   ---o-----o-----o-----o---          each sensor gives its newest sample at the tick,
     joints   -o-o-o-o-o-o-o-o-o-o-o-o-
-    command  ----x----x----x-----x----          and the command nearest to it; ticks begin with the first command
-    tick     ----|----|----|----|----
+    command  ----x----x--------x----x-          ticks follow the commands; where one is missing, the tick is held
+    tick     ----|----|----|---|----|-
 
 The reader needs little memory: it first reads the times of all images, and later decodes the images of one episode at a
 time.
@@ -13,7 +13,7 @@ Shape legend: A action dimension, D action without grippers that have their own 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -73,12 +73,37 @@ class Samples:
         index = bisect_right(self.times, when) - 1
         return self.values[index] if index >= 0 and when - self.times[index] <= age_s else None
 
-    def nearest(self, when: float, within_s: float) -> Any | None:
-        """Return the value nearest to time `when`, or None if it is more than `within_s` seconds away."""
-        after = bisect_right(self.times, when)
-        near = [i for i in (after - 1, after) if 0 <= i < len(self.times)]
-        best = min(near, key=lambda i: abs(self.times[i] - when), default=None)
-        return self.values[best] if best is not None and abs(self.times[best] - when) <= within_s else None
+
+def ticks_of(times: Sequence[float], period: float) -> Iterator[tuple[float, int | None]]:
+    """Yield the ticks of a stream of commands: their times, and the indices of their commands, None without one.
+
+    A command belongs to a tick if it comes within half a period of when the tick is due. The tick has the time of its
+    command, and the next one is due a period after the middle of this time and the due one: so ticks follow another
+    rate and another phase, and little of the jitter. After a tick without a command, the next command begins anew.
+
+    Args:
+        times: times of the commands in seconds, in order.
+        period: seconds from tick to tick.
+    """
+    half, due, number, running = period / 2, times[0] if times else 0.0, 0, False
+    while number < len(times):
+        if times[number] >= due + half:
+            yield due, None
+            due, running = due + period, False
+            continue
+        if not running:
+            due, running = times[number], True
+        elif times[number] < due - half:  # too soon after the last one
+            number += 1
+            continue
+        end = bisect_left(times, due + half, number)
+        # of a faster stream the nearest one; but two that are half a period apart have a tick each
+        while number + 1 < end and times[number + 1] - times[number] < half:
+            if abs(times[number + 1] - due) > abs(times[number] - due):
+                break
+            number += 1
+        yield times[number], number
+        due, number = (due + times[number]) / 2 + period, number + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +160,7 @@ class BagReader:
 
     Attributes:
         skipped: number of ticks that belong to no episode, by reason.
+        unused: number of commands that no tick has, because another one came for the same tick.
 
     Raises:
         ValueError: topics, robot and embodiment do not match; or, when the context is entered, the bag is missing,
@@ -154,6 +180,7 @@ class BagReader:
         self._open = ExitStack()
         self._away_s: dict[str, float] = {}  # topic -> how far its last sample of another clock was away
         self.skipped: Counter[str] = Counter()
+        self.unused = 0
 
     def __enter__(self) -> Self:
         if not self._path.exists():
@@ -210,10 +237,11 @@ class BagReader:
         found: list[BagEpisode] = []
         running: BagEpisode | None = None
         held = 0  # ticks without a command
-        begin, period = bag.commands.times[0], 1.0 / self._embodiment.control_hz
-        for tick in range(round((bag.commands.times[-1] - begin) / period) + 1):
+        self.unused += len(bag.commands.times)
+        for when, number in ticks_of(bag.commands.times, 1.0 / self._embodiment.control_hz):
+            self.unused -= number is not None
             last_A = running.actions[-1] if running is not None and held < PAUSE_TICKS else None
-            frame = self._frame(bag, begin + tick * period, last_A)
+            frame = self._frame(bag, when, None if number is None else bag.commands.values[number], last_A)
             if isinstance(frame, str):
                 self.skipped[frame] += 1
                 running, held = None, 0
@@ -224,8 +252,8 @@ class BagReader:
                 found.append(running)
             running.states.append(frame.state_S)
             running.actions.append(frame.action_A)
-            for camera, number in frame.images.items():
-                running.images[camera].append(number)
+            for camera, image in frame.images.items():
+                running.images[camera].append(image)
         return found
 
     def pictures(self, episode: BagEpisode) -> dict[str, list[bytes]]:
@@ -234,19 +262,20 @@ class BagReader:
 
     # --- internals ----------------------------------------------------------------------------------------------------
 
-    def _frame(self, bag: _Bag, when: float, last_A: np.ndarray | None) -> _Frame | str:
+    def _frame(self, bag: _Bag, when: float, command: np.ndarray | None, last_A: np.ndarray | None) -> _Frame | str:
         """Return the frame of a tick, or the reason why there is none.
 
         Args:
             bag: samples of the bag.
             when: time of the tick in seconds.
+            command: command of the tick, [A] or without the grippers [D], or None.
             last_A: action [A] to hold if there is no command; None to hold nothing.
         """
         loop = self._robot.loop
         text = bag.texts.newest(when)
         if not text:
             return "no instruction"
-        command_A = self._action(bag.commands, bag.gripper, when)
+        command_A = self._action(command, bag.gripper, when)
         action_A = self._hold(last_A) if command_A is None and last_A is not None else command_A
         if action_A is None:
             return "no command"
@@ -311,6 +340,7 @@ class BagReader:
             self._topics.command: self._commands.arm_of,
         }[topic]
         samples, period = Samples(), 1.0 / self._embodiment.control_hz
+        rest = 0  # points of the trajectory before, without its first one
         for _, recorded, message in self._messages(topic):
             try:
                 values = read(message)
@@ -323,9 +353,11 @@ class BagReader:
                 first = self._time(topic, message, recorded, self._robot.loop.state_age_s)
             if first is None:
                 continue
-            while samples.times and topic == self._topics.command and samples.times[-1] > first - period / 2:
-                samples.times.pop()  # the rest of the trajectory before
+            while rest and samples.times[-1] > first - period / 2:
+                samples.times.pop()
                 samples.values.pop()
+                rest -= 1
+            rest = len(values) - 1
             samples.times += [first + period * number for number in range(len(values))]
             samples.values += list(values)
         samples.sort()
@@ -381,14 +413,12 @@ class BagReader:
         away_s = self._away_s.get(topic)
         return "" if away_s is None else f"; some stamps of {topic} are {away_s:.1f} s from the time of recording"
 
-    def _action(self, commands: Samples, gripper: Samples | None, when: float) -> np.ndarray | None:
+    def _action(self, command: np.ndarray | None, gripper: Samples | None, when: float) -> np.ndarray | None:
         """Return the action [A] of a tick, or None; a gripper with its own topic keeps its last command."""
-        half_s = 0.5 / self._embodiment.control_hz
-        command = commands.nearest(when, half_s)
         if command is None or gripper is None:
             action_A = command
         else:
-            grip_G = gripper.newest(when + half_s)
+            grip_G = gripper.newest(when + 0.5 / self._embodiment.control_hz)
             action_A = None if grip_G is None else self._commands.action(command, grip_G)
         return action_A
 

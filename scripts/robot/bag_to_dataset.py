@@ -24,7 +24,7 @@ from cogvla.scripts.command import plain
 
 
 def main(config: DictConfig) -> None:
-    """Convert the bags, and print how many seconds were left out and why.
+    """Convert the bags, and print how many seconds and commands were left out and why.
 
     Raises:
         ValueError: the bags have no episode or do not fit the configuration, or the extra `bags` is not installed.
@@ -48,12 +48,13 @@ def main(config: DictConfig) -> None:
             contents.append(bag.content())
     source = {"bags": contents, "instruction": config.instruction, "topics": plain(config.topics)}
     ages = {"state_age_s": robot.loop.state_age_s, "image_age_s": robot.loop.image_age_s}
-    source |= {"kind": robot.limits.kind, **ages}  # they decide where episodes begin and end
+    # they decide where episodes begin and end
+    source |= {"kind": robot.limits.kind, **ages, "ticks": "of the commands"}
     video, names = bool(config.video), topics.names(embodiment)
     folder = RecordingFolder(Path(config.output), embodiment, robot.name, video, config.resume, source, names)
     done = set(folder.numbers())
     skipped: Counter[str] = Counter()
-    number = 0
+    number = unused = 0
     for reader in readers:
         with reader:
             for episode in reader.episodes(config.instruction):
@@ -64,9 +65,12 @@ def main(config: DictConfig) -> None:
                     folder.save(number, episode.instruction, episode.states, episode.actions, reader.pictures(episode))
                 number += 1
             skipped.update(reader.skipped)
+            unused += reader.unused
     count = folder.assemble()
     for reason, ticks in skipped.most_common():
         print(f"left out {ticks / embodiment.control_hz:.1f} s: {reason}")
+    if unused:
+        print(f"left out {unused} commands: another one came for the same tick of control_hz={embodiment.control_hz:g}")
     if not count:
         raise ValueError("there is no episode in these bags; see above what was left out")
     print(f"{count} episodes in {config.output}")

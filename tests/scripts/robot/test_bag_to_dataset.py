@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,7 +24,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 
 from cogvla.policy.interface import Camera, Embodiment
 from cogvla.real_robot.control.settings import LoopSettings, RobotConfig, SafetyLimits
-from cogvla.real_robot.recording.bag_reader import PAUSE_TICKS, BagReader
+from cogvla.real_robot.recording.bag_reader import PAUSE_TICKS, BagReader, ticks_of
 from cogvla.real_robot.recording.recorder import RecordingFolder
 from cogvla.real_robot.ros.messages import (
     array_fields,
@@ -94,10 +96,10 @@ class Bag:
                 packed = compressed_image_fields(np.full((8, 8, 3), i % 256, np.uint8), clock(when), "wrist")
                 self.add(when + 0.01, TOPICS.cameras["wrist"], COMPRESSED_IMAGE, packed)
 
-    def commands(self, begin: float, count: int) -> None:
-        """At the control rate; command i is (0.01 i, 0.5, 1)."""
+    def commands(self, begin: float, count: int, hz: float = HZ) -> None:
+        """At the control rate or another one; command i is (0.01 i, 0.5, 1)."""
         for i in range(count):
-            self.add(begin + i / HZ, "/commands", ARRAY, array_fields(np.array([0.01 * i, 0.5, 1.0])))
+            self.add(begin + i / hz, "/commands", ARRAY, array_fields(np.array([0.01 * i, 0.5, 1.0])))
 
     def instruct(self, when: float, text: str) -> None:
         self.add(when, "/instruction", STRING, {"data": text})
@@ -138,6 +140,60 @@ def test_every_tick_has_the_newest_samples_and_its_own_command(bag: Bag) -> None
     assert episode.images["front"] == [int(tick * 20 + 1e-6) for tick in ticks]
     assert set(pictures) == {"front", "wrist"}
     assert len(pictures["wrist"]) == 20
+
+
+JITTER = st.lists(st.floats(-0.1, 0.1), min_size=80, max_size=80)
+RATE = st.floats(0.98, 1.02)
+
+
+@given(JITTER, RATE, RATE, st.floats(1.0, 2.0), st.integers(0, 15))
+@example([0.1, -0.1] * 40, 1.02, 0.98, 1.45, 0)
+@example([0.1, -0.1] * 40, 0.98, 1.02, 1.5, 3)
+def test_ticks_follow_the_commands_of_every_phase_and_rate(
+    jitter: list[float], first: float, second: float, phase: float, pause: int
+) -> None:
+    """The stream begins again at another phase, at once or after a pause; times are in periods."""
+    after = 39 * first + phase + pause
+    times = np.array([first * i for i in range(40)] + [after + second * i for i in range(40)]) + jitter
+    ticks = list(ticks_of(times.tolist(), 1.0))
+    used = [number for _, number in ticks]
+    assert [number for number in used if number is not None] == list(range(80)), "each command once"
+    assert None not in used[:40]
+    assert None not in used[-40:], "no tick is held while commands come"
+    assert abs(len(used) - 80 - (times[40] - times[39] - 1)) < 1, "a pause has as many ticks as fit"
+    assert [when for when, number in ticks if number is not None] == times.tolist()
+    assert (np.diff([when for when, _ in ticks]) > 0.5 - 1e-6).all()
+
+
+@given(JITTER, RATE, st.integers(1, 77), st.integers(1, 3))
+def test_a_lost_command_is_a_held_tick(jitter: list[float], rate: float, lost: int, count: int) -> None:
+    times = rate * np.arange(80) + jitter
+    left = [number for number in range(80) if not lost <= number < min(lost + count, 79)]
+    used = [number for _, number in ticks_of(times[left].tolist(), 1.0)]
+    assert used == [left.index(number) if number in left else None for number in range(80)]
+
+
+@given(JITTER, st.integers(1, 30))
+def test_of_a_faster_stream_every_tick_has_one_command(jitter: list[float], faster: int) -> None:
+    times = sorted((np.arange(10 * faster) / faster + np.resize(jitter, 10 * faster) / faster).tolist())
+    ticks = list(ticks_of(times, 1.0))
+    assert len(ticks) in (10, 11)
+    assert None not in [number for _, number in ticks]
+
+
+def test_a_second_episode_at_another_phase_loses_nothing(bag: Bag) -> None:
+    bag.sensors(9.0)
+    bag.instruct(0.0, "push")
+    bag.commands(0.9, 1)  # a stray one
+    bag.commands(1.045, 20, hz=1.01 * HZ)
+    jitter = np.random.default_rng(0).uniform(-0.005, 0.005, 20)
+    for i in range(20):
+        bag.add(6.0 + (i + 0.49) / HZ + jitter[i], "/commands", ARRAY, array_fields(np.array([0.01 * i, 0.5, 1.0])))
+    with reader(bag) as found:
+        first, second = found.episodes()
+    np.testing.assert_allclose([a[0] for a in first.actions], [0, *0.01 * np.arange(20), *[0] * PAUSE_TICKS])
+    np.testing.assert_allclose([a[0] for a in second.actions], 0.01 * np.arange(20))
+    assert found.unused == 0
 
 
 @pytest.mark.parametrize(("robot", "held"), [(DELTA, (0.0, 0.0, 1.0)), (ABSOLUTE, (0.09, 0.5, 1.0))])
@@ -394,6 +450,13 @@ def test_all_bags_are_checked_before_the_first_is_converted(
         with pytest.raises(ValueError, match=said):
             main(config)
     assert not (tmp_path / "made.recording").exists()
+
+
+def test_commands_that_no_tick_has_are_counted(bag: Bag, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bag.commands(1.03, 20)  # a second node commands the arm, too
+    main(command(bag, tmp_path / "made"))
+    said = "left out 20 commands: another one came for the same tick of control_hz=10\n2 episodes in"
+    assert said in capsys.readouterr().out
 
 
 def test_one_bag_is_a_list_of_one(bag: Bag, tmp_path: Path) -> None:
