@@ -9,10 +9,11 @@ import io
 import os
 import zipfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,52 @@ IMAGE_PREFIX = "observation.images."
 PNG_LEVEL = 1  # level 6, which lerobot uses, takes three times as long for files 10 % smaller
 STATISTICS_FRAMES, STATISTICS_STRIDE = 16, 4
 QUANTILES = (0.01, 0.10, 0.50, 0.90, 0.99)
+
+
+class PngFile(Sequence[bytes]):
+    """PNG files one after the other in a file: of a long episode, they do not fit into memory.
+
+    Args:
+        path: the file, which is made anew.
+
+    Attributes:
+        lengths: sizes of the PNG files in bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("w+b")
+        self._begins: list[int] = []
+        self.lengths: list[int] = []
+
+    def append(self, png: bytes) -> None:
+        """Add a PNG file at the end."""
+        self._file.write(png)
+        self._begins.append(self._begins[-1] + self.lengths[-1] if self.lengths else 0)
+        self.lengths.append(len(png))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        self._file.flush()
+        return os.pread(self._file.fileno(), self.lengths[index], self._begins[index])
+
+    def joined(self) -> np.ndarray:
+        """Return the content of the file, which is read where it is used; it must not be empty."""
+        self._file.flush()
+        return np.memmap(self._path, np.uint8, "r")
+
+    def delete(self) -> None:
+        """Delete the file."""
+        with suppress(OSError):  # what a full disk did not take
+            self._file.close()
+        self._path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -39,7 +86,7 @@ class Demonstration:
     instruction: str
     fps: int
     arrays: dict[str, np.ndarray]
-    images: dict[str, list[bytes]] = field(repr=False)
+    images: Mapping[str, Sequence[bytes]] = field(repr=False)
     image_statistics: dict[str, dict[str, np.ndarray]] = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -59,8 +106,11 @@ class Demonstration:
         content: dict[str, Any] = {"instruction": np.array(self.instruction), "fps": np.array(self.fps)}
         content |= {f"array/{name}": array for name, array in self.arrays.items()}
         for camera, files in self.images.items():
-            content[f"png/{camera}"] = np.frombuffer(b"".join(files), np.uint8)
-            content[f"length/{camera}"] = np.array([len(file) for file in files])
+            if isinstance(files, PngFile):
+                joined, lengths = files.joined(), files.lengths
+            else:
+                joined, lengths = np.frombuffer(b"".join(files), np.uint8), [len(file) for file in files]
+            content[f"png/{camera}"], content[f"length/{camera}"] = joined, np.array(lengths)
             content |= {f"statistic/{camera}/{k}": v for k, v in self.image_statistics[camera].items()}
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -109,7 +159,7 @@ def pack(instruction: str, fps: int, steps: dict[str, list[np.ndarray]]) -> Demo
 
 
 def pack_encoded(
-    instruction: str, fps: int, arrays: dict[str, np.ndarray], images: dict[str, list[bytes]]
+    instruction: str, fps: int, arrays: dict[str, np.ndarray], images: Mapping[str, Sequence[bytes]]
 ) -> Demonstration:
     """Build a demonstration from arrays [T,...] and PNG files.
 

@@ -3,7 +3,9 @@
     Bridge.on_tick --> Recorder: one frame per tick (newest images and state, the command that was sent with them)
                           |  thread: PNG files
                           v
-    OUTPUT.recording/episodes/000000.npz ...     on disk when the episode has ended; a crash loses the running one
+    OUTPUT.recording/episodes/.running.0 ...     pictures of the running episode, a hidden file for each camera
+                          v
+    OUTPUT.recording/episodes/000000.npz ...     complete when the episode has ended; a crash loses the running one
                           v  assemble
     OUTPUT/                                      the data set, with all of them
 
@@ -19,7 +21,6 @@ Shape legend: T steps, A action dimension, S state dimension.
 from __future__ import annotations
 
 import queue
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from cogvla.envs.recording.dataset_folder import DatasetFolder
-from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, encode_png, pack_encoded
+from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, PngFile, encode_png, pack_encoded
 from cogvla.envs.recording.demonstrator import INTERVENTION
 from cogvla.files import is_left_by_macos
 from cogvla.policy.interface import Embodiment
@@ -94,7 +95,7 @@ class RecordingFolder:
         instruction: str,
         states: list[np.ndarray],
         actions: list[np.ndarray],
-        images: dict[str, list[bytes]],
+        images: Mapping[str, Sequence[bytes]],
         interventions: list[bool] | None = None,
     ) -> None:
         """Save an episode: T states [S], T actions [A], T PNG files of each camera, and whether the operator acted.
@@ -113,6 +114,10 @@ class RecordingFolder:
             arrays[INTERVENTION] = np.array(interventions)
         named = {IMAGE_PREFIX + camera: files for camera, files in images.items()}
         pack_encoded(instruction, self._fps, arrays, named).save(self._path(number))
+
+    def running(self, camera: int) -> PngFile:
+        """Return a hidden file for the pictures that a camera, given as a number, takes in the running episode."""
+        return PngFile(self._folder.episodes / f".running.{camera}")
 
     def remove(self, number: int) -> None:
         """Delete an episode."""
@@ -178,16 +183,23 @@ class Recorder(WritingThread[Tick | str]):
         self._actions: list[np.ndarray] = []
         self._interventions: list[bool] = []
         self._dropped = False  # the running episode: what is left of it is not recorded
-        self._images: defaultdict[str, list[bytes]] = defaultdict(list)
+        self._images: dict[str, PngFile] = {}
+        self._idle = True  # the last tick of `show` had no command
 
     @property
     def episodes(self) -> int:
         return len(self._numbers)
 
     def show(self, tick: Tick) -> None:
-        """Queue a tick for recording; raise the error that ended it, such as a full disk or a full queue."""
+        """Queue a tick for recording; raise the error that ended it, such as a full disk or a full queue.
+
+        Of ticks without a command, only the first one says something: it ends the episode.
+        """
         if self._failure is not None:
             raise self._failure
+        was_idle, self._idle = self._idle, tick.command.action_A is None
+        if was_idle and self._idle:
+            return
         try:
             self._waiting.put_nowait(tick)
         except queue.Full:
@@ -212,14 +224,17 @@ class Recorder(WritingThread[Tick | str]):
     # --- in the thread ------------------------------------------------------------------------------------------------
 
     def _write(self, items: Iterator[Tick | str]) -> None:
-        for item in items:
-            if isinstance(item, Tick):
-                self._take(item)
-            elif item == "end":
-                self._end()
-            else:
-                self._drop()
-        self._end()
+        try:
+            for item in items:
+                if isinstance(item, Tick):
+                    self._take(item)
+                elif item == "end":
+                    self._end()
+                else:
+                    self._drop()
+            self._end()
+        finally:
+            self._clear()
 
     def _take(self, tick: Tick) -> None:
         """Add a tick to the episode; end it where nothing is commanded, or where a state or picture is missing.
@@ -239,13 +254,15 @@ class Recorder(WritingThread[Tick | str]):
         self._actions.append(tick.command.action_A)
         self._interventions.append(tick.command.kind is Kind.TELEOP)
         for camera, image_HW3 in tick.images.items():
+            if camera not in self._images:
+                self._images[camera] = self._folder.running(len(self._images))
             self._images[camera].append(encode_png(image_HW3))
 
     def _end(self) -> None:
         if len(self._states) >= SHORTEST:
             number = max(self._numbers, default=-1) + 1
             interventions = self._interventions if self._teleoperated else None
-            self._folder.save(number, self._instruction, self._states, self._actions, dict(self._images), interventions)
+            self._folder.save(number, self._instruction, self._states, self._actions, self._images, interventions)
             self._numbers.append(number)
         self._clear()
 
@@ -258,5 +275,7 @@ class Recorder(WritingThread[Tick | str]):
             self._folder.remove(self._numbers.pop())
 
     def _clear(self) -> None:
-        self._instruction, self._states, self._actions, self._images = "", [], [], defaultdict(list)
+        for pictures in self._images.values():
+            pictures.delete()
+        self._instruction, self._states, self._actions, self._images = "", [], [], {}
         self._interventions, self._dropped = [], False

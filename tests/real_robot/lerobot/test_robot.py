@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from lerobot.cameras.opencv import OpenCVCamera, OpenCVCameraConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from omegaconf import DictConfig
 
+from cogvla.envs.recording.demonstration import IMAGE_PREFIX, Demonstration, encode_png, pack_encoded
 from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings, Tick
 from cogvla.real_robot.control.control_loop import State
@@ -31,6 +33,7 @@ from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.command import compose
 from cogvla.scripts.robot.drive_robot import main
+from cogvla.tests.support.full_disk import files_limited_to
 from cogvla.tests.support.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
 from cogvla.tests.support.policy_servers import serving
 from cogvla.tests.support.waiting import until, wait_ticks
@@ -403,8 +406,103 @@ def test_a_recording_that_was_killed_goes_on(robot: PlaneArm, tmp_path: Path) ->
 def test_a_machine_that_cannot_record_as_fast_says_so(tmp_path: Path, robot: PlaneArm) -> None:
     recorder = Recorder(tmp_path / "recorded", PLANE, "plane_arm")  # its thread does not run: nothing is encoded
     recorder._waiting.maxsize = 3
-    with bridged(robot, on_tick=recorder.show) as bridge, pytest.raises(ValueError, match="cannot keep up"):
-        bridge.wait(30)
+    with bridged(robot, on_tick=recorder.show) as bridge:
+        bridge.activate()
+        with pytest.raises(ValueError, match="cannot keep up"):
+            bridge.wait(30)
+
+
+def moving(count: int) -> list[Tick]:
+    """Ticks with commands and pictures of noise, of about 300 bytes."""
+    noise = np.random.default_rng(0)
+    return [
+        Tick(
+            Command(Kind.ACTION, n, np.full(PLANE.action_dim, n)),
+            {c.name: noise.integers(0, 256, (c.height, c.width, 3), np.uint8) for c in PLANE.cameras},
+            np.zeros(PLANE.state_dim),
+            INSTRUCTION,
+            n / 20,
+        )
+        for n in range(count)
+    ]
+
+
+def test_pictures_of_the_running_episode_are_on_disk(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "recorded", PLANE, "plane_arm")
+    episodes = tmp_path / "recorded.recording" / "episodes"
+    ticks = moving(90)
+    seen: list[list[str]] = []
+
+    def watched() -> Iterator[Tick | str]:
+        yield from ticks[:50]
+        seen.append(sorted(path.name for path in episodes.iterdir()))
+        yield "drop"
+        seen.append(sorted(path.name for path in episodes.iterdir()))
+        yield replace(ticks[0], command=Command(Kind.NONE, 0, None))
+        yield from ticks[50:]
+
+    recorder._write(watched())
+    assert seen == [[f".running.{camera}" for camera in range(len(PLANE.cameras))], []]
+    assert [path.name for path in episodes.iterdir()] == ["000000.npz"]
+    saved = Demonstration.load(episodes / "000000.npz")
+    for name in PLANE.camera_names:
+        files = [encode_png(tick.images[name]) for tick in ticks[50:]]
+        assert saved.images[IMAGE_PREFIX + name] == files
+        statistics = pack_encoded("", 20, saved.arrays, {name: files}).image_statistics[name]
+        assert {key: value.tolist() for key, value in statistics.items()} == {
+            key: value.tolist() for key, value in saved.image_statistics[IMAGE_PREFIX + name].items()
+        }
+
+
+def test_pictures_need_no_memory_however_long_the_episode_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    camera = replace(PLANE.cameras[0], height=200, width=200)
+    recorder = Recorder(tmp_path / "recorded", replace(PLANE, cameras=(camera,)), "plane_arm")
+    picture = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)  # 0.12 MB
+    png = encode_png(picture)
+    monkeypatch.setattr("cogvla.real_robot.recording.recorder.encode_png", lambda _: png)  # takes most of the time
+    tick = replace(moving(1)[0], images={camera.name: picture})
+    tracemalloc.start()
+    try:
+        recorder._write(tick for _ in range(400))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    [saved] = (tmp_path / "recorded.recording" / "episodes").iterdir()
+    assert saved.stat().st_size > 48e6
+    assert most < 36e6  # numpy writes 16 MB at a time
+
+
+def test_a_full_disk_ends_the_recording_and_what_is_finished_stays(tmp_path: Path) -> None:
+    output = tmp_path / "recorded"
+    ticks = moving(200)
+    stopped = replace(ticks[0], command=Command(Kind.NONE, 0, None))
+    recorder = Recorder(output, PLANE, "plane_arm")
+
+    def until_full() -> None:
+        for tick in [*ticks[:5], stopped, *ticks]:
+            recorder.show(tick)
+        until(lambda: recorder._failure is not None)
+        recorder.show(stopped)
+
+    with files_limited_to(20_000), pytest.raises(OSError, match="File too large"), recorder:
+        until_full()
+    assert [path.name for path in (output.with_name("recorded.recording") / "episodes").iterdir()] == ["000000.npz"]
+    with Recorder(output, PLANE, "plane_arm") as again:
+        assert again.episodes == 1
+    assert LeRobotDataset("cogvla/recorded", root=output).meta.total_frames == 5
+
+
+def test_ticks_of_an_idle_robot_are_not_queued(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "recorded", PLANE, "plane_arm")  # its thread does not run yet
+    recorder._waiting.maxsize = 12
+    ticks = moving(9)
+    idle = [replace(tick, command=Command(Kind.NONE, tick.command.tick, None)) for tick in moving(30)]
+    for tick in [*idle, *ticks[:4], *idle, *ticks[4:], *idle]:
+        recorder.show(tick)
+    assert recorder._waiting.qsize() == 11, "each episode, and that it has ended"
+    with recorder:
+        pass
+    assert recorder.episodes == 2
 
 
 def command(uri: str, *overrides: str) -> DictConfig:
