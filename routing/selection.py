@@ -28,6 +28,14 @@ def ranked(score_BN: Tensor) -> Tensor:
     return score_BN.sort(dim=1, descending=True, stable=True).indices
 
 
+def part_of(budget: int, share: float) -> int:
+    """Return this share of a budget, rounded, but at least one of it where the share is above 0 and others are left.
+
+    Otherwise a method with two parts is another method at small budgets, and nothing says so.
+    """
+    return max(round(share * budget), int(share > 0 and budget > 1))
+
+
 def take(tokens_BND: Tensor, index_Bn: Tensor) -> Tensor:
     """Return the tokens [B,n,D] with these indices."""
     return tokens_BND.gather(1, index_Bn[..., None].expand(-1, -1, tokens_BND.shape[-1]))

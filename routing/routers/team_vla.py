@@ -24,7 +24,7 @@ from torch import Tensor
 from cogvla.routing.draws import uniform
 from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
-from cogvla.routing.selection import best, kept, minmax, take, unit
+from cogvla.routing.selection import best, kept, minmax, part_of, take, unit
 
 BELOW_ONE = 1 - 2.0**-10
 """Similarities count up to this, so that F counts more."""
@@ -58,7 +58,7 @@ class TeamVLA(TokenRouter):
         similar_BTN = similar_BTN.masked_fill(~context.text_mask_BT[..., None], -2.0)  # below every cosine
         seed_BN = seeds(similar_BTN, context.text_mask_BT)
         score_BN = density(seed_BN, context.grid) + BELOW_ONE * minmax(similar_BTN.amax(1))
-        drawn = round(self.context * context.budget)
+        drawn = part_of(context.budget, self.context)
         dense_Bn = best(score_BN, context.budget - drawn)
         if not drawn:
             return kept(tokens_BND, dense_Bn, score_BN)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
-from cogvla.routing.selection import best, remaining, take, unit
+from cogvla.routing.selection import best, part_of, remaining, take, unit
 
 SCORES = {"received": "received_BN", "cls": "attention_LBN"}
 NORMS = ("sum_mean", "mean")
@@ -57,7 +57,7 @@ class VisualAttentionMerge(TokenRouter):
         assert score_BN is not None
         assert context.keys_BNC is not None
         score_BN = score_BN.float() if score_BN.ndim == 2 else score_BN.float().sum(0)
-        tokens, merged = tokens_BND.shape[1], round(self.contextual * context.budget)
+        tokens, merged = tokens_BND.shape[1], part_of(context.budget, self.contextual)
         dominant_Bn = best(score_BN, context.budget - merged)
         owner_BN = torch.full(score_BN.shape, -1, device=score_BN.device)
         owner_BN.scatter_(

@@ -22,7 +22,7 @@ from cogvla.routing.routers.global_attention import patch_entropy
 from cogvla.routing.routers.late_exit import fit_threshold
 from cogvla.routing.routers.text_guided import diverse, relevance
 from cogvla.routing.routers.zeroth_order import ZerothOrder
-from cogvla.routing.selection import best, effective_rank, grid_shape, ranked, unit
+from cogvla.routing.selection import best, effective_rank, grid_shape, part_of, ranked, unit
 from cogvla.tests.support.router_contexts import WIDTH, context_for, everything, router_of, tokens_of
 
 
@@ -156,6 +156,20 @@ def test_merged_tokens_of_equal_ones(norm: str, length: float) -> None:
     assert (routed.tokens_BnD[0, 7] == 1).all()
     assert routed.owner_BN is not None
     assert (routed.owner_BN >= 0).all(), "nothing is lost"
+
+
+@pytest.mark.parametrize(("budget", "merged"), [(1, 0), (2, 1), (4, 1), (12, 2)])
+def test_a_small_budget_merges_too(budget: int, merged: int) -> None:
+    items = {"received_BN": planted(2, batch=1)[0], "keys_BNC": torch.randn(1, 16, 6)}
+    routed = route("visual_attention_merge", torch.randn(1, 16, 4), budget, {}, **items)
+    assert (routed.index_Bn == -1).sum() == merged, "an eighth, but not nothing"
+
+
+@pytest.mark.parametrize(
+    ("budget", "share", "part"), [(1, 0.5, 0), (1, 1.0, 1), (4, 0.1, 1), (4, 0.0, 0), (8, 0.25, 2), (3, 1.0, 3)]
+)
+def test_part_of_a_budget(budget: int, share: float, part: int) -> None:
+    assert part_of(budget, share) == part
 
 
 def test_debias_takes_the_trend_out() -> None:
