@@ -58,7 +58,7 @@ class Noted:
         self.ahead = ahead
         self.images: list[tuple[str, float]] = []
         self.states: list[float] = []
-        self.refused: list[tuple[str, str, str]] = []
+        self.refused: list[tuple[str, ...]] = []
 
     def now(self) -> float:
         return time.perf_counter() + self.ahead

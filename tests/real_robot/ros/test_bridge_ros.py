@@ -515,11 +515,11 @@ def test_a_joint_that_is_measured_by_another_is_refused(gripper: int) -> None:
     topics = build(RosTopics, load("topics", "six_joints") | {"joints": ELBOW_FIRST}, "topics")
     inside = list(topics.command_joints or ())
     inside.insert(gripper, "gripper")
-    for each in (topics, replace(topics, gripper=None, command_joints=inside)):
+    for each in (topics, replace(topics, gripper=None, command_joints=tuple(inside))):
         with pytest.raises(ValueError, match=r"state_index of joint1 is 0, the position of joint3: give 2$"):
             each.check(embodiment, limits)
         each.check(embodiment, replace(limits, state_index=(2, 1, 0, 3, 4, 5)))
-        unknown = ["a", "b", "c", "d", "e", "f", "gripper"]
+        unknown = ("a", "b", "c", "d", "e", "f", "gripper")
         replace(each, joints=unknown).check(embodiment, limits)
     array = replace(topics, command_type="array", command_joints=None)
     array.check(embodiment, limits)  # names nothing
