@@ -172,17 +172,17 @@ def stop_event() -> threading.Event:
     """Set by SIGINT, SIGTERM and SIGHUP from now on; by nothing outside of the main thread: it has no signals."""
     stop = threading.Event()
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, *_ends()):
+        for number in (signal.SIGINT, *ending_signals()):
             signal.signal(number, lambda *_: stop.set())
     return stop
 
 
 def end_on_sigterm() -> None:
     """Let SIGTERM and SIGHUP end the command as Ctrl-C does, so that robot and processes are left in order."""
-    for number in _ends():
+    for number in ending_signals():
         signal.signal(number, signal.default_int_handler)
 
 
-def _ends() -> list[signal.Signals]:
+def ending_signals() -> list[signal.Signals]:
     """Return the signals that end a command besides Ctrl-C: also that of a lost terminal, unless `nohup` ignores it."""
     return [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else [])]

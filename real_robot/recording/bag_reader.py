@@ -161,6 +161,7 @@ class BagReader:
     Attributes:
         skipped: number of ticks that belong to no episode, by reason.
         unused: number of commands that no tick has, because another one came for the same tick.
+        command_hz: rate of the commands in Hz, by the median of their distances; None: not yet read, or one command.
 
     Raises:
         ValueError: topics, robot and embodiment do not match; or, when the context is entered, the bag is missing,
@@ -181,6 +182,7 @@ class BagReader:
         self._away_s: dict[str, float] = {}  # topic -> how far its last sample of another clock was away
         self.skipped: Counter[str] = Counter()
         self.unused = 0
+        self.command_hz: float | None = None
 
     def __enter__(self) -> Self:
         if not self._path.exists():
@@ -238,6 +240,8 @@ class BagReader:
         running: BagEpisode | None = None
         held = 0  # ticks without a command
         self.unused += len(bag.commands.times)
+        if len(bag.commands.times) > 1:
+            self.command_hz = 1.0 / max(float(np.median(np.diff(bag.commands.times))), 1e-9)
         for when, number in ticks_of(bag.commands.times, 1.0 / self._embodiment.control_hz):
             self.unused -= number is not None
             last_A = running.actions[-1] if running is not None and held < PAUSE_TICKS else None

@@ -143,9 +143,11 @@ class ReconnectingClient:
 
     async def _check_policy(self, client: AsyncPolicyClient) -> None:
         """Close a connection to a server of another policy, and raise a ValueError."""
-        wanted, there = self.policy or {}, client.info.policy
-        changed = [key for key in {**wanted, **there} if key not in HOW and wanted.get(key) != there.get(key)]
-        if self.policy is not None and changed:
+        if self.policy is None:
+            return
+        there = client.info.policy
+        changed = [k for k in {**self.policy, **there} if k not in HOW and self.policy.get(k) != there.get(k)]
+        if changed:
             self._client = None
             await client.close()
             raise ValueError(

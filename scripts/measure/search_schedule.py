@@ -58,7 +58,7 @@ def run(config: DictConfig, command: str) -> RouterConfig:
         raise ValueError("search_schedule finds router.layer_budgets: leave it out")
     if router.mode == "bypass":
         raise ValueError("search_schedule counts tokens as removed from their layer on: it needs router.mode=drop")
-    router = replace(router, layer_router=router.layer_router or CARRIED, layer_budgets=())
+    router = replace(router, layer_router=router.layer_router or CARRIED)
     ranges = _ranges(values["ranges"])
     given = router.layers, values["mean"], ranges, values["evaluations"], values["method"]
     check_search(*given)  # what needs no policy

@@ -22,6 +22,9 @@ from cogvla.real_robot.ros.topics import RosTopics
 from cogvla.scripts import console
 from cogvla.scripts.command import plain
 
+RATE_TOLERANCE = 0.05
+"""Relative difference of the commands' rate from `control_hz` that is not worth a note."""
+
 
 def main(config: DictConfig) -> None:
     """Convert the bags, and print how many seconds and commands were left out and why.
@@ -66,6 +69,12 @@ def main(config: DictConfig) -> None:
                 number += 1
             skipped.update(reader.skipped)
             unused += reader.unused
+            rate, wanted = reader.command_hz, embodiment.control_hz
+            if rate is not None and abs(rate / wanted - 1) > RATE_TOLERANCE:
+                print(
+                    f"note: commands come at {rate:.3g} Hz, and embodiment.control_hz is {wanted:g}: a frame of the "
+                    "data set lasts longer or shorter than its action; give the rate of the commands"
+                )
     count = folder.assemble()
     for reason, ticks in skipped.most_common():
         print(f"left out {ticks / embodiment.control_hz:.1f} s: {reason}")

@@ -35,7 +35,7 @@ KEYS = "a activate, s stop, space emergency stop, r reset, d drop the last episo
 
 
 def main(config: DictConfig, keyboard: int | None = None) -> None:
-    """Drive until `q`, SIGINT or SIGTERM; `keyboard` is a file descriptor with keys, None: standard input."""
+    """Drive until `q` or a signal; `keyboard` is a file descriptor with keys, None: standard input."""
     stop = stop_event()
     import_modules(config.imports)
     robot = build(RobotConfig, plain(config.robot), "robot")

@@ -24,12 +24,12 @@ from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
 from cogvla.real_robot.serving.server_metrics import ServerMetrics
 from cogvla.scripts import console
-from cogvla.scripts.command import import_modules, plain
+from cogvla.scripts.command import ending_signals, import_modules, plain
 from cogvla.scripts.policies import REMOTE, open_any_policy
 
 
 def main(config: DictConfig) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT, SIGTERM or SIGHUP.
 
     Raises:
         ValueError: the checkpoint, a certificate or a setting cannot be used.
@@ -62,7 +62,7 @@ def main(config: DictConfig) -> None:
 
 async def _serve(server: PolicyServer, settings: ServerSettings) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *ending_signals()):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
     def listening(port: int) -> None:

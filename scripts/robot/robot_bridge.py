@@ -33,7 +33,7 @@ POLL_S = 0.2
 
 
 def main(config: DictConfig) -> None:
-    """Run the bridge until SIGINT or SIGTERM; write `report.json` if an output folder is given."""
+    """Run the bridge until SIGINT, SIGTERM or SIGHUP; write `report.json` if an output folder is given."""
     stop = stop_event()
     robot = build(RobotConfig, plain(config.robot), "robot")
     embodiment = build(Embodiment, plain(config.embodiment), "embodiment")

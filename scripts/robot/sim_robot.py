@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 def main(config: DictConfig) -> None:
-    """Simulate until SIGINT or SIGTERM."""
+    """Simulate until SIGINT, SIGTERM or SIGHUP."""
     stop = stop_event()
     import_modules(config.imports)
     topics = build(RosTopics, plain(config.topics), "topics")

@@ -23,7 +23,7 @@ from cogvla.envs.rollout.rollout import RolloutSettings
 from cogvla.real_robot.serving.batching import BatchSettings
 from cogvla.real_robot.serving.server import ServerSettings
 from cogvla.scripts import console
-from cogvla.scripts.command import import_modules, plain
+from cogvla.scripts.command import ending_signals, import_modules, plain
 from cogvla.scripts.policies import open_any_policy
 from cogvla.scripts.robot.policy_server import address, check_address, is_loopback
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def main(config: DictConfig) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT, SIGTERM or SIGHUP.
 
     Raises:
         ValueError: vla-eval is not installed, the policy cannot be opened, or it does not fit the benchmarks.
@@ -72,7 +72,7 @@ async def _serve(server: PolicyModelServer, host: str, port: int) -> None:
     from cogvla.real_robot.harness.model_server import serve
 
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *ending_signals()):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     name = server.embodiment.name
     try:

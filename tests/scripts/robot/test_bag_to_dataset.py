@@ -459,6 +459,22 @@ def test_commands_that_no_tick_has_are_counted(bag: Bag, tmp_path: Path, capsys:
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("hz", "noted"), [(10.2, False), (12.0, True), (8.0, True)])
+def test_another_rate_of_the_commands_is_said(
+    bag: Bag, tmp_path: Path, hz: float, noted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rated = Bag(tmp_path / "rated")
+    rated.sensors(6.0)
+    rated.instruct(0.5, "push")
+    rated.commands(1.0, 30, hz)
+    rated.write()
+    config = command(bag, tmp_path / "made")
+    config.bags = [str(rated.path)]
+    main(config)
+    said = f"commands come at {hz:g} Hz, and embodiment.control_hz is 10: "
+    assert (said in capsys.readouterr().out) is noted
+
+
 def test_one_bag_is_a_list_of_one(bag: Bag, tmp_path: Path) -> None:
     config = command(bag, tmp_path / "made")
     config.bags = str(bag.path)
