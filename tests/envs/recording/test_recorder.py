@@ -538,7 +538,7 @@ def test_a_full_disk_while_playing_loses_nothing(
 ) -> None:
     output, full = tmp_path / "toy", toy_suite.FullDiskExpert
     with pytest.raises(OSError, match=r"cannot write to .*Free.*\d finished episodes are kept in .*the same command"):
-        record(NAME, EPISODES, output, image_size=16, expert=full)
+        record(NAME, EPISODES, output, image_size=16, workers=1, expert=full)
     assert not output.exists()
     finished = list((tmp_path / "toy.recording" / "episodes").iterdir())
     assert finished
