@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -75,8 +76,8 @@ def visible(folder: Path, pattern: str) -> list[Path]:
 
     macOS writes hidden files beside the data: `._NAME` for each NAME on other file systems, and `.DS_Store`.
     """
-    found = folder.glob(pattern)
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    # unlike Path.glob, glob follows links to folders, such as videos on another disk
+    return sorted(folder / name for name in glob.glob(pattern, root_dir=folder, recursive=True))
 
 
 def is_left_by_macos(path: Path) -> bool:

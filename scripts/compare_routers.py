@@ -51,7 +51,7 @@ from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic
 from cogvla.policy.checkpoint import load_policy, open_policy, weights_hash
 from cogvla.policy.data.config import DataConfig
-from cogvla.policy.engine.engine import EngineConfig
+from cogvla.policy.engine.engine import AUTO, EngineConfig
 from cogvla.policy.hub.download import checkpoint_name, find_checkpoint
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import machine, provenance, versions
@@ -92,6 +92,8 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         raise ValueError("budgets is empty; give shares of the tokens, such as [0.5,0.25]")
     if values["calls"] < 1:
         raise ValueError(f"calls must be at least 1, got {values['calls']}")
+    if values["engine"]["dtype"] == AUTO:
+        raise ValueError("engine.dtype=auto could choose another precision for each router: give one, or leave it out")
     import_modules(values["imports"])
     use_threads(values["threads"], values["evaluation"]["workers"])
     played = [get_suite(name, values) for name in suites(values["suite"])]

@@ -129,9 +129,8 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     if not all(Path(folder).exists() for folder in recordings):
         check_without_data(training_config, model_config, objective_config, data_configs, embodiment)
     entries: list[DataEntry] = []
-    for entry in (entry for data_config in data_configs for entry in data_config.entries()):
-        if entry not in entries:  # one data set of several suites
-            entries.append(entry)
+    for data_config in data_configs:
+        entries += [entry for entry in data_config.entries() if entry not in entries]  # suites may share data sets
 
     own = (
         [own_entry(*pair, entries) for pair in zip(played, data_configs, strict=False)] if values["evaluation"] else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,6 +13,8 @@ from cogvla.policy.data.gripper import GripperConvention
 INTERVENTION = "intervention"
 """Feature that is true where the demonstrator acted, and false where the policy did."""
 STATISTICS = ("joint", "each")
+MOST = 1e9
+"""Largest size in GB and weight; 1 / MOST is the smallest weight."""
 OF_THE_MIXTURE = ("mixture", "statistics", "mixed_rates", "paraphrases", "cache", "cache_gb")
 """Keys of `DataConfig` that hold for all data sets of a mixture."""
 
@@ -85,10 +86,10 @@ class DataConfig:
         if self.statistics not in STATISTICS:
             raise ValueError(f"data.statistics is {self.statistics!r}; it must be one of {', '.join(STATISTICS)}")
         check_choice(self.episodes)
-        if self.cache_gb is not None and not self.cache_gb > 0:
+        if self.cache_gb is not None and not 0 < self.cache_gb <= MOST:
             raise ValueError(f"data.cache_gb must be positive, or null for no limit; got {self.cache_gb}")
         weight: Any = self.intervention_weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1 / MOST <= weight <= MOST:
             raise ValueError(f"data.intervention_weight must be a positive number, got {weight!r}")
         for name in ("state", "action"):
             keys = getattr(self, name)
@@ -134,7 +135,7 @@ class DataConfig:
         if name is not None and not (isinstance(name, str) and name.strip()):
             raise ValueError(f"{where}.name must be a text, got {name!r}")
         weight = 1.0 if weight is None else weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1 / MOST <= weight <= MOST:
             raise ValueError(
                 f"{where}.weight must be a positive number, got {weight!r}; to leave a data set out, remove its entry"
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,22 @@ class DemonstrationData:
         """Read one data set; decode its frames if they are not in the cache. `open_data` also reads mixtures.
 
         Raises:
+            ValueError: see `checked`.
+            OSError: see `checked`.
+        """
+        return cls.checked(config, embodiment, progress)()
+
+    @classmethod
+    def checked(
+        cls, config: DataConfig, embodiment: Embodiment, progress: bool = True
+    ) -> Callable[[], DemonstrationData]:
+        """Read and check all of one data set but its frames.
+
+        Returns:
+            Function that decodes the frames if they are not in the cache, and returns the data; it raises the same
+            errors.
+
+        Raises:
             ValueError: the data set does not exist, does not fit the embodiment, contains NaN, or is damaged; or the
                 configuration is a mixture.
             OSError: the decoded frames cannot be written.
@@ -152,28 +168,34 @@ class DemonstrationData:
                 )
         if len(set(mapping.cameras)) < len(mapping.cameras):
             notes.append(f"data.cameras gives several cameras the same key: {dict(config.cameras)}")
-        data = cls(
-            frames=open_frames(reader, sizes.pop(), Path(config.cache), config.cache_gb, progress),
-            state_NS=columns.pop("state"),
-            action_NA=actions,
-            episode_N=columns.pop("episode"),
-            instruction_N=columns.pop("instruction"),
-            instructions=instructions,
-            frame_labels={name: shaped(name, key, columns[f"label/{name}"]) for name, key in config.labels.items()},
-            chunk=embodiment.chunk,
-            notes=tuple(f"{root}: {note}" for note in notes),
-            paraphrases=own,
-            teaching=teaching,
-            executed_NA=executed,
-        )
-        provenance = {
-            "name": config.repo_id or root.name,
-            "revision": revision,
-            "fingerprint": _digest(*data.content().values()),
-            "episodes": int(data.episode_N.unique().numel()),
-            "frames": len(data),
-        }
-        return replace(data, provenance=provenance)
+        labels = {name: shaped(name, key, columns[f"label/{name}"]) for name, key in config.labels.items()}
+        (size,) = sizes
+
+        def decode() -> DemonstrationData:
+            data = cls(
+                frames=open_frames(reader, size, Path(config.cache), config.cache_gb, progress),
+                state_NS=columns["state"],
+                action_NA=actions,
+                episode_N=columns["episode"],
+                instruction_N=columns["instruction"],
+                instructions=instructions,
+                frame_labels=labels,
+                chunk=embodiment.chunk,
+                notes=tuple(f"{root}: {note}" for note in notes),
+                paraphrases=own,
+                teaching=teaching,
+                executed_NA=executed,
+            )
+            provenance = {
+                "name": config.repo_id or root.name,
+                "revision": revision,
+                "fingerprint": _digest(*data.content().values()),
+                "episodes": int(data.episode_N.unique().numel()),
+                "frames": len(data),
+            }
+            return replace(data, provenance=provenance)
+
+        return decode
 
     def content(self) -> dict[str, Any]:
         """Return a fingerprint of each part of the content; that of the pictures looks at `SAMPLED_FRAMES` frames.

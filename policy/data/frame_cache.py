@@ -39,7 +39,8 @@ from cogvla.policy.data.reader import FrameGroup, LeRobotReader
 from cogvla.policy.data.streaming import FETCHED, GB, locked
 from cogvla.policy.inputs.resize import resize
 
-FILES = tuple(f"*-{'[0-9a-f]' * 16}.{ending}" for ending in ("frames", "streaming", "u8"))
+HASH = "[0-9a-f]" * 16
+FILES = tuple(f"*-{HASH}.{ending}" for ending in ("frames", "streaming", "u8"))
 """Names of files, of this version and of earlier ones, that a limit may delete."""
 MAX_THREADS = 16
 SAMPLED_PARTS = 16
@@ -120,12 +121,12 @@ def _open(path: Path, shape: tuple[int, ...]) -> FrameFile | None:
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes have left; only to be called with the lock."""
     shutil.rmtree(folder / FETCHED, ignore_errors=True)
-    for path in folder.glob(".*.partial"):
+    for path in folder.glob(f".*-{HASH}.partial"):
         path.unlink(missing_ok=True)
-    for path in folder.glob("*.journal"):
+    for path in folder.glob(f"*-{HASH}.journal"):
         if not path.with_suffix(".streaming").is_file():
             path.unlink(missing_ok=True)
-    for path in folder.glob(".*.u8.*"):  # of earlier versions, which had no lock for the folder
+    for path in folder.glob(f".*-{HASH}.u8.*"):  # of earlier versions, which had no lock for the folder
         number = path.suffix.removeprefix(".")
         if number.isdecimal() and not Path("/proc", number).exists():
             path.unlink(missing_ok=True)
@@ -162,7 +163,8 @@ def _make_room(folder: Path, limit_gb: float, size: int, name: str, path: Path) 
     if used + size > limit:
         raise CacheLimitError(
             f"the frames of {name} take {size / GB:.3g} GB, and {used / GB:.3g} GB in {folder} are in use by other "
-            f"processes or data sets; data.cache_gb is {limit_gb:g}; wait for them, or {less}"
+            f"data sets of this command or by other processes; data.cache_gb is {limit_gb:g}; {less}, or wait for the "
+            "processes"
         )
 
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
@@ -118,8 +120,12 @@ class LeRobotReader:
         return self._index.episode[self._index.order]
 
     def fingerprint(self, extra: str) -> str:
-        """Return a fingerprint of all files with frames, of the order of the frames, of the cameras and of `extra`."""
-        kinds = [asdict(self.metadata.features[key]) for key in self.mapping.cameras]
+        """Return a fingerprint of the files with pictures, of the order of the frames, of the cameras and of `extra`.
+
+        Raises:
+            ValueError: a file is missing.
+        """
+        kinds = [(self.metadata.features[key].dtype, self.metadata.features[key].shape) for key in self.mapping.cameras]
         parts = [
             [entry.number, key, str(part.path.relative_to(self.root)), part.start]
             for entry in self._entries
@@ -130,12 +136,12 @@ class LeRobotReader:
         if self.hub is not None:  # the files of a commit do not change
             digest.update(f"{self.hub.repo_id}@{self.hub.commit}".encode())
             return digest.hexdigest()[:16]
-        for path in self.metadata.files(".", ""):
-            if "meta" in path.relative_to(self.root).parts[:1] or not path.is_file():
-                continue
+        for path in (*self.sources, *self._pictures_aside()):
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; {AGAIN}")
             stat = path.stat()
             # programs that copy a file may keep the time of its content, but not that of its entry in the folder
-            said = f"{path.relative_to(self.root)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
+            said = f"{os.path.relpath(path, self.root)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
             digest.update(said.encode())
         return digest.hexdigest()[:16]
 
@@ -156,7 +162,7 @@ class LeRobotReader:
             "state": self._joined("state", [values[key] for key in mapping.state]),
             "action": self._joined("action", [values[key] for key in mapping.action]),
             "episode": self._index.episode[order],
-            **{f"label/{name}": self._finite(repr(key), values[key]) for name, key in mapping.labels},
+            **{f"label/{name}": _signed(self._finite(repr(key), values[key]), key) for name, key in mapping.labels},
         }
         said = self._instructions()
         distinct = sorted(set(said))
@@ -271,6 +277,17 @@ class LeRobotReader:
                 f"{where} has {height} x {width} pixels, meta/info.json says shape {list(declared)} for {key!r}; "
                 f"correct its shape, or {AGAIN}"
             )
+
+    def _pictures_aside(self) -> list[Path]:
+        """Return the pictures that are files of their own, to which data files refer, and that are there."""
+        found: set[str] = set()
+        for source, views in self.sources.items():
+            for key in (self.mapping.cameras[view] for view in views):
+                if not self._is_video(key) and _has_references(self._footer(source), key):
+                    with pq.ParquetFile(source) as file:
+                        said = pc.struct_field(file.read([f"{key}.path"])[key], "path")
+                    found |= {path for path in said.to_pylist() if path is not None}
+        return [self.root / path for path in sorted(found) if (self.root / path).is_file()]
 
     @cached_property
     def _data_files(self) -> list[Path]:
@@ -433,3 +450,24 @@ class LeRobotReader:
                     f"{said} in the data set in {self.root}, the embodiment's {name}_dim is {dim}; "
                     "choose the embodiment that was recorded, or another key"
                 )
+
+
+def _signed(values: np.ndarray, key: str) -> np.ndarray:
+    """Return unsigned numbers as int64: torch can neither join nor compare the larger ones."""
+    if values.dtype.kind != "u" or values.dtype.itemsize == 1:
+        return values
+    if values.size and int(values.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{key!r} has the number {values.max()}, too large for int64; choose another feature")
+    return values.astype(np.int64)
+
+
+def _has_references(footer: pq.FileMetaData, key: str) -> bool:
+    """Return whether pictures of a camera may be files of their own: some rows may hold no bytes, but a path."""
+    for group in range(footer.num_row_groups):
+        columns = (footer.row_group(group).column(number) for number in range(footer.num_columns))
+        named = {column.path_in_schema: column for column in columns}
+        if f"{key}.path" in named:
+            stored = named.get(f"{key}.bytes")
+            if stored is None or stored.statistics is None or stored.statistics.null_count:
+                return True
+    return False

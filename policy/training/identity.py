@@ -29,6 +29,8 @@ REMOVED = {"objective.foresight": 0.0, "objective.foresight_target": "future"}
 """Settings that earlier versions had -> the value with which they changed nothing."""
 ADDED = ("weights of the base", "training.augmentation.")
 """Beginnings of the names of values that earlier versions did not save: nothing is known of them then."""
+HASHED = ("data set", "vocabulary", "weights", "wordings", "text encoder")
+"""Beginnings of the names of values that are fingerprints."""
 FINISHED = ("steps", "learning_rate", "warmup_steps", "optimiser", "weight_decay", "clip_norm", "ema_decay")
 """Fields of `TrainingConfig` that may change while a run goes on, but not once it is finished."""
 
@@ -79,12 +81,20 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if name in before:
             was |= {key: value for key, value in _flat(_defaults(kind), f"{name}.").items() if key not in was}
     found = []
+    if (sets := _sets(before)) != _sets(now):
+        found.append(f"the data sets were {', '.join(sets) or 'one'}, are {', '.join(_sets(now)) or 'one'}")
+        was, has = ({n: v for n, v in side.items() if not n.startswith("data set.")} for side in (was, has))
     for name in (*was, *(name for name in has if name not in was and not name.startswith(ADDED))):
         old, new = was.get(name), has.get(name)
         if old != new:
-            hashed = name.startswith(("data set", "vocabulary", "weights", "wordings", "text encoder"))
+            hashed = name.startswith(HASHED) and not name.endswith(".weight")
             found.append(f"{name} differs" if hashed else f"{name} was {old}, is {new}")
     return found
+
+
+def _sets(values: Mapping[str, Any]) -> list[str]:
+    """Return the names of the data sets of a mixture; one data set has none."""
+    return [name for name, content in values.get("data set", {}).items() if isinstance(content, Mapping)]
 
 
 def _defaults(kind: type) -> dict[str, Any]:

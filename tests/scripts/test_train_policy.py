@@ -370,6 +370,7 @@ def test_a_pretrained_language_model_brings_its_weights_and_its_tokenizer(tmp_pa
             ["data.statistics=each", "data.mixture=[{root: A},{root: B}]"],
             r"error: data\.statistics=each: no entry of data\.mixture is data\.root=.* of tabletop_object: give",
         ),
+        (["data.mixture=[{},{}]"], r"error: data\.mixture has the data set .* twice: give it once"),
         (["data.mixture=[]"], r"error: data\.mixture must be a list of data sets"),
         (["data.mixture=[{root: A, weight: 0}]"], r"error: data\.mixture\[0\]\.weight must be a positive number"),
         (["forecast=perhaps"], "error: forecast must be true or false, got 'perhaps'"),

@@ -58,7 +58,7 @@ class LifecycleProcess:
         self.process = Process(*self._arguments, domain=int(self.operator.domain))
         for service, kind in SERVICES.items():
             self.operator.node.client(f"{BRIDGE}/{service}", kind)
-        until(self._answers, 120)  # whoever knows this client, the last one made, knows all of them
+        until(self._answers)  # whoever knows this client, the last one made, knows all of them
 
     def _answers(self) -> bool:
         try:
@@ -90,7 +90,7 @@ class LifecycleProcess:
         return answer.results[0].successful, answer.results[0].reason
 
     def said(self, words: str) -> None:
-        until(lambda: any(words in line for line in self.process.lines), 60)
+        until(lambda: any(words in line for line in self.process.lines))
 
 
 @contextmanager

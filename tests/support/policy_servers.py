@@ -131,7 +131,7 @@ def serving(
         if isinstance(policy, SumPolicy):
             policy.go.set()
         loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive(), "the server did not stop"
 
 
@@ -148,7 +148,7 @@ def get(uri: str, path: str, headers: dict[str, str] | None = None) -> tuple[int
 
 def wait_for_server(process: subprocess.Popen[bytes], uri: str) -> None:
     """Return once a server's process answers; SystemExit if it has ended."""
-    until(lambda: process.poll() is not None or get(uri, "/healthz")[0] == 200, 240)
+    until(lambda: process.poll() is not None or get(uri, "/healthz")[0] == 200)
     if process.poll() is not None:
         raise SystemExit("the server did not start")
 
@@ -172,7 +172,7 @@ class ServerProcess:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(120)
 
 
 class StallingProxy:

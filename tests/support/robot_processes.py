@@ -22,6 +22,7 @@ from cogvla.real_robot.ros.network import RosSettings
 from cogvla.real_robot.ros.node import ARRAY, DIAGNOSTICS, JOINT_STATE, SET_BOOL, STRING, TRIGGER, Delivery, seconds_of
 from cogvla.real_robot.ros.rclpy_node import OwnNode, ros_type
 from cogvla.real_robot.simulated.simulated_arm import STATE_NAMES
+from cogvla.tests.support.waiting import PATIENCE_S
 
 BRIDGE = "/cogvla_bridge"
 COMMANDS = "/arm_controller/commands"
@@ -61,7 +62,7 @@ class Process:
     def kill(self) -> None:
         """As the kernel kills: without a word."""
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(120)
 
     def end(self, timeout_s: float = 60.0, by: int = SIGINT) -> int:
         """As Ctrl-C ends; its exit status."""
@@ -134,25 +135,25 @@ class Operator:
         self._orders[topic]({"data": json.dumps(order)})
 
     def estop(self, engaged: bool = True) -> tuple[bool, str]:
-        return self.node.call(f"{BRIDGE}/estop", SET_BOOL, engaged, timeout_s=20)
+        return self.node.call(f"{BRIDGE}/estop", SET_BOOL, engaged, timeout_s=120)
 
     def activate(self, active: bool = True) -> tuple[bool, str]:
-        return self.node.call(f"{BRIDGE}/activate", SET_BOOL, active, timeout_s=20)
+        return self.node.call(f"{BRIDGE}/activate", SET_BOOL, active, timeout_s=120)
 
     def reset(self) -> tuple[bool, str]:
-        return self.node.call(f"{BRIDGE}/reset", TRIGGER, timeout_s=20)
+        return self.node.call(f"{BRIDGE}/reset", TRIGGER, timeout_s=120)
 
-    def until(self, condition: Any, timeout_s: float = 120.0) -> None:
+    def until(self, condition: Any) -> None:
         """Wait; the machine may be busy."""
-        last = time.monotonic() + timeout_s
+        last = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < last, f"it did not happen in time; diagnostics: {self.diagnostics}"
             assert self.node.failure is None, self.node.failure
             time.sleep(0.01)
 
-    def state(self, name: str, reason: str = "", timeout_s: float = 120.0) -> None:
+    def state(self, name: str, reason: str = "") -> None:
         """Wait for a state of the bridge, and for what is given as its reason."""
-        self.until(lambda: self.diagnostics.get("state") == name and reason in json.dumps(self.diagnostics), timeout_s)
+        self.until(lambda: self.diagnostics.get("state") == name and reason in json.dumps(self.diagnostics))
 
     def close(self) -> None:
         self.node.close()

@@ -29,10 +29,17 @@ CHUNK_SIZE = 1000
 
 @dataclass(frozen=True)
 class Feature:
-    """One column of a data set: its lerobot type (`float32`, `image`, `video`, ...), and the shape of one value."""
+    """One column of a data set.
+
+    Attributes:
+        dtype: its lerobot type (`float32`, `image`, `video`, ...).
+        shape: shape of one value.
+        names: what its entries are, such as joints; (): not said.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    names: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def is_camera(self) -> bool:
@@ -175,9 +182,12 @@ class Metadata:
         template = self._info.get("video_path")
         try:
             assert isinstance(template, str)
-            return self.root / template.format(**place)
+            found = Path(template.format(**place))
+            assert not {found.anchor, ".."} & {*found.parts}
+            return self.root / found
         except (AssertionError, LookupError, ValueError, AttributeError, TypeError):
-            raise self._wrong("video_path", f"must be a path with places for {', '.join(place)}") from None
+            should = f"must be a path inside of the data set with places for {', '.join(place)}"
+            raise self._wrong("video_path", should) from None
 
     def _feature(self, key: Any, value: Any) -> Feature:
         if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
@@ -185,7 +195,7 @@ class Metadata:
         shape = value.get("shape")
         sizes = shape if isinstance(shape, list) else [shape]
         try:
-            return Feature(value["dtype"], tuple(_whole(size) for size in sizes))
+            return Feature(value["dtype"], tuple(_whole(size) for size in sizes), _names(value.get("names")))
         except (TypeError, ValueError):
             raise self._wrong(f"features.{key}.shape", "must be a list of whole numbers", shape) from None
 
@@ -204,6 +214,17 @@ class Metadata:
     def _wrong(self, key: str, should: str, value: Any = None) -> ValueError:
         found = self._info.get(key) if value is None else value
         return ValueError(f"{self.path}: {key} {should}, it is {json.dumps(found)[:80]}; correct it, or {AGAIN}")
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    """Return the names of a feature's entries: a list, a mapping of lists, or a mapping from each to its place."""
+    if isinstance(given, Mapping):
+        parts = list(given.values())
+        if parts and all(isinstance(place, int) for place in parts):
+            given = sorted(given, key=given.__getitem__)
+        else:
+            given = [name for part in parts for name in (part if isinstance(part, list) else [part])]
+    return tuple(given) if isinstance(given, list) and all(isinstance(name, str) for name in given) else ()
 
 
 def _number(value: Any) -> float:

@@ -3,17 +3,15 @@
 The times of all frames are read from the file's packets first, which decodes nothing. So the number of frames is known,
 and a frame is found by its place and not by a time that may lie between two frames.
 
-torchcodec decodes where it finds a system FFmpeg, because it needs a third of the time. PyAV, which brings its own,
-decodes elsewhere, and what torchcodec would decode otherwise or refuses. The frames are the same to the last bit.
+PyAV decodes, which brings its own FFmpeg and says when a frame was damaged. torchcodec shows what FFmpeg made up for
+the damaged parts as if it had been filmed.
 
 Shape legend: F frames, H, W image.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ import numpy as np
 from cogvla.policy.data.files.columns import AGAIN
 
 FRAMES_AT_ONCE = 64
-_opened = threading.local()
-"""The decoder that each thread used last: to open a video takes as long as to read through it."""
+REORDERED = 16
+"""A key frame may be stored before as many frames that are shown before it, and depend on the key frame before."""
 
 
 def frame_times(path: Path, fps: float) -> np.ndarray:
@@ -71,52 +69,51 @@ def frames(path: Path, times_F: np.ndarray, wanted_f: np.ndarray) -> Iterator[tu
         Places in `wanted_f`, and frames uint8 [f,H,W,3], some at once.
 
     Raises:
-        ValueError: a frame cannot be decoded.
+        ValueError: a frame cannot be decoded, or is damaged, or one that it depends on is.
     """
-    done = 0
-    decoder = by_torchcodec(path)
-    if decoder is not None and len(decoder) == len(times_F):
-        for start in range(0, len(wanted_f), FRAMES_AT_ONCE):
-            some = wanted_f[start : start + FRAMES_AT_ONCE]
-            try:
-                pictures = decoder.get_frames_at([int(frame) for frame in some]).data.numpy()
-            except Exception:  # it raises almost anything; PyAV says what is wrong
-                break
-            yield np.arange(start, start + len(some)), pictures
-            done += len(some)
-    if done < len(wanted_f):
-        for places, pictures in _with_pyav(path, times_F, wanted_f[done:]):
-            yield done + places, pictures
-
-
-def _with_pyav(path: Path, times_F: np.ndarray, wanted_f: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     place = {int(times_F[frame]): index for index, frame in enumerate(wanted_f)}
-    last, first = max(place), min(place)
+    last = max(place)
     places: list[int] = []
     pictures: list[np.ndarray] = []
     damaged = False
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            container.seek(first, stream=stream, backward=True)
-            for frame in container.decode(stream):
+        # From the start if that fails: pictures may become complete step by step, without a key frame.
+        for start in dict.fromkeys((max(0, int(wanted_f[0]) - REORDERED), 0)):
+            for frame in _decoded(path, int(times_F[start])):
+                if damaged := frame.is_corrupt:
+                    break
                 if frame.pts in place:
-                    if damaged := frame.is_corrupt:
-                        break
                     places.append(place.pop(frame.pts))
                     pictures.append(_rgb(frame))
                     if len(places) == FRAMES_AT_ONCE:
                         yield np.array(places), np.stack(pictures)
                         places, pictures = [], []
-                if frame.pts is not None and frame.pts >= last:
+                if not place or frame.pts >= last:
                     break
+            if not place:
+                break
     except Exception as error:
         raise ValueError(f"{path} cannot be decoded ({error}); {AGAIN}") from error
     if place:
-        problem = "is damaged" if damaged else "cannot be decoded"
+        problem = "is damaged, or one before it" if damaged else "cannot be decoded"
         raise ValueError(f"{path}: frame {wanted_f[min(place.values())]} {problem}; {AGAIN}")
     if places:
         yield np.array(places), np.stack(pictures)
+
+
+def _decoded(path: Path, start: int) -> Iterator[Any]:
+    """Yield the frames of a video from the key frame before a time on, each with its time."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # with several, FFmpeg loses what it found to be damaged
+        if stream.codec_context.name == "mjpeg":
+            stream.codec_context.options = {"err_detect": "explode"}  # it marks nothing as damaged
+        container.seek(start, stream=stream, backward=True)
+        begun = False
+        for frame in container.decode(stream):
+            begun |= bool(frame.key_frame)  # what is shown before the first one depends on frames before it
+            if begun and frame.pts is not None:
+                yield frame
 
 
 def _rgb(frame: Any) -> np.ndarray:
@@ -131,32 +128,3 @@ def _rgb(frame: Any) -> np.ndarray:
             dst_color_range=levels,
         )
     )
-
-
-@cache
-def _torchcodec_decoder() -> Any:
-    """Return torchcodec's class of decoders; None where it is not installed or finds no FFmpeg."""
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except Exception:  # ImportError, and RuntimeError with pages of tracebacks where there is no FFmpeg
-        return None
-    return VideoDecoder
-
-
-def by_torchcodec(path: Path) -> Any:
-    """Return torchcodec's decoder of a video; None where PyAV is to decode it."""
-    if _torchcodec_decoder() is None:
-        return None
-    try:
-        status = path.stat()
-        key = (path, status.st_ino, status.st_mtime_ns, status.st_size)
-        if getattr(_opened, "key", None) != key:
-            with av.open(str(path)) as container:
-                deep = any(component.bits > 8 for component in container.streams.video[0].format.components)
-            decoder = _torchcodec_decoder()(str(path), dimension_order="NHWC")
-            # Ten bits are rounded otherwise, and it turns what was filmed with a turned camera.
-            _opened.decoder = None if deep or getattr(decoder.metadata, "rotation", None) else decoder
-            _opened.key = key
-    except Exception:  # as above: PyAV says what is wrong
-        return None
-    return _opened.decoder

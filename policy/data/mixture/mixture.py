@@ -37,7 +37,8 @@ SMALL = 0.02
 class Place:
     """A data set of a mixture that was found: name, folder, commit, rate, and how it was recorded, if known.
 
-    `suite` is that of the recording, `labels` the number of the meaning of its labels (`envs.suite.Suite.labels`).
+    `suite` is that of the recording, `labels` the number of the meaning of its labels (`envs.suite.Suite.labels`),
+    `states` and `actions` what their entries are, if it says so.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Place:
     fps: float
     suite: str | None
     labels: int | None = None
+    states: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()
 
 
 def open_data(
@@ -77,11 +80,15 @@ def open_data(
                     f"{place.fps:g}: an action would mean another speed in each. Leave one out, or mix them as they "
                     "are with data.mixed_rates=true"
                 )
-    sets = []
-    for place in places:
+    opened = []
+    for place in places:  # all are checked before the frames of one are decoded, which may take hours
         with _named(place.name):
             own = replace(place.entry.config, revision=place.revision)
-            sets.append(DemonstrationData.open(own, embodiment, progress))
+            opened.append(DemonstrationData.checked(own, embodiment, progress))
+    sets = []
+    for place, decode in zip(places, opened, strict=True):
+        with _named(place.name):
+            sets.append(decode())
     return joined(places, sets, config)
 
 
@@ -95,12 +102,16 @@ def _places(entries: Sequence[DataEntry], progress: bool) -> list[Place]:
         said = entry.name or entry.config.repo_id or entry.config.root or ""
         with _named(said):
             root, revision, _ = locate(entry.config, progress)
-            fps = Metadata(root).fps
+            metadata = Metadata(root)
+            states, actions = (
+                tuple(name for key in keys if key in metadata.features for name in metadata.features[key].names)
+                for keys in (entry.config.state_keys, entry.config.action_keys)
+            )
             recording = root / "meta" / "recording.json"
             made = read_object(recording, "delete it") if recording.is_file() else {}
         suite, labels = made.get("suite"), made.get("labels")
         recorded = suite if isinstance(suite, str) else None, labels if isinstance(labels, int) else None
-        found.append(Place(said, entry, root, revision, fps, *recorded))
+        found.append(Place(said, entry, root, revision, metadata.fps, *recorded, states, actions))
     folders = [place.root.resolve() for place in found]
     if twice := [place for place in found if folders.count(place.root.resolve()) > 1]:
         raise ValueError(
@@ -114,7 +125,16 @@ def _places(entries: Sequence[DataEntry], progress: bool) -> list[Place]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"data.mixture: two data sets have the name {name!r}; give each entry another name")
-    return [replace(place, name=name) for place, name in zip(found, names, strict=True)]
+    found = [replace(place, name=name) for place, name in zip(found, names, strict=True)]
+    for one, other in combinations(found, 2):
+        for what, mine, its in (("state", one.states, other.states), ("action", one.actions, other.actions)):
+            if mine != its and sorted(mine) == sorted(its):
+                raise ValueError(
+                    f"data.mixture: {what} is {', '.join(mine)} in {one.name} and {', '.join(its)} in {other.name}: "
+                    "the same entries in another order. Write one of them again in the order of the other, or correct "
+                    "the names in its meta/info.json"
+                )
+    return found
 
 
 @contextmanager
@@ -165,7 +185,7 @@ def joined(places: Sequence[Place], sets: Sequence[DemonstrationData], config: D
         f"label {', '.join(sorted(name for name in lacking if lacking[name] == why))} is left out: {why}"
         for why in dict.fromkeys(lacking.values())
     ]
-    notes += _twice(names, sets) + _phases(places, labels)
+    notes += _twice(names, sets) + _phases(places, labels) + _other_names(places)
     if config.statistics == "joint":
         notes += _units("state", names, [data.state_NS for data in sets])
         notes += _units("action", names, [data.action_NA for data in sets])
@@ -282,6 +302,22 @@ def _units(what: str, names: Sequence[str], values: Sequence[Tensor]) -> list[st
             wide = max(range(len(ranges)), key=lambda i: ranges[i][1] - ranges[i][0])
             said = (f"{names[i]} {ranges[i][0]:.4g} to {ranges[i][1]:.4g}" for i in (small[0], wide))
             notes.append(f"{what} {d} has very different ranges: {', '.join(said)}; check the units of both")
+    return notes
+
+
+def _other_names(places: Sequence[Place]) -> list[str]:
+    """Return a note for each data set whose states or actions have other names than those of the first."""
+    notes = []
+    for place in places[1:]:
+        pairs = ("state", places[0].states, place.states), ("action", places[0].actions, place.actions)
+        for what, mine, its in pairs:
+            other = [number for number, pair in enumerate(zip(mine, its, strict=False)) if pair[0] != pair[1]]
+            if other:
+                number = other[0]
+                notes.append(
+                    f"{what} {number} is {mine[number]!r} in {places[0].name} and {its[number]!r} in {place.name}; "
+                    "check that both mean the same"
+                )
     return notes
 
 

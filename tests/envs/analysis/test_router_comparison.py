@@ -360,6 +360,7 @@ def test_fine_tuning_gives_each_router_to_training(
         (["routers=[nothing]"], "possible are"),
         (["routers=nothing"], "routers names 'nothing'"),
         (["calls=0"], "calls must be at least 1, got 0"),
+        (["engine.dtype=auto"], "engine.dtype=auto could choose another precision for each router"),
         (["+evaluation.execute_steps=99"], "the policy predicts . actions at once"),
         (["regime=fine_tuned", 'recipe=["training.step=9"]'], r"recipe: .*training\.step\b"),
         (["regime=fine_tuned", 'recipe=["training.steps=0"]'], "steps, .* must be at least 1"),

@@ -20,7 +20,7 @@ from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.reader import LeRobotReader, Mapping
 from cogvla.policy.data.streaming import GB
 from cogvla.tests.support.full_disk import files_limited_to
-from cogvla.tests.support.lerobot_files import CAMERA, LENGTHS, SIZE, colour, png, rows, write
+from cogvla.tests.support.lerobot_files import CAMERA, LENGTHS, SIZE, colour, picture, png, rows, write, write_video
 
 KEYS = Mapping((CAMERA,), ("observation.state",), ("action",), (), "task", 2, 3)
 COUNT = sum(LENGTHS)
@@ -101,9 +101,32 @@ def test_leftovers_of_other_builds_are_removed(tmp_path: Path) -> None:
     used_long_ago(folder, ".other-0123456789abcdef.partial", 10, 0)
     used_long_ago(folder, f".other-0123456789abcdef.u8.{dead.pid}", 10, 0)
     alive = used_long_ago(folder, f".other-0123456789abcdef.u8.{os.getpid()}", 10, 0)
+    others = [used_long_ago(folder, name, 10, 0) for name in ("my.journal", ".thesis.partial")]
     check(open_cache(root, folder))
-    assert len(files(folder)) == 2
-    assert alive.is_file()
+    assert len(files(folder)) == 4
+    assert all(path.is_file() for path in (alive, *others))
+
+
+@pytest.mark.parametrize("linked", ["videos", f"videos/{CAMERA}", f"videos/{CAMERA}/chunk-000", "data"])
+def test_pictures_on_another_disk_are_decoded_again_if_they_change(linked: str, tmp_path: Path) -> None:
+    root, folder, disk = write(tmp_path / "toy", video=linked != "data"), tmp_path / "cache", tmp_path / "disk"
+    (root / linked).rename(disk)
+    (root / linked).symlink_to(disk)
+    before = open_cache(root, folder).take(np.arange(COUNT))
+    assert np.array_equal(open_cache(root, folder).take(np.arange(COUNT)), before)
+    assert len(list(folder.glob("*.frames"))) == 1
+    if linked == "data":
+        shutil.copytree(noisy(tmp_path / "new") / "data", disk, dirs_exist_ok=True)
+    else:
+        write_video(next(disk.rglob("*.mp4")), [picture(3, 3)] * COUNT)
+    assert not np.array_equal(open_cache(root, folder).take(np.arange(COUNT)), before)
+
+
+def test_a_cache_inside_of_the_data_set_is_found_again(tmp_path: Path) -> None:
+    root = write(tmp_path / "toy")
+    for _ in range(2):
+        check(open_cache(root, root / "cache"))
+        assert len(list((root / "cache").glob("*.frames"))) == 1
 
 
 def test_of_several_processes_one_decodes_and_the_others_wait(tmp_path: Path) -> None:
@@ -224,7 +247,10 @@ def test_frames_in_use_are_not_deleted(tmp_path: Path) -> None:
     used = open_cache(first, folder)
     assert isinstance(used, FrameFile)
     limit = 1.5 * used.path.stat().st_size / GB
-    with pytest.raises(ValueError, match=r"the frames of second take .* GB, and .* GB in .* are in use by .*; wait"):
+    with pytest.raises(
+        ValueError,
+        match=r"the frames of second take .* GB, and .* GB in .* are in use by .*; choose smaller .*, or wait",
+    ):
         open_cache(second, folder, limit)
     assert files(folder) == [used.path.name]
     used.take(np.arange(3))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -198,6 +199,13 @@ def test_what_changes_a_run_changes_its_identity(folders: Path) -> None:
         ([{"root": "first"}, {"root": "filmed", "weight": -1}], {}, r"\[1\]\.weight must be a positive number, got -1"),
         ([{"root": "first", "weight": math.nan}], {}, r"\[0\]\.weight must be a positive number, got nan"),
         ([{"root": "first", "weight": math.inf}], {}, r"\[0\]\.weight must be a positive number, got inf"),
+        ([{"root": "first", "weight": 10**400}], {}, r"\[0\]\.weight must be a positive number, got 1000"),
+        ([{"root": "first", "weight": 1e300}], {}, r"\[0\]\.weight must be a positive number, got 1e\+300"),
+        (
+            [{"root": "first"}],
+            {"cache_gb": math.inf},
+            r"data\.cache_gb must be positive, or null for no limit; got inf",
+        ),
         ([{"root": "first", "weight": "2"}], {}, r"\[0\]\.weight must be a positive number, got '2'"),
         ([{"root": "first", "weight": True}], {}, r"\[0\]\.weight must be a positive number, got True"),
         ([], {}, r"data\.mixture must be a list of data sets, .* got \(\)"),
@@ -229,6 +237,43 @@ def test_what_changes_a_run_changes_its_identity(folders: Path) -> None:
 )
 def test_wrong_entries_end_in_one_line(folders: Path, entries: list[Any], more: dict[str, Any], said: str) -> None:
     refused(folders, said, *entries, **more)
+
+
+def test_mistakes_are_said_before_anything_is_decoded(folders: Path, tmp_path: Path) -> None:
+    entries = [{"root": str(folders / "first")}, {"root": str(folders / "other"), "cameras": {"front": "x"}}]
+    settings = config(entries, cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="no camera 'x'"):
+        open_data(settings, files.ROBOT, progress=False)
+    labels = {"target": "timestamp"}
+    with pytest.raises(ValueError, match="label 'target' must have 3 values"):
+        files.open_data(folders / "first", cache=str(tmp_path / "cache"), labels=labels)
+    assert not list(tmp_path.rglob("*.frames"))
+
+
+def named(root: Path, **names: Any) -> Path:
+    info = json.loads((root / "meta/info.json").read_text())
+    for key, given in names.items():
+        info["features"][key.replace("_", ".")]["names"] = given
+    files.edit_info(root, features=info["features"])
+    return root
+
+
+@pytest.mark.parametrize("given", [["x", "y", "z"], {"axes": ["x", "y", "z"]}, {"z": 2, "x": 0, "y": 1}])
+def test_entries_in_another_order_are_refused(folders: Path, tmp_path: Path, given: Any) -> None:
+    one, other = named(files.write(tmp_path / "one"), action=given), files.write(tmp_path / "two", (2, 2))
+    entries = [{"root": str(one)}, {"root": str(named(other, action=["x", "z", "y"]))}]
+    refused(folders, "action is x, y, z in one and x, z, y in two: the same entries in another order", *entries)
+    named(other, action=["x", "gripper", "y"], observation_state=["a", "b"])
+    notes = mixed(folders, *entries).notes
+    assert "action 1 is 'y' in one and 'gripper' in two; check that both mean the same" in notes
+    assert not any(note.startswith("state") for note in notes), "one does not name its states"
+
+
+def test_labels_may_be_of_other_types(folders: Path, tmp_path: Path) -> None:
+    other = files.write(tmp_path / "unsigned")
+    files.edit_table(other / "data/chunk-000/file-000.parquet", index=lambda numbers: pa.array(numbers, pa.uint32()))
+    data = mixed(folders, {"root": "first"}, {"root": str(other)}, labels={"number": "index"})
+    assert data.labels["number"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("given", ["A", {"root": "A"}, 3])

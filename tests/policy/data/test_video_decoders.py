@@ -1,17 +1,10 @@
-"""torchcodec and PyAV give the same frames, in the colours that were filmed, and nobody notices a missing FFmpeg.
-
-torchcodec needs a system FFmpeg, which the machine need not have: here it finds the one inside PyAV's wheel.
-"""
+"""Frames of videos in the colours that were filmed, from any part of a video; damaged ones are refused."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +14,8 @@ import pytest
 from av.video.stream import VideoStream
 
 from cogvla.policy.data.files import video
-from cogvla.tests.support.decode_videos import FPS
 
+FPS = 10
 BT601, BT709, LIMITED, FULL = 5, 1, 1, 2
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -34,8 +27,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "ten_bits": {"pixels": "yuv420p10le"},
     "rgb": {"codec": "libx264rgb", "pixels": "rgb24"},
     "av1": {"codec": "libsvtav1", "preset": "12"},
+    "mjpeg": {"codec": "mjpeg", "pixels": "yuvj420p", "levels": FULL},
 }
-BY_PYAV = {"ten_bits"}
+PARTS: dict[str, dict[str, Any]] = {
+    "later": KINDS["later"],
+    "open": {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"},
+    "step_by_step": {"x264-params": "intra-refresh=1:keyint=12"},
+    "av1": {"codec": "libsvtav1", "preset": "12", "g": "12"},
+}
+"""Videos in which the frames that one depends on are found in different ways."""
 
 
 def picture(width: int, height: int, step: int) -> np.ndarray:
@@ -90,47 +90,6 @@ def test_tests_do_not_run_in_real_time(videos: dict[str, Path]) -> None:
     assert os.sched_getscheduler(0) != os.SCHED_FIFO, "they would take the processors from all other processes"
 
 
-def decoded(videos: dict[str, Path], libraries: Path) -> dict[str, Any]:
-    """What a process prints that finds these libraries first; it must print nothing else."""
-    names = [str(path) for path in videos.values()]
-    command = [sys.executable, "-m", "cogvla.tests.support.decode_videos", *names]
-    environment = os.environ | {"LD_LIBRARY_PATH": str(libraries)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    return dict(json.loads(done.stdout))
-
-
-@pytest.fixture(scope="module")
-def without_ffmpeg(videos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Decoded where the files of FFmpeg are empty, in all versions that torchcodec may ask for."""
-    folder = tmp_path_factory.mktemp("empty")
-    for version in range(50, 70):
-        (folder / f"libavutil.so.{version}").touch()
-    return decoded(videos, folder)
-
-
-@pytest.fixture(scope="module")
-def with_ffmpeg(videos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Decoded where PyAV's FFmpeg has the names of a system FFmpeg."""
-    folder = tmp_path_factory.mktemp("ffmpeg")
-    for library in (Path(av.__file__).parents[1] / "av.libs").iterdir():
-        if name := re.fullmatch(r"(lib.+)-[0-9a-f]{8}(\.so\.\d+).*", library.name):
-            (folder / (name[1] + name[2])).symlink_to(library)
-    return decoded(videos, folder)
-
-
-def test_pyav_decodes_where_there_is_no_ffmpeg(without_ffmpeg: dict[str, Any]) -> None:
-    assert set(without_ffmpeg["decoders"].values()) == {"PyAV"}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_both_give_the_same_frames(kind: str, with_ffmpeg: dict[str, Any], without_ffmpeg: dict[str, Any]) -> None:
-    if find_spec("torchcodec") is None:
-        pytest.skip("torchcodec has no wheels for this machine")
-    assert with_ffmpeg["decoders"][kind] == ("PyAV" if kind in BY_PYAV else "torchcodec")
-    assert with_ffmpeg["frames"][kind] == without_ffmpeg["frames"][kind]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_colours_are_those_that_were_filmed(kind: str, videos: dict[str, Path]) -> None:
     times_F = video.frame_times(videos[kind], FPS)
@@ -148,3 +107,35 @@ def test_a_video_that_is_replaced_is_decoded_anew(tmp_path: Path) -> None:
     write(tmp_path / "other.mp4", size=(64, 64)).replace(path)
     second = [frames for _, frames in video.frames(path, video.frame_times(path, FPS), np.array([0]))]
     assert (first[0].shape, second[0].shape) == ((1, 192, 256, 3), (1, 64, 64, 3))
+
+
+def all_of(path: Path, wanted: range) -> np.ndarray:
+    times_F = video.frame_times(path, FPS)
+    return np.concatenate([frames for _, frames in video.frames(path, times_F, np.array(wanted))])
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_any_part_of_a_video_is_that_part_of_the_whole(kind: str, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as executor:  # see `videos`
+        path = executor.submit(write, tmp_path / "video.mp4", size=(64, 64), **PARTS[kind]).result()
+    whole = all_of(path, range(80))
+    for start in range(80):
+        assert np.array_equal(all_of(path, range(start, min(start + 5, 80))), whole[start : start + 5])
+
+
+@pytest.mark.parametrize("kind", ["plain", "later", "av1", "mjpeg"])
+def test_damage_is_refused_and_not_made_up_for(kind: str, videos: dict[str, Path], tmp_path: Path) -> None:
+    content, undamaged = videos[kind].read_bytes(), all_of(videos[kind], range(3, 77))
+    first, end = content.find(b"mdat") + 4, content.rfind(b"moov")
+    damaged, refused = tmp_path / "damaged.mp4", 0
+    for number in range(16):
+        noise = np.random.default_rng(number)
+        place, size = int(noise.integers(first, end - 256)), int(noise.choice([16, 256]))
+        damaged.write_bytes(content[:place] + noise.bytes(size) + content[place + size :])
+        try:
+            found = all_of(damaged, range(3, 77))
+        except ValueError as error:
+            refused += bool(re.search(r"(damaged|cannot be decoded|no video).*record or download", str(error)))
+        else:
+            assert np.abs(found.astype(int) - undamaged).mean() < 0.1
+    assert refused > 8

@@ -110,9 +110,11 @@ def _shift_both(episode: int, seconds: float) -> Spoil:
         (lambda root: video_file(root).unlink(), r"file-000.mp4 is missing; record or download"),
         (
             lambda root: edit_info(root, video_path=None),
-            r"video_path must be a path with places for video_key, chunk_ind",
+            r"video_path must be a path inside of the data set with places for video_key, chunk_ind",
         ),
-        (lambda root: edit_info(root, video_path="{nothing}.mp4"), r"info.json: video_path must be a path with places"),
+        (lambda root: edit_info(root, video_path="{nothing}.mp4"), r"info.json: video_path must be a path inside"),
+        (lambda root: edit_info(root, video_path="/nowhere/{video_key}.mp4"), r"video_path must be a path inside of"),
+        (lambda root: edit_info(root, video_path="../{video_key}.mp4"), r"video_path must be a path inside of"),
     ],
 )
 def test_parts_of_videos_agree_with_the_videos(tmp_path: Path, spoil: Spoil, message: str) -> None:

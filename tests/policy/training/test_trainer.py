@@ -252,6 +252,10 @@ def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -
     assert LABELLED.matching == 0.0
     old = {**now, "objective": {name: value for name, value in now["objective"].items() if name != "matching"}}
     assert differences(old, now) == []
+    one, other = ({"data set": {name: {"actions": "1", "weight": 1.0}, "B": {"weight": w}}} for name, w in ("A1", "C2"))
+    drawn = {"data set": one["data set"] | {"B": {"weight": 2.0}}}
+    assert differences(one, drawn) == ["data set.B.weight was 1, is 2.0"]
+    assert differences(one, other) == ["the data sets were A, B, are C, B"]
     matched = {**now, "objective": asdict(replace(LABELLED, matching=0.5))}
     assert differences(old, matched) == ["objective.matching was 0.0, is 0.5"]
     assert differences({"objective": {}}, {"objective": asdict(ObjectiveConfig())}) == []

@@ -57,7 +57,7 @@ class Robot:
         self.proxy = StallingProxy(f"ws://127.0.0.1:{self.port}")
         self.bridge = self.start_bridge()
         self.operator = Operator(DOMAIN)
-        until(lambda: get(f"ws://127.0.0.1:{self.port}", "/healthz")[0] == 200, 120)
+        until(lambda: get(f"ws://127.0.0.1:{self.port}", "/healthz")[0] == 200)
 
     def start_server(self) -> Process:
         return Process("circle_server.py", str(self.port))

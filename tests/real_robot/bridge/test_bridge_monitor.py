@@ -44,7 +44,7 @@ def operator(monitor: Path) -> Iterator[Operator]:
     bridge = Process("robot_bridge", *settings, "robot.loop.hold_limit_s=120", domain=DOMAIN)
     operator = Operator(DOMAIN)
     try:
-        until(lambda: get(f"ws://127.0.0.1:{port}", "/healthz")[0] == 200, 180)
+        until(lambda: get(f"ws://127.0.0.1:{port}", "/healthz")[0] == 200)
         yield operator
         assert bridge.end() == 0
         assert any("holding: monitor: " in line for line in bridge.lines), "the operator at the terminal reads why"

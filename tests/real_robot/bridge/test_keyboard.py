@@ -41,7 +41,7 @@ def test_a_key_that_fails_leaves_the_emergency_stop_alive() -> None:
 
     with Keyboard(press, read):
         os.write(write, b"a ")
-        until(lambda: pressed == [" "], timeout_s=10)
+        until(lambda: pressed == [" "])
 
 
 def test_a_keyboard_that_nobody_uses_can_be_closed() -> None:

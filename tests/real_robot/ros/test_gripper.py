@@ -132,7 +132,7 @@ def running(folder: Path, positions: list[float]) -> Iterator[tuple[Any, Any, An
     topics = build(RosTopics, load("topics", files["topics"]), "topics")
     server = Process("gripper_server.py", ACTION, domain=domain)
     try:
-        until(lambda: "ready" in server.lines, 60)
+        until(lambda: "ready" in server.lines)
         with (
             closing(Operator(domain, topics.joints)) as operator,
             serving(OpenAndClose(embodiment)) as (uri, _),
@@ -147,7 +147,7 @@ def running(folder: Path, positions: list[float]) -> Iterator[tuple[Any, Any, An
 
 def test_goals_between_processes(control_msgs: None, tmp_path: Path) -> None:
     with running(tmp_path, [0.04, 0.0]) as (operator, node, server):
-        until(lambda: {"goal 0.0400 12.0", "goal 0.0000 12.0"} <= set(server.lines), 120)
+        until(lambda: {"goal 0.0400 12.0", "goal 0.0000 12.0"} <= set(server.lines))
         assert operator.estop() == (True, "engaged")
         number, ticks = len(server.lines), operator.count("tick")
         operator.until(lambda: operator.count("tick") > ticks + 10)
@@ -155,7 +155,7 @@ def test_goals_between_processes(control_msgs: None, tmp_path: Path) -> None:
         operator.estop(False)
         operator.reset()
         assert operator.activate()[0]
-        until(lambda: len(server.lines) > number + 1, 60)
+        until(lambda: len(server.lines) > number + 1)
         assert len(server.lines) < operator.count("tick") / 2, "a goal is not given in every tick"
         server.kill()
         node.said(f"the gripper has no action server {ACTION}: start its controller")

@@ -58,7 +58,7 @@ def robot() -> Iterator[TopicRobot]:
 def moves(robot: TopicRobot, number: int = 10) -> None:
     """Wait for so many more commands that move the arm."""
     moved = [message for _, message in list(robot.commands) if np.any(message.data[:6])]
-    until(lambda: sum(bool(np.any(m.data[:6])) for _, m in list(robot.commands)) >= len(moved) + number, 60)
+    until(lambda: sum(bool(np.any(m.data[:6])) for _, m in list(robot.commands)) >= len(moved) + number)
 
 
 def test_a_bridge_that_breaks_leaves_the_node_inactive_and_says_why(

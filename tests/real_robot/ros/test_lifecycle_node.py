@@ -46,7 +46,7 @@ def server() -> Iterator[str]:
     port = free_port()
     process = Process("circle_server.py", str(port))
     uri = f"ws://127.0.0.1:{port}"
-    until(lambda: get(uri, "/healthz")[0] == 200, 120)
+    until(lambda: get(uri, "/healthz")[0] == 200)
     yield uri
     process.kill()
 

@@ -48,7 +48,7 @@ def test_it_says_and_writes_how_much_better_than_copying_it_is(root: Path, capsy
 def test_a_killed_fit_goes_on_exactly(root: Path, tmp_path: Path) -> None:
     state = tmp_path / "part" / "training.pt"
     process = subprocess.Popen([*COMMAND, *fitting(root, tmp_path / "part")], stderr=subprocess.DEVNULL)
-    until(lambda: state.exists() or process.poll() is not None, 180)
+    until(lambda: state.exists() or process.poll() is not None)
     process.send_signal(signal.SIGSTOP)
     process.kill()
     process.wait()

@@ -45,10 +45,10 @@ def command() -> Iterator[tuple[subprocess.Popen[str], str]]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     uri = f"ws://127.0.0.1:{port}"
-    until(lambda: process.poll() is not None or get(uri, "/healthz")[0] == 200, 240)
+    until(lambda: process.poll() is not None or get(uri, "/healthz")[0] == 200)
     yield process, uri
     process.kill()
-    process.wait(10)
+    process.wait(120)
 
 
 def test_an_address_of_ipv6_has_brackets() -> None:

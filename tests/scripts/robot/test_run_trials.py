@@ -358,7 +358,7 @@ def operator(monkeypatch: pytest.MonkeyPatch, *judgements: str) -> Iterator[int]
 
     def operate() -> None:
         for judgement in (*judgements, "q"):
-            while "set up the scene" not in said.get(timeout=60):
+            while "set up the scene" not in said.get(timeout=300):
                 pass
             if judgement == "q":
                 os.write(write, b"q")

@@ -201,7 +201,7 @@ def test_the_shipped_policy_does_its_task_over_the_wire() -> None:
     bridge = Process("robot_bridge", uri, "dry_run=false", "diagnostics_s=0.1", *tolerant, domain=DOMAIN)
     operator = Operator(DOMAIN)
     try:
-        until(lambda: get(f"ws://127.0.0.1:{port}", "/healthz")[0] == 200, 180)
+        until(lambda: get(f"ws://127.0.0.1:{port}", "/healthz")[0] == 200)
         outcomes = [episode(operator, number, task) for number, task in enumerate((0, 1, 2), 1)]
         assert sum(status["success"] for status in outcomes) >= 2, outcomes
         assert operator.count("inference_ms.count") > 10

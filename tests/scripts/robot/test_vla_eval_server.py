@@ -69,11 +69,11 @@ def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     )
     uri = f"ws://127.0.0.1:{port}"
     try:
-        until(lambda: process.poll() is not None or get(uri, "/health")[0] == 200, 240)
+        until(lambda: process.poll() is not None or get(uri, "/health")[0] == 200)
         yield process, uri
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(120)
 
 
 async def smallest(uri: str) -> dict[str, Any]:
