@@ -208,7 +208,8 @@ class RouterContext:
         motion_BOC: change of the state's entries `RouterConfig.hand` from each of the last O decisions to the next one
             (the last one to now), in units of the normalised state; 0 where the episode is younger.
         past_attention_BON: attention that each token got from the action tokens at the last O decisions, in layer
-            `TokenRouter.watched_layer`. A token that was not in that layer has its value from the decision before.
+            `TokenRouter.watched_layer`. A token that was not in that layer has its value from the decision before, and
+            0 if it never was there.
         past_seen_BON: bool, False for tokens that were not in that layer.
         patches_BPF: output of the vision towers for all views, for routers in the language model.
         owner_BP: int64, for each of `patches_BPF` the token that it went into, or else the nearest one of its view; -1

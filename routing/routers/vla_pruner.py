@@ -10,8 +10,9 @@ Our choices, where text and released code (github.com/MINT-SJTU/VLA-Pruner) leav
 - words ask in place of the prompt's last token, and the remembered attention is that of layer `depth // 2 - 1` (15 of
   32, as released)
 - the newest decision has weight 1; the released weights are reversed, so that the oldest counts most
-- a token that was removed before the remembered layer keeps its earlier value; the released code stores 0, so that it
-  stays removed
+- a token that a decision removed before the remembered layer has its value from the decision before, and if it was
+  never there, the words' attention, scaled to the actions' by the tokens that have both; the released code stores 0, so
+  that it stays removed
 - until three decisions are remembered, the words' attention takes the place of the actions'. The paper then removes
   nothing, but the number of tokens is fixed here
 - tokens are compared at this layer, not at the input of the language model
@@ -55,10 +56,23 @@ class VLAPruner(TokenRouter):
         assert context.age_B is not None
         now_BN = context.text_attention_BN.float()
         ready_B1 = (context.age_B >= self.remembers)[:, None]
-        guide_BN = torch.where(ready_B1, smoothed(context.past_attention_BON, self.decay), now_BN)
+        guide_BN = torch.where(ready_B1, smoothed(filled(context.past_attention_BON, now_BN), self.decay), now_BN)
         among_BN = _marked(best(now_BN, context.budget), now_BN) + _marked(best(guide_BN, context.budget), now_BN)
         index_Bn = spread(unit(tokens_BND), among_BN > 0, context.budget)
         return kept(tokens_BND, index_Bn, torch.maximum(minmax(now_BN), minmax(guide_BN)))
+
+
+def filled(past_BON: Tensor, now_BN: Tensor) -> Tensor:
+    """Return the past attention, with the present one where a token has none.
+
+    Few tokens in the remembered layer get more each than all before it: the present attention is scaled such that both
+    have the same sum over the tokens with a past. Without any, it stays as it is.
+    """
+    past_BON, now_B1N = past_BON.float(), now_BN[:, None]
+    read_BON = past_BON > 0
+    among_BO1 = (now_B1N * read_BON).sum(-1, keepdim=True)
+    scale_BO1 = torch.where(among_BO1 > 0, past_BON.sum(-1, keepdim=True) / among_BO1, 1.0)
+    return torch.where(read_BON, past_BON, now_B1N * scale_BO1)
 
 
 def smoothed(past_BON: Tensor, decay: float) -> Tensor:

@@ -14,7 +14,7 @@ from cogvla.routing.router import RouterContext, latest
 from cogvla.routing.routers.adp import ADP
 from cogvla.routing.routers.spec_prune import fine_motion, tiers
 from cogvla.routing.routers.vla_iap import iou, levels, moving, named, patch_means, sobel
-from cogvla.routing.routers.vla_pruner import smoothed, spread
+from cogvla.routing.routers.vla_pruner import filled, smoothed, spread
 from cogvla.routing.selection import best, unit
 from cogvla.tests.support.router_contexts import context_for, everything, router_of, sizes_for, tokens_of
 
@@ -37,6 +37,18 @@ def test_vla_pruner_takes_candidates_of_both_and_then_the_most_different() -> No
     items = {"text_attention_BN": now, "past_attention_BON": guide[:, None].expand(-1, 3, -1)}
     assert chosen("vla_pruner", x, 2, age_B=torch.tensor([3]), **items) == [0, 2], "3 is no candidate"
     assert chosen("vla_pruner", x, 2, age_B=torch.tensor([2]), **items) == [0, 1], "only the words, until it is old"
+
+
+def test_vla_pruner_may_take_a_token_again_that_the_remembered_layer_never_saw() -> None:
+    x = torch.zeros(1, 4, 12)
+    x[0, :, :2] = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, 1]])
+    now, past = torch.tensor([[0.1, 0.05, 0.3, 0.02]]), torch.tensor([[0.4, 0.2, 0.0, 0.0]])
+    torch.testing.assert_close(filled(past[:, None], now), torch.tensor([[[0.4, 0.2, 1.2, 0.08]]]))
+    torch.testing.assert_close(filled(torch.zeros(1, 3, 4), now), now[:, None].expand(-1, 3, -1))
+    seen = torch.rand(1, 3, 4) + 0.1
+    assert torch.equal(filled(seen, now), seen)
+    items = {"text_attention_BN": now, "past_attention_BON": past[:, None].expand(-1, 3, -1)}
+    assert chosen("vla_pruner", x, 2, age_B=torch.tensor([3]), **items) == [0, 2], "the best two of both"
 
 
 def test_vla_pruner_weighs_the_newest_most() -> None:
