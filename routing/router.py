@@ -250,6 +250,8 @@ class RouterContext:
 
 PAST = ("history_BOND", "past_pixels_BO3HW", "alike_BON", "motion_BOC", "past_attention_BON", "past_seen_BON")
 """Items with an entry for each earlier decision."""
+OF_TOKENS = frozenset({"history_BOND", "alike_BON", "past_attention_BON", "past_seen_BON"})
+"""Items that are remembered of each token; nothing is of a token that another router made."""
 
 
 def latest(context: RouterContext, decisions: int) -> RouterContext:

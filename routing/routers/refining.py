@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cogvla.routing.registry import build_router
-from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes
+from cogvla.routing.router import OF_TOKENS, RoutedTokens, RouterContext, RouterSizes
 from cogvla.routing.routers.wrapping import WrappingRouter
 
 
@@ -36,8 +36,10 @@ class RefiningRouter(WrappingRouter):
         if not self.stages:
             wanted, has = ", ".join(type(self).stages), ", ".join(self.base.stages)
             raise ValueError(f"base {base!r} works at {has} only: choose one for {wanted}")
-        if "history_BOND" in self.needs:
-            raise ValueError(f"base {base!r} reads tokens of earlier decisions, which nothing refines: choose another")
+        if asked := sorted(OF_TOKENS & self.needs):
+            raise ValueError(
+                f"base {base!r} reads {', '.join(asked)}, and nothing is remembered of refined tokens: choose another"
+            )
         self.stage = self.base.stage if self.base.stage in self.stages else self.stages[0]  # type: ignore[misc]
 
     @abstractmethod

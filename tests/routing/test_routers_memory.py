@@ -221,5 +221,10 @@ def test_wrappers_refuse_what_they_would_not_change() -> None:
         router_of("damro", 4, base="adp", base_options={"base": "token_norm"})
     with pytest.raises(ValueError, match="would pass the policy's own, which is not trained; set gate=none"):
         router_of("adp", 4, base="flex_count", base_options={"variant": "projector"})
-    with pytest.raises(ValueError, match="reads tokens of earlier decisions, which nothing refines"):
-        router_of("token_pooling", 4, base="progressive_video")
+    for name, base, item in (
+        ("token_pooling", "progressive_video", "history_BOND"),
+        ("channel_attention", "vla_pruner", "past_attention_BON"),
+        ("channel_attention", "spec_prune", "alike_BON, past_attention_BON"),
+    ):
+        with pytest.raises(ValueError, match=f"'{base}' reads {item}, and nothing is remembered of refined tokens"):
+            router_of(name, 4, base=base)

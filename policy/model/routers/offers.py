@@ -9,10 +9,10 @@ from cogvla.policy.model.routers.attention_probe import FROM_VISION
 from cogvla.policy.model.routers.layer_router import FROM_LANGUAGE
 from cogvla.policy.model.routers.memory import ATTENTION, FROM_MEMORY
 from cogvla.routing.registry import build_router, registered_routers
-from cogvla.routing.router import RouterSizes, TokenRouter
+from cogvla.routing.router import OF_TOKENS, RouterSizes, TokenRouter
 
 
-def items_offered(stage: str, *, patches: bool, joint: bool, grid: bool, scored: bool) -> frozenset[str]:
+def items_offered(stage: str, *, patches: bool, joint: bool, grid: bool, scored: bool, made: bool) -> frozenset[str]:
     """Return the items of `RouterContext` that a policy offers to a router.
 
     Args:
@@ -21,11 +21,13 @@ def items_offered(stage: str, *, patches: bool, joint: bool, grid: bool, scored:
         joint: one row holds the tokens of all views.
         grid: a row is a grid of patches.
         scored: a router before the language model scores the tokens.
+        made: an earlier router makes new tokens.
     """
     if stage == "encoder_block":
         return frozenset({"grid"})
     if stage == "llm_layer":
         remembered = FROM_MEMORY - {"history_BOND", "past_pixels_BO3HW"} - (set() if patches else {"alike_BON"})
+        remembered -= OF_TOKENS if made else set()
         return FROM_LANGUAGE - (set() if scored else {"score_BN"}) | remembered
     offered = {"age_B", "motion_BOC", "history_BOND", *ATTENTION, "draw_B", "text_BTE"}
     offered.add("projector" if stage == "encoder_out" else "encoder_BNF")
@@ -43,6 +45,7 @@ def build_offered(
     options: Mapping[str, Any] | None,
     offered: frozenset[str],
     patches: bool,
+    made: bool,
 ) -> TokenRouter:
     """Build a router that has to work with what is offered.
 
@@ -53,6 +56,7 @@ def build_offered(
         options: see `build_router`.
         offered: result of `items_offered`.
         patches: see `items_offered`.
+        made: see `items_offered`.
 
     Raises:
         ValueError: it cannot; the message names those that can.
@@ -66,10 +70,12 @@ def build_offered(
     if stage not in router.stages:
         raise ValueError(f"router {name!r} works at {', '.join(router.stages)}, not at {stage}: set router.stage")
     if missing := sorted(router.needs - offered):
+        hint = "" if patches else " (routing.efa=false would keep the patches)"
+        if made and OF_TOKENS & set(missing):
+            hint = " (a router before it makes new tokens, of which nothing is remembered: choose one that selects)"
         possible = [other for other in registered_routers() if _works(other, stage, sizes, offered)]
         raise ValueError(
-            f"router {name!r} needs {', '.join(missing)}, which this policy does not provide at {stage}"
-            f"{'' if patches else ' (routing.efa=false would keep the patches)'}; "
+            f"router {name!r} needs {', '.join(missing)}, which this policy does not provide at {stage}{hint}; "
             f"it provides {', '.join(sorted(offered))}; possible routers are {', '.join(possible)}"
         )
     return router

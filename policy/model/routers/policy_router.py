@@ -123,7 +123,7 @@ class PolicyRouter(nn.Module):
         self.stage = config.stage or (known[config.name].stage if config.name in known else "encoder_out")
         check_keys(config, self.stage)
         self.before: TokenRouter | None = None
-        self.inside = nn.ModuleList()
+        self.inside, self.layers = nn.ModuleList(), nn.ModuleDict()
         self.tokens = self.all_tokens
         if self.stage != "llm_layer":
             budgets = (config.budget, *config.train_budgets)
@@ -140,7 +140,6 @@ class PolicyRouter(nn.Module):
             leaving = [self.leaves(budget) for budget in budgets]  # ValueError for one that the router cannot leave
             self.tokens = leaving[0]
         self.counts: dict[int, int] = {}
-        self.layers = nn.ModuleDict()
         self._build_layers(routing, layers)
         if len(self.inside) and any(FROM_TOWERS & router.needs for router in self._routers()):
             raise ValueError(
@@ -233,9 +232,9 @@ class PolicyRouter(nn.Module):
 
     def _build(self, name: str, stage: str, sizes: RouterSizes, options: Any) -> TokenRouter:
         scored, joint = self.before is not None and self.before.scores, self.config.joint
-        grid = self.grid is not None
-        offered = items_offered(stage, patches=self.patches, joint=joint, grid=grid, scored=scored)
-        return build_offered(name, stage, sizes, options, offered, self.patches)
+        grid, made = self.grid is not None, not all(router.selects for router in self._routers())
+        offered = items_offered(stage, patches=self.patches, joint=joint, grid=grid, scored=scored, made=made)
+        return build_offered(name, stage, sizes, options, offered, self.patches, made)
 
     def _count(self, budget: int | float) -> int:
         """Return the number of tokens of a row (one view, or all views if they are joint) for this budget."""

@@ -713,6 +713,19 @@ def test_mistakes_say_what_is_possible() -> None:
         ),
         ({"name": "random", "stage": "llm_layer", "layers": (9,)}, {}, "has layers 0 to 3"),
         ({"name": "carried", "stage": "llm_layer", "layers": (1,)}, {}, "needs score_BN"),
+        *(
+            (
+                {"name": name, "stage": stage, "layers": (1,), "layer_router": layer_router},
+                {},
+                "needs .*past_attention_BON, .*makes new tokens, of which nothing is remembered: .*"
+                "possible routers are (?!.*(vla_pruner|spec_prune)).*adp",
+            )
+            for name, stage, layer_router in (
+                ("spatial_pool", "encoder_out", "vla_pruner"),
+                ("spatial_pool", "encoder_block", "vla_pruner"),
+                ("channel_attention", "encoder_out", "spec_prune"),
+            )
+        ),
         ({"name": "approx_error", "stage": "llm_layer", "layers": (1,), "mode": "bypass"}, {}, "cannot bypass a layer"),
         ({"name": "random", "layers": (1,), "mode": "bypass"}, {"lfp": True}, "set routing.lfp=false"),
         *(
