@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cogvla.routing.registry import build_router, register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes
+from cogvla.routing.routers.debias import Debias
 from cogvla.routing.routers.wrapping import WrappingRouter
 from cogvla.routing.selection import ranked, remaining, take
 
@@ -32,7 +33,8 @@ class Damro(WrappingRouter):
 
     Args:
         sizes: see `RouterSizes`.
-        base: name of the other router; it must choose tokens, and not read their grid.
+        base: name of the other router; it must choose tokens, and not read their grid or their numbers (`debias` does:
+            put it around this one).
         base_options: options of that router.
         count: number of outliers.
     """
@@ -54,6 +56,11 @@ class Damro(WrappingRouter):
         if not exact or not set(self.base.stages) & set(Damro.stages):
             raise ValueError(
                 f"damro needs a base that chooses tokens before the language model by this moment alone, not {base!r}"
+            )
+        if any(isinstance(router, Debias) for router in self.base.modules()):
+            raise ValueError(
+                "damro needs a base without debias, which would number the tokens that are left anew: put debias "
+                "around damro, with name=debias and base=damro"
             )
         self.count, self.needs = count, self.base.needs | {"attention_LBN"}  # type: ignore[misc]
         self.stages = tuple(stage for stage in Damro.stages if stage in self.base.stages)  # type: ignore[misc]

@@ -355,3 +355,20 @@ def test_outliers_are_taken_away_before_the_base_chooses(base: str) -> None:
     everything = router(x, context_for(router, attention_LBN=attention, budget=15)).index_Bn
     assert not (everything == 9).logical_or(everything == 2).all()
     assert everything.shape == (3, 15), "as many outliers are taken as the budget allows"
+
+
+def test_the_trend_is_taken_out_of_the_attention_before_the_outliers() -> None:
+    """Of two pictures in a row; the other way round, `debias` would not know which tokens are left."""
+    for base in ({"base": "debias"}, {"base": "adp", "base_options": {"base": "debias", "gate": "none"}}):
+        with pytest.raises(ValueError, match=r"damro needs a base without debias.*: put debias around damro"):
+            router_of("damro", 4, **base)
+    trend = torch.exp(0.3 * torch.arange(8.0)).repeat(2)
+    profile = trend.clone()
+    for token, factor in ((2, 3.0), (9, 2.0), (12, 1.5)):
+        profile[token] *= factor
+    options = {"rate": 0.3 * 8 / 576, "base": "damro", "base_options": {"count": 1}}
+    router = build_router("debias", RouterSizes(16, WIDTH, WIDTH, None, 2, views=2), options)
+    routed = router(tokens_of(), RouterContext(2, attention_LBN=profile.expand(1, 3, -1)))
+    assert routed.index_Bn[0].tolist() == [9, 12], "2 is the outlier"
+    assert routed.score_BN is not None
+    torch.testing.assert_close(routed.score_BN[0, [9, 12, 15]], torch.tensor([2.0, 1.5, 1.0]))
