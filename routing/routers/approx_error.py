@@ -1,14 +1,16 @@
 """ApET: keep a few basis tokens, and the tokens that the basis approximates worst. It needs no attention, so it works
 with fused kernels at every stage.
 
-Farthest-point sampling in squared distance gives a basis of k tokens. Least squares with (B B^T + 1e-5 I), in float32,
-approximates every token by the basis; the error of a token is the length of the residual. The n-k tokens with the
-largest errors stay as informative tokens, and every other token is averaged into the informative token with the largest
-cosine. The k basis tokens stay unchanged: their error is 0, so they would never be among the largest, and the main
-content of the picture would be lost with them.
+Farthest-point sampling in squared distance gives a basis of k tokens. Least squares with (B B^T + 1e-5 I) approximates
+every token by the basis; the error of a token is the length of the residual. The n-k tokens with the largest errors
+stay as informative tokens, and every other token is averaged into the informative token with the largest cosine. The k
+basis tokens stay unchanged: their error is 0, so they would never be among the largest, and the main content of the
+picture would be lost with them.
 
 Our choices: k is at most half of the budget (the paper's 10 are for 96 tokens and more); basis tokens are not averaged
-into others, and have the largest scores, so that `carried` keeps them longest; the first one is drawn at random.
+into others, and have the largest scores, so that `carried` keeps them longest; the first one is drawn at random; least
+squares is in float64, and 1e-5 grows a little with the longest basis token, because the matrix is singular otherwise if
+long tokens are nearly equal.
 
 Shape legend: I informative tokens, R the rest.
 """
@@ -23,7 +25,8 @@ from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import best, remaining, take, unit
 
-RIDGE = 1e-5
+RIDGE, OF_LARGEST = 1e-5, 1e-12
+"""What is added to the diagonal of B B^T: a number, and a share of its largest entry."""
 
 
 @register_router("approx_error")
@@ -95,6 +98,8 @@ def sample_far(x_BND: Tensor, first_B: Tensor, count: int) -> Tensor:
 
 def approximation_error(x_BND: Tensor, basis_BnD: Tensor) -> Tensor:
     """Return the length of each token's residual after projection on the span of the basis, float32 [B,N]."""
-    gram_Bnn = basis_BnD @ basis_BnD.mT + RIDGE * torch.eye(basis_BnD.shape[1], device=x_BND.device)
-    weights_BnN = torch.linalg.solve(gram_Bnn, basis_BnD @ x_BND.mT)
-    return (x_BND - weights_BnN.mT @ basis_BnD).norm(dim=-1)
+    x_BND, basis_BnD = x_BND.double(), basis_BnD.double()
+    gram_Bnn = basis_BnD @ basis_BnD.mT
+    ridge_Bn = (RIDGE + OF_LARGEST * gram_Bnn.amax((1, 2)))[:, None].expand(gram_Bnn.shape[:2])
+    weights_BnN, _ = torch.linalg.solve_ex(gram_Bnn + ridge_Bn.diag_embed(), basis_BnD @ x_BND.mT)  # without a check
+    return (x_BND - weights_BnN.mT @ basis_BnD).norm(dim=-1).float()

@@ -300,6 +300,22 @@ def test_approximation_error_finds_the_outlier() -> None:
     assert grams.max() < 1e-3
 
 
+def test_approximation_error_of_long_tokens_and_of_equal_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for length in (1.0, 20.0, 1e4):
+        x = length * unit(torch.randn(2, 16, 32, generator=generator))
+        basis = x[:, :4].clone()
+        found = approximation_error(x, basis)
+        for row in range(2):
+            q_Dn = torch.linalg.qr(basis[row].double().mT).Q
+            left = x[row].double() - x[row].double() @ q_Dn @ q_Dn.mT
+            torch.testing.assert_close(found[row].double(), left.norm(dim=-1), rtol=1e-5, atol=1e-4 * length)
+        equal = x[:, :1].expand(-1, 16, -1)
+        assert approximation_error(equal, equal[:, :8]).max() < 1e-3 * length
+        assert approximation_error(x, equal[:, :8])[:, 1:].min() > 0.5 * length, "one token cannot stand for others"
+        route("approx_error", equal, 8, draw_B=torch.tensor([0, 3]))
+
+
 def test_frequency() -> None:
     matrix = dct(7, torch.device("cpu"))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(7), rtol=0, atol=1e-5)
