@@ -8,8 +8,8 @@ has read the instruction into the tokens, each one attends to the towers' featur
 It removes nothing, so use it after a router that does: `name=spatial_pool layers=[1] layer_router=vision_remember`.
 
 Our choices: W_o starts at 0, so that training starts with the policy without it; the features are those that the towers
-return (the paper reads several levels); the attention among vision tokens of the paper's second version is left out. If
-a router chose tokens and merged none, a patch belongs to the nearest kept token of its view.
+return (the paper reads several levels); the attention among vision tokens of the paper's second version is left out. A
+patch that went into no token belongs to the nearest one of its view.
 """
 
 from __future__ import annotations

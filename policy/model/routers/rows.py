@@ -50,8 +50,6 @@ def owners(routed: RoutedTokens, tokens: int, views: int, columns: int) -> Tenso
         views: number of views.
         columns: columns of a view's grid of patches; 1 if the tokens are no patches.
     """
-    if routed.owner_BN is not None:
-        return routed.owner_BN
     each = tokens // views
 
     def spot(number: Tensor) -> Tensor:
@@ -64,4 +62,5 @@ def owners(routed: RoutedTokens, tokens: int, views: int, columns: int) -> Tenso
         spot(all_P)[None], spot(routed.rows), compute_mode="donot_use_mm_for_euclid_dist"
     )  # products of such large numbers would be rounded
     nearest_BP, owner_BP = far_BPn.min(-1)
-    return torch.where(nearest_BP < tokens, owner_BP, -1)  # with joint views, a view may have no token
+    near_BP = torch.where(nearest_BP < tokens, owner_BP, -1)  # with joint views, a view may have no token
+    return near_BP if routed.owner_BN is None else torch.where(routed.owner_BN < 0, near_BP, routed.owner_BN)

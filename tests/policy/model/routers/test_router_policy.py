@@ -453,6 +453,25 @@ def test_with_joint_views_a_patch_belongs_to_the_nearest_kept_patch_of_its_own_p
         assert found == expected
 
 
+@torch.inference_mode()
+def test_a_patch_that_went_into_no_token_belongs_to_the_nearest_one() -> None:
+    router = routed(config("token_norm")).router
+    assert router is not None
+    place_Bn, owner_BN = torch.tensor([[5, 16]]), torch.full((1, 32), -1)
+    owner_BN[0, [15, 31]] = torch.tensor([0, 1])
+    owner_BN[0, 2] = 1
+    merged = RoutedTokens(torch.zeros(1, 2, 1), torch.full_like(place_Bn, -1), place_Bn, owner_BN=owner_BN)
+    assert router._owners(merged, torch.zeros(1))[0].tolist() == [0, 0, 1] + 13 * [0] + 16 * [1]
+    for name, options in (("token_pooling", {"base": "token_norm"}), ("visual_attention_merge", {"contextual": 0})):
+        model, seen = remembering(name, options=options), []
+        assert model.router is not None
+        model.router.layers["1"].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[1]))
+        model(tiny_input())
+        assert (seen[0].owner_BP[:, :16] < 4).all()
+        assert (seen[0].owner_BP[:, 16:] >= 4).all()
+        assert (seen[0].owner_BP >= 0).all(), name
+
+
 def test_a_router_of_joint_views_knows_how_many_pictures_a_row_holds() -> None:
     for joint, views in ((True, 2), (False, 1)):
         router = routed(config("debias", joint=joint)).router
