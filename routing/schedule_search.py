@@ -6,7 +6,8 @@ the layers is the budget, so the last share follows from the others. With a numb
 of a view, and their mean is at most the budget: if they were rounded later, those that round up would be the best.
 Options of the router, such as a threshold, can be searched at the same time. `search_schedule` is the command.
 
-Two methods, of 300 evaluations, the first 27 of which are random points, as in the paper:
+Two methods, of 300 evaluations. The first 27 are random points, as in the paper, but for the very first: equal shares.
+A random share lies between the mean that is left for it and all later ones, and what leaves them the least.
 
 - `gaussian`, the paper's: a Gaussian process is fitted to all values so far, and the point with the largest expected
   improvement is evaluated next. The process is scikit-learn's (Matern 5/2 with a length per number, and noise). Our
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvla.routing.router import RouterConfig, count_of
+from cogvla.routing.router import RouterConfig
 
 FIRST_POINTS, STEP, LEAST = 27, 0.3, 0.01
 CANDIDATES, NEAR = 512, 4
@@ -62,28 +63,6 @@ class Schedule:
         return replace(
             router, budget=self.shares[0], layers=self.layers, layer_budgets=self.shares[1:], options=options or None
         )
-
-
-def completed(
-    layers: tuple[int, ...], shares: tuple[float, ...], depth: int, budget: float, tokens: int | None = None
-) -> tuple[float, ...] | None:
-    """Append the last share, such that the mean over all layers is the budget.
-
-    Args:
-        layers: see `Schedule`.
-        shares: all shares but the last.
-        depth: number of layers of the language model.
-        budget: mean share.
-        tokens: tokens of a view; the last share is rounded down to whole ones. None: any share.
-
-    Returns:
-        All shares, or None if the last one would be larger than the one before it, or too small.
-    """
-    spent = sum(share * (end - start) for share, start, end in zip(shares, (0, *layers[:-1]), layers, strict=True))
-    last = (budget * depth - spent) / (depth - layers[-1])
-    least = LEAST if tokens is None else 1 / tokens
-    last = last if tokens is None else _below(last, tokens)
-    return (*shares, last) if least <= last <= shares[-1] + 1e-9 else None
 
 
 def _below(share: float, tokens: int) -> float:
@@ -240,16 +219,31 @@ def _near(
     draw: random.Random,
 ) -> Schedule:
     """Draw a random schedule with the given budget: around the best one, or anywhere if `spread` is None."""
-    while True:
-        free = best.shares[:-1]
-        drawn = [draw.uniform(LEAST, 1) if spread is None else s + draw.gauss(0, spread) for s in free]
-        shares = tuple(sorted((min(max(share, LEAST), 1.0) for share in drawn), reverse=True))
+    spans = [end - start for start, end in zip((0, *best.layers), (*best.layers, depth), strict=True)]
+    left, least, shares = budget * depth, LEAST if tokens is None else 1 / tokens, [1.0]
+    for index, span in enumerate(spans):
+        later = sum(spans[index + 1 :])
+        high = min(shares[-1], (left - least * later) / span)
+        low = min(left / (span + later), high)  # later shares are at most this one
+        if spread is None:
+            share = draw.uniform(low, high)
+        else:
+            share = _mirrored(min(max(best.shares[index], low), high) + draw.gauss(0, spread), low, high)
         if tokens is not None:
-            shares = tuple(count_of(share, tokens) / tokens for share in shares)
-        if whole := completed(best.layers, shares, depth, budget, tokens):
-            break
+            most = math.floor(high * tokens + 1e-6)
+            share = min(max(round(share * tokens), math.ceil(low * tokens - 1e-6)), most) / tokens
+        shares.append(share)
+        left -= share * span
     options = {}
     for name, (low, high) in ranges.items():
         moved = best.options[name] + draw.gauss(0, (spread or 0) * (high - low))
         options[name] = draw.uniform(low, high) if spread is None else min(max(moved, low), high)
-    return Schedule(best.layers, whole, options)
+    return Schedule(best.layers, tuple(shares[1:]), options)
+
+
+def _mirrored(value: float, low: float, high: float) -> float:
+    """Return the value, mirrored at the ends of the range until it is in it."""
+    if low >= high:
+        return high
+    beyond = (value - low) % (2 * (high - low))
+    return low + min(beyond, 2 * (high - low) - beyond)
