@@ -7,7 +7,8 @@ next one has the largest minmax(S) * (1 - largest cosine to those already taken)
 
 m = 64 and h = 0.01 are the paper's values. In bfloat16 such a step is lost in rounding, so the projector runs in
 float32. With a linear projector S is the same for all tokens, and only diversity counts. The score often follows
-`token_norm`; compare with it. Our choice: several directions at a time, 2 m N projected rows in all.
+`token_norm`; compare with it. Our choices: several directions at a time, 2 m N projected rows in all; all scores are 1
+if S differs by at most 1 % of the largest, since minmax would stretch what rounding leaves.
 
 Shape legend: M directions, m of them at once, Q projected rows, E width of the projector's output.
 """
@@ -24,7 +25,8 @@ from cogvla.routing.registry import register_router
 from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, TokenRouter
 from cogvla.routing.selection import kept, minmax, take, unit
 
-AT_ONCE = 8
+AT_ONCE, EQUAL = 8, 0.01
+"""Directions at a time, and the range of S, relative to the largest, up to which all tokens are alike."""
 
 
 @register_router("zeroth_order")
@@ -53,7 +55,9 @@ class ZerothOrder(TokenRouter):
     @torch.no_grad()
     def choose(self, tokens_BND: Tensor, context: RouterContext) -> tuple[Tensor, Tensor]:
         """Choose n tokens; return indices [B,n] in the order of choice, and sensitivities [B,N] from 0 to 1."""
-        score_BN = minmax(self.sensitivity(tokens_BND.float(), context))
+        found_BN = self.sensitivity(tokens_BND.float(), context)
+        low_B1, high_B1 = found_BN.amin(1, keepdim=True), found_BN.amax(1, keepdim=True)
+        score_BN = torch.where(high_B1 - low_B1 <= EQUAL * high_B1, 1.0, minmax(found_BN))
         x_BND = unit(tokens_BND)
         nearest_BN, taken_BN = torch.zeros_like(score_BN), torch.zeros_like(score_BN, dtype=torch.bool)
         found = []

@@ -344,6 +344,21 @@ def test_zeroth_order_sensitivity_is_that_of_the_jacobian() -> None:
     assert ((found[0] / expected - 0.95).abs() < 0.1).all()
 
 
+def test_zeroth_order_with_a_linear_projector_is_diversity() -> None:
+    x = 100 * tokens_of(2)
+    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    router = ZerothOrder(RouterSizes(16, WIDTH, WIDTH, None, 5))
+    found, score = router.choose(x, RouterContext(5, draw_B=torch.tensor([3, 4]), projector=lambda t: t @ weight))
+    assert score.unique().tolist() == [1]
+    for row in range(2):
+        cosine, expected = unit(x[row]) @ unit(x[row]).T, [0]
+        for _ in range(4):
+            nearest = cosine[:, expected].amax(1)
+            nearest[expected] = 2
+            expected.append(int(nearest.argmin()))
+        assert found[row].tolist() == expected
+
+
 def recycled_by_hand(
     x: torch.Tensor, score: list[float], grid: tuple[int, int], cell: float, n: int
 ) -> tuple[list[int], list[int], torch.Tensor]:
