@@ -60,10 +60,19 @@ def read(moments: Sequence[Moment]) -> dict[str, dict[str, float | None]]:
 # --- IMA ---
 
 
-def cosines(vision_nD: Tensor, words_TD: Tensor) -> dict[str, float]:
-    """Return the mean cosine between modalities and within each (IMA): narrow cones have a high one within."""
-    v_D, t_D = (F.normalize(x.float(), dim=-1).mean(0) for x in (vision_nD, words_TD))
-    return {"between": float(v_D @ t_D), "vision": float(v_D @ v_D), "words": float(t_D @ t_D)}
+def cosines(vision_nD: Tensor, words_TD: Tensor) -> dict[str, float | None]:
+    """Return the mean cosine between modalities and within each (IMA): narrow cones have a high one within.
+
+    Within a modality, different tokens are compared; None if there is only one.
+    """
+    v_nD, t_TD = (F.normalize(x.float(), dim=-1) for x in (vision_nD, words_TD))
+    return {"between": float(v_nD.mean(0) @ t_TD.mean(0)), "vision": _within(v_nD), "words": _within(t_TD)}
+
+
+def _within(unit_ND: Tensor) -> float | None:
+    """Return the mean product of two different rows; None if there is one row."""
+    count = len(unit_ND)
+    return None if count < 2 else float((unit_ND.sum(0).square().sum() - count) / (count * (count - 1)))
 
 
 def overlap(vision_nI: Tensor, words_TI: Tensor) -> float:
@@ -90,7 +99,7 @@ def alignment(model: CogVLA, moments: Sequence[Moment]) -> dict[str, dict[str, f
             if not len(now_nD):
                 continue
             for name, value in cosines(now_nD, words_TD).items():
-                values[name].append(value)
+                values[name] += [] if value is None else [value]
             before_nD = moment.hidden.get(layer - 1)
             if before_nD is None or not len(before_nD):
                 continue

@@ -29,7 +29,10 @@ def test_points_are_the_ends_of_the_range() -> None:
 
 def test_cosines_and_overlap() -> None:
     found = cosines(torch.tensor([[2.0, 0], [0, 3]]), torch.tensor([[1.0, 0], [5, 0]]))
-    assert found == pytest.approx({"between": 0.5, "vision": 0.5, "words": 1.0})
+    assert found == pytest.approx({"between": 0.5, "vision": 0.0, "words": 1.0})
+    assert cosines(torch.eye(3), torch.tensor([[2.0, 0, 0]])) == pytest.approx(
+        {"between": 1 / 3, "vision": 0.0, "words": None}
+    )
     vision, words = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]), torch.tensor([[1, 0, 1, 0]])
     assert overlap(vision, words) == pytest.approx(1 / (1 + 0.5 + 1))
     assert overlap(vision, vision) == 1
