@@ -103,6 +103,11 @@ def windows_of(grid: tuple[int, int], budget: int, queries: int | None) -> tuple
         if max(h * grid[1], w * grid[0]) <= STRETCH * min(h * grid[1], w * grid[0])
     ]
     if queries is None:
+        if (least := min(shapes)[0]) > max(1, budget - 1):
+            raise ValueError(
+                f"compressor_vla has at least {least} windows of {grid[0]} x {grid[1]} patches, and one query: give a "
+                f"budget of {least + 1} or more instead of {budget}"
+            )
         return max(shape for shape in shapes if shape[0] <= max(1, budget - 1))[2:]
     fitting = [shape for shape in shapes if shape[0] == budget - queries]
     if not fitting:

@@ -56,8 +56,13 @@ class CoreNeurons(TokenRouter):
 
 
 def bend(score_BN: Tensor) -> Tensor:
-    """Return the score [B,1] at which the sorted scores are farthest from the line between their ends."""
-    falling_BN = score_BN.sort(dim=1, descending=True).values
-    along_N = torch.linspace(0, 1, falling_BN.shape[1], device=score_BN.device)
-    chord_BN = falling_BN[:, :1] + (falling_BN[:, -1:] - falling_BN[:, :1]) * along_N
-    return falling_BN.gather(1, (falling_BN - chord_BN).abs().argmax(1, keepdim=True))
+    """Return the score [B,1] at which the sorted scores are farthest from the line between their ends, first of equals.
+
+    Distances are multiplied by N - 1: those of whole scores are then whole numbers, and no tie depends on rounding.
+    """
+    falling_BN = score_BN.double().sort(dim=1, descending=True).values
+    last = falling_BN.shape[1] - 1
+    number_N = torch.arange(last + 1, device=score_BN.device)
+    chord_BN = falling_BN[:, :1] * last + (falling_BN[:, -1:] - falling_BN[:, :1]) * number_N
+    knee_B1 = (falling_BN * last - chord_BN).abs().argmax(1, keepdim=True)
+    return falling_BN.gather(1, knee_B1).to(score_BN.dtype)

@@ -452,6 +452,12 @@ def test_core_neurons_keep_what_the_words_switch_on_and_cut_at_the_knee() -> Non
     assert cut.mask_Bn is not None
     assert cut.index_Bn[0][cut.mask_Bn[0]].tolist() == [4, 6]
     assert bend(torch.tensor([[10.0, 9.0, 1.0, 0.5, 0.0]])).item() == 1.0
+    generator = torch.Generator().manual_seed(0)
+    for tokens in range(4, 64):
+        score = torch.randint(0, 12, (9, tokens), generator=generator).sort(descending=True).values
+        for row, found in zip(score.tolist(), bend(score.float())[:, 0].tolist(), strict=True):
+            far = [abs((v - row[0]) * (tokens - 1) - (row[-1] - row[0]) * i) for i, v in enumerate(row)]
+            assert found == row[far.index(max(far))], "of equal distances the first"
 
 
 def test_attention_growth_counts_growth_only() -> None:

@@ -237,6 +237,9 @@ def test_compressor_windows() -> None:
     assert windows_of((16, 16), 80, 16) == (8, 8)
     assert windows_of((4, 4), 1, None) == (1, 1)
     assert windows_of((5, 7), 9, None) == (1, 1), "primes"
+    assert windows_of((2, 7), 8, None) == (1, 7)
+    with pytest.raises(ValueError, match=r"at least 7 windows of 2 x 7 patches, .* a budget of 8 or more instead of 7"):
+        windows_of((2, 7), 7, None)
     with pytest.raises(ValueError, match=r"2 queries has no 3 windows .* possible budgets: 3, 4, 6, 10, 18"):
         router_of("compressor_vla", 5, queries=2)
 
