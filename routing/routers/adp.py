@@ -3,14 +3,16 @@
 Tokens: the score of a token is the mean, over heads and words, of q . k / sqrt(d) with the first language layer's norm
 and weights, without rotation. Gate: D is the distance that the end effector went between two decisions. With `window`,
 tokens are removed if D is at least the largest of the two before it, all are kept if it is below the smallest, and
-between them they are removed; with `average`, they are removed if D is at least its exponential mean. All are kept at
-the first three decisions, and after three decisions in a row that removed tokens.
+between them they are removed; with `average`, they are removed if D is at least the exponential mean of the last three
+distances, D among them. All are kept at the first three decisions, and after three decisions in a row that removed
+tokens.
 
 Our choices, where text and released code (github.com/chen7086/VLA-ADP) leave some or differ:
 
 - the score uses the weights of the layer before which tokens are removed; layer 0 is the paper's
 - all views compete; the released code keeps 40 % of the tokens in the first view and 60 % in the second
 - every sample has its own scores; the released code averages them over the batch
+- the mean of `average` leaves out the distances before the last three, which are not remembered
 - distances are in units of the normalised state (`router.hand`), since a policy need not know metres
 - `base` puts the gate around any other router. In training, and where a network runs without a policy, tokens are
   always removed

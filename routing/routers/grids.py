@@ -11,7 +11,7 @@ points into the corners, where the sigmoid has no gradient.
 Our choices: before training, the points are spread evenly, whatever n is, and the MLP of the coordinates returns 0, so
 that training starts with plain samples; a budget below the largest one uses the first points; a token has the place of
 its nearest patch, and tokens are in the order of their places. The score of a patch is its share in all samples.
-Coordinates are float32.
+Points are float32; the MLP of the coordinates reads them in the precision of its weights.
 
 Shape legend: H rows and W columns of the grid, I hidden numbers.
 """

@@ -9,6 +9,8 @@ Our choices, where text and released code (github.com/alexwhz-sjtu/SpecPrune-VLA
 
 - n is fixed, so that tokens are ranked: first those kept anyway, then those that changed (both by attention), then the
   static ones, the least alike first. Motion only changes how many are kept anyway
+- tokens kept anyway are counted over all views together; the reference has 16 in the main view and 12 in that of the
+  wrist, and 25 and 19 in fine motion
 - the earlier picture is that of the last decision. The released code takes one of 2 to 6 control steps before, by the
   speed; a policy sees pictures at decisions only
 - the words' attention is that of the layer where tokens are removed, not of layers 0 and 1
