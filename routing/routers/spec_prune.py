@@ -73,7 +73,7 @@ class SpecPrune(TokenRouter):
         alike_BN = context.alike_BON[:, -1].float()
         tokens = self.sizes.tokens
         count_B1 = torch.where(fine_B1, max(1, round(FINE * tokens)), max(1, round(COARSE * tokens)))
-        anyway_BN = _top(now_BN, count_B1) | (_top(past_BN, count_B1) & begun_B1)
+        anyway_BN = _top(now_BN, count_B1) | (_top(past_BN, count_B1) & (past_BN > 0) & begun_B1)
         score_BN = tiers(alike_BN, (alike_BN >= self.alike) & begun_B1, anyway_BN, past_BN, now_BN)
         return kept(tokens_BND, best(score_BN, context.budget), score_BN)
 

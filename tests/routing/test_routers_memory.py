@@ -84,6 +84,14 @@ def test_spec_prune_drops_what_did_not_change_except_for_what_got_attention() ->
     assert chosen("spec_prune", x, 1, age_B=torch.tensor([0]), **items) == [3], "nothing is remembered"
 
 
+def test_spec_prune_keeps_no_token_for_attention_that_it_never_got() -> None:
+    alike, past, now = torch.ones(1, 32), torch.zeros(1, 32), torch.linspace(0.001, 0.003, 32)[None]
+    alike[0, 10], past[0, 20] = 0.5, 1.0
+    items = {"alike_BON": alike[:, None], "past_attention_BON": past[:, None], "text_attention_BN": now}
+    slowly = items | {"motion_BOC": torch.full((1, 4, 3), 0.01), "age_B": torch.tensor([4])}
+    assert chosen("spec_prune", torch.zeros(1, 32, 12), 5, **slowly) == [10, 20, 29, 30, 31]
+
+
 def test_fine_motion_begins_and_ends_at_different_speeds() -> None:
     fast, slow, height, down = [1.0, 1, 0], [0.1, 0, 0], [0.5, 0, 0.15], [0.5, 0, -0.3]
 
