@@ -107,8 +107,8 @@ class RouterConfig:
             raise ValueError(f"router.hand must name x, y and z among the entries of the state, got {list(self.hand)}")
         if self.decision_steps is not None and self.decision_steps < 1:
             raise ValueError(f"router.decision_steps must be at least 1, got {self.decision_steps}")
-        if self.position_step <= 0:
-            raise ValueError(f"router.position_step must be positive, got {self.position_step}")
+        if not 0 < self.position_step < float("inf"):
+            raise ValueError(f"router.position_step must be a positive number, got {self.position_step}")
 
 
 def saved_options(file: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def count_of(budget: int | float, tokens: int | None) -> int:
         ValueError: not a budget, or above the number of tokens.
     """
     whole = isinstance(budget, int) and not isinstance(budget, bool)
-    if not isinstance(budget, int | float) or isinstance(budget, bool) or budget <= 0 or (not whole and budget > 1):
+    if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget > 0 or (not whole and budget > 1):
         raise ValueError(
             f"a router's budget is a number of tokens or a share in (0, 1], for example 16 or 0.25; got {budget!r}"
         )

@@ -30,6 +30,7 @@ from cogvla.routing.selection import best
 from cogvla.tests.support.tiny_model import alone, tiny_config, tiny_input, tiny_model
 
 PATCHES, VIEWS = 16, 2
+NAN = float("nan")
 WHOLE = ("identity", "channel_attention", "token_pooling")
 EVERYWHERE = [
     (name, stage)
@@ -94,6 +95,18 @@ def test_another_router_shares_the_weights_and_leaves_the_model_as_it_was() -> N
     assert plain.config.routing.router.name is None
     assert other.router is not None
     assert all(a is b for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["lightvla", "selector_merger", "learned_pruner"])
+@torch.inference_mode()
+def test_another_router_trains_if_the_model_does(name: str) -> None:
+    model = tiny_model(efa=False).eval().with_router(config(name))
+    output = model(tiny_input())
+    assert not output.losses
+    assert torch.equal(output.actions, model.eval()(tiny_input()).actions)
+    trained = model.train().with_router(config(name)).router
+    assert trained is not None
+    assert trained.training
 
 
 def test_configurations_from_before_there_were_routers_have_none() -> None:
@@ -672,6 +685,18 @@ def test_mistakes_say_what_is_possible() -> None:
         ({"name": "token_norm", "seed": 1}, {}, "seed=1 changes nothing .*draws no random numbers"),
         ({"name": "random", "decision_steps": 4}, {}, "decision_steps=4 changes nothing .*remembers no earlier"),
         ({"name": "random", "hand": (0, 1, 3)}, {}, "hand=.* changes nothing .*not read the motion of the hand"),
+        *(
+            ({"name": "random", **keys}, {}, r"budget is a number of tokens or a share in \(0, 1\].* got nan$")
+            for keys in (
+                {"budget": NAN},
+                {"layers": (1,), "layer_budgets": (NAN,)},
+                {"train_budgets": (4, NAN)},
+            )
+        ),
+        *(
+            ({"name": "random", "position": "v2pe", "position_step": step}, {}, "position_step must be a positive num")
+            for step in (NAN, float("inf"), 0.0)
+        ),
         ({"name": "random", "position_step": 0.5}, {}, "position_step=0.5 changes nothing .*no router.position=v2pe"),
         ({"name": "random", "layers": (1, 2, 1)}, {}, "router.layers names a layer twice"),
         ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),
