@@ -61,7 +61,9 @@ class FiLMRouter(nn.Module):
         # The difference of two logits gives the same order as their softmax, but does not saturate into ties.
         return logits_BN2[..., 1] - logits_BN2[..., 0]
 
-    def forward(self, h_BSD: Tensor, layout: TokenLayout, context_B1T: Tensor, count: int) -> Selection:
+    def forward(
+        self, h_BSD: Tensor, layout: TokenLayout, context_B1T: Tensor, count: int, seen_BN: Tensor | None = None
+    ) -> Selection:
         """Choose `count` vision tokens; bos and all tokens after the vision tokens always stay.
 
         The count is fixed, so all shapes are: there is no host synchronisation and no loop over samples.
@@ -71,9 +73,12 @@ class FiLMRouter(nn.Module):
             layout: layout of that input.
             context_B1T: weights of state and text in their mean; see `context_weights`.
             count: n.
+            seen_BN: False for hidden vision tokens, which are chosen last; None: all are visible.
         """
         summary_B1D = context_B1T @ h_BSD[:, layout.context]
         score_BN = self.score(h_BSD[:, layout.visual], summary_B1D)
+        if seen_BN is not None:
+            score_BN = score_BN.masked_fill(~seen_BN, float("-inf"))
         kept_Bn = score_BN.detach().topk(count, dim=1, sorted=False).indices.sort(dim=1).values
         probability_Bn1 = score_BN.gather(1, kept_Bn).sigmoid()[..., None]
 

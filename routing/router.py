@@ -312,7 +312,7 @@ class TokenRouter(nn.Module, ABC):
     scores: bool = True
     """False if the router has no scores (`RoutedTokens.score_BN` is None)."""
     hides: bool = False
-    """True if the router can hide tokens (`RoutedTokens.mask_Bn`)."""
+    """True if the router can hide tokens (`RoutedTokens.mask_Bn`); it then works at one language layer only."""
     projects: bool = False
     """True if the router replaces the projector: at `encoder_out`, its output has the language model's width."""
     guide_layer: int | None = None

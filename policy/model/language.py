@@ -218,7 +218,7 @@ class RoutedDecoder(nn.Module):
         chosen = None if routing is None else routing.choose(index)
         if chosen is None and str(index) in self.routers:
             count = context.plan[index].process
-            chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count)
+            chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count, now.seen_BN)
         if chosen is None:
             return run_layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout)), now, None
         frame = context.pruned(chosen, before=now)

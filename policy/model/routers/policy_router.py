@@ -226,6 +226,10 @@ class PolicyRouter(nn.Module):
                 raise ValueError(f"router {name!r} makes new tokens, which cannot bypass a layer; set router.mode=drop")
             if config.mode == "bypass" and router.hides:
                 raise ValueError(f"router {name!r} hides tokens, which cannot bypass a layer; set router.mode=drop")
+            if router.hides and len(config.layers) > 1:
+                raise ValueError(
+                    f"router {name!r} hides tokens, and would choose among them again: give one router.layers"
+                )
             self.counts[layer], self.layers[str(layer)] = count, router
         for vision in sorted(entering, reverse=True):
             drawn = plan(vision, routed=self.left)

@@ -38,6 +38,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "growth in two layers": {"name": "attention_growth", "stage": "llm_layer", "layers": [1, 2], "budget": 3},
     "growth past LFP": {"name": "attention_growth", "stage": "llm_layer", "layers": [3], "budget": 2},
     "patches seen again past LFP": {"name": "token_norm", "layers": [3], "layer_router": "vision_remember"},
+    "hidden tokens, which LFP passes over": {"name": "core_neurons", "stage": "llm_layer", "budget": 8,
+                                             "options": {"knee": True}},
     "a layer is skipped": {"name": "token_norm", "stage": "llm_layer", "mode": "bypass"},
     "positions without gaps": {"name": "coverage", "position": "compact"},
     "joint views": {"name": "coverage", "joint": True},

@@ -308,25 +308,37 @@ def test_an_exit_does_not_depend_on_the_padding_of_the_instruction() -> None:
     torch.testing.assert_close(together[:1], single)
 
 
+class Quarter(TokenRouter):
+    """Hide the first quarter of the tokens."""
+
+    stages, hides = ("llm_layer",), True
+
+    def route(self, tokens_BND: torch.Tensor, context: RouterContext) -> RoutedTokens:
+        all_BN = torch.arange(32).expand(len(tokens_BND), -1)
+        return RoutedTokens(tokens_BND, all_BN, all_BN, mask_Bn=all_BN >= 8)
+
+
 @torch.inference_mode()
 def test_a_token_that_one_layer_hid_is_hidden_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Quarters(TokenRouter):
-        """Hide the first quarter of the tokens in the first layer, the second in the next, and so on."""
-
-        stages, hides, given = ("llm_layer",), True, 0
-
-        def route(self, tokens_BND: torch.Tensor, context: RouterContext) -> RoutedTokens:
-            Quarters.given += 1
-            all_BN = torch.arange(32).expand(len(tokens_BND), -1)
-            return RoutedTokens(tokens_BND, all_BN, all_BN, mask_Bn=all_BN // 8 != Quarters.given - 1)
-
-    monkeypatch.setitem(registry._ROUTERS, "quarters", Quarters)
-    plain = tiny_model(efa=False, lfp=False).eval()
-    model = plain.with_router(RouterConfig("quarters", 1.0, "llm_layer", layers=(1, 2, 3)))
-    seen = model(tiny_input(), debug=True).debug["attention"]
+    monkeypatch.setitem(registry._ROUTERS, "quarter", Quarter)
+    router = RouterConfig("quarter", 1.0, "llm_layer", layers=(1,))
+    seen = routed(router)(tiny_input(), debug=True).debug["attention"]
     for layer in range(4):
-        assert (seen[layer][:, : 8 * layer] == 0).all()
-        assert (seen[layer][:, 8 * layer :] > 0).all()
+        assert ((seen[layer][:, :8] == 0) == (layer > 0)).all()
+        assert (seen[layer][:, 8:] > 0).all()
+    with pytest.raises(ValueError, match=r"'quarter' hides tokens, and would choose among them again: give one router"):
+        routed(replace(router, layers=(1, 2)))
+
+
+@pytest.mark.parametrize("mode", ["drop", "bypass"])
+@torch.inference_mode()
+def test_lfp_passes_over_hidden_tokens(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._ROUTERS, "quarter", Quarter)
+    router = RouterConfig("quarter", 1.0, "llm_layer", layers=(1,))
+    inside = routed(router, lfp=True, mode=mode)(tiny_input(), debug=True).debug
+    chosen = [choice for choice in inside["choices"] if choice.by == "LFP" and choice.layer]
+    assert chosen
+    assert all((choice.kept_Bn >= 8).all() for choice in chosen), "no layer keeps more than the 24 others"
 
 
 @torch.inference_mode()
