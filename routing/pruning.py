@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cogvla.routing.aggregation import two_layer
 from cogvla.routing.layout import TokenLayout
+from cogvla.routing.router import RoutedTokens
 
-MODES = ("bypass", "drop")
 POSITION_POLICIES = ("keep", "renumber")
 SCALES = ("all", "visual_only", "values")
 
@@ -30,6 +30,7 @@ class Selection:
         factor_BS1: factors [B,S',1]: the router's probability for each kept vision token; 1 for the other tokens, or
             their own probability if the router scores them too. None: 1 for all.
         score_BN: scores of the vision tokens to choose from, higher is more worth keeping; None: there are none.
+        routed: result of the token router that chose, whose new tokens `kept_Bn` has at their places; None: LFP chose.
     """
 
     kept_Bn: Tensor
@@ -37,6 +38,7 @@ class Selection:
     layout: TokenLayout
     factor_BS1: Tensor | None = None
     score_BN: Tensor | None = None
+    routed: RoutedTokens | None = None
 
 
 class FiLMRouter(nn.Module):

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from cogvla.files import read_object
-from cogvla.routing.pruning import MODES
 
+MODES = ("bypass", "drop")
 STAGES = ("encoder_block", "encoder_out", "projector_out", "llm_layer")
 POSITIONS = ("keep", "compact", "v2pe")
 
@@ -274,7 +274,7 @@ class RoutedTokens:
         place_Bn: position of each token among the N input tokens: its index, or a place for a synthetic token.
         score_BN: float32 scores of the input tokens, higher is more worth keeping; None if the router has no scores.
         owner_BN: int64, for each input token the output token that contains it, -1 if it is lost; None if nothing is
-            merged.
+            merged, or if all tokens are new and read all of them.
         mask_Bn: bool, False hides a token from all others; for routers whose number of tokens depends on the content
             (at language layers only). None: nothing is hidden.
         losses: weighted auxiliary losses by name; empty unless training.
