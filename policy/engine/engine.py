@@ -23,6 +23,7 @@ from cogvla.policy.engine.recording import Run, record
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.heads.committed import none_committed
 from cogvla.policy.model.routers.memory import Memory
+from cogvla.policy.model.weight_watch import WeightWatch
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
 DTYPES = {
@@ -169,6 +170,7 @@ class Engine:
             if config.dtype == "nf4":
                 to_nf4(self.network, config.smallest)
             self.dense = self._keeping_all()
+        self._weights = WeightWatch(model)
 
     def _keeping_all(self) -> FusedNetwork | None:
         router = self.network.router
@@ -180,15 +182,17 @@ class Engine:
         The engine must not have released the model's layers.
 
         Raises:
-            ValueError: the engine runs in another precision than the model's.
+            ValueError: the engine runs in another precision than the model's, or the weights have changed since.
         """
         mine, theirs = (next(each.parameters()).dtype for each in (self.model, model))
         if mine != theirs or self.precision in ("int8", "float8", "nf4"):
             raise ValueError(
                 f"other routers need the model's own precision, not {self.precision}: give engine.dtype=null"
             )
+        self._weights.check()
         other = copy.copy(self)
         other.model, other._recorded, other.network = model, {}, self.network.with_router(model)
+        other._weights = WeightWatch(model)
         other.dense = other._keeping_all()
         return other
 
@@ -203,7 +207,11 @@ class Engine:
             text_ids_BT: see `ModelInput`.
             text_mask_BT: see `ModelInput`.
             dense: see `ModelInput`; for token routers with a gate only.
+
+        Raises:
+            ValueError: the model's weights changed after they were copied.
         """
+        self._weights.check()
         words = self.bucket(text_ids_BT.shape[1])
         missing = (0, words - text_ids_BT.shape[1])
         of_states = (0, 0) * (text_ids_BT.ndim - 2)  # a text encoder's [B,T,E]
