@@ -27,6 +27,7 @@ from cogvla.policy.inputs.text_encoder import TextEncoder
 from cogvla.policy.interface import ActionChunk, Embodiment, Observation
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
 from cogvla.policy.model.routers.memory import Memory
+from cogvla.policy.model.weight_watch import WeightWatch
 
 CHOICE_OBSERVATIONS = 8
 """Random observations on which precisions are compared."""
@@ -64,6 +65,7 @@ class CogVLAPolicy:
         self.engine, self.calibration, self.choice = engine, calibration, choice
         self._description = description or {}
         self._text: dict[bool, tuple[tuple[str, ...], TextFeatures | EncodedText]] = {}  # of sparse and dense passes
+        self._weights = WeightWatch(model)
         self._memory = self._build_memory()
         self._said = False  # that committed actions are ignored
         self._state_normaliser: Normaliser | None = None  # on the CPU, for routers with a gate
@@ -328,10 +330,17 @@ class CogVLAPolicy:
     ) -> tuple[Tensor, Memory | None]:
         """Return normalised actions [B,K,A] and the new memory.
 
-        The encoded instructions are cached until they change, which usually is a whole episode.
+        The encoded instructions are cached until they change, which usually is a whole episode, or the weights do.
+
+        Raises:
+            ValueError: the weights changed after the engine was built.
         """
+        if self.engine is None and self._weights.changed():
+            self._text, self._weights = {}, WeightWatch(self.model)
         known = self._text.get(dense)
         if known is None or known[0] != instructions:
+            if self.engine is not None:
+                self._weights.check()  # the engine's model may be a copy in another precision
             encode = self.model.encode_text if self.engine is None else self.engine.encode
             known = self._text[dense] = (instructions, encode(inputs.text_ids, inputs.text_mask, dense=dense))
         text = known[1]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cogvla.routing.aggregation import two_layer
 from cogvla.routing.layout import TokenLayout
+from cogvla.routing.router import RoutedTokens
 
-MODES = ("bypass", "drop")
 POSITION_POLICIES = ("keep", "renumber")
 SCALES = ("all", "visual_only", "values")
 
@@ -30,6 +30,7 @@ class Selection:
         factor_BS1: factors [B,S',1]: the router's probability for each kept vision token; 1 for the other tokens, or
             their own probability if the router scores them too. None: 1 for all.
         score_BN: scores of the vision tokens to choose from, higher is more worth keeping; None: there are none.
+        routed: result of the token router that chose, whose new tokens `kept_Bn` has at their places; None: LFP chose.
     """
 
     kept_Bn: Tensor
@@ -37,6 +38,7 @@ class Selection:
     layout: TokenLayout
     factor_BS1: Tensor | None = None
     score_BN: Tensor | None = None
+    routed: RoutedTokens | None = None
 
 
 class FiLMRouter(nn.Module):
@@ -61,7 +63,9 @@ class FiLMRouter(nn.Module):
         # The difference of two logits gives the same order as their softmax, but does not saturate into ties.
         return logits_BN2[..., 1] - logits_BN2[..., 0]
 
-    def forward(self, h_BSD: Tensor, layout: TokenLayout, context_B1T: Tensor, count: int) -> Selection:
+    def forward(
+        self, h_BSD: Tensor, layout: TokenLayout, context_B1T: Tensor, count: int, seen_BN: Tensor | None = None
+    ) -> Selection:
         """Choose `count` vision tokens; bos and all tokens after the vision tokens always stay.
 
         The count is fixed, so all shapes are: there is no host synchronisation and no loop over samples.
@@ -71,9 +75,12 @@ class FiLMRouter(nn.Module):
             layout: layout of that input.
             context_B1T: weights of state and text in their mean; see `context_weights`.
             count: n.
+            seen_BN: False for hidden vision tokens, which are chosen last; None: all are visible.
         """
         summary_B1D = context_B1T @ h_BSD[:, layout.context]
         score_BN = self.score(h_BSD[:, layout.visual], summary_B1D)
+        if seen_BN is not None:
+            score_BN = score_BN.masked_fill(~seen_BN, float("-inf"))
         kept_Bn = score_BN.detach().topk(count, dim=1, sorted=False).indices.sort(dim=1).values
         probability_Bn1 = score_BN.gather(1, kept_Bn).sigmoid()[..., None]
 

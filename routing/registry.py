@@ -6,8 +6,10 @@ To add one, write a file in `routing/routers`, or a module of your own package, 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cogvla.plugins import import_plugins
 from cogvla.routing.router import RouterSizes, TokenRouter
@@ -44,7 +46,8 @@ def build_router(name: str, sizes: RouterSizes, options: Mapping[str, Any] | Non
         options: keyword arguments of its constructor.
 
     Raises:
-        ValueError: unknown name or option, or sizes that this router does not support.
+        ValueError: unknown name or option, a value of another kind than its option, or sizes that this router does not
+            support.
     """
     known = registered_routers()
     if name not in known:
@@ -57,11 +60,59 @@ def build_router(name: str, sizes: RouterSizes, options: Mapping[str, Any] | Non
         )
     parameters = inspect.signature(known[name]).parameters
     valid = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if unknown := sorted(set(options or {}) - set(valid)):
+    if unknown := sorted(map(str, set(options or {}) - set(valid))):
         raise ValueError(
             f"router {name!r} has no option {', '.join(unknown)}; it has {', '.join(valid) if valid else 'none'}"
         )
-    for option, value in (options or {}).items():  # Hydra reads `no` as text, which counts as true
-        if isinstance(parameters[option].default, bool) and not isinstance(value, bool):
-            raise ValueError(f"option {option} of router {name!r} must be true or false, got {value!r}")
+    hints = _hints(known[name])
+    for option, value in (options or {}).items():
+        if not _fits(value, hint := hints.get(option, Any)):
+            raise ValueError(f"option {option} of router {name!r} must be {_words(hint)}, got {value!r}")
     return known[name](sizes, **(options or {}))
+
+
+def _hints(kind: type[TokenRouter]) -> dict[str, Any]:
+    """Return the type hints of a router's options; none if they name what is imported for type checkers only."""
+    try:
+        return get_type_hints(kind.__init__)
+    except NameError:
+        return {}
+
+
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    NoneType: "null",
+    Mapping: "names and values",
+    list: "a list",
+    tuple: "a list",
+}
+"""Kinds of options that are checked, and what an error calls them."""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of the kind that a type hint says; True for kinds that are not checked."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if kind is Literal:
+        return value in get_args(hint)
+    if isinstance(value, bool) and kind in KINDS:
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) < math.inf
+    if kind in (list, tuple):  # YAML has lists only
+        return isinstance(value, list | tuple)
+    return kind not in KINDS or isinstance(value, kind)
+
+
+def _words(hint: Any) -> str:
+    """Return what a value must be, for an error."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return " or ".join(_words(each) for each in get_args(hint))
+    if kind is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return KINDS[kind]

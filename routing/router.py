@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from cogvla.files import read_object
-from cogvla.routing.pruning import MODES
 
+MODES = ("bypass", "drop")
 STAGES = ("encoder_block", "encoder_out", "projector_out", "llm_layer")
 POSITIONS = ("keep", "compact", "v2pe")
 
@@ -107,8 +107,8 @@ class RouterConfig:
             raise ValueError(f"router.hand must name x, y and z among the entries of the state, got {list(self.hand)}")
         if self.decision_steps is not None and self.decision_steps < 1:
             raise ValueError(f"router.decision_steps must be at least 1, got {self.decision_steps}")
-        if self.position_step <= 0:
-            raise ValueError(f"router.position_step must be positive, got {self.position_step}")
+        if not 0 < self.position_step < float("inf"):
+            raise ValueError(f"router.position_step must be a positive number, got {self.position_step}")
 
 
 def saved_options(file: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def count_of(budget: int | float, tokens: int | None) -> int:
         ValueError: not a budget, or above the number of tokens.
     """
     whole = isinstance(budget, int) and not isinstance(budget, bool)
-    if not isinstance(budget, int | float) or isinstance(budget, bool) or budget <= 0 or (not whole and budget > 1):
+    if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget > 0 or (not whole and budget > 1):
         raise ValueError(
             f"a router's budget is a number of tokens or a share in (0, 1], for example 16 or 0.25; got {budget!r}"
         )
@@ -277,7 +277,7 @@ class RoutedTokens:
         place_Bn: position of each token among the N input tokens: its index, or a place for a synthetic token.
         score_BN: float32 scores of the input tokens, higher is more worth keeping; None if the router has no scores.
         owner_BN: int64, for each input token the output token that contains it, -1 if it is lost; None if nothing is
-            merged.
+            merged, or if all tokens are new and read all of them.
         mask_Bn: bool, False hides a token from all others; for routers whose number of tokens depends on the content
             (at language layers only). None: nothing is hidden.
         losses: weighted auxiliary losses by name; empty unless training.
@@ -315,7 +315,7 @@ class TokenRouter(nn.Module, ABC):
     scores: bool = True
     """False if the router has no scores (`RoutedTokens.score_BN` is None)."""
     hides: bool = False
-    """True if the router can hide tokens (`RoutedTokens.mask_Bn`)."""
+    """True if the router can hide tokens (`RoutedTokens.mask_Bn`); it then works at one language layer only."""
     projects: bool = False
     """True if the router replaces the projector: at `encoder_out`, its output has the language model's width."""
     guide_layer: int | None = None

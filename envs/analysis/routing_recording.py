@@ -31,8 +31,6 @@ from cogvla.policy.model.routers.attention_probe import AttentionProbe
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.diagnostics import attention_entropy
 
-ROUTER = "router"
-"""The stage before the language model; its layers are the stages `layer 0`, `layer 1` and so on."""
 COVERED = 0.1
 """Least share of a patch that an object must cover for the patch to belong to it."""
 
@@ -48,7 +46,7 @@ class Moment:
         tokens_ND: vision tokens before routing, in the language width.
         looks_NP: how much each token sees of each patch; the identity if tokens are patches.
         entropy: entropy in nats of the aggregation tokens' gaze, or of the patches' attention in the first tower.
-        kept: routing stage -> numbers of the tokens kept there, without new tokens, which combine earlier ones.
+        kept: routing stage, `router` or `layer 3` -> numbers of the tokens kept there, see `TokenChoice.kept`.
         new: number of new tokens after the router.
         present: language layer -> numbers of the tokens that enter it; a new token has the number of its place.
         attention: language layer -> attention [n] of those tokens from the action tokens.
@@ -146,8 +144,8 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
     output = model(inputs, text, debug=True, watch=True)
     inside = output.debug
     assert inside is not None
-    entering_n, kept, new = _entering(inside, model.vision.tokens)
-    kept |= {f"layer {layer}": entering_n[index_Bn[0]] for layer, index_Bn in inside["kept"].items()}
+    entering_n, new = _entering(inside, model.vision.tokens)
+    choices = choices_of(inside, entering_n, model.vision.tokens, 1 if model.router is None else model.router.rows)
     others = inside["layout"].length - inside["layout"].vision
     present, after = {}, {}
     for layer, x_BSD in inside["hidden"].items():
@@ -155,7 +153,7 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
         present[layer] = entering_n if index_Bn is None else entering_n[index_Bn[0]]
         # LFP in mode `drop` shortens the sequence inside the layer.
         shorter = x_BSD.shape[1] - others < len(present[layer])
-        after[layer] = kept[f"layer {layer}"] if shorter else present[layer]
+        after[layer] = entering_n[inside["kept"][layer][0]] if shorter else present[layer]
     looks_NP, entropy = _looks(model, inputs, text, output.gaze)
     layout, real_T = inside["layout"], inputs.text_mask[0]
     # Vision tokens may be fewer than in the layout, so the words and action tokens are counted from the end.
@@ -168,7 +166,7 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
         tokens_ND=model.vision(inputs.pixels, text.vision)[0].float(),
         looks_NP=looks_NP,
         entropy=entropy,
-        kept=kept,
+        kept={choice.stage.partition(",")[0]: choice.kept for choice in choices},
         new=new,
         present=present,
         attention={layer: read_Bn[0] for layer, read_Bn in inside["attention"].items()},
@@ -176,18 +174,18 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
         hidden={layer: x_BSD[0, 1 : 1 + len(after[layer])].float() for layer, x_BSD in inside["hidden"].items()},
         words={layer: x_BSD[0, words][real_T].float() for layer, x_BSD in inside["hidden"].items()},
         acting={layer: x_BSD[0, acting].float() for layer, x_BSD in inside["hidden"].items()},
-        choices=choices_of(inside, entering_n, model.vision.tokens, 1 if model.router is None else model.router.rows),
+        choices=choices,
     )
 
 
-def _entering(inside: Mapping[str, Any], tokens: int) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Return the tokens that enter the language model, those that a router kept, and the number of new tokens."""
+def _entering(inside: Mapping[str, Any], tokens: int) -> tuple[Tensor, int]:
+    """Return the tokens that enter the language model, and the number of new tokens."""
     routed = inside.get("routed")
     if routed is None:
-        return torch.arange(tokens, device=inside["hidden"][0].device), {}, 0
+        return torch.arange(tokens, device=inside["hidden"][0].device), 0
     index_n = routed.index_Bn[0]
     entering_n = torch.where(index_n < 0, routed.place_Bn[0].round().long(), index_n)
-    return entering_n, {ROUTER: index_n[index_n >= 0]}, int((index_n < 0).sum())
+    return entering_n, int((index_n < 0).sum())
 
 
 def _looks(model: CogVLA, inputs: ModelInput, text: TextFeatures, gaze: list[Tensor] | None) -> tuple[Tensor, float]:

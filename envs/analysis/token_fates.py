@@ -5,12 +5,15 @@ Shape legend: N tokens before routing, n tokens to choose from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cogvla.routing.router import RoutedTokens
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,11 @@ class TokenChoice:
     Attributes:
         stage: `router` before the language model, or `layer 3` and who chose there.
         among: tokens to choose from, int64 [n].
-        kept: tokens that were kept, int64.
+        kept: tokens that were kept, without new ones and hidden ones, int64.
         score: scores of the tokens to choose from, float [n], higher is more worth keeping; None: there are none.
         gone: the others are removed; False: they skip this layer.
         merged: bool [n], tokens whose content a new or kept token took; None: nothing is merged.
+        hidden: tokens that were kept, but hidden from all others, int64; None: none is hidden.
         rows: tokens compete within each of this number of equal parts, the views.
     """
 
@@ -33,6 +37,7 @@ class TokenChoice:
     score: Tensor | None
     gone: bool
     merged: Tensor | None = None
+    hidden: Tensor | None = None
     rows: int = 1
 
 
@@ -42,11 +47,13 @@ class NotKept:
 
     Attributes:
         stage: stage of the choice.
-        gone: the token is removed; False: it skips this layer.
+        gone: nothing reads the token any more; False: it skips this layer.
         merged: a new or kept token took its content.
         score: its score; None: the method has no scores.
         lowest: lowest score that was kept, among those that it competed with.
-        highest: highest score that was not kept; above `lowest` if the method does not simply rank.
+        highest: highest score that was not kept; above `lowest` if the method does not simply rank. Both are None if no
+            token was kept.
+        hidden: it is hidden, not removed.
     """
 
     stage: str
@@ -55,6 +62,7 @@ class NotKept:
     score: float | None
     lowest: float | None
     highest: float | None
+    hidden: bool = False
 
 
 def choices_of(inside: Mapping[str, Any], entering_n: Tensor, tokens: int, rows: int) -> tuple[TokenChoice, ...]:
@@ -68,16 +76,39 @@ def choices_of(inside: Mapping[str, Any], entering_n: Tensor, tokens: int, rows:
     """
     found = []
     if (routed := inside.get("routed")) is not None:
-        index_n, everything = routed.index_Bn[0], torch.arange(tokens, device=entering_n.device)
-        score = None if routed.score_BN is None else routed.score_BN[0]
-        merged = None if routed.owner_BN is None else routed.owner_BN[0] >= 0
-        found.append(TokenChoice("router", everything, index_n[index_n >= 0], score, True, merged, rows))
+        everything_n = torch.arange(tokens, device=entering_n.device)
+        found.append(_choice("router", everything_n, entering_n, routed.score_BN, True, routed, rows))
     for choice in inside["choices"]:
         among_n = entering_n if choice.among_BN is None else entering_n[choice.among_BN[0]]
-        score = None if choice.score_BN is None else choice.score_BN[0]
-        stage = f"layer {choice.layer}, {choice.by}"
-        found.append(TokenChoice(stage, among_n, entering_n[choice.kept_Bn[0]], score, choice.gone))
+        told = among_n, entering_n[choice.kept_Bn[0]], choice.score_BN, choice.gone, choice.routed
+        found.append(_choice(f"layer {choice.layer}, {choice.by}", *told))
     return tuple(found)
+
+
+def _choice(
+    stage: str,
+    among_n: Tensor,
+    left_n: Tensor,
+    score_BN: Tensor | None,
+    gone: bool,
+    routed: RoutedTokens | None,
+    rows: int = 1,
+) -> TokenChoice:
+    """Return a choice that left these tokens, new ones with the number of their place."""
+    score_n, kept_n, merged_n, hidden_n = None if score_BN is None else score_BN[0], left_n, None, None
+    if routed is not None:
+        old_n = routed.index_Bn[0] >= 0
+        if routed.owner_BN is not None:
+            merged_n = routed.owner_BN[0] >= 0
+        elif len(old_n) and not old_n.any():  # without owners, new tokens take something of all
+            merged_n = torch.ones_like(among_n, dtype=torch.bool)
+        if routed.mask_Bn is not None:
+            hidden_n = left_n[old_n & ~routed.mask_Bn[0]]
+            old_n = old_n & routed.mask_Bn[0]
+        kept_n = left_n[old_n]
+    elif score_n is not None:  # LFP keeps hidden tokens, whose score is -inf, where too few others are left
+        kept_n = left_n[~torch.isin(left_n, among_n[score_n == -math.inf])]
+    return TokenChoice(stage, among_n, kept_n, score_n, gone, merged_n, hidden_n, rows)
 
 
 def fates(choices: Sequence[TokenChoice], tokens: int) -> list[tuple[NotKept, ...]]:
@@ -85,13 +116,14 @@ def fates(choices: Sequence[TokenChoice], tokens: int) -> list[tuple[NotKept, ..
     found: list[list[NotKept]] = [[] for _ in range(tokens)]
     for choice in choices:
         kept, among = set(choice.kept.tolist()), choice.among.tolist()
+        hidden = set() if choice.hidden is None else set(choice.hidden.tolist())
         score = [None] * len(among) if choice.score is None else [float(value) for value in choice.score]
         merged = [False] * len(among) if choice.merged is None else choice.merged.tolist()
         size = max(1, len(among) // choice.rows)
         bounds = [_bounds(among[i : i + size], score[i : i + size], kept) for i in range(0, len(among), size)]
         for place, token in enumerate(among):
             if token not in kept and not (found[token] and found[token][-1].gone):
-                told = choice.stage, choice.gone, merged[place], score[place], *bounds[place // size]
+                told = choice.stage, choice.gone, merged[place], score[place], *bounds[place // size], token in hidden
                 found[token].append(NotKept(*told))
     return [tuple(each) for each in found]
 
@@ -99,7 +131,11 @@ def fates(choices: Sequence[TokenChoice], tokens: int) -> list[tuple[NotKept, ..
 def _bounds(
     tokens: Sequence[int], scores: Sequence[float | None], kept: Collection[int]
 ) -> tuple[float | None, float | None]:
-    """Return the lowest score that was kept, and the highest that was not."""
-    known = [(token in kept, score) for token, score in zip(tokens, scores, strict=True) if score is not None]
+    """Return the lowest score that was kept, and the highest that was not; (None, None) if no token was kept."""
+    known = [
+        (token in kept, score)
+        for token, score in zip(tokens, scores, strict=True)
+        if score is not None and score > -math.inf
+    ]
     stay, fall = ([score for there, score in known if there == which] for which in (True, False))
-    return min(stay, default=None), max(fall, default=None)
+    return (min(stay), max(fall, default=None)) if stay else (None, None)

@@ -59,11 +59,15 @@ class FusedRouter(nn.Module):
         self.score_all = router.score_all
         self.plain = FusedLinear(reach_D[None], constant[None], dtype)
 
-    def forward(self, h_BSD: Tensor, layout: TokenLayout, summary_B1T: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h_BSD: Tensor, layout: TokenLayout, summary_B1T: Tensor, count: int, seen_BN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Choose vision tokens; return their indices, ascending int64 [B,n], and the factors [B,S',1] of kept rows."""
         width = h_BSD.shape[-1]
         reading_BO1 = self.score(F.gelu(self.hidden(summary_B1T @ h_BSD[:, layout.context]))).mT
         score_BN = torch.baddbmm(reading_BO1[:, width:], h_BSD[:, layout.visual], reading_BO1[:, :width])[..., 0]
+        if seen_BN is not None:
+            score_BN = score_BN.masked_fill(~seen_BN, float("-inf"))
         top_Bn, kept_Bn = score_BN.topk(count, dim=1, sorted=False)
         kept_Bn, order_Bn = kept_Bn.sort(dim=1)
         probability_Bn1 = top_Bn.gather(1, order_Bn).sigmoid()[..., None]
@@ -230,7 +234,7 @@ class FusedDecoder(nn.Module):
                 chosen = routing.choose(index)
             h_BSD = F.rms_norm(x_BSD, (width,), eps=layer.eps)
             if layer.router is not None:
-                kept_Bn, factor_BS1 = layer.router(h_BSD, now.layout, text["summary"], tokens.process)
+                kept_Bn, factor_BS1 = layer.router(h_BSD, now.layout, text["summary"], tokens.process, now.seen_BN)
                 rows = context.rows(now.layout, kept_Bn)
                 chosen = Selection(kept_Bn, rows, now.layout.with_vision(tokens.process), factor_BS1)
             if chosen is None:

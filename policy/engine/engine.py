@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogvla.errors import first_line
 from cogvla.policy.engine.float8 import Calibration, largest_inputs, to_float8
 from cogvla.policy.engine.int8 import to_int8
 from cogvla.policy.engine.network import FusedNetwork
@@ -22,6 +23,7 @@ from cogvla.policy.engine.recording import Run, record
 from cogvla.policy.model.cogvla import CogVLA, ModelInput
 from cogvla.policy.model.heads.committed import none_committed
 from cogvla.policy.model.routers.memory import Memory
+from cogvla.policy.model.weight_watch import WeightWatch
 
 KINDS = ("auto", "plain", "eager", "trace", "cuda_graph", "compile")
 DTYPES = {
@@ -168,6 +170,7 @@ class Engine:
             if config.dtype == "nf4":
                 to_nf4(self.network, config.smallest)
             self.dense = self._keeping_all()
+        self._weights = WeightWatch(model)
 
     def _keeping_all(self) -> FusedNetwork | None:
         router = self.network.router
@@ -179,15 +182,17 @@ class Engine:
         The engine must not have released the model's layers.
 
         Raises:
-            ValueError: the engine runs in another precision than the model's.
+            ValueError: the engine runs in another precision than the model's, or the weights have changed since.
         """
         mine, theirs = (next(each.parameters()).dtype for each in (self.model, model))
         if mine != theirs or self.precision in ("int8", "float8", "nf4"):
             raise ValueError(
                 f"other routers need the model's own precision, not {self.precision}: give engine.dtype=null"
             )
+        self._weights.check()
         other = copy.copy(self)
         other.model, other._recorded, other.network = model, {}, self.network.with_router(model)
+        other._weights = WeightWatch(model)
         other.dense = other._keeping_all()
         return other
 
@@ -202,7 +207,11 @@ class Engine:
             text_ids_BT: see `ModelInput`.
             text_mask_BT: see `ModelInput`.
             dense: see `ModelInput`; for token routers with a gate only.
+
+        Raises:
+            ValueError: the model's weights changed after they were copied.
         """
+        self._weights.check()
         words = self.bucket(text_ids_BT.shape[1])
         missing = (0, words - text_ids_BT.shape[1])
         of_states = (0, 0) * (text_ids_BT.ndim - 2)  # a text encoder's [B,T,E]
@@ -282,6 +291,10 @@ class Engine:
         Args:
             inputs: inputs of the policy's image size and precision; their values do not matter.
             words: length of an instruction in tokens; None: all text buckets.
+
+        Raises:
+            ValueError: a token router cannot be recorded, and the kind is not `auto`.
+            RuntimeError: another part cannot be recorded.
         """
         batch = len(inputs.state)
         buckets = sorted({self.bucket(words)} if words is not None else set(self.buckets))
@@ -292,7 +305,10 @@ class Engine:
             if shape not in self._recorded:
                 text = self.encode(ids_BT, mask_BT, dense)
                 tensors = self._inputs(starting(self.model, inputs), text)
-                others = {**tensors, "pixels": inputs.pixels.flip(-1), "state": 1 - inputs.state}
+                shorter_BT, vocabulary = mask_BT.clone(), self.model.config.language.vocab_size
+                shorter_BT[:, max(1, bucket // 2) :] = False
+                other = self.encode(_another(ids_BT) % vocabulary, shorter_BT, dense)
+                others = {**tensors, **other.tensors, "pixels": inputs.pixels.flip(-1), "state": 1 - inputs.state}
                 others |= {name: _another(value) for name, value in tensors.items() if name.startswith("memory_")}
                 if self.network.reads_committed:  # weights from 1/7 to 1
                     others["committed"] = _another(tensors["committed"]).sin()
@@ -300,12 +316,12 @@ class Engine:
                 try:
                     self._recorded[shape] = record(self.kind, self._network(dense), tensors, others)
                 except RuntimeError as error:
-                    if not self._automatic or self.network.router is None:
+                    if self.network.router is None:
                         raise
-                    name = self.network.router.config.name
-                    print(
-                        f"note: the router {name!r} cannot be recorded, the policy runs operation by operation: {error}"
-                    )
+                    fault = f"the router {self.network.router.config.name!r} cannot be recorded"
+                    if not self._automatic:
+                        raise ValueError(f"{fault}, give engine.kind=auto or eager: {first_line(error)}") from error
+                    print(f"note: {fault}, the policy runs operation by operation: {first_line(error)}")
                     self.kind = "eager"
                     self._recorded.clear()
 
@@ -315,6 +331,6 @@ def starting(model: CogVLA, inputs: ModelInput) -> ModelInput:
     return replace(inputs, memory=model.empty_memory(len(inputs.state)))
 
 
-def _another(memory: Tensor) -> Tensor:
-    """Return other values for a part of a memory, those of an episode that has gone on; or for committed actions."""
-    return torch.arange(memory.numel(), device=memory.device).remainder(7).view_as(memory).to(memory.dtype) + 1
+def _another(given: Tensor) -> Tensor:
+    """Return other values, 1 to 7: words, committed actions, or a part of the memory of an episode that has gone on."""
+    return torch.arange(given.numel(), device=given.device).remainder(7).view_as(given).to(given.dtype) + 1

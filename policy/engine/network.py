@@ -163,7 +163,7 @@ class FusedNetwork(nn.Module):
 
 
 def _copied(router: PolicyRouter | None) -> PolicyRouter | None:
-    return None if router is None else copy.deepcopy(router).requires_grad_(False)
+    return None if router is None else copy.deepcopy(router).requires_grad_(False).eval()
 
 
 class _Aside:

@@ -80,7 +80,7 @@ class NoValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
-            raise RuntimeError("it reads a value of a tensor in Python; use engine.kind=eager")
+            raise RuntimeError("it reads a value of a tensor in Python")
         return func(*args, **(kwargs or {}))
 
 

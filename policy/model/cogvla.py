@@ -228,6 +228,8 @@ class CogVLA(nn.Module):
         other._modules = dict(self._modules)
         other.config = replace(self.config, routing=replace(self.config.routing, router=router))
         other.router = other._build_router()
+        if other.router is not None:
+            other.router.train(self.training)
         return other
 
     def _build_router(self) -> PolicyRouter | None:

@@ -14,8 +14,8 @@ from cogvla.policy.model.heads.registry import HEADS
 from cogvla.routing.aggregation import FUSIONS
 from cogvla.routing.attention import ATTENTION
 from cogvla.routing.keep_schedule import keep_ratios
-from cogvla.routing.pruning import MODES, POSITION_POLICIES, SCALES
-from cogvla.routing.router import RouterConfig
+from cogvla.routing.pruning import POSITION_POLICIES, SCALES
+from cogvla.routing.router import MODES, RouterConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

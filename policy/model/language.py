@@ -25,6 +25,7 @@ from cogvla.routing.attention import additive, attention_mask
 from cogvla.routing.layer_plan import LayerTokens, plan_layers
 from cogvla.routing.layout import TokenLayout
 from cogvla.routing.pruning import FiLMRouter, Selection, context_weights, put_rows, take_rows
+from cogvla.routing.router import RoutedTokens
 
 
 def build_language_model(config: LanguageConfig) -> Any:
@@ -59,9 +60,10 @@ class Choice:
         layer: language layer.
         by: `router` (a token router) or `LFP`.
         among_BN: tokens to choose from, int64; None: all.
-        kept_Bn: tokens that were kept, int64.
+        kept_Bn: tokens that were kept, int64; new ones have the number of their place.
         score_BN: scores of those to choose from, higher is more worth keeping; None: the method has none.
         gone: the others are removed; False: they skip this layer.
+        routed: result of the token router, which tells new, merged and hidden tokens; None: LFP.
     """
 
     layer: int
@@ -70,6 +72,7 @@ class Choice:
     kept_Bn: Tensor
     score_BN: Tensor | None
     gone: bool
+    routed: RoutedTokens | None = None
 
 
 @dataclass
@@ -78,7 +81,8 @@ class DecoderTrace:
 
     Attributes:
         hidden: [B,S',D] after the layer.
-        kept: vision tokens of routed layers, int64 [B,n], counted from the first vision token of the whole sequence.
+        kept: vision tokens of routed layers, int64 [B,n], counted from the first vision token of the whole sequence;
+            new ones have the number of their place.
         present: the vision tokens in the sequence of the layer, counted alike; None: all.
         attention: [B,N'] that those get in the layer from the action tokens, mean over heads and action tokens.
         choices: every choice of vision tokens, in order.
@@ -93,7 +97,7 @@ class DecoderTrace:
     def choose(self, layer: int, by: str, among_BN: Tensor | None, chosen: Selection, gone: bool) -> Tensor:
         """Add a choice and return the kept tokens, counted in the whole sequence."""
         kept_Bn = chosen.kept_Bn if among_BN is None else among_BN.gather(1, chosen.kept_Bn)
-        self.choices.append(Choice(layer, by, among_BN, kept_Bn, chosen.score_BN, gone))
+        self.choices.append(Choice(layer, by, among_BN, kept_Bn, chosen.score_BN, gone, chosen.routed))
         self.kept[layer] = kept_Bn
         return kept_Bn
 
@@ -218,7 +222,7 @@ class RoutedDecoder(nn.Module):
         chosen = None if routing is None else routing.choose(index)
         if chosen is None and str(index) in self.routers:
             count = context.plan[index].process
-            chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count)
+            chosen = self.routers[str(index)](h_BSD, now.layout, context.summary_B1T, count, now.seen_BN)
         if chosen is None:
             return run_layer(layer, x_BSD, h_BSD, now, rows=read and read(now.layout)), now, None
         frame = context.pruned(chosen, before=now)

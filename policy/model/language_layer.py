@@ -35,8 +35,7 @@ class Frame:
     seen_BN: Tensor | None = None
 
     def hiding(self, seen_BN: Tensor) -> Frame:
-        """Return the same frame, in which nothing attends to vision tokens with `seen_BN` False either."""
-        seen_BN = seen_BN if self.seen_BN is None else self.seen_BN & seen_BN
+        """Return the same frame, in which nothing attends to vision tokens with `seen_BN` False."""
         layout, size = self.layout, self.layout.length
         seen_BS = F.pad(seen_BN, (layout.visual.start, size - layout.visual.stop), value=True)
         mask_B1SS = self.mask_B1SS.masked_fill(~seen_BS[:, None, None], float("-inf"))

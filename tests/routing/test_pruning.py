@@ -43,6 +43,18 @@ def test_kept_tokens_are_exactly_the_best_in_their_order(vision: int, data: st.D
     assert (chosen.factor_BS1[:, chosen.layout.rest] == 1).all()
 
 
+@pytest.mark.parametrize("score_all", [False, True])
+def test_hidden_tokens_are_chosen_last_and_count_for_nothing(score_all: bool) -> None:
+    h, layout, router = choose(vision=6, count=3, score_all=score_all)
+    seen = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 0, 1, 0, 1, 0], [0] * 6], dtype=torch.bool)
+    chosen = router(h, layout, whole_context(layout, 3), 3, seen)
+    assert seen.gather(1, chosen.kept_Bn).sum(1).tolist() == [3, 2, 0]
+    assert chosen.factor_BS1.isfinite().all()
+    assert ((chosen.factor_BS1[:, chosen.layout.visual, 0] > 0) == seen.gather(1, chosen.kept_Bn)).all()
+    chosen.factor_BS1.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in router.parameters())
+
+
 def test_everything_that_is_not_vision_stays() -> None:
     h, layout, router = choose(vision=6, count=2)
     chosen = router(h, layout, whole_context(layout, 3), 2)

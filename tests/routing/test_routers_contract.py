@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from dataclasses import fields, replace
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvla.routing import registry
 from cogvla.routing.draws import child, children, normal, seeds_of, uniform
 from cogvla.routing.registry import build_router, register_router, registered_routers
 from cogvla.routing.router import (
@@ -213,6 +215,46 @@ def test_the_documentation_lists_every_router() -> None:
     assert not [name for name in NAMES if f"\n| `{name}` | " not in page]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_options_of_a_wrong_kind_are_refused(name: str) -> None:
+    """Every value is a ValueError, or of a kind that the option allows."""
+    parameters = inspect.signature(type(router_of(name, 4))).parameters.values()
+    for option in (p.name for p in parameters if p.kind is p.KEYWORD_ONLY):
+        for value in ("x", float("nan"), float("inf"), 1.5, 2, True, None, [1], {"a": 1}, {1: 2}, object()):
+            with contextlib.suppress(ValueError):
+                build_router(name, sizes_for(4), {option: value})
+    with pytest.raises(ValueError, match="has no option 1, x; it has"):
+        build_router(name, sizes_for(4), {"x": 1, 1: 2})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("approx_error", {"basis": "x"}, "option basis of router 'approx_error' must be a whole number, got 'x'"),
+        ("approx_error", {"basis": 1.5}, "must be a whole number, got 1.5"),
+        ("approx_error", {"basis": True}, "must be a whole number, got True"),
+        ("global_attention", {"entropy": float("nan")}, "option entropy .* must be a number, got nan"),
+        ("late_exit", {"threshold": "1"}, "must be a number or null, got '1'"),
+        ("diversity", {"variant": 1}, "must be text, got 1"),
+        ("token_pooling", {"base": None}, "must be text, got None"),
+        ("token_pooling", {"base_options": [1]}, r"must be names and values or null, got \[1\]"),
+        ("asked", {"way": "c"}, "must be one of a, b or null, got 'c'"),
+        ("asked", {"sizes_of": 2}, "must be a list, got 2"),
+    ],
+)
+def test_what_an_option_must_be_is_said(
+    name: str, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(TokenRouter):
+        def __init__(
+            self, sizes: RouterSizes, *, way: Literal["a", "b"] | None = None, sizes_of: tuple[int, ...] = ()
+        ) -> None: ...
+
+    monkeypatch.setitem(registry._ROUTERS, "asked", Asked)
+    with pytest.raises(ValueError, match=message):
+        build_router(name, sizes_for(4), options)
+
+
 def test_mistakes_say_what_is_possible() -> None:
     with pytest.raises(ValueError, match=r"unknown router 'randm'; one of .*random, .*token_norm"):
         build_router("randm", sizes_for(4))
@@ -233,7 +275,7 @@ def test_mistakes_say_what_is_possible() -> None:
         build_router("spatial_pool", RouterSizes(16, 12, 10, None, 4))
     with pytest.raises(ValueError, match="is 17, but there are only 16 tokens; choose 1 to 16"):
         count_of(17, 16)
-    for wrong in (0, -1, 1.5, 0.0, True, "all"):
+    for wrong in (0, -1, 1.5, 0.0, True, float("nan"), "all"):
         with pytest.raises(ValueError, match="is a number of tokens or a share"):
             count_of(wrong, 16)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be one of null, encoder_block, encoder_out"):

@@ -99,7 +99,7 @@ class LayerPass:
         routed = self._route(layer, index, x_BSD, normed(layer.input_layernorm, x_BSD), now, context)
         place_Bn, layout = routed.rows, now.layout
         fewer = layout.with_vision(place_Bn.shape[1])
-        chosen = Selection(place_Bn, rows_of(layout, place_Bn), fewer, score_BN=routed.score_BN)
+        chosen = Selection(place_Bn, rows_of(layout, place_Bn), fewer, score_BN=routed.score_BN, routed=routed)
         if self.bypass:
             assert routed.mask_Bn is None, "a router that hides tokens says so: `hides = True`"
             self.chosen[index] = chosen

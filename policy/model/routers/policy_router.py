@@ -24,9 +24,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from cogvla.policy.model.config import RoutingConfig
 from cogvla.policy.model.routers.attention_probe import FROM_VISION, AttentionProbe
@@ -224,6 +225,10 @@ class PolicyRouter(nn.Module):
                 raise ValueError(f"router {name!r} makes new tokens, which cannot bypass a layer; set router.mode=drop")
             if config.mode == "bypass" and router.hides:
                 raise ValueError(f"router {name!r} hides tokens, which cannot bypass a layer; set router.mode=drop")
+            if router.hides and len(config.layers) > 1:
+                raise ValueError(
+                    f"router {name!r} hides tokens, and would choose among them again: give one router.layers"
+                )
             self.counts[layer], self.layers[str(layer)] = count, router
         for vision in sorted(entering, reverse=True):
             drawn = plan(vision, routed=self.left)
@@ -484,5 +489,14 @@ def _projected(fusion: StreamFusion, widths: list[int], weights_X2: Tensor | Non
     """Apply the fusion to tokens, in float32 if tokens and weights differ in precision."""
     if all(parameter.dtype == x_XNF.dtype for parameter in fusion.parameters()):
         return fusion(x_XNF.split(widths, dim=-1), weights_X2)
-    weights = {name: parameter.float() for name, parameter in fusion.named_parameters()}
-    return functional_call(fusion, weights, (x_XNF.float().split(widths, dim=-1), weights_X2))
+    with _LinearInFloat32():
+        return fusion(x_XNF.float().split(widths, dim=-1), weights_X2)
+
+
+class _LinearInFloat32(TorchFunctionMode):
+    """Computes linear layers with their weights in float32, also while they are recorded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            args = [value if value is None else value.float() for value in args]
+        return func(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,23 @@ def test_known_answers() -> None:
         (gone,),
     ]
     assert fates([], 2) == [(), ()]
+
+
+def test_known_answers_of_merged_and_hidden_tokens() -> None:
+    scores = torch.tensor([3.0, 2.0, 1.0])
+    none, all_3 = torch.tensor([], dtype=torch.int64), torch.arange(3)
+    new = TokenChoice("router", all_3, none, scores, True, merged=torch.tensor([True, True, False]))
+    merged, lost = (NotKept("router", True, each, None, None, None) for each in (True, False))
+    told = zip((merged, merged, lost), scores.tolist(), strict=True)
+    assert fates([new], 3) == [(replace(one, score=score),) for one, score in told]
+    hides = TokenChoice("layer 1, router", all_3, torch.tensor([0]), scores, True, hidden=torch.tensor([1]))
+    later = TokenChoice("layer 2, LFP", torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([5.0, -torch.inf]), True)
+    stage = "layer 1, router"
+    assert fates([hides, later], 3) == [
+        (),
+        (NotKept(stage, True, False, 2.0, 3.0, 2.0, hidden=True),),
+        (NotKept(stage, True, False, 1.0, 3.0, 2.0),),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,3 +89,61 @@ def test_merged_tokens_are_told() -> None:
     policy = point_policy(**PLAIN, router={"name": "spatial_pool", "budget": 4})
     moment = look(policy, EMBODIMENT.fake_observation(1))
     assert {(one.stage, one.merged) for fate in fates(moment.choices, 32) for one in fate} == {("router", True)}
+
+
+def at_layer(name: str, **router: Any) -> dict[str, Any]:
+    return {**PLAIN, "router": {"name": name, "stage": "llm_layer", "layers": [1], "budget": 4, **router}}
+
+
+@pytest.mark.parametrize(
+    ("routing", "stage"),
+    [
+        (at_layer("team_merge"), "layer 1"),
+        (at_layer("causal_queries"), "layer 1"),
+        (at_layer("flash_pooling"), "layer 1"),
+        (at_layer("selector_merger"), "layer 1"),
+        ({**PLAIN, "router": {"name": "selector_merger", "budget": 4}}, "router"),
+        ({**PLAIN, "router": {"name": "causal_queries", "budget": 4}}, "router"),
+    ],
+)
+def test_a_router_that_makes_all_its_tokens_keeps_none_and_merges_all(routing: dict[str, Any], stage: str) -> None:
+    moment = look(point_policy(**routing), EMBODIMENT.fake_observation(1))
+    assert not len(moment.kept[stage])
+    found = fates(moment.choices, 32)
+    told = {(len(fate), one.stage.partition(",")[0], one.merged, one.gone) for fate in found for one in fate}
+    assert told == {(1, stage, True, True)}
+    assert all(one.lowest is one.highest is None for fate in found for one in fate), "no score was kept or not"
+
+
+def test_a_token_that_a_router_keeps_of_a_merged_rest_is_kept() -> None:
+    moment = look(point_policy(**at_layer("approx_error")), EMBODIMENT.fake_observation(1))
+    found = fates(moment.choices, 32)
+    assert 0 < len(moment.kept["layer 1"]) < 8, "some of the 8 tokens are new"
+    assert moment.kept["layer 1"].tolist() == [token for token, fate in enumerate(found) if not fate]
+    assert all(one.merged for fate in found for one in fate)
+
+
+@pytest.mark.parametrize(
+    ("router", "seen"),
+    [
+        ({"name": "late_exit", "options": {"threshold": 1.0}}, 0),
+        ({"name": "late_exit", "options": {"threshold": 0.0}}, 32),
+        ({"name": "core_neurons", "budget": 8, "options": {"knee": True}}, None),
+    ],
+)
+@pytest.mark.parametrize("lfp", [False, True])
+def test_hidden_tokens_are_told(router: dict[str, Any], seen: int | None, lfp: bool) -> None:
+    routing = {**at_layer(**router), "lfp": lfp, "mode": "drop"}
+    policy = point_policy(**routing)
+    moment = look(policy, EMBODIMENT.fake_observation(1))
+    visible = set(moment.present[1][moment.attention[1] > 0].tolist())
+    assert seen is None or len(visible) == seen
+    found = fates(moment.choices, 32)
+    at_router = next(choice for choice in moment.choices if choice.stage == "layer 1, router")
+    assert set(at_router.kept.tolist()) == visible
+    hidden = {token for token, fate in enumerate(found) if any(one.hidden for one in fate)}
+    assert hidden == set(moment.present[1].tolist()) - visible
+    assert all(found[token][-1].gone and found[token][-1].stage == "layer 1, router" for token in hidden)
+    assert not any(set(kept.tolist()) & hidden for stage, kept in moment.kept.items() if stage != "layer 0")
+    scores = [value for fate in found for one in fate for value in (one.score, one.lowest, one.highest) if value]
+    assert torch.tensor(scores).isfinite().all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -187,6 +188,61 @@ def test_the_trained_model_stays_as_it_was() -> None:
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in policy.model.parameters())
     assert engine.describe()["dtype"] == "bfloat16"
+
+
+def changes(model: CogVLA) -> dict[str, Callable[[], object]]:
+    """Ways to change the weights of a model."""
+    state = {name: value + 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        torch.optim.SGD(model.parameters(), 0.05).step()
+
+    def replace_all() -> None:
+        model.load_state_dict(state, assign=True)
+
+    return {"loaded": lambda: model.load_state_dict(state), "replaced": replace_all, "trained": step}
+
+
+@pytest.mark.parametrize("way", ["loaded", "replaced", "trained"])
+def test_new_weights_encode_the_instruction_anew(way: str) -> None:
+    policy, seen = random_policy(), observation(2)
+    before = policy.act(seen).actions
+    changes(policy.model)[way]()
+    after = policy.act(seen).actions
+    policy.reset()
+    np.testing.assert_array_equal(policy.act(seen).actions, after)
+    assert not np.allclose(before, after)
+
+
+@pytest.mark.parametrize("way", ["loaded", "replaced", "trained"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("inference", [True, False])
+def test_an_engine_does_not_mix_old_and_new_weights(way: str, dtype: str | None, inference: bool) -> None:
+    policy, seen = random_policy(), observation(2)
+    with torch.inference_mode(inference):
+        engine = policy.with_engine(EngineConfig("eager", dtype=dtype))
+    engine.act(seen)
+    changes(policy.model)[way]()
+    engine.reset()
+    with pytest.raises(ValueError, match=r"^the weights changed after the engine was built: call with_engine again$"):
+        engine.act(seen)
+    assert_same(policy, policy.with_engine(EngineConfig("eager")), 2)
+    assert engine.engine is not None
+    if dtype is None:
+        with pytest.raises(ValueError, match="call with_engine again"):
+            engine.engine.with_router(policy.model)
+        with pytest.raises(ValueError, match="call with_engine again"):
+            engine.normalised_actions(policy.preprocessor.observation(seen))
+
+
+def test_an_engine_in_another_precision_does_not_need_its_model() -> None:
+    engine = Engine(random_policy().model, EngineConfig("eager", dtype="bfloat16"))
+    gc.collect()
+    inputs = small.small_preprocessor().observation(observation(1))
+    with torch.inference_mode():
+        assert engine.run(inputs, engine.encode(inputs.text_ids, inputs.text_mask)).isfinite().all()
 
 
 @pytest.mark.parametrize("model", ["four layers", "towers of two shapes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "growth in two layers": {"name": "attention_growth", "stage": "llm_layer", "layers": [1, 2], "budget": 3},
     "growth past LFP": {"name": "attention_growth", "stage": "llm_layer", "layers": [3], "budget": 2},
     "patches seen again past LFP": {"name": "token_norm", "layers": [3], "layer_router": "vision_remember"},
+    "hidden tokens, which LFP passes over": {"name": "core_neurons", "stage": "llm_layer", "budget": 8,
+                                             "options": {"knee": True}},
     "a layer is skipped": {"name": "token_norm", "stage": "llm_layer", "mode": "bypass"},
     "positions without gaps": {"name": "coverage", "position": "compact"},
     "joint views": {"name": "coverage", "joint": True},
@@ -116,6 +119,26 @@ def test_other_routers_share_the_engine_s_weights() -> None:
     assert not first._recorded
 
 
+def test_a_router_of_an_engine_does_not_train() -> None:
+    plain = random_policy(routing=PATCHES)
+    with torch.inference_mode():
+        first = Engine(plain.model, TRACE)
+        other = first.with_router(plain.model.train().with_router(RouterConfig("lightvla", 4)))
+    assert other.network.router is not None
+    assert not any(module.training for module in other.network.router.modules())
+
+
+@pytest.mark.parametrize("fusion", ["concat", "mix", "sum", "experts"])
+def test_a_projector_in_half_precision_is_recorded_in_full(fusion: str) -> None:
+    policy = routed_policy({"name": "zeroth_order"}, fusion=fusion)
+    plain = copy.deepcopy(policy.model)
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.bfloat16()
+    engine = policy.with_engine(EngineConfig("trace", text_buckets=(6,), dtype="bfloat16"))
+    engine.warm_up(2)
+    assert_same(CogVLAPolicy(plain, small.small_preprocessor()), engine, 2, tolerance=2**-5)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_other_routers_need_the_model_s_precision(dtype: str) -> None:
     plain = random_policy(routing=PATCHES)
@@ -157,7 +180,29 @@ class FailingRouter(TokenRouter):
         return kept(tokens_BND, best(tokens_BND[..., 0], context.budget))
 
 
-@pytest.mark.parametrize("kind", [HostRouter, OddRouter, FailingRouter])
+class WordCounter(TokenRouter):
+    """Rank by the number of words, counted on the host, where the recording does not see it."""
+
+    needs = frozenset({"text_BTE"})
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.text_mask_BT is not None
+        sign_B = torch.tensor([1.0 if words > 3 else -1.0 for words in context.text_mask_BT.sum(1).tolist()])
+        return kept(tokens_BND, best(tokens_BND[..., 0] * sign_B[:, None], context.budget))
+
+
+class WordReader(TokenRouter):
+    """Rank by the embedding of the first word, which numpy reads."""
+
+    needs = frozenset({"text_BTE"})
+
+    def route(self, tokens_BND: Tensor, context: RouterContext) -> RoutedTokens:
+        assert context.text_BTE is not None
+        first_B1E = torch.from_numpy(context.text_BTE[:, :1].detach().float().numpy().copy())
+        return kept(tokens_BND, best((tokens_BND[..., :8] * first_B1E[..., :8]).sum(-1), context.budget))
+
+
+@pytest.mark.parametrize("kind", [HostRouter, OddRouter, FailingRouter, WordCounter, WordReader])
 def test_a_router_that_cannot_be_recorded_runs_without_a_recording_and_says_so(
     kind: type[TokenRouter], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,8 +210,9 @@ def test_a_router_that_cannot_be_recorded_runs_without_a_recording_and_says_so(
 
     monkeypatch.setitem(registry._ROUTERS, "mine", kind)
     policy = routed_policy({"name": "mine"})
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"'mine' cannot be recorded, give engine\.kind=auto or eager: .+") as error:
         policy.with_engine(TRACE).warm_up(2)
+    assert "\n" not in str(error.value)
     engine = policy.with_engine(EngineConfig(text_buckets=(6,)))
     engine.warm_up(2)
     assert "router 'mine' cannot be recorded" in capsys.readouterr().out

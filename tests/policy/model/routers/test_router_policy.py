@@ -30,6 +30,7 @@ from cogvla.routing.selection import best
 from cogvla.tests.support.tiny_model import alone, tiny_config, tiny_input, tiny_model
 
 PATCHES, VIEWS = 16, 2
+NAN = float("nan")
 WHOLE = ("identity", "channel_attention", "token_pooling")
 EVERYWHERE = [
     (name, stage)
@@ -94,6 +95,18 @@ def test_another_router_shares_the_weights_and_leaves_the_model_as_it_was() -> N
     assert plain.config.routing.router.name is None
     assert other.router is not None
     assert all(a is b for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["lightvla", "selector_merger", "learned_pruner"])
+@torch.inference_mode()
+def test_another_router_trains_if_the_model_does(name: str) -> None:
+    model = tiny_model(efa=False).eval().with_router(config(name))
+    output = model(tiny_input())
+    assert not output.losses
+    assert torch.equal(output.actions, model.eval()(tiny_input()).actions)
+    trained = model.train().with_router(config(name)).router
+    assert trained is not None
+    assert trained.training
 
 
 def test_configurations_from_before_there_were_routers_have_none() -> None:
@@ -295,25 +308,37 @@ def test_an_exit_does_not_depend_on_the_padding_of_the_instruction() -> None:
     torch.testing.assert_close(together[:1], single)
 
 
+class Quarter(TokenRouter):
+    """Hide the first quarter of the tokens."""
+
+    stages, hides = ("llm_layer",), True
+
+    def route(self, tokens_BND: torch.Tensor, context: RouterContext) -> RoutedTokens:
+        all_BN = torch.arange(32).expand(len(tokens_BND), -1)
+        return RoutedTokens(tokens_BND, all_BN, all_BN, mask_Bn=all_BN >= 8)
+
+
 @torch.inference_mode()
 def test_a_token_that_one_layer_hid_is_hidden_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Quarters(TokenRouter):
-        """Hide the first quarter of the tokens in the first layer, the second in the next, and so on."""
-
-        stages, hides, given = ("llm_layer",), True, 0
-
-        def route(self, tokens_BND: torch.Tensor, context: RouterContext) -> RoutedTokens:
-            Quarters.given += 1
-            all_BN = torch.arange(32).expand(len(tokens_BND), -1)
-            return RoutedTokens(tokens_BND, all_BN, all_BN, mask_Bn=all_BN // 8 != Quarters.given - 1)
-
-    monkeypatch.setitem(registry._ROUTERS, "quarters", Quarters)
-    plain = tiny_model(efa=False, lfp=False).eval()
-    model = plain.with_router(RouterConfig("quarters", 1.0, "llm_layer", layers=(1, 2, 3)))
-    seen = model(tiny_input(), debug=True).debug["attention"]
+    monkeypatch.setitem(registry._ROUTERS, "quarter", Quarter)
+    router = RouterConfig("quarter", 1.0, "llm_layer", layers=(1,))
+    seen = routed(router)(tiny_input(), debug=True).debug["attention"]
     for layer in range(4):
-        assert (seen[layer][:, : 8 * layer] == 0).all()
-        assert (seen[layer][:, 8 * layer :] > 0).all()
+        assert ((seen[layer][:, :8] == 0) == (layer > 0)).all()
+        assert (seen[layer][:, 8:] > 0).all()
+    with pytest.raises(ValueError, match=r"'quarter' hides tokens, and would choose among them again: give one router"):
+        routed(replace(router, layers=(1, 2)))
+
+
+@pytest.mark.parametrize("mode", ["drop", "bypass"])
+@torch.inference_mode()
+def test_lfp_passes_over_hidden_tokens(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._ROUTERS, "quarter", Quarter)
+    router = RouterConfig("quarter", 1.0, "llm_layer", layers=(1,))
+    inside = routed(router, lfp=True, mode=mode)(tiny_input(), debug=True).debug
+    chosen = [choice for choice in inside["choices"] if choice.by == "LFP" and choice.layer]
+    assert chosen
+    assert all((choice.kept_Bn >= 8).all() for choice in chosen), "no layer keeps more than the 24 others"
 
 
 @torch.inference_mode()
@@ -694,6 +719,18 @@ def test_mistakes_say_what_is_possible() -> None:
         ({"name": "token_norm", "seed": 1}, {}, "seed=1 changes nothing .*draws no random numbers"),
         ({"name": "random", "decision_steps": 4}, {}, "decision_steps=4 changes nothing .*remembers no earlier"),
         ({"name": "random", "hand": (0, 1, 3)}, {}, "hand=.* changes nothing .*not read the motion of the hand"),
+        *(
+            ({"name": "random", **keys}, {}, r"budget is a number of tokens or a share in \(0, 1\].* got nan$")
+            for keys in (
+                {"budget": NAN},
+                {"layers": (1,), "layer_budgets": (NAN,)},
+                {"train_budgets": (4, NAN)},
+            )
+        ),
+        *(
+            ({"name": "random", "position": "v2pe", "position_step": step}, {}, "position_step must be a positive num")
+            for step in (NAN, float("inf"), 0.0)
+        ),
         ({"name": "random", "position_step": 0.5}, {}, "position_step=0.5 changes nothing .*no router.position=v2pe"),
         ({"name": "random", "layers": (1, 2, 1)}, {}, "router.layers names a layer twice"),
         ({"name": "coverage", "stage": "encoder_out"}, {}, "works at projector_out, not at encoder_out"),
