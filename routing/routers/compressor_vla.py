@@ -109,6 +109,8 @@ def windows_of(grid: tuple[int, int], budget: int, queries: int | None) -> tuple
                 f"budget of {least + 1} or more instead of {budget}"
             )
         return max(shape for shape in shapes if shape[0] <= max(1, budget - 1))[2:]
+    if queries < 0:
+        raise ValueError(f"compressor_vla needs queries >= 0, got {queries}")
     fitting = [shape for shape in shapes if shape[0] == budget - queries]
     if not fitting:
         possible = ", ".join(str(count + queries) for count in sorted({shape[0] for shape in shapes}))

@@ -37,6 +37,8 @@ class FiLMAggregation(TokenRouter):
 
     def __init__(self, sizes: RouterSizes, *, blocks: int = 2, heads: int = 4) -> None:
         super().__init__(sizes)
+        if blocks < 1:
+            raise ValueError(f"film_aggregation needs blocks >= 1, got {blocks}")
         self.tokens = nn.Parameter(torch.randn(sizes.budget, sizes.width))
         self.blocks = nn.ModuleList(AttentionBlock(sizes.width, heads, sizes.width) for _ in range(blocks))
         self.film = FiLM(sizes.text_width, sizes.width, blocks, init=0.0)

@@ -53,6 +53,8 @@ class LearnedPruner(TokenRouter):
         guide_layer: int | None = None,
     ) -> None:
         super().__init__(sizes)
+        if hidden < 1:
+            raise ValueError(f"learned_pruner needs hidden >= 1, got {hidden}")
         if guide < 0 or (guide_layer is not None and not guide):
             raise ValueError(f"learned_pruner needs guide >= 0, and above 0 for a guide_layer, got {guide}")
         self.guide, self.guide_layer = guide, guide_layer

@@ -216,11 +216,26 @@ def test_the_documentation_lists_every_router() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_options_of_a_wrong_kind_are_refused(name: str) -> None:
+def test_options_of_a_wrong_kind_or_size_are_refused(name: str) -> None:
     """Every value is a ValueError, or of a kind that the option allows."""
     parameters = inspect.signature(type(router_of(name, 4))).parameters.values()
     for option in (p.name for p in parameters if p.kind is p.KEYWORD_ONLY):
-        for value in ("x", float("nan"), float("inf"), 1.5, 2, True, None, [1], {"a": 1}, {1: 2}, object()):
+        for value in (
+            "x",
+            float("nan"),
+            float("inf"),
+            1.5,
+            2,
+            0,
+            -1,
+            -2.0,
+            True,
+            None,
+            [1],
+            {"a": 1},
+            {1: 2},
+            object(),
+        ):
             with contextlib.suppress(ValueError):
                 build_router(name, sizes_for(4), {option: value})
     with pytest.raises(ValueError, match="has no option 1, x; it has"):
