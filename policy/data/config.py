@@ -87,10 +87,10 @@ class DataConfig:
             raise ValueError(f"data.statistics is {self.statistics!r}; it must be one of {', '.join(STATISTICS)}")
         check_choice(self.episodes)
         if self.cache_gb is not None and not 0 < self.cache_gb <= MOST:
-            raise ValueError(f"data.cache_gb must be positive, or null for no limit; got {self.cache_gb}")
+            raise ValueError(f"data.cache_gb must be positive, at most 1e9, or null for no limit; got {self.cache_gb}")
         weight: Any = self.intervention_weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1 / MOST <= weight <= MOST:
-            raise ValueError(f"data.intervention_weight must be a positive number, got {weight!r}")
+            raise ValueError(f"data.intervention_weight must be a positive number, 1e-9 to 1e9, got {weight!r}")
         for name in ("state", "action"):
             keys = getattr(self, name)
             keys = (keys,) if isinstance(keys, str) else keys
@@ -137,7 +137,7 @@ class DataConfig:
         weight = 1.0 if weight is None else weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1 / MOST <= weight <= MOST:
             raise ValueError(
-                f"{where}.weight must be a positive number, got {weight!r}; to leave a data set out, remove its entry"
+                f"{where}.weight must be a positive number, 1e-9 to 1e9, got {weight!r}; to leave a data set out, remove its entry"
             )
         if any(values.get(key) is not None for key in ("root", "repo_id")):
             own |= {"root": None, "repo_id": None, "revision": None}

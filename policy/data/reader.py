@@ -120,7 +120,7 @@ class LeRobotReader:
         return self._index.episode[self._index.order]
 
     def fingerprint(self, extra: str) -> str:
-        """Return a fingerprint of the files with pictures, of the order of the frames, of the cameras and of `extra`.
+        """Return a fingerprint of the files with pictures, of the frames' order and episodes, of cameras and `extra`.
 
         Raises:
             ValueError: a file is missing.
@@ -133,6 +133,7 @@ class LeRobotReader:
         ]
         digest = hashlib.sha256(json.dumps([self.mapping.cameras, kinds, parts, self.metadata.fps, extra]).encode())
         digest.update(self._index.order.tobytes())
+        digest.update(self.episode_numbers.tobytes())
         if self.hub is not None:  # the files of a commit do not change
             digest.update(f"{self.hub.repo_id}@{self.hub.commit}".encode())
             return digest.hexdigest()[:16]
@@ -464,8 +465,8 @@ def _signed(values: np.ndarray, key: str) -> np.ndarray:
 def _has_references(footer: pq.FileMetaData, key: str) -> bool:
     """Return whether pictures of a camera may be files of their own: some rows may hold no bytes, but a path."""
     for group in range(footer.num_row_groups):
-        columns = (footer.row_group(group).column(number) for number in range(footer.num_columns))
-        named = {column.path_in_schema: column for column in columns}
+        rows = footer.row_group(group)
+        named = {column.path_in_schema: column for column in map(rows.column, range(rows.num_columns))}
         if f"{key}.path" in named:
             stored = named.get(f"{key}.bytes")
             if stored is None or stored.statistics is None or stored.statistics.null_count:

@@ -26,7 +26,7 @@ from cogvla.routing.router import RoutedTokens, RouterContext, RouterSizes, Toke
 from cogvla.routing.selection import best, remaining, take, unit
 
 RIDGE, OF_LARGEST = 1e-5, 1e-12
-"""What is added to the diagonal of B B^T: a number, and a share of its largest entry."""
+"""Number, and share of the largest entry of B B^T, that are added to its diagonal."""
 
 
 @register_router("approx_error")

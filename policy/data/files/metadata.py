@@ -113,6 +113,12 @@ class Metadata:
         """Return the files below a folder whose names have this ending; hidden files, as of macOS, are left out."""
         return visible(self.root / folder, f"**/*{ending}")
 
+    def entry_names(self, keys: Sequence[str]) -> tuple[str, ...]:
+        """Return what the entries of these features are, one after the other; () if a feature does not name them all."""
+        chosen = [self.features[key] for key in keys if key in self.features]
+        named = len(chosen) == len(keys) and all(len(each.names) == math.prod(each.shape) for each in chosen)
+        return tuple(name for each in chosen for name in each.names) if named else ()
+
     def cameras(self) -> list[str]:
         """Return the keys of the cameras."""
         return [key for key, feature in self.features.items() if feature.is_camera]

@@ -88,7 +88,7 @@ def frames(path: Path, times_F: np.ndarray, wanted_f: np.ndarray) -> Iterator[tu
                     if len(places) == FRAMES_AT_ONCE:
                         yield np.array(places), np.stack(pictures)
                         places, pictures = [], []
-                if not place or frame.pts >= last:
+                if frame.pts >= last:
                     break
             if not place:
                 break

@@ -103,10 +103,7 @@ def _places(entries: Sequence[DataEntry], progress: bool) -> list[Place]:
         with _named(said):
             root, revision, _ = locate(entry.config, progress)
             metadata = Metadata(root)
-            states, actions = (
-                tuple(name for key in keys if key in metadata.features for name in metadata.features[key].names)
-                for keys in (entry.config.state_keys, entry.config.action_keys)
-            )
+            states, actions = map(metadata.entry_names, (entry.config.state_keys, entry.config.action_keys))
             recording = root / "meta" / "recording.json"
             made = read_object(recording, "delete it") if recording.is_file() else {}
         suite, labels = made.get("suite"), made.get("labels")

@@ -20,7 +20,20 @@ from cogvla.policy.data.frames import Frames
 from cogvla.policy.data.reader import LeRobotReader, Mapping
 from cogvla.policy.data.streaming import GB
 from cogvla.tests.support.full_disk import files_limited_to
-from cogvla.tests.support.lerobot_files import CAMERA, LENGTHS, SIZE, colour, picture, png, rows, write, write_video
+from cogvla.tests.support.lerobot_files import (
+    CAMERA,
+    LENGTHS,
+    SIZE,
+    colour,
+    open_data,
+    picture,
+    png,
+    refused,
+    rows,
+    write,
+    write_v2,
+    write_video,
+)
 
 KEYS = Mapping((CAMERA,), ("observation.state",), ("action",), (), "task", 2, 3)
 COUNT = sum(LENGTHS)
@@ -120,6 +133,15 @@ def test_pictures_on_another_disk_are_decoded_again_if_they_change(linked: str, 
     else:
         write_video(next(disk.rglob("*.mp4")), [picture(3, 3)] * COUNT)
     assert not np.array_equal(open_cache(root, folder).take(np.arange(COUNT)), before)
+
+
+def test_frames_are_not_taken_for_those_of_other_episodes(tmp_path: Path) -> None:
+    root = write_v2(tmp_path / "toy", video=True)
+    open_data(root)
+    other = write_v2(tmp_path / "other", lengths=(3, 4, 5), video=True)
+    for folder in ("data", "meta"):
+        shutil.copytree(other / folder, root / folder, dirs_exist_ok=True)
+    refused(root, "episode 0 has 3 frames in the data files, but 4 in the video")
 
 
 def test_a_cache_inside_of_the_data_set_is_found_again(tmp_path: Path) -> None:

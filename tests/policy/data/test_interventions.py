@@ -201,7 +201,7 @@ def test_weights_reach_the_loss_with_a_mean_of_one() -> None:
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), "much", True])
 def test_weights_that_are_none(weight: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.intervention_weight must be a positive number, got"):
+    with pytest.raises(ValueError, match=r"data\.intervention_weight must be a positive number, .* got"):
         config(tmp_path, intervention_weight=weight)
 
 
