@@ -114,7 +114,7 @@ class Metadata:
         return visible(self.root / folder, f"**/*{ending}")
 
     def entry_names(self, keys: Sequence[str]) -> tuple[str, ...]:
-        """Return what the entries of these features are, one after the other; () if one has not all names."""
+        """Return what the entries of these features are, in order; () if a feature does not name all of its own."""
         chosen = [self.features[key] for key in keys if key in self.features]
         named = len(chosen) == len(keys) and all(len(each.names) == math.prod(each.shape) for each in chosen)
         return tuple(name for each in chosen for name in each.names) if named else ()
