@@ -137,8 +137,8 @@ class DataConfig:
         weight = 1.0 if weight is None else weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1 / MOST <= weight <= MOST:
             raise ValueError(
-                f"{where}.weight must be a positive number, 1e-9 to 1e9, got {weight!r}; to leave a data set out, remove "
-                "its entry"
+                f"{where}.weight must be a positive number, 1e-9 to 1e9, got {weight!r}; to leave a data set out, "
+                "remove its entry"
             )
         if any(values.get(key) is not None for key in ("root", "repo_id")):
             own |= {"root": None, "repo_id": None, "revision": None}
