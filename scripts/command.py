@@ -148,6 +148,13 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     return config
 
 
+def config_dir() -> list[str]:
+    """Return the words that give the `--config-dir` of the running command to another one; none without it."""
+    loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
+    given = [] if loader is None else [each for each in loader.get_sources() if each.provider == "command-line"]
+    return [word for each in given for word in ("--config-dir", each.path)]
+
+
 def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration, or a group of it, as plain values; MissingMandatoryValue where one is ???."""
     if isinstance(config, DictConfig):

@@ -59,7 +59,7 @@ from cogvla.policy.threads import use_threads
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, compose, import_modules, plain, usual
+from cogvla.scripts.command import as_typed, compose, config_dir, import_modules, plain, usual
 from cogvla.scripts.eval_libero import suites
 from cogvla.scripts.training.suites import resolved_for, suite_label
 
@@ -255,10 +255,10 @@ class _Comparison:
         Raises:
             ValueError: the training failed.
         """
-        overrides = self._training(cell, folder)
-        done = subprocess.run([sys.executable, "-m", "cogvla.scripts.train_policy", *overrides], check=False)
+        words = [*config_dir(), *self._training(cell, folder)]
+        done = subprocess.run([sys.executable, "-m", "cogvla.scripts.train_policy", *words], check=False)
         if done.returncode:
-            raise ValueError(f"training failed; its command is: {shlex.join(['train_policy', *overrides])}")
+            raise ValueError(f"training failed; its command is: {shlex.join(['train_policy', *words])}")
         return folder / "policy"
 
     def _training(self, cell: Cell, folder: Path) -> list[str]:

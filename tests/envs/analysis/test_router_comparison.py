@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -48,9 +49,10 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing import registry
 from cogvla.routing.registry import registered_routers
 from cogvla.routing.router import RoutedTokens, RouterConfig, RouterContext, RouterSizes, TokenRouter
-from cogvla.scripts import analyse_routing, compare_routers
+from cogvla.scripts import analyse_routing, compare_routers, console
 from cogvla.scripts.analyse_routing import run as analyse
 from cogvla.scripts.command import compose, plain
+from cogvla.tests.support.console_command import ended
 from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import EMBODIMENT, TASKS, toy_suite
 from cogvla.tests.support.small_data import MODEL
@@ -346,6 +348,27 @@ def test_fine_tuning_gives_each_router_to_training(
     own = weights_hash(next((tmp_path / "out").glob("*/training/policy")))
     assert (played["weights_sha256"], played["base_sha256"]) == (own, weights_hash(tmp_path / "policy"))
     assert own != played["base_sha256"], "episodes of one training are not continued with those of another"
+
+
+def test_a_training_knows_the_configs_that_the_comparison_was_given(
+    comparison: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def train(arguments: list[str], check: bool) -> SimpleNamespace:
+        asked.append(arguments[3:])
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(compare_routers, "subprocess", SimpleNamespace(run=train))
+    own = tmp_path / "my configs"
+    (own / "objective").mkdir(parents=True)
+    (own / "objective" / "mine.yaml").write_text("defaults:\n  - imitation\n  - _self_\n")
+    words = [*comparison, "imports=[cogvla.tests.support.point_suite]", "suite=point", "threads=1"]
+    words += ["routers=[identity]", "regime=fine_tuned", 'recipe=["objective=mine"]']
+    said = ended(console.compare_routers, "--config-dir", str(own), *words)
+    assert asked, said
+    assert asked[0][:2] == ["--config-dir", str(own)]
+    assert said == f"error: training failed; its command is: {shlex.join(['train_policy', *asked[0]])}"
 
 
 @pytest.mark.parametrize(
