@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from cogvla.envs.contract import check_gripper
 from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import (
     REPORT,
@@ -37,7 +36,7 @@ from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.rollout.player import PlayerSettings
-from cogvla.envs.rollout.rollout import check_workers, rollout
+from cogvla.envs.rollout.rollout import check_fit, check_workers, rollout
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic
@@ -212,17 +211,19 @@ def check_evaluation(
     tasks: Sequence[int] | None = None,
     shard: tuple[int, int] = (1, 1),
     robot: Embodiment | None = None,
+    builds: bool = True,
 ) -> None:
     """Check arguments of `evaluate` before there is a policy, so that a mistake is not said only after a training.
 
     Args:
-        suite: see `evaluate`, as for all of these but the last.
+        suite: see `evaluate`, as for all of these but the last two.
         protocol: how to evaluate.
         workers: number of environment processes.
         videos: number of videos.
         tasks: task indices; None: all.
         shard: (i, n), the part of the episodes.
         robot: robot of the policy; None: not yet known.
+        builds: this machine can build the suite's environment, which is then asked for cameras, state and action.
 
     Raises:
         ValueError: one is out of its range, or they do not fit each other.
@@ -231,7 +232,8 @@ def check_evaluation(
     check_workers(workers)
     check_videos(videos)
     if robot is not None:
-        check_gripper(robot, suite.name)
+        if builds:
+            check_fit(robot, suite)
         protocol.for_suite(suite).rollout_settings().chunker(robot.chunk, robot.control_hz)
 
 

@@ -107,6 +107,12 @@ class Ready:
     action: tuple[int, ...]
     fps: float | None
 
+    @classmethod
+    def of(cls, env: SuiteEnv) -> Ready:
+        """Return what an environment says of itself."""
+        shapes = {name: tuple(space.shape or ()) for name, space in env.observation_space.spaces.items()}
+        return cls(shapes, tuple(env.action_space.shape), env.metadata.get("render_fps"))
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -206,10 +212,7 @@ class Player:
         return self._env
 
     def _build(self) -> Ready:
-        env = self._environment()
-        spaces = env.observation_space.spaces.items()
-        shapes = {name: tuple(space.shape or ()) for name, space in spaces}
-        return Ready(shapes, tuple(env.action_space.shape), env.metadata.get("render_fps"))
+        return Ready.of(self._environment())
 
     def _reset(self, spec: EpisodeSpec) -> tuple[dict[str, Any], dict[str, Any]]:
         options: dict[str, Any] = {"task": spec.task, "initial_state": spec.initial_state}

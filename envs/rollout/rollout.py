@@ -145,6 +145,50 @@ def check_workers(workers: int) -> None:
         raise ValueError(f"workers must be a whole number, 0 (play in this process) or more, got {workers!r}")
 
 
+def check_fit(robot: Embodiment, suite: Suite, same_rate: bool = False) -> None:
+    """Check that a policy of this robot can act in a suite, before there is a policy or anything is played.
+
+    Args:
+        robot: robot of the policy.
+        suite: the suite; its environment is built without images.
+        same_rate: see `RolloutSettings`.
+
+    Raises:
+        ValueError: it lacks a camera, or has another state, action, gripper or, with `same_rate`, control rate.
+    """
+    env = suite.make(render=False)
+    try:
+        _misfit(robot, suite.name, Ready.of(env), same_rate)
+    finally:
+        env.close()
+
+
+def _misfit(robot: Embodiment, suite: str, ready: Ready, same_rate: bool) -> str | None:
+    """Return a warning that the control rates differ; ValueError if a policy of this robot cannot act in a suite."""
+    missing = [name for name in robot.camera_names if name not in ready.observation]
+    if missing:
+        raise ValueError(
+            f"the policy needs the cameras {missing}, suite {suite!r} has {sorted(ready.observation)}: "
+            "evaluate on another suite, train with its cameras, or, with checkpoint=lerobot:PATH, map their names "
+            "(cameras={SUITE_CAMERA: POLICY_CAMERA})"
+        )
+    if ready.observation.get("state") != (robot.state_dim,) or ready.action != (robot.action_dim,):
+        raise ValueError(
+            f"the policy has state [{robot.state_dim}] and action [{robot.action_dim}], "
+            f"suite {suite!r} has {ready.observation.get('state')} and {ready.action}"
+        )
+    check_gripper(robot, suite)
+    if ready.fps in (None, robot.control_hz):
+        return None
+    said = (
+        f"the policy acts {robot.control_hz:g} times per second, suite {suite!r} takes "
+        f"{ready.fps:g} actions per second: take a policy that was trained at this rate"
+    )
+    if same_rate:
+        raise ValueError(said)
+    return said
+
+
 def rollout(
     policy: Policy,
     suite: Suite,
@@ -329,30 +373,10 @@ class _Loop:
         return []
 
     def _check(self, ready: Ready) -> None:
-        embodiment: Embodiment = self._policy.embodiment
-        missing = [name for name in embodiment.camera_names if name not in ready.observation]
-        if missing:
-            raise ValueError(
-                f"the policy needs the cameras {missing}, suite {self._suite.name!r} has {sorted(ready.observation)}: "
-                "evaluate on another suite, train with its cameras, or, with checkpoint=lerobot:PATH, map their names "
-                "(cameras={SUITE_CAMERA: POLICY_CAMERA})"
-            )
-        if ready.observation.get("state") != (embodiment.state_dim,) or ready.action != (embodiment.action_dim,):
-            raise ValueError(
-                f"the policy has state [{embodiment.state_dim}] and action [{embodiment.action_dim}], "
-                f"suite {self._suite.name!r} has {ready.observation.get('state')} and {ready.action}"
-            )
-        check_gripper(embodiment, self._suite.name)
-        if ready.fps not in (None, embodiment.control_hz):
-            said = (
-                f"the policy acts {embodiment.control_hz:g} times per second, suite {self._suite.name!r} takes "
-                f"{ready.fps:g} actions per second: take a policy that was trained at this rate"
-            )
-            if self._settings.same_rate:
-                raise ValueError(said)
-            if not self._warned:
-                _log.warning("%s", said)
-            self._warned = True
+        said = _misfit(self._policy.embodiment, self._suite.name, ready, self._settings.same_rate)
+        if said is not None and not self._warned:
+            _log.warning("%s", said)
+        self._warned |= said is not None
 
     def _next_episode(self, slot: _Slot) -> None:
         slot.spec = slot.result = None

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from gymnasium.spaces import Dict
 
 from cogvla.configs.load import names
 from cogvla.envs import suite as registry
@@ -33,7 +34,7 @@ from cogvla.scripts.eval_libero import run as run_command
 from cogvla.scripts.eval_libero import suites
 from cogvla.scripts.foresight import calibrate_monitor
 from cogvla.tests.support.console_command import ended
-from cogvla.tests.support.point_suite import EMBODIMENT, TASKS, ToyPolicy, solvable, toy_suite
+from cogvla.tests.support.point_suite import EMBODIMENT, TASKS, ToyEnv, ToyPolicy, solvable, toy_suite
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 PROTOCOL = EvaluationProtocol("toy", episodes_per_task=6)
@@ -380,6 +381,7 @@ def test_mistakes_come_before_the_policy(wrong: str, tmp_path: Path, monkeypatch
         ("seed=0", None),
         ("protocol.execute_steps=99", "execute_steps is 99, but the policy predicts"),
         ("embodiment.gripper_open=2", "the policy opens its gripper with 2 .* suite 'tabletop_object' with -1"),
+        ("suite=[tabletop_object,without]", r"the policy needs the cameras \['wrist'\], suite 'without' has \['agent"),
     ],
 )
 def test_a_policy_must_fit_all_suites_before_the_first_is_played(
@@ -388,6 +390,10 @@ def test_a_policy_must_fit_all_suites_before_the_first_is_played(
     def played(*_: Any, **__: Any) -> Report:
         raise RuntimeError("played")
 
+    class Without(ToyEnv):
+        observation_space = Dict({name: box for name, box in ToyEnv.observation_space.items() if name != "wrist"})
+
+    monkeypatch.setitem(registry._SUITES, "without", (lambda: replace(toy_suite(), name="without", make=Without), None))
     monkeypatch.setattr(eval_libero, "evaluate", played)
     words = ["checkpoint=random", f"output={tmp_path}", "suite=[tabletop_object,tabletop_goal]", wrong]
     with pytest.raises(ValueError if said else RuntimeError, match=said or "played"):

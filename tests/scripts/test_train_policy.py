@@ -342,7 +342,11 @@ def test_a_pretrained_language_model_brings_its_weights_and_its_tokenizer(tmp_pa
         (["routing.attention=sideways"], r"error: routing\.attention is 'sideways'; it must be one of coupled, causal"),
         (["evaluation.protocol=libero_x"], "error: protocol 'libero_x' is neither a YAML file nor one of "),
         (["data.cameras.wrist=observation.images.hand"], r"error: .*no camera 'observation\.images\.hand'; it has "),
-        (["embodiment.state_dim=7"], r"error: 'observation\.state' has shape \(8,\) .*state_dim is 7; choose"),
+        (["embodiment.state_dim=7", "data.root=/new"], r"error: the policy has state \[7\] .*_object' has \(8,"),
+        (
+            ["embodiment.state_dim=7", "suite=null"],
+            r"error: 'observation\.state' has shape \(8,\) .*state_dim is 7; choose",
+        ),
         (["data.state=state"], r"error: .* has no 'state'; it has observation\.state, "),
         (["suite=null", "data.root=/nowhere"], "error: there is no LeRobotDataset in /nowhere: record one with"),
         (["demonstrations.episodes=11"], "error: .* was recorded with episodes=10; choose another output, or delete"),
