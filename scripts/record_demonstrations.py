@@ -13,16 +13,19 @@ The same command resumes a stopped recording.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from cogvla.envs.recording.correction_pool import Corrected, check_advice, check_steps
+from cogvla.configs.build import build
+from cogvla.envs.recording.correction_pool import Corrected, check_advice, check_robot, check_steps
 from cogvla.envs.recording.dataset_folder import START_ANEW
 from cogvla.envs.recording.recorder import RECORDING_FILE, check_recording, record
-from cogvla.envs.suite import get_suite
+from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import read_object
 from cogvla.policy.hub.download import find_checkpoint
+from cogvla.policy.interface import Embodiment
 from cogvla.scripts import console
 from cogvla.scripts.command import import_modules, plain, usual
 from cogvla.scripts.policies import LEROBOT, open_any_policy
@@ -40,7 +43,7 @@ def main(config: DictConfig) -> None:
     else:  # before it is loaded
         check_steps(config.patience, config.execute_steps)
         check_advice(suite)
-    corrected = None if config.checkpoint is None else _corrected(config)
+    corrected = None if config.checkpoint is None else _corrected(config, suite)
     how = {"resume": config.resume, "video": config.video, "grow": config.grow}
     folder = record(suite, config.episodes, config.output, **given, **how, corrected=corrected)
     print(f"{config.episodes} episodes of {config.suite} in {folder}")
@@ -62,11 +65,12 @@ def _check_unused(values: dict[str, Any]) -> None:
             )
 
 
-def _corrected(config: DictConfig) -> Corrected:
-    """Open the policy that `config.checkpoint` names."""
+def _corrected(config: DictConfig, suite: Suite) -> Corrected:
+    """Open the policy that `config.checkpoint` names, if its robot fits the recording."""
     source = str(config.checkpoint)
     if not source.startswith(LEROBOT):
         source = str(find_checkpoint(source))
+    check_robot(_robot(source, plain(config)), suite, config.image_size, config.execute_steps)
     policy, identity = open_any_policy(
         source,
         embodiment=plain(config.embodiment),
@@ -80,6 +84,18 @@ def _corrected(config: DictConfig) -> Corrected:
     )
     chosen = {} if config.statistics is None else {"statistics": str(config.statistics)}
     return Corrected(policy, identity | chosen, config.patience, config.execute_steps)
+
+
+def _robot(source: str, values: dict[str, Any]) -> Embodiment:
+    """Return the robot of a policy, whose weights are not loaded for it."""
+    if source.startswith(LEROBOT):
+        from cogvla.policy.lerobot.loading import lerobot_robot
+
+        embodiment = build(Embodiment, values["embodiment"], "embodiment")
+        return lerobot_robot(source.removeprefix(LEROBOT), embodiment, values["cameras"])
+    from cogvla.policy.checkpoint import read_config
+
+    return build(Embodiment, read_config(Path(source)).get("embodiment"), f"embodiment of {source}")
 
 
 if __name__ == "__main__":

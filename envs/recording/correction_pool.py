@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from cogvla.envs.contract import Advisor, check_gripper, required
+from cogvla.envs.contract import Advisor, required
 from cogvla.envs.recording.corrections import CorrectingPlayers
 from cogvla.envs.recording.demonstrator import DemonstratorSettings
-from cogvla.envs.rollout.rollout import RolloutSettings, rollout
+from cogvla.envs.rollout.rollout import RolloutSettings, check_fit, rollout
 from cogvla.envs.suite import FIRST_TRAINING_STATE, Suite
 from cogvla.policy.interface import Embodiment, Policy
 
@@ -56,8 +56,8 @@ def check_steps(patience: Any, execute_steps: Any = None) -> None:
     RolloutSettings(execute_steps=execute_steps)
 
 
-def check_robot(robot: Embodiment, suite: Suite, image_size: int) -> None:
-    """Raise a ValueError if a policy of this robot does not fit a recording; the environment is checked later."""
+def check_robot(robot: Embodiment, suite: Suite, image_size: int, execute_steps: int | None = None) -> None:
+    """Raise a ValueError if a policy of this robot does not fit a recording, see `record` and `Corrected`."""
     sizes = {(camera.height, camera.width) for camera in robot.cameras}
     if sizes != {(image_size, image_size)}:
         seen = ", ".join(f"{camera.name} {camera.height} x {camera.width}" for camera in robot.cameras)
@@ -65,7 +65,8 @@ def check_robot(robot: Embodiment, suite: Suite, image_size: int) -> None:
             f"the policy sees {seen} pixels, and the recording has {image_size} x {image_size}: give the policy's "
             "image_size, which has to be square"
         )
-    check_gripper(robot, suite.name)
+    check_fit(robot, suite, same_rate=True)
+    RolloutSettings(execute_steps=execute_steps).chunker(robot.chunk, robot.control_hz)
 
 
 def check_advice(suite: Suite) -> None:

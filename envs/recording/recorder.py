@@ -100,7 +100,7 @@ def record(
     chosen = () if tasks is None else suite.chosen_tasks(tasks)
     randomised = _dimensions(randomise or (), suite)
     if corrected is not None:
-        check_robot(corrected.policy.embodiment, suite, image_size)
+        check_robot(corrected.policy.embodiment, suite, image_size, corrected.execute_steps)
     request = {
         "suite": suite.name,
         "image_size": image_size,

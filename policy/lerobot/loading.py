@@ -56,12 +56,7 @@ def open_lerobot_policy(
     """
     device = usable_device(device)
     folder = _folder(source)
-    body = read_object(folder / CONFIG, "give another checkpoint")
-    _check_folder(folder, body)
-    config = _configuration(folder, body, device)
-    _check_runnable(config, folder)
-    found = _features(config, embodiment, dict(cameras or {}), folder)
-    robot = replace(embodiment, cameras=tuple(found), chunk=_executed(config))
+    config, found, robot = _described(folder, embodiment, device, cameras)
     policy, before, after = _loaded(config, folder, device)
     about = {"lerobot": version("lerobot"), "checkpoint": str(source)}
     parts = Parts(policy, before, after, {camera.name: key for camera, key in found.items()}, about)
@@ -70,6 +65,23 @@ def open_lerobot_policy(
         return LeRobotPolicy(parts, robot, seed), _identity(folder) | sees
     except Exception as error:  # whatever a policy of others raises
         raise ValueError(f"the policy in {folder} cannot act on its own inputs: {_said(error)}") from error
+
+
+def lerobot_robot(source: str, embodiment: Embodiment, cameras: Mapping[str, str] | None = None) -> Embodiment:
+    """Return the robot of a policy of lerobot without loading its weights; see `open_lerobot_policy`."""
+    return _described(_folder(source), embodiment, "cpu", cameras)[2]
+
+
+def _described(
+    folder: Path, embodiment: Embodiment, device: str, cameras: Mapping[str, str] | None
+) -> tuple[Any, dict[Camera, str], Embodiment]:
+    """Return a policy's configuration, its cameras with their keys, and its robot."""
+    body = read_object(folder / CONFIG, "give another checkpoint")
+    _check_folder(folder, body)
+    config = _configuration(folder, body, device)
+    _check_runnable(config, folder)
+    found = _features(config, embodiment, dict(cameras or {}), folder)
+    return config, found, replace(embodiment, cameras=tuple(found), chunk=_executed(config))
 
 
 def _folder(source: str) -> Path:

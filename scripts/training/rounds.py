@@ -116,7 +116,7 @@ def train_in_rounds(
             )
     robot = build(Embodiment, values["embodiment"], "embodiment")
     for suite in suites:
-        check_robot(robot, suite, robot.cameras[0].height)
+        check_robot(robot, suite, robot.cameras[0].height, execute_steps[suite.name])
         check_advice(suite)
     processes = PartialState(timeout=PATIENCE)
     with processes.main_process_first():

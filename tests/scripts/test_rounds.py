@@ -79,6 +79,7 @@ def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
         ("suite=null", "rounds=2 needs a suite"),
         ("embodiment.gripper_open=1,embodiment.gripper_close=-1", "the policy opens its gripper with 1 and closes it"),
         ("embodiment.cameras.0.width=64", "the policy sees agentview .* x 64, .*, which has to be square"),
+        ("embodiment.control_hz=10", "the policy acts 10 times per second, suite 'tabletop_object' takes 20"),
         ("data.statistics=each", "rounds=2 needs data.statistics=joint"),
         ("objective.prior=0.5", r"rounds=2 cannot have objective\.prior: its other policy"),
     ],

@@ -266,6 +266,8 @@ def test_what_does_not_fit_is_said(
     with pytest.raises(error, match=said) as raised:
         corrections(tmp_path / "toy", policy, **other)
     assert "\n" not in str(raised.value)
+    if "expert" not in other:
+        assert not list(tmp_path.iterdir()), "another policy could not be recorded into this output any more"
 
 
 @pytest.mark.parametrize("patience", [0, -1, float("nan"), True, "30"])

@@ -31,8 +31,9 @@ from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSetting
 from cogvla.envs.recording.recorder import record
 from cogvla.envs.suite import FIRST_TRAINING_STATE, get_suite
 from cogvla.lerobot_versions import LeRobotDataset, episode_buffer
+from cogvla.policy.checkpoint import FORMAT
 from cogvla.scripts import console, record_demonstrations
-from cogvla.scripts.command import compose
+from cogvla.scripts.command import compose, plain
 from cogvla.tests.support import toy_suite
 from cogvla.tests.support.console_command import ended
 from cogvla.tests.support.full_disk import files_limited_to
@@ -703,6 +704,33 @@ def test_mistakes_come_before_the_policy(wrong: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(record_demonstrations, "open_any_policy", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=wrong.partition("=")[0]):
         record_demonstrations.main(compose("record_demonstrations", ["policy=x", f"output={tmp_path / 'x'}", wrong]))
+
+
+@pytest.mark.parametrize(
+    ("robot", "words", "said"),
+    [
+        (
+            {},
+            ["image_size=64"],
+            "the policy sees agentview 128 x 128, wrist 128 x 128 pixels, and the recording has 64",
+        ),
+        ({}, ["execute_steps=99"], "execute_steps is 99, but the policy predicts 8"),
+        ({"control_hz": 10}, [], "the policy acts 10 times per second, suite 'tabletop_object' takes 20"),
+        ({"state_dim": 9}, [], r"the policy has state \[9\] and action \[7\], suite 'tabletop_object' has"),
+        ({"cameras": [{"name": "top", "height": 128, "width": 128}]}, [], r"the policy needs the cameras \['top'\]"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused_before_its_weights_are_loaded(
+    robot: dict[str, Any], words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_demonstrations, "open_any_policy", lambda *_, **__: pytest.fail("loaded"))
+    for name in ("model.safetensors", "statistics.json"):
+        (tmp_path / name).touch()
+    config = compose("record_demonstrations", [f"policy={tmp_path}", f"output={tmp_path / 'x'}", *words])
+    body = {"format": FORMAT, "embodiment": plain(config.embodiment) | robot}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    with pytest.raises(ValueError, match=said):
+        record_demonstrations.main(config)
 
 
 def test_an_expert_that_processes_cannot_be_given(tmp_path: Path) -> None:

@@ -325,6 +325,15 @@ def test_record_demonstrations_corrects_it(act: Path, tmp_path: Path) -> None:
     assert 0 < made["intervention_share"] <= 1
 
 
+def test_a_recording_of_another_image_size_is_refused_before_the_weights_are_loaded(
+    act: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_demonstrations, "open_any_policy", lambda *_, **__: pytest.fail("loaded"))
+    words = [f"checkpoint='lerobot:{act}'", "suite=tabletop_object", "image_size=128", f"output={tmp_path / 'data'}"]
+    with pytest.raises(ValueError, match=f"the policy sees .* {SIZE} x {SIZE} pixels, and the recording has 128 x 128"):
+        record_demonstrations.main(compose("record_demonstrations", words))
+
+
 def write(folder: Path, **changes: Any) -> None:
     body = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**body, **changes}))
