@@ -119,7 +119,7 @@ class CorrectingPlayer(Player):
         while not attempt.over:
             attempt.step()
             self._stuck()
-            if self._progress.at_next and not attempt.success:
+            if self._progress.at_next and not attempt.success and not attempt.over:
                 return self._observe(anew=True)
         return self._save() if attempt.success or self._finish() else self._begin()
 

@@ -157,6 +157,17 @@ def test_the_expert_helps_until_the_next_subgoal(tmp_path: Path, speed: float, h
     assert made["intervention_share"] == round(seen["intervention"].mean(), 4)
 
 
+def test_the_expert_does_the_rest_at_the_step_limit_even_if_a_subgoal_begins_there(tmp_path: Path) -> None:
+    def recorded(limit: int) -> np.ndarray:
+        suite = replace(toy_suite.suite(), make=Detour, max_steps=limit)
+        given: dict[str, Any] = {"image_size": 16, "workers": 0, "expert": DetourExpert, "noise": 0.0}
+        corrected = Corrected(ToyPolicy(0.0), patience=PATIENCE)
+        return episode(record(suite, 1, tmp_path / str(limit), corrected=corrected, **given))["intervention"]
+
+    handed_back = int(np.flatnonzero(np.diff(recorded(40).astype(int)) == -1)[0]) + 1
+    assert recorded(handed_back)[PATIENCE:].all(), "the policy has no steps left"
+
+
 def test_noise_is_the_experts_and_not_the_policys(tmp_path: Path) -> None:
     seen = episode(corrections(tmp_path / "toy", ToyPolicy(0.0), 1, noise=1.0))
     by_expert = seen["intervention"]
