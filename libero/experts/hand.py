@@ -45,6 +45,7 @@ class Hand:
         self.fixture: str | None = None
         """Name of the fixture that the hand gripped and has not left yet."""
         self._left: np.ndarray | None = None
+        self._told = False  # that the hand grips the fixture is what the last action says, and not yet what was done
         self._item = ""
         self._grasp: Grasp | None = None
         self._failures: list[Grasp] = []
@@ -95,10 +96,13 @@ class Hand:
         """Take over what someone else does, who closes or opens the hand; their attempts are no failures of a grasp."""
         item = self._item
         if not closes:
+            far = self._left is not None and float(np.linalg.norm(self.view.gripper - self._left)) > _BACK_OFF
+            if far or self._told:  # it has left in its own way, or never gripped
+                self.fixture = self._left = None
             self.closing = 0
         elif not self.closing and self.view.is_thing(item) and any(self.view.touching(item)):
             self.closing, self._pose = 1, (self.view.gripper, self.view.rotation)
-        self._failures, self._stuck = [], 0
+        self._failures, self._stuck, self._told = [], 0, False
 
     # --- fixtures ----------------------------------------------------------------------------------------------------
 
@@ -112,7 +116,7 @@ class Hand:
         close = offset < (_LOST if self.closing else 1.5 * NEAR) and (self.closing or (turn < 0.2 and self.is_open))
         if close and self.closing <= 2 * _PATIENCE:
             self.closing += 1
-            self.fixture = name
+            self._told, self.fixture = self.fixture != name, name
             return Move("grasp", point, rotation, CLOSE)
         self.closing = 0
         return Move("approach" if offset > 0.03 else "descend", aim, rotation, OPEN)

@@ -6,7 +6,9 @@ Success over all tasks and initial states is measured by `expert_table suite=lib
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSetting
 from cogvla.envs.rotations import rotation_vector
 from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
-from cogvla.libero.experts.motion import DOWN, pointing
+from cogvla.libero.experts.hand import Hand
+from cogvla.libero.experts.motion import CLOSE, DOWN, pointing
 from cogvla.libero.experts.plan import VERBS, Subgoal, subgoals
-from cogvla.libero.experts.view import Obstacles, SceneView
+from cogvla.libero.experts.view import FINGER_OPEN, Obstacles, SceneView
 from cogvla.libero.suites import libero_expert, libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES
 from cogvla.tests.support.libero_assets import ASSETS, MESHES, needs_assets, needs_libero
@@ -96,6 +99,24 @@ def test_a_hand_closes_along_a_line_whichever_way_round_is_nearer() -> None:
     assert np.allclose(front[:, 2], [0, -1, 0])
     assert np.linalg.det(front) == pytest.approx(1.0)
     assert np.trace(front @ NOMINAL.T) == pytest.approx(1.0), "a quarter turn, and not a half"
+
+
+def test_a_hand_that_someone_else_moves_has_gripped_and_left_a_fixture_only_if_it_did() -> None:
+    view = SimpleNamespace(gripper=np.zeros(3), rotation=NOMINAL, opening=2 * FINGER_OPEN, is_thing=lambda _: False)
+    hand = Hand(view)  # type: ignore[arg-type]
+    advise = partial(hand.grip, "drawer", np.zeros(3), NOMINAL, np.zeros(3))
+    assert advise().gripper == CLOSE
+    hand.follow(closes=False)
+    assert hand.leave() is None, "nobody gripped"
+    for _ in range(3):
+        advise()
+        hand.follow(closes=True)
+    assert hand.leave() is not None
+    hand.follow(closes=False)
+    assert hand.leave() is not None, "the hand is still there"
+    view.gripper = np.array([0.0, 0.2, 0.0])
+    hand.follow(closes=False)
+    assert hand.leave() is None, "it went away sideways"
 
 
 def test_obstacles_are_turned_boxes() -> None:
