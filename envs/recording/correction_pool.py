@@ -16,6 +16,9 @@ from cogvla.envs.rollout.rollout import RolloutSettings, check_fit, rollout
 from cogvla.envs.suite import FIRST_TRAINING_STATE, Suite
 from cogvla.policy.interface import Embodiment, Policy
 
+USUAL_PRECISION = "float32"
+"""Precision of policies that recordings leave out."""
+
 
 @dataclass(frozen=True)
 class Corrected:
@@ -39,10 +42,12 @@ class Corrected:
     def request(self) -> dict[str, Any]:
         """Return what decides the recording, as plain values."""
         told = self.policy.describe()
+        precision = told.get("dtype", USUAL_PRECISION)
         return {
             "checkpoint": told.get("checkpoint"),
             "step": told.get("step"),
             **self.identity,
+            **({} if precision == USUAL_PRECISION else {"dtype": precision}),
             "execute_steps": self.execute_steps or self.policy.embodiment.chunk,
             "patience": self.patience,
             "helps_until": "next subgoal",

@@ -245,6 +245,10 @@ def test_another_policy_is_refused(tmp_path: Path) -> None:
     for corrected in (None, Corrected(ToyPolicy(0.0), {"weights_sha256": "b"}, PATIENCE)):
         with pytest.raises(ValueError, match=r"was recorded with policy=.*'weights_sha256': 'a'"):
             corrections(root, ToyPolicy(0.0), corrected=corrected)
+    rounded = ToyPolicy(0.0)
+    rounded.describe = lambda: {"checkpoint": "toy", "step": 7, "dtype": "bfloat16"}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="was recorded with policy="):
+        corrections(root, rounded)
     with pytest.raises(ExpertFailedError):
         corrections(tmp_path / "unfinished", ToyPolicy(0.0), expert=NeverExpert)
     with pytest.raises(ValueError, match="holds an unfinished recording with another policy"):
