@@ -6,14 +6,17 @@ import os
 
 import torch
 
+_lowered: tuple[int, int] | None = None
+"""Torch's number of threads before it was lowered for a part of the work, and the lower one; None: it was not."""
+
 
 def use_threads(wanted: int | None, beside: int = 0) -> None:
     """Set the number of torch's CPU threads.
 
     Args:
-        wanted: number of threads; None: torch's choice, minus the cores that other processes keep busy. A thread that
-            waits for a core delays all other threads of an operation: with two environments on two cores, rollouts
-            were 1.6 times as fast with one thread as with two (docs/benchmarks.md).
+        wanted: number of threads; None: torch's choice, whatever an earlier part of the work had, minus the cores that
+            other processes keep busy. A thread that waits for a core delays all other threads of an operation: with two
+            environments on two cores, rollouts were 1.6 times as fast with one thread as with two (docs/benchmarks.md).
         beside: number of other processes that keep one core busy each.
 
     Raises:
@@ -21,7 +24,23 @@ def use_threads(wanted: int | None, beside: int = 0) -> None:
     """
     if wanted is not None and (type(wanted) is not int or wanted < 1):
         raise ValueError(f"threads must be a whole number, at least 1, or null, got {wanted!r}")
-    if wanted is None and beside:
-        wanted = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - beside))
+    global _lowered
     if wanted is not None:
+        _lowered = None
         torch.set_num_threads(wanted)
+    elif beside:
+        lower_threads(max(1, min(_usual(), len(os.sched_getaffinity(0)) - beside)))
+    else:
+        torch.set_num_threads(_usual())
+
+
+def lower_threads(number: int) -> None:
+    """Lower the number of torch's threads until the next call of `use_threads`."""
+    global _lowered
+    _lowered = _usual(), number
+    torch.set_num_threads(number)
+
+
+def _usual() -> int:
+    now = torch.get_num_threads()
+    return now if _lowered is None or _lowered[1] != now else _lowered[0]

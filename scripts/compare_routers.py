@@ -121,7 +121,8 @@ class _Comparison:
         self.engine = build(EngineConfig, values["engine"], "engine")
         routers = wanted_routers(values["routers"], values["layer"])  # before the policy is loaded
         plain_engine, chosen = EngineConfig("plain"), values["statistics"]
-        policy, self.identity = open_policy(values["checkpoint"], self.device, engine=plain_engine, statistics=chosen)
+        threads, beside = values["threads"], values["evaluation"]["workers"]
+        policy, self.identity = open_policy(folder, self.device, threads, plain_engine, None, beside, chosen)
         self.identity |= {} if chosen is None else {"statistics": chosen}
         self.policy = policy.with_engine(self.engine)
         if self.policy.model.router is not None:

@@ -23,6 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from cogvla.policy.threads import lower_threads
 from cogvla.processes import Child, ProcessDiedError, send
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -61,7 +62,7 @@ class ParallelGradients:
         self.parameters = _trained(objective)
         self.others: list[_Other] = []
         self.own: Any = None
-        torch.set_num_threads(1)
+        lower_threads(1)
 
     def give(self, parts: Iterable[Any]) -> None:
         """Set the batch of the next call.
