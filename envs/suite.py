@@ -69,6 +69,13 @@ class Suite:
     perturbations: Mapping[str, Sequence[Values]] = field(default_factory=lambda: EVERYWHERE)
     labels: int | None = None
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.initial_states <= FIRST_TRAINING_STATE:
+            raise ValueError(
+                f"suite {self.name!r}: initial_states must be 1 to {FIRST_TRAINING_STATE}, got {self.initial_states}: "
+                "recordings show those that come after, and an evaluation may not"
+            )
+
     def magnitudes(self, perturbation: Perturbation) -> Values:
         """Return the magnitudes of a perturbation; ValueError if the suite does not support this dimension."""
         if perturbation.dimension not in self.perturbations:

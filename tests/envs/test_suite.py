@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cogvla.envs.suite import chosen_start, get_suite, suite_names, unknown_suite
+from cogvla.envs.suite import FIRST_TRAINING_STATE, chosen_start, get_suite, suite_names, unknown_suite
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,13 @@ def test_the_suite_that_was_meant(name: str, meant: str) -> None:
 @pytest.mark.parametrize("name", ["libero", "libero_4_task_suites_no_noops", "libero_all"])
 def test_all_suites_that_were_meant(name: str) -> None:
     assert str(unknown_suite(name, ["all_libero"])).endswith("did you mean all_libero?")
+
+
+@pytest.mark.parametrize("states", [0, FIRST_TRAINING_STATE + 1])
+def test_no_initial_state_is_evaluated_and_recorded(states: int) -> None:
+    suite = replace(get_suite("tabletop_object"), initial_states=FIRST_TRAINING_STATE)
+    with pytest.raises(ValueError, match=f"initial_states must be 1 to 1000, got {states}: recordings show those"):
+        replace(suite, initial_states=states)
 
 
 @pytest.mark.parametrize("name", ["moon", "", "10"])
