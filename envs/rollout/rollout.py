@@ -485,6 +485,8 @@ class _Loop:
 
     def _seam(self, planned: list[np.ndarray], steps: int) -> float | None:
         """Return how much larger the change of the action is where a chunk begins to decide than elsewhere."""
+        if not planned:  # the player needed no action
+            return None
         moving = np.ones(self._policy.embodiment.action_dim, bool)
         moving[list(self._policy.embodiment.grippers)] = False
         actions_TA = np.concatenate(planned)[:steps, moving]

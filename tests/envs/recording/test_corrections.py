@@ -22,6 +22,7 @@ from hypothesis.extra.numpy import arrays
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from cogvla.envs.contract import ContractError
+from cogvla.envs.perturbation.perturbation import CrowdedSceneError
 from cogvla.envs.recording.correction_pool import Corrected
 from cogvla.envs.recording.demonstrator import MAX_ATTEMPTS, STEPS_AFTER_SUCCESS, ExpertFailedError
 from cogvla.envs.recording.progress import ANOTHER_PLACE, Progress
@@ -201,6 +202,22 @@ def test_a_scene_that_nobody_can_mend_is_left_to_the_expert_from_the_beginning(t
     seen = episode(corrections(tmp_path / "toy", ToyPolicy(0.0), 1, expert=DesertingExpert))
     assert seen["intervention"].all()
     assert seen["label.initial_state"][0] == FIRST_TRAINING_STATE + 500_000 + MAX_ATTEMPTS - 1
+
+
+class Crowded(toy_suite.ToyEnv):
+    """Has room in the last scene of an episode only."""
+
+    def reset(self, **other: Any) -> tuple[Any, dict[str, Any]]:
+        if other["options"]["initial_state"] % MAX_ATTEMPTS != MAX_ATTEMPTS - 1:
+            raise CrowdedSceneError("no room")
+        return super().reset(**other)
+
+
+def test_an_episode_in_which_the_policy_never_acts_is_recorded(tmp_path: Path) -> None:
+    suite = replace(toy_suite.suite(), make=Crowded)
+    corrected = Corrected(ToyPolicy(0.04), patience=PATIENCE)
+    root = record(suite, 2, tmp_path / "toy", image_size=16, workers=0, expert=ToyExpert, corrected=corrected)
+    assert all(episode(root, number)["intervention"].all() for number in range(2))
 
 
 def test_a_policy_that_remembers_forgets_the_scene_of_a_failed_attempt(tmp_path: Path) -> None:
