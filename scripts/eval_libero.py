@@ -90,8 +90,9 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
         if len(steps) > 1:
             raise ValueError("a monitor needs one execute_steps for all suites: give protocol.execute_steps=N")
         policy = MonitoredPolicy.open(policy, Path(config.monitor), steps.pop())
+    builds = config.ray is None and len(played) > 1  # the only suite is checked as soon as it is there
     for suite, protocol in zip(played, protocols, strict=True):  # before the first of them is played
-        check_evaluation(suite, protocol, **given, robot=policy.embodiment, builds=config.ray is None)
+        check_evaluation(suite, protocol, **given, robot=policy.embodiment, builds=builds)
     plugged_in = "" if config.router.name is None else f"_{config.router.name}_{config.router.budget}"
     late = f"_late_{config.latency}" if config.latency else ""
     output = Path(config.output or f"outputs/eval_libero/{report_name(str(config.checkpoint))}{plugged_in}{late}")
