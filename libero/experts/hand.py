@@ -26,6 +26,8 @@ _GRIPPED = 9
 _BACK_OFF = 0.14
 _STUCK = 35
 """Control steps that the hand may stay close to a grasp without reaching it."""
+_UPRIGHT = 0.9
+"""Cosine of the tilt of an item below which its grasp is another one."""
 _RETREAT = 0.06
 _AWAY = 0.02
 
@@ -48,6 +50,7 @@ class Hand:
         self._told = False  # that the hand grips the fixture is what the last action says, and not yet what was done
         self._item = ""
         self._grasp: Grasp | None = None
+        self._up = np.zeros(3)  # which way was up, in the item's frame, when the grasp was chosen
         self._failures: list[Grasp] = []
         self._stuck = 0
         self._pose = view.gripper, view.rotation
@@ -103,6 +106,8 @@ class Hand:
         elif not self.closing and self.view.is_thing(item) and any(self.view.touching(item)):
             self.closing, self._pose = 1, (self.view.gripper, self.view.rotation)
         self._failures, self._stuck, self._told = [], 0, False
+        if self._grasp is not None and not self.closing and self.view.frame(item)[2] @ self._up < _UPRIGHT:
+            self._grasp = None
 
     # --- fixtures ----------------------------------------------------------------------------------------------------
 
@@ -191,6 +196,7 @@ class Hand:
 
     def _chosen(self, item: str, where: Where) -> Grasp:
         if self._grasp is None:
+            self._up = self.view.frame(item)[2]
             found = candidates(self.view, item, where, () if self._failures else self._usual)
             self._grasp = min(found, key=lambda pair: pair[0] + sum(_alike(pair[1], f) for f in self._failures))[1]
         return self._grasp

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import combinations
 from types import SimpleNamespace
 
+import mujoco
 import numpy as np
 import pytest
 
@@ -160,6 +161,24 @@ def test_what_falls_out_of_the_hand_is_taken_again(env: LiberoEnv) -> None:
             break
     assert dropped == 8
     assert success
+
+
+@needs_assets
+def test_what_someone_else_tips_over_is_taken_as_it_lies(env: LiberoEnv) -> None:
+    env.reset(options={"task": 7, "initial_state": 1000})
+    for _ in range(10):
+        env.step(resting_action())
+    expert = libero_expert(env, np.random.default_rng(0))
+    expert.act()
+    pose = env.scene.data.joint("milk_1_joint0").qpos
+    mujoco.mju_mulQuat(pose[3:], np.sqrt([0.5, 0.5, 0.0, 0.0]), pose[3:].copy())
+    pose[2] += 0.03
+    for _ in range(15):
+        expert.act()
+        env.step(resting_action())
+        expert.follow(resting_action())
+    advised, anew = expert.act(), libero_expert(env, np.random.default_rng(0)).act()
+    np.testing.assert_allclose(advised, anew, atol=0.02)
 
 
 @needs_assets
