@@ -121,7 +121,7 @@ class Hand:
         close = offset < (_LOST if self.closing else 1.5 * NEAR) and (self.closing or (turn < 0.2 and self.is_open))
         if close and self.closing <= 2 * _PATIENCE:
             self.closing += 1
-            self._told, self.fixture = self.fixture != name, name
+            self._told, self.fixture, self._left = self.fixture != name, name, None
             return Move("grasp", point, rotation, CLOSE)
         self.closing = 0
         return Move("approach" if offset > 0.03 else "descend", aim, rotation, OPEN)

@@ -118,6 +118,17 @@ def test_a_hand_that_someone_else_moves_has_gripped_and_left_a_fixture_only_if_i
     view.gripper = np.array([0.0, 0.2, 0.0])
     hand.follow(closes=False)
     assert hand.leave() is None, "it went away sideways"
+    for y in (0.0, 0.1):  # it begins to leave, grips again, and pulls
+        view.gripper = np.array([0.0, y, 0.0])
+        hand.grip("drawer", view.gripper, NOMINAL, view.gripper)
+        hand.follow(closes=True)
+        if y == 0.0:
+            hand.leave()
+            hand.follow(closes=False)
+    view.gripper = np.array([0.0, 0.2, 0.0])
+    hand.follow(closes=True)
+    hand.follow(closes=False)
+    assert hand.leave() is not None, "where it began to leave before says nothing"
 
 
 def test_obstacles_are_turned_boxes() -> None:
