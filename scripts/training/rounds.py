@@ -29,7 +29,7 @@ from cogvla.envs.recording.recorder import RECORDING_FILE, record
 from cogvla.envs.suite import Suite
 from cogvla.files import read_object, write_atomic
 from cogvla.policy.checkpoint import open_policy
-from cogvla.policy.data.config import INTERVENTION, DataConfig
+from cogvla.policy.data.config import INTERVENTION, MOST, DataConfig
 from cogvla.policy.data.files.metadata import Metadata
 from cogvla.policy.data.streaming import locate
 from cogvla.policy.engine.engine import EngineConfig
@@ -75,8 +75,10 @@ class CorrectionsConfig:
             raise ValueError(
                 f"corrections: episodes and patience must be positive whole numbers, workers 0 or more; got {self}"
             )
-        if not 0 < self.weight < math.inf or not 0 <= self.noise < math.inf:
-            raise ValueError(f"corrections: weight must be a positive number, noise 0 or more; got {self}")
+        if not 1 / MOST <= self.weight <= MOST or not 0 <= self.noise < math.inf:
+            raise ValueError(
+                f"corrections: weight must be a positive number, 1e-9 to 1e9, noise a number of at least 0; got {self}"
+            )
 
 
 def train_in_rounds(

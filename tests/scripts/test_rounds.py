@@ -76,6 +76,7 @@ def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
         ("corrections.episodes=1e1", "corrections.episodes must be a whole number, got 10.0"),
         ("corrections.weight=-1", "corrections: weight must be a positive number"),
         ("corrections.weight=inf", "corrections: weight must be a positive number"),
+        ("corrections.weight=1e10", "corrections: weight must be a positive number, 1e-9 to 1e9"),
         ("suite=null", "rounds=2 needs a suite"),
         ("embodiment.gripper_open=1,embodiment.gripper_close=-1", "the policy opens its gripper with 1 and closes it"),
         ("embodiment.cameras.0.width=64", "the policy sees agentview .* x 64, .*, which has to be square"),
