@@ -222,8 +222,8 @@ def readings(policy: CogVLAPolicy, moments: Sequence[Moment], instructions: Sequ
             frequent.update(read)
             cosines += cosine_n1[:, 0].tolist()
             telling = set(_words(policy, moment.instruction)) - usual
-            for token, word in zip(moment.after[layer].tolist(), read, strict=True):
-                for group in _groups(moment, layer, token):
+            for place, word in enumerate(read):
+                for group in _groups(moment, layer, place):
                     hits[group].append(float(word in telling))
         found[f"layer {layer}"] = {
             "words": dict(frequent.most_common(WORDS_SHOWN)),
@@ -238,14 +238,14 @@ def _words(policy: CogVLAPolicy, instruction: str) -> list[str]:
     return policy.preprocessor.tokenizer.spelled(ids_1T[0].tolist())
 
 
-def _groups(moment: Moment, layer: int, token: int) -> list[str]:
-    """Return a token's groups: `target` or `elsewhere` by where it looks, `kept` or `gone` by the layer's router."""
+def _groups(moment: Moment, layer: int, place: int) -> list[str]:
+    """Return the groups of a token that leaves a layer: `target` or `elsewhere` by where it looks, `kept` or `gone`."""
     groups = []
     if moment.target_P is not None:
-        looks_P = moment.looks_NP[token]
+        looks_P = moment.looks_NP[moment.after[layer][place]]
         groups.append("target" if bool(moment.target_P[looks_P.argmax()]) else "elsewhere")
-    if (kept := moment.kept.get(f"layer {layer}")) is not None:
-        groups.append("kept" if bool((kept == token).any()) else "gone")
+    if layer in moment.used:
+        groups.append("kept" if bool(moment.used[layer][place]) else "gone")
     return groups
 
 

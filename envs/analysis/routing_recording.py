@@ -27,6 +27,7 @@ from cogvla.envs.rollout.rollout import rollout
 from cogvla.envs.suite import Suite
 from cogvla.policy.interface import Observation
 from cogvla.policy.model.cogvla import CogVLA, ModelInput, TextFeatures
+from cogvla.policy.model.language import Choice
 from cogvla.policy.model.routers.attention_probe import AttentionProbe
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.routing.diagnostics import attention_entropy
@@ -46,11 +47,12 @@ class Moment:
         tokens_ND: vision tokens before routing, in the language width.
         looks_NP: how much each token sees of each patch; the identity if tokens are patches.
         entropy: entropy in nats of the aggregation tokens' gaze, or of the patches' attention in the first tower.
-        kept: routing stage, `router` or `layer 3` -> numbers of the tokens kept there, see `TokenChoice.kept`.
+        kept: routing stage, `router` or `layer 3` -> numbers of the tokens kept there, without new ones.
         new: number of new tokens after the router.
         present: language layer -> numbers of the tokens that enter it; a new token has the number of its place.
         attention: language layer -> attention [n] of those tokens from the action tokens.
         after: language layer -> numbers of the tokens that leave it.
+        used: language layer with a choice -> bool, which of those neither skipped it nor are hidden.
         hidden: language layer -> states [n,D] of those tokens.
         words: language layer -> states [T,D] of the words after it.
         acting: language layer -> states [J,D] of the action tokens after it.
@@ -69,6 +71,7 @@ class Moment:
     present: Mapping[int, Tensor]
     attention: Mapping[int, Tensor]
     after: Mapping[int, Tensor]
+    used: Mapping[int, Tensor]
     hidden: Mapping[int, Tensor]
     words: Mapping[int, Tensor]
     acting: Mapping[int, Tensor]
@@ -166,16 +169,30 @@ def look(policy: CogVLAPolicy, observation: Observation) -> Moment:
         tokens_ND=model.vision(inputs.pixels, text.vision)[0].float(),
         looks_NP=looks_NP,
         entropy=entropy,
-        kept={choice.stage.partition(",")[0]: choice.kept for choice in choices},
+        kept={choice.stage.partition(",")[0]: choice.kept[choice.kept >= 0] for choice in choices},
         new=new,
         present=present,
         attention={layer: read_Bn[0] for layer, read_Bn in inside["attention"].items()},
         after=after,
+        used={choice.layer: _used(choice, len(after[choice.layer])) for choice in inside["choices"]},
         hidden={layer: x_BSD[0, 1 : 1 + len(after[layer])].float() for layer, x_BSD in inside["hidden"].items()},
         words={layer: x_BSD[0, words][real_T].float() for layer, x_BSD in inside["hidden"].items()},
         acting={layer: x_BSD[0, acting].float() for layer, x_BSD in inside["hidden"].items()},
         choices=choices,
     )
+
+
+def _used(choice: Choice, leaving: int) -> Tensor:
+    """Return `Moment.used` of a layer, bool [n], from its last choice and the number of tokens that leave it."""
+    index_n, score_BN, routed = choice.index_Bn[0], choice.score_BN, choice.routed
+    seen_n = torch.ones_like(index_n, dtype=torch.bool)
+    if routed is None and score_BN is not None:
+        seen_n = score_BN[0, index_n] > -torch.inf
+    elif routed is not None and routed.mask_Bn is not None:
+        seen_n = routed.mask_Bn[0]
+    if choice.gone:
+        return seen_n
+    return torch.zeros(leaving, dtype=torch.bool, device=index_n.device).index_copy(0, index_n, seen_n)
 
 
 def _entering(inside: Mapping[str, Any], tokens: int) -> tuple[Tensor, int]:

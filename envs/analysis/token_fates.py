@@ -22,8 +22,8 @@ class TokenChoice:
 
     Attributes:
         stage: `router` before the language model, or `layer 3` and who chose there.
-        among: tokens to choose from, int64 [n].
-        kept: tokens that were kept, without new ones and hidden ones, int64.
+        among: tokens to choose from, int64 [n]; those that an earlier router made have negative numbers.
+        kept: those of them that were kept and not hidden, int64.
         score: scores of the tokens to choose from, float [n], higher is more worth keeping; None: there are none.
         gone: the others are removed; False: they skip this layer.
         merged: bool [n], tokens whose content a new or kept token took; None: nothing is merged.
@@ -70,17 +70,21 @@ def choices_of(inside: Mapping[str, Any], entering_n: Tensor, tokens: int, rows:
 
     Args:
         inside: `ModelOutput.debug`.
-        entering_n: tokens that enter the language model.
+        entering_n: tokens that enter the language model; new ones have the number of their place.
         tokens: N.
         rows: number of parts, the views, that a router before the language model routes separately.
     """
     found = []
     if (routed := inside.get("routed")) is not None:
-        everything_n = torch.arange(tokens, device=entering_n.device)
-        found.append(_choice("router", everything_n, entering_n, routed.score_BN, True, routed, rows))
+        everything_n, index_n = torch.arange(tokens, device=entering_n.device), routed.index_Bn[0]
+        found.append(_choice("router", everything_n, index_n, routed.score_BN, True, routed, rows))
+        entering_n = index_n
     for choice in inside["choices"]:
         among_n = entering_n if choice.among_BN is None else entering_n[choice.among_BN[0]]
-        told = among_n, entering_n[choice.kept_Bn[0]], choice.score_BN, choice.gone, choice.routed
+        if choice.new_BN is not None:
+            among_n = among_n.masked_fill(choice.new_BN[0], -1)
+        among_n = torch.where(among_n < 0, -1 - torch.arange(len(among_n), device=among_n.device), among_n)
+        told = among_n, choice.index_Bn[0], choice.score_BN, choice.gone, choice.routed
         found.append(_choice(f"layer {choice.layer}, {choice.by}", *told))
     return tuple(found)
 
@@ -88,27 +92,25 @@ def choices_of(inside: Mapping[str, Any], entering_n: Tensor, tokens: int, rows:
 def _choice(
     stage: str,
     among_n: Tensor,
-    left_n: Tensor,
+    index_n: Tensor,
     score_BN: Tensor | None,
     gone: bool,
     routed: RoutedTokens | None,
     rows: int = 1,
 ) -> TokenChoice:
-    """Return a choice that left these tokens, new ones with the number of their place."""
-    score_n, kept_n, merged_n, hidden_n = None if score_BN is None else score_BN[0], left_n, None, None
+    """Return a choice that left these tokens, by their places in `among_n`; -1 for new ones."""
+    score_n, merged_n, hidden_n, kept = None if score_BN is None else score_BN[0], None, None, index_n >= 0
     if routed is not None:
-        old_n = routed.index_Bn[0] >= 0
         if routed.owner_BN is not None:
             merged_n = routed.owner_BN[0] >= 0
-        elif len(old_n) and not old_n.any():  # without owners, new tokens take something of all
+        elif len(kept) and not kept.any():  # without owners, new tokens take something of all
             merged_n = torch.ones_like(among_n, dtype=torch.bool)
         if routed.mask_Bn is not None:
-            hidden_n = left_n[old_n & ~routed.mask_Bn[0]]
-            old_n = old_n & routed.mask_Bn[0]
-        kept_n = left_n[old_n]
+            hidden_n = among_n[index_n[kept & ~routed.mask_Bn[0]]]
+            kept = kept & routed.mask_Bn[0]
     elif score_n is not None:  # LFP keeps hidden tokens, whose score is -inf, where too few others are left
-        kept_n = left_n[~torch.isin(left_n, among_n[score_n == -math.inf])]
-    return TokenChoice(stage, among_n, kept_n, score_n, gone, merged_n, hidden_n, rows)
+        kept = score_n[index_n] > -math.inf
+    return TokenChoice(stage, among_n, among_n[index_n[kept]], score_n, gone, merged_n, hidden_n, rows)
 
 
 def fates(choices: Sequence[TokenChoice], tokens: int) -> list[tuple[NotKept, ...]]:
@@ -122,7 +124,7 @@ def fates(choices: Sequence[TokenChoice], tokens: int) -> list[tuple[NotKept, ..
         size = max(1, len(among) // choice.rows)
         bounds = [_bounds(among[i : i + size], score[i : i + size], kept) for i in range(0, len(among), size)]
         for place, token in enumerate(among):
-            if token not in kept and not (found[token] and found[token][-1].gone):
+            if token >= 0 and token not in kept and not (found[token] and found[token][-1].gone):
                 told = choice.stage, choice.gone, merged[place], score[place], *bounds[place // size], token in hidden
                 found[token].append(NotKept(*told))
     return [tuple(each) for each in found]

@@ -61,8 +61,10 @@ class Choice:
         by: `router` (a token router) or `LFP`.
         among_BN: tokens to choose from, int64; None: all.
         kept_Bn: tokens that were kept, int64; new ones have the number of their place.
+        index_Bn: the kept tokens by their places among those to choose from, int64; -1 for new ones.
         score_BN: scores of those to choose from, higher is more worth keeping; None: the method has none.
         gone: the others are removed; False: they skip this layer.
+        new_BN: bool, those to choose from that a router in an earlier layer made; None: none of them.
         routed: result of the token router, which tells new, merged and hidden tokens; None: LFP.
     """
 
@@ -70,8 +72,10 @@ class Choice:
     by: str
     among_BN: Tensor | None
     kept_Bn: Tensor
+    index_Bn: Tensor
     score_BN: Tensor | None
     gone: bool
+    new_BN: Tensor | None = None
     routed: RoutedTokens | None = None
 
 
@@ -84,6 +88,7 @@ class DecoderTrace:
         kept: vision tokens of routed layers, int64 [B,n], counted from the first vision token of the whole sequence;
             new ones have the number of their place.
         present: the vision tokens in the sequence of the layer, counted alike; None: all.
+        new: which of those a router in a layer made, bool [B,N']; None: none of them.
         attention: [B,N'] that those get in the layer from the action tokens, mean over heads and action tokens.
         choices: every choice of vision tokens, in order.
     """
@@ -91,15 +96,35 @@ class DecoderTrace:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     present: dict[int, Tensor | None] = field(default_factory=dict)
+    new: dict[int, Tensor | None] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
 
-    def choose(self, layer: int, by: str, among_BN: Tensor | None, chosen: Selection, gone: bool) -> Tensor:
-        """Add a choice and return the kept tokens, counted in the whole sequence."""
+    def choose(
+        self, layer: int, by: str, among: tuple[Tensor | None, Tensor | None], chosen: Selection, gone: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Add a choice, and return the tokens that are left as `present` and `new` have them.
+
+        Args:
+            layer: language layer.
+            by: see `Choice`.
+            among: `present` and `new` of the tokens to choose from.
+            chosen: the choice.
+            gone: see `Choice`.
+        """
+        (among_BN, new_BN), routed = among, chosen.routed
         kept_Bn = chosen.kept_Bn if among_BN is None else among_BN.gather(1, chosen.kept_Bn)
-        self.choices.append(Choice(layer, by, among_BN, kept_Bn, chosen.score_BN, gone, chosen.routed))
+        index_Bn = chosen.kept_Bn if routed is None else routed.index_Bn
+        told = among_BN, kept_Bn, index_Bn, chosen.score_BN, gone, new_BN, routed
+        self.choices.append(Choice(layer, by, *told))
         self.kept[layer] = kept_Bn
-        return kept_Bn
+        if not gone:
+            return among
+        made_Bn = None if routed is None else index_Bn < 0
+        if new_BN is not None:
+            before_Bn = new_BN.gather(1, index_Bn.clamp(min=0))
+            made_Bn = before_Bn if made_Bn is None else made_Bn | before_Bn
+        return kept_Bn, made_Bn
 
 
 class LayerRouting(Protocol):
@@ -180,16 +205,16 @@ class RoutedDecoder(nn.Module):
             routing: routers of the layers, besides LFP.
         """
         now = context.whole if position_BN is None else context.placed(position_BN)
-        current_BN: Tensor | None = None  # original vision indices still in the sequence, for the trace in drop mode
+        current: tuple[Tensor | None, Tensor | None] = (None, None)  # `present` and `new` of the trace
         for index, layer in enumerate(self.llm.layers):
             if routing is not None:
                 x_BSD, now, left = routing.shorten(layer, index, x_BSD, now, context)
                 if trace is not None and left is not None:
-                    current_BN = trace.choose(index, "router", current_BN, left, gone=True)
+                    current = trace.choose(index, "router", current, left, gone=True)
             if trace is not None:
                 h_BSD = normed(layer.input_layernorm, x_BSD)
                 read_BN = attention_rows(layer, h_BSD, now, now.layout.actions).mean(1)[:, now.layout.visual]
-                trace.present[index], trace.attention[index] = current_BN, read_BN
+                (trace.present[index], trace.new[index]), trace.attention[index] = current, read_BN
             # A traced pass computes every row of every layer.
             before = now.layout.vision
             x_BSD, now, chosen = call(
@@ -201,8 +226,7 @@ class RoutedDecoder(nn.Module):
                 trace.hidden[index] = x_BSD
             if trace is not None and chosen is not None:
                 by, gone = ("LFP" if str(index) in self.routers else "router"), self._removes(index)
-                kept_Bn = trace.choose(index, by, current_BN, chosen, gone)
-                current_BN = kept_Bn if gone else current_BN
+                current = trace.choose(index, by, current, chosen, gone)
         read_BQD = x_BSD if trace is None else x_BSD[:, self.read_rows(now.layout)]
         return normed(self.llm.norm, self._action_states(read_BQD, context))
 

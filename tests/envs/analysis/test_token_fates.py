@@ -123,6 +123,38 @@ def test_a_token_that_a_router_keeps_of_a_merged_rest_is_kept() -> None:
     assert all(one.merged for fate in found for one in fate)
 
 
+@pytest.mark.parametrize("mode", ["drop", "bypass"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"name": "spatial_pool", "budget": 4},
+        {"name": "team_merge", "stage": "llm_layer", "layers": [1], "budget": 4},
+        {"name": "approx_error", "stage": "llm_layer", "layers": [1], "budget": 4},
+    ],
+)
+def test_new_tokens_that_lfp_keeps_are_not_the_tokens_at_their_places(router: dict[str, Any], mode: str) -> None:
+    policy = point_policy(efa=False, mode=mode, schedule="interleave", mean_keep=0.125, router=router)
+    moment = look(policy, EMBODIMENT.fake_observation(1))
+    made = moment.choices[-2]
+    assert (moment.choices[-1].stage, made.stage.partition(",")[0]) == (
+        "layer 1, LFP", "router" if router["name"] == "spatial_pool" else "layer 1",
+    )  # fmt: skip
+    old = set(made.kept.tolist())
+    assert set(moment.kept["layer 1"].tolist()) <= old, "the others are new"
+    assert router["name"] == "approx_error" or not old
+    last = [fate[-1].stage for token, fate in enumerate(fates(moment.choices, 32)) if token not in old]
+    assert "layer 1, LFP" not in last, "these were gone before"
+    assert moment.used[1].sum() == (1 if router["name"] == "spatial_pool" else 4), "an eighth of what enters"
+    assert len(moment.used[1]) == len(moment.after[1])
+
+
+def test_the_scores_of_new_tokens_that_stay_are_those_of_tokens_that_stay() -> None:
+    among, score = torch.tensor([0, -2, 1, -4]), torch.tensor([1.0, 3, 2, 0])
+    choice = TokenChoice("layer 1, LFP", among, torch.tensor([-2]), score, True)
+    first, second = (NotKept("layer 1, LFP", True, False, score, 3.0, 2.0) for score in (1.0, 2.0))
+    assert fates([choice], 2) == [(first,), (second,)]
+
+
 @pytest.mark.parametrize(
     ("router", "seen"),
     [
