@@ -24,7 +24,8 @@ as it was trained; for a teacher with all tokens in all layers, train it with ro
 saved in checkpoints; a run must be resumed with the same teacher.
 
 New tokens of a router (-1 in `RoutedTokens.index_Bn`), as from pooling, have no counterpart in the teacher and are left
-out of the attention loss. The student computes every row of its last layer, so that its attention can be read.
+out of the attention loss, also those of a router in a language layer. The student computes every row of its last layer,
+so that its attention can be read.
 
 Shape legend: B batch, N vision tokens of the teacher, n of them in the student, k those of a layer, J action tokens.
 """
@@ -92,6 +93,8 @@ def attention_match(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> T
         if index_Bk is None:
             index_Bk = torch.arange(tokens, device=read_Bk.device).expand_as(read_Bk)
         common_Bk = (index_Bk >= 0) & (read_Bk > 0)  # hidden tokens get no attention
+        if (new_Bk := student["new"][layer]) is not None:
+            common_Bk = common_Bk & ~new_Bk
         terms.append(_divergence(taught_BN.gather(1, index_Bk.clamp(min=0)), read_Bk, common_Bk))
     return torch.stack(terms).mean()
 

@@ -40,6 +40,7 @@ from cogvla.tests.support.small_data import (
     small_data,
     small_preprocessor,
 )
+from cogvla.tests.support.tiny_model import tiny_input, tiny_model
 
 PATCHES: dict[str, Any] = {"efa": False, "lfp": False}
 
@@ -363,6 +364,7 @@ def inside(attention: list[list[float]], present: list[list[int]] | None = None,
     return {
         "attention": {0: torch.tensor(attention)},
         "present": {0: None if present is None else torch.tensor(present)},
+        "new": {0: None},
         **more,
     }
 
@@ -399,6 +401,19 @@ def test_a_teacher_that_drops_tokens_gives_them_no_attention() -> None:
 def test_nothing_is_matched_where_all_tokens_are_new() -> None:
     student = inside([[0.2, 0.2]], routed=SimpleNamespace(index_Bn=torch.tensor([[-1, -1]])))
     assert attention_match(student, TEACHER).item() == 0
+
+
+def test_tokens_that_a_layer_made_are_not_matched_with_those_at_their_places() -> None:
+    student = inside([[0.2, 0.5, 0.2]], [[0, 1, 2]], new={0: torch.tensor([[False, True, False]])})
+    assert attention_match(student, TEACHER).item() == pytest.approx(EXPECTED, rel=1e-5)
+    new = tiny_model(**PATCHES, router={"name": "team_merge", "stage": "llm_layer", "layers": [1], "budget": 4})
+    with torch.no_grad():
+        traces = [model.eval()(tiny_input(), debug=True).debug for model in (new, tiny_model(**PATCHES))]
+    student, teacher = (trace or {} for trace in traces)
+    assert student["new"][0] is None
+    assert all(student["new"][layer].all() for layer in (1, 2, 3))
+    before = [{**trace, "attention": {0: trace["attention"][0]}} for trace in (student, teacher)]
+    torch.testing.assert_close(attention_match(student, teacher), attention_match(*before) / 4)
 
 
 def distilled(tmp_path: Path, seed: int, **routing: Any) -> Objective:
