@@ -31,7 +31,7 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
 from cogvla.routing.router import RouterConfig
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, import_modules, plain
+from cogvla.scripts.command import as_typed, check_counts, import_modules, plain
 from cogvla.scripts.policies import named_router
 
 DATA, PAGE = "routing.json", "routing.html"
@@ -48,9 +48,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     import_modules(values["imports"])
     suite = get_suite(values["suite"], values)
     tasks = range(len(suite.tasks)) if values["tasks"] is None else suite.chosen_tasks(values["tasks"])
-    for name in ("pictures", "readings"):
-        if values[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {values[name]}")
+    check_counts(values, "pictures", "readings")
     if type(values["initial_state"]) is not int or values["initial_state"] < 0:
         raise ValueError(f"initial_state must be a whole number of at least 0, got {values['initial_state']!r}")
     router = None if named_router(values["router"]) is None else build(RouterConfig, values["router"], "router")

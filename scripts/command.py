@@ -99,8 +99,8 @@ ONE = {"imports", "tasks"}
 def check_kinds(command: str, config: DictConfig) -> None:
     """Check that keys are of the kind that they have in the file of a command.
 
-    All but truth values may be null, and text may be a list. Hydra reads the folder 2024 as a number. Keys of groups
-    are checked where they are built.
+    All but truth values and the output's folder may be null, and text may be a list. Hydra reads the folder 2024 as a
+    number. Keys of groups are checked where they are built.
 
     Raises:
         ValueError: one is not.
@@ -113,6 +113,8 @@ def check_kinds(command: str, config: DictConfig) -> None:
             raise ValueError(f"""{key} must be text, got {value!r}: put it in quotes twice, '{key}="{value}"'""")
         if isinstance(default, list) and isinstance(value, str | float | bool) and key not in ONE:
             raise ValueError(f"{key} must be a list, got {value!r}: write {key}=[{value}]")
+        if key == "output" and isinstance(default, str) and value is None:
+            raise ValueError("output must be a folder or file, got null")
         number = isinstance(default, int | float) and value is not None and "${" not in str(value)
         if isinstance(default, bool) or number:
             check_kind(type(default), value, key)
@@ -126,6 +128,13 @@ def check_kinds(command: str, config: DictConfig) -> None:
                 check(default[name], value[name], f"{key}.{name}" if key else str(name))
 
     check(usual(command), OmegaConf.to_container(config), "")
+
+
+def check_counts(values: Mapping[str, Any], *names: str) -> None:
+    """Check that the values of these keys are whole numbers of at least 1; ValueError if one is not."""
+    for name in names:
+        if type(values[name]) is not int or values[name] < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1, got {values[name]}")
 
 
 def usual(command: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ from cogvla.policy.threads import use_threads
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.objective import ObjectiveConfig
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, compose, config_dir, import_modules, plain, usual
+from cogvla.scripts.command import as_typed, check_counts, compose, config_dir, import_modules, plain, usual
 from cogvla.scripts.eval_libero import suites
 from cogvla.scripts.training.suites import resolved_for, suite_label
 
@@ -90,8 +90,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         raise ValueError(f"regime must be {' or '.join(REGIMES)}, got {values['regime']!r}")
     if not values["budgets"]:
         raise ValueError("budgets is empty; give shares of the tokens, such as [0.5,0.25]")
-    if values["calls"] < 1:
-        raise ValueError(f"calls must be at least 1, got {values['calls']}")
+    check_counts(values, "calls")
     if values["engine"]["dtype"] == AUTO:
         raise ValueError("engine.dtype=auto could choose another precision for each router: give one, or leave it out")
     import_modules(values["imports"])

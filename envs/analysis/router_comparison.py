@@ -159,10 +159,12 @@ def wanted_routers(names: Sequence[str | Mapping[str, Any]] | None, layer: int) 
     items: Sequence[str | Mapping[str, Any]] = (*known, *VARIANTS) if names is None else names
     if isinstance(names, str | Mapping):
         items = [names]
+    if not items:
+        raise ValueError("routers is empty; give names, or leave it out for all")
     for item in items:
-        values: dict[str, Any] = {"name": item} if isinstance(item, str) else dict(item)
+        values: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"name": item}
         name = values.get("name")
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"routers names {name!r}; possible are {', '.join(known)}")
         if "budget" in values:
             raise ValueError(

@@ -53,7 +53,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     values = plain(config)
     folder, device = start(values, "observations")
     check_data(values)
-    if values["tolerance"] <= 0:
+    if not (isinstance(values["tolerance"], int | float) and values["tolerance"] > 0):
         raise ValueError(f"tolerance must be positive, got {values['tolerance']}")
     router = build(RouterConfig, values["router"], "router")
     known = registered_routers()

@@ -29,7 +29,7 @@ from cogvla.policy.inputs.text_encoder import with_encoder_width
 from cogvla.policy.interface import Embodiment
 from cogvla.policy.model.config import CogVLAConfig, RoutingConfig
 from cogvla.scripts import console
-from cogvla.scripts.command import import_modules, plain
+from cogvla.scripts.command import check_counts, import_modules, plain
 from cogvla.scripts.policies import named_router
 
 DECODING = "OpenVLA as published (one view)"
@@ -81,6 +81,7 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
         ValueError: a GPU or a key of a variant is unknown, or the configuration is wrong.
     """
     import_modules(values["imports"])
+    check_counts(values, "text_length", "batch")
     gpus = [find_gpu(gpu) for gpu in values["gpu"]]
     if values["checkpoint"] is not None:
         folder = find_checkpoint(values["checkpoint"])

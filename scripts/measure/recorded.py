@@ -22,7 +22,7 @@ from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.threads import use_threads
 from cogvla.policy.training.batches import BatchBuilder
 from cogvla.policy.training.objective import Batch, ObjectiveConfig
-from cogvla.scripts.command import import_modules
+from cogvla.scripts.command import check_counts, import_modules
 
 BATCH = 8
 """Frames in one pass."""
@@ -43,9 +43,7 @@ def start(values: Mapping[str, Any], *counts: str) -> tuple[Path, str]:
         ValueError: one of them is not, or there is no checkpoint.
     """
     import_modules(values["imports"])
-    for name in counts:
-        if type(values[name]) is not int or values[name] < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1, got {values[name]}")
+    check_counts(values, *counts)
     use_threads(values["threads"])
     return find_checkpoint(values["checkpoint"]), usable_device(values["device"])
 

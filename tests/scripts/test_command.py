@@ -82,6 +82,7 @@ def test_what_is_true_or_false_is_nothing_else(command: str, word: str, key: str
         ("count_flops", "gpu=h200", r"gpu must be a list, got 'h200': write gpu=\[h200\]"),
         ("compare_routers", "budgets=0.5", r"budgets must be a list, got 0.5: write budgets=\[0.5\]"),
         ("eval_libero", "output=5", "output must be text, got 5"),
+        ("search_schedule", "output=null", "output must be a folder or file, got null"),
         ("eval_libero", "cameras=front", "cameras must be a mapping, got 'front'"),
         ("train_policy", "evaluation=no", "evaluation must be a mapping, got 'no'"),
         ("train_policy", "output=2024", "output must be text, got 2024: put it in quotes twice, 'output=\"2024\"'"),

@@ -382,7 +382,12 @@ def test_a_training_knows_the_configs_that_the_comparison_was_given(
         (["routers=[learned_pruner]"], "supports none of the routers: .*weights of its own"),
         (["routers=[nothing]"], "possible are"),
         (["routers=nothing"], "routers names 'nothing'"),
-        (["calls=0"], "calls must be at least 1, got 0"),
+        (["routers=[]"], "routers is empty"),
+        (["routers=[1]"], "routers names 1; possible are"),
+        (["routers=[[random]]"], r"routers names \['random'\]; possible are"),
+        (["routers=[{name: [random]}]"], r"routers names \['random'\]; possible are"),
+        (["calls=0"], "calls must be a whole number, at least 1, got 0"),
+        (["calls=null"], "calls must be a whole number, at least 1, got None"),
         (["engine.dtype=auto"], "engine.dtype=auto could choose another precision for each router"),
         (["+evaluation.execute_steps=99"], "the policy predicts . actions at once"),
         (["regime=fine_tuned", 'recipe=["training.step=9"]'], r"recipe: .*training\.step\b"),
@@ -608,6 +613,7 @@ def test_a_probed_policy_keeps_its_own_routers(mode: str, router: dict[str, Any]
     [
         (analyse_routing, "initial_state=-1", "initial_state must be a whole number of at least 0, got -1"),
         (analyse_routing, "initial_state=null", "initial_state must be a whole number of at least 0, got None"),
+        (analyse_routing, "pictures=null", "pictures must be a whole number, at least 1, got None"),
         (compare_routers, "routers=[nothing]", "routers names 'nothing'; possible are"),
     ],
 )

@@ -144,7 +144,10 @@ def test_below_the_threshold_of_an_exit_no_action_changes_by_more(
             ["router.name=late_exit", "router.layers=[1]", "observations=0"],
             "observations must be a whole number, at least 1, got 0",
         ),
-        (["router.name=late_exit", "router.layers=[1]", "tolerance=0"], "tolerance must be positive"),
+        *(
+            (["router.name=late_exit", "router.layers=[1]", f"tolerance={wrong}"], "tolerance must be positive")
+            for wrong in ("0", "null", "nan")
+        ),
         (["router.name=debias", "router.options=nowhere.json"], "nowhere.json cannot be read"),
         (["router.name=debias", "router.options=[1]"], r"give names and values, such as '\{variant: maxsum\}'"),
         (["checkpoint=nowhere"], "nowhere"),

@@ -58,7 +58,8 @@ def test_a_checkpoint_is_counted_as_it_is(capsys: pytest.CaptureFixture[str]) ->
     [
         (("gpu=[tpu]",), "unknown GPU 'tpu'; one of h200, a800, rtx4090, jetson_thor"),
         (("routing.router.budget=0.5",), r"routing\.router\.budget=0\.5 changes nothing without routing\.router\.name"),
-        (("batch=0",), "batch must be at least 1"),
+        (("batch=0",), "batch must be a whole number, at least 1, got 0"),
+        (("text_length=null",), "text_length must be a whole number, at least 1, got None"),
         (("checkpoint=nowhere",), "no checkpoint folder at nowhere"),
         (("+variants.odd={keep: 1}",), "variants change keys of routing: keep is not one of efa, film, fusion"),
     ],
