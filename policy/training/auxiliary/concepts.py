@@ -58,10 +58,14 @@ class Concepts(nn.Module):
 
 
 def sparsemax(logits_BE: Tensor) -> Tensor:
-    """Project each row onto the probabilities (Martins and Astudillo 2016): like softmax, but with exact zeros."""
+    """Project each row onto the probabilities (Martins and Astudillo 2016): like softmax, but with exact zeros.
+
+    A row with NaN gives NaN.
+    """
+    logits_BE = logits_BE - logits_BE.amax(-1, keepdim=True)  # the same result, and 1 + large - large is 1
     sorted_BE = logits_BE.sort(dim=-1, descending=True).values
     number_E = torch.arange(1, logits_BE.shape[-1] + 1, device=logits_BE.device)
     total_BE = sorted_BE.cumsum(-1)
-    count_B1 = (1 + number_E * sorted_BE > total_BE).sum(-1, keepdim=True)
+    count_B1 = (1 + number_E * sorted_BE > total_BE).sum(-1, keepdim=True).clamp_min(1)
     threshold_B1 = (total_BE.gather(-1, count_B1 - 1) - 1) / count_B1
     return (logits_BE - threshold_B1).clamp_min(0)

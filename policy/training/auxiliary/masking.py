@@ -101,7 +101,8 @@ def hungarian(distance_BMP: Tensor) -> Tensor:
         )
     assign = _assignment()
     # Its rows come out in order, since no token is without an entry.
-    entries = [torch.as_tensor(assign(distance_MP)[1]) for distance_MP in distance_BMP.cpu().numpy()]
+    known_BMP = distance_BMP.nan_to_num()  # the training tells of NaN itself
+    entries = [torch.as_tensor(assign(distance_MP)[1]) for distance_MP in known_BMP.cpu().numpy()]
     return torch.stack(entries).to(distance_BMP.device)
 
 

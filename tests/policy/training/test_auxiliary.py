@@ -156,6 +156,13 @@ def test_sparsemax() -> None:
     torch.testing.assert_close(sparsemax(nearest), nearest), "probabilities stay"
 
 
+def test_sparsemax_of_large_numbers_and_of_none() -> None:
+    assert sparsemax(torch.tensor([[1e9, 1e9], [0, 1e9]])).tolist() == [[0.5, 0.5], [0, 1]]
+    found = sparsemax(torch.tensor([[math.nan, 0.0], [1.0, 0.0]]))
+    assert found[0].isnan().all(), "the training says that the loss is not finite"
+    assert found[1].tolist() == [1, 0]
+
+
 def test_concepts_of_a_picture_made_of_words() -> None:
     torch.manual_seed(0)
     concepts, words = Concepts(8, 32), torch.randn(4, 3, 8)
@@ -304,6 +311,11 @@ def test_the_hungarian_matching_gives_each_token_another_entry_with_the_least_su
         mask(torch.zeros(1, 8, 4), torch.arange(1))
     with pytest.raises(ValueError, match="unknown matching 'optimal'; one of nearest, hungarian"):
         TokenMask(0.5, 3, 4, "optimal")
+
+
+def test_the_hungarian_matching_leaves_numbers_that_are_none_to_the_loss() -> None:
+    pytest.importorskip("scipy", reason=needs("search"))
+    assert hungarian(torch.tensor([[[math.nan, math.nan], [2.0, 1.0]]])).tolist() == [[0, 1]]
 
 
 def test_without_scipy_the_hungarian_matching_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
