@@ -24,8 +24,9 @@ from cogvla.files import write_atomic
 from cogvla.policy.checkpoint import load_policy, weights_hash
 from cogvla.policy.model.cogvla import ModelInput
 from cogvla.policy.model.routers.schedule_objective import schedule_objective
+from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.provenance import provenance
-from cogvla.routing.router import RouterConfig
+from cogvla.routing.router import RouterConfig, count_of
 from cogvla.routing.schedule_search import Schedule, check_search, search
 from cogvla.scripts import console
 from cogvla.scripts.command import as_typed, plain
@@ -68,6 +69,7 @@ def run(config: DictConfig, command: str) -> RouterConfig:
     depth = policy.model.config.language.layers
     tokens = policy.model.vision.tokens // len(policy.embodiment.cameras)
     check_search(*given, depth, tokens)
+    check_counts_kept(policy, first)
     data, rows = draw_frames(policy, values, observations=values["observations"])
     parts = [batch.inputs for batch in batches(policy, data, rows)]
     objective = schedule_objective(policy.model, together(parts), router)
@@ -105,6 +107,25 @@ def run(config: DictConfig, command: str) -> RouterConfig:
     print(words(found))
     print(f"all {len(tried)} schedules: {output}")
     return found
+
+
+def check_counts_kept(policy: CogVLAPolicy, router: RouterConfig) -> None:
+    """Check that the routers of a policy keep as many tokens as their budgets say, which a schedule counts on.
+
+    Raises:
+        ValueError: one keeps another number, as `late_exit` does.
+    """
+    built, views = policy.model.router, len(policy.embodiment.cameras)
+    assert built is not None
+    given = views * count_of(router.budget, policy.model.vision.tokens // views)
+    numbers = [(router.name, given, built.tokens)]
+    numbers += [(router.layer_router, count, built.left[layer]) for layer, count in built.counts.items()]
+    for name, count, left in numbers:
+        if left != count:
+            raise ValueError(
+                f"search_schedule needs routers that keep as many tokens as their budget says; {name!r} keeps {left} "
+                f"where the budget is {count}"
+            )
 
 
 def _ranges(values: Any) -> dict[str, tuple[float, float]]:

@@ -236,6 +236,8 @@ def test_impossible_searches_end_before_the_policy(
     [
         (["ranges={speed: [1, 2]}"], "has no option speed"),
         (["router.layers=[1,9]"], "layer 9; the language model has layers 0 to"),
+        (["router.layer_router=late_exit"], "'late_exit' keeps 0 where the budget is 4"),
+        (["router.name=identity", "router.layer_router=token_norm"], "'identity' keeps 16 where the budget is 4"),
         (["mean=0.02"], "a mean of 0.02 of . tokens is less than one token"),
     ],
 )
