@@ -14,6 +14,7 @@ stopped run: what was played is not played again, and an unfinished cell continu
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -263,7 +264,7 @@ class _Comparison:
 
     def _training(self, cell: Cell, folder: Path) -> list[str]:
         """Return the arguments of `train_policy` for a cell."""
-        overrides = [f"base={self.values['checkpoint']}", "routing=router"]
+        overrides = [f"base={_written(self.values['checkpoint'])}", "routing=router"]
         overrides.append(f"suite={_written(list(self._protocols()))}")
         model, robot = asdict(self.policy.model.config), asdict(self.policy.embodiment)
         own = {key: value for key, value in model.pop("routing").items() if key != "router"}
@@ -273,7 +274,7 @@ class _Comparison:
         overrides.append(f"augmentation.crop_area={self.policy.preprocessor.crop_area}")
         overrides += [f"routing.router.{key}={_written(value)}" for key, value in asdict(cell.router).items()]
         overrides.append(f"imports={_written(self.values['imports'])}")
-        return [*overrides, "evaluation=null", f"output={folder}", *self.values["recipe"]]
+        return [*overrides, "evaluation=null", f"output={_written(str(folder))}", *self.values["recipe"]]
 
     def _check_recipe(self) -> None:
         """Check the settings of the trainings before anything is measured.
@@ -316,11 +317,14 @@ def outcome_of(reports: Sequence[Report]) -> CellOutcome:
 
 
 def _written(value: Any) -> str:
-    """Format a value for Hydra's command line."""
+    """Format a value for Hydra's command line, text in quotes."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(_written, value)) + "]"
+    if isinstance(value, str):  # backslashes count only before a quote
+        escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+        return '"' + re.sub(r"(\\+)\Z", r"\1\1", escaped) + '"'
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -325,9 +325,8 @@ def test_fine_tuning_gives_each_router_to_training(
 
     def train(arguments: list[str], check: bool) -> SimpleNamespace:
         asked.append(arguments[3:])
-        (output,) = (each.removeprefix("output=") for each in asked[0] if each.startswith("output="))
         router = {"name": "learned_pruner", "budget": 0.25, "options": {"hidden": 8}}
-        saved(Path(output) / "policy", **PLAIN, router=router)
+        saved(Path(compose("train_policy", asked[0]).output) / "policy", **PLAIN, router=router)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(compare_routers, "subprocess", SimpleNamespace(run=train))
@@ -369,6 +368,14 @@ def test_a_training_knows_the_configs_that_the_comparison_was_given(
     assert asked, said
     assert asked[0][:2] == ["--config-dir", str(own)]
     assert said == f"error: training failed; its command is: {shlex.join(['train_policy', *asked[0]])}"
+
+
+@pytest.mark.parametrize("name", ["a b", "a(1)", "a,b", "a=b", "a#b", "1e3", "null", 'a"b', "a'b", 'a\\"b', "a\\", ""])
+def test_text_reaches_training_as_it_is(name: str) -> None:
+    words = [f"{key}={compare_routers._written(value)}" for key, value in (("base", name), ("imports", [name, "x"]))]
+    composed = compose("train_policy", [*words, f"+routing.router.options={compare_routers._written({'base': name})}"])
+    assert (composed.base, list(composed.imports)) == (name, [name, "x"])
+    assert dict(composed.routing.router.options) == {"base": name}
 
 
 @pytest.mark.parametrize(
