@@ -14,6 +14,7 @@ that are half zero. Sources, and corrections:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,17 +48,17 @@ GPUS = {
 }
 
 
-def find_gpu(name: str) -> GPU:
+def find_gpu(name: object) -> GPU:
     """Return the GPU with this name; case, spaces, `-` and `_` do not matter.
 
     Raises:
         ValueError: the GPU is unknown.
     """
-    key = "".join(name.lower().split()).replace("-", "_")
-    gpus = {alias: gpu for key, gpu in GPUS.items() for alias in (key, key.replace("_", ""))}
-    if key not in gpus:
-        raise ValueError(f"unknown GPU {name!r}; one of {', '.join(GPUS)}")
-    return gpus[key]
+    letters = re.sub(r"[\s_-]", "", str(name).lower())
+    for key, gpu in GPUS.items():
+        if key.replace("_", "") == letters:
+            return gpu
+    raise ValueError(f"unknown GPU {name!r}; one of {', '.join(GPUS)}")
 
 
 def floors(costs: Sequence[StageCost], gpu: GPU) -> list[float]:

@@ -82,7 +82,7 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
     """
     import_modules(values["imports"])
     check_counts(values, "text_length", "batch")
-    gpus = [find_gpu(gpu) for gpu in values["gpu"]]
+    gpus = [find_gpu(gpu) for gpu in values["gpu"] or ()]
     if values["checkpoint"] is not None:
         folder = find_checkpoint(values["checkpoint"])
         body = read_config(folder)
@@ -96,15 +96,16 @@ def run(values: dict[str, Any], name: str) -> dict[str, list[StageCost]]:
     counted = ", ".join(f"{key}={value}" for key, value in asdict(counting).items())
     print(f"{name}: {batch} sample(s), {len(embodiment.cameras)} views, {text} text tokens; counted: {counted}")
     variants: dict[str, list[StageCost]] = {}
-    for variant, changes in values["variants"].items():
-        config = replace(base, routing=_changed(base.routing, changes))
+    for variant, changes in (values["variants"] or {}).items():
+        config = replace(base, routing=_changed(base.routing, changes or {}))
         variants[variant] = count_flops(config, embodiment, text, batch, counting)
     if values["decoding"]:
         variants[DECODING] = count_decoding(base, embodiment, text, batch, counting)
     for variant, costs in variants.items() if values["stages"] else ():
         print(f"\n{variant}\n{format_table(costs, gpus)}")
-    comparable = name == values["paper"]["model"] and batch == 1
-    print("\n" + summary(variants, gpus, values["paper"]["variants"] if comparable else None))
+    paper = values["paper"] or {"model": None}
+    comparable = name == paper["model"] and batch == 1
+    print("\n" + summary(variants, gpus, paper["variants"] if comparable else None))
     if values["output"] is not None:
         data = {"model": name, "batch": batch, "views": len(embodiment.cameras), "text_length": text}
         stages = {variant: as_data(costs, gpus) for variant, costs in variants.items()}
@@ -118,7 +119,7 @@ def _changed(routing: RoutingConfig, changes: dict[str, Any]) -> RoutingConfig:
     valid = asdict(routing)
     if unknown := sorted(set(changes) - set(valid)):
         raise ValueError(f"variants change keys of routing: {', '.join(unknown)} is not one of {', '.join(valid)}")
-    return replace(routing, **changes)
+    return build(RoutingConfig, {**valid, **changes}, "variants")
 
 
 def main(config: DictConfig) -> None:

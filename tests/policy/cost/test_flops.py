@@ -190,7 +190,15 @@ def test_known_floor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spelt", "name"), [("RTX 4090", "RTX 4090"), ("Jetson Thor", "Jetson Thor"), ("a800", "A800")]
+    ("spelt", "name"),
+    [
+        ("RTX 4090", "RTX 4090"),
+        ("rtx_4090", "RTX 4090"),
+        ("RTX-4090", "RTX 4090"),
+        ("Jetson Thor", "Jetson Thor"),
+        ("jetsonthor", "Jetson Thor"),
+        ("a800", "A800"),
+    ],
 )
 def test_gpus_may_be_spelt_as_they_are_written(spelt: str, name: str) -> None:
     assert find_gpu(spelt).name == name
@@ -199,6 +207,8 @@ def test_gpus_may_be_spelt_as_they_are_written(spelt: str, name: str) -> None:
 def test_an_unknown_gpu_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=re.escape("unknown GPU 'h2000'; one of h200, a800, rtx4090, jetson_thor")):
         find_gpu("h2000")
+    with pytest.raises(ValueError, match="unknown GPU 4090; one of"):
+        find_gpu(4090)
 
 
 def test_the_table_has_a_line_per_stage() -> None:

@@ -61,9 +61,18 @@ def test_a_checkpoint_is_counted_as_it_is(capsys: pytest.CaptureFixture[str]) ->
         (("batch=0",), "batch must be a whole number, at least 1, got 0"),
         (("text_length=null",), "text_length must be a whole number, at least 1, got None"),
         (("checkpoint=nowhere",), "no checkpoint folder at nowhere"),
+        (("+variants.odd={efa: 3}",), "variants.efa must be true or false, got 3"),
+        (("gpu=[4090]",), "unknown GPU 4090; one of"),
         (("+variants.odd={keep: 1}",), "variants change keys of routing: keep is not one of efa, film, fusion"),
     ],
 )
 def test_mistakes_say_what_is_valid(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(values(*TINY, *overrides), "")
+
+
+def test_a_variant_may_have_a_router_and_all_lists_may_be_missing() -> None:
+    router = "+variants.routed={efa: false, router: {name: random, budget: 4, position: compact}}"
+    found = run(values(*TINY, router), "")
+    assert 0 < found["routed"][-1].flops < found["routed"][-2].flops
+    assert run(values(*TINY, "gpu=null", "variants=null", "paper=null", "decoding=false"), "") == {}
