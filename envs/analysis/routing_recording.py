@@ -47,7 +47,8 @@ class Moment:
         tokens_ND: vision tokens before routing, in the language width.
         looks_NP: how much each token sees of each patch; the identity if tokens are patches.
         entropy: entropy in nats of the aggregation tokens' gaze, or of the patches' attention in the first tower.
-        kept: routing stage, `router` or `layer 3` -> numbers of the tokens kept there, without new ones.
+        kept: routing stage, `router` or `layer 3` -> numbers of the tokens kept there, without new ones. In a played
+            episode, all tokens that are there where a router let this decision pass, as `adp` does.
         new: number of new tokens after the router.
         present: language layer -> numbers of the tokens that enter it; a new token has the number of its place.
         attention: language layer -> attention [n] of those tokens from the action tokens.
@@ -116,7 +117,19 @@ def play(
         if result.error is not None:
             raise RuntimeError(f"task {task} could not be played:\n{result.error}")
         episodes.append(WatchedEpisode(suite.tasks[task].name, result, tuple(moments)))
-    return episodes
+    return with_all_stages(episodes)
+
+
+def with_all_stages(episodes: Sequence[WatchedEpisode]) -> list[WatchedEpisode]:
+    """Give all moments the stages of any: where a router let a decision pass, it kept all tokens."""
+    layer_of = {s: -1 if s == "router" else int(s.split()[1]) for e in episodes for m in e.moments for s in m.kept}
+
+    def whole(moment: Moment) -> Moment:
+        everything = {-1: torch.arange(len(moment.tokens_ND), device=moment.tokens_ND.device), **moment.present}
+        stages = sorted(layer_of, key=lambda stage: layer_of[stage])
+        return replace(moment, kept={s: moment.kept.get(s, everything[layer_of[s]]) for s in stages})
+
+    return [replace(episode, moments=tuple(map(whole, episode.moments))) for episode in episodes]
 
 
 def _target(policy: CogVLAPolicy, env: SuiteEnv, observation: Observation) -> Tensor | None:

@@ -32,9 +32,11 @@ from cogvla.envs.analysis.router_comparison import (
     wanted_routers,
 )
 from cogvla.envs.analysis.router_page import _budgets, _matrices
+from cogvla.envs.analysis.routing_findings import findings
 from cogvla.envs.analysis.routing_pictures import DARK, SIDE, kept_map, picture
-from cogvla.envs.analysis.routing_recording import _looks, covered, look
+from cogvla.envs.analysis.routing_recording import _looks, covered, look, play
 from cogvla.envs.evaluation.plots import lines, pareto
+from cogvla.envs.evaluation.protocol import load_protocol
 from cogvla.envs.evaluation.robustness import CLEAN
 from cogvla.envs.evaluation.statistics import Latency, sign_test, success_rate
 from cogvla.policy.checkpoint import save_checkpoint, weights_hash
@@ -631,6 +633,23 @@ def test_mistakes_come_before_the_policy(
     name = module.__name__.rpartition(".")[2]
     with pytest.raises(ValueError, match=said):
         module.run(command(name, f"checkpoint={SHIPPED}", "tasks=[0]", wrong), "")
+
+
+@pytest.mark.parametrize("lfp", [False, True])
+def test_decisions_that_a_router_lets_pass_keep_all_tokens(lfp: bool) -> None:
+    adp = {"name": "adp", "stage": "llm_layer", "layers": [0], "budget": 4}
+    policy = point_policy(efa=False, lfp=lfp, router=adp)
+    suite = toy_suite()
+    episodes = play(policy, suite, load_protocol(suite.protocol), [0, 1], 0)
+    moments = [moment for episode in episodes for moment in episode.moments]
+    passed = [moment.inputs.dense for moment in moments]
+    assert passed[0]
+    assert not all(passed)
+    assert [len(moment.kept["layer 0"]) for moment in moments] == [32 if dense else 8 for dense in passed]
+    found = findings(policy, episodes, [task.instruction for task in TASKS], 1)
+    assert list(found["stages"]) == (["layer 0", "layer 1"] if lfp else ["layer 0"])
+    assert found["stages"]["layer 0"]["kept"] == pytest.approx(np.mean([32 if dense else 8 for dense in passed]))
+    assert any(found["episodes"][0]["flicker"]["layer 0"]), "where it begins to choose"
 
 
 def test_analyse_routing_writes_a_page_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
