@@ -74,7 +74,16 @@ class Debias(WrappingRouter, Calibrated):
 
 
 def fit_rate(profile_N: Tensor) -> float:
-    """Fit `Debias`'s rate to a mean attention profile [N], by least squares of its logarithm over the token number."""
+    """Fit `Debias`'s rate to a mean attention profile [N], by least squares of its logarithm over the token number.
+
+    Raises:
+        ValueError: there is one token, or some get no attention.
+    """
+    if len(profile_N) < 2 or not (profile_N > 0).all():
+        raise ValueError(
+            "the rate of debias is a trend over the tokens of a picture: it needs two or more, all with attention, and "
+            f"{int((profile_N > 0).sum())} of {len(profile_N)} get some"
+        )
     number_N = torch.arange(len(profile_N), dtype=torch.float64, device=profile_N.device)
     number_N, log_N = number_N - number_N.mean(), profile_N.double().log()
     slope = (number_N @ (log_N - log_N.mean())) / (number_N @ number_N)
