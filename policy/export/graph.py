@@ -54,7 +54,7 @@ class PolicyGraph(nn.Module):
             raise ValueError(f"this policy cannot be exported: {reason}")
         if model.router is not None and model.router.memory is not None:
             raise ValueError(
-                f"router {model.router.config.name!r} remembers earlier decisions, and an exported policy sees each "
+                f"router {model.router.remembering!r} remembers earlier decisions, and an exported policy sees each "
                 "moment alone: export a policy with another router"
             )
         self.model, self.network = model, FusedNetwork(model)

@@ -280,10 +280,18 @@ class PolicyRouter(nn.Module):
         """The router that says for each decision whether tokens are removed; None: they always are."""
         return next((router for router in self._routers() if router.gated), None)
 
+    @property
+    def remembering(self) -> str | None:
+        """The name of the first router that remembers earlier decisions; None: none does."""
+        if self.memory is None:
+            return None
+        first, config = self._first(), self.config
+        return config.name if first is not None and first.remembers else config.layer_router or config.name
+
     def forgetful(self) -> ValueError:
         """Return the error of a place that gives no memory to routers that need it."""
         return ValueError(
-            f"router {self.config.name!r} remembers earlier decisions of an episode, and none are given here: run the "
+            f"router {self.remembering!r} remembers earlier decisions of an episode, and none are given here: run the "
             "policy with `Policy.act`, train it with `train_policy`, or set ModelInput.memory (`CogVLA.empty_memory` "
             "at the start of an episode)"
         )

@@ -216,6 +216,12 @@ def test_a_place_without_memory_says_so(name: str) -> None:
         model_of(name)(tiny_input())
 
 
+def test_the_router_that_remembers_is_named() -> None:
+    router = {"name": "token_norm", "layers": [2], "layer_router": "vla_pruner", "budget": 4}
+    with pytest.raises(ValueError, match="router 'vla_pruner' remembers earlier decisions"):
+        tiny_model(efa=False, lfp=False, router=router)(tiny_input())
+
+
 def test_what_cannot_be_remembered() -> None:
     with pytest.raises(ValueError, match="needs alike_BON, which this policy does not provide"):
         model_of("spec_prune", efa=True)
