@@ -186,9 +186,9 @@ def test_debias_takes_the_trend_out() -> None:
     assert fit_rate(noisy) == pytest.approx(0.002, rel=0.01)
     with pytest.raises(ValueError, match="does not"):
         router_of("debias", 4, base="random")
-    for profile, said in (([0.5], "1 of 1 get some"), ([0.5, 0.0, 0.5], "2 of 3"), ([0.5, math.nan], "1 of 2")):
+    for shares, said in (([0.5], "1 of 1 get some"), ([0.5, 0.0, 0.5], "2 of 3"), ([0.5, math.nan], "1 of 2")):
         with pytest.raises(ValueError, match=f"two or more, all with attention, and {said}"):
-            fit_rate(torch.tensor(profile))
+            fit_rate(torch.tensor(shares))
 
 
 def test_debias_of_several_pictures_in_a_row_begins_anew_with_each() -> None:
