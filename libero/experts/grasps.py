@@ -36,10 +36,10 @@ _ABOVE, _BELOW = 0.012, 0.004
 _STRETCHED = 0.62
 """Metres from the shoulder to the wrist; beyond, the elbow comes near its stop and the arm gets stuck."""
 _YAWS = 24
-_PALM = np.array([(x, y) for x in np.linspace(-0.10, 0.10, 11) for y in (-0.03, 0.0, 0.03)])
+PALM = np.array([(x, y) for x in np.linspace(-0.10, 0.10, 11) for y in (-0.03, 0.0, 0.03)])
 _FINGERS = np.array([(s * x, y) for s in (-1, 1) for x in (0.040, 0.048, 0.056) for y in (-0.012, 0.0, 0.012)])
-_HAND_REACH = float(np.linalg.norm(_PALM, axis=1).max()) + 0.001
-_PALM_HEIGHT, _FINGER_DEPTH = 0.03, 0.010
+_HAND_REACH = float(np.linalg.norm(PALM, axis=1).max()) + 0.001
+PALM_HEIGHT, _FINGER_DEPTH = 0.03, 0.010
 _SAFETY = 0.008
 _HIT = 1.0
 """Cost of hitting anything at all: a hand that stands on something does not get down to its grasp."""
@@ -156,7 +156,7 @@ def _blocked(point: np.ndarray, closing: np.ndarray, obstacles: Obstacles) -> fl
         return 0.0
     axes = np.array([closing[:2], (-closing[1], closing[0])])
     share = 0.0
-    for footprint_F2, height in ((_PALM, point[2] + _PALM_HEIGHT), (_FINGERS, point[2] - _FINGER_DEPTH)):
+    for footprint_F2, height in ((PALM, point[2] + PALM_HEIGHT), (_FINGERS, point[2] - _FINGER_DEPTH)):
         spots_F2 = point[:2] + footprint_F2 @ axes
         share += float((obstacles.under(spots_F2, _SAFETY) & (obstacles.top_G > height)).any(axis=1).mean())
     return share

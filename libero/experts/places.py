@@ -11,7 +11,7 @@ from cogvla.libero.experts.view import Joint, SceneView
 _UP_THE_SLOPE, _ALONG_THE_RACK = 0.05, 0.05
 """Metres on a wine rack from the region's centre, away from the post in its middle."""
 _BESIDE = 0.05
-_INTO_DRAWER = 0.01
+_INTO_DRAWER = 0.02
 _INTO_DRAWER_DEPTH = 0.02
 """Metres below the upper end of a drawer's walls that the fingers may reach."""
 _INTO_BOWL = 0.015

@@ -21,8 +21,9 @@ from cogvla.envs.rotations import rotation_vector
 from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.experts.hand import Hand
-from cogvla.libero.experts.motion import CLOSE, DOWN, pointing
+from cogvla.libero.experts.motion import CLOSE, DOWN, over, pointing
 from cogvla.libero.experts.plan import VERBS, Subgoal, subgoals
+from cogvla.libero.experts.skills import PHASES
 from cogvla.libero.experts.view import FINGER_OPEN, Obstacles, SceneView
 from cogvla.libero.suites import libero_expert, libero_suite
 from cogvla.libero.tasks import LIBERO_SUITES
@@ -138,6 +139,21 @@ def test_obstacles_are_turned_boxes() -> None:
     assert wall.under(np.array([[0.02, 0.0]]), margin=0.02).tolist() == [[True]]
 
 
+def test_a_palm_over_a_bar_goes_aside_before_it_comes_down() -> None:
+    bar = Obstacles(
+        np.array([[0.0, 0.05, 1.0]]), np.array([[0.2, 0.03, 0.1]]), np.eye(3)[None], np.array([1.1]), np.array([0.9])
+    )
+    turned = np.diag([1.0, -1.0, -1.0])  # the palm lies along the bar
+    hand, aim = np.array([0.0, 0.0, 1.1]), np.array([0.0, -0.015, 1.0])
+    low, high = np.array([-0.05, -0.05, 1.05]), np.array([0.05, 0.05, 1.12])
+    view = SimpleNamespace(gripper=hand, rotation=turned, box=lambda _: (low, high), obstacles=lambda *_: bar)
+    above = over(view, aim, turned, carried="bowl", tolerance=0.02)  # type: ignore[arg-type]
+    assert above[1] == pytest.approx(-0.015)
+    assert above[2] > hand[2]
+    view.gripper = np.array([0.0, -0.1, 1.1])
+    assert over(view, view.gripper - (0.0, 0.0, 0.1), turned, carried="bowl")[2] < 1.01  # type: ignore[arg-type]
+
+
 # --- one task --------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +206,23 @@ def test_what_someone_else_tips_over_is_taken_as_it_lies(env: LiberoEnv) -> None
         expert.follow(resting_action())
     advised, anew = expert.act(), libero_expert(env, np.random.default_rng(0)).act()
     np.testing.assert_allclose(advised, anew, atol=0.02)
+
+
+@needs_assets
+@pytest.mark.parametrize("state", [2, 1001])
+def test_a_bowl_comes_down_into_a_drawer_past_the_bars_above_it(state: int) -> None:
+    settings = LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
+    env = libero_suite("libero_10", settings).make(render=False)
+    env.reset(options={"task": 3, "initial_state": state})
+    for _ in range(10):
+        env.step(resting_action())
+    expert, phases = libero_expert(env, np.random.default_rng(0)), [""]
+    while phases[-1] != "release" and len(phases) < 200:
+        env.step(expert.act())
+        phases.append(PHASES[expert.phase])
+    env.close()
+    assert phases[-1] == "release"
+    assert phases.count("lower") < 15
 
 
 @needs_assets
