@@ -28,6 +28,8 @@ _STUCK = 35
 """Control steps that the hand may stay close to a grasp without reaching it."""
 _UPRIGHT = 0.9
 """Cosine of the tilt of an item below which its grasp is another one."""
+_SLIP = 4
+"""Most control steps in which one finger may lose touch of a thing that the hand holds: it trembles."""
 _RETREAT = 0.06
 _AWAY = 0.02
 
@@ -48,6 +50,7 @@ class Hand:
         """Name of the fixture that the hand gripped and has not left yet."""
         self._left: np.ndarray | None = None
         self._told = False  # that the hand grips the fixture is what the last action says, and not yet what was done
+        self._loose = _SLIP  # control steps since both fingers held the item
         self._item = ""
         self._grasp: Grasp | None = None
         self._up = np.zeros(3)  # which way was up, in the item's frame, when the grasp was chosen
@@ -60,9 +63,12 @@ class Hand:
     def holds(self, item: str) -> bool:
         """Return True if the hand holds an item: it is closing, and both fingers touch the item and have stopped."""
         if not self.closing or item != self._item:
+            self._loose = _SLIP
             return False
-        left, right = self.view.touching(item)
-        return left and right and (self.view.finger_speed < _STALLED or self.closing > _PATIENCE)
+        touched = self.view.touching(item)
+        firmly = all(touched) and (self.view.finger_speed < _STALLED or self.closing > _PATIENCE)
+        self._loose = 0 if firmly else self._loose + 1
+        return any(touched) and self._loose <= _SLIP
 
     def has(self, item: str) -> bool:
         """Return True if the hand is closing on an item or still touches it."""
@@ -103,11 +109,15 @@ class Hand:
             if far or self._told:  # it has left in its own way, or never gripped
                 self.fixture = self._left = None
             self.closing = 0
-        elif not self.closing and self.view.is_thing(item) and any(self.view.touching(item)):
+        elif not self.closing and self.view.is_thing(item) and self._closes_on(item):
             self.closing, self._pose = 1, (self.view.gripper, self.view.rotation)
         self._failures, self._stuck, self._told = [], 0, False
         if self._grasp is not None and not self.closing and self.view.frame(item)[2] @ self._up < _UPRIGHT:
             self._grasp = None
+
+    def _closes_on(self, item: str) -> bool:
+        touched = self.view.touching(item)
+        return all(touched) or (any(touched) and self.view.finger_speed > _STALLED)
 
     # --- fixtures ----------------------------------------------------------------------------------------------------
 

@@ -132,6 +132,30 @@ def test_a_hand_that_someone_else_moves_has_gripped_and_left_a_fixture_only_if_i
     assert hand.leave() is not None, "where it began to leave before says nothing"
 
 
+def test_a_hand_holds_a_thing_while_one_finger_trembles() -> None:
+    touched = (True, True)
+    view = SimpleNamespace(
+        gripper=np.zeros(3), rotation=NOMINAL, finger_speed=0.0, touching=lambda _: touched, is_thing=lambda _: True
+    )
+    hand = Hand(view)  # type: ignore[arg-type]
+    hand._forget("bowl")
+    hand.follow(closes=True)
+    assert hand.holds("bowl")
+    touched = (True, False)
+    assert [hand.holds("bowl") for _ in range(6)] == [True] * 4 + [False] * 2
+    touched = (True, True)
+    assert hand.holds("bowl")
+    touched = (False, False)
+    assert not hand.holds("bowl")
+    hand.follow(closes=False)
+    touched = (True, False)
+    hand.follow(closes=True)
+    assert not hand.closing, "a closed hand beside the bowl"
+    view.finger_speed = 0.1
+    hand.follow(closes=True)
+    assert hand.closing
+
+
 def test_obstacles_are_turned_boxes() -> None:
     turned = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     wall = Obstacles(np.zeros((1, 3)), np.array([[0.2, 0.01, 0.1]]), turned[None], np.array([0.1]), np.array([-0.1]))
