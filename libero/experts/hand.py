@@ -51,6 +51,7 @@ class Hand:
         self._left: np.ndarray | None = None
         self._told = False  # that the hand grips the fixture is what the last action says, and not yet what was done
         self._loose = _SLIP  # control steps since both fingers held the item
+        self._let_go = False  # and the hand is still near
         self._item = ""
         self._grasp: Grasp | None = None
         self._up = np.zeros(3)  # which way was up, in the item's frame, when the grasp was chosen
@@ -108,6 +109,7 @@ class Hand:
             far = self._left is not None and float(np.linalg.norm(self.view.gripper - self._left)) > _BACK_OFF
             if far or self._told:  # it has left in its own way, or never gripped
                 self.fixture = self._left = None
+            self._let_go = self._let_go or (self.closing > 0 and self.view.is_thing(item))
             self.closing = 0
         elif not self.closing and self.view.is_thing(item) and self._closes_on(item):
             self.closing, self._pose = 1, (self.view.gripper, self.view.rotation)
@@ -163,6 +165,7 @@ class Hand:
     def _forget(self, item: str) -> None:
         """Forget grasps and failures, and start with a new item."""
         self._item, self._grasp, self._failures, self.closing, self._stuck = item, None, [], 0, 0
+        self._let_go = False
 
     # --- taking ------------------------------------------------------------------------------------------------------
 
@@ -237,9 +240,10 @@ class Hand:
                     view, view.gripper + offset, level, carried=item, without=(), tolerance=0.7 * place.tolerance
                 )
                 return Move(phase, target, level, CLOSE)
-            self.closing = 0
+            self.closing, self._let_go = 0, True
             return Move("release", view.gripper, level, OPEN)
-        if not self.closing and self._in_place(place, bottom):
+        self._let_go = self._let_go and not self.closing and item == self._item and not self.is_away(item)
+        if self._let_go and self._in_place(place, bottom):  # farther away, it is taken again
             up = _RETREAT if self.is_open or not any(view.touching(item)) else 0.0
             return Move("release", view.gripper + np.array([0.0, 0.0, up]), level, OPEN)
         return self.take(item, where)

@@ -21,7 +21,8 @@ from cogvla.envs.rotations import rotation_vector
 from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
 from cogvla.libero.experts.hand import Hand
-from cogvla.libero.experts.motion import CLOSE, DOWN, over, pointing
+from cogvla.libero.experts.motion import CLOSE, DOWN, OPEN, Move, over, pointing
+from cogvla.libero.experts.places import Place
 from cogvla.libero.experts.plan import VERBS, Subgoal, subgoals
 from cogvla.libero.experts.skills import PHASES
 from cogvla.libero.experts.view import FINGER_OPEN, Obstacles, SceneView
@@ -161,6 +162,31 @@ def test_obstacles_are_turned_boxes() -> None:
     wall = Obstacles(np.zeros((1, 3)), np.array([[0.2, 0.01, 0.1]]), turned[None], np.array([0.1]), np.array([-0.1]))
     assert wall.under(np.array([[0.0, 0.15], [0.15, 0.0], [0.02, 0.0]])).tolist() == [[True], [False], [False]]
     assert wall.under(np.array([[0.02, 0.0]]), margin=0.02).tolist() == [[True]]
+
+
+def test_what_was_let_go_beside_its_place_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    touched, low, high = (True, True), np.array([-0.05, -0.05, 0.0]), np.array([0.05, 0.05, 0.1])
+    view = SimpleNamespace(
+        gripper=np.array([0.0, 0.0, 0.09]),
+        rotation=NOMINAL,
+        opening=2 * FINGER_OPEN,
+        finger_speed=0.0,
+        touching=lambda _: touched,
+        is_thing=lambda _: True,
+        box=lambda _: (low, high),
+        position=lambda _: np.array([0.031, 0.0, 0.0]),
+    )
+    hand = Hand(view)  # type: ignore[arg-type]
+    monkeypatch.setattr(hand, "take", lambda *_: Move("approach", np.zeros(3), NOMINAL, OPEN))
+    hand._forget("mug")
+    hand.follow(closes=True)
+    hand.follow(closes=False)
+    touched, place = (False, False), Place(np.zeros(3), tolerance=0.012, drop=0.012)
+    phases = []
+    for height in (0.09, 0.15, 0.09):
+        view.gripper = np.array([0.0, 0.0, height])
+        phases.append(hand.put_at("mug", lambda _: place).phase)
+    assert phases == ["release", "approach", "approach"]
 
 
 def test_a_palm_over_a_bar_goes_aside_before_it_comes_down() -> None:
