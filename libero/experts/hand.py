@@ -28,8 +28,10 @@ _STUCK = 35
 """Control steps that the hand may stay close to a grasp without reaching it."""
 _UPRIGHT = 0.9
 """Cosine of the tilt of an item below which its grasp is another one."""
-_SLIP = 4
-"""Most control steps in which one finger may lose touch of a thing that the hand holds: it trembles."""
+_SLIPS = 0.03
+"""Metres per second of a finger at which a thing slips out of the hand."""
+_TREMBLES = 4
+"""Most control steps in which one finger may lose touch of a thing that the hand has held for as long."""
 _RETREAT = 0.06
 _AWAY = 0.02
 
@@ -50,7 +52,7 @@ class Hand:
         """Name of the fixture that the hand gripped and has not left yet."""
         self._left: np.ndarray | None = None
         self._told = False  # that the hand grips the fixture is what the last action says, and not yet what was done
-        self._loose = _SLIP  # control steps since both fingers held the item
+        self._firm = 0  # control steps in which both fingers held the item, minus those since, up to `_TREMBLES`
         self._let_go = False  # and the hand is still near
         self._item = ""
         self._grasp: Grasp | None = None
@@ -64,12 +66,13 @@ class Hand:
     def holds(self, item: str) -> bool:
         """Return True if the hand holds an item: it is closing, and both fingers touch the item and have stopped."""
         if not self.closing or item != self._item:
-            self._loose = _SLIP
+            self._firm = 0
             return False
         touched = self.view.touching(item)
         firmly = all(touched) and (self.view.finger_speed < _STALLED or self.closing > _PATIENCE)
-        self._loose = 0 if firmly else self._loose + 1
-        return any(touched) and self._loose <= _SLIP
+        trembles = any(touched) and self.view.finger_speed < _SLIPS and self._firm > 0
+        self._firm = min(self._firm + 1, _TREMBLES) if firmly else max(self._firm - 1, 0)
+        return firmly or trembles
 
     def has(self, item: str) -> bool:
         """Return True if the hand is closing on an item or still touches it."""
