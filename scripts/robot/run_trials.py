@@ -205,8 +205,8 @@ def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> t
     if limit < 1:
         raise ValueError(f"limit_s must be at least one control period, got {config.limit_s}")
     tasks = tuple(Task(f"instruction {number}", text) for number, text in enumerate(instructions))
-    suite = Suite(f"trials on {robot.name}", tasks, limit, _no_simulation, int(config.trials), "trials")
-    return suite, EvaluationProtocol("trials", int(config.trials), execute_steps=steps, max_steps=limit)
+    protocol = EvaluationProtocol("trials", int(config.trials), execute_steps=steps, max_steps=limit)
+    return Suite(f"trials on {robot.name}", tasks, limit, _no_simulation, protocol.episodes_per_task, "trials"), protocol
 
 
 def _no_simulation(**_: Any) -> gym.Env:
