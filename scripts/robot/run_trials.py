@@ -206,7 +206,8 @@ def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> t
         raise ValueError(f"limit_s must be at least one control period, got {config.limit_s}")
     tasks = tuple(Task(f"instruction {number}", text) for number, text in enumerate(instructions))
     protocol = EvaluationProtocol("trials", int(config.trials), execute_steps=steps, max_steps=limit)
-    return Suite(f"trials on {robot.name}", tasks, limit, _no_simulation, protocol.episodes_per_task, "trials"), protocol
+    name, count = f"trials on {robot.name}", protocol.episodes_per_task
+    return Suite(name, tasks, limit, _no_simulation, count, "trials"), protocol
 
 
 def _no_simulation(**_: Any) -> gym.Env:
