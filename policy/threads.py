@@ -7,7 +7,7 @@ import os
 import torch
 
 _lowered: tuple[int, int] | None = None
-"""Torch's number of threads before it was lowered for a part of the work, and the lower one; None: it was not."""
+"""Number of threads without processes beside, and the one that they left; None: the number is as given."""
 
 
 def use_threads(wanted: int | None, beside: int = 0) -> None:
@@ -25,22 +25,10 @@ def use_threads(wanted: int | None, beside: int = 0) -> None:
     if wanted is not None and (type(wanted) is not int or wanted < 1):
         raise ValueError(f"threads must be a whole number, at least 1, or null, got {wanted!r}")
     global _lowered
-    if wanted is not None:
-        _lowered = None
-        torch.set_num_threads(wanted)
-    elif beside:
-        lower_threads(max(1, min(_usual(), len(os.sched_getaffinity(0)) - beside)))
-    else:
-        torch.set_num_threads(_usual())
-
-
-def lower_threads(number: int) -> None:
-    """Lower the number of torch's threads until the next call of `use_threads`."""
-    global _lowered
-    _lowered = _usual(), number
-    torch.set_num_threads(number)
-
-
-def _usual() -> int:
     now = torch.get_num_threads()
-    return now if _lowered is None or _lowered[1] != now else _lowered[0]
+    usual = now if _lowered is None or _lowered[1] != now else _lowered[0]
+    threads = wanted or usual
+    if wanted is None and beside:
+        threads = max(1, min(usual, len(os.sched_getaffinity(0)) - beside))
+    _lowered = None if threads == wanted else (usual, threads)
+    torch.set_num_threads(threads)

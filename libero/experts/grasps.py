@@ -149,14 +149,18 @@ def _scored(view: SceneView, item: str, where: Where) -> Iterator[tuple[Directio
                 yield (True, number), *scored(point, out, 12.0 * inward, rim=True)
 
 
+def spots(footprint_F2: np.ndarray, point: np.ndarray, closing: np.ndarray) -> np.ndarray:
+    """Return where a footprint is, [F,2], of a hand over a point [3] that closes along a direction [3]."""
+    return point[:2] + footprint_F2 @ np.array([closing[:2], (-closing[1], closing[0])])
+
+
 def _blocked(point: np.ndarray, closing: np.ndarray, obstacles: Obstacles) -> float:
     """Return the share of the palm's footprint that hits obstacles, plus that of the fingers: between 0 and 2."""
     obstacles = obstacles.near(point - (0.0, 0.0, _FINGER_DEPTH), _HAND_REACH, _SAFETY)
     if not len(obstacles.top_G):
         return 0.0
-    axes = np.array([closing[:2], (-closing[1], closing[0])])
     share = 0.0
     for footprint_F2, height in ((PALM, point[2] + PALM_HEIGHT), (_FINGERS, point[2] - _FINGER_DEPTH)):
-        spots_F2 = point[:2] + footprint_F2 @ axes
-        share += float((obstacles.under(spots_F2, _SAFETY) & (obstacles.top_G > height)).any(axis=1).mean())
+        under_FG = obstacles.under(spots(footprint_F2, point, closing), _SAFETY)
+        share += float((under_FG & (obstacles.top_G > height)).any(axis=1).mean())
     return share

@@ -51,9 +51,9 @@ class Hand:
         self.fixture: str | None = None
         """Name of the fixture that the hand gripped and has not left yet."""
         self._left: np.ndarray | None = None
-        self._told = False  # that the hand grips the fixture is what the last action says, and not yet what was done
-        self._firm = 0  # control steps in which both fingers held the item, minus those since, up to `_TREMBLES`
-        self._let_go = False  # and the hand is still near
+        self._told = False  # the last action was the first one to say that the hand grips the fixture
+        self._firm = 0  # control steps in which both fingers held the item, minus those since, 0 to `_TREMBLES`
+        self._let_go = False  # the hand has let go of the item, and is not away from it yet
         self._item = ""
         self._grasp: Grasp | None = None
         self._up = np.zeros(3)  # which way was up, in the item's frame, when the grasp was chosen
@@ -63,8 +63,11 @@ class Hand:
 
     # --- what has been reached ---------------------------------------------------------------------------------------
 
-    def holds(self, item: str) -> bool:
-        """Return True if the hand holds an item: it is closing, and both fingers touch the item and have stopped."""
+    def still_holds(self, item: str) -> bool:
+        """Take note of one more control step; return True if the hand holds an item.
+
+        It is closing, and both fingers touch the item and have stopped, or one trembles after both held it.
+        """
         if not self.closing or item != self._item:
             self._firm = 0
             return False
@@ -234,7 +237,7 @@ class Hand:
         offset = aim - bottom
         distance = float(np.hypot(offset[0], offset[1]))
         level = self.level()
-        if self.holds(item):
+        if self.still_holds(item):
             self.closing += 1
             arrived = distance < place.tolerance and -offset[2] < place.drop
             if not arrived:

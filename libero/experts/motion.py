@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cogvla.envs.rotations import rotation_vector
-from cogvla.libero.experts.grasps import PALM, PALM_HEIGHT
+from cogvla.libero.experts.grasps import PALM, PALM_HEIGHT, spots
 from cogvla.libero.experts.view import SceneView
 
 OPEN, CLOSE = -1.0, 1.0
@@ -98,12 +98,13 @@ def over(
             return hand + away
         hang = max(hang, hand[2] - low[2])
         reach = max(reach, float((high - low)[:2].max()) / 2)
-        palm_here_G, palm_there_G = (_under_palm(view, carried, at, point[2]) for at in (hand, point))
     height = point[2] + float(np.clip(_SLOPE * (beside - tolerance), 0.0, _HOVER))
     if distance > _OVER_AIM:
         height = max(height, _tallest(view, hand, point, reach, (*without, *([carried] if carried else ()))) + hang)
-    if carried is not None and distance > tolerance / 2 and (palm_here_G & ~palm_there_G).any():
-        height = max(height, hand[2] + _SLIGHTLY)
+    if carried is not None and distance > tolerance / 2:
+        here_G, there_G = (_under_palm(view, carried, at, point[2]) for at in (hand, point))
+        if (here_G & ~there_G).any():
+            height = max(height, hand[2] + _SLIGHTLY)
     sideways = float(np.clip(1.0 - (height - hand[2] - 0.01) / 0.04, 0.0, 1.0))
     return np.array([*(hand[:2] + sideways * offset[:2]), height])
 
@@ -133,9 +134,8 @@ def _from_below(view: SceneView, carried: str, low: np.ndarray, high: np.ndarray
 
 def _under_palm(view: SceneView, carried: str, at: np.ndarray, height: float) -> np.ndarray:
     """Return bool [G]: the palm, over a point [3], would hit the obstacle on the hand's way down to a height."""
-    obstacles, (x, y, _) = view.obstacles(carried), view.rotation[:, 0]
-    spots = at[:2] + PALM @ np.array([(x, y), (-y, x)])
-    return obstacles.under(spots).any(axis=0) & (obstacles.top_G > height + PALM_HEIGHT)
+    obstacles, palm_F2 = view.obstacles(carried), spots(PALM, at, view.rotation[:, 0])
+    return obstacles.under(palm_F2).any(axis=0) & (obstacles.top_G > height + PALM_HEIGHT)
 
 
 def _tallest(view: SceneView, hand: np.ndarray, point: np.ndarray, reach: float, without: tuple[str, ...]) -> float:

@@ -23,7 +23,6 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from cogvla.policy.threads import lower_threads
 from cogvla.processes import Child, ProcessDiedError, send
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -46,8 +45,8 @@ class ParallelGradients:
     """Computes the gradients of the mean loss with one process per part of the batch; this process takes the last part.
 
     The other processes start at the first `give`, with the module's weights and mode (training or evaluation) at that
-    time. Each call sends them the trained weights again. They end with `close`, or when this process ends. If one
-    fails, all are ended; the next `give` starts them again.
+    time; until `close` each process has one thread, this one too. Each call sends them the trained weights again. They
+    end with `close`, or when this process ends. If one fails, all are ended; the next `give` starts them again.
 
     Args:
         objective: module that computes losses by name, `loss` among them, from a batch. It must be picklable, and the
@@ -62,7 +61,7 @@ class ParallelGradients:
         self.parameters = _trained(objective)
         self.others: list[_Other] = []
         self.own: Any = None
-        lower_threads(1)
+        self.threads: int | None = None  # of this process before the first `give`; None: it has them
 
     def give(self, parts: Iterable[Any]) -> None:
         """Set the batch of the next call.
@@ -75,6 +74,9 @@ class ParallelGradients:
         """
         left = iter(parts)
         with self._closing_on_failure():
+            if self.threads is None:
+                self.threads = torch.get_num_threads()
+                torch.set_num_threads(1)
             while len(self.others) < self.parts - 1:
                 self.others.append(_Other(self.objective, self.compiled))
             for other in self.others:
@@ -106,7 +108,10 @@ class ParallelGradients:
         return {name: torch.stack([losses[name] for losses, _ in results]).mean() for name in own[0]}
 
     def close(self) -> None:
-        """End the other processes."""
+        """End the other processes; this one has as many threads again as before."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+            self.threads = None
         for other in self.others:
             other.close()
         self.others, self.own = [], None

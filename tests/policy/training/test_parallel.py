@@ -136,41 +136,37 @@ def test_kept_memory_changes_no_result() -> None:
     assert torch.ones(3_000_000).sum() == 3_000_000
 
 
-def test_what_comes_later_has_all_threads_again(
-    monkeypatch: pytest.MonkeyPatch, parallel: Callable[..., ParallelGradients]
-) -> None:
-    """Rounds train, evaluate and collect by turns in one process."""
+@pytest.fixture
+def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Four cores, and as many threads of torch."""
     before = torch.get_num_threads()
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
     monkeypatch.setattr("cogvla.policy.threads._lowered", None)
     torch.set_num_threads(4)
-    try:
-        found = []
-        for beside in (3, 1, 0):
-            use_threads(None, beside)
-            found.append(torch.get_num_threads())
-        assert found == [1, 3, 4]
-        parallel(nn.Linear(2, 1), 2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_what_comes_later_has_all_threads_again(four_threads: None, parallel: Callable[..., ParallelGradients]) -> None:
+    """Rounds train, evaluate and collect by turns in one process."""
+    found = []
+    for beside in (3, 1, 0):
+        use_threads(None, beside)
+        found.append(torch.get_num_threads())
+    assert found == [1, 3, 4]
+    two = parallel(nn.Linear(2, 1), 2)
+    for _ in range(2):  # it may be closed, and given more
+        two.give(torch.randn(4, 2).chunk(2))
+        two()
         assert torch.get_num_threads() == 1
-        use_threads(None)
+        two.close()
         assert torch.get_num_threads() == 4
-        use_threads(2)
-        use_threads(None)
-        assert torch.get_num_threads() == 2, "what was given stays"
-    finally:
-        torch.set_num_threads(before)
+    use_threads(2)
+    use_threads(None)
+    assert torch.get_num_threads() == 2, "what was given stays"
 
 
 @pytest.mark.parametrize(("wanted", "beside", "threads"), [(None, 0, 4), (None, 3, 1), (None, 1, 3), (2, 3, 2)])
-def test_processes_beside_keep_their_cores(
-    monkeypatch: pytest.MonkeyPatch, wanted: int | None, beside: int, threads: int
-) -> None:
-    before = torch.get_num_threads()
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
-    monkeypatch.setattr("cogvla.policy.threads._lowered", None)
-    torch.set_num_threads(4)
-    try:
-        use_threads(wanted, beside)
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+def test_processes_beside_keep_their_cores(four_threads: None, wanted: int | None, beside: int, threads: int) -> None:
+    use_threads(wanted, beside)
+    assert torch.get_num_threads() == threads
