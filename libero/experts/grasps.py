@@ -4,7 +4,7 @@ All grasps point straight down. The footprint of the hand is two open fingers, w
 it would hit something cost more. What a direction costs in other states of the task counts more than what it costs in
 the present one: an expert that takes a thing at another side in every scene cannot be imitated.
 
-Shape legend: P points, O obstacles, F points of a footprint.
+Shape legend: P points, G collision geoms, F points of a footprint.
 """
 
 from __future__ import annotations
