@@ -24,7 +24,7 @@ from typing import Literal
 
 from omegaconf import DictConfig
 
-from cogvla.envs.evaluation.evaluate import check_evaluation, evaluate
+from cogvla.envs.evaluation.evaluate import check_evaluation, check_results, evaluate
 from cogvla.envs.evaluation.protocol import MEASURED, EvaluationProtocol, protocol_for
 from cogvla.envs.evaluation.report import Report, check_played, render_index, summary
 from cogvla.envs.evaluation.robustness import CLEAN, chosen_cells, compare, finished_cells, table, write_page
@@ -96,15 +96,19 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
     plugged_in = "" if config.router.name is None else f"_{config.router.name}_{config.router.budget}"
     late = f"_late_{config.latency}" if config.latency else ""
     output = Path(config.output or f"outputs/eval_libero/{report_name(str(config.checkpoint))}{plugged_in}{late}")
+    part = "" if config.shard is None else f"_shard{shard[0]}of{shard[1]}"
+    modes = [[(asked, None) for asked in ASKED[config.asked]] + [(None, p) for p in perturbed] for perturbed in cells]
+    for suite, protocol, of_suite in zip(played, protocols, modes, strict=True):  # likewise
+        for asked, perturbation in of_suite if config.resume else ():
+            folder = output / _folder(suite, perturbation or asked, part)
+            check_results(policy, suite, protocol, folder, asked=asked, perturbation=perturbation, identity=identity)
     reports: dict[str, Report] = {}
     listed: dict[str, Report] = {}
-    for suite, protocol, perturbed in zip(played, protocols, cells, strict=True):
+    for suite, protocol, perturbed, of_suite in zip(played, protocols, cells, modes, strict=True):
         if config.protocol.name == OWN:
             print(f"{suite.name}: protocol {protocol.name}, the suite's own; protocol=NAME chooses another one")
-        for asked, perturbation in [(asked, None) for asked in ASKED[config.asked]] + [(None, p) for p in perturbed]:
-            mode = perturbation or asked
-            folder = suite.name if mode is None else f"{suite.name}_{mode}"
-            folder += "" if config.shard is None else f"_shard{shard[0]}of{shard[1]}"
+        for asked, perturbation in of_suite:
+            folder = _folder(suite, perturbation or asked, part)
             reports[folder] = evaluate(
                 policy,
                 suite,
@@ -177,6 +181,11 @@ def _cells(config: DictConfig, suite: Suite) -> list[Perturbation]:
         raise ValueError("give either perturbation or asked: a swapped instruction is a measurement of its own")
     values = plain(config)
     return chosen_cells(values["perturbation"], values["level"], suite)
+
+
+def _folder(suite: Suite, mode: Perturbation | str | None, part: str) -> str:
+    """Return the name of the folder of one evaluation: of a suite, a swapped instruction or a cell, and a shard."""
+    return suite.name + ("" if mode is None else f"_{mode}") + part
 
 
 def _check_watched(protocol: EvaluationProtocol) -> None:

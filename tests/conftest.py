@@ -46,6 +46,19 @@ import torch  # noqa: E402 - reads the environment when it is imported
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-each", action="store_true", help="every test once: with the first of its parameters only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the first of each test's parameters with `--one-each`: other versions fail in functions, not in values."""
+    if not config.getoption("--one-each"):
+        return
+    kept = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+    config.hook.pytest_deselected(items=[item for item in items if kept[item.nodeid.partition("[")[0]] is not item])
+    items[:] = reversed(kept.values())
+
+
 @pytest.fixture(autouse=True)
 def _ctrl_c_as_ever() -> None:
     """What a test does to Ctrl-C is no matter of the next one."""

@@ -43,7 +43,7 @@ class EpisodeLog:
         self, folder: Path, fingerprint: Mapping[str, Any], session: Mapping[str, Any], resume: bool = True
     ) -> None:
         self.folder = folder
-        self._fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+        self._fingerprint = _plain(fingerprint)
         self._session = json.loads(json.dumps(session, default=str))
         self._resume = resume
         self._file: IO[str] | None = None
@@ -83,12 +83,7 @@ class EpisodeLog:
             shutil.rmtree(self.folder / VIDEOS, ignore_errors=True)
         if run.exists():
             fingerprint, self.sessions = read_run(self.folder)
-            changed = differences(fingerprint, self._fingerprint)
-            if changed:
-                raise ValueError(
-                    f"{self.folder} holds results of another configuration ({'; '.join(changed)}): choose another "
-                    f"output, or delete {self.folder}"
-                )
+            check_fingerprint(self.folder, fingerprint, self._fingerprint)
             self.results = self._read()
         elif self._file.tell():
             raise ValueError(f"{self.folder} holds episodes but no {RUN}; choose another output, or delete it")
@@ -175,6 +170,21 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise ValueError(f"{folder} is not the folder of an evaluation: it has no {RUN}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{run} is damaged ({error}); choose another output, or delete {folder}") from error
+
+
+def check_fingerprint(folder: Path, known: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the results in a folder, whose fingerprint is `known`, are not of the present one."""
+    changed = differences(known, _plain(present))
+    if changed:
+        raise ValueError(
+            f"{folder} holds results of another configuration ({'; '.join(changed)}): choose another output, or "
+            f"delete {folder}"
+        )
+
+
+def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a fingerprint as it is read from a file."""
+    return json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
 
 
 def read_episodes(path: Path) -> dict[Key, EpisodeResult]:

@@ -24,6 +24,7 @@ from cogvla.envs.evaluation.episode_log import (
     RUN,
     EpisodeLog,
     VideoChoice,
+    check_fingerprint,
     check_simulators,
     check_videos,
     read_run,
@@ -101,7 +102,6 @@ def evaluate(
     specs = protocol.episodes(suite, tasks, asked, shard)
     if perturbation is not None:
         specs = [replace(spec, perturbation=perturbation) for spec in specs]
-    magnitudes = {} if perturbation is None else suite.magnitudes(perturbation)
     embodiment: Embodiment = policy.embodiment
     settings = protocol.for_suite(suite)
     before = read_run(output)[1] if resume and (output / RUN).exists() else []
@@ -110,20 +110,10 @@ def evaluate(
         known = [each[MEASURED_MS] for each in before if MEASURED_MS in each]  # a resumed evaluation has one latency
         found = known[0] if known else _measured_latency(policy, suite, specs[0], settings, min(workers, 1))
         measured, settings = {MEASURED_MS: found}, replace(settings, latency=found)
-    chunker = settings.rollout_settings().chunker(embodiment.chunk, embodiment.control_hz)
-    settings = replace(settings, execute_steps=chunker.steps)
+    settings = _with_steps(settings, embodiment)
     if settings.latency and settings.committed and not reads_committed(policy):
         print(f"{suite.name}: this policy ignores committed actions: it does not know what is executed meanwhile")
-    described = {**policy.describe(), **(identity or {})}
-    fingerprint = {
-        "suite": suite.name,
-        "asked": asked or "own task",
-        "protocol": _decisive(settings),
-        "policy": described,
-        **({"simulation": dict(suite.settings)} if suite.settings else {}),
-        # With the magnitudes: results of other ones are not mixed.
-        **({} if perturbation is None else {"perturbation": {"cell": str(perturbation), **magnitudes}}),
-    }
+    fingerprint = _fingerprint(policy, suite, settings, asked, perturbation, identity)
     session = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -186,8 +176,8 @@ def evaluate(
                 "asked": fingerprint["asked"],
                 "unknown_words": unknown,
                 "perturbation": "none" if perturbation is None else str(perturbation),
-                "magnitudes": magnitudes,
-                "policy": described,
+                "magnitudes": {} if perturbation is None else suite.magnitudes(perturbation),
+                "policy": fingerprint["policy"],
                 "simulation": dict(suite.settings),
                 "command": command,
                 "workers": workers,
@@ -235,6 +225,58 @@ def check_evaluation(
         if builds:
             check_fit(robot, suite)
         protocol.for_suite(suite).rollout_settings().chunker(robot.chunk, robot.control_hz)
+
+
+def check_results(
+    policy: Policy,
+    suite: Suite,
+    protocol: EvaluationProtocol,
+    output: Path,
+    *,
+    asked: Literal["swap"] | None = None,
+    perturbation: Perturbation | None = None,
+    identity: Mapping[str, str] | None = None,
+) -> None:
+    """Check that `evaluate` can go on in a folder, before other suites are played first. Arguments: see `evaluate`.
+
+    Raises:
+        ValueError: the folder holds results of another configuration. A latency that is measured is not compared yet.
+    """
+    if not (output / RUN).exists():
+        return
+    known, sessions = read_run(output)
+    settings = protocol.for_suite(suite)
+    if settings.latency == MEASURED:
+        settings = replace(settings, latency=known.get("protocol", {}).get("latency", 0.0))
+    settings = _with_steps(settings, policy.embodiment)
+    check_fingerprint(output, known, _fingerprint(policy, suite, settings, asked, perturbation, identity))
+    check_simulators([*sessions, provenance()], f"choose another output, or delete {output}")
+
+
+def _fingerprint(
+    policy: Policy,
+    suite: Suite,
+    settings: EvaluationProtocol,
+    asked: str | None,
+    perturbation: Perturbation | None,
+    identity: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Return everything that changes the numbers, see `EpisodeLog`."""
+    magnitudes = {} if perturbation is None else suite.magnitudes(perturbation)  # results of other ones are not mixed
+    return {
+        "suite": suite.name,
+        "asked": asked or "own task",
+        "protocol": _decisive(settings),
+        "policy": {**policy.describe(), **(identity or {})},
+        **({"simulation": dict(suite.settings)} if suite.settings else {}),
+        **({} if perturbation is None else {"perturbation": {"cell": str(perturbation), **magnitudes}}),
+    }
+
+
+def _with_steps(settings: EvaluationProtocol, robot: Embodiment) -> EvaluationProtocol:
+    """Return a protocol that names the number of actions to execute of each chunk."""
+    chunker = settings.rollout_settings().chunker(robot.chunk, robot.control_hz)
+    return replace(settings, execute_steps=chunker.steps)
 
 
 def _decisive(protocol: EvaluationProtocol) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from gymnasium.spaces import Dict
 from cogvla.configs.load import names
 from cogvla.envs import suite as registry
 from cogvla.envs.episodes import EpisodeResult
-from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.evaluate import check_results, evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol, load_protocol
 from cogvla.envs.evaluation.report import Report, summary
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
@@ -270,7 +270,7 @@ def test_suites_by_name_list_and_group() -> None:
 EVALUATE_SLOWLY = """
 import sys
 from pathlib import Path
-from cogvla.envs.evaluation.evaluate import evaluate
+from cogvla.envs.evaluation.evaluate import check_results, evaluate
 from cogvla.envs.evaluation.protocol import EvaluationProtocol
 from cogvla.tests.support.point_suite import ToyPolicy, toy_suite
 evaluate(ToyPolicy(), toy_suite(sleep_s=0.01), EvaluationProtocol("toy", 20), Path(sys.argv[1]), workers=2, videos=0)
@@ -398,6 +398,33 @@ def test_a_policy_must_fit_all_suites_before_the_first_is_played(
     words = ["checkpoint=random", f"output={tmp_path}", "suite=[tabletop_object,tabletop_goal]", wrong]
     with pytest.raises(ValueError if said else RuntimeError, match=said or "played"):
         run_command(compose("eval_libero", words), "")
+
+
+def test_other_results_are_named_before_anything_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second suite was played with other steps; the command said so after the whole first suite."""
+    short = ["checkpoint=random", f"output={tmp_path}", "tasks=[0]", "episodes_per_task=1", "protocol.max_steps=8"]
+    short += ["workers=0", "videos=0", "embodiment.chunk=4"]
+    run_command(compose("eval_libero", [*short, "suite=tabletop_goal", "protocol.execute_steps=2"]), "")
+
+    def played(*_: Any, **__: Any) -> Report:
+        raise RuntimeError("played")
+
+    monkeypatch.setattr(eval_libero, "evaluate", played)
+    both = compose("eval_libero", [*short, "suite=[tabletop_object,tabletop_goal]"])
+    with pytest.raises(ValueError, match=r"tabletop_goal holds results of .*execute_steps: 2 there, 4 now.*: choose"):
+        run_command(both, "")
+    both.resume = False
+    with pytest.raises(RuntimeError, match="played"):
+        run_command(both, "")
+
+
+@pytest.mark.parametrize("latency", [100.0, "measured"])
+def test_results_to_go_on_with_are_no_mistake(latency: float | str, tmp_path: Path) -> None:
+    protocol = replace(PROTOCOL, latency=latency)
+    run(tmp_path, protocol)
+    check_results(ToyPolicy(), toy_suite(), protocol, tmp_path)
+    with pytest.raises(ValueError, match=r"protocol\.seed: 0 there, 1 now"):
+        check_results(ToyPolicy(), toy_suite(), replace(protocol, seed=1), tmp_path)
 
 
 @pytest.mark.parametrize("command", [eval_libero, compare_routers, analyse_routing, calibrate_monitor])
