@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
 import time
@@ -37,14 +36,13 @@ from cogvla.envs.evaluation.watched_policy import WatchedPolicy
 from cogvla.envs.perturbation.perturbation import Perturbation
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.rollout.player import PlayerSettings
-from cogvla.envs.rollout.rollout import check_fit, check_workers, rollout
+from cogvla.envs.rollout.rollout import check_fit, check_workers, rollout, warn_of_unknown_words
 from cogvla.envs.rollout.workers import ProcessWorker, Worker
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import write_atomic
 from cogvla.policy.interface import Embodiment, Observation, Policy, reads_committed
 from cogvla.policy.provenance import provenance
 
-_log = logging.getLogger(__name__)
 ERROR = "error.txt"
 MEASURED_MS = "measured_latency_ms"
 """Key of a session that has measured the latency: what it has found."""
@@ -121,14 +119,7 @@ def evaluate(
         **measured,
     }
     check_simulators([*before, session], f"choose another output, or delete {output}")
-    unknown = _unknown_words(policy, suite)
-    told = [task for task in sorted({spec.task for spec in specs}) if unknown.get(str(task))]
-    if told:
-        words = list(dict.fromkeys(word for task in told for word in unknown[str(task)]))
-        _log.warning(
-            "%s: the policy does not know words of %d tasks (%s): %s",
-            *(suite.name, len(told), ", ".join(map(str, told)), ", ".join(words)),
-        )
+    unknown = warn_of_unknown_words(policy, suite, sorted({spec.task for spec in specs}))
     precision = getattr(policy, "choice", None)  # how engine.dtype=auto has chosen; times differ from run to run
     chosen = {} if precision is None else {"precision": str(precision)}
 
@@ -301,12 +292,6 @@ def _measured_latency(
     found = math.ceil(measured.p95 / period_ms) * period_ms
     print(f"{suite.name}: a call takes {measured.p95:.1f} ms (p95), so latency={found:g} ms")
     return found
-
-
-def _unknown_words(policy: Policy, suite: Suite) -> dict[str, list[str]]:
-    """Return the words of each task's instruction that the policy does not know; empty if it cannot say so."""
-    ask = getattr(policy, "unknown_words", None)
-    return {} if ask is None else {str(i): words for i, t in enumerate(suite.tasks) if (words := ask(t.instruction))}
 
 
 def write_report(report: Report, suite: Suite, output: Path) -> None:

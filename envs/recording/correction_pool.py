@@ -12,7 +12,7 @@ import numpy as np
 from cogvla.envs.contract import Advisor, required
 from cogvla.envs.recording.corrections import CorrectingPlayers
 from cogvla.envs.recording.demonstrator import DemonstratorSettings
-from cogvla.envs.rollout.rollout import RolloutSettings, check_fit, rollout
+from cogvla.envs.rollout.rollout import RolloutSettings, check_fit, rollout, warn_of_unknown_words
 from cogvla.envs.suite import FIRST_TRAINING_STATE, Suite
 from cogvla.policy.interface import Embodiment, Policy
 
@@ -113,6 +113,7 @@ class CorrectionPool:
         players = CorrectingPlayers(settings, tuple(paths), corrected.patience)
         specs = {slot: players.spec(slot) for slot in missing}
         self._slots = {(spec.task, spec.initial_state): slot for slot, spec in specs.items()}
+        warn_of_unknown_words(corrected.policy, suite, sorted({spec.task for spec in specs.values()}))
         corrected.policy.warm_up(1, settings.instructions)
         self._results = rollout(
             corrected.policy,

@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -161,6 +161,25 @@ def check_fit(robot: Embodiment, suite: Suite, same_rate: bool = False) -> None:
         _misfit(robot, suite.name, Ready.of(env), same_rate)
     finally:
         env.close()
+
+
+def warn_of_unknown_words(policy: Policy, suite: Suite, tasks: Iterable[int]) -> dict[str, list[str]]:
+    """Log a warning of words in the instructions of these tasks that a policy does not know.
+
+    Returns:
+        Index of a task -> its unknown words, of all tasks of the suite; empty if the policy cannot say so.
+    """
+    ask = getattr(policy, "unknown_words", None)
+    instructions = [] if ask is None else [task.instruction for task in suite.tasks]
+    unknown = {str(i): words for i, text in enumerate(instructions) if (words := ask(text))}
+    told = [task for task in tasks if str(task) in unknown]
+    if told:
+        words = dict.fromkeys(word for task in told for word in unknown[str(task)])
+        _log.warning(
+            "%s: the policy does not know words of %d tasks (%s): %s",
+            *(suite.name, len(told), ", ".join(map(str, told)), ", ".join(words)),
+        )
+    return unknown
 
 
 def _misfit(robot: Embodiment, suite: str, ready: Ready, same_rate: bool) -> str | None:

@@ -251,6 +251,15 @@ def test_another_task_of_the_scene_is_corrected_too(tmp_path: Path) -> None:
         assert not seen["intervention"].any(), "the policy was told the other instruction"
 
 
+def test_words_that_the_policy_does_not_know_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Knows(ToyPolicy):
+        def unknown_words(self, instruction: str) -> list[str]:
+            return [word for word in instruction.split() if word == "up"]
+
+    corrections(tmp_path / "toy", Knows(0.04), 3)
+    assert "toy: the policy does not know words of 1 tasks (1): up" in caplog.text
+
+
 def test_recordings_grow(tmp_path: Path) -> None:
     policy = ToyPolicy(0.0)
     root = corrections(tmp_path / "toy", policy, 2)
