@@ -96,8 +96,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     training_config = build(TrainingConfig, values["training"], "training")
     engine_config = build(EngineConfig, values["engine"], "engine")
     engine_config.check_trained()
-    if values["base"] is not None:
-        find_base(values["base"])
+    base = None if values["base"] is None else find_base(values["base"])
     played = [get_suite(name, values) for name in names]
     for suite in played if values["evaluation"] is not None else ():
         settings = values["evaluation"]
@@ -127,7 +126,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     for suite in recordings.values():  # before the first of them is recorded
         check_recording(suite, image_size=embodiment.cameras[0].height, **values["demonstrations"])
     if not all(Path(folder).exists() for folder in recordings):
-        check_without_data(training_config, model_config, objective_config, data_configs, embodiment)
+        check_without_data(training_config, model_config, objective_config, data_configs, embodiment, base)
     entries: list[DataEntry] = []
     for data_config in data_configs:
         entries += [entry for entry in data_config.entries() if entry not in entries]  # suites may share data sets

@@ -83,18 +83,22 @@ def check_without_data(
     objective: ObjectiveConfig,
     data: Iterable[DataConfig],
     robot: Embodiment,
+    base: str | None,
 ) -> None:
     """Check what shows without data, so that a mistake is not said only after a recording.
 
     Raises:
-        ValueError: robot, policy, objective and the parts to train do not fit each other, or a file or checkpoint that
-            they name cannot be used.
+        ValueError: robot, policy, objective, base and the parts to train do not fit each other, or a file or checkpoint
+            that they name cannot be used.
         OSError: such a file cannot be read.
     """
     _check_fusion(model.routing)
     network = empty_model(model, robot)
     check_parts(network, config.finetune)
     Objective(network, replace(objective, distillation=0.0))
+    choose_tokenizer(model.language, [], base, reworded=False)
+    if base is not None and is_own(base):  # published weights may be too large to be read twice
+        load_own(network, base)
     for key, weight in (("teacher", objective.distillation), ("blind", objective.prior)):
         if weight:
             check_frozen(getattr(objective, key), key)

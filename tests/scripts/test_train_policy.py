@@ -31,6 +31,7 @@ from cogvla.scripts.command import compose
 from cogvla.scripts.training.build import build_trainer
 from cogvla.scripts.training.suites import outdated
 from cogvla.tests.support.console_command import ended
+from cogvla.tests.support.paths import SHIPPED
 from cogvla.tests.support.point_suite import ToyPolicy, toy_suite
 from cogvla.tests.support.small_data import LABELLED, MODEL, ROBOT, settings, small_data
 
@@ -333,6 +334,10 @@ def test_a_pretrained_language_model_brings_its_weights_and_its_tokenizer(tmp_pa
         (["objective.pointer=1", "data.root=/new"], r"error: objective\.pointer points at patches, but with routing"),
         (["data.paraphrases=/nowhere.yaml", "data.root=/new"], r"error: .*No such file .*: '/nowhere\.yaml'"),
         (["base=nowhere", "data.root=/new"], "error: base=nowhere is neither a folder nor USER/NAME of the hub"),
+        (
+            [f"base={SHIPPED}", "data.root=/new"],  # of larger images
+            "error: .*tabletop_object has other towers or another language model than the configuration",
+        ),
         (["+training.stepss=5"], "error: unknown key stepss in training; valid keys are steps, .*"),
         (["+routing.efaa=true"], r"error: unknown key efaa in model\.routing; valid keys are efa, "),
         (
