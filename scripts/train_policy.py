@@ -97,6 +97,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     engine_config = build(EngineConfig, values["engine"], "engine")
     engine_config.check_trained()
     base = None if values["base"] is None else find_base(values["base"])
+    log = RunLog(values["wandb"] or {"mode": "disabled", "project": None}, values, output)
     played = [get_suite(name, values) for name in names]
     for suite in played if values["evaluation"] is not None else ():
         settings = values["evaluation"]
@@ -143,8 +144,8 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
         data = open_data(data_configs[0], embodiment, entries)
     for note in (*data.notes, *outdated(played, entries)) if processes.is_main_process else ():
         print(f"note: {note}")
-    logging = values["wandb"] if processes.is_main_process else {**values["wandb"], "mode": "disabled"}
-    with _timed(seconds, "training"), RunLog(logging, values, output) as log:
+    log.mode = log.mode if processes.is_main_process else "disabled"
+    with _timed(seconds, "training"), log:
         trainer = build_trainer(
             training_config, model_config, objective_config, embodiment, data, output, log.write, values["base"]
         )

@@ -228,7 +228,7 @@ def test_a_longer_training_that_is_killed_before_its_evaluation_is_evaluated_by_
 def test_the_second_time_nothing_is_done_twice(root: Path) -> None:
     before = contents(root)
     assert any("episodes.jsonl" in name for name in before)
-    run(root)
+    run(root, "wandb=null")
     assert contents(root) == before
 
 
@@ -383,7 +383,7 @@ def test_a_pretrained_language_model_brings_its_weights_and_its_tokenizer(tmp_pa
         (["data.mixture=[]"], r"error: data\.mixture must be a list of data sets"),
         (["data.mixture=[{root: A, weight: 0}]"], r"error: data\.mixture\[0\]\.weight must be a positive number"),
         (["forecast=perhaps"], "error: forecast must be true or false, got 'perhaps'"),
-        (["wandb.mode=loud"], "error: wandb.mode is 'loud'; it must be one of auto, online"),
+        (["wandb.mode=loud", "data.root=/new"], "error: wandb.mode is 'loud'; it must be one of auto, online"),
         (["routing=no_efa"], "error: .* was trained with another policy or routing; choose another output, or delete"),
     ],
 )
