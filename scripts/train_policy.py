@@ -34,7 +34,7 @@ from cogvla.envs.recording.recorder import check_recording, record
 from cogvla.envs.rollout.failures import EveryEpisodeFailsError
 from cogvla.envs.suite import Suite, get_suite
 from cogvla.files import visible, write_atomic
-from cogvla.policy.checkpoint import load_policy, weights_hash
+from cogvla.policy.checkpoint import FORECAST, load_policy, weights_hash
 from cogvla.policy.data.config import DataConfig, DataEntry
 from cogvla.policy.data.mixture.mixture import open_data
 from cogvla.policy.engine.engine import EngineConfig
@@ -188,7 +188,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
             print(f"all reports: {page}")
         else:
             print(f"report: {output / EVALUATION / 'report.html'}")
-    if values["forecast"] and not model_config.head.prefix:
+    if values["forecast"] and not model_config.head.prefix and not (output / "policy" / FORECAST).is_file():
         # After the evaluation, which is then the same as without a forecast, and resumes.
         with _timed(seconds, "forecast"):
             print(add_forecast(output / "policy", data, embodiment.chunk))

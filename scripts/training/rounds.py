@@ -16,6 +16,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from cogvla.envs.recording.dataset_folder import START_ANEW
 from cogvla.envs.recording.recorder import RECORDING_FILE, record
 from cogvla.envs.suite import Suite
 from cogvla.files import read_object, write_atomic
-from cogvla.policy.checkpoint import open_policy
+from cogvla.policy.checkpoint import atomic_folder, open_policy
+from cogvla.policy.checkpoint_folder import CONFIG, STATISTICS, WEIGHTS
 from cogvla.policy.data.config import INTERVENTION, MOST, DataConfig
 from cogvla.policy.data.files.metadata import Metadata
 from cogvla.policy.data.streaming import locate
@@ -39,6 +41,7 @@ from cogvla.scripts.command import usual
 from cogvla.scripts.training.suites import resolved_for
 
 SUMMARY, REQUEST = "summary.json", "rounds.json"
+POLICY = (CONFIG, WEIGHTS, STATISTICS)
 FREE = ("rounds", "output", "wandb", "threads", "imports", "forecast")
 """Keys that may differ when rounds go on: they do not change the weights, or say how many rounds there are."""
 FREE_IN = {
@@ -279,9 +282,8 @@ def _told(folder: Path, number: int, suites: Sequence[Suite]) -> dict[str, Any]:
 
 
 def _take_policy(source: Path, target: Path) -> None:
-    """Copy the last round's policy; it appears at once, in place of that of an earlier round."""
-    draft = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft)
-    shutil.rmtree(target, ignore_errors=True)
-    draft.rename(target)
+    """Copy the last round's policy, in place of that of an earlier round; the same one stays, with what was added."""
+    if all((target / name).is_file() and cmp(source / name, target / name, shallow=False) for name in POLICY):
+        return
+    with atomic_folder(target) as draft:
+        shutil.copytree(source, draft, dirs_exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cogvla.configs.build import build
-from cogvla.policy.checkpoint import load_policy, weights_hash
+from cogvla.policy.checkpoint import FLOAT8, FORECAST, load_policy, weights_hash
 from cogvla.policy.data.config import DataConfig
 from cogvla.scripts import train_policy
 from cogvla.scripts.command import compose
@@ -55,8 +55,14 @@ def test_every_round_learns_from_all_that_was_recorded(root: Path) -> None:
 
 def test_finished_rounds_are_skipped_and_others_refused(root: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in root.glob("run/round_*/**/*") if path.is_file()}
+    added = [root / "run/policy" / name for name in (FLOAT8, FORECAST)]  # by `calibrate_policy` and `fit_forecast`
+    for path in added:
+        path.write_text("{}")
     run(root, "threads=1", "forecast=false", "corrections.workers=1", "training.checkpoint_every=2", "data.cache_gb=9")
     assert times == {path: path.stat().st_mtime_ns for path in root.glob("run/round_*/**/*") if path.is_file()}
+    assert [path.read_text() for path in added] == ["{}", "{}"]
+    for path in added:
+        path.unlink()
     for change, said in (
         ("training.steps=7", "holds rounds with another training"),
         ("corrections.episodes=11", "holds rounds with another corrections"),
