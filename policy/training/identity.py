@@ -32,7 +32,7 @@ ADDED = ("weights of the base", "training.augmentation.")
 HASHED = ("data set", "vocabulary", "weights", "wordings", "text encoder")
 """Beginnings of the names of values that are fingerprints."""
 FINISHED = ("steps", "learning_rate", "warmup_steps", "optimiser", "weight_decay", "clip_norm", "ema_decay")
-"""Fields of `TrainingConfig` that may change while a run goes on, but not once it is finished."""
+"""Fields of `TrainingConfig` that may change while a run goes on (but `optimiser`), but not once it is finished."""
 
 
 def identity(

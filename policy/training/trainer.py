@@ -362,13 +362,18 @@ class Trainer:
             self.batches.load_state_dict(state["batches"])
         except ValueError as error:
             raise ValueError(f"{folder}: {error}; {again}") from error
+        settings = state.get("settings", {})
+        if (optimiser := settings.get("optimiser", self.config.optimiser)) != self.config.optimiser:
+            raise ValueError(
+                f"{folder} has the moments of training.optimiser={optimiser}, not {self.config.optimiser}; {again}"
+            )
         try:
             self.weights.load_state_dict(state)
         except ValueError as error:
             raise ValueError(f"{folder} {error}; {again}") from error
         self.window.load_state_dict(state["window"])
         self.step = state["step"]
-        self._check_finished(folder, state.get("settings", {}), again)
+        self._check_finished(folder, settings, again)
 
     def _check_finished(self, folder: Path, settings: Mapping[str, Any], again: str) -> None:
         """Raise a ValueError if there is nothing left to train, and this is not the run that was asked for."""

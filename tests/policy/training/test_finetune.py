@@ -325,6 +325,8 @@ def test_eight_bit_moments_resume_exactly(tmp_path: Path) -> None:
     small_trainer(tmp_path, config).run()
     again = load_policy(tmp_path / "policy").model.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    with pytest.raises(ValueError, match=r"has the moments of training\.optimiser=adamw8bit, not adamw; choose"):
+        small_trainer(tmp_path, replace(config, steps=6, optimiser="adamw")).run()
 
 
 def test_large_matrices_have_eight_bit_moments() -> None:
