@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
-from pathlib import Path
 from typing import Any
 
 from cogvla.policy.checkpoint import weights_hash
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.inputs.augmentation import AugmentationConfig
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import TextEncoder
@@ -27,7 +27,11 @@ SETTINGS: Mapping[str, type] = {
 
 REMOVED = {"objective.foresight": 0.0, "objective.foresight_target": "future"}
 """Settings that earlier versions had -> the value with which they changed nothing."""
-ADDED = ("weights of the base", "training.augmentation.")
+POLICIES = {"teacher": "distillation", "blind": "prior"}
+"""Fields of `ObjectiveConfig` that name another policy, whose place does not matter -> the field that turns it on."""
+PLACES = tuple(f"objective.{name}" for name in POLICIES)
+"""Names of these places, which earlier versions saved."""
+ADDED = ("weights of the base", "weights of objective.teacher", "training.augmentation.")
 """Beginnings of the names of values that earlier versions did not save: nothing is known of them then."""
 HASHED = ("data set", "vocabulary", "weights", "wordings", "text encoder")
 """Beginnings of the names of values that are fingerprints."""
@@ -53,7 +57,7 @@ def identity(
     found: dict[str, Any] = {
         "data set": data.content(),
         "embodiment": asdict(preprocessor.embodiment),
-        "objective": asdict(objective),
+        "objective": {name: value for name, value in asdict(objective).items() if name not in POLICIES},
         "vocabulary": ids,
         "training.augmentation": asdict(augmentation),
         "weights of the base": base,
@@ -65,8 +69,9 @@ def identity(
     if wordings.config.share:
         found["training.wordings"] = asdict(wordings.config)
         found["wordings of the instructions"] = wordings.fingerprint()
-    if objective.blind is not None:
-        found["weights of objective.blind"] = weights_hash(Path(objective.blind))
+    for name, strength in POLICIES.items():
+        if getattr(objective, strength):
+            found[f"weights of objective.{name}"] = weights_hash(find_checkpoint(getattr(objective, name)))
     return found
 
 
@@ -76,7 +81,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     A setting that one of the versions does not have counts as its default, which changes nothing.
     """
     was, has = _flat(before), _flat(now)
-    was = {name: value for name, value in was.items() if name in has or REMOVED.get(name, MISSING) != value}
+    was = {
+        name: value
+        for name, value in was.items()
+        if name in has or (REMOVED.get(name, MISSING) != value and name not in PLACES)
+    }
     for name, kind in SETTINGS.items():
         if name in before:
             was |= {key: value for key, value in _flat(_defaults(kind), f"{name}.").items() if key not in was}

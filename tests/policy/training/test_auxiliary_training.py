@@ -196,12 +196,22 @@ def test_another_teacher_does_not_go_on(tmp_path: Path) -> None:
     config = replace(IMITATION, distillation=1.0, teacher=saved(tmp_path / "teacher", **PATCHES))
     small_trainer(tmp_path / "run", settings(steps=2, validate_every=0), config, **PATCHES).run()
     other = replace(config, teacher=saved(tmp_path / "other", seed=9, **PATCHES))
-    with pytest.raises(ValueError, match=r"another setting: objective.teacher was .*teacher, is .*other; choose"):
+    said = r"another setting: weights of objective\.teacher differs; choose"
+    with pytest.raises(ValueError, match=said):
         small_trainer(tmp_path / "run", settings(steps=4, validate_every=0), other, **PATCHES).run()
-    shutil.rmtree(tmp_path / "teacher")
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    moved = replace(config, teacher=str(tmp_path / "moved"))
+    small_trainer(tmp_path / "run", settings(steps=3, validate_every=0), moved, **PATCHES).run()
     shutil.copytree(tmp_path / "other", tmp_path / "teacher")
-    with pytest.raises(ValueError, match="trained from another base: its frozen weights are not these"):
+    with pytest.raises(ValueError, match=said):
         small_trainer(tmp_path / "run", settings(steps=4, validate_every=0), config, **PATCHES).run()
+
+
+def test_the_place_of_a_policy_that_is_not_used_does_not_matter(tmp_path: Path) -> None:
+    """A base is the teacher unless another one is given."""
+    for place in ("nowhere", "elsewhere"):
+        config = replace(IMITATION, teacher=place, blind=place)
+        small_trainer(tmp_path, settings(steps=2 + (place == "elsewhere"), validate_every=0), config).run()
 
 
 def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:

@@ -263,6 +263,9 @@ def test_settings_that_an_older_version_did_not_have_count_as_their_defaults() -
     assert differences(gone, now) == [], "a setting that is gone counts as its default, too"
     gone["objective"]["foresight"] = 0.1
     assert differences(gone, now) == ["objective.foresight was 0.1, is None"]
+    placed = {**now, "objective": {**now["objective"], "teacher": "here"}}
+    nameless = {name: value for name, value in now["objective"].items() if name not in ("teacher", "blind")}
+    assert differences(placed, {**now, "objective": nameless}) == [], "earlier versions saved its place"
     told = {**now, "weights of the base": None, "training.augmentation": asdict(AugmentationConfig(hue=0.1))}
     assert differences(now, told) == [], "of these it saved nothing"
     assert differences({**told, "weights of the base": "abc"}, told) == ["weights of the base differs"]
