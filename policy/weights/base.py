@@ -96,7 +96,7 @@ def check_base_encoder(source: str, encoder: TextEncoder | None) -> None:
 
 
 def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | None = None) -> list[str]:
-    """Load all weights of a checkpoint folder that fit the model by name and shape, in place.
+    """Load all weights of a checkpoint folder that fit the model by name and shape, in place; no head of another kind.
 
     Args:
         model: the network to train.
@@ -111,6 +111,12 @@ def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | Non
     """
     body = read_config(Path(folder))
     wanted, source = model.state_dict(), load_weights(Path(folder))
+    try:
+        config = CogVLAConfig.from_dict(body["model"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{CONFIG} in {folder} is damaged ({error!r}); {ANOTHER}") from error
+    if config.head.kind != model.config.head.kind:  # heads of diffusion and flow have the same names and shapes
+        source = {name: value for name, value in source.items() if not name.startswith("head.")}
     fits = {name for name, value in wanted.items() if name in source and source[name].shape == value.shape}
     new = [name for name in wanted if name not in fits]
     if wrong := [name for name in new if any(fnmatchcase(name, part) for part in BACKBONES)]:
@@ -124,10 +130,6 @@ def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | Non
             f"{folder} has {', '.join(deeper[:3])} ({len(deeper)} tensors), for which the configuration has no place; "
             "set policy=, routing= and image size as in its training"
         )
-    try:
-        config = CogVLAConfig.from_dict(body["model"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{CONFIG} in {folder} is damaged ({error!r}); {ANOTHER}") from error
     _check_settings(config, model.config, folder)
     with torch.no_grad():
         for name in fits:
@@ -139,13 +141,14 @@ def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | Non
 
 
 def _check_settings(base: CogVLAConfig, ours: CogVLAConfig, folder: Path | str) -> None:
-    """Check what shapes do not show: with other heads or positions the weights fit, and compute something else.
+    """Check what shapes do not show: with other heads, positions or ids the weights fit, and compute something else.
 
     Raises:
         ValueError: towers or language model of the base differ in it.
     """
     check_language(base.language, ours.language, folder)
-    pairs = []
+    tokens = ("bos_token", "stop_token")
+    pairs = [(f"language.{name}", getattr(base.language, name), getattr(ours.language, name)) for name in tokens]
     for tower in ("dinov2", "siglip"):
         theirs, mine = getattr(base.vision, tower), getattr(ours.vision, tower)
         pairs += [(f"vision.{tower}.{name}", getattr(theirs, name), getattr(mine, name)) for name in ("mean", "std")]

@@ -22,6 +22,7 @@ from cogvla.policy.checkpoint import load_policy, save_checkpoint
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.interface import Committed, Observation
 from cogvla.policy.model.cogvla import CogVLA
+from cogvla.policy.model.config import ActionHeadConfig
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.policy.training import adapters
 from cogvla.policy.training.adapters import FinetuneConfig
@@ -417,6 +418,7 @@ def test_other_statistics_do_not_change_the_actions_of_the_base(
     [
         ("language", {"rope_theta": 5e5}, "language.rope_theta 10000.0, not 500000.0"),
         ("language", {"heads": 1, "kv_heads": None}, "language.heads 2, not 1"),
+        ("language", {"bos_token": 13}, "language.bos_token 14, not 13"),
     ],
 )
 def test_a_base_whose_weights_would_mean_something_else_is_refused(
@@ -428,6 +430,18 @@ def test_a_base_whose_weights_would_mean_something_else_is_refused(
     with pytest.raises(ValueError, match=f"was trained with {said}: set policy.{said.split()[0]}="):
         load_own(model, tmp_path)
     load_own(base.model, tmp_path)
+
+
+def test_a_head_of_another_kind_starts_anew(tmp_path: Path) -> None:
+    """Those of flow and diffusion have the same names and shapes."""
+    configs = [replace(small.small_config(), head=ActionHeadConfig(kind=kind)) for kind in ("flow", "diffusion")]
+    base, model = (CogVLA(config, ROBOT) for config in configs)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    statistics = small.small_data().statistics()
+    save_checkpoint(tmp_path, base.state_dict(), configs[0], small.small_preprocessor(), statistics, {})
+    assert "head.denoiser.action" in load_own(model, tmp_path)[-1]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (before if name.startswith("head.") else base.state_dict())[name]), name
 
 
 def test_a_base_with_other_routing_gives_what_fits_and_says_the_rest(
