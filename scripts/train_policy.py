@@ -108,6 +108,11 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
             videos=settings["videos"],
             robot=embodiment,
         )
+    if training_config.rollout_every and (not played or values["evaluation"] is None):
+        raise ValueError(
+            f"training.rollout_every={training_config.rollout_every} plays nothing with suite=null or evaluation=null: "
+            "set it to 0, or give both"
+        )
     rounds = values["rounds"]
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f"rounds must be 1 (train once) or more, got {rounds!r}")

@@ -38,7 +38,7 @@ class TrainingConfig:
         validate_every: steps between two validations; 0: never.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: number of the newest checkpoints to keep.
-        rollout_every: steps between two evaluations in simulation; 0: never.
+        rollout_every: steps between two evaluations in simulation, which need suite and evaluation; 0: never.
         finetune: parts to train, and how, see `policy.training.adapters`.
         augmentation: image augmentation, see `policy.inputs.augmentation`.
         wordings: other wordings of the instructions, see `policy.training.wordings`.

@@ -328,6 +328,10 @@ def test_a_pretrained_language_model_brings_its_weights_and_its_tokenizer(tmp_pa
             "error: episodes and image_size must be positive whole",
         ),
         (["evaluation.videos=-1", "data.root=/new"], "error: videos per task must be a whole number of at least 0"),
+        (
+            ["training.rollout_every=3", "evaluation=null", "data.root=/new"],
+            r"error: training\.rollout_every=3 plays nothing with suite=null or evaluation=null",
+        ),
         (["evaluation.workers=-1", "data.root=/new"], "error: workers must be a whole number, 0"),
         (["evaluation.episodes_per_task=51", "data.root=/new"], "error: suite 'tabletop_object' has 50 initial states"),
         (["+evaluation.execute_steps=9", "data.root=/new"], "error: execute_steps is 9, but the policy predicts 8"),
