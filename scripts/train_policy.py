@@ -37,6 +37,7 @@ from cogvla.files import visible, write_atomic
 from cogvla.policy.checkpoint import FORECAST, load_policy, weights_hash
 from cogvla.policy.data.config import DataConfig, DataEntry
 from cogvla.policy.data.mixture.mixture import open_data
+from cogvla.policy.device import usable_device
 from cogvla.policy.engine.engine import EngineConfig
 from cogvla.policy.inputs.text_encoder import with_encoder
 from cogvla.policy.interface import Embodiment
@@ -162,19 +163,21 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     result: dict[str, Any] = {"command": command, "seconds": seconds, **provenance()}
     if not processes.is_main_process:
         return result
-    if drawn := trainer.batches.drawn(trainer.step):
+    drawn, nothing_new = trainer.batches.drawn(trainer.step), trainer.first_step == trainer.step
+    del trainer  # the policy needs its memory
+    if drawn:
         result["data"] = {name: {**data.describe()["sets"][name], **counts} for name, counts in drawn.items()}
         print("epochs: " + ", ".join(f"{name} {counts['epochs']:.2f}" for name, counts in drawn.items()))
     if played and values["evaluation"] is not None:
         use_threads(values["threads"], values["evaluation"]["workers"])
-        policy = load_policy(output / "policy", statistics=names_of[played[0].name])
+        policy = load_policy(output / "policy", usable_device(None), statistics=names_of[played[0].name])
         policy.preprocessor.forecast = None  # of an earlier run of this command: the evaluation is then the same
         policy = policy.with_engine(engine_config)
         identity = {"weights_sha256": weights_hash(output / "policy")}
         # After training, earlier results are from another policy; so are those left by a run that was killed then.
         runs = [read_run(output / folder)[0] for folder in report_folders(played) if (output / folder / RUN).is_file()]
         same = all(run["policy"].get("weights_sha256") == identity["weights_sha256"] for run in runs)
-        resume = same and trainer.first_step == trainer.step
+        resume = same and nothing_new
         with _timed(seconds, "evaluation"):
             if not resume and len(played) > 1:  # of all suites, before the first one is played
                 shutil.rmtree(output / EVALUATION, ignore_errors=True)

@@ -217,9 +217,11 @@ def test_a_longer_training_that_is_killed_before_its_evaluation_is_evaluated_by_
         (tmp_path / name).symlink_to(root / name)
     shutil.copytree(root / "run", tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(train_policy, "load_policy", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(train_policy, "usable_device", Mock(return_value="a GPU"))
+        patch.setattr(train_policy, "load_policy", opened := Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "training.steps=8")
+    assert opened.call_args.args[1] == "a GPU"
     run(tmp_path, "training.steps=8")
     report = json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text())
     assert report["reproduce"]["policy"]["step"] == 8
