@@ -135,7 +135,8 @@ class TrainedWeights:
             raise ValueError("was trained with another finetune")
         if not same:
             raise ValueError("was trained with another objective")
-        if not torch.equal(state.get("frozen", self.frozen), self.frozen):
+        # in the least precision, since a run may go on in another one
+        if not torch.equal(state.get("frozen", self.frozen).bfloat16(), self.frozen.bfloat16()):
             raise ValueError("was trained from another base: its frozen weights are not these")
         decay = [group["weight_decay"] for group in self.optimiser.param_groups]
         set_state_dict(

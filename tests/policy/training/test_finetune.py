@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from cogvla.configs.load import load
@@ -286,6 +287,18 @@ def test_the_base_is_in_bfloat16_and_what_is_trained_in_float32(tmp_path: Path) 
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
     assert policy.act(ROBOT.fake_observation(1)).actions.shape == (1, 4, 4)
     assert load_policy(tmp_path / "policy").act(ROBOT.fake_observation(1)).actions.shape == (1, 4, 4)
+
+
+@pytest.mark.usefixtures("own_accelerator")
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_run_goes_on_in_another_precision(tmp_path: Path, precision: str) -> None:
+    """As from a GPU to a CPU with `auto`."""
+    config = settings(steps=1, batch_size=2, validate_every=0, precision=precision, finetune=HEAD_ONLY)
+    small_trainer(tmp_path, config).run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    other = "float32" if precision == "bfloat16" else "bfloat16"
+    small_trainer(tmp_path, replace(config, steps=2, precision=other)).run()
+    assert rows(tmp_path)[-1]["step"] == 2
 
 
 ROUTINGS = [{}, {"mode": "drop"}, {"efa": False}, {"scale": "all", "position_policy": "renumber"}]
