@@ -100,8 +100,8 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
     modes = [[(asked, None) for asked in ASKED[config.asked]] + [(None, p) for p in perturbed] for perturbed in cells]
     for suite, protocol, of_suite in zip(played, protocols, modes, strict=True):  # likewise
         for asked, perturbation in of_suite if config.resume else ():
-            folder = output / _folder(suite, perturbation or asked, part)
-            check_results(policy, suite, protocol, folder, asked=asked, perturbation=perturbation, identity=identity)
+            there = output / _folder(suite, perturbation or asked, part)
+            check_results(policy, suite, protocol, there, asked=asked, perturbation=perturbation, identity=identity)
     reports: dict[str, Report] = {}
     listed: dict[str, Report] = {}
     for suite, protocol, perturbed, of_suite in zip(played, protocols, cells, modes, strict=True):
