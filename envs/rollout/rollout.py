@@ -170,7 +170,7 @@ def warn_of_unknown_words(policy: Policy, suite: Suite, tasks: Iterable[int]) ->
         Index of a task -> its unknown words, of all tasks of the suite; empty if the policy cannot say so.
     """
     ask: Callable[[str], list[str]] = getattr(policy, "unknown_words", lambda _: [])
-    unknown = {str(i): words for i, task in enumerate(suite.tasks) if (words := ask(task.instruction))}
+    unknown = {str(i): found for i, task in enumerate(suite.tasks) if (found := ask(task.instruction))}
     told = [task for task in tasks if str(task) in unknown]
     if told:
         words = dict.fromkeys(word for task in told for word in unknown[str(task)])
