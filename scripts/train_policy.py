@@ -143,6 +143,7 @@ def run(config: DictConfig, command: str) -> dict[str, Any]:
     )
 
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    training_config.check_processes(processes.num_processes)
     seconds: dict[str, float] = {}
     with _timed(seconds, "demonstrations"), processes.main_process_first():
         for folder, suite in recordings.items() if processes.is_main_process else ():

@@ -92,3 +92,11 @@ class TrainingConfig:
         for name in ("seed", "warmup_steps", "weight_decay", "validate_every", "rollout_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"training.{name} must not be negative, got {getattr(self, name)}")
+
+    def check_processes(self, processes: int) -> None:
+        """Raise a ValueError if a batch cannot be shared equally among so many processes."""
+        if self.batch_size % (processes * self.accumulation):
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of processes x accumulation "
+                f"({processes} x {self.accumulation})"
+            )

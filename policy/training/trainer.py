@@ -96,11 +96,7 @@ class Trainer:
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-        if config.batch_size % (self.accelerator.num_processes * config.accumulation):
-            raise ValueError(
-                f"batch_size {config.batch_size} must be a multiple of processes x accumulation "
-                f"({self.accelerator.num_processes} x {config.accumulation})"
-            )
+        config.check_processes(self.accelerator.num_processes)
         self.preprocessor = preprocessor.to(self.accelerator.device)
         self.weights = TrainedWeights(self.accelerator, objective, config)
         self.objective, self.raw = self.weights.objective, self.weights.raw

@@ -12,6 +12,7 @@ from cogvla.configs.load import read_once
 from cogvla.policy.checkpoint import weights_hash
 from cogvla.policy.data.config import DataConfig
 from cogvla.policy.data.demonstrations import DemonstrationData
+from cogvla.policy.engine.nf4 import Nf4Linear
 from cogvla.policy.hub.download import checkpoint_name
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.text_encoder import open_encoder
@@ -25,6 +26,7 @@ from cogvla.policy.training.auxiliary.frozen_policy import check_frozen, load_fr
 from cogvla.policy.training.config import TrainingConfig
 from cogvla.policy.training.data_checks import check_instructions, check_tokens, clipped_instructions, rare_dimensions
 from cogvla.policy.training.objective import Objective, ObjectiveConfig
+from cogvla.policy.training.optimisation import adamw
 from cogvla.policy.training.trainer import Trainer
 from cogvla.policy.training.wordings import training_wordings
 from cogvla.policy.weights.base import base_tokenizer, check_base_encoder, find_base, is_own, load_own
@@ -95,6 +97,9 @@ def check_without_data(
     _check_fusion(model.routing)
     network = empty_model(model, robot)
     check_parts(network, config.finetune)
+    adamw(torch.nn.Linear(1, 1), 1.0, 0.0, config.optimiser)  # is what it needs installed?
+    if config.finetune.bits is not None:
+        Nf4Linear(torch.zeros(1, 64), None)  # likewise
     Objective(network, replace(objective, distillation=0.0))
     choose_tokenizer(model.language, [], base, reworded=False)
     if base is not None and is_own(base):  # published weights may be too large to be read twice

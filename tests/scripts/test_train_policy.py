@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -455,6 +456,25 @@ def test_a_disabled_log_leaves_nothing(tmp_path: Path) -> None:
     with RunLog({"mode": "disabled", "project": "cogvla"}, {}, tmp_path) as log:
         log.write({"train/loss": 0.5}, 20)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["training.optimiser=adamw8bit"], "adamw8bit needs bitsandbytes"),
+        (["finetune.bits=4", "finetune.train=[head.*]", "finetune.adapt=[decoder.*]"], "in 4 bits need bitsandbytes"),
+        (["training.batch_size=6", "training.cpu_parts=1"], r"batch_size 6 must be a multiple .* \(4 x 1\)"),
+    ],
+)
+def test_what_is_missing_or_does_not_fit_is_told_before_a_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: list[str], said: str
+) -> None:
+    for name in ("bitsandbytes", "bitsandbytes.optim", "bitsandbytes.functional"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(train_policy, "record", lambda *_, **__: pytest.fail("recorded"))
+    monkeypatch.setattr(train_policy, "PartialState", lambda **_: SimpleNamespace(num_processes=4))
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path, *wrong)
 
 
 @pytest.mark.parametrize(("recorded", "said"), [(3, False), (2, True), (None, True)])
