@@ -73,8 +73,13 @@ class Embodiment:
         names = [camera.name for camera in self.cameras]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"embodiment {self.name!r} needs at least one camera, each with its own name; got {names}")
-        if min(self.state_dim, self.action_dim, self.chunk) < 1 or self.control_hz <= 0:
+        if min(self.state_dim, self.action_dim, self.chunk) < 1 or not 0 < self.control_hz < np.inf:
             raise ValueError(f"embodiment {self.name!r}: state_dim, action_dim, chunk and control_hz must be positive")
+        if not np.isfinite([self.gripper_open, self.gripper_close]).all():
+            raise ValueError(
+                f"embodiment {self.name!r}: gripper_open and gripper_close must be finite numbers, "
+                f"got {self.gripper_open} and {self.gripper_close}"
+            )
         if len(self.action_normalise_mask) != self.action_dim:
             raise ValueError(
                 f"embodiment {self.name!r}: action_normalise_mask has {len(self.action_normalise_mask)} entries, "

@@ -70,6 +70,10 @@ class SafetyLimits:
             for value in getattr(self, name) or ():
                 if not (value is None or (math.isfinite(value) and value > 0)):
                     raise ValueError(f"limits: {name} must be positive numbers (null: no limit), got {value}")
+        for name in ("position_low", "position_high"):
+            for value in getattr(self, name) or ():
+                if not (value is None or math.isfinite(value)):
+                    raise ValueError(f"limits: {name} must be finite numbers (null: no limit), got {value}")
         for name in self.reject:
             values = (self.position_low, self.position_high) if name == "position" else (getattr(self, name),)
             if all(value is None for of_all in values for value in of_all or ()):

@@ -257,6 +257,8 @@ def test_deltas_stay_in_the_workspace_whatever_is_measured(seed: int) -> None:
         ({"lead": (0.1, 0.1), "state_index": (0, None)}, r"\[1\] need a state_index"),
         ({"step": (0.0, 0.1)}, "step must be positive"),
         ({"velocity": (np.nan, 0.1)}, "velocity must be positive"),
+        ({"position_high": (np.inf, 1.0)}, r"position_high must be finite numbers \(null: no limit\), got inf"),
+        ({"position_low": (0.0, np.nan)}, "position_low must be finite"),
         ({"gripper_step": -1.0}, "gripper_step"),
         ({"position_low": (1, 1), "position_high": (0, 2)}, "must be below"),
         ({"step": (0.1,) * 3}, "step has 3 entries; 'two_joints' has 2 arm dimensions"),
@@ -268,6 +270,19 @@ def test_deltas_stay_in_the_workspace_whatever_is_measured(seed: int) -> None:
 def test_wrong_limits_say_what_is_wrong(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         limiter(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gripper_open": np.nan}, "gripper_open and gripper_close must be finite numbers, got nan and "),
+        ({"gripper_close": np.inf}, "must be finite"),
+        ({"control_hz": np.nan}, "control_hz must be positive"),
+    ],
+)
+def test_numbers_of_an_embodiment_that_make_commands_are_finite(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(ROBOT, **changes)
 
 
 def embodiment_of(config: RobotConfig) -> Embodiment:
