@@ -18,6 +18,7 @@ Shape legend: A action dimension, S state dimension.
 from __future__ import annotations
 
 import importlib
+import logging
 import threading
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ from cogvla.real_robot.control.settings import SafetyLimits
 if TYPE_CHECKING:
     from lerobot.robots import Robot
 
+_log = logging.getLogger(__name__)
 MOVING = (State.HOLDING, State.RUNNING)
 JOIN_S = 5.0
 
@@ -159,7 +161,11 @@ def connected(robot: Robot) -> Iterator[Robot]:
             raise ValueError(f"{robot} is not calibrated: run `lerobot-calibrate` with the same type, id and port")
         yield robot
     finally:
-        robot.disconnect()
+        try:
+            robot.disconnect()
+        except Exception as error:  # what ended the session says more, and this does not undo what it has made
+            kind = type(error).__name__
+            _log.warning("%s was not disconnected, so its motors may go on to hold: %s: %s", robot, kind, error)
 
 
 def capture_times(robot: Robot) -> dict[str, float]:
@@ -252,7 +258,11 @@ class LeRobotFrontEnd:
     def _act(self, bridge: Bridge, action_A: np.ndarray, wanted: float) -> None:
         if self._now() - wanted <= self._period_s and bridge.state in MOVING:
             values = map(float, action_A)
-            self._robot.send_action(dict(zip(self._settings.action, values, strict=True)))
+            try:
+                self._robot.send_action(dict(zip(self._settings.action, values, strict=True)))
+            except Exception as error:  # drivers raise anything
+                kind = type(error).__name__
+                raise ConnectionError(f"{self._robot.name} takes no command: {kind}: {error}") from error
 
     def _observe(self, bridge: Bridge) -> None:
         """Read the sensors and hand them to the bridge.
@@ -264,7 +274,7 @@ class LeRobotFrontEnd:
         clocks = stamp - time.perf_counter()
         try:
             seen = self._robot.get_observation()
-        except (OSError, RuntimeError) as error:  # motors raise ConnectionError, cameras TimeoutError or RuntimeError
+        except Exception as error:  # drivers raise anything: a port that is unplugged raises termios.error
             for sensor in (*self._settings.cameras, STATE):
                 bridge.refuse(sensor, "unreadable", f"{type(error).__name__}: {error}")
             return

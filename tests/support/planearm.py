@@ -65,7 +65,7 @@ class PlaneArm(Robot):
 
     Attributes:
         sent: (time, action) of every command.
-        unreadable, unwritable: what reading and sending raise from now on.
+        unreadable, unwritable, stuck: what reading, sending and disconnecting raise from now on.
         silent: its observations lack this key.
         cameras: devices that know when they took their newest image, as lerobot's do; none unless a test adds them.
     """
@@ -80,6 +80,7 @@ class PlaneArm(Robot):
         self.sent: list[tuple[float, dict[str, float]]] = []
         self.unreadable: Exception | None = None
         self.unwritable: Exception | None = None
+        self.stuck: Exception | None = None
         self.silent: str | None = None
         self.cameras: dict[str, Any] = {}
         self._connected = False
@@ -134,6 +135,8 @@ class PlaneArm(Robot):
         return action
 
     def disconnect(self) -> None:
+        if self.stuck is not None:
+            raise self.stuck
         self._connected = False
 
 

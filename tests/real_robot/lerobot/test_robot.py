@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import termios
 import threading
 import time
 import tracemalloc
@@ -39,6 +41,10 @@ from cogvla.tests.support.policy_servers import serving
 from cogvla.tests.support.waiting import until, wait_ticks
 
 INSTRUCTION = "sweep to the left"
+
+
+UNPLUGGED = termios.error(5, "Input/output error")
+"""What lerobot's motors raise whose port is unplugged: it is neither an OSError nor a RuntimeError."""
 
 
 class Device:
@@ -195,6 +201,7 @@ def test_a_dry_run_moves_nothing(robot: PlaneArm) -> None:
         ("silent", "hand", "wrist: the robot gave no 'hand'"),
         ("silent", "elbow.pos", "state: no elbow.pos"),
         ("unreadable", ConnectionError("no status packet"), "state: ConnectionError: no status packet"),
+        ("unreadable", UNPLUGGED, "state: error: (5, 'Input/output error')"),
     ],
 )
 def test_what_cannot_be_read_is_said_and_becomes_stale(robot: PlaneArm, fault: str, value: Any, said: str) -> None:
@@ -278,12 +285,21 @@ def test_a_camera_that_stalls_holds_the_arm_although_it_is_read(robot: PlaneArm)
         until(lambda: any(said in reason for reason in reasons))
 
 
-def test_a_robot_that_takes_no_commands_ends_the_bridge(robot: PlaneArm) -> None:
-    robot.unwritable = ConnectionError("the port is gone")
+@pytest.mark.parametrize("error", [ConnectionError("the port is gone"), UNPLUGGED])
+def test_a_robot_that_takes_no_commands_ends_the_bridge(robot: PlaneArm, error: Exception) -> None:
+    robot.unwritable = error
     with bridged(robot) as bridge:
         bridge.activate()
-        with pytest.raises(ConnectionError, match="the port is gone"):
+        with pytest.raises(ConnectionError, match=f"plane_arm takes no command: .*{re.escape(str(error))}"):
             bridge.wait(30)
+
+
+def test_a_robot_that_cannot_be_disconnected_hides_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    arm = PlaneArm(PlaneArmConfig(id="test"))
+    arm.stuck = UNPLUGGED
+    with pytest.raises(ConnectionError, match="takes no command"), connected(arm):
+        raise ConnectionError("it takes no command")
+    assert "was not disconnected, so its motors may go on to hold: error: (5, 'Input/output error')" in caplog.text
 
 
 def test_a_command_that_waited_for_too_long_is_dropped(robot: PlaneArm) -> None:
