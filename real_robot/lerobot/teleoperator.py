@@ -164,8 +164,7 @@ class Teleoperation:
                     self._complain("cannot be connected", error)
                 else:
                     self._poll_until_lost()
-                with suppress(Exception):
-                    self._teleop.disconnect()
+                self._disconnect()
                 self._stop.wait(RECONNECT_S)
         except BaseException as error:  # `Bridge.wait` raises it
             self._bridge.fail(error)
@@ -179,6 +178,18 @@ class Teleoperation:
             teleop.connect()
         if teleop.is_calibrated is False:  # some devices return nothing, others a method
             raise ValueError("it is not calibrated; run `lerobot-calibrate` with the same type, id and port")
+
+    def _disconnect(self) -> None:
+        """Disconnect, or else make the device anew.
+
+        lerobot's arms do not close a port that was unplugged, and of two arms not that of one alone; they refuse to be
+        connected then, because they are already.
+        """
+        try:
+            self._teleop.disconnect()
+        except Exception:  # drivers raise anything
+            with suppress(Exception):
+                self._teleop = type(self._teleop)(self._teleop.config)
 
     def _poll_until_lost(self) -> None:
         """Hand over actions until the end, or until nothing but errors came for `RECONNECT_S`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import termios
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ class PlaneLeader(Teleoperator):
     Attributes:
         action: its action from now on.
         unplugged: it can be neither connected nor read.
+        stuck: it cannot be disconnected, as an arm of lerobot whose port was unplugged.
         intervenes: what its event `is_intervention` is.
         answers: cleared, it does not answer until it is set.
         connections: number of times that it was connected.
@@ -48,7 +50,7 @@ class PlaneLeader(Teleoperator):
         super().__init__(config)
         self.config = config
         self.action: dict[str, Any] = dict.fromkeys(config.keys.split(), 0.0)
-        self.unplugged = self.intervenes = False
+        self.unplugged = self.stuck = self.intervenes = False
         self.answers = threading.Event()
         self.answers.set()
         self.connections = 0
@@ -102,4 +104,6 @@ class PlaneLeader(Teleoperator):
         raise NotImplementedError
 
     def disconnect(self) -> None:
+        if self.stuck:
+            raise termios.error(5, "Input/output error")
         self._connected = False

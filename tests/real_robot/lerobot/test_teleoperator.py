@@ -282,6 +282,21 @@ def test_a_device_that_goes_wrong_is_said_once_and_the_arm_holds(
     assert re.match(f"teleoperator plane_leader {line}", wrong), wrong
 
 
+def test_a_device_that_cannot_be_disconnected_is_made_anew() -> None:
+    with session() as s:
+        s.until_driven_by(Kind.ACTION)
+        until(lambda: s.said)
+        s.leader.unplugged = s.leader.stuck = True
+        until(lambda: len(s.said) == 3)
+        s.operator.toggle()
+        s.until_driven_by(Kind.TELEOP)
+        s.leader.stuck = False
+        s.leader.disconnect()
+    ready, wrong, again = s.said
+    assert ready == again == "teleoperator plane_leader is ready"
+    assert "gives no action" in wrong
+
+
 def test_a_device_that_does_not_answer_delays_nothing() -> None:
     robot = replace(LIMITS, loop=replace(LIMITS.loop, teleop_age_s=0.5))
     with session(robot=robot) as s:
