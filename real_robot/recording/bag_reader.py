@@ -279,8 +279,9 @@ class BagReader:
         text = bag.texts.newest(when)
         if not text:
             return "no instruction"
-        command_A = self._action(command, bag.gripper, when)
-        action_A = self._hold(last_A) if command_A is None and last_A is not None else command_A
+        grip_G = None if bag.gripper is None else bag.gripper.newest(when + 0.5 / self._embodiment.control_hz)
+        command_A = self._action(command, grip_G)
+        action_A = self._hold(last_A, grip_G) if command_A is None and last_A is not None else command_A
         if action_A is None:
             return "no command"
         state_S = bag.states.newest(when, loop.state_age_s)
@@ -417,22 +418,20 @@ class BagReader:
         away_s = self._away_s.get(topic)
         return "" if away_s is None else f"; some stamps of {topic} are {away_s:.1f} s from the time of recording"
 
-    def _action(self, command: np.ndarray | None, gripper: Samples | None, when: float) -> np.ndarray | None:
-        """Return the action [A] of a tick, or None; a gripper with its own topic keeps its last command."""
-        if command is None or gripper is None:
-            action_A = command
-        else:
-            grip_G = gripper.newest(when + 0.5 / self._embodiment.control_hz)
-            action_A = None if grip_G is None else self._commands.action(command, grip_G)
-        return action_A
+    def _action(self, command: np.ndarray | None, grip_G: np.ndarray | None) -> np.ndarray | None:
+        """Return the action [A] of a tick, or None; a gripper with its own topic keeps its last command [G]."""
+        if command is None or self._topics.gripper is None:
+            return command
+        return None if grip_G is None else self._commands.action(command, grip_G)
 
-    def _hold(self, action_A: np.ndarray) -> np.ndarray:
-        """Return the action [A] that keeps the arm still: the same target, or no displacement."""
-        if self._robot.limits.kind == "absolute":
-            return action_A
-        held_A = np.zeros_like(action_A)
+    def _hold(self, action_A: np.ndarray, grip_G: np.ndarray | None) -> np.ndarray:
+        """Return the action [A] that keeps the arm still: the same target, or no displacement.
+
+        A gripper with its own topic goes on, to its last command [G].
+        """
+        held_A = action_A.copy() if self._robot.limits.kind == "absolute" else np.zeros_like(action_A)
         grippers = list(self._embodiment.grippers)
-        held_A[grippers] = action_A[grippers]
+        held_A[grippers] = action_A[grippers] if grip_G is None else grip_G
         return held_A
 
     def _pictures(self, camera: str, numbers: Sequence[int]) -> list[bytes]:

@@ -255,6 +255,23 @@ def test_trajectories_and_a_gripper_of_its_own(bag: Bag) -> None:
     assert topics.names(ARM) == {"observation.state": ("a", "b", "finger"), "action": ("a", "b", "gripper")}
 
 
+@pytest.mark.parametrize(("robot", "arm"), [(DELTA, (0.0, 0.0)), (ABSOLUTE, (0.09, 0.5))])
+def test_a_gripper_of_its_own_is_commanded_while_the_arm_is_held(
+    bag: Bag, robot: RobotConfig, arm: tuple[float, ...]
+) -> None:
+    bag.sensors(4.0)
+    bag.instruct(0.0, "push")
+    bag.add(0.9, "/gripper", ARRAY, array_fields(np.array([-1.0])))
+    bag.add(2.12, "/gripper", ARRAY, array_fields(np.array([0.75])))
+    for when in [*np.arange(1.0, 1.95, 1 / HZ), *np.arange(2.5, 2.95, 1 / HZ)]:  # still from 1.9 s to 2.5 s
+        number = min(round((when - 1) * HZ), 9)
+        bag.add(float(when), "/commands", ARRAY, array_fields(np.array([0.01 * number, 0.5])))
+    with reader(bag, robot, replace(TOPICS, gripper="/gripper")) as found:
+        [episode] = found.episodes()
+    np.testing.assert_allclose([a[:2] for a in episode.actions[10:15]], np.tile(arm, (5, 1)), atol=1e-9)
+    assert [a[2] for a in episode.actions] == [-1.0] * 11 + [0.75] * 9
+
+
 def test_a_trajectory_of_a_chunk_gives_a_command_for_every_tick_until_the_next_one(bag: Bag) -> None:
     bag.sensors(4.0)
     bag.instruct(0.0, "push")
