@@ -314,6 +314,10 @@ class Bridge:
         return self._loop.teleoperated
 
     @property
+    def instruction(self) -> str:
+        return self._loop.instruction
+
+    @property
     def loop_settings(self) -> LoopSettings:
         return self._loop.settings
 

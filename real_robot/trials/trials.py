@@ -156,12 +156,19 @@ def play(
 
 
 def _follow(bridge: Bridge, scene: TrialScene, status: SceneStatus, timeout_s: float) -> tuple[SceneStatus, str | None]:
-    """Wait until the scene is over. Return its status, and the error that ended the episode or None."""
-    last = time.monotonic() + timeout_s
+    """Wait until the scene is over. Return its status, and the error that ended the episode or None.
+
+    Where somebody else, such as a topic, ends the motion or gives another instruction, it is no trial of the policy.
+    """
+    last, instruction = time.monotonic() + timeout_s, status.instruction.strip()
     try:
         while not (status := scene.status()).over:
             if bridge.state is State.STOPPED:
                 return status, f"{STOPPED}{bridge.fault}"
+            if bridge.state is State.IDLE:
+                return status, "deactivated or reset during the trial"
+            if bridge.instruction != instruction:
+                return status, f"the instruction was changed to {bridge.instruction!r} during the trial"
             if time.monotonic() > last:
                 reason = bridge.diagnostics()["stale"] or bridge.state.value
                 return status, f"not over within {timeout_s:g} s: {reason}"

@@ -8,10 +8,10 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -215,6 +215,32 @@ def test_a_policy_that_is_away_is_no_failure_of_the_policy() -> None:
         result = play(bridge, scene, EpisodeSpec(0, 0), timeout_s=60.0)
     assert result.error == "the robot was never commanded: nobody is there"
     assert not result.success
+
+
+@pytest.mark.parametrize(
+    ("meddle", "error"),
+    [
+        (lambda bridge: bridge.reset(), "deactivated or reset during the trial"),
+        (lambda bridge: bridge.activate(False), "deactivated or reset during the trial"),
+        (lambda bridge: bridge.instruct("dance"), "the instruction was changed to 'dance' during the trial"),
+    ],
+)
+def test_a_trial_with_which_somebody_meddles_is_no_failure(meddle: Callable[[Bridge], Any], error: str) -> None:
+    class Meddled(Script):
+        seen = 0
+
+        def status(self) -> SceneStatus:
+            now = super().status()
+            if now.over:
+                assert self.bridge is not None
+                meddle(self.bridge)
+                self.seen += 1
+            return replace(now, over=self.seen > 1)
+
+    with bridged() as bridge:
+        scene = Meddled("failure")
+        scene.bridge = bridge
+        assert play(bridge, scene, EpisodeSpec(0, 0), timeout_s=60.0).error == error
 
 
 def test_a_bridge_that_fails_between_two_episodes_ends_the_trials() -> None:
