@@ -79,7 +79,7 @@ class ControlLog:
             tuple(measured.jitter_ms),
             result.loop_ms,
             result.inference_ms,
-            dict(measured.counts - self._before),
+            dict(measured.counts.copy() - self._before),  # a copy, because the loop goes on to count
         )
         self.attempts.append(timing)
         with self._path.open("a") as file:

@@ -8,6 +8,7 @@ import queue
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,12 +21,13 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from cogvla.envs.contract import SuiteEnv
-from cogvla.envs.episodes import EpisodeSpec
+from cogvla.envs.episodes import EpisodeResult, EpisodeSpec
 from cogvla.envs.evaluation.episode_log import EPISODES, EpisodeLog
 from cogvla.envs.rollout.video import VideoWriter
 from cogvla.envs.suite import Suite, Task
 from cogvla.policy.interface import ActionChunk, Observation
 from cogvla.real_robot.bridge.bridge import Bridge, BridgeSettings
+from cogvla.real_robot.control.measurements import Measurements
 from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, connected
 from cogvla.real_robot.serving.async_client import UnavailableError
 from cogvla.real_robot.serving.local_policy import LocalPolicy
@@ -181,6 +183,26 @@ def test_a_trial_counts_although_its_video_cannot_be_written(tmp_path: Path, mon
 def test_a_scene_that_is_not_set_up_adds_nothing_to_what_was_measured(tmp_path: Path) -> None:
     _, control = session(tmp_path, 1, Script("success", "never", "never"))
     assert [attempt.counts.get("action", 0) > 0 for attempt in control.attempts] == [True, False, False]
+
+
+def test_counters_that_are_new_while_an_attempt_is_saved_do_no_harm(tmp_path: Path) -> None:
+    class Counting(Counter[str]):
+        """The control thread counts something for the first time whenever somebody looks."""
+
+        def copy(self) -> Counter[str]:
+            return Counter(dict(self))
+
+        def items(self) -> Any:
+            for item in super().items():
+                yield item
+                self["old_epoch_chunks"] += 1
+
+    measured = Measurements()
+    measured.counts = Counting(action=5)
+    bridge: Any = SimpleNamespace(measurements=measured)
+    control = ControlLog(tmp_path)
+    control.end(bridge, EpisodeResult(0, 0, 0))
+    assert control.attempts[0].counts == {"action": 5}
 
 
 def test_what_was_interrupted_goes_on_and_tries_errors_again(tmp_path: Path) -> None:
