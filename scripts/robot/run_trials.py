@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from cogvla.real_robot.trials.operator_scene import OperatorScene, SessionEndedE
 from cogvla.real_robot.trials.trial_log import ControlLog, Film
 from cogvla.real_robot.trials.trials import STOPPED, SimulatedScene, TrialScene, play
 from cogvla.scripts import console
-from cogvla.scripts.command import as_typed, end_on_sigterm, import_modules, plain
+from cogvla.scripts.command import as_typed, check_counts, end_on_sigterm, import_modules, plain
 from cogvla.scripts.robot.robots import open_front_end, open_policy_client
 
 SCENES = ("operator", "simulated")
@@ -189,21 +190,28 @@ def _trials(config: DictConfig, robot: RobotConfig, embodiment: Embodiment) -> t
     """Return the suite and protocol of the trials: a simulated suite, or the operator's instructions.
 
     Raises:
-        ValueError: the scene, the instructions or the limit are wrong.
+        ValueError: the scene, the instructions, the limit, the countdown or the numbers of trials are wrong.
     """
+    values = plain(config)
+    check_counts(values, "attempts")
     steps = robot.loop.execute_steps or embodiment.chunk
     if config.scene == "simulated":
+        if config.transport == "lerobot":
+            raise ValueError("scene=simulated needs transport=rclpy, by which a `sim_robot` is reached")
         suite = get_suite(config.suite)
         return suite, replace(load_protocol(suite.protocol, episodes_per_task=config.trials), execute_steps=steps)
     if config.scene != "operator":
         raise ValueError(f"scene must be one of {', '.join(SCENES)}, got {config.scene!r}")
-    listed = plain(config)["instructions"]
+    check_counts(values, "trials")
+    if values["countdown_s"] is None or values["countdown_s"] < 0:
+        raise ValueError(f"countdown_s must be a whole number of seconds, 0 or more, got {config.countdown_s}")
+    listed = values["instructions"]
     instructions = [str(text).strip() for text in listed] if isinstance(listed, list) else []
     if not instructions or not all(instructions) or len(set(instructions)) < len(instructions):
         raise ValueError(f"instructions must be a list of different sentences, got {listed!r}")
-    limit = round(float(config.limit_s) * embodiment.control_hz)
-    if limit < 1:
-        raise ValueError(f"limit_s must be at least one control period, got {config.limit_s}")
+    if values["limit_s"] is None or not 1 <= values["limit_s"] * embodiment.control_hz < inf:
+        raise ValueError(f"limit_s must be a number of seconds, at least one control period, got {config.limit_s}")
+    limit = round(values["limit_s"] * embodiment.control_hz)
     tasks = tuple(Task(f"instruction {number}", text) for number, text in enumerate(instructions))
     protocol = EvaluationProtocol("trials", int(config.trials), execute_steps=steps, max_steps=limit)
     name, count = f"trials on {robot.name}", protocol.episodes_per_task
@@ -219,8 +227,7 @@ def _scene(
 ) -> TrialScene:
     scene: TrialScene
     if config.scene == "simulated":
-        if node is None:
-            raise ValueError("scene=simulated needs transport=rclpy, by which a `sim_robot` is reached")
+        assert node is not None, "a simulated scene has a node"
         scene, press = SimulatedScene(node), _ignore
     else:
         instructions = [task.instruction for task in suite.tasks]

@@ -484,13 +484,23 @@ def test_kill_ends_it_as_ctrl_c_does(script: ModuleType, monkeypatch: pytest.Mon
     [
         (["scene=weather"], "scene must be one of operator, simulated"),
         (["scene=simulated"], "scene=simulated needs transport=rclpy"),
-        (["limit_s=0"], "limit_s must be at least one control period"),
-        (["trials=0"], "episodes_per_task must be a whole number of at least 1, got 0"),
+        (["limit_s=0"], "limit_s must be a number of seconds, at least one control period, got 0"),
+        (["limit_s=null"], "limit_s must be a number of seconds, .* got None"),
+        (["limit_s=nan"], "limit_s must be a number of seconds, .* got nan"),
+        (["limit_s=inf"], "limit_s must be a number of seconds, .* got inf"),
+        (["trials=0"], "trials must be a whole number, at least 1, got 0"),
+        (["trials=null"], "trials must be a whole number, at least 1, got None"),
+        (["attempts=null"], "attempts must be a whole number, at least 1, got None"),
+        (["attempts=0"], "attempts must be a whole number, at least 1, got 0"),
+        (["countdown_s=-1"], "countdown_s must be a whole number of seconds, 0 or more, got -1"),
+        (["countdown_s=null"], "countdown_s must be a whole number of seconds, .* got None"),
     ],
 )
-def test_run_trials_refuses_what_cannot_be(tmp_path: Path, overrides: list[str], message: str) -> None:
-    with serving(Still(), keys=RequestKeys()) as (uri, _), pytest.raises(ValueError, match=message):
-        run(command(uri, tmp_path, *overrides), "")
+def test_run_trials_refuses_what_cannot_be_before_anything_is_connected(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(command("ws://127.0.0.1:1", tmp_path, *overrides), "")
 
 
 def test_instructions_are_different_sentences(tmp_path: Path) -> None:
