@@ -51,7 +51,7 @@ def main(config: DictConfig, keyboard: int | None = None) -> None:
         video, teleoperated = bool(config.record_video), teleop is not None
         recorder = Recorder(Path(config.record), embodiment, robot.name, video, names=names, teleoperated=teleoperated)
     with ExitStack() as stack:
-        front_end, _ = open_front_end(config, embodiment, robot.limits, stack)
+        front_end, _ = open_front_end(config, embodiment, robot, stack)
         if recorder is not None:
             stack.enter_context(recorder)
         on_tick = None if recorder is None else recorder.show

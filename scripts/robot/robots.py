@@ -16,7 +16,8 @@ from cogvla.policy.checkpoint_folder import is_exported
 from cogvla.policy.hub.download import find_checkpoint
 from cogvla.policy.interface import Embodiment
 from cogvla.real_robot.bridge.bridge import AsksPolicy, FrontEnd
-from cogvla.real_robot.control.settings import SafetyLimits
+from cogvla.real_robot.control.control_loop import ControlLoop
+from cogvla.real_robot.control.settings import RobotConfig
 from cogvla.real_robot.ros.network import RosSettings
 from cogvla.real_robot.serving.async_client import AsyncPolicyClient, ClientSettings
 from cogvla.real_robot.serving.local_policy import LocalPolicy
@@ -33,7 +34,7 @@ HERE, THERE = ("statistics", "device", "threads"), ("certificate", "jpeg_quality
 
 
 def open_front_end(
-    config: DictConfig, embodiment: Embodiment, limits: SafetyLimits, stack: ExitStack
+    config: DictConfig, embodiment: Embodiment, robot: RobotConfig, stack: ExitStack
 ) -> tuple[FrontEnd, Any]:
     """Connect to the robot by `config.transport`; return its front end, and its ROS 2 node or None.
 
@@ -41,21 +42,22 @@ def open_front_end(
         ValueError: the transport is unknown or not installed, or the robot does not fit the embodiment or the limits.
         OSError: the robot cannot be reached.
     """
+    ControlLoop(embodiment, robot.limits, robot.loop)  # which refuses what does not fit, before anything is connected
     if config.transport == "lerobot":
         from cogvla.real_robot.lerobot.robot import LeRobotFrontEnd, LeRobotSettings, connected, make_robot
 
         settings = build(LeRobotSettings, plain(config.lerobot), "lerobot")
-        settings.check(embodiment, limits)
-        robot = make_robot(settings)
-        settings.check_robot(robot, embodiment)  # before anything is connected
-        return LeRobotFrontEnd(stack.enter_context(connected(robot)), settings, embodiment, limits), None
+        settings.check(embodiment, robot.limits)
+        arm = make_robot(settings)
+        settings.check_robot(arm, embodiment)  # before anything is connected
+        return LeRobotFrontEnd(stack.enter_context(connected(arm)), settings, embodiment, robot.limits), None
     if config.transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {config.transport!r}")
     from cogvla.real_robot.ros.front_end import RosFrontEnd
     from cogvla.real_robot.ros.topics import RosTopics
 
     node = ros_node(config.transport, config.node, plain(config.ros))
-    front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment, limits)
+    front_end = RosFrontEnd(node, build(RosTopics, plain(config.topics), "topics"), embodiment, robot.limits)
     stack.enter_context(node)
     return front_end, node
 

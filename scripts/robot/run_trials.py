@@ -86,7 +86,7 @@ def run(config: DictConfig, command: str, keyboard: int | None = None) -> Report
         log = stack.enter_context(EpisodeLog(output, fingerprint, session, config.resume))
         control = ControlLog(output, config.resume)
         film = Film(output if config.video else None, embodiment.control_hz)
-        front_end, node = open_front_end(config, embodiment, robot.limits, stack)
+        front_end, node = open_front_end(config, embodiment, robot, stack)
         settings = BridgeSettings(dry_run=False)
         bridge = stack.enter_context(Bridge(robot, embodiment, client, front_end, settings, film.show))
         scene = _scene(config, suite, node, bridge, keyboard, stack)

@@ -570,13 +570,32 @@ def test_drive_robot_with_keys_over_the_wire(
     assert [recorded.features[name]["names"] for name in ("observation.state", "action")] == [list(JOINTS)] * 2
 
 
-def test_a_folder_that_is_there_is_refused_before_the_robot_is_connected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*_: object, **__: object) -> None:
         raise AssertionError("the robot was connected")
 
     monkeypatch.setattr(PlaneArm, "connect", connect)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limits": {"velocity": [100.0]}}, "velocity has 1 entries; 'plane_arm' has 2 arm dimensions"),
+        ({"loop": {"clock_gap_s": 0.01}}, "clock_gap_s must be longer than a control period"),
+    ],
+)
+def test_limits_that_do_not_fit_are_refused_before_the_robot_is_connected(
+    unconnected: None, changes: dict[str, Any], message: str
+) -> None:
+    with serving(Sweep(), keys=RequestKeys()) as (uri, _):
+        config = command(uri)
+        config.robot.merge_with(changes)
+        with pytest.raises(ValueError, match=message):
+            main(config)
+
+
+def test_a_folder_that_is_there_is_refused_before_the_robot_is_connected(tmp_path: Path, unconnected: None) -> None:
     (tmp_path / "data.txt").touch()
     with serving(Sweep(), keys=RequestKeys()) as (uri, _), pytest.raises(ValueError, match="is there already"):
         main(command(uri, "dry_run=false", f"record={tmp_path}"))
