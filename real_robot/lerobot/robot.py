@@ -66,6 +66,9 @@ class LeRobotSettings:
     def __post_init__(self) -> None:
         for name in ("modules", "state", "action"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, keys in (("cameras", self.cameras.values()), ("state", self.state), ("action", self.action)):
+            if len(set(keys)) < len(keys):
+                raise ValueError(f"lerobot.{name} names a key twice: {', '.join(keys)}")
 
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
@@ -93,11 +96,13 @@ class LeRobotSettings:
         missing = [key for key in (*self.cameras.values(), *self.state) if key not in there]
         if missing:
             raise ValueError(f"{robot.name} observes no {', '.join(missing)}; it observes {', '.join(there)}")
+        if images := [key for key in self.state if isinstance(there[key], Sequence)]:
+            raise ValueError(f"lerobot.state names {', '.join(images)}, of which {robot.name} gives images")
         if set(wanted) != set(self.action):
             raise ValueError(f"lerobot.action must name all keys of the robot's action: {', '.join(wanted)}")
         for camera in embodiment.cameras:
             shape = there[self.cameras[camera.name]]
-            if tuple(shape) != (camera.height, camera.width, 3):
+            if not isinstance(shape, Sequence) or tuple(shape) != (camera.height, camera.width, 3):
                 raise ValueError(
                     f"camera {self.cameras[camera.name]!r} of {robot.name} gives {shape}, embodiment "
                     f"{embodiment.name!r} has {camera.height}x{camera.width} for {camera.name!r}: change one of them"

@@ -143,6 +143,8 @@ def test_a_robot_of_lerobot_is_made_from_a_file_and_checked_before_it_is_connect
         ({"config": {"colour": "red"}}, "lerobot.config is not for plane_arm: .*colour"),
         ({"config": {"no_camera": True}}, "plane_arm observes no hand; it observes .*top"),
         ({"config": {"high": True}}, r"camera 'top' of plane_arm gives \(16, 12, 3\), .* has 8x12 for 'front'"),
+        ({"cameras": {"front": "top", "wrist": JOINTS[0]}}, "camera 'shoulder.pos' of plane_arm gives .*float"),
+        ({"state": ("top", *JOINTS[1:])}, "lerobot.state names top, of which plane_arm gives images"),
         ({"cameras": {"front": "top"}}, r"lerobot.cameras has \['front'\]"),
         ({"state": (JOINTS[1], JOINTS[0], JOINTS[2])}, "state_index of shoulder.pos is 0, .* elbow.pos: give 1"),
         ({"state": JOINTS[:2]}, "lerobot.state names 2 features, the state of 'plane_arm' has 3"),
@@ -153,6 +155,15 @@ def test_a_robot_that_does_not_fit_is_refused_with_what_to_change(changes: dict[
     settings: LeRobotSettings = replace(SETTINGS, **changes)
     with pytest.raises(ValueError, match=message):
         LeRobotFrontEnd(make_robot(settings), settings, PLANE, LIMITS.limits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"cameras": {"front": "top", "wrist": "top"}}, {"state": JOINTS[:1] * 3}, {"action": (*JOINTS, JOINTS[0])}],
+)
+def test_a_key_of_a_robot_named_twice_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"lerobot.{next(iter(changes))} names a key twice"):
+        replace(SETTINGS, **changes)
 
 
 def test_a_robot_without_calibration_is_left_alone() -> None:
