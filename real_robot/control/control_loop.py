@@ -115,7 +115,7 @@ class ControlLoop:
         self._requests = 0
         self._observed_tick = 0  # tick of the newest chunk's observation
         self._moved_tick = -1  # last tick whose command moved the arm
-        self._rests_at = -math.inf  # time at which the last action of the policy has taken effect
+        self._rests_at = -math.inf  # time at which the last command that moved the arm has taken effect
         self._held_since = 0.0
         self._last_failure: str | None = None  # why the last request has no usable answer, until one has
         self._unasked: str | None = None  # why there is no request although one is due
@@ -233,7 +233,9 @@ class ControlLoop:
             return None
         next_tick = self._clock.next_tick
         remaining = self._queue.remaining(next_tick)
-        if (self._pauses and remaining) or not self._prefetch.due(remaining, next_tick - self._observed_tick, now):
+        if self._pauses and (remaining or not self._limiter.stops):
+            return None
+        if not self._prefetch.due(remaining, next_tick - self._observed_tick, now):
             return None
         if self._observations.stale(now) is not None:
             return None
@@ -431,6 +433,8 @@ class ControlLoop:
         if sent_A is None:  # the loop has not moved the arm yet: nothing to hold, and the time limit does not start
             self._held_since = now
             return Command(Kind.NONE, tick, None, reason)
+        if not self._limiter.at_rest:
+            self._rests_at = now + self._period
         if now - self._held_since > self.settings.hold_limit_s:
             return self._stop(tick, f"held for more than {self.settings.hold_limit_s:g} s: {reason}")
         return Command(Kind.HOLD, tick, sent_A, reason)

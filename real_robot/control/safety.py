@@ -92,6 +92,11 @@ class SafetyLimiter:
         """True if the last command did not move the arm."""
         return not self._moved_D.any()
 
+    @property
+    def stops(self) -> bool:
+        """True if a hold moves the arm no further; False if it has to brake first."""
+        return bool((np.abs(self._moved_D) <= self._change_D).all())
+
     def move(self, action_A: np.ndarray, state_S: np.ndarray) -> np.ndarray:
         """Return the allowed command [A] of this tick that is nearest to the wanted action.
 

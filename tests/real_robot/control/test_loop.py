@@ -12,7 +12,7 @@ import pytest
 
 from cogvla.policy.interface import ActionChunk
 from cogvla.real_robot.control.control_loop import ControlLoop, Kind, State
-from cogvla.real_robot.control.settings import LoopSettings
+from cogvla.real_robot.control.settings import LoopSettings, SafetyLimits
 from cogvla.real_robot.control.watchdog import TRANSITIONS, Event, Watchdog
 from cogvla.tests.support.control_robot import ABSOLUTE, DELTA, PERIOD, ROBOT, Driver, chunk_of, constant, image
 
@@ -554,6 +554,27 @@ def test_asking_after_a_chunk_executes_its_beginning_and_then_looks_at_the_arm_a
     assert driver.ask().stamp == driver.now
     assert driver.counts["starvations"] == 0
     assert driver.counts["late_actions"] == 0
+
+
+@pytest.mark.parametrize("limits", [DELTA, ABSOLUTE])
+def test_asking_after_a_chunk_waits_until_the_arm_has_braked(limits: SafetyLimits) -> None:
+    """Two ticks speed it up by 0.01 a tick, so that it moves for one more while it brakes."""
+    limits = replace(limits, acceleration=(4.0, 4.0))
+    driver = Driver(LoopSettings(ask="after", execute_steps=2), limits).start()
+    assert driver.loop.deliver(constant(1.0), driver.ask(), driver.now) is None
+    moved, request = [0.0], None
+    while request is None:
+        action_A = driver.tick().action_A
+        assert action_A is not None
+        driver.state[0] = action_A[0] if limits.kind == "absolute" else moved[-1] + 0.1 * action_A[0]
+        moved.append(driver.state[0])
+        driver.observe()
+        request = driver.loop.request_due(driver.now)
+    np.testing.assert_allclose(moved, [0.0, 0.01, 0.03, 0.04], atol=1e-6)
+    np.testing.assert_allclose(request.observation.state[0, 0], 0.04, atol=1e-6)
+    assert request.stamp == driver.now
+    driver.tick()
+    assert driver.loop._limiter.at_rest
 
 
 def test_an_observation_just_after_a_tick_belongs_to_it() -> None:
