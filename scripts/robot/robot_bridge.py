@@ -80,7 +80,7 @@ def watch(bridge: Bridge, stop: threading.Event) -> None:
     while not (stop.is_set() or bridge.wait(POLL_S)):
         seen = bridge.diagnostics()
         waits = seen["last_failure"] if seen["state"] == "holding" else None
-        if seen["teleoperated"] or seen["alarm"]:
+        if seen["teleoperated"] or seen["alarm"] or not seen["instruction"]:
             waits = seen["holds"]
         reason = seen["fault"] or seen["stale"] or waits
         state = seen["state"] + (", driven by the operator" if seen["teleoperated"] else "")

@@ -35,6 +35,7 @@ from cogvla.real_robot.serving.local_policy import LocalPolicy
 from cogvla.real_robot.serving.request import RequestKeys
 from cogvla.scripts.command import compose
 from cogvla.scripts.robot.drive_robot import main
+from cogvla.scripts.robot.robot_bridge import watch
 from cogvla.tests.support.full_disk import files_limited_to
 from cogvla.tests.support.planearm import JOINTS, LIMITS, PLANE, SETTINGS, PlaneArm, PlaneArmConfig, configured
 from cogvla.tests.support.policy_servers import serving
@@ -197,6 +198,19 @@ def test_the_arm_follows_the_policy_and_stops_at_the_estop(robot: PlaneArm) -> N
     # Of each tick, because a busy machine does not send every command.
     steps = np.diff([action_A[0] for action_A in commanded])
     assert steps.max() <= 100 / PLANE.control_hz + 1e-6, "faster than the limit"
+
+
+def test_an_arm_without_an_instruction_says_so(
+    robot: PlaneArm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bridged(robot) as bridge:
+        bridge.instruct("")
+        bridge.activate()
+        until(lambda: bridge.diagnostics()["holds"] == "no instruction")
+        ends = iter([False, True])
+        monkeypatch.setattr(bridge, "wait", lambda _: next(ends))
+        watch(bridge, threading.Event())
+    assert "holding: no instruction" in capsys.readouterr().out
 
 
 def test_a_dry_run_moves_nothing(robot: PlaneArm) -> None:
