@@ -88,6 +88,11 @@ class ControlLoop:
         settings = settings or LoopSettings()
         if ahead and limits.kind != "absolute":
             raise ValueError("a plan for the controller needs absolute targets: limits.kind must be absolute")
+        if (settings.execute_steps or 0) > embodiment.chunk:
+            raise ValueError(
+                f"loop: execute_steps={settings.execute_steps} changes nothing with chunks of {embodiment.chunk} "
+                "actions: lower it"
+            )
         self._ahead = ahead
         # What the controller executes from the last tick on.
         self._given_NA: np.ndarray = np.empty((0, embodiment.action_dim))

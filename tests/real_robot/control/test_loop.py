@@ -485,6 +485,13 @@ def test_a_jump_of_the_clock_voids_everything_and_is_recovered_from(jump: float)
     assert driver.tick().kind is Kind.ACTION
 
 
+@pytest.mark.parametrize("ask", ["ahead", "after"])
+def test_more_steps_than_a_chunk_has_are_refused(ask: str) -> None:
+    Driver(LoopSettings(ask=ask, execute_steps=8))
+    with pytest.raises(ValueError, match="execute_steps=9 changes nothing with chunks of 8 actions: lower it"):
+        Driver(LoopSettings(ask=ask, execute_steps=9))
+
+
 def test_a_gap_that_every_tick_would_have_is_refused() -> None:
     Driver(LoopSettings(clock_gap_s=1.5 * PERIOD))
     with pytest.raises(ValueError, match=r"^loop: clock_gap_s must be longer than a control period of 0.05 s"):
