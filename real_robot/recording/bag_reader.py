@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from rosbags.highlevel import AnyReader, AnyReaderError
+from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection
-from rosbags.rosbag2 import ReaderError
 from rosbags.typesys import Stores, get_typestore
 
 from cogvla.envs.recording.demonstration import encode_png
@@ -190,8 +189,8 @@ class BagReader:
         try:
             reader = AnyReader([self._path], default_typestore=get_typestore(DISTROS[self._distro]))
             self._reader = self._open.enter_context(reader)
-        except (AnyReaderError, ReaderError, FileNotFoundError) as error:
-            raise ValueError(f"{self._path} cannot be read as a bag: {error}") from error
+        except Exception as error:  # of a damaged file it is anything
+            raise ValueError(f"{self._path} cannot be read as a bag: {error or type(error).__name__}") from error
         self._connections = {c.topic: c for c in self._reader.connections}
         try:
             self._check()
@@ -325,14 +324,24 @@ class BagReader:
                 )
 
     def _messages(self, topic: str, numbers: Sequence[int] | None = None) -> Iterator[tuple[int, float, Any]]:
-        """Yield index, time of recording in seconds and message, of all messages of a topic or of some."""
+        """Yield index, time of recording in seconds and message, of all messages of a topic or of some.
+
+        Raises:
+            ValueError: the file is damaged. What has no checksum, as the values of a message, cannot be checked.
+        """
         connection: Connection = self._connections[topic]
         wanted = None if numbers is None else set(numbers)
-        for number, (_, nanoseconds, raw) in enumerate(self._reader.messages([connection])):
-            if wanted is None or number in wanted:
-                yield number, nanoseconds * 1e-9, self._reader.deserialize(raw, connection.msgtype)
-            if wanted is not None and number >= max(wanted, default=-1):
-                return
+        try:
+            for number, (_, nanoseconds, raw) in enumerate(self._reader.messages([connection])):
+                if wanted is None or number in wanted:
+                    yield number, nanoseconds * 1e-9, self._reader.deserialize(raw, connection.msgtype)
+                if wanted is not None and number >= max(wanted, default=-1):
+                    return
+        except Exception as error:  # a length that is damaged ends in anything
+            raise ValueError(
+                f"{topic} in {self._path} cannot be read on, the file is damaged ({type(error).__name__}: {error}): "
+                "leave this bag out, or cut it before the damage with `ros2 bag convert`"
+            ) from error
 
     def _samples(self, topic: str) -> Samples:
         """Read the joint states [S], the commands of the arm [D] or those of the grippers [G] of a topic.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from omegaconf import DictConfig, OmegaConf
@@ -355,6 +357,24 @@ def test_nobody_says_what_was_asked_for(bag: Bag) -> None:
     bag.commands(0.5, 5)
     with reader(bag) as found, pytest.raises(ValueError, match="no /instruction: give instruction="):
         found.episodes()
+
+
+@given(share=st.floats(0.0, 1.0), byte=st.sampled_from([0x00, 0xFF]))
+@settings(max_examples=40, deadline=None)
+def test_a_damaged_file_is_read_or_refused(share: float, byte: int) -> None:
+    with TemporaryDirectory() as folder:
+        bag = Bag(Path(folder) / "bag")
+        bag.sensors(2.0)
+        bag.instruct(0.0, "push")
+        bag.commands(1.005, 5)
+        [file] = bag.write().glob("*.mcap")
+        whole = bytearray(file.read_bytes())
+        at = round(share * (len(whole) - 8))
+        whole[at : at + 8] = bytes([byte] * 8)
+        file.write_bytes(whole)
+        with suppress(ValueError), BagReader(bag.path, ARM, DELTA, TOPICS) as found:
+            for episode in found.episodes():
+                found.pictures(episode)
 
 
 @pytest.mark.parametrize("shift", [-BEGIN, -2.0, 2.0])
