@@ -102,9 +102,8 @@ def over(
     if distance > _OVER_AIM:
         height = max(height, _tallest(view, hand, point, reach, (*without, *([carried] if carried else ()))) + hang)
     if carried is not None and distance > tolerance / 2:
-        here_G, there_G = (_under_palm(view, carried, at, point[2]) for at in (hand, point))
-        if (here_G & ~there_G).any():
-            height = max(height, hand[2] + _SLIGHTLY)
+        over_it = _highest_under_palm(view, carried, hand, point) - PALM_HEIGHT + _SLIGHTLY
+        height = max(height, min(over_it, hand[2] + _SLIGHTLY))  # below it, the hand rises as it moves sideways
     sideways = float(np.clip(1.0 - (height - hand[2] - 0.01) / 0.04, 0.0, 1.0))
     return np.array([*(hand[:2] + sideways * offset[:2]), height])
 
@@ -132,10 +131,12 @@ def _from_below(view: SceneView, carried: str, low: np.ndarray, high: np.ndarray
     return _ASIDE * way / max(float(np.linalg.norm(way)), 1e-6) + np.array([0.0, 0.0, _SLIGHTLY])
 
 
-def _under_palm(view: SceneView, carried: str, at: np.ndarray, height: float) -> np.ndarray:
-    """Return bool [G]: the palm, over a point [3], would hit the obstacle on the hand's way down to a height."""
-    obstacles, palm_F2 = view.obstacles(carried), spots(PALM, at, view.rotation[:, 0])
-    return obstacles.under(palm_F2).any(axis=0) & (obstacles.top_G > height + PALM_HEIGHT)
+def _highest_under_palm(view: SceneView, carried: str, hand: np.ndarray, point: np.ndarray) -> float:
+    """Return the top, in metres, of what the palm would hit on its way down where the hand is, and not over a point."""
+    obstacles = view.obstacles(carried)
+    here_G, there_G = (obstacles.under(spots(PALM, at, view.rotation[:, 0])).any(axis=0) for at in (hand, point))
+    hit_G = here_G & ~there_G & (obstacles.top_G > point[2] + PALM_HEIGHT)
+    return float(obstacles.top_G[hit_G].max(initial=-np.inf))
 
 
 def _tallest(view: SceneView, hand: np.ndarray, point: np.ndarray, reach: float, without: tuple[str, ...]) -> float:

@@ -20,6 +20,7 @@ from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSetting
 from cogvla.envs.rotations import rotation_vector
 from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
+from cogvla.libero.experts.grasps import PALM_HEIGHT
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import CLOSE, DOWN, OPEN, Move, over, pointing
 from cogvla.libero.experts.places import Place
@@ -196,12 +197,15 @@ def test_a_palm_over_a_bar_goes_aside_before_it_comes_down() -> None:
         np.array([[0.0, 0.05, 1.0]]), np.array([[0.2, 0.03, 0.1]]), np.eye(3)[None], np.array([1.1]), np.array([0.9])
     )
     turned = np.diag([1.0, -1.0, -1.0])  # the palm lies along the bar
-    hand, aim = np.array([0.0, 0.0, 1.1]), np.array([0.0, -0.015, 1.0])
+    hand, aim = np.array([0.0, 0.0, 1.02]), np.array([0.0, -0.015, 0.9])
     low, high = np.array([-0.05, -0.05, 1.05]), np.array([0.05, 0.05, 1.12])
     view = SimpleNamespace(gripper=hand, rotation=turned, box=lambda _: (low, high), obstacles=lambda *_: bar)
     above = over(view, aim, turned, carried="bowl", tolerance=0.02)  # type: ignore[arg-type]
     assert above[1] == pytest.approx(-0.015)
     assert above[2] > hand[2]
+    view.gripper = np.array([0.0, 0.0, 1.2])  # farther up it comes down, though only as far as the bar lets the palm
+    down = over(view, aim, turned, carried="bowl", tolerance=0.02)[2]  # type: ignore[arg-type]
+    assert 1.1 < down + PALM_HEIGHT < 1.12
     view.gripper = np.array([0.0, -0.1, 1.1])
     assert over(view, view.gripper - (0.0, 0.0, 0.1), turned, carried="bowl")[2] < 1.01  # type: ignore[arg-type]
 
