@@ -165,7 +165,7 @@ class Hand:
 
     def fist(self) -> float:
         """Forget the item and return the gripper command that closes the hand for a push."""
-        self._item, self.closing = "", 0
+        self._forget("")
         return CLOSE
 
     def _forget(self, item: str) -> None:

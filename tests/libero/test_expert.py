@@ -20,7 +20,7 @@ from cogvla.envs.recording.demonstrator import Demonstrator, DemonstratorSetting
 from cogvla.envs.rotations import rotation_vector
 from cogvla.envs.suite import Suite
 from cogvla.libero.env import LiberoEnv, LiberoSettings
-from cogvla.libero.experts.grasps import PALM_HEIGHT
+from cogvla.libero.experts.grasps import PALM_HEIGHT, Grasp
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import CLOSE, DOWN, OPEN, Move, over, pointing
 from cogvla.libero.experts.places import Place
@@ -158,6 +158,18 @@ def test_a_hand_holds_a_thing_while_one_finger_trembles() -> None:
     view.finger_speed = 0.1
     hand.follow(closes=True)
     assert hand.closing
+
+
+def test_someone_else_may_act_while_the_expert_would_push_with_its_fist() -> None:
+    """The hand had forgotten the bowl, but not the grasp, and asked which way up a thing without a name is."""
+    known = {"bowl": np.eye(3)}
+    view = SimpleNamespace(gripper=np.zeros(3), rotation=NOMINAL, frame=known.__getitem__, is_thing=known.__contains__)
+    hand = Hand(view)  # type: ignore[arg-type]
+    hand._forget("bowl")
+    hand._grasp = Grasp(np.zeros(3), np.array([1.0, 0.0, 0.0]), rim=True)
+    hand.fist()
+    for closes in (True, False):
+        hand.follow(closes)
 
 
 def test_obstacles_are_turned_boxes() -> None:
