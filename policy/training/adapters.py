@@ -81,19 +81,17 @@ def check_parts(model: nn.Module, config: FinetuneConfig) -> None:
 
 
 def prepare(model: nn.Module, config: FinetuneConfig) -> None:
-    """Add adapters and freeze the weights that are not trained, in place; what is frozen already stays so.
+    """Add adapters and freeze the weights that are not trained, in place.
 
     Raises:
         ValueError: the model has no such part, there is no linear layer to adapt, or peft or (for 4 bits) bitsandbytes
             is not installed.
     """
     check_parts(model, config)
-    unused = {id(p) for p in model.parameters() if not p.requires_grad}  # such as a projector that a router replaces
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in unused
-        if _named(name, config.adapt) and not _named(name, config.train)
+        if isinstance(module, nn.Linear) and _named(name, config.adapt) and not _named(name, config.train)
     ]
     if config.adapt and not targets:
         raise ValueError(f"finetune.adapt = {list(config.adapt)} leaves no linear layer to adapt")
@@ -103,9 +101,8 @@ def prepare(model: nn.Module, config: FinetuneConfig) -> None:
         layer.base_layer = Nf4Linear(layer.base_layer.weight, layer.base_layer.bias)
     for name, parameter in model.named_parameters():
         # what is new in this training can only be learned in it
-        new = name.startswith("committed.") or ".lora_" in name
-        trained = new or (BASE not in name and _named(name, config.train))
-        parameter.requires_grad_(trained and id(parameter) not in unused)
+        new = name.startswith("committed.")
+        parameter.requires_grad_(new or ".lora_" in name or (BASE not in name and _named(name, config.train)))
 
 
 def _inject(model: nn.Module, targets: list[str], config: FinetuneConfig) -> None:

@@ -148,17 +148,6 @@ def test_a_token_router_which_a_base_may_not_have_is_trained_fully(name: str, ro
     assert all(p.requires_grad and ".lora_" not in name for name, p in own.items())
 
 
-@pytest.mark.parametrize("finetune", ["full", "lora_all"])
-def test_a_projector_that_the_router_replaces_is_not_trained(tmp_path: Path, finetune: str) -> None:
-    """Its gradients would be missing, for which several processes would wait."""
-    router = {"name": "flex_count", "stage": "encoder_out", "budget": 4, "options": {"variant": "projector"}}
-    objective = replace(small.LABELLED, grounding=0.0, pointing=0.0)
-    config = settings(finetune=FinetuneConfig(**load("finetune", finetune)))
-    trainer = small_trainer(tmp_path, config, objective, efa=False, film=True, lfp=False, router=router)
-    assert any(".router." in name for name in trainer.weights.trained)
-    assert not [name for name in trainer.weights.trained if "vision.fusion" in name]
-
-
 def test_merge_and_unmerge_is_a_round_trip_bit_for_bit() -> None:
     model = adapted()
     state = {name: value.clone() for name, value in model.state_dict().items()}
