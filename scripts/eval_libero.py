@@ -98,7 +98,7 @@ def _run(config: DictConfig, command: str, start_worker: Callable[[PlayerSetting
     output = Path(config.output or f"outputs/eval_libero/{report_name(str(config.checkpoint))}{plugged_in}{late}")
     part = "" if config.shard is None else f"_shard{shard[0]}of{shard[1]}"
     modes = [[(asked, None) for asked in ASKED[config.asked]] + [(None, p) for p in perturbed] for perturbed in cells]
-    for suite, protocol, of_suite in zip(played, protocols, modes, strict=True):  # likewise
+    for suite, protocol, of_suite in zip(played, protocols, modes, strict=True):  # before the first is played
         for asked, perturbation in of_suite if config.resume else ():
             there = output / _folder(suite, perturbation or asked, part)
             check_results(policy, suite, protocol, there, asked=asked, perturbation=perturbation, identity=identity)

@@ -315,6 +315,7 @@ class Bridge:
 
     @property
     def instruction(self) -> str:
+        """Instruction that the policy follows; empty: the arm holds."""
         return self._loop.instruction
 
     @property
