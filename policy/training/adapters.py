@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvla.policy.engine.nf4 import Nf4Linear
+from cogvla.policy.model.cogvla import CogVLA
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,18 +81,22 @@ def check_parts(model: nn.Module, config: FinetuneConfig) -> None:
             raise ValueError(f"finetune names {pattern!r}, but {said}")
 
 
-def prepare(model: nn.Module, config: FinetuneConfig) -> None:
+def prepare(model: CogVLA, config: FinetuneConfig) -> None:
     """Add adapters and freeze the weights that are not trained, in place.
+
+    A projector that the token router replaces is never trained: several GPUs would wait for its gradients.
 
     Raises:
         ValueError: the model has no such part, there is no linear layer to adapt, or peft or (for 4 bits) bitsandbytes
             is not installed.
     """
     check_parts(model, config)
+    before = None if model.router is None else model.router.before
+    unused = ("vision.fusion",) if before is not None and before.projects else ()
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and _named(name, config.adapt) and not _named(name, config.train)
+        if isinstance(module, nn.Linear) and _named(name, config.adapt) and not _named(name, (*config.train, *unused))
     ]
     if config.adapt and not targets:
         raise ValueError(f"finetune.adapt = {list(config.adapt)} leaves no linear layer to adapt")
@@ -101,8 +106,9 @@ def prepare(model: nn.Module, config: FinetuneConfig) -> None:
         layer.base_layer = Nf4Linear(layer.base_layer.weight, layer.base_layer.bias)
     for name, parameter in model.named_parameters():
         # what is new in this training can only be learned in it
-        new = name.startswith("committed.")
-        parameter.requires_grad_(new or ".lora_" in name or (BASE not in name and _named(name, config.train)))
+        new = name.startswith("committed.") or ".lora_" in name
+        trained = new or (BASE not in name and _named(name, config.train))
+        parameter.requires_grad_(trained and not _named(name, unused))
 
 
 def _inject(model: nn.Module, targets: list[str], config: FinetuneConfig) -> None:

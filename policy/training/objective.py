@@ -207,8 +207,6 @@ class Objective(nn.Module):
                 "routing.router.train_budgets varies the number, and this router does not leave grids: "
                 "set objective.grounding=0 or train_budgets=[], or use a router that pools, such as flex_count"
             )
-        if model.router is not None and model.router.before is not None and model.router.before.projects:
-            model.vision.fusion.requires_grad_(False)  # the router is the projector
         if config.pointer and model.config.routing.efa:
             raise ValueError(
                 "objective.pointer points at patches, but with routing.efa=true vision tokens are not patches: use "

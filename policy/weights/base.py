@@ -104,19 +104,19 @@ def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | Non
         preprocessor: that of the training, to whose statistics the weights are changed; None: they are not changed.
 
     Returns:
-        Lines for the log: what was loaded and what was not.
+        Lines for the log: what was loaded, what starts anew, and what has no place in the model.
 
     Raises:
         ValueError: the checkpoint is damaged, or its towers or language model do not fit the model.
     """
     body = read_config(Path(folder))
-    wanted, source = model.state_dict(), load_weights(Path(folder))
+    wanted, stored = model.state_dict(), load_weights(Path(folder))
     try:
         config = CogVLAConfig.from_dict(body["model"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{CONFIG} in {folder} is damaged ({error!r}); {ANOTHER}") from error
-    if config.head.kind != model.config.head.kind:  # heads of diffusion and flow have the same names and shapes
-        source = {name: value for name, value in source.items() if not name.startswith("head.")}
+    same_head = config.head.kind == model.config.head.kind  # heads of diffusion and flow have the same names and shapes
+    source = {name: value for name, value in stored.items() if same_head or not name.startswith("head.")}
     fits = {name for name, value in wanted.items() if name in source and source[name].shape == value.shape}
     new = [name for name in wanted if name not in fits]
     if wrong := [name for name in new if any(fnmatchcase(name, part) for part in BACKBONES)]:
@@ -137,7 +137,11 @@ def load_own(model: CogVLA, folder: Path | str, preprocessor: Preprocessor | Non
     said = [f"{len(fits)} of {len(wanted)} tensors from {folder}"]
     if preprocessor is not None:
         said += _change_units(model, fits, Path(folder), body["embodiment"], preprocessor)
-    return said + ([f"nothing into {', '.join(_parts(new))}, which are initialised randomly"] if new else [])
+    if new:
+        said.append(f"nothing into {', '.join(_parts(new))}, which are initialised randomly")
+    if unused := sorted(stored.keys() - wanted.keys()):
+        said.append(f"left out: {', '.join(_parts(unused))} of {folder}, for which the model has no place")
+    return said
 
 
 def _check_settings(base: CogVLAConfig, ours: CogVLAConfig, folder: Path | str) -> None:

@@ -148,6 +148,20 @@ def test_a_token_router_which_a_base_may_not_have_is_trained_fully(name: str, ro
     assert all(p.requires_grad and ".lora_" not in name for name, p in own.items())
 
 
+@pytest.mark.parametrize("finetune", ["full", "lora_all"])
+def test_a_projector_that_the_router_replaces_is_not_trained(tmp_path: Path, finetune: str) -> None:
+    """Its gradients would be missing, for which several processes would wait. Weights that came frozen are trained."""
+    router = {"name": "flex_count", "stage": "encoder_out", "budget": 4, "options": {"variant": "projector"}}
+    objective = replace(small.LABELLED, grounding=0.0, pointing=0.0)
+    config = settings(finetune=FinetuneConfig(**load("finetune", finetune)))
+    trainer = small_trainer(tmp_path, config, objective, efa=False, film=True, lfp=False, router=router)
+    assert any(".router." in name for name in trainer.weights.trained)
+    assert not [name for name in trainer.weights.trained if "vision.fusion" in name]
+    model = CogVLA(small.small_config(), ROBOT).requires_grad_(False)
+    adapters.prepare(model, FinetuneConfig())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_merge_and_unmerge_is_a_round_trip_bit_for_bit() -> None:
     model = adapted()
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -454,6 +468,8 @@ def test_a_base_with_other_routing_gives_what_fits_and_says_the_rest(
     assert "nothing into decoder.routers.1" in capsys.readouterr().out
     first, second = load_policy(tmp_path / "policy").model, trainer.raw.model
     assert torch.equal(first.decoder.llm.norm.weight, second.decoder.llm.norm.weight)
+    save_checkpoint(tmp_path / "routed", second.state_dict(), second.config, trainer.preprocessor, {}, {})
+    assert load_own(first, tmp_path / "routed")[1].startswith("left out: decoder.routers.1")
     with pytest.raises(ValueError, match="nothing is neither a folder nor USER/NAME of the hub"):
         small_trainer(tmp_path / "other", base=str(tmp_path / "nothing"))
 
