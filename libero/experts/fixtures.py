@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cogvla.envs.rotations import rotation_matrix
+from cogvla.envs.rotations import rotation_matrix, rotation_vector
+from cogvla.libero.experts.grasps import PALM
 from cogvla.libero.experts.hand import Hand
 from cogvla.libero.experts.motion import CLOSE, DOWN, OPEN, Move, along, over, pointing, turn_left
 from cogvla.libero.experts.places import place_for
@@ -30,9 +31,12 @@ _TILT = 0.5
 """Radians below the horizontal that the hand points which slides something in."""
 _OVER_FLOOR, _BEFORE_DOOR = 0.010, 0.10
 """Metres over the floor of a fixture, and before the inside of it, where the item has to be in line."""
-_TURNED, _TURN_BEFORE, _TURN_ABOVE, _NEAR_TURN = 0.3, 0.10, 0.12, 0.05
-"""Radians of a turn that is not done yet; metres before and above the handle where the hand turns, and how near."""
+_TURNED, _TURNING = 0.2, 0.8
+"""Radians that are left when a turn is done, and more that are left when it has only begun."""
+_TURN_BEFORE, _TURN_ABOVE, _NEAR_TURN, _FAR_FROM_TURN = 0.10, 0.12, 0.05, 0.15
+"""Metres before and above the handle where the hand turns; beside that spot where it has turned, and where it begins."""
 _IN_LINE, _DEEP_ENOUGH = 0.012, 0.010
+"""Metres beside the way in up to which an item goes in (from twice as far away, it goes back); and from its place."""
 _RIM, _HANDLE = 0.01, 0.9
 _PRESS_DEPTH = 0.006
 _PLATE_DEPTH = 0.006
@@ -101,7 +105,7 @@ def close(hand: Hand, name: str) -> Move:
 def insert(hand: Hand, item: str, region: str) -> Move:
     """Take an item by its handle, from the front, and slide it into a fixture that is open at one side only."""
     view = hand.view
-    inward, middle = _inside(view, region)
+    inward, middle = _inside(view, item, region)
     handle = _handle(view, item)
     way_in, opens = np.cos(_TILT) * inward + np.sin(_TILT) * DOWN, np.cross(_UP, inward)
     rotation = np.column_stack([opens, np.cross(way_in, opens), way_in])  # always this one: both may be equally near
@@ -113,21 +117,44 @@ def insert(hand: Hand, item: str, region: str) -> Move:
         leaving = hand.leave()
         return Move("release", view.gripper, view.rotation, OPEN) if leaving is None else leaving
     if not hand.grips(item, handle, item):
-        aim = along(view, handle, rotation[:, 2], rotation)
-        if not hand.closing and float(np.linalg.norm(turn_left(view, rotation))) > _TURNED:
-            # the hand turns above and before the item, with room for the palm beside an open door
-            aim, level = handle - _TURN_BEFORE * inward + _TURN_ABOVE * _UP, hand.level()
-            if float(np.hypot(*(aim - view.gripper)[:2])) > _NEAR_TURN:
-                return Move("approach", over(view, aim, level), level, OPEN)
-        return hand.grip(item, handle, rotation, aim)
+        return hand.grip(item, handle, *_to_handle(hand, handle, inward, rotation))
     before = deep - float(np.abs(inward) @ view.region_half(region)) - _BEFORE_DOOR
-    in_line = float(np.linalg.norm(aside)) < _IN_LINE
-    ahead = min(deep, _STRIDE) if in_line else float(np.clip(before, -_STRIDE, _STRIDE))
+    in_line = float(np.clip(2.0 - np.linalg.norm(aside) / _IN_LINE, 0.0, 1.0))
+    ahead = in_line * min(deep, _STRIDE) + (1.0 - in_line) * float(np.clip(before, -_STRIDE, _STRIDE))
     return Move("transport" if before > 0.0 else "lower", view.gripper + aside + ahead * inward, rotation, CLOSE)
 
 
-def _inside(view: SceneView, region: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the way into a fixture from its open side [3], and the middle of the floor inside [3]."""
+def _to_handle(hand: Hand, handle: np.ndarray, inward: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the next rotation [3,3] and position [3] of the hand on its way to a `handle` [3], from the front.
+
+    The hand turns above and before the handle, with room for the palm beside an open door. The closer it is to that
+    spot, the further it turns, and the further it has turned, the closer it comes: without steps that nobody can see.
+
+    Args:
+        hand: the hand.
+        handle: middle of the handle [3].
+        inward: way into the fixture [3] (unit vector).
+        rotation: rotation of the hand [3,3] at the handle.
+    """
+    view = hand.view
+    aim = along(view, handle, rotation[:, 2], rotation)
+    if hand.closing:
+        return rotation, aim
+    before = float(np.clip((handle - view.gripper) @ inward, 0.0, _TURN_BEFORE))
+    beside = float(np.hypot(*(handle - before * inward - view.gripper)[:2]))
+    near = float(np.clip((_FAR_FROM_TURN - beside) / (_FAR_FROM_TURN - _NEAR_TURN), 0.0, 1.0))
+    level = hand.level()
+    partly = rotation_matrix(near * rotation_vector(rotation @ level.T)) @ level
+    spot = over(view, handle - _TURN_BEFORE * inward + _TURN_ABOVE * _UP, partly)
+    left = float(np.clip((np.linalg.norm(turn_left(view, rotation)) - _TURNED) / _TURNING, 0.0, 1.0))
+    return partly, left * spot + (1.0 - left) * aim
+
+
+def _inside(view: SceneView, item: str, region: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the way into a fixture from its open side [3], and the point for an item on the floor inside [3].
+
+    That is the middle, or beside it while a door that is not wide open would meet the palm where the hand is now.
+    """
     owner, centre = view.owner(region), view.position(region)
     assert owner is not None, f"{region} belongs to a thing"
     axes = view.region_frame(region)[:, :2].T
@@ -135,9 +162,18 @@ def _inside(view: SceneView, region: str) -> tuple[np.ndarray, np.ndarray]:
     inward = -max(sides, key=lambda side: view.room(owner, centre, side))
     across = np.cross(inward, _UP)
     left, right = (view.room(owner, centre, side) for side in (across, -across))
-    middle = centre + (left - right) / 2 * across
-    middle[2] = centre[2] - view.room(owner, centre, DOWN)
-    return inward, middle
+    point = centre + (left - right) / 2 * across
+    point[2] = centre[2] - view.room(owner, centre, DOWN)
+    joint = view.joint(owner)
+    if joint is not None:
+        low, high = view.box(item)
+        room = (left + right - float(np.abs(across) @ (high - low))) / 2 - _INSIDE
+        door_P3 = view.points(view.joint_body(joint))
+        nearest = door_P3[np.abs((door_P3 - point) @ across).argmin()]
+        depth = float((view.gripper - nearest) @ inward) / max(float((joint.pivot - nearest) @ inward), 1e-3)
+        door = float((nearest + np.clip(depth, 0.0, 1.0) * (joint.pivot - nearest) - point) @ across)
+        point -= np.sign(door) * np.clip(float(PALM[:, 0].max()) + _BESIDE - abs(door), 0.0, max(room, 0.0)) * across
+    return inward, point
 
 
 def _handle(view: SceneView, item: str) -> np.ndarray:

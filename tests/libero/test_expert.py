@@ -295,6 +295,22 @@ def test_a_bowl_comes_down_into_a_drawer_past_the_bars_above_it(state: int) -> N
 
 
 @needs_assets
+def test_the_way_to_a_handle_changes_slowly() -> None:
+    """Actions that jump from one step to the next teach a policy the middle of both, as no picture shows the moment."""
+    settings = LiberoSettings(ASSETS, lean=True, reflections=False, robot_meshes=MESHES, extra_passes=False)
+    env = libero_suite("libero_10", settings).make(render=False)
+    reset(env, 9, 1)
+    expert, actions = libero_expert(env, np.random.default_rng(0)), [np.zeros(7, np.float32)]
+    while actions[-1][6] < 1 and len(actions) < 100:
+        actions.append(expert.act())
+        env.step(actions[-1])
+    env.close()
+    assert 30 < len(actions) < 100, "it closes on the handle"
+    jumps = np.abs(np.diff(actions[2:-1], axis=0))[:, :6].max(axis=1)
+    assert jumps.max() < 0.5
+
+
+@needs_assets
 @pytest.mark.parametrize(
     ("suite_name", "task", "state", "changes"),
     [
@@ -306,6 +322,7 @@ def test_a_bowl_comes_down_into_a_drawer_past_the_bars_above_it(state: int) -> N
         pytest.param("libero_goal", 2, 0, (), id="a far place"),
         pytest.param("libero_10", 3, 0, (), id="a drawer below others to shut"),
         pytest.param("libero_10", 9, 0, (), id="a mug through an opening at the front"),
+        pytest.param("libero_10", 9, 36, (), id="a door that is not wide open"),
         pytest.param("libero_10", 2, 0, (Perturbation("layout", 3),), id="a pot as wide as the open hand"),
     ],
 )
