@@ -15,8 +15,8 @@ limit is (d + b k (k+1) / 2) / (k + 1), where k is the largest integer with b k 
 the acceleration and position limits of absolute targets never contradict each other. For deltas the measured position
 may move towards the limit by itself; then the position limit takes precedence over the acceleration limit.
 
-Grippers are separate: each is clamped to the embodiment's range, changes by at most `gripper_step` per tick, and is
-never braked.
+Grippers are separate: each is clamped to the embodiment's range, changes by at most `gripper_step` per tick, from where
+it is measured or, if it is not, from the first command, and is never braked.
 
 Shape legend: A action dimension, D arm dimensions (the action without its grippers), G grippers, S state dimension,
 N actions of a plan, M commands that follow from it.
@@ -61,6 +61,7 @@ class SafetyLimiter:
         self._arm = np.array(arm)
         self._grippers = list(embodiment.grippers)
         self._gripper_range = sorted((embodiment.gripper_open, embodiment.gripper_close))
+        self._gripper_state = limits.gripper_state or (None,) * len(self._grippers)
         self._absolute = limits.kind == "absolute"
         self._scale_D = np.array(limits.scale or (1.0,) * dims)
         index = limits.state_index or (None,) * dims
@@ -119,6 +120,8 @@ class SafetyLimiter:
                 raise LimitError(f"an action is past the {' and '.join(rejected)} limit: {np.round(action_A, 4)}")
         else:
             self.limited = ()
+        if self._grip_G is None:
+            self._grip_G = np.array([np.nan if i is None else state_S[i] for i in self._gripper_state])
         self._grip_G = self._gripped(action_A[self._grippers].astype(float))
         return self._commanded(moved_D, reference_D)
 
@@ -224,10 +227,11 @@ class SafetyLimiter:
         return tuple(name for name, by_D in past.items() if (by_D > _SLACK).any())
 
     def _gripped(self, wanted_G: np.ndarray) -> np.ndarray:
+        low, high = self._gripper_range
         step = self._limits.gripper_step
         if step is not None and self._grip_G is not None:
-            wanted_G = np.clip(wanted_G, self._grip_G - step, self._grip_G + step)
-        low, high = self._gripper_range
+            from_G = np.clip(self._grip_G, low, high)  # NaN where nothing measures a gripper before its first command
+            wanted_G = np.fmin(np.fmax(wanted_G, from_G - step), from_G + step)
         return np.clip(wanted_G, low, high)
 
     def _commanded(self, moved_D: np.ndarray, reference_D: np.ndarray) -> np.ndarray:

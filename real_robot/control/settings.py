@@ -1,6 +1,7 @@
 """Settings of configs/robot/*.yaml: safety limits of a robot (`SafetyLimits`) and its control loop (`LoopSettings`).
 
-Shape legend: A action dimension, D arm dimensions (the action without its grippers, in order), S state dimension.
+Shape legend: A action dimension, D arm dimensions (the action without its grippers, in order), G grippers, S state
+dimension.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class SafetyLimits:
         outside: distance by which an arm at its mechanical stop may measure outside its joint limits at the start;
             None: 0.01, for m and rad.
         gripper_step: maximum change of each gripper's value per tick; its range is the embodiment's open to close.
+        gripper_state: [G] index of the state entry that measures each gripper, in the units of its command, from which
+            `gripper_step` starts; None: not measured, and the first command is not limited.
         reject: limits that cause a fault instead of clamping: "position", "step", "velocity", "acceleration".
     """
 
@@ -55,6 +58,7 @@ class SafetyLimits:
     lead: PerDimension = None
     outside: float | None = None
     gripper_step: float | None = None
+    gripper_state: tuple[int | None, ...] | None = None
     reject: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -107,10 +111,15 @@ class SafetyLimits:
                     f"limits: {name} has {len(values)} entries; {embodiment.name!r} has {dims} arm dimensions "
                     "(the action without its grippers)"
                 )
+        if self.gripper_state is not None and len(self.gripper_state) != len(embodiment.grippers):
+            raise ValueError(
+                f"limits: gripper_state has {len(self.gripper_state)} entries; {embodiment.name!r} has "
+                f"{len(embodiment.grippers)} grippers"
+            )
         index_D = self.state_index or (None,) * dims
-        outside = [i for i in index_D if i is not None and not 0 <= i < embodiment.state_dim]
-        if outside:
-            raise ValueError(f"limits: state_index {outside} is outside the {embodiment.state_dim} state dimensions")
+        for name, indices in (("state_index", index_D), ("gripper_state", self.gripper_state or ())):
+            if outside := [i for i in indices if i is not None and not 0 <= i < embodiment.state_dim]:
+                raise ValueError(f"limits: {name} {outside} is outside the {embodiment.state_dim} state dimensions")
         bounded = [
             d
             for d in range(dims)
@@ -127,24 +136,25 @@ class SafetyLimits:
             )
 
     def check_names(self, embodiment: Embodiment, state: Sequence[str], action: Sequence[str]) -> None:
-        """Raise ValueError if `state_index` measures an absolute target of a joint by another joint.
+        """Raise ValueError if `state_index` or `gripper_state` measures a joint by another joint.
 
-        The first command starts from the measured position, so the arm would jump.
+        The first command starts from the measured position, so it would jump. For deltas only grippers do so.
 
         Args:
             embodiment: robot, for the grippers.
             state: [S] names of the state's entries.
             action: [A] names of the action's entries, or none if they are unknown.
         """
-        if self.kind != "absolute":
-            return
         arm = [name for i, name in enumerate(action) if i not in embodiment.grippers]
-        for name, index in zip(arm, self.state_index or (), strict=False):
-            if index is not None and name in state and 0 <= index < len(state) and state[index] != name:
-                raise ValueError(
-                    f"limits: state_index of {name} is {index}, the position of {state[index]}: "
-                    f"give {list(state).index(name)}"
-                )
+        grippers = [name for i, name in enumerate(action) if i in embodiment.grippers]
+        by_joint = self.state_index if self.kind == "absolute" else None
+        for key, names, indices in (("state_index", arm, by_joint), ("gripper_state", grippers, self.gripper_state)):
+            for name, index in zip(names, indices or (), strict=False):
+                if index is not None and name in state and 0 <= index < len(state) and state[index] != name:
+                    raise ValueError(
+                        f"limits: {key} of {name} is {index}, the position of {state[index]}: "
+                        f"give {list(state).index(name)}"
+                    )
 
 
 @dataclass(frozen=True)

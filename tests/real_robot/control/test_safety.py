@@ -167,6 +167,21 @@ def test_the_gripper_is_clamped_to_its_range_and_apart_from_the_arm() -> None:
     assert [guard.move(act(0, grip), REST)[1] for grip in (1.0, -1.0, -1.0, 0.6)] == [1, 0.75, 0.5, 0.6]
 
 
+def test_a_measured_gripper_does_not_jump_at_the_start() -> None:
+    robot = Embodiment("two", (Camera("front", 4, 4),), 3, 3, 8, HZ, gripper_index=(1, 2))
+    limits = SafetyLimits("delta", step=(0.1,), gripper_step=0.25, gripper_state=(2, None))
+    guard, state = SafetyLimiter(robot, limits), np.array([0.0, 0.0, 0.5])
+    wanted = [guard.move(np.array([0.0, -1.0, -1.0]), state)[1:].tolist() for _ in range(2)]
+    assert wanted == [[0.25, -1], [0, -1]], "the other one is not measured; later steps start from the last command"
+    guard.forget()
+    assert guard.move(np.array([0.0, 1.0, 0.0]), np.array([0.0, 0.0, -7.0]))[1] == -0.75, "it is measured past its end"
+    for gripper_state, said in (((2,), "has 1 entries; 'two' has 2 grippers"), ((0, 3), r"gripper_state \[3\] is outside")):
+        with pytest.raises(ValueError, match=said):
+            SafetyLimiter(robot, replace(limits, gripper_state=gripper_state))
+    with pytest.raises(ValueError, match=r"gripper_state of left is 2, the position of right: give 1"):
+        limits.check_names(robot, ["arm", "left", "right"], ["arm", "left", "right"])
+
+
 @pytest.mark.parametrize("grippers", [None, 3, (1, 3), (0, 2, 3)])
 def test_every_gripper_is_apart_from_the_arm(grippers: int | tuple[int, ...] | None) -> None:
     robot = Embodiment("many", (Camera("front", 4, 4),), 4, 4, 8, HZ, gripper_index=grippers)
