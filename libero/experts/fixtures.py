@@ -34,7 +34,7 @@ _OVER_FLOOR, _BEFORE_DOOR = 0.010, 0.10
 _TURNED, _TURNING = 0.2, 0.8
 """Radians that are left when a turn is done, and more that are left when it has only begun."""
 _TURN_BEFORE, _TURN_ABOVE, _NEAR_TURN, _FAR_FROM_TURN = 0.10, 0.12, 0.05, 0.15
-"""Metres before and above the handle where the hand turns; beside that spot where it has turned, and where it begins."""
+"""Metres before and above the handle where the hand turns; beside that spot where it has turned, and where it starts."""
 _IN_LINE, _DEEP_ENOUGH = 0.012, 0.010
 """Metres beside the way in up to which an item goes in (from twice as far away, it goes back); and from its place."""
 _RIM, _HANDLE = 0.01, 0.9
@@ -124,7 +124,9 @@ def insert(hand: Hand, item: str, region: str) -> Move:
     return Move("transport" if before > 0.0 else "lower", view.gripper + aside + ahead * inward, rotation, CLOSE)
 
 
-def _to_handle(hand: Hand, handle: np.ndarray, inward: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _to_handle(
+    hand: Hand, handle: np.ndarray, inward: np.ndarray, rotation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the next rotation [3,3] and position [3] of the hand on its way to a `handle` [3], from the front.
 
     The hand turns above and before the handle, with room for the palm beside an open door. The closer it is to that
