@@ -34,7 +34,7 @@ _OVER_FLOOR, _BEFORE_DOOR = 0.010, 0.10
 _TURNED, _TURNING = 0.2, 0.8
 """Radians that are left when a turn is done, and more that are left when it has only begun."""
 _TURN_BEFORE, _TURN_ABOVE, _NEAR_TURN, _FAR_FROM_TURN = 0.10, 0.12, 0.05, 0.15
-"""Metres before and above the handle where the hand turns; beside that spot where it has turned, and where it starts."""
+"""Metres before and above the handle where the hand turns; and beside that spot where it has turned, and starts to."""
 _IN_LINE, _DEEP_ENOUGH = 0.012, 0.010
 """Metres beside the way in up to which an item goes in (from twice as far away, it goes back); and from its place."""
 _RIM, _HANDLE = 0.01, 0.9
