@@ -121,7 +121,7 @@ def save_checkpoint(
         weights: the model's state dict for inference (EMA).
         config: configuration of the model.
         preprocessor: preprocessing of observations, with tokenizer and embodiment.
-        statistics: statistics of state and action, or those of each data set by its name.
+        statistics: statistics of state and action, or those of each data set by its name; also as plain values.
         description: provenance for reports (step, data set, seed, versions).
         training: state to resume from (tensors, numbers and containers of them); None: for inference only.
 
@@ -151,7 +151,8 @@ def save_checkpoint(
 
 
 def _plain(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.to_dict() if isinstance(v, Statistics) else _plain(v) for k, v in statistics.items()}
+    plain = {k: _plain(v) if isinstance(v, Mapping) else v for k, v in statistics.items()}
+    return {k: v.to_dict() if isinstance(v, Statistics) else v for k, v in plain.items()}
 
 
 @contextmanager
