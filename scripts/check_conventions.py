@@ -199,6 +199,8 @@ def _statistics(source: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"statistics: there is no {file}")
     found = read_object(file, "give another one")
+    if other := [key for key in ("action", "state") if not isinstance(found.get(key, {}), dict)]:
+        raise ValueError(f"{file} is damaged ({other[0]} is no object with statistics); give another one")
     if "action" not in found and any(isinstance(values, dict) and "action" in values for values in found.values()):
         raise ValueError(
             f"{file} has statistics of several data sets ({', '.join(found)}): give a JSON file with those of one"

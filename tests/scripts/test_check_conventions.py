@@ -328,6 +328,15 @@ def test_statistics_of_another_robot_are_named() -> None:
     assert found.verdict == "not checked"
 
 
+def test_statistics_that_no_data_have_are_named() -> None:
+    actions = np.random.default_rng(0).normal(size=(500, 7))
+    for name, value in (("min", np.nan), ("q99", np.nan), ("q01", -100.0)):
+        given = exact(actions)
+        given[name][1] = value
+        found = conventions.statistics("statistics", {"action": given}, {"action": actions}, EMBODIMENT)
+        assert (found.verdict, name in found.text) == ("mismatch", True), (name, found.text)
+
+
 def exact(values: np.ndarray) -> dict[str, list[float]]:
     return {
         name: np.quantile(values, q, axis=0).tolist()
@@ -419,6 +428,8 @@ def test_mistakes_of_the_user_are_explained(
     root = write(tmp_path / "data", recorded)
     assert "episodes must be at least 1" in failure(capsys, str(root), "episodes=0")
     assert "statistics: there is no" in failure(capsys, str(root), f"statistics={tmp_path / 'no.json'}")
+    (tmp_path / "odd.json").write_text('{"action": null}')
+    assert "is damaged (action is no object" in failure(capsys, str(root), f"statistics={tmp_path / 'odd.json'}")
     assert "has no camera 'image'" in failure(capsys, str(root), "data=libero_openpi")
     assert "unknown suite 'moon'" in failure(capsys, str(root), "suite=moon")
     assert "speed" in failure(capsys, str(root), "speed=3")
