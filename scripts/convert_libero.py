@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -23,7 +24,7 @@ from cogvla.libero.hdf5.conversion import CONVERSION, Conversion, convert
 from cogvla.libero.hdf5.lerobot_upgrade import is_old_lerobot, upgrade
 from cogvla.libero.hdf5.reader import SUFFIX, is_hdf5
 from cogvla.scripts import console
-from cogvla.scripts.command import plain
+from cogvla.scripts.command import plain, usual
 
 LISTED = 8
 
@@ -48,6 +49,7 @@ def run(config: DictConfig) -> Path:
         raise ValueError(f"there is no {source}; LIBERO's demonstrations are downloaded from its project page")
     output = Path(config.output or f"outputs/datasets/{source.stem}_v3")
     if is_old_lerobot(source):
+        _check_unused(source, plain(config))
         return upgrade(source, output)
     if not is_hdf5(source):
         raise ValueError(f"{source} holds neither TASK_demo.hdf5 files nor a LeRobotDataset v2.1; {_there(source)}")
@@ -60,6 +62,17 @@ def run(config: DictConfig) -> Path:
         keep_noops=config.keep_noops,
     )
     return convert(conversion, output, config.workers, resume=config.resume, video=config.video)
+
+
+def _check_unused(source: Path, values: dict[str, Any]) -> None:
+    """Check that no key is given that only a replay has; ValueError names one."""
+    before = usual("convert_libero")
+    for key in ("suite", "replay", "image_size", "keep_noops", "video"):
+        if values[key] != before[key]:
+            raise ValueError(
+                f"{key}={values[key]} changes nothing for {source}, a LeRobotDataset, whose frames stay as they are: "
+                "leave it out, or give LIBERO's HDF5 files"
+            )
 
 
 def _there(source: Path) -> str:

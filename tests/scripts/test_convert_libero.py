@@ -394,6 +394,12 @@ def test_version_2_1_is_converted_by_lerobot(tmp_path: Path) -> None:
         run(root, tmp_path / "newer")
 
 
+@pytest.mark.parametrize("key", ["suite=libero_10", "replay=actions", "image_size=64", "keep_noops=true", "video=true"])
+def test_keys_of_a_replay_are_refused_where_nothing_is_replayed(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{key.partition('=')[0]}=.* changes nothing for .*/old, a LeRobotDataset"):
+        run(old_lerobot(tmp_path / "old"), tmp_path / "new", key)
+
+
 def test_what_lerobot_cannot_convert_is_explained(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"v2\.0: lerobot converts only v2\.1 with .*\. Train on it as it is, with data\.ro"
