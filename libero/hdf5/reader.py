@@ -39,6 +39,14 @@ IMAGES = {"agentview": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}
 POSITION, ROTATION, FINGERS = "obs/ee_pos", "obs/ee_ori", "obs/gripper_states"
 POSE = "obs/ee_states"
 CONTROL_HZ, CONTROLLER, ROBOT = 20, "OSC_POSE", "Panda"
+ACTION_SCALE = {
+    "control_delta": True,
+    "input_max": 1,
+    "input_min": -1,
+    "output_max": [0.05] * 3 + [0.5] * 3,
+    "output_min": [-0.05] * 3 + [-0.5] * 3,
+}
+"""Settings of the controller that say what a number of an action is: a share of these steps (m, rad)."""
 VERSION_ATTRIBUTES = {"mujoco": "mujoco_version", "robosuite": "robosuite_version"}
 """Package -> attribute with the version that recorded the file. The original files do not have these attributes."""
 
@@ -169,11 +177,13 @@ def _check_environment(environment: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: env_kwargs in the attribute env_args must be a JSON object")
     controller = settings.get("controller_configs") or {}
     kind = controller.get("type") if isinstance(controller, dict) else controller
+    given = controller if isinstance(controller, dict) else {}
     robots = settings.get("robots") or ROBOT
     for name, found, expected in (
         ("control_freq", settings.get("control_freq", CONTROL_HZ), CONTROL_HZ),
         ("controller_configs", CONTROLLER if kind is None else kind, CONTROLLER),
         ("robots", ROBOT if ROBOT in str(robots) else robots, ROBOT),
+        *((f"controller_configs.{name}", given.get(name, value), value) for name, value in ACTION_SCALE.items()),
     ):
         if found != expected:
             raise ValueError(

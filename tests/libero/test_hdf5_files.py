@@ -224,6 +224,11 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "another rate": (environment(control_freq=10), "env_args has control_freq 10, LIBERO's is 20"),
     "another controller": (environment(controller_configs={"type": "JOINT_POSITION"}), "controller_configs JOINT_POS"),
+    "absolute actions": (
+        environment(controller_configs={"type": "OSC_POSE", "control_delta": False}),
+        "env_args has controller_configs.control_delta False, LIBERO's is True: its actions have another meaning",
+    ),
+    "larger steps": (environment(controller_configs={"output_max": [0.1] * 6}), "controller_configs.output_max [0.1"),
     "another robot": (environment(robots=["Sawyer"]), "robots ['Sawyer'], LIBERO's is Panda"),
     # models
     "no XML": (say("model_file", "<mujoco><worldbody>", demo=True), "demo_1: the attribute model_file is no XML"),
@@ -253,6 +258,11 @@ def test_a_file_of_something_else(path: Path) -> None:
     assert "has no group 'data', so it is no file of LIBERO demonstrations; it has weights/layer_0" in complaint(path)
 
 
+OSC_POSE = {
+    "type": "OSC_POSE", "input_max": 1, "input_min": -1, "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
+    "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5], "kp": 150, "damping_ratio": 1, "impedance_mode": "fixed",
+    "control_delta": True, "interpolation": None, "ramp_ratio": 0.2,
+}  # fmt: skip
 FINE: dict[str, Callable[[Any], Any]] = {
     "assets of another machine": say(
         "model_file",
@@ -266,7 +276,7 @@ FINE: dict[str, Callable[[Any], Any]] = {
     "a path of Windows": say("bddl_file_name", rf"C:\bddl_files\libero_goal\{TASK}.bddl"),
     "whole numbers": put("actions", np.zeros((STEPS, 7), np.int32)),
     "gaps in the numbers": lambda data: data.move("demo_0", "demo_7"),
-    "LIBERO's settings": environment(control_freq=20, controller_configs={"type": "OSC_POSE"}, robots=["MountedPanda"]),
+    "LIBERO's settings": environment(control_freq=20, controller_configs=OSC_POSE, robots=["MountedPanda"]),
     "images of another size": put("obs/agentview_rgb", np.zeros((STEPS, 9, 7, 3), np.uint8)),
     "a number beside the rows": put("seed", 3),
 }
