@@ -85,7 +85,7 @@ def fit(
         progress: show a bar.
 
     Raises:
-        ValueError: the saved run is another one, or damaged.
+        ValueError: the saved run is another one, or damaged; or a loss is not finite.
         OSError: the state cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,8 +104,11 @@ def fit(
         window = windows.gather(windows.draw(config.batch_size, drawn))
         loss, surprise = prediction_losses(model, window)
         turn = model.turn.loss(window.before_BVCHW[:TURNED], drawn)
+        total = loss + surprise + turn
+        if not total.isfinite():
+            raise ValueError(f"the loss of step {step + 1} is {float(total.detach())}: give a smaller learning_rate")
         optimiser.zero_grad()
-        (loss + surprise + turn).backward()
+        total.backward()
         for part in (model.predictor, model.turn):
             torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         optimiser.step()

@@ -132,7 +132,10 @@ def load_foresight(folder: Path) -> tuple[Foresight, dict[str, Any]]:
             build(Embodiment, body["embodiment"], "embodiment"),
             statistics,
         )
-        model.load_state_dict(load((folder / WEIGHTS).read_bytes()))
+        weights = load((folder / WEIGHTS).read_bytes())
+        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{bad[0]} has NaN or infinite numbers")
+        model.load_state_dict(weights)
     except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"the foresight in {folder} is damaged ({said[:200]}); {FIT}") from error

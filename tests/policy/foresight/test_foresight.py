@@ -154,6 +154,18 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
         fit(again, windows, config, tmp_path / "part", {"data": 1}, progress=False)
 
 
+def test_a_fit_that_diverges_ends_and_its_weights_are_refused(tmp_path: Path) -> None:
+    windows = Windows(pushed_data(episodes=4))
+    model = untrained(windows)
+    config = FittingConfig(steps=60, batch_size=8, learning_rate=100.0, save_every=1000)
+    with pytest.raises(ValueError, match=r"the loss of step \d+ is (nan|inf): give a smaller learning_rate"):
+        fit(model, windows, config, tmp_path / "run", {}, progress=False)
+    model.predictor.position.data[:] = torch.nan
+    save_foresight(tmp_path / "foresight", model, {})
+    with pytest.raises(ValueError, match=r"damaged \(predictor.position has NaN or infinite numbers\); fit one"):
+        load_foresight(tmp_path / "foresight")
+
+
 def test_saving_keeps_all_and_damage_is_named(tmp_path: Path) -> None:
     windows = Windows(pushed_data())
     model = untrained(windows).eval()
