@@ -78,6 +78,7 @@ def _evaluation(body: Body) -> str:
     kind += [] if about.get("perturbation", "none") == "none" else [f"perturbed: {about['perturbation']}"]
     kind += [f"chunks {late:g} ms late"] if (late := about["protocol"].get("latency")) else []
     kind += ["on a robot"] if on_robot(body) else []
+    kind += _added(about["policy"])
     lines = [
         f"### {body['suite']}{', ' if kind else ''}{', '.join(kind)}",
         "",
@@ -118,7 +119,7 @@ def _robustness(body: Body) -> str:
     rows.append(("mean", *(_percent(body["levels"][str(level)]) for level in levels), _percent(body["mean"])))
     return "\n".join(
         [
-            f"### {body['suite']}: robustness",
+            ", ".join([f"### {body['suite']}: robustness", *_added(body["reproduce"]["policy"])]),
             "",
             f"Success without a change: **{_rate(body['clean'])}**; by dimension and level of the change:",
             "",
@@ -126,6 +127,13 @@ def _robustness(body: Body) -> str:
             _how(body["reproduce"]),
         ]
     )
+
+
+def _added(policy: Body) -> list[str]:
+    """Return what acted beside the shared policy, which does not have it."""
+    router = policy.get("router") or {}
+    found = [f"with the token router {router.get('name')} in place of its own"] if router.get("plugged_in") else []
+    return found + (["with a monitor that holds the arm"] if policy.get("monitor") else [])
 
 
 def _how(about: Body) -> str:
@@ -137,6 +145,7 @@ def _how(about: Body) -> str:
         ("protocol", ", ".join(f"{key} {value}" for key, value in rules.items())),
         ("simulation", ", ".join(f"{key} {value}" for key, value in (about.get("simulation") or {}).items())),
         ("policy", f"{policy.get('checkpoint')}, step {policy.get('step')}"),
+        ("statistics", policy.get("statistics")),
         ("run as", f"{policy.get('dtype')} on {policy.get('device')}, engine {policy.get('engine')}"),
         ("token router", None if not router else ", ".join(f"{k} {v}" for k, v in router.items() if v is not None)),
         ("machine", ", ".join(map(str, [machine["cpu"], f"{machine['cores']} cores", *machine["gpus"]]))),
