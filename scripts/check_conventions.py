@@ -156,7 +156,9 @@ def _traces(
 ) -> list[ReplayTrace]:
     """Replay `count` episodes, spread evenly over the data set, in one environment."""
     known = {task.instruction: index for index, task in enumerate(suite.tasks)}
+    numbers = range(len(suite.tasks))
     playable = [e for e in recordings.episodes if e.start is not None or e.instruction in known]
+    playable = [e for e in playable if e.start is None or e.start.task in numbers]
     chosen = (
         [playable[i] for i in np.unique(np.linspace(0, len(playable) - 1, count).round().astype(int))]
         if playable

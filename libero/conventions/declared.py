@@ -255,12 +255,14 @@ def instructions(episodes: Sequence[RecordedEpisode], known: Sequence[str], else
             "evaluation uses the suite's instructions: rename the tasks, or choose the suite of the data",
             measured,
         )
-    wrong = [e for e in episodes if e.start is not None and known[e.start.task] != e.instruction]
+    scenes = {number: repr(text) for number, text in enumerate(known)}
+    wrong = [e for e in episodes if e.start is not None and scenes.get(e.start.task) != repr(e.instruction)]
     if wrong:
+        task = wrong[0].start.task  # type: ignore[union-attr]
         return Finding(
             "instructions",
             "mismatch",
-            f"{wrong[0].name} was recorded in the scene of {known[wrong[0].start.task]!r} "  # type: ignore[union-attr]
+            f"{wrong[0].name} was recorded in the scene of {scenes.get(task, f'task {task}, which the suite lacks,')} "
             f"but its instruction is {wrong[0].instruction!r}",
             "the order of the tasks or their instructions were mixed up",
             {"episodes": [episode.name for episode in wrong]},

@@ -261,6 +261,16 @@ def test_other_words_are_named(recorded: list[Demonstration], tmp_path: Path) ->
     assert f"in the scene of {recorded[0].instruction!r}" in findings["instructions"].text
 
 
+def test_tasks_that_the_suite_lacks_are_named(recorded: list[Demonstration], tmp_path: Path) -> None:
+    def moved(episode: Demonstration) -> Demonstration:
+        return replace(episode, arrays={**episode.arrays, "label.task": episode.arrays["label.task"] + 80})
+
+    findings, code = check(write(tmp_path / "data", [moved(episode) for episode in recorded]))
+    assert (mismatches(findings), code) == (["instructions"], 1)
+    assert "in the scene of task 80, which the suite lacks," in findings["instructions"].text
+    assert "no episode could be assigned" in findings["replay"].text
+
+
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
