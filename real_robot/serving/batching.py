@@ -25,6 +25,9 @@ from cogvla.real_robot.serving.server_metrics import ServerMetrics
 LONG_TEXT = 200
 """Characters of an instruction that shares no batch with shorter ones, which would be padded to its length."""
 
+LONGEST_MS = 1e9
+"""Longest wait for others; Python cannot wait for ever, nor for 300 years."""
+
 
 class ExpiredError(Exception):
     """The deadline of a request passed before its forward pass, so the policy did not compute it."""
@@ -47,8 +50,8 @@ class BatchSettings:
     batch_wait_ms: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1 or not self.batch_wait_ms >= 0:
-            raise ValueError(f"max_batch must be at least 1 and batch_wait_ms at least 0, got {self!r}")
+        if self.max_batch < 1 or not 0 <= self.batch_wait_ms <= LONGEST_MS:
+            raise ValueError(f"max_batch must be at least 1 and batch_wait_ms 0 to {LONGEST_MS:g}, got {self!r}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -122,6 +123,8 @@ class ServerSettings:
         for name in ("max_message_mb", "max_clients", "max_per_address", "idle_s", "message_s", "ping_s", "shutdown_s"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_message_mb == math.inf:
+            raise ValueError("max_message_mb must be a finite number: a server needs a limit of what it holds")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip() == self.api_key != ""):
             raise ValueError("api_key must be plain text without spaces around it; null switches it off")
 

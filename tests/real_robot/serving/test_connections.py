@@ -16,6 +16,7 @@ from websockets.sync.client import connect
 
 from cogvla.real_robot.serving import connections
 from cogvla.real_robot.serving.async_client import ClientSettings
+from cogvla.real_robot.serving.batching import BatchSettings
 from cogvla.real_robot.serving.client import PolicyClient, ReconnectingPolicyClient
 from cogvla.real_robot.serving.server import PolicyServer, ServerSettings
 from cogvla.real_robot.serving.wire import pack
@@ -240,6 +241,11 @@ def test_settings_are_checked() -> None:
     for one in wrong:
         with pytest.raises(ValueError, match=f"{next(iter(one))} must be positive"):
             replace(ServerSettings(), **one)
+    with pytest.raises(ValueError, match="max_message_mb must be a finite number"):
+        ServerSettings(max_message_mb=np.inf)
+    for wait in (np.inf, np.nan, -1.0, 1e13):
+        with pytest.raises(ValueError, match="batch_wait_ms 0 to 1e"):
+            BatchSettings(batch_wait_ms=wait)
     assert PolicyServer(SumPolicy(), ServerSettings(max_clients=1))._guard.limits.per_address == 1
 
 
