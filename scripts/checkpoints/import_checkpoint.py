@@ -53,8 +53,8 @@ def run(values: dict[str, Any]) -> list[str]:
     """Import and save a checkpoint; return lines for the user about the imported parts.
 
     Raises:
-        ValueError: the precision is unknown, a text encoder is given, or the source cannot be imported; see
-            `open_release`, `load_cogvla` and `load_base`.
+        ValueError: the precision is unknown, a text encoder is given, or the source cannot be imported, or only
+            without the statistics of its head; see `open_release`, `load_cogvla` and `load_base`.
     """
     if values["dtype"] not in DTYPES:
         raise ValueError(f"unknown dtype {values['dtype']!r}; one of {', '.join(DTYPES)}")
@@ -68,7 +68,7 @@ def run(values: dict[str, Any]) -> list[str]:
             "it to train_policy base=..., which trains its projection"
         )
     embodiment = build(Embodiment, values["embodiment"], "embodiment")
-    embodiment, statistics, said = _statistics(release, embodiment, values["dataset"])
+    embodiment, statistics, lacking = _statistics(release, embodiment, values["dataset"])
     tokenizer = PretrainedTokenizer(values["tokenizer"] or str(release.folder), PAPER_PROMPT, values["empty_token"])
     preprocessor = Preprocessor(embodiment, tokenizer, statistics, values["crop_area"], values["resize_kernel"])
 
@@ -81,18 +81,21 @@ def run(values: dict[str, Any]) -> list[str]:
         model = _random_model(config, embodiment, dtype)
         loaded, lines = load_base(model, release)
         published_head = "head" in loaded  # OpenVLA-OFT's, if it fits
+        if published_head and lacking is not None:
+            raise ValueError(f"the action head fits, and its numbers mean nothing without statistics: {lacking}")
     if published_head and values["gripper"] == "openvla":
         _speak_the_embodiments_gripper(model, embodiment)
     lines += release.left_out(model)
     description = {"imported": str(values["source"]), "kind": release.kind, "dataset": values["dataset"]}
     save_checkpoint(values["output"], model.state_dict(), config, preprocessor, statistics, description)
+    said = "statistics of the release" if lacking is None else "no statistics for this robot: training computes its own"
     return [*lines, said, f"saved to {values['output']}"]
 
 
 def _statistics(
     release: Release, embodiment: Embodiment, dataset: str | None
-) -> tuple[Embodiment, dict[str, Statistics], str]:
-    """Return the embodiment with the release's normalisation mask, the statistics of state and action, and a message.
+) -> tuple[Embodiment, dict[str, Statistics], str | None]:
+    """Return the embodiment with the release's normalisation mask, the statistics, and why there are none, or None.
 
     A base to train from may have no statistics of this robot. It then gets the range [-1, 1], which normalisation
     leaves unchanged, and training computes its own.
@@ -108,15 +111,15 @@ def _statistics(
                     f"the statistics of {name} have {statistics[name].dim} dimensions, {embodiment.name} has {size}; "
                     "choose another embodiment= or dataset="
                 )
-    except ValueError:
+    except ValueError as error:
         if release.kind == "cogvla" or dataset is not None:
             raise
         plain = {
             name: Statistics((-1.0,) * n, (1.0,) * n, (-1.0,) * n, (1.0,) * n, (0.0,) * n, (1.0,) * n)
             for name, n in (("state", embodiment.state_dim), ("action", embodiment.action_dim))
         }
-        return embodiment, plain, "no statistics for this robot: training computes its own"
-    return replace(embodiment, action_normalise_mask=mask), statistics, "statistics of the release"
+        return embodiment, plain, str(error)
+    return replace(embodiment, action_normalise_mask=mask), statistics, None
 
 
 def _random_model(config: CogVLAConfig, embodiment: Embodiment, dtype: torch.dtype) -> CogVLA:

@@ -422,6 +422,9 @@ def test_the_head_of_openvla_oft_speaks_the_embodiments_gripper(tmp_path: Path) 
         actions.append(load_policy(tmp_path / gripper).act(ROBOT.fake_observation()).actions)
     actions[0][..., 2] = 1 - 2 * actions[0][..., 2]  # as in a release
     np.testing.assert_allclose(actions[1], actions[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"nothing without statistics: .* several data sets; choose dataset= from"):
+        imported(tmp_path / "oft", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_command(tmp_path: Path) -> None:
