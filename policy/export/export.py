@@ -148,6 +148,9 @@ def export(
                 str(length): {path.name: file_hash(path) for path in sorted(draft.glob(f"policy_{length}.*"))}
                 for length in config.text_tokens
             },
+            "tokenizer_files": {
+                path.name: file_hash(path) for path in sorted(draft.iterdir()) if not path.name.startswith("policy_")
+            },
             "checked": {},
             "command": command,
             **provenance(),

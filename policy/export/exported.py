@@ -217,6 +217,11 @@ def open_files(
     if missing := [key for key in DESCRIBED if key not in manifest]:
         raise ValueError(f"{folder / MANIFEST} is incomplete (no {', '.join(missing)}); {AGAIN}")
     try:
+        tokenizer_files = dict(manifest.get("tokenizer_files", {}))  # older exports have no hashes of them
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}); {AGAIN}") from error
+    _check_files(folder, tokenizer_files)
+    try:
         embodiment = build(Embodiment, manifest["embodiment"], "embodiment")
         tokenizer = tokenizer_from_dict(manifest["tokenizer"], folder)
         kind = manifest["kind"]
@@ -234,11 +239,7 @@ def open_files(
     use_threads(threads)
     runs, device = {}, device_of(kind, device)
     for length, hashes in sorted(written.items()):
-        for name, expected in hashes.items():
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder / name} is missing; copy the whole folder, or {AGAIN}")
-            if file_hash(folder / name) != expected:
-                raise ValueError(f"{folder / name} is damaged or of another export; copy the whole folder, or {AGAIN}")
+        _check_files(folder, hashes)
         runs[length] = open_file(kind, folder / file_name(kind, length), device, threads)
     policy = ExportedPolicy(manifest, InputFormat(embodiment, tokenizer, tuple(runs)), runs, device)
     try:
@@ -246,6 +247,15 @@ def open_files(
     except Exception as error:  # each runtime has errors of its own, without a common class
         raise ValueError(f"{folder} does not take what its {MANIFEST} says ({first_line(error)}); {AGAIN}") from error
     return policy
+
+
+def _check_files(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Check that the files of these names are those of the export."""
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing; copy the whole folder, or {AGAIN}")
+        if file_hash(folder / name) != expected:
+            raise ValueError(f"{folder / name} is damaged or of another export; copy the whole folder, or {AGAIN}")
 
 
 def file_name(kind: str, length: int) -> str:

@@ -28,11 +28,13 @@ from cogvla.policy.export.formats import open_file
 from cogvla.policy.export.graph import PolicyGraph, _weights
 from cogvla.policy.inputs.preprocess import Preprocessor
 from cogvla.policy.inputs.resize import KERNELS, resize
+from cogvla.policy.inputs.tokenizer import PretrainedTokenizer
 from cogvla.policy.interface import InstructionError, Observation
 from cogvla.policy.policy import CogVLAPolicy
 from cogvla.tests.policy.engine.test_engine import random_policy
 from cogvla.tests.support.extras import needs
 from cogvla.tests.support.full_disk import files_limited_to
+from cogvla.tests.support.published_layouts import write_tokenizer
 
 pytest.importorskip("onnxscript", reason=needs("export"))
 pytest.importorskip("onnxruntime", reason=needs("export"))
@@ -353,6 +355,22 @@ def test_onnxruntime_does_not_fall_back_to_the_cpu(
     monkeypatch.setattr("cogvla.policy.export.formats._has_cuda", lambda: True)
     with pytest.raises(ValueError, match=f"device={device}: {words}"):
         open_file("onnx", tmp_path / "policy_8.onnx", device)
+
+
+def test_the_tokenizer_of_another_export_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    policy = random_policy({"vision": {"aggregation_tokens": 8}})
+    policy.preprocessor.tokenizer = PretrainedTokenizer(str(tmp_path))
+    folder = exported(tmp_path, policy, ExportConfig("torch_export", text_tokens=(32,)))
+    same(policy, open_exported(str(folder), "cpu", 1)[0], observations(1)[0])
+    file = folder / "tokenizer.json"
+    words = file.read_text()
+    file.write_text(words.replace("take", "give"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged or of another export; copy the whole folder"):
+        open_exported(str(folder), "cpu", 1)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing; copy the whole folder"):
+        open_exported(str(folder), "cpu", 1)
 
 
 def test_a_file_beside_an_export_is_not_taken_for_it(onnx: Path, tmp_path: Path) -> None:
