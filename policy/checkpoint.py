@@ -316,7 +316,9 @@ def load_policy(
             weights = _for_router(weights, model, router)
         model.load_state_dict({name: weights.pop(name).clone() for name in list(weights)}, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
+        first, *others = [line.strip("\t. ") for line in str(error).splitlines() if line[:1] == "\t"] or [str(error)]
+        more = f" and {len(others)} more differences" if others else ""
+        raise ValueError(f"the weights in {folder} do not fit its {CONFIG} ({first[:200]}{more}); {ANOTHER}") from error
     description = {"checkpoint": checkpoint_name(folder), **description}
     preprocessor.forecast = _load_forecast(folder, preprocessor.embodiment)
     return CogVLAPolicy(model.to(device), preprocessor, description, calibration=_load_calibration(folder))

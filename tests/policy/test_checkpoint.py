@@ -179,7 +179,7 @@ def shorten(name: str, share: float) -> Callable[[Path], None]:
         (rewrite(STATISTICS, lambda body: body.clear()), r"statistics.json in .* is damaged .*use another"),
         (
             rewrite(CONFIG, lambda body: body["model"]["language"].update(intermediate=32)),
-            rf"the weights in .* do not fit its {CONFIG}",
+            rf"the weights in .* do not fit its {CONFIG} \(size mismatch for .* and \d+ more differences\); use",
         ),
     ],
 )
