@@ -34,9 +34,11 @@ def main(config: DictConfig) -> None:
 
 
 def place_name(values: dict[str, Any]) -> str:
-    """Return the name for the card; ValueError without a place."""
+    """Return the name for the card; ValueError without a place, or with a key that changes nothing there."""
     if values["repo_id"] is None and values["folder"] is None:
         raise ValueError("give repo_id=USER/NAME, folder=DIR, or both")
+    if values["private"] and values["repo_id"] is None:
+        raise ValueError("private=true changes nothing for folder=DIR: give repo_id=USER/NAME, or leave it out")
     return str(values["repo_id"] or Path(values["folder"]).resolve().name)
 
 

@@ -323,6 +323,7 @@ def test_a_private_repository_and_a_stranger(
 
 def test_mistakes_are_one_line(hub: WritableHub, checkpoint: Path, evaluated: Path, tmp_path: Path) -> None:
     assert "give repo_id=USER/NAME, folder=DIR, or both" in mistake(checkpoint)
+    assert "private=true changes nothing for folder" in mistake(checkpoint, f"folder={tmp_path / 'x'}", "private=true")
     assert "repo_id=toy is no id of the hub: give USER/NAME" in mistake(checkpoint, "repo_id=toy")
     assert "must be an identifier of the hub" in mistake(checkpoint, f"repo_id={NAME}", "license='MIT License'")
     with pytest.raises(ValueError, match="the hub has no repository someone/nothing"):
