@@ -237,7 +237,7 @@ class AsyncPolicyClient:
             not isinstance(actions_KA, np.ndarray)
             or actions_KA.shape != expected
             or actions_KA.dtype.kind != "f"
-            or not np.isfinite(actions_KA).all()
+            or not (np.abs(actions_KA) <= np.finfo(np.float32).max).all()
         ):
             raise FrameError(f"the answer has no finite float actions of shape {expected}")
         if message.get(OBSERVATION_ID) != observation_id:

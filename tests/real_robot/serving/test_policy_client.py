@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from cogvla.real_robot.serving.reconnecting import Backoff, ReconnectingClient
 from cogvla.real_robot.serving.remote_policy import RemotePolicy
 from cogvla.real_robot.serving.request import ImageOffer
 from cogvla.real_robot.serving.server_info import ServerInfo
+from cogvla.real_robot.serving.wire import FrameError, pack
 from cogvla.tests.support.policy_servers import (
     LIBERO_KEYS,
     ROBOT,
@@ -406,6 +407,16 @@ def test_clients_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_numbers_that_are_none_in_float32_are_no_answer(value: float) -> None:
+    client = AsyncPolicyClient(cast(Any, None), ServerInfo.from_dict(OLD_METADATA), ClientSettings())
+    actions = np.zeros((5, 3))
+    assert client._read(pack({"actions": actions, "observation_id": 1}), 1, 0.0).actions.dtype == np.float32
+    actions[2, 1] = value
+    with pytest.raises(FrameError, match="no finite float actions"):
+        client._read(pack({"actions": actions, "observation_id": 1}), 1, 0.0)
 
 
 def test_metadata_of_an_older_server_are_read_and_of_a_newer_one_what_is_known() -> None:
